@@ -1,0 +1,41 @@
+# shardtune: `make demo` fine-tunes a real model, `make test` passes the tests; both work on a bare machine.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+
+.PHONY: install demo test test-fast check format clean
+
+# The environment is rebuilt only when the dependency list changes.
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "shardtune needs Python >= 3.11; $$($(PYTHON) --version) found. Use: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "Installing into $(VENV) (about 1.6 GB, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,check]'
+	@touch $(STAMP)
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m launch.main demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest tests
+
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest tests -m "not slurm" --ignore tests/parity
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python tests/house_rules.py
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

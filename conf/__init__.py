@@ -1,0 +1,1 @@
+"""Ships the YAML of the configuration groups."""

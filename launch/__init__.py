@@ -1,0 +1,1 @@
+"""What people type: one thin verb a file, over the trainer."""

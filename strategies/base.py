@@ -1,0 +1,216 @@
+"""What a strategy is: the typed settings, the interface, and the loss contract every strategy keeps.
+
+The loss contract
+-----------------
+Every strategy averages gradients over the data-parallel ranks. The trainer therefore hands `Engine.backward` the value
+
+    sum over the micro-batch / count over the whole optimizer step * dp_size
+
+for each term of the objective, so that the gradient of an optimizer step is the gradient of
+`sum over the global batch / count over the global batch`, whatever the number of ranks, the micro-batch or the
+accumulation. Counts are known before the first backward and need no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class StrategyName(StrEnum):
+    """The names users type as `strategy=<name>`."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    hsdp = "hsdp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the run. `auto` is resolved from the device before the config is frozen."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class ActivationCheckpointing(StrEnum):
+    """What the backward pass recomputes: nothing, every block, or all but the costly matrix products."""
+
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+@dataclass(kw_only=True, slots=True)
+class StrategyConfig:
+    """Settings every strategy understands."""
+
+    name: StrategyName = StrategyName.single
+    """Which strategy runs; set by the group choice `strategy=<name>`, not by hand."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """Recompute activations in the backward pass: `none`, `full` (every block) or `selective` (keeps matrix products)."""
+    compile: bool = False
+    """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
+    defer_sync: bool = True
+    """Reduce gradients only on the last micro-batch of a step; costs memory for unreduced gradients under sharding."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SingleConfig(StrategyConfig):
+    """One process, no sharding: the oracle the others are compared with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DdpConfig(StrategyConfig):
+    """Replicated parameters, all-reduced gradients."""
+
+    name: StrategyName = StrategyName.ddp
+    bucket_mib: int = 25
+    """Size of one all-reduce bucket in MiB."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Fsdp2Config(StrategyConfig):
+    """Parameters, gradients and optimizer state sharded block by block with `fully_shard`."""
+
+    name: StrategyName = StrategyName.fsdp2
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward pass; `false` saves one all-gather and costs memory."""
+    cpu_offload: bool = False
+    """Keep parameters and optimizer state in host memory and step on the CPU."""
+    replicate: int = 1
+    """Number of replicas (hsdp): shards stay inside a replica. 0 means one replica a host, or 2 on a single host."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroConfig(StrategyConfig):
+    """DeepSpeed ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters."""
+
+    name: StrategyName = StrategyName.zero2
+    stage: int = 2
+    """ZeRO stage: 1, 2 or 3; set by the group choice."""
+    offload_optimizer: str = "none"
+    """Where optimizer state lives: `none` (device), `cpu` (needs a C++ compiler) or `nvme`."""
+    offload_parameters: str = "none"
+    """Where idle parameters live (stage 3 only): `none`, `cpu` or `nvme`."""
+    nvme_path: str | None = None
+    """Directory on a local NVMe drive, needed by either `nvme` choice."""
+    bucket_mib: int = 200
+    """Size of one reduce or all-gather bucket in MiB."""
+    persistence_threshold: int = 100_000
+    """Parameters with fewer elements than this stay gathered (stage 3)."""
+    prefetch_mib: int = 50
+    """Parameters gathered ahead of use in MiB (stage 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step reports. Tensors stay on the device; reading them is the caller's choice of a sync."""
+
+    grad_norm: Tensor
+    """Global L2 norm of the gradients before clipping, a 0-d float32 tensor, equal on all ranks."""
+    skipped: Tensor
+    """0-d float32 tensor, 1 where the gradients were not finite and the update was skipped, equal on all ranks."""
+
+
+class ParameterSource(Protocol):
+    """Where initial parameter values come from. No call communicates: ranks may ask for different runs."""
+
+    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+
+
+class StepModule(Protocol):
+    """What a strategy shards: one root module whose forward takes a batch and returns the summed terms."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]: ...
+    def shard_units(self) -> list[nn.Module]:
+        """The repeated blocks, in forward order, that are gathered one at a time."""
+
+
+OptimizerFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], "torch.optim.Optimizer"]
+"""Builds the optimizer from the trainable (plain name, parameter) pairs, after sharding."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is; the whole state of the data order is `samples`."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    samples: int = 0
+    """Documents (packs) consumed since the start of the run."""
+    tokens: int = 0
+    """Tokens consumed, all ranks together."""
+    supervised_tokens: int = 0
+    """Supervised tokens consumed, all ranks together."""
+    best_metric: float | None = None
+    """Best value so far of the metric that evaluation watches."""
+    best_step: int | None = None
+    """Step at which `best_metric` was reached."""
+    stale_evaluations: int = 0
+    """Evaluations since the best one, for early stopping."""
+    skipped_steps: int = 0
+    """Steps whose update was skipped because a gradient was not finite."""
+    wandb_id: str | None = None
+    """The W&B run that a resumed run continues."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Room for what later parts must keep across a resume (JSON values only)."""
+
+
+class Engine(Protocol):
+    """A live, sharded training step; one a run."""
+
+    dp_rank: int
+    dp_size: int
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; `last` marks the last micro-batch of the step, which synchronises. All ranks must call."""
+
+    def step(self, lr_factor: float) -> StepResult:
+        """Clip, update and zero. Each parameter group's own base rate is multiplied by `lr_factor`. All ranks must call."""
+
+    def inference(self) -> AbstractContextManager[nn.Module]:
+        """The step module for forward passes without gradients, in eval mode; restores training mode. All ranks enter."""
+
+    def save(self, path: Path, progress: Progress) -> None:
+        """Write the training state into the existing empty directory `path`. All ranks must call."""
+
+    def load(self, path: Path) -> Progress:
+        """Read the training state written by any strategy at any world size. All ranks must call."""
+
+    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0. All ranks must exhaust it."""
+
+
+class Strategy(Protocol):
+    """Builds an engine out of a step module that lives on the meta device."""
+
+    def init_context(self) -> AbstractContextManager[None]:
+        """The context in which the architecture is built: parameters on meta, buffers real."""
+
+    def prepare(
+        self,
+        step_module: nn.Module,
+        *,
+        source: ParameterSource,
+        make_optimizer: OptimizerFactory,
+        max_grad_norm: float,
+    ) -> Engine:
+        """Shard, load the values that this rank holds, then build the optimizer. All ranks must call."""

@@ -1,0 +1,45 @@
+"""The errors a user can cause or meet, each with the exit code the command line gives it.
+
+Everything that is the user's to mend derives from `ShardtuneError`; the command line prints its message without a
+traceback. Anything else is a defect of ours and ends with exit code 70 and a traceback.
+"""
+
+
+class ShardtuneError(Exception):
+    """Base of the errors that are shown as a message: the value, the constraint, the knob to turn."""
+
+    exit_code = 70
+
+
+class ConfigError(ShardtuneError):
+    """One or more settings cannot be used. `problems` holds a line for each, and all are shown at once."""
+
+    exit_code = 64
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(ShardtuneError):
+    """The data cannot be read or would teach nothing; messages name file and line."""
+
+    exit_code = 65
+
+
+class StorageError(ShardtuneError):
+    """A write failed (full disk, no permission). Nothing half-written stays under a final name."""
+
+    exit_code = 74
+
+
+class Preempted(ShardtuneError):
+    """The run was asked to stop, has saved its state and can be resumed."""
+
+    exit_code = 75
+
+
+class Diverged(ShardtuneError):
+    """Too many steps in a row had gradients that are not finite."""
+
+    exit_code = 70

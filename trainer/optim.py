@@ -1,0 +1,25 @@
+"""The optimizer's settings and its construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+
+    name: str = "adamw"
+    """Which optimizer runs; set by the group choice `optim=<name>`."""
+    lr: float = 2e-5
+    """Peak learning rate; about 1e-5 to 5e-5 for full tuning, 1e-4 to 5e-4 for LoRA."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; norms, biases and other vectors never decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of the first and second moment, each in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    max_skipped_steps: int = 10
+    """The run stops after this many steps in a row whose gradients are not finite."""

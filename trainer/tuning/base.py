@@ -1,0 +1,61 @@
+"""What a tuning method is, and the settings of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class TuningName(StrEnum):
+    """The names users type as `tuning=<name>`."""
+
+    full = "full"
+    lora = "lora"
+
+
+@dataclass(kw_only=True, slots=True)
+class TuningConfig:
+    """Settings shared by all tuning methods."""
+
+    name: TuningName = TuningName.full
+    """Which method runs; set by the group choice `tuning=<name>`, not by hand."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FullConfig(TuningConfig):
+    """Every parameter trains."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig(TuningConfig):
+    """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    name: TuningName = TuningName.lora
+    rank: int = 16
+    """Rank of the update; the adapter has `rank * (in + out)` parameters per matrix."""
+    alpha: float = 32.0
+    """Scale of the update: `alpha / rank` (`alpha / sqrt(rank)` with rslora)."""
+    dropout: float = 0.0
+    """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
+    targets: Any = "all-linear"
+    """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adaptation (Liu et al. 2024, arXiv:2402.09353)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+
+
+class Tuning(Protocol):
+    """Decides what trains. `apply` works on a model whose parameters are on the meta device."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze and add; raises ConfigError that lists what exists when a target matches nothing."""
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Fold adapters of a loaded model into its weights; returns the plain model."""
