@@ -177,8 +177,11 @@ class Engine(Protocol):
     dp_rank: int
     dp_size: int
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call."""
+    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+        """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call.
+
+        `last` marks the last micro-batch of the step: some engines decide in the forward pass whether to synchronise.
+        """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of the step, which synchronises. All ranks must call."""

@@ -1,9 +1,26 @@
-"""The model's settings. (The architecture and its weights are built further down.)"""
+"""The model: its settings, tokenizer and architecture. Its weights are `trainer.weights`' matter."""
 
 from __future__ import annotations
 
+import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from strategies.errors import ConfigError
+from trainer import attention as attention_module
+from trainer.data.settings import Layout
+from trainer.loss import LossHead, head_transform
+from trainer.objectives.base import ObjectiveConfig, ObjectiveName
+from trainer.objectives.build import build_objective
+from trainer.step import TrainStep
+from trainer.tuning.base import Tuning, TuningConfig
+from trainer.tuning.build import build_tuning
 
 
 class Attention(StrEnum):
@@ -38,3 +55,203 @@ class ModelConfig:
     """File with a Jinja chat template that replaces the tokenizer's own."""
     dropout: float = 0.0
     """Dropout probability set on the model's own dropout layers, 0 to 1."""
+
+
+@dataclass(slots=True)
+class Built:
+    """The architecture of a run, on the meta device, tuned but not sharded."""
+
+    step_module: TrainStep
+    tuning: Tuning
+    layout: Layout
+    attention: str
+    new_token_ids: list[int]
+    known_tokens: int
+    """Vocabulary size before tokens were added."""
+    config: Any
+    """The transformers config of the model."""
+    substitutions: dict[str, str]
+    """What was chosen for the user, and why."""
+
+
+def resolve_path(config: ModelConfig, value: str | None = None) -> str:
+    """A local directory as an absolute path, or a hub id as it is."""
+    text = value or config.path
+    if text is None:
+        raise ConfigError("model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2")
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.is_dir() else text
+
+
+def _hub_error(key: str, value: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{key}={value}: not a model directory here and not loadable from the local hub cache "
+        f"({str(error).splitlines()[0][:160]}); give an existing directory, or set model.download=true to fetch it"
+    )
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The transformers config; raises ConfigError when the model cannot be found or needs remote code."""
+    from transformers import AutoConfig
+
+    path = resolve_path(config)
+    try:
+        return AutoConfig.from_pretrained(
+            path,
+            revision=config.revision,
+            local_files_only=not config.download,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _hub_error("model.path", path, error) from error
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The fast tokenizer with added tokens and the chosen chat template; raises ConfigError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = resolve_path(config, config.tokenizer)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            revision=config.revision,
+            local_files_only=not config.download,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.tokenizer={path}: has no fast tokenizer (tokenizer.json); convert it first")
+    if config.chat_template is not None:
+        tokenizer.chat_template = Path(config.chat_template).expanduser().read_text()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    known = set(tokenizer.get_vocab())
+    if present := [t for t in config.add_tokens if t in known]:
+        raise ConfigError(f"model.add_tokens={present}: already in the vocabulary; remove them from the list")
+    tokenizer.add_tokens(list(config.add_tokens), special_tokens=True)
+    return tokenizer
+
+
+def resolve_layout(
+    model: ModelConfig, layout: Layout, model_type: str, *, needs_padding: bool, on_cuda: bool
+) -> tuple[Layout, str, dict[str, str]]:
+    """(layout, transformers attention name, substitutions made).
+
+    Raises ConfigError for a combination that would silently mix documents.
+    """
+    known = model_type in attention_module.PADDING_FREE
+    notes: dict[str, str] = {}
+    if layout is Layout.auto:
+        wants_stock = model.attention in (Attention.sdpa, Attention.eager)
+        layout = Layout.padding_free if known and not needs_padding and not wants_stock else Layout.padded
+        if layout is Layout.padded and not needs_padding:
+            reason = f"attention={model.attention}" if wants_stock else f"{model_type} is not proven padding-free"
+            notes["data.layout"] = f"padded ({reason})"
+    elif layout is Layout.padding_free and (needs_padding or not known):
+        raise ConfigError(
+            f"data.layout=padding_free: {model_type} with this objective is not proven to keep documents apart; "
+            f"use data.layout=padded (proven: {', '.join(sorted(attention_module.PADDING_FREE))})"
+        )
+    if layout is Layout.padded:
+        if model.attention is Attention.varlen:
+            raise ConfigError("model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones")
+        return layout, "sdpa" if model.attention is Attention.auto else str(model.attention), notes
+    if model.attention in (Attention.sdpa, Attention.eager):
+        raise ConfigError(
+            f"model.attention={model.attention} with data.layout=padding_free: would let documents see each other; use "
+            "model.attention=varlen or data.layout=padded"
+        )
+    has_flash = on_cuda and find_spec("flash_attn") is not None
+    if model.attention is Attention.flash_attention_2 and not has_flash:
+        raise ConfigError(
+            "model.attention=flash_attention_2: needs a CUDA device and the package flash-attn "
+            "(pip install 'shardtune[gpu]'); use model.attention=auto"
+        )
+    if has_flash and model.attention in (Attention.auto, Attention.flash_attention_2):
+        return layout, "flash_attention_2", notes
+    if model.attention is Attention.auto:
+        notes["model.attention"] = "varlen (built in; flash-attn is not installed or there is no GPU)"
+    return layout, attention_module.NAME, notes
+
+
+def build_step(
+    config: ModelConfig,
+    *,
+    objective_config: ObjectiveConfig,
+    tuning_config: TuningConfig,
+    layout: Layout,
+    tokenizer: Any,
+    num_labels: int | None,
+    context: AbstractContextManager[None],
+    on_cuda: bool,
+) -> Built:
+    """Architecture, added vocabulary and tuning, all on the meta device; raises ConfigError, touches no weights."""
+    import transformers
+
+    attention_module.register()
+    model_config = copy.deepcopy(load_model_config(config))
+    known_tokens = len(tokenizer) - len(config.add_tokens)
+    new_ids = list(range(known_tokens, len(tokenizer)))
+    if len(tokenizer) > model_config.vocab_size:
+        model_config.vocab_size = len(tokenizer)
+    classification = objective_config.name is ObjectiveName.classification
+    layout, attention, notes = resolve_layout(
+        config, layout, model_config.model_type, needs_padding=classification, on_cuda=on_cuda
+    )
+    if classification:
+        model_config.num_labels = num_labels
+        model_config.pad_token_id = tokenizer.pad_token_id
+        auto: Any = transformers.AutoModelForSequenceClassification
+    else:
+        auto = transformers.AutoModelForCausalLM
+    _set_dropout(model_config, config.dropout)
+    try:
+        with context:
+            model = auto.from_config(
+                model_config,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                dtype="float32",
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
+            f"{objective_config.name} with attention {attention}: {str(error)[:300]}"
+        ) from error
+    model.tie_weights()
+    if not classification:
+        _fuse_head(model, model_config)
+    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids))
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    model = tuning.apply(model)
+    model.train()
+    step = TrainStep(model, build_objective(objective_config), blocks)
+    return Built(step, tuning, layout, attention, new_ids, known_tokens, model_config, notes)
+
+
+def _fuse_head(model: Any, model_config: Any) -> None:
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        softcap, scale = head_transform(model_config)
+        model.set_output_embeddings(LossHead.replace(head, softcap=softcap, logit_scale=scale))
+
+
+_DROPOUT_FIELDS = (
+    "attention_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "seq_classif_dropout",
+)
+
+
+def _set_dropout(model_config: Any, probability: float) -> None:
+    """Set every dropout the architecture has: the same value whatever its fields are called."""
+    for name in _DROPOUT_FIELDS:
+        if isinstance(getattr(model_config, name, None), float | int):
+            setattr(model_config, name, probability)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import torch
+from torch import nn
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,3 +27,22 @@ class OptimConfig:
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     max_skipped_steps: int = 10
     """The run stops after this many steps in a row whose gradients are not finite."""
+
+
+def build_optimizer(config: OptimConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW over two groups: matrices decay, vectors (norms, biases) do not. Called after sharding.
+
+    The kernel is torch's fused one where every parameter is a floating-point tensor on CPU or CUDA.
+    """
+    pairs = [(name, p) for name, p in named if p.requires_grad]
+    # ZeRO-3 shows partitioned parameters as empty: their real shape is in ds_shape.
+    matrices = [p for _, p in pairs if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for _, p in pairs if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if params
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
+    )

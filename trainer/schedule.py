@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,3 +30,29 @@ class ScheduleConfig:
     """wsd only: share of all steps, at the end, over which the rate falls linearly."""
     min_factor: float = 0.0
     """Factor of the peak rate at the end, 0 to 1."""
+
+
+def warmup_steps(config: ScheduleConfig, total: int) -> int:
+    """Steps of linear warm-up in a run of `total` steps."""
+    return min(config.warmup_steps or round(config.warmup_share * total), total)
+
+
+def lr_factor_at(config: ScheduleConfig, step: int, total: int) -> float:
+    """Factor of the peak rate for the optimizer step with index `step` (0-based) of `total`.
+
+    Warm-up rises from 1/warmup at the first step to 1, so no step is wasted at rate zero; every shape but `constant`
+    reaches `min_factor` at the last step.
+    """
+    warmup = warmup_steps(config, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.name is ScheduleName.constant:
+        return 1.0
+    if config.name is ScheduleName.wsd:
+        decay = max(1, round(config.decay_share * total))
+        done = (step + 1 - (total - decay)) / decay
+        shape = 1.0 - min(1.0, max(0.0, done))
+    else:
+        done = min(1.0, (step + 1 - warmup) / max(1, total - warmup))
+        shape = 1.0 - done if config.name is ScheduleName.linear else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.min_factor + (1.0 - config.min_factor) * shape

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import uuid
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from strategies.errors import ConfigError, StorageError
 
 
 class WandbMode(StrEnum):
@@ -34,3 +42,158 @@ class LoggingConfig:
     """Also write TensorBoard event files (needs the `tensorboard` package)."""
     reference_tflops: float | None = None
     """Peak TFLOP/s of one device for MFU; default: known for common GPUs, measured for CPUs."""
+
+
+class Tracker(Protocol):
+    """Where rows of numbers go."""
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Record numbers of one step."""
+
+    def close(self) -> None:
+        """Finish; nothing is lost if it is never called but the summary."""
+
+
+class JsonlTracker:
+    """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        if path.exists():  # rows after the checkpoint belong to a future that is now done again
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(line + "\n" for line in kept))
+            aside.replace(path)
+        self._file = path.open("a")
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a torn last line
+
+
+class WandbTracker:
+    """Weights & Biases with its step metrics on a tokens axis; the run id survives a resume."""
+
+    def __init__(self, config: LoggingConfig, run_dir: Path, *, run_id: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        mode, self.note = str(config.wandb), None
+        if config.wandb is WandbMode.online and not _has_wandb_account():
+            mode, self.note = "offline", "offline (no W&B API key is configured)"
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            tags=config.tags or None,
+            name=run_dir.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            config=settings,
+            # The command line may hold what should not leave the machine; the resolved config says it all.
+            settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
+        )
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
+        self.offline_dir = str(Path(self._run.dir).parent) if mode == "offline" else None
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._run.log({"train_step": step, **metrics}, step=step)
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        """Set the run's summary, which the standard run table shows."""
+        self._run.summary.update(values)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _has_wandb_account() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+class TensorboardTracker:
+    """TensorBoard event files under `tensorboard/`."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "logging.tensorboard=true: needs the package tensorboard (pip install 'shardtune[tensorboard]')"
+            ) from error
+        self._writer = SummaryWriter(str(directory))
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        for key, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Trackers:
+    """All of a run's trackers behind one `log`. Only rank 0 has any."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Record numbers of one step everywhere. A failing remote tracker is dropped with a message, not fatal."""
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(metrics, step=step)
+            except Exception as error:  # noqa: BLE001 - the network or a full disk of a tracker must not end the run
+                if isinstance(tracker, JsonlTracker):
+                    raise StorageError(f"{tracker.path}: cannot be written ({error}); free space") from error
+                print(f"{type(tracker).__name__} stopped working and is dropped: {error}", flush=True)
+                self._trackers.remove(tracker)
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        """Set the summary where a tracker has one."""
+        for tracker in self._trackers:
+            if isinstance(tracker, WandbTracker):
+                tracker.summarise(values)
+
+    @property
+    def sync_line(self) -> str | None:
+        """The command that uploads an offline W&B run."""
+        for tracker in self._trackers:
+            if isinstance(tracker, WandbTracker) and tracker.offline_dir:
+                return f"wandb sync {shlex.quote(tracker.offline_dir)}"
+        return None
+
+    def close(self) -> None:
+        """Close all of them."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def build_trackers(
+    config: LoggingConfig, run_dir: Path, *, wandb_id: str | None, resume_step: int, settings: dict[str, Any]
+) -> tuple[Trackers, str | None, str | None]:
+    """(trackers, W&B run id, substitution note); for rank 0 only."""
+    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
+    note = None
+    if config.wandb is not WandbMode.disabled:
+        wandb_id = wandb_id or uuid.uuid4().hex[:12]
+        tracker = WandbTracker(config, run_dir, run_id=wandb_id, settings=settings)
+        note = tracker.note
+        trackers.append(tracker)
+    if config.tensorboard:
+        trackers.append(TensorboardTracker(run_dir / "tensorboard"))
+    return Trackers(trackers), wandb_id, note

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class TuningName(StrEnum):
@@ -51,11 +51,30 @@ class LoraConfig(TuningConfig):
     """Modules trained in full beside the adapters and saved with them, such as a classification head."""
 
 
+class BaseReader(Protocol):
+    """Reads the base model's parameters by their own names."""
+
+    def whole(self, name: str) -> Tensor:
+        """The full parameter, on the CPU."""
+
+
 class Tuning(Protocol):
     """Decides what trains. `apply` works on a model whose parameters are on the meta device."""
+
+    adapter: bool
+    """Whether the result is an adapter beside an unchanged base."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Freeze and add; raises ConfigError that lists what exists when a target matches nothing."""
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold adapters of a loaded model into its weights; returns the plain model."""
+
+    def base_name(self, name: str) -> str:
+        """The name a parameter of the tuned model has in the base model's checkpoint."""
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor | None:
+        """The full initial tensor of a parameter that the base does not have; None for base parameters.
+
+        Depends on (seed, name) and on base weights alone: equal under every strategy and world size.
+        """

@@ -1,0 +1,62 @@
+"""Replicated parameters; gradients are all-reduced while the backward pass runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from strategies.activation import apply_to_blocks
+from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
+from strategies.native import NativeEngine
+from strategies.single import SingleStrategy, load_whole
+
+
+class DdpEngine(NativeEngine):
+    """Synchronises on the last micro-batch (or on each, with `strategy.defer_sync=false`)."""
+
+    wrapped: DistributedDataParallel
+    defer_sync: bool = True
+
+    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+        # DDP decides in the forward pass whether the coming backward pass synchronises.
+        self.wrapped.require_backward_grad_sync = last or not self.defer_sync
+        return super().forward(batch, last=last)
+
+
+class DdpStrategy(SingleStrategy):
+    """`single` on every rank, plus the all-reduce."""
+
+    config: DdpConfig
+
+    def prepare(
+        self,
+        step_module: nn.Module,
+        *,
+        source: ParameterSource,
+        make_optimizer: OptimizerFactory,
+        max_grad_norm: float,
+    ) -> NativeEngine:
+        """Load everything on every rank, wrap, then build the optimizer. All ranks must call."""
+        load_whole(step_module, source, self.precision, self.runtime)
+        apply_to_blocks(step_module, self.config)
+        wrapped = DistributedDataParallel(
+            step_module,
+            device_ids=[self.runtime.device] if self.runtime.device.type == "cuda" else None,
+            bucket_cap_mb=self.config.bucket_mib,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            init_sync=False,
+        )
+        engine = DdpEngine(
+            step_module,
+            wrapped,
+            make_optimizer=make_optimizer,
+            max_grad_norm=max_grad_norm,
+            precision=self.precision,
+            runtime=self.runtime,
+            strategy=self.config.name,
+        )
+        engine.defer_sync = self.config.defer_sync
+        return engine

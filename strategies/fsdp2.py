@@ -1,0 +1,156 @@
+"""FSDP2 (`fully_shard`): parameters, gradients and optimizer state sharded block by block; hsdp adds replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from strategies.activation import apply_to_blocks
+from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, StrategyName
+from strategies.mesh import replicate_degree, shard_mesh
+from strategies.native import NativeEngine
+from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
+from strategies.runtime import Runtime
+
+
+def dtensor_start(tensor: DTensor) -> int:
+    """Index, in the flattened whole, of the first element of a dim-0 shard."""
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    row = 1
+    for size in tensor.shape[1:]:
+        row *= size
+    return (offsets[0] if offsets else 0) * row
+
+
+class Fsdp2Engine(NativeEngine):
+    """Gathers a block's parameters when it runs; keeps everything else sharded."""
+
+    casts_parameters = True
+    defer_sync = True
+    wrapped: FSDPModule  # type: ignore[assignment]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        sync = last or not self.defer_sync
+        self.wrapped.set_is_last_backward(last)
+        self.wrapped.set_requires_gradient_sync(sync)
+        super().backward(loss, last=last)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def _reduce_norm(self, squared: Tensor) -> Tensor:
+        mesh = self._mesh
+        dist.all_reduce(squared, group=mesh["shard"].get_group() if mesh.ndim > 1 else mesh.get_group())
+        return squared
+
+    @property
+    def _mesh(self) -> Any:
+        return self.trainable[0][1].device_mesh  # type: ignore[attr-defined]
+
+    def _skips_on_device(self) -> bool:
+        return False if self._mixed_found_inf else super()._skips_on_device()
+
+    _mixed_found_inf = False
+
+    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        assert isinstance(parameter, DTensor)
+        local = parameter.to_local()
+        return local.reshape(-1) if local.numel() == 0 else local.view(-1), dtensor_start(parameter)
+
+    def _writes(self) -> bool:
+        mesh = self._mesh
+        return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """As the base, with the root's own parameters (embeddings, head) gathered meanwhile. All ranks enter."""
+        with super().inference() as module:
+            yield module
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter  # type: ignore[attr-defined]
+        return whole.detach().cpu()
+
+    def _join_full(self, parameter: nn.Parameter) -> None:
+        if isinstance(parameter, DTensor):
+            parameter.full_tensor()
+
+
+class Fsdp2Strategy:
+    """Shards on the meta device, then loads only this rank's rows."""
+
+    def __init__(self, config: Fsdp2Config, precision: Precision, runtime: Runtime) -> None:
+        self.config, self.precision, self.runtime = config, precision, runtime
+        replicate = config.replicate
+        if config.name is StrategyName.hsdp or replicate != 1:
+            replicate = replicate_degree(0 if replicate == 1 else replicate, runtime)
+        self.replicate = replicate
+
+    def init_context(self) -> AbstractContextManager[None]:
+        return meta_context()
+
+    def prepare(
+        self,
+        step_module: nn.Module,
+        *,
+        source: ParameterSource,
+        make_optimizer: OptimizerFactory,
+        max_grad_norm: float,
+    ) -> Fsdp2Engine:
+        """Block by block `fully_shard`, then values, then the optimizer. All ranks must call."""
+        compute = COMPUTE_DTYPE[self.precision]
+        set_dtypes(step_module, trainable=torch.float32, frozen=compute)
+        apply_to_blocks(step_module, self.config)
+        self._shard(step_module, compute)
+        device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
+        materialize(step_module, device)
+        if self.config.cpu_offload:
+            for owner in step_module.modules():
+                for name, buffer in owner._buffers.items():
+                    if buffer is not None:
+                        owner._buffers[name] = buffer.to(self.runtime.device)
+        self._fill(step_module, source)
+        engine = Fsdp2Engine(
+            step_module,
+            step_module,
+            make_optimizer=make_optimizer,
+            max_grad_norm=max_grad_norm,
+            precision=self.precision,
+            runtime=self.runtime,
+            strategy=self.config.name,
+        )
+        engine.defer_sync = self.config.defer_sync
+        return engine
+
+    def _shard(self, step_module: nn.Module, compute: torch.dtype) -> None:
+        mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
+        offload: OffloadPolicy = OffloadPolicy()
+        if self.config.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=self.runtime.device.type == "cuda")
+        if self.precision is Precision.fp32:
+            policy = MixedPrecisionPolicy()
+        else:
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        kwargs = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+        for block in step_module.shard_units():  # type: ignore[operator]
+            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)  # type: ignore[arg-type]
+        # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
+        fully_shard(step_module, reshard_after_forward=False, **kwargs)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
+        for name, parameter in named_parameters(step_module):
+            assert isinstance(parameter, DTensor)
+            local = parameter.to_local()
+            if local.numel():
+                start = dtensor_start(parameter)
+                values = source.run(name, parameter.shape, start, start + local.numel())
+                local.view(-1).copy_(values)

@@ -1,0 +1,214 @@
+"""The engine of the strategies that use torch's own optimizers: single, ddp, fsdp2 and hsdp.
+
+One place for clipping, skipping steps that are not finite, loss scaling and training state. A subclass says how
+gradients are synchronised and which runs of the parameters this rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.base import OptimizerFactory, Precision, Progress, StepResult
+from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
+from strategies.runtime import Runtime
+from strategies.state import Run, StateHeader, load_state, save_state
+
+_GROWTH_INTERVAL = 2000
+"""fp16: steps without overflow after which the loss scale doubles (the interval of mixed-precision training's authors)."""
+
+
+class NativeEngine:
+    """A step module, its optimizer, and the arithmetic between backward and update."""
+
+    casts_parameters = False
+    """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""
+
+    def __init__(
+        self,
+        step_module: nn.Module,
+        wrapped: nn.Module,
+        *,
+        make_optimizer: OptimizerFactory,
+        max_grad_norm: float,
+        precision: Precision,
+        runtime: Runtime,
+        strategy: str,
+    ) -> None:
+        self.step_module, self.wrapped, self.runtime, self.strategy = step_module, wrapped, runtime, strategy
+        self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
+        self.trainable = trainable_parameters(step_module)
+        self.optimizer = make_optimizer(self.trainable)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.max_grad_norm = max_grad_norm
+        self.precision = precision
+        device = runtime.device
+        self.scale = torch.full((), 2.0**16, device=device) if precision is Precision.fp16 else None
+        self._steps_since_overflow = torch.zeros((), device=device)
+        self._updates = torch.zeros((), device=device)
+
+    # -- forward and backward ------------------------------------------------------------------------------------
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.casts_parameters or self.precision is Precision.fp32:
+            return nullcontext()
+        return torch.autocast(self.runtime.device.type, COMPUTE_DTYPE[self.precision])
+
+    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+        with self._autocast():
+            return self.wrapped(batch)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        (loss if self.scale is None else loss * self.scale).backward()
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The step module in eval mode, without gradients. All ranks enter."""
+        self.step_module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield self.step_module
+        finally:
+            self.step_module.train()
+
+    # -- update --------------------------------------------------------------------------------------------------
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter or gradient that lies on this rank, as a plain tensor."""
+        return tensor
+
+    def _reduce_norm(self, squared: Tensor) -> Tensor:
+        """Sum the squared norms of what each rank holds; the identity where every rank holds everything."""
+        return squared
+
+    def _grad_norm(self, grads: list[Tensor]) -> Tensor:
+        if not grads:
+            return self._reduce_norm(torch.zeros((), device=self.runtime.device)).sqrt()
+        norms = torch.stack(torch._foreach_norm([g.float() for g in grads]))
+        return self._reduce_norm(norms.square().sum().to(self.runtime.device)).sqrt()
+
+    @torch.no_grad()
+    def step(self, lr_factor: float) -> StepResult:
+        """Clip to the global norm and update, unless a gradient is not finite. Nothing here waits for the device."""
+        grads = [self._local(p.grad) for _, p in self.trainable if p.grad is not None]
+        norm = self._grad_norm(grads)
+        if self.scale is not None:
+            norm = norm / self.scale
+        finite = torch.isfinite(norm)
+        if self.max_grad_norm > 0:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            factor = torch.ones_like(norm)
+        if self.scale is not None:
+            factor = factor / self.scale
+        if grads and (self.max_grad_norm > 0 or self.scale is not None):
+            by_device = factor.to(grads[0].device)
+            torch._foreach_mul_(grads, by_device)
+        self._update(finite, lr_factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._updates += finite
+        if self.scale is not None:
+            self._adjust_scale(finite)
+        return StepResult(grad_norm=norm.float(), skipped=(~finite).float())
+
+    def _update(self, finite: Tensor, lr_factor: float) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * lr_factor
+        if self._skips_on_device():
+            # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(finite):
+            self.optimizer.step()
+
+    def _skips_on_device(self) -> bool:
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    def _adjust_scale(self, finite: Tensor) -> None:
+        """Halve the loss scale on overflow, double it after a long run without (Micikevicius et al. 2017)."""
+        assert self.scale is not None
+        self._steps_since_overflow = torch.where(finite, self._steps_since_overflow + 1, 0.0)
+        grow = self._steps_since_overflow >= _GROWTH_INTERVAL
+        self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+        self._steps_since_overflow = torch.where(grow, 0.0, self._steps_since_overflow)
+
+    # -- training state ------------------------------------------------------------------------------------------
+
+    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """This rank's part of a parameter (or moment of it), flattened, and where it starts in the whole."""
+        return parameter.view(-1), 0
+
+    def _runs(self, *, writing: bool) -> Iterator[Run]:
+        for name, parameter in self.trainable:
+            held, start = self._held(parameter)
+            tensors = {"weight": held.detach()}
+            for key, value in self.optimizer.state[parameter].items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.dim() > 0:
+                    tensors[key] = self._local(value).view(-1)
+            if writing and self.dp_size > 1 and start == 0 and held.numel() == parameter.numel():
+                # Replicated: each rank writes its share, so that no rank writes everything.
+                low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
+                tensors = {key: value[low:high] for key, value in tensors.items()}
+                start = low
+            yield Run(name, parameter.numel(), start, tensors, write=self._writes())
+
+    def _writes(self) -> bool:
+        return True
+
+    def _ensure_moments(self) -> None:
+        """Create the optimizer's state: a step with zero gradients at rate 0 (its values are overwritten at once)."""
+        if self.optimizer.state:
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for _, parameter in self.trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        if self._skips_on_device():
+            self.optimizer.found_inf = torch.zeros((), device=self.runtime.device)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def save(self, path: Path, progress: Progress) -> None:
+        """Write the training state into the existing empty directory `path`. All ranks must call."""
+        self._ensure_moments()
+        header = StateHeader(
+            progress=progress,
+            optimizer_steps=int(self._updates),
+            world_size=self.runtime.world_size,
+            strategy=str(self.strategy),
+            loss_scale=None if self.scale is None else float(self.scale),
+        )
+        save_state(path, self._runs(writing=True), header, self.runtime.rank)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> Progress:
+        """Read the training state written by any strategy at any world size. All ranks must call."""
+        self._ensure_moments()
+        header = load_state(path, self._runs(writing=False))
+        self._updates.fill_(header.optimizer_steps)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(header.optimizer_steps)
+        if self.scale is not None and header.loss_scale is not None:
+            self.scale.fill_(header.loss_scale)
+        return header.progress
+
+    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0."""
+        pairs = self.trainable if trainable_only else list(named_parameters(self.step_module))
+        for name, parameter in pairs:
+            yield name, self._full(parameter) if self.runtime.is_main else self._join_full(parameter)
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().cpu()
+
+    def _join_full(self, parameter: nn.Parameter) -> None:
+        """Take part in gathering a parameter whose value this rank does not want."""

@@ -1,0 +1,132 @@
+"""The process's place in the job: ranks, device, process groups, seeding, and the few collectives everybody uses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where this process stands. `control_group` talks over the CPU and never waits for the device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    control_group: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes shared files."""
+        return self.rank == 0
+
+
+def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
+    """Join the job described by the environment (torchrun's variables), or form a job of one.
+
+    All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda:
+        # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
+        torch_device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(torch_device)
+    else:
+        torch_device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+                os.environ.setdefault(key, value)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+    return Runtime(rank, world, local_rank, local_world, torch_device, control)
+
+
+def stop() -> None:
+    """Leave the job. No collective: a dead peer must not hold up the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def dist_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum `values` over all ranks, in place where there is more than one. All ranks must call."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_object(value: Any, runtime: Runtime) -> Any:
+    """Rank 0's `value`, on every rank. All ranks must call."""
+    if runtime.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=runtime.control_group)
+    return box[0]
+
+
+def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. All ranks must call."""
+    if runtime.world_size == 1:
+        return [value]
+    box: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(box, value, group=runtime.control_group)
+    return box
+
+
+def first_error(error: BaseException | None, runtime: Runtime) -> str | None:
+    """Agree on whether a step that each rank did alone has failed anywhere. All ranks must call.
+
+    Returns the lowest failing rank's message, None where all succeeded; so that no rank goes on into a collective that
+    a failed peer will never join.
+    """
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", runtime)
+    return next((f"rank {rank}: {message}" for rank, message in enumerate(messages) if message), None)
+
+
+def barrier(runtime: Runtime) -> None:
+    """Wait for every rank. All ranks must call."""
+    if runtime.world_size > 1:
+        dist.barrier(group=runtime.control_group)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part and on nothing else (no rank, no process)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout for one step of one rank: a resumed run draws what the uninterrupted one would have drawn."""
+    torch.manual_seed(derive_seed(seed, "step", step, rank))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated device memory on CUDA, resident set size of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def sum_over_ranks(rows: Sequence[Sequence[float]], device: torch.device) -> list[list[float]]:
+    """Sum a table of numbers over all ranks in float64. All ranks must call with the same shape."""
+    table = torch.tensor(rows, dtype=torch.float64, device=device)
+    return dist_sum(table).tolist()

@@ -1,0 +1,52 @@
+"""One process, whole parameters: the oracle that every other strategy is compared with."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from strategies.activation import apply_to_blocks
+from strategies.base import OptimizerFactory, ParameterSource, Precision, StrategyConfig
+from strategies.native import NativeEngine
+from strategies.parameters import COMPUTE_DTYPE, fill_whole, materialize, meta_context, set_dtypes
+from strategies.runtime import Runtime
+
+
+class SingleStrategy:
+    """No communication at all."""
+
+    def __init__(self, config: StrategyConfig, precision: Precision, runtime: Runtime) -> None:
+        self.config, self.precision, self.runtime = config, precision, runtime
+
+    def init_context(self) -> AbstractContextManager[None]:
+        return meta_context()
+
+    def prepare(
+        self,
+        step_module: nn.Module,
+        *,
+        source: ParameterSource,
+        make_optimizer: OptimizerFactory,
+        max_grad_norm: float,
+    ) -> NativeEngine:
+        """Load everything onto the device, then build the optimizer."""
+        load_whole(step_module, source, self.precision, self.runtime)
+        apply_to_blocks(step_module, self.config)
+        return NativeEngine(
+            step_module,
+            step_module,
+            make_optimizer=make_optimizer,
+            max_grad_norm=max_grad_norm,
+            precision=self.precision,
+            runtime=self.runtime,
+            strategy=self.config.name,
+        )
+
+
+def load_whole(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
+    """Put all parameters, filled, on this rank's device: trainable ones in fp32, frozen ones in the compute type."""
+    set_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
+    materialize(step_module, runtime.device)
+    fill_whole(step_module, source)

@@ -1,0 +1,281 @@
+"""DeepSpeed ZeRO 1, 2 and 3 behind the engine interface: wrapped once, never exposed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.activation import apply_to_blocks
+from strategies.base import OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
+from strategies.errors import ConfigError
+from strategies.parameters import (
+    COMPUTE_DTYPE,
+    fill_whole,
+    materialize,
+    meta_context,
+    named_parameters,
+    set_dtypes,
+    trainable_parameters,
+)
+from strategies.runtime import Runtime
+from strategies.state import Run, StateHeader, load_state, save_state
+from strategies.zero_config import deepspeed_config
+
+
+def import_deepspeed(*, on_cpu: bool) -> Any:
+    """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroEngine:
+    """A DeepSpeed engine that steps when it is told to and reports what it did."""
+
+    def __init__(self, step_module: nn.Module, engine: Any, config: ZeroConfig, runtime: Runtime) -> None:
+        self.step_module, self.engine, self.config, self.runtime = step_module, engine, config, runtime
+        self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
+        self.trainable = trainable_parameters(step_module)
+        self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
+        self._updates = 0
+
+    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return self.engine(batch)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr_factor: float) -> StepResult:
+        """Clip, update and zero. DeepSpeed decides on skipping itself and waits for the device to do so."""
+        for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * lr_factor
+        self.engine.step()
+        skipped = bool(self.engine.optimizer.overflow)
+        self._updates += not skipped
+        norm = self.engine.get_global_grad_norm()
+        device = self.runtime.device
+        return StepResult(
+            grad_norm=torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=device),
+            skipped=torch.tensor(float(skipped), device=device),
+        )
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The step module in eval mode, without gradients; stage 3 gathers each layer as it runs. All ranks enter."""
+        self.step_module.eval()
+        try:
+            with torch.no_grad():
+                yield self.step_module
+        finally:
+            self.step_module.train()
+
+    # -- training state ------------------------------------------------------------------------------------------
+
+    def _optimizer_state(self, flat: Tensor) -> dict[str, Tensor]:
+        state = self.engine.optimizer.optimizer.state[flat]
+        return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == flat.shape}
+
+    def _flat_groups(self) -> list[Tensor]:
+        """The fp32 master partitions that the inner optimizer steps on."""
+        optimizer = self.engine.optimizer
+        return optimizer.fp32_partitioned_groups_flat if self.config.stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _runs(self) -> Iterator[Run]:
+        """This rank's part of the fp32 masters and moments, parameter by parameter, as views."""
+        names = {id(p): name for name, p in self.trainable}
+        optimizer, flats = self.engine.optimizer, self._flat_groups()
+        if self.config.stage == 3:
+            for name, p in self.trainable:
+                group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
+                start = min(self.dp_rank * numel, p.ds_numel)
+                held = min(numel, p.ds_numel - start)  # the last partition is padded
+                yield self._run(name, p.ds_numel, start, flats[group], offset, held)
+            return
+        for flat, parameters in zip(flats, optimizer.bit16_groups, strict=True):
+            for p in parameters:
+                name, mapping = names[id(p)], p._hp_mapping
+                if mapping is None:
+                    yield self._run(name, p.numel(), 0, flat, 0, 0)
+                else:
+                    inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    yield self._run(name, p.numel(), outer.start, flat, inner.start, inner.numel)
+
+    def _run(self, name: str, numel: int, start: int, flat: Tensor, offset: int, held: int) -> Run:
+        tensors = {"weight": flat.data.narrow(0, offset, held)}
+        for key, value in self._optimizer_state(flat).items():
+            tensors[key] = value.narrow(0, offset, held)
+        return Run(name, numel, start, tensors)
+
+    def _ensure_moments(self) -> None:
+        """Create the inner optimizer's state: a step with zero gradients at rate 0."""
+        inner = self.engine.optimizer.optimizer
+        if inner.state:
+            return
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        rates = [group["lr"] for group in inner.param_groups]
+        kept = inner.param_groups
+        # Stage 3 hands its sub-groups to the optimizer one at a time; the state belongs to the flat tensors all the same.
+        flats = self._flat_groups()
+        for group in kept:
+            group["lr"] = 0.0
+        original = [group["params"] for group in kept]
+        if {id(p) for p in parameters} != {id(f) for f in flats}:
+            for group in kept:
+                group["params"] = []
+            kept[0]["params"] = list(flats)
+        for flat in flats:
+            flat.grad = torch.zeros_like(flat)
+        inner.step()
+        for flat in flats:
+            flat.grad = None
+            inner.state[flat]["step"].zero_()
+        for group, rate, params in zip(kept, rates, original, strict=True):
+            group["lr"], group["params"] = rate, params
+
+    def save(self, path: Path, progress: Progress) -> None:
+        """Write the training state into the existing empty directory `path`. All ranks must call."""
+        self._ensure_moments()
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        header = StateHeader(
+            progress=progress,
+            optimizer_steps=self._updates,
+            world_size=self.runtime.world_size,
+            strategy=str(self.config.name),
+            loss_scale=float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None,
+        )
+        save_state(path, self._runs(), header, self.runtime.rank)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> Progress:
+        """Read the training state written by any strategy at any world size, before the first step. All ranks must call."""
+        self._ensure_moments()
+        header = load_state(path, self._runs())
+        self._updates = header.optimizer_steps
+        inner = self.engine.optimizer.optimizer
+        for flat in self._flat_groups():
+            inner.state[flat]["step"].fill_(header.optimizer_steps)
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        if header.loss_scale is not None and getattr(scaler, "dynamic", False):
+            scaler.cur_scale = header.loss_scale
+        self.refresh_compute_copies()
+        return header.progress
+
+    @torch.no_grad()
+    def refresh_compute_copies(self) -> None:
+        """Bring the parameters that the forward pass uses up to their fp32 masters. All ranks must call."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+        for _, p in self.trainable:
+            if self.config.stage == 3:
+                p.ds_tensor.data.copy_(safe_get_local_fp32_param(p).to(p.ds_tensor.dtype))
+            else:
+                p.data.copy_(safe_get_full_fp32_param(p).view_as(p))
+
+    @torch.no_grad()
+    def set_masters(self, source: ParameterSource) -> None:
+        """Give the fp32 masters their exact initial values: they were cloned from rounded compute copies."""
+        for run in self._runs():
+            held = run.tensors["weight"]
+            if held.numel():
+                shape = torch.Size([run.numel])
+                held.copy_(source.run(run.name, self._shapes.get(run.name, shape), run.start, run.start + held.numel()))
+
+    @property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.trainable}
+
+    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Full parameters one by one, on the CPU, under plain names (masters where they train); None on all ranks but 0."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trainable = {id(p) for _, p in self.trainable}
+        for name, p in named_parameters(self.step_module):
+            if id(p) in trainable:
+                whole = safe_get_full_fp32_param(p).view(getattr(p, "ds_shape", p.shape))
+                yield name, whole.cpu() if self.runtime.is_main else None
+            elif not trainable_only and self.config.stage == 3:
+                with deepspeed.zero.GatheredParameters([p]):
+                    value = p.detach().cpu().clone() if self.runtime.is_main else None
+                yield name, value
+            elif not trainable_only:
+                yield name, p.detach().cpu() if self.runtime.is_main else None
+
+
+class ZeroStrategy:
+    """Builds a DeepSpeed engine; stage 3 partitions block by block, so that no rank ever holds the whole model."""
+
+    def __init__(self, config: ZeroConfig, precision: Precision, runtime: Runtime) -> None:
+        self.config, self.precision, self.runtime = config, precision, runtime
+        self.on_cpu = runtime.device.type == "cpu"
+        if self.on_cpu and precision is Precision.fp16:
+            raise ConfigError(f"precision=fp16 with strategy={config.name}: DeepSpeed has no fp16 on CPUs; use bf16 or fp32")
+
+    def init_context(self) -> AbstractContextManager[None]:
+        return meta_context()
+
+    def prepare(
+        self,
+        step_module: nn.Module,
+        *,
+        source: ParameterSource,
+        make_optimizer: OptimizerFactory,
+        max_grad_norm: float,
+    ) -> ZeroEngine:
+        """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
+        deepspeed = import_deepspeed(on_cpu=self.on_cpu)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        compute = COMPUTE_DTYPE[self.precision]
+        set_dtypes(step_module, trainable=compute, frozen=compute)
+        apply_to_blocks(step_module, self.config)
+        settings = deepspeed_config(
+            self.config, precision=self.precision, max_grad_norm=max_grad_norm, on_cpu=self.on_cpu
+        )
+        if self.config.stage == 3:
+            self._load_partitioned(deepspeed, step_module, source, settings)
+        else:
+            materialize(step_module, self.runtime.device)
+            fill_whole(step_module, source)
+        optimizer = make_optimizer(trainable_parameters(step_module))
+        engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
+        result = ZeroEngine(step_module, engine, self.config, self.runtime)
+        if self.precision is not Precision.fp32:
+            result.set_masters(source)
+        return result
+
+    def _load_partitioned(self, deepspeed: Any, step_module: nn.Module, source: ParameterSource, settings: dict) -> None:
+        """Block by block: allocate, fill on rank 0, and let `zero.Init` broadcast and partition."""
+        names = {id(p): name for name, p in named_parameters(step_module)}
+        for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
+            fresh: dict[int, str] = {}
+            owners = [(o, key, p) for o in module.modules() for key, p in o._parameters.items() if p is not None]
+            made: dict[int, nn.Parameter] = {}
+            for owner, key, p in owners:
+                if not p.is_meta or hasattr(p, "ds_id"):
+                    continue
+                if id(p) not in made:
+                    whole = nn.Parameter(torch.empty_like(p.data, device=self.runtime.device), p.requires_grad)
+                    made[id(p)], fresh[id(p)] = whole, names[id(p)]
+                    if self.runtime.is_main:
+                        values = source.run(names[id(p)], p.shape, 0, p.numel())
+                        whole.data.view(-1).copy_(values)
+                owner._parameters[key] = made[id(p)]
+            if made:
+                deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=COMPUTE_DTYPE[self.precision])
+        for owner in step_module.modules():
+            for key, buffer in owner._buffers.items():
+                if buffer is not None:
+                    owner._buffers[key] = buffer.to(self.runtime.device)

@@ -1,0 +1,66 @@
+"""Typed ZeRO settings to DeepSpeed's own dictionary: a pure function, so that no number has two owners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from strategies.base import Precision, ZeroConfig
+
+MIB = 2**20
+
+
+def _offload(target: str, nvme_path: str | None) -> dict[str, Any] | None:
+    if target == "none":
+        return None
+    section: dict[str, Any] = {"device": target, "pin_memory": True}
+    if target == "nvme":
+        section["nvme_path"] = nvme_path
+    return section
+
+
+def deepspeed_config(
+    config: ZeroConfig, *, precision: Precision, max_grad_norm: float, on_cpu: bool, defer_sync: bool = True
+) -> dict[str, Any]:
+    """The dictionary given to `deepspeed.initialize`.
+
+    Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
+    (`set_gradient_accumulation_boundary`), and losses arrive already divided.
+    """
+    numel = config.bucket_mib * MIB // 2  # DeepSpeed counts elements; two bytes each in the compute type
+    zero: dict[str, Any] = {
+        "stage": config.stage,
+        "overlap_comm": not on_cpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": numel,
+        "allgather_bucket_size": numel,
+    }
+    for key, target in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
+        section = _offload(target, config.nvme_path)
+        if section is not None:
+            if on_cpu:
+                section["pin_memory"] = False
+            zero[key] = section
+    if config.stage == 3:
+        zero["stage3_param_persistence_threshold"] = config.persistence_threshold
+        zero["stage3_prefetch_bucket_size"] = config.prefetch_mib * MIB // 2
+        zero["stage3_max_live_parameters"] = int(1e9)
+        zero["stage3_max_reuse_distance"] = int(1e9)
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # torch's fused CPU AdamW steps offloaded state; DeepSpeed's own would need a C++ compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if precision is Precision.bf16:
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+        result["communication_data_type"] = "fp32"
+    elif precision is Precision.fp16:
+        result["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000}
+    return result

@@ -1,0 +1,173 @@
+"""Attention over concatenated documents: one registered function that never lets a token see another document.
+
+It honours causality, sliding windows, logit soft-capping and grouped heads, or raises. It takes the boundaries that
+travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "shardtune_varlen"
+
+PADDING_FREE = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+    }
+)
+"""`model_type`s that a test has shown to give the same result concatenated and apart (tests/test_attention.py)."""
+
+
+def register() -> None:
+    """Make the function known to transformers under `NAME`. Idempotent."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, varlen_attention)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    document_bounds: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each document of a row; q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
+
+    `document_bounds` is `cu_seq_lens_q` on the host: with it the CPU path reads no tensor.
+    """
+    if cu_seq_lens_q is None:
+        raise ValueError(
+            f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
+            "switch the model to 'sdpa' with set_attn_implementation"
+        )
+    for unknown in ("s_aux", "sinks", "head_mask", "position_bias"):
+        if kwargs.get(unknown) is not None:
+            raise ValueError(f"attention '{NAME}' does not implement {unknown}; set data.layout=padded")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if _has_varlen_kernel(query, softcap, dropout):
+        return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
+    bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
+    pieces = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        q, k, v = (t[:, :, start:stop] for t in (query, key, value))
+        pieces.append(_one_document(q, k, v, scaling, dropout, sliding_window, softcap, causal))
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _one_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    causal: bool,
+) -> Tensor:
+    length = q.shape[2]
+    mask = None
+    if window is not None and length > window:
+        position = torch.arange(length, device=q.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < window) if causal else distance.abs() < window
+    if softcap is not None:
+        return _soft_capped(q, k, v, scaling, dropout, softcap, mask, causal)
+    # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one: cast where that pays.
+    cast = q.device.type == "cpu" and q.dtype is torch.bfloat16
+    if cast:
+        q, k, v = q.float(), k.float(), v.float()
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.to(torch.bfloat16) if cast else out
+
+
+def _soft_capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
+    mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and causal:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
+    return weights @ v
+
+
+def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return softcap is None and dropout == 0.0
+
+
+def _varlen_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens: Tensor,
+    max_length: int | None,
+    scaling: float | None,
+    window: int | None,
+    causal: bool,
+) -> Tensor:
+    """torch's own variable-length kernel (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
+    left = window - 1 if window is not None else -1
+    longest = int(max_length) if max_length is not None else q.shape[0]
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0 if causal else left),
+        enable_gqa=grouped,
+    )
+    return out.unsqueeze(0)

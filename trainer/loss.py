@@ -1,0 +1,117 @@
+"""The output head and the next-token loss, fused: logits exist only at supervised rows and only a chunk at a time.
+
+Sharding forbids touching the head's weight from outside its own forward (FSDP2 would mix plain and distributed tensors,
+ZeRO-3 sees an empty one), so the loss is computed by *calling the head as a module*.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_LOGITS = 2**25
+"""Most logits held at once (rows times vocabulary); 128 MiB in float32."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T`; gradients are made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        need_bias = bias is not None and ctx.needs_input_grad[2]
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        correct = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = F.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float()
+            if scale != 1.0:
+                logits = logits * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            log_total = logits.logsumexp(dim=-1)
+            total += (log_total - logits.gather(1, target[:, None])[:, 0]).sum()
+            if not (need_hidden or need_weight or need_bias):
+                correct += (logits.argmax(dim=-1) == target).sum()
+                continue
+            grad = torch.exp(logits - log_total[:, None])
+            grad[torch.arange(len(target), device=grad.device), target] -= 1.0
+            if softcap is not None:
+                grad = grad * (1.0 - (logits / softcap).square())
+            if scale != 1.0:
+                grad = grad * scale
+            grad = grad.to(chunk.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += grad.T @ chunk
+            if grad_bias is not None:
+                grad_bias += grad.float().sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _grad_correct: Tensor) -> Any:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype),
+            None if grad_bias is None else (grad_bias * grad_total).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class LossHead(nn.Linear):
+    """A model's own output layer that, given targets, returns the summed loss instead of logits."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def replace(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
+        """The same layer (the same Parameter objects) with the additional duty."""
+        new = cls.__new__(cls)
+        new.__dict__.update(head.__dict__)
+        new.softcap, new.logit_scale = softcap, logit_scale
+        return new
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
+        """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
+
+        The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
+        """
+        if targets is None:
+            return super().forward(hidden)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return _LinearCrossEntropy.apply(hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale)
+
+
+def logits_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of correct argmaxes of `logits [N, V]`, for heads that are not a plain linear layer."""
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum().float()
+
+
+def head_transform(config: Any) -> tuple[float | None, float]:
+    """(soft cap, factor) that an architecture applies to its logits after the head, read from its config."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
+        scale = float(factor)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
+        scale = 1.0 / float(divisor)
+    return softcap, scale

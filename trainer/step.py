@@ -1,0 +1,32 @@
+"""The root module that strategies shard: a model and an objective, from batch to summed terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainer.objectives.base import Objective
+
+
+class TrainStep(nn.Module):
+    """`forward(batch)` returns {term: sum over the micro-batch}. Parameters are touched only in modules' own forwards."""
+
+    def __init__(self, model: nn.Module, objective: Objective, block_classes: set[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self._block_classes = block_classes
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self.objective.terms(self.model, batch)
+
+    def shard_units(self) -> list[nn.Module]:
+        """The architecture's repeated blocks, in forward order; outermost only."""
+        found: list[nn.Module] = []
+        inside: set[int] = set()
+        for module in self.model.modules():
+            if id(module) not in inside and type(module).__name__ in self._block_classes:
+                found.append(module)
+                inside.update(id(m) for m in module.modules())
+        return found

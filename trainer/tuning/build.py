@@ -1,0 +1,16 @@
+"""From a tuning method's name to the object."""
+
+from __future__ import annotations
+
+from trainer.tuning.base import LoraConfig, Tuning, TuningConfig
+
+
+def build_tuning(config: TuningConfig, *, new_tokens: bool = False) -> Tuning:
+    """The method that `config` names; `new_tokens`: the vocabulary grew, so embeddings must train too."""
+    if isinstance(config, LoraConfig):
+        from trainer.tuning.lora import Lora
+
+        return Lora(config, train_embeddings=new_tokens)
+    from trainer.tuning.full import Full
+
+    return Full()

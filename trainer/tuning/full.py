@@ -1,0 +1,31 @@
+"""Full tuning: every parameter trains."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trainer.tuning.base import BaseReader
+
+
+class Full:
+    """Changes nothing about the model."""
+
+    adapter = False
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Every floating-point parameter trains."""
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return model
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Nothing to fold."""
+        return model
+
+    def base_name(self, name: str) -> str:
+        """The name a parameter has in the base model's checkpoint."""
+        return name
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor | None:
+        """None: every parameter comes from the base model."""
+        return None

@@ -1,0 +1,190 @@
+"""Initial parameter values, read run by run: from safetensors files, from the tuning method, or drawn.
+
+A rank asks only for the elements it holds; nothing here communicates. What the base checkpoint does not have (a new
+classification head, new vocabulary) is drawn from (seed, name), so that it is the same everywhere, and is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.errors import ConfigError, DataError
+from strategies.runtime import derive_seed
+from trainer.tuning.base import Tuning
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, memory-mapped, with the names a model may know them by."""
+
+    def __init__(self, directory: Path, base_prefix: str) -> None:
+        self.directory = directory
+        self._files = self._index()
+        self._open: dict[Path, Any] = {}
+        self._prefix = base_prefix + "." if base_prefix else ""
+
+    def _index(self) -> dict[str, Path]:
+        from safetensors import safe_open
+
+        listing = self.directory / "model.safetensors.index.json"
+        if listing.exists():
+            weight_map = json.loads(listing.read_text())["weight_map"]
+            root = self.directory.resolve()
+            files = {name: self.directory / file for name, file in weight_map.items()}
+            for file in set(files.values()):
+                if root not in file.absolute().parents or ".." in file.parts:
+                    raise DataError(f"{listing}: names a file outside the model directory: {file}")
+                if not file.exists():
+                    raise DataError(f"{listing}: names {file.name}, which is missing; download the model again")
+            return files
+        found: dict[str, Path] = {}
+        for file in sorted(self.directory.glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as handle:
+                found.update(dict.fromkeys(handle.keys(), file))
+        if not found:
+            raise ConfigError(
+                f"model.path={self.directory}: holds no .safetensors weights; convert them once with "
+                "transformers' save_pretrained"
+            )
+        return found
+
+    def resolve(self, name: str) -> str | None:
+        """The name under which the files hold a parameter: as it is, or with the base model's prefix added or dropped."""
+        candidates = [name, self._prefix + name, name.removeprefix(self._prefix)]
+        # LayerNorm parameters of checkpoints from before 2020 are called gamma and beta.
+        candidates += [c.replace(".weight", ".gamma").replace(".bias", ".beta") for c in candidates]
+        return next((c for c in candidates if c in self._files), None)
+
+    def _slice(self, stored: str) -> Any:
+        from safetensors import safe_open
+
+        file = self._files[stored]
+        if file not in self._open:
+            self._open[file] = safe_open(str(file), framework="pt").__enter__()
+        return self._open[file].get_slice(stored)
+
+    def shape(self, stored: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return tuple(self._slice(stored).get_shape())
+
+    def run(self, stored: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened tensor; reads only the rows they lie in."""
+        view = self._slice(stored)
+        shape = view.get_shape()
+        if not shape:
+            return view[...].reshape(-1)[start:stop]
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-stop // row)
+        return view[first:last].reshape(-1)[start - first * row : stop - first * row]
+
+
+class WeightSource:
+    """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tuning: Tuning,
+        *,
+        seed: int,
+        new_token_ids: list[int],
+        known_tokens: int,
+        init_std: float,
+    ) -> None:
+        self.checkpoint, self.tuning, self.seed = checkpoint, tuning, seed
+        self.new_ids, self.known_tokens, self.init_std = new_token_ids, known_tokens, init_std
+        self.initialised: list[str] = []
+        """Base parameters that the checkpoint does not have and that were drawn instead."""
+        self._means: dict[str, Tensor] = {}
+
+    def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
+        """Compare names and shapes with the checkpoint, before anything is allocated.
+
+        Only a new head (a name under `head_prefixes`) may be missing. Raises ConfigError with the first differences.
+        """
+        problems = []
+        for name, shape in named_shapes.items():
+            if self.tuning.initial_value is None or _is_adapter(self.tuning, name):
+                continue
+            base = self.tuning.base_name(name)
+            stored = self.checkpoint.resolve(base)
+            if stored is None:
+                if base.startswith(head_prefixes):
+                    if base not in self.initialised:
+                        self.initialised.append(base)
+                    continue
+                problems.append(f"{base} is not in the checkpoint")
+            elif self.checkpoint.shape(stored) != shape and not self._grown(self.checkpoint.shape(stored), shape):
+                problems.append(f"{base} has shape {self.checkpoint.shape(stored)}, the architecture wants {shape}")
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise ConfigError(
+                f"model.path={self.checkpoint.directory}: the weights do not fit the architecture: "
+                f"{'; '.join(problems[:5])}{more}"
+            )
+
+    def _grown(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        return bool(self.new_ids) and stored[1:] == wanted[1:] and stored[0] < wanted[0] == self.new_ids[-1] + 1
+
+    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        value = self.tuning.initial_value(name, tuple(shape), self, self.seed)
+        if value is not None:
+            return value.reshape(-1)[start:stop]
+        base = self.tuning.base_name(name)
+        stored = self.checkpoint.resolve(base)
+        if stored is None:
+            return self._drawn(base, tuple(shape)).reshape(-1)[start:stop]
+        if self.new_ids and self._is_vocabulary(stored, tuple(shape)):
+            return self._with_new_rows(stored, tuple(shape), start, stop)
+        return self.checkpoint.run(stored, start, stop)
+
+    def whole(self, name: str) -> Tensor:
+        """A full base parameter, for methods that read base weights."""
+        stored = self.checkpoint.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.checkpoint.directory}")
+        shape = self.checkpoint.shape(stored)
+        return self.checkpoint.run(stored, 0, math.prod(shape)).view(shape)
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if len(shape) < 2:
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
+        return torch.randn(shape, generator=generator) * self.init_std
+
+    def _is_vocabulary(self, stored: str, shape: tuple[int, ...]) -> bool:
+        leaf = stored.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
+        return leaf in {"embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"} and (
+            shape[0] > self.new_ids[0]
+        )
+
+    def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """A vocabulary matrix whose new rows are the mean of the known ones."""
+        row = math.prod(shape[1:])
+        if stored not in self._means:
+            known = self.checkpoint.run(stored, 0, self.known_tokens * row).view(self.known_tokens, row)
+            self._means[stored] = known.float().mean(dim=0)
+        first_new = self.new_ids[0] * row
+        end_new = (self.new_ids[-1] + 1) * row
+        pieces = []
+        if start < first_new:
+            pieces.append(self.checkpoint.run(stored, start, min(stop, first_new)).float())
+        if stop > first_new and start < end_new:
+            low, high = max(start, first_new), min(stop, end_new)
+            index = torch.arange(low, high) % row
+            pieces.append(self._means[stored][index])
+        if stop > end_new:
+            pieces.append(self.checkpoint.run(stored, max(start, end_new), stop).float())
+        return torch.cat(pieces)
+
+
+def _is_adapter(tuning: Tuning, name: str) -> bool:
+    return ".lora_" in name
