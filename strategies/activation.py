@@ -36,7 +36,7 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
     Raises ConfigError where the architecture has no repeated blocks to work on.
     """
     if config.activation_checkpointing is not ActivationCheckpointing.none:
-        model = step_module.model
+        model: Any = step_module.model
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(
                 f"strategy.activation_checkpointing={config.activation_checkpointing}: {type(model).__name__} does not "
@@ -49,6 +49,8 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
     if config.compile:
         blocks = step_module.shard_units()  # type: ignore[operator]
         if not blocks:
-            raise ConfigError("strategy.compile=true: this architecture names no repeated blocks to compile; set it false")
+            raise ConfigError(
+                "strategy.compile=true: this architecture names no repeated blocks to compile; set it false"
+            )
         for block in blocks:
             block.compile(dynamic=True)

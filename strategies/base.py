@@ -176,6 +176,8 @@ class Engine(Protocol):
 
     dp_rank: int
     dp_size: int
+    step_module: nn.Module
+    """The step module, sharded; its parameters are this rank's part."""
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,11 +54,6 @@ class Fsdp2Engine(NativeEngine):
     def _mesh(self) -> Any:
         return self.trainable[0][1].device_mesh  # type: ignore[attr-defined]
 
-    def _skips_on_device(self) -> bool:
-        return False if self._mixed_found_inf else super()._skips_on_device()
-
-    _mixed_found_inf = False
-
     def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
@@ -69,19 +63,13 @@ class Fsdp2Engine(NativeEngine):
         mesh = self._mesh
         return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
-    @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
-        """As the base, with the root's own parameters (embeddings, head) gathered meanwhile. All ranks enter."""
-        with super().inference() as module:
-            yield module
-
-    def _full(self, parameter: nn.Parameter) -> Tensor:
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter  # type: ignore[attr-defined]
-        return whole.detach().cpu()
-
-    def _join_full(self, parameter: nn.Parameter) -> None:
-        if isinstance(parameter, DTensor):
-            parameter.full_tensor()
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        tensor: Tensor = parameter
+        if isinstance(tensor, DTensor):
+            if tensor.to_local().device != self.runtime.device:  # offloaded: gather on the device, where NCCL can
+                tensor = tensor.to(self.runtime.device)
+            return tensor.full_tensor()  # type: ignore[attr-defined]
+        return tensor
 
 
 class Fsdp2Strategy:
@@ -139,11 +127,11 @@ class Fsdp2Strategy:
             policy = MixedPrecisionPolicy()
         else:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        kwargs = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+        kwargs: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
         for block in step_module.shard_units():  # type: ignore[operator]
-            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)  # type: ignore[arg-type]
+            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
-        fully_shard(step_module, reshard_after_forward=False, **kwargs)  # type: ignore[arg-type]
+        fully_shard(step_module, reshard_after_forward=False, **kwargs)
 
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:

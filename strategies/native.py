@@ -205,10 +205,9 @@ class NativeEngine:
         """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0."""
         pairs = self.trainable if trainable_only else list(named_parameters(self.step_module))
         for name, parameter in pairs:
-            yield name, self._full(parameter) if self.runtime.is_main else self._join_full(parameter)
+            whole = self._whole(parameter)
+            yield name, whole.detach().cpu() if self.runtime.is_main else None
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().cpu()
-
-    def _join_full(self, parameter: nn.Parameter) -> None:
-        """Take part in gathering a parameter whose value this rank does not want."""
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """The full parameter. All ranks must call."""
+        return parameter

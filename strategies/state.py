@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -57,6 +56,11 @@ class FlatRun(torch.Tensor):
         run = held.as_subclass(FlatRun)
         run.numel_whole, run.start, run.held = numel, start, held
         return run
+
+    def size(self, dim: int | None = None) -> Any:
+        """The size of the whole, which the loader compares with what was saved."""
+        whole = torch.Size([self.numel_whole])
+        return whole if dim is None else whole[dim]
 
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.held.numel()]))
@@ -103,7 +107,7 @@ def save_state(path: Path, runs: Iterable[Run], header: StateHeader, rank: int) 
             for key, tensor in run.tensors.items():
                 flat = tensor.detach().to("cpu", torch.float32)
                 tensors[f"{run.name}/{key}"] = FlatRun.wrap(flat, run.numel, run.start)
-    dcp.save(tensors, checkpoint_id=str(path / TENSORS), no_dist=dist.get_world_size() == 1)
+    dcp.save(tensors, checkpoint_id=str(path / TENSORS))
     if rank == 0:
         (path / PROGRESS).write_text(json.dumps(asdict(header), indent=1))
 
@@ -139,7 +143,7 @@ def load_state(path: Path, runs: Iterable[Run]) -> StateHeader:
                 flat = torch.empty(tensor.numel(), dtype=torch.float32)
                 buffers[f"{run.name}/{key}"] = FlatRun.wrap(flat, run.numel, run.start)
     # Every rank must join the plan, also one that holds nothing.
-    dcp.load(buffers, storage_reader=reader, no_dist=dist.get_world_size() == 1)
+    dcp.load(buffers, storage_reader=reader)
     for run in held:
         for key, tensor in run.tensors.items():
             if not tensor.numel():

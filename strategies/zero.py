@@ -46,7 +46,7 @@ class ZeroEngine:
     def __init__(self, step_module: nn.Module, engine: Any, config: ZeroConfig, runtime: Runtime) -> None:
         self.step_module, self.engine, self.config, self.runtime = step_module, engine, config, runtime
         self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
-        self.trainable = trainable_parameters(step_module)
+        self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
         self._updates = 0
 
@@ -91,7 +91,11 @@ class ZeroEngine:
     def _flat_groups(self) -> list[Tensor]:
         """The fp32 master partitions that the inner optimizer steps on."""
         optimizer = self.engine.optimizer
-        return optimizer.fp32_partitioned_groups_flat if self.config.stage == 3 else optimizer.single_partition_of_fp32_groups
+        return (
+            optimizer.fp32_partitioned_groups_flat
+            if self.config.stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
 
     def _runs(self) -> Iterator[Run]:
         """This rank's part of the fp32 masters and moments, parameter by parameter, as views."""
@@ -145,16 +149,21 @@ class ZeroEngine:
         for group, rate, params in zip(kept, rates, original, strict=True):
             group["lr"], group["params"] = rate, params
 
+    def _scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler, None where there is none."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
     def save(self, path: Path, progress: Progress) -> None:
         """Write the training state into the existing empty directory `path`. All ranks must call."""
         self._ensure_moments()
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        scaler = self._scaler()
         header = StateHeader(
             progress=progress,
             optimizer_steps=self._updates,
             world_size=self.runtime.world_size,
             strategy=str(self.config.name),
-            loss_scale=float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None,
+            loss_scale=None if scaler is None else float(scaler.cur_scale),
         )
         save_state(path, self._runs(), header, self.runtime.rank)
 
@@ -167,8 +176,8 @@ class ZeroEngine:
         inner = self.engine.optimizer.optimizer
         for flat in self._flat_groups():
             inner.state[flat]["step"].fill_(header.optimizer_steps)
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        if header.loss_scale is not None and getattr(scaler, "dynamic", False):
+        scaler = self._scaler()
+        if header.loss_scale is not None and scaler is not None:
             scaler.cur_scale = header.loss_scale
         self.refresh_compute_copies()
         return header.progress
@@ -222,7 +231,9 @@ class ZeroStrategy:
         self.config, self.precision, self.runtime = config, precision, runtime
         self.on_cpu = runtime.device.type == "cpu"
         if self.on_cpu and precision is Precision.fp16:
-            raise ConfigError(f"precision=fp16 with strategy={config.name}: DeepSpeed has no fp16 on CPUs; use bf16 or fp32")
+            raise ConfigError(
+                f"precision=fp16 with strategy={config.name}: DeepSpeed has no fp16 on CPUs; use bf16 or fp32"
+            )
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()
@@ -256,7 +267,9 @@ class ZeroStrategy:
             result.set_masters(source)
         return result
 
-    def _load_partitioned(self, deepspeed: Any, step_module: nn.Module, source: ParameterSource, settings: dict) -> None:
+    def _load_partitioned(
+        self, deepspeed: Any, step_module: nn.Module, source: ParameterSource, settings: dict
+    ) -> None:
         """Block by block: allocate, fill on rank 0, and let `zero.Init` broadcast and partition."""
         names = {id(p): name for name, p in named_parameters(step_module)}
         for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]

@@ -6,6 +6,7 @@ travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole r
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def varlen_attention(
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     pieces = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         q, k, v = (t[:, :, start:stop] for t in (query, key, value))
         pieces.append(_one_document(q, k, v, scaling, dropout, sliding_window, softcap, causal))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
@@ -158,7 +159,7 @@ def _varlen_kernel(
     q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
     left = window - 1 if window is not None else -1
     longest = int(max_length) if max_length is not None else q.shape[0]
-    out = varlen_attn(
+    out: Any = varlen_attn(
         q,
         k,
         v,

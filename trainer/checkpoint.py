@@ -100,7 +100,7 @@ class Checkpoints:
 
     def latest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files are what was written, and a line for each newer one that is not."""
-        skipped = []
+        skipped: list[str] = []
         for step in reversed(self.steps()):
             path = self.directory / STEP_DIR.format(step)
             problem = verify(path)

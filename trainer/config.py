@@ -14,6 +14,7 @@ from strategies.base import Precision, StrategyConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.data.settings import DataConfig
 from trainer.evaluation.base import EvaluationConfig
+from trainer.export import ExportConfig
 from trainer.model import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
 from trainer.optim import OptimConfig
@@ -137,6 +138,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     substitutions: dict[str, Any] = field(default_factory=dict)

@@ -21,16 +21,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        training: bool,
     ) -> tuple[Tensor, Tensor]:
-        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        need_bias = bias is not None and ctx.needs_input_grad[2]
+        need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
+        need_bias = training and bias is not None and ctx.needs_input_grad[2]
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float()
@@ -40,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = softcap * torch.tanh(logits / softcap)
             log_total = logits.logsumexp(dim=-1)
             total += (log_total - logits.gather(1, target[:, None])[:, 0]).sum()
-            if not (need_hidden or need_weight or need_bias):
+            if not training:
                 correct += (logits.argmax(dim=-1) == target).sum()
                 continue
             grad = torch.exp(logits - log_total[:, None])
@@ -71,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -97,7 +105,8 @@ class LossHead(nn.Linear):
             return super().forward(hidden)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return _LinearCrossEntropy.apply(hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale)
+        training = torch.is_grad_enabled()  # inside the function it is always off
+        return _LinearCrossEntropy.apply(hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale, training)
 
 
 def logits_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

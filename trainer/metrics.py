@@ -13,7 +13,15 @@ from strategies.base import StepResult
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 
 # Dense bf16/fp16 peak TFLOP/s of one device, from the makers' data sheets (no sparsity).
-KNOWN_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "V100": 125.0}
+KNOWN_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10": 125.0,
+    "V100": 125.0,
+}
 
 
 @dataclass(slots=True)
@@ -24,12 +32,14 @@ class StepRecord:
     lr: float
     tokens: int
     supervised_tokens: int
+    total_tokens: int
+    """Tokens since the start of the run."""
+    total_supervised_tokens: int
     counts: dict[str, int]
     local_sums: dict[str, Tensor]
     result: StepResult
     local_tokens: int
     wait_s: float
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -40,6 +50,11 @@ class Meter:
     flops_per_token: float
     reference_tflops: float | None
     _records: list[StepRecord] = field(default_factory=list)
+    _clock: float = field(default_factory=time.perf_counter)
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
+        self._clock = time.perf_counter()
 
     def add(self, record: StepRecord) -> None:
         """Keep one step's record; reads nothing from the device."""
@@ -62,8 +77,9 @@ class Meter:
         table = dist_sum(table).cpu()
         norms = torch.stack([r.result.grad_norm for r in records]).tolist()
         skipped = torch.stack([r.result.skipped for r in records]).tolist()
-        # The device has just caught up, so the interval's wall time is true even where single steps' is not.
-        seconds = sum(r.seconds for r in records) / len(records)
+        # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
+        seconds = (time.perf_counter() - self._clock) / len(records)
+        self._clock = time.perf_counter()
         memory = peak_memory_gib(self.runtime.device)
         return [
             self._row(r, dict(zip(terms, sums, strict=False)), sums[-2], norm, skip, seconds, memory)
@@ -71,7 +87,14 @@ class Meter:
         ]
 
     def _row(
-        self, r: StepRecord, sums: dict[str, float], wait: float, norm: float, skip: float, seconds: float, memory: float
+        self,
+        r: StepRecord,
+        sums: dict[str, float],
+        wait: float,
+        norm: float,
+        skip: float,
+        seconds: float,
+        memory: float,
     ) -> dict[str, Any]:
         world = self.runtime.world_size
         row: dict[str, Any] = {
@@ -79,8 +102,9 @@ class Meter:
             "loss": sums["loss"] / max(1, r.counts["loss"]),
             "grad_norm": norm,
             "lr": r.lr,
-            "tokens": r.tokens,
-            "supervised_tokens": r.supervised_tokens,
+            "tokens": r.total_tokens,
+            "step_tokens": r.tokens,
+            "supervised_tokens": r.total_supervised_tokens,
             "tokens_per_s": r.tokens / seconds,
             "tokens_per_s_per_rank": r.tokens / seconds / world,
             "supervised_tokens_per_s": r.supervised_tokens / seconds,
@@ -103,7 +127,10 @@ def reference_tflops(configured: float | None, device: torch.device) -> tuple[fl
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         match = next((v for k, v in KNOWN_TFLOPS.items() if k in name), None)
-        return match, f"data sheet, dense bf16, {name}" if match else f"unknown for {name}: set logging.reference_tflops"
+        return (
+            match,
+            f"data sheet, dense bf16, {name}" if match else f"unknown for {name}: set logging.reference_tflops",
+        )
     return measured_matmul_tflops(), f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
 
 
@@ -118,7 +145,9 @@ def measured_matmul_tflops(size: int = 768) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def flops_per_token(*, matmul_parameters: int, trainable_matmul_parameters: int, layers: int, width: int, mean_length: float) -> float:
+def flops_per_token(
+    *, matmul_parameters: int, trainable_matmul_parameters: int, layers: int, width: int, mean_length: float
+) -> float:
     """Model FLOPs of forward and backward for one token, causal attention included (the count of Kaplan et al. 2020).
 
     6 per trained weight; frozen weights need no gradient of their own, so 4.

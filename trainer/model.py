@@ -66,8 +66,12 @@ class Built:
     layout: Layout
     attention: str
     new_token_ids: list[int]
-    known_tokens: int
-    """Vocabulary size before tokens were added."""
+    vocabulary: frozenset[str]
+    """Base names of the parameters that have a row for each token."""
+    base_prefix: str
+    """Name under which the architecture holds its base model; checkpoints may omit it."""
+    head_prefixes: tuple[str, ...]
+    """Top-level names of a head that the checkpoint need not have (classification)."""
     config: Any
     """The transformers config of the model."""
     substitutions: dict[str, str]
@@ -88,6 +92,26 @@ def _hub_error(key: str, value: str, error: Exception) -> ConfigError:
         f"{key}={value}: not a model directory here and not loadable from the local hub cache "
         f"({str(error).splitlines()[0][:160]}); give an existing directory, or set model.download=true to fetch it"
     )
+
+
+def weights_directory(config: ModelConfig) -> Path:
+    """The directory of the weights: `model.path` itself, or the hub's local snapshot (fetched with model.download)."""
+    path = resolve_path(config)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                revision=config.revision,
+                local_files_only=not config.download,
+                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model"],
+            )
+        )
+    except Exception as error:  # the hub client has a dozen error types; all mean that there are no weights
+        raise _hub_error("model.path", path, error) from error
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -155,7 +179,9 @@ def resolve_layout(
         )
     if layout is Layout.padded:
         if model.attention is Attention.varlen:
-            raise ConfigError("model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones")
+            raise ConfigError(
+                "model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones"
+            )
         return layout, "sdpa" if model.attention is Attention.auto else str(model.attention), notes
     if model.attention in (Attention.sdpa, Attention.eager):
         raise ConfigError(
@@ -191,10 +217,8 @@ def build_step(
 
     attention_module.register()
     model_config = copy.deepcopy(load_model_config(config))
-    known_tokens = len(tokenizer) - len(config.add_tokens)
-    new_ids = list(range(known_tokens, len(tokenizer)))
-    if len(tokenizer) > model_config.vocab_size:
-        model_config.vocab_size = len(tokenizer)
+    new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
+    _grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     classification = objective_config.name is ObjectiveName.classification
     layout, attention, notes = resolve_layout(
         config, layout, model_config.model_type, needs_padding=classification, on_cuda=on_cuda
@@ -224,10 +248,31 @@ def build_step(
         _fuse_head(model, model_config)
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids))
     blocks = set(getattr(model, "_no_split_modules", None) or ())
+    vocabulary = _vocabulary_names(model)
+    prefix = model.base_model_prefix
+    heads = tuple(name for name, _ in model.named_children() if name != prefix) if classification else ()
     model = tuning.apply(model)
     model.train()
     step = TrainStep(model, build_objective(objective_config), blocks)
-    return Built(step, tuning, layout, attention, new_ids, known_tokens, model_config, notes)
+    return Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes)
+
+
+def _grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:
+    """Make room for added tokens: built at its final size, the model needs no resizing after sharding."""
+    rows = model_config.vocab_size
+    if size - num_new > rows:
+        raise ConfigError(
+            f"model.path={config.path}: its tokenizer has {size - num_new} entries, its embeddings {rows} rows: they do "
+            "not belong together. Use the tokenizer of this model and list further tokens in model.add_tokens"
+        )
+    model_config.vocab_size = max(rows, size)
+
+
+def _vocabulary_names(model: Any) -> frozenset[str]:
+    wanted = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    return frozenset(
+        f"{name}.{key}" for name, module in model.named_modules() if id(module) in wanted for key in module._parameters
+    )
 
 
 def _fuse_head(model: Any, model_config: Any) -> None:

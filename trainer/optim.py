@@ -43,6 +43,4 @@ def build_optimizer(config: OptimConfig, named: Iterable[tuple[str, nn.Parameter
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if params
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)

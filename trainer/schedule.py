@@ -40,8 +40,8 @@ def warmup_steps(config: ScheduleConfig, total: int) -> int:
 def lr_factor_at(config: ScheduleConfig, step: int, total: int) -> float:
     """Factor of the peak rate for the optimizer step with index `step` (0-based) of `total`.
 
-    Warm-up rises from 1/warmup at the first step to 1, so no step is wasted at rate zero; every shape but `constant`
-    reaches `min_factor` at the last step.
+    Warm-up rises from 1/warmup at the first step to 1; every shape but `constant` would reach `min_factor` one step
+    after the last, so that no step is wasted at rate zero.
     """
     warmup = warmup_steps(config, total)
     if step < warmup:
@@ -50,9 +50,9 @@ def lr_factor_at(config: ScheduleConfig, step: int, total: int) -> float:
         return 1.0
     if config.name is ScheduleName.wsd:
         decay = max(1, round(config.decay_share * total))
-        done = (step + 1 - (total - decay)) / decay
+        done = (step - (total - decay)) / decay
         shape = 1.0 - min(1.0, max(0.0, done))
     else:
-        done = min(1.0, (step + 1 - warmup) / max(1, total - warmup))
+        done = (step - warmup) / max(1, total - warmup)
         shape = 1.0 - done if config.name is ScheduleName.linear else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.min_factor + (1.0 - config.min_factor) * shape

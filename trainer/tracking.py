@@ -157,7 +157,7 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 tracker.log(metrics, step=step)
-            except Exception as error:  # noqa: BLE001 - the network or a full disk of a tracker must not end the run
+            except Exception as error:
                 if isinstance(tracker, JsonlTracker):
                     raise StorageError(f"{tracker.path}: cannot be written ({error}); free space") from error
                 print(f"{type(tracker).__name__} stopped working and is dropped: {error}", flush=True)

@@ -92,12 +92,14 @@ class WeightSource:
         tuning: Tuning,
         *,
         seed: int,
-        new_token_ids: list[int],
-        known_tokens: int,
         init_std: float,
+        new_token_ids: list[int] | None = None,
+        vocabulary: frozenset[str] = frozenset(),
     ) -> None:
-        self.checkpoint, self.tuning, self.seed = checkpoint, tuning, seed
-        self.new_ids, self.known_tokens, self.init_std = new_token_ids, known_tokens, init_std
+        self.checkpoint, self.tuning, self.seed, self.init_std = checkpoint, tuning, seed, init_std
+        self.new_ids = new_token_ids or []
+        self.vocabulary = vocabulary
+        """Base names of the parameters that have a row for each token."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
         self._means: dict[str, Tensor] = {}
@@ -109,7 +111,7 @@ class WeightSource:
         """
         problems = []
         for name, shape in named_shapes.items():
-            if self.tuning.initial_value is None or _is_adapter(self.tuning, name):
+            if self.tuning.owns(name):
                 continue
             base = self.tuning.base_name(name)
             stored = self.checkpoint.resolve(base)
@@ -119,7 +121,7 @@ class WeightSource:
                         self.initialised.append(base)
                     continue
                 problems.append(f"{base} is not in the checkpoint")
-            elif self.checkpoint.shape(stored) != shape and not self._grown(self.checkpoint.shape(stored), shape):
+            elif self.checkpoint.shape(stored) != shape and not (base in self.vocabulary and self.new_ids):
                 problems.append(f"{base} has shape {self.checkpoint.shape(stored)}, the architecture wants {shape}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -128,19 +130,15 @@ class WeightSource:
                 f"{'; '.join(problems[:5])}{more}"
             )
 
-    def _grown(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-        return bool(self.new_ids) and stored[1:] == wanted[1:] and stored[0] < wanted[0] == self.new_ids[-1] + 1
-
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
-        value = self.tuning.initial_value(name, tuple(shape), self, self.seed)
-        if value is not None:
-            return value.reshape(-1)[start:stop]
+        if self.tuning.owns(name):
+            return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
         if stored is None:
             return self._drawn(base, tuple(shape)).reshape(-1)[start:stop]
-        if self.new_ids and self._is_vocabulary(stored, tuple(shape)):
+        if self.new_ids and base in self.vocabulary:
             return self._with_new_rows(stored, tuple(shape), start, stop)
         return self.checkpoint.run(stored, start, stop)
 
@@ -160,17 +158,11 @@ class WeightSource:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
         return torch.randn(shape, generator=generator) * self.init_std
 
-    def _is_vocabulary(self, stored: str, shape: tuple[int, ...]) -> bool:
-        leaf = stored.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
-        return leaf in {"embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"} and (
-            shape[0] > self.new_ids[0]
-        )
-
     def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """A vocabulary matrix whose new rows are the mean of the known ones."""
         row = math.prod(shape[1:])
         if stored not in self._means:
-            known = self.checkpoint.run(stored, 0, self.known_tokens * row).view(self.known_tokens, row)
+            known = self.checkpoint.run(stored, 0, self.new_ids[0] * row).view(self.new_ids[0], row)
             self._means[stored] = known.float().mean(dim=0)
         first_new = self.new_ids[0] * row
         end_new = (self.new_ids[-1] + 1) * row
@@ -184,7 +176,3 @@ class WeightSource:
         if stop > end_new:
             pieces.append(self.checkpoint.run(stored, max(start, end_new), stop).float())
         return torch.cat(pieces)
-
-
-def _is_adapter(tuning: Tuning, name: str) -> bool:
-    return ".lora_" in name

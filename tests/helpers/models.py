@@ -5,50 +5,58 @@ from pathlib import Path
 import torch
 
 CONFIGS = {
-    "llama": ("LlamaConfig", dict(num_key_value_heads=2)),
-    "llama_tied": ("LlamaConfig", dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "mistral": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=16)),
-    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=8)),
-    "gemma": ("GemmaConfig", dict(num_key_value_heads=2, head_dim=8)),
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "llama_tied": ("LlamaConfig", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma": ("GemmaConfig", {"num_key_value_heads": 2, "head_dim": 8}),
     "gemma2": (
         "Gemma2Config",
-        dict(
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=16,
-            query_pre_attn_scalar=8,
-            attn_logit_softcapping=20.0,
-            final_logit_softcapping=10.0,
-        ),
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 10.0,
+        },
     ),
     "gemma3_text": (
         "Gemma3TextConfig",
-        dict(num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8, num_hidden_layers=6),
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 8,
+            "num_hidden_layers": 6,
+        },
     ),
-    "phi3": ("Phi3Config", dict(num_key_value_heads=2, pad_token_id=0)),
-    "gpt2": ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)),
-    "gpt_neox": ("GPTNeoXConfig", dict(rotary_pct=0.5)),
-    "falcon": ("FalconConfig", dict(multi_query=True, alibi=False)),
-    "distilbert": ("DistilBertConfig", dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64)),
+    "phi3": ("Phi3Config", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt_neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    "falcon": ("FalconConfig", {"multi_query": True, "alibi": False}),
+    "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
 }
 
 
-def tiny_model_dir(path: Path, architecture: str = "llama", *, vocab_size: int = 512, seed: int = 0, **overrides) -> Path:
+def tiny_model_dir(
+    path: Path, architecture: str = "llama", *, vocab_size: int = 512, seed: int = 0, **overrides
+) -> Path:
     """Save a random model of about 40,000 parameters, dropout off, weights large enough for clear differences."""
     import transformers
 
     name, extra = CONFIGS[architecture]
-    common = dict(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if architecture in {"gpt2", "distilbert"}:
         common = {k: v for k, v in common.items() if k in {"vocab_size", "bos_token_id", "eos_token_id"}}
     if architecture == "falcon":

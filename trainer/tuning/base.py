@@ -73,8 +73,11 @@ class Tuning(Protocol):
     def base_name(self, name: str) -> str:
         """The name a parameter of the tuned model has in the base model's checkpoint."""
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor | None:
-        """The full initial tensor of a parameter that the base does not have; None for base parameters.
+    def owns(self, name: str) -> bool:
+        """Whether the method added this parameter, so that the base checkpoint does not have it."""
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """The full initial tensor of a parameter that the method owns, float32.
 
         Depends on (seed, name) and on base weights alone: equal under every strategy and world size.
         """

@@ -26,6 +26,10 @@ class Full:
         """The name a parameter has in the base model's checkpoint."""
         return name
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor | None:
-        """None: every parameter comes from the base model."""
-        return None
+    def owns(self, name: str) -> bool:
+        """Nothing is added."""
+        return False
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """Never asked: nothing is owned."""
+        raise AssertionError(f"{name} belongs to the base model")

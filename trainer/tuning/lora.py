@@ -50,7 +50,9 @@ class Lora:
             use_dora=self.config.dora,
             modules_to_save=modules_to_save or None,
             ensure_weight_tying=self.train_embeddings and tied,
-            task_type="SEQ_CLS" if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__ else "CAUSAL_LM",
+            task_type="SEQ_CLS"
+            if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__
+            else "CAUSAL_LM",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -85,11 +87,14 @@ class Lora:
             name = name.replace(wrapper, "")
         return name
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor | None:
-        """The full initial tensor of an adapter parameter, float32, drawn from (seed, name); None for base parameters."""
+    def owns(self, name: str) -> bool:
+        """Adapter matrices and DoRA magnitudes; modules trained in full start as copies of the base's."""
+        return _ADAPTER.search(name) is not None
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """The full initial tensor of an adapter parameter, float32, drawn from (seed, name)."""
         match = _ADAPTER.search(name)
-        if match is None:
-            return None
+        assert match is not None, name
         kind = match.group(1)
         if kind == "magnitude_vector":  # DoRA: the norms of the base weight, of shape [out]
             weight = base.whole(self.base_name(name[: match.start()] + ".weight")).float()

@@ -1,0 +1,59 @@
+"""Which choices each configuration group has, and which typed settings stand behind each choice.
+
+The choices are the YAML files of `conf/`; reading their names needs neither Hydra nor torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+WHOLE_RUN_GROUPS = ("experiment", "debug", "local")
+"""Groups whose files may set any key; their choice may be `null`."""
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """The choices of every group, both in alphabetical order."""
+    found = {
+        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
+        for directory in sorted(CONF_DIR.iterdir())
+        if directory.is_dir() and not directory.name.startswith(("_", "."))
+    }
+    return {name: choices for name, choices in found.items() if choices or name == "local"}
+
+
+def variants() -> dict[str, dict[str, type]]:
+    """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
+    from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
+    from trainer.config import LauncherConfig, SlurmConfig
+    from trainer.objectives.base import ClassificationConfig, SftConfig
+    from trainer.tuning.base import FullConfig, LoraConfig
+
+    return {
+        "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
+        "tuning": {"full": FullConfig, "lora": LoraConfig},
+        "objective": {"sft": SftConfig, "classification": ClassificationConfig},
+        "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
+    }
+
+
+def settings_of(group: str, name: str) -> type:
+    """The settings class of a choice; the choices of ZeRO share one, and hsdp is fsdp2 with replicas."""
+    nodes = variants()[group]
+    return nodes.get(name) or nodes["fsdp2" if name == "hsdp" else "zero"]
+
+
+def register_schemas() -> None:
+    """Make the typed settings known to Hydra as `schema_run` and `<group>/schema_<name>`."""
+    from hydra.core.config_store import ConfigStore
+
+    from trainer.config import RunConfig
+
+    store: Any = ConfigStore.instance()
+    store.store(name="schema_run", node=RunConfig)
+    for group, nodes in variants().items():
+        for name, settings in nodes.items():
+            store.store(group=group, name=f"schema_{name}", node=settings)

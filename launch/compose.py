@@ -1,0 +1,178 @@
+"""Words of the command line to one typed, validated and hashed configuration.
+
+Owns the composition and the report of everything that is wrong with it, all at once. Freezing it into a run directory
+is `launch.frozen`'s part, whose functions are offered here too. Composing imports torch at most, never transformers,
+peft, datasets, wandb or deepspeed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch import overrides
+from launch.choices import CONF_DIR, register_schemas, settings_of, variants
+from launch.frozen import default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
+from strategies.base import Precision, StrategyName
+from strategies.errors import ConfigError
+from trainer.config import Device, LauncherName, RunConfig
+from trainer.validate import problems_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["Composed", "compose", "default_run_dir", "freeze", "is_finished", "load_frozen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A run as it was asked for."""
+
+    config: RunConfig
+    yaml: str
+    """The whole configuration, defaults included, as YAML."""
+    sha256: str
+    """Identity of the run: see `launch.frozen.identity` for what it leaves out."""
+    overrides: list[str]
+    """The words it was composed from."""
+
+
+def compose(argv: list[str], *, check: bool = True) -> Composed:
+    """Compose, validate (unless `check` is off) and hash. Errors: ConfigError with every problem found."""
+    parsed = overrides.parse(argv)
+    tree, problems = _base(parsed.choices)
+    problems = parsed.problems + problems
+    problems += _apply(tree, parsed)
+    config = _to_config(tree, problems)
+    if config is not None:
+        _resolve(config)
+        if check:
+            # A word that could not be used was meant for some key; complaints about that key would only be echoes.
+            problems += [
+                p
+                for p in problems_of(config, world_size=world_size_of(config))
+                if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
+            ]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return Composed(config, to_yaml(config), identity(config), list(argv))
+
+
+def world_size_of(config: RunConfig) -> int | None:
+    """Ranks of the run: those of the job this process is part of, else as the launcher will start; None if unknown."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    launcher = config.launcher
+    processes = launcher.processes or getattr(launcher, "gpus_per_node", 0) or 1
+    return processes * launcher.nodes if processes > 0 and launcher.nodes > 0 else None
+
+
+def _base(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
+    """The groups composed, nothing else applied; a broken experiment or local file becomes a problem."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_schemas()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        try:
+            return hydra_compose("train", [f"{group}={choice}" for group, choice in choices.items()]), []
+        except (HydraException, OmegaConfBaseException) as error:
+            problem = f"{_blame(choices)}: {' '.join(str(error).split())}"
+        tree = OmegaConf.structured(RunConfig)
+        OmegaConf.set_struct(tree, True)
+        return tree, [problem]
+
+
+def _blame(choices: dict[str, str]) -> str:
+    files = [f"conf/{group}/{choices[group]}.yaml" for group in ("experiment", "debug") if choices.get(group)]
+    return " or ".join([*files, "conf/local/default.yaml"])
+
+
+def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
+    """Set the typed values one by one; returns a line for each that cannot be set."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known, problems = overrides.settings(), []
+    current = {group: str(tree[group].name.value) for group in variants()}
+    for key, value, word in parsed.values:
+        setting = known.get(key)
+        parent = key.rpartition(".")[0]
+        if setting is None and key not in ("batch", "budget") and parent != "data.columns":
+            problem, meant = overrides.unknown_key(key, word, known)
+            problems.append(problem)
+            parsed.suspects |= {meant} if meant else set()
+        elif setting is not None and setting.under and current[key.split(".")[0]] not in setting.under:
+            problems.append(overrides.wrong_choice(key, word, setting))
+        elif setting is not None and key.endswith(".name") and key.split(".")[0] in overrides.groups():
+            problems.append(overrides.unknown_key(key, word, known)[0])
+        else:
+            try:
+                OmegaConf.update(tree, key, value, merge=True, force_add=parent == "data.columns")
+            except (OmegaConfBaseException, ValueError) as error:
+                reason = overrides.describe(setting.type) if setting else " ".join(str(error).split())
+                problems.append(f"{word}: {key} must be {reason}")
+                parsed.suspects.add(key)
+    typed = {key for key, _, _ in parsed.values}
+    budgets = ["budget.steps", "budget.epochs", "budget.tokens"]
+    if any(b in typed for b in budgets):  # a typed budget replaces that of an experiment or debug file
+        for budget in set(budgets) - typed:
+            OmegaConf.update(tree, budget, None)
+    return problems
+
+
+def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.resolve(tree)
+        config: Any = OmegaConf.to_object(tree)
+    except (OmegaConfBaseException, TypeError) as error:
+        problems.append(" ".join(str(error).split()))
+        return None
+    assert isinstance(config, RunConfig)
+    for group in variants():
+        chosen = getattr(config, group)
+        assert isinstance(chosen, settings_of(group, chosen.name.value)), f"{group}: composed without its schema"
+    return config
+
+
+def _resolve(config: RunConfig) -> None:
+    """Settle what is `auto` and can be known here. On a host that only submits to SLURM, nothing can."""
+    if config.launcher.name is not LauncherName.local:
+        return
+    import torch
+
+    def settle(key: str, value: Any) -> None:
+        config.substitutions[key] = f"auto -> {getattr(value, 'value', value)}"
+
+    if config.run.device is Device.auto:
+        config.run.device = Device.cuda if torch.cuda.is_available() else Device.cpu
+        settle("run.device", config.run.device)
+    if config.precision is Precision.auto:
+        config.precision = _best_precision(config.run.device)
+        if config.precision is not Precision.auto:
+            settle("precision", config.precision)
+    if config.launcher.processes is None:
+        spread = config.strategy.name is not StrategyName.single and config.run.device is Device.cuda
+        local_world = os.environ.get("LOCAL_WORLD_SIZE")
+        config.launcher.processes = int(local_world or 0) or (max(1, torch.cuda.device_count()) if spread else 1)
+        settle("launcher.processes", config.launcher.processes)
+
+
+def _best_precision(device: Device) -> Precision:
+    """bf16 where every visible GPU has it. Asks the driver's tool: asking torch would claim GPU memory for the run."""
+    if device is Device.cpu:
+        return Precision.fp32
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return Precision.bf16 if min(float(capability) for capability in answer) >= 8.0 else Precision.fp32
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return Precision.auto  # settled by the worker, which holds the device

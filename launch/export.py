@@ -1,0 +1,200 @@
+"""`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads.
+
+    shardtune export run.dir=runs/x [checkpoint=last|best|<step>] [to=<dir>] [merge=true] [dtype=bfloat16] [--verify]
+
+One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. `to`
+defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from strategies.runtime import Runtime
+    from trainer.config import RunConfig
+
+KEYS = ("run.dir", "checkpoint", "to", "merge", "dtype", "max_shard_gib", "verify")
+
+
+@dataclass(slots=True)
+class Asked:
+    """What the command line asks for."""
+
+    run_dir: Path
+    checkpoint: Path
+    to: Path
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, StorageError, DriftError."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    from launch.compose import load_frozen
+
+    words = parse(argv)
+    if "run.dir" not in words:
+        raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export run.dir=runs/x")
+    run_dir = Path(words["run.dir"]).expanduser()
+    config = load_frozen(run_dir / "config.yaml")
+    settle(config, words)
+    asked = Asked(
+        run_dir, find_checkpoint(run_dir, words.get("checkpoint", "last")), destination(run_dir, words.get("to"))
+    )
+    print(f"exporting {asked.checkpoint} to {asked.to}", flush=True)
+    export(config, asked)
+    print(f"model: {asked.to}")
+    return 0
+
+
+def parse(argv: list[str]) -> dict[str, str]:
+    """The words by key; `--verify` is `verify=true`. Errors: ConfigError with every word that cannot be used."""
+    words, problems = {}, []
+    for word in argv:
+        key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
+        if key in KEYS and equals and value:
+            words[key] = value
+            continue
+        near = difflib.get_close_matches(key, KEYS, n=1)
+        problems.append(
+            f"{word}: {key} needs a value ({key}=...)"
+            if key in KEYS
+            else f"{word}: no such key" + (f"; did you mean {near[0]}?" if near else f"; one of {', '.join(KEYS)}")
+        )
+    if problems:
+        raise ConfigError(problems)
+    return words
+
+
+def settle(config: RunConfig, words: dict[str, str]) -> None:
+    """Put what was asked for into the run's own export settings, and make it a run of one process."""
+    from strategies.base import SingleConfig
+    from trainer.config import Device
+    from trainer.export import ExportType
+
+    problems = []
+    for key in ("merge", "verify"):
+        if (value := words.get(key, "false").lower()) in ("true", "false"):
+            setattr(config.export, key, value == "true" or (key not in words and getattr(config.export, key)))
+        else:
+            problems.append(f"{key}={words[key]}: must be true or false")
+    if "dtype" in words:
+        try:
+            config.export.dtype = ExportType(words["dtype"])
+        except ValueError:
+            problems.append(f"dtype={words['dtype']}: must be one of {', '.join(ExportType)}")
+    if "max_shard_gib" in words:
+        try:
+            config.export.max_shard_gib = float(words["max_shard_gib"])
+        except ValueError:
+            config.export.max_shard_gib = 0.0
+        if not config.export.max_shard_gib > 0:
+            problems.append(f"max_shard_gib={words['max_shard_gib']}: must be a number of GiB above 0")
+    if problems:
+        raise ConfigError(problems)
+    config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied
+
+
+def find_checkpoint(run_dir: Path, asked: str) -> Path:
+    """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged."""
+    from strategies.state import read_header
+    from trainer.checkpoint import STEP_DIR, verify
+
+    directory = run_dir / "checkpoints"
+    steps = sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
+    if not steps:
+        raise ConfigError(
+            f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and every "
+            "checkpoint.every_steps"
+        )
+    known = f"its checkpoints are {', '.join(map(str, steps))}"
+    if asked == "best":
+        best = read_header(directory / STEP_DIR.format(steps[-1])).progress.best_step
+        if best not in steps:
+            raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
+        step = best
+    elif asked == "last":
+        step = steps[-1]
+    elif asked.isdigit() and int(asked) in steps:
+        step = int(asked)
+    else:
+        raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
+    path = directory / STEP_DIR.format(step)
+    if problem := verify(path):
+        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {known}")
+    return path
+
+
+def destination(run_dir: Path, to: str | None) -> Path:
+    """Where the export goes. Errors: ConfigError for a directory that holds something else."""
+    if to is None:
+        return run_dir / "export"
+    path = Path(to).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"to={path}: exists and is not empty; name a new directory")
+    return path
+
+
+def export(config: RunConfig, asked: Asked) -> None:
+    """Rebuild, load and write, as one process. Errors: those of building, loading and writing."""
+    from strategies import runtime as processes
+
+    runtime = processes.start("cpu", timeout_s=config.run.timeout_s, threads=config.run.threads)
+    try:
+        _export(config, asked, runtime)
+    finally:
+        processes.stop()
+
+
+def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
+    from strategies.base import Precision
+    from trainer.build import build_engine, prepare_data
+    from trainer.card import CardFacts
+    from trainer.export import write_export
+    from trainer.model import load_tokenizer, weights_directory
+
+    tokenizer = load_tokenizer(config.model)
+    record = _record(asked.run_dir)
+    precision = Precision(record.get("precision", config.precision))
+    if precision in (
+        Precision.auto,
+        Precision.fp16,
+    ):  # fp16 cannot be computed on a CPU, and masters are float32 anyway
+        precision = Precision.fp32
+    data = prepare_data(config, tokenizer)
+    engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
+    progress = engine.load(asked.checkpoint)
+    outcome = record.get("outcome") or {}
+    same = (outcome.get("progress") or {}).get("step") == progress.step
+    write_export(
+        engine,
+        built,
+        tokenizer,
+        base_path=str(weights_directory(config.model)),
+        destination=asked.to,
+        config=config.export,
+        card=CardFacts(
+            config_yaml=(asked.run_dir / "config.yaml").read_text(encoding="utf-8"),
+            facts=record,
+            # Only those of this very checkpoint.
+            before=outcome.get("before") or {} if same else {},
+            after=outcome.get("after") or {} if same else {},
+            tokens_trained=progress.tokens,
+            steps=progress.step,
+        ),
+        runtime=runtime,
+    )
+
+
+def _record(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,157 @@
+"""The configuration as a file in the run directory: its identity, how it is written, and when a directory is refused.
+
+A directory belongs to one identity. The same one continues it; another one is an error that lists what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.choices import settings_of, variants
+from strategies.errors import ConfigError
+from trainer.config import RunConfig
+from trainer.status import State, in_use_by, read_status, write_text_atomic
+
+if TYPE_CHECKING:
+    from launch.compose import Composed
+
+HEADER = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
+SHOWN_DIFFERENCES = 12
+
+
+def identity(config: RunConfig) -> str:
+    """SHA-256 of what decides the result of the run.
+
+    Left out: `run.*` but the seed, `logging.*`, `launcher.*` and the record of substitutions: where a run is started,
+    how it is called and what it reports may change when it is requeued or resumed.
+    """
+    return _hash(_identifying(_plain(config)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def default_run_dir(sha256: str) -> Path:
+    """runs/<hash>-<SLURM job id or start time>: a requeued job finds its directory again."""
+    return Path("runs") / f"{sha256[:8]}-{os.environ.get('SLURM_JOB_ID') or time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run in this directory is done, so that starting it again is a no-op."""
+    return read_status(run_dir).get("state") == State.done
+
+
+def freeze(composed: Composed, run_dir: Path) -> Path:
+    """Write `config.yaml` (with its hash) atomically and return the directory.
+
+    Errors: ConfigError where the directory holds another run, one that is still running, or checkpoints that
+    `run.resume=never` refuses; StorageError.
+    """
+    run_dir = Path(run_dir).expanduser()
+    path = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
+    if composed.config.run.resume == "never" and any((run_dir / "checkpoints").glob("*")):
+        raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
+    if path.exists():
+        _same_or_refuse(composed, path)
+        owner = in_use_by(run_dir)
+        if owner is not None:
+            raise ConfigError(f"run.dir={run_dir}: process {owner} is running it; stop it, or choose another run.dir")
+    config = composed.config
+    config.run.dir = str(run_dir)
+    words = " ".join(json.dumps(word) for word in composed.overrides)
+    header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {words}\n"
+    write_text_atomic(path, header + to_yaml(config))
+    return run_dir
+
+
+def load_frozen(path: Path | str) -> RunConfig:
+    """Read a frozen `config.yaml` back. Errors: ConfigError where it is missing, edited or of another version."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the config.yaml of a run directory"
+        ) from error
+    written = HEADER.search(text)
+    try:
+        raw: Any = OmegaConf.create(text)
+        tree = OmegaConf.structured(RunConfig)
+        for group in variants():
+            tree[group] = OmegaConf.structured(settings_of(group, raw[group]["name"]))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, raw))
+    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
+    # The hash is taken of what the file says, not of what this version makes of it: a later one may know more settings.
+    if written is None or written[1] != _hash(_identifying(OmegaConf.to_container(raw))):
+        raise ConfigError(f"{path}: does not match its hash; frozen files are not edited: start a new run.dir")
+    return config
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """The identifying keys in which two configurations differ, as `key: theirs there, ours here`."""
+    new, old = _flat(_identifying(_plain(ours))), _flat(_identifying(_plain(theirs)))
+    missing = object()
+    return [
+        f"{key}: {'-' if old.get(key, missing) is missing else old[key]} there, "
+        f"{'-' if new.get(key, missing) is missing else new[key]} here"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key, missing) != old.get(key, missing)
+    ]
+
+
+def _same_or_refuse(composed: Composed, path: Path) -> None:
+    before = load_frozen(path)
+    changed = differences(composed.config, before)
+    if not changed:
+        return
+    more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
+    raise ConfigError(
+        [
+            f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
+            f"state: run.resume={path.parent}/checkpoints/<step>), or undo:",
+            *changed[:SHOWN_DIFFERENCES],
+            *more,
+        ]
+    )
+
+
+def _plain(config: RunConfig) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def _identifying(tree: Any) -> dict[str, Any]:
+    kept = {key: value for key, value in tree.items() if key not in ("logging", "launcher", "substitutions")}
+    return kept | {"run": {"seed": tree["run"]["seed"]}}
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,77 @@
+"""The command `shardtune`: picks the verb and turns errors into messages and exit codes.
+
+Imports nothing heavy, so that `shardtune --help` answers at once; each verb imports what it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+
+VERBS = {
+    "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
+    "prepare": "read, check and tokenise the data of a run, and stop",
+    "export": "turn a checkpoint into a model directory that transformers loads",
+    "submit": "hand a run to SLURM (--print shows the script)",
+    "demo": "fine-tune a small real model on this machine, from nothing",
+}
+EXIT_CODES = "exit codes: 0 done, 64 setting, 65 data, 74 disk, 75 preempted and resumable, 70 anything else"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `shardtune <verb> ...`; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
+        print(f"shardtune: there is no verb {verb}{hint}", file=sys.stderr)
+        return 64
+    return guarded(verb, words[1:])
+
+
+def guarded(verb: str, argv: list[str]) -> int:
+    """Run `launch.<verb>.main(argv)`; every error becomes a message and an exit code."""
+    from importlib import import_module
+
+    from strategies.errors import ConfigError, ShardtuneError
+
+    try:
+        return int(import_module(f"launch.{verb}").main(argv) or 0)
+    except ConfigError as error:
+        title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
+        print(f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return error.exit_code
+    except ShardtuneError as error:
+        print(f"shardtune {verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"shardtune {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:  # noqa: BLE001 - the outermost frame: a defect is shown whole, with its own exit code
+        traceback.print_exc()
+        return 70
+
+
+def usage() -> str:
+    """The text of `shardtune --help`."""
+    verbs = "\n".join(f"  {verb:<9}{what}" for verb, what in VERBS.items())
+    return (
+        "usage: shardtune <verb> [key=value ...]\n\n"
+        f"{verbs}\n\n"
+        "  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora budget.epochs=3\n"
+        "  shardtune train --help lists the settings people use most, and the choices of every group.\n\n"
+        f"{EXIT_CODES}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Several runs from one command line: the cartesian product of the words that give several values.
+
+Every point is composed and validated before the first one starts. Here they run one after another, each in processes of
+its own; with launcher=slurm they are one job array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies.errors import ConfigError, ShardtuneError
+
+if TYPE_CHECKING:
+    from launch.compose import Composed
+
+
+def multirun(words: list[str], *, show: set[str]) -> int:
+    """Run all points; returns the first exit code that is not 0. `show` holds `--cfg` or `--dry-run`, or is empty."""
+    from launch.compose import compose, default_run_dir
+    from launch.overrides import expand
+    from launch.train import show as show_point
+
+    points, problems, composed = expand(words), [], []
+    for number, point in enumerate(points):
+        try:
+            composed.append(compose(point, check="--cfg" not in show))
+        except ConfigError as error:
+            problems += [f"point {number} ({_changed(words, point)}): {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    if show:
+        for number, one in enumerate(composed):
+            print(f"# point {number}: {_changed(words, points[number])}")
+            show_point(one, dry_run="--dry-run" in show)
+        return 0
+    asked = composed[0].config.run.dir
+    together = hashlib.sha256(json.dumps([one.sha256 for one in composed]).encode()).hexdigest()
+    base = Path(asked).expanduser() if asked else default_run_dir(together)
+    run_dirs = [base / str(number) for number in range(len(points))]
+    labels = [_changed(words, point) for point in points]
+    if composed[0].config.launcher.name.value == "slurm":
+        return _submit(composed, run_dirs)
+    return _one_by_one(composed, run_dirs, labels)
+
+
+def _submit(composed: list[Composed], run_dirs: list[Path]) -> int:
+    from launch.compose import freeze
+    from launch.slurm import submit
+
+    for one, run_dir in zip(composed, run_dirs, strict=True):
+        freeze(one, run_dir)
+    return submit(composed[0].config, run_dirs, print_only=False)
+
+
+def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str]) -> int:
+    from launch.train import launch
+
+    codes: list[int] = []
+    for one, run_dir, label in zip(composed, run_dirs, labels, strict=True):
+        print(f"[{len(codes) + 1}/{len(composed)}] {label} -> {run_dir}", flush=True)
+        try:
+            codes.append(launch(one, run_dir, isolate=True))
+        except ShardtuneError as error:
+            print(f"shardtune train: {error}", file=sys.stderr)
+            codes.append(error.exit_code)
+        if codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
+            break
+    for code, run_dir, label in zip(codes, run_dirs, labels, strict=False):
+        print(f"{'ok' if code == 0 else f'exit {code}':<8} {run_dir}  {label}")
+    return next((code for code in codes if code), 0)
+
+
+def _changed(words: list[str], point: list[str]) -> str:
+    return " ".join(b for a, b in zip(words, point, strict=True) if a != b) or "only point"

@@ -1,0 +1,216 @@
+"""The words of the command line, `key=value`, read without stopping at the first mistake.
+
+Owns the grammar: group choices apart from values, paths and other text kept as typed, sweeps expanded, and for every
+word that cannot be used a line that says what was probably meant. Hydra's own parser reads everything that is not text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
+from typing import Any, get_args, get_origin, get_type_hints
+
+from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
+
+PATH_KEYS = frozenset(
+    {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.cache_dir"}
+    | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets"}
+)
+"""Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""
+WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Parsed:
+    """The command line, sorted. `values` are (key, value, word) in the order typed."""
+
+    choices: dict[str, str] = field(default_factory=dict)
+    values: list[tuple[str, Any, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    suspects: set[str] = field(default_factory=set)
+    """Keys that a wrong word was probably meant for: what validation says about them is not worth showing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the tree: its type, and the group choices under which it exists (empty: always)."""
+
+    type: Any
+    under: tuple[str, ...] = ()
+
+
+def settings() -> dict[str, Setting]:
+    """Every leaf key of the tree under any choice, by full name."""
+    from trainer.config import RunConfig
+
+    found: dict[str, Setting] = {}
+    typed = variants()
+    for name, hint in get_type_hints(RunConfig).items():
+        if name in typed:
+            for choice in groups()[name]:
+                for leaf, leaf_type in get_type_hints(settings_of(name, choice)).items():
+                    key = f"{name}.{leaf}"
+                    found[key] = Setting(leaf_type, (*(found[key].under if key in found else ()), choice))
+        elif is_dataclass(hint):
+            found |= {f"{name}.{leaf}": Setting(leaf_type) for leaf, leaf_type in get_type_hints(hint).items()}
+        elif name == "batch":
+            found |= {"batch.global": Setting(int), "batch.micro": Setting(int)}
+        else:
+            found[name] = Setting(hint)
+    for key, setting in found.items():
+        if set(setting.under) == set(groups().get(key.split(".")[0], ())):
+            found[key] = Setting(setting.type)
+    del found["substitutions"]
+    return found
+
+
+def parse(words: list[str]) -> Parsed:
+    """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
+    parsed, known = Parsed(), settings()
+    for word in words:
+        match = WORD.fullmatch(word)
+        if match is None or word.startswith("-"):
+            parsed.problems.append(_not_a_pair(word))
+            continue
+        mark, key, text = match["mark"], match["key"], match["value"]
+        if key.split(".")[0].split("/")[0] == "hydra":
+            parsed.problems.append(f"{word}: Hydra's own settings are fixed here; remove it")
+        elif "~" in mark:
+            parsed.problems.append(f"{word}: a setting cannot be removed; set {key}=null to unset it")
+        elif "_target_" in word:
+            parsed.problems.append(f"{word}: `_target_` is not used here and never runs anything; remove it")
+        elif key in groups():
+            _choose(parsed, key, text, word)
+        else:
+            _assign(parsed, known, key, text, word)
+    return parsed
+
+
+def expand(words: list[str]) -> list[list[str]]:
+    """The points of a sweep: the cartesian product of every word that gives several values (last word fastest)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, axes = OverridesParser.create(), []
+    for word in words:
+        points = [word]
+        if word.split("=")[0] not in PATH_KEYS:
+            try:
+                override = parser.parse_override(word)
+                if override.is_sweep_override():
+                    points = [f"{override.get_key_element()}={point}" for point in override.sweep_string_iterator()]
+            except (HydraException, NotImplementedError):
+                pass  # reported when the point is composed
+        axes.append(points)
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def unknown_key(key: str, word: str, known: dict[str, Setting]) -> tuple[str, str | None]:
+    """What to say about a key that does not exist, and the key that was probably meant."""
+    if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
+        group = key.split(".")[0]
+        return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None
+    if key in {k.split(".")[0] for k in known}:
+        inside = sorted(k for k in known if k.startswith(key + "."))
+        return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    last = key.split(".")[-1]
+    elsewhere = [k for k in known if k.split(".")[-1] == last and k not in near]
+    hints = [*near, *elsewhere] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not hints:
+        wide = difflib.get_close_matches(last, [k.split(".")[-1] for k in known], n=1, cutoff=0.7)
+        hints = [k for k in known if wide and k.split(".")[-1] == wide[0]]
+    meant = " or ".join(f"{k} (with {_condition(k, known[k])})" if known[k].under else k for k in hints[:3])
+    return f"{word}: there is no setting {key}" + (f"; did you mean {meant}?" if meant else ""), hints[
+        0
+    ] if hints else None
+
+
+def wrong_choice(key: str, word: str, setting: Setting) -> str:
+    """What to say about a key that exists only under another choice of its group."""
+    return f"{word}: needs {_condition(key, setting)}; add it, or leave {key} out"
+
+
+def describe(hint: Any) -> str:
+    """What a value of this type looks like, in words."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(member.name for member in hint)
+    if get_origin(hint) is list:
+        return f"a list such as [a,b] of which each is {describe(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "pairs such as {a:b}"
+    if get_args(hint):
+        return " or ".join(describe(part) for part in get_args(hint))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(hint, "a value")
+
+
+def _condition(key: str, setting: Setting) -> str:
+    return f"{key.split('.')[0]}={'|'.join(setting.under)}"
+
+
+def _not_a_pair(word: str) -> str:
+    bare = word.lstrip("-")
+    if bare != word and "=" in bare:
+        return f"{word}: settings have no dashes; type {bare}"
+    if bare in groups():
+        return f"{word}: give its choice, as in {bare}={groups()[bare][0]}" if groups()[bare] else f"{word}: no choices"
+    near = difflib.get_close_matches(word, ["--help", "--cfg", "--dry-run", "--multirun"], n=1)
+    return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _choose(parsed: Parsed, group: str, text: str, word: str) -> None:
+    choices = groups()[group]
+    if text in choices or (group in WHOLE_RUN_GROUPS and text == "null"):
+        parsed.choices[group] = text
+    elif "," in text:
+        parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")
+    else:
+        near = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
+        hint = f"; did you mean {group}={near[0]}?" if near else ""
+        parsed.problems.append(f"{word}: no such choice, one of {', '.join(choices)}{hint}")
+        parsed.suspects.add(group)
+
+
+def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if re.search(r"\$\{\s*(now|hydra)\s*:", text):
+        parsed.problems.append(f"{word}: ranks would not agree on it; write the value out")
+        return
+    setting = known.get(key)
+    if setting is not None and _is_text(setting.type) and not _is_syntax(text):
+        parsed.values.append((key, text, word))
+        return
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={text}")
+        if override.is_sweep_override():
+            parsed.problems.append(f"{word}: several values are a sweep; add -m, or give one")
+            return
+        parsed.values.append((key, override.value(), word))
+    except (HydraException, NotImplementedError) as error:
+        if setting is not None and _is_text(setting.type) and text.startswith("["):  # a list of paths as they are typed
+            parsed.values.append((key, [part.strip().strip("'\"") for part in text[1:-1].split(",")], word))
+        elif setting is None:
+            problem, meant = unknown_key(key, word, known)
+            parsed.problems.append(problem)
+            parsed.suspects |= {meant} if meant else set()
+        else:
+            reason = str(error).splitlines()[0].split(" See https")[0]
+            parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe(setting.type)}")
+            parsed.suspects.add(key)
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether the words of the user are the value: plain text, or the paths and patterns typed `Any`."""
+    return hint in (str, Any) or (get_args(hint) != () and set(get_args(hint)) <= {str, type(None)})
+
+
+def _is_syntax(text: str) -> bool:
+    """Whether text is meant for the grammar: null, a list, or quoted as a whole."""
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    return text == "null" or quoted or (text.startswith("[") and text.endswith("]"))

@@ -1,0 +1,217 @@
+"""SLURM: the launcher's settings as an sbatch script, and its submission.
+
+Owns the script's text and the call of `sbatch`. It refuses settings that a script cannot carry (line breaks, and
+backslashes in paths) and passes on every refusal of `sbatch`. What the script does, signal by signal: slurm/README.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from strategies.errors import ConfigError, StorageError
+from trainer.config import RunConfig, SlurmConfig
+
+CLONE = Path(__file__).resolve().parent.parent
+"""Where `launch` is imported from; the nodes see it through the shared file system."""
+
+# The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets run_dir, processes,
+# max_restarts, patience, python, the array `worker`, and defines the function `setup`.
+BODY = r"""
+# ---- From here on slurm/train.sbatch and launch/slurm.py are the same, line for line.
+set -e
+# In an array a bare job id can mean all its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restart=${SLURM_RESTART_COUNT:-0} # unset on the first start
+nodes=$SLURM_JOB_NUM_NODES
+logs=$run_dir/logs
+mkdir -p "$logs"
+: >"$logs/started" # an older status.json is that of an earlier start
+
+# Every start derives its rendezvous anew: a requeued job may be given other nodes, and two jobs may share a node.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+rendezvous=${SHARDTUNE_RDZV:-${head:?scontrol names no host}:$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))}
+
+export PYTHONUNBUFFERED=1
+if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun no longer takes it over
+threads=$((${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}} / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+stopped=
+trap 'stopped=1' TERM # time limit, scancel, end of a preemption: the steps get it too and need this shell to wait
+echo "job $job, start $restart, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
+
+# SLURM sends USR2 and TERM to every process of the step. Either would end torchrun, so it is started with both ignored;
+# the workers have their own handling. After one node's end the others have $patience seconds to come to theirs.
+export -f setup
+srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
+  --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
+  bash -c 'set -e; setup; trap "" USR2 TERM; exec "$@"' node \
+  "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 \
+  --rdzv-backend=c10d --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT \
+  -m "${worker[@]}" &
+step=$!
+# A trapped signal ends `wait`, not the step.
+while true; do
+  rc=0
+  wait "$step" || rc=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+
+# Exit codes do not survive torchrun, so the run says in its status file that it saved and wants to go on.
+if [ "$run_dir/status.json" -nt "$logs/started" ] && grep -q '"state": *"preempted"' "$run_dir/status.json"; then
+  if [ -n "$stopped" ] || scontrol show job "$job" | grep 'PreemptTime=[0-9]' >/dev/null; then
+    # SLURM requeues a job that it preempts by itself; asking for it as well would run the job once too often.
+    echo "job $job: stopped by SLURM or by scancel, state saved; not requeued from here"
+  elif [ "$restart" -ge "$max_restarts" ]; then
+    echo "job $job: state saved; not requeued, since it restarted $restart times already (limit $max_restarts)"
+    exit 75
+  else
+    echo "job $job: state saved; requeued"
+    scontrol requeue "$job"
+  fi
+fi
+exit "$rc"
+"""
+
+
+def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd: Path | None = None) -> str:
+    """The sbatch script that trains in `run_dirs[0]`, or as a job array in each of several.
+
+    Relative paths of the config mean those below `cwd` (default: the current directory). Pure but for that default.
+    Raises ConfigError for settings that are not SLURM's or cannot stand in a script.
+    """
+    slurm = config.launcher
+    if not isinstance(slurm, SlurmConfig):
+        raise ConfigError(
+            f"launcher.name is {slurm.name.value!r}, but only a SLURM job can be submitted: launcher=slurm"
+        )
+    if not run_dirs:
+        raise ConfigError("no run to submit")
+    runs = [_path(run.absolute(), "run.dir") for run in run_dirs]
+    processes = slurm.processes or slurm.gpus_per_node or 1
+    lines = [
+        "#!/bin/bash",
+        "# Rendered from the config of the run; to change it change the launcher's settings and submit again.",
+        *(f"#SBATCH {option}" for option in _options(slurm, runs, cwd or Path.cwd())),
+        "",
+        f"runs=({' '.join(shlex.quote(run) for run in runs)})",
+        "run_dir=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
+        f"processes={processes} # on each node",
+        f"max_restarts={slurm.max_restarts}",
+        f"patience={config.run.timeout_s} # seconds",
+        f"python={shlex.quote(_line(slurm.python or sys.executable, 'launcher.python'))}",
+        "worker=(launch.train)",
+        "export SHARDTUNE_CONFIG=$run_dir/config.yaml SHARDTUNE_RUN_DIR=$run_dir",
+        f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
+    if config.run.threads:
+        lines.append(f"export OMP_NUM_THREADS={config.run.threads}")
+    if slurm.rdzv:
+        lines.append(f"export SHARDTUNE_RDZV={shlex.quote(_line(slurm.rdzv, 'launcher.rdzv'))}")
+    site = shlex.quote(str(clone / "slurm" / "env.sh"))
+    lines += ["setup() { # on every node, before training", f"  if [ -f {site} ]; then . {site}; fi"]
+    lines += [f"  {_line(line, 'launcher.setup')}" for line in slurm.setup]
+    return "\n".join([*lines, "}"]) + "\n" + BODY
+
+
+def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> int:
+    """Write the script into every run directory as `train.sbatch` and submit it; with `print_only` show it instead.
+
+    Returns 0, or raises ConfigError with the words of `sbatch` and StorageError where the script cannot be written.
+    """
+    text = render(config, run_dirs)
+    if print_only:
+        print(text, end="")
+        return 0
+    try:
+        for run in run_dirs:
+            # Older SLURM fails a job without a word where the directory of its output is missing.
+            (run / "logs").mkdir(parents=True, exist_ok=True)
+            (run / "train.sbatch").write_text(text)
+    except OSError as error:
+        raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
+    script = run_dirs[0].absolute() / "train.sbatch"
+    job = _sbatch(script)
+    name = _job_name([str(run) for run in run_dirs])
+    print(f"submitted job {job}: {script}")
+    print(f"  queue   squeue --job {job}")
+    print(
+        f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}"
+        if len(run_dirs) == 1
+        else f"  logs    below {', '.join(shlex.quote(str(run / 'logs')) for run in run_dirs)}"
+    )
+    print(f"  save and requeue now: scancel --signal=USR2 {job}    stop: scancel {job}")
+    return 0
+
+
+def _sbatch(script: Path) -> str:
+    """Submit; returns the job id."""
+    env = dict(os.environ)
+    if "SLURM_JOB_ID" in env:  # inside a job: its own limits would become the new job's
+        env = {k: v for k, v in env.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SRUN_", "SBATCH_"))}
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(script)], env=env, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigError(
+            "launcher=slurm needs the command sbatch, which is not on PATH here: "
+            f"submit {script} on a login node, or use launcher=local"
+        ) from None
+    if done.returncode:
+        raise ConfigError(
+            f"sbatch refused {script}: {(done.stderr or done.stdout).strip()}; see the launcher's settings"
+        )
+    return done.stdout.strip().splitlines()[-1].split(";")[0]  # "id" or "id;cluster"
+
+
+def _options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
+    """What stands behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
+    array = len(runs) > 1
+    output = f"{runs[0]}/logs".replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
+    wanted: dict[str, str | int | None] = {
+        "job-name": _job_name(runs),
+        "array": f"0-{len(runs) - 1}" if array else None,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "chdir": _path(cwd, "the current directory"),
+        "output": output,
+        "open-mode": "append",
+        "signal": f"USR2@{slurm.signal_lead_s}",
+    }
+    options = [f"--{key}={shlex.quote(_line(str(v), f'launcher.{key}'))}" for key, v in wanted.items() if v is not None]
+    options.append("--requeue")
+    if slurm.exclusive:
+        options.append("--exclusive")
+    return options + [_line(option, "launcher.extra") for option in slurm.extra]
+
+
+def _job_name(runs: list[str]) -> str:
+    """Part of the log files' names, so without odd characters."""
+    return "shardtune" if len(runs) > 1 else re.sub(r"[^\w.-]", "-", Path(runs[0]).name) or "shardtune"
+
+
+def _line(value: str, knob: str) -> str:
+    """Refuse what would end a line of the script."""
+    if any(ord(character) < 32 for character in value):
+        raise ConfigError(f"{knob} is {value!r}: a job script cannot carry line breaks or control characters in it")
+    return value
+
+
+def _path(path: Path | str, knob: str) -> str:
+    """A path that may stand in SLURM's file name patterns, where a backslash switches the patterns off."""
+    if "\\" in str(path):
+        raise ConfigError(f"{knob} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path")
+    return _line(str(path), knob)

@@ -1,0 +1,85 @@
+"""What the environment says this process is: the one that starts a job, or one rank of it.
+
+Owns the mapping of SLURM's variables to torchrun's, and refuses starts that would train on one host of many.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+
+from strategies.errors import ConfigError
+
+
+def is_worker(env: Mapping[str, str]) -> bool:
+    """Whether torchrun or a several-task srun started this process. Errors: ConfigError (lone host)."""
+    refuse_lone_host(env)
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return True
+    return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks(env) > 1
+
+
+def refuse_lone_host(env: Mapping[str, str]) -> None:
+    """Refuse to run on the first host of an allocation of several, where the others would idle or be waited for."""
+    nodes = int(env.get("SLURM_NNODES") or env.get("SLURM_JOB_NUM_NODES") or 1)
+    if nodes == 1 or "SLURM_STEP_ID" in env:
+        return
+    if int(env.get("WORLD_SIZE", 1)) > int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))):
+        return  # torchrun was started on each host by other means than srun (ssh, pdsh)
+    raise ConfigError(
+        f"SLURM_NNODES={nodes}: this process runs outside srun, on the first of {nodes} hosts only; start it with "
+        "`srun python -m launch.train ...` (one task a rank), with slurm/train.sbatch, or with launcher=slurm"
+    )
+
+
+def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR ... of a task that srun started; what is already set is kept."""
+    if "RANK" in env:
+        return {}
+    tasks = _tasks(env)
+    per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks)
+    mapped = {
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": tasks_on_node(per_node, int(env.get("SLURM_NODEID", 0))),
+        "MASTER_PORT": str(port(env)),
+    }
+    if "MASTER_ADDR" not in env:
+        mapped["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
+    return {key: value for key, value in mapped.items() if key not in env}
+
+
+def port(env: Mapping[str, str]) -> int:
+    """A port that two jobs on a host, or two starts of one job, do not share; below the ephemeral range."""
+    return 20000 + (int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_RESTART_COUNT") or 0)) % 10000
+
+
+def tasks_on_node(counts: str, node: int) -> str:
+    """The number of tasks on the node with this index, from SLURM's shorthand such as `4(x3),2`."""
+    expanded: list[str] = []
+    for part in counts.split(","):
+        count, _, repeat = part.partition("(x")
+        expanded += [count] * int(repeat.rstrip(")") or 1)
+    return expanded[min(node, len(expanded) - 1)]
+
+
+def _tasks(env: Mapping[str, str]) -> int:
+    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+
+
+def _first_host(nodelist: str) -> str:
+    # The name, not an address: `hostname --ip-address` gives loopback, or several words, on some sites.
+    try:
+        command = ["scontrol", "show", "hostnames", nodelist]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST={nodelist}: scontrol cannot tell its hosts ({error}); set MASTER_ADDR to the first"
+        ) from error
+
+
+def export(env: Mapping[str, str] | None = None) -> None:
+    """Set torchrun's variables in this process's environment."""
+    os.environ.update(torchrun_variables(os.environ if env is None else env))

@@ -1,0 +1,175 @@
+"""Several ranks on this host: torchrun's arguments (a pure function), its start, its supervision and its end.
+
+torchrun forgets exit codes and prints a wall of its own when a rank fails; so it runs here under a small wrapper
+(`python -m launch.torchrun <torchrun arguments>`), and how the run ended is read from its directory. Every process that
+was started is gone when `start` returns, within about ten seconds of a failure or of Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from trainer.config import LauncherConfig, RunConfig
+from trainer.preempt import SIGNALS
+
+STOP_GRACE_S = 5
+"""Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
+
+
+def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
+    """torchrun's own arguments for these processes; `run_id` names the rendezvous of a multi-host run."""
+    words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
+    if launcher.nodes == 1:
+        # The loopback name: a laptop's or container's own host name need not resolve.
+        words += ["--standalone", "--local-addr=localhost"]
+    else:
+        words += [f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launcher.rdzv}"]
+        words += [f"--rdzv-id={run_id}"]
+        if launcher.node_rank is not None:
+            words += [f"--rdzv-conf=is_host={int(launcher.node_rank == 0)}"]
+    return [*words, "-m", "launch.train"]
+
+
+def start(config: RunConfig, run_dir: Path, run_id: str) -> int:
+    """Run the frozen configuration of `run_dir` to its end; returns torchrun's exit code, or 130 after Ctrl-C.
+
+    Signals that ask to save are passed on to the ranks; Ctrl-C gives them a few seconds, then kills.
+    """
+    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id)]
+    processes = config.launcher.processes or 1
+    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / "config.yaml"), "SHARDTUNE_RUN_DIR": str(run_dir)}
+    env["SHARDTUNE_LAUNCHER"] = str(os.getpid())
+    # torchrun would set one thread a rank, whatever the host has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
+    root = str(Path(__file__).resolve().parent.parent)  # started from anywhere: `-m launch.train` must be found
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    _adopt_orphans()
+    with _signals_held() as pending:
+        # A session of its own keeps the terminal's Ctrl-C for us alone.
+        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent)
+        try:
+            return _watch(agent, pending)
+        finally:
+            _end_all(agent)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of ranks that torchrun leaves behind, so that they can be found and ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(36, 1)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Collect signals in a list instead of acting on them."""
+    pending: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        pending.append(number)
+
+    before = {number: signal.signal(number, note) for number in (*SIGNALS, signal.SIGINT)}
+    try:
+        yield pending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(agent: subprocess.Popen[bytes], pending: list[int]) -> int:
+    interrupted_at: float | None = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = agent.wait(timeout=0.2)
+            return 130 if interrupted_at is not None else code
+        if pending.count(signal.SIGINT) and interrupted_at is not None:
+            return 130  # a second Ctrl-C does not wait
+        if signal.SIGINT in pending:
+            interrupted_at = time.monotonic()
+            pending[:] = [signal.SIGTERM if number == signal.SIGINT else number for number in pending]
+        if pending and _signal_ranks(agent.pid, pending[0]):  # kept until there are ranks
+            pending.pop(0)
+        if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:
+            return 130
+
+
+def _signal_ranks(agent_pid: int, number: int) -> bool:
+    """Pass a signal on to torchrun's children, never to torchrun, whom it would end first; whether there were any."""
+    import psutil
+
+    ranks: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(agent_pid).children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    return bool(ranks)
+
+
+def _end_all(agent: subprocess.Popen[bytes]) -> None:
+    """Kill whatever the run still has: torchrun, its ranks and their helpers, and those it left to us."""
+    import psutil
+
+    left: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        left += psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []
+    # What was re-parented to us: no child of ours but torchrun is older than it.
+    left += [p for p in psutil.Process().children(recursive=True) if p.pid != agent.pid and p not in left]
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SHARDTUNE_LAUNCHER") == str(os.getpid()):
+                process.kill()
+    if agent.poll() is None:
+        agent.kill()
+    agent.wait()
+    psutil.wait_procs(left, timeout=5)
+
+
+def wrapper(argv: list[str]) -> int:
+    """torchrun without its wall of errors; notes in the run directory that a rank was killed, which no rank can."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.disable(logging.CRITICAL)
+    # Ranks inherit the mask, so that a request to stop that comes while they still import is kept for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        torchrun(argv)
+    except ChildFailedError as error:
+        _note_killed(error)
+        return 1
+    return 0
+
+
+def _note_killed(error: BaseException) -> None:
+    from strategies.errors import ShardtuneError
+    from trainer.status import record_failure
+
+    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+    if failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM or "SHARDTUNE_RUN_DIR" not in os.environ:
+        return
+    name = signal.Signals(-failure.exitcode).name
+    hint = "; SIGKILL often means that the host ran out of memory" if name == "SIGKILL" else ""
+    killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}")
+    record_failure(Path(os.environ["SHARDTUNE_RUN_DIR"]), rank, killed, "killed", replace=True)
+
+
+if __name__ == "__main__":
+    sys.exit(wrapper(sys.argv[1:]))

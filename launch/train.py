@@ -1,0 +1,236 @@
+"""`shardtune train`, and `python -m launch.train` under torchrun and srun: start a run, or be one rank of it.
+
+The environment decides which. A launcher composes, freezes and starts; a worker loads what was frozen (or composes the
+same words itself) and trains. How a run ended is read from its directory, where the first failing rank left its error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.choices import groups
+from launch.slurm_env import is_worker
+
+if TYPE_CHECKING:
+    from launch.compose import Composed
+    from trainer.config import RunConfig
+
+FLAGS = ("-h", "--help", "--cfg", "--dry-run", "-m", "--multirun")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
+    flags = {word for word in argv if word in FLAGS}
+    words = [word for word in argv if word not in FLAGS]
+    if flags & {"-h", "--help"}:
+        print(usage())
+        return 0
+    if is_worker(os.environ) and not flags:
+        return worker(words)
+    from launch.compose import compose
+
+    if flags & {"-m", "--multirun"}:
+        from launch.multirun import multirun
+
+        return multirun(words, show=flags & {"--cfg", "--dry-run"})
+    composed = compose(words, check="--cfg" not in flags)
+    if "--cfg" in flags or "--dry-run" in flags:
+        show(composed, dry_run="--dry-run" in flags)
+        return 0
+    return launch(composed, run_dir_of(composed))
+
+
+def show(composed: Composed, *, dry_run: bool) -> None:
+    """Print the configuration, or what the run would do."""
+    if not dry_run:
+        print(f"# sha256: {composed.sha256}\n{composed.yaml}", end="")
+        return
+    from trainer.plan import describe
+
+    print(describe(composed.config))
+
+
+def run_dir_of(composed: Composed) -> Path:
+    """The directory asked for, or the default one."""
+    from launch.compose import default_run_dir
+
+    asked = composed.config.run.dir
+    return Path(asked).expanduser() if asked else default_run_dir(composed.sha256)
+
+
+def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
+    """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
+    from launch.compose import freeze, is_finished
+    from trainer.config import LauncherName
+    from trainer.status import State, clear_failure, write_status
+
+    finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
+    config = composed.config
+    freeze(composed, run_dir)
+    if finished:
+        print(f"{run_dir}: already finished with this configuration; nothing to do")
+        return 0
+    if config.launcher.name is LauncherName.slurm:
+        from launch.slurm import submit
+
+        return submit(config, [run_dir], print_only=False)
+    clear_failure(run_dir)
+    write_status(run_dir, State.running, reason="starting")
+    if config.launcher.nodes == 1 and config.launcher.processes == 1 and not isolate:
+        return _run_here(config, run_dir, composed.sha256)
+    from launch.torchrun import start
+
+    code = start(config, run_dir, composed.sha256[:8])
+    return outcome(run_dir, code)
+
+
+def worker(words: list[str]) -> int:
+    """Be one rank. Returns 0 also when preempted: another code would make torchrun or srun end the other ranks."""
+    _hold_signals()
+    from launch.compose import compose, freeze, is_finished, load_frozen
+    from launch.frozen import identity
+    from launch.slurm_env import export
+    from launch.torchrun import die_with_parent
+
+    export()
+    rank = int(os.environ["RANK"])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    frozen = os.environ.get("SHARDTUNE_CONFIG")
+    run_dir: Path | None
+    if frozen:
+        config, run_dir = load_frozen(frozen), Path(frozen).parent
+        sha256 = identity(config)
+        finished = is_finished(run_dir)
+    else:
+        composed = compose(words)
+        config, sha256 = composed.config, composed.sha256
+        run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
+        finished = run_dir is not None and is_finished(run_dir)
+        if rank == 0:  # the others learn the directory from rank 0 when they meet
+            run_dir = freeze(composed, run_dir or run_dir_of(composed))
+    if finished:
+        print(f"{run_dir}: already finished with this configuration; nothing to do")
+        return 0
+    try:
+        _train(config, run_dir, sha256, rank)
+    except Exception:
+        if "SHARDTUNE_LAUNCHER" in os.environ and run_dir is not None and (run_dir / "failure.json").exists():
+            return 70  # the launcher shows the first failure, last; the other ranks only lost their peer
+        raise
+    return 0
+
+
+def outcome(run_dir: Path, code: int) -> int:
+    """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
+
+    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more.
+    """
+    from trainer.status import State, read_failure, read_status, write_status
+
+    status, failure = read_status(run_dir), read_failure(run_dir)
+    if status.get("state") == State.done:
+        return 0
+    if status.get("state") == State.preempted:
+        print(f"{run_dir}: stopped at step {status.get('step')}, saved; the same command continues it", file=sys.stderr)
+        return 130 if code == 130 else 75
+    reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
+    if code != 130:
+        # A run of which nobody reports an end has failed, also where torchrun is content.
+        code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
+        shown = (
+            _explain(run_dir, failure)
+            if failure
+            else f"{run_dir}: {reason}; see {run_dir / 'logs'} and the output above"
+        )
+    write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
+    print(shown, file=sys.stderr, flush=True)
+    return code
+
+
+def _explain(run_dir: Path, failure: dict) -> str:
+    at = f", step {failure['step']}" if failure.get("step") is not None else ""
+    where = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{at})"
+    if failure["user_error"]:
+        return f"shardtune train: {where}:\n  " + failure["message"].replace("\n", "\n  ")
+    return f"{failure['traceback'].rstrip()}\nshardtune train: {where}; see {run_dir / 'failure.json'}"
+
+
+def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
+    from strategies.errors import Preempted
+    from trainer.status import State, write_status
+
+    _hold_signals()
+    try:
+        _train(config, run_dir, sha256, 0)
+    except KeyboardInterrupt:
+        write_status(run_dir, State.failed, reason="interrupted")
+        raise
+    except Preempted:
+        pass
+    except BaseException as error:
+        write_status(run_dir, State.failed, reason=str(error).split("\n")[0])
+        raise  # the command line shows it
+    return outcome(run_dir, 0)
+
+
+def _hold_signals() -> None:
+    """Keep requests to stop until the trainer takes them: this process would die of one while it still imports."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+
+
+def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
+    """Train, and leave the error of the first failing rank in the run directory."""
+    from strategies.errors import Preempted
+    from trainer.build import run_worker
+    from trainer.status import record_failure
+
+    try:
+        run_worker(config, run_dir, sha256)
+    except Preempted:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+    except Exception as error:
+        if run_dir is not None:
+            record_failure(run_dir, rank, error, "worker")  # no-op where the trainer has recorded it with its step
+        raise
+
+
+def usage() -> str:
+    """The text of `shardtune train --help`."""
+    common = [
+        ("model.path=<dir or hub id>", "the model to tune"),
+        ("data.path=<file, dir, glob>", "training data; data.eval_path or data.eval_share for evaluation"),
+        ("budget.steps|epochs|tokens=N", "how long to train; exactly one"),
+        ("batch.global=64 batch.micro=4", "documents a step, and at most in one forward pass; accumulation is derived"),
+        ("optim.lr=2e-4", "peak learning rate"),
+        ("precision=bf16", "fp32, bf16, fp16 or auto"),
+        ("launcher.processes=8", "ranks on this host; default: one a GPU"),
+        ("run.dir=runs/first", "directory of the run; the same command continues it"),
+        ("run.resume=auto", "auto, never or a checkpoint directory"),
+        ("logging.wandb=offline", "online, offline or disabled"),
+    ]
+    flags = [
+        ("--cfg", "print the whole configuration and stop"),
+        ("--dry-run", "print what the run would do and stop"),
+        ("-m, --multirun", "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4"),
+    ]
+    rows = "\n".join(f"  {key:<32}{what}" for key, what in common)
+    choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in groups().items() if names)
+    options = "\n".join(f"  {key:<32}{what}" for key, what in flags)
+    return (
+        f"usage: shardtune train [flags] [key=value ...]\n\nsettings:\n{rows}\n\n"
+        f"groups:\n{choices}\n\nflags:\n{options}\n\n"
+        "Every setting is listed with its meaning in conf/. The same words work as\n"
+        "  torchrun --nproc-per-node=8 -m launch.train <words>      sbatch slurm/train.sbatch <words>"
+    )
+
+
+if __name__ == "__main__":
+    from launch.main import guarded
+
+    sys.exit(guarded("train", sys.argv[1:]))

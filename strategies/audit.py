@@ -1,0 +1,34 @@
+"""What was really sharded: counted from the live tensors, not from the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from strategies.parameters import named_parameters
+from strategies.runtime import Runtime, gather_objects
+
+
+def held_elements(step_module: nn.Module) -> int:
+    """Parameter elements that lie on this rank between steps."""
+    held = 0
+    for _, p in named_parameters(step_module):
+        if hasattr(p, "ds_tensor"):
+            held += p.ds_tensor.ds_numel
+        elif hasattr(p, "to_local"):
+            held += p.to_local().numel()
+        else:
+            held += p.numel()
+    return held
+
+
+def sharding_record(step_module: nn.Module, runtime: Runtime) -> dict[str, Any]:
+    """Total, trainable and per-rank held parameter elements. All ranks must call."""
+    total = sum(getattr(p, "ds_numel", p.numel()) for _, p in named_parameters(step_module))
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in named_parameters(step_module) if p.requires_grad)
+    return {
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "held_per_rank": gather_objects(held_elements(step_module), runtime),
+    }

@@ -1,0 +1,257 @@
+import errno
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from strategies.errors import ConfigError, DataError, StorageError
+from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
+from trainer.data import cache, dataset
+from trainer.data.audit import preview, summary
+from trainer.data.prepare import prepare
+from trainer.data.settings import DataConfig, OverLength
+
+
+def counts(sample):
+    return {"loss": int(sample.supervised.sum())}
+
+
+def other_counts(sample):
+    return {"loss": 1}
+
+
+def config(tmp_path, **settings):
+    return DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
+
+
+def run(settings, tokenizer=None, **options):
+    return prepare(settings, tokenizer or tiny_tokenizer(), **{"counts": counts, "seed": 1, **options})
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_chat_data(tmp_path / "train.jsonl", 20)
+
+
+def test_prepared_data_set_and_report(tmp_path, data):
+    prepared = run(config(tmp_path))
+    assert prepared.evaluation is None and prepared.label_names is None
+    report = prepared.report["train"]
+    assert report["documents"] == len(prepared.train) == report["ends_supervised"] == 20
+    assert report["tokens"] == prepared.train.lengths.sum() and report["doubled_bos"] == 0
+    assert report["supervised_tokens"] == prepared.train.counts["loss"].sum() > 0
+    tokenizer, rows = tiny_tokenizer(), chat_rows(20)
+    for number, row in enumerate(rows):
+        sample = prepared.train.sample(number)
+        assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    text = summary(prepared.report)
+    assert "20 of 20 documents" in text and "doubled BOS 0" in text
+    with pytest.raises(DataError, match="two BOS"):
+        summary({"train": {**report, "doubled_bos": 2}})
+
+
+def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
+    first = run(config(tmp_path))
+    monkeypatch.setattr(dataset, "write", None)
+    second = run(config(tmp_path))
+    assert second.directory == first.directory and second.report["cached"] and not first.report["cached"]
+    assert second.report["train"] == first.report["train"]
+    moved = tmp_path / "elsewhere.jsonl"
+    data.rename(moved)
+    assert run(replace(config(tmp_path), path=str(moved))).directory == first.directory, "names are not content"
+
+
+def test_every_input_changes_the_fingerprint(tmp_path, data):
+    tokenizer = tiny_tokenizer()
+    base = config(tmp_path)
+    held = {**{k: getattr(base, k) for k in ("path", "cache_dir")}, "eval_share": 0.2}
+    seen = [run(base).train.fingerprint]
+    for name, value in [
+        ("max_length", 64),
+        ("over_length", OverLength.drop),
+        ("max_documents", 5),
+        ("eval_path", str(data)),
+        ("min_supervised_share", 0.01),
+        ("eval_share", 0.2),
+    ]:
+        seen.append(run(replace(base, **{name: value})).train.fingerprint)
+    seen.append(run(DataConfig(**held), seed=2).train.fingerprint)
+    seen.append(run(base, counts=other_counts).train.fingerprint)
+    seen.append(run(base, tiny_tokenizer(CHATML.replace("assistant", "helper"))).train.fingerprint)
+    seen.append(run(base, tiny_tokenizer(vocab_size=300)).train.fingerprint)
+    tokenizer.add_tokens(["brown"])
+    seen.append(run(base, tokenizer).train.fingerprint)
+    seen.append(run(base, tiny_tokenizer(eos_token="<|eot_id|>")).train.fingerprint)
+    data.write_bytes(data.read_bytes().replace(b"question 7", b"question 8", 1))
+    seen.append(run(base).train.fingerprint)
+    assert len(set(seen)) == len(seen)
+    assert run(base, seed=99).train.fingerprint == seen[-1], "the seed is no matter while nothing is held out"
+
+
+def decoded(split):
+    tokenizer = tiny_tokenizer()
+    return [tokenizer.decode(split.sample(i).input_ids) for i in range(len(split))]
+
+
+def test_split_is_disjoint_exact_and_of_the_seed(tmp_path):
+    write_chat_data(tmp_path / "train.jsonl", 50)
+    whole = decoded(run(config(tmp_path)).train)
+    parts = run(config(tmp_path, eval_share=0.2))
+    train, evaluation = decoded(parts.train), decoded(parts.evaluation)
+    assert len(evaluation) == 10 and sorted(train + evaluation) == sorted(whole)
+    assert not set(train) & set(evaluation)
+    other = decoded(run(config(tmp_path, eval_share=0.2), seed=2).evaluation)
+    assert set(other) != set(evaluation)
+
+
+def test_copies_of_a_document_fall_on_the_same_side(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", chat_rows(10) * 3)
+    parts = run(config(tmp_path, eval_share=0.3))
+    assert not set(decoded(parts.train)) & set(decoded(parts.evaluation))
+    write_jsonl(tmp_path / "train.jsonl", chat_rows(1) * 3)
+    with pytest.raises(DataError, match=r"data\.eval_share=0\.3 leaves no training document"):
+        run(config(tmp_path, eval_share=0.3))
+
+
+def test_over_length(tmp_path):
+    reply = " ".join(["fox"] * 200)
+    rows = [*chat_rows(3), {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": reply}]}]
+    rows.append({"messages": [{"role": "user", "content": reply}, {"role": "assistant", "content": "a"}]})
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    where = f"{tmp_path / 'train.jsonl'}:"
+    cut = run(config(tmp_path, max_length=120))
+    assert cut.report["train"]["truncated"] == {"count": 1, "examples": [where + "4"]}
+    assert cut.report["train"]["dropped_unsupervised"] == {"count": 1, "examples": [where + "5"]}
+    assert cut.train.lengths.max() == 120 and len(cut.train) == 4
+    assert "dropped, nothing left to learn: 1 documents" in summary(cut.report)
+    dropped = run(config(tmp_path, max_length=120, over_length=OverLength.drop))
+    assert dropped.report["train"]["dropped_too_long"]["count"] == 2 and len(dropped.train) == 3
+    with pytest.raises(DataError, match=r"train\.jsonl:4: \d+ tokens are more than data\.max_length=120"):
+        run(config(tmp_path, max_length=120, over_length=OverLength.fail))
+
+
+def test_data_that_would_teach_nothing_is_refused(tmp_path, data):
+    with pytest.raises(DataError, match=r"no document of the train split.*dropped_unsupervised 20.*max_length=3"):
+        run(config(tmp_path, max_length=3))
+    with pytest.raises(
+        DataError, match=r"of the train tokens are supervised, less than data\.min_supervised_share=0\.9"
+    ):
+        run(config(tmp_path, min_supervised_share=0.9))
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()], "a refused data set leaves nothing"
+
+
+def test_settings_that_cannot_be_used(tmp_path, data):
+    with pytest.raises(ConfigError, match=r"data\.path is not set"):
+        run(DataConfig(cache_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"data\.eval_share"):
+        run(config(tmp_path, eval_share=0.1, eval_path=str(data)))
+    with pytest.raises(DataError, match=r"data\.eval_path=.*does not exist"):
+        run(config(tmp_path, eval_path="missing.jsonl"))
+
+
+def test_labels(tmp_path):
+    rows = [{"text": f"a lazy dog {i}", "label": ("up", "down", "flat")[i % 3]} for i in range(9)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    prepared = run(config(tmp_path), tiny_tokenizer(None))
+    assert prepared.label_names == ["down", "flat", "up"] and prepared.train.labels[:3].tolist() == [2, 0, 1]
+    given = run(config(tmp_path), tiny_tokenizer(None), label_names=["flat", "up", "down"])
+    assert given.label_names == ["flat", "up", "down"] and given.train.labels[:3].tolist() == [1, 2, 0]
+    write_jsonl(tmp_path / "eval.jsonl", [{"text": "a", "label": "sideways"}])
+    with pytest.raises(DataError, match=r"eval\.jsonl:1: label 'sideways' is none of"):
+        run(config(tmp_path, eval_path=str(tmp_path / "eval.jsonl")), tiny_tokenizer(None))
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": n} for n in (10, 9, 0)])
+    assert run(config(tmp_path), tiny_tokenizer(None)).label_names == ["0", "9", "10"]
+
+
+def test_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset.np, "savez", full)
+    with pytest.raises(StorageError, match=r"No space left.*data\.cache_dir"):
+        run(config(tmp_path))
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    monkeypatch.undo()
+    assert len(run(config(tmp_path)).train) == 20
+
+
+def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
+    with pytest.raises(StorageError, match=r"data\.cache_dir="):
+        run(replace(config(tmp_path), cache_dir=str(data / "below-a-file")))
+
+
+BUILDER = """
+import os, sys, time
+from pathlib import Path
+from trainer.data.cache import build_once
+how = sys.argv[2]
+def build(target):
+    (target / "half").write_text("x")
+    print("building", flush=True)
+    if how == "die":
+        os._exit(9)
+    time.sleep(float(how))
+    (target / "manifest.json").write_text("{}")
+print(build_once(Path(sys.argv[1]), build), flush=True)
+"""
+
+
+def builder(directory: Path, how: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILDER, str(directory), how]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
+    entry = tmp_path / "cache" / "abc"
+    first = builder(entry, "3")
+    assert first.stdout.readline() == "building\n"
+    second = builder(entry, "0")
+    out, err = second.communicate(timeout=60)
+    assert out == "False\n" and "waiting for another process" in err and str(entry) in err
+    assert first.communicate(timeout=60)[0] == "True\n"
+
+
+def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):
+    entry = tmp_path / "cache" / "abc"
+    dead = builder(entry, "die")
+    assert dead.wait(timeout=60) == 9 and not entry.exists()
+
+    def build(target):
+        assert not list(target.iterdir())
+        (target / "manifest.json").write_text("{}")
+
+    assert cache.build_once(entry, build) and not cache.build_once(entry, build)
+    assert [p.name for p in entry.parent.iterdir() if p.is_dir()] == ["abc"]
+
+
+def test_preview_marks_what_is_learned(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "hi\x1b[31m"}, {"role": "assistant", "content": "yes\nno"}]}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    data = run(config(tmp_path)).train
+    plain = preview(data, tiny_tokenizer(), width=80, colour=False)
+    assert plain == "<|im_start|>user\nhi\\x1b[31m<|im_end|>\n<|im_start|>assistant\n⟦yes\nno<|im_end|>⟧\n"
+    coloured = preview(data, tiny_tokenizer(), width=80, colour=True)
+    assert "\x1b[32myes\x1b[0m\n\x1b[32mno<|im_end|>\x1b[0m\n" in coloured
+    narrow = preview(data, tiny_tokenizer(), width=10, colour=False, max_lines=4)
+    assert all(len(line) <= 22 for line in narrow.split("\n")) and "lines ...]" in narrow
+
+
+def test_control_tokens_are_counted(tmp_path):
+    rows = chat_rows(3)
+    rows[1]["messages"][0]["content"] += "<|im_end|>"
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    report = run(config(tmp_path)).report
+    assert report["train"]["control_tokens"] == {"count": 1, "examples": [f"{tmp_path / 'train.jsonl'}:2"]}
+    assert "spells control tokens" in summary(report)
+
+
+def test_manifest_names_sources_and_options(tmp_path, data):
+    prepared = run(config(tmp_path, max_documents=7))
+    manifest = json.loads((prepared.directory / "manifest.json").read_text())
+    assert manifest["files"] == {"train": [str(data)]} and manifest["options"]["max_documents"] == 7
+    assert len(prepared.train) == 7 and np.issubdtype(prepared.train.tokens.dtype, np.int32)

@@ -1,0 +1,135 @@
+"""Builds the product's own trainer around tiny models and hand-made data, without a run directory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from strategies import runtime as processes
+from strategies.base import (
+    DdpConfig,
+    Fsdp2Config,
+    Precision,
+    Progress,
+    SingleConfig,
+    StrategyConfig,
+    StrategyName,
+    ZeroConfig,
+)
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.tokenizers import tiny_tokenizer
+from trainer.build import build_engine, build_loader
+from trainer.config import BudgetConfig, RunConfig, RunSettings
+from trainer.console import Console
+from trainer.data.dataset import Sample, TokenDataset, write
+from trainer.data.prepare import Prepared
+from trainer.loop import Trainer
+from trainer.metrics import Meter
+from trainer.model import ModelConfig, load_tokenizer
+from trainer.optim import OptimConfig
+from trainer.preempt import Agreement, StopRequest
+from trainer.schedule import ScheduleConfig, ScheduleName
+from trainer.tracking import Trackers
+from trainer.tuning.base import FullConfig, LoraConfig
+
+STRATEGIES: dict[str, StrategyConfig] = {
+    "single": SingleConfig(),
+    "ddp": DdpConfig(),
+    "fsdp2": Fsdp2Config(),
+    "hsdp": Fsdp2Config(name=StrategyName.hsdp, replicate=2),
+    "zero1": ZeroConfig(name=StrategyName.zero1, stage=1),
+    "zero2": ZeroConfig(name=StrategyName.zero2, stage=2),
+    "zero3": ZeroConfig(name=StrategyName.zero3, stage=3),
+}
+TUNINGS = {"full": FullConfig(), "lora": LoraConfig(rank=4)}
+GLOBAL_BATCH = 16
+
+
+def model_dir(root: Path, architecture: str = "llama", **overrides) -> Path:
+    """A tiny model with its tokenizer; made once."""
+    path = root / architecture
+    if not (path / "tokenizer.json").exists():
+        tokenizer = tiny_tokenizer()
+        tiny_model_dir(path, architecture, vocab_size=len(tokenizer) + 10, **overrides)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def samples(num: int, *, uneven: bool, vocab: int = 300) -> list[Sample]:
+    """Random documents of 4 to 40 tokens. Uneven: supervised shares from none to all; every third document has none."""
+    generator = np.random.default_rng(0)
+    made = []
+    for index in range(num):
+        length = int(generator.integers(4, 41))
+        supervised = np.ones(length, dtype=bool)
+        if uneven:
+            supervised = generator.random(length) < (index % 3) / 2
+        supervised[0] = False
+        made.append(Sample(generator.integers(3, vocab, length).astype(np.int32), supervised))
+    return made
+
+
+def data_set(root: Path, *, uneven: bool, num: int = 48) -> Prepared:
+    """A prepared data set of `samples`, serving as training and evaluation set."""
+    directory = root / f"data-{uneven}-{num}"
+    if not (directory / "manifest.json").exists():
+        write(
+            directory,
+            samples(num, uneven=uneven),
+            lambda s: {"loss": int(s.supervised[1:].sum())},
+            {"fingerprint": "x"},
+        )
+    opened = TokenDataset.open(directory)
+    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+
+
+def run_config(
+    model: Path, strategy: str | StrategyConfig, tuning: str, *, micro: int, steps: int = 5, **changes
+) -> RunConfig:
+    """A fp32 run at lr 1e-3 with clipping and a schedule that moves."""
+    config = RunConfig(
+        run=RunSettings(seed=7),
+        model=ModelConfig(path=str(model)),
+        batch={"global": GLOBAL_BATCH, "micro": micro},
+        budget=BudgetConfig(steps=steps),
+        precision=Precision.fp32,
+        tuning=TUNINGS[tuning],
+        strategy=STRATEGIES[strategy] if isinstance(strategy, str) else strategy,
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5),
+        schedule=ScheduleConfig(name=ScheduleName.linear, warmup_steps=2),
+    )
+    return replace(config, **changes)
+
+
+def trainer_for(
+    config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
+) -> Trainer:
+    """The product's trainer with its engine and loader, and nothing that writes."""
+    tokenizer = load_tokenizer(config.model)
+    engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
+    loader, total = build_loader(config, data, built, tokenizer, engine, runtime)
+    return Trainer(
+        config,
+        engine=engine,
+        loader=loader,
+        total_steps=total,
+        progress=progress or Progress(),
+        checkpoints=None,  # type: ignore[arg-type]
+        evaluators=[],
+        meter=Meter(runtime, 1.0, None),
+        trackers=Trackers([]),
+        console=Console(enabled=False),
+        agreement=Agreement(StopRequest(), runtime),
+    )
+
+
+def take_steps(trainer: Trainer, num: int) -> list[tuple[float, float]]:
+    """(loss, grad norm) of `num` further steps. All ranks must call."""
+    for batch in trainer.loader.steps(trainer.progress.samples, num):
+        trainer.meter.add(trainer.train_step(batch))
+    return [(row["loss"], row["grad_norm"]) for row in trainer.meter.flush()]
+
+
+def alone(runtime: processes.Runtime) -> processes.Runtime:
+    """The same process as if it were the only one: for the oracle."""
+    return replace(runtime, rank=0, world_size=1, local_rank=0, local_world_size=1)

@@ -1,0 +1,90 @@
+"""Settings that must not change the result, every class of model, precision, evaluation, resuming, gathering."""
+
+import itertools
+
+import pytest
+
+from tests.helpers.launching import run_job
+from tests.parity.features import VARIANTS
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run_job("tests.parity.features", 2, tmp_path_factory.mktemp("features"))
+
+
+def assert_close(curves, rel):
+    assert len(curves["found"]) == len(curves["expected"]) >= 3
+    for (loss, norm), (right_loss, right_norm) in zip(curves["found"], curves["expected"], strict=True):
+        assert loss == pytest.approx(right_loss, rel=rel)
+        assert norm == pytest.approx(right_norm, rel=rel)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_setting_does_not_change_the_result(report, name):
+    assert_close(report["variants"][name], EXACT)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        f"{architecture} {strategy}"
+        for architecture in ("llama_tied", "qwen2", "qwen3", "gemma2", "gpt2", "falcon", "distilbert")
+        for strategy in ("fsdp2", "zero3")
+    ],
+)
+def test_architecture_trains_alike(report, case):
+    assert_close(report["architectures"][case], EXACT)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        " ".join(parts)
+        for parts in itertools.product(
+            ("llama", "llama_tied"), ("fsdp2", "zero3"), ("dora", "rslora", "new tokens, lora", "new tokens, full")
+        )
+    ],
+)
+def test_tuning_trains_alike(report, case):
+    assert_close(report["tunings"][case], EXACT)
+
+
+@pytest.mark.parametrize(
+    ("case", "band"),
+    [(f"{s} {t}", 1e-2) for s in ("ddp", "fsdp2", "zero2", "zero3") for t in ("full", "lora")]
+    + [("ddp fp16", 2e-3), ("fsdp2 fp16", 2e-3)],
+)
+def test_half_precision_tracks_fp32(report, case, band):
+    """Rounding to 8 (bf16) or 11 (fp16) bits of mantissa; the band is what the first six steps may differ by."""
+    assert_close(report["precision"][case], band)
+    assert report["precision"][case]["found"] != report["precision"][case]["expected"]
+
+
+def test_evaluation_does_not_depend_on_batch_or_ranks(report):
+    results = list(report["evaluation"].values())
+    assert len(results) == 5
+    for found in results[1:]:
+        assert found["eval/loss"] == pytest.approx(results[0]["eval/loss"], rel=1e-6)
+        assert found["eval/accuracy"] == results[0]["eval/accuracy"] > 0
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_resume_is_bit_equal_and_crosses_strategies(report, strategy, tuning):
+    found = report["resume"][f"{strategy} {tuning}"]
+    assert found["resumed"] == found["uninterrupted"]
+    for (loss, norm), (right_loss, right_norm) in zip(found["elsewhere"], found["uninterrupted"], strict=True):
+        assert loss == pytest.approx(right_loss, rel=EXACT)
+        assert norm == pytest.approx(right_norm, rel=EXACT)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_gathered_parameters_are_the_same(report, strategy, tuning):
+    """Before training, adapters included, they are equal to the last bit; after it, within rounding."""
+    found = report["gathered"][f"{strategy} {tuning}"]
+    assert found["before"] == 0.0
+    assert found["after"] < 1e-6

@@ -1,0 +1,68 @@
+"""The fused head against torch's own cross-entropy."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer import loss
+from trainer.loss import LossHead
+
+
+def reference(hidden, head, targets, softcap, scale):
+    logits = head(hidden) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), logits
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 1.0), (None, 0.25), (5.0, 3.0)])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_value_and_gradients(monkeypatch, bias, softcap, scale, rows):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 31 * 7)  # several chunks, the last one short
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 31, bias=bias)
+    head = LossHead.replace(plain, softcap=softcap, logit_scale=scale)
+    assert head.weight is plain.weight
+    targets = torch.randint(0, 31, (rows,))
+    a = torch.randn(rows, 16, requires_grad=True)
+    b = a.detach().clone().requires_grad_()
+    found, _ = head(a, targets=targets)
+    (found * 0.37).backward()
+    grads = [p.grad.clone() for p in plain.parameters()]
+    plain.zero_grad()
+    expected, _ = reference(b, plain, targets, softcap, scale)
+    (expected * 0.37).backward()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.allclose(a.grad, b.grad, atol=1e-6)
+    for grad, parameter in zip(grads, plain.parameters(), strict=True):
+        assert torch.allclose(grad, parameter.grad, atol=1e-5)
+
+
+def test_counts_correct_predictions_without_gradients():
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 31)
+    head = LossHead.replace(plain, softcap=None, logit_scale=1.0)
+    hidden = torch.randn(50, 16)
+    targets = plain(hidden).argmax(-1)
+    targets[:20] = (targets[:20] + 1) % 31
+    with torch.no_grad():
+        value, correct = head(hidden, targets=targets)
+    assert float(correct) == 30
+    assert float(value) == pytest.approx(float(reference(hidden, plain, targets, None, 1.0)[0].detach()), rel=1e-5)
+
+
+def test_a_frozen_head_makes_no_weight_gradient():
+    head = LossHead.replace(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
+    hidden = torch.randn(5, 16, requires_grad=True)
+    value, _ = head(hidden, targets=torch.zeros(5, dtype=torch.long))
+    assert value.grad_fn.saved_tensors[1] is None
+    value.backward()
+    assert head.weight.grad is None and hidden.grad is not None
+
+
+def test_without_targets_it_is_the_plain_head():
+    plain = nn.Linear(16, 31)
+    head = LossHead.replace(plain, softcap=5.0, logit_scale=2.0)
+    hidden = torch.randn(2, 3, 16)
+    assert torch.equal(head(hidden), plain(hidden))

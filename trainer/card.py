@@ -1,0 +1,158 @@
+"""The model card: what an export is, what it was made from and how well it did, as the README.md of its directory.
+
+States only what the run knows. What nobody measured (risks, biases, fitness for a use) is named as not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(kw_only=True, slots=True)
+class CardFacts:
+    """What a card is written from."""
+
+    config_yaml: str = ""
+    """The frozen configuration, as YAML."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The run record (`run.json`): base model, tuning, strategy, data report, versions, substitutions and more."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first step."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at the end."""
+    tokens_trained: int = 0
+    steps: int = 0
+    licence: str | None = None
+    """Licence of the base model, if known; it binds the export too."""
+    resize_to: int | None = None
+    """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
+
+
+def render_card(card: CardFacts, *, adapter: bool, base_path: str) -> str:
+    """The text of README.md, with the Hugging Face metadata block in front."""
+    facts = card.facts
+    base = _base_name(facts.get("base_model") or base_path)
+    method = str(facts.get("tuning", "full"))
+    parts = [
+        _front_matter(card, base=base, adapter=adapter, method=method),
+        f"# {base}, fine-tuned ({method})",
+        _intended_use(base, adapter=adapter),
+        "## How to load\n\n" + _loading(card, base_path, adapter=adapter),
+        _data(facts),
+        _procedure(card, method),
+        _evaluation(card),
+        LIMITATIONS,
+        _lineage(card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+LIMITATIONS = """## Limitations
+
+This text is written by the training program, which knows the numbers above and nothing else. The following has **not** been
+measured unless stated above, and should be before others rely on the model:
+
+- how it behaves outside the kind of data it was tuned on, and what the base model knew that tuning made worse;
+- bias, toxicity and the safety of its answers: those of the base model are inherited, and tuning may weaken its safeguards;
+- whether it repeats personal or confidential passages of its training data."""
+
+
+def _base_name(value: str) -> str:
+    """A hub id as it is; of a directory only the last part, so that no card tells the layout of a machine."""
+    path = Path(value).expanduser()
+    return path.name if path.is_absolute() or path.exists() or value.startswith((".", "~")) else value
+
+
+def _front_matter(card: CardFacts, *, base: str, adapter: bool, method: str) -> str:
+    classifier = card.facts.get("objective") == "classification"
+    lines = ["---", f"base_model: {json.dumps(base)}", f"library_name: {'peft' if adapter else 'transformers'}"]
+    lines.append(f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}")
+    if card.licence:
+        lines.append(f"license: {json.dumps(card.licence)}")
+    tags = ["shardtune", "fine-tuned", method]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"])
+
+
+def _intended_use(base: str, *, adapter: bool) -> str:
+    what = f"An adapter for `{base}`" if adapter else f"A whole model tuned from `{base}`"
+    return (
+        f"{what}. It is meant for texts like those it was tuned on; its owner decides on any use beyond that, within the "
+        "licence of the base model and of the data."
+    )
+
+
+def _loading(card: CardFacts, base_path: str, *, adapter: bool) -> str:
+    classifier = card.facts.get("objective") == "classification"
+    auto = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
+    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if adapter:
+        lines.insert(0, "from peft import PeftModel")
+        labels = card.facts.get("label_names")
+        extra = f", num_labels={len(labels)}" if classifier and labels else ""
+        lines.append(f"model = {auto}.from_pretrained({json.dumps(_base_name(base_path))}{extra})  # the base model")
+        if card.resize_to:
+            lines.append(f"model.resize_token_embeddings({card.resize_to})  # tokens were added to the vocabulary")
+        lines.append('model = PeftModel.from_pretrained(model, "path/to/this/directory")')
+    else:
+        lines.append(f'model = {auto}.from_pretrained("path/to/this/directory")')
+    lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _data(facts: Mapping[str, Any]) -> str:
+    rows = [f"- fingerprint: `{facts.get('data_fingerprint', 'not recorded')}`"]
+    report = facts.get("data_report")
+    if isinstance(report, Mapping):
+        rows += [
+            f"- {key.replace('_', ' ')}: {value}" for key, value in report.items() if isinstance(value, int | float)
+        ]
+    return "## Training data\n\n" + "\n".join(rows)
+
+
+def _procedure(card: CardFacts, method: str) -> str:
+    facts = card.facts
+    names = (
+        "strategy",
+        "world_size",
+        "precision",
+        "global_batch",
+        "micro_batch",
+        "accumulation",
+        "attention",
+        "layout",
+    )
+    rows = [f"- method: {method}", f"- steps: {card.steps:,}", f"- tokens: {card.tokens_trained:,}"]
+    rows += [f"- {name.replace('_', ' ')}: {facts[name]}" for name in names if facts.get(name) is not None]
+    rows += [f"- substituted: {key} -> {value}" for key, value in (facts.get("substitutions") or {}).items()]
+    if facts.get("initialised"):
+        rows.append(f"- newly initialised, not from the base: {', '.join(facts['initialised'])}")
+    return "## Procedure\n\n" + "\n".join(rows)
+
+
+def _evaluation(card: CardFacts) -> str:
+    if not card.after:
+        return "## Evaluation\n\nNo held-out data was evaluated."
+    rows = ["| held-out metric | before | after |", "| --- | ---: | ---: |"]
+    for name, value in card.after.items():
+        before = f"{card.before[name]:.4f}" if name in card.before else "-"
+        rows.append(f"| {name} | {before} | {value:.4f} |")
+    return "## Evaluation\n\n" + "\n".join(rows)
+
+
+def _lineage(card: CardFacts) -> str:
+    facts = card.facts
+    versions = ", ".join(f"{name} {number}" for name, number in (facts.get("versions") or {}).items())
+    rows = [
+        f"- code revision: {facts.get('git_revision') or 'unknown (not run from a clone)'}",
+        f"- config sha256: {facts.get('config_sha256', 'not recorded')}",
+        f"- versions: {versions or 'not recorded'}",
+    ]
+    text = "## Lineage\n\n" + "\n".join(rows)
+    if card.config_yaml:
+        block = f"```yaml\n{card.config_yaml.rstrip()}\n```"
+        text += f"\n\n<details><summary>The whole configuration</summary>\n\n{block}\n\n</details>"
+    return text

@@ -1,0 +1,240 @@
+"""From the prepared data set to batches: a step's documents, how they are dealt to ranks, how they lie in memory.
+
+Every rank computes the whole step's global batch from the same order, so totals need no communication. The tensors of
+the next steps are made by one background thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.data.dataset import Sample, TokenDataset
+from trainer.data.order import GlobalOrder, deal
+from trainer.data.settings import Layout
+
+IGNORED = -100
+"""Target of a position that is not supervised."""
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one rank trains on in one optimizer step, and the sums over the whole global batch."""
+
+    micro_batches: list[dict[str, Any]]
+    totals: dict[str, int]
+    """For each term of the objective, its count over the global batch, all ranks together."""
+    tokens: int
+    """Tokens of the global batch."""
+    local_tokens: int
+    """Tokens of this rank's part."""
+    supervised_tokens: int
+    """Targets of the global batch."""
+    samples: int
+    """Documents (packs) of the global batch."""
+    wait_s: float = 0.0
+    """Seconds the trainer waited for this batch."""
+
+
+class StepLoader:
+    """Batches of one rank. `global_batch` and `micro_batch` count units: documents, or packs where `units` is given."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        order: GlobalOrder,
+        units: list[list[int]] | None,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        layout: Layout,
+        pad_token_id: int,
+        device: torch.device | str,
+        prefetch: int = 2,
+    ) -> None:
+        assert global_batch % (micro_batch * dp_size) == 0, "the config layer reports a batch that does not divide"
+        assert order.num_units == (len(dataset) if units is None else len(units)), "order and units differ in number"
+        assert layout is not Layout.auto, "the layout is resolved before the loader is built"
+        assert units is None or layout is Layout.padding_free, "packs need the padding_free layout"
+        self.dataset = dataset
+        self.order = order
+        self.units = units
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.accumulation = global_batch // (micro_batch * dp_size)
+        self.layout = layout
+        self.pad_token_id = pad_token_id
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        self.unit_tokens: np.ndarray = (
+            dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
+        )
+
+    def plan(self, first_sample: int) -> list[list[list[int]]]:
+        """Documents of the step that begins at `first_sample`, as [rank][micro-batch][document]; no tensors are made.
+
+        The slots come sorted by load, so that the ranks' m-th micro-batches weigh about the same and none waits long.
+        """
+        chosen = self.order.units(first_sample, self.global_batch)
+        slots = deal(self.unit_tokens[chosen], self.global_batch // self.micro_batch, self.micro_batch)
+        filled = [[doc for position in slot for doc in self._documents(int(chosen[position]))] for slot in slots]
+        return [[filled[m * self.dp_size + r] for m in range(self.accumulation)] for r in range(self.dp_size)]
+
+    def _documents(self, unit: int) -> list[int]:
+        return [unit] if self.units is None else self.units[unit]
+
+    def steps(self, first_sample: int, num_steps: int) -> Iterator[StepBatch]:
+        """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
+
+        Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
+        """
+        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=self.prefetch)
+        stop = threading.Event()
+
+        def produce() -> None:
+            for step in range(num_steps):
+                item: StepBatch | BaseException
+                try:
+                    item = self._step(first_sample + step * self.global_batch)
+                except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+                    item = error
+                while not stop.is_set():
+                    try:
+                        ready.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if stop.is_set() or isinstance(item, BaseException):
+                    return
+
+        thread = threading.Thread(target=produce, name="step-loader", daemon=True)
+        thread.start()
+        try:
+            for _ in range(num_steps):
+                began = time.perf_counter()
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                item.micro_batches = [to_device(batch, self.device) for batch in item.micro_batches]
+                item.wait_s = time.perf_counter() - began
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _step(self, first_sample: int) -> StepBatch:
+        plan = self.plan(first_sample)
+        everyone = np.array([doc for rank in plan for slot in rank for doc in slot], dtype=np.int64)
+        mine = [doc for slot in plan[self.dp_rank] for doc in slot]
+        batches = [
+            collate([self.dataset.sample(doc) for doc in slot], self.layout, self.pad_token_id)
+            for slot in plan[self.dp_rank]
+        ]
+        if self.device.type == "cuda":
+            batches = [{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in b.items()} for b in batches]
+        return StepBatch(
+            micro_batches=batches,
+            totals={term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()},
+            tokens=int(self.dataset.lengths[everyone].sum()),
+            local_tokens=int(self.dataset.lengths[mine].sum()),
+            supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
+            samples=self.global_batch,
+        )
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy the tensors of a batch; from pinned memory the copy does not wait."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def collate(samples: Sequence[Sample], layout: Layout, pad_token_id: int) -> dict[str, Any]:
+    """Samples as one micro-batch on the CPU, in the given layout."""
+    batch = _concatenate(samples) if layout is Layout.padding_free else _pad(samples, pad_token_id)
+    # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
+    batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
+    if any(sample.label is not None for sample in samples):
+        batch["labels"] = torch.tensor([IGNORED if s.label is None else s.label for s in samples], dtype=torch.int64)
+    return batch
+
+
+def _targets(sample: Sample) -> np.ndarray:
+    """int64 [n]: at each position the next token, where that one is supervised; the last position has none."""
+    targets = np.full(len(sample.input_ids), IGNORED, dtype=np.int64)
+    targets[:-1] = np.where(sample.supervised[1:], sample.input_ids[1:], IGNORED)
+    return targets
+
+
+def _concatenate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """One row of T tokens: ids, positions that restart per document, targets, document boundaries."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    boundaries = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
+    return {
+        "input_ids": torch.from_numpy(np.concatenate([s.input_ids for s in samples]).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))[None],
+        "targets": torch.from_numpy(np.concatenate([_targets(s) for s in samples]))[None],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "document_bounds": boundaries.tolist(),
+    }
+
+
+def _pad(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
+    """One row a document, padded on the right to the longest."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    targets = np.full_like(ids, IGNORED)
+    for row, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        ids[row, :n] = sample.input_ids
+        mask[row, :n] = 1
+        targets[row, :n] = _targets(sample)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.arange(longest, dtype=torch.int64).repeat(len(samples), 1),
+        "attention_mask": torch.from_numpy(mask),
+        "targets": torch.from_numpy(targets),
+    }
+
+
+def eval_batches(
+    dataset: TokenDataset,
+    *,
+    batch: int,
+    dp_rank: int,
+    dp_size: int,
+    layout: Layout,
+    pad_token_id: int,
+    device: torch.device | str,
+    max_documents: int | None,
+) -> Iterator[dict[str, Any]]:
+    """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
+
+    Every rank gets the same number of micro-batches; one that runs out gets document 0 with nothing to score (targets
+    and labels -100). Documents are sorted by length, so that ranks work alike; a sum over them does not depend on it.
+    """
+    num = len(dataset) if max_documents is None else min(max_documents, len(dataset))
+    by_length = np.argsort(-dataset.lengths[:num], kind="stable")
+    batches = [by_length[start : start + batch].tolist() for start in range(0, num, batch)]
+    for turn in range(-(-len(batches) // dp_size)):
+        number = turn * dp_size + dp_rank
+        if number < len(batches):
+            samples = [dataset.sample(doc) for doc in batches[number]]
+        else:
+            first = dataset.sample(0)
+            label = None if first.label is None else IGNORED
+            samples = [Sample(first.input_ids, np.zeros_like(first.supervised), label)]
+        yield to_device(collate(samples, layout, pad_token_id), torch.device(device))

@@ -1,0 +1,233 @@
+"""The training loop. Start reading at `Trainer.fit`, then `train_step`; everything else is called from there."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from strategies.base import Engine, Progress
+from strategies.errors import Diverged, Preempted
+from strategies.runtime import seed_step
+from trainer.checkpoint import Checkpoints
+from trainer.config import RunConfig
+from trainer.console import Console
+from trainer.data.loader import StepBatch, StepLoader
+from trainer.evaluation.base import Evaluator
+from trainer.evaluation.loss import Interrupted
+from trainer.metrics import Meter, StepRecord
+from trainer.preempt import Agreement
+from trainer.schedule import lr_factor_at
+from trainer.tracking import Trackers
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How training ended, equal on all ranks."""
+
+    progress: Progress
+    before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first step (empty where not evaluated)."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at the last evaluation."""
+    last_row: dict[str, Any] = field(default_factory=dict)
+    stopped_early: bool = False
+
+
+class Trainer:
+    """Takes steps until the budget is spent, evaluation says stop, or the run is asked to."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        engine: Engine,
+        loader: StepLoader,
+        total_steps: int,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        evaluators: list[Evaluator],
+        meter: Meter,
+        trackers: Trackers,
+        console: Console,
+        agreement: Agreement,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.config, self.engine, self.loader = config, engine, loader
+        self.total_steps, self.progress = total_steps, progress
+        self.checkpoints, self.evaluators = checkpoints, evaluators
+        self.meter, self.trackers, self.console, self.agreement = meter, trackers, console, agreement
+        self.on_step = on_step
+        """Told the step about to be taken, so that a failure can name it."""
+        self.outcome = Outcome(progress)
+        self._first_step = progress.step
+        self._saved_step = progress.step if progress.step else -1
+        self._skipped_in_a_row = 0
+
+    def fit(self) -> Outcome:
+        """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
+        if self.progress.step == 0 and self.config.evaluation.at_start:
+            self.outcome.before = self._evaluate()
+        # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
+        gc.collect()
+        gc.freeze()
+        self._began = time.perf_counter()
+        self.meter.restart_clock()
+        remaining = self.total_steps - self.progress.step
+        for batch in self.loader.steps(self.progress.samples, remaining):
+            self.agreement.ask()
+            self.meter.add(self.train_step(batch))
+            last = self.progress.step == self.total_steps
+            if last or self.meter.pending >= self.config.logging.every_steps:
+                self._flush()
+            improved = self._evaluate_if_due(last)
+            if improved or self.checkpoints.due(self.progress.step):
+                self._save()
+            if self.agreement.stop_now():
+                self._stop_for_signal()
+            if self._out_of_patience():
+                self.outcome.stopped_early = True
+                break
+        self._flush()
+        if self.config.checkpoint.save_final:
+            self._save()
+        return self.outcome
+
+    def train_step(self, batch: StepBatch) -> StepRecord:
+        """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
+
+        The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
+        the number of ranks, because every strategy averages over them.
+        """
+        step = self.progress.step
+        self.on_step(step + 1)
+        seed_step(self.config.run.seed, step, self.engine.dp_rank)
+        scale = self.engine.dp_size / max(1, batch.totals["loss"])
+        sums: dict[str, torch.Tensor] = {}
+        for index, micro_batch in enumerate(batch.micro_batches):
+            last = index == len(batch.micro_batches) - 1
+            terms = self.engine.forward(micro_batch, last=last)
+            self.engine.backward(terms["loss"] * scale, last=last)
+            for name, value in terms.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        factor = lr_factor_at(self.config.schedule, step, self.total_steps)
+        result = self.engine.step(factor)
+
+        self.progress.step += 1
+        self.progress.samples += batch.samples
+        self.progress.tokens += batch.tokens
+        self.progress.supervised_tokens += batch.supervised_tokens
+        return StepRecord(
+            step=self.progress.step,
+            lr=self.config.optim.lr * factor,
+            tokens=batch.tokens,
+            supervised_tokens=batch.supervised_tokens,
+            total_tokens=self.progress.tokens,
+            total_supervised_tokens=self.progress.supervised_tokens,
+            counts=batch.totals,
+            local_sums=sums,
+            result=result,
+            local_tokens=batch.local_tokens,
+            wait_s=batch.wait_s,
+        )
+
+    # -- what happens between steps ------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Read the buffered steps from the device, record them, and stop a run whose gradients are not finite."""
+        rows = self.meter.flush()
+        for row in rows:
+            self.trackers.log(row, step=row["step"])
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if row.get("skipped") else 0
+            self.progress.skipped_steps += int(bool(row.get("skipped")))
+        if not rows:
+            return
+        self.outcome.last_row = rows[-1]
+        self.console.progress(rows[-1], total=self.total_steps, began=self._began, first_step=self._first_step)
+        if self._skipped_in_a_row >= self.config.optim.max_skipped_steps:
+            size = self.config.batch["global"]
+            first = max(0, self.progress.samples - self._skipped_in_a_row * size)
+            raise Diverged(
+                f"step {self.progress.step}: gradients were not finite for {self._skipped_in_a_row} steps in a row "
+                f"(samples {first} to {self.progress.samples - 1} of the run's order); lower optim.lr, use "
+                "precision=bf16 instead of fp16, or look at those samples. Limit: optim.max_skipped_steps"
+            )
+
+    def _evaluate_if_due(self, last: bool) -> bool:
+        """Evaluate on the schedule; whether the watched metric has improved."""
+        every = self.config.evaluation.every_steps
+        if not self.evaluators or not (last or (every > 0 and self.progress.step % every == 0)):
+            return False
+        self._flush()
+        self.outcome.after = self._evaluate()
+        improved = self._note_best(self.outcome.after)
+        self.meter.restart_clock()
+        return improved and every > 0
+
+    def _evaluate(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        try:
+            for evaluator in self.evaluators:
+                values.update(evaluator.run(self.engine))
+        except Interrupted:
+            self._stop_for_signal()
+        if values:
+            self.trackers.log({**values, "tokens": self.progress.tokens}, step=self.progress.step)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.console.say(f"evaluation at step {self.progress.step}:  {shown}")
+        return values
+
+    def _note_best(self, values: dict[str, float]) -> bool:
+        settings, progress = self.config.evaluation, self.progress
+        value = values[settings.watch]
+        gain = float("inf") if progress.best_metric is None else progress.best_metric - value
+        if settings.greater_is_better and progress.best_metric is not None:
+            gain = -gain
+        if gain > settings.min_delta:
+            progress.best_metric, progress.best_step, progress.stale_evaluations = value, progress.step, 0
+            return True
+        progress.stale_evaluations += 1
+        return False
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.evaluation.patience
+        if patience == 0 or self.progress.stale_evaluations < patience:
+            return False
+        self.console.say(
+            f"stopping early: {self.config.evaluation.watch} has not improved for {patience} evaluations "
+            f"(best {self.progress.best_metric:.4f} at step {self.progress.best_step})"
+        )
+        return True
+
+    def _save(self) -> Path | None:
+        if self._saved_step == self.progress.step:
+            return None
+        self._flush()
+        path = self.checkpoints.save(self.engine, self.progress)
+        self._saved_step = self.progress.step
+        self.meter.restart_clock()
+        return path
+
+    def _stop_for_signal(self) -> None:
+        self._flush()
+        if self.progress.step:
+            self._save()
+        raise Preempted(
+            f"stopped at step {self.progress.step} of {self.total_steps}; start the same run again to go on"
+        )
+
+
+def steps_from_budget(config: RunConfig, *, num_units: int, for_tokens: Callable[[int], int]) -> int:
+    """Optimizer steps of the run: set directly, or enough for the epochs or tokens asked for."""
+    budget = config.budget
+    if budget.steps is not None:
+        return budget.steps
+    if budget.tokens is not None:
+        return for_tokens(budget.tokens)
+    epochs = budget.epochs if budget.epochs is not None else 1.0
+    return max(1, -(-round(epochs * num_units) // config.batch["global"]))

@@ -1,0 +1,131 @@
+"""How a run stands and how it ended: two small files in its directory (exit codes do not survive torchrun or srun).
+
+`status.json` (state, reason, step, restart, pid, host, time) is replaced atomically by the launcher and by rank 0;
+`failure.json` is written once, by the first rank that fails. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ShardtuneError, StorageError
+
+
+class State(StrEnum):
+    """What `status.json` may say. `preempted`: the run saved its state and can be resumed by the same command."""
+
+    running = "running"
+    done = "done"
+    preempted = "preempted"
+    failed = "failed"
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`, durably: readers see the old file or the new one. Errors: StorageError."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot write ({error.strerror or error}); free space, or set run.dir") from error
+
+
+def restart_count() -> int:
+    """How often SLURM or torchrun has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
+    """Replace `status.json`. `fields` are JSON values such as `step` and `reason`. Errors: StorageError."""
+    status = {
+        "state": State(state).value,
+        "reason": None,
+        "step": None,
+        "restart": restart_count(),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "time": time.time(),
+        **fields,
+    }
+    write_text_atomic(Path(run_dir) / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The content of `status.json`, empty where there is none that can be read."""
+    return _read(Path(run_dir) / "status.json")
+
+
+def record_failure(
+    run_dir: Path, rank: int, error: BaseException, phase: str, step: int | None = None, *, replace: bool = False
+) -> bool:
+    """Write `failure.json` unless another rank was first; returns whether it was written. Never raises for the disk.
+
+    `replace` overwrites: for the launcher, which knows better when a rank was killed and only its peers could write.
+    """
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "phase": phase,
+        "step": step,
+        "error": type(error).__name__,
+        "message": str(error),
+        "user_error": isinstance(error, ShardtuneError),
+        "exit_code": getattr(error, "exit_code", 70),
+        "traceback": "".join(traceback.format_exception(error)),
+        "time": time.time(),
+    }
+    path = Path(run_dir) / "failure.json"
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL)
+    try:
+        descriptor = os.open(path, flags, 0o644)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+    except OSError:  # another rank was first, or the disk itself is the failure: the error goes to stderr anyway
+        return False
+    return True
+
+
+def read_failure(run_dir: Path) -> dict[str, Any]:
+    """The content of `failure.json`, empty where there is none that can be read."""
+    return _read(Path(run_dir) / "failure.json")
+
+
+def clear_failure(run_dir: Path) -> None:
+    """Forget the failure of an earlier attempt."""
+    (Path(run_dir) / "failure.json").unlink(missing_ok=True)
+
+
+def in_use_by(run_dir: Path) -> int | None:
+    """The process id of a live run that owns the directory, as far as this host can tell; else None."""
+    import psutil
+
+    status = read_status(run_dir)
+    if status.get("state") != State.running or status.get("host") != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(int(status["pid"]))
+        # A process younger than the record only inherited the number.
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= status["time"]
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return None
+    return process.pid if alive and process.pid != os.getpid() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,307 @@
+"""What a configuration must satisfy before any process starts: ranges of single settings, and rules between settings.
+
+`problems_of` returns one line a problem (key and value, the constraint, what to do), all of them; an empty list is a
+configuration that may run. It reads the file system for paths and nothing else.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
+from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
+from trainer.data.settings import DataFormat, Layout
+from trainer.objectives.base import ClassificationConfig, ObjectiveName
+from trainer.tuning.base import LoraConfig
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of one number; `above` and `below` exclude the bound itself."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        """Whether a finite `value` lies inside."""
+        return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = [("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below)]
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)) or "finite"
+
+
+COUNT, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(least=0, most=1)
+
+RANGES: dict[str, tuple[Range, str]] = {
+    "run.seed": (COUNT, "the default is 42"),
+    "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
+    "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
+    "model.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
+    "data.eval_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
+    "data.max_length": (Range(least=2), "a next-token target needs two tokens; 2048 is usual"),
+    "data.max_documents": (POSITIVE, "null takes all"),
+    "data.min_supervised_share": (SHARE, "0 switches the check off"),
+    "batch.global": (POSITIVE, "documents a step, 32 to 256 as a rule"),
+    "batch.micro": (POSITIVE, "1 uses the least memory"),
+    "budget.steps": (POSITIVE, "the number of optimizer steps"),
+    "budget.epochs": (Range(above=0), "1 is one pass over the data"),
+    "budget.tokens": (POSITIVE, "training tokens, all ranks together"),
+    "tuning.rank": (POSITIVE, "8 to 64 as a rule"),
+    "tuning.alpha": (Range(above=0), "twice tuning.rank as a rule"),
+    "tuning.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
+    "strategy.bucket_mib": (POSITIVE, "25 (ddp) to 200 (zero) as a rule"),
+    "strategy.replicate": (COUNT, "0 means one replica a host, or 2 on one host"),
+    "strategy.stage": (Range(least=1, most=3), "chosen with strategy=zero1, zero2 or zero3"),
+    "strategy.persistence_threshold": (COUNT, "0 shards every parameter"),
+    "strategy.prefetch_mib": (COUNT, "0 gathers nothing ahead"),
+    "optim.lr": (Range(above=0), "about 2e-5 for full tuning, 2e-4 for LoRA"),
+    "optim.weight_decay": (COUNT, "0 to 0.1 as a rule"),
+    "optim.eps": (Range(above=0), "1e-8 as a rule"),
+    "optim.max_grad_norm": (COUNT, "0 switches clipping off"),
+    "optim.max_skipped_steps": (POSITIVE, "10 as a rule"),
+    "schedule.warmup_steps": (COUNT, "0 takes schedule.warmup_share"),
+    "schedule.warmup_share": (SHARE, "0.03 as a rule"),
+    "schedule.decay_share": (SHARE, "0.2 as a rule"),
+    "schedule.min_factor": (SHARE, "0 ends at a rate of zero"),
+    "evaluation.every_steps": (COUNT, "0 evaluates only at the end"),
+    "evaluation.batch": (POSITIVE, "8 as a rule"),
+    "evaluation.max_documents": (POSITIVE, "null takes all"),
+    "evaluation.patience": (COUNT, "0 never stops early"),
+    "evaluation.min_delta": (COUNT, "0 counts any improvement"),
+    "checkpoint.every_steps": (COUNT, "0 writes one at the end"),
+    "checkpoint.keep": (POSITIVE, "2 survives a checkpoint that was damaged"),
+    "logging.every_steps": (POSITIVE, "10 as a rule"),
+    "logging.reference_tflops": (Range(above=0), "null takes what is known of the device"),
+    "launcher.processes": (POSITIVE, "one a GPU"),
+    "launcher.nodes": (POSITIVE, "the number of hosts"),
+    "launcher.node_rank": (COUNT, "0 on the host that launcher.rdzv names"),
+    "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
+    "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
+    "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
+    "launcher.max_restarts": (COUNT, "0 never requeues"),
+}
+"""Every numeric setting, with what to do about a value outside."""
+
+
+def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
+    """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
+    out_of_range = list(_ranges(config))
+    problems = [*out_of_range, *_budget(config), *_model(config), *_data(config), *_evaluation(config), *_run(config)]
+    problems += _schedule(config)
+    if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
+        problems += [*_batch(config, world_size), *_strategy(config, world_size)]
+    return [*problems, *_tuning(config), *_launcher(config)]
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for key, (bounds, advice) in RANGES.items():
+        group, _, name = key.partition(".")
+        holder: Any = getattr(config, group)
+        value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+        if value is not None and not bounds.holds(value):
+            yield f"{key}={value:g}: must be {bounds}; {advice}"
+    for beta in config.optim.betas:
+        if not 0 <= beta < 1:
+            yield f"optim.betas={config.optim.betas}: each must be at least 0 and below 1; [0.9,0.999] as a rule"
+            break
+    if len(config.optim.betas) != 2:
+        yield f"optim.betas={config.optim.betas}: must be two numbers; [0.9,0.999] as a rule"
+
+
+def _budget(config: RunConfig) -> Iterator[str]:
+    given = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        text = " ".join(f"budget.{name}={value}" for name, value in given.items()) or "budget: not set"
+        others = f"; unset the others with budget.{list(given)[-1]}=null" if given else ", as in budget.epochs=3"
+        yield f"{text}: exactly one of budget.steps, budget.epochs and budget.tokens says how long to train{others}"
+
+
+def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    size, micro = config.batch.get("global"), config.batch.get("micro")
+    extra = sorted(set(config.batch) - {"global", "micro"})
+    if extra:
+        yield f"batch.{extra[0]}: there is no such setting; batch has global and micro (accumulation is derived)"
+    if size is None or micro is None:
+        yield "batch: needs both batch.global and batch.micro"
+        return
+    ranks = world_size or 1
+    if size % (micro * ranks):
+        step = micro * ranks
+        below, above = size // step * step, (size // step + 1) * step
+        legal = " or ".join(f"batch.global={value}" for value in (below, above) if value)
+        micros = [m for m in range(1, micro + 1) if size % (m * ranks) == 0]
+        other = f", or batch.micro={' or '.join(map(str, micros[-4:]))}" if micros else ""
+        where = f"{ranks} rank{'s' * (ranks > 1)}" if world_size else "the ranks"
+        yield f"batch.global={size}: must be a multiple of batch.micro={micro} x {where} = {step}; set {legal}{other}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.path is None:
+        yield "model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2"
+    for key in ("path", "tokenizer"):
+        value = getattr(model, key)
+        if value is not None and not Path(value).expanduser().is_dir() and not _may_be_hub_id(value):
+            what = "is a file" if Path(value).expanduser().is_file() else "does not exist"
+            yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
+    if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
+        yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
+
+
+def _may_be_hub_id(value: str) -> bool:
+    """org/name, or a bare name; not what can only be a path. A parent directory that exists makes it a path."""
+    return bool(HUB_ID.fullmatch(value)) and not ("/" in value and Path(value).parent.is_dir())
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.path is None:
+        yield "data.path: not set; give a file, a directory or a glob, as in data.path=train.jsonl"
+    for key in ("path", "eval_path"):
+        value = getattr(data, key)
+        for pattern in [] if value is None else value if isinstance(value, list) else [value]:
+            path = Path(str(pattern)).expanduser()
+            if not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207 - the pattern may be absolute
+                yield f"data.{key}={pattern}: does not exist and matches no file; paths are relative to {Path.cwd()}"
+    if data.eval_path is not None and data.eval_share:
+        yield f"data.eval_share={data.eval_share:g}: data.eval_path already gives evaluation data; set one of the two"
+    if data.packing and data.layout is Layout.padded:
+        yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    classification = config.objective.name is ObjectiveName.classification
+    if classification and data.packing:
+        yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
+    if classification and data.format not in (DataFormat.auto, DataFormat.labelled):
+        yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
+    if not classification and data.format is DataFormat.labelled:
+        yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
+    if isinstance(config.objective, ClassificationConfig) and config.objective.labels is not None:
+        labels = config.objective.labels
+        if len(set(labels)) < max(2, len(labels)):
+            yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation, has_data = config.evaluation, config.data.eval_path is not None or config.data.eval_share > 0
+    remedy = "give data.eval_path or data.eval_share=0.05"
+    for key in ("every_steps", "patience"):
+        if getattr(evaluation, key) > 0 and not has_data:
+            yield f"evaluation.{key}={getattr(evaluation, key)}: there is no evaluation data; {remedy}, or set it to 0"
+    if evaluation.patience > 0 and evaluation.every_steps == 0:
+        yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
+    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch):
+        yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
+    elif evaluation.watch == "eval/loss" and evaluation.greater_is_better:
+        yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
+    elif evaluation.watch == "eval/accuracy" and not evaluation.greater_is_better:
+        yield "evaluation.watch=eval/accuracy: a larger accuracy is better; set evaluation.greater_is_better=true"
+
+
+def _run(config: RunConfig) -> Iterator[str]:
+    resume = config.run.resume
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+        yield f"run.resume={resume}: must be auto, never or an existing checkpoint directory"
+    if config.run.dir is not None and not config.run.dir.strip():
+        yield "run.dir: is empty; name a directory, or null for the default"
+    if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
+        import torch
+
+        if not torch.cuda.is_available():
+            yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    schedule, steps = config.schedule, config.budget.steps
+    if schedule.name == "wsd" and not schedule.warmup_steps and schedule.warmup_share + schedule.decay_share > 1:
+        yield (
+            f"schedule.decay_share={schedule.decay_share:g}: with schedule.warmup_share="
+            f"{schedule.warmup_share:g} it is more than the whole run; lower one of them"
+        )
+    if steps is not None and schedule.warmup_steps > steps:
+        yield f"schedule.warmup_steps={schedule.warmup_steps}: more than budget.steps={steps}; lower it"
+
+
+def _strategy(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    strategy, name = config.strategy, config.strategy.name
+    if name is StrategyName.single and world_size is not None and world_size > 1:
+        yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
+    on_cpu = config.run.device is Device.cpu
+    if config.precision is Precision.fp16 and on_cpu:
+        yield "precision=fp16: CPUs do not train in it; set precision=bf16 or precision=fp32"
+    if isinstance(strategy, Fsdp2Config):
+        yield from _replicas(strategy, config, world_size)
+    if isinstance(strategy, ZeroConfig):
+        yield from _zero(strategy)
+
+
+def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
+    if strategy.name is StrategyName.fsdp2:
+        if strategy.replicate != 1:
+            yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
+        return
+    degree = strategy.replicate or (config.launcher.nodes if config.launcher.nodes > 1 else 2)
+    if world_size is not None and (world_size == 1 or world_size % degree):
+        legal = [str(d) for d in range(2, world_size + 1) if world_size % d == 0]
+        remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"
+        yield f"strategy.replicate={degree}: must divide the number of ranks, {world_size}; {remedy}"
+
+
+def _zero(strategy: ZeroConfig) -> Iterator[str]:
+    places = ("none", "cpu", "nvme")
+    if strategy.name.value != f"zero{strategy.stage}":
+        yield f"strategy.stage={strategy.stage}: {strategy.name} fixes it; choose strategy=zero{strategy.stage} instead"
+    for key in ("offload_optimizer", "offload_parameters"):
+        value = getattr(strategy, key)
+        if value not in places:
+            yield f"strategy.{key}={value}: must be one of {', '.join(places)}; none keeps it on the device"
+        if value == "nvme" and strategy.nvme_path is None:
+            yield f"strategy.{key}=nvme: needs strategy.nvme_path, a directory on a local NVMe drive; or use cpu"
+    if strategy.offload_parameters != "none" and strategy.stage != 3:
+        place = strategy.offload_parameters
+        yield f"strategy.offload_parameters={place}: only stage 3 shards parameters; use strategy=zero3"
+    if strategy.offload_optimizer == "nvme" and strategy.stage != 3:
+        yield "strategy.offload_optimizer=nvme: only stage 3 can; use strategy=zero3, or offload_optimizer=cpu"
+    if strategy.nvme_path is not None and not Path(strategy.nvme_path).expanduser().is_dir():
+        yield f"strategy.nvme_path={strategy.nvme_path}: no such directory; make it on a local NVMe drive"
+
+
+def _tuning(config: RunConfig) -> Iterator[str]:
+    targets = getattr(config.tuning, "targets", None)
+    if not isinstance(config.tuning, LoraConfig):
+        return
+    if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):
+        yield f"tuning.targets={targets}: must be all-linear, a regular expression or a list of module names"
+    elif isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield f"tuning.targets={targets}: not a regular expression ({error}); all-linear is the default"
+
+
+def _launcher(config: RunConfig) -> Iterator[str]:
+    launcher = config.launcher
+    if isinstance(launcher, SlurmConfig):
+        if not SLURM_TIME.fullmatch(launcher.time):
+            yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
+        return
+    if launcher.nodes > 1:
+        if launcher.rdzv is None:
+            yield f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere"
+        if config.run.dir is None:
+            yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
+    if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
+        yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
+    if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0:
+        yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"
