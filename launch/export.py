@@ -155,10 +155,10 @@ def export(config: RunConfig, asked: Asked) -> None:
 
 def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
     from strategies.base import Precision
-    from trainer.build import build_engine, prepare_data
     from trainer.card import CardFacts
     from trainer.export import write_export
     from trainer.model import load_tokenizer, weights_directory
+    from trainer.parts import build_engine, prepare_data
 
     tokenizer = load_tokenizer(config.model)
     record = _record(asked.run_dir)
@@ -182,7 +182,7 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
         config=config.export,
         card=CardFacts(
             config_yaml=(asked.run_dir / "config.yaml").read_text(encoding="utf-8"),
-            facts=record,
+            facts={**record, "label_names": data.label_names},
             # Only those of this very checkpoint.
             before=outcome.get("before") or {} if same else {},
             after=outcome.get("after") or {} if same else {},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -31,10 +33,13 @@ from strategies.zero_config import deepspeed_config
 def import_deepspeed(*, on_cpu: bool) -> Any:
     """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by their old names, once a warning each time.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,5 +1,7 @@
 """Shapes of the learning-rate schedule, against transformers' where it has the same."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_constant_and_wsd():
     wsd = curve(name=ScheduleName.wsd, warmup_share=0.1, decay_share=0.2, min_factor=0.1)
     assert wsd[10:81] == [1.0] * 71
     assert wsd[90] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert all(a > b for a, b in zip(wsd[80:], wsd[81:], strict=False))
+    assert all(a > b for a, b in pairwise(wsd[80:]))
 
 
 @pytest.mark.parametrize("name", list(ScheduleName))

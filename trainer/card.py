@@ -6,6 +6,7 @@ States only what the run knows. What nobody measured (risks, biases, fitness for
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class CardFacts:
     tokens_trained: int = 0
     steps: int = 0
     licence: str | None = None
-    """Licence of the base model, if known; it binds the export too."""
+    """Licence of the base model; default: what its own card states. It binds the export too."""
     resize_to: int | None = None
     """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
 
@@ -38,7 +39,7 @@ def render_card(card: CardFacts, *, adapter: bool, base_path: str) -> str:
     base = _base_name(facts.get("base_model") or base_path)
     method = str(facts.get("tuning", "full"))
     parts = [
-        _front_matter(card, base=base, adapter=adapter, method=method),
+        _front_matter(card, licence=card.licence or licence_of(base_path), base=base, adapter=adapter, method=method),
         f"# {base}, fine-tuned ({method})",
         _intended_use(base, adapter=adapter),
         "## How to load\n\n" + _loading(card, base_path, adapter=adapter),
@@ -67,12 +68,21 @@ def _base_name(value: str) -> str:
     return path.name if path.is_absolute() or path.exists() or value.startswith((".", "~")) else value
 
 
-def _front_matter(card: CardFacts, *, base: str, adapter: bool, method: str) -> str:
+def licence_of(directory: str) -> str | None:
+    """The licence that the model card of a directory states in its metadata block, if it has one."""
+    readme = Path(directory) / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    metadata = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    stated = re.search(r"^license:[ \t]*(\S+)", metadata, re.MULTILINE)
+    return stated[1].strip("\"'") if stated else None
+
+
+def _front_matter(card: CardFacts, *, licence: str | None, base: str, adapter: bool, method: str) -> str:
     classifier = card.facts.get("objective") == "classification"
     lines = ["---", f"base_model: {json.dumps(base)}", f"library_name: {'peft' if adapter else 'transformers'}"]
     lines.append(f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}")
-    if card.licence:
-        lines.append(f"license: {json.dumps(card.licence)}")
+    if licence:
+        lines.append(f"license: {json.dumps(licence)}")
     tags = ["shardtune", "fine-tuned", method]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"])
 
@@ -106,11 +116,19 @@ def _loading(card: CardFacts, base_path: str, *, adapter: bool) -> str:
 def _data(facts: Mapping[str, Any]) -> str:
     rows = [f"- fingerprint: `{facts.get('data_fingerprint', 'not recorded')}`"]
     report = facts.get("data_report")
-    if isinstance(report, Mapping):
-        rows += [
-            f"- {key.replace('_', ' ')}: {value}" for key, value in report.items() if isinstance(value, int | float)
-        ]
+    for name, part in report.items() if isinstance(report, Mapping) else ():
+        if not isinstance(part, Mapping):
+            continue
+        counts = {key: part[key] for key in ("documents", "tokens", "supervised_tokens") if key in part}
+        counts |= {
+            key: value["count"] for key, value in part.items() if isinstance(value, Mapping) and value.get("count")
+        }
+        rows.append(f"- {name}: {', '.join(f'{value:,} {_words(key)}' for key, value in counts.items())}")
     return "## Training data\n\n" + "\n".join(rows)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def _procedure(card: CardFacts, method: str) -> str:
@@ -126,7 +144,7 @@ def _procedure(card: CardFacts, method: str) -> str:
         "layout",
     )
     rows = [f"- method: {method}", f"- steps: {card.steps:,}", f"- tokens: {card.tokens_trained:,}"]
-    rows += [f"- {name.replace('_', ' ')}: {facts[name]}" for name in names if facts.get(name) is not None]
+    rows += [f"- {_words(name)}: {facts[name]}" for name in names if facts.get(name) is not None]
     rows += [f"- substituted: {key} -> {value}" for key, value in (facts.get("substitutions") or {}).items()]
     if facts.get("initialised"):
         rows.append(f"- newly initialised, not from the base: {', '.join(facts['initialised'])}")

@@ -137,6 +137,9 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
 
 
 def _publish(aside: Path, destination: Path) -> None:
+    mode = (aside / "README.md").stat().st_mode
+    for file in aside.iterdir():
+        file.chmod(mode)  # safetensors makes its files private, whatever the umask says
     if destination.exists():
         old = destination.with_name(f".{destination.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -300,4 +303,3 @@ def _with_added_tokens_note(built: Built, tokenizer: Any, card: CardFacts, adapt
     """Tell the card when loaders of an adapter must first give the base rows for the new vocabulary."""
     grown = bool(built.new_token_ids) and built.config.vocab_size == len(tokenizer)  # spare rows need no resize
     card.resize_to = len(tokenizer) if adapter and grown else None
-

@@ -23,7 +23,7 @@ from trainer.evaluation.loss import Interrupted
 from trainer.metrics import Meter, StepRecord
 from trainer.preempt import Agreement
 from trainer.schedule import lr_factor_at
-from trainer.tracking import Trackers
+from trainer.tracking import Trackers, summary_of
 
 
 @dataclass(slots=True)
@@ -96,6 +96,7 @@ class Trainer:
         self._flush()
         if self.config.checkpoint.save_final:
             self._save()
+        self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.after))
         return self.outcome
 
     def train_step(self, batch: StepBatch) -> StepRecord:

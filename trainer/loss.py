@@ -106,7 +106,9 @@ class LossHead(nn.Linear):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         training = torch.is_grad_enabled()  # inside the function it is always off
-        return _LinearCrossEntropy.apply(hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale, training)
+        return _LinearCrossEntropy.apply(
+            hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale, training
+        )
 
 
 def logits_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

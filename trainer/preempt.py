@@ -18,20 +18,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether this process was asked to save and stop. `install` must run in the main thread, before threads and forks."""
+    """Whether this process was asked to save and stop. Enter it in the main thread, before threads and forks."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._over = threading.Event()
 
-    def install(self) -> StopRequest:
+    def __enter__(self) -> StopRequest:
         """Block the signals in this process and everything it starts; a daemon thread waits for them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
         return self
 
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     def _wait(self) -> None:
-        while True:
-            self.signal_name = signal.Signals(signal.sigwait(SIGNALS)).name
+        while not self._over.is_set():
+            if (taken := signal.sigtimedwait(SIGNALS, 0.5)) is not None:
+                self.signal_name = signal.Signals(taken.si_signo).name
 
 
 class Agreement:

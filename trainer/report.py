@@ -65,7 +65,7 @@ def run_facts(
     initialised: list[str],
     total_steps: int,
     loader: StepLoader,
-    resumed_from: str | None,
+    resumed_from: Path | None,
 ) -> dict[str, Any]:
     """Everything `run.json` records before the first step."""
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
@@ -89,7 +89,7 @@ def run_facts(
         "tokens_per_step": round(mean_tokens * config.batch["global"]),
         "host": socket.gethostname(),
         "device": str(runtime.device),
-        "resumed_from": resumed_from,
+        "resumed_from": resumed_from.name if resumed_from else None,
         "base_model": config.model.path,
         "data_fingerprint": data.train.fingerprint,
         "data_report": data.report,
@@ -166,14 +166,6 @@ def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, A
     flat = {key: facts[key] for key in ("strategy", "tuning", "world_size", "global_batch", "precision")}
     more = {key: facts[key] for key in ("data_fingerprint", "git_revision", "versions", "base_model", "substitutions")}
     return {**flat, **more, "config": asdict(config)}
-
-
-def tracker_summary(outcome: Outcome) -> dict[str, Any]:
-    """The W&B summary that the run table compares."""
-    row = outcome.last_row
-    keys = ("tokens_per_s", "memory_gib", "mfu", "loss")
-    summary = {f"final/{key}": row[key] for key in keys if key in row}
-    return {**summary, **{f"final/{key}": value for key, value in outcome.after.items()}}
 
 
 def outcome_record(outcome: Outcome) -> dict[str, Any]:

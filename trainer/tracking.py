@@ -183,6 +183,13 @@ class Trackers:
             tracker.close()
 
 
+def summary_of(last_row: dict[str, Any], evaluated: dict[str, float]) -> dict[str, Any]:
+    """The W&B summary that the run table compares: speed, memory and final held-out metrics."""
+    keys = ("tokens_per_s", "memory_gib", "mfu", "loss")
+    summary = {f"final/{key}": last_row[key] for key in keys if key in last_row}
+    return {**summary, **{f"final/{key}": value for key, value in evaluated.items()}}
+
+
 def build_trackers(
     config: LoggingConfig, run_dir: Path, *, wandb_id: str | None, resume_step: int, settings: dict[str, Any]
 ) -> tuple[Trackers, str | None, str | None]:

@@ -82,6 +82,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "evaluation.min_delta": (COUNT, "0 counts any improvement"),
     "checkpoint.every_steps": (COUNT, "0 writes one at the end"),
     "checkpoint.keep": (POSITIVE, "2 survives a checkpoint that was damaged"),
+    "export.max_shard_gib": (Range(above=0), "5 as a rule"),
     "logging.every_steps": (POSITIVE, "10 as a rule"),
     "logging.reference_tflops": (Range(above=0), "null takes what is known of the device"),
     "launcher.processes": (POSITIVE, "one a GPU"),
@@ -154,8 +155,9 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield "model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2"
     for key in ("path", "tokenizer"):
         value = getattr(model, key)
-        if value is not None and not Path(value).expanduser().is_dir() and not _may_be_hub_id(value):
-            what = "is a file" if Path(value).expanduser().is_file() else "does not exist"
+        path = Path(value or "").expanduser()
+        if value is not None and not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
+            what = "is a file" if path.is_file() else "does not exist"
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"

@@ -93,6 +93,16 @@ def load_export(directory: Path, base_path: str | None = None) -> Any:
     import transformers
 
     directory = Path(directory)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return _load(directory, base_path, transformers)
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
     if not (directory / "adapter_config.json").is_file():
         if not (directory / "config.json").is_file():
             raise ConfigError(

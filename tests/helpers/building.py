@@ -18,7 +18,6 @@ from strategies.base import (
 )
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.build import build_engine, build_loader
 from trainer.config import BudgetConfig, RunConfig, RunSettings
 from trainer.console import Console
 from trainer.data.dataset import Sample, TokenDataset, write
@@ -27,6 +26,7 @@ from trainer.loop import Trainer
 from trainer.metrics import Meter
 from trainer.model import ModelConfig, load_tokenizer
 from trainer.optim import OptimConfig
+from trainer.parts import build_engine, build_loader
 from trainer.preempt import Agreement, StopRequest
 from trainer.schedule import ScheduleConfig, ScheduleName
 from trainer.tracking import Trackers

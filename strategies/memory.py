@@ -1,0 +1,88 @@
+"""Estimated memory of one rank, from shapes alone: for planning, before anything is allocated.
+
+Model state follows from the strategy by arithmetic. Activations are a rule of thumb (stated below) and depend on
+kernels; treat the sum as a guide, not a promise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
+from strategies.parameters import COMPUTE_DTYPE, named_parameters
+
+ACTIVATIONS_PER_WIDTH = 18
+"""Values kept a token, block and hidden unit: norms, projections and residuals of a gated block."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on one rank, by kind."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    """Parameters of the block at work, gathered from the other ranks."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all kinds, in bytes."""
+        return self.parameters + self.gradients + self.optimizer + self.gathered + self.activations
+
+    def lines(self) -> list[str]:
+        """One line a kind, in GiB (MiB where the total is below one)."""
+        unit, name = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
+        kinds = ("parameters", "gradients", "optimizer", "gathered", "activations", "total")
+        return [f"  {kind:<12}{getattr(self, kind) / unit:8.2f} {name}" for kind in kinds]
+
+
+def estimate(
+    step_module: nn.Module,
+    config: StrategyConfig,
+    precision: Precision,
+    *,
+    world_size: int,
+    replicate: int,
+    micro_tokens: int,
+    width: int,
+    blocks: int,
+) -> MemoryEstimate:
+    """Memory of one rank for `micro_tokens` tokens in a forward pass of a model `width` wide with `blocks` blocks."""
+    compute = torch.finfo(COMPUTE_DTYPE[precision]).bits // 8
+    frozen = sum(p.numel() for _, p in named_parameters(step_module) if not p.requires_grad)
+    trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
+    units = step_module.shard_units()  # type: ignore[operator]
+    block = max((sum(p.numel() for p in unit.parameters()) for unit in units), default=frozen + trained)
+    rest = frozen + trained - sum(p.numel() for unit in units for p in unit.parameters())
+    kept = ACTIVATIONS_PER_WIDTH
+    if config.activation_checkpointing is ActivationCheckpointing.full:
+        kept = 1
+    elif config.activation_checkpointing is ActivationCheckpointing.selective:
+        kept = ACTIVATIONS_PER_WIDTH // 2
+    activations = float(micro_tokens * width * compute * (blocks * kept + ACTIVATIONS_PER_WIDTH))
+    if isinstance(config, ZeroConfig):
+        shards = world_size
+        masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4
+        parameters = (frozen + trained) * compute / (shards if config.stage == 3 else 1)
+        optimizer = trained * (8 + masters) / shards
+        gradients = trained * (compute if config.stage == 1 else 4 / shards)
+        if config.offload_optimizer != "none":
+            optimizer = 0.0
+        if config.offload_parameters != "none":
+            parameters = 0.0
+        gathered = (2 * block + rest) * compute if config.stage == 3 else 0.0
+    elif isinstance(config, Fsdp2Config):
+        shards = world_size // replicate
+        parameters = (frozen * compute + trained * 4) / shards
+        gradients, optimizer = trained * 4 / shards, trained * 8 / shards
+        gathered = float((2 * block + rest) * compute)
+        if config.cpu_offload:
+            parameters = gradients = optimizer = 0.0
+    else:
+        parameters, gradients, optimizer, gathered = frozen * compute + trained * 4.0, trained * 4.0, trained * 8.0, 0.0
+    return MemoryEstimate(float(parameters), float(gradients), float(optimizer), float(gathered), activations)

@@ -1,0 +1,113 @@
+"""Every shipped YAML composes, and its comments tell the truth about keys and defaults."""
+
+import dataclasses
+import enum
+import re
+
+import pytest
+import yaml
+
+from launch.choices import CONF_DIR, groups, settings_of, variants
+from launch.compose import compose
+from trainer import config as run_config
+
+TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
+CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]
+PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
+    "schedule/cosine": {"decay_share"},
+    "schedule/linear": {"decay_share"},
+    "schedule/constant": {"decay_share", "min_factor"},
+    "strategy/zero1": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
+    "strategy/zero2": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
+    "launcher/slurm": {"rdzv", "node_rank"},
+}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_every_experiment_is_a_legal_run(name):
+    config = compose([f"experiment={name}", "data.path=train.jsonl"]).config
+    assert config.model.path
+    assert config.launcher.processes in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_every_experiment_says_how_it_is_run(name):
+    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n")
+    assert f"shardtune train experiment={name} " in text
+    for word in ("# Hardware: ", "# Expect: "):
+        assert word in text
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_to_its_own_settings(group, choice):
+    words = [f"{group}={choice}", "model.path=m", "data.path=train.jsonl", "budget.steps=1", "batch.global=32"]
+    if group != "debug":
+        words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
+    config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config
+    if group in variants():
+        assert type(getattr(config, group)) is settings_of(group, choice)
+    if group in (*variants(), "schedule", "optim"):
+        assert str(getattr(config, group).name) == choice
+
+
+def test_the_choices_are_those_of_the_names():
+    for group, names in (
+        ("strategy", run_config.StrategyConfig().name),
+        ("tuning", run_config.TuningConfig().name),
+        ("objective", run_config.ObjectiveConfig().name),
+        ("schedule", run_config.ScheduleConfig().name),
+        ("launcher", run_config.LauncherConfig().name),
+    ):
+        assert groups()[group] == sorted(member.value for member in type(names))
+
+
+def plain(value):
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value
+
+
+def settings_behind(group, choice):
+    if group in variants():
+        return settings_of(group, choice)()
+    return TYPED[group]()
+
+
+@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] != "debug" and c[1] != "none"])
+def test_every_key_is_shown_in_its_group_file_with_its_default(group, choice):
+    text = (CONF_DIR / group / f"{choice}.yaml").read_text()
+    set_here = yaml.safe_load(text) or {}
+    shown = dict(re.findall(r"^# (\w+): (.+)$", text, re.MULTILINE))
+    settings = settings_behind(group, choice)
+    fields = {f.name for f in dataclasses.fields(settings)} - {"name"} - PARTIAL.get(f"{group}/{choice}", set())
+    assert fields <= shown.keys() | set_here.keys()
+    for field in fields & shown.keys() - set_here.keys():
+        assert yaml.safe_load(shown[field]) == plain(getattr(settings, field)), f"{group}/{choice}.yaml: {field}"
+
+
+@pytest.mark.parametrize("part", ["run", "budget", "checkpoint", "export"])
+def test_the_root_shows_every_key_of_the_run(part):
+    section = (CONF_DIR / "train.yaml").read_text().split(f"\n# {part}:\n")[1].split("\n# ----")[0]
+    shown = dict(re.findall(r"^  # (\w+): (.+)$", section, re.MULTILINE))
+    settings = TYPED[part]()
+    for field in dataclasses.fields(settings):
+        assert yaml.safe_load(shown[field.name]) == plain(getattr(settings, field.name)), field.name
+
+
+def test_a_local_file_is_optional_and_not_under_version_control():
+    ignored = (CONF_DIR.parent / ".gitignore").read_text()
+    assert "conf/local/*" in ignored
+    assert (CONF_DIR / "local" / "README.md").exists()
+
+
+def test_no_shipped_file_depends_on_the_time():
+    assert not [path for path in CONF_DIR.rglob("*.yaml") if "${now" in path.read_text()]

@@ -1,0 +1,153 @@
+"""Ranges and rules: what is refused before any process starts, and what the line says about it."""
+
+import dataclasses
+import types
+import typing
+
+import pytest
+
+from launch import overrides
+from launch.compose import compose
+from trainer.validate import RANGES, problems_of
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+
+
+def problems(*words, world_size=1):
+    base = ["model.path=model", "data.path=train.jsonl", "run.device=cpu"]
+    budget = [] if any(word.startswith("budget.") for word in words) else ["budget.steps=10"]
+    return problems_of(compose([*base, *budget, *words], check=False).config, world_size=world_size)
+
+
+def test_the_least_a_run_needs_is_legal():
+    assert problems() == []
+
+
+def test_every_number_has_a_range():
+    numeric = set()
+    for key, setting in overrides.settings().items():
+        parts = typing.get_args(setting.type) if isinstance(setting.type, types.UnionType) else (setting.type,)
+        if {int, float} & set(parts):
+            numeric.add(key)
+    assert numeric == RANGES.keys()
+
+
+@pytest.mark.parametrize("key", sorted(RANGES))
+def test_a_number_outside_its_range_is_refused(key):
+    under = overrides.settings()[key].under
+    group = key.split(".")[0]
+    choice = [f"{group}={under[-1]}"] if under else []
+    for value in (-1, -0.5):
+        whole = value == int(value)
+        if not whole and overrides.settings()[key].type not in (float, float | None):
+            continue
+        found = problems(*choice, f"{key}={value}", world_size=None)
+        assert any(line.startswith(f"{key}={value:g}: must be ") for line in found), found
+
+
+@pytest.mark.parametrize("value", [".nan", "inf", "nan"])
+def test_no_number_is_infinite_or_not_a_number(value):
+    words = [f"optim.lr={value}"] if value != ".nan" else ["optim.lr=nan"]
+    assert any("optim.lr=" in line and "must be" in line for line in problems(*words))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("budget.steps=1 budget.epochs=1", "exactly one of"),
+        ("budget.steps=null", "budget: not set"),
+        ("batch.global=30 batch.micro=4", "set batch.global=28 or batch.global=32, or batch.micro=1 or 2 or 3"),
+        ("model.path=null", "model.path: not set"),
+        ("model.path=train.jsonl", "is a file"),
+        ("model.path=./nowhere", "does not exist"),
+        ("model.path=/no/where/model", "does not exist"),
+        ("model.path=model/7b", "does not exist"),
+        ("data.path=null", "data.path: not set"),
+        ("data.path=no.jsonl", "does not exist and matches no file"),
+        ("data.path=[train.jsonl,no.jsonl]", "data.path=no.jsonl: does not exist"),
+        ("data.eval_path=no.jsonl", "data.eval_path=no.jsonl"),
+        ("data.eval_path=train.jsonl data.eval_share=0.1", "set one of the two"),
+        ("objective=classification data.packing=true", "set data.packing=false"),
+        ("objective=classification data.format=text", "data.format=labelled"),
+        ("objective=classification objective.labels=[a]", "two or more"),
+        ("data.format=labelled", "objective=classification"),
+        ("data.packing=true data.layout=padded", "data.layout=auto"),
+        ("model.chat_template=no.jinja", "no such file"),
+        ("evaluation.every_steps=5", "there is no evaluation data"),
+        ("evaluation.patience=5 data.eval_share=0.1", "set evaluation.every_steps as well"),
+        ("evaluation.watch=loss", "such as eval/loss"),
+        ("evaluation.watch=eval/accuracy", "evaluation.greater_is_better=true"),
+        ("evaluation.greater_is_better=true", "smaller is better"),
+        ("run.resume=always", "must be auto, never or an existing checkpoint"),
+        ("schedule=wsd schedule.warmup_share=0.5 schedule.decay_share=0.6", "more than the whole run"),
+        ("schedule.warmup_steps=11", "more than budget.steps=10"),
+        ("precision=fp16", "CPUs do not train in it"),
+        ("strategy=zero3 precision=fp16", "precision=bf16"),
+        ("strategy=fsdp2 strategy.replicate=2", "strategy=hsdp"),
+        ("strategy=hsdp", "must divide the number of ranks, 1"),
+        ("strategy=zero2 strategy.offload_parameters=cpu", "use strategy=zero3"),
+        ("strategy=zero2 strategy.stage=3", "choose strategy=zero3"),
+        ("strategy=zero3 strategy.offload_parameters=disk", "one of none, cpu, nvme"),
+        ("strategy=zero3 strategy.offload_parameters=nvme", "needs strategy.nvme_path"),
+        ("strategy=zero3 strategy.nvme_path=no/drive", "no such directory"),
+        ("optim.betas=[0.9]", "two numbers"),
+        ("optim.betas=[0.9,1]", "below 1"),
+        ("tuning=lora tuning.targets=[]", "must be all-linear"),
+        ("tuning=lora tuning.targets=(q", "not a regular expression"),
+        ("launcher.nodes=2", "needs launcher.rdzv"),
+        ("launcher.nodes=2 launcher.rdzv=n1:29400", "needs run.dir"),
+        ("launcher.rdzv=n1", "must be host:port"),
+        ("launcher.node_rank=1", "below launcher.nodes=1"),
+        ("launcher=slurm launcher.time=tomorrow", "hours:minutes:seconds"),
+    ],
+)
+def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
+    found = problems(*words.split())
+    assert any(said in line for line in found), found
+    assert all(": " in line and "\n" not in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ("strategy=hsdp", 4),
+        ("strategy=hsdp strategy.replicate=3 batch.global=24", 6),
+        ("batch.global=48 batch.micro=8 strategy=ddp", 3),
+        ("data.packing=true", 1),
+        ("model.path=org/name", 1),
+        ("model.path=gpt2", 1),
+        ("data.path=*.jsonl", 1),
+        ("strategy=zero3 strategy.offload_parameters=nvme strategy.nvme_path=model", 1),
+        ("launcher=slurm launcher.time=1-12:00:00", 1),
+        ("launcher=slurm launcher.time=90", 1),
+        ("evaluation.watch=eval/accuracy evaluation.greater_is_better=true data.eval_share=0.1", 1),
+        ("run.resume=model", 1),
+    ],
+)
+def test_what_can_run_is_not_refused(words, ranks):
+    assert problems(*words.split(), world_size=ranks) == []
+
+
+def test_single_needs_one_process():
+    assert any("strategy=ddp" in line for line in problems("strategy=single", world_size=2))
+
+
+def test_several_ranks_count_in_the_batch():
+    (line,) = problems("strategy=ddp", "batch.global=32", "batch.micro=8", world_size=3)
+    assert "batch.micro=8 x 3 ranks = 24" in line
+    assert "batch.global=24 or batch.global=48" in line
+
+
+def test_every_settings_class_of_the_tree_is_closed():
+    from trainer.config import RunConfig
+
+    with pytest.raises(AttributeError):
+        RunConfig().typo = 1  # type: ignore[attr-defined]
+    assert dataclasses.is_dataclass(RunConfig)

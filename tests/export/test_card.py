@@ -1,0 +1,93 @@
+"""The model card says what is known, names what is not, and tells no paths of the machine."""
+
+import yaml
+
+from trainer.card import CardFacts, licence_of, render_card
+
+FACTS = {
+    "tuning": "lora",
+    "objective": "sft",
+    "strategy": "zero3",
+    "data_fingerprint": "abc123",
+    "data_report": {
+        "train": {"documents": 1200, "tokens": 34567, "truncated": {"count": 7, "examples": []}},
+        "seconds": 1.0,
+    },
+    "substitutions": {"precision": "auto -> bf16"},
+    "versions": {"torch": "2.13"},
+    "git_revision": "deadbeef",
+    "config_sha256": "f00",
+}
+
+
+def card(**fields):
+    return CardFacts(**{"facts": FACTS, "steps": 500, "tokens_trained": 1_000_000, **fields})
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_metadata_evaluation_and_lineage():
+    given = card(
+        before={"eval/loss": 2.5}, after={"eval/loss": 1.25, "eval/new": 0.5}, config_yaml="a: 1\n", licence="mit"
+    )
+    text = render_card(given, adapter=True, base_path="org/name")
+    assert front_matter(text) == {
+        "base_model": "org/name",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "mit",
+        "tags": ["shardtune", "fine-tuned", "lora"],
+    }
+    assert "| eval/loss | 2.5000 | 1.2500 |" in text and "| eval/new | - | 0.5000 |" in text
+    for known in (
+        "1,200 documents, 34,567 tokens, 7 truncated",
+        "abc123",
+        "deadbeef",
+        "f00",
+        "torch 2.13",
+        "zero3",
+        "1,000,000",
+    ):
+        assert known in text
+    assert "substituted: precision -> auto -> bf16" in text and "```yaml\na: 1\n```" in text
+    assert "PeftModel.from_pretrained" in text and "resize" not in text
+
+
+def test_nothing_is_claimed_that_nobody_measured():
+    text = render_card(card(facts={}), adapter=False, base_path="org/name")
+    assert (
+        "No held-out data was evaluated" in text
+        and "not recorded" in text
+        and "**not** been" in text.replace("\n", " ")
+    )
+    assert "license" not in front_matter(text) and "peft" not in text
+
+
+def test_a_directory_is_named_by_its_last_part_only(tmp_path):
+    base = tmp_path / "clinic" / "base-model"
+    base.mkdir(parents=True)
+    text = render_card(card(facts={**FACTS, "base_model": str(base)}), adapter=True, base_path=str(base))
+    assert front_matter(text)["base_model"] == "base-model" and str(tmp_path) not in text
+
+
+def test_the_licence_is_the_one_the_base_states(tmp_path):
+    assert licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: []\n---\nlicense: mine\n")
+    assert licence_of(str(tmp_path)) == "apache-2.0"
+    assert front_matter(render_card(card(), adapter=True, base_path=str(tmp_path)))["license"] == "apache-2.0"
+    (tmp_path / "README.md").write_text("# no metadata\nlicense: mit\n")
+    assert licence_of(str(tmp_path)) is None
+
+
+def test_loading_code_of_a_classifier_and_of_a_grown_vocabulary():
+    facts = {**FACTS, "objective": "classification", "label_names": ["a", "b", "c"]}
+    text = render_card(card(facts=facts, resize_to=777), adapter=True, base_path="org/name")
+    assert (
+        "AutoModelForSequenceClassification" in text
+        and "num_labels=3" in text
+        and "resize_token_embeddings(777)" in text
+    )
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")

@@ -1,0 +1,362 @@
+"""Round trips: what training left in an engine, exported, loaded by plain transformers and peft, computes the same."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from strategies import runtime as processes
+from strategies.base import Precision, SingleConfig
+from strategies.build import build_strategy
+from strategies.errors import ConfigError, StorageError
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.tokenizers import tiny_tokenizer
+from trainer.card import CardFacts
+from trainer.data.settings import Layout
+from trainer.export import ExportConfig, ExportType, hub_name, write_export, write_tensors
+from trainer.model import ModelConfig, build_step, load_tokenizer
+from trainer.objectives.base import ClassificationConfig, SftConfig
+from trainer.optim import OptimConfig, build_optimizer
+from trainer.tuning.base import FullConfig, LoraConfig
+from trainer.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
+from trainer.weights import Checkpoint, WeightSource
+
+LABELS = ["calm", "angry", "glad"]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    before = dict(os.environ)
+    yield processes.start("cpu", timeout_s=60, threads=1)
+    processes.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Model directories with a tokenizer, made once an architecture."""
+    made = {}
+
+    def base(architecture, dtype=torch.float32):
+        if (architecture, dtype) not in made:
+            path = tmp_path_factory.mktemp("base") / f"{architecture}-{dtype}".replace("torch.", "")
+            tiny_model_dir(path, architecture, pad_token_id=2)
+            if dtype is not torch.float32:
+                tensors = load_file(path / "model.safetensors")
+                save_file({k: v.to(dtype) for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+            tiny_tokenizer().save_pretrained(path)
+            made[architecture, dtype] = path
+        return made[architecture, dtype]
+
+    return base
+
+
+def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=Precision.fp32, steps=2):
+    """An engine after a few steps at a rate that moves every trainable tensor; (engine, built, tokenizer)."""
+    model = ModelConfig(path=str(base), add_tokens=list(add_tokens))
+    tokenizer = load_tokenizer(model)
+    objective = objective or SftConfig()
+    classify = isinstance(objective, ClassificationConfig)
+    strategy = build_strategy(SingleConfig(), precision, runtime)
+    built = build_step(
+        model,
+        objective_config=objective,
+        tuning_config=tuning,
+        layout=Layout.auto,
+        tokenizer=tokenizer,
+        num_labels=len(LABELS) if classify else None,
+        context=strategy.init_context(),
+        on_cuda=False,
+    )
+    source = WeightSource(
+        Checkpoint(base, built.base_prefix),
+        built.tuning,
+        seed=1,
+        init_std=0.02,
+        new_token_ids=built.new_token_ids,
+        vocabulary=built.vocabulary,
+    )
+    engine = strategy.prepare(
+        built.step_module,
+        source=source,
+        make_optimizer=lambda named: build_optimizer(OptimConfig(lr=2e-2), named),
+        max_grad_norm=1.0,
+    )
+    for step in range(steps):
+        batch = label_batch(step) if classify else token_batch(len(tokenizer), built.layout, step)
+        terms = engine.forward(batch, last=True)
+        engine.backward(terms["loss"] / 10, last=True)
+        engine.step(1.0)
+    return engine, built, tokenizer
+
+
+def token_batch(vocabulary, layout, seed):
+    ids = torch.randint(3, vocabulary, (1, 20), generator=torch.Generator().manual_seed(seed))
+    ids[0, -1] = vocabulary - 1
+    targets = torch.full_like(ids, -100)
+    targets[0, :-1] = ids[0, 1:]
+    batch = {"input_ids": ids, "targets": targets, "target_rows": torch.arange(19)}
+    if layout is Layout.padded:
+        return batch | {"attention_mask": torch.ones_like(ids)}
+    bounds = torch.tensor([0, 20], dtype=torch.int32)
+    lengths = {"max_length_q": 20, "max_length_k": 20, "document_bounds": [0, 20]}
+    return batch | {"position_ids": torch.arange(20)[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds} | lengths
+
+
+def label_batch(seed):
+    ids = torch.randint(3, 380, (3, 9), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1])}
+
+
+def export(parts, base, destination, runtime, *, facts=None, **settings):
+    engine, built, tokenizer = parts
+    card = CardFacts(facts={"tuning": "x", **(facts or {})})
+    return write_export(
+        engine,
+        built,
+        tokenizer,
+        base_path=str(base),
+        destination=destination,
+        config=ExportConfig(**settings),
+        card=card,
+        runtime=runtime,
+    )
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits
+    return out.reshape(-1, out.shape[-1]).float()
+
+
+def stored_names(directory):
+    names = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as handle:
+            names |= set(handle.keys())
+    return names
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "gemma2", "falcon"])
+def test_a_fully_tuned_model_loads_with_plain_transformers(architecture, bases, runtime, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = bases(architecture)
+    parts = trained(base, FullConfig(), runtime)
+    directory = export(parts, base, tmp_path / "export", runtime)
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(
+        logits_of(model.eval(), ids), reference, rtol=0, atol=1e-4 * float(reference.abs().max())
+    )
+    original = logits_of(AutoModelForCausalLM.from_pretrained(base).eval(), ids)
+    assert (original - reference).abs().max() > 1e-2 * reference.abs().max(), (
+        "training changed nothing: the test is blind"
+    )
+
+    assert len({file.stat().st_mode for file in directory.iterdir()}) == 1
+    names = stored_names(directory)
+    assert any("lm_head" in n for n in names) == (not model.config.tie_word_embeddings)
+    assert model.config.architectures == [type(model).__name__]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.chat_template == parts[2].chat_template
+    assert tokenizer("What is it?")["input_ids"] == parts[2]("What is it?")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {}),
+        ("llama_tied", {"rslora": True}),
+        ("gpt2", {}),
+        ("llama_tied", {"dora": True}),
+        ("gpt2", {"dora": True}),
+    ],
+)
+def test_an_adapter_loads_with_plain_peft_and_equals_its_merge(architecture, settings, bases, runtime, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = bases(architecture)
+    parts = trained(base, LoraConfig(rank=4, **settings), runtime)
+    adapter = export(parts, base, tmp_path / "adapter", runtime)
+    merged = export(parts, base, tmp_path / "merged", runtime, merge=True)
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+    atol = 1e-4 * float(reference.abs().max())
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    torch.testing.assert_close(logits_of(model.eval(), ids), reference, rtol=0, atol=atol)
+    whole, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(logits_of(whole.eval(), ids), reference, rtol=0, atol=atol)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base).eval(), ids)
+    assert (plain - reference).abs().max() > 1e-2 * reference.abs().max()
+
+    settings_file = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings_file["base_model_name_or_path"] == str(base)
+    assert not any("default" in name for name in stored_names(adapter))
+    assert not (adapter / "config.json").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+def test_new_vocabulary_is_in_the_adapter_and_the_card_says_how_to_load_it(architecture, bases, runtime, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = bases(architecture)
+    words = [f"<word{n}>" for n in range(200)]  # more than the spare rows of the base
+    parts = trained(base, LoraConfig(rank=4), runtime, add_tokens=words)
+    adapter = export(parts, base, tmp_path / "adapter", runtime)
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.convert_tokens_to_ids("<word199>") == len(tokenizer) - 1 == ids[-1] > 511
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    model = PeftModel.from_pretrained(model, str(adapter))
+    atol = 1e-4 * float(reference.abs().max())
+    torch.testing.assert_close(logits_of(model.eval(), ids), reference, rtol=0, atol=atol)
+    assert f"resize_token_embeddings({len(tokenizer)})" in (adapter / "README.md").read_text()
+    verify_export(adapter, token_ids=ids, reference=reference)
+
+    merged = export(parts, base, tmp_path / "merged", runtime, merge=True)
+    torch.testing.assert_close(logits_of(load_export(merged), ids), reference, rtol=0, atol=atol)
+
+
+def test_new_tokens_in_spare_rows_need_no_resize(bases, runtime, tmp_path):
+    base = bases("llama")
+    parts = trained(base, LoraConfig(rank=4), runtime, add_tokens=["<word>"])
+    adapter = export(parts, base, tmp_path / "adapter", runtime, verify=True)
+    assert "resize" not in (adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tuning"),
+    [("llama", FullConfig()), ("llama", LoraConfig(rank=4)), ("distilbert", FullConfig())],
+)
+def test_a_classifier_keeps_its_labels(architecture, tuning, bases, runtime, tmp_path):
+    base = bases(architecture)
+    parts = trained(base, tuning, runtime, objective=ClassificationConfig(), steps=3)
+    facts = {"label_names": LABELS, "objective": "classification"}
+    whole = export(parts, base, tmp_path / "whole", runtime, facts=facts, merge=True, verify=True)
+    model = load_export(whole)
+    assert type(model).__name__.endswith("ForSequenceClassification")
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert model.config.label2id == {label: n for n, label in enumerate(LABELS)}
+    if parts[1].tuning.adapter:
+        export(parts, base, tmp_path / "adapter", runtime, facts=facts, verify=True)
+
+
+def test_a_changed_tensor_is_noticed(bases, runtime, tmp_path):
+    base = bases("llama")
+    for tuning, file in ((FullConfig(), "model.safetensors"), (LoraConfig(rank=4), "adapter_model.safetensors")):
+        parts = trained(base, tuning, runtime)
+        directory = export(parts, base, tmp_path / tuning.name, runtime)
+        ids = probe_ids(parts[2])
+        reference = reference_logits(parts[0], parts[1], ids, runtime)
+        found = verify_export(directory, base_path=str(base), token_ids=ids, reference=reference)
+        assert found.argmax_agreement == 1.0 and found.max_abs_difference < 1e-4 * found.largest_logit
+        tensors = load_file(directory / file)
+        name = next(n for n in tensors if "down_proj" in n)
+        tensors[name] = tensors[name] * 1.02
+        save_file(tensors, directory / file, {"format": "pt"})
+        with pytest.raises(DriftError, match="does not compute what was trained") as caught:
+            verify_export(directory, base_path=str(base), token_ids=ids, reference=reference)
+        assert caught.value.exit_code == 70
+        tensors[name] = tensors[name] * float("nan")
+        save_file(tensors, directory / file, {"format": "pt"})
+        with pytest.raises(DriftError):
+            verify_export(directory, base_path=str(base), token_ids=ids, reference=reference)
+
+
+def test_types_auto_is_that_of_the_base_and_untouched_values_are_exact(bases, runtime, tmp_path):
+    base = bases("llama")
+    parts = trained(base, LoraConfig(rank=4, targets=["q_proj"]), runtime, precision=Precision.bf16)
+    merged = export(parts, base, tmp_path / "merged", runtime, merge=True, verify=True)
+    ours, theirs = load_file(merged / "model.safetensors"), load_file(base / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():  # the run held them in bf16
+        assert torch.equal(ours[name], tensor) == ("q_proj" not in name), name
+    half = bases("llama", torch.bfloat16)
+    parts = trained(half, FullConfig(), runtime)
+    stored = load_file(export(parts, half, tmp_path / "half", runtime, verify=True) / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    wide = export(parts, half, tmp_path / "wide", runtime, dtype=ExportType.float32, verify=True)
+    assert {t.dtype for t in load_file(wide / "model.safetensors").values()} == {torch.float32}
+
+
+def test_large_models_are_split_and_indexed(bases, runtime, tmp_path):
+    base = bases("llama")
+    parts = trained(base, FullConfig(), runtime)
+    directory = export(parts, base, tmp_path / "export", runtime, max_shard_gib=3e-5, verify=True)
+    files = sorted(directory.glob("model-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == stored_names(directory)
+    assert not list(directory.glob("part-*"))
+
+
+def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path):
+    tensors = [("a", torch.zeros(4)), ("big", torch.zeros(100)), ("b", torch.ones(10)[2:6])]
+    write_tensors(iter(tensors), tmp_path, dtype=torch.float32, max_bytes=64)
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weight_map.values())) == 3
+    assert torch.equal(load_file(tmp_path / weight_map["b"])["b"], torch.ones(4))
+
+
+def test_a_failed_write_leaves_the_earlier_export_and_nothing_else(bases, runtime, tmp_path, monkeypatch):
+    base = bases("llama")
+    parts = trained(base, FullConfig(), runtime)
+    directory = export(parts, base, tmp_path / "export", runtime)
+    before = (directory / "model.safetensors").read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        export(parts, base, directory, runtime)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+    assert (directory / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    export(parts, base, directory, runtime)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+
+
+def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkeypatch):
+    from trainer import export as module
+
+    base = bases("llama")
+    parts = trained(base, FullConfig(), runtime)
+    write = module.write_tensors
+
+    def tampering(tensors, directory, **kwargs):
+        write(((n, t * 1.1 if "down_proj" in n else t) for n, t in tensors), directory, **kwargs)
+
+    monkeypatch.setattr(module, "write_tensors", tampering)
+    with pytest.raises(DriftError):
+        export(parts, base, tmp_path / "export", runtime, verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folding_into_a_tied_head_is_refused(bases, runtime, tmp_path):
+    base = bases("llama_tied")
+    parts = trained(base, LoraConfig(rank=4, targets=["q_proj", "lm_head"]), runtime, steps=1)
+    with pytest.raises(ConfigError, match=r"export\.merge=true"):
+        export(parts, base, tmp_path / "export", runtime, merge=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_snapshot_of_the_hub_is_named_as_the_hub_names_it():
+    assert hub_name("/c/models--org--name/snapshots/abc") == ("org/name", "abc")
+    assert hub_name("/models/mine") == ("/models/mine", None)

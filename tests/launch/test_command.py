@@ -1,0 +1,203 @@
+"""The command line without a run: verbs, help, exit codes, torchrun's arguments, what the environment decides."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch import main as command
+from launch import slurm_env, torchrun
+from strategies.errors import ConfigError, DataError, Preempted, StorageError
+from trainer.config import LauncherConfig
+from trainer.status import clear_failure, read_failure, read_status, record_failure, write_status
+
+ROOT = Path(__file__).parents[2]
+
+
+def imported_after(statement):
+    code = f"{statement}\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_heavy():
+    for words in ("['--help']", "['train', '--help']", "['frobnicate']"):
+        modules = imported_after(f"from launch.main import main; main({words})")
+        assert not {"torch", "hydra", "omegaconf", "yaml", "transformers", "trainer.config"} & modules
+
+
+def test_composing_imports_torch_at_most():
+    words = "['model.path=gpt2', 'strategy=zero3', 'tuning=lora', 'objective=classification']"
+    modules = imported_after(f"from launch.compose import compose; compose({words}, check=False)")
+    assert "hydra" in modules
+    assert not {"transformers", "peft", "datasets", "wandb", "deepspeed"} & modules
+
+
+def test_help_lists_verbs_groups_and_choices(capsys):
+    assert command.main(["--help"]) == 0
+    assert command.main([]) == 0
+    assert "prepare" in capsys.readouterr().out
+    assert command.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for part in ("batch.global", "zero3", "gemma2_2b_lora_zero2", "--dry-run"):
+        assert part in out
+
+
+def test_a_misspelt_verb_is_named(capsys):
+    assert command.main(["trian"]) == 64
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError(["a=1: no", "b=2: no"]), 64, "2 problems\n  a=1: no\n  b=2: no"),
+        (DataError("x.jsonl:3: no"), 65, "x.jsonl:3: no"),
+        (StorageError("full"), 74, "full"),
+        (Preempted("asked"), 75, "asked"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("ours"), 70, "Traceback"),
+    ],
+)
+def test_errors_become_messages_and_codes(monkeypatch, capsys, error, code, said):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "launch.prepare", SimpleNamespace(main=fail))
+    assert command.main(["prepare"]) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("Traceback" in err) == (code == 70)
+
+
+def test_cfg_prints_what_would_be_frozen(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert command.main(["train", "--cfg", "strategy=zero2", "model.path=m"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# sha256: ")
+    assert "stage: 2" in out
+
+
+def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text("{}")
+    described = []
+    plan = SimpleNamespace(describe=lambda config: described.append(config) or "the plan")
+    monkeypatch.setitem(sys.modules, "trainer.plan", plan)
+    assert command.main(["train", "--dry-run", "model.path=m", "data.path=d.jsonl", "budget.steps=1"]) == 0
+    assert capsys.readouterr().out == "the plan\n"
+    assert described[0].budget.steps == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "d.jsonl"]  # nothing was started or frozen
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        (
+            LauncherConfig(processes=8),
+            "--nproc-per-node=8 --shutdown-timeout=5 --standalone --local-addr=localhost -m launch.train",
+        ),
+        (
+            LauncherConfig(processes=4, nodes=2, rdzv="n1:29400"),
+            "--nproc-per-node=4 --shutdown-timeout=5 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1:29400 "
+            "--rdzv-id=abc -m launch.train",
+        ),
+        (
+            LauncherConfig(processes=1, nodes=2, rdzv="n1:29400", node_rank=1),
+            "--nproc-per-node=1 --shutdown-timeout=5 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1:29400 "
+            "--rdzv-id=abc --rdzv-conf=is_host=0 -m launch.train",
+        ),
+    ],
+)
+def test_torchrun_arguments(launcher, expected):
+    assert torchrun.arguments(launcher, "abc") == expected.split()
+    from torch.distributed.run import parse_args
+
+    parsed = parse_args(torchrun.arguments(launcher, "abc"))
+    assert (parsed.module, parsed.training_script) == (True, "launch.train")
+
+
+STEP = {"SLURM_JOB_ID": "100", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("env", "worker"),
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        (STEP | {"SLURM_PROCID": "3"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # srun --pty bash
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "1"}, False),  # the batch script itself
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_NNODES": "2"}, True),
+    ],
+)
+def test_the_environment_tells_workers_from_launchers(env, worker):
+    assert slurm_env.is_worker(env) is worker
+
+
+@pytest.mark.parametrize("extra", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
+def test_one_host_of_an_allocation_of_several_is_refused(extra):
+    with pytest.raises(ConfigError, match="outside srun"):
+        slurm_env.is_worker({"SLURM_NNODES": "2", "SLURM_PROCID": "0", **extra})
+
+
+def test_slurm_variables_become_those_of_torchrun(monkeypatch):
+    monkeypatch.setattr(slurm_env, "_first_host", lambda nodes: {"n[1-2]": "n1"}[nodes])
+    env = STEP | {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "3,1",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_RESTART_COUNT": "2",
+    }
+    assert slurm_env.torchrun_variables(env) == {
+        "RANK": "3",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_PORT": "20702",
+        "MASTER_ADDR": "n1",
+    }
+    assert slurm_env.torchrun_variables(env | {"MASTER_ADDR": "ib0"}).get("MASTER_ADDR") is None
+    assert slurm_env.torchrun_variables({"RANK": "0"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("counts", "node", "expected"), [("4(x3),2", 0, "4"), ("4(x3),2", 2, "4"), ("4(x3),2", 3, "2"), ("8", 0, "8")]
+)
+def test_tasks_per_node_shorthand(counts, node, expected):
+    assert slurm_env.tasks_on_node(counts, node) == expected
+
+
+def test_status_is_replaced_whole_and_failures_are_written_once(tmp_path):
+    write_status(tmp_path, "running", step=1)
+    write_status(tmp_path, "done", step=2)
+    assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("done", 2)
+    with pytest.raises(ValueError, match="resting"):
+        write_status(tmp_path, "resting")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    (tmp_path / "status.json").write_text('{"state": "do')
+    assert read_status(tmp_path) == {}
+    assert record_failure(tmp_path, 1, DataError("first"), "data", 3)
+    assert not record_failure(tmp_path, 0, ValueError("second"), "train", 4)
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["message"], failure["exit_code"], failure["step"]) == (1, "first", 65, 3)
+    assert record_failure(tmp_path, 2, ValueError("known better"), "killed", replace=True)
+    assert read_failure(tmp_path)["rank"] == 2
+    clear_failure(tmp_path)
+    assert read_failure(tmp_path) == {}
+
+
+def test_signals_held_by_a_worker_are_those_the_trainer_takes():
+    import inspect
+
+    from trainer.preempt import SIGNALS
+
+    train = importlib.import_module("launch.train")
+    held = inspect.getsource(train._hold_signals)
+    assert [signal.name for signal in SIGNALS] == [name for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if name in held]

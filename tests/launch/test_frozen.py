@@ -1,0 +1,139 @@
+"""The frozen configuration: read back equal, refused when edited, and one run to a directory."""
+
+import psutil
+import pytest
+
+from launch.compose import compose, default_run_dir, freeze, load_frozen
+from launch.frozen import identity
+from strategies.errors import ConfigError, StorageError
+from trainer.status import write_status
+
+
+@pytest.fixture(autouse=True)
+def outside_a_job(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def composed(*words):
+    return compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words], check=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["strategy=zero3", "tuning=lora", "objective=classification", "objective.labels=['no','1']"],
+        ["strategy=hsdp", "launcher=slurm", "launcher.setup=['module load cuda']", "launcher.time=24:00:00"],
+        ["data.path=[a b.jsonl,'c: d.jsonl']", "data.columns.prompt=yes", "logging.group=007", "optim.lr=1e-7"],
+        ["data.path=über/#1: 'x' {y}.jsonl", "run.resume=never", "precision=fp32", "optim.lr=1"],
+    ],
+)
+def test_a_frozen_configuration_reads_back_equal(tmp_path, words):
+    one = composed(*words)
+    assert freeze(one, tmp_path / "run") == tmp_path / "run"
+    again = load_frozen(tmp_path / "run" / "config.yaml")
+    assert again == one.config
+    assert type(again.strategy) is type(one.config.strategy)
+    assert identity(again) == one.sha256
+    assert again.run.dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "run.dir=x",
+        "run.resume=never",
+        "run.threads=2",
+        "logging.wandb=disabled",
+        "launcher.processes=4",
+        "launcher=slurm",
+    ],
+)
+def test_how_a_run_is_started_and_reported_does_not_change_its_hash(word):
+    words = ["precision=fp32"]
+    assert composed(*words, word).sha256 == composed(*words).sha256
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["run.seed=1", "optim.lr=1e-3", "strategy=ddp", "tuning=lora", "data.path=x", "batch.global=8", "precision=bf16"],
+)
+def test_what_decides_the_result_changes_the_hash(word):
+    assert composed(word).sha256 != composed().sha256
+
+
+def test_an_edited_file_is_refused(tmp_path):
+    path = freeze(composed(), tmp_path) / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
+    with pytest.raises(ConfigError, match="does not match its hash"):
+        load_frozen(path)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "run: 3\n", "- 1\n"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_frozen(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_frozen(tmp_path / "none.yaml")
+
+
+def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
+    import hashlib
+    import json
+
+    from omegaconf import OmegaConf
+
+    path = freeze(composed(), tmp_path) / "config.yaml"
+    tree = OmegaConf.to_container(OmegaConf.create(path.read_text()))
+    del tree["optim"]["max_skipped_steps"]
+    kept = {k: v for k, v in tree.items() if k not in ("logging", "launcher", "substitutions")}
+    kept["run"] = {"seed": tree["run"]["seed"]}
+    sha256 = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    path.write_text(f"# sha256: {sha256}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}")
+    assert load_frozen(path) == composed(f"run.dir={tmp_path}").config
+    freeze(composed(), tmp_path)  # and its directory can be continued
+
+
+def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
+    freeze(composed("optim.lr=1e-3"), tmp_path)
+    freeze(composed("optim.lr=1e-3", "logging.every_steps=1"), tmp_path)  # the same run
+    with pytest.raises(ConfigError) as caught:
+        freeze(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
+    assert "optim.lr: 0.001 there, 0.0001 here" in caught.value.problems
+    assert "strategy.name: single there, ddp here" in caught.value.problems
+
+
+def test_never_refuses_checkpoints(tmp_path):
+    freeze(composed("run.resume=never"), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    freeze(composed(), tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.resume=never"):
+        freeze(composed("run.resume=never"), tmp_path)
+
+
+def test_a_directory_in_use_is_refused_and_a_dead_owner_is_not(tmp_path):
+    freeze(composed(), tmp_path)
+    parent = psutil.Process().parent()
+    write_status(tmp_path, "running", pid=parent.pid)
+    with pytest.raises(ConfigError, match=f"process {parent.pid} is running it"):
+        freeze(composed(), tmp_path)
+    write_status(tmp_path, "running", pid=parent.pid, time=parent.create_time() - 60)  # the number was inherited
+    freeze(composed(), tmp_path)
+    write_status(tmp_path, "running", pid=parent.pid, host="elsewhere")
+    freeze(composed(), tmp_path)
+
+
+def test_what_cannot_be_a_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        freeze(composed(), tmp_path / "file")
+    with pytest.raises(StorageError, match="cannot write"):
+        freeze(composed(), tmp_path / "file" / "below")
+
+
+def test_the_default_directory_survives_a_requeue(monkeypatch):
+    assert default_run_dir("a" * 64).name.startswith("aaaaaaaa-2")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert str(default_run_dir("a" * 64)) == "runs/aaaaaaaa-4711"

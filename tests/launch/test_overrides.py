@@ -1,0 +1,150 @@
+"""What users type: kept as typed where it is a path, and explained, all at once, where it cannot be used."""
+
+import pytest
+
+from launch.compose import compose
+from launch.overrides import expand
+from strategies.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def outside_a_job(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def value_of(word, key):
+    holder = compose([word], check=False).config
+    for part in key.split("."):
+        holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
+    return holder
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "~/x.jsonl",
+        "/run=3/d(1).jsonl",
+        "a,b.jsonl",
+        "my data/train set.jsonl",
+        "it's.jsonl",
+        'say "x".jsonl',
+        "data/{a}.jsonl",
+        "data/[1].jsonl",
+        "**/*.jsonl",
+        "back\\slash.jsonl",
+        "über/数据.jsonl",
+        "007",
+        "1e5",
+        "true",
+        "#1.jsonl",
+        "a: b.jsonl",
+        "$HOME/x.jsonl",
+    ],
+)
+def test_a_path_is_kept_as_typed(path):
+    assert value_of(f"data.path={path}", "data.path") == path
+    assert value_of(f"model.path={path}", "model.path") == path
+    assert value_of(f"run.dir={path}", "run.dir") == path
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("data.path=[a.jsonl,b.jsonl]", "data.path", ["a.jsonl", "b.jsonl"]),
+        ("data.path=[~/a(1).jsonl, b=2.jsonl]", "data.path", ["~/a(1).jsonl", "b=2.jsonl"]),
+        ("data.path='quoted.jsonl'", "data.path", "quoted.jsonl"),
+        ("data.eval_path=null", "data.eval_path", None),
+        ("batch.global=64", "batch.global", 64),
+        ("batch={global: 8, micro: 2}", "batch.global", 8),
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("+optim.lr=1e-3", "optim.lr", 1e-3),
+        ("data.columns.prompt=question", "data.columns", {"prompt": "question"}),
+        ("logging.tags=[a,b]", "logging.tags", ["a", "b"]),
+        ("logging.group=007", "logging.group", "007"),
+        ("optim.betas=[0.9,0.95]", "optim.betas", [0.9, 0.95]),
+        ("model.revision=1e5", "model.revision", "1e5"),
+    ],
+)
+def test_values_are_read(word, key, value):
+    assert value_of(word, key) == value
+
+
+def test_patterns_and_site_options_are_kept_as_typed():
+    words = ["tuning=lora", r"tuning.targets=.*\.(q|v)_proj", "launcher=slurm", "launcher.time=1-00:00:00"]
+    config = compose([*words, "launcher.partition=a,b"], check=False).config
+    assert config.tuning.targets == r".*\.(q|v)_proj"
+    assert (config.launcher.time, config.launcher.partition) == ("1-00:00:00", "a,b")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("evaluation.paticence=1", "did you mean evaluation.patience?"),
+        ("lr=1", "did you mean optim.lr?"),
+        ("data.dropout=0", "model.dropout"),
+        ("batch.accumulation=4", "there is no setting batch.accumulation"),
+        ("+foo=1", "there is no setting foo"),
+        ("++optim.momentum=1", "there is no setting optim.momentum"),
+        ("strategy=fspd2", "did you mean strategy=fsdp2?"),
+        ("strategy=schema_fsdp2", "no such choice"),
+        ("strategy=null", "no such choice"),
+        ("strategy.name=fsdp2", "type strategy=<choice>"),
+        ("optim.name=sgd", "type optim=<choice>"),
+        ("strategy=ddp,fsdp2", "add -m"),
+        ("optim.lr=1e-3,1e-4", "add -m"),
+        ("tuning.rank=8", "needs tuning=lora"),
+        ("strategy.replicate=2", "needs strategy=fsdp2|hsdp"),
+        ("launcher.partition=x", "needs launcher=slurm"),
+        ("optim.lr=fast", "optim.lr must be a number"),
+        ("run.seed=1.5", "run.seed must be a whole number"),
+        ("data.packing=perhaps", "data.packing must be true or false"),
+        ("precision=fp8", "must be one of auto, fp32, bf16, fp16"),
+        ("logging.tags=x", "must be a list"),
+        ("optim.lr=[", "cannot be read"),
+        ("budget.steps", "not of the form key=value"),
+        ("--optim.lr=1", "type optim.lr=1"),
+        ("--dry_run", "did you mean --dry-run?"),
+        ("tuning", "as in tuning=full"),
+        ("optim=1", "no such choice, one of adamw"),
+        ("run=x", "run is not one value"),
+        ("~optim.lr=1", "cannot be removed"),
+        ("hydra.run.dir=x", "Hydra's own settings"),
+        ("hydra/launcher=x", "Hydra's own settings"),
+        ("data.path._target_=os.system", "`_target_` is not used here"),
+        ("data.columns={_target_: os.system}", "`_target_` is not used here"),
+        ("run.dir=runs/${now:%H}", "write the value out"),
+        ("model.path=${oc.env:NO_SUCH_VARIABLE_HERE}", "NO_SUCH_VARIABLE_HERE"),
+        ("substitutions={a:b}", "there is no setting substitutions"),
+    ],
+)
+def test_what_cannot_be_used_is_explained(word, said):
+    with pytest.raises(ConfigError) as caught:
+        compose([word], check=False)
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_everything_wrong_is_reported_at_once_without_echoes(tmp_path):
+    words = ["strategy=fspd2", "optim.lrr=1", "tuning.rank=8", "run.seed=x", "batch.global=30", "batch.micro=4"]
+    with pytest.raises(ConfigError) as caught:
+        compose([*words, f"data.pth={tmp_path}", "budget.steps=1", "model.path=no/such/model/here"])
+    text = str(caught.value)
+    for part in ("fspd2", "lrr", "tuning.rank", "run.seed", "batch.global=30", "data.pth", "no/such/model/here"):
+        assert part in text
+    assert "data.path: not set" not in text  # the misspelt word was meant for it
+    assert len(caught.value.problems) == 7
+
+
+def test_a_typed_budget_replaces_that_of_an_experiment():
+    config = compose(["experiment=gpt2_full_ddp", "budget.steps=7"], check=False).config
+    assert (config.budget.steps, config.budget.epochs) == (7, None)
+
+
+def test_sweeps_are_the_cartesian_product_and_never_split_a_path():
+    points = expand(["data.path=a,b.jsonl", "strategy=ddp,fsdp2", "optim.lr=1e-3,1e-4", "run.seed=range(0,2)"])
+    assert len(points) == 8
+    assert {point[0] for point in points} == {"data.path=a,b.jsonl"}
+    assert points[0][1:] == ["strategy=ddp", "optim.lr=0.001", "run.seed=0"]
+    assert points[-1][1:] == ["strategy=fsdp2", "optim.lr=0.0001", "run.seed=1"]
+    assert expand(["optim.lr=["]) == [["optim.lr=["]]

@@ -1,0 +1,153 @@
+"""Real processes: two gloo ranks under the launcher end together, whatever ends them; the first cause is told last."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.stand_in import STAND_IN
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Start `shardtune train` on two ranks with a stand-in worker; everything it left is killed afterwards."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN)
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "model").mkdir()
+    started = []
+
+    def start(what, *words, processes=2):
+        # As on a machine whose environment says nothing of a job.
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SHARDTUNE_", "OMP_"))}
+        env |= {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}", "STAND_IN": what}
+        command = [sys.executable, "-m", "launch.main", "train", f"model.path={tmp_path / 'model'}"]
+        command += [f"data.path={tmp_path / 'data.jsonl'}", "budget.steps=3", "batch.global=4", "batch.micro=1"]
+        command += [f"run.dir={tmp_path / 'run'}", "run.device=cpu", "strategy=ddp"]
+        command += [f"launcher.processes={processes}", *words]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+    for pid in ranks(tmp_path / "run"):
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def ranks(run_dir: Path) -> list[int]:
+    return [int(path.read_text() or 0) for path in run_dir.glob("**/rank-*.pid")]
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            status = json.loads((run_dir / "status.json").read_text())
+        except FileNotFoundError:
+            status = {}
+        if (status.get("step") or 0) >= step and len(ranks(run_dir)) == 2:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the ranks never started")
+
+
+def assert_gone(run_dir: Path, count: int = 2) -> None:
+    pids = ranks(run_dir)
+    assert len(pids) == count
+    assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"] == []
+
+
+def test_two_ranks_finish_and_starting_again_is_a_no_op(job, tmp_path):
+    process = job("short")
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    world, threads, sha256 = (tmp_path / "run" / "environment").read_text().split()
+    assert world == "2"
+    assert int(threads) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert f"# sha256: {sha256}" in (tmp_path / "run" / "config.yaml").read_text()
+    again = job("raise")
+    out, err = again.communicate(timeout=60)
+    assert (again.returncode, "already finished" in out) == (0, True), err
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "last"),
+    [("raise", 70, "rank 1 on "), ("user", 64, "matches no module"), ("kill", 70, "killed by SIGKILL")],
+)
+def test_a_failing_rank_ends_the_job_and_is_named_last(job, tmp_path, what, code, last):
+    process = job(what)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == code, err
+    assert last in "\n".join(err.strip().splitlines()[-2:])
+    assert "ChildFailedError" not in err
+    assert err.count("shardtune train:") == 1  # only the first cause is told
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["rank"] == 1
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert_gone(tmp_path / "run")
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("what", ["long", "stuck"])
+def test_ctrl_c_ends_every_process_within_ten_seconds(job, tmp_path, what):
+    process = job(what)
+    wait_for_step(tmp_path / "run", 1 if what == "long" else 0)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 130, err
+    assert_gone(tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "status.json").read_text())["state"]
+    assert state == ("preempted" if what == "long" else "failed")
+
+
+def test_a_signal_to_the_launcher_reaches_the_ranks_and_means_preempted(job, tmp_path):
+    process = job("long")
+    wait_for_step(tmp_path / "run", 1)
+    process.send_signal(signal.SIGUSR2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "the same command continues it" in err
+    assert_gone(tmp_path / "run")
+
+
+def test_a_killed_launcher_leaves_no_orphan(job, tmp_path):
+    process = job("long")
+    wait_for_step(tmp_path / "run", 1)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in ranks(tmp_path / "run")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert_gone(tmp_path / "run")
+
+
+def test_one_process_trains_without_torchrun(job, tmp_path):
+    process = job("short", "strategy=single", processes=1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert ranks(tmp_path / "run") == [process.pid]
+
+
+def test_a_sweep_is_one_run_a_point_each_in_its_own_directory(job, tmp_path):
+    process = job("short", "-m", "optim.lr=1e-3,1e-4", processes=1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    rates = [(tmp_path / "run" / str(n) / "config.yaml").read_text().split("lr: ")[1].split()[0] for n in (0, 1)]
+    assert [float(rate) for rate in rates] == [1e-3, 1e-4]
+    assert not (tmp_path / "run" / "2").exists()

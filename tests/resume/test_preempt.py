@@ -1,0 +1,98 @@
+"""A run that is told to stop saves, says so, and continues to the very numbers of one that was left alone."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.building import model_dir
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.tokenizers import write_chat_data
+
+STEPS = 60
+
+
+def command(root: Path, run: str, *words: str) -> list[str]:
+    settings = {
+        "model.path": model_dir(root),
+        "data.path": root / "train.jsonl",
+        "data.eval_path": root / "eval.jsonl",
+        "data.cache_dir": root / "cache",
+        "run.dir": root / run,
+        "run.device": "cpu",
+        "batch.global": 8,
+        "batch.micro": 2,
+        "budget.steps": STEPS,
+        "optim.lr": 1e-3,
+        "model.dropout": 0.1,  # so that the random stream must be right, too
+        "tuning": "lora",
+        "tuning.dropout": 0.1,
+        "logging.every_steps": 1,
+        "logging.wandb": "disabled",
+        "evaluation.every_steps": 25,
+        "export.at_end": "false",
+    }
+    return [sys.executable, "-m", "launch.main", "train", *(f"{k}={v}" for k, v in settings.items()), *words]
+
+
+def rows(root: Path, run: str) -> list[dict]:
+    path = root / run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def numbers(root: Path, run: str) -> list[tuple]:
+    keys = ("step", "loss", "grad_norm", "lr", "tokens", "eval/loss", "eval/accuracy")
+    return [tuple(row.get(key) for key in keys) for row in rows(root, run)]
+
+
+def stop_after(root: Path, run: str, step: int, number: int, words: list[str]) -> int:
+    process = subprocess.Popen(command(root, run, *words), env=clean_environment(), cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in rows(root, run)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("preempt")
+    write_chat_data(path / "train.jsonl", 48)
+    write_chat_data(path / "eval.jsonl", 12, seed=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("alone", ["strategy=single", "launcher.processes=1"]),
+        ("fsdp2", ["strategy=fsdp2", "launcher.processes=2"]),
+        ("zero2", ["strategy=zero2", "launcher.processes=2"]),
+    ],
+)
+def test_stopped_run_continues_bit_for_bit(root, name, words):
+    subprocess.run(command(root, f"{name}-whole", *words), env=clean_environment(), cwd=ROOT, check=True)
+    assert stop_after(root, f"{name}-cut", 7, signal.SIGUSR1, words) == 75
+    status = json.loads((root / f"{name}-cut" / "status.json").read_text())
+    assert status["state"] == "preempted"
+    reached = status["step"]
+    assert 7 <= reached < STEPS, "the run was over before the signal came"
+    assert [r["step"] for r in rows(root, f"{name}-cut")][-1] == reached
+    subprocess.run(command(root, f"{name}-cut", *words), env=clean_environment(), cwd=ROOT, check=True)
+    assert numbers(root, f"{name}-cut") == numbers(root, f"{name}-whole")
+    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 25, 50 and the end
+
+    again = subprocess.run(
+        command(root, f"{name}-cut", *words),
+        env=clean_environment(),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "already finished" in again.stdout

@@ -1,0 +1,166 @@
+"""The rendered script without a SLURM: its text, its shell syntax, odd characters, and what submission refuses."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import BODY, render, submit
+from strategies.errors import ConfigError
+from trainer.config import LauncherConfig, RunConfig, RunSettings, SlurmConfig
+
+CLONE = Path(__file__).parents[2]
+GOLDEN = CLONE / "tests" / "golden" / "slurm_job.sbatch"
+
+
+def full() -> SlurmConfig:
+    """Every setting away from its default."""
+    return SlurmConfig(
+        nodes=4,
+        rdzv="head:29400",
+        partition="gpu",
+        account="lab",
+        qos="long",
+        time="2-00:00:00",
+        gpus_per_node=8,
+        cpus_per_task=64,
+        mem="500G",
+        exclusive=True,
+        constraint="h100&ib",
+        signal_lead_s=300,
+        max_restarts=3,
+        setup=["module load cuda", "export HF_HOME='/big disk/hf'"],
+        python="/opt/env/bin/python",
+        extra=["--reservation=week", "--mail-type=END"],
+    )
+
+
+def rendered(launcher: LauncherConfig, *runs: str) -> str:
+    dirs = [Path(run) for run in runs or ("/runs/first",)]
+    return render(RunConfig(launcher=launcher), dirs, clone=Path("/clone"), cwd=Path("/data"))
+
+
+def check_syntax(script: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_golden() -> None:
+    text = rendered(full())
+    check_syntax(text)
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), "if the change is meant: UPDATE_GOLDEN=1 pytest tests/slurm/test_script.py"
+
+
+def test_the_script_for_people_has_the_same_body() -> None:
+    text = (CLONE / "slurm" / "train.sbatch").read_text()
+    check_syntax(text)
+    assert text.endswith(BODY)
+    check_syntax((CLONE / "slurm" / "env.sh").read_text())
+
+
+def test_defaults_ask_for_nothing_the_site_may_not_have() -> None:
+    text = rendered(SlurmConfig())
+    options = re.findall(r"^#SBATCH --([\w-]+)", text, re.M)
+    assert sorted(options) == sorted(
+        ["job-name", "nodes", "ntasks-per-node", "time", "chdir", "output", "open-mode", "signal", "requeue"]
+    )
+    assert "processes=1 " in text
+    assert "processes=2 " in rendered(SlurmConfig(gpus_per_node=8, processes=2))
+    config = RunConfig(launcher=SlurmConfig(), run=RunSettings(threads=3))
+    assert "export OMP_NUM_THREADS=3\n" in render(config, [Path("/runs/first")])
+
+
+def test_array_has_a_directory_for_each_task() -> None:
+    text = rendered(SlurmConfig(), "/runs/a", "/runs/b c")
+    check_syntax(text)
+    assert "#SBATCH --array=0-1\n" in text
+    assert "#SBATCH --output=/runs/a/logs/%x-%A_%a.out\n" in text
+    assert "runs=(/runs/a '/runs/b c')" in text
+
+
+def test_odd_characters_reach_the_shell_unharmed(tmp_path: Path) -> None:
+    odd = tmp_path / 'it\'s $HOME `id` "100%j" #1; exit 9 &'
+    config = RunConfig(launcher=SlurmConfig(python=str(odd / "python")))
+    text = render(config, [odd], clone=odd, cwd=odd)
+    check_syntax(text)
+    options = {k: shlex.split(v)[0] for k, v in re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M)}
+    assert options["chdir"] == str(odd)
+    assert options["output"].replace("%%", "%") == f"{odd}/logs/%x-%j.out"
+    assert not set(options["job-name"]) & set("'$ `\"%#;&")
+    head = text.removesuffix(BODY) + 'printf "%s\\n" "$run_dir" "$python" "$SHARDTUNE_CONFIG" "$PYTHONPATH"\n'
+    env = {"PATH": os.environ["PATH"]}
+    said = subprocess.run(["bash", "-euc", head], text=True, capture_output=True, env=env, check=True).stdout
+    assert said.splitlines() == [str(odd), str(odd / "python"), str(odd / "config.yaml"), str(odd)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "run", "said"),
+    [
+        (LauncherConfig(), "/runs/a", "launcher=slurm"),
+        (SlurmConfig(partition="gpu\n#SBATCH --account=other"), "/runs/a", "launcher.partition"),
+        (SlurmConfig(setup=["true\nfalse"]), "/runs/a", "launcher.setup"),
+        (SlurmConfig(), "/runs/a\\b", "run.dir"),
+    ],
+)
+def test_refused_settings_name_the_knob(launcher: LauncherConfig, run: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        rendered(launcher, run)
+
+
+class TestSubmit:
+    """With a stand-in for sbatch that tells what it was given."""
+
+    @pytest.fixture
+    def sbatch(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        tool = tmp_path / "bin" / "sbatch"
+        tool.parent.mkdir()
+        tool.write_text(f'#!/bin/sh\nenv >{tmp_path}/env; echo "$@" >{tmp_path}/args\necho "17;cluster"\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+        return tool
+
+    def test_writes_the_script_and_tells_how_to_watch(
+        self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "SLURM_CONF"):
+            monkeypatch.setenv(name, "1")
+        run = tmp_path / "run"
+        config = RunConfig(launcher=SlurmConfig())
+        assert submit(config, [run], print_only=False) == 0
+        assert (run / "train.sbatch").read_text() == render(config, [run])
+        assert (run / "logs").is_dir()
+        assert (tmp_path / "args").read_text().split() == ["--parsable", str(run / "train.sbatch")]
+        given = (tmp_path / "env").read_text().splitlines()
+        assert [line for line in given if line.startswith(("SLURM", "SBATCH", "SRUN"))] == ["SLURM_CONF=1"]
+        said = capsys.readouterr().out
+        assert "job 17:" in said
+        assert f"tail -F {run}/logs/run-17-0.log" in said
+
+    def test_keeps_the_users_defaults_outside_a_job(
+        self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+        submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
+        assert "SBATCH_ACCOUNT=lab" in (tmp_path / "env").read_text()
+
+    def test_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = RunConfig(launcher=SlurmConfig())
+        assert submit(config, [tmp_path / "run"], print_only=True) == 0
+        assert capsys.readouterr().out == render(config, [tmp_path / "run"])
+        assert not (tmp_path / "run").exists()
+
+    def test_passes_on_a_refusal(self, sbatch: Path, tmp_path: Path) -> None:
+        sbatch.write_text("#!/bin/sh\necho 'invalid partition specified: gpu' >&2; exit 1\n")
+        with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
+            submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
+
+    def test_says_where_sbatch_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ConfigError, match="sbatch, which is not on PATH"):
+            submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)

@@ -1,0 +1,138 @@
+"""The scripts on a real SLURM of two nodes, with a stand-in for the worker: signals, requeue, preemption, arrays."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import render
+from tests.slurm.cluster import Cluster, wait_for
+from trainer.config import RunConfig, SlurmConfig
+
+pytestmark = pytest.mark.slurm
+CLONE = Path(__file__).parents[2]
+
+
+class Job:
+    """One submitted job and its run directory."""
+
+    def __init__(self, cluster: Cluster, job_id: str, run: Path) -> None:
+        self.cluster, self.id, self.run = cluster, job_id, run
+
+    def wait_step(self, step: int = 1) -> None:
+        """Signals before a worker's first step may come before it listens."""
+        beat = self.run / "beat.json"
+        wait_for(
+            lambda: beat.exists() and json.loads(beat.read_text())["step"] >= step, 60, f"step {step} of {self.run}"
+        )
+
+    def signal(self, *words: str) -> None:
+        self.cluster.on("ctl", "scancel", *words, self.id)
+
+    def starts(self) -> list[dict]:
+        return [json.loads(line) for line in (self.run / "starts.jsonl").read_text().splitlines()]
+
+    def logs(self) -> str:
+        return "".join(log.read_text() for log in sorted((self.run / "logs").iterdir()))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A directory to submit from, whose `launch` is the stand-in, with odd characters in its name."""
+    site = tmp_path / 'it\'s a "site"'
+    (site / "launch").mkdir(parents=True)
+    (site / "launch" / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("standin.py"), site / "launch" / "train.py")
+    return site
+
+
+def environment(steps: int = 20) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "STANDIN_STEPS": str(steps), "PYTHON": sys.executable}
+
+
+def submit(cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, **launcher: object) -> list[Job]:
+    """Render for two nodes and submit; one job for each run (the tasks of an array)."""
+    config = RunConfig(launcher=SlurmConfig(nodes=2, **launcher))  # type: ignore[arg-type]
+    dirs = [site / "runs" / run for run in runs]
+    for run in dirs:
+        (run / "logs").mkdir(parents=True)
+    script = site / "script"
+    script.write_text(render(config, dirs, cwd=site))
+    job = cluster.sbatch(str(script), cwd=Path("/"), env=environment(steps))
+    return [Job(cluster, f"{job}_{i}" if len(dirs) > 1 else job, run) for i, run in enumerate(dirs)]
+
+
+def test_rendered_array_saves_at_usr2_and_requeues_the_signalled_task_alone(cluster: Cluster, site: Path) -> None:
+    # The last task's own job id is the array's: a requeue by that id would start every task again.
+    setup = ['export GREETING="hello there"', 'echo "$GREETING from $SLURMD_NODENAME"']
+    other, job = submit(cluster, site, ["other", "a b 100%j"], steps=40, setup=setup)
+    job.wait_step()
+    job.signal("--signal=USR2")
+    ended = cluster.wait(job.id)
+    logs = job.logs()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs
+    first, second = job.starts()
+    assert (first["from"], first["state"]) == (0, "preempted")
+    assert second == {"from": first["to"], "to": 40, "state": "done"}
+    for host in ("n1", "n2"):
+        assert logs.count(f"hello there from {host}") == 2, logs  # both starts are in the same log
+        assert f"of 2 on {host}, threads 1" in logs
+    assert cluster.wait(other.id)["Restarts"] == "0"
+    assert [start["state"] for start in other.starts()] == ["done"]
+
+
+def test_restart_limit_ends_with_75_and_scancel_is_final(cluster: Cluster, site: Path) -> None:
+    [limited] = submit(cluster, site, ["limited"], steps=600, max_restarts=0)
+    [cancelled] = submit(cluster, site, ["cancelled"], steps=600)
+    limited.wait_step()
+    limited.signal("--signal=USR2")
+    cancelled.wait_step()
+    cancelled.signal()
+    ended = cluster.wait(limited.id)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0"), limited.logs()
+    ended = cluster.wait(cancelled.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    assert [start["state"] for start in cancelled.starts()] == ["preempted"]  # saved all the same
+
+
+def test_script_for_people_is_requeued_once_by_slurm_and_later_by_itself(cluster: Cluster, site: Path) -> None:
+    shutil.copytree(CLONE / "slurm", site / "slurm")
+    job_id = cluster.sbatch("--nodes=2", "slurm/train.sbatch", "optim.lr=1e-3", cwd=site, env=environment(50))
+    job = Job(cluster, job_id, site / "runs" / f"slurm-{job_id}")
+    job.wait_step()
+    evict = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    cluster.wait(cluster.sbatch(*evict, cwd=site))
+    job.wait_step(job.starts()[0]["to"] + 2)
+    job.signal("--signal=USR2")
+    ended = cluster.wait(job.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), job.logs()
+    starts = job.starts()
+    assert [start["state"] for start in starts] == ["preempted", "preempted", "done"]
+    assert [start["from"] for start in starts[1:]] == [start["to"] for start in starts[:-1]]
+    said = (site / f"shardtune-{job_id}.out").read_text()
+    assert said.count("not requeued from here") == 1
+    assert said.count("; requeued") == 1
+
+
+def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) -> None:
+    (site / "launch" / "train.py").write_text("raise SystemExit('broken')")
+    run = site / "runs" / "crash"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "preempted"}')
+    [job] = submit(cluster, site, ["crash"])
+    ended = cluster.wait(job.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert "broken" in job.logs()
+
+
+def test_submit_passes_on_what_a_real_sbatch_refuses(cluster: Cluster, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from launch.slurm import submit; from trainer.config import RunConfig, SlurmConfig\n"
+        "submit(RunConfig(launcher=SlurmConfig(gpus_per_node=8)), [pathlib.Path(sys.argv[1])], print_only=False)"
+    )
+    done = cluster.on("ctl", sys.executable, "-c", code, str(tmp_path), cwd=CLONE, check=False)
+    assert done.returncode == 1
+    assert "Invalid generic resource (gres) specification" in done.stdout

@@ -1,0 +1,148 @@
+"""The parts of a run, each built from its settings: data, engine, loader, evaluators. All ranks call them alike."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from strategies import runtime as processes
+from strategies.base import Engine, Precision
+from strategies.build import build_strategy
+from strategies.errors import ConfigError
+from strategies.parameters import named_parameters
+from trainer.config import RunConfig
+from trainer.data.loader import StepLoader, eval_batches
+from trainer.data.order import GlobalOrder, steps_for_tokens
+from trainer.data.pack import best_fit_decreasing
+from trainer.data.prepare import Prepared, prepare
+from trainer.data.settings import Layout
+from trainer.evaluation.base import Evaluator
+from trainer.evaluation.loss import LossEvaluator
+from trainer.loop import steps_from_budget
+from trainer.model import Built, build_step, weights_directory
+from trainer.objectives.build import build_objective
+from trainer.optim import build_optimizer
+from trainer.preempt import Agreement
+from trainer.weights import Checkpoint, WeightSource
+
+
+def prepare_data(config: RunConfig, tokenizer: Any) -> Prepared:
+    """The prepared data set of the run, from the cache where nothing has changed."""
+    objective = build_objective(config.objective)
+    return prepare(
+        config.data,
+        tokenizer,
+        counts=objective.counts,
+        seed=config.run.seed,
+        label_names=getattr(config.objective, "labels", None),
+    )
+
+
+def resolve_precision(asked: Precision, runtime: processes.Runtime) -> Precision:
+    """What `auto` means on this device: bf16 on GPUs that have it, else fp32."""
+    if asked is not Precision.auto:
+        return asked
+    on_gpu = runtime.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Precision.bf16 if on_gpu else Precision.fp32
+
+
+def build_engine(
+    config: RunConfig, tokenizer: Any, data: Prepared, precision: Precision, runtime: processes.Runtime
+) -> tuple[Engine, Built, WeightSource]:
+    """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
+    strategy = build_strategy(config.strategy, precision, runtime)
+    built = build_step(
+        config.model,
+        objective_config=config.objective,
+        tuning_config=config.tuning,
+        layout=config.data.layout,
+        tokenizer=tokenizer,
+        num_labels=len(data.label_names) if data.label_names else None,
+        context=strategy.init_context(),
+        on_cuda=runtime.device.type == "cuda",
+    )
+    if config.data.packing and built.layout is not Layout.padding_free:
+        raise ConfigError(
+            f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
+            "padded rows here; set data.packing=false"
+        )
+    source = WeightSource(
+        Checkpoint(weights_directory(config.model), built.base_prefix),
+        built.tuning,
+        seed=config.run.seed,
+        init_std=getattr(built.config, "initializer_range", 0.02),
+        new_token_ids=built.new_token_ids,
+        vocabulary=built.vocabulary,
+    )
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
+    source.check(shapes, head_prefixes=built.head_prefixes)
+    engine = strategy.prepare(
+        built.step_module,
+        source=source,
+        make_optimizer=partial(build_optimizer, config.optim),
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    return engine, built, source
+
+
+def build_loader(
+    config: RunConfig, data: Prepared, built: Built, tokenizer: Any, engine: Engine, runtime: processes.Runtime
+) -> tuple[StepLoader, int]:
+    """The batches of this rank, and how many steps the budget makes of them."""
+    packs = best_fit_decreasing(data.train.lengths, config.data.max_length) if config.data.packing else None
+    num_units = len(packs) if packs is not None else len(data.train)
+    order = GlobalOrder(num_units, seed=config.run.seed, shuffle=config.data.shuffle)
+    loader = StepLoader(
+        data.train,
+        order=order,
+        units=packs,
+        global_batch=config.batch["global"],
+        micro_batch=config.batch["micro"],
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        layout=built.layout,
+        pad_token_id=tokenizer.pad_token_id,
+        device=runtime.device,
+    )
+    steps = steps_from_budget(
+        config,
+        num_units=num_units,
+        for_tokens=lambda tokens: steps_for_tokens(order, loader.unit_tokens, config.batch["global"], tokens),
+    )
+    return loader, steps
+
+
+def build_evaluators(
+    config: RunConfig,
+    data: Prepared,
+    built: Built,
+    tokenizer: Any,
+    engine: Engine,
+    runtime: processes.Runtime,
+    agreement: Agreement,
+) -> list[Evaluator]:
+    """The evaluators that the config asks for; none without held-out data."""
+    held_out = data.evaluation
+    if held_out is None or len(held_out) == 0:
+        return []
+    limit = config.evaluation.max_documents
+    batches = partial(
+        eval_batches,
+        held_out,
+        batch=config.evaluation.batch,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        layout=built.layout,
+        pad_token_id=tokenizer.pad_token_id,
+        device=runtime.device,
+        max_documents=limit,
+    )
+
+    def stop_now() -> bool:
+        agreement.ask()
+        return agreement.stop_now()
+
+    count = int(held_out.counts["loss"][:limit].sum())
+    return [LossEvaluator(batches, count=count, prefix="eval", stop_now=stop_now)]

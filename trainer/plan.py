@@ -1,0 +1,92 @@
+"""What a run would do, without doing it: sizes, batch arithmetic, steps and memory, from the meta device."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from strategies.base import Fsdp2Config, Precision, StrategyName
+from strategies.memory import estimate
+from strategies.parameters import meta_context, named_parameters
+from trainer.config import RunConfig
+from trainer.data.audit import preview, summary
+from trainer.data.order import GlobalOrder, steps_for_tokens
+from trainer.data.pack import best_fit_decreasing
+from trainer.loop import steps_from_budget
+from trainer.model import Built, build_step, load_tokenizer, weights_directory
+from trainer.parts import prepare_data
+from trainer.weights import Checkpoint, WeightSource
+
+
+def describe(config: RunConfig) -> str:
+    """The text of `--dry-run`. Prepares the data (cached for the run itself) and reads headers of the weights."""
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config, tokenizer)
+    built = build_step(
+        config.model,
+        objective_config=config.objective,
+        tuning_config=config.tuning,
+        layout=config.data.layout,
+        tokenizer=tokenizer,
+        num_labels=len(data.label_names) if data.label_names else None,
+        context=meta_context(),
+        on_cuda=str(config.run.device) == "cuda",
+    )
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
+    source = WeightSource(
+        Checkpoint(weights_directory(config.model), built.base_prefix),
+        built.tuning,
+        seed=config.run.seed,
+        init_std=0.02,
+        new_token_ids=built.new_token_ids,
+        vocabulary=built.vocabulary,
+    )
+    source.check(shapes, head_prefixes=built.head_prefixes)
+    packs = best_fit_decreasing(data.train.lengths, config.data.max_length) if config.data.packing else None
+    lengths = data.train.lengths
+    unit_tokens = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
+    order = GlobalOrder(len(unit_tokens), seed=config.run.seed, shuffle=config.data.shuffle)
+    size, micro = config.batch["global"], config.batch["micro"]
+    world = max(1, (config.launcher.processes or 1) * config.launcher.nodes)
+    steps = steps_from_budget(
+        config,
+        num_units=len(unit_tokens),
+        for_tokens=lambda tokens: steps_for_tokens(order, unit_tokens, size, tokens),
+    )
+    mean_tokens = float(unit_tokens.mean())
+    total = sum(p.numel() for _, p in named_parameters(built.step_module))
+    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    lines = [
+        summary(data.report),
+        preview(data.train, tokenizer, width=100),
+        f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
+        f"attention {built.attention}",
+        f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
+        f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
+        f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train):,}",
+        "memory per rank, estimated (model state by arithmetic, activations by a rule of thumb):",
+        *_memory(config, built, world, round(mean_tokens * micro)),
+        *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
+        "nothing was trained (--dry-run)",
+    ]
+    return "\n".join(lines)
+
+
+def _memory(config: RunConfig, built: Built, world: int, micro_tokens: int) -> list[str]:
+    replicate = 1
+    if isinstance(config.strategy, Fsdp2Config) and (
+        config.strategy.name is StrategyName.hsdp or config.strategy.replicate != 1
+    ):
+        hosts = config.launcher.nodes
+        replicate = config.strategy.replicate if config.strategy.replicate > 1 else (hosts if hosts > 1 else 2)
+    precision = Precision.fp32 if config.precision is Precision.auto else config.precision
+    text = built.config.get_text_config()
+    return estimate(
+        built.step_module,
+        config.strategy,
+        precision,
+        world_size=world,
+        replicate=replicate,
+        micro_tokens=micro_tokens,
+        width=text.hidden_size,
+        blocks=text.num_hidden_layers,
+    ).lines()
