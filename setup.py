@@ -32,8 +32,8 @@ setup(
         "hydra-core>=1.3.8,<1.4",
         "safetensors>=0.8",
         "wandb>=0.31",
-        "rich>=14",
         "psutil>=6",
+        "gguf>=0.19",  # reads the embedded demo model's file
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],

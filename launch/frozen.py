@@ -64,7 +64,8 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
     if composed.config.run.resume == "never" and any((run_dir / "checkpoints").glob("*")):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists():
-        _same_or_refuse(composed, path)
+        if any((run_dir / "checkpoints").glob("step-*")) or is_finished(run_dir):
+            _same_or_refuse(composed, path)  # else nothing was reached there: a corrected command may take its place
         owner = in_use_by(run_dir)
         if owner is not None:
             raise ConfigError(f"run.dir={run_dir}: process {owner} is running it; stop it, or choose another run.dir")

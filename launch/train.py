@@ -142,11 +142,7 @@ def outcome(run_dir: Path, code: int) -> int:
     if code != 130:
         # A run of which nobody reports an end has failed, also where torchrun is content.
         code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
-        shown = (
-            _explain(run_dir, failure)
-            if failure
-            else f"{run_dir}: {reason}; see {run_dir / 'logs'} and the output above"
-        )
+        shown = _explain(run_dir, failure) if failure else f"{run_dir}: {reason}; see the output above"
     write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
     print(shown, file=sys.stderr, flush=True)
     return code

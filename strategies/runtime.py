@@ -46,6 +46,8 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
         torch.cuda.set_device(torch_device)
     else:
         torch_device = torch.device("cpu")
+    # DeepSpeed, which other libraries import when it is installed, would guess, and say so.
+    os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)

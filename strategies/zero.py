@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +32,6 @@ from strategies.zero_config import deepspeed_config
 def import_deepspeed(*, on_cpu: bool) -> Any:
     """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
     import deepspeed
     from deepspeed.utils import logger
 

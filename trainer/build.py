@@ -82,7 +82,6 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     progress = engine.load(resumed_from) if resumed_from else Progress()
     where.step = progress.step
 
-    where.phase = "assembly"
     loader, total_steps = build_loader(config, data, built, tokenizer, engine, runtime)
     agreement = Agreement(request, runtime)
     evaluators = build_evaluators(config, data, built, tokenizer, engine, runtime, agreement)

@@ -1,7 +1,7 @@
 """The whole configuration of a run: one typed tree, composed by Hydra, checked here.
 
 Leaf settings live beside the code that uses them; this module composes them and owns the settings that belong to the
-run itself. `problems_of` collects every violated range and cross-field rule, so that all are reported at once.
+run itself. Ranges and cross-field rules are `trainer.validate`'s.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def build_step(
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = transformers.AutoModelForCausalLM
-    _set_dropout(model_config, config.dropout)
+    original_dropout = _set_dropout(model_config, config.dropout)
     try:
         with context:
             model = auto.from_config(
@@ -243,14 +243,17 @@ def build_step(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
             f"{objective_config.name} with attention {attention}: {str(error)[:300]}"
         ) from error
+    for name, value in original_dropout.items():  # layers have read theirs; an export keeps the base's values
+        setattr(model_config, name, value)
     model.tie_weights()
     if not classification:
         _fuse_head(model, model_config)
-    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids))
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     vocabulary = _vocabulary_names(model)
     prefix = model.base_model_prefix
-    heads = tuple(name for name, _ in model.named_children() if name != prefix) if classification else ()
+    heads = tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
+    heads = heads if classification else ()
+    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
     model = tuning.apply(model)
     model.train()
     step = TrainStep(model, build_objective(objective_config), blocks)
@@ -295,8 +298,10 @@ _DROPOUT_FIELDS = (
 )
 
 
-def _set_dropout(model_config: Any, probability: float) -> None:
-    """Set every dropout the architecture has: the same value whatever its fields are called."""
-    for name in _DROPOUT_FIELDS:
-        if isinstance(getattr(model_config, name, None), float | int):
-            setattr(model_config, name, probability)
+def _set_dropout(model_config: Any, probability: float) -> dict[str, float]:
+    """Set every dropout the architecture has, whatever its fields are called; returns the values that were there."""
+    before = {name: getattr(model_config, name, None) for name in _DROPOUT_FIELDS}
+    found = {name: value for name, value in before.items() if isinstance(value, float | int)}
+    for name in found:
+        setattr(model_config, name, probability)
+    return found

@@ -22,6 +22,7 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import steps_from_budget
 from trainer.model import Built, build_step, weights_directory
+from trainer.objectives.base import ObjectiveName
 from trainer.objectives.build import build_objective
 from trainer.optim import build_optimizer
 from trainer.preempt import Agreement
@@ -145,4 +146,5 @@ def build_evaluators(
         return agreement.stop_now()
 
     count = int(held_out.counts["loss"][:limit].sum())
-    return [LossEvaluator(batches, count=count, prefix="eval", stop_now=stop_now)]
+    language = config.objective.name is not ObjectiveName.classification
+    return [LossEvaluator(batches, count=count, prefix="eval", perplexity=language, stop_now=stop_now)]

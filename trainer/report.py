@@ -93,6 +93,7 @@ def run_facts(
         "base_model": config.model.path,
         "data_fingerprint": data.train.fingerprint,
         "data_report": data.report,
+        "label_names": data.label_names,
         "sharding": sharding,
         "initialised": initialised,
         "substitutions": substitutions,

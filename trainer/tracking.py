@@ -60,7 +60,8 @@ class JsonlTracker:
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
         if path.exists():  # rows after the checkpoint belong to a future that is now done again
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            lines = path.read_text().splitlines() if resume_step else []
+            kept = [line for line in lines if _step_of(line) <= resume_step]
             aside = path.with_suffix(".tmp")
             aside.write_text("".join(line + "\n" for line in kept))
             aside.replace(path)

@@ -10,7 +10,7 @@ def run_worker(config, run_dir, sha256):
     from trainer.status import write_status
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     what = os.environ["STAND_IN"]
-    request = StopRequest().install()
+    request = StopRequest().__enter__()
     if world > 1:
         dist.init_process_group("gloo")
     if os.path.isdir(run_dir):

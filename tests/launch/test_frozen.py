@@ -93,16 +93,27 @@ def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
     sha256 = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     path.write_text(f"# sha256: {sha256}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}")
     assert load_frozen(path) == composed(f"run.dir={tmp_path}").config
+    write_status(tmp_path, "done")
     freeze(composed(), tmp_path)  # and its directory can be continued
 
 
 def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
     freeze(composed("optim.lr=1e-3"), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     freeze(composed("optim.lr=1e-3", "logging.every_steps=1"), tmp_path)  # the same run
     with pytest.raises(ConfigError) as caught:
         freeze(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
     assert "optim.lr: 0.001 there, 0.0001 here" in caught.value.problems
     assert "strategy.name: single there, ddp here" in caught.value.problems
+
+
+def test_a_directory_where_nothing_was_reached_takes_a_corrected_command(tmp_path):
+    freeze(composed("optim.lr=1e-3"), tmp_path)
+    freeze(composed("optim.lr=1e-4"), tmp_path)
+    assert load_frozen(tmp_path / "config.yaml").optim.lr == 1e-4
+    write_status(tmp_path, "done")
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(composed("optim.lr=1e-3"), tmp_path)
 
 
 def test_never_refuses_checkpoints(tmp_path):

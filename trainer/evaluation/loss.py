@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class LossEvaluator:
-    """Yields `loss`, `perplexity` and `accuracy` (of supervised tokens, or of labels) over a held-out set."""
+    """Yields `loss`, `perplexity` (of language models) and `accuracy` (of supervised tokens, or of labels)."""
 
     def __init__(
         self,
@@ -25,12 +25,14 @@ class LossEvaluator:
         *,
         count: int,
         prefix: str,
+        perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
     ) -> None:
         self._batches = batches
         self._count = count
         """Denominator of the whole set, all ranks together."""
         self._prefix = prefix
+        self._perplexity = perplexity
         self._stop_now = stop_now or (lambda: False)
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
@@ -48,5 +50,6 @@ class LossEvaluator:
         totals = dist_sum(torch.stack([sums[name] for name in names])).tolist()
         values = {name: total / max(1, self._count) for name, total in zip(names, totals, strict=True)}
         yield f"{self._prefix}/loss", values["loss"]
-        yield f"{self._prefix}/perplexity", math.exp(min(values["loss"], 700.0))
+        if self._perplexity:
+            yield f"{self._prefix}/perplexity", math.exp(min(values["loss"], 700.0))
         yield f"{self._prefix}/accuracy", values["accuracy"]

@@ -99,4 +99,6 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
     """Plain peft: the adapter of `directory` on a plain base model, for inference."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's own calls
+        return PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]

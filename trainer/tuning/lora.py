@@ -23,8 +23,10 @@ class Lora:
 
     adapter = True
 
-    def __init__(self, config: LoraConfig, *, train_embeddings: bool = False) -> None:
+    def __init__(self, config: LoraConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()) -> None:
         self.config = config
+        self.new_heads = new_heads
+        """Modules that the base checkpoint does not have: trained in full and saved with the adapter."""
         self.train_embeddings = train_embeddings
         """New vocabulary entries need trained embeddings: they (and an untied head) are then trained in full."""
 
@@ -34,7 +36,7 @@ class Lora:
         from peft import get_peft_model
 
         self._check_targets(model)
-        modules_to_save = list(self.config.modules_to_save)
+        modules_to_save = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
         if self.train_embeddings:
             modules_to_save += [_name_of(model, model.get_input_embeddings())]  # type: ignore[operator]

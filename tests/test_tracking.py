@@ -1,0 +1,76 @@
+"""Rows survive a resume, W&B keeps its run, TensorBoard can be read back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainer.tracking import JsonlTracker, LoggingConfig, WandbMode, build_trackers, summary_of
+
+
+def test_rows_after_the_checkpoint_are_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlTracker(path, 0)
+    for step in (1, 2, 3):
+        first.log({"loss": step / 3}, step=step)
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # torn by a kill
+    second = JsonlTracker(path, 2)
+    second.log({"loss": 0.5}, step=3)
+    second.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 1 / 3), (2, 2 / 3), (3, 0.5)]
+
+
+def records(directory):
+    """What `wandb leet inspect` reads back from an offline run."""
+    text = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return text
+
+
+def test_wandb_offline_keeps_its_id_and_flat_config(tmp_path):
+    config = LoggingConfig(group="sweep", tags=["a"])
+    settings = {"strategy": "fsdp2", "tuning": "lora", "world_size": 2, "global_batch": 8, "precision": "fp32"}
+    trackers, run_id, note = build_trackers(config, tmp_path, wandb_id=None, resume_step=0, settings=settings)
+    trackers.log({"loss": 1.5, "tokens": 100}, step=1)
+    trackers.summarise(summary_of({"tokens_per_s": 12.0, "loss": 1.5}, {"eval/loss": 1.25}))
+    trackers.close()
+    assert note is None and trackers.sync_line is not None and "offline-run" in trackers.sync_line
+    again, same_id, _ = build_trackers(config, tmp_path, wandb_id=run_id, resume_step=1, settings=settings)
+    again.close()
+    assert same_id == run_id
+    runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
+    assert runs
+    shown = records(next(runs[0].glob("*.wandb")))
+    for text in ("fsdp2", "sweep", "final/eval/loss", "train_step"):
+        assert text in shown
+
+
+def test_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = LoggingConfig(wandb=WandbMode.online)
+    trackers, _, note = build_trackers(config, tmp_path, wandb_id=None, resume_step=0, settings={})
+    trackers.close()
+    assert note is not None and "API key" in note and trackers.sync_line is not None
+
+
+def test_tensorboard_reads_back(tmp_path):
+    pytest.importorskip("tensorboard")
+    config = LoggingConfig(wandb=WandbMode.disabled, tensorboard=True)
+    trackers, _, _ = build_trackers(config, tmp_path, wandb_id=None, resume_step=0, settings={})
+    trackers.log({"loss": 1.5}, step=3)
+    trackers.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
