@@ -88,7 +88,10 @@ def test_full_disk_at_checkpoint_time(tmp_path, root):
 
     run = tmp_path / "run"
     command = words(root, run__dir=run, budget__steps=6, checkpoint__every_steps=2)
-    script = "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfrom launch.main import main\nsys.exit(main(sys.argv[1:]))"
+    script = (
+        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from launch.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, *command],
         env=clean_environment(),

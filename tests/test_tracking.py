@@ -26,13 +26,12 @@ def test_rows_after_the_checkpoint_are_done_again(tmp_path):
 
 def records(directory):
     """What `wandb leet inspect` reads back from an offline run."""
-    text = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    return text
 
 
 def test_wandb_offline_keeps_its_id_and_flat_config(tmp_path):

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: one typed tree, composed by Hydra, checked here.
+"""The whole configuration of a run: one typed tree, composed by Hydra.
 
 Leaf settings live beside the code that uses them; this module composes them and owns the settings that belong to the
 run itself. Ranges and cross-field rules are `trainer.validate`'s.
