@@ -125,7 +125,7 @@ def variant_group(group: str) -> list[str]:
         lines += ["With every choice:", "", *table(group, base, shared)]
     for name, settings in variants()[group].items():
         known = [f.name for parent in settings.__mro__[1:] if is_dataclass(parent) for f in fields(parent)]
-        own = [f.name for f in fields(settings) if f.name not in (*known, "name")]
+        own = [f.name for f in fields(settings) if f.name not in (*known, *shared, "name")]
         typed = [c for c in groups()[group] if settings_of(group, c) is settings]
         title = ", ".join(f"`{group}={choice}`" for choice in typed or [name])
         lines += [f"{title}: {(settings.__doc__ or '').strip()}", ""]

@@ -12,7 +12,7 @@
 # export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # export WANDB_MODE=offline
 
-# A C++ compiler's output (optimizer offload of ZeRO) differs between kinds of nodes.
+# A C++ compiler's output (NVMe offload of ZeRO) differs between kinds of nodes.
 # export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/torch_extensions-$USER
 
 # Network. Overrides only: the libraries choose well on most sites. Name an interface where the log shows a wrong one.

@@ -103,7 +103,7 @@ class ZeroConfig(StrategyConfig):
     stage: int = 2
     """ZeRO stage: 1, 2 or 3; set by the group choice."""
     offload_optimizer: str = "none"
-    """Where optimizer state lives: `none` (device), `cpu` (needs a C++ compiler) or `nvme`."""
+    """Where optimizer state lives: `none` (device), `cpu` or `nvme` (needs libaio and a C++ compiler)."""
     offload_parameters: str = "none"
     """Where idle parameters live (stage 3 only): `none`, `cpu` or `nvme`."""
     nvme_path: str | None = None

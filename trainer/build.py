@@ -46,12 +46,16 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
     """
     where = Where(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
+    # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
+    tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
         with StopRequest() as request:
             _run(config, run_dir, sha256, request, where)
+        if tells and run_dir is not None:
+            write_status(run_dir, State.done, step=where.step)
     except Preempted as stop:
-        if rank == 0 and where.run_dir is not None:
-            write_status(where.run_dir, State.preempted, step=where.step, reason=str(stop))
+        if tells and run_dir is not None:
+            write_status(run_dir, State.preempted, step=where.step, reason=str(stop))
         raise
     except BaseException as error:
         if where.run_dir is not None and record_failure(where.run_dir, rank, error, where.phase, where.step):

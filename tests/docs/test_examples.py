@@ -1,0 +1,120 @@
+"""The examples of the topic pages run, in the order of the page, on a tiny model and made-up data.
+
+A block is taken where the line above it says `<!-- run -->`, or `<!-- file: name -->` for one that is written to a file.
+`shardtune` commands run in this process, which spares their start; all else, and all ranks, are processes of their own.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from tests.helpers.building import model_dir
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.tokenizers import write_chat_data
+
+MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One marked block of a page."""
+
+    mark: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    return [Block(m[1], m[2], m[3], text[: m.start()].count("\n") + 2) for m in MARKED.finditer(text)]
+
+
+def run(block: Block, page: Path) -> None:
+    """Do what a reader would do with the block, in the current directory."""
+    if block.mark.startswith("file: "):
+        Path(block.mark.removeprefix("file: ")).write_text(block.text)
+    elif block.language == "python":
+        exec(compile("\n" * block.line + block.text, str(page), "exec"), {"__name__": "example"})
+    else:
+        for command in filter(None, block.text.replace("\\\n", " ").splitlines()):
+            words = shlex.split(os.path.expandvars(command))
+            if words[0] == "shardtune":
+                assert main(words[1:]) == 0, f"{page.name}:{block.line}: {command}"
+            else:
+                assert words[0] == "torchrun", f"{page.name}:{block.line}: how is this run? {command}"
+                torchrun(words[1:])
+
+
+def torchrun(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    path = tmp_path_factory.mktemp("docs")
+    model_dir(path)
+    write_chat_data(path / "train.jsonl", 48)
+    write_chat_data(path / "held-out.jsonl", 12, seed=1)
+    return path
+
+
+@pytest.fixture
+def reader(site, tmp_path, monkeypatch):
+    """A reader's shell: an empty directory, the variables of docs/README.md, and no data of other runs."""
+    monkeypatch.chdir(tmp_path)
+    for key in set(os.environ) - set(clean_environment()):
+        monkeypatch.delenv(key)
+    for key, value in clean_environment(
+        MODEL=str(site / "llama"),
+        DATA=str(site / "train.jsonl"),
+        HELD_OUT=str(site / "held-out.jsonl"),
+        HOME=str(tmp_path),  # the cache of prepared data
+    ).items():
+        monkeypatch.setenv(key, value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_examples_of_a_page_run(page, reader):
+    for block in blocks(page.read_text(encoding="utf-8")):
+        run(block, page)
+
+
+def test_every_topic_page_has_examples():
+    assert {page.stem for page in PAGES} >= {
+        "introduction",
+        "why-fine-tune",
+        "workflow",
+        "lora",
+        "choosing-a-strategy",
+        "torchrun-and-slurm",
+    }
+
+
+def test_no_mark_is_overlooked():
+    """A mark with a blank line after it, or a fence that never ends, would drop its block in silence."""
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        marks = len(re.findall(r"^<!-- (run|file: .+) -->$", text, re.MULTILINE))
+        assert marks == len(blocks(text)), page.name
+
+
+def test_a_wrong_example_fails(reader):
+    with pytest.raises(AssertionError):
+        run(Block("run", "bash", "shardtune train model.path=$MODEL data.path=$DATA optim.lrr=1\n", 1), Path("x.md"))
+    with pytest.raises(AssertionError):
+        run(Block("run", "bash", "rm -r x\n", 1), Path("x.md"))

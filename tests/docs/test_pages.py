@@ -1,0 +1,128 @@
+"""What the pages say about the code is true of it: reference, links, commands, messages."""
+
+import re
+import runpy
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from launch.choices import groups
+from launch.compose import compose
+from launch.main import EXIT_CODES, VERBS
+from tests.helpers.launching import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "slurm" / "README.md"])
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STARTERS = ("shardtune", "torchrun", "sbatch")
+
+
+def prose(path: Path) -> str:
+    """A page without its code blocks."""
+    return FENCED.sub("", path.read_text(encoding="utf-8"))
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Every complete command shown for training or submitting, as words."""
+    found = []
+    for language, text in FENCED.findall(path.read_text(encoding="utf-8")):
+        if language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(re.sub(r"<the [^>]*>", "", line), comments=True)
+                if "model.path" in line and words[0] in STARTERS and words[1] != "prepare":
+                    found.append(words)
+    return found
+
+
+SHOWN = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(page)):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_configuration_reference_is_up_to_date():
+    written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    page = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]
+    assert page() == written, "run: python docs/make_reference.py"
+    for key in ("batch.global", "data.eval_share", "tuning.rank", "strategy.replicate", "launcher.signal_lead_s"):
+        assert written.count(f"| `{key}` |") == 1, key
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN, ids=[f"{p.stem}-{n}" for n, (p, _) in enumerate(SHOWN)])
+def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
+    """As it stands, but for paths and for the dots that stand for them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    options = [word for word in words if word.startswith("--")]
+    counts = [int(o.split("=")[1]) for o in options if o.startswith(("--nproc-per-node", "--nodes", "--gpus-per-node"))]
+    if counts:
+        monkeypatch.setenv("WORLD_SIZE", str(counts[0] * (counts[1] if len(counts) > 1 else 1)))
+    settings = [word for word in words if "=" in word and not word.startswith("--")]
+    replaced = {"model.path": "m", "data.path": "d.jsonl", "data.eval_path": "d.jsonl", "run.resume": "m"}
+    settings = [f"{k}={replaced.get(k, v)}" for k, v in (word.split("=", 1) for word in settings)]
+    if words[:2] == ["shardtune", "submit"]:
+        settings.insert(0, "launcher=slurm")
+    choices = [
+        [word] if "=" not in word else [f"{word.split('=')[0]}={v}" for v in word.split("=", 1)[1].split(",")]
+        for word in settings
+    ]
+    for number in range(max(map(len, choices))):
+        compose([values[min(number, len(values) - 1)] for values in choices])
+
+
+def test_commands_were_found():
+    assert sum(page.name == "README.md" for page, _ in SHOWN) >= 4
+    assert {words[0] for _, words in SHOWN} == set(STARTERS)
+
+
+def test_the_readme_names_every_strategy_exit_code_and_make_target():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for strategy in groups()["strategy"]:
+        assert f"| `{strategy}` |" in text
+    for code in re.findall(r"\b\d+\b", EXIT_CODES):
+        assert re.search(rf"\*\*Exit codes:\*\*[^*]*\b{code} ", text, re.DOTALL), code
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake (demo|test|install|check|format|test-fast)\b", text))
+    assert {"demo", "test"} <= named <= targets
+    assert text.index("make test") < 1500, "both commands stand on the first screen"
+
+
+def test_every_verb_shown_exists():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shown = [block for _, block in FENCED.findall(text)] + re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+        for verb in re.findall(r"^(?:\$ )?shardtune ([a-z]+)\b", "\n".join(shown), re.MULTILINE):
+            assert verb in VERBS and find_spec(f"launch.{verb}"), f"{page.name}: shardtune {verb}"
+
+
+def test_every_setting_named_exists():
+    from launch.overrides import settings
+
+    known = set(settings())
+    tops = {key.split(".")[0] for key in known}
+    for page in PAGES:
+        for key in re.findall(r"`([a-z]+\.[a-z_]+)(?:=[^`]*)?`", prose(page)):
+            if key.split(".")[0] in tops and not (page.parent / key).exists() and not key.endswith((".json", ".yaml")):
+                assert key in known or (ROOT / key).exists(), f"{page.name}: {key}"
+
+
+def test_quoted_messages_exist_in_the_code():
+    """A message that was reworded must be reworded here, too."""
+    source = "".join(
+        re.sub(r'"\s*f?"', "", path.read_text())  # literals that continue on the next line
+        for package in ("launch", "trainer", "strategies")
+        for path in (ROOT / package).rglob("*.py")
+    )
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    rows = [row for row in rows if row not in ("data_wait_s", "needs tuning=")]
+    assert len(rows) > 20
+    missing = [row for row in rows if row not in source]
+    assert not missing
