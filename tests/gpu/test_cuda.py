@@ -1,0 +1,75 @@
+"""Paths that only a GPU has; every test here skips itself where there is none."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from strategies import runtime as processes
+from strategies.base import Precision, SingleConfig
+from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
+from trainer import attention
+from trainer.model import Attention, ModelConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    yield processes.start("cuda", timeout_s=60)
+    processes.stop()
+
+
+def curve(tmp_path, runtime, **changes):
+    config = run_config(model_dir(tmp_path), "single", "full", micro=GLOBAL_BATCH, steps=4, **changes)
+    return take_steps(trainer_for(config, data_set(tmp_path, uneven=True), runtime), 4)
+
+
+def test_fp32_on_the_device_is_the_cpu_curve(tmp_path, runtime):
+    device = curve(tmp_path, runtime)
+    host = curve(tmp_path, replace(runtime, device=torch.device("cpu")))
+    for (loss, norm), (right_loss, right_norm) in zip(device, host, strict=True):
+        assert loss == pytest.approx(right_loss, rel=1e-4)
+        assert norm == pytest.approx(right_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
+def test_half_precision_tracks_fp32(tmp_path, runtime, precision):
+    for (loss, _), (right, _) in zip(
+        curve(tmp_path, runtime, precision=precision), curve(tmp_path, runtime), strict=True
+    ):
+        assert loss == pytest.approx(right, rel=1e-2)
+
+
+def test_compiled_blocks_train_alike(tmp_path, runtime):
+    plain, compiled = curve(tmp_path, runtime), curve(tmp_path, runtime, strategy=SingleConfig(compile=True))
+    for (loss, _), (right, _) in zip(compiled, plain, strict=True):
+        assert loss == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")
+def test_flash_attention_trains_like_varlen(tmp_path, runtime):
+    path = str(model_dir(tmp_path))
+    flash = ModelConfig(path=path, attention=Attention.flash_attention_2)
+    varlen = ModelConfig(path=path, attention=Attention.varlen)
+    found = curve(tmp_path, runtime, precision=Precision.bf16, model=flash)
+    expected = curve(tmp_path, runtime, precision=Precision.bf16, model=varlen)
+    for (loss, _), (right, _) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(right, rel=1e-2)
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, 8)])
+def test_varlen_kernel_equals_one_call_a_document(kv_heads, window):
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 7, 40, 41, 64], dtype=torch.int32, device="cuda")
+    q = torch.randn(1, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, kv_heads, 64, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    module = torch.nn.Module()
+    options = {"sliding_window": window, "cu_seq_lens_q": bounds, "max_length_q": 33}
+    kernel, _ = attention.varlen_attention(module, q, k, v, None, **options)
+    exact, _ = attention.varlen_attention(module, q.float(), k.float(), v.float(), None, **options)
+    assert torch.allclose(kernel.float(), exact, atol=2e-2)

@@ -1,0 +1,105 @@
+"""Whole runs in this process, through the command line: budgets, packing, early stopping, best checkpoint, divergence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from tests.helpers.building import model_dir
+from tests.helpers.tokenizers import write_chat_data
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("loop")
+    model_dir(path)
+    write_chat_data(path / "train.jsonl", 30)
+    write_chat_data(path / "eval.jsonl", 8, seed=1)
+    return path
+
+
+def run(root: Path, run_dir: Path, **changes) -> int:
+    settings = {
+        "model.path": root / "llama",
+        "data.path": root / "train.jsonl",
+        "data.eval_path": root / "eval.jsonl",
+        "data.cache_dir": root / "cache",
+        "data.max_length": 256,
+        "run.dir": run_dir,
+        "run.device": "cpu",
+        "launcher.processes": 1,
+        "batch.global": 8,
+        "batch.micro": 4,
+        "optim.lr": 1e-3,
+        "logging.wandb": "disabled",
+        "export.at_end": "false",
+    }
+    settings.update({key.replace("__", "."): value for key, value in changes.items()})
+    return main(["train", *(f"{key}={value}" for key, value in settings.items())])
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in rows(run_dir) if "loss" in row]
+
+
+def test_epochs_cover_every_document_and_reach_into_the_next(root, tmp_path):
+    assert run(root, tmp_path, budget__epochs=2, batch__global=8) == 0
+    steps = [row for row in rows(tmp_path) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))  # 60 documents in steps of 8
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["outcome"]["progress"]["samples"] == 64
+    once = record["data_report"]["train"]["tokens"]
+    assert steps[-1]["tokens"] > 2 * once > steps[-2]["tokens"]
+
+
+def test_tokens_as_budget_end_with_the_step_that_reaches_them(root, tmp_path):
+    assert run(root, tmp_path, budget__tokens=1000) == 0
+    steps = [row for row in rows(tmp_path) if "loss" in row]
+    assert steps[-1]["tokens"] >= 1000 > steps[-2]["tokens"]
+
+
+def test_packing_trains_on_the_same_tokens_in_fewer_rows(root, tmp_path):
+    assert run(root, tmp_path, budget__epochs=1, data__packing="true", batch__global=2, batch__micro=1) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    packs = -(-record["data_report"]["train"]["tokens"] // 256)
+    assert record["total_steps"] in (-(-packs // 2), -(-(packs + 1) // 2))
+    assert losses(tmp_path)[-1] < 7
+
+
+def test_early_stopping_keeps_the_best(root, tmp_path):
+    """At a rate that moves nothing, only the first evaluation is an improvement."""
+    settings = {"optim__lr": 1e-12, "budget__steps": 50, "evaluation__every_steps": 2, "evaluation__patience": 3}
+    assert run(root, tmp_path, **settings, evaluation__min_delta=0.01, checkpoint__every_steps=2, checkpoint__keep=1) == 0
+    record = json.loads((tmp_path / "run.json").read_text())["outcome"]
+    assert record["stopped_early"] and record["progress"]["step"] == 8
+    assert record["progress"]["best_step"] == 2
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000008"]
+
+
+def test_evaluating_does_not_change_training(root, tmp_path):
+    often = {"evaluation__every_steps": 1, "evaluation__batch": 3}
+    assert run(root, tmp_path / "often", budget__steps=5, model__dropout=0.1, **often) == 0
+    assert run(root, tmp_path / "never", budget__steps=5, model__dropout=0.1, data__eval_path="null") == 0
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(root, tmp_path):
+    assert run(root, tmp_path / "none", budget__steps=1) == 0
+    assert run(root, tmp_path / "some", budget__steps=1, model__dropout=0.3) == 0
+    assert losses(tmp_path / "none") != losses(tmp_path / "some")
+    first = [next(r["eval/loss"] for r in rows(tmp_path / name) if r["step"] == 0) for name in ("none", "some")]
+    assert first[0] == first[1]
+
+
+def test_gradients_that_are_not_finite_stop_the_run(root, tmp_path, capfd):
+    code = run(root, tmp_path, optim__lr=1e30, optim__max_grad_norm=0, budget__steps=40, logging__every_steps=2)
+    shown = capfd.readouterr().err
+    assert code == 70 and "not finite" in shown and "optim.lr" in shown and "Traceback" not in shown
+    skipped = [row["step"] for row in rows(tmp_path) if row.get("skipped")]
+    assert 10 <= len(skipped) <= 12 and skipped == list(range(skipped[0], skipped[0] + len(skipped)))
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
