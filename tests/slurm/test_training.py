@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.main import main
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import Cluster, wait_for
@@ -64,3 +65,19 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve(
     assert (state(calm), state(torn)) == ("done", "done")
     assert len(losses(calm)) == STEPS
     assert losses(torn) == pytest.approx(losses(calm), rel=1e-5)
+
+
+def test_native_srun_is_the_same_run(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+    """No torchrun: SLURM starts the ranks, which take their places from its variables."""
+    run = tmp_path / "native"
+    short = [word for word in words if not word.startswith("budget.")] + ["budget.steps=5", "schedule=constant"]
+    tasks = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "launch.train"]
+    cluster.on("ctl", *tasks, *short, f"run.dir={run}", cwd=CLONE, env=ENV)
+    assert state(run) == "done", logs(run)
+    record = json.loads((run / "run.json").read_text())
+    assert record["world_size"] == 2 and record["slurm_job_id"]
+    assert len(losses(run)) == 5
+    alone = tmp_path / "alone"
+    settings = [word.replace("strategy=fsdp2", "strategy=single") for word in short]
+    assert main(["train", *settings, f"run.dir={alone}", "launcher.processes=1"]) == 0
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
