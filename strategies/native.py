@@ -121,7 +121,8 @@ class NativeEngine:
             group["lr"] = base * lr_factor
         if self._skips_on_device():
             # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            where = self._local(self.trainable[0][1]).device  # the host, where parameters are offloaded
+            self.optimizer.found_inf = (~finite).float().to(where)  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(finite):
             self.optimizer.step()

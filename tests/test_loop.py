@@ -74,7 +74,9 @@ def test_packing_trains_on_the_same_tokens_in_fewer_rows(root, tmp_path):
 def test_early_stopping_keeps_the_best(root, tmp_path):
     """At a rate that moves nothing, only the first evaluation is an improvement."""
     settings = {"optim__lr": 1e-12, "budget__steps": 50, "evaluation__every_steps": 2, "evaluation__patience": 3}
-    assert run(root, tmp_path, **settings, evaluation__min_delta=0.01, checkpoint__every_steps=2, checkpoint__keep=1) == 0
+    assert (
+        run(root, tmp_path, **settings, evaluation__min_delta=0.01, checkpoint__every_steps=2, checkpoint__keep=1) == 0
+    )
     record = json.loads((tmp_path / "run.json").read_text())["outcome"]
     assert record["stopped_early"] and record["progress"]["step"] == 8
     assert record["progress"]["best_step"] == 2
