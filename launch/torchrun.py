@@ -34,6 +34,8 @@ def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
     else:
         words += [f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launcher.rdzv}"]
         words += [f"--rdzv-id={run_id}"]
+        if launcher.address is not None:
+            words += [f"--local-addr={launcher.address}"]
         if launcher.node_rank is not None:
             words += [f"--rdzv-conf=is_host={int(launcher.node_rank == 0)}"]
     return [*words, "-m", "launch.train"]

@@ -82,6 +82,8 @@ class LauncherConfig:
     """host:port that all hosts of a multi-host run can reach; any free port of the first host."""
     node_rank: int | None = None
     """Index of this host, 0 to nodes-1; only needed where host names do not tell (optional with c10d)."""
+    address: str | None = None
+    """Name or address under which the other hosts reach this one; default: its host name, which must then resolve there."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -158,7 +158,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def resolve_layout(
-    model: ModelConfig, layout: Layout, model_type: str, *, needs_padding: bool, on_cuda: bool
+    model: ModelConfig, layout: Layout, model_type: str, *, needs_padding: bool, half_on_gpu: bool
 ) -> tuple[Layout, str, dict[str, str]]:
     """(layout, transformers attention name, substitutions made).
 
@@ -188,16 +188,16 @@ def resolve_layout(
             f"model.attention={model.attention} with data.layout=padding_free: would let documents see each other; use "
             "model.attention=varlen or data.layout=padded"
         )
-    has_flash = on_cuda and find_spec("flash_attn") is not None
+    has_flash = half_on_gpu and find_spec("flash_attn") is not None
     if model.attention is Attention.flash_attention_2 and not has_flash:
         raise ConfigError(
-            "model.attention=flash_attention_2: needs a CUDA device and the package flash-attn "
+            "model.attention=flash_attention_2: needs a CUDA device, precision=bf16 or fp16, and the package flash-attn "
             "(pip install 'shardtune[gpu]'); use model.attention=auto"
         )
     if has_flash and model.attention in (Attention.auto, Attention.flash_attention_2):
         return layout, "flash_attention_2", notes
     if model.attention is Attention.auto:
-        notes["model.attention"] = "varlen (built in; flash-attn is not installed or there is no GPU)"
+        notes["model.attention"] = "varlen (built in; FlashAttention needs a GPU, half precision and flash-attn)"
     return layout, attention_module.NAME, notes
 
 
@@ -210,7 +210,7 @@ def build_step(
     tokenizer: Any,
     num_labels: int | None,
     context: AbstractContextManager[None],
-    on_cuda: bool,
+    half_on_gpu: bool,
 ) -> Built:
     """Architecture, added vocabulary and tuning, all on the meta device; raises ConfigError, touches no weights."""
     import transformers
@@ -221,7 +221,7 @@ def build_step(
     _grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     classification = objective_config.name is ObjectiveName.classification
     layout, attention, notes = resolve_layout(
-        config, layout, model_config.model_type, needs_padding=classification, on_cuda=on_cuda
+        config, layout, model_config.model_type, needs_padding=classification, half_on_gpu=half_on_gpu
     )
     if classification:
         model_config.num_labels = num_labels

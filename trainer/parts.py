@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -49,11 +50,10 @@ def resolve_precision(asked: Precision, runtime: processes.Runtime) -> Precision
     return Precision.bf16 if on_gpu else Precision.fp32
 
 
-def build_engine(
-    config: RunConfig, tokenizer: Any, data: Prepared, precision: Precision, runtime: processes.Runtime
-) -> tuple[Engine, Built, WeightSource]:
-    """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
-    strategy = build_strategy(config.strategy, precision, runtime)
+def build_model(
+    config: RunConfig, tokenizer: Any, data: Prepared, context: AbstractContextManager[None], *, half_on_gpu: bool
+) -> tuple[Built, WeightSource]:
+    """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
     built = build_step(
         config.model,
         objective_config=config.objective,
@@ -61,8 +61,8 @@ def build_engine(
         layout=config.data.layout,
         tokenizer=tokenizer,
         num_labels=len(data.label_names) if data.label_names else None,
-        context=strategy.init_context(),
-        on_cuda=runtime.device.type == "cuda",
+        context=context,
+        half_on_gpu=half_on_gpu,
     )
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
@@ -79,6 +79,16 @@ def build_engine(
     )
     shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
+    return built, source
+
+
+def build_engine(
+    config: RunConfig, tokenizer: Any, data: Prepared, precision: Precision, runtime: processes.Runtime
+) -> tuple[Engine, Built, WeightSource]:
+    """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
+    strategy = build_strategy(config.strategy, precision, runtime)
+    half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
+    built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     engine = strategy.prepare(
         built.step_module,
         source=source,

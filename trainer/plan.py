@@ -12,35 +12,16 @@ from trainer.data.audit import preview, summary
 from trainer.data.order import GlobalOrder, steps_for_tokens
 from trainer.data.pack import best_fit_decreasing
 from trainer.loop import steps_from_budget
-from trainer.model import Built, build_step, load_tokenizer, weights_directory
-from trainer.parts import prepare_data
-from trainer.weights import Checkpoint, WeightSource
+from trainer.model import Built, load_tokenizer
+from trainer.parts import build_model, prepare_data
 
 
 def describe(config: RunConfig) -> str:
     """The text of `--dry-run`. Prepares the data (cached for the run itself) and reads headers of the weights."""
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
-    built = build_step(
-        config.model,
-        objective_config=config.objective,
-        tuning_config=config.tuning,
-        layout=config.data.layout,
-        tokenizer=tokenizer,
-        num_labels=len(data.label_names) if data.label_names else None,
-        context=meta_context(),
-        on_cuda=str(config.run.device) == "cuda",
-    )
-    shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
-    source = WeightSource(
-        Checkpoint(weights_directory(config.model), built.base_prefix),
-        built.tuning,
-        seed=config.run.seed,
-        init_std=0.02,
-        new_token_ids=built.new_token_ids,
-        vocabulary=built.vocabulary,
-    )
-    source.check(shapes, head_prefixes=built.head_prefixes)
+    half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
+    built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
     packs = best_fit_decreasing(data.train.lengths, config.data.max_length) if config.data.packing else None
     lengths = data.train.lengths
     unit_tokens = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])

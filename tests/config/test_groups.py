@@ -19,7 +19,7 @@ PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     "schedule/constant": {"decay_share", "min_factor"},
     "strategy/zero1": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
     "strategy/zero2": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
-    "launcher/slurm": {"rdzv", "node_rank"},
+    "launcher/slurm": {"rdzv", "node_rank", "address"},
 }
 
 

@@ -70,7 +70,7 @@ def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=P
         tokenizer=tokenizer,
         num_labels=len(LABELS) if classify else None,
         context=strategy.init_context(),
-        on_cuda=False,
+        half_on_gpu=False,
     )
     source = WeightSource(
         Checkpoint(base, built.base_prefix),

@@ -107,9 +107,9 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
             "--rdzv-id=abc -m launch.train",
         ),
         (
-            LauncherConfig(processes=1, nodes=2, rdzv="n1:29400", node_rank=1),
+            LauncherConfig(processes=1, nodes=2, rdzv="n1:29400", node_rank=1, address="10.0.0.2"),
             "--nproc-per-node=1 --shutdown-timeout=5 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1:29400 "
-            "--rdzv-id=abc --rdzv-conf=is_host=0 -m launch.train",
+            "--rdzv-id=abc --local-addr=10.0.0.2 --rdzv-conf=is_host=0 -m launch.train",
         ),
     ],
 )
