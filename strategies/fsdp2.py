@@ -33,6 +33,7 @@ class Fsdp2Engine(NativeEngine):
     """Gathers a block's parameters when it runs; keeps everything else sharded."""
 
     casts_parameters = True
+    replicated = False
     defer_sync = True
     wrapped: FSDPModule  # type: ignore[assignment]
 

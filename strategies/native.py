@@ -28,6 +28,8 @@ class NativeEngine:
 
     casts_parameters = False
     """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""
+    replicated = True
+    """Whether every rank holds every parameter whole."""
 
     def __init__(
         self,
@@ -151,8 +153,7 @@ class NativeEngine:
             for key, value in self.optimizer.state[parameter].items():
                 if torch.is_tensor(value) and value.shape == parameter.shape and value.dim() > 0:
                     tensors[key] = self._local(value).view(-1)
-            if writing and self.dp_size > 1 and start == 0 and held.numel() == parameter.numel():
-                # Replicated: each rank writes its share, so that no rank writes everything.
+            if writing and self.replicated:  # each rank writes its share, so that no rank writes everything
                 low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
                 tensors = {key: value[low:high] for key, value in tensors.items()}
                 start = low

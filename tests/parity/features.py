@@ -181,9 +181,11 @@ class Job:
     def resume(self) -> dict:
         """Three steps after a saved state, by the run that saved it and by a fresh one; also across strategies."""
         found = {}
-        for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
-            for tuning in ("full", "lora"):
-                config = run_config(model_dir(self.root), strategy, tuning, micro=2, steps=6)
+        for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"):
+            for tuning in ("full", "lora", "rank-1 lora"):
+                config = run_config(model_dir(self.root), strategy, tuning.removeprefix("rank-1 "), micro=2, steps=6)
+                if tuning == "rank-1 lora":  # matrices of one row: a shard of them is all or nothing
+                    config = replace(config, tuning=LoraConfig(rank=1))
                 first = trainer_for(config, self.data, self.runtime)
                 take_steps(first, 3)
                 path = self._saved(first)
@@ -239,7 +241,7 @@ class Job:
         return worst if self.runtime.is_main else None
 
 
-_OTHER = {"ddp": "zero3", "fsdp2": "zero1", "zero1": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
+_OTHER = {"ddp": "zero3", "fsdp2": "zero1", "hsdp": "zero2", "zero1": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
 
 CHECKS = ("variants", "architectures", "tunings", "precision", "evaluation", "resume", "gathered")
 

@@ -71,8 +71,8 @@ def test_evaluation_does_not_depend_on_batch_or_ranks(report):
         assert found["eval/accuracy"] == results[0]["eval/accuracy"] > 0
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "rank-1 lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
 def test_resume_is_bit_equal_and_crosses_strategies(report, strategy, tuning):
     found = report["resume"][f"{strategy} {tuning}"]
     assert found["resumed"] == found["uninterrupted"]

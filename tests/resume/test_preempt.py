@@ -13,7 +13,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.tokenizers import write_chat_data
 
-STEPS = 60
+STEPS = 200
 
 
 def command(root: Path, run: str, *words: str) -> list[str]:
@@ -33,7 +33,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "tuning.dropout": 0.1,
         "logging.every_steps": 1,
         "logging.wandb": "disabled",
-        "evaluation.every_steps": 25,
+        "evaluation.every_steps": 80,
         "export.at_end": "false",
     }
     return [sys.executable, "-m", "launch.main", "train", *(f"{k}={v}" for k, v in settings.items()), *words]
@@ -85,7 +85,7 @@ def test_stopped_run_continues_bit_for_bit(root, name, words):
     assert [r["step"] for r in rows(root, f"{name}-cut")][-1] == reached
     subprocess.run(command(root, f"{name}-cut", *words), env=clean_environment(), cwd=ROOT, check=True)
     assert numbers(root, f"{name}-cut") == numbers(root, f"{name}-whole")
-    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 25, 50 and the end
+    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 80, 160 and the end
 
     again = subprocess.run(
         command(root, f"{name}-cut", *words),

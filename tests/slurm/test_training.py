@@ -15,7 +15,7 @@ from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 150
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
