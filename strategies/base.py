@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,7 +65,7 @@ class StrategyConfig:
     compile: bool = False
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
     defer_sync: bool = True
-    """Reduce gradients only on the last micro-batch of a step; costs memory for unreduced gradients under sharding."""
+    """Reduce gradients only on the last micro-batch; costs memory under sharding. ZeRO decides by its stage and ignores it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,8 +167,6 @@ class Progress:
     """Steps whose update was skipped because a gradient was not finite."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Room for what later parts must keep across a resume (JSON values only)."""
 
 
 class Engine(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -126,9 +125,3 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def sum_over_ranks(rows: Sequence[Sequence[float]], device: torch.device) -> list[list[float]]:
-    """Sum a table of numbers over all ranks in float64. All ranks must call with the same shape."""
-    table = torch.tensor(rows, dtype=torch.float64, device=device)
-    return dist_sum(table).tolist()

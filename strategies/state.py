@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,6 @@ class StateHeader:
     world_size: int
     strategy: str
     loss_scale: float | None = None
-    moments: list[str] = field(default_factory=list)
-    """Names of the optimizer moments saved for each parameter."""
 
 
 def save_state(path: Path, runs: Iterable[Run], header: StateHeader, rank: int) -> None:

@@ -18,9 +18,7 @@ def _offload(target: str, nvme_path: str | None) -> dict[str, Any] | None:
     return section
 
 
-def deepspeed_config(
-    config: ZeroConfig, *, precision: Precision, max_grad_norm: float, on_cpu: bool, defer_sync: bool = True
-) -> dict[str, Any]:
+def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm: float, on_cpu: bool) -> dict[str, Any]:
     """The dictionary given to `deepspeed.initialize`.
 
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
