@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trainer.config import LauncherConfig, RunConfig
 from trainer.preempt import SIGNALS
 
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
+LOST_PEER = re.compile(
+    r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer", re.IGNORECASE
+)
+"""What the backends say in a rank whose peer has died."""
 
 
 def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
@@ -162,15 +168,24 @@ def wrapper(argv: list[str]) -> int:
 
 def _note_killed(error: BaseException) -> None:
     from strategies.errors import ShardtuneError
-    from trainer.status import record_failure
+    from trainer.status import read_failure, record_failure
 
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    if failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM or "SHARDTUNE_RUN_DIR" not in os.environ:
+    failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
+    killed_ranks = [
+        rank for rank, failed in failures.items() if failed.exitcode < 0 and failed.exitcode != -signal.SIGTERM
+    ]
+    if not killed_ranks or "SHARDTUNE_RUN_DIR" not in os.environ:
         return
+    # Seen in the same look, a peer's exit may bear the earlier time: a kill is the better explanation.
+    rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
+    failure = failures[rank]
     name = signal.Signals(-failure.exitcode).name
     hint = "; SIGKILL often means that the host ran out of memory" if name == "SIGKILL" else ""
     killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}")
-    record_failure(Path(os.environ["SHARDTUNE_RUN_DIR"]), rank, killed, "killed", replace=True)
+    run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
+    # A rank that lost its peer could write first, but is not the cause; what any other rank wrote is.
+    replace = LOST_PEER.search(read_failure(run_dir).get("message", "")) is not None
+    record_failure(run_dir, rank, killed, "killed", replace=replace)
 
 
 if __name__ == "__main__":

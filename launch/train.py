@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launch.choices import groups
 from launch.slurm_env import is_worker
@@ -226,7 +226,16 @@ def usage() -> str:
     )
 
 
+def end(code: int) -> NoReturn:
+    """Leave the process. A rank that failed leaves at once: threads of a broken process group abort an orderly exit."""
+    if code and is_worker(os.environ):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     from launch.main import guarded
 
-    sys.exit(guarded("train", sys.argv[1:]))
+    end(guarded("train", sys.argv[1:]))

@@ -71,7 +71,7 @@ def record_failure(
 ) -> bool:
     """Write `failure.json` unless another rank was first; returns whether it was written. Never raises for the disk.
 
-    `replace` overwrites: for the launcher, which knows better when a rank was killed and only its peers could write.
+    `replace` overwrites: for the launcher, which knows of a killed rank where only its peers could write.
     """
     record = {
         "rank": rank,

@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
 import pytest
 
+from launch import torchrun
+from strategies.errors import ConfigError
 from tests.launch.stand_in import STAND_IN
+from trainer.status import read_failure, record_failure
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,3 +155,18 @@ def test_a_sweep_is_one_run_a_point_each_in_its_own_directory(job, tmp_path):
     rates = [(tmp_path / "run" / str(n) / "config.yaml").read_text().split("lr: ")[1].split()[0] for n in (0, 1)]
     assert [float(rate) for rate in rates] == [1e-3, 1e-4]
     assert not (tmp_path / "run" / "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "first_cause"),
+    [(ConfigError("tuning.targets=nope: matches no module"), 1), (RuntimeError("Connection closed by peer [x]"), 0)],
+)
+def test_a_killed_rank_is_the_cause_unless_another_rank_said_why_it_failed(
+    tmp_path, monkeypatch, recorded, first_cause
+):
+    record_failure(tmp_path, 1, recorded, "worker")
+    killed = types.SimpleNamespace(exitcode=-signal.SIGABRT, pid=7, timestamp=5)
+    ended = types.SimpleNamespace(exitcode=70, pid=8, timestamp=5)
+    monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
+    torchrun._note_killed(types.SimpleNamespace(failures={1: ended, 0: killed}))
+    assert read_failure(tmp_path)["rank"] == first_cause
