@@ -1,0 +1,131 @@
+"""The normal form of a row of any format: what checks, cleaning, privacy and tokenising work on; and their tally.
+
+Every stage takes a document and gives it back, perhaps changed, or drops it; each drop is counted under one reason, so
+that rows in = documents kept + rows dropped by reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+EXAMPLES = 5
+"""How many file:line examples are kept of each kind of trouble."""
+
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant", "content": text}, and optionally "train": whether the turn is learned."""
+
+
+@dataclass(slots=True)
+class Document:
+    """One row in normal form. What is set depends on its format.
+
+    Conversations: `messages`. Prompt and completion: both, with `separator` between them where no chat template is.
+    Text: `text`, and `label` where it is labelled. Preference pairs: `messages` is the shared prompt, `chosen` and
+    `rejected` the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and `desirable`.
+    """
+
+    file: str
+    line: int
+    source: str = "data"
+    """Name of the source (a key of `data.sources`, or `data`)."""
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    label: str | None = None
+    chosen: list[Message] | None = None
+    rejected: list[Message] | None = None
+    desirable: bool | None = None
+    separator: str = ""
+
+    @property
+    def where(self) -> str:
+        """`file:line`, as every message about a row begins."""
+        return f"{self.file}:{self.line}"
+
+    def turns(self) -> list[Message]:
+        """All messages of the row: shared ones, then chosen, then rejected."""
+        return [*(self.messages or []), *(self.chosen or []), *(self.rejected or [])]
+
+    def texts(self) -> list[str]:
+        """All texts that came from the row, in reading order; labels are not among them."""
+        plain = [text for text in (self.prompt, self.completion, self.text) if text is not None]
+        return [message["content"] for message in self.turns()] + plain
+
+    def map_texts(self, change: Callable[[str], str]) -> bool:
+        """Replace every text by `change(text)`, in place; whether any differs."""
+        differs = False
+        for message in self.turns():
+            new = change(message["content"])
+            differs |= new != message["content"]
+            message["content"] = new
+        for name in ("prompt", "completion", "text"):
+            old = getattr(self, name)
+            if old is not None:
+                new = change(old)
+                differs |= new != old
+                setattr(self, name, new)
+        return differs
+
+    def content(self) -> str:
+        """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
+        parts = (self.messages, self.prompt, self.completion, self.text, self.label)
+        extra = (self.chosen, self.rejected, self.desirable)
+        return json.dumps(parts if extra == (None, None, None) else parts + extra, ensure_ascii=False)
+
+    def digest(self) -> int:
+        """64 bits of `content`, for exact copies and for draws that go by content."""
+        return int.from_bytes(hashlib.blake2b(self.content().encode("utf-8"), digest_size=8).digest(), "big")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened to documents, by stage and reason, with the first few places of each. Blocks add theirs up."""
+
+    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+    """Documents dropped: stage -> reason -> number. A document is dropped once, under one reason."""
+    noted: dict[str, Counter[str]] = field(default_factory=dict)
+    """Things seen or changed in documents that stay: stage -> what -> number."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """First places, by "stage/reason"."""
+
+    def drop(self, stage: str, reason: str, where: str) -> None:
+        """Count one dropped document; `where` is its file:line, perhaps with a word on it."""
+        self._add(self.dropped, stage, reason, where, 1)
+
+    def note(self, stage: str, what: str, where: str, number: int = 1) -> None:
+        """Count something seen in (or done to) a document that stays."""
+        self._add(self.noted, stage, what, where, number)
+
+    def merge(self, other: Tally) -> None:
+        """Add a later block's tally."""
+        for mine, theirs in ((self.dropped, other.dropped), (self.noted, other.noted)):
+            for stage, counter in theirs.items():
+                mine.setdefault(stage, Counter()).update(counter)
+        for key, places in other.examples.items():
+            kept = self.examples.setdefault(key, [])
+            kept.extend(places[: EXAMPLES - len(kept)])
+
+    def num_dropped(self) -> int:
+        """Documents dropped by any stage."""
+        return sum(sum(counter.values()) for counter in self.dropped.values())
+
+    def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str, number: int) -> None:
+        table.setdefault(stage, Counter())[reason] += number
+        places = self.examples.setdefault(f"{stage}/{reason}", [])
+        if len(places) < EXAMPLES:
+            places.append(where)
+
+
+class Stage(Protocol):
+    """A step of preparation that looks at one document at a time. Built from its settings in every worker process."""
+
+    name: str
+
+    def __call__(self, document: Document, tally: Tally) -> Document | None:
+        """The document, perhaps changed in place; None after `tally.drop` where it is dropped."""

@@ -1,0 +1,1 @@
+"""Personal data in training text: found by type, reported, redacted or pseudonymised."""

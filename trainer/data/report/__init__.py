@@ -1,0 +1,1 @@
+"""What people read about a prepared data set: audit page, data card, terminal."""

@@ -1,0 +1,1 @@
+"""Where rows come from: files of every supported kind, and hub data sets."""
