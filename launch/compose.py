@@ -18,6 +18,7 @@ from launch.frozen import default_run_dir, freeze, identity, is_finished, load_f
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
 from trainer.config import Device, LauncherName, RunConfig
+from trainer.data.settings import SourceConfig
 from trainer.validate import problems_of
 
 if TYPE_CHECKING:
@@ -101,9 +102,8 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     known, problems = overrides.settings(), []
     current = {group: str(tree[group].name.value) for group in variants()}
     for key, value, word in parsed.values:
-        setting = known.get(key)
-        parent = key.rpartition(".")[0]
-        if setting is None and key not in ("batch", "budget") and parent != "data.columns":
+        setting = overrides.setting_of(known, key)
+        if setting is None and key not in ("batch", "budget"):
             problem, meant = overrides.unknown_key(key, word, known)
             problems.append(problem)
             parsed.suspects |= {meant} if meant else set()
@@ -113,7 +113,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
             problems.append(overrides.unknown_key(key, word, known)[0])
         else:
             try:
-                OmegaConf.update(tree, key, value, merge=True, force_add=parent == "data.columns")
+                _set(tree, key, value)
             except (OmegaConfBaseException, ValueError) as error:
                 reason = overrides.describe(setting.type) if setting else " ".join(str(error).split())
                 problems.append(f"{word}: {key} must be {reason}")
@@ -124,6 +124,18 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
         for budget in set(budgets) - typed:
             OmegaConf.update(tree, budget, None)
     return problems
+
+
+def _set(tree: DictConfig, key: str, value: Any) -> None:
+    """Set one value; a table of settings (`data.sources.<name>`) grows by the name, with defaults."""
+    from omegaconf import OmegaConf
+
+    head, _, rest = key.removeprefix("data.sources.").partition(".")
+    if rest and key.startswith("data.sources.") and head not in tree.data.sources:
+        OmegaConf.update(tree, f"data.sources.{head}", SourceConfig(), force_add=True)
+    parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else None
+    is_table = parent is not None and OmegaConf.get_type(parent) is dict
+    OmegaConf.update(tree, key, value, merge=True, force_add=is_table and not key.startswith("batch."))
 
 
 def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:

@@ -12,7 +12,8 @@ import traceback
 
 VERBS = {
     "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
-    "prepare": "read, check and tokenise the data of a run, and stop",
+    "prepare": "read, check, clean and tokenise the data of a run, report on it, and stop",
+    "data": "look at prepared data: `shardtune data inspect <dir>`",
     "export": "turn a checkpoint into a model directory that transformers loads",
     "submit": "hand a run to SLURM (--print shows the script)",
     "demo": "fine-tune a small real model on this machine, from nothing",

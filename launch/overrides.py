@@ -16,7 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
 
 PATH_KEYS = frozenset(
-    {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.cache_dir"}
+    {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
+    | {"data.cache_dir", "data.decontamination.paths"}
     | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets"}
 )
 """Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""
@@ -43,19 +44,19 @@ class Setting:
 
 
 def settings() -> dict[str, Setting]:
-    """Every leaf key of the tree under any choice, by full name."""
-    from trainer.config import RunConfig
+    """Every leaf key of the tree under any choice, by full name; `*` stands for names that the user chooses."""
+    from trainer.config import RunConfig, leaves
 
     found: dict[str, Setting] = {}
     typed = variants()
     for name, hint in get_type_hints(RunConfig).items():
         if name in typed:
             for choice in groups()[name]:
-                for leaf, leaf_type in get_type_hints(settings_of(name, choice)).items():
-                    key = f"{name}.{leaf}"
+                for key, leaf_type in leaves(settings_of(name, choice), name).items():
                     found[key] = Setting(leaf_type, (*(found[key].under if key in found else ()), choice))
         elif is_dataclass(hint):
-            found |= {f"{name}.{leaf}": Setting(leaf_type) for leaf, leaf_type in get_type_hints(hint).items()}
+            assert isinstance(hint, type)
+            found |= {key: Setting(leaf_type) for key, leaf_type in leaves(hint, name).items()}
         elif name == "batch":
             found |= {"batch.global": Setting(int), "batch.micro": Setting(int)}
         else:
@@ -65,6 +66,23 @@ def settings() -> dict[str, Setting]:
             found[key] = Setting(setting.type)
     del found["substitutions"]
     return found
+
+
+def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
+    """The setting behind a key as typed: also an entry of a table, such as `data.columns.text`."""
+    if key in known:
+        return known[key]
+    parts = key.split(".")
+    for number in range(1, len(parts)):
+        wild = ".".join([*parts[:number], "*", *parts[number + 1 :]])
+        if wild in known:
+            return known[wild]
+        table = known.get(".".join(parts[:number]))
+        if table is not None and get_origin(table.type) is dict:
+            return Setting(get_args(table.type)[1], table.under) if number == len(parts) - 1 else None
+    if len(parts) > 2 and (inner := setting_of(known, ".".join([*parts[:2], "*", *parts[3:]]))) is not None:
+        return inner
+    return None
 
 
 def parse(words: list[str]) -> Parsed:
@@ -113,7 +131,7 @@ def unknown_key(key: str, word: str, known: dict[str, Setting]) -> tuple[str, st
     if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
         group = key.split(".")[0]
         return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None
-    if key in {k.split(".")[0] for k in known}:
+    if any(k.startswith(f"{key}.") for k in known):
         inside = sorted(k for k in known if k.startswith(key + "."))
         return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
@@ -182,7 +200,7 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
     if re.search(r"\$\{\s*(now|hydra)\s*:", text):
         parsed.problems.append(f"{word}: ranks would not agree on it; write the value out")
         return
-    setting = known.get(key)
+    setting = setting_of(known, key)
     if setting is not None and _is_text(setting.type) and not _is_syntax(text):
         parsed.values.append((key, text, word))
         return

@@ -69,7 +69,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
 def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where) -> None:
     # Data first: no collective can time out while documents are tokenised.
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config, tokenizer)
+    data = prepare_data(config, tokenizer, stop=lambda: request.signal_name is not None)
 
     where.phase = "start of the processes"
     runtime = processes.start(str(config.run.device), timeout_s=config.run.timeout_s, threads=config.run.threads)

@@ -6,9 +6,9 @@ run itself. Ranges and cross-field rules are `trainer.validate`'s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from strategies.base import Precision, StrategyConfig
 from trainer.checkpoint import CheckpointConfig
@@ -145,3 +145,20 @@ class RunConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     substitutions: dict[str, Any] = field(default_factory=dict)
     """What `auto` was resolved to, filled when the config is frozen; not set by hand."""
+
+
+def leaves(settings: type, prefix: str) -> dict[str, Any]:
+    """Types of the settings of a class by full key, nested ones included; `*` stands for a name the user chooses."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(settings).items():
+        key = f"{prefix}.{name}"
+        entry = get_args(hint)[1] if get_origin(hint) is dict else None
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            found |= leaves(hint, key)
+        elif is_dataclass(entry):
+            assert isinstance(entry, type)
+            found |= leaves(entry, f"{key}.*")
+        else:
+            found[key] = hint
+    return found

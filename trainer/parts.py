@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from strategies import runtime as processes
@@ -15,9 +17,10 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.config import RunConfig
 from trainer.data.loader import StepLoader, eval_batches
-from trainer.data.order import GlobalOrder, steps_for_tokens
+from trainer.data.mixing import pack_by_source, quotas
+from trainer.data.order import GlobalOrder, MixedOrder, Order, steps_for_tokens
 from trainer.data.pack import best_fit_decreasing
-from trainer.data.prepare import Prepared, prepare
+from trainer.data.prepare import Preparation, Prepared
 from trainer.data.settings import Layout
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.loss import LossEvaluator
@@ -30,15 +33,24 @@ from trainer.preempt import Agreement
 from trainer.weights import Checkpoint, WeightSource
 
 
-def prepare_data(config: RunConfig, tokenizer: Any) -> Prepared:
-    """The prepared data set of the run, from the cache where nothing has changed."""
-    objective = build_objective(config.objective)
-    return prepare(
+def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
+    """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then."""
+    return _preparation(config, tokenizer, stop).open_or_make()
+
+
+def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
+    """Part i of n of the first pass over the data; `prepare_data` merges them once all are made."""
+    _preparation(config, tokenizer, stop).make_shard(*shard)
+
+
+def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) -> Preparation:
+    return Preparation(
         config.data,
         tokenizer,
-        counts=objective.counts,
+        counts=build_objective(config.objective).counts,
         seed=config.run.seed,
         label_names=getattr(config.objective, "labels", None),
+        stop=stop,
     )
 
 
@@ -98,17 +110,42 @@ def build_engine(
     return engine, built, source
 
 
+def build_order(config: RunConfig, data: Prepared) -> tuple[list[list[int]] | None, Order]:
+    """The packs, if documents are packed, and the order in which documents (packs) are drawn."""
+    train, seed, shuffle = data.train, config.run.seed, config.data.shuffle
+    sources = train.sources if train.sources is not None else np.zeros(len(train), np.int64)
+    weights = [config.data.sources[n].weight if n in config.data.sources else None for n in train.source_names]
+    mixed = any(weight is not None for weight in weights)
+    packs: list[list[int]] | None = None
+    if config.data.packing and mixed:
+        packs, sources = pack_by_source(train.lengths, sources, config.data.max_length)
+    elif config.data.packing:
+        packs = best_fit_decreasing(train.lengths, config.data.max_length)
+    if not mixed:
+        return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
+    unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])
+    unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) for pack in packs])
+    quota = quotas(
+        np.bincount(sources, minlength=len(weights)),
+        np.bincount(sources, unit_tokens, minlength=len(weights)).astype(np.int64),
+        weights,
+        config.data.mixing.over,
+        config.data.mixing.epoch,
+        documents=np.bincount(sources, unit_documents, minlength=len(weights)).astype(np.int64),
+        names=train.source_names,
+    )
+    return packs, MixedOrder(sources, quota, seed=seed, shuffle=shuffle)
+
+
 def build_loader(
     config: RunConfig, data: Prepared, built: Built, tokenizer: Any, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
     """The batches of this rank, and how many steps the budget makes of them."""
-    packs = best_fit_decreasing(data.train.lengths, config.data.max_length) if config.data.packing else None
-    num_units = len(packs) if packs is not None else len(data.train)
-    order = GlobalOrder(num_units, seed=config.run.seed, shuffle=config.data.shuffle)
+    units, order = build_order(config, data)
     loader = StepLoader(
         data.train,
         order=order,
-        units=packs,
+        units=units,
         global_batch=config.batch["global"],
         micro_batch=config.batch["micro"],
         dp_rank=engine.dp_rank,
@@ -119,7 +156,7 @@ def build_loader(
     )
     steps = steps_from_budget(
         config,
-        num_units=num_units,
+        num_units=order.num_units,
         for_tokens=lambda tokens: steps_for_tokens(order, loader.unit_tokens, config.batch["global"], tokens),
     )
     return loader, steps

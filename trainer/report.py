@@ -92,6 +92,7 @@ def run_facts(
         "resumed_from": resumed_from.name if resumed_from else None,
         "base_model": config.model.path,
         "data_fingerprint": data.train.fingerprint,
+        "data_directory": str(data.directory),
         "data_report": data.report,
         "label_names": data.label_names,
         "sharding": sharding,

@@ -7,93 +7,25 @@ configuration that may run. It reads the file system for paths and nothing else.
 from __future__ import annotations
 
 import glob
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
+from strategies.errors import ConfigError
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
+from trainer.data.curation.balance import check as check_balance
+from trainer.data.curation.quality import problems as filter_problems
+from trainer.data.privacy.settings import problems as privacy_problems
 from trainer.data.settings import DataFormat, Layout
+from trainer.data.sources.paths import is_hub
 from trainer.objectives.base import ClassificationConfig, ObjectiveName
+from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds of one number; `above` and `below` exclude the bound itself."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def holds(self, value: float) -> bool:
-        """Whether a finite `value` lies inside."""
-        return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        bounds = [("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below)]
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)) or "finite"
-
-
-COUNT, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(least=0, most=1)
-
-RANGES: dict[str, tuple[Range, str]] = {
-    "run.seed": (COUNT, "the default is 42"),
-    "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
-    "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
-    "model.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
-    "data.eval_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
-    "data.max_length": (Range(least=2), "a next-token target needs two tokens; 2048 is usual"),
-    "data.max_documents": (POSITIVE, "null takes all"),
-    "data.min_supervised_share": (SHARE, "0 switches the check off"),
-    "batch.global": (POSITIVE, "documents a step, 32 to 256 as a rule"),
-    "batch.micro": (POSITIVE, "1 uses the least memory"),
-    "budget.steps": (POSITIVE, "the number of optimizer steps"),
-    "budget.epochs": (Range(above=0), "1 is one pass over the data"),
-    "budget.tokens": (POSITIVE, "training tokens, all ranks together"),
-    "tuning.rank": (POSITIVE, "8 to 64 as a rule"),
-    "tuning.alpha": (Range(above=0), "twice tuning.rank as a rule"),
-    "tuning.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
-    "strategy.bucket_mib": (POSITIVE, "25 (ddp) to 200 (zero) as a rule"),
-    "strategy.replicate": (COUNT, "0 means one replica a host, or 2 on one host"),
-    "strategy.stage": (Range(least=1, most=3), "chosen with strategy=zero1, zero2 or zero3"),
-    "strategy.persistence_threshold": (COUNT, "0 shards every parameter"),
-    "strategy.prefetch_mib": (COUNT, "0 gathers nothing ahead"),
-    "optim.lr": (Range(above=0), "about 2e-5 for full tuning, 2e-4 for LoRA"),
-    "optim.weight_decay": (COUNT, "0 to 0.1 as a rule"),
-    "optim.eps": (Range(above=0), "1e-8 as a rule"),
-    "optim.max_grad_norm": (COUNT, "0 switches clipping off"),
-    "optim.max_skipped_steps": (POSITIVE, "10 as a rule"),
-    "schedule.warmup_steps": (COUNT, "0 takes schedule.warmup_share"),
-    "schedule.warmup_share": (SHARE, "0.03 as a rule"),
-    "schedule.decay_share": (SHARE, "0.2 as a rule"),
-    "schedule.min_factor": (SHARE, "0 ends at a rate of zero"),
-    "evaluation.every_steps": (COUNT, "0 evaluates only at the end"),
-    "evaluation.batch": (POSITIVE, "8 as a rule"),
-    "evaluation.max_documents": (POSITIVE, "null takes all"),
-    "evaluation.patience": (COUNT, "0 never stops early"),
-    "evaluation.min_delta": (COUNT, "0 counts any improvement"),
-    "checkpoint.every_steps": (COUNT, "0 writes one at the end"),
-    "checkpoint.keep": (POSITIVE, "2 survives a checkpoint that was damaged"),
-    "export.max_shard_gib": (Range(above=0), "5 as a rule"),
-    "logging.every_steps": (POSITIVE, "10 as a rule"),
-    "logging.reference_tflops": (Range(above=0), "null takes what is known of the device"),
-    "launcher.processes": (POSITIVE, "one a GPU"),
-    "launcher.nodes": (POSITIVE, "the number of hosts"),
-    "launcher.node_rank": (COUNT, "0 on the host that launcher.rdzv names"),
-    "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
-    "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
-    "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
-    "launcher.max_restarts": (COUNT, "0 never requeues"),
-}
-"""Every numeric setting, with what to do about a value outside."""
 
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
@@ -108,17 +40,30 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     for key, (bounds, advice) in RANGES.items():
-        group, _, name = key.partition(".")
-        holder: Any = getattr(config, group)
-        value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-        if value is not None and not bounds.holds(value):
-            yield f"{key}={value:g}: must be {bounds}; {advice}"
+        for name, value in _values(config, key.split(".")):
+            if value is not None and not bounds.holds(value):
+                yield f"{name}={value:g}: must be {bounds}; {advice}"
     for beta in config.optim.betas:
         if not 0 <= beta < 1:
             yield f"optim.betas={config.optim.betas}: each must be at least 0 and below 1; [0.9,0.999] as a rule"
             break
     if len(config.optim.betas) != 2:
         yield f"optim.betas={config.optim.betas}: must be two numbers; [0.9,0.999] as a rule"
+
+
+def _values(holder: Any, path: list[str], named: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of a setting where it exists; all entries of a table where the path has `*`."""
+    if not path:
+        yield named, holder
+        return
+    head, rest = path[0], path[1:]
+    if head == "*":
+        for name, entry in holder.items():
+            yield from _values(entry, rest, f"{named}.{name}")
+        return
+    inner = holder.get(head) if isinstance(holder, dict) else getattr(holder, head, None)
+    if inner is not None:
+        yield from _values(inner, rest, f"{named}.{head}" if named else head)
 
 
 def _budget(config: RunConfig) -> Iterator[str]:
@@ -170,16 +115,34 @@ def _may_be_hub_id(value: str) -> bool:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.path is None:
+    if data.path is None and not data.sources:
         yield "data.path: not set; give a file, a directory or a glob, as in data.path=train.jsonl"
-    for key in ("path", "eval_path"):
-        value = getattr(data, key)
+    if data.path is not None and data.sources:
+        yield f"data.path={data.path}: data.sources names the training data too; keep one of the two"
+    named = {f"data.{key}": getattr(data, key) for key in ("path", "eval_path", "test_path")}
+    named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    named["data.decontamination.paths"] = data.decontamination.paths
+    for key, value in named.items():
+        if value is None and ".sources." in key:
+            yield f"{key}: not set; give the source's files"
         for pattern in [] if value is None else value if isinstance(value, list) else [value]:
             path = Path(str(pattern)).expanduser()
-            if not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207 - the pattern may be absolute
-                yield f"data.{key}={pattern}: does not exist and matches no file; paths are relative to {Path.cwd()}"
-    if data.eval_path is not None and data.eval_share:
-        yield f"data.eval_share={data.eval_share:g}: data.eval_path already gives evaluation data; set one of the two"
+            if not is_hub(str(pattern)) and not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
+                yield f"{key}={pattern}: does not exist and matches no file; paths are relative to {Path.cwd()}"
+    for split in ("eval", "test"):
+        share = getattr(data, f"{split}_share")
+        if getattr(data, f"{split}_path") is not None and share:
+            yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(data.sources):
+        without = ", ".join(sorted(data.sources.keys() - set(weighted)))
+        yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
+    yield from privacy_problems(data.privacy)
+    yield from filter_problems(data.filters)
+    try:
+        check_balance(data.balance)
+    except ConfigError as error:
+        yield from error.problems
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
     classification = config.objective.name is ObjectiveName.classification

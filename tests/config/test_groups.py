@@ -13,6 +13,7 @@ from trainer import config as run_config
 
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
 CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]
+PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     "schedule/cosine": {"decay_share"},
     "schedule/linear": {"decay_share"},
@@ -26,6 +27,7 @@ PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", "only for this test")
     (tmp_path / "train.jsonl").write_text("{}\n")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -82,16 +84,48 @@ def settings_behind(group, choice):
     return TYPED[group]()
 
 
-@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] != "debug" and c[1] != "none"])
+def defaults_of(settings, prefix=""):
+    """Every leaf below `settings` with its default, by dotted name; of a table of settings, its name alone."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= defaults_of(value, f"{prefix}{field.name}.")
+        else:
+            found[f"{prefix}{field.name}"] = plain(value)
+    return found
+
+
+def shown_in(text):
+    """The commented keys of a file by dotted name, the nesting read from the indentation."""
+    found, above = {}, []
+    for spaces, key, value in re.findall(r"^# ( *)(\w+):(?: (.+))?$", text, re.MULTILINE):
+        above = [*above[: len(spaces) // 2], key]
+        if value:
+            found[".".join(above)] = value
+    return found
+
+
+FILES = [c for c in CHOICES if c[0] != "debug" and c[1] != "none" and c not in PRESETS]
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES)
 def test_every_key_is_shown_in_its_group_file_with_its_default(group, choice):
     text = (CONF_DIR / group / f"{choice}.yaml").read_text()
     set_here = yaml.safe_load(text) or {}
-    shown = dict(re.findall(r"^# (\w+): (.+)$", text, re.MULTILINE))
-    settings = settings_behind(group, choice)
-    fields = {f.name for f in dataclasses.fields(settings)} - {"name"} - PARTIAL.get(f"{group}/{choice}", set())
-    assert fields <= shown.keys() | set_here.keys()
-    for field in fields & shown.keys() - set_here.keys():
-        assert yaml.safe_load(shown[field]) == plain(getattr(settings, field)), f"{group}/{choice}.yaml: {field}"
+    shown = shown_in(text)
+    defaults = defaults_of(settings_behind(group, choice))
+    keys = defaults.keys() - {"name"} - PARTIAL.get(f"{group}/{choice}", set())
+    assert keys <= shown.keys() | set_here.keys()
+    for key in keys & shown.keys() - set_here.keys():
+        assert yaml.safe_load(shown[key]) == defaults[key], f"{group}/{choice}.yaml: {key}"
+
+
+@pytest.mark.parametrize(("group", "choice"), PRESETS)
+def test_a_preset_sets_what_exists_and_says_what_it_is_for(group, choice):
+    text = (CONF_DIR / group / f"{choice}.yaml").read_text()
+    assert text.startswith("# ")
+    assert yaml.safe_load(text).keys() - {"defaults"} <= {f.name for f in dataclasses.fields(TYPED[group]())}
 
 
 @pytest.mark.parametrize("part", ["run", "budget", "checkpoint", "export"])

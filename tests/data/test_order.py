@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import GlobalOrder, deal, steps_for_tokens
+from trainer.data.order import GlobalOrder, MixedOrder, deal, steps_for_tokens
 from trainer.data.pack import best_fit_decreasing
 
 
@@ -96,3 +96,127 @@ def test_packing_is_fast_and_full():
 def test_a_document_longer_than_a_pack_is_refused():
     with pytest.raises(ValueError, match=r"1\.\.10"):
         best_fit_decreasing(np.array([3, 11]), 10)
+
+
+MIXES = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, n - 1), min_size=1, max_size=30), st.lists(st.integers(0, 40), min_size=n, max_size=n)
+    )
+).map(lambda mix: (mix[0], [quota if source in mix[0] else 0 for source, quota in enumerate(mix[1])]))  # fmt: skip
+MIXES = MIXES.filter(lambda mix: sum(mix[1]) > 0)
+
+
+@given(num=st.integers(1, 50), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_the_order_of_one_source_is_argsorted_philox_bits(num, seed, epoch):
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num)
+    assert GlobalOrder(num, seed, True).epoch(epoch).tolist() == np.argsort(bits, kind="stable").tolist()
+
+
+@given(
+    mix=MIXES, seed=st.integers(0, 2**40), shuffle=st.booleans(), start=st.integers(0, 200), count=st.integers(0, 99)
+)
+def test_mixed_units_are_a_function_of_the_sample_number(mix, seed, shuffle, start, count):
+    source_of, quotas = np.array(mix[0]), mix[1]
+    order = MixedOrder(source_of, quotas, seed, shuffle)
+    got = order.units(start, count).tolist()
+    walked = MixedOrder(source_of, quotas, seed, shuffle).units(0, start + count).tolist()
+    backwards = [int(order.units(n, 1)[0]) for n in reversed(range(start, start + count))][::-1]
+    assert got == walked[start:] == backwards
+    assert order.num_units == sum(quotas) and order.population == len(source_of)
+
+
+@given(mix=MIXES, seed=st.integers(0, 99), shuffle=st.booleans())
+def test_every_mixed_epoch_has_its_quotas_and_uses_stay_equal_at_every_sample(mix, seed, shuffle):
+    source_of, quotas = np.array(mix[0]), mix[1]
+    order = MixedOrder(source_of, quotas, seed, shuffle)
+    uses = np.zeros(len(source_of), dtype=np.int64)
+    for epoch in range(5):
+        drawn = order.epoch(epoch)
+        assert np.bincount(source_of[drawn], minlength=len(quotas)).tolist() == quotas
+        for unit in drawn.tolist():
+            uses[unit] += 1
+            of_source = uses[source_of == source_of[unit]]
+            assert of_source.max() - of_source.min() <= 1
+
+
+def test_a_down_weighted_source_shows_other_documents_each_epoch():
+    order = MixedOrder(np.repeat([0, 1], [20, 100]), [20, 10], 0, True)
+    shown = [[unit for unit in order.epoch(epoch).tolist() if unit >= 20] for epoch in range(20)]
+    first, second = ([unit for epoch in part for unit in epoch] for part in (shown[:10], shown[10:]))
+    assert sorted(first) == sorted(second) == list(range(20, 120))
+    assert first != second  # the second pass has an order of its own
+    of_domain = [[unit for unit in order.epoch(epoch).tolist() if unit < 20] for epoch in range(2)]
+    assert of_domain[0] != of_domain[1] and sorted(of_domain[0]) == list(range(20))
+
+
+def test_every_unit_comes_at_every_place_of_an_epoch_equally_often():
+    source_of, quotas = np.repeat([0, 1], [3, 6]), [3, 2]
+    counts = np.zeros((9, 5))
+    for seed in range(6000):
+        counts[MixedOrder(source_of, quotas, seed, True).epoch(0), np.arange(5)] += 1
+    expected = 6000 * np.repeat([1 / 5, 2 / 5 / 6], [3, 6])[:, None]
+    assert (((counts - expected) ** 2 / expected).sum(axis=0) < 30).all()  # chi squared with 8 degrees of freedom
+
+
+def test_draws_of_epochs_sources_and_seeds_are_not_related():
+    def of(source, epoch, seed):
+        drawn = MixedOrder(np.repeat([0, 1], 40), [40, 40], seed, True).epoch(epoch)
+        return (drawn[drawn // 40 == source] % 40).tolist()
+
+    seen = [of(source, epoch, seed) for source in (0, 1) for epoch in (0, 1, 2) for seed in (0, 1)]
+    seen += [GlobalOrder(40, seed, True).epoch(epoch).tolist() for epoch in (0, 1, 2) for seed in (0, 1)]
+    assert len({tuple(drawn) for drawn in seen}) == len(seen)
+
+
+@given(quotas=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any))
+def test_unshuffled_sources_are_spread_evenly_and_keep_their_order(quotas):
+    source_of = np.repeat(np.arange(len(quotas)), [quota + 3 for quota in quotas])
+    order = MixedOrder(source_of, quotas, 0, False)
+    drawn = order.units(0, 3 * order.num_units)
+    for source, quota in enumerate(quotas):
+        members = np.flatnonzero(source_of == source)
+        assert drawn[source_of[drawn] == source].tolist() == np.resize(members, 3 * quota).tolist()
+        given_so_far = np.cumsum(source_of[drawn] == source)
+        even = np.arange(1, len(drawn) + 1) * quota / order.num_units
+        assert abs(given_so_far - even).max() <= 0.5 + len(quotas) / 2 * quota / order.num_units + 1
+
+
+def test_the_mixed_order_never_changes_between_versions():
+    order = MixedOrder(np.array([0, 0, 0, 1, 1, 1, 1, 1]), [3, 2], 42, True)
+    assert [order.epoch(epoch).tolist() for epoch in range(3)] == [[2, 5, 1, 4, 0], [0, 1, 6, 2, 7], [1, 0, 3, 4, 2]]
+
+
+@given(
+    mix=MIXES,
+    tokens=st.lists(st.integers(0, 50), min_size=30, max_size=30),
+    shuffle=st.booleans(),
+    batch=st.integers(1, 7),
+    wanted=st.integers(0, 6000),
+)
+def test_steps_for_tokens_walks_mixed_epochs_exactly(mix, tokens, shuffle, batch, wanted):
+    source_of, quotas = np.array(mix[0]), mix[1]
+    unit_tokens = np.array(tokens[: len(source_of)])
+    order = MixedOrder(source_of, quotas, 3, shuffle)
+    if not sum(unit_tokens[unit] for unit in range(len(source_of)) if quotas[source_of[unit]]):
+        with pytest.raises(ValueError, match="no tokens"):
+            steps_for_tokens(order, unit_tokens, batch, max(wanted, 1))
+        return
+    total = unit = 0
+    while total < wanted:
+        total += int(unit_tokens[order.units(unit, 1)[0]])
+        unit += 1
+    assert steps_for_tokens(order, unit_tokens, batch, wanted) == -(-unit // batch)
+    for epoch in range(4):
+        before = int(unit_tokens[order.units(0, epoch * order.num_units)].sum())
+        assert order.tokens_before(epoch, unit_tokens) == before
+
+
+def test_a_mixed_order_that_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="source 1 has a quota of 2 but no units"):
+        MixedOrder(np.zeros(3, dtype=np.int64), [1, 2], 0, True)
+    with pytest.raises(ValueError, match="at least one unit"):
+        MixedOrder(np.zeros(3, dtype=np.int64), [0], 0, True)
+    with pytest.raises(ValueError, match="must not be negative"):
+        MixedOrder(np.zeros(3, dtype=np.int64), [-1], 0, True)
+    with pytest.raises(ValueError, match=r"sources 0\.\.2 of units, but 2 quotas"):
+        MixedOrder(np.array([0, 1, 2]), [1, 1], 0, True)

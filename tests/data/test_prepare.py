@@ -12,7 +12,7 @@ from strategies.errors import ConfigError, DataError, StorageError
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.data import cache, dataset
 from trainer.data.audit import preview, summary
-from trainer.data.prepare import prepare
+from trainer.data.prepare import Preparation
 from trainer.data.settings import DataConfig, OverLength
 
 
@@ -29,7 +29,14 @@ def config(tmp_path, **settings):
 
 
 def run(settings, tokenizer=None, **options):
-    return prepare(settings, tokenizer or tiny_tokenizer(), **{"counts": counts, "seed": 1, **options})
+    options = {"counts": counts, "seed": 1, **options}
+    return Preparation(settings, tokenizer or tiny_tokenizer(), **options).open_or_make()
+
+
+def seen(prepared, kind, reason):
+    """How often something happened to documents while they were tokenised, and where first."""
+    (stage,) = [stage for stage in prepared.report["flow"] if stage["stage"] == "tokenise"]
+    return stage[kind][reason], stage["examples"][reason]
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
         sample = prepared.train.sample(number)
         assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
     text = summary(prepared.report)
-    assert "20 of 20 documents" in text and "doubled BOS 0" in text
+    assert "20 of 20 sequences" in text and "doubled BOS 0" in text
     with pytest.raises(DataError, match="two BOS"):
         summary({"train": {**report, "doubled_bos": 2}})
 
@@ -113,7 +120,7 @@ def test_copies_of_a_document_fall_on_the_same_side(tmp_path):
     parts = run(config(tmp_path, eval_share=0.3))
     assert not set(decoded(parts.train)) & set(decoded(parts.evaluation))
     write_jsonl(tmp_path / "train.jsonl", chat_rows(1) * 3)
-    with pytest.raises(DataError, match=r"data\.eval_share=0\.3 leaves no training document"):
+    with pytest.raises(DataError, match=r"data\.eval_share=0\.3 leave.* no training document"):
         run(config(tmp_path, eval_share=0.3))
 
 
@@ -124,18 +131,18 @@ def test_over_length(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows)
     where = f"{tmp_path / 'train.jsonl'}:"
     cut = run(config(tmp_path, max_length=120))
-    assert cut.report["train"]["truncated"] == {"count": 1, "examples": [where + "4"]}
-    assert cut.report["train"]["dropped_unsupervised"] == {"count": 1, "examples": [where + "5"]}
+    assert seen(cut, "noted", "truncated") == (1, [where + "4"])
+    assert seen(cut, "dropped", "nothing_to_learn") == (1, [where + "5"])
     assert cut.train.lengths.max() == 120 and len(cut.train) == 4
-    assert "dropped, nothing left to learn: 1 documents" in summary(cut.report)
+    assert "dropped, nothing left to learn: 1 " in summary(cut.report)
     dropped = run(config(tmp_path, max_length=120, over_length=OverLength.drop))
-    assert dropped.report["train"]["dropped_too_long"]["count"] == 2 and len(dropped.train) == 3
+    assert seen(dropped, "dropped", "too_long")[0] == 2 and len(dropped.train) == 3
     with pytest.raises(DataError, match=r"train\.jsonl:4: \d+ tokens are more than data\.max_length=120"):
         run(config(tmp_path, max_length=120, over_length=OverLength.fail))
 
 
 def test_data_that_would_teach_nothing_is_refused(tmp_path, data):
-    with pytest.raises(DataError, match=r"no document of the train split.*dropped_unsupervised 20.*max_length=3"):
+    with pytest.raises(DataError, match=r"no document of the train split.*tokenise/nothing_to_learn 20.*max_length=3"):
         run(config(tmp_path, max_length=3))
     with pytest.raises(
         DataError, match=r"of the train tokens are supervised, less than data\.min_supervised_share=0\.9"
@@ -245,13 +252,14 @@ def test_control_tokens_are_counted(tmp_path):
     rows = chat_rows(3)
     rows[1]["messages"][0]["content"] += "<|im_end|>"
     write_jsonl(tmp_path / "train.jsonl", rows)
-    report = run(config(tmp_path)).report
-    assert report["train"]["control_tokens"] == {"count": 1, "examples": [f"{tmp_path / 'train.jsonl'}:2"]}
-    assert "spells control tokens" in summary(report)
+    prepared = run(config(tmp_path))
+    assert seen(prepared, "noted", "control_tokens") == (1, [f"{tmp_path / 'train.jsonl'}:2"])
+    assert "spells control tokens" in summary(prepared.report)
 
 
-def test_manifest_names_sources_and_options(tmp_path, data):
+def test_the_audit_names_sources_and_settings(tmp_path, data):
     prepared = run(config(tmp_path, max_documents=7))
-    manifest = json.loads((prepared.directory / "manifest.json").read_text())
-    assert manifest["files"] == {"train": [str(data)]} and manifest["options"]["max_documents"] == 7
+    audit = json.loads((prepared.directory / "audit.json").read_text())
+    assert [f["path"] for f in audit["sources"][0]["files"]] == [str(data)]
+    assert audit["words"]["data.max_documents"] == 7
     assert len(prepared.train) == 7 and np.issubdtype(prepared.train.tokens.dtype, np.int32)

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +5,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
-from trainer.data.formats import Document
+from trainer.data.document import Document
 from trainer.data.template import ChatTemplate
 from trainer.data.tokenize import Encoder, truncate
 
@@ -24,7 +22,7 @@ ENCODERS = {name: Encoder(make.tiny_tokenizer(parts[0], adds_bos=True)) for name
 
 
 def document(messages):
-    return Document(Path("f.jsonl"), 3, messages=messages)
+    return Document("f.jsonl", 3, messages=messages)
 
 
 def turns(*contents, system=None):
@@ -159,7 +157,7 @@ def test_control_tokens_in_the_text_are_noticed():
 @settings(max_examples=40, deadline=None)
 def test_prompt_completion_without_a_template(prompt, completion):
     encoder = PLAIN
-    doc = Document(Path("f"), 1, prompt=prompt, completion=completion)
+    doc = Document("f", 1, prompt=prompt, completion=completion)
     sample = encode(encoder, doc)
     assert encoder.tokenizer.decode(sample.input_ids) == "<s>" + prompt + completion + "</s>"
     text = learned(encoder, sample)
@@ -175,15 +173,15 @@ PLAIN = Encoder(make.tiny_tokenizer(None, adds_bos=True))
 
 def test_prompt_completion_with_a_template_goes_through_it():
     encoder = ENCODERS["chatml"]
-    pair = encode(encoder, Document(Path("f"), 1, prompt="q", completion="a", separator="\n\n"))
+    pair = encode(encoder, Document("f", 1, prompt="q", completion="a", separator="\n\n"))
     assert pair.input_ids.tolist() == encode(encoder, document(turns("q", "a"))).input_ids.tolist()
 
 
 def test_text_learns_all_but_the_first_token():
-    sample = encode(PLAIN, Document(Path("f"), 1, text="hello world"))
+    sample = encode(PLAIN, Document("f", 1, text="hello world"))
     assert PLAIN.tokenizer.decode(sample.input_ids) == "<s>hello world</s>"
     assert sample.supervised.tolist() == [False] + [True] * (len(sample.input_ids) - 1)
-    bare = encode(Encoder(make.tiny_tokenizer(None)), Document(Path("f"), 1, text="hello world"))
+    bare = encode(Encoder(make.tiny_tokenizer(None)), Document("f", 1, text="hello world"))
     assert bare.input_ids.tolist() == sample.input_ids[1:].tolist() and not bare.supervised[0]
 
 
@@ -196,13 +194,13 @@ def test_labelled_text_keeps_its_closing_token_when_cut():
         special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("[INST]", "[/INST]")],
     )
     encoder = Encoder(tokenizer, ["no", "yes"])
-    doc = Document(Path("f"), 1, text="a lazy dog jumps", label="yes")
+    doc = Document("f", 1, text="a lazy dog jumps", label="yes")
     sample = encode(encoder, doc)
     assert sample.input_ids.tolist() == tokenizer("a lazy dog jumps")["input_ids"] and sample.label == 1
     cut = truncate(sample, 3, encoder.tail(doc))
     assert cut.input_ids.tolist() == [sample.input_ids[0], sample.input_ids[1], sample.input_ids[-1]]
     with pytest.raises(DataError, match=r"f:1: label 'maybe' is none of \['no', 'yes'\]"):
-        encode(encoder, Document(Path("f"), 1, text="a", label="maybe"))
+        encode(encoder, Document("f", 1, text="a", label="maybe"))
 
 
 def test_truncation_saved_in_the_tokenizer_is_not_applied():

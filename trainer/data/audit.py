@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.dataset import TokenDataset
+from trainer.data.dataset import Sample, TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-TROUBLES = {
+SAID = {
     "truncated": "truncated to data.max_length",
-    "dropped_too_long": "dropped, longer than data.max_length",
-    "dropped_unsupervised": "dropped, nothing left to learn",
+    "split": "split into pieces of data.max_length",
+    "too_long": "longer than data.max_length",
+    "nothing_to_learn": "nothing left to learn",
+    "thumbs_down": "an answer marked as undesirable",
     "control_tokens": "text spells control tokens of the tokenizer",
 }
-"""What preparation counts and keeps examples of, and how the summary says it."""
+"""How the summary says what was counted, where the code alone would not tell."""
 
 
 def preview(
@@ -33,32 +35,45 @@ def preview(
     colour: bool | None = None,
     max_lines: int = 40,
 ) -> str:
-    """Document `index` as text, its supervised tokens in green on a terminal, else between ⟦ and ⟧.
+    """Sequence `index` as text; see `render`."""
+    sample = dataset.sample(index)
+    label = "" if sample.label is None else f"\nlabel: {sample.label}"
+    return render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label
+
+
+def render(runs: list[tuple[str, bool]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
+    """Text of `pieces`, the learned part in green on a terminal, else between ⟦ and ⟧.
 
     `width` is the longest line in characters; of a long document the middle is left out.
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    sample = dataset.sample(index)
-    edges = np.flatnonzero(np.diff(sample.supervised.astype(np.int8))) + 1
-    parts = []
-    for ids in np.split(sample.input_ids, edges):
-        parts.append(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    learned = bool(len(sample.supervised)) and bool(sample.supervised[0])
     cells: list[tuple[str, bool]] = []
-    for part in parts:
-        visible = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in part)  # no escape codes
-        if learned and not colour:
-            visible = f"⟦{visible}⟧"
-        cells += [(character, learned) for character in visible]
-        learned = not learned
+    for text, learned in runs:
+        marked = f"⟦{text}⟧" if learned and not colour else text
+        cells += [(character, learned) for character in marked]
     lines = _wrap(cells, max(width, 1))
     if len(lines) > max_lines:
         head, left_out = max_lines - max_lines // 2, len(lines) - max_lines
         note = [(c, False) for c in f"[... {left_out} lines ...]"]
         lines = [*lines[:head], note, *lines[len(lines) - max_lines // 2 :]]
-    label = "" if sample.label is None else f"\nlabel: {sample.label}"
-    return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines) + label
+    return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines)
+
+
+def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+    """The decoded text of a sample in runs of tokens that are all supervised (True) or all context (False).
+
+    Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
+    """
+    edges = np.flatnonzero(np.diff(sample.supervised.astype(np.int8))) + 1
+    learned = bool(len(sample.supervised)) and bool(sample.supervised[0])
+    out = []
+    for ids in np.split(sample.input_ids, edges):
+        part = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        visible = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in part)  # no escape codes
+        out.append((visible, learned))
+        learned = not learned
+    return out
 
 
 def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, bool]]]:
@@ -84,9 +99,9 @@ def _paint(line: list[tuple[str, bool]]) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A few lines a split. Raises DataError if a document begins with two BOS tokens."""
+    """A few lines: every split, what was dropped or changed and why. Raises DataError where a document has two BOS."""
     lines = []
-    for split in ("train", "eval"):
+    for split in ("train", "eval", "test"):
         if split not in report:
             continue
         part = report[split]
@@ -100,10 +115,26 @@ def summary(report: dict[str, Any]) -> str:
         if not part["labelled"]:
             lines.append(
                 f"  supervised: {part['supervised_tokens']:,} tokens ({part['supervised_share']:.1%}); end of turn "
-                f"supervised in {part['ends_supervised']:,} of {documents:,} documents; doubled BOS 0"
+                f"supervised in {part['ends_supervised']:,} of {part['sequences']:,} sequences; doubled BOS 0"
             )
-        for name, text in TROUBLES.items():
-            if part[name]["count"]:
-                examples = ", ".join(part[name]["examples"])
-                lines.append(f"  {text}: {part[name]['count']:,} documents (first: {examples})")
+    for stage in report.get("flow", ()):
+        for verb, counts in (("dropped", stage["dropped"]), ("kept", stage["noted"])):
+            for reason, count in counts.items():
+                first = ", ".join(stage["examples"].get(reason, ()))
+                said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
+                lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
+    for kind, found in report.get("duplicates", {}).items():
+        if found["documents"] and found["policy"] == "report":
+            places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])
+            lines.append(
+                f"{kind} duplicates: {found['documents']:,} documents, kept (data.duplicates.{kind}=drop removes them; "
+                f"first: {places})"
+            )
+    for split, found in report.get("leakage", {}).items():
+        count = sum(value for value in found.values() if isinstance(value, int))
+        if count and found["policy"] == "report":
+            lines.append(
+                f"leakage: {count:,} training documents are in the {split} split too, kept "
+                "(data.leakage.policy=drop_train removes them)"
+            )
     return "\n".join(lines)

@@ -1,11 +1,14 @@
-"""The prepared data set on disk: flat memory-mapped arrays of tokens and supervision, and per-document tables.
+"""The prepared data on disk: flat memory-mapped arrays of tokens and supervision, and tables of sequences.
 
-tokens.bin      int32, all documents one after another
+A store holds every tokenised sequence once, in the order of the input:
+tokens.bin      int32, all sequences one after another
 supervised.bin  uint8, the same length; 1 where the token is a training target
-offsets.npy     int64 [N + 1], where each document begins
-counts.npz      int64 [N] for each term of the objective, and `supervised` for the number of targets
-labels.npy      int64 [N], only for labelled data
-manifest.json   fingerprint, versions, report
+offsets.npy     int64 [S + 1], where each sequence begins
+columns.npz     int64 [S] each: `supervised` (targets), `term.<name>` (counts of the objective), `document` (row of
+                documents.arrow), `source` (its number), `ended` (1 where the last target is an end token), and `label` for
+                labelled data
+A split is a directory inside it with `index.npy` (int64 [N]: which sequences, in order, repeats allowed) and its
+manifest. A directory with both is a store read whole.
 """
 
 from __future__ import annotations
@@ -13,20 +16,21 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
 
 from strategies.errors import DataError, StorageError
 
-COUNT_PREFIX = "term."
+TERM_PREFIX = "term."
 
 
 @dataclass(slots=True)
 class Sample:
-    """One tokenised document."""
+    """One tokenised sequence: a document, or a piece of one."""
 
     input_ids: np.ndarray
     """int32 [n]."""
@@ -37,41 +41,48 @@ class Sample:
 
 
 class TokenDataset:
-    """A prepared data set, opened read-only. Arrays are memory-mapped: opening costs nothing, whatever the size."""
+    """A split of a prepared data set, opened read-only. Tokens are memory-mapped: opening costs nothing, whatever the size."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.offsets: np.ndarray = np.load(directory / "offsets.npy")
-        self.lengths: np.ndarray = np.diff(self.offsets)
-        with np.load(directory / "counts.npz") as table:
-            self.num_supervised: np.ndarray = table["supervised"]
-            self.counts: dict[str, np.ndarray] = {
-                name.removeprefix(COUNT_PREFIX): table[name] for name in table.files if name.startswith(COUNT_PREFIX)
-            }
-        labels = directory / "labels.npy"
-        self.labels: np.ndarray | None = np.load(labels) if labels.exists() else None
-        self.tokens = self._map("tokens.bin", np.int32)
-        self.supervised = self._map("supervised.bin", np.uint8)
+        is_split = (directory / "index.npy").exists()
+        store = directory.parent if is_split else directory
+        offsets: np.ndarray = np.load(store / "offsets.npy")
+        with np.load(store / "columns.npz") as table:
+            columns = {name: table[name] for name in table.files}
+        self.tokens = _map(store / "tokens.bin", np.int32, int(offsets[-1]))
+        self.supervised = _map(store / "supervised.bin", np.uint8, int(offsets[-1]))
+        index = np.load(directory / "index.npy") if is_split else np.arange(len(offsets) - 1)
+        self.starts: np.ndarray = offsets[:-1][index]
+        """int64 [N]: where each sequence begins in `tokens`."""
+        self.lengths: np.ndarray = np.diff(offsets)[index]
+        """int64 [N], in tokens."""
+        self.num_supervised: np.ndarray = columns["supervised"][index]
+        self.counts: dict[str, np.ndarray] = {
+            name.removeprefix(TERM_PREFIX): column[index]
+            for name, column in columns.items()
+            if name.startswith(TERM_PREFIX)
+        }
+        self.labels: np.ndarray | None = columns["label"][index] if "label" in columns else None
+        self.sources: np.ndarray | None = columns["source"][index] if "source" in columns else None
+        """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
+        self.documents: np.ndarray | None = columns["document"][index] if "document" in columns else None
+        """int64 [N]: row of `documents.arrow`."""
+        self.num_ended = int(columns["ended"][index].sum()) if "ended" in columns else 0
+        """Sequences whose last target is an end token."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenDataset:
-        """Open a finished data set. Raises DataError for one that is torn or missing."""
+        """Open a finished split or store. Raises DataError for one that is torn or missing."""
         directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
             return cls(directory, manifest)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, IndexError) as error:
             raise DataError(
                 f"{directory} is no complete prepared data set ({error}); delete it to prepare it again"
             ) from error
-
-    def _map(self, name: str, dtype: type) -> np.ndarray:
-        path = self.directory / name
-        wanted = int(self.offsets[-1]) * np.dtype(dtype).itemsize
-        if path.stat().st_size != wanted:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {wanted}")
-        return np.memmap(path, dtype=dtype, mode="r") if wanted else np.zeros(0, dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -81,54 +92,137 @@ class TokenDataset:
         """Identity of the content: sources, tokenizer, template, options and code version."""
         return str(self.manifest["fingerprint"])
 
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources, by number."""
+        return list(self.manifest.get("sources", ()))
+
     def sample(self, index: int) -> Sample:
-        """Document `index`, as views into the mapped arrays."""
-        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        """Sequence `index`, as views into the mapped arrays."""
+        begin = int(self.starts[index])
+        end = begin + int(self.lengths[index])
         label = None if self.labels is None else int(self.labels[index])
         return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), label)
+
+
+def _map(path: Path, dtype: type, count: int) -> np.ndarray:
+    wanted = count * np.dtype(dtype).itemsize
+    if path.stat().st_size != wanted:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {wanted}")
+    return np.memmap(path, dtype=dtype, mode="r") if wanted else np.zeros(0, dtype=dtype)
+
+
+@dataclass(slots=True)
+class Sequences:
+    """Tokenised sequences of a block, flat, as workers hand them on."""
+
+    tokens: np.ndarray
+    """int32 [T]."""
+    supervised: np.ndarray
+    """uint8 [T]."""
+    lengths: np.ndarray
+    """int64 [s]."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """int64 [s] each, as in `columns.npz`."""
+
+    @classmethod
+    def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, int]]) -> Sequences:
+        """Samples, one after another, with the counts of the objective; the first token of none is a target."""
+        for sample in samples:
+            sample.supervised[:1] = False
+        terms: dict[str, np.ndarray] = {}
+        for number, sample in enumerate(samples):
+            for term, count in counts(sample).items():
+                terms.setdefault(TERM_PREFIX + term, np.zeros(len(samples), np.int64))[number] = count
+        labels = [sample.label for sample in samples]
+        if any(label is not None for label in labels):
+            if None in labels:
+                raise ValueError("some samples have a label and some have none")
+            terms["label"] = np.array(labels, np.int64)
+        return cls(
+            tokens=_joined([sample.input_ids for sample in samples], np.int32),
+            supervised=_joined([sample.supervised for sample in samples], np.uint8),
+            lengths=np.array([len(sample.input_ids) for sample in samples], np.int64),
+            columns={"supervised": np.array([int(s.supervised.sum()) for s in samples], np.int64), **terms},
+        )
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+
+
+class StoreWriter:
+    """Appends blocks of sequences to a store directory, which must exist. Raises StorageError where the disk fails."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.lengths = array("q")
+        self.columns: dict[str, array[int]] = {}
+        self._tokens: IO[bytes] = (directory / "tokens.bin").open("wb")
+        self._mask: IO[bytes] = (directory / "supervised.bin").open("wb")
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self._tokens.close()
+            self._mask.close()
+        except OSError as failure:
+            if error is None:
+                raise storage_error(self.directory, failure) from failure
+
+    def append(self, sequences: Sequences) -> None:
+        """Write one block; a column that first appears late is zero before."""
+        before = len(self.lengths)
+        try:
+            self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
+            self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
+        except OSError as error:
+            raise storage_error(self.directory, error) from error
+        self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
+        for name, values in sequences.columns.items():
+            column = self.columns.setdefault(name, array("q", bytes(8 * before)))
+            column.frombytes(bytes(8 * (before - len(column))) + values.astype(np.int64).tobytes())
+
+    def column(self, name: str) -> np.ndarray:
+        """int64 [S] of what was appended so far; zeros where no block had it."""
+        made = np.frombuffer(self.columns.get(name, array("q")), dtype=np.int64)
+        return np.concatenate([made, np.zeros(len(self.lengths) - len(made), np.int64)])
+
+    def finish(self, **replaced: np.ndarray) -> None:
+        """Write the tables; `replaced` columns (int64 [S]) take the place of those appended."""
+        columns = {name: self.column(name) for name in self.columns} | replaced
+        offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.lengths, dtype=np.int64))])
+        try:
+            self._tokens.flush()
+            self._mask.flush()
+            np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
+            np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]
+        except OSError as error:
+            raise storage_error(self.directory, error) from error
+
+
+def storage_error(directory: Path, error: OSError) -> StorageError:
+    """The error of a cache directory that cannot be written."""
+    return StorageError(
+        f"{directory}: cannot write the prepared data: {error.strerror or error}; free space or set data.cache_dir"
+    )
 
 
 def write(
     directory: Path,
     samples: Iterable[Sample],
-    counts_fn: Callable[[Sample], dict[str, int]],
+    counts: Callable[[Sample], dict[str, int]],
     manifest: dict[str, Any],
 ) -> None:
-    """Stream samples into `directory`, which must not exist. Raises StorageError; the caller removes what was begun."""
-    offsets = array("q", [0])
-    supervised = array("q")
-    labels = array("q")
-    counts: dict[str, array[int]] = {}
+    """Write samples as a store of their own into `directory`, which must not exist. Raises StorageError."""
     try:
         directory.mkdir(parents=True)
-        with (
-            (directory / "tokens.bin").open("wb") as tokens_file,
-            (directory / "supervised.bin").open("wb") as mask_file,
-        ):
-            for number, sample in enumerate(samples):
-                sample.supervised[:1] = False
-                tokens_file.write(np.ascontiguousarray(sample.input_ids, dtype=np.int32).tobytes())
-                mask_file.write(np.ascontiguousarray(sample.supervised, dtype=np.uint8).tobytes())
-                offsets.append(offsets[-1] + len(sample.input_ids))
-                supervised.append(int(sample.supervised.sum()))
-                if sample.label is not None:
-                    labels.append(sample.label)
-                for term, count in counts_fn(sample).items():
-                    column = counts.setdefault(term, array("q", bytes(8 * number)))  # a term may first appear late
-                    column.extend([0] * (number - len(column)))
-                    column.append(count)
-        num = len(supervised)
-        for column in counts.values():
-            column.extend([0] * (num - len(column)))
-        tables = {COUNT_PREFIX + term: np.array(column, dtype=np.int64) for term, column in counts.items()}
-        np.save(directory / "offsets.npy", np.array(offsets, dtype=np.int64))
-        np.savez(directory / "counts.npz", supervised=np.array(supervised, dtype=np.int64), **tables)  # type: ignore[arg-type]
-        if labels:
-            if len(labels) != num:
-                raise ValueError("some samples have a label and some have none")
-            np.save(directory / "labels.npy", np.array(labels, dtype=np.int64))
-        (directory / "manifest.json").write_text(json.dumps({**manifest, "documents": num}, indent=1, default=str))
+        with StoreWriter(directory) as store:
+            store.append(Sequences.of(list(samples), counts))
+            store.finish()
+            count = len(store.lengths)
+        (directory / "manifest.json").write_text(json.dumps({**manifest, "documents": count}, indent=1, default=str))
     except OSError as error:
-        raise StorageError(
-            f"{directory}: cannot write the prepared data: {error.strerror}; free space or set data.cache_dir"
-        ) from error
+        raise storage_error(directory, error) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -93,10 +93,13 @@ class Tally:
     """Things seen or changed in documents that stay: stage -> what -> number."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """First places, by "stage/reason"."""
+    drops: list[tuple[str, str, str]] = field(default_factory=list)
+    """Every drop since the tally was made, as (stage, reason, where); `merge` leaves them to who writes them down."""
 
     def drop(self, stage: str, reason: str, where: str) -> None:
         """Count one dropped document; `where` is its file:line, perhaps with a word on it."""
         self._add(self.dropped, stage, reason, where, 1)
+        self.drops.append((stage, reason, where))
 
     def note(self, stage: str, what: str, where: str, number: int = 1) -> None:
         """Count something seen in (or done to) a document that stays."""
@@ -104,12 +107,16 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add a later block's tally."""
-        for mine, theirs in ((self.dropped, other.dropped), (self.noted, other.noted)):
-            for stage, counter in theirs.items():
-                mine.setdefault(stage, Counter()).update(counter)
+        self.add_counts(other.dropped, other.noted)
         for key, places in other.examples.items():
             kept = self.examples.setdefault(key, [])
             kept.extend(places[: EXAMPLES - len(kept)])
+
+    def add_counts(self, dropped: Mapping[str, Mapping[str, int]], noted: Mapping[str, Mapping[str, int]]) -> None:
+        """Add plain tables of counts."""
+        for mine, theirs in ((self.dropped, dropped), (self.noted, noted)):
+            for stage, counts in theirs.items():
+                mine.setdefault(stage, Counter()).update(counts)
 
     def num_dropped(self) -> int:
         """Documents dropped by any stage."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trainer.data.dataset import Sample, TokenDataset
-from trainer.data.order import GlobalOrder, deal
+from trainer.data.order import Order, deal
 from trainer.data.settings import Layout
 
 IGNORED = -100
@@ -50,7 +50,7 @@ class StepLoader:
         self,
         dataset: TokenDataset,
         *,
-        order: GlobalOrder,
+        order: Order,
         units: list[list[int]] | None,
         global_batch: int,
         micro_batch: int,
@@ -62,7 +62,7 @@ class StepLoader:
         prefetch: int = 2,
     ) -> None:
         assert global_batch % (micro_batch * dp_size) == 0, "the config layer reports a batch that does not divide"
-        assert order.num_units == (len(dataset) if units is None else len(units)), "order and units differ in number"
+        assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
         assert layout is not Layout.auto, "the layout is resolved before the loader is built"
         assert units is None or layout is Layout.padding_free, "packs need the padding_free layout"
         self.dataset = dataset

@@ -5,34 +5,51 @@ The whole state of the order is one integer, the number of samples consumed sinc
 
 from __future__ import annotations
 
+import bisect
 import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
+# What a draw is for. It enters the generator's key as a spawn key, which numpy keeps apart from the plain [seed, epoch]
+# of `GlobalOrder`: no draw repeats the bits of another.
+_PASS_STREAM = 1
+_INTERLEAVE_STREAM = 2
 
-class GlobalOrder:
-    """The endless sequence of epochs over `num_units` documents (or packs)."""
 
-    def __init__(self, num_units: int, seed: int, shuffle: bool) -> None:
+def shuffled(size: int, entropy: np.random.SeedSequence) -> np.ndarray:
+    """A permutation of 0..size-1 that depends on `entropy` alone, int64 [size]."""
+    # Raw bits of a counter-based generator: unlike numpy's `permutation`, their stream is promised never to change.
+    return np.argsort(np.random.Philox(entropy).random_raw(size), kind="stable").astype(np.int64)
+
+
+class Order(ABC):
+    """An endless sequence of epochs of `num_units` samples each, drawn from `population` documents (or packs)."""
+
+    def __init__(self, num_units: int, population: int, seed: int, shuffle: bool) -> None:
         if num_units < 1:
             raise ValueError("an order needs at least one unit")
         self.num_units = num_units
+        self.population = population
         self.seed = seed
         self.shuffle = shuffle
         self._cached: tuple[int, np.ndarray] | None = None
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Unit numbers of one epoch, int64 [num_units]; the last one asked for is kept."""
-        if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, self._permutation(epoch))
-        return self._cached[1]
+        cached = self._cached  # one read: another thread may replace it
+        if cached is None or cached[0] != epoch:
+            cached = self._cached = (epoch, self._draw(epoch))
+        return cached[1]
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_units, dtype=np.int64)
-        # Raw bits of a counter-based generator: unlike numpy's `permutation`, their stream is promised never to change.
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_units)
-        return np.argsort(bits, kind="stable").astype(np.int64)
+    @abstractmethod
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The units of `epoch` in order, int64 [num_units]."""
+
+    @abstractmethod
+    def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
+        """Tokens of all epochs before `epoch`; `unit_tokens` is int [population]."""
 
     def units(self, start: int, count: int) -> np.ndarray:
         """Units of the consumed-sample numbers [start, start + count), int64 [count]; may span epochs."""
@@ -43,6 +60,97 @@ class GlobalOrder:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+class GlobalOrder(Order):
+    """Every one of `num_units` documents (or packs) once an epoch, in a new order each time."""
+
+    def __init__(self, num_units: int, seed: int, shuffle: bool) -> None:
+        super().__init__(num_units, num_units, seed, shuffle)
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_units, dtype=np.int64)
+        return shuffled(self.num_units, np.random.SeedSequence([self.seed, epoch]))
+
+    def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
+        return epoch * int(np.sum(unit_tokens, dtype=np.int64))
+
+
+class MixedOrder(Order):
+    """Epochs that hold `quotas[s]` units of each source s.
+
+    Each source walks through its units pass after pass, each pass in a new order, and every epoch takes the next
+    `quotas[s]` of that walk. A source that gives few units an epoch therefore shows others the next time, and at any
+    moment of the run the uses of any two units of one source differ by at most 1. Which source has its turn when is
+    drawn anew each epoch; with `shuffle` off the turns are spread evenly and each source keeps its own order.
+    """
+
+    def __init__(
+        self, source_of_unit: np.ndarray, quotas: Sequence[int] | np.ndarray, seed: int, shuffle: bool
+    ) -> None:
+        sources = np.asarray(source_of_unit, dtype=np.int64)
+        self.quotas = np.asarray(quotas, dtype=np.int64)
+        if len(sources) and not 0 <= sources.min() <= sources.max() < len(self.quotas):
+            raise ValueError(f"sources {sources.min()}..{sources.max()} of units, but {len(self.quotas)} quotas")
+        if (self.quotas < 0).any():
+            raise ValueError(f"quotas must not be negative: {self.quotas.tolist()}")
+        by_source = np.argsort(sources, kind="stable")
+        sizes = np.bincount(sources, minlength=len(self.quotas))
+        self._members = np.split(by_source, np.cumsum(sizes)[:-1]) if len(sizes) else []
+        if (empty := np.flatnonzero((self.quotas > 0) & (sizes == 0))).size:
+            raise ValueError(f"source {empty[0]} has a quota of {self.quotas[empty[0]]} but no units")
+        self._last_pass: dict[int, tuple[int, np.ndarray]] = {}
+        super().__init__(int(self.quotas.sum()), len(sources), seed, shuffle)
+
+    def _pass(self, source: int, number: int) -> np.ndarray:
+        """Units of `source` in the order of its pass `number`. The last one is kept: epochs walk on through it."""
+        members = self._members[source]
+        if not self.shuffle:
+            return members
+        kept = self._last_pass.get(source)
+        if kept is None or kept[0] != number:
+            entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, number))
+            kept = self._last_pass[source] = (number, members[shuffled(len(members), entropy)])
+        return kept[1]
+
+    def _walk(self, source: int, begin: int, count: int) -> np.ndarray:
+        """Draws [begin, begin + count) of the endless walk through `source`."""
+        size = len(self._members[source])
+        parts = []
+        while count > 0:
+            number, offset = divmod(begin, size)
+            part = self._pass(source, number)[offset : offset + count]
+            parts.append(part)
+            begin, count = begin + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        turns = np.repeat(np.arange(len(self.quotas)), self.quotas)  # the source of each sample of the epoch
+        if self.shuffle:
+            entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
+            turns = turns[shuffled(self.num_units, entropy)]
+        else:
+            places = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
+            turns = turns[np.argsort(np.concatenate(places), kind="stable")]
+        # The walks are laid into the turns in their own order, so that no prefix uses a unit twice before another once.
+        drawn = np.empty(self.num_units, dtype=np.int64)
+        where = np.split(np.argsort(turns, kind="stable"), np.cumsum(self.quotas)[:-1])
+        for source, quota in enumerate(self.quotas.tolist()):
+            if quota:
+                drawn[where[source]] = self._walk(source, epoch * quota, quota)
+        return drawn
+
+    def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
+        total = 0
+        for source, quota in enumerate(self.quotas.tolist()):
+            if quota and epoch:
+                members = self._members[source]
+                passes, rest = divmod(epoch * quota, len(members))
+                total += passes * int(np.sum(unit_tokens[members], dtype=np.int64))
+                if rest:
+                    total += int(np.sum(unit_tokens[self._pass(source, passes)[:rest]], dtype=np.int64))
+        return total
 
 
 def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
@@ -64,14 +172,24 @@ def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
     return [sorted(slots[slot]) for slot in by_load]
 
 
-def steps_for_tokens(order: GlobalOrder, unit_tokens: np.ndarray, global_batch: int, tokens: int) -> int:
-    """Steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts."""
+def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, tokens: int) -> int:
+    """Steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts.
+
+    `unit_tokens` is int [order.population]. Exact also where epochs differ in their tokens.
+    """
     if tokens <= 0:
         return 0
-    per_epoch = int(np.sum(unit_tokens, dtype=np.int64))
-    if per_epoch <= 0:
+    unit_tokens = np.asarray(unit_tokens, dtype=np.int64)
+    if order.tokens_before(order.population, unit_tokens) <= 0:  # by then every unit in use has been drawn
         raise ValueError("the units hold no tokens")
-    epoch, rest = divmod(tokens - 1, per_epoch)
-    running = np.cumsum(np.asarray(unit_tokens, dtype=np.int64)[order.epoch(epoch)])
-    units = epoch * order.num_units + int(np.searchsorted(running, rest + 1, side="left")) + 1
+
+    def before(epoch: int) -> int:
+        return order.tokens_before(epoch, unit_tokens)
+
+    bound = 1
+    while before(bound) < tokens:
+        bound *= 2
+    epoch = bisect.bisect_left(range(bound + 1), tokens, key=before) - 1  # the last that begins short of the number
+    running = np.cumsum(unit_tokens[order.epoch(epoch)])
+    units = epoch * order.num_units + int(np.searchsorted(running, tokens - before(epoch), side="left")) + 1
     return -(-units // global_batch)

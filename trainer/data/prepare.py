@@ -1,43 +1,55 @@
-"""Preparation: files in, a prepared data set out, once for every distinct input.
+"""Preparation: raw data in, a prepared data set with its audit out, once for every distinct input.
 
-Refuses data that would teach nothing: no documents, no supervised token, a share of them below
-`data.min_supervised_share`. Every document dropped or cut is counted, the first few with file and line.
+Two passes. The first takes blocks of rows through everything that looks at one document at a time (read, check, clean,
+filter, privacy, tokens), in as many processes as there are cores. The second decides from columns of numbers alone what
+needs the whole: copies, held-out splits, leakage, balance. Tokens are written once; a split is a list of numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import ConfigError, DataError
-from trainer.data.audit import TROUBLES
-from trainer.data.cache import DONE, build_once, fingerprint
-from trainer.data.dataset import Sample, TokenDataset, write
-from trainer.data.formats import Document, documents
-from trainer.data.rows import expand, read_rows
-from trainer.data.settings import DataConfig, OverLength
-from trainer.data.tokenize import Encoder, truncate
+from strategies.errors import DataError, Preempted
+from trainer.data.assemble import Assembly, Columns
+from trainer.data.block import Block, BlockMaker, Job, jobs
+from trainer.data.cache import DONE, DigestCache, build_once, fingerprint
+from trainer.data.curation.balance import BalanceBy
+from trainer.data.dataset import Sample, TokenDataset
+from trainer.data.describe import Description
+from trainer.data.inputs import inputs_of, readers_of, rows_of
+from trainer.data.parallel import cores, ordered_map
+from trainer.data.privacy.settings import PrivacyMode
+from trainer.data.privacy.stage import check as check_findings
+from trainer.data.select import Selection, choose, sequences_of
+from trainer.data.settings import DataConfig
+from trainer.data.shards import Shards
+from trainer.data.sources.origin import Origin
+from trainer.data.stages import stages_of
+from trainer.data.table import DocumentTable
+from trainer.data.tokenize import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1
-"""Raised whenever the code would make other tokens or masks out of the same input."""
-EXAMPLES = 5
-"""How many file:line examples the report keeps of each kind of trouble."""
+VERSION = 2
+"""Raised whenever the code would make other tokens, masks or choices out of the same input."""
+SMALL = 8 << 20
+"""Bytes of input up to which this process does the work alone: starting others would cost more."""
+NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "workers", "packing", "layout", "shuffle")
+"""Settings that change no prepared byte, or stand for files whose bytes are hashed."""
 
 
 @dataclass(slots=True)
 class Prepared:
-    """The result: data sets opened read-only, and what preparation saw."""
+    """The result: splits opened read-only, and what preparation saw."""
 
     train: TokenDataset
     evaluation: TokenDataset | None
@@ -46,226 +58,158 @@ class Prepared:
     label_names: list[str] | None
 
 
-@dataclass(slots=True)
-class _Trouble:
-    """How often something happened, and where first."""
+class Preparation:
+    """The preparation of one configuration's data: its identity, and the work where the cache does not have it.
 
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, where: str) -> None:
-        self.count += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(where)
-
-
-def prepare(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    counts: Callable[[Sample], dict[str, int]],
-    seed: int,
-    label_names: list[str] | None = None,
-) -> Prepared:
-    """Prepare the data of a run, or open what an earlier call with the same inputs made.
-
-    The entry in `config.cache_dir` is named by a fingerprint over the bytes of the sources, the tokenizer with its chat
-    template, the options and the objective's count function (by name). `seed` decides the held-out share. No
-    collective; several processes may call at once. Raises ConfigError, DataError, StorageError.
+    The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
+    template, the options and the objective's count function (by name). `seed` decides held-out shares and resampling.
+    No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
+    `stop`, asked between blocks, says so.
     """
-    began = time.perf_counter()
-    if config.path is None or config.path == "":
-        raise ConfigError(
-            "data.path is not set; name the training data: a .json, .jsonl or .csv file, a directory or a glob"
-        )
-    if config.eval_path is not None and config.eval_share:
-        raise ConfigError(f"data.eval_share={config.eval_share} and data.eval_path are both set; keep one of them")
-    if not 0 <= config.eval_share <= 0.5:
-        raise ConfigError(f"data.eval_share={config.eval_share} must lie between 0 and 0.5")
-    files = {"train": expand(config.path, "data.path")}
-    if config.eval_path is not None:
-        files["eval"] = expand(config.eval_path, "data.eval_path")
-    options = {
-        "version": VERSION,
-        "format": config.format.value,
-        "columns": dict(config.columns),
-        "max_length": config.max_length,
-        "over_length": config.over_length.value,
-        "max_documents": config.max_documents,
-        "min_supervised_share": config.min_supervised_share,
-        "eval_share": config.eval_share,
-        "seed": seed if config.eval_share else None,
-        "label_names": label_names,
-        "counts": f"{counts.__module__}.{counts.__qualname__}",
-    }
-    name = fingerprint(files, tokenizer, options)
-    directory = Path(config.cache_dir).expanduser() / name[:32]
 
-    def build(target: Path) -> None:
-        _Preparation(config, tokenizer, counts, seed, label_names, files, options, name).run(target)
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        counts: Callable[[Sample], dict[str, int]],
+        seed: int,
+        label_names: list[str] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.tokenizer, self.counts = config, tokenizer, counts
+        self.seed, self.label_names, self.stop = seed, label_names, stop
+        self.inputs = inputs_of(config)
+        options = {
+            "version": VERSION,
+            "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
+            "seed": seed if self._draws() else None,
+            "label_names": label_names,
+            "counts": f"{counts.__module__}.{counts.__qualname__}",
+        }
+        digests = DigestCache(Path(config.cache_dir).expanduser())
+        identities: list[Any] = [(*item.id, item.origin.identity(digests)) for item in self.inputs]
+        if config.decontamination.paths is not None:
+            against = Origin.of(config.decontamination.paths, "data.decontamination.paths")
+            identities.append(("decontamination", against.identity(digests)))
+        self.fingerprint = fingerprint(identities, tokenizer, options)
+        self.directory = Path(config.cache_dir).expanduser() / self.fingerprint[:32]
 
-    made = build_once(directory, build)
-    manifest = json.loads((directory / DONE).read_text())
-    report = {**manifest["report"], "cached": not made, "seconds": round(time.perf_counter() - began, 3)}
-    evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
-    return Prepared(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])
+    def _draws(self) -> bool:
+        """Whether anything is drawn by the seed."""
+        config = self.config
+        return bool(config.eval_share or config.test_share) or config.balance.by is not BalanceBy.none
 
+    def open_or_make(self) -> Prepared:
+        """The prepared data set: opened, or made by this process, or waited for while another makes it."""
+        began = time.perf_counter()
+        made = build_once(self.directory, self.run, stop=self.check_stop)
+        return open_prepared(self.directory, cached=not made, seconds=time.perf_counter() - began)
 
-@dataclass(slots=True)
-class _Preparation:
-    """One run through the data, into a directory that is published afterwards."""
+    def make_shard(self, number: int, count: int) -> None:
+        """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
+        if (self.directory / DONE).exists():
+            return
+        shards = Shards(self.directory, count)
+        every = (job for job in self._jobs() if job.number % count == number)
+        with shards.writing(number) as keep:
+            for block in ordered_map(self._maker(), every, workers=self._workers()):
+                self.check_stop()
+                keep(block)
 
-    config: DataConfig
-    tokenizer: PreTrainedTokenizerFast
-    counts: Callable[[Sample], dict[str, int]]
-    seed: int
-    label_names: list[str] | None
-    files: dict[str, list[Path]]
-    options: dict[str, Any]
-    fingerprint: str
+    def check_stop(self) -> None:
+        """A safe point: raise Preempted where this process was asked to stop."""
+        if self.stop():
+            raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
 
     def run(self, target: Path) -> None:
-        held_out = self._scan()
-        encoder = Encoder(self.tokenizer, self.label_names)
-        report = {"train": self._split(target, "train", self._train_documents(held_out, keep=False), encoder)}
-        if "eval" in self.files:
-            report["eval"] = self._split(target, "eval", self._documents("eval"), encoder)
-        elif held_out is not None:
-            report["eval"] = self._split(target, "eval", self._train_documents(held_out, keep=True), encoder)
+        """Both passes, and the reports."""
+        shards = Shards.finished(self.directory)
+        rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
+        assembly = Assembly(target, self.config.max_bad_share, rejected)
+        with closing(assembly):
+            for block in self._blocks(shards):
+                self.check_stop()
+                assembly.append(block)
+            columns = assembly.columns()
+            if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
+                check_findings(assembly.totals.findings, self.config.privacy)
+            table = DocumentTable(target)
+            names, label_ids = self._labels(columns, table)
+            selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
+            assembly.finish(label_ids)
+        self._write_splits(target, columns, selection)
+        about = Description(self.config, self.tokenizer, self.inputs, self.fingerprint, target)
+        report = about.write(assembly.totals, columns, selection, names)
         manifest = {
             "fingerprint": self.fingerprint,
-            "files": {split: [str(path) for path in paths] for split, paths in self.files.items()},
-            "options": self.options,
-            "label_names": self.label_names,
+            "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
+            "sources": columns.sources,
+            "splits": {split: len(documents) for split, documents in selection.splits.items()},
+            "label_names": names,
             "report": report,
         }
         (target / DONE).write_text(json.dumps(manifest, indent=1))
+        if shards is not None:
+            shards.remove()
 
-    def _documents(self, split: str) -> Iterator[Document]:
-        found = documents(read_rows(self.files[split]), self.config.format, self.config.columns)
-        return islice(found, self.config.max_documents) if split == "train" else found
+    def _blocks(self, shards: Shards | None) -> Iterator[Block]:
+        if shards is not None:
+            return shards.blocks(self.config)
+        return ordered_map(self._maker(), self._jobs(), workers=self._workers())
 
-    def _train_documents(self, held_out: np.ndarray | None, *, keep: bool) -> Iterator[Document]:
-        """The training files' documents: those held out (`keep`) or the others."""
-        for number, document in enumerate(self._documents("train")):
-            if held_out is None or bool(held_out[number]) is keep:
-                yield document
+    def _jobs(self) -> Iterator[Job]:
+        return jobs(rows_of(self.inputs, self.config.max_documents))
 
-    def _scan(self) -> np.ndarray | None:
-        """A first pass, only where it is needed: which documents are held out (bool [N]), and the label names.
+    def _maker(self) -> BlockMaker:
+        return BlockMaker(
+            self.config,
+            readers=readers_of(self.inputs),
+            stages=stages_of(self.config),
+            encoder=Encoder(self.tokenizer, self.label_names, learn=self.config.learn),
+            counts=self.counts,
+            label_names=self.label_names,
+        )
 
-        The draw goes by content: copies of a document fall on the same side, and its place in the files is no matter.
-        """
-        share = self.config.eval_share
-        first = next(self._documents("train"), None)
-        learn_labels = self.label_names is None and first is not None and first.label is not None
-        if not share and not learn_labels:
-            return None
-        keys, labels = [], set()
-        for document in self._documents("train"):
-            content = json.dumps([document.messages, document.texts(), document.label])
-            digest = hashlib.blake2b(content.encode(), digest_size=8, key=str(self.seed).encode()[:64]).digest()
-            keys.append(int.from_bytes(digest, "big"))
-            labels.add(document.label)
-        if learn_labels:
-            self.label_names = _sorted_labels({label for label in labels if label is not None})
-        if not share:
-            return None
-        draws = np.array(keys, dtype=np.uint64)
-        wanted = max(1, round(share * len(draws)))
-        held_out: np.ndarray = draws <= np.partition(draws, wanted - 1)[wanted - 1]
-        if held_out.all():
-            raise DataError(
-                f"data.eval_share={share} leaves no training document: {len(draws)} documents, "
-                f"{len(np.unique(draws))} of them different; add data or set data.eval_share=0"
-            )
-        return held_out
+    def _workers(self) -> int:
+        small = sum(item.origin.size() for item in self.inputs) <= SMALL
+        return 1 if small else self.config.workers or cores()
 
-    def _split(self, target: Path, split: str, source: Iterable[Document], encoder: Encoder) -> dict[str, Any]:
-        """Tokenise and write one split; returns its report."""
-        trouble = {name: _Trouble() for name in TROUBLES}
-        ended = 0
-
-        def samples() -> Iterator[Sample]:
-            nonlocal ended
-            for document, raw in encoder.encode(source):
-                sample = self._fit(document, raw, encoder.tail(document), trouble)
-                if sample is None:
-                    continue
-                if encoder.has_control_tokens(document):
-                    trouble["control_tokens"].add(document.where)
-                learned = sample.input_ids[sample.supervised]
-                ended += bool(len(learned)) and int(learned[-1]) in encoder.end_ids
-                yield sample
-
-        manifest: dict[str, Any] = {"fingerprint": f"{self.fingerprint}/{split}"}
-        write(target / split, samples(), self.counts, manifest)
-        data = TokenDataset.open(target / split)
-        report = _describe(data, trouble, ended, encoder)
-        self._check(split, data, report)
-        return report
-
-    def _fit(self, document: Document, sample: Sample, tail: int, trouble: dict[str, _Trouble]) -> Sample | None:
-        """Apply the length policy; None for a document that is dropped."""
-        length, limit = len(sample.input_ids), self.config.max_length
-        if length > limit:
-            if self.config.over_length is OverLength.fail:
+    def _labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
+        """The label names in the order of their ids, and the id of each label of `columns`."""
+        if not columns.labels:
+            return self.label_names, None
+        names = self.label_names
+        if names is None:
+            known = np.unique(columns.label[columns.of_split("train")])
+            names = _sorted_labels([columns.labels[number] for number in known if number >= 0])
+            strange = np.flatnonzero((columns.label >= 0) & ~np.isin(columns.label, known))
+            if len(strange):
+                row = table.row(int(strange[0]))
                 raise DataError(
-                    f"{document.where}: {length} tokens are more than data.max_length={limit}; raise it, or set "
-                    "data.over_length to truncate or drop"
+                    f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
+                    "data); set objective.labels to name them all"
                 )
-            if self.config.over_length is OverLength.drop:
-                trouble["dropped_too_long"].add(document.where)
-                return None
-            sample = truncate(sample, limit, tail)
-        if sample.label is None and not sample.supervised.any():
-            trouble["dropped_unsupervised"].add(document.where)
-            return None
-        if length > limit:
-            trouble["truncated"].add(document.where)
-        return sample
+        return names, np.array([names.index(label) for label in columns.labels], np.int64)
 
-    def _check(self, split: str, data: TokenDataset, report: dict[str, Any]) -> None:
-        """Law 5: refuse what would teach nothing."""
-        key = "data.eval_path" if split == "eval" and "eval" in self.files else "data.path"
-        if not len(data):
-            reasons = ", ".join(f"{name} {report[name]['count']}" for name in report if name.startswith("dropped"))
-            raise DataError(
-                f"{key}: no document of the {split} split has anything to learn ({reasons}); "
-                f"raise data.max_length={self.config.max_length} or mend the data"
-            )
-        if data.labels is None and report["supervised_share"] < self.config.min_supervised_share:
-            raise DataError(
-                f"{key}: only {report['supervised_share']:.4%} of the {split} tokens are supervised, less than "
-                f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
-            )
+    def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
+        for split, documents in selection.splits.items():
+            directory = target / split
+            directory.mkdir()
+            np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
+            manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
+            (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
-def _describe(data: TokenDataset, trouble: dict[str, _Trouble], ended: int, encoder: Encoder) -> dict[str, Any]:
-    lengths = data.lengths
-    tokens, supervised = int(lengths.sum()), int(data.num_supervised.sum())
-    doubled = 0
-    bos = encoder.tokenizer.bos_token_id
-    if bos is not None and len(data):
-        starts = data.offsets[:-1][lengths > 1]
-        doubled = int(((data.tokens[starts] == bos) & (data.tokens[starts + 1] == bos)).sum())
-    quantiles = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist() if len(data) else [0, 0]
-    return {
-        "documents": len(data),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "supervised_share": supervised / max(tokens, 1),
-        "labelled": data.labels is not None,
-        "length_p50": quantiles[0],
-        "length_p90": quantiles[1],
-        "length_max": int(lengths.max()) if len(data) else 0,
-        "ends_supervised": ended,
-        "doubled_bos": doubled,
-        **{name: {"count": item.count, "examples": item.examples} for name, item in trouble.items()},
-    }
-
-
-def _sorted_labels(labels: set[str]) -> list[str]:
+def _sorted_labels(labels: list[str]) -> list[str]:
     """By number if all are whole numbers, else by name."""
     numeric = all(label.lstrip("-").isdecimal() for label in labels)
     return sorted(labels, key=int) if numeric else sorted(labels)
+
+
+def open_prepared(directory: Path, *, cached: bool = True, seconds: float = 0.0) -> Prepared:
+    """Open a finished entry of the cache. Raises DataError for one that is torn."""
+    manifest = json.loads((directory / DONE).read_text())
+    report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
+    evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
+    return Prepared(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])

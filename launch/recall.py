@@ -1,0 +1,98 @@
+"""Remembers what `shardtune prepare` made of which words, so that the same call again answers without composing.
+
+A record holds while nothing it depends on has moved: the words and the directory they were typed in, the configuration
+files, the versions of the libraries, and every input and tokenizer file with its size, inode and times of change (the
+inode's change time moves with every write and cannot be set back by a program).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.choices import CONF_DIR
+from strategies.errors import ShardtuneError
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+LIBRARIES = ("shardtune", "transformers", "tokenizers", "datasets", "pyarrow", "ftfy", "phonenumbers")
+NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+
+
+def recall(words: list[str]) -> dict[str, Any] | None:
+    """The manifest of the prepared data set that these words made, if it is still what they would make; else None."""
+    with suppress(OSError, ValueError, KeyError, ShardtuneError):
+        record = json.loads(_path(words).read_text())
+        if record["inputs"] == {key: _state(key, value) for key, value in record["values"].items()}:
+            return {**json.loads((Path(record["directory"]) / "manifest.json").read_text()), **record}
+    return None
+
+
+def remember(words: list[str], config: RunConfig, directory: Path) -> None:
+    """Note what was made. Left out where something comes from a hub; never fails for the disk."""
+    model = Path(str(config.model.tokenizer or config.model.path)).expanduser()
+    values: dict[str, Any] = {"model": str(model)} if model.is_dir() else {}
+    if config.model.chat_template is not None:
+        values["model.chat_template"] = config.model.chat_template
+    for key in ("path", "eval_path", "test_path"):
+        values[f"data.{key}"] = getattr(config.data, key)
+    values |= {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
+    values["data.decontamination.paths"] = config.data.decontamination.paths
+    values = {key: value for key, value in values.items() if value is not None}
+    if "model" not in values or any("hub:" in str(value) for value in values.values()):
+        return
+    record = {
+        "directory": str(directory.absolute()),
+        "values": values,
+        "inputs": {key: _state(key, value) for key, value in values.items()},
+    }
+    with suppress(OSError):
+        path = _path(words)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(record))
+        temporary.replace(path)
+
+
+def _path(words: list[str]) -> Path:
+    identity = {
+        "words": words,
+        "from": str(Path.cwd()),
+        "conf": [(str(f.relative_to(CONF_DIR)), f.read_text()) for f in sorted(CONF_DIR.rglob("*.yaml"))],
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "code": [_file_state(f) for f in sorted(Path(__file__).parents[1].glob("trainer/data/**/*.py"))],
+    }
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "shardtune" / "recall" / f"{digest[:40]}.json"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ImportError:
+        return ""
+
+
+def _state(key: str, value: Any) -> list[Any]:
+    """The files behind a setting with what tells that one has changed. Raises DataError for files that are gone."""
+    if key == "model":
+        files = sorted(path for path in Path(value).iterdir() if path.suffix in NOT_WEIGHTS)
+    elif key == "model.chat_template":
+        files = [Path(value).expanduser()]
+    else:
+        from trainer.data.sources.paths import expand
+
+        files = expand(value, key)
+    return [_file_state(path) for path in files]
+
+
+def _file_state(path: Path) -> list[Any]:
+    about = path.stat()
+    return [str(path.absolute()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]

@@ -1,0 +1,246 @@
+"""Leakage and decontamination: planted overlaps of every kind, against plain readings of the same rules."""
+
+import pickle
+import random
+import re
+
+import numpy as np
+import pytest
+
+from strategies.errors import DataError
+from trainer.data.curation import leakage
+from trainer.data.curation.decontamination import (
+    DecontaminationConfig,
+    DecontaminationPolicy,
+    Decontaminator,
+    evaluation_texts,
+)
+from trainer.data.curation.duplicates import ComparedText, DuplicatePolicy, DuplicatesConfig, Signer, compared_text
+from trainer.data.curation.leakage import LeakageConfig, LeakagePolicy, find_leaks, settle
+from trainer.data.document import Document, Tally
+
+SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
+DRAW = random.Random(1)
+WORDS = ["".join(DRAW.choices("abcdefghijklmnop", k=DRAW.randint(3, 9))) for _ in range(3000)]
+
+
+def prose(draw, number):
+    return " ".join(draw.choices(WORDS, k=number))
+
+
+def row(prompt, completion, file="train.jsonl", line=1):
+    return Document(file=file, line=line, prompt=prompt, completion=completion)
+
+
+def leaks_of(train, held_out, config=LeakageConfig(near=True), alive=None):  # noqa: B008 - never changed
+    return find_leaks(
+        SIGNER.sign(train),
+        SIGNER.sign(held_out),
+        config=config,
+        threshold=0.8,
+        ngram=5,
+        train_text=lambda place: compared_text(train[place], ComparedText.document),
+        held_out_text=lambda place: compared_text(held_out[place], ComparedText.document),
+        alive=alive,
+    )
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """(train, held-out, {train row: (held-out row, kind)}): 400 training rows, 60 held-out ones, 5 leaks of each kind."""
+    draw = random.Random(9)
+    train = [row(prose(draw, 30), prose(draw, 50)) for _ in range(400)]
+    held_out = [row(prose(draw, 30), prose(draw, 50), "eval.jsonl") for _ in range(60)]
+    truth = {}
+    for number in range(20):
+        place, kind = 7 + 13 * number, leakage.KINDS[number // 5]
+        other = held_out[number]
+        texts = {
+            "exact": (other.prompt, other.completion),
+            "normalized": (other.prompt.upper(), other.completion + "."),
+            "near": ("In short: " + other.prompt, other.completion + " or so"),
+            "prompt": (other.prompt.title() + "?", prose(draw, 50)),
+        }
+        train[place] = row(*texts[kind])
+        truth[place] = (number, kind)
+    for documents in (train, held_out):
+        for line, document in enumerate(documents, start=1):
+            document.line = line
+    return train, held_out, truth
+
+
+def test_every_kind_is_found_and_nothing_else(planted, monkeypatch):
+    train, held_out, truth = planted
+    for rows in (8192, 50):
+        monkeypatch.setattr(leakage, "BLOCK_ROWS", rows)
+        leaks = leaks_of(train, held_out)
+        found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
+        assert {place: (other, leakage.KINDS[kind]) for place, other, kind in found} == truth
+        assert leaks.incomplete == 0
+
+
+def test_near_and_prompt_leaks_only_where_asked(planted):
+    train, held_out, _ = planted
+    for config, kinds in (
+        (LeakageConfig(), [5, 5, 0, 5]),
+        (LeakageConfig(prompts=False), [5, 5, 0, 0]),
+        (LeakageConfig(near=True, prompts=False), [5, 5, 5, 0]),
+    ):
+        assert np.bincount(leaks_of(train, held_out, config).kind, minlength=4).tolist() == kinds
+
+
+def test_dropped_rows_do_not_leak(planted):
+    train, held_out, truth = planted
+    alive = np.ones(len(train), dtype=bool)
+    alive[[place for place, (_, kind) in truth.items() if kind in ("exact", "near")]] = False
+    assert np.bincount(leaks_of(train, held_out, alive=alive).kind, minlength=4).tolist() == [0, 5, 0, 5]
+
+
+def test_policies(planted):
+    train, held_out, truth = planted
+    leaks = leaks_of(train, held_out)
+    places = {"where_train": lambda place: train[place].where, "where_held_out": lambda place: held_out[place].where}
+    kept, report = settle(leaks, LeakageConfig(), len(train), **places)
+    assert kept.all() and report["train"] == report["held_out"] == dict.fromkeys(leakage.KINDS, 5)
+    assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"
+    kept, _ = settle(leaks, LeakageConfig(policy=LeakagePolicy.drop_train), len(train), **places)
+    assert set(np.flatnonzero(~kept).tolist()) == set(truth)
+    with pytest.raises(
+        DataError, match=r"20 of 400 .*exact 5, normalized 5.*train.jsonl:8 = eval.jsonl:1.*=drop_train"
+    ):
+        settle(leaks, LeakageConfig(policy=LeakagePolicy.fail), len(train), **places)
+    clean = leaks_of(train[:5], held_out[40:])
+    assert settle(clean, LeakageConfig(policy=LeakagePolicy.fail), 5, **places)[0].all()
+
+
+def test_a_held_out_template_is_cut_and_said():
+    draw = random.Random(2)
+    base = WORDS[:150]
+    train = [row(" ".join([*base, *draw.choices(WORDS, k=40)]), "") for _ in range(40)]
+    held_out = [row(" ".join([*base, *draw.choices(WORDS, k=40)]), "", "eval.jsonl") for _ in range(300)]
+    train[-1] = row(held_out[250].prompt + " end", "")
+    leaks = leaks_of(train, held_out)
+    assert leaks.train.tolist() == [39] and leaks.held_out.tolist() == [250] and leaks.incomplete >= 30
+
+
+def test_nothing_held_out():
+    assert len(leaks_of([row("a b c", "d e")], []).train) == 0
+    assert len(leaks_of([], [row("a b c", "d e")]).train) == 0
+
+
+def test_plain_texts_share_no_prompt():
+    train, held_out = [Document(file="a", line=1, text=prose(random.Random(seed), 30)) for seed in (1, 2)]
+    assert len(leaks_of([train], [held_out]).train) == 0
+
+
+def test_system_turns_do_not_hide_a_prompt():
+    def chat(system, answer):
+        turns = [("system", system), ("user", "Who wrote it?"), ("assistant", answer)]
+        return Document(file="a", line=1, messages=[{"role": role, "content": text} for role, text in turns])
+
+    leaks = leaks_of([chat("Be brief.", "Nobody.")], [chat("Be kind.", "Somebody did.")])
+    assert leaks.kind.tolist() == [leakage.KINDS.index("prompt")]
+
+
+# Decontamination
+
+
+def runs(text, ngram=13):
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return {tuple(words[start : start + ngram]) for start in range(len(words) - ngram + 1)}
+
+
+def build(texts, **settings):
+    return Decontaminator.build(
+        [(f"bench.jsonl:{line}", text) for line, text in texts], DecontaminationConfig(**settings)
+    )
+
+
+@pytest.fixture(scope="module")
+def bench():
+    draw = random.Random(21)
+    return [(line, prose(draw, draw.choice((13, 14, 20, 60)))) for line in range(1, 301)]
+
+
+@pytest.fixture(scope="module")
+def training(bench):
+    """1,000 texts; a fifth hold 8 to 30 words in a row of an evaluation text, with other case and punctuation."""
+    draw = random.Random(22)
+    texts = []
+    for number in range(1000):
+        text = prose(draw, 120)
+        if number % 5 == 0:
+            words = draw.choice(bench)[1].split()
+            length = min(len(words), draw.randint(8, 30))
+            begin = draw.randrange(len(words) - length + 1)
+            piece = ", ".join(words[begin : begin + length]).title()
+            text = f'{text}\n"{piece}!" {prose(draw, 40)}'
+        texts.append(text)
+    return texts
+
+
+def test_overlaps_agree_with_plain_sets_of_runs(bench, training):
+    every = set().union(*(runs(text) for _, text in bench))
+    expected = [bool(runs(text) & every) for text in training]
+    stage = build(bench)
+    assert [stage.match(text) is not None for text in training] == expected
+    assert 60 < sum(expected) < 200, "some plants must be shorter than a run"
+    assert stage.report["texts"] == stage.report["checked"] == 300
+
+
+def test_share_of_an_evaluation_text(bench, training):
+    sets = {f"bench.jsonl:{line}": runs(text) for line, text in bench}
+    stage = build(bench, min_overlap=0.4)
+    for text in training:
+        own = runs(text)
+        best = max(len(own & found) / len(found) for found in sets.values())
+        got = stage.match(text)
+        assert (got is not None) is (best >= 0.4)
+        if got:
+            assert got[1] == pytest.approx(best) and len(own & sets[got[0]]) / len(sets[got[0]]) == pytest.approx(best)
+
+
+def test_stage_reports_or_drops_with_the_place(bench):
+    line, text = next((line, text) for line, text in bench if len(text.split()) == 60)
+    stage = pickle.loads(pickle.dumps(build(bench, policy=DecontaminationPolicy.drop)))
+    tally = Tally()
+    dirty = Document(file="t.jsonl", line=4, messages=[{"role": "user", "content": "Q: " + text}])
+    assert stage(dirty, tally) is None
+    assert stage(Document(file="t.jsonl", line=5, text="quite another text"), tally) is not None
+    assert tally.dropped == {"decontamination": {"holds evaluation text": 1}}
+    assert tally.examples["decontamination/holds evaluation text"] == [f"t.jsonl:4 (100% of bench.jsonl:{line})"]
+    tally = Tally()
+    assert build(bench)(dirty, tally) is dirty and tally.noted["decontamination"] == {"holds evaluation text": 1}
+
+
+def test_short_evaluation_texts_are_looked_for_whole():
+    stage = build([(1, "What is the capital of France?"), (2, "Is it so?"), (3, "what is the capital of France")])
+    assert stage.report["checked"] == 1 and stage.report["too_short"] == 1 and stage.report["repeated"] == 1
+    assert stage.report["examples"] == {"too_short": ["bench.jsonl:2"], "repeated": ["bench.jsonl:3"]}
+    assert stage.match("Question: what is the CAPITAL of France? Answer: Paris.") == ("bench.jsonl:1", 1.0)
+    assert stage.match("What is the capital of Spain? Is it so?") is None
+    assert stage.match("What is the capital of France? " * 3) == ("bench.jsonl:1", 1.0)
+
+
+def test_wording_shared_by_a_set_is_ignored():
+    intro = "read the following passage with care and then choose the one best answer from the list below"
+    draw = random.Random(3)
+    texts = [(line, f"{intro} {prose(draw, 30)}") for line in range(40)] + [(99, intro)]
+    stage = build(texts)
+    assert stage.match(f"{intro} {prose(draw, 30)}") is None
+    assert stage.match(f"so {texts[5][1]}") == ("bench.jsonl:5", 1.0)
+    assert stage.report["only_shared_wording"] == 1 and stage.report["ignored_runs"] == len(runs(intro))
+    assert build(texts, max_shared=None).match(f"{intro} {prose(draw, 30)}") is not None
+
+
+def test_nothing_to_look_for_is_an_error():
+    with pytest.raises(DataError, match=r"none of the 2 evaluation texts.*2 have fewer than min_words=5"):
+        build([(1, "too short"), (2, "")])
+
+
+def test_texts_of_an_evaluation_document():
+    long = " ".join(WORDS[:20])
+    turns = [("system", long), ("user", "Who?"), ("assistant", "short answer"), ("user", "Why?"), ("assistant", long)]
+    chat = Document(file="e", line=3, messages=[{"role": role, "content": text} for role, text in turns])
+    assert list(evaluation_texts(chat, 13)) == [("e:3", "Who?"), ("e:3", "Why?"), ("e:3", long)]
+    assert list(evaluation_texts(row("p", "yes", "e", 4), 13)) == [("e:4", "p")]

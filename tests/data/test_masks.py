@@ -1,0 +1,284 @@
+"""Masks against an oracle of their own: where a rendered conversation changes when one content is exchanged."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import chat_templates
+from tests.helpers import tokenizers as make
+from trainer.data.document import Document
+from trainer.data.template import LearnConfig, LearnTurns
+from trainer.data.tokenize import Encoder
+
+FAMILIES = chat_templates.FAMILIES
+CHECK = settings(max_examples=80, deadline=None, derandomize=True)
+LOOK_ALIKES = ["assistant\n", "<|im_start|>assistant\n", "[INST] ", "<|im_end|>", "user\n", "</s>", "<|assistant|>\n"]
+words = st.sampled_from(
+    ["a", "b", "the", "7", "42", "\n", " ", "\t", ".", "é", "e\u0301", "日本", "🙂", "👩‍👩‍👧", "\u200b"]
+)
+pieced = st.lists(words | st.sampled_from(LOOK_ALIKES), min_size=1, max_size=6).map("".join)
+anything = st.text(st.characters(exclude_categories=("Cs", "Co")), min_size=1, max_size=15)
+contents = pieced | anything | st.sampled_from(["x", " x", "x\n", "  ", "\n"])
+
+
+@st.composite
+def conversations(draw, system=True, flags=False):
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": draw(contents)} for i in range(2 * draw(st.integers(1, 3)))
+    ]
+    if system and draw(st.booleans()):
+        turns.insert(0, {"role": "system", "content": draw(contents)})
+    if flags:
+        for turn in turns:
+            if turn["role"] != "system" and (flag := draw(st.sampled_from([None, True, False]))) is not None:
+                turn["train"] = flag
+    return turns
+
+
+def apply(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def span_of(tokenizer, messages, number):
+    """Where message `number` is in the text: what changes between two other contents frames it."""
+    snow, rain = (
+        apply(tokenizer, [*messages[:number], {**messages[number], "content": c}, *messages[number + 1 :]])
+        for c in "☃☂"
+    )
+    begin = next(i for i, (a, b) in enumerate(zip(snow, rain, strict=True)) if a != b)
+    text = apply(tokenizer, messages)
+    assert text[:begin] == snow[:begin] and text[len(text) - len(snow) + begin + 1 :] == snow[begin + 1 :]
+    return text, begin, len(text) - (len(snow) - begin - 1)
+
+
+def oracle(encoder, family, messages, learned):
+    """Token ids and mask of what should be learned, from offsets one token at a time."""
+    messages = [{key: m[key] for key in ("role", "content")} for m in messages[: max(learned) + 1]]
+    characters = set()
+    for number in learned:
+        text, begin, end = span_of(encoder.tokenizer, messages, number)
+        close = family.end if messages[number]["role"] == "assistant" else family.user_end
+        at = text.index(close, end)
+        assert not text[end:at].strip()
+        characters |= set(range(begin, at + len(close)))
+    encoding = encoder.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    mask = [any(c in characters for c in range(*offsets)) for offsets in encoding.offsets]
+    mask[0] = False
+    return encoding.ids, mask
+
+
+def samples(encoder, messages):
+    """The sample by the long way, and by the short way once the shape of the conversation is known."""
+    doc = Document("f.jsonl", 1, messages=messages)
+    slow = next(encoder.encode([doc], fast=False))[1]
+    quick = [sample for _, sample in encoder.encode([doc] * 3)]
+    for sample in quick:
+        assert sample.input_ids.tolist() == slow.input_ids.tolist()
+        assert sample.supervised.tolist() == slow.supervised.tolist()
+    return quick[-1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@CHECK
+@given(data=st.data())
+def test_assistant_turns_and_their_end_tokens_are_learned_and_nothing_else(name, data):
+    family, encoder = FAMILIES[name], ENCODERS[name]
+    messages = data.draw(conversations(family.system))
+    sample = samples(encoder, messages)
+    learned = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    ids, mask = oracle(encoder, family, messages, learned)
+    assert sample.input_ids.tolist() == ids
+    assert sample.supervised.tolist() == mask
+
+
+ENCODERS = {name: Encoder(chat_templates.tokenizer(name)) for name in FAMILIES}
+LAST = {name: Encoder(chat_templates.tokenizer(name), learn=LearnConfig(turns=LearnTurns.last)) for name in FAMILIES}
+USERS = {name: Encoder(chat_templates.tokenizer(name), learn=LearnConfig(roles=["user"])) for name in FAMILIES}
+BOTH = {
+    name: Encoder(chat_templates.tokenizer(name), learn=LearnConfig(roles=["user", "assistant"])) for name in FAMILIES
+}
+WAYS = {"all": ENCODERS, "last": LAST, "users": USERS, "both": BOTH}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(CHECK, max_examples=60)
+@given(data=st.data())
+def test_turns_roles_and_flags(name, data):
+    family = FAMILIES[name]
+    way = data.draw(st.sampled_from(sorted(WAYS)))
+    encoder, messages = WAYS[way][name], data.draw(conversations(family.system, flags=True))
+    roles = {"users": ["user"], "both": ["user", "assistant"]}.get(way, ["assistant"])
+    if name == "mistral":  # it gives the system turn to every question that is equal to the last one
+        for number, turn in enumerate(messages):
+            turn["content"] = f"{turn['content']}{number}"
+    learned = [i for i, m in enumerate(messages) if m.get("train", m["role"] in roles)]
+    learned = learned[-1:] if way == "last" else learned
+    sample = samples(encoder, messages)
+    if not learned:
+        assert not sample.supervised.any()
+        return
+    ids, mask = oracle(encoder, family, messages, learned)
+    assert sample.input_ids.tolist() == ids
+    assert sample.supervised.tolist() == mask
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_known_shape_is_not_rendered_a_second_time(name, monkeypatch):
+    encoder = Encoder(chat_templates.tokenizer(name))
+    turns = ["hello", "one\ntwo", "and 🙂", "three"]
+    docs = [
+        Document(
+            "f",
+            n,
+            messages=[
+                {"role": r, "content": c + str(n)} for r, c in zip(("user", "assistant") * 2, turns, strict=True)
+            ],
+        )
+        for n in range(10)
+    ]
+    list(encoder.encode(docs[:2]))
+    monkeypatch.setattr(encoder.template, "_exact", lambda *_: pytest.fail("rendered twice"))
+    assert all(sample.supervised.any() for _, sample in encoder.encode(docs[2:]))
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        "c.replace('no', 'yes')",
+        "c | upper",
+        "c.strip('*')",
+        "(c + c) if 'twice' in c else c",
+        "'' if 'gone' in c else c",
+        "c.split('</secret>')[-1]",
+    ],
+)
+def test_a_template_that_looks_into_contents_gets_no_other_mask_from_a_known_shape(rewrite):
+    template = chat_templates.CHATML.replace("{{ '<|im_start|>'", "{% set c = m['content'] %}{{ '<|im_start|>'")
+    template = template.replace(
+        "m['content'] + '<|im_end|>", f"(({rewrite}) if m['role'] == 'user' else c) + '<|im_end|>"
+    )
+    encoder = Encoder(make.tiny_tokenizer(template))
+    for question in ("plain", "no", "*a*", "twice", "gone", "a</secret>b", "plain"):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "no *matter*"}]
+        assert samples(encoder, messages).supervised.any()
+
+
+def test_a_rewriting_that_keeps_the_length_of_the_whole_text_is_noticed():
+    template = chat_templates.CHATML.replace("m['content']", "m['content'].replace('*', '')")
+    template += "{{ '!' * (messages[0]['content'].split('*') | length - 1) }}"
+    encoder = Encoder(make.tiny_tokenizer(template))
+    for question in ("a", "b", "*c*", "*" * 9 + "d"):
+        sample = samples(encoder, [{"role": "user", "content": question}, {"role": "assistant", "content": "reply"}])
+        assert encoder.tokenizer.decode(sample.input_ids[sample.supervised]) == "reply<|im_end|>"
+
+
+def test_a_token_across_the_end_of_a_turn_is_learned():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate([*alphabet, "ĊĊ"])}, [("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+    encoder = Encoder(tokenizer)
+    messages = [
+        {"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ["q", "a🙂\n", "r", "b"], strict=True)
+    ]
+    sample = samples(encoder, messages)
+    assert tokenizer.decode(sample.input_ids[sample.supervised]) == "a🙂\n\nb</s>"
+
+
+def test_a_template_that_writes_the_date_is_followed_over_midnight(monkeypatch):
+    encoder = Encoder(make.tiny_tokenizer(chat_templates.CHATML))
+    doc = Document("f", 1, messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    render, days, calls = encoder.template._texts, iter("1122233333333333333333333333"), []
+
+    def dated(conversations, **kwargs):
+        calls.append(day := next(days))
+        return [day + text for text in render(conversations, **kwargs)]
+
+    monkeypatch.setattr(encoder.template, "_texts", dated)
+    for _ in range(8):
+        sample = next(encoder.encode([doc]))[1]
+        assert encoder.tokenizer.decode(sample.input_ids[sample.supervised]) == "a<|im_end|>"
+        assert encoder.tokenizer.decode(sample.input_ids)[0] in calls[-4:]
+    before = len(calls)
+    next(encoder.encode([doc]))
+    assert len(calls) == before + 1, "the shape was not learned again"
+
+
+def test_a_content_that_completes_a_token_does_not_move_an_end():
+    """With nothing between an answer and the next question, what the question begins with is no end of the answer."""
+    template = "{% for m in messages %}{{ ('<|user|>' if loop.first else '') + m['content'] }}{% endfor %}"
+    encoder = Encoder(make.tiny_tokenizer(template))
+    messages = [
+        {"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ["q", "a", "</s>r", "b"], strict=True)
+    ]
+    samples(encoder, messages)
+
+
+def _metaspace():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{n:02X}>" for n in range(256)),
+        "▁",
+        "a",
+        "b",
+        "▁a",
+        "ab",
+        "▁ab",
+        "é",
+        "▁▁",
+    ]
+    merges = [("▁", "a"), ("a", "b"), ("▁", "ab"), ("▁", "▁")]
+    backend = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+
+
+def _wordpiece():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["[UNK]", "[SEP]", "a", "b", "##a", "##b", "e", "##e", ".", "日", "本"]
+    backend = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[SEP]")
+
+
+def _composed():
+    from tokenizers import normalizers
+
+    tokenizer = make.tiny_tokenizer(None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("made", [_metaspace, _wordpiece, _composed])
+@settings(CHECK, max_examples=200)
+@given(prompt=contents, completion=contents)
+def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, completion):
+    encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
+    doc = Document("f", 1, prompt=prompt, completion=completion)
+    quick, slow = (next(encoder.encode([doc], fast=fast))[1] for fast in (True, False))
+    assert quick.supervised.tolist() == slow.supervised.tolist()
+    assert quick.input_ids.tolist() == slow.input_ids.tolist()
+
+
+def test_spaces_are_learned_though_a_post_processor_cuts_them_off_the_offsets():
+    from tokenizers import processors
+
+    tokenizer = make.tiny_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    sample = next(Encoder(tokenizer).encode([Document("f", 1, prompt="q", completion="   a   \n b  ")]))[1]
+    assert np.flatnonzero(~sample.supervised).tolist() == [0]

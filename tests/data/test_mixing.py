@@ -1,0 +1,163 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from strategies.errors import ConfigError, DataError
+from trainer.data import mixing
+from trainer.data.mixing import EpochEnd, MixOver, pack_by_source, quotas, realised
+from trainer.data.order import MixedOrder
+from trainer.data.pack import best_fit_decreasing
+
+SOURCES = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(1, 40), min_size=n, max_size=n),
+        st.lists(st.integers(1, 500), min_size=n, max_size=n),
+        st.lists(st.sampled_from([0.0, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0, 2.0]), min_size=n, max_size=n),
+    )
+)
+
+
+@given(SOURCES, st.sampled_from(MixOver), st.sampled_from(EpochEnd))
+def test_the_epoch_ends_as_promised_and_no_whole_numbers_come_nearer(sources, over, epoch):
+    sizes, tokens, weights = sources
+    tokens = [size + extra for size, extra in zip(sizes, tokens, strict=True)]
+    assume(any(weights))
+    got = quotas(sizes, tokens, weights, over, epoch).tolist()
+    held = tokens if over is MixOver.tokens else sizes
+    rates = [weight * size / amount for weight, size, amount in zip(weights, sizes, held, strict=True)]
+    full = [size / rate for size, rate in zip(sizes, rates, strict=True) if rate]
+    scale = min(full) if epoch is EpochEnd.first else max(full)
+    ideal = [scale * rate for rate in rates]
+    for number, size, rate, wanted in zip(got, sizes, rates, ideal, strict=True):
+        assert (number > 0) == (rate > 0) and abs(number - wanted) < 1 + 1e-9
+        if rate:
+            assert number <= size if epoch is EpochEnd.first else number >= size
+    used = [(number, size) for number, size, rate in zip(got, sizes, rates, strict=True) if rate]
+    assert any(number == size for number, size in used)  # the source that ends the epoch is seen exactly once
+    if all(wanted >= 1 for wanted in ideal if wanted) and max(ideal) < 60:
+        choices = [{math.floor(wanted + 1e-9), math.ceil(wanted - 1e-9)} for wanted in ideal]
+        nearest = min(
+            sum((number - wanted) ** 2 for number, wanted in zip(choice, ideal, strict=True))
+            for choice in itertools.product(*choices)
+            if sum(choice) == sum(got)
+        )
+        assert sum((number - wanted) ** 2 for number, wanted in zip(got, ideal, strict=True)) <= nearest + 1e-6
+
+
+def test_replay_of_a_general_source_beside_the_domain():
+    sizes, tokens, weights = [900, 50_000], [90_000, 10_000_000], [0.9, 0.1]
+    got = quotas(sizes, tokens, weights)
+    assert got.tolist() == [900, 100]
+    report = realised(sizes, tokens, weights, got, names=["domain", "general"])
+    assert report["general"]["share_documents"] == report["general"]["requested"] == pytest.approx(0.1)
+    assert report["general"]["share_tokens"] == pytest.approx(100 * 200 / (90_000 + 100 * 200))
+    assert report["domain"]["passes"] == 1 and report["general"]["passes"] == 0.002
+
+
+def test_weights_over_tokens():
+    sizes, tokens, weights = [900, 50_000], [90_000, 10_000_000], [0.9, 0.1]
+    got = quotas(sizes, tokens, weights, MixOver.tokens)
+    assert got.tolist() == [900, 50]  # 10,000 of 100,000 tokens, at 200 a document
+    report = realised(sizes, tokens, weights, got, MixOver.tokens)
+    assert report["1"]["share_tokens"] == pytest.approx(0.1) and report["1"]["tokens"] == 10_000
+
+
+def test_all_repeats_the_small_source():
+    assert quotas([10, 100], [10, 100], [1, 1], epoch=EpochEnd.all).tolist() == [100, 100]
+    assert quotas([10, 100], [10, 100], [1, 1], epoch=EpochEnd.first).tolist() == [10, 10]
+
+
+def test_shares_over_documents_count_the_documents_in_packs():
+    # 100 documents in 10 packs beside 100 documents in 50 packs: equal shares need five times as many of the latter.
+    got = quotas([10, 50], [1000, 5000], [1, 1], documents=[100, 100])
+    assert got.tolist() == [10, 50]
+    report = realised([10, 50], [1000, 5000], [1, 1], got, documents=[100, 100])
+    assert report["0"]["share_documents"] == 0.5 and report["0"]["share_tokens"] == pytest.approx(1 / 6)
+
+
+def test_without_weights_every_document_comes_once():
+    got = quotas([3, 0, 7], [3, 0, 70], [None] * 3)
+    assert got.tolist() == [3, 0, 7]
+    report = realised([3, 0, 7], [30, 0, 70], [None] * 3, got, names=["a", "b", "c"])
+    assert [row["requested"] for row in report.values()] == [0.3, 0, 0.7] and report["b"]["passes"] == 0
+
+
+def test_a_weight_of_zero_leaves_a_source_out_and_a_tiny_one_does_not():
+    assert quotas([5, 5, 5], [5, 5, 5], [1, 0, 1e-9]).tolist() == [5, 0, 1]
+
+
+def test_rounding_is_to_the_nearest_total_of_the_decimal_weights():
+    assert quotas([10, 100], [10, 100], [3, 2]).tolist() == [10, 7]  # 6.67
+    assert quotas([10, 100], [10, 100], [5, 1.1]).tolist() == [10, 2]  # 2.2
+    assert quotas([5, 100], [5, 100], [0.2, 0.7]).tolist() == [5, 18]  # 17.5, but less in binary fractions
+
+
+def test_shares_of_an_order_are_those_of_the_report():
+    sizes, weights = [30, 200, 11], [0.7, 0.2, 0.1]
+    lengths = np.random.default_rng(1).integers(1, 90, sum(sizes))
+    source_of = np.repeat(np.arange(3), sizes)
+    tokens = [int(lengths[source_of == source].sum()) for source in range(3)]
+    got = quotas(sizes, tokens, weights, MixOver.tokens)
+    report = realised(sizes, tokens, weights, got, MixOver.tokens)
+    order = MixedOrder(source_of, got, seed=3, shuffle=True)
+    drawn = order.units(0, order.num_units * 400)
+    for source in range(3):
+        share = lengths[drawn][source_of[drawn] == source].sum() / lengths[drawn].sum()
+        assert share == pytest.approx(report[str(source)]["share_tokens"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1, None], r"data\.sources\.b\.weight is not set, but other sources have one"),
+        ([1, -0.5], r"data\.sources\.b\.weight=-0\.5: must be a finite number"),
+        ([math.nan, 1], r"data\.sources\.a\.weight=nan"),
+        ([math.inf, 1], r"data\.sources\.a\.weight=inf"),
+        ([0, 0], "every weight is 0"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        quotas([5, 5], [5, 5], weights, names=["a", "b"])
+
+
+def test_a_weighted_source_without_documents_or_tokens_is_refused():
+    with pytest.raises(DataError, match=r"data\.sources\.b\.weight=0\.5: the source has no documents"):
+        quotas([5, 0], [5, 0], [0.5, 0.5], names=["a", "b"])
+    with pytest.raises(DataError, match="has no tokens"):
+        quotas([5, 2], [5, 0], [0.5, 0.5], MixOver.tokens)
+    assert quotas([5, 0], [5, 0], [0.5, 0]).tolist() == [5, 0]
+
+
+def test_an_epoch_beyond_memory_is_refused_and_names_the_source_that_repeats():
+    with pytest.raises(ConfigError, match=r"data\.mixing\.epoch=all.*tiny is repeated"):
+        quotas([10, mixing.LONGEST_EPOCH], [10, mixing.LONGEST_EPOCH], [1, 1], epoch=EpochEnd.all, names=["tiny", "b"])
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from([0, 2, 5])), max_size=60), st.integers(50, 90))
+def test_packs_stay_within_a_source(documents, capacity):
+    lengths = np.array([length for length, _ in documents], dtype=np.int64)
+    source_of = np.array([source for _, source in documents], dtype=np.int64)
+    packs, source_of_pack = pack_by_source(lengths, source_of, capacity)
+    assert len(packs) == len(source_of_pack) and source_of_pack.dtype == np.int64
+    assert sorted(doc for pack in packs for doc in pack) == list(range(len(documents)))
+    for pack, source in zip(packs, source_of_pack, strict=True):
+        assert set(source_of[pack]) == {source} and lengths[pack].sum() <= capacity
+    for source in set(source_of.tolist()):
+        alone = best_fit_decreasing(lengths[source_of == source], capacity)
+        assert (source_of_pack == source).sum() == len(alone)
+
+
+def test_one_source_is_packed_as_before():
+    lengths = np.random.default_rng(2).integers(1, 60, 500)
+    assert pack_by_source(lengths, np.zeros(500, dtype=np.int64), 64)[0] == best_fit_decreasing(lengths, 64)
+
+
+def test_many_short_documents_fill_their_packs():
+    lengths = np.clip(np.random.default_rng(0).exponential(150, 200_000), 1, 2048).astype(np.int64)
+    packs, _ = pack_by_source(lengths, np.arange(200_000) % 3, 2048)
+    assert lengths.sum() / (2048 * len(packs)) > 0.97

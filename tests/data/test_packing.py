@@ -1,0 +1,68 @@
+"""Packed, concatenated and padded rows of the same documents give the same summed loss and the same gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.building import model_dir, samples
+from trainer import attention
+from trainer.data.dataset import TokenDataset, write
+from trainer.data.loader import StepLoader
+from trainer.data.order import GlobalOrder
+from trainer.data.pack import best_fit_decreasing
+from trainer.data.settings import Layout
+from trainer.loss import LossHead, head_transform
+from trainer.objectives.sft import Sft
+
+NUM = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("packing") / "data"
+    write(root, samples(NUM, uneven=True), Sft().counts, {"fingerprint": "x"})
+    return TokenDataset.open(root)
+
+
+def gradients(path, data, layout, units):
+    """(summed loss, flat gradient) of one step over all documents."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    name = attention.NAME if layout is Layout.padding_free else "eager"
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name)
+    softcap, scale = head_transform(model.config)
+    model.set_output_embeddings(LossHead.replace(model.get_output_embeddings(), softcap=softcap, logit_scale=scale))
+    num = NUM if units is None else len(units)
+    loader = StepLoader(
+        data,
+        order=GlobalOrder(num, seed=1, shuffle=True),
+        units=units,
+        global_batch=num,
+        micro_batch=1 if units is not None else 4,
+        dp_rank=0,
+        dp_size=1,
+        layout=layout,
+        pad_token_id=0,
+        device="cpu",
+    )
+    (step,) = loader.steps(0, 1)
+    total = 0.0
+    for batch in step.micro_batches:
+        loss = Sft().terms(model, batch)["loss"]
+        loss.backward()
+        total += loss.item()
+    assert step.totals["loss"] == data.counts["loss"].sum()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_packed_and_unpacked_training_are_the_same(tmp_path, data, architecture):
+    path = model_dir(tmp_path, architecture)
+    packs = best_fit_decreasing(data.lengths, 96)
+    assert len(packs) < NUM / 2 and sorted(np.concatenate(packs)) == list(range(NUM))
+    packed, packed_gradient = gradients(path, data, Layout.padding_free, packs)
+    for layout in (Layout.padding_free, Layout.padded):
+        loss, gradient = gradients(path, data, layout, None)
+        assert packed == pytest.approx(loss, rel=1e-5)
+        assert (packed_gradient - gradient).norm() <= 1e-5 * gradient.norm()

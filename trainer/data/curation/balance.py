@@ -1,0 +1,238 @@
+"""Balance of groups (labels or sources): which documents are repeated or left out so that groups have wanted shares.
+
+Nothing but numbers is looked at: the plan is a function of the groups, the settings and the seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypedDict
+
+import numpy as np
+
+from strategies.errors import ConfigError, DataError
+
+_STREAM = 3  # keeps these draws apart from those of the training order, which uses the same seed
+
+
+class BalanceBy(StrEnum):
+    """What makes a group."""
+
+    none = "none"
+    label = "label"
+    source = "source"
+
+
+class BalanceTarget(StrEnum):
+    """Which shares the groups are to have."""
+
+    natural = "natural"
+    temperature = "temperature"
+    uniform = "uniform"
+    shares = "shares"
+
+
+@dataclass(kw_only=True, slots=True)
+class BalanceConfig:
+    """Repeating and leaving out documents so that groups have the wanted shares of the training data."""
+
+    by: BalanceBy = BalanceBy.none
+    """What makes a group: `label`, `source`, or `none`, which changes nothing."""
+    target: BalanceTarget = BalanceTarget.natural
+    """Shares wanted: as found (`natural`), flattened (`temperature`), equal (`uniform`), or as set (`shares`)."""
+    temperature: float = 1.0
+    """With target `temperature`, a group of n documents gets a share in proportion to n^(1/temperature); 1 is natural."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """With target `shares`, the share of every group, relative to the others; 0 leaves the group out."""
+    cap: int | None = None
+    """Most documents of a group; those beyond it are left out by a seeded draw."""
+    up_sample: bool = True
+    """Reach the shares by repeating documents of groups that are too small."""
+    down_sample: bool = False
+    """Reach the shares by leaving out documents of groups that are too large."""
+    max_repeats: int = 4
+    """Most times one document is used (1 repeats none); a group that would need more stays short of its share."""
+
+
+class GroupShare(TypedDict):
+    """What balancing did to one group."""
+
+    before: int
+    """Documents found."""
+    after: int
+    """Documents used, repeats counted."""
+    share_before: float
+    share_after: float
+    share_target: float
+    dropped: int
+    """Documents left out."""
+    repeats: int
+    """Most times one document of the group is used."""
+    limited_by: str | None
+    """The setting that kept the group from its target share: `cap`, `max_repeats`, or None."""
+
+
+def resample(
+    groups: Sequence[str], group_of: np.ndarray, config: BalanceConfig, seed: int
+) -> tuple[np.ndarray, dict[str, GroupShare]]:
+    """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
+
+    `group_of` is int [n], numbers into `groups`. Which documents are left out or repeated once more depends on the
+    seed and on their numbers alone. With both ways of sampling the total number stays; with one of them alone the
+    largest (smallest) group relative to its share stays whole and the others follow. `cap` bounds the sizes that the
+    shares are computed from, as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2), and the result. A group with a
+    share above 0 keeps at least one document. Raises ConfigError for settings that cannot be met, DataError where
+    nothing would be left; a target missed because of `cap` or `max_repeats` is stated in the report.
+    """
+    groups = list(groups)
+    group_of = np.asarray(group_of, dtype=np.int64)
+    if len(group_of) and not 0 <= group_of.min() <= group_of.max() < len(groups):
+        raise ValueError(f"group numbers {group_of.min()}..{group_of.max()}, but {len(groups)} groups")
+    before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
+    limited: list[str | None] = [None] * len(groups)
+    if config.by is BalanceBy.none or not len(group_of):
+        times = np.ones(len(group_of), dtype=np.int64)
+        return np.arange(len(group_of), dtype=np.int64), _report(groups, group_of, times, _share(before), limited)
+    check(config)
+    base = before if config.cap is None else np.minimum(before, config.cap)
+    target = _targets(groups, base, config)
+    after = _sizes(base, target, config)
+    for name, bound in (("cap", config.cap), ("max_repeats", before * config.max_repeats)):
+        if bound is not None:
+            limited = [name if over else old for over, old in zip(after > bound, limited, strict=True)]
+            after = np.minimum(after, bound)
+    if not after.sum():
+        raise DataError("data.balance: no document is left; give a group that has documents a share above 0")
+    times = _times(group_of, before, after, seed)
+    return np.repeat(np.arange(len(group_of)), times), _report(groups, group_of, times, target, limited)
+
+
+def check(config: BalanceConfig) -> None:
+    """Raise ConfigError, with a line for each problem, for settings that contradict each other."""
+    problems = []
+    if not (math.isfinite(config.temperature) and config.temperature >= 1):
+        problems.append(
+            f"data.balance.temperature={config.temperature:g}: must be a finite number of at least 1; 1 keeps the natural "
+            "shares, 2 to 5 flattens them; for equal shares set data.balance.target=uniform"
+        )
+    if config.cap is not None and config.cap < 1:
+        problems.append(f"data.balance.cap={config.cap}: must be at least 1, or null for no cap")
+    if config.max_repeats < 1:
+        problems.append(
+            f"data.balance.max_repeats={config.max_repeats}: must be at least 1; up to 4 loses little as a rule"
+        )
+    if config.target is not BalanceTarget.natural and not (config.up_sample or config.down_sample):
+        problems.append(
+            f"data.balance.target={config.target}: with data.balance.up_sample=false and "
+            "data.balance.down_sample=false the shares cannot change; set one of them to true or data.balance.target=natural"
+        )
+    if config.target is BalanceTarget.shares and not config.shares:
+        problems.append("data.balance.target=shares: data.balance.shares is empty; name every group with its share")
+    if config.target is not BalanceTarget.shares and config.shares:
+        problems.append(
+            f"data.balance.shares is set but data.balance.target={config.target}; set data.balance.target=shares to use it"
+        )
+    problems.extend(
+        f"data.balance.shares.{name}={share:g}: must be a finite number of at least 0"
+        for name, share in config.shares.items()
+        if not (math.isfinite(share) and share >= 0)
+    )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _targets(groups: list[str], base: np.ndarray, config: BalanceConfig) -> np.ndarray:
+    """Share wanted of each group, float64 [groups], sum 1; a group without documents has none."""
+    if config.target is BalanceTarget.shares:
+        return _share(_asked_shares(groups, base, config.shares))
+    if config.target is BalanceTarget.uniform:
+        return _share((base > 0).astype(np.float64))
+    if config.target is BalanceTarget.temperature:
+        return _share(base ** (1.0 / config.temperature))
+    return _share(base)
+
+
+def _asked_shares(groups: list[str], base: np.ndarray, shares: dict[str, float]) -> np.ndarray:
+    problems = []
+    for name, share in shares.items():
+        if share > 0 and (name not in groups or not base[groups.index(name)]):
+            near = difflib.get_close_matches(name, groups, 1)
+            hint = f"did you mean {near[0]}?" if near and near[0] != name else f"groups found: {_listed(groups)}"
+            problems.append(f"data.balance.shares.{name}={share:g}: no document is in that group; {hint}")
+    unnamed = [name for name, size in zip(groups, base, strict=True) if size and name not in shares]
+    if unnamed:
+        problems.append(f"data.balance.shares: no share for {_listed(unnamed)}; name every group, 0 leaves a group out")
+    if not problems and not any(shares.values()):
+        problems.append("data.balance.shares: every share is 0, so nothing is left; give a group more than 0")
+    if problems:
+        raise ConfigError(problems)
+    return np.array([shares.get(name, 0.0) for name in groups], dtype=np.float64)
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _sizes(base: np.ndarray, target: np.ndarray, config: BalanceConfig) -> np.ndarray:
+    """Documents wanted of each group, int64 [groups], before `cap` and `max_repeats` bound them."""
+    wanted = target > 0
+    if config.target is BalanceTarget.natural or not (config.up_sample or config.down_sample):
+        return base
+    per_share = base[wanted] / target[wanted]
+    if config.up_sample and config.down_sample:
+        ideal = target * float(base.sum())
+        sizes = np.floor(ideal).astype(np.int64)
+        missing = int(base.sum() - sizes.sum())  # by the largest remainder; equal remainders in the order of the names
+        sizes[np.argsort(sizes - ideal, kind="stable")[:missing]] += 1
+    else:
+        total = per_share.max() if config.up_sample else per_share.min()
+        sizes = np.rint(np.minimum(target * total, 2.0**53)).astype(np.int64)  # a tiny share asks for no more than that
+        # Rounding must not take from a group that is only to grow, nor add to one that is only to shrink.
+        sizes = np.maximum(sizes, base) if config.up_sample else np.minimum(sizes, base)
+    return np.where(wanted, np.maximum(sizes, 1), 0)
+
+
+def _times(group_of: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int) -> np.ndarray:
+    """How often each document is used, int64 [n]: within a group all equally often, but for one more by the draw."""
+    # Raw bits, because their stream is promised never to change between versions of numpy.
+    keys = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_STREAM,))).random_raw(len(group_of))
+    by_group = np.lexsort((keys, group_of))
+    starts = np.cumsum(before) - before
+    rank = np.empty(len(group_of), dtype=np.int64)  # place of a document in the draw of its group
+    rank[by_group] = np.arange(len(group_of)) - np.repeat(starts, before)
+    passes, extra = np.divmod(after, np.maximum(before, 1))
+    return passes[group_of] + (rank < extra[group_of])
+
+
+def _share(amounts: np.ndarray) -> np.ndarray:
+    total = amounts.sum()
+    return amounts / total if total else np.zeros(len(amounts))
+
+
+def _report(
+    groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited: list[str | None]
+) -> dict[str, GroupShare]:
+    before = np.bincount(group_of, minlength=len(groups))
+    after = np.bincount(group_of, weights=times, minlength=len(groups)).astype(np.int64)
+    dropped = np.bincount(group_of[times == 0], minlength=len(groups))
+    repeats = np.zeros(len(groups), dtype=np.int64)
+    np.maximum.at(repeats, group_of, times)
+    share_before, share_after = _share(before), _share(after)
+    return {
+        name: GroupShare(
+            before=int(before[group]),
+            after=int(after[group]),
+            share_before=float(share_before[group]),
+            share_after=float(share_after[group]),
+            share_target=float(target[group]),
+            dropped=int(dropped[group]),
+            repeats=int(repeats[group]),
+            limited_by=limited[group],
+        )
+        for group, name in enumerate(groups)
+    }

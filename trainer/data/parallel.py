@@ -1,0 +1,73 @@
+"""Many processes, one order: a function over items in forked workers, results in the order of the items."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from strategies.errors import ShardtuneError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_function: Callable[[Any], Any] | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+    """Results of `function` in the order of `items`, of which few more are taken than there are workers.
+
+    `workers` processes are forked from this one, so that `function` may hold anything; with fewer than 2 it runs here.
+    An exception of the function is raised here, and ends the workers; a worker that dies raises ShardtuneError.
+    """
+    if workers < 2:
+        yield from map(function, items)
+        return
+    global _function
+    _function = function
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ShardtuneError(
+            "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
+            "set data.workers lower"
+        ) from error
+    finally:
+        _function = None
+        for future in waiting:
+            future.cancel()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(parent: int) -> None:
+    """In a new worker: end with the parent, and leave the cores to the other workers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call above
+            os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None, "set before the workers were forked"
+    return _function(item)

@@ -1,0 +1,140 @@
+"""Opening files: plain, gzip and Zstandard, as one stream of bytes; and telling by their first bytes what files are.
+
+A name that promises something else than the bytes hold is refused before a row is read. Reading streams; compressed
+files may have several members or frames. Sources: RFC 1952 (gzip), RFC 8878 (Zstandard).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from strategies.errors import DataError
+
+BUFFER = 2**20
+"""Bytes read at a time."""
+BOM = b"\xef\xbb\xbf"
+_HEAD = 4096
+_UNREADABLE = (OSError, EOFError, zlib.error)
+_MAGIC = (
+    (rb"\x1f\x8b", "gzip-compressed data"),
+    (rb"\x28\xb5\x2f\xfd", "Zstandard-compressed data"),
+    (rb"BZh[1-9]1AY&SY", "bzip2-compressed data"),
+    (rb"\xfd7zXZ\x00", "xz-compressed data"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (rb"PK(\x03\x04|\x05\x06)", "a zip archive (or an office document)"),
+    (rb".{257}ustar", "a tar archive"),
+    (rb"PAR1", "a Parquet file"),
+    (rb"ARROW1\x00\x00", "an Arrow file"),
+    (rb"\xff\xff\xff\xff.{2}\x00\x00", "an Arrow stream"),
+    (rb"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (rb"\xff\xd8\xff", "a JPEG image"),
+    (rb"GIF8[79]a", "a GIF image"),
+    (rb"%PDF-\d", "a PDF document"),
+    (rb"SQLite format 3\x00", "an SQLite database"),
+    (rb"GGUF", "a GGUF model"),
+    (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32 text"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text"),
+)
+_SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name in _MAGIC)
+COMPRESSION = {".gz": "gzip-compressed data", ".zst": "Zstandard-compressed data"}
+"""Suffixes of compressed files, and what their first bytes say."""
+
+
+def require_regular(path: Path) -> None:
+    """Raise DataError unless `path` is a file that can be read twice: no directory, pipe or device (none may hang)."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{path}: is a directory, not a file")
+    if not stat.S_ISREG(mode):
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise DataError(f"{path}: is {kind}; data is read more than once, so write it to a regular file first")
+
+
+def identify(head: bytes) -> str | None:
+    """What the first bytes of a file say it is, as a phrase; None for UTF-8 or other 8-bit text, or nothing known."""
+    for pattern, name in _SIGNATURES:
+        if pattern.match(head):
+            return name
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if len(head) >= 4 and min(even, odd) == 0 and max(even, odd) > 0.3 * len(head) / 2:
+        return "UTF-16 text"
+    return None
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed, positioned after a UTF-8 byte order mark.
+
+    Raises DataError: cannot be read, not compressed as its name says or the other way round, an image, UTF-16 and so
+    on; also, while the caller reads, for a file that is cut off or damaged.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        if not head:
+            raise DataError(f"{path}:1: the file is empty (0 bytes)")
+        compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else None
+        found = identify(head)
+        if compression and found != COMPRESSION[compression]:
+            what = f"it holds {found}" if found else "it is not compressed"
+            raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
+        with _opened(path, compression) as stream:
+            head = stream.peek(_HEAD)[:_HEAD]
+            found = identify(head)
+            if found:
+                raise DataError(f"{path}: holds {found}{_remedy(path, found)}")
+            if head.startswith(BOM):
+                stream.read(len(BOM))
+            yield cast("BinaryIO", stream)
+    except _UNREADABLE as error:
+        raise unreadable(path, error) from error
+
+
+def _opened(path: Path, compression: str | None) -> io.BufferedReader:
+    if compression == ".gz":
+        return io.BufferedReader(cast("io.RawIOBase", gzip.open(path, "rb")), BUFFER)
+    if compression == ".zst":
+        import pyarrow as pa  # its reader joins frames and, unlike others, notices a frame that is cut off
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), BUFFER)
+    return cast("io.BufferedReader", path.open("rb", buffering=BUFFER))
+
+
+def _remedy(path: Path, found: str) -> str:
+    if found.startswith(("UTF-16", "UTF-32")):
+        return "; save the file as UTF-8"
+    compressed = path.suffix.lower() in COMPRESSION
+    for suffix, name in COMPRESSION.items():
+        if found == name and compressed:
+            return " inside the compression; decompress it once"
+        if found == name:
+            return f"; name it {path.name}{suffix}"
+    if found == "a Parquet file":
+        return "; name it .parquet"
+    if found.startswith("an Arrow"):
+        return "; name it .arrow"
+    promised = path.suffixes[-2] if compressed else path.suffix
+    return f", not the text that {promised} promises; export it as text first, or remove it"
+
+
+def unreadable(path: Path, error: BaseException) -> DataError:
+    """A failure of the operating system or of a decompressor, as a message that names the file and what to do."""
+    if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
+        return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
+    if isinstance(error, gzip.BadGzipFile | zlib.error) or (isinstance(error, OSError) and not error.strerror):
+        return DataError(f"{path}: the compressed data is damaged ({error}); copy or make the file again")
+    if isinstance(error, PermissionError):
+        return DataError(f"{path}: cannot be read: {error.strerror}; give yourself the right to read it")
+    return DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")

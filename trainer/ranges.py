@@ -1,0 +1,116 @@
+"""The range of every numeric setting, and what to do about a value outside."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of one number; `above` and `below` exclude the bound itself."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        """Whether a finite `value` lies inside."""
+        return math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = [("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below)]
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)) or "finite"
+
+
+COUNT, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(least=0, most=1)
+
+RANGES: dict[str, tuple[Range, str]] = {
+    "run.seed": (COUNT, "the default is 42"),
+    "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
+    "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
+    "model.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
+    "data.eval_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
+    "data.max_length": (Range(least=2), "a next-token target needs two tokens; 2048 is usual"),
+    "data.test_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
+    "data.max_bad_share": (SHARE, "0 fails on the first bad row, 0.01 bears one in a hundred"),
+    "data.max_documents": (POSITIVE, "null takes all"),
+    "data.workers": (COUNT, "0 takes the cores this job may use"),
+    "data.sources.*.weight": (COUNT, "0 leaves the source out; null for all sources mixes nothing"),
+    "data.checks.max_chars": (POSITIVE, "null sets no limit; a million characters are about 250,000 tokens"),
+    "data.checks.repeat_chars": (COUNT, "0 counts even a second yes"),
+    "data.filters.min_characters": (COUNT, "0 is no bound"),
+    "data.filters.max_characters": (POSITIVE, "null is no bound"),
+    "data.filters.min_words": (COUNT, "0 is no bound"),
+    "data.filters.max_words": (POSITIVE, "null is no bound"),
+    "data.filters.min_completion_characters": (COUNT, "0 is no bound"),
+    "data.filters.min_language_probability": (SHARE, "0.5 as a rule"),
+    "data.filters.min_language_chars": (COUNT, "short texts are guessed badly; 60 as a rule"),
+    "data.filters.gopher.min_words": (COUNT, "the paper judges from 50 words"),
+    "data.filters.gopher.min_mean_word_length": (COUNT, "3 in the paper"),
+    "data.filters.gopher.max_mean_word_length": (Range(above=0), "10 in the paper"),
+    "data.filters.gopher.max_symbol_ratio": (COUNT, "0.1 in the paper"),
+    "data.filters.gopher.min_alphabetic_share": (SHARE, "0.8 in the paper"),
+    "data.filters.gopher.min_letter_share": (SHARE, "0 is off, 0.6 suits prose"),
+    "data.filters.gopher.min_stop_words": (COUNT, "2 in the paper, for English"),
+    "data.filters.gopher.max_bullet_share": (SHARE, "0.9 in the paper"),
+    "data.filters.gopher.max_ellipsis_share": (SHARE, "0.3 in the paper"),
+    "data.filters.gopher.max_duplicate_line_share": (SHARE, "0.3 in the paper"),
+    "data.filters.gopher.max_duplicate_line_characters": (SHARE, "0.2 in the paper"),
+    "data.duplicates.threshold": (Range(least=0.3, most=1), "0.8 as a rule; lower finds looser copies and costs time"),
+    "data.duplicates.ngram": (POSITIVE, "5 words as a rule"),
+    "data.duplicates.num_perm": (Range(least=16), "128 as a rule"),
+    "data.decontamination.ngram": (POSITIVE, "13 words as a rule"),
+    "data.decontamination.min_words": (POSITIVE, "5 as a rule"),
+    "data.decontamination.min_overlap": (SHARE, "0 counts a single run of words"),
+    "data.decontamination.max_shared": (POSITIVE, "null ignores no run; 10 as a rule"),
+    "data.privacy.min_score": (SHARE, "0.5 as a rule; 0.35 also takes numbers that only look right"),
+    "data.privacy.scan_documents": (COUNT, "0 scans all"),
+    "data.privacy.max_findings": (COUNT, "0 allows none"),
+    "data.balance.temperature": (Range(least=1), "1 is natural, 2 to 5 flattens"),
+    "data.balance.cap": (POSITIVE, "null is no cap"),
+    "data.balance.max_repeats": (POSITIVE, "up to 4 loses little as a rule"),
+    "data.bias.window": (POSITIVE, "10 words as a rule"),
+    "data.min_supervised_share": (SHARE, "0 switches the check off"),
+    "batch.global": (POSITIVE, "documents a step, 32 to 256 as a rule"),
+    "batch.micro": (POSITIVE, "1 uses the least memory"),
+    "budget.steps": (POSITIVE, "the number of optimizer steps"),
+    "budget.epochs": (Range(above=0), "1 is one pass over the data"),
+    "budget.tokens": (POSITIVE, "training tokens, all ranks together"),
+    "tuning.rank": (POSITIVE, "8 to 64 as a rule"),
+    "tuning.alpha": (Range(above=0), "twice tuning.rank as a rule"),
+    "tuning.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
+    "strategy.bucket_mib": (POSITIVE, "25 (ddp) to 200 (zero) as a rule"),
+    "strategy.replicate": (COUNT, "0 means one replica a host, or 2 on one host"),
+    "strategy.stage": (Range(least=1, most=3), "chosen with strategy=zero1, zero2 or zero3"),
+    "strategy.persistence_threshold": (COUNT, "0 shards every parameter"),
+    "strategy.prefetch_mib": (COUNT, "0 gathers nothing ahead"),
+    "optim.lr": (Range(above=0), "about 2e-5 for full tuning, 2e-4 for LoRA"),
+    "optim.weight_decay": (COUNT, "0 to 0.1 as a rule"),
+    "optim.eps": (Range(above=0), "1e-8 as a rule"),
+    "optim.max_grad_norm": (COUNT, "0 switches clipping off"),
+    "optim.max_skipped_steps": (POSITIVE, "10 as a rule"),
+    "schedule.warmup_steps": (COUNT, "0 takes schedule.warmup_share"),
+    "schedule.warmup_share": (SHARE, "0.03 as a rule"),
+    "schedule.decay_share": (SHARE, "0.2 as a rule"),
+    "schedule.min_factor": (SHARE, "0 ends at a rate of zero"),
+    "evaluation.every_steps": (COUNT, "0 evaluates only at the end"),
+    "evaluation.batch": (POSITIVE, "8 as a rule"),
+    "evaluation.max_documents": (POSITIVE, "null takes all"),
+    "evaluation.patience": (COUNT, "0 never stops early"),
+    "evaluation.min_delta": (COUNT, "0 counts any improvement"),
+    "checkpoint.every_steps": (COUNT, "0 writes one at the end"),
+    "checkpoint.keep": (POSITIVE, "2 survives a checkpoint that was damaged"),
+    "export.max_shard_gib": (Range(above=0), "5 as a rule"),
+    "logging.every_steps": (POSITIVE, "10 as a rule"),
+    "logging.reference_tflops": (Range(above=0), "null takes what is known of the device"),
+    "launcher.processes": (POSITIVE, "one a GPU"),
+    "launcher.nodes": (POSITIVE, "the number of hosts"),
+    "launcher.node_rank": (COUNT, "0 on the host that launcher.rdzv names"),
+    "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
+    "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
+    "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
+    "launcher.max_restarts": (COUNT, "0 never requeues"),
+}
+"""Every numeric setting, with what to do about a value outside."""
