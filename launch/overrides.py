@@ -69,19 +69,15 @@ def settings() -> dict[str, Setting]:
 
 
 def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
-    """The setting behind a key as typed: also an entry of a table, such as `data.columns.text`."""
-    if key in known:
-        return known[key]
+    """The setting behind a key as typed: also in a table, such as `data.columns.text` or `data.sources.chat.path`."""
     parts = key.split(".")
-    for number in range(1, len(parts)):
-        wild = ".".join([*parts[:number], "*", *parts[number + 1 :]])
-        if wild in known:
-            return known[wild]
-        table = known.get(".".join(parts[:number]))
+    named = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
+    for form in (key, *named):
+        if form in known:
+            return known[form]
+        table = known.get(form.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
-            return Setting(get_args(table.type)[1], table.under) if number == len(parts) - 1 else None
-    if len(parts) > 2 and (inner := setting_of(known, ".".join([*parts[:2], "*", *parts[3:]]))) is not None:
-        return inner
+            return Setting(get_args(table.type)[1], table.under)
     return None
 
 

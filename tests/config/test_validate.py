@@ -8,6 +8,7 @@ import pytest
 
 from launch import overrides
 from launch.compose import compose
+from strategies.errors import ConfigError
 from trainer.validate import RANGES, problems_of
 
 
@@ -152,3 +153,24 @@ def test_every_settings_class_of_the_tree_is_closed():
     with pytest.raises(AttributeError):
         RunConfig().typo = 1  # type: ignore[attr-defined]
     assert dataclasses.is_dataclass(RunConfig)
+
+
+def test_sources_are_named_on_the_command_line():
+    words = ["model.path=m", "budget.steps=1", "data.sources.chat.path=train.jsonl", "data.sources.chat.weight=0.9"]
+    words += ["data.sources.chat.columns.text=body", "data.sources.plain.path=[train.jsonl]", "data.sources.plain.weight=0.1"]
+    sources = compose(words).config.data.sources
+    assert (sources["chat"].path, sources["chat"].weight, dict(sources["chat"].columns)) == (
+        "train.jsonl",
+        0.9,
+        {"text": "body"},
+    )
+    assert list(sources["plain"].path) == ["train.jsonl"]
+    for word, said in (
+        ("data.sources.chat.wieght=1", "did you mean data.sources.*.weight"),
+        ("data.sources.chat.weight=-1", "data.sources.chat.weight=-1: must be at least 0"),
+        ("data.privcy.mode=redact", "did you mean data.privacy.mode"),
+        ("data.privacy.mode=redacted", "one of none, report, redact"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            compose([*words, word])
+        assert said in str(caught.value), caught.value
