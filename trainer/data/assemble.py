@@ -7,6 +7,7 @@ numbers only, so that the data may be larger than memory.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Totals:
     rows: dict[tuple[str, str], int] = field(default_factory=dict)
     """Rows read, by (split, source)."""
     kept: dict[tuple[str, str], int] = field(default_factory=dict)
+    rows_of_file: Counter[str] = field(default_factory=Counter)
     bad: list[Bad] = field(default_factory=list)
     """The first few."""
     num_bad: int = 0
@@ -96,6 +98,7 @@ class Assembly:
         totals.kept[key] = totals.kept.get(key, 0) + number
         if block.rows != number + block.tally.num_dropped():
             raise AssertionError(f"block {block.number}: {block.rows} rows in, {number} kept, the rest unaccounted for")
+        totals.rows_of_file.update(block.rows_of_file)
         totals.tally.merge(block.tally)
         self._log(block)
         if totals.num_bad > GIVE_UP and totals.num_bad > self.max_bad_share * max(totals.num_rows, 10 * GIVE_UP):

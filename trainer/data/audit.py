@@ -120,7 +120,7 @@ def summary(report: dict[str, Any]) -> str:
     for stage in report.get("flow", ()):
         for verb, counts in (("dropped", stage["dropped"]), ("kept", stage["noted"])):
             for reason, count in counts.items():
-                first = ", ".join(stage["examples"].get(reason, ()))
+                first = ", ".join(stage["examples"].get(reason, ())[:2])
                 said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
                 lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
     for kind, found in report.get("duplicates", {}).items():

@@ -7,6 +7,7 @@ alone, so that any number of workers makes the same data set.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ class Block:
     split: str
     source: str
     rows: int
+    rows_of_file: dict[str, int] = field(default_factory=dict)
     bad: list[Bad] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     documents: pa.RecordBatch | None = None
@@ -101,7 +103,8 @@ class BlockMaker:
 
     def __call__(self, job: Job) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
-        block = Block(job.number, job.split, job.source, rows=len(job.rows))
+        files = Counter(row.file for row in job.rows)
+        block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
         stages = self.stages()  # anew for each block: what they count is the block's
         documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
         for stage in stages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +15,10 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.assemble import QUARANTINE, Columns, Totals
 from trainer.data.audit import pieces
+from trainer.data.curation.language import share
 from trainer.data.dataset import TokenDataset
 from trainer.data.document import Tally
-from trainer.data.inputs import Input
+from trainer.data.inputs import Input, readers_of
 from trainer.data.mixing import quotas, realised
 from trainer.data.report.card import datacard
 from trainer.data.report.html import page
@@ -39,6 +41,8 @@ STAGES = (
     "leakage",
     "balance",
 )
+MOST_JUDGED = 1000
+"""Documents whose language is judged."""
 SAMPLES = 5
 """Decoded samples in the audit."""
 
@@ -53,8 +57,13 @@ class Description:
         inputs: list[Input],
         fingerprint: str,
         directory: Path,
+        *,
+        digest: Callable[[Path], str],
     ) -> None:
-        self.config, self.tokenizer, self.inputs = config, tokenizer, inputs
+        self.config, self.tokenizer, self.inputs, self.digest = config, tokenizer, inputs, digest
+        self.formats = {
+            item.id: reader.format for item, reader in zip(inputs, readers_of(inputs).values(), strict=True)
+        }
         self.fingerprint, self.directory = fingerprint, directory
 
     def write(
@@ -102,6 +111,8 @@ class Description:
             audit["privacy"] = report["privacy"] = {**names, **totals.findings.as_dict()}
         if totals.bias is not None:
             audit["bias"] = totals.bias.as_dict()
+        if self.config.languages:
+            audit["languages"] = self._languages(selection.splits["train"])
         audit = {name: part for name, part in audit.items() if part not in (None, {}, [])}
         text = json.dumps(audit, indent=1, ensure_ascii=False, default=_plain)
         (self.directory / "audit.json").write_text(text, encoding="utf-8")
@@ -170,7 +181,11 @@ class Description:
         for item in self.inputs:
             about = {
                 "name": item.source,
-                "files": item.origin.files(),
+                "files": [
+                    {**file, **({"rows": count} if (count := totals.rows_of_file.get(file["path"])) else {})}
+                    for file in item.origin.files(self.digest)
+                ],
+                "format": str(self.formats[item.id]),
                 "rows": totals.rows.get(item.id, 0),
                 "kept": totals.kept.get(item.id, 0),
                 "weight": item.weight,
@@ -202,8 +217,17 @@ class Description:
         shares = data.num_supervised / np.maximum(data.lengths, 1)
         made = {"length_histogram": _histogram(data.lengths), "supervised_histogram": _histogram(shares, (0.0, 1.0))}
         if turns.any():
-            made["turns_histogram"] = _histogram(turns)
+            most = int(turns.max())
+            bins = np.arange(0.5, most + 1.5) if most <= 40 else 30
+            counts, edges = np.histogram(turns, bins=bins)
+            made["turns_histogram"] = {"edges": edges.round(4).tolist(), "counts": counts.tolist()}
         return made
+
+    def _languages(self, documents: np.ndarray) -> dict[str, int]:
+        """Languages of training documents spread over the whole, most frequent first."""
+        table = DocumentTable(self.directory)
+        some = documents[:: max(1, len(documents) // MOST_JUDGED)]
+        return share((table.document(int(number)) for number in some), max_documents=MOST_JUDGED)
 
     def _samples(self, data: TokenDataset) -> list[dict[str, Any]]:
         table, samples = DocumentTable(self.directory), []

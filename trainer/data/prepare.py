@@ -87,11 +87,11 @@ class Preparation:
             "label_names": label_names,
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
-        digests = DigestCache(Path(config.cache_dir).expanduser())
-        identities: list[Any] = [(*item.id, item.origin.identity(digests)) for item in self.inputs]
+        self.digests = DigestCache(Path(config.cache_dir).expanduser())
+        identities: list[Any] = [(*item.id, item.origin.identity(self.digests)) for item in self.inputs]
         if config.decontamination.paths is not None:
             against = Origin.of(config.decontamination.paths, "data.decontamination.paths")
-            identities.append(("decontamination", against.identity(digests)))
+            identities.append(("decontamination", against.identity(self.digests)))
         self.fingerprint = fingerprint(identities, tokenizer, options)
         self.directory = Path(config.cache_dir).expanduser() / self.fingerprint[:32]
 
@@ -139,7 +139,7 @@ class Preparation:
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self._write_splits(target, columns, selection)
-        about = Description(self.config, self.tokenizer, self.inputs, self.fingerprint, target)
+        about = Description(self.config, self.tokenizer, self.inputs, self.fingerprint, target, digest=self.digests)
         report = about.write(assembly.totals, columns, selection, names)
         manifest = {
             "fingerprint": self.fingerprint,

@@ -186,7 +186,9 @@ def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: 
     chooser.hold_out()
     chooser.leaks()
     chooser.balance()
-    return chooser.selection
+    selection = chooser.selection
+    selection.splits = {name: selection.splits[name] for name in ("train", *HELD_OUT) if name in selection.splits}
+    return selection
 
 
 def mix(digests: np.ndarray, seed: int) -> np.ndarray:

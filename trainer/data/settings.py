@@ -118,6 +118,8 @@ class DataConfig:
     """How the weights of `data.sources` are meant."""
     bias: BiasConfig = field(default_factory=BiasConfig)
     """Counts of what is said about groups of people."""
+    languages: bool = False
+    """Tell the languages of the training documents in the audit, judged on at most 1,000 of them."""
     learn: LearnConfig = field(default_factory=LearnConfig)
     """Which turns of a conversation are learned."""
     max_length: int = 2048

@@ -102,6 +102,7 @@ def save(block: Block, path: Path) -> None:
         "split": block.split,
         "source": block.source,
         "rows": block.rows,
+        "rows_of_file": block.rows_of_file,
         "bad": [asdict(bad) for bad in block.bad],
         "tally": {
             "dropped": block.tally.dropped,
@@ -138,6 +139,7 @@ def load(path: Path, config: DataConfig) -> Block:
         split=about["split"],
         source=about["source"],
         rows=about["rows"],
+        rows_of_file=about["rows_of_file"],
         bad=[Bad(**bad) for bad in about["bad"]],
         tally=tally,
         documents=batch_from_bytes(arrays["documents"].tobytes()),

@@ -43,9 +43,10 @@ class Origin:
         """Bytes on disk, roughly."""
         return sum(BIG if is_hub(path) else path.stat().st_size for path in self.paths)
 
-    def files(self) -> list[dict[str, Any]]:
-        """Names and sizes, for the records."""
-        return [
-            {"path": str(path)} if is_hub(path) else {"path": str(path), "bytes": path.stat().st_size}
-            for path in self.paths
-        ]
+    def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
+        """Names, sizes and digests, for the records."""
+        found: list[dict[str, Any]] = []
+        for path in self.paths:
+            about = {} if is_hub(path) else {"bytes": path.stat().st_size, "sha256": digest(path)}
+            found.append({"path": str(path), **about})
+        return found
