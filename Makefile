@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-fast check format clean
+.PHONY: install demo test test-fast check format bench-data clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -36,6 +36,9 @@ check: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+bench-data: $(STAMP)
+	@$(BIN)/python benchmarks/data_preparation.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

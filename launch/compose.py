@@ -134,7 +134,8 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
     if rest and key.startswith("data.sources.") and head not in tree.data.sources:
         OmegaConf.update(tree, f"data.sources.{head}", SourceConfig(), force_add=True)
     parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else None
-    is_table = parent is not None and OmegaConf.get_type(parent) is dict
+    table = OmegaConf.select(tree, key) if isinstance(value, dict) else parent
+    is_table = table is not None and OmegaConf.get_type(table) is dict
     OmegaConf.update(tree, key, value, merge=True, force_add=is_table and not key.startswith("batch."))
 
 

@@ -221,6 +221,8 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
 
 def _is_text(hint: Any) -> bool:
     """Whether the words of the user are the value: plain text, or the paths and patterns typed `Any`."""
+    if get_origin(hint) is dict:
+        return False
     return hint in (str, Any) or (get_args(hint) != () and set(get_args(hint)) <= {str, type(None)})
 
 

@@ -44,6 +44,8 @@ def remember(words: list[str], config: RunConfig, directory: Path) -> None:
         values[f"data.{key}"] = getattr(config.data, key)
     values |= {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     values["data.decontamination.paths"] = config.data.decontamination.paths
+    if config.data.privacy.mode == "pseudonymise":
+        values["data.privacy.key_env"] = config.data.privacy.key_env
     values = {key: value for key, value in values.items() if value is not None}
     if "model" not in values or any("hub:" in str(value) for value in values.values()):
         return
@@ -82,6 +84,10 @@ def _version(name: str) -> str:
 
 def _state(key: str, value: Any) -> list[Any]:
     """The files behind a setting with what tells that one has changed. Raises DataError for files that are gone."""
+    if key == "data.privacy.key_env":
+        from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode, key_identity
+
+        return [key_identity(PrivacyConfig(mode=PrivacyMode.pseudonymise, key_env=value))]
     if key == "model":
         files = sorted(path for path in Path(value).iterdir() if path.suffix in NOT_WEIGHTS)
     elif key == "model.chat_template":

@@ -50,6 +50,7 @@ def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) ->
         counts=build_objective(config.objective).counts,
         seed=config.run.seed,
         label_names=getattr(config.objective, "labels", None),
+        labelled=config.objective.name is ObjectiveName.classification,
         stop=stop,
     )
 

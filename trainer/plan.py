@@ -9,11 +9,10 @@ from strategies.memory import estimate
 from strategies.parameters import meta_context, named_parameters
 from trainer.config import RunConfig
 from trainer.data.audit import preview, summary
-from trainer.data.order import GlobalOrder, steps_for_tokens
-from trainer.data.pack import best_fit_decreasing
+from trainer.data.order import steps_for_tokens
 from trainer.loop import steps_from_budget
 from trainer.model import Built, load_tokenizer
-from trainer.parts import build_model, prepare_data
+from trainer.parts import build_model, build_order, prepare_data
 
 
 def describe(config: RunConfig) -> str:
@@ -22,18 +21,17 @@ def describe(config: RunConfig) -> str:
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
-    packs = best_fit_decreasing(data.train.lengths, config.data.max_length) if config.data.packing else None
+    packs, order = build_order(config, data)
     lengths = data.train.lengths
     unit_tokens = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
-    order = GlobalOrder(len(unit_tokens), seed=config.run.seed, shuffle=config.data.shuffle)
     size, micro = config.batch["global"], config.batch["micro"]
     world = max(1, (config.launcher.processes or 1) * config.launcher.nodes)
     steps = steps_from_budget(
         config,
-        num_units=len(unit_tokens),
+        num_units=order.num_units,
         for_tokens=lambda tokens: steps_for_tokens(order, unit_tokens, size, tokens),
     )
-    mean_tokens = float(unit_tokens.mean())
+    mean_tokens = float(unit_tokens[order.epoch(0)].mean())
     total = sum(p.numel() for _, p in named_parameters(built.step_module))
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     lines = [

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, DataError
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
 from trainer.data.privacy.settings import problems as privacy_problems
 from trainer.data.settings import DataFormat, Layout
-from trainer.data.sources.paths import is_hub
+from trainer.data.sources.paths import expand, is_hub
 from trainer.objectives.base import ClassificationConfig, ObjectiveName
 from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
@@ -128,7 +128,12 @@ def _data(config: RunConfig) -> Iterator[str]:
         for pattern in [] if value is None else value if isinstance(value, list) else [value]:
             path = Path(str(pattern)).expanduser()
             if not is_hub(str(pattern)) and not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
-                yield f"{key}={pattern}: does not exist and matches no file; paths are relative to {Path.cwd()}"
+                try:
+                    expand(pattern, key)
+                except DataError as error:
+                    named = f"{key}={pattern}"
+                    reason = str(error).removeprefix(named).lstrip(": ")
+                    yield f"{named}: {reason}; paths are relative to {Path.cwd()}"
     for split in ("eval", "test"):
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:

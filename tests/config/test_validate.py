@@ -72,9 +72,9 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("model.path=/no/where/model", "does not exist"),
         ("model.path=model/7b", "does not exist"),
         ("data.path=null", "data.path: not set"),
-        ("data.path=no.jsonl", "does not exist and matches no file"),
+        ("data.path=no.jsonl", "data.path=no.jsonl: does not exist"),
         ("data.path=[train.jsonl,no.jsonl]", "data.path=no.jsonl: does not exist"),
-        ("data.eval_path=no.jsonl", "data.eval_path=no.jsonl"),
+        ("data.eval_path=no.jsonl", "data.eval_path=no.jsonl: does not exist"),
         ("data.eval_path=train.jsonl data.eval_share=0.1", "set one of the two"),
         ("objective=classification data.packing=true", "set data.packing=false"),
         ("objective=classification data.format=text", "data.format=labelled"),
@@ -157,7 +157,11 @@ def test_every_settings_class_of_the_tree_is_closed():
 
 def test_sources_are_named_on_the_command_line():
     words = ["model.path=m", "budget.steps=1", "data.sources.chat.path=train.jsonl", "data.sources.chat.weight=0.9"]
-    words += ["data.sources.chat.columns.text=body", "data.sources.plain.path=[train.jsonl]", "data.sources.plain.weight=0.1"]
+    words += [
+        "data.sources.chat.columns.text=body",
+        "data.sources.plain.path=[train.jsonl]",
+        "data.sources.plain.weight=0.1",
+    ]
     sources = compose(words).config.data.sources
     assert (sources["chat"].path, sources["chat"].weight, dict(sources["chat"].columns)) == (
         "train.jsonl",
@@ -165,6 +169,8 @@ def test_sources_are_named_on_the_command_line():
         {"text": "body"},
     )
     assert list(sources["plain"].path) == ["train.jsonl"]
+    whole = ["model.path=m", "data.path=train.jsonl", "budget.steps=1", "data.columns={prompt:q,completion:a}"]
+    assert dict(compose(whole).config.data.columns) == {"prompt": "q", "completion": "a"}
     for word, said in (
         ("data.sources.chat.wieght=1", "did you mean data.sources.*.weight"),
         ("data.sources.chat.weight=-1", "data.sources.chat.weight=-1: must be at least 0"),

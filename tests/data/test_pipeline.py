@@ -14,6 +14,7 @@ from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data import prepare as module
+from trainer.data.audit import summary
 from trainer.data.curation.balance import BalanceBy, BalanceConfig, BalanceTarget
 from trainer.data.curation.decontamination import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.curation.duplicates import DuplicatePolicy, DuplicatesConfig
@@ -205,6 +206,34 @@ def test_copies_leaks_and_evaluation_texts_are_dropped_where_asked(tmp_path, con
     assert not set(texts(cleaned)) & set(texts(cleaned, "eval"))
     with pytest.raises(DataError, match=r"data\.leakage\.policy=drop_train"):
         run(replace(config, eval_path=str(tmp_path / "eval.jsonl"), leakage=LeakageConfig(policy=LeakagePolicy.fail)))
+
+
+def test_only_training_documents_are_decontaminated_and_leaks_are_told(tmp_path, config):
+    rows = [{"text": f"the quick brown fox number {i} jumps over a very lazy dog once more today ok"} for i in range(6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "eval.jsonl", rows[:2])
+    against = DecontaminationConfig(paths=str(tmp_path / "eval.jsonl"), policy=DecontaminationPolicy.drop)
+    config = replace(config, eval_path=str(tmp_path / "eval.jsonl"))
+    assert "leakage: 2 training documents are in the eval split too" in summary(run(config).report)
+    prepared = run(replace(config, decontamination=against))
+    assert (len(prepared.train), len(prepared.evaluation)) == (4, 2)
+
+
+def test_a_looser_policy_covers_the_stricter_kind(tmp_path, config):
+    write_jsonl(tmp_path / "train.jsonl", [*chat_rows(5), *chat_rows(5)[:2]])
+    prepared = run(replace(config, duplicates=DuplicatesConfig(normalized=DuplicatePolicy.drop)))
+    assert prepared.report["duplicates"]["exact"]["policy"] == "drop" and len(prepared.train) == 5
+    assert "kept (data.duplicates" not in summary(prepared.report)
+
+
+def test_labels_and_objective_must_agree(tmp_path, config):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    with pytest.raises(DataError, match="objective=classification"):
+        run(config, tiny_tokenizer(None), labelled=False)
+    assert run(config, tiny_tokenizer(None), labelled=True).label_names == ["x", "y"]
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match="needs rows with a text and a label"):
+        run(config, tiny_tokenizer(None), labelled=True)
 
 
 def test_personal_data_is_gone_from_everything_written(tmp_path, config, monkeypatch):

@@ -118,7 +118,9 @@ def summary(report: dict[str, Any]) -> str:
                 f"supervised in {part['ends_supervised']:,} of {part['sequences']:,} sequences; doubled BOS 0"
             )
     for stage in report.get("flow", ()):
-        for verb, counts in (("dropped", stage["dropped"]), ("kept", stage["noted"])):
+        mode = report.get("privacy", {}).get("mode") if stage["stage"] == "privacy" else None
+        done = "replaced" if mode in ("redact", "pseudonymise") else "kept"
+        for verb, counts in (("dropped", stage["dropped"]), (done, stage["noted"])):
             for reason, count in counts.items():
                 first = ", ".join(stage["examples"].get(reason, ())[:2])
                 said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
@@ -131,7 +133,7 @@ def summary(report: dict[str, Any]) -> str:
                 f"first: {places})"
             )
     for split, found in report.get("leakage", {}).items():
-        count = sum(value for value in found.values() if isinstance(value, int))
+        count = sum(found["train"].values())
         if count and found["policy"] == "report":
             lines.append(
                 f"leakage: {count:,} training documents are in the {split} split too, kept "

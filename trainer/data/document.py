@@ -20,6 +20,9 @@ Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant", "content": text}, and optionally "train": whether the turn is learned."""
 
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` would make one each time
+
+
 @dataclass(slots=True)
 class Document:
     """One row in normal form. What is set depends on its format.
@@ -76,7 +79,7 @@ class Document:
         """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
         parts = (self.messages, self.prompt, self.completion, self.text, self.label)
         extra = (self.chosen, self.rejected, self.desirable)
-        return json.dumps(parts if extra == (None, None, None) else parts + extra, ensure_ascii=False)
+        return _as_json(parts if extra == (None, None, None) else parts + extra)
 
     def digest(self) -> int:
         """64 bits of `content`, for exact copies and for draws that go by content."""

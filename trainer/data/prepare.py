@@ -26,7 +26,7 @@ from trainer.data.dataset import Sample, TokenDataset
 from trainer.data.describe import Description
 from trainer.data.inputs import inputs_of, readers_of, rows_of
 from trainer.data.parallel import cores, ordered_map
-from trainer.data.privacy.settings import PrivacyMode
+from trainer.data.privacy.settings import PrivacyMode, key_identity
 from trainer.data.privacy.stage import check as check_findings
 from trainer.data.select import Selection, choose, sequences_of
 from trainer.data.settings import DataConfig
@@ -64,7 +64,7 @@ class Preparation:
     The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
     template, the options and the objective's count function (by name). `seed` decides held-out shares and resampling.
     No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
-    `stop`, asked between blocks, says so.
+    `stop`, asked between blocks, says so. `labelled` says whether the objective learns labels; None takes either kind.
     """
 
     def __init__(
@@ -75,10 +75,12 @@ class Preparation:
         counts: Callable[[Sample], dict[str, int]],
         seed: int,
         label_names: list[str] | None = None,
+        labelled: bool | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
         self.seed, self.label_names, self.stop = seed, label_names, stop
+        self.labelled = labelled
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
@@ -92,6 +94,8 @@ class Preparation:
         if config.decontamination.paths is not None:
             against = Origin.of(config.decontamination.paths, "data.decontamination.paths")
             identities.append(("decontamination", against.identity(self.digests)))
+        if (key := key_identity(config.privacy)) is not None:
+            identities.append(("key of the pseudonyms", key))
         self.fingerprint = fingerprint(identities, tokenizer, options)
         self.directory = Path(config.cache_dir).expanduser() / self.fingerprint[:32]
 
@@ -178,8 +182,17 @@ class Preparation:
     def _labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
         """The label names in the order of their ids, and the id of each label of `columns`."""
         if not columns.labels:
+            if self.labelled:
+                raise DataError(
+                    "data.path: objective=classification needs rows with a text and a label; none has a label"
+                )
             return self.label_names, None
         names = self.label_names
+        if self.labelled is False:
+            raise DataError(
+                "data.path: the rows are labelled texts, of which this objective would learn nothing; set "
+                "objective=classification, or data.format=text to learn the texts themselves"
+            )
         if names is None:
             known = np.unique(columns.label[columns.of_split("train")])
             names = _sorted_labels([columns.labels[number] for number in known if number >= 0])

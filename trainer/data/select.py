@@ -70,8 +70,10 @@ class _Chooser:
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
         found = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
         report: dict[str, Any] = {}
+        strictness = list(DuplicatePolicy)
         for place, kind in enumerate(KINDS):
-            policy = getattr(config, kind)
+            # A kind is treated at least as strictly as the looser ones after it.
+            policy = max((getattr(config, looser) for looser in KINDS[place:]), key=strictness.index)
             copies = np.flatnonzero(found.kind == place + 1)
             if policy is DuplicatePolicy.none and not len(copies):
                 continue

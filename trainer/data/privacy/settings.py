@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import re
 from dataclasses import dataclass, field
@@ -96,6 +98,13 @@ def problems(config: PrivacyConfig, prefix: str = "data.privacy") -> list[str]:
             f"variable {config.key_env} ({prefix}.key_env); make one with: openssl rand -hex 32"
         )
     return out
+
+
+def key_identity(config: PrivacyConfig) -> str | None:
+    """What tells one secret key from another without giving it away; None where the mode uses none."""
+    if config.mode != PrivacyMode.pseudonymise:
+        return None
+    return hmac.new(os.environ.get(config.key_env, "").encode(), b"identity of the key", hashlib.sha256).hexdigest()
 
 
 def _bad_regions(config: PrivacyConfig, prefix: str) -> list[str]:

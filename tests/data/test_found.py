@@ -1,0 +1,95 @@
+"""Mistakes that were found by using the product, each with the behaviour that is right."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
+from trainer.data.audit import summary
+from trainer.data.prepare import Preparation
+from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode
+from trainer.data.settings import DataConfig
+
+KEYS = ("the first secret key", "the second secret key")
+SLOW = """
+import os, signal, time
+from trainer.data.parallel import ordered_map
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trainer.preempt.StopRequest does
+def slow(item):
+    time.sleep(0.05 if item < 3 else 2)
+    return os.getpid()
+for pid in ordered_map(slow, range(12), workers=2):
+    print(pid, flush=True)
+"""
+
+
+def counts(sample):
+    return {"loss": int(sample.supervised.sum())}
+
+
+def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
+    # Found: the key was no part of the fingerprint, so that a new key opened what the old one had made.
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
+    privacy = PrivacyConfig(mode=PrivacyMode.pseudonymise, key_env="TEST_KEY")
+    config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
+
+    def prepared(settings):
+        made = Preparation(settings, tiny_tokenizer(), counts=counts, seed=1).open_or_make()
+        return made.directory, made.report["cached"], tiny_tokenizer().decode(made.train.sample(0).input_ids)
+
+    seen = []
+    for key in (*KEYS, KEYS[0]):
+        monkeypatch.setenv("TEST_KEY", key)
+        seen.append(prepared(config))
+    assert "ann@example.com" not in seen[0][2] + seen[1][2]
+    assert seen[0][2] != seen[1][2] and seen[0][2] == seen[2][2]
+    assert [cached for _, cached, _ in seen] == [False, False, True]
+    redacting = replace(config, privacy=replace(privacy, mode=PrivacyMode.redact))
+    first = prepared(redacting)
+    monkeypatch.setenv("TEST_KEY", KEYS[1])
+    assert prepared(redacting)[0] == first[0], "a key that is not used is no part of the data"
+
+
+@pytest.mark.parametrize(("mode", "verb"), [("report", "kept"), ("redact", "replaced")])
+def test_the_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
+    # Found: what had been replaced was said to be kept.
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
+    privacy = PrivacyConfig(mode=PrivacyMode(mode))
+    config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
+    report = Preparation(config, tiny_tokenizer(), counts=counts, seed=1).open_or_make().report
+    assert f"{verb}, privacy: EMAIL: 1" in summary(report)
+
+
+@pytest.fixture
+def preparing():
+    """A process whose two workers are busy, at the head of its own group; and the number of one of its workers."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert child.stdout is not None
+    yield child, int(child.stdout.readline())
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+
+
+def test_two_interrupts_end_the_workers(preparing):
+    # Found: the second one broke the wait for the workers, which then waited for work without end.
+    child, worker = preparing
+    for _ in range(2):
+        time.sleep(0.2)
+        os.killpg(child.pid, signal.SIGINT)
+    assert child.wait(timeout=20) != 0
+    assert not Path(f"/proc/{worker}").exists()
