@@ -32,7 +32,7 @@ from trainer.data.settings import Layout
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model import ModelConfig
 from trainer.objectives.base import ClassificationConfig
-from trainer.optim import OptimConfig
+from trainer.optim import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
 ZERO3_CPU = ZeroConfig(name=StrategyName.zero3, stage=3, offload_optimizer="cpu", offload_parameters="cpu")
@@ -147,7 +147,7 @@ class Job:
 
     def evaluation(self) -> dict:
         """Held-out loss and accuracy for several batch sizes, on two ranks and on one."""
-        config = run_config(model_dir(self.root), "fsdp2", "full", micro=4, steps=12, optim=OptimConfig(lr=0.03))
+        config = run_config(model_dir(self.root), "fsdp2", "full", micro=4, steps=12, optim=AdamwConfig(lr=0.03))
         many = trainer_for(config, self.data, self.runtime)
         take_steps(many, 12)  # so that some predictions are right
         path = self._saved(many)

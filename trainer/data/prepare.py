@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import DataError, Preempted
+from strategies.errors import Preempted
 from trainer.data.assemble import Assembly, Columns
 from trainer.data.block import Block, BlockMaker, Job, jobs
 from trainer.data.cache import DONE, DigestCache, build_once, fingerprint
@@ -25,6 +25,7 @@ from trainer.data.curation.balance import BalanceBy
 from trainer.data.dataset import Sample, TokenDataset
 from trainer.data.describe import Description
 from trainer.data.inputs import inputs_of, readers_of, rows_of
+from trainer.data.labels import number_labels
 from trainer.data.parallel import cores, ordered_map
 from trainer.data.privacy.settings import PrivacyMode
 from trainer.data.privacy.stage import check as check_findings
@@ -75,16 +76,18 @@ class Preparation:
         counts: Callable[[Sample], dict[str, int]],
         seed: int,
         label_names: list[str] | None = None,
+        multi_label: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
-        self.seed, self.label_names, self.stop = seed, label_names, stop
+        self.seed, self.label_names, self.multi_label, self.stop = seed, label_names, multi_label, stop
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
             "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
             "seed": seed if self._draws() else None,
             "label_names": label_names,
+            **({"multi_label": True} if multi_label else {}),
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
         digests = DigestCache(Path(config.cache_dir).expanduser())
@@ -135,7 +138,7 @@ class Preparation:
             if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
-            names, label_ids = self._labels(columns, table)
+            names, label_ids = number_labels(columns, table, self.label_names, multi_label=self.multi_label)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self._write_splits(target, columns, selection)
@@ -164,33 +167,17 @@ class Preparation:
     def _maker(self) -> BlockMaker:
         return BlockMaker(
             self.config,
-            readers=readers_of(self.inputs),
+            readers=readers_of(self.inputs, multi_label=self.multi_label),
             stages=stages_of(self.config),
             encoder=Encoder(self.tokenizer, self.label_names, learn=self.config.learn),
             counts=self.counts,
             label_names=self.label_names,
+            multi_label=self.multi_label,
         )
 
     def _workers(self) -> int:
         small = sum(item.origin.size() for item in self.inputs) <= SMALL
         return 1 if small else self.config.workers or cores()
-
-    def _labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
-        """The label names in the order of their ids, and the id of each label of `columns`."""
-        if not columns.labels:
-            return self.label_names, None
-        names = self.label_names
-        if names is None:
-            known = np.unique(columns.label[columns.of_split("train")])
-            names = _sorted_labels([columns.labels[number] for number in known if number >= 0])
-            strange = np.flatnonzero((columns.label >= 0) & ~np.isin(columns.label, known))
-            if len(strange):
-                row = table.row(int(strange[0]))
-                raise DataError(
-                    f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
-                    "data); set objective.labels to name them all"
-                )
-        return names, np.array([names.index(label) for label in columns.labels], np.int64)
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
         for split, documents in selection.splits.items():
@@ -199,12 +186,6 @@ class Preparation:
             np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
             (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-def _sorted_labels(labels: list[str]) -> list[str]:
-    """By number if all are whole numbers, else by name."""
-    numeric = all(label.lstrip("-").isdecimal() for label in labels)
-    return sorted(labels, key=int) if numeric else sorted(labels)
 
 
 def open_prepared(directory: Path, *, cached: bool = True, seconds: float = 0.0) -> Prepared:
