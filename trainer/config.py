@@ -17,7 +17,7 @@ from trainer.evaluation.base import EvaluationConfig
 from trainer.export import ExportConfig
 from trainer.model import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
-from trainer.optim import AdamwConfig, OptimConfig
+from trainer.optim import OptimConfig
 from trainer.schedule import ScheduleConfig
 from trainer.tracking import LoggingConfig
 from trainer.tuning.base import TuningConfig
@@ -136,7 +136,7 @@ class RunConfig:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    optim: OptimConfig = field(default_factory=AdamwConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -83,8 +83,8 @@ class AdafactorConfig(OptimConfig):
     name: OptimName = OptimName.adafactor
     lr: float = 1e-3
     """Peak rate relative to the root mean square of each parameter; capped by 1/sqrt(step); about 1e-3."""
-    beta2_decay: float = -0.8
-    """Exponent of the step in the decay of the second moments, at most 0."""
+    decay_exponent: float = 0.8
+    """The second moments average over more steps as the run goes on: step t counts `t ** -decay_exponent`, 0 to 1."""
     clip_threshold: float = 1.0
     """Largest root mean square of one parameter's update before the rate, at least 1."""
     eps_scale: float = 1e-3

@@ -94,7 +94,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "optim.groups.*.weight_decay": (COUNT, "null keeps the common rule"),
     "optim.momentum": (Range(least=0, below=1), "0.9 (sgd) or 0.95 (muon) as a rule"),
     "optim.iterations": (Range(least=1, most=20), "5 in the paper"),
-    "optim.beta2_decay": (Range(least=-1, most=0), "-0.8 in the paper"),
+    "optim.decay_exponent": (SHARE, "0.8 in the paper"),
     "optim.clip_threshold": (Range(least=1), "1 in the paper"),
     "optim.eps_scale": (Range(above=0), "0.001 in the paper"),
     "optim.min_8bit_elements": (COUNT, "4096 as a rule"),

@@ -115,6 +115,7 @@ def test_every_setting_named_exists():
     from launch.overrides import settings
 
     known = set(settings())
+    known |= {key[: dot.start()] for key in known for dot in re.finditer(r"\.", key) if "." in key[: dot.start()]}
     tops = {key.split(".")[0] for key in known}
     for page in PAGES:
         for key in re.findall(r"`([a-z]+\.[a-z_]+)(?:=[^`]*)?`", prose(page)):

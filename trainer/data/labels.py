@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import Columns
 from trainer.data.checks import Refusal, label_of
-from trainer.data.table import DocumentTable
+
+if TYPE_CHECKING:
+    from trainer.data.assemble import Columns
+    from trainer.data.table import DocumentTable
 
 MARK = "|"
 """Between the labels of a document that has several."""

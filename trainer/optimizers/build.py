@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,8 @@ def build_optimizer(
     """
     groups = group_parameters(config, ((name, p) for name, p in named if p.requires_grad), model_names)
     dicts = [group.as_dict() for group in groups]
+    if type(config) is OptimConfig:  # what all share, no choice made
+        config = AdamwConfig(**{each.name: getattr(config, each.name) for each in fields(config)})
     match config:
         case Adamw8bitConfig():
             bitsandbytes = import_package(config.name)
@@ -54,7 +57,7 @@ def build_optimizer(
 
             eps = (None, config.eps_scale)
             return ShardedAdafactor(
-                dicts, lr=config.lr, beta2_decay=config.beta2_decay, eps=eps, d=config.clip_threshold
+                dicts, lr=config.lr, beta2_decay=-config.decay_exponent, eps=eps, d=config.clip_threshold
             )
         case MuonConfig():
             return _muon(config, groups)
