@@ -79,7 +79,7 @@ def build_model(
         half_on_gpu=half_on_gpu,
     )
     if objective is not config.objective:
-        built.notes["objective.class_weights"] = f"balanced -> {objective.class_weights}"  # type: ignore[attr-defined]
+        built.substitutions["objective.class_weights"] = f"balanced -> {objective.class_weights}"  # type: ignore[attr-defined]
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "

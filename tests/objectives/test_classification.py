@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.checks import Refusal
-from trainer.data.labels import labels_of
+from trainer.data.labels import labels_of, namer
 from trainer.data.prepare import Preparation
 from trainer.data.settings import DataConfig
 from trainer.evaluation.loss import f1_scores
@@ -97,7 +97,7 @@ def test_balanced_weights_are_those_of_the_definition():
     several = np.array([0b01, 0b01, 0b11, 0b00])
     assert balanced_weights(several, "ab", multi_label=True) == pytest.approx([1 / 3, 3.0])
     for many, seen in ((False, labels), (True, several)):
-        with pytest.raises(DataError, match="no training document has the label '[cd]'"):
+        with pytest.raises(DataError, match=r"no training document has the label '[cd]'"):
             balanced_weights(seen, "abcd", multi_label=many)
     with pytest.raises(DataError, match="every training document has the label 'a'"):
         balanced_weights(np.array([1, 3]), "ab", multi_label=True)
@@ -192,6 +192,12 @@ def test_several_labels_become_bits(tmp_path):
     assert found.evaluation.labels.tolist() == [0b011]
     given = prepared(tmp_path, rows, label_names=["up", "down", "in"])
     assert given.label_names == ["up", "down", "in"] and given.train.labels.tolist() == [0b101, 0b011, 0, 0b001]
+
+
+def test_a_preview_says_labels_by_name():
+    assert namer(["a", "b", "c"], multi_label=True)(0b101) == "a, c"
+    assert namer(["a", "b"], multi_label=True)(0) == "none"
+    assert namer(["a", "b"], multi_label=False)(1) == "1 (b)" and namer(None, multi_label=False)(1) == "1"
 
 
 def test_a_label_that_training_has_not_is_refused_with_its_place(tmp_path):

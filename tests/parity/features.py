@@ -100,7 +100,7 @@ class Job:
         """Documents with one of three labels, or with any number of them."""
         directory = self.root / f"labelled-{several}"
         made = [
-            Sample(s.input_ids, s.supervised, i % 7 if several else i * i % 5 % 3)
+            Sample(s.input_ids, s.supervised, i % 7 if several else i * i % 7 % 3)
             for i, s in enumerate(samples(48, uneven=False))
         ]
         if self.runtime.is_main and not directory.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +64,19 @@ def number_labels(
             "train one run for each part of them"
         )
     return names, np.array([sum(1 << names.index(name) for name in part) for part in parts], np.int64)
+
+
+def namer(names: list[str] | None, *, multi_label: bool) -> Callable[[int], str]:
+    """What says a number of the prepared data by its names."""
+
+    def name(label: int) -> str:
+        if names is None:
+            return str(label)
+        if not multi_label:
+            return f"{label} ({names[label]})"
+        return ", ".join(name for bit, name in enumerate(names) if label >> bit & 1) or "none"
+
+    return name
 
 
 def _sorted(labels: set[str]) -> list[str]:
