@@ -48,7 +48,7 @@ class ClassificationConfig(ObjectiveConfig):
     multi_label: bool = False
     """A document has any number of labels: a list, or one text with `|` between them, empty for none; 62 labels at most."""
     class_weights: Any = None
-    """A weight for each label in the order of `labels`, or `balanced` (rare ones count more); null weighs them alike."""
+    """A weight for each label in the order of `labels`, or `balanced`; with `multi_label` it counts where the label is true."""
 
 
 def problems(config: ObjectiveConfig) -> Iterator[str]:
