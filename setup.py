@@ -14,6 +14,7 @@ PACKAGES = [
     "trainer.data.sources",
     "trainer.evaluation",
     "trainer.objectives",
+    "trainer.optimizers",
     "trainer.tuning",
 ]
 
@@ -51,8 +52,12 @@ setup(
         "gpu": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard>=2.21"],
         "pii": PII,
+        "schedule_free": ["schedulefree>=1.4"],
+        "qlora": ["bitsandbytes>=0.50"],
         "test": [
             *PII,
+            "bitsandbytes>=0.50",
+            "schedulefree>=1.4",
             "python-stdnum>=2",
             "pytest>=9",
             "pytest-timeout>=2.4",

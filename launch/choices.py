@@ -30,12 +30,32 @@ def variants() -> dict[str, dict[str, type]]:
     from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
     from trainer.config import LauncherConfig, SlurmConfig
     from trainer.objectives.base import ClassificationConfig, SftConfig
+    from trainer.optim import (
+        AdafactorConfig,
+        Adamw8bitConfig,
+        AdamwConfig,
+        LionConfig,
+        MuonConfig,
+        ScheduleFreeConfig,
+        SgdConfig,
+    )
     from trainer.tuning.base import FullConfig, LoraConfig
+
+    optim = (
+        AdamwConfig,
+        Adamw8bitConfig,
+        AdafactorConfig,
+        LionConfig,
+        MuonConfig,
+        ScheduleFreeConfig,
+        SgdConfig,
+    )
 
     return {
         "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
         "tuning": {"full": FullConfig, "lora": LoraConfig},
         "objective": {"sft": SftConfig, "classification": ClassificationConfig},
+        "optim": {str(settings().name): settings for settings in optim},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
     }
 

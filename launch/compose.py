@@ -19,10 +19,14 @@ from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
 from trainer.config import Device, LauncherName, RunConfig
 from trainer.data.settings import SourceConfig
+from trainer.optim import GroupRule
 from trainer.validate import problems_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+TABLES = {"data.sources": SourceConfig, "optim.groups": GroupRule}
+"""Tables of settings: what stands behind a name that the user chooses."""
 
 __all__ = ["Composed", "compose", "default_run_dir", "freeze", "is_finished", "load_frozen"]
 
@@ -127,12 +131,13 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
 
 
 def _set(tree: DictConfig, key: str, value: Any) -> None:
-    """Set one value; a table of settings (`data.sources.<name>`) grows by the name, with defaults."""
+    """Set one value; a table of settings (`TABLES`) grows by the name, with defaults."""
     from omegaconf import OmegaConf
 
-    head, _, rest = key.removeprefix("data.sources.").partition(".")
-    if rest and key.startswith("data.sources.") and head not in tree.data.sources:
-        OmegaConf.update(tree, f"data.sources.{head}", SourceConfig(), force_add=True)
+    for table, entry in TABLES.items():
+        head, _, rest = key.removeprefix(f"{table}.").partition(".")
+        if rest and key.startswith(f"{table}.") and head not in OmegaConf.select(tree, table):
+            OmegaConf.update(tree, f"{table}.{head}", entry(), force_add=True)
     parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else None
     table = OmegaConf.select(tree, key) if isinstance(value, dict) else parent
     is_table = table is not None and OmegaConf.get_type(table) is dict

@@ -43,6 +43,9 @@ class Fsdp2Engine(NativeEngine):
         self.wrapped.set_requires_gradient_sync(sync)
         super().backward(loss, last=last)
 
+    def _weights_changed(self) -> None:
+        self.wrapped.reshard()
+
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from strategies.base import OptimizerFactory, Precision, Progress, StepResult
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
@@ -21,6 +22,9 @@ from strategies.state import Run, StateHeader, load_state, save_state
 
 _GROWTH_INTERVAL = 2000
 """fp16: steps without overflow after which the loss scale doubles (the interval of mixed-precision training's authors)."""
+
+_GROUP_STATE = ("k", "weight_sum", "lr_max")
+"""What an optimizer counts per group rather than per parameter (schedule-free AdamW): saved beside the tensors."""
 
 
 class NativeEngine:
@@ -73,10 +77,29 @@ class NativeEngine:
         """The step module in eval mode, without gradients. All ranks enter."""
         self.step_module.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast(), self._averaged():
                 yield self.step_module
         finally:
             self.step_module.train()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights of an optimizer that trains others (schedule-free), and afterwards the very same others."""
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        trained = [self._local(p.detach()) for _, p in self.trainable]
+        kept = [value.clone() for value in trained]  # swapping back by arithmetic would round
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()  # type: ignore[attr-defined]
+            torch._foreach_copy_(trained, kept)
+            self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """The weights were changed outside a step: drop what was gathered of them."""
 
     # -- update --------------------------------------------------------------------------------------------------
 
@@ -96,7 +119,10 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> StepResult:
-        """Clip to the global norm and update, unless a gradient is not finite. Nothing here waits for the device."""
+        """Clip to the global norm and update, unless a gradient is not finite.
+
+        With torch's fused optimizers nothing here waits for the device; the others must know first whether to step.
+        """
         grads = [self._local(p.grad) for _, p in self.trainable if p.grad is not None]
         norm = self._grad_norm(grads)
         if self.scale is not None:
@@ -149,25 +175,32 @@ class NativeEngine:
     def _runs(self, *, writing: bool) -> Iterator[Run]:
         for name, parameter in self.trainable:
             held, start = self._held(parameter)
-            tensors = {"weight": held.detach()}
-            for key, value in self.optimizer.state[parameter].items():
-                if torch.is_tensor(value) and value.shape == parameter.shape and value.dim() > 0:
+            tensors, wholes = {"weight": held.detach()}, dict[str, Tensor]()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if not torch.is_tensor(value) or value.dim() == 0:
+                    continue
+                if value.shape == parameter.shape and isinstance(value, DTensor) == isinstance(parameter, DTensor):
                     tensors[key] = self._local(value).view(-1)
+                else:
+                    wholes[key] = value.view(-1)
             if writing and self.replicated:  # each rank writes its share, so that no rank writes everything
                 low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
                 tensors = {key: value[low:high] for key, value in tensors.items()}
                 start = low
             yield Run(name, parameter.numel(), start, tensors, write=self._writes())
+            for key, value in wholes.items():  # factored moments and the like: whole, and the same, on every rank
+                yield Run(name, value.numel(), 0, {key: value}, write=self.runtime.is_main)
 
     def _writes(self) -> bool:
         return True
 
     def _ensure_moments(self) -> None:
-        """Create the optimizer's state: a step with zero gradients at rate 0 (its values are overwritten at once)."""
-        if self.optimizer.state:
+        """Create the optimizer's state: a step with zero gradients at rate 0, which moves nothing and counts for nothing."""
+        if any(self.optimizer.state.values()):
             return
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        before = [dict(group) for group in groups]
+        for group in groups:
             group["lr"] = 0.0
         for _, parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
@@ -175,8 +208,17 @@ class NativeEngine:
             self.optimizer.found_inf = torch.zeros((), device=self.runtime.device)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, values in zip(groups, before, strict=True):
+            group.update(values)
+        self._set_step(0)
+
+    def _set_step(self, updates: int) -> None:
+        """Tell the optimizer how many updates were applied, which bias correction counts."""
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].fill_(updates)
+            elif "step" in state:
+                state["step"] = updates
 
     def save(self, path: Path, progress: Progress) -> None:
         """Write the training state into the existing empty directory `path`. All ranks must call."""
@@ -187,6 +229,7 @@ class NativeEngine:
             world_size=self.runtime.world_size,
             strategy=str(self.strategy),
             loss_scale=None if self.scale is None else float(self.scale),
+            groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
         )
         save_state(path, self._runs(writing=True), header, self.runtime.rank)
 
@@ -196,9 +239,9 @@ class NativeEngine:
         self._ensure_moments()
         header = load_state(path, self._runs(writing=False))
         self._updates.fill_(header.optimizer_steps)
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(header.optimizer_steps)
+        self._set_step(header.optimizer_steps)
+        for group, values in zip(self.optimizer.param_groups, header.groups, strict=False):
+            group.update(values)
         if self.scale is not None and header.loss_scale is not None:
             self.scale.fill_(header.loss_scale)
         return header.progress
@@ -206,9 +249,11 @@ class NativeEngine:
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0."""
         pairs = self.trainable if trainable_only else list(named_parameters(self.step_module))
-        for name, parameter in pairs:
-            whole = self._whole(parameter)
-            yield name, whole.detach().cpu() if self.runtime.is_main else None
+        with self._averaged():
+            for name, parameter in pairs:
+                whole = self._whole(parameter)
+                # A copy where the live weights are about to change back.
+                yield name, whole.detach().to("cpu", copy=True) if self.runtime.is_main else None
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """The full parameter. All ranks must call."""

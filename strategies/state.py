@@ -1,16 +1,17 @@
 """Training state on disk in one form for every strategy.
 
 Per trainable parameter, under its plain name: the full-precision weight and each element-wise optimizer moment, all as
-the flattened parameter. FSDP2's dim-0 shards and ZeRO's flat partitions are both contiguous runs of the flattened
-parameter, so a rank writes and reads runs, and `torch.distributed.checkpoint` matches them whatever the strategy or the
-world size was when they were written. Frozen parameters are not saved: they are the base model's.
+the flattened parameter; and whole, where an optimizer has it, what is not element-wise (factored moments). FSDP2's dim-0
+shards and ZeRO's flat partitions are both contiguous runs of the flattened parameter, so a rank writes and reads runs, and
+`torch.distributed.checkpoint` matches them whatever the strategy or the world size was when they were written. Frozen
+parameters are not saved: they are the base model's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Run:
     start: int
     """Index of the first element held here."""
     tensors: dict[str, torch.Tensor]
-    """`weight` and the moments (`exp_avg`, ...), each 1-d float32 of equal length."""
+    """`weight` and the moments (`exp_avg`, ...), each 1-d of equal length; or one tensor that is not element-wise."""
     write: bool = True
     """Whether this rank writes it (one of several replicas does)."""
     put: Callable[[str, torch.Tensor], None] | None = None
@@ -95,16 +96,19 @@ class StateHeader:
     world_size: int
     strategy: str
     loss_scale: float | None = None
+    groups: list[dict[str, float]] = field(default_factory=list)
+    """What an optimizer counts per parameter group, in the order of its groups."""
 
 
 def save_state(path: Path, runs: Iterable[Run], header: StateHeader, rank: int) -> None:
     """Write runs and header into the existing directory `path`. All ranks must call."""
     tensors: dict[str, torch.Tensor] = {}
     for run in runs:
-        if run.write and run.tensors["weight"].numel():
+        if run.write:
             for key, tensor in run.tensors.items():
-                flat = tensor.detach().to("cpu", torch.float32)
-                tensors[f"{run.name}/{key}"] = FlatRun.wrap(flat, run.numel, run.start)
+                if tensor.numel():
+                    flat = tensor.detach().to("cpu", torch.float32)
+                    tensors[f"{run.name}/{key}"] = FlatRun.wrap(flat, run.numel, run.start)
     dcp.save(tensors, checkpoint_id=str(path / TENSORS))
     if rank == 0:
         (path / PROGRESS).write_text(json.dumps(asdict(header), indent=1))

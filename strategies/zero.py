@@ -88,7 +88,7 @@ class ZeroEngine:
     # -- training state ------------------------------------------------------------------------------------------
 
     def _optimizer_state(self, flat: Tensor) -> dict[str, Tensor]:
-        state = self.engine.optimizer.optimizer.state[flat]
+        state = self.engine.optimizer.optimizer.state.get(flat, {})
         return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == flat.shape}
 
     def _flat_groups(self) -> list[Tensor]:
@@ -148,9 +148,16 @@ class ZeroEngine:
         inner.step()
         for flat in flats:
             flat.grad = None
-            inner.state[flat]["step"].zero_()
+        self._set_step(0)
         for group, rate, params in zip(kept, rates, original, strict=True):
             group["lr"], group["params"] = rate, params
+
+    def _set_step(self, updates: int) -> None:
+        """Tell the inner optimizer how many updates were applied, where it counts them."""
+        inner = self.engine.optimizer.optimizer
+        for flat in self._flat_groups():
+            if "step" in inner.state.get(flat, {}):
+                inner.state[flat]["step"].fill_(updates)
 
     def _scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler, None where there is none."""
@@ -176,9 +183,7 @@ class ZeroEngine:
         self._ensure_moments()
         header = load_state(path, self._runs())
         self._updates = header.optimizer_steps
-        inner = self.engine.optimizer.optimizer
-        for flat in self._flat_groups():
-            inner.state[flat]["step"].fill_(header.optimizer_steps)
+        self._set_step(header.optimizer_steps)
         scaler = self._scaler()
         if header.loss_scale is not None and scaler is not None:
             scaler.cur_scale = header.loss_scale

@@ -16,6 +16,7 @@ from trainer.checkpoint import Checkpoints, choose
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.data.audit import preview, summary
+from trainer.data.labels import namer
 from trainer.data.prepare import Prepared
 from trainer.loop import Outcome, Trainer
 from trainer.metrics import Meter
@@ -147,7 +148,9 @@ def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, 
     """The console of this rank, and on it what will be learned, before anything is."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
-    console.say("\n".join([head, summary(data.report), preview(data.train, tokenizer, width=console.width)]))
+    name_label = namer(data.label_names, multi_label=getattr(config.objective, "multi_label", False))
+    shown = preview(data.train, tokenizer, width=console.width, name_label=name_label)
+    console.say("\n".join([head, summary(data.report), shown]))
     return console
 
 

@@ -225,6 +225,8 @@ def build_step(
     )
     if classification:
         model_config.num_labels = num_labels
+        if getattr(objective_config, "multi_label", False):
+            model_config.problem_type = "multi_label_classification"
         model_config.pad_token_id = tokenizer.pad_token_id
         auto: Any = transformers.AutoModelForSequenceClassification
     else:

@@ -27,8 +27,8 @@ from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import steps_from_budget
 from trainer.model import Built, build_step, weights_directory
 from trainer.objectives.base import ObjectiveName
-from trainer.objectives.build import build_objective
-from trainer.optim import build_optimizer
+from trainer.objectives.build import build_objective, settled
+from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
 from trainer.weights import Checkpoint, WeightSource
 
@@ -51,6 +51,7 @@ def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) ->
         seed=config.run.seed,
         label_names=getattr(config.objective, "labels", None),
         labelled=config.objective.name is ObjectiveName.classification,
+        multi_label=getattr(config.objective, "multi_label", False),
         stop=stop,
     )
 
@@ -67,9 +68,10 @@ def build_model(
     config: RunConfig, tokenizer: Any, data: Prepared, context: AbstractContextManager[None], *, half_on_gpu: bool
 ) -> tuple[Built, WeightSource]:
     """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
+    objective = settled(config.objective, data.train.labels, data.label_names)
     built = build_step(
         config.model,
-        objective_config=config.objective,
+        objective_config=objective,
         tuning_config=config.tuning,
         layout=config.data.layout,
         tokenizer=tokenizer,
@@ -77,6 +79,8 @@ def build_model(
         context=context,
         half_on_gpu=half_on_gpu,
     )
+    if objective is not config.objective:
+        built.substitutions["objective.class_weights"] = f"balanced -> {objective.class_weights}"  # type: ignore[attr-defined]
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
@@ -102,10 +106,11 @@ def build_engine(
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,
         source=source,
-        make_optimizer=partial(build_optimizer, config.optim),
+        make_optimizer=partial(build_optimizer, config.optim, model_names=model_names),
         max_grad_norm=config.optim.max_grad_norm,
     )
     return engine, built, source

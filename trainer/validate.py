@@ -20,11 +20,14 @@ from trainer.data.curation.quality import problems as filter_problems
 from trainer.data.privacy.settings import problems as privacy_problems
 from trainer.data.settings import DataFormat, Layout
 from trainer.data.sources.paths import expand, is_hub
-from trainer.objectives.base import ClassificationConfig, ObjectiveName
+from trainer.objectives.base import ObjectiveName
+from trainer.objectives.base import problems as objective_problems
+from trainer.optimizers.support import problems as optimizer_problems
 from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+LARGER_IS_BETTER = ("eval/accuracy", "eval/f1_macro", "eval/f1_micro")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
@@ -35,6 +38,8 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     problems += _schedule(config)
     if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
+    here = config.launcher.name is LauncherName.local
+    problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     return [*problems, *_tuning(config), *_launcher(config)]
 
 
@@ -43,12 +48,6 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         for name, value in _values(config, key.split(".")):
             if value is not None and not bounds.holds(value):
                 yield f"{name}={value:g}: must be {bounds}; {advice}"
-    for beta in config.optim.betas:
-        if not 0 <= beta < 1:
-            yield f"optim.betas={config.optim.betas}: each must be at least 0 and below 1; [0.9,0.999] as a rule"
-            break
-    if len(config.optim.betas) != 2:
-        yield f"optim.betas={config.optim.betas}: must be two numbers; [0.9,0.999] as a rule"
 
 
 def _values(holder: Any, path: list[str], named: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,10 +156,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
     if not classification and data.format is DataFormat.labelled:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
-    if isinstance(config.objective, ClassificationConfig) and config.objective.labels is not None:
-        labels = config.objective.labels
-        if len(set(labels)) < max(2, len(labels)):
-            yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
+    yield from objective_problems(config.objective)
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
@@ -175,8 +171,10 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
     elif evaluation.watch == "eval/loss" and evaluation.greater_is_better:
         yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
-    elif evaluation.watch == "eval/accuracy" and not evaluation.greater_is_better:
-        yield "evaluation.watch=eval/accuracy: a larger accuracy is better; set evaluation.greater_is_better=true"
+    elif evaluation.watch in LARGER_IS_BETTER and not evaluation.greater_is_better:
+        yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
+    if evaluation.watch.startswith("eval/f1_") and config.objective.name is not ObjectiveName.classification:
+        yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
 def _run(config: RunConfig) -> Iterator[str]:

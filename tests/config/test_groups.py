@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import re
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -10,6 +11,8 @@ import yaml
 from launch.choices import CONF_DIR, groups, settings_of, variants
 from launch.compose import compose
 from trainer import config as run_config
+from trainer.optim import OptimName
+from trainer.optimizers.support import SUPPORT
 
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
 CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]
@@ -52,6 +55,11 @@ def test_every_experiment_says_how_it_is_run(name):
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_to_its_own_settings(group, choice):
     words = [f"{group}={choice}", "model.path=m", "data.path=train.jsonl", "budget.steps=1", "batch.global=32"]
+    if group == "optim":
+        words.append("schedule=constant")  # the only one under which schedule-free is legal
+        package = SUPPORT[OptimName(choice)].package
+        if package is not None and find_spec(package) is None:
+            pytest.skip(f"needs {package}")
     if group != "debug":
         words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
     config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config
@@ -68,6 +76,7 @@ def test_the_choices_are_those_of_the_names():
         ("objective", run_config.ObjectiveConfig().name),
         ("schedule", run_config.ScheduleConfig().name),
         ("launcher", run_config.LauncherConfig().name),
+        ("optim", run_config.OptimConfig().name),
     ):
         assert groups()[group] == sorted(member.value for member in type(names))
 

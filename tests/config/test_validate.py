@@ -8,7 +8,9 @@ import pytest
 
 from launch import overrides
 from launch.compose import compose
+from strategies.base import StrategyName
 from strategies.errors import ConfigError
+from trainer.optim import OptimName
 from trainer.validate import RANGES, problems_of
 
 
@@ -101,6 +103,22 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("strategy=zero3 strategy.nvme_path=no/drive", "no such directory"),
         ("optim.betas=[0.9]", "two numbers"),
         ("optim.betas=[0.9,1]", "below 1"),
+        ("optim=lion optim.betas=[0.9,1]", "[0.9,0.99] as a rule"),
+        ("optim=sgd optim.nesterov=true optim.momentum=0", "set optim.momentum=0.9"),
+        ("optim=schedule_free", "set schedule=constant, not cosine"),
+        ("optim=muon strategy=fsdp2 strategy.cpu_offload=true", "set strategy.cpu_offload=false"),
+        ("optim.groups.head.lr_factor=2", "optim.groups.head.match: not set"),
+        ("optim.groups.head.match=(x", "not a regular expression"),
+        ("optim.layer_decay=1.5", "at most 1"),
+        ("objective=classification objective.class_weights=even", "must be balanced, or a list"),
+        ("objective=classification objective.class_weights=[1,0]", "numbers above 0"),
+        ("objective=classification objective.labels=[a,b] objective.class_weights=[1]", "1 weights for 2 labels"),
+        ("objective=classification objective.multi_label=true objective.labels=['a|b',c]", "rename it"),
+        ("evaluation.watch=eval/f1_macro data.eval_share=0.1", "only classifiers have it"),
+        (
+            "objective=classification evaluation.watch=eval/f1_macro data.eval_share=0.1",
+            "evaluation.greater_is_better=true",
+        ),
         ("tuning=lora tuning.targets=[]", "must be all-linear"),
         ("tuning=lora tuning.targets=(q", "not a regular expression"),
         ("launcher.nodes=2", "needs launcher.rdzv"),
@@ -131,6 +149,11 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
         ("launcher=slurm launcher.time=90", 1),
         ("evaluation.watch=eval/accuracy evaluation.greater_is_better=true data.eval_share=0.1", 1),
         ("run.resume=model", 1),
+        ("optim=muon strategy=fsdp2", 2),
+        ("optim=lion strategy=zero3", 2),
+        ("optim.groups.head.match=lm_head|score optim.groups.head.lr_factor=2", 1),
+        ("objective=classification objective.labels=[a,b] objective.class_weights=[1,2.5]", 1),
+        ("objective=classification objective.multi_label=true objective.class_weights=balanced", 1),
     ],
 )
 def test_what_can_run_is_not_refused(words, ranks):
@@ -139,6 +162,27 @@ def test_what_can_run_is_not_refused(words, ranks):
 
 def test_single_needs_one_process():
     assert any("strategy=ddp" in line for line in problems("strategy=single", world_size=2))
+
+
+@pytest.mark.parametrize("strategy", list(StrategyName))
+@pytest.mark.parametrize("optim", list(OptimName))
+def test_an_optimizer_is_refused_where_shards_do_not_give_what_it_needs(optim, strategy):
+    found = problems(f"optim={optim}", f"strategy={strategy}", "schedule=constant", world_size=None)
+    lines = [line for line in found if line.startswith(f"optim={optim}: needs ") and "package" not in line]
+    whole = optim in ("muon", "adafactor", "schedule_free") and strategy in ("zero1", "zero2", "zero3")
+    blocks = optim == "adamw_8bit" and strategy not in ("single", "ddp")
+    assert len(lines) == int(whole or blocks), lines
+    for line in lines:
+        assert ("use strategy=fsdp2, or optim=adamw" if whole else "use strategy=ddp, or optim=adamw") in line
+
+
+def test_a_package_that_is_missing_here_is_refused_here(monkeypatch):
+    monkeypatch.setattr("trainer.optimizers.support.find_spec", lambda name: None)
+    for optim, extra in (("schedule_free", "schedule_free"), ("adamw_8bit", "qlora")):
+        words = [f"optim={optim}", "schedule=constant"]
+        (line,) = problems(*words)
+        assert f"pip install 'shardtune[{extra}]'" in line
+        assert problems(*words, "launcher=slurm") == []  # the nodes may have it
 
 
 def test_several_ranks_count_in_the_batch():

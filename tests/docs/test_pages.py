@@ -53,6 +53,14 @@ def test_the_configuration_reference_is_up_to_date():
         assert written.count(f"| `{key}` |") == 1, key
 
 
+def test_the_table_of_optimizers_is_that_of_validation():
+    written = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    remade = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["optimizers_page"]
+    assert remade(written) == written, "run: python docs/make_reference.py"
+    for optim in groups()["optim"]:
+        assert f"| `{optim}` | " in written and f"| `optim={optim}` | " in written
+
+
 @pytest.mark.parametrize(("page", "words"), SHOWN, ids=[f"{p.stem}-{n}" for n, (p, _) in enumerate(SHOWN)])
 def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     """As it stands, but for paths and for the dots that stand for them."""

@@ -19,7 +19,8 @@ from trainer.data.settings import Layout
 from trainer.export import ExportConfig, ExportType, hub_name, write_export, write_tensors
 from trainer.model import ModelConfig, build_step, load_tokenizer
 from trainer.objectives.base import ClassificationConfig, SftConfig
-from trainer.optim import OptimConfig, build_optimizer
+from trainer.optim import AdamwConfig
+from trainer.optimizers.build import build_optimizer
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
 from trainer.weights import Checkpoint, WeightSource
@@ -83,7 +84,7 @@ def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=P
     engine = strategy.prepare(
         built.step_module,
         source=source,
-        make_optimizer=lambda named: build_optimizer(OptimConfig(lr=2e-2), named),
+        make_optimizer=lambda named: build_optimizer(AdamwConfig(lr=2e-2), named),
         max_grad_norm=1.0,
     )
     for step in range(steps):

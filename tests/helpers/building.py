@@ -25,7 +25,7 @@ from trainer.data.prepare import Prepared
 from trainer.loop import Trainer
 from trainer.metrics import Meter
 from trainer.model import ModelConfig, load_tokenizer
-from trainer.optim import OptimConfig
+from trainer.optim import AdamwConfig
 from trainer.parts import build_engine, build_loader
 from trainer.preempt import Agreement, StopRequest
 from trainer.schedule import ScheduleConfig, ScheduleName
@@ -95,7 +95,7 @@ def run_config(
         precision=Precision.fp32,
         tuning=TUNINGS[tuning],
         strategy=STRATEGIES[strategy] if isinstance(strategy, str) else strategy,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5),
+        optim=AdamwConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5),
         schedule=ScheduleConfig(name=ScheduleName.linear, warmup_steps=2),
     )
     return replace(config, **changes)

@@ -32,7 +32,7 @@ from trainer.data.settings import Layout
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model import ModelConfig
 from trainer.objectives.base import ClassificationConfig
-from trainer.optim import OptimConfig
+from trainer.optim import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
 ZERO3_CPU = ZeroConfig(name=StrategyName.zero3, stage=3, offload_optimizer="cpu", offload_parameters="cpu")
@@ -96,11 +96,14 @@ class Job:
             found[f"distilbert {strategy}"] = self.against_oracle(classify, labelled)
         return found
 
-    def labelled(self) -> Prepared:
-        """Documents with one of three labels."""
-        directory = self.root / "labelled"
-        made = [Sample(s.input_ids, s.supervised, i % 3) for i, s in enumerate(samples(48, uneven=False))]
-        if self.runtime.is_main:
+    def labelled(self, *, several: bool = False) -> Prepared:
+        """Documents with one of three labels, or with any number of them."""
+        directory = self.root / f"labelled-{several}"
+        made = [
+            Sample(s.input_ids, s.supervised, i % 7 if several else i * i % 7 % 3)
+            for i, s in enumerate(samples(48, uneven=False))
+        ]
+        if self.runtime.is_main and not directory.exists():
             write(directory, made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
         processes.barrier(self.runtime)
         opened = TokenDataset.open(directory)
@@ -125,6 +128,46 @@ class Job:
                     found[f"{architecture} {strategy} {name}"] = self.against_oracle(case)
         return found
 
+    def classification(self) -> dict:
+        """Weighted labels, one and several, in training; and the F1 of evaluation for several batch sizes and ranks."""
+        found = {}
+        base = run_config(model_dir(self.root, "distilbert"), "fsdp2", "full", micro=4, steps=3)
+        for name, several in (("one", False), ("several", True)):
+            objective = ClassificationConfig(multi_label=several, class_weights="balanced")
+            data = self.labelled(several=several)
+            for strategy in ("ddp", "fsdp2", "zero3"):
+                config = replace(base, objective=objective, strategy=STRATEGIES[strategy])
+                found[f"{name} {strategy}"] = self.against_oracle(config, data)
+            config = replace(base, objective=objective)
+            trainers = {2: trainer_for(config, data, self.runtime)}
+            trainers[1] = trainer_for(replace(config, strategy=STRATEGIES["single"]), data, alone(self.runtime))
+            found[f"{name} evaluation"] = [
+                self.evaluate(trainers[ranks], data, batch=batch, ranks=ranks, layout=Layout.padded)
+                for batch, ranks in [(1, 2), (5, 2), (48, 2), (7, 1)]
+            ]
+        return found
+
+    def evaluate(self, trainer, data: Prepared, *, batch: int, ranks: int, layout: Layout) -> dict:
+        """The held-out values, by this process alone where `ranks` is 1."""
+        held_out = data.evaluation
+        assert held_out is not None
+
+        def batches():
+            return eval_batches(
+                held_out,
+                batch=batch,
+                dp_rank=self.runtime.rank if ranks == 2 else 0,
+                dp_size=ranks,
+                layout=layout,
+                pad_token_id=0,
+                device="cpu",
+                max_documents=None,
+            )
+
+        # One process evaluating alone still sums over both ranks: count it twice, too.
+        count = int(held_out.counts["loss"].sum()) * (2 if ranks == 1 else 1)
+        return dict(LossEvaluator(batches, count=count, prefix="eval").run(trainer.engine))
+
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
         model = model_dir(self.root)
@@ -147,36 +190,18 @@ class Job:
 
     def evaluation(self) -> dict:
         """Held-out loss and accuracy for several batch sizes, on two ranks and on one."""
-        config = run_config(model_dir(self.root), "fsdp2", "full", micro=4, steps=12, optim=OptimConfig(lr=0.03))
+        config = run_config(model_dir(self.root), "fsdp2", "full", micro=4, steps=12, optim=AdamwConfig(lr=0.03))
         many = trainer_for(config, self.data, self.runtime)
         take_steps(many, 12)  # so that some predictions are right
         path = self._saved(many)
         one = trainer_for(replace(config, strategy=STRATEGIES["single"]), self.data, alone(self.runtime))
         one.engine.load(path)
-        held_out = self.data.evaluation
-        assert held_out is not None
-        count = int(held_out.counts["loss"].sum())
-        found = {}
-        for batch, ranks in [(1, 2), (3, 2), (48, 2), (1, 1), (7, 1)]:
-            trainer = many if ranks == 2 else one
-            rank = self.runtime.rank if ranks == 2 else 0
-
-            def batches(batch=batch, rank=rank, ranks=ranks):
-                return eval_batches(
-                    held_out,
-                    batch=batch,
-                    dp_rank=rank,
-                    dp_size=ranks,
-                    layout=Layout.padding_free,
-                    pad_token_id=0,
-                    device="cpu",
-                    max_documents=None,
-                )
-
-            # One process evaluating alone still sums over both ranks: count it twice, too.
-            evaluator = LossEvaluator(batches, count=count * (2 if ranks == 1 else 1), prefix="eval")
-            found[f"batch {batch}, ranks {ranks}"] = dict(evaluator.run(trainer.engine))
-        return found
+        return {
+            f"batch {batch}, ranks {ranks}": self.evaluate(
+                many if ranks == 2 else one, self.data, batch=batch, ranks=ranks, layout=Layout.padding_free
+            )
+            for batch, ranks in [(1, 2), (3, 2), (48, 2), (1, 1), (7, 1)]
+        }
 
     def resume(self) -> dict:
         """Three steps after a saved state, by the run that saved it and by a fresh one; also across strategies."""
@@ -243,7 +268,7 @@ class Job:
 
 _OTHER = {"ddp": "zero3", "fsdp2": "zero1", "hsdp": "zero2", "zero1": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
 
-CHECKS = ("variants", "architectures", "tunings", "precision", "evaluation", "resume", "gathered")
+CHECKS = ("variants", "architectures", "tunings", "classification", "precision", "evaluation", "resume", "gathered")
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])

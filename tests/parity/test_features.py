@@ -71,6 +71,22 @@ def test_evaluation_does_not_depend_on_batch_or_ranks(report):
         assert found["eval/accuracy"] == results[0]["eval/accuracy"] > 0
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("labels", ["one", "several"])
+def test_weighted_labels_train_alike(report, labels, strategy):
+    assert_close(report["classification"][f"{labels} {strategy}"], EXACT)
+
+
+@pytest.mark.parametrize("labels", ["one", "several"])
+def test_f1_does_not_depend_on_batch_or_ranks(report, labels):
+    first, *others = report["classification"][f"{labels} evaluation"]
+    assert len(others) == 3 and 0 < first["eval/f1_macro"] <= 1
+    for found in others:
+        assert found["eval/loss"] == pytest.approx(first["eval/loss"], rel=1e-6)
+        for name in ("eval/accuracy", "eval/f1_macro", "eval/f1_micro"):
+            assert found[name] == first[name], name
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora", "rank-1 lora"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
 def test_resume_is_bit_equal_and_crosses_strategies(report, strategy, tuning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,10 +35,11 @@ def preview(
     index: int = 0,
     colour: bool | None = None,
     max_lines: int = 40,
+    name_label: Callable[[int], str] = str,
 ) -> str:
-    """Sequence `index` as text; see `render`."""
+    """Sequence `index` as text, with its label as `name_label` says it; see `render`."""
     sample = dataset.sample(index)
-    label = "" if sample.label is None else f"\nlabel: {sample.label}"
+    label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
     return render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label
 
 

@@ -20,6 +20,7 @@ from trainer.data.curation.duplicates import DuplicatePolicy, Signer
 from trainer.data.dataset import Sample, Sequences
 from trainer.data.document import Document, Stage, Tally
 from trainer.data.formats import Rejected, RowReader
+from trainer.data.labels import split_labels
 from trainer.data.over_length import fit
 from trainer.data.privacy.stage import Findings
 from trainer.data.settings import DataConfig
@@ -91,6 +92,7 @@ class BlockMaker:
         encoder: Encoder,
         counts: Callable[[Sample], dict[str, int]],
         label_names: list[str] | None,
+        multi_label: bool = False,
     ) -> None:
         self.config = config
         self.readers = readers
@@ -98,6 +100,7 @@ class BlockMaker:
         self.encoder = encoder
         self.counts = counts
         self.label_names = None if label_names is None else set(label_names)
+        self.multi_label = multi_label
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
         self.signer = Signer(config.duplicates, near=near)
 
@@ -140,8 +143,11 @@ class BlockMaker:
             excerpt = json.dumps(parsed.fields, ensure_ascii=False, default=str)
             self._quarantine(block, found.file, found.line, found.reason, found.message, excerpt)
             return None
-        if found.label is not None and self.label_names is not None and found.label not in self.label_names:
-            message = f"label {found.label!r} is none of {sorted(self.label_names)} (objective.labels)"
+        if found.label is None or self.label_names is None:
+            return found
+        labels = split_labels(found.label) if self.multi_label else [found.label]
+        if unknown := next((label for label in labels if label not in self.label_names), None):
+            message = f"label {unknown!r} is none of {sorted(self.label_names)} (objective.labels)"
             self._quarantine(block, found.file, found.line, "unknown_label", message, found.text or "")
             return None
         return found

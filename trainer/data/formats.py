@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from strategies.errors import ConfigError, DataError
 from trainer.data.checks import Refusal, conversation, label_of, parted, shown, text_of, turns_of, verdict_of
 from trainer.data.document import Document, Message
+from trainer.data.labels import labels_of
 from trainer.data.settings import DataFormat
 
 NEEDS = {
@@ -209,10 +210,11 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
 class RowReader:
     """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it."""
 
-    def __init__(self, format: DataFormat, columns: dict[str, str], *, source: str) -> None:
+    def __init__(self, format: DataFormat, columns: dict[str, str], *, source: str, multi_label: bool = False) -> None:
         if format is DataFormat.auto:
             raise ValueError("a reader needs a format; recognise() finds it from the first row")
         self.format, self.columns, self.source = format, dict(columns), source
+        self.label_of = labels_of if multi_label else label_of
         self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
         _check_columns(columns, [format], self._setting)
         own, *others = SPELLINGS[format]
@@ -255,7 +257,7 @@ class RowReader:
             document.messages = conversation(turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages]))
         elif self.format in (DataFormat.text, DataFormat.labelled):
             document.text = text_of(fields, spelling[0])
-            document.label = label_of(fields["label"]) if self.format is DataFormat.labelled else None
+            document.label = self.label_of(fields["label"]) if self.format is DataFormat.labelled else None
         else:
             _read_prompt(document, fields, spelling)
 

@@ -75,14 +75,14 @@ def inputs_of(config: DataConfig) -> list[Input]:
     return found
 
 
-def readers_of(inputs: list[Input]) -> dict[tuple[str, str], RowReader]:
+def readers_of(inputs: list[Input], *, multi_label: bool = False) -> dict[tuple[str, str], RowReader]:
     """What makes documents of each input's rows, its format recognised from the first row that can be read."""
     made = {}
     for item in inputs:
         format = item.format
         if format is DataFormat.auto:
             format = recognise(_first_row(item), item.columns, source=item.source)
-        made[item.id] = RowReader(format, item.columns, source=item.source)
+        made[item.id] = RowReader(format, item.columns, source=item.source, multi_label=multi_label)
     return made
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import DataError, Preempted
+from strategies.errors import Preempted
 from trainer.data.assemble import Assembly, Columns
 from trainer.data.block import Block, BlockMaker, Job, jobs
 from trainer.data.cache import DONE, DigestCache, build_once, fingerprint
@@ -25,6 +25,7 @@ from trainer.data.curation.balance import BalanceBy
 from trainer.data.dataset import Sample, TokenDataset
 from trainer.data.describe import Description
 from trainer.data.inputs import inputs_of, readers_of, rows_of
+from trainer.data.labels import number_labels
 from trainer.data.parallel import cores, ordered_map
 from trainer.data.privacy.settings import PrivacyMode, key_identity
 from trainer.data.privacy.stage import check as check_findings
@@ -76,17 +77,19 @@ class Preparation:
         seed: int,
         label_names: list[str] | None = None,
         labelled: bool | None = None,
+        multi_label: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
         self.seed, self.label_names, self.stop = seed, label_names, stop
-        self.labelled = labelled
+        self.labelled, self.multi_label = labelled, multi_label
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
             "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
             "seed": seed if self._draws() else None,
             "label_names": label_names,
+            **({"multi_label": True} if multi_label else {}),
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
@@ -139,7 +142,8 @@ class Preparation:
             if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
-            names, label_ids = self._labels(columns, table)
+            self._check_labelled(columns)
+            names, label_ids = number_labels(columns, table, self.label_names, multi_label=self.multi_label)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self._write_splits(target, columns, selection)
@@ -168,42 +172,27 @@ class Preparation:
     def _maker(self) -> BlockMaker:
         return BlockMaker(
             self.config,
-            readers=readers_of(self.inputs),
+            readers=readers_of(self.inputs, multi_label=self.multi_label),
             stages=stages_of(self.config),
             encoder=Encoder(self.tokenizer, self.label_names, learn=self.config.learn),
             counts=self.counts,
             label_names=self.label_names,
+            multi_label=self.multi_label,
         )
 
     def _workers(self) -> int:
         small = sum(item.origin.size() for item in self.inputs) <= SMALL
         return 1 if small else self.config.workers or cores()
 
-    def _labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
-        """The label names in the order of their ids, and the id of each label of `columns`."""
-        if not columns.labels:
-            if self.labelled:
-                raise DataError(
-                    "data.path: objective=classification needs rows with a text and a label; none has a label"
-                )
-            return self.label_names, None
-        names = self.label_names
-        if self.labelled is False:
+    def _check_labelled(self, columns: Columns) -> None:
+        """Raise DataError where rows have labels that the objective does not learn, or lack those that it does."""
+        if self.labelled and not columns.labels:
+            raise DataError("data.path: objective=classification needs rows with a text and a label; none has a label")
+        if self.labelled is False and columns.labels:
             raise DataError(
                 "data.path: the rows are labelled texts, of which this objective would learn nothing; set "
                 "objective=classification, or data.format=text to learn the texts themselves"
             )
-        if names is None:
-            known = np.unique(columns.label[columns.of_split("train")])
-            names = _sorted_labels([columns.labels[number] for number in known if number >= 0])
-            strange = np.flatnonzero((columns.label >= 0) & ~np.isin(columns.label, known))
-            if len(strange):
-                row = table.row(int(strange[0]))
-                raise DataError(
-                    f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
-                    "data); set objective.labels to name them all"
-                )
-        return names, np.array([names.index(label) for label in columns.labels], np.int64)
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
         for split, documents in selection.splits.items():
@@ -212,12 +201,6 @@ class Preparation:
             np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
             (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-def _sorted_labels(labels: list[str]) -> list[str]:
-    """By number if all are whole numbers, else by name."""
-    numeric = all(label.lstrip("-").isdecimal() for label in labels)
-    return sorted(labels, key=int) if numeric else sorted(labels)
 
 
 def open_prepared(directory: Path, *, cached: bool = True, seconds: float = 0.0) -> Prepared:

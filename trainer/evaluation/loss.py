@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and accuracy: sums over sums in float64, the same for any batch size and rank count."""
+"""Held-out loss, perplexity, accuracy and F1: sums over sums in float64, the same for any batch size and rank count."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class Interrupted(Exception):
 
 
 class LossEvaluator:
-    """Yields `loss`, `perplexity` (of language models) and `accuracy` (of supervised tokens, or of labels)."""
+    """Yields `loss`, `perplexity` (of language models) and `accuracy` (of supervised tokens, or of documents).
+
+    Where the objective counts confusions (classification), `f1_macro` and `f1_micro` too.
+    """
 
     def __init__(
         self,
@@ -41,15 +44,32 @@ class LossEvaluator:
         with engine.inference() as module:
             for batch in self._batches():
                 for term, value in module(batch).items():
-                    sums[term] = (
-                        sums.get(term, torch.zeros((), dtype=torch.float64, device=value.device)) + value.double()
-                    )
+                    sums[term] = sums[term] + value.double() if term in sums else value.double()
                 if self._stop_now():
                     raise Interrupted
         names = sorted(sums)
-        totals = dist_sum(torch.stack([sums[name] for name in names])).tolist()
-        values = {name: total / max(1, self._count) for name, total in zip(names, totals, strict=True)}
+        flat = dist_sum(torch.cat([sums[name].view(-1) for name in names])).cpu()
+        parts = flat.split([sums[name].numel() for name in names])
+        totals = {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
+        values = {name: total.item() / max(1, self._count) for name, total in totals.items() if total.dim() == 0}
         yield f"{self._prefix}/loss", values["loss"]
         if self._perplexity:
             yield f"{self._prefix}/perplexity", math.exp(min(values["loss"], 700.0))
         yield f"{self._prefix}/accuracy", values["accuracy"]
+        if "confusion" in totals:
+            macro, micro = f1_scores(totals["confusion"])
+            yield f"{self._prefix}/f1_macro", macro
+            yield f"{self._prefix}/f1_micro", micro
+
+
+def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:
+    """(macro, micro) F1 of `confusion [3, labels]`: by label, how often it was right, predicted, and true.
+
+    `2 * right / (predicted + true)`: macro is its mean over the labels that were predicted or true at least once, micro
+    takes the sums over all labels (van Rijsbergen 1979; the definitions of scikit-learn and torchmetrics).
+    """
+    right, named = confusion[0], confusion[1] + confusion[2]
+    if not named.any():
+        return 0.0, 0.0
+    seen = named > 0
+    return (2 * right[seen] / named[seen]).mean().item(), (2 * right.sum() / named.sum()).item()

@@ -1,0 +1,1 @@
+"""Optimizers: parameter groups, construction, what each needs of a strategy."""

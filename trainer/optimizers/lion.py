@@ -1,0 +1,38 @@
+"""Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Lion(torch.optim.Optimizer):
+    """Each element moves by the rate, in the direction of the sign of an interpolated momentum; decay is decoupled.
+
+    The state is one element-wise moment, `exp_avg`.
+    """
+
+    def __init__(self, params: Any, *, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. No collective, also on distributed tensors."""
+        for group in self.param_groups:
+            params: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params if p.grad is not None]
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            moments = [self.state[p]["exp_avg"] for p in params]
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            update = torch._foreach_mul(moments, beta1)
+            torch._foreach_add_(update, grads, alpha=1 - beta1)
+            torch._foreach_sign_(update)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, update, alpha=-lr)
+            torch._foreach_mul_(moments, beta2)
+            torch._foreach_add_(moments, grads, alpha=1 - beta2)

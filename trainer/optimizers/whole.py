@@ -1,0 +1,137 @@
+"""Muon and Adafactor on shards: what needs a whole matrix is computed on the gathered one, one parameter at a time.
+
+The arithmetic is torch's own (`torch.optim.Muon`, `torch.optim.Adafactor`). Every rank computes the whole update and
+keeps its rows, so the result is that of one process. On plain tensors nothing is gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim._adafactor import adafactor
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard; all ranks must call. A plain tensor is returned as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `full`, sharded as `like` is. No collective."""
+    if not hasattr(like, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
+    """The quintic Newton-Schulz iteration of Muon's authors in the type of `matrix [n, m]`; torch's rounds to bf16.
+
+    Rounding to 8 bits would blow rounding of the gradient's sum up, and strategies would agree to 1e-5 at best.
+    """
+    a, b, c = coefficients
+    turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    turned = turned / turned.norm().clamp(min=eps)
+    for _ in range(iterations):
+        gram = turned @ turned.T
+        turned = torch.addmm(turned, torch.addmm(gram, gram, gram, beta=b, alpha=c), turned, beta=a)
+    return turned.T if matrix.shape[0] > matrix.shape[1] else turned
+
+
+class ShardedMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, also on row shards. The momentum is element-wise and stays sharded."""
+
+    def __init__(self, params: Any, *, bf16: bool, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.turn = _zeropower_via_newtonschulz if bf16 else orthogonalise
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient; gathers one at a time. All ranks must call."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = self.state[p]["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+                turned = self.turn(whole(update), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(part(turned.to(p.dtype), p), alpha=-_adjust_lr(lr, group["adjust_lr_fn"], p.shape))
+
+
+class ShardedAdafactor(torch.optim.Adafactor):
+    """`torch.optim.Adafactor`, also on row shards. The factored moments are small, and whole on every rank."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; gathers one at a time. All ranks must call."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                value, grad = whole(p), whole(p.grad)
+                state = self.state[p]
+                if not state:
+                    state |= self._fresh(grad)
+                adafactor(
+                    [value],
+                    [grad],
+                    [state.get("row_var")],  # type: ignore[list-item]
+                    [state.get("col_var")],  # type: ignore[list-item]
+                    [state.get("variance")],  # type: ignore[list-item]
+                    [state["step"]],
+                    foreach=False,
+                    d=group["d"],
+                    lr=group["lr"],
+                    beta2_decay=group["beta2_decay"],
+                    weight_decay=group["weight_decay"],
+                    eps1=group["eps"][0],
+                    eps2=group["eps"][1],
+                    maximize=False,
+                )
+                if value is not p:
+                    p.copy_(part(value, p))
+
+    @staticmethod
+    def _fresh(grad: Tensor) -> dict[str, Tensor]:
+        """Moments of zero: a row and a column for matrices, element-wise for vectors."""
+        step = torch.tensor(0.0)
+        if grad.dim() < 2:
+            return {"step": step, "variance": torch.zeros_like(grad)}
+        rows, columns = [*grad.shape[:-1], 1], [*grad.shape[:-2], 1, grad.shape[-1]]
+        return {"step": step, "row_var": grad.new_zeros(rows), "col_var": grad.new_zeros(columns)}
+
+
+class Combined:
+    """Several optimizers that the engine sees as one: their groups in order, their state together."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The live groups of all parts."""
+        return [group for one in self.parts for group in one.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """State by parameter; the values are live."""
+        return {p: state for one in self.parts for p, state in one.state.items()}
+
+    def step(self) -> None:
+        """One step of every part. All ranks must call."""
+        for one in self.parts:
+            one.step()
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Drop the gradients of all parts."""
+        for one in self.parts:
+            one.zero_grad(set_to_none=set_to_none)
