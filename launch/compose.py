@@ -139,8 +139,8 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
         if rest and key.startswith(f"{table}.") and head not in OmegaConf.select(tree, table):
             OmegaConf.update(tree, f"{table}.{head}", entry(), force_add=True)
     parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else None
-    table = OmegaConf.select(tree, key) if isinstance(value, dict) else parent
-    is_table = table is not None and OmegaConf.get_type(table) is dict
+    holder = OmegaConf.select(tree, key) if isinstance(value, dict) else parent
+    is_table = holder is not None and OmegaConf.get_type(holder) is dict
     OmegaConf.update(tree, key, value, merge=True, force_add=is_table and not key.startswith("batch."))
 
 

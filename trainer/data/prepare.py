@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import Preempted
+from strategies.errors import DataError, Preempted
 from trainer.data.assemble import Assembly, Columns
 from trainer.data.block import Block, BlockMaker, Job, jobs
 from trainer.data.cache import DONE, DigestCache, build_once, fingerprint
