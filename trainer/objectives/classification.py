@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 class Classification:
     """Terms: `loss` (summed cross-entropy over documents) and `accuracy` (documents labelled right)."""
 
+    sequences_per_document = 1
+    perplexity = False
+    metrics: tuple[str, ...] = ()
+    head_labels: int | None = 0
+    uses_reference = False
+
     def counts(self, sample: Sample) -> dict[str, int]:
         """Every document has one label."""
         return {"loss": 1}
