@@ -18,12 +18,21 @@ from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
 from trainer.data.privacy.settings import problems as privacy_problems
-from trainer.data.settings import DataFormat, Layout
+from trainer.data.settings import DataFormat, Layout, OverLength
 from trainer.data.sources.paths import is_hub
-from trainer.objectives.base import ClassificationConfig, ObjectiveName
+from trainer.objectives.base import (
+    ClassificationConfig,
+    DpoConfig,
+    ObjectiveName,
+    OrpoConfig,
+    PairLoss,
+    RewardConfig,
+    SimpoConfig,
+)
 from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
 
+PAIRS = DpoConfig | OrpoConfig | SimpoConfig | RewardConfig
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
@@ -145,17 +154,47 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield from error.problems
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
-    classification = config.objective.name is ObjectiveName.classification
+    yield from _objective(config)
+
+
+def _objective(config: RunConfig) -> Iterator[str]:
+    data, objective = config.data, config.objective
+    if isinstance(objective, PAIRS):
+        yield from _pairs(config)
+    classification = objective.name is ObjectiveName.classification
     if classification and data.packing:
         yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
     if classification and data.format not in (DataFormat.auto, DataFormat.labelled):
         yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
     if not classification and data.format is DataFormat.labelled:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
-    if isinstance(config.objective, ClassificationConfig) and config.objective.labels is not None:
-        labels = config.objective.labels
+    if isinstance(objective, ClassificationConfig) and objective.labels is not None:
+        labels = objective.labels
         if len(set(labels)) < max(2, len(labels)):
             yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
+
+
+def _pairs(config: RunConfig) -> Iterator[str]:
+    """What objectives over pairs of answers ask of the data, and of their own settings."""
+    data, objective = config.data, config.objective
+    if data.packing:
+        yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
+    if data.over_length in (OverLength.truncate_left, OverLength.split):
+        yield (
+            f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
+            "data.over_length=truncate or data.over_length=drop"
+        )
+    named = {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}
+    for key, chosen in named.items():
+        if chosen not in (DataFormat.auto, DataFormat.preference):
+            yield f"{key}.format={chosen}: objective={objective.name} reads pairs; set {key}.format=preference"
+    if isinstance(objective, RewardConfig) and data.layout is Layout.padding_free:
+        yield "data.layout=padding_free: a score belongs to a row of its own; set data.layout=auto"
+    if isinstance(objective, DpoConfig) and objective.label_smoothing and objective.loss_type is not PairLoss.sigmoid:
+        yield (
+            f"objective.label_smoothing={objective.label_smoothing:g}: objective.loss_type={objective.loss_type} knows "
+            "no doubt about labels; set it to 0, or objective.loss_type=sigmoid"
+        )
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

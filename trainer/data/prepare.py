@@ -75,16 +75,20 @@ class Preparation:
         counts: Callable[[Sample], dict[str, int]],
         seed: int,
         label_names: list[str] | None = None,
+        pairs: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
         self.seed, self.label_names, self.stop = seed, label_names, stop
+        self.pairs = pairs
+        """Whether each document becomes two sequences, its chosen and its rejected answer."""
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
             "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
             "seed": seed if self._draws() else None,
             "label_names": label_names,
+            "pairs": pairs,
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
         digests = DigestCache(Path(config.cache_dir).expanduser())
@@ -169,6 +173,7 @@ class Preparation:
             encoder=Encoder(self.tokenizer, self.label_names, learn=self.config.learn),
             counts=self.counts,
             label_names=self.label_names,
+            pairs=self.pairs,
         )
 
     def _workers(self) -> int:

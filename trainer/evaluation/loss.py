@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class LossEvaluator:
-    """Yields `loss`, `perplexity` (of language models) and `accuracy` (of supervised tokens, or of labels)."""
+    """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, labels or pairs) and what else is summed."""
 
     def __init__(
         self,
@@ -53,3 +53,4 @@ class LossEvaluator:
         if self._perplexity:
             yield f"{self._prefix}/perplexity", math.exp(min(values["loss"], 700.0))
         yield f"{self._prefix}/accuracy", values["accuracy"]
+        yield from ((f"{self._prefix}/{name}", values[name]) for name in names if name not in ("loss", "accuracy"))

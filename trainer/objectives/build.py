@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer.objectives.base import DpoConfig, Objective, ObjectiveConfig, ObjectiveName
-from trainer.objectives.base import OrpoConfig, RewardConfig, SimpoConfig
+from trainer.objectives.base import (
+    DpoConfig,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveName,
+    OrpoConfig,
+    RewardConfig,
+    SimpoConfig,
+)
 
 if TYPE_CHECKING:
     from trainer.objectives.preference import Reference
