@@ -62,7 +62,7 @@ def record(
                 built,
                 batch=max(config.batch["micro"], config.evaluation.batch),
                 pad_token_id=pad_token_id,
-                device=runtime.device,
+                runtime=runtime,
                 stop_now=stop_now,
             )
             _write(path, column, runtime)
@@ -76,10 +76,11 @@ def _compute(
     *,
     batch: int,
     pad_token_id: int,
-    device: torch.device,
+    runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> np.ndarray:
     """float32 [N]: each sequence's log-probability under the model as it is now. All ranks must call."""
+    device = runtime.device
     found = torch.zeros(len(dataset), dtype=torch.float64, device=device)
     plan = eval_plan(dataset, batch=batch, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
     with engine.inference() as module:
@@ -96,7 +97,12 @@ def _compute(
                     raise Preempted("asked to stop while the reference was computed; start the same run again")
         finally:
             step.objective = objective
-    return processes.dist_sum(found).cpu().numpy().astype(np.float32)
+    return _summed(found, runtime).astype(np.float32)
+
+
+def _summed(values: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
+    """The sum over the ranks of this run, on every one of them. All ranks must call."""
+    return (processes.dist_sum(values) if runtime.world_size > 1 else values).cpu().numpy()
 
 
 def _read(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
@@ -112,7 +118,7 @@ def _read(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | N
     whole = torch.zeros(length, device=runtime.device)
     if column is not None:
         whole.copy_(torch.from_numpy(column))
-    return processes.dist_sum(whole).cpu().numpy()
+    return _summed(whole, runtime)
 
 
 def _write(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:

@@ -20,11 +20,13 @@ from tests.helpers.building import (
     alone,
     data_set,
     model_dir,
+    pair_set,
     run_config,
     samples,
     take_steps,
     trainer_for,
 )
+from tests.parity import pairs
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
 from trainer.data.prepare import Prepared
@@ -124,6 +126,10 @@ class Job:
                 for name, case in cases.items():
                     found[f"{architecture} {strategy} {name}"] = self.against_oracle(case)
         return found
+
+    def preferences(self) -> dict:
+        """Objectives over pairs of answers."""
+        return pairs.compare(self.root, self.runtime)
 
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
@@ -243,7 +249,7 @@ class Job:
 
 _OTHER = {"ddp": "zero3", "fsdp2": "zero1", "hsdp": "zero2", "zero1": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
 
-CHECKS = ("variants", "architectures", "tunings", "precision", "evaluation", "resume", "gathered")
+CHECKS = ("variants", "architectures", "tunings", "preferences", "precision", "evaluation", "resume", "gathered")
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
@@ -253,6 +259,7 @@ if __name__ == "__main__":
         for name in ("llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gpt2", "falcon", "distilbert"):
             model_dir(directory, name)
         data_set(directory, uneven=True)
+        pair_set(directory)
     processes.barrier(here)
     job = Job(directory, here)
     result = {check: getattr(job, check)() for check in wanted}
