@@ -169,7 +169,9 @@ def test_steps_do_not_depend_on_the_micro_batch(tmp_path, runtime, objective, tu
             assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("tuning", [LoraConfig(rank=4), LoraConfig(rank=4, modules_to_save=["embed_tokens", "lm_head"])])
+@pytest.mark.parametrize(
+    "tuning", [LoraConfig(rank=4), LoraConfig(rank=4, modules_to_save=["embed_tokens", "lm_head"])]
+)
 def test_the_adapter_off_is_the_base_model(tmp_path, runtime, tuning):
     """After steps that changed it, the reference is still what the model said before them; and gradients still flow."""
     config = run_config(model_dir(tmp_path), "single", "lora", micro=16, steps=4, objective=DpoConfig(beta=0.5))
@@ -186,3 +188,43 @@ def test_the_adapter_off_is_the_base_model(tmp_path, runtime, tuning):
         now = RecordLogps().terms(step.model, batch)["logps"]
     assert (now - before).abs().max() > 1e-2
     assert [name for name, p in step.named_parameters() if p.requires_grad] == trains
+
+
+def continued(config, data, runtime, path=None):
+    """A trainer, the reference recorded or read, and then perhaps the state of `path`."""
+    trainer = trainer_for(config, data, runtime)
+    if path is not None:
+        trainer.progress = trainer.engine.load(path)
+    return trainer
+
+
+def test_a_resumed_run_compares_with_the_first_model(tmp_path, runtime):
+    """Full tuning: the reference is that before the first step, read from its file or computed once more."""
+    config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=5, objective=DpoConfig(beta=0.5))
+    first = continued(config, pair_set(tmp_path), runtime)
+    recorded = first.loader.dataset.reference.copy()
+    take_steps(first, 2)
+    path = tmp_path / "state"
+    path.mkdir()
+    first.engine.save(path, first.progress)
+    expected = take_steps(first, 3)
+    (kept,) = (tmp_path / "pairs-48").glob("reference-*/train-*.npy")
+    assert np.array_equal(np.load(kept), recorded)
+
+    for state in ("kept", "torn", "gone"):
+        if state == "torn":
+            kept.write_bytes(kept.read_bytes()[:50])
+        elif state == "gone":
+            kept.unlink()
+        again = continued(config, pair_set(tmp_path), runtime, path)
+        assert np.array_equal(again.loader.dataset.reference, recorded), state
+        assert take_steps(again, 3) == expected, state
+
+
+def test_a_recorded_reference_is_read_and_not_computed(tmp_path, runtime):
+    config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=5, objective=DpoConfig(beta=0.5))
+    continued(config, pair_set(tmp_path), runtime)
+    (kept,) = (tmp_path / "pairs-48").glob("reference-*/train-*.npy")
+    np.save(kept, np.load(kept) + 1)
+    moved = continued(config, pair_set(tmp_path), runtime).loader.dataset.reference
+    assert np.array_equal(moved, np.load(kept))

@@ -47,7 +47,9 @@ def compare(root: Path, runtime: processes.Runtime) -> dict:
         config = replace(config, objective=OBJECTIVES[objective])
         oracle = objective, tuning, architecture
         if oracle not in oracles:
-            whole = replace(config, strategy=STRATEGIES["single"], batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH})
+            whole = replace(
+                config, strategy=STRATEGIES["single"], batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH}
+            )
             oracles[oracle] = alone_curve(whole, root, runtime)
         found[name] = {"found": curve(config, root, runtime), "expected": oracles[oracle]}
     return found
