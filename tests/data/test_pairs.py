@@ -86,7 +86,7 @@ def test_both_answers_are_cut_alike(tmp_path):
 
 def test_answers_that_are_the_same_once_cut_teach_nothing(tmp_path):
     row = {"prompt": "a", "chosen": "b " * 20 + "x", "rejected": "b " * 20 + "y"}
-    write_jsonl(tmp_path / "train.jsonl", [row, *pair_rows(1)])
+    write_jsonl(tmp_path / "train.jsonl", [row, {"prompt": "a", "chosen": "yes", "rejected": "no"}])
     assert len(prepared(tmp_path).train) == 4
     made = prepared(tmp_path, max_length=24)
     assert dropped(made) == {"same_answers": 1} and len(made.train) == 2
