@@ -1,6 +1,7 @@
 """Runs of the command line over pairs, and what plain transformers and peft make of their exports."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def train(run: str, *words: str) -> dict[str, float]:
     settings = "model.path=llama data.path=train.jsonl data.eval_path=eval.jsonl data.cache_dir=cache run.device=cpu "
     settings += "batch.global=8 batch.micro=4 budget.steps=2 optim.lr=1e-3 logging.wandb=disabled export.verify=true"
     assert main(["train", *settings.split(), f"run.dir={run}", *words]) == 0
-    rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     (trained,) = [row for row in rows if row["step"] == 2 and "loss" in row]
     assert {"margin", "accuracy", "chosen_reward", "rejected_reward"} <= trained.keys()
     return rows[-1]
