@@ -99,7 +99,8 @@ def test_pairs_train_alike(report, case):
     for (loss, norm, margin), (right_loss, right_norm, right_margin) in zip(*curves.values(), strict=True):
         assert loss == pytest.approx(right_loss, rel=EXACT)
         assert norm == pytest.approx(right_norm, rel=EXACT)
-        assert margin == pytest.approx(right_margin, rel=EXACT, abs=1e-6)
+        # A difference of four log-probabilities of about -60, of which float32 keeps steps of 4e-6.
+        assert margin == pytest.approx(right_margin, rel=EXACT, abs=5e-6)
 
 
 def test_pairs_are_learned_and_clipped(report):
