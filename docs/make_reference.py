@@ -44,7 +44,8 @@ BATCH = [
     (
         "batch.global",
         "a whole number",
-        "Documents (packs with `data.packing=true`) in one optimizer step, all ranks together. Must be a multiple of "
+        "Documents (packs with `data.packing=true`, pairs of answers with `objective=dpo`) in one optimizer step, all "
+        "ranks together. Must be a multiple of "
         "`batch.micro` x ranks; accumulation is derived.",
     ),
     (

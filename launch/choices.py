@@ -29,7 +29,14 @@ def variants() -> dict[str, dict[str, type]]:
     """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
     from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
     from trainer.config import LauncherConfig, SlurmConfig
-    from trainer.objectives.base import ClassificationConfig, SftConfig
+    from trainer.objectives.base import (
+        ClassificationConfig,
+        DpoConfig,
+        OrpoConfig,
+        RewardConfig,
+        SftConfig,
+        SimpoConfig,
+    )
     from trainer.optim import (
         AdafactorConfig,
         Adamw8bitConfig,
@@ -54,7 +61,14 @@ def variants() -> dict[str, dict[str, type]]:
     return {
         "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
         "tuning": {"full": FullConfig, "lora": LoraConfig},
-        "objective": {"sft": SftConfig, "classification": ClassificationConfig},
+        "objective": {
+            "sft": SftConfig,
+            "classification": ClassificationConfig,
+            "dpo": DpoConfig,
+            "orpo": OrpoConfig,
+            "simpo": SimpoConfig,
+            "reward": RewardConfig,
+        },
         "optim": {str(settings().name): settings for settings in optim},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
     }

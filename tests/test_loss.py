@@ -66,3 +66,53 @@ def test_without_targets_it_is_the_plain_head():
     head = LossHead.replace(plain, softcap=5.0, logit_scale=2.0)
     hidden = torch.randn(2, 3, 16)
     assert torch.equal(head(hidden), plain(hidden))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 3.0)])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_rows_and_their_gradients(monkeypatch, bias, softcap, scale, rows):
+    """Against numerical differentiation, in float64, where each row weighs differently."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 11 * 4)  # several chunks, the last one short
+    torch.manual_seed(0)
+    plain = nn.Linear(6, 11, bias=bias).double()
+    head = LossHead.replace(plain, softcap=softcap, logit_scale=scale)
+    hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (rows,))
+    found = head(hidden, targets=targets, by_row=True)
+    _, logits = reference(hidden, plain, targets, softcap, scale)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(found, expected, atol=1e-12)
+    mix = torch.randn(rows, dtype=torch.float64)
+
+    def weighed(hidden, *parameters):
+        return (torch.tanh(head(hidden, targets=targets, by_row=True)) * mix).sum()
+
+    assert torch.autograd.gradcheck(weighed, (hidden, *plain.parameters()))
+
+
+def test_rows_of_a_tied_head():
+    """The head's weight is also the embedding: both of its gradients add up."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(11, 6, dtype=torch.float64)
+    head = LossHead.replace(nn.Linear(6, 11, bias=False), softcap=None, logit_scale=1.0)
+    head.weight = embedding.weight
+    tokens, targets = torch.randint(0, 11, (7,)), torch.randint(0, 11, (7,))
+    mix = torch.randn(7, dtype=torch.float64)
+    (head(embedding(tokens), targets=targets, by_row=True) * mix).sum().backward()
+    found = embedding.weight.grad.clone()
+    embedding.weight.grad = None
+    logits = embedding(tokens) @ embedding.weight.T
+    (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * mix).sum().backward()
+    assert torch.allclose(found, embedding.weight.grad, atol=1e-12)
+
+
+def test_rows_of_a_frozen_head_keep_nothing_but_their_gradient():
+    head = LossHead.replace(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
+    hidden = torch.randn(5, 16, requires_grad=True)
+    value = head(hidden, targets=torch.zeros(5, dtype=torch.long), by_row=True)
+    assert len(value.grad_fn.saved_tensors) == 1
+    value.sum().backward()
+    assert head.weight.grad is None and hidden.grad is not None
+    with torch.no_grad():
+        assert torch.equal(head(hidden, targets=torch.zeros(5, dtype=torch.long), by_row=True), value)

@@ -11,7 +11,7 @@ from strategies import runtime as processes
 from strategies.audit import sharding_record
 from strategies.base import Engine, Progress
 from strategies.errors import ConfigError, Preempted
-from trainer import report
+from trainer import reference, report
 from trainer.checkpoint import Checkpoints, choose
 from trainer.config import RunConfig
 from trainer.console import Console
@@ -21,6 +21,7 @@ from trainer.data.prepare import Prepared
 from trainer.loop import Outcome, Trainer
 from trainer.metrics import Meter
 from trainer.model import Built, load_tokenizer, weights_directory
+from trainer.objectives.build import build_objective
 from trainer.parts import build_engine, build_evaluators, build_loader, prepare_data, resolve_precision
 from trainer.preempt import Agreement, StopRequest
 from trainer.status import State, record_failure, write_status
@@ -80,15 +81,15 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     where.phase = "building the model"
     precision = resolve_precision(config.precision, runtime)
     engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
+    agreement = Agreement(request, runtime)
+    record_reference(config, run_dir, sha256, data, engine, built, tokenizer, console, agreement, runtime, where)
 
     where.phase = "resuming"
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, runtime)
     resumed_from = choose(checkpoints.directory, config.run.resume, runtime, config.checkpoint)
     progress = engine.load(resumed_from) if resumed_from else Progress()
     where.step = progress.step
-
     loader, total_steps = build_loader(config, data, built, tokenizer, engine, runtime)
-    agreement = Agreement(request, runtime)
     evaluators = build_evaluators(config, data, built, tokenizer, engine, runtime, agreement)
     facts = report.run_facts(
         config,
@@ -113,7 +114,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         progress=progress,
         checkpoints=checkpoints,
         evaluators=evaluators,
-        meter=Meter(runtime, facts["flops_per_token"], facts["reference_tflops"]),
+        meter=Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics),
         trackers=trackers,
         console=console,
         agreement=agreement,
@@ -147,11 +148,43 @@ def agree_on_run(run_dir: Path | None, sha256: str, runtime: processes.Runtime) 
 def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
     """The console of this rank, and on it what will be learned, before anything is."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
+    pairs = build_objective(config.objective).sequences_per_document == 2
     head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
     name_label = namer(data.label_names, multi_label=getattr(config.objective, "multi_label", False))
-    shown = preview(data.train, tokenizer, width=console.width, name_label=name_label)
+    shown = preview(data.train, tokenizer, width=console.width, name_label=name_label, pairs=pairs)
     console.say("\n".join([head, summary(data.report), shown]))
     return console
+
+
+def record_reference(
+    config: RunConfig,
+    run_dir: Path,
+    sha256: str,
+    data: Prepared,
+    engine: Engine,
+    built: Built,
+    tokenizer: Any,
+    console: Console,
+    agreement: Agreement,
+    runtime: processes.Runtime,
+    where: Where,
+) -> None:
+    """What the initial model says of the data, where the objective compares with it and it will be gone. All ranks call."""
+    if not reference.is_recorded(built):
+        return
+    where.phase = "recording the reference"
+    console.say("reference: recording what the model says of every answer before training, once")
+    reference.record(
+        config,
+        data,
+        engine=engine,
+        built=built,
+        pad_token_id=tokenizer.pad_token_id,
+        runtime=runtime,
+        directory=run_dir / "reference",
+        key=sha256,
+        stop_now=agreement.asked,
+    )
 
 
 def open_records(

@@ -16,6 +16,26 @@ CHUNK_LOGITS = 2**25
 """Most logits held at once (rows times vocabulary); 128 MiB in float32."""
 
 
+def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """Logits of a chunk of rows, in float32 at least."""
+    logits = F.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _product_gradient(
+    logits: Tensor, log_total: Tensor, targets: Tensor, softcap: float | None, scale: float
+) -> Tensor:
+    """Each row's derivative of its own negative log-likelihood by the head's plain product, `[n, V]`."""
+    grad = torch.exp(logits - log_total[:, None])
+    grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
+    if softcap is not None:
+        grad = grad * (1.0 - (logits / softcap).square())
+    return grad * scale if scale != 1.0 else grad
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`; gradients are made in the forward pass, chunk by chunk."""
 
@@ -40,23 +60,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = F.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float()
-            if scale != 1.0:
-                logits = logits * scale
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
+            logits = _logits(chunk, weight, bias, softcap, scale)
             log_total = logits.logsumexp(dim=-1)
             total += (log_total - logits.gather(1, target[:, None])[:, 0]).sum()
             if not training:
                 correct += (logits.argmax(dim=-1) == target).sum()
                 continue
-            grad = torch.exp(logits - log_total[:, None])
-            grad[torch.arange(len(target), device=grad.device), target] -= 1.0
-            if softcap is not None:
-                grad = grad * (1.0 - (logits / softcap).square())
-            if scale != 1.0:
-                grad = grad * scale
-            grad = grad.to(chunk.dtype)
+            grad = _product_gradient(logits, log_total, target, softcap, scale).to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
             if grad_weight is not None:
@@ -82,8 +92,74 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+class _RowCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row of `hidden @ weight.T`, for losses that weigh rows by what all of them say together.
+
+    The rows' weights are known in the backward pass only. What the hidden states need of it is a row's own gradient
+    times its weight, so it is made in the forward pass; the head's own gradient sums over rows, and its logits are
+    computed a second time, where the head trains at all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        training: bool,
+    ) -> Tensor:
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = _logits(chunk, weight, bias, softcap, scale)
+            log_total = logits.logsumexp(dim=-1)
+            nll[start : start + rows] = log_total - logits.gather(1, target[:, None])[:, 0]
+            if grad_hidden is not None:
+                grad = _product_gradient(logits, log_total, target, softcap, scale).to(chunk.dtype)
+                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+        head_trains = training and any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(grad_hidden, *((hidden, weight, bias, targets) if head_trains else ()))
+        ctx.settings = softcap, scale, rows
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, row_weight: Tensor) -> Any:  # type: ignore[override]
+        grad_hidden, *again = ctx.saved_tensors
+        for_hidden = None if grad_hidden is None else grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
+        if not again:
+            return for_hidden, None, None, None, None, None, None
+        hidden, weight, bias, targets = again
+        softcap, scale, rows = ctx.settings
+        wide = row_weight.dtype
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = _logits(chunk, weight, bias, softcap, scale)
+            grad = _product_gradient(logits, logits.logsumexp(dim=-1), target, softcap, scale)
+            grad = grad * row_weight[start : start + rows, None]
+            if grad_weight is not None:
+                grad_weight += grad.to(chunk.dtype).T @ chunk
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            for_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
 class LossHead(nn.Linear):
-    """A model's own output layer that, given targets, returns the summed loss instead of logits."""
+    """A model's own output layer that, given targets, returns the loss (summed, or of each row) instead of logits."""
 
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -96,19 +172,27 @@ class LossHead(nn.Linear):
         new.softcap, new.logit_scale = softcap, logit_scale
         return new
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, by_row: bool = False) -> Any:
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
 
         The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
+        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32.
         """
         if targets is None:
             return super().forward(hidden)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         training = torch.is_grad_enabled()  # inside the function it is always off
-        return _LinearCrossEntropy.apply(
-            hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale, training
-        )
+        function = _RowCrossEntropy if by_row else _LinearCrossEntropy
+        return function.apply(hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale, training)
+
+
+def computes_loss(head: nn.Module) -> bool:
+    """Whether a model's head is a LossHead, perhaps one trained in full beside adapters."""
+    if isinstance(head, LossHead):
+        return True
+    wrapped = getattr(head, "modules_to_save", None)
+    return wrapped is not None and all(isinstance(m, LossHead) for m in wrapped.values())  # type: ignore[operator]
 
 
 def logits_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,8 @@ class Meter:
     runtime: Runtime
     flops_per_token: float
     reference_tflops: float | None
+    metrics: tuple[str, ...] = ()
+    """Terms of the objective that are logged beside the loss, each divided by the loss's count."""
     _records: list[StepRecord] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
 
@@ -112,6 +114,7 @@ class Meter:
             "memory_gib": memory,
             "data_wait_s": wait / world,
         }
+        row |= {name: sums[name] / max(1, r.counts["loss"]) for name in self.metrics}
         if self.reference_tflops:
             achieved = self.flops_per_token * r.tokens / seconds / world
             row["mfu"] = achieved / (self.reference_tflops * 1e12)

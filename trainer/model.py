@@ -16,7 +16,7 @@ from strategies.errors import ConfigError
 from trainer import attention as attention_module
 from trainer.data.settings import Layout
 from trainer.loss import LossHead, head_transform
-from trainer.objectives.base import ObjectiveConfig, ObjectiveName
+from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.build import build_objective
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
@@ -219,15 +219,13 @@ def build_step(
     model_config = copy.deepcopy(load_model_config(config))
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     _grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
-    classification = objective_config.name is ObjectiveName.classification
+    head_labels = build_objective(objective_config).head_labels
+    classification = head_labels is not None
     layout, attention, notes = resolve_layout(
         config, layout, model_config.model_type, needs_padding=classification, half_on_gpu=half_on_gpu
     )
     if classification:
-        model_config.num_labels = num_labels
-        if getattr(objective_config, "multi_label", False):
-            model_config.problem_type = "multi_label_classification"
-        model_config.pad_token_id = tokenizer.pad_token_id
+        _describe_head(model_config, objective_config, head_labels or num_labels, tokenizer.pad_token_id)
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = transformers.AutoModelForCausalLM
@@ -258,8 +256,17 @@ def build_step(
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
     model = tuning.apply(model)
     model.train()
-    step = TrainStep(model, build_objective(objective_config), blocks)
+    objective = build_objective(objective_config, tuning.reference if tuning.adapter else None)
+    step = TrainStep(model, objective, blocks)
     return Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes)
+
+
+def _describe_head(model_config: Any, objective: ObjectiveConfig, outputs: int | None, pad_token_id: int) -> None:
+    """What the architecture, and later the export, must know of its classification head."""
+    model_config.num_labels = outputs
+    if getattr(objective, "multi_label", False):
+        model_config.problem_type = "multi_label_classification"
+    model_config.pad_token_id = pad_token_id
 
 
 def _grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:

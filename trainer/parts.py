@@ -44,10 +44,12 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 
 
 def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) -> Preparation:
+    objective = build_objective(config.objective)
     return Preparation(
         config.data,
         tokenizer,
-        counts=build_objective(config.objective).counts,
+        counts=objective.counts,
+        pairs=objective.sequences_per_document == 2,
         seed=config.run.seed,
         label_names=getattr(config.objective, "labels", None),
         labelled=config.objective.name is ObjectiveName.classification,
@@ -117,20 +119,23 @@ def build_engine(
 
 
 def build_order(config: RunConfig, data: Prepared) -> tuple[list[list[int]] | None, Order]:
-    """The packs, if documents are packed, and the order in which documents (packs) are drawn."""
+    """The sequences that stay together (packs, pairs of answers), and the order in which documents (packs) are drawn."""
     train, seed, shuffle = data.train, config.run.seed, config.data.shuffle
     sources = train.sources if train.sources is not None else np.zeros(len(train), np.int64)
+    per = build_objective(config.objective).sequences_per_document
     weights = [config.data.sources[n].weight if n in config.data.sources else None for n in train.source_names]
     mixed = any(weight is not None for weight in weights)
     packs: list[list[int]] | None = None
-    if config.data.packing and mixed:
+    if per > 1:
+        packs, sources = np.arange(len(train)).reshape(-1, per).tolist(), sources[::per]
+    elif config.data.packing and mixed:
         packs, sources = pack_by_source(train.lengths, sources, config.data.max_length)
     elif config.data.packing:
         packs = best_fit_decreasing(train.lengths, config.data.max_length)
     if not mixed:
         return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
     unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])
-    unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) for pack in packs])
+    unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) // per for pack in packs])
     quota = quotas(
         np.bincount(sources, minlength=len(weights)),
         np.bincount(sources, unit_tokens, minlength=len(weights)).astype(np.int64),
@@ -182,6 +187,8 @@ def build_evaluators(
     if held_out is None or len(held_out) == 0:
         return []
     limit = config.evaluation.max_documents
+    objective = built.step_module.objective
+    per = objective.sequences_per_document
     batches = partial(
         eval_batches,
         held_out,
@@ -192,12 +199,10 @@ def build_evaluators(
         pad_token_id=tokenizer.pad_token_id,
         device=runtime.device,
         max_documents=limit,
+        sequences_per_document=per,
     )
 
-    def stop_now() -> bool:
-        agreement.ask()
-        return agreement.stop_now()
-
-    count = int(held_out.counts["loss"][:limit].sum())
-    language = config.objective.name is not ObjectiveName.classification
-    return [LossEvaluator(batches, count=count, prefix="eval", perplexity=language, stop_now=stop_now)]
+    count = int(held_out.counts["loss"][: None if limit is None else limit * per].sum())
+    return [
+        LossEvaluator(batches, count=count, prefix="eval", perplexity=objective.perplexity, stop_now=agreement.asked)
+    ]

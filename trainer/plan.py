@@ -21,9 +21,9 @@ def describe(config: RunConfig) -> str:
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
-    packs, order = build_order(config, data)
-    lengths = data.train.lengths
-    unit_tokens = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
+    units, order = build_order(config, data)
+    lengths, pairs = data.train.lengths, built.step_module.objective.sequences_per_document == 2
+    unit_tokens = lengths if units is None else np.array([lengths[unit].sum() for unit in units])
     size, micro = config.batch["global"], config.batch["micro"]
     world = max(1, (config.launcher.processes or 1) * config.launcher.nodes)
     steps = steps_from_budget(
@@ -36,12 +36,12 @@ def describe(config: RunConfig) -> str:
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     lines = [
         summary(data.report),
-        preview(data.train, tokenizer, width=100),
+        preview(data.train, tokenizer, width=100, pairs=pairs),
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
-        f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train):,}",
+        f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // (1 + pairs):,}",
         "memory per rank, estimated (model state by arithmetic, activations by a rule of thumb):",
         *_memory(config, built, world, round(mean_tokens * micro)),
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),

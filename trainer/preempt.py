@@ -56,6 +56,11 @@ class Agreement:
                 self._flag, op=dist.ReduceOp.MAX, group=self._runtime.control_group, async_op=True
             )
 
+    def asked(self) -> bool:
+        """Ask and wait for the answer. All ranks must call."""
+        self.ask()
+        return self.stop_now()
+
     def stop_now(self) -> bool:
         """The agreed answer, equal on all ranks."""
         if self._work is not None:

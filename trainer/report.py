@@ -200,7 +200,7 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | N
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens"]
     for name, value in outcome.after.items():
         before = outcome.before.get(name)
-        lines.append(f"  {name:<18} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
+        lines.append(f"  {name:<22} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]

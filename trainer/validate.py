@@ -18,10 +18,10 @@ from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
 from trainer.data.privacy.settings import problems as privacy_problems
-from trainer.data.settings import DataFormat, Layout
+from trainer.data.settings import Layout
 from trainer.data.sources.paths import expand, is_hub
 from trainer.objectives.base import ObjectiveName
-from trainer.objectives.base import problems as objective_problems
+from trainer.objectives.support import problems as objective_problems
 from trainer.optimizers.support import problems as optimizer_problems
 from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
@@ -148,14 +148,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield from error.problems
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
-    classification = config.objective.name is ObjectiveName.classification
-    if classification and data.packing:
-        yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
-    if classification and data.format not in (DataFormat.auto, DataFormat.labelled):
-        yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
-    if not classification and data.format is DataFormat.labelled:
-        yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
-    yield from objective_problems(config.objective)
+    yield from objective_problems(config.objective, data)
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.settings import Layout
-from trainer.objectives.sft import MODEL_INPUTS, plain_model
+from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine

@@ -83,6 +83,12 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("objective=classification objective.labels=[a]", "two or more"),
         ("data.format=labelled", "objective=classification"),
         ("data.packing=true data.layout=padded", "data.layout=auto"),
+        ("objective=dpo data.packing=true", "set data.packing=false"),
+        ("objective=orpo data.over_length=split", "data.over_length=truncate or data.over_length=drop"),
+        ("objective=simpo data.format=messages", "set data.format=preference"),
+        ("objective=dpo data.format=labelled", "set data.format=preference"),
+        ("objective=reward data.layout=padding_free", "set data.layout=auto"),
+        ("objective=dpo objective.loss_type=ipo objective.label_smoothing=0.1", "objective.loss_type=sigmoid"),
         ("model.chat_template=no.jinja", "no such file"),
         ("evaluation.every_steps=5", "there is no evaluation data"),
         ("evaluation.patience=5 data.eval_share=0.1", "set evaluation.every_steps as well"),
@@ -154,6 +160,9 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
         ("optim.groups.head.match=lm_head|score optim.groups.head.lr_factor=2", 1),
         ("objective=classification objective.labels=[a,b] objective.class_weights=[1,2.5]", 1),
         ("objective=classification objective.multi_label=true objective.class_weights=balanced", 1),
+        ("objective=dpo data.format=preference data.over_length=drop objective.label_smoothing=0.1", 1),
+        ("objective=reward data.layout=padded", 1),
+        ("data.format=preference", 1),
     ],
 )
 def test_what_can_run_is_not_refused(words, ranks):

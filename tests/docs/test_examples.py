@@ -102,6 +102,7 @@ def test_every_topic_page_has_examples():
         "lora",
         "choosing-a-strategy",
         "torchrun-and-slurm",
+        "preference-tuning",
     }
 
 

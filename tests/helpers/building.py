@@ -1,5 +1,6 @@
 """Builds the product's own trainer around tiny models and hand-made data, without a run directory."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from strategies.base import (
 )
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
+from trainer import reference
 from trainer.config import BudgetConfig, RunConfig, RunSettings
 from trainer.console import Console
 from trainer.data.dataset import Sample, TokenDataset, write
@@ -83,6 +85,28 @@ def data_set(root: Path, *, uneven: bool, num: int = 48) -> Prepared:
     return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
 
+def pair_samples(num: int, *, vocab: int = 300) -> list[Sample]:
+    """Random pairs of answers of 1 to 20 tokens to prompts of 2 to 20, chosen and rejected in turn."""
+    generator = np.random.default_rng(3)
+    made = []
+    for _ in range(num):
+        prompt = generator.integers(3, vocab, generator.integers(2, 21))
+        for rejected in (False, True):
+            answer = generator.integers(3, vocab, generator.integers(1, 21))
+            supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
+            made.append(Sample(np.concatenate([prompt, answer]).astype(np.int32), supervised, rejected=rejected))
+    return made
+
+
+def pair_set(root: Path, *, num: int = 48) -> Prepared:
+    """A prepared data set of `pair_samples`, serving as training and evaluation set; opened anew each time."""
+    directory = root / f"pairs-{num}"
+    if not (directory / "manifest.json").exists():
+        write(directory, pair_samples(num), lambda s: {"loss": int(not s.rejected)}, {"fingerprint": "pairs"})
+    train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
+    return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
+
+
 def run_config(
     model: Path, strategy: str | StrategyConfig, tuning: str, *, micro: int, steps: int = 5, **changes
 ) -> RunConfig:
@@ -107,6 +131,17 @@ def trainer_for(
     """The product's trainer with its engine and loader, and nothing that writes."""
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
+    if reference.is_recorded(built):
+        reference.record(
+            config,
+            data,
+            engine=engine,
+            built=built,
+            pad_token_id=tokenizer.pad_token_id,
+            runtime=runtime,
+            directory=data.directory / f"reference-{os.environ.get('RANK', 0)}",  # a lone oracle on every rank
+            key=f"{config.strategy.name} {config.model.path} {runtime.world_size}",
+        )
     loader, total = build_loader(config, data, built, tokenizer, engine, runtime)
     return Trainer(
         config,
@@ -116,7 +151,7 @@ def trainer_for(
         progress=progress or Progress(),
         checkpoints=None,  # type: ignore[arg-type]
         evaluators=[],
-        meter=Meter(runtime, 1.0, None),
+        meter=Meter(runtime, 1.0, None, built.step_module.objective.metrics),
         trackers=Trackers([]),
         console=Console(enabled=False),
         agreement=Agreement(StopRequest(), runtime),

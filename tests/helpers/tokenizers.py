@@ -134,3 +134,24 @@ def chat_rows(num: int, *, seed: int = 0) -> list[dict]:
 def write_chat_data(path: Path, num: int = 32, *, seed: int = 0) -> Path:
     """A JSONL chat data set of `num` conversations."""
     return write_jsonl(path, chat_rows(num, seed=seed))
+
+
+def pair_rows(num: int, *, seed: int = 0) -> list[dict]:
+    """Preference rows: a prompt, a chosen answer of short words, a rejected one of question marks."""
+    import random
+
+    draw = random.Random(seed)
+    words = WORDS.split()
+    return [
+        {
+            "prompt": f"question {number} " + " ".join(draw.choices(words, k=4)),
+            "chosen": " ".join(draw.choices(words, k=draw.randint(1, 12))),
+            "rejected": " ".join(draw.choices(["?", "??", "what"], k=draw.randint(1, 12))),
+        }
+        for number in range(num)
+    ]
+
+
+def write_pairs(path: Path, num: int = 32, *, seed: int = 0) -> Path:
+    """A JSONL data set of `num` preference rows."""
+    return write_jsonl(path, pair_rows(num, seed=seed))

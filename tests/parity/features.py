@@ -20,11 +20,13 @@ from tests.helpers.building import (
     alone,
     data_set,
     model_dir,
+    pair_set,
     run_config,
     samples,
     take_steps,
     trainer_for,
 )
+from tests.parity import pairs
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
 from trainer.data.prepare import Prepared
@@ -168,6 +170,10 @@ class Job:
         count = int(held_out.counts["loss"].sum()) * (2 if ranks == 1 else 1)
         return dict(LossEvaluator(batches, count=count, prefix="eval").run(trainer.engine))
 
+    def preferences(self) -> dict:
+        """Objectives over pairs of answers."""
+        return pairs.compare(self.root, self.runtime)
+
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
         model = model_dir(self.root)
@@ -268,7 +274,17 @@ class Job:
 
 _OTHER = {"ddp": "zero3", "fsdp2": "zero1", "hsdp": "zero2", "zero1": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
 
-CHECKS = ("variants", "architectures", "tunings", "classification", "precision", "evaluation", "resume", "gathered")
+CHECKS = (
+    "variants",
+    "architectures",
+    "tunings",
+    "classification",
+    "preferences",
+    "precision",
+    "evaluation",
+    "resume",
+    "gathered",
+)
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
@@ -278,6 +294,7 @@ if __name__ == "__main__":
         for name in ("llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gpt2", "falcon", "distilbert"):
             model_dir(directory, name)
         data_set(directory, uneven=True)
+        pair_set(directory)
     processes.barrier(here)
     job = Job(directory, here)
     result = {check: getattr(job, check)() for check in wanted}

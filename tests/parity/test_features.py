@@ -1,11 +1,13 @@
 """Settings that must not change the result, every class of model, precision, evaluation, resuming, gathering."""
 
 import itertools
+import math
 
 import pytest
 
 from tests.helpers.launching import run_job
 from tests.parity.features import VARIANTS
+from tests.parity.pairs import CASES
 
 EXACT = 1e-5
 
@@ -104,3 +106,23 @@ def test_gathered_parameters_are_the_same(report, strategy, tuning):
     found = report["gathered"][f"{strategy} {tuning}"]
     assert found["before"] == 0.0
     assert found["after"] < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pairs_train_alike(report, case):
+    curves = report["preferences"][case]
+    assert len(curves["found"]) == len(curves["expected"]) == 5
+    for (loss, norm, margin), (right_loss, right_norm, right_margin) in zip(*curves.values(), strict=True):
+        assert loss == pytest.approx(right_loss, rel=EXACT)
+        assert norm == pytest.approx(right_norm, rel=EXACT)
+        # A difference of four log-probabilities of about -60, of which float32 keeps steps of 4e-6.
+        assert margin == pytest.approx(right_margin, rel=EXACT, abs=5e-6)
+
+
+def test_pairs_are_learned_and_clipped(report):
+    """Curves that stand still, or references that move along, would prove little."""
+    for tuning in ("lora", "full"):
+        losses, norms, margins = zip(*report["preferences"][f"dpo {tuning} ddp"]["expected"], strict=True)
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and abs(margins[0]) < 1e-5
+        assert losses[-1] < 0.98 * losses[0] and margins[-1] > 0.01
+        assert max(norms) > 0.5

@@ -21,6 +21,7 @@ SAID = {
     "split": "split into pieces of data.max_length",
     "too_long": "longer than data.max_length",
     "nothing_to_learn": "nothing left to learn",
+    "same_answers": "both answers of a pair are the same",
     "thumbs_down": "an answer marked as undesirable",
     "control_tokens": "text spells control tokens of the tokenizer",
 }
@@ -36,11 +37,19 @@ def preview(
     colour: bool | None = None,
     max_lines: int = 40,
     name_label: Callable[[int], str] = str,
+    pairs: bool = False,
 ) -> str:
-    """Sequence `index` as text, with its label as `name_label` says it; see `render`."""
-    sample = dataset.sample(index)
-    label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
-    return render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label
+    """Sequence `index` as text, with its label as `name_label` says it; see `render`.
+
+    Of `pairs`, the next one too, the rejected answer.
+    """
+    parts = []
+    for place in range(2 if pairs else 1):
+        sample = dataset.sample(index + place)
+        head = f"{('chosen', 'rejected')[place]}:\n" if pairs else ""
+        label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
+        parts.append(head + render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label)
+    return "\n".join(parts)
 
 
 def render(runs: list[tuple[str, bool]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:

@@ -21,7 +21,7 @@ from trainer.data.dataset import Sample, Sequences
 from trainer.data.document import Document, Stage, Tally
 from trainer.data.formats import Rejected, RowReader
 from trainer.data.labels import split_labels
-from trainer.data.over_length import fit
+from trainer.data.over_length import fit, fit_pair
 from trainer.data.privacy.stage import Findings
 from trainer.data.settings import DataConfig
 from trainer.data.sources.row import BadRow, Row
@@ -93,12 +93,15 @@ class BlockMaker:
         counts: Callable[[Sample], dict[str, int]],
         label_names: list[str] | None,
         multi_label: bool = False,
+        pairs: bool = False,
     ) -> None:
         self.config = config
         self.readers = readers
         self.stages = stages
         self.encoder = encoder
         self.counts = counts
+        self.pairs = pairs
+        """Whether a document becomes two sequences, its chosen and its rejected answer."""
         self.label_names = None if label_names is None else set(label_names)
         self.multi_label = multi_label
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
@@ -175,8 +178,7 @@ class BlockMaker:
         block.labels = sorted({d.label for d in documents if d.label is not None})
         encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
         usable = [d for d in documents if _teaches(d, block.tally)]
-        for document, sample in encoder.encode(usable):
-            made = self._fit(document, sample, block.tally)
+        for document, made in self._encoded(usable, block.tally):
             if not made:
                 continue
             if encoder.has_control_tokens(document):
@@ -190,6 +192,39 @@ class BlockMaker:
         ended = [len(token) == 1 and int(token[0]) in encoder.end_ids for token in last]
         block.sequences.columns["ended"] = np.array(ended, np.int64)
         return left
+
+    def _encoded(self, documents: list[Document], tally: Tally) -> Iterator[tuple[Document, list[Sample]]]:
+        """Documents with their sequences; none where nothing is left. Raises DataError."""
+        if not self.pairs:
+            for document, sample in self.encoder.encode(documents):
+                yield document, self._fit(document, sample, tally)
+            return
+        for document in documents:
+            if not document.chosen or not document.rejected:
+                raise DataError(
+                    f"{document.where}: has no preferred and rejected answer, which this objective compares; give rows "
+                    "of prompt, chosen and rejected (data.format=preference), or use objective=sft"
+                )
+        for document, chosen, rejected in self.encoder.encode_pairs(documents):
+            yield document, self._fit_pair(document, chosen, rejected, tally)
+
+    def _fit_pair(self, document: Document, chosen: Sample, rejected: Sample, tally: Tally) -> list[Sample]:
+        """Both answers after the length policy; none, with a reason counted, where one has nothing left to compare."""
+        limit = self.config.max_length
+        made = fit_pair(document, chosen, rejected, limit, self.config.over_length)
+        if made is None:
+            tally.drop("tokenise", "too_long", document.where)
+            return []
+        if not all(sample.supervised.any() for sample in made):
+            tally.drop("tokenise", "nothing_to_learn", document.where)
+            return []
+        if np.array_equal(made[0].input_ids, made[1].input_ids):
+            tally.drop("tokenise", "same_answers", document.where)
+            return []
+        if max(len(chosen.input_ids), len(rejected.input_ids)) > limit:
+            tally.note("tokenise", "truncated", document.where)
+        made[1].rejected = True
+        return made
 
     def _fit(self, document: Document, sample: Sample, tally: Tally) -> list[Sample]:
         """The pieces of a document after the length policy; none, with a reason counted, where nothing is left."""

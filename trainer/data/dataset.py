@@ -38,6 +38,10 @@ class Sample:
     """bool [n]: token i is a training target. Position 0 never counts, since nothing predicts it."""
     label: int | None = None
     """Class number, for labelled data."""
+    rejected: bool = False
+    """Whether it is the answer of a pair that was not preferred; told while data is prepared."""
+    reference: float | None = None
+    """Log-probability of its supervised tokens under the model before training, where that was recorded."""
 
 
 class TokenDataset:
@@ -71,6 +75,8 @@ class TokenDataset:
         """int64 [N]: row of `documents.arrow`."""
         self.num_ended = int(columns["ended"][index].sum()) if "ended" in columns else 0
         """Sequences whose last target is an end token."""
+        self.reference: np.ndarray | None = None
+        """float32 [N], set by who has computed it (`trainer/reference.py`): see `Sample.reference`."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenDataset:
@@ -102,7 +108,10 @@ class TokenDataset:
         begin = int(self.starts[index])
         end = begin + int(self.lengths[index])
         label = None if self.labels is None else int(self.labels[index])
-        return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), label)
+        reference = None if self.reference is None else float(self.reference[index])
+        return Sample(
+            self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), label=label, reference=reference
+        )
 
 
 def _map(path: Path, dtype: type, count: int) -> np.ndarray:

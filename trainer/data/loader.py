@@ -44,7 +44,10 @@ class StepBatch:
 
 
 class StepLoader:
-    """Batches of one rank. `global_batch` and `micro_batch` count units: documents, or packs where `units` is given."""
+    """Batches of one rank. `global_batch` and `micro_batch` count units.
+
+    A unit is a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of answers.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,6 @@ class StepLoader:
         assert global_batch % (micro_batch * dp_size) == 0, "the config layer reports a batch that does not divide"
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
         assert layout is not Layout.auto, "the layout is resolved before the loader is built"
-        assert units is None or layout is Layout.padding_free, "packs need the padding_free layout"
         self.dataset = dataset
         self.order = order
         self.units = units
@@ -163,6 +165,11 @@ def collate(samples: Sequence[Sample], layout: Layout, pad_token_id: int) -> dic
     batch = _concatenate(samples) if layout is Layout.padding_free else _pad(samples, pad_token_id)
     # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
     batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
+    learned = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
+    batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), learned))
+    batch["num_sequences"] = len(samples)
+    if all(sample.reference is not None for sample in samples):
+        batch["reference_logps"] = torch.tensor([s.reference for s in samples], dtype=torch.float32)
     if any(sample.label is not None for sample in samples):
         batch["labels"] = torch.tensor([IGNORED if s.label is None else s.label for s in samples], dtype=torch.int64)
     return batch
@@ -210,6 +217,26 @@ def _pad(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
     }
 
 
+def eval_plan(
+    dataset: TokenDataset,
+    *,
+    batch: int,
+    dp_rank: int,
+    dp_size: int,
+    max_documents: int | None = None,
+    sequences_per_document: int = 1,
+) -> Iterator[list[int]]:
+    """Sequences of each of this rank's micro-batches, as `eval_batches` says; none where the rank has run out."""
+    per = sequences_per_document
+    num = len(dataset) // per if max_documents is None else min(max_documents, len(dataset) // per)
+    by_length = np.argsort(-dataset.lengths[: num * per].reshape(num, per).sum(axis=1), kind="stable")
+    batches = [by_length[start : start + batch].tolist() for start in range(0, num, batch)]
+    for turn in range(-(-len(batches) // dp_size)):
+        number = turn * dp_size + dp_rank
+        documents = batches[number] if number < len(batches) else []
+        yield [document * per + place for document in documents for place in range(per)]
+
+
 def eval_batches(
     dataset: TokenDataset,
     *,
@@ -220,21 +247,30 @@ def eval_batches(
     pad_token_id: int,
     device: torch.device | str,
     max_documents: int | None,
+    sequences_per_document: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
 
     Every rank gets the same number of micro-batches; one that runs out gets document 0 with nothing to score (targets
     and labels -100). Documents are sorted by length, so that ranks work alike; a sum over them does not depend on it.
     """
-    num = len(dataset) if max_documents is None else min(max_documents, len(dataset))
-    by_length = np.argsort(-dataset.lengths[:num], kind="stable")
-    batches = [by_length[start : start + batch].tolist() for start in range(0, num, batch)]
-    for turn in range(-(-len(batches) // dp_size)):
-        number = turn * dp_size + dp_rank
-        if number < len(batches):
-            samples = [dataset.sample(doc) for doc in batches[number]]
-        else:
-            first = dataset.sample(0)
-            label = None if first.label is None else IGNORED
-            samples = [Sample(first.input_ids, np.zeros_like(first.supervised), label)]
+    plan = eval_plan(
+        dataset,
+        batch=batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        max_documents=max_documents,
+        sequences_per_document=sequences_per_document,
+    )
+    for sequences in plan:
+        samples = [dataset.sample(number) for number in sequences] or fillers(dataset, sequences_per_document)
         yield to_device(collate(samples, layout, pad_token_id), torch.device(device))
+
+
+def fillers(dataset: TokenDataset, num: int) -> list[Sample]:
+    """The first `num` sequences with nothing to score, for a rank that must take part and has nothing left."""
+    found = [dataset.sample(number) for number in range(num)]
+    for sample in found:
+        sample.supervised = np.zeros_like(sample.supervised)
+        sample.label = None if sample.label is None else IGNORED
+    return found

@@ -36,10 +36,7 @@ def fit(
     if policy is OverLength.drop:
         return None
     if policy is OverLength.fail:
-        raise DataError(
-            f"{document.where}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
-            "data.over_length to truncate, truncate_left, split or drop"
-        )
+        raise _too_long(document, length, max_length, "truncate, truncate_left, split or drop")
     if policy is OverLength.truncate_left:
         return [_keep_end(encoder, document, sample, max_length)]
     if policy is OverLength.split and document.turns():
@@ -47,6 +44,32 @@ def fit(
     if policy is OverLength.split and document.text is not None and document.label is None:
         return _pieces(encoder, sample, max_length)
     return [truncate(sample, max_length, encoder.tail(document))]
+
+
+def fit_pair(
+    document: Document, chosen: Sample, rejected: Sample, max_length: int, policy: OverLength
+) -> list[Sample] | None:
+    """The two answers of a pair, both cut to their first `max_length` tokens where `policy` says so; None: drop them.
+
+    Raises DataError where the policy is `fail`. The other ways to cut would part what the two have in common.
+    """
+    length = max(len(chosen.input_ids), len(rejected.input_ids))
+    if length <= max_length:
+        return [chosen, rejected]
+    if policy is OverLength.drop:
+        return None
+    if policy is OverLength.fail:
+        raise _too_long(document, length, max_length, "truncate or drop")
+    if policy is not OverLength.truncate:
+        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for pairs")
+    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in (chosen, rejected)]
+
+
+def _too_long(document: Document, length: int, max_length: int, others: str) -> DataError:
+    return DataError(
+        f"{document.where}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
+        f"data.over_length to {others}"
+    )
 
 
 def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:

@@ -78,11 +78,14 @@ class Preparation:
         label_names: list[str] | None = None,
         labelled: bool | None = None,
         multi_label: bool = False,
+        pairs: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
         self.seed, self.label_names, self.stop = seed, label_names, stop
         self.labelled, self.multi_label = labelled, multi_label
+        self.pairs = pairs
+        """Whether each document becomes two sequences, its chosen and its rejected answer."""
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
@@ -90,6 +93,7 @@ class Preparation:
             "seed": seed if self._draws() else None,
             "label_names": label_names,
             **({"multi_label": True} if multi_label else {}),
+            "pairs": pairs,
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
@@ -178,6 +182,7 @@ class Preparation:
             counts=self.counts,
             label_names=self.label_names,
             multi_label=self.multi_label,
+            pairs=self.pairs,
         )
 
     def _workers(self) -> int:

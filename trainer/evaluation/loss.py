@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class LossEvaluator:
-    """Yields `loss`, `perplexity` (of language models) and `accuracy` (of supervised tokens, or of documents).
+    """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and what else is summed.
 
     Where the objective counts confusions (classification), `f1_macro` and `f1_micro` too.
     """
@@ -56,6 +56,7 @@ class LossEvaluator:
         if self._perplexity:
             yield f"{self._prefix}/perplexity", math.exp(min(values["loss"], 700.0))
         yield f"{self._prefix}/accuracy", values["accuracy"]
+        yield from ((f"{self._prefix}/{name}", values[name]) for name in values if name not in ("loss", "accuracy"))
         if "confusion" in totals:
             macro, micro = f1_scores(totals["confusion"])
             yield f"{self._prefix}/f1_macro", macro

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,15 +12,23 @@ if TYPE_CHECKING:
     from trainer.data.dataset import Sample
 
 
-MOST_BITS = 62
-"""Labels of one document that a prepared data set can keep, a bit each."""
-
-
 class ObjectiveName(StrEnum):
     """The names users type as `objective=<name>`."""
 
     sft = "sft"
     classification = "classification"
+    dpo = "dpo"
+    orpo = "orpo"
+    simpo = "simpo"
+    reward = "reward"
+
+
+class PairLoss(StrEnum):
+    """How DPO turns the difference of two rewards into a loss."""
+
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,24 +57,52 @@ class ClassificationConfig(ObjectiveConfig):
     """A weight for each label in the order of `labels`, or `balanced`; with `multi_label` it counts where the label is true."""
 
 
-def problems(config: ObjectiveConfig) -> Iterator[str]:
-    """What is wrong with an objective's own settings, one line each."""
-    if not isinstance(config, ClassificationConfig):
-        return
-    labels, weights = config.labels, config.class_weights
-    if labels is not None and len(set(labels)) < max(1 if config.multi_label else 2, len(labels)):
-        yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
-    if labels is not None and config.multi_label and len(labels) > MOST_BITS:
-        yield f"objective.labels: {len(labels)} names, at most {MOST_BITS} with objective.multi_label=true; leave some out"
-    if labels is not None and config.multi_label and (marked := next((n for n in labels if "|" in n), None)):
-        yield f"objective.labels: {marked!r} contains |, which stands between labels; rename it"
-    if weights is None or weights == "balanced":
-        return
-    numbers = weights if isinstance(weights, list) else []
-    if not numbers or not all(isinstance(w, int | float) and math.isfinite(w) and w > 0 for w in numbers):
-        yield f"objective.class_weights={weights}: must be balanced, or a list of numbers above 0, one for each label"
-    elif labels is not None and len(numbers) != len(labels):
-        yield f"objective.class_weights: {len(numbers)} weights for {len(labels)} labels; give one for each, or balanced"
+@dataclass(kw_only=True, slots=True)
+class DpoConfig(ObjectiveConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) against the model as it was."""
+
+    name: ObjectiveName = ObjectiveName.dpo
+    beta: float = 0.1
+    """How closely the model stays with the reference: larger is closer (for `ipo`, its tau)."""
+    loss_type: PairLoss = PairLoss.sigmoid
+    """`sigmoid` (DPO), `ipo` (Azar et al. 2023, arXiv:2310.12036, per token) or `hinge` (SLiC, arXiv:2305.10425)."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5 (conservative DPO); `sigmoid` only."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OrpoConfig(ObjectiveConfig):
+    """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691): SFT and preference at once, no reference."""
+
+    name: ObjectiveName = ObjectiveName.orpo
+    beta: float = 0.1
+    """Weight of the odds ratio beside the chosen answer's own loss (the paper's lambda)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SimpoConfig(ObjectiveConfig):
+    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734): mean log-probabilities, no reference."""
+
+    name: ObjectiveName = ObjectiveName.simpo
+    beta: float = 2.0
+    """Scale of the reward, which is beta times the mean log-probability of a token."""
+    gamma: float = 1.0
+    """Margin by which the chosen answer's reward should exceed the other's; about half of beta as a rule."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig(ObjectiveConfig):
+    """A reward model: one score an answer, the preferred one's higher (Bradley and Terry 1952)."""
+
+    name: ObjectiveName = ObjectiveName.reward
+    centre: float = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
 
 
 class Objective(Protocol):
@@ -77,6 +111,17 @@ class Objective(Protocol):
     The term `loss` carries the gradient; other terms are for metrics and carry none. A term may be made in evaluation
     only, and then have a shape (`confusion`).
     """
+
+    sequences_per_document: int
+    """How many sequences of the prepared data make one document: 1, or 2 for pairs (the chosen answer, then the other)."""
+    perplexity: bool
+    """Whether the exponential of the loss is the perplexity of a language model."""
+    metrics: tuple[str, ...]
+    """Terms that are logged while training, beside the loss; each is divided by the count of `loss`."""
+    head_labels: int | None
+    """Outputs of the classification head that takes the place of the language model's; 0: one a label of the data."""
+    uses_reference: bool
+    """Whether it compares with the model as it was before training."""
 
     def counts(self, sample: Sample) -> dict[str, int]:
         """Denominators that this sample adds, by term; stored when the data is prepared, after the shift."""

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.objectives.base import ClassificationConfig, Objective, ObjectiveConfig
+from trainer.objectives.base import (
+    ClassificationConfig,
+    DpoConfig,
+    Objective,
+    ObjectiveConfig,
+    OrpoConfig,
+    RewardConfig,
+    SimpoConfig,
+)
+
+if TYPE_CHECKING:
+    from trainer.objectives.preference import Reference
 
 BALANCED = "balanced"
 
@@ -21,14 +33,27 @@ def settled(config: ObjectiveConfig, labels: np.ndarray | None, names: list[str]
     return replace(config, class_weights=balanced_weights(labels, names, multi_label=config.multi_label))
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that `config` names."""
+def build_objective(config: ObjectiveConfig, reference: Reference | None = None) -> Objective:
+    """The objective that `config` names.
+
+    `reference` switches the tuned model's adapter off; None where there is no adapter to switch off.
+    """
     if isinstance(config, ClassificationConfig):
         from trainer.objectives.classification import Classification, MultiLabel
 
         # What is balanced is settled by `settled`; counting samples needs no weights.
         weights = None if config.class_weights == BALANCED else config.class_weights
         return MultiLabel(weights) if config.multi_label else Classification(weights)
+    if isinstance(config, RewardConfig):
+        from trainer.objectives.reward import Reward
+
+        return Reward(config)
+    if isinstance(config, DpoConfig | OrpoConfig | SimpoConfig):
+        from trainer.objectives import preference
+
+        if isinstance(config, DpoConfig):
+            return preference.Dpo(config, reference)
+        return preference.Orpo(config) if isinstance(config, OrpoConfig) else preference.Simpo(config)
     from trainer.objectives.sft import Sft
 
     return Sft()

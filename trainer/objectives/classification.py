@@ -26,6 +26,12 @@ class Classification:
         self._weights = weights
         self._on_device: Tensor | None = None
 
+    sequences_per_document = 1
+    perplexity = False
+    metrics: tuple[str, ...] = ()
+    head_labels: int | None = 0
+    uses_reference = False
+
     def counts(self, sample: Sample) -> dict[str, int]:
         """A document counts once, however many labels it has."""
         return {"loss": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,6 +70,9 @@ class Tuning(Protocol):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold adapters of a loaded model into its weights; returns the plain model."""
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it the tuned, perhaps sharded `model` computes what the base model does; for adapters only."""
 
     def base_name(self, name: str) -> str:
         """The name a parameter of the tuned model has in the base model's checkpoint."""

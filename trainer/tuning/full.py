@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from torch import Tensor, nn
 
 from trainer.tuning.base import BaseReader
@@ -21,6 +23,10 @@ class Full:
     def merge(self, model: nn.Module) -> nn.Module:
         """Nothing to fold."""
         return model
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Never asked: what trains is the model itself, and what it computed before must be recorded."""
+        raise AssertionError("full tuning leaves no base model to switch back to")
 
     def base_name(self, name: str) -> str:
         """The name a parameter has in the base model's checkpoint."""

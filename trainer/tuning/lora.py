@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +83,26 @@ class Lora:
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold a loaded PeftModel's adapters into its weights; returns the plain model."""
         return model.merge_and_unload()  # type: ignore[operator]
+
+    @contextmanager
+    def reference(self, model: nn.Module) -> Iterator[None]:
+        """Switch the adapters off, and modules trained in full back to their originals.
+
+        Only flags change: peft's own `disable_adapter` also toggles `requires_grad`, and a parameter gathered meanwhile
+        by a sharding engine would never get a gradient.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, flag in zip(layers, before, strict=True):
+                layer._disable_adapters = flag
 
     def base_name(self, name: str) -> str:
         """The name a wrapped parameter has in the base model's checkpoint."""

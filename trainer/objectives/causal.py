@@ -1,0 +1,59 @@
+"""What objectives over next tokens share: the decoder on all tokens, the head on supervised rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.loss import computes_loss, logits_loss
+
+MODEL_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "document_bounds",
+)
+"""What of a batch the model itself is given."""
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside an adapter wrapper; adapters stay in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
+    """The output head, the hidden states `[N, H]` that it is given, and the targets `[N]` of these rows."""
+    causal_lm = plain_model(model)
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    rows = batch["target_rows"]
+    head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
+    return head, hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only)."""
+    head, selected, targets = supervised_rows(model, batch)
+    if computes_loss(head):
+        return head(selected, targets=targets)
+    return logits_loss(head(selected), targets)  # an adapter on the head adds to logits, so the logits are needed
+
+
+def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each sequence's supervised tokens, and their number, both `[S]` float32.
+
+    Sequences lie in the batch one after another; `batch["row_sequence"]` says whose each supervised row is.
+    """
+    head, selected, targets = supervised_rows(model, batch)
+    if computes_loss(head):
+        nll = head(selected, targets=targets, by_row=True)
+    else:
+        nll = F.cross_entropy(head(selected).float(), targets, reduction="none")
+    whose, empty = batch["row_sequence"], nll.new_zeros(batch["num_sequences"])
+    return empty.index_add(0, whose, -nll), empty.index_add(0, whose, nll.new_ones(len(whose)))

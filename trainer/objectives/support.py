@@ -1,0 +1,78 @@
+"""What each objective asks of its own settings and of the data, before anything is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from trainer.data.settings import DataConfig, DataFormat, Layout, OverLength
+from trainer.objectives.base import (
+    ClassificationConfig,
+    DpoConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    OrpoConfig,
+    PairLoss,
+    RewardConfig,
+    SimpoConfig,
+)
+
+MOST_BITS = 62
+"""Labels of one document that a prepared data set can keep, a bit each."""
+
+PAIRS = DpoConfig | OrpoConfig | SimpoConfig | RewardConfig
+"""The objectives over pairs of answers."""
+
+
+def problems(objective: ObjectiveConfig, data: DataConfig) -> Iterator[str]:
+    """What is wrong with an objective's own settings, and with the data for it, one line each."""
+    if isinstance(objective, PAIRS):
+        yield from _pairs(objective, data)
+    classification = objective.name is ObjectiveName.classification
+    if classification and data.packing:
+        yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
+    if classification and data.format not in (DataFormat.auto, DataFormat.labelled):
+        yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
+    if not classification and data.format is DataFormat.labelled:
+        yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
+    if isinstance(objective, ClassificationConfig):
+        yield from _labels(objective)
+
+
+def _labels(config: ClassificationConfig) -> Iterator[str]:
+    labels, weights = config.labels, config.class_weights
+    if labels is not None and len(set(labels)) < max(1 if config.multi_label else 2, len(labels)):
+        yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
+    if labels is not None and config.multi_label and len(labels) > MOST_BITS:
+        yield f"objective.labels: {len(labels)} names, at most {MOST_BITS} with objective.multi_label=true; leave some out"
+    if labels is not None and config.multi_label and (marked := next((n for n in labels if "|" in n), None)):
+        yield f"objective.labels: {marked!r} contains |, which stands between labels; rename it"
+    if weights is None or weights == "balanced":
+        return
+    numbers = weights if isinstance(weights, list) else []
+    if not numbers or not all(isinstance(w, int | float) and math.isfinite(w) and w > 0 for w in numbers):
+        yield f"objective.class_weights={weights}: must be balanced, or a list of numbers above 0, one for each label"
+    elif labels is not None and len(numbers) != len(labels):
+        yield f"objective.class_weights: {len(numbers)} weights for {len(labels)} labels; give one for each, or balanced"
+
+
+def _pairs(objective: DpoConfig | OrpoConfig | SimpoConfig | RewardConfig, data: DataConfig) -> Iterator[str]:
+    """What objectives over pairs of answers ask of the data, and of their own settings."""
+    if data.packing:
+        yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
+    if data.over_length in (OverLength.truncate_left, OverLength.split):
+        yield (
+            f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
+            "data.over_length=truncate or data.over_length=drop"
+        )
+    named = {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}
+    for key, chosen in named.items():
+        if chosen not in (DataFormat.auto, DataFormat.preference):
+            yield f"{key}.format={chosen}: objective={objective.name} reads pairs; set {key}.format=preference"
+    if isinstance(objective, RewardConfig) and data.layout is Layout.padding_free:
+        yield "data.layout=padding_free: a score belongs to a row of its own; set data.layout=auto"
+    if isinstance(objective, DpoConfig) and objective.label_smoothing and objective.loss_type is not PairLoss.sigmoid:
+        yield (
+            f"objective.label_smoothing={objective.label_smoothing:g}: objective.loss_type={objective.loss_type} knows "
+            "no doubt about labels; set it to 0, or objective.loss_type=sigmoid"
+        )
