@@ -131,9 +131,8 @@ def _data(config: RunConfig) -> Iterator[str]:
                 try:
                     expand(pattern, key)
                 except DataError as error:
-                    named = f"{key}={pattern}"
-                    reason = str(error).removeprefix(named).lstrip(": ")
-                    yield f"{named}: {reason}; paths are relative to {Path.cwd()}"
+                    reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
+                    yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
     for split in ("eval", "test"):
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:
