@@ -99,7 +99,8 @@ class BlockMaker:
         self.counts = counts
         self.label_names = None if label_names is None else set(label_names)
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
-        self.signer = Signer(config.duplicates, near=near)
+        splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
+        self.signer = Signer(config.duplicates, near=near, held_out=any(splits))
 
     def __call__(self, job: Job) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
