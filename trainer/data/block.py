@@ -174,8 +174,9 @@ class BlockMaker:
             made = self._fit(document, sample, block.tally)
             if not made:
                 continue
-            if encoder.has_control_tokens(document):
-                block.tally.note("tokenise", "control_tokens", document.where)
+            whole = len(made) == 1 and len(made[0].input_ids) == len(sample.input_ids)
+            for code in encoder.audit(document, sample) if whole else ():
+                block.tally.note("tokenise", code, document.where)
             samples += made
             pieces.append(len(made))
             left.append(document)
