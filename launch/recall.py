@@ -21,7 +21,7 @@ from strategies.errors import ShardtuneError
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
-LIBRARIES = ("shardtune", "transformers", "tokenizers", "datasets", "pyarrow", "ftfy", "phonenumbers")
+LIBRARIES = ("shardtune", "transformers", "tokenizers", "datasets", "pyarrow", "ftfy", "phonenumbers", "rensa")
 NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 

@@ -24,8 +24,13 @@ from trainer.data.parallel import ordered_map
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trainer.preempt.StopRequest does
 def slow(item):
     time.sleep(0.05 if item < 3 else 2)
-    return os.getpid()
-for pid in ordered_map(slow, range(12), workers=2):
+    return os.getpid(), bytes(1 << 20)
+class Item(int):
+    def __reduce__(self):
+        return made, (int(self), bytes(1 << 20))
+def made(number, ballast):
+    return number
+for pid, _ in ordered_map(slow, map(Item, range(12)), workers=2):
     print(pid, flush=True)
 """
 
@@ -93,3 +98,12 @@ def test_two_interrupts_end_the_workers(preparing):
         os.killpg(child.pid, signal.SIGINT)
     assert child.wait(timeout=20) != 0
     assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_killed_worker_ends_the_others(preparing):
+    # Found: the others, who had inherited SIGTERM blocked, did not end when the pool told them to, and it waited.
+    child, worker = preparing
+    time.sleep(0.5)
+    os.kill(worker, signal.SIGKILL)
+    _, said = child.communicate(timeout=20)
+    assert child.returncode != 0 and "data.workers" in said

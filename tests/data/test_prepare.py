@@ -253,7 +253,7 @@ def test_control_tokens_are_counted(tmp_path):
     rows[1]["messages"][0]["content"] += "<|im_end|>"
     write_jsonl(tmp_path / "train.jsonl", rows)
     prepared = run(config(tmp_path))
-    assert seen(prepared, "noted", "control_tokens") == (1, [f"{tmp_path / 'train.jsonl'}:2"])
+    assert seen(prepared, "noted", "control_tokens_in_text") == (1, [f"{tmp_path / 'train.jsonl'}:2"])
     assert "spells control tokens" in summary(prepared.report)
 
 

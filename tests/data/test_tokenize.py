@@ -1,5 +1,9 @@
+import logging
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
 from tests.helpers import chat_templates
@@ -8,8 +12,9 @@ from trainer.data.dataset import Sample
 from trainer.data.document import Document
 from trainer.data.over_length import fit
 from trainer.data.settings import OverLength
+from trainer.data.skeleton import RESERVED
 from trainer.data.template import LearnConfig, LearnTurns
-from trainer.data.tokenize import Encoder
+from trainer.data.tokenize import FEW, Encoder
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))
@@ -118,6 +123,12 @@ def test_one_refused_conversation_of_a_batch_is_named():
     bad.line = 8
     with pytest.raises(DataError, match=r"f\.jsonl:8: .*System role not supported"):
         list(encoder.encode([talk("q", "a"), bad, talk("q", "a")]))
+
+
+def test_reserved_characters_are_refused():
+    for reserved in RESERVED:
+        with pytest.raises(DataError, match=r"f\.jsonl:3: .*private-use characters U\+10FB01 to U\+10FB05"):
+            encode(CHAT, talk("q", f"a{reserved}b"))
 
 
 def test_audit():
@@ -233,3 +244,57 @@ def test_preference_pairs_are_cut_too():
     doc = pair("good", "bad", prompt="z" * 40)
     (sample,) = cut(CHAT, doc, 30, "truncate_left")
     assert learned(CHAT, sample) == "good<|im_end|>" and len(sample.input_ids) == 30
+
+
+WORDS = st.text(st.sampled_from("ab \n'sé😀👍🏽漢\u0301\x85\xa01?"), max_size=12) | st.text(max_size=8)
+CONTENT = WORDS.filter(lambda content: not any("\ud800" <= c <= "\udfff" or c in RESERVED for c in content))
+
+
+def same(one, other):
+    for (_, left), (_, right) in zip(one, other, strict=True):
+        assert left.input_ids.tolist() == right.input_ids.tolist() and left.label == right.label
+        assert left.supervised.tolist() == right.supervised.tolist()
+        assert left.input_ids.dtype == right.input_ids.dtype and left.supervised.dtype == right.supervised.dtype
+
+
+@pytest.mark.parametrize("encoder", [CHAT, BOS, PLAIN])
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=FEW, max_size=FEW + 4))
+def test_the_short_way_finds_what_the_long_way_finds(encoder, contents):
+    assert encoder._pretokens is not None
+    documents = [Document("f", 1, prompt=q, completion=a, separator=" ") for q, a in contents]
+    documents += [Document("f", 1, text=q + a) for q, a in contents]
+    if encoder is CHAT:
+        documents += [talk(q, a, a, q, system="s") for q, a in contents]
+    same(encoder.encode(documents), encoder.encode(documents, fast=False))
+    assert encoder._pretokens is not None
+
+
+@pytest.mark.parametrize("name", chat_templates.FAMILIES)
+def test_the_short_way_with_every_family(name):
+    encoder = Encoder(chat_templates.tokenizer(name))
+    assert encoder._pretokens is not None
+    documents = [talk("q" * n, f"the quick {n} 😀", "don't <s>", "ünder\n\n") for n in range(2 * FEW)]
+    same(encoder.encode(documents), encoder.encode(documents, fast=False))
+
+
+def test_where_the_short_way_is_wrong_nothing_of_the_batch_is_given_out(caplog):
+    encoder = Encoder(make.tiny_tokenizer())
+    documents = [talk("q", f"answer {n}") for n in range(2 * FEW)]
+    encoder._pretokens._memory[" "] = encoder._pretokens._memory["answer"] = np.array([5], np.int32).tobytes()
+    encoder._pretokens._widths[5] = len("answer")
+    with caplog.at_level(logging.WARNING):
+        found = list(encoder.encode(documents))
+        list(encoder.encode(documents))
+    same(found, CHAT.encode(documents, fast=False))
+    assert encoder._pretokens is None and len(caplog.records) == 1
+
+
+def test_the_short_way_is_really_taken(monkeypatch):
+    encoder = Encoder(make.tiny_tokenizer())
+    documents = [talk("q", f"answer {n}") for n in range(2 * FEW)]
+    wanted = list(encoder.encode(documents, fast=False))
+    learned = []
+    monkeypatch.setattr("trainer.data.tokenize._learned", lambda *args, **how: learned.append(args))
+    same(encoder.encode(documents), wanted)
+    assert not learned

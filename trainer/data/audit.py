@@ -23,7 +23,8 @@ SAID = {
     "nothing_to_learn": "nothing left to learn",
     "same_answers": "both answers of a pair are the same",
     "thumbs_down": "an answer marked as undesirable",
-    "control_tokens": "text spells control tokens of the tokenizer",
+    "control_tokens_in_text": "text spells control tokens of the tokenizer",
+    "missing_eos": "the last learned token closes no turn",
 }
 """How the summary says what was counted, where the code alone would not tell."""
 

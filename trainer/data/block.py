@@ -105,7 +105,8 @@ class BlockMaker:
         self.label_names = None if label_names is None else set(label_names)
         self.multi_label = multi_label
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
-        self.signer = Signer(config.duplicates, near=near)
+        splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
+        self.signer = Signer(config.duplicates, near=near, held_out=any(splits))
 
     def __call__(self, job: Job) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
@@ -181,8 +182,9 @@ class BlockMaker:
         for document, made in self._encoded(usable, block.tally):
             if not made:
                 continue
-            if encoder.has_control_tokens(document):
-                block.tally.note("tokenise", "control_tokens", document.where)
+            whole = len(made) == 1 and len(made[0].input_ids) == len(sample.input_ids)
+            for code in encoder.audit(document, sample) if whole else ():
+                block.tally.note("tokenise", code, document.where)
             samples += made
             pieces.append(len(made))
             left.append(document)

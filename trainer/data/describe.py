@@ -168,13 +168,26 @@ class Description:
             )
             raise DataError(
                 f"{key}: no document of the {split} split has a supervised token to learn (dropped: {reasons or 'none'}); "
-                f"raise data.max_length={self.config.max_length} or mend the data"
+                f"{self._advice(flow)}"
             )
         if not part["labelled"] and part["supervised_share"] < self.config.min_supervised_share:
             raise DataError(
                 f"{key}: only {part['supervised_share']:.4%} of the {split} tokens are supervised, less than "
                 f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
             )
+
+    def _advice(self, flow: list[dict[str, Any]]) -> str:
+        """What to do about whatever dropped the most."""
+        worst = max(flow, key=lambda stage: sum(stage["dropped"].values()))["stage"]
+        settings = {"leakage": "data.leakage.policy", "privacy": "data.privacy.mode", "duplicates": "data.duplicates"}
+        settings |= {
+            "checks": "data.checks",
+            "filters": "data.filters",
+            "decontamination": "data.decontamination.policy",
+        }
+        if worst in settings:
+            return f"loosen {settings[worst]} or mend the data"
+        return f"raise data.max_length={self.config.max_length} or mend the data"
 
     def _sources(self, totals: Totals, columns: Columns, train: TokenDataset) -> list[dict[str, Any]]:
         found = []

@@ -7,7 +7,6 @@ formats, and columns that fit none, are errors: a guess here would train on the 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,29 +77,6 @@ class Rejected:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
-
-
-def documents(rows: Iterable[Row], format: DataFormat, columns: dict[str, str]) -> Iterator[Document]:
-    """Documents of rows that must all be good. With `auto` the first row decides the format.
-
-    Raises DataError with file and line at the first bad row, and at a row of another format than the first.
-    """
-    first: Row | None = None
-    for row in rows:
-        if first is None:
-            first = row
-            format = recognise(row, columns) if format is DataFormat.auto else format
-            reader = RowReader(format, columns, source="data")
-        result = reader(row)
-        if isinstance(result, Rejected):
-            if result.reason == "wrong_format" and row is not first:
-                found = " or ".join(_candidates(row.fields, {})) or "no known"
-                result.message = (
-                    f"{found} format, but the rows since {first.file}:{first.line} are in {format.value} format; "
-                    f"all rows must have the same: {NEEDS[format]}"
-                )
-            raise DataError(str(result))
-        yield result
 
 
 def recognise(row: Row, columns: dict[str, str], *, source: str = "data") -> DataFormat:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from strategies.errors import ShardtuneError
@@ -38,6 +38,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
         return
     global _function
     _function = function
+    others = set(active_children())
     pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -48,6 +49,9 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
+        # The pool's own SIGTERM does nothing where a stop may be asked for: such processes hold it back.
+        for worker in set(active_children()) - others:
+            worker.kill()
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
             "set data.workers lower"

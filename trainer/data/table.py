@@ -29,12 +29,60 @@ def schema() -> pa.Schema:
 
 
 def to_batch(documents: list[Document]) -> pa.RecordBatch:
-    """Documents as rows, in order."""
+    """Documents as rows, in order.
+
+    Put together from buffers, because `pa.array` imports pandas to see whether it is given pandas' own values.
+    """
     import pyarrow as pa
 
-    names = schema().names
-    columns = {name: [getattr(document, name) for document in documents] for name in names}
-    return pa.RecordBatch.from_pydict(columns, schema=schema())
+    columns = []
+    for field in schema():
+        values = [getattr(document, field.name) for document in documents]
+        columns.append(_column(field.type, values))
+    return pa.RecordBatch.from_arrays(columns, schema=schema())
+
+
+def _column(kind: pa.DataType, values: list[Any]) -> pa.Array:
+    """Values of one type, None where there is none, as an array."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        turns = [turn for value in values if value is not None for turn in value]
+        fields = [kind.value_type.field(number) for number in range(kind.value_type.num_fields)]
+        parts = [_column(field.type, [turn.get(field.name) for turn in turns]) for field in fields]
+        inner = pa.StructArray.from_arrays(parts, fields=fields)
+        lengths = [0 if value is None else len(value) for value in values]
+        return pa.Array.from_buffers(kind, len(values), [_validity(values), _offsets(lengths)], children=[inner])
+    if pa.types.is_string(kind):
+        texts = [b"" if value is None else value.encode("utf-8") for value in values]
+        buffers = [_validity(values), _offsets([len(text) for text in texts]), pa.py_buffer(b"".join(texts))]
+        return pa.Array.from_buffers(kind, len(values), buffers)
+    if pa.types.is_boolean(kind):
+        data = _bits([value is True for value in values])
+    else:
+        data = np.array([0 if value is None else value for value in values], kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(values), [_validity(values), pa.py_buffer(data)])
+
+
+def _offsets(lengths: list[int]) -> pa.Buffer:
+    import pyarrow as pa
+
+    total = np.cumsum([0, *lengths], dtype=np.int64)
+    if total[-1] > np.iinfo(np.int32).max:
+        raise AssertionError(f"{total[-1]} bytes of one column are too much for one batch")
+    return pa.py_buffer(total.astype(np.int32))
+
+
+def _validity(values: list[Any]) -> pa.Buffer | None:
+    """One bit for each value that is there; None where all are."""
+    import pyarrow as pa
+
+    there = [value is not None for value in values]
+    return None if all(there) else pa.py_buffer(_bits(there))
+
+
+def _bits(values: list[bool]) -> np.ndarray:
+    return np.packbits(np.array(values, dtype=np.bool_), bitorder="little")
 
 
 class TableWriter:

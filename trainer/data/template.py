@@ -135,7 +135,8 @@ class ChatTemplate:
         if learned:
             messages = messages[: learned[-1] + 1]
         for message in messages:
-            if _RESERVED.search(message["content"]):
+            content = message["content"]
+            if not content.isascii() and _RESERVED.search(content):
                 raise DataError(
                     f"{where}: the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
                 )

@@ -7,6 +7,7 @@ with two BOS tokens, and tokenizers without character offsets.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,14 +18,19 @@ import numpy as np
 from strategies.errors import ConfigError, DataError
 from trainer.data.dataset import Sample
 from trainer.data.document import Document, Message
+from trainer.data.pretokens import RememberedPretokens
 from trainer.data.template import ChatTemplate, LearnConfig, Rendered
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger(__name__)
+
 BATCH = 512
 """Documents that go to the encoder at a time."""
+FEW = 8
+"""Batches of fewer documents go to the tokenizer itself: to prove the short way on them would cost what it saves."""
 
 
 class Encoder:
@@ -52,6 +58,7 @@ class Encoder:
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
+        self._pretokens = RememberedPretokens.of(self._backend)
         control = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
         self._control = re.compile("|".join(control)) if control else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
@@ -145,8 +152,7 @@ class Encoder:
                 ]
             chats.append(messages)
         conversations = [(m, d.where) for m, (d, _) in zip(chats, batch, strict=True) if m is not None]
-        # without a template, building one says so
-        template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)
+        template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
         found = iter(template.render_all(conversations, fast=fast) if template else [])
         return [
             _plain(document) if messages is None else next(found)
@@ -154,21 +160,29 @@ class Encoder:
         ]
 
     def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
+        learned = self._remembered(rendered) if fast else [None] * len(rendered)
+        rest = [text for text, pair in zip(rendered, learned, strict=True) if pair is None]
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        encodings = self._backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        return [
-            self._sample(document, text, encoding, fast=fast)
-            for document, text, encoding in zip(documents, rendered, encodings, strict=True)
-        ]
+        encodings = self._backend.encode_batch([text.text for text in rest], add_special_tokens=False)
+        found = (_learned(encoding, text, fast=fast) for encoding, text in zip(encodings, rest, strict=True))
+        return [self._sample(doc, *(pair or next(found))) for doc, pair in zip(documents, learned, strict=True)]
 
-    def _sample(self, document: Document, rendered: Rendered, encoding: Encoding, *, fast: bool) -> Sample:
-        ids = encoding.ids
-        input_ids = np.array(ids, dtype=np.int32)
-        supervised = np.zeros(len(ids), dtype=np.bool_)
-        if rendered.spans and ids:
-            runs = _runs(encoding, rendered.spans, len(rendered.text)) if fast else None
-            for first, last in _runs_by_offsets(encoding, rendered.spans) if runs is None else runs:
-                supervised[first : last + 1] = True
+    def _remembered(self, rendered: list[Rendered]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Ids and masks found the short way; None for the texts left to the tokenizer. Proves some of each batch."""
+        if self._pretokens is None or len(rendered) < FEW:
+            return [None] * len(rendered)
+        texts = [text.text for text in rendered]
+        pairs = self._pretokens.encode_all(texts, [text.spans for text in rendered])
+        taken = [number for number, pair in enumerate(pairs) if pair is not None]
+        # the first, and the longest of a few: the longest of all would cost more than the others save
+        proved = [taken[0], max(taken[1::32] or taken, key=lambda number: len(texts[number]))] if taken else []
+        if self._pretokens.agrees(self._backend, [texts[number] for number in proved]):
+            return pairs
+        log.warning("remembered pre-tokens differ from the tokenizer's own; from this batch on it encodes everything")
+        self._pretokens = None
+        return [None] * len(rendered)
+
+    def _sample(self, document: Document, input_ids: np.ndarray, supervised: np.ndarray) -> Sample:
         label = None
         if document.label is not None:
             label = self._label(document)
@@ -178,7 +192,7 @@ class Encoder:
             if eos is None:
                 raise ConfigError("the tokenizer has no eos_token, so no text would ever end; set one in its config")
             opening = self.opening[:1] if self.opening[:1] == [self.bos_id] else []
-            closing = [] if ids and ids[-1] == eos else [eos]
+            closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
             input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
         bos = self.bos_id
         if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
@@ -215,6 +229,17 @@ def _plain(document: Document) -> Rendered:
     return Rendered(text, [] if document.label is not None else [(0, len(text))])
 
 
+def _learned(encoding: Encoding, rendered: Rendered, *, fast: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a text, and which of its tokens are learned."""
+    input_ids = np.array(encoding.ids, dtype=np.int32)
+    supervised = np.zeros(len(input_ids), dtype=np.bool_)
+    if rendered.spans and len(input_ids):
+        runs = _runs(encoding, rendered.spans, len(rendered.text)) if fast else None
+        for first, last in _runs_by_offsets(encoding, rendered.spans) if runs is None else runs:
+            supervised[first : last + 1] = True
+    return input_ids, supervised
+
+
 def _runs_by_offsets(encoding: Encoding, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """First and last token of each span that has any, by the offsets of all tokens.
 
@@ -240,10 +265,8 @@ def _runs(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list
         if begin >= end:
             continue
         first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
-        if first is None or last is None:
-            return None
         after = encoding.char_to_token(end) if end < length else len(encoding)
-        if after is None:
+        if first is None or last is None or after is None:
             return None
         if after > last:  # no straddling: all tokens up to the next character's first
             last = after - 1
@@ -292,7 +315,6 @@ def _affix(
 
 def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
     """The first `max_length` tokens, of which the last `tail` are the sample's own last ones."""
-    keep = max_length - tail
-    end = len(sample.input_ids) - tail
+    keep, end = max_length - tail, len(sample.input_ids) - tail
     ids = np.concatenate([sample.input_ids[:keep], sample.input_ids[end:]])
     return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), sample.label)

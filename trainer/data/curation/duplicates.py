@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -111,9 +112,14 @@ def _completion_of(document: Document) -> str | None:
 class Signer:
     """Makes the columns by which documents are compared. Pure: built in every worker, the same for every block."""
 
-    def __init__(self, config: DuplicatesConfig, *, near: bool | None = None) -> None:
-        """`near` says whether to make bands; as a rule they are made when `config.near` is not off."""
+    def __init__(self, config: DuplicatesConfig, *, near: bool | None = None, held_out: bool = True) -> None:
+        """`near` says whether to make bands; as a rule they are made when `config.near` is not off.
+
+        `held_out`: there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact
+        copies are looked for, "normal" is "digest".
+        """
         self.config = config
+        self.held_out = held_out
         self.near = config.near is not DuplicatePolicy.none if near is None else near
         self.bands, self.rows = choose_bands(config.threshold, config.num_perm)
 
@@ -123,22 +129,28 @@ class Signer:
         "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
         "source" for the name of its source. Whole documents differ in "normal" and "bands" when their label does.
         """
-        columns = {name: np.zeros(len(documents), dtype=np.uint64) for name in ("digest", "normal", "prompt", "source")}
+        digests, normals, prompts, sources = list[int](), list[int](), list[int](), list[int]()
         keys = np.zeros(len(documents), dtype=np.uint64)
         texts: list[bytes] = []
         whole = self.config.text is ComparedText.document
+        worded = self.held_out or self.near or self.config.normalized is not DuplicatePolicy.none
+        worded = worded or self.config.near is not DuplicatePolicy.none
         for row, document in enumerate(documents):
-            text = compared_text(document, self.config.text)
-            texts.append(normalize(text))
-            exact = document.digest() if whole else digest64(text.encode("utf-8", "surrogatepass"))
+            text = compared_text(document, self.config.text) if worded or not whole else ""
+            digests.append(document.digest() if whole else digest64(text.encode("utf-8", "surrogatepass")))
             verdict = (document.label, document.desirable)
-            keys[row] = digest64(json.dumps(verdict).encode()) if whole and verdict != (None, None) else 0
-            normal = normal_digest(texts[-1])
-            columns["digest"][row] = exact
-            columns["normal"][row] = exact if normal is None else normal
-            prompt = prompt_of(document)
-            columns["prompt"][row] = 0 if prompt is None else normal_digest(normalize(prompt)) or 0
-            columns["source"][row] = digest64(document.source.encode("utf-8", "surrogatepass"))
+            if whole and verdict != (None, None):
+                keys[row] = digest64(json.dumps(verdict).encode())
+            normal = None
+            if worded:
+                texts.append(normalize(text))
+                normal = normal_digest(texts[-1])
+            normals.append(digests[-1] if normal is None else normal)
+            prompt = prompt_of(document) if self.held_out else None
+            prompts.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
+            sources.append(_source_digest(document.source))
+        found = {"digest": digests, "normal": normals, "prompt": prompts, "source": sources}
+        columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
         columns["normal"] ^= keys
         if self.near:
             bands = signatures(texts, ngram=self.config.ngram, bands=self.bands, rows=self.rows)
@@ -146,6 +158,11 @@ class Signer:
             bands[wordless] = mix(columns["digest"][wordless, None] + np.arange(self.bands, dtype=np.uint64))
             columns["bands"] = bands ^ keys[:, None]
         return columns
+
+
+@cache
+def _source_digest(name: str) -> int:
+    return digest64(name.encode("utf-8", "surrogatepass"))
 
 
 def exact_groups(digest: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:

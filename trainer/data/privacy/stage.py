@@ -30,10 +30,7 @@ class Privacy:
         self._key = os.environ.get(config.key_env, "").encode()
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, its texts perhaps changed; None where mode=drop dropped it.
-
-        Raises DataError where mode=fail and this stage alone saw more than `max_findings`.
-        """
+        """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `check`."""
         if self._finder is None or self._past_sample(document.source):
             return document
         texts = document.texts()
@@ -47,9 +44,7 @@ class Privacy:
             return None
         for type_, shown in seen:
             tally.note(self.name, type_, f"{document.where} {shown}")
-        if self.config.mode == PrivacyMode.fail:
-            check(self.findings, self.config)
-        elif self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
+        if self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
             document.map_texts(lambda text: self._rewrite(text, found[text]))
         return document
 

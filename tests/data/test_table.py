@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+
+from trainer.data.curation.duplicates import DuplicatePolicy, DuplicatesConfig, Signer
+from trainer.data.document import Document
+from trainer.data.table import schema, to_batch
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def documents_of_every_format():
+    pair = Document("f", 3, messages=turns("q"), chosen=turns("good"), rejected=turns("bad"))
+    more = [
+        Document("f", 1, prompt="p", completion="c", separator="\n"),
+        Document("f", 2, text="ü😀", label="x", source="other"),
+        Document("f", 3, text=""),
+        Document("g", 1 << 40, messages=[], desirable=False),
+        Document("g", 5, messages=[{"role": "user", "content": "é", "train": False}], desirable=True),
+    ]
+    return [Document("f", 7, messages=turns("q", "a")), pair, *more]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 7, 35])
+def test_rows_are_what_arrow_itself_makes_of_them(number):
+    import pyarrow as pa
+
+    documents = (documents_of_every_format() * 5)[:number]
+    columns = {name: [getattr(document, name) for document in documents] for name in schema().names}
+    batch = to_batch(documents)
+    batch.validate(full=True)
+    assert batch.equals(pa.RecordBatch.from_pydict(columns, schema=schema()))
+    assert [column.null_count for column in batch] == [sum(v is None for v in column) for column in columns.values()]
+
+
+def test_rows_are_made_without_pandas():
+    code = (
+        "import sys; from trainer.data.document import Document; from trainer.data.table import to_batch;"
+        "to_batch([Document('f', 1, messages=[{'role': 'user', 'content': 'a'}])]); assert 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_signatures_leave_out_what_nothing_is_compared_with():
+    documents = documents_of_every_format()
+    full = Signer(DuplicatesConfig()).sign(documents)
+    alone = Signer(DuplicatesConfig(), held_out=False).sign(documents)
+    assert full["prompt"].any() and not alone["prompt"].any()
+    assert all((full[name] == alone[name]).all() for name in ("digest", "normal", "source"))
+    exact = DuplicatesConfig(normalized=DuplicatePolicy.none)
+    only = Signer(exact, held_out=False).sign(documents)
+    assert (only["digest"] == full["digest"]).all() and len(set(only["normal"].tolist())) == len(documents)
+    kept = Signer(exact).sign(documents)
+    assert all((full[name] == kept[name]).all() for name in full)
