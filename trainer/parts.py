@@ -16,6 +16,7 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.config import RunConfig
+from trainer.data.inputs import source_weights
 from trainer.data.loader import StepLoader, eval_batches
 from trainer.data.mixing import pack_by_source, quotas
 from trainer.data.order import GlobalOrder, MixedOrder, Order, steps_for_tokens
@@ -123,7 +124,7 @@ def build_order(config: RunConfig, data: Prepared) -> tuple[list[list[int]] | No
     train, seed, shuffle = data.train, config.run.seed, config.data.shuffle
     sources = train.sources if train.sources is not None else np.zeros(len(train), np.int64)
     per = build_objective(config.objective).sequences_per_document
-    weights = [config.data.sources[n].weight if n in config.data.sources else None for n in train.source_names]
+    weights = source_weights(config.data, train.source_names)
     mixed = any(weight is not None for weight in weights)
     packs: list[list[int]] | None = None
     if per > 1:

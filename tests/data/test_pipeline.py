@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
+from trainer.config import RunConfig
 from trainer.data import prepare as module
 from trainer.data.audit import summary
 from trainer.data.curation.balance import BalanceBy, BalanceConfig, BalanceTarget
@@ -23,6 +24,7 @@ from trainer.data.prepare import Preparation
 from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode
 from trainer.data.settings import DataConfig, OverLength, SourceConfig
 from trainer.data.table import DocumentTable
+from trainer.parts import build_order
 
 
 def counts(sample):
@@ -169,6 +171,12 @@ def test_sources_are_named_weighted_and_of_different_kinds(tmp_path, config):
     assert audit["mixing"]["general"]["requested"] == pytest.approx(0.1)
     assert audit["mixing"]["general"]["share_documents"] == pytest.approx(0.1, abs=0.03)
     assert "MIT" in (prepared.directory / "datacard.md").read_text()
+    write_jsonl(tmp_path / "eval.jsonl", chat_rows(3, seed=9))
+    held_out = replace(config, path=None, sources=sources, eval_path=str(tmp_path / "eval.jsonl"))
+    prepared = run(held_out)
+    packs, order = build_order(RunConfig(data=held_out), prepared)
+    assert packs is None and order.num_units == 22, "held-out rows have no weight and need none"
+    assert json.loads((prepared.directory / "audit.json").read_text())["mixing"].keys() == {"chat", "general"}
     with pytest.raises(ConfigError, match=r"data\.sources\.chat\.path"):
         run(replace(config, path=None, sources={"chat": SourceConfig()}))
 

@@ -18,7 +18,7 @@ from trainer.data.audit import pieces
 from trainer.data.curation.language import share
 from trainer.data.dataset import TokenDataset
 from trainer.data.document import Tally
-from trainer.data.inputs import Input, readers_of
+from trainer.data.inputs import Input, readers_of, source_weights
 from trainer.data.mixing import quotas, realised
 from trainer.data.report.card import datacard
 from trainer.data.report.html import page
@@ -214,14 +214,15 @@ class Description:
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
         """What the weights ask for, and what an epoch of unpacked documents makes of them."""
         names = train.source_names
-        weights = [self.config.sources[name].weight if name in self.config.sources else None for name in names]
+        weights = source_weights(self.config, names)
         if train.sources is None or all(weight is None for weight in weights):
             return {}
         units = np.bincount(train.sources, minlength=len(names))
         tokens = np.bincount(train.sources, train.lengths, minlength=len(names)).astype(np.int64)
         over, epoch = self.config.mixing.over, self.config.mixing.epoch
         quota = quotas(units, tokens, weights, over, epoch, names=names)
-        return dict(realised(units, tokens, weights, quota, over, names=names))
+        told = realised(units, tokens, weights, quota, over, names=names)
+        return {name: part for name, part in told.items() if name in self.config.sources}
 
     def _histograms(self, data: TokenDataset, documents: np.ndarray) -> dict[str, Any]:
         table = DocumentTable(self.directory)

@@ -111,6 +111,13 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
             yield item.id, row
 
 
+def source_weights(config: DataConfig, names: list[str]) -> list[float | None]:
+    """The weight of each source by name; where any has one, held-out inputs, which are never drawn, count as 0."""
+    weights = {name: source.weight for name, source in config.sources.items()}
+    mixed = any(weight is not None for weight in weights.values())
+    return [weights.get(name, 0.0 if mixed else None) for name in names]
+
+
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """Documents of the files against which training data is decontaminated. Raises DataError for a row that is none."""
     key = "data.decontamination.paths"
