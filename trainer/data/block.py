@@ -182,9 +182,6 @@ class BlockMaker:
         for document, made in self._encoded(usable, block.tally):
             if not made:
                 continue
-            whole = len(made) == 1 and len(made[0].input_ids) == len(sample.input_ids)
-            for code in encoder.audit(document, sample) if whole else ():
-                block.tally.note("tokenise", code, document.where)
             samples += made
             pieces.append(len(made))
             left.append(document)
@@ -225,6 +222,8 @@ class BlockMaker:
             return []
         if max(len(chosen.input_ids), len(rejected.input_ids)) > limit:
             tally.note("tokenise", "truncated", document.where)
+        else:
+            self._audit(document, chosen, tally)
         made[1].rejected = True
         return made
 
@@ -241,7 +240,13 @@ class BlockMaker:
             tally.drop("tokenise", "nothing_to_learn", document.where)
         elif too_long:
             tally.note("tokenise", "split" if len(made) > 1 else "truncated", document.where)
+        else:
+            self._audit(document, sample, tally)
         return made
+
+    def _audit(self, document: Document, sample: Sample, tally: Tally) -> None:
+        for code in self.encoder.audit(document, sample):
+            tally.note("tokenise", code, document.where)
 
 
 def _teaches(document: Document, tally: Tally) -> bool:
