@@ -27,7 +27,7 @@ from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LARGER_IS_BETTER = ("eval/accuracy", "eval/f1_macro", "eval/f1_micro")
+LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
