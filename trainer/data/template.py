@@ -280,8 +280,3 @@ def _leading(tokens: Any) -> re.Pattern[str]:
 
 def _bare(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "train"}
-
-
-def describe(template: ChatTemplate) -> dict[str, Any]:
-    """What the report says about the template."""
-    return {"generation_blocks": template.marks_generation, "end_tokens": sorted(template.end_tokens)}

@@ -8,6 +8,7 @@ plain share over the tokens of a batch instead, so that long answers weigh more 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Pairs:
         return self.chosen / self.chosen_tokens.clamp(min=1), self.rejected / self.rejected_tokens.clamp(min=1)
 
 
-class Preference:
+class Preference(ABC):
     """A loss over pairs. Terms: `loss` (summed over pairs, carries the gradient), and sums of the pairs' `margin` of
     rewards, `accuracy` (the chosen answer's reward is the larger), `chosen_reward` and `rejected_reward`."""
 
@@ -82,9 +83,9 @@ class Preference:
         """Log-probabilities under the model as it was, `[S]` float32."""
         raise AssertionError(f"{type(self).__name__} uses no reference")
 
+    @abstractmethod
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Each pair's loss, and the rewards of its answers, `[P]` each."""
-        raise NotImplementedError
 
 
 class Dpo(Preference):
