@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,18 +29,21 @@ class OptimConfig:
     """The run stops after this many steps in a row whose gradients are not finite."""
 
 
-def build_optimizer(config: OptimConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """AdamW over two groups: matrices decay, vectors (norms, biases) do not. Called after sharding.
+def build_optimizer(
+    config: OptimConfig, named: Iterable[tuple[str, nn.Parameter]], *, rate_of: Callable[[str], float] = lambda _: 1.0
+) -> torch.optim.Optimizer:
+    """AdamW over groups: matrices decay, vectors (norms, biases) do not; `rate_of(name)` multiplies the learning rate.
 
-    The kernel is torch's fused one where every parameter is a floating-point tensor on CPU or CUDA.
+    Called after sharding. The kernel is torch's fused one where every parameter is a floating-point tensor on CPU or CUDA.
     """
-    pairs = [(name, p) for name, p in named if p.requires_grad]
-    # ZeRO-3 shows partitioned parameters as empty: their real shape is in ds_shape.
-    matrices = [p for _, p in pairs if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for _, p in pairs if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if params
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in named:
+        if p.requires_grad:
+            # ZeRO-3 shows partitioned parameters as empty: their real shape is in ds_shape.
+            is_matrix = len(getattr(p, "ds_shape", p.shape)) >= 2
+            groups.setdefault((is_matrix, rate_of(name)), []).append(p)
+    settings = [
+        {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0, "lr": config.lr * key[1]}
+        for key in sorted(groups, key=lambda key: (not key[0], key[1]))
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)

@@ -104,7 +104,7 @@ def build_engine(
     engine = strategy.prepare(
         built.step_module,
         source=source,
-        make_optimizer=partial(build_optimizer, config.optim),
+        make_optimizer=partial(build_optimizer, config.optim, rate_of=built.tuning.rate_of),
         max_grad_norm=config.optim.max_grad_norm,
     )
     return engine, built, source

@@ -14,7 +14,16 @@ class TuningName(StrEnum):
     """The names users type as `tuning=<name>`."""
 
     full = "full"
+    freeze = "freeze"
     lora = "lora"
+    ia3 = "ia3"
+    vera = "vera"
+    loha = "loha"
+    lokr = "lokr"
+    oft = "oft"
+    boft = "boft"
+    ln = "ln"
+    peft = "peft"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,7 +40,17 @@ class FullConfig(TuningConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class LoraConfig(TuningConfig):
+class AdapterConfig(TuningConfig):
+    """Settings shared by the methods that put adapters beside frozen weights."""
+
+    targets: Any = "all-linear"
+    """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig(AdapterConfig):
     """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
 
     name: TuningName = TuningName.lora
@@ -41,14 +60,18 @@ class LoraConfig(TuningConfig):
     """Scale of the update: `alpha / rank` (`alpha / sqrt(rank)` with rslora)."""
     dropout: float = 0.0
     """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
-    targets: Any = "all-linear"
-    """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
     """Weight-decomposed adaptation (Liu et al. 2024, arXiv:2402.09353)."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+    init: str = "default"
+    """`default` or `gaussian` start at the base model; `pissa`, `pissa_niter_4` (faster) and `olora` train a part split off each weight."""
+    lr_ratio: float = 1.0
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of the B matrices as a multiple of `optim.lr`; 16 as a rule."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some modules, as pairs of name (or regular expression) and rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some modules, as pairs of name (or regular expression) and alpha."""
 
 
 class BaseReader(Protocol):
@@ -76,8 +99,14 @@ class Tuning(Protocol):
     def owns(self, name: str) -> bool:
         """Whether the method added this parameter, so that the base checkpoint does not have it."""
 
+    def rewrites(self, name: str) -> bool:
+        """Whether this frozen base parameter starts at another value than the checkpoint's."""
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a parameter as a multiple of the run's."""
+
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial tensor of a parameter that the method owns, float32.
+        """The full initial tensor of a parameter that the method owns or rewrites, float32.
 
         Depends on (seed, name) and on base weights alone: equal under every strategy and world size.
         """

@@ -30,6 +30,14 @@ class Full:
         """Nothing is added."""
         return False
 
+    def rewrites(self, name: str) -> bool:
+        """Nothing starts elsewhere."""
+        return False
+
+    def rate_of(self, name: str) -> float:
+        """One rate for all."""
+        return 1.0
+
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """Never asked: nothing is owned."""
         raise AssertionError(f"{name} belongs to the base model")
