@@ -30,11 +30,24 @@ def variants() -> dict[str, dict[str, type]]:
     from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
     from trainer.config import LauncherConfig, SlurmConfig
     from trainer.objectives.base import ClassificationConfig, SftConfig
+    from trainer.tuning import settings as tuning
     from trainer.tuning.base import FullConfig, LoraConfig
 
     return {
         "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
-        "tuning": {"full": FullConfig, "lora": LoraConfig},
+        "tuning": {
+            "full": FullConfig,
+            "freeze": tuning.FreezeConfig,
+            "lora": LoraConfig,
+            "ia3": tuning.Ia3Config,
+            "vera": tuning.VeraConfig,
+            "loha": tuning.LohaConfig,
+            "lokr": tuning.LokrConfig,
+            "oft": tuning.OftConfig,
+            "boft": tuning.BoftConfig,
+            "ln": tuning.LnConfig,
+            "peft": tuning.PeftConfig,
+        },
         "objective": {"sft": SftConfig, "classification": ClassificationConfig},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
     }

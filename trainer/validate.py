@@ -22,7 +22,7 @@ from trainer.data.settings import DataFormat, Layout
 from trainer.data.sources.paths import is_hub
 from trainer.objectives.base import ClassificationConfig, ObjectiveName
 from trainer.ranges import RANGES
-from trainer.tuning.base import LoraConfig
+from trainer.tuning.check import problems as tuning_problems
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
@@ -35,7 +35,8 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     problems += _schedule(config)
     if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
-    return [*problems, *_tuning(config), *_launcher(config)]
+    problems += tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
+    return [*problems, *_launcher(config)]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -240,19 +241,6 @@ def _zero(strategy: ZeroConfig) -> Iterator[str]:
         yield "strategy.offload_optimizer=nvme: only stage 3 can; use strategy=zero3, or offload_optimizer=cpu"
     if strategy.nvme_path is not None and not Path(strategy.nvme_path).expanduser().is_dir():
         yield f"strategy.nvme_path={strategy.nvme_path}: no such directory; make it on a local NVMe drive"
-
-
-def _tuning(config: RunConfig) -> Iterator[str]:
-    targets = getattr(config.tuning, "targets", None)
-    if not isinstance(config.tuning, LoraConfig):
-        return
-    if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):
-        yield f"tuning.targets={targets}: must be all-linear, a regular expression or a list of module names"
-    elif isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            yield f"tuning.targets={targets}: not a regular expression ({error}); all-linear is the default"
 
 
 def _launcher(config: RunConfig) -> Iterator[str]:

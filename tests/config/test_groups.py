@@ -14,6 +14,7 @@ from trainer import config as run_config
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
 CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
+NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     "schedule/cosine": {"decay_share"},
     "schedule/linear": {"decay_share"},
@@ -52,6 +53,7 @@ def test_every_experiment_says_how_it_is_run(name):
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_to_its_own_settings(group, choice):
     words = [f"{group}={choice}", "model.path=m", "data.path=train.jsonl", "budget.steps=1", "batch.global=32"]
+    words += NEEDS.get(f"{group}={choice}", [])
     if group != "debug":
         words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
     config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config

@@ -60,9 +60,10 @@ def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader)
 def _double_rank(settings: Any) -> None:
     """Twice the rank at the same scale."""
     settings.r *= 2
-    settings.lora_alpha *= 2**0.5 if settings.use_rslora else 2
+    factor = 2**0.5 if settings.use_rslora else 2
+    settings.lora_alpha *= factor
     settings.rank_pattern = {key: 2 * value for key, value in settings.rank_pattern.items()}
-    settings.alpha_pattern = {key: 2 * value for key, value in settings.alpha_pattern.items()}
+    settings.alpha_pattern = {key: factor * value for key, value in settings.alpha_pattern.items()}
 
 
 def _added_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
                 "r": config.rank,
                 "alpha": config.alpha,
                 "decompose_both": config.decompose_both,
-                "decompose_factor": config.decompose_factor,
+                "decompose_factor": config.decompose_factor or -1,
             }
         case OftConfig():
             return {

@@ -105,6 +105,7 @@ def _filled(template: nn.Module, name: str, base: BaseReader | None) -> nn.Modul
             if base is None:
                 value = torch.zeros(()).expand(p.shape)
             else:
-                value = base.whole(".".join(part for part in (name, path, key) if part)).float()
+                # A copy: what is read may be the file's own memory, and peft subtracts in place.
+                value = base.whole(".".join(part for part in (name, path, key) if part)).to(torch.float32, copy=True)
             owner._parameters[key] = nn.Parameter(value, requires_grad=False)
     return layer

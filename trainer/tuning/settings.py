@@ -75,8 +75,8 @@ class LokrConfig(AdapterConfig):
     """Scale of the update: `alpha / rank`."""
     decompose_both: bool = False
     """Also split the smaller factor into low-rank ones."""
-    decompose_factor: int = -1
-    """Size of the smaller factor; -1 takes the most even split."""
+    decompose_factor: int = 0
+    """Size of the smaller factor; 0 takes the most even split."""
 
 
 @dataclass(kw_only=True, slots=True)
