@@ -46,4 +46,6 @@ def build_optimizer(
         {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0, "lr": config.lr * key[1]}
         for key in sorted(groups, key=lambda key: (not key[0], key[1]))
     ]
-    return torch.optim.AdamW(settings, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        settings, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
+    )

@@ -126,3 +126,15 @@ def test_quoted_messages_exist_in_the_code():
     assert len(rows) > 20
     missing = [row for row in rows if row not in source]
     assert not missing
+
+
+def test_the_page_of_methods_is_up_to_date():
+    from trainer.tuning.table import METHODS, TYPES
+
+    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["page"]() == written, (
+        "run: python docs/make_methods.py"
+    )
+    assert {*METHODS, "peft"} == set(groups()["tuning"])
+    for name in (*METHODS, *TYPES):
+        assert f"={name}`" in written

@@ -65,7 +65,7 @@ class LoraConfig(AdapterConfig):
     dora: bool = False
     """Weight-decomposed adaptation (Liu et al. 2024, arXiv:2402.09353)."""
     init: str = "default"
-    """`default` or `gaussian` start at the base model; `pissa`, `pissa_niter_4` (faster) and `olora` train a part split off each weight."""
+    """`default` and `gaussian` add a zero update; `pissa`, `pissa_niter_4` and `olora` train a part split off each weight."""
     lr_ratio: float = 1.0
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of the B matrices as a multiple of `optim.lr`; 16 as a rule."""
     rank_pattern: dict[str, int] = field(default_factory=dict)

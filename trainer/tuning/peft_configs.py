@@ -32,7 +32,9 @@ def peft_config(config: AdapterConfig) -> Any:
     try:
         return settings_class(**_options(config))
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"tuning={config.name}: peft refuses these options: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"tuning={config.name}: peft refuses these options: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _options(config: AdapterConfig) -> dict[str, Any]:
@@ -105,5 +107,7 @@ def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
         try:
             settings_class(**options)
         except (TypeError, ValueError, ImportError) as error:
-            problems.append(f"tuning.options: peft's {kind} refuses them ({' '.join(str(error).split())}); correct them")
+            problems.append(
+                f"tuning.options: peft's {kind} refuses them ({' '.join(str(error).split())}); correct them"
+            )
     return problems
