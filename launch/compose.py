@@ -135,6 +135,8 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
         OmegaConf.update(tree, f"data.sources.{head}", SourceConfig(), force_add=True)
     parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else None
     is_table = parent is not None and OmegaConf.get_type(parent) is dict
+    node = OmegaConf.select(tree, key)
+    is_table = is_table or (isinstance(value, dict) and node is not None and OmegaConf.get_type(node) is dict)
     OmegaConf.update(tree, key, value, merge=True, force_add=is_table and not key.startswith("batch."))
 
 
