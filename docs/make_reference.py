@@ -145,7 +145,8 @@ def variant_group(group: str) -> list[str]:
     if shared:
         lines += ["With every choice:", "", *table(group, base, shared)]
     for name, settings in variants()[group].items():
-        known = [f.name for parent in settings.__mro__[1:] if is_dataclass(parent) for f in fields(parent)]
+        parents = [parent for parent in settings.__mro__[1:] if parent in variants()[group].values()]
+        known = [f.name for parent in parents for f in fields(parent)]
         own = [f.name for f in fields(settings) if f.name not in (*known, *shared, "name")]
         typed = [c for c in groups()[group] if settings_of(group, c) is settings]
         title = ", ".join(f"`{group}={choice}`" for choice in typed or [name])

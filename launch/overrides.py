@@ -18,7 +18,7 @@ from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
 PATH_KEYS = frozenset(
     {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
     | {"data.cache_dir", "data.decontamination.paths"}
-    | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets"}
+    | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets", "tuning.modules"}
 )
 """Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""
 WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
@@ -51,7 +51,8 @@ def settings() -> dict[str, Setting]:
     typed = variants()
     for name, hint in get_type_hints(RunConfig).items():
         if name in typed:
-            for choice in groups()[name]:
+            order = [*typed[name], *groups()[name]]
+            for choice in sorted(groups()[name], key=order.index):
                 for key, leaf_type in leaves(settings_of(name, choice), name).items():
                     found[key] = Setting(leaf_type, (*(found[key].under if key in found else ()), choice))
         elif is_dataclass(hint):
@@ -77,7 +78,8 @@ def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
             return known[form]
         table = known.get(form.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
-            return Setting(get_args(table.type)[1], table.under)
+            entry = get_args(table.type)[1]  # of a table of anything, numbers are numbers
+            return Setting(object if entry is Any else entry, table.under)
     return None
 
 
@@ -171,7 +173,8 @@ def _not_a_pair(word: str) -> str:
     if bare != word and "=" in bare:
         return f"{word}: settings have no dashes; type {bare}"
     if bare in groups():
-        return f"{word}: give its choice, as in {bare}={groups()[bare][0]}" if groups()[bare] else f"{word}: no choices"
+        first = next(iter(variants().get(bare, groups()[bare])), None)
+        return f"{word}: give its choice, as in {bare}={first}" if first else f"{word}: no choices"
     near = difflib.get_close_matches(word, ["--help", "--cfg", "--dry-run", "--multirun"], n=1)
     return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
 

@@ -164,24 +164,26 @@ class _Gathered:
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The whole model under its base names, adapters folded in; frozen values exact, from the base checkpoint."""
-        from trainer.tuning.adapter_files import merged_tensor
+        from trainer.tuning.adapter_files import Folding
 
         tuning, model = self.built.tuning, self.built.step_module.model
-        trained = self.trained()
-        base = Checkpoint(Path(self.base_path), self.built.base_prefix) if tuning.adapter else None
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        base = Checkpoint(Path(self.base_path), self.built.base_prefix)
+        folding = Folding(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
-            if base is None:
-                yield name, tensor
-            elif name in trained:
+            if name in trains:
                 if not tuning.owns(name):
                     yield tuning.base_name(name), tensor
-            else:
-                value = merged_tensor(model, name, _stored_or(base, tuning.base_name(name), tensor), trained)
-                if value is not None:
-                    yield tuning.base_name(name), value
+                continue
+            value: Tensor | None = _stored_or(base, tuning.base_name(name), tensor)
+            if folding is not None and value is not None:
+                value = folding.tensor(name, value)
+            if value is not None:
+                yield tuning.base_name(name), value
         for name, buffer in _persistent_buffers(model):
-            yield tuning.base_name(name), buffer
+            if not tuning.owns(name):
+                yield tuning.base_name(name), buffer
 
     def exhaust(self) -> None:
         """Join what is left of the gathers. All ranks must call."""
@@ -213,9 +215,14 @@ def _check_mergeable(built: Built) -> None:
 
 
 def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, base_path: str) -> None:
-    from trainer.tuning.adapter_files import write_adapter
+    from trainer.tuning.adapter import Adapter
+    from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
-    write_adapter(built.step_module.model, trained, directory, *hub_name(base_path))
+    tuning = built.tuning
+    assert isinstance(tuning, Adapter)
+    if tuning.converts:
+        trained = as_plain_lora(tuning, trained, Checkpoint(Path(base_path), built.base_prefix))
+    write_adapter(tuning, built.step_module.model, trained, directory, *hub_name(base_path))
 
 
 def hub_name(base_path: str) -> tuple[str, str | None]:

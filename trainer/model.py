@@ -256,7 +256,7 @@ def build_step(
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
     model = tuning.apply(model)
     model.train()
-    objective = build_objective(objective_config, tuning.reference if tuning.adapter else None)
+    objective = build_objective(objective_config, tuning.reference if tuning.keeps_base else None)
     step = TrainStep(model, objective, blocks)
     return Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes)
 

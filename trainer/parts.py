@@ -113,7 +113,7 @@ def build_engine(
     engine = strategy.prepare(
         built.step_module,
         source=source,
-        make_optimizer=partial(build_optimizer, config.optim, model_names=model_names),
+        make_optimizer=partial(build_optimizer, config.optim, model_names=model_names, rate_of=built.tuning.rate_of),
         max_grad_norm=config.optim.max_grad_norm,
     )
     return engine, built, source

@@ -28,7 +28,7 @@ from trainer.objectives.preference import RecordLogps
 
 def is_recorded(built: Built) -> bool:
     """Whether the objective compares with a model that will be gone after the first step."""
-    return built.step_module.objective.uses_reference and not built.tuning.adapter
+    return built.step_module.objective.uses_reference and not built.tuning.keeps_base
 
 
 def record(

@@ -24,7 +24,7 @@ from trainer.objectives.base import ObjectiveName
 from trainer.objectives.support import problems as objective_problems
 from trainer.optimizers.support import problems as optimizer_problems
 from trainer.ranges import RANGES
-from trainer.tuning.base import LoraConfig
+from trainer.tuning.check import problems as tuning_problems
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro")
@@ -40,7 +40,8 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
-    return [*problems, *_tuning(config), *_launcher(config)]
+    problems += tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
+    return [*problems, *_launcher(config)]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -235,19 +236,6 @@ def _zero(strategy: ZeroConfig) -> Iterator[str]:
         yield "strategy.offload_optimizer=nvme: only stage 3 can; use strategy=zero3, or offload_optimizer=cpu"
     if strategy.nvme_path is not None and not Path(strategy.nvme_path).expanduser().is_dir():
         yield f"strategy.nvme_path={strategy.nvme_path}: no such directory; make it on a local NVMe drive"
-
-
-def _tuning(config: RunConfig) -> Iterator[str]:
-    targets = getattr(config.tuning, "targets", None)
-    if not isinstance(config.tuning, LoraConfig):
-        return
-    if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):
-        yield f"tuning.targets={targets}: must be all-linear, a regular expression or a list of module names"
-    elif isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            yield f"tuning.targets={targets}: not a regular expression ({error}); all-linear is the default"
 
 
 def _launcher(config: RunConfig) -> Iterator[str]:

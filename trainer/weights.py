@@ -82,6 +82,14 @@ class Checkpoint:
         first, last = start // row, -(-stop // row)
         return view[first:last].reshape(-1)[start - first * row : stop - first * row]
 
+    def whole(self, name: str) -> Tensor:
+        """A full parameter by its name in the model; raises ConfigError where the files do not have it."""
+        stored = self.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
+        shape = self.shape(stored)
+        return self.run(stored, 0, math.prod(shape)).view(shape)
+
 
 class WeightSource:
     """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
@@ -132,7 +140,7 @@ class WeightSource:
 
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
-        if self.tuning.owns(name):
+        if self.tuning.owns(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
@@ -144,11 +152,7 @@ class WeightSource:
 
     def whole(self, name: str) -> Tensor:
         """A full base parameter, for methods that read base weights."""
-        stored = self.checkpoint.resolve(name)
-        if stored is None:
-            raise ConfigError(f"{name}: needed by the tuning method but not in {self.checkpoint.directory}")
-        shape = self.checkpoint.shape(stored)
-        return self.checkpoint.run(stored, 0, math.prod(shape)).view(shape)
+        return self.checkpoint.whole(name)
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):

@@ -17,6 +17,7 @@ from trainer.optimizers.support import SUPPORT
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
 CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]
 PRESETS = [("data", "audited"), ("data", "gdpr"), ("data", "hipaa")]  # name what differs from `default` only
+NEEDS = {"tuning=freeze": ["tuning.layers=last-2"], "tuning=peft": ["tuning.type=hra"]}  # have no default that runs
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     "schedule/cosine": {"decay_share"},
     "schedule/linear": {"decay_share"},
@@ -60,6 +61,7 @@ def test_every_choice_composes_to_its_own_settings(group, choice):
         package = SUPPORT[OptimName(choice)].package
         if package is not None and find_spec(package) is None:
             pytest.skip(f"needs {package}")
+    words += NEEDS.get(f"{group}={choice}", [])
     if group != "debug":
         words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
     config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config

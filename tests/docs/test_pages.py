@@ -49,7 +49,7 @@ def test_the_configuration_reference_is_up_to_date():
     written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     page = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]
     assert page() == written, "run: python docs/make_reference.py"
-    for key in ("batch.global", "data.eval_share", "tuning.rank", "strategy.replicate", "launcher.signal_lead_s"):
+    for key in ("batch.global", "data.eval_share", "tuning.lr_ratio", "strategy.replicate", "launcher.signal_lead_s"):
         assert written.count(f"| `{key}` |") == 1, key
 
 
@@ -135,3 +135,15 @@ def test_quoted_messages_exist_in_the_code():
     assert len(rows) > 20
     missing = [row for row in rows if row not in source]
     assert not missing
+
+
+def test_the_page_of_methods_is_up_to_date():
+    from trainer.tuning.table import METHODS, TYPES
+
+    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["page"]() == written, (
+        "run: python docs/make_methods.py"
+    )
+    assert {*METHODS, "peft"} == set(groups()["tuning"])
+    for name in (*METHODS, *TYPES):
+        assert f"={name}`" in written

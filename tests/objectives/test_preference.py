@@ -190,6 +190,16 @@ def test_the_adapter_off_is_the_base_model(tmp_path, runtime, tuning):
     assert [name for name, p in step.named_parameters() if p.requires_grad] == trains
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_part_of_the_base_has_its_reference_recorded(tmp_path, runtime, init):
+    """Without the adapter the base lacks what was split off it: at the first step the rewards would not be zero."""
+    config = run_config(model_dir(tmp_path), "single", "lora", micro=16, steps=1, objective=DpoConfig(beta=0.5))
+    config.tuning = LoraConfig(rank=4, init=init)
+    trainer = trainer_for(config, pair_set(tmp_path), runtime)
+    ((loss, _),) = take_steps(trainer, 1)
+    assert loss == pytest.approx(math.log(2), abs=1e-5)
+
+
 def continued(config, data, runtime, path=None):
     """A trainer, the reference recorded or read, and then perhaps the state of `path`."""
     trainer = trainer_for(config, data, runtime)

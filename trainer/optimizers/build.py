@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -24,14 +24,19 @@ from trainer.optimizers.support import import_package
 
 
 def build_optimizer(
-    config: OptimConfig, named: Iterable[tuple[str, nn.Parameter]], *, model_names: Sequence[str] = ()
+    config: OptimConfig,
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    model_names: Sequence[str] = (),
+    rate_of: Callable[[str], float] = lambda _: 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
 
-    `model_names` are the plain names of all parameters, frozen ones too. AdamW has torch's fused kernel; the one of
+    `model_names` are the plain names of all parameters, frozen ones too; `rate_of(name)` multiplies the rate of a
+    parameter, as its tuning method asks. AdamW has torch's fused kernel; the one of
     SGD knows no distributed tensors. Raises ConfigError for groups that fit no parameter and for a package that is not installed.
     """
-    groups = group_parameters(config, ((name, p) for name, p in named if p.requires_grad), model_names)
+    groups = group_parameters(config, ((name, p) for name, p in named if p.requires_grad), model_names, rate_of)
     dicts = [group.as_dict() for group in groups]
     if type(config) is OptimConfig:  # what all share, no choice made
         config = AdamwConfig(**{each.name: getattr(config, each.name) for each in fields(config)})

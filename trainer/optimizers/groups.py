@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +42,16 @@ def shape_of(parameter: nn.Parameter) -> Sequence[int]:
 
 
 def group_parameters(
-    config: OptimConfig, named: Iterable[tuple[str, nn.Parameter]], model_names: Sequence[str]
+    config: OptimConfig,
+    named: Iterable[tuple[str, nn.Parameter]],
+    model_names: Sequence[str],
+    rate_of: Callable[[str], float] = lambda _: 1.0,
 ) -> list[Group]:
     """Groups in the order in which their first parameter comes, by whole names and shapes: alike under every strategy.
 
     Matrices decay, vectors (norms, biases) do not, `config.groups` overrule it; `layer_decay` counts the blocks of
-    `model_names` (all parameters, frozen ones too). Raises ConfigError for a rule that matches nothing or for two rules
-    that match one parameter.
+    `model_names` (all parameters, frozen ones too); `rate_of` gives the tuning method's own factors. Raises ConfigError for a
+    rule that matches nothing or for two rules that match one parameter.
     """
     pairs = list(named)
     rules = _rules(config, [name for name, _ in pairs])
@@ -58,7 +61,7 @@ def group_parameters(
         dimensions = len(shape_of(parameter))
         rule = config.groups[rules[name]] if name in rules else None
         decay = config.weight_decay if dimensions >= 2 else 0.0
-        factor = factors[name]
+        factor = factors[name] * rate_of(name)
         if rule is not None:
             factor *= rule.lr_factor
             decay = decay if rule.weight_decay is None else rule.weight_decay

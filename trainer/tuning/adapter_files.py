@@ -1,7 +1,7 @@
 """Adapters as files: peft's own directory format, out of gathered values, and back onto a plain base model.
 
-Nothing here communicates: values arrive gathered, on one rank. Folding an adapter into its base follows Hu et al. 2021
-(LoRA) and Liu et al. 2024 (DoRA) tensor by tensor, so that the model is never held twice.
+Nothing here communicates: values arrive gathered, on one rank. peft folds an adapter into its base one layer at a time, so
+that the model is never held twice.
 """
 
 from __future__ import annotations
@@ -15,30 +15,65 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
+from trainer.tuning.adapter import PREFIX, Adapter
+from trainer.tuning.base import BaseReader
+from trainer.tuning.replica import ADAPTER
 
-_ADAPTER = "default"
 _BASE_WEIGHT = ".base_layer.weight"
 
 
 def write_adapter(
-    model: nn.Module, trained: dict[str, Tensor], directory: Path, base: str, revision: str | None
+    tuning: Adapter, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the existing `directory`.
 
-    `trained` holds the full trainable tensors under the model's plain names; `base` is the directory or hub id (with
+    `trained` holds the full trainable tensors under the model's plain names; `base_name` is the directory or hub id (with
     `revision`) that loaders will look for. Errors: OSError, SafetensorError.
     """
     from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = {**trained, **_tied_copies(model, trained)}
+    state = {**trained, **_tied_copies(model, trained), **_added_buffers(model)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     save_file({k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
-    settings: Any = copy.deepcopy(model.peft_config[_ADAPTER])  # type: ignore[index,union-attr]
-    settings.base_model_name_or_path, settings.revision, settings.inference_mode = base, revision, True
+    settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
+    if tuning.converts:
+        _double_rank(settings)
+    settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
     settings.save_pretrained(str(directory))
+
+
+def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+    """Adapters of PiSSA and OLoRA as LoRA of twice the rank on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0]."""
+    start = tuning.starts(trained, base)
+    converted = dict(trained)
+    for name, value in trained.items():
+        if ".lora_A." in name:
+            converted[name] = torch.cat([value.float(), start[name]], dim=0)
+        elif ".lora_B." in name:
+            converted[name] = torch.cat([value.float(), -start[name]], dim=1)
+    return converted
+
+
+def _double_rank(settings: Any) -> None:
+    """Twice the rank at the same scale."""
+    settings.r *= 2
+    factor = 2**0.5 if settings.use_rslora else 2
+    settings.lora_alpha *= factor
+    settings.rank_pattern = {key: 2 * value for key, value in settings.rank_pattern.items()}
+    settings.alpha_pattern = {key: factor * value for key, value in settings.alpha_pattern.items()}
+
+
+def _added_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What peft stores beside parameters; its own selection drops what is the base's."""
+    found = {}
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and key not in owner._non_persistent_buffers_set:
+                found[f"{path}.{key}"] = buffer.detach().cpu()
+    return found
 
 
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,28 +87,26 @@ def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tens
     return copies
 
 
-def merged_tensor(model: nn.Module, name: str, value: Tensor, trained: dict[str, Tensor]) -> Tensor | None:
-    """What a frozen parameter of the tuned model becomes in the merged one, float32 where the adapter changes it.
+class Folding:
+    """Frozen parameters of a tuned model as they are in the merged one, layer by layer."""
 
-    None for one that a module trained in full has replaced. `name` is the parameter's plain name, `value` the base's.
-    """
-    if ".original_module." in name:
-        return None
-    if not name.endswith(_BASE_WEIGHT):
-        return value
-    layer_name = name.removesuffix(_BASE_WEIGHT)
-    layer: Any = model.get_submodule(layer_name)
-    scaling = layer.scaling[_ADAPTER]
-    if f"{layer_name}.lora_embedding_A.{_ADAPTER}" in trained:
-        a, b = (trained[f"{layer_name}.lora_embedding_{side}.{_ADAPTER}"].float() for side in "AB")
-        return value.float() + (b @ a).T * scaling
-    a, b = (trained[f"{layer_name}.lora_{side}.{_ADAPTER}.weight"].float() for side in "AB")
-    transposed = bool(layer.fan_in_fan_out)  # GPT-2 stores [in, out]
-    weight = (value.T if transposed else value).float() + (b @ a) * scaling
-    magnitude = trained.get(f"{layer_name}.lora_magnitude_vector.{_ADAPTER}.weight")
-    if magnitude is not None:
-        weight = weight * (magnitude.float().view(-1, 1) / torch.linalg.norm(weight, dim=1, keepdim=True))
-    return weight.T if transposed else weight
+    def __init__(self, tuning: Adapter, model: nn.Module, trained: dict[str, Tensor], base: BaseReader) -> None:
+        self.tuning, self.model, self.trained, self.base = tuning, model, trained, base
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def tensor(self, name: str, value: Tensor) -> Tensor | None:
+        """The merged tensor, float32 where the adapter changes it; None for one that a module trained in full replaced.
+
+        `name` is the parameter's plain name, `value` the base's.
+        """
+        if ".original_module." in name:
+            return None
+        layer, wrapped, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
+        if not wrapped or layer not in self.tuning.replicas.bases:
+            return value
+        if self._last[0] != layer:
+            self._last = layer, self.tuning.merged(layer, self.base, self.trained, self.model)
+        return self._last[1][key]
 
 
 def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:

@@ -15,7 +15,16 @@ class TuningName(StrEnum):
     """The names users type as `tuning=<name>`."""
 
     full = "full"
+    freeze = "freeze"
     lora = "lora"
+    ia3 = "ia3"
+    vera = "vera"
+    loha = "loha"
+    lokr = "lokr"
+    oft = "oft"
+    boft = "boft"
+    ln = "ln"
+    peft = "peft"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,7 +41,17 @@ class FullConfig(TuningConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class LoraConfig(TuningConfig):
+class AdapterConfig(TuningConfig):
+    """Settings shared by the methods that put adapters beside frozen weights."""
+
+    targets: Any = "all-linear"
+    """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig(AdapterConfig):
     """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
 
     name: TuningName = TuningName.lora
@@ -42,14 +61,18 @@ class LoraConfig(TuningConfig):
     """Scale of the update: `alpha / rank` (`alpha / sqrt(rank)` with rslora)."""
     dropout: float = 0.0
     """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
-    targets: Any = "all-linear"
-    """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
     """Weight-decomposed adaptation (Liu et al. 2024, arXiv:2402.09353)."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+    init: str = "default"
+    """`default` and `gaussian` add a zero update; `pissa`, `pissa_niter_4` and `olora` train a part split off each weight."""
+    lr_ratio: float = 1.0
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of the B matrices as a multiple of `optim.lr`; 16 as a rule."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some modules, as pairs of name (or regular expression) and rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some modules, as pairs of name (or regular expression) and alpha."""
 
 
 class BaseReader(Protocol):
@@ -64,6 +87,8 @@ class Tuning(Protocol):
 
     adapter: bool
     """Whether the result is an adapter beside an unchanged base."""
+    keeps_base: bool
+    """Whether `reference` can switch back to the base model at any step."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Freeze and add; raises ConfigError that lists what exists when a target matches nothing."""
@@ -72,7 +97,7 @@ class Tuning(Protocol):
         """Fold adapters of a loaded model into its weights; returns the plain model."""
 
     def reference(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within it the tuned, perhaps sharded `model` computes what the base model does; for adapters only."""
+        """Within it the tuned, perhaps sharded `model` computes what the base model does; where `keeps_base`."""
 
     def base_name(self, name: str) -> str:
         """The name a parameter of the tuned model has in the base model's checkpoint."""
@@ -80,8 +105,14 @@ class Tuning(Protocol):
     def owns(self, name: str) -> bool:
         """Whether the method added this parameter, so that the base checkpoint does not have it."""
 
+    def rewrites(self, name: str) -> bool:
+        """Whether this frozen base parameter starts at another value than the checkpoint's."""
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a parameter as a multiple of the run's."""
+
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial tensor of a parameter that the method owns, float32.
+        """The full initial tensor of a parameter that the method owns or rewrites, float32.
 
         Depends on (seed, name) and on base weights alone: equal under every strategy and world size.
         """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trainer.tuning.base import LoraConfig, Tuning, TuningConfig
+from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
+from trainer.tuning.settings import FreezeConfig
 
 
 def build_tuning(config: TuningConfig, *, new_tokens: bool = False, new_heads: tuple[str, ...] = ()) -> Tuning:
@@ -10,10 +11,14 @@ def build_tuning(config: TuningConfig, *, new_tokens: bool = False, new_heads: t
 
     `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train.
     """
-    if isinstance(config, LoraConfig):
-        from trainer.tuning.lora import Lora
+    if isinstance(config, AdapterConfig):
+        from trainer.tuning.adapter import Adapter
 
-        return Lora(config, train_embeddings=new_tokens, new_heads=new_heads)
+        return Adapter(config, train_embeddings=new_tokens, new_heads=new_heads)
+    if isinstance(config, FreezeConfig):
+        from trainer.tuning.freeze import Freeze
+
+        return Freeze(config, train_embeddings=new_tokens, new_heads=new_heads)
     from trainer.tuning.full import Full
 
     return Full()

@@ -13,6 +13,7 @@ class Full:
     """Changes nothing about the model."""
 
     adapter = False
+    keeps_base = False
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Every floating-point parameter trains."""
@@ -35,6 +36,14 @@ class Full:
     def owns(self, name: str) -> bool:
         """Nothing is added."""
         return False
+
+    def rewrites(self, name: str) -> bool:
+        """Nothing starts elsewhere."""
+        return False
+
+    def rate_of(self, name: str) -> float:
+        """One rate for all."""
+        return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """Never asked: nothing is owned."""

@@ -1,0 +1,74 @@
+"""Every tuning method in a small setting: our settings, and the plain peft config that must mean the same."""
+
+from typing import Any
+
+from trainer.tuning.base import LoraConfig, TuningConfig
+from trainer.tuning.settings import (
+    BoftConfig,
+    FreezeConfig,
+    Ia3Config,
+    LnConfig,
+    LohaConfig,
+    LokrConfig,
+    OftConfig,
+    PeftConfig,
+    VeraConfig,
+)
+
+FROZEN: dict[str, TuningConfig] = {
+    "freeze last-1": FreezeConfig(layers="last-1"),
+    "freeze modules": FreezeConfig(modules=r".*\.mlp"),
+    "freeze norms": FreezeConfig(norm_only=True),
+    "freeze embeddings": FreezeConfig(embeddings=True),
+}
+ADAPTERS: dict[str, tuple[TuningConfig, str, dict[str, Any]]] = {  # settings, peft's config class, its options
+    "lora": (LoraConfig(rank=4), "LoraConfig", {"r": 4, "lora_alpha": 32}),
+    "lora gaussian": (
+        LoraConfig(rank=4, init="gaussian"),
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 32, "init_lora_weights": "gaussian"},
+    ),
+    "lora pissa": (
+        LoraConfig(rank=4, init="pissa"),
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 32, "init_lora_weights": "pissa"},
+    ),
+    "lora pissa_niter_4": (
+        LoraConfig(rank=4, init="pissa_niter_4"),
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 32, "init_lora_weights": "pissa_niter_4"},
+    ),
+    "lora olora": (
+        LoraConfig(rank=4, init="olora", rslora=True),
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 32, "init_lora_weights": "olora", "use_rslora": True},
+    ),
+    "lora+": (LoraConfig(rank=4, lr_ratio=16.0), "LoraConfig", {"r": 4, "lora_alpha": 32}),
+    "lora patterns": (
+        LoraConfig(rank=4, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 4.0}),
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 32, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 4}},
+    ),
+    "ia3": (Ia3Config(), "IA3Config", {"target_modules": None}),
+    "vera": (VeraConfig(rank=16), "VeraConfig", {"r": 16}),
+    "loha": (LohaConfig(rank=4), "LoHaConfig", {"r": 4, "alpha": 8}),
+    "lokr": (LokrConfig(rank=4), "LoKrConfig", {"r": 4, "alpha": 8}),
+    "oft": (OftConfig(block_size=8), "OFTConfig", {"oft_block_size": 8}),
+    "boft": (BoftConfig(), "BOFTConfig", {}),
+    "ln": (LnConfig(), "LNTuningConfig", {"target_modules": None}),
+}
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of tuning=peft, by type: peft's config class and options
+    "beft": ("BeftConfig", {}),
+    "c3a": ("C3AConfig", {"block_size": 8}),
+    "glora": ("GloraConfig", {}),
+    "gralora": ("GraloraConfig", {"r": 8}),
+    "hira": ("HiraConfig", {}),
+    "hra": ("HRAConfig", {}),
+    "miss": ("MissConfig", {"r": 8}),
+    "peanut": ("PeanutConfig", {}),
+    "road": ("RoadConfig", {"group_size": 8}),
+    "waveft": ("WaveFTConfig", {"n_frequency": 50}),
+}
+for _type, (_class, _options) in OPTIONS.items():
+    ADAPTERS[f"peft {_type}"] = PeftConfig(type=_type, options=dict(_options)), _class, dict(_options)
+CASES: dict[str, TuningConfig] = {**FROZEN, **{name: case[0] for name, case in ADAPTERS.items()}}

@@ -1,0 +1,136 @@
+"""Every method computes what plain peft computes, and its export loads and merges to the same logits."""
+
+import os
+
+import pytest
+import torch
+
+from strategies import runtime as processes
+from strategies.parameters import named_parameters
+from tests.export.test_export import export, logits_of, trained
+from tests.helpers.methods import ADAPTERS, FROZEN
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.tokenizers import tiny_tokenizer
+from trainer.export import ExportConfig
+from trainer.tuning.base import LoraConfig
+from trainer.tuning.table import method_of
+from trainer.verify import probe_ids, reference_logits
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    before = dict(os.environ)
+    yield processes.start("cpu", timeout_s=60, threads=1)
+    processes.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_model_dir(path, "llama", pad_token_id=2)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def plain_base(base):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def plain_peft(base, name):
+    """The base under plain peft, in the setting of the case."""
+    import peft
+
+    _, class_name, options = ADAPTERS[name]
+    torch.manual_seed(3)
+    settings = getattr(peft, class_name)(**{"target_modules": "all-linear", **options})
+    return peft.get_peft_model(plain_base(base), settings)
+
+
+def assert_same_logits(found, reference):
+    torch.testing.assert_close(found, reference, rtol=0, atol=EXACT * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_starts_and_computes_as_under_plain_peft(name, base, runtime):
+    config = ADAPTERS[name][0]
+    engine, built, tokenizer = trained(base, config, runtime, steps=0)
+    model = plain_peft(base, name)
+    theirs, ours = dict(model.named_parameters()), dict(named_parameters(engine.step_module))
+    assert {n: p.shape for n, p in theirs.items()} == {n: p.shape for n, p in ours.items()}
+    assert {n for n, p in theirs.items() if p.requires_grad} == {n for n, p in ours.items() if p.requires_grad}
+    for key, parameter in theirs.items():
+        if not parameter.requires_grad and "niter" not in name:  # also what PiSSA and OLoRA leave of the base
+            torch.testing.assert_close(ours[key], parameter, rtol=0, atol=1e-6)
+        elif parameter.numel() > 100 and parameter.std() > 0:  # drawn from another seed: alike, not equal
+            assert ours[key].std().item() == pytest.approx(parameter.std().item(), rel=0.35), key
+            assert abs(ours[key].mean() - parameter.mean()) < 0.35 * parameter.std(), key
+        elif "niter" not in name and parameter.std() == 0:
+            assert torch.equal(ours[key], parameter), key
+
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        for key, parameter in theirs.items():
+            if parameter.requires_grad:  # away from the start, where most methods compute what the base does
+                value = ours[key] + torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(value)
+                ours[key].copy_(value)
+            else:
+                parameter.copy_(ours[key])
+    ids = probe_ids(tokenizer)
+    reference = logits_of(model.eval(), ids)
+    assert (logits_of(plain_base(base), ids) - reference).abs().max() > 1e-3 * reference.abs().max()
+    assert_same_logits(reference_logits(engine, built, ids, runtime), reference)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_exported_adapter_loads_with_plain_peft_and_equals_its_merge(name, base, runtime, tmp_path):
+    from peft import PeftModel
+
+    config = ADAPTERS[name][0]
+    parts = trained(base, config, runtime)
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+    assert (logits_of(plain_base(base), ids) - reference).abs().max() > 1e-3 * reference.abs().max()
+    adapter = export(parts, base, tmp_path / "adapter", runtime, verify=True)
+    assert_same_logits(logits_of(PeftModel.from_pretrained(plain_base(base), str(adapter)).eval(), ids), reference)
+    if method_of(config).no_merge:
+        return
+    merged = export(parts, base, tmp_path / "merged", runtime, merge=True, verify=True)
+    assert_same_logits(logits_of(plain_base(merged), ids), reference)
+    assert ExportConfig(merge=True).merge
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_partly_frozen_model_is_exported_whole(name, base, runtime, tmp_path):
+    from safetensors.torch import load_file
+
+    parts = trained(base, FROZEN[name], runtime)
+    trains = {n for n, p in named_parameters(parts[0].step_module) if p.requires_grad}
+    whole = export(parts, base, tmp_path / "whole", runtime, verify=True)
+    ours, theirs = load_file(whole / "model.safetensors"), load_file(base / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor) == (key not in trains), key
+    ids = probe_ids(parts[2])
+    assert_same_logits(logits_of(plain_base(whole), ids), reference_logits(parts[0], parts[1], ids, runtime))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_base_weights_is_peft_s_own(init, base, runtime):
+    """The factors are unique up to the sign of each direction, which both take from the same routine."""
+    engine, _, _ = trained(base, LoraConfig(rank=4, init=init, alpha=8.0), runtime, steps=0)
+    import peft
+
+    model = peft.get_peft_model(
+        plain_base(base),
+        peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules="all-linear"),
+    )
+    theirs = dict(model.named_parameters())
+    for key, parameter in named_parameters(engine.step_module):
+        torch.testing.assert_close(parameter, theirs[key], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,250 @@
+"""Adapters through peft, whatever the method: choose and check targets, hand over, and own what peft added.
+
+Values come from `trainer.tuning.replica`. What a method can do is said by `trainer.tuning.table`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
+from trainer.tuning.peft_configs import peft_config
+from trainer.tuning.replica import ADAPTER, Replicas
+from trainer.tuning.table import method_of, rewrites_base
+
+PREFIX = "base_model.model."
+"""Under which peft's wrapper holds the base model."""
+
+
+class Adapter:
+    """Adapters of one peft method on frozen weights."""
+
+    adapter = True
+
+    def __init__(
+        self, config: AdapterConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
+    ) -> None:
+        self.config = config
+        self.converts = isinstance(config, LoraConfig) and rewrites_base(config.init)
+        """Whether the adapter trains a part split off the base weights, so that its files must be converted."""
+        self.keeps_base = not self.converts
+        """Without the part that was split off, the base is not whole."""
+        self.new_heads = new_heads
+        """Modules that the base checkpoint does not have: trained in full and saved with the adapter."""
+        self.train_embeddings = train_embeddings
+        """New vocabulary entries need trained embeddings: they (and an untied head) are then trained in full."""
+        self.replicas = Replicas(None, {}, reads_base=False)
+        self.seed = 0
+        """Seed of the initial values, as given with the first question for one."""
+        self._owned: dict[str, tuple[str, str]] = {}
+        self._buffers: set[str] = set()
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Wrap in a PeftModel; raises ConfigError that lists what exists when a target matches nothing."""
+        from peft import get_peft_model
+
+        check_targets(model, self.config.targets)
+        known_buffers = {name for name, _ in model.named_buffers()}
+        settings = self._settings(model)
+        own_start = getattr(settings, "init_lora_weights", None)
+        if self.converts:  # needs weights, which meta has not; replicas start as asked
+            settings.init_lora_weights = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+        except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"tuning={self.config.name}: peft cannot add it to this model with tuning.targets={self.config.targets}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        of_replicas = copy.deepcopy(tuned.peft_config[ADAPTER])
+        if self.converts:
+            of_replicas.init_lora_weights = own_start
+        self._take_stock(tuned, of_replicas)
+        added = (name for name, _ in tuned.named_buffers(remove_duplicate=False))
+        self._buffers = {name for name in added if self.base_name(name) not in known_buffers}
+        return tuned
+
+    def _settings(self, model: Any) -> Any:
+        """peft's config with targets, task, and what trains in full."""
+        settings = peft_config(self.config)
+        targets = self.config.targets
+        if targets != "auto":
+            settings.target_modules = targets if isinstance(targets, str) else set(targets)
+        elif (feedforward := getattr(settings, "feedforward_modules", None)) is not None:
+            raise ConfigError(
+                f"tuning.feedforward={list(feedforward)}: needs tuning.targets to name them too; list both, or neither"
+            )
+        full = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        if self.train_embeddings:
+            full += [_name_of(model, model.get_input_embeddings())]
+            if not tied:
+                full += [_name_of(model, model.get_output_embeddings())]
+            elif not hasattr(settings, "ensure_weight_tying"):
+                raise ConfigError(
+                    f"model.add_tokens with tuning={self.config.name}: peft keeps trained embeddings tied to the head only "
+                    "for LoRA; use tuning=lora, or tuning=full"
+                )
+            else:
+                settings.ensure_weight_tying = True
+        settings.modules_to_save = full or None
+        classifier = hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__
+        settings.task_type = "SEQ_CLS" if classifier else "CAUSAL_LM"
+        return settings
+
+    def _take_stock(self, tuned: nn.Module, settings: Any) -> None:
+        """Note what peft added, layer by layer, and make its buffers real."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        bases: dict[str, nn.Module] = {}
+        for name, module in tuned.named_modules():
+            if not isinstance(module, BaseTunerLayer):
+                continue
+            layer = name.removeprefix(PREFIX)
+            bases[layer] = copy.deepcopy(module.get_base_layer())
+            for key, _ in module.named_parameters():
+                if not key.startswith("base_layer."):
+                    self._owned[f"{name}.{key}"] = layer, key
+                    _to_meta(module, key)
+        if self.converts:
+            _refuse_shared(tuned, bases)
+        self.replicas = Replicas(settings, bases, reads_base=method_of(self.config).reads_base or _is_dora(self.config))
+        on_meta = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
+        if on_meta:
+            for name, buffer in self.replicas.buffers():
+                if f"base_model.{name}" in on_meta:
+                    owner, _, key = f"base_model.{name}".rpartition(".")
+                    tuned.get_submodule(owner)._buffers[key] = buffer
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Fold a loaded PeftModel's adapters into its weights; returns the plain model."""
+        return model.merge_and_unload()  # type: ignore[operator]
+
+    @contextmanager
+    def reference(self, model: nn.Module) -> Iterator[None]:
+        """Switch the adapters off, and modules trained in full back to their originals.
+
+        Only flags change: peft's own `disable_adapter` also toggles `requires_grad`, and a parameter gathered meanwhile
+        by a sharding engine would never get a gradient.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, flag in zip(layers, before, strict=True):
+                layer._disable_adapters = flag
+
+    def base_name(self, name: str) -> str:
+        """The name a wrapped parameter has in the base model's checkpoint."""
+        name = name.removeprefix(PREFIX)
+        for wrapper in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
+            name = name.replace(wrapper, "")
+        return name
+
+    def owns(self, name: str) -> bool:
+        """What peft added, buffers included; modules trained in full start as copies of the base's."""
+        return name in self._owned or name in self._buffers
+
+    def rewrites(self, name: str) -> bool:
+        """The weights off which the adapter's start was split."""
+        return self.converts and name.endswith(".base_layer.weight")
+
+    def rate_of(self, name: str) -> float:
+        """LoRA+: the B matrices of linear layers learn faster."""
+        if isinstance(self.config, LoraConfig) and f".lora_B.{ADAPTER}." in name:
+            return self.config.lr_ratio
+        return 1.0
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """The full initial tensor of a parameter that peft added or changed, float32, drawn from (seed, layer name)."""
+        self.seed = seed
+        if name in self._owned:
+            layer, key = self._owned[name]
+        else:
+            layer, _, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
+            key = f"base_layer.{key}"
+        value = self.replicas.initial(layer, base, seed).get_parameter(key).detach()
+        assert tuple(value.shape) == shape or tuple(value.shape) == (), (name, value.shape, shape)
+        return value
+
+    def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `Replicas.merged`."""
+        of_layer = {key: trained[full] for full, (layer, key) in self._owned.items() if layer == name}
+        return self.replicas.merged(name, base, self.seed, of_layer, model.get_submodule(PREFIX + name))
+
+    def starts(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+        """The initial values of the parameters in `trained` that peft added."""
+        return {
+            name: self.initial_value(name, tuple(value.shape), base, self.seed)
+            for name, value in trained.items()
+            if name in self._owned
+        }
+
+
+def check_targets(model: nn.Module, targets: Any) -> None:
+    """Raise ConfigError, with what exists, where a target matches no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
+    if isinstance(targets, str):
+        if targets not in ("all-linear", "auto") and not any(re.fullmatch(targets, name) for name in names):
+            raise ConfigError(
+                f"tuning.targets={targets!r}: no module name matches this expression; linear layers here are: "
+                f"{', '.join(linear)}; or use tuning.targets=all-linear"
+            )
+        return
+    unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+    if unmatched or not targets:
+        raise ConfigError(
+            f"tuning.targets={list(targets)}: {', '.join(unmatched) or 'nothing'} matches no module; linear layers "
+            f"here are: {', '.join(linear)}; or use tuning.targets=all-linear"
+        )
+
+
+def _to_meta(layer: nn.Module, key: str) -> None:
+    """Drop the values of a parameter that peft left on the CPU: they are drawn anew."""
+    owner, _, last = key.rpartition(".")
+    parameters = layer.get_submodule(owner)._parameters
+    parameter = parameters[last]
+    if parameter is not None and not parameter.is_meta:
+        parameters[last] = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+
+
+def _refuse_shared(tuned: nn.Module, bases: dict[str, nn.Module]) -> None:
+    """A weight that two modules share cannot lose a part in one of them."""
+    seen: dict[int, str] = {}
+    for name, parameter in tuned.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        for layer in bases:
+            if first != name and any(n.startswith(f"{PREFIX}{layer}.base_layer.") for n in (first, name)):
+                raise ConfigError(
+                    f"tuning.init: {layer} shares its weight with another module, which would change too; leave it out of "
+                    "tuning.targets, or use tuning.init=default"
+                )
+
+
+def _is_dora(config: AdapterConfig) -> bool:
+    return isinstance(config, LoraConfig) and (config.dora or rewrites_base(config.init))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

@@ -1,0 +1,117 @@
+"""What is wrong with the settings of a tuning method, alone and with the rest of the run; one line a problem."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
+from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
+from trainer.tuning.freeze import LAYERS
+from trainer.tuning.settings import FreezeConfig, Ia3Config, PeftConfig
+from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, method_of, rewrites_base
+
+INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
+
+
+def problems(tuning: TuningConfig, strategy: StrategyConfig, precision: Precision, *, merge: bool) -> Iterator[str]:
+    """Every problem as `key=value: constraint; what to do`."""
+    if isinstance(tuning, AdapterConfig):
+        yield from _targets(tuning)
+    if isinstance(tuning, FreezeConfig):
+        yield from _freeze(tuning)
+    if isinstance(tuning, LoraConfig):
+        yield from _lora(tuning)
+    if isinstance(tuning, Ia3Config):
+        yield from _ia3(tuning)
+    if isinstance(tuning, PeftConfig):
+        wrong = list(_peft(tuning))
+        yield from wrong
+        if tuning.type not in TYPES:
+            return
+    method, shown = method_of(tuning), f"tuning={tuning.name}"
+    if isinstance(tuning, PeftConfig):
+        shown = f"tuning.type={tuning.type}"
+    checkpointing = strategy.activation_checkpointing
+    if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
+        yield f"strategy.activation_checkpointing=selective with {shown}: {reason}; use full or none"
+    half = precision in (Precision.bf16, Precision.fp16) and strategy.name in SHARDED
+    if half and (reason := method.refused.get("half")):
+        yield f"precision={precision} with {shown} and strategy={strategy.name}: {reason}; use fp32 or strategy=ddp"
+    if merge and method.no_merge:
+        yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
+
+
+def _targets(tuning: AdapterConfig) -> Iterator[str]:
+    targets = tuning.targets
+    if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):
+        yield f"tuning.targets={targets}: must be all-linear, a regular expression or a list of module names"
+    elif isinstance(targets, str):
+        if targets == "auto" and type(tuning)().targets != "auto":
+            yield f"tuning.targets=auto: tuning={tuning.name} has no choice of its own; use tuning.targets=all-linear"
+        yield from _expression("tuning.targets", targets, f"{type(tuning)().targets} is the default")
+
+
+def _expression(key: str, text: str, advice: str) -> Iterator[str]:
+    try:
+        re.compile(text)
+    except re.error as error:
+        yield f"{key}={text}: not a regular expression ({error}); {advice}"
+
+
+def _freeze(tuning: FreezeConfig) -> Iterator[str]:
+    chosen = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
+    if not any(chosen):
+        yield (
+            "tuning=freeze: nothing is chosen to train; set tuning.layers=last-2, or one of tuning.modules, "
+            "tuning.embeddings, tuning.bias_only and tuning.norm_only"
+        )
+    if tuning.layers is not None and not LAYERS.fullmatch(tuning.layers):
+        yield f"tuning.layers={tuning.layers}: must be last-<n> or <first>-<last>, such as last-2 or 4-7"
+    if tuning.modules is not None:
+        yield from _expression("tuning.modules", tuning.modules, r"such as .*\.mlp for all feed-forward parts")
+
+
+def _lora(tuning: LoraConfig) -> Iterator[str]:
+    if not INITS.fullmatch(tuning.init):
+        near = difflib.get_close_matches(tuning.init, ["default", "gaussian", "pissa", "pissa_niter_4", "olora"], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"tuning.init={tuning.init}: must be default, gaussian, pissa, pissa_niter_<n> or olora{hint}"
+    elif rewrites_base(tuning.init) and tuning.dora:
+        yield (
+            f"tuning.init={tuning.init} with tuning.dora=true: the export could not be turned back into an adapter of the "
+            "unchanged base; use tuning.init=default, or tuning.dora=false"
+        )
+    for key, table, least in (("rank_pattern", tuning.rank_pattern, 1.0), ("alpha_pattern", tuning.alpha_pattern, 0.0)):
+        for name, value in table.items():
+            yield from _expression(f"tuning.{key}.{name}", name, "name a module, such as q_proj")
+            if not value >= least or value == 0:
+                bound = "at least 1" if least else "above 0"
+                yield f"tuning.{key}.{name}={value:g}: must be {bound}; leave the module out for tuning.{key[:-8]}"
+
+
+def _ia3(tuning: Ia3Config) -> Iterator[str]:
+    if tuning.feedforward and tuning.targets == "auto":
+        yield f"tuning.feedforward={tuning.feedforward}: auto chooses both; list tuning.targets too, or leave both out"
+    elif isinstance(tuning.targets, list) and (extra := sorted(set(tuning.feedforward) - set(tuning.targets))):
+        yield f"tuning.feedforward={extra}: must be among tuning.targets={tuning.targets}; add them there"
+
+
+def _peft(tuning: PeftConfig) -> Iterator[str]:
+    kind, proven = tuning.type, ", ".join(TYPES)
+    if kind is None:
+        yield f"tuning.type: not set; name a method of peft, one of {proven}"
+    elif kind in METHODS or kind == "ln_tuning":
+        yield f"tuning.type={kind}: has settings of its own here; use tuning={kind.removesuffix('_tuning')}"
+    elif kind in NOT_HERE:
+        yield f"tuning.type={kind}: {NOT_HERE[kind]}; use one of {proven}, or another tuning="
+    elif kind not in TYPES:
+        near = difflib.get_close_matches(kind, TYPES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {proven}"
+        yield f"tuning.type={kind}: not proven to train alike under every strategy; {hint}"
+    else:
+        # The only settings that composing asks peft about; importing it takes seconds.
+        from trainer.tuning.peft_configs import option_problems
+
+        yield from option_problems(kind, tuning.options)

@@ -1,0 +1,113 @@
+"""From this project's settings to peft's config objects, and the options of peft's own config classes."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from strategies.errors import ConfigError
+from trainer.tuning.base import AdapterConfig, LoraConfig
+from trainer.tuning.settings import (
+    BoftConfig,
+    Ia3Config,
+    LohaConfig,
+    LokrConfig,
+    OftConfig,
+    PeftConfig,
+    VeraConfig,
+)
+
+_OURS = ("target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode", "base_model_name_or_path")
+"""Fields of peft's classes that this project sets itself."""
+
+
+def peft_config(config: AdapterConfig) -> Any:
+    """peft's config with the method's own options; targets and the task are the caller's. Errors: ConfigError."""
+    import peft
+
+    kind = config.type if isinstance(config, PeftConfig) and config.type else str(config.name)
+    mapping = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    settings_class = mapping[peft.PeftType({"ln": "ln_tuning"}.get(kind, kind).upper())]
+    try:
+        return settings_class(**_options(config))
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"tuning={config.name}: peft refuses these options: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _options(config: AdapterConfig) -> dict[str, Any]:
+    match config:
+        case LoraConfig():
+            return {
+                "r": config.rank,
+                "lora_alpha": config.alpha,
+                "lora_dropout": config.dropout,
+                "use_rslora": config.rslora,
+                "use_dora": config.dora,
+                "rank_pattern": dict(config.rank_pattern),
+                "alpha_pattern": dict(config.alpha_pattern),
+                "init_lora_weights": True if config.init == "default" else config.init,
+            }
+        case Ia3Config():
+            return {"feedforward_modules": list(config.feedforward) or None}
+        case VeraConfig():
+            return {
+                "r": config.rank,
+                "vera_dropout": config.dropout,
+                "d_initial": config.d_initial,
+                "projection_prng_key": config.projection_seed,
+                "save_projection": config.save_projection,
+            }
+        case LohaConfig():
+            return {"r": config.rank, "alpha": config.alpha}
+        case LokrConfig():
+            return {
+                "r": config.rank,
+                "alpha": config.alpha,
+                "decompose_both": config.decompose_both,
+                "decompose_factor": config.decompose_factor or -1,
+            }
+        case OftConfig():
+            return {
+                "oft_block_size": config.block_size,
+                "block_share": config.block_share,
+                "use_cayley_neumann": config.neumann_terms > 0,
+                "num_cayley_neumann_terms": config.neumann_terms or 5,
+            }
+        case BoftConfig():
+            return {
+                "boft_block_size": config.block_size,
+                "boft_n_butterfly_factor": config.num_factors,
+                "boft_dropout": config.dropout,
+            }
+        case PeftConfig():
+            return dict(config.options)
+        case _:
+            return {}
+
+
+def option_problems(kind: str, options: dict[str, Any]) -> list[str]:
+    """What is wrong with the options of `tuning=peft tuning.type=<kind>`; imports peft, which knows them."""
+    import peft
+
+    settings_class = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
+    known = sorted({f.name for f in fields(settings_class)} - set(_OURS))
+    problems = []
+    for name in options:
+        key = f"tuning.options.{name}={options[name]}"
+        if name in ("target_modules", "modules_to_save"):
+            problems.append(f"{key}: has a key of its own; set tuning.{name.replace('target_modules', 'targets')}")
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            problems.append(f"{key}: peft's {kind} has no such option; {hint}")
+    if not problems:
+        try:
+            settings_class(**options)
+        except (TypeError, ValueError, ImportError) as error:
+            problems.append(
+                f"tuning.options: peft's {kind} refuses them ({' '.join(str(error).split())}); correct them"
+            )
+    return problems
