@@ -23,15 +23,16 @@ from trainer.data.order import GlobalOrder, MixedOrder, Order, steps_for_tokens
 from trainer.data.pack import best_fit_decreasing
 from trainer.data.prepare import Preparation, Prepared
 from trainer.data.settings import Layout
+from trainer.data.source_target import SourceTarget
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import steps_from_budget
 from trainer.model import Built, build_step, weights_directory
-from trainer.objectives.base import ObjectiveName
+from trainer.objectives.base import ObjectiveName, Seq2seqConfig
 from trainer.objectives.build import build_objective, settled
 from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
-from trainer.weights import Checkpoint, WeightSource
+from trainer.weights import Checkpoint, WeightSource, fill_buffers, tied_names
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
@@ -45,7 +46,9 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 
 
 def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) -> Preparation:
-    objective = build_objective(config.objective)
+    objective, source_target = build_objective(config.objective), None
+    if isinstance(config.objective, Seq2seqConfig):
+        source_target = SourceTarget(prefix=config.objective.prefix, max_target=config.objective.max_target)
     return Preparation(
         config.data,
         tokenizer,
@@ -55,6 +58,7 @@ def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) ->
         label_names=getattr(config.objective, "labels", None),
         labelled=config.objective.name is ObjectiveName.classification,
         multi_label=getattr(config.objective, "multi_label", False),
+        source_target=source_target,
         stop=stop,
     )
 
@@ -89,13 +93,17 @@ def build_model(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
             "padded rows here; set data.packing=false"
         )
+    model, named = built.step_module.model, built.tuning.base_name
+    checkpoint = Checkpoint(weights_directory(config.model), built.base_prefix, tied_names(model, named))
+    fill_buffers(model, checkpoint, named)
     source = WeightSource(
-        Checkpoint(weights_directory(config.model), built.base_prefix),
+        checkpoint,
         built.tuning,
         seed=config.run.seed,
         init_std=getattr(built.config, "initializer_range", 0.02),
         new_token_ids=built.new_token_ids,
         vocabulary=built.vocabulary,
+        fixed=built.two_sides.fixed if built.two_sides else None,
     )
     shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
@@ -165,6 +173,7 @@ def build_loader(
         layout=built.layout,
         pad_token_id=tokenizer.pad_token_id,
         device=runtime.device,
+        decoder_start=built.two_sides.decoder_start if built.two_sides else None,
     )
     steps = steps_from_budget(
         config,
@@ -201,6 +210,7 @@ def build_evaluators(
         device=runtime.device,
         max_documents=limit,
         sequences_per_document=per,
+        decoder_start=built.two_sides.decoder_start if built.two_sides else None,
     )
 
     count = int(held_out.counts["loss"][: None if limit is None else limit * per].sum())

@@ -87,6 +87,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "strategy.persistence_threshold": (COUNT, "0 shards every parameter"),
     "strategy.prefetch_mib": (COUNT, "0 gathers nothing ahead"),
     "objective.beta": (Range(above=0), "0.1 for dpo and orpo, 2 for simpo"),
+    "objective.max_target": (Range(least=2), "an answer and its end need two tokens; 128 to 256 suit summaries"),
     "objective.gamma": (COUNT, "half of objective.beta as a rule"),
     "objective.label_smoothing": (Range(least=0, below=0.5), "0 trusts every pair"),
     "objective.sft_weight": (COUNT, "0 leaves it out; 0.1 to 1 keeps the chosen answers likely"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.errors import ConfigError, DataError
+from trainer import encoder_decoder
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
@@ -103,6 +104,16 @@ def _model(config: RunConfig) -> Iterator[str]:
         if value is not None and not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
             what = "is a file" if path.is_file() else "does not exist"
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
+    if (found := encoder_decoder.read_config(model.path)) is not None:
+        yield from encoder_decoder.problems(
+            found,
+            model.path,
+            config.objective.name,
+            max_source=config.data.max_length,
+            max_target=getattr(config.objective, "max_target", 0),
+        )
+    if config.objective.name is ObjectiveName.seq2seq and model.chat_template is not None:
+        yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
 
@@ -239,6 +250,11 @@ def _zero(strategy: ZeroConfig) -> Iterator[str]:
 
 def _tuning(config: RunConfig) -> Iterator[str]:
     targets = getattr(config.tuning, "targets", None)
+    if config.objective.name is ObjectiveName.seq2seq and config.model.add_tokens and config.tuning.name != "full":
+        yield (
+            f"model.add_tokens={config.model.add_tokens}: encoder and decoder look tokens up apart, and an adapter would "
+            "train one of them; set tuning=full with objective=seq2seq"
+        )
     if not isinstance(config.tuning, LoraConfig):
         return
     if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):

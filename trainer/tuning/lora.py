@@ -54,9 +54,7 @@ class Lora:
             use_dora=self.config.dora,
             modules_to_save=modules_to_save or None,
             ensure_weight_tying=self.train_embeddings and tied,
-            task_type="SEQ_CLS"
-            if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__
-            else "CAUSAL_LM",
+            task_type=_task_type(model),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,6 +135,13 @@ class Lora:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _task_type(model: nn.Module) -> str:
+    """How peft calls what the model does; loaders of the adapter go by it."""
+    if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _name_of(model: nn.Module, wanted: Any) -> str:
