@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.launching import run_job
 from tests.parity.features import VARIANTS
 from tests.parity.pairs import CASES
+from tests.parity.two_sides import CASES as TWO_SIDED
 
 EXACT = 1e-5
 
@@ -117,6 +118,13 @@ def test_pairs_train_alike(report, case):
         assert norm == pytest.approx(right_norm, rel=EXACT)
         # A difference of four log-probabilities of about -60, of which float32 keeps steps of 4e-6.
         assert margin == pytest.approx(right_margin, rel=EXACT, abs=5e-6)
+
+
+@pytest.mark.parametrize("case", TWO_SIDED)
+def test_encoder_decoder_models_train_alike(report, case):
+    assert_close(report["two_sides"][case], EXACT)
+    losses, norms = zip(*report["two_sides"][case]["expected"], strict=True)
+    assert losses[-1] < losses[0] and max(norms) > 0.5, "nothing was learned, or nothing clipped"
 
 
 def test_pairs_are_learned_and_clipped(report):
