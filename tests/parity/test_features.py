@@ -124,7 +124,7 @@ def test_pairs_train_alike(report, case):
 def test_encoder_decoder_models_train_alike(report, case):
     assert_close(report["two_sides"][case], EXACT)
     losses, norms = zip(*report["two_sides"][case]["expected"], strict=True)
-    assert losses[-1] < losses[0] and max(norms) > 0.5, "nothing was learned, or nothing clipped"
+    assert losses[-1] < losses[0] and max(norms) > 0.2, "nothing was learned, or nothing clipped"
 
 
 def test_pairs_are_learned_and_clipped(report):

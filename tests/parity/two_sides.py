@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from strategies import runtime as processes
-from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig, ZeroConfig
+from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig, StrategyName, ZeroConfig
 from tests.helpers.building import (
     GLOBAL_BATCH,
     STRATEGIES,
@@ -35,6 +35,11 @@ CASES: dict[str, tuple[str, str, StrategyConfig]] = {
     "t5 full fsdp2 checkpointed": ("t5", "full", Fsdp2Config(activation_checkpointing=FULL)),
     "t5 lora fsdp2 checkpointed": ("t5", "lora", Fsdp2Config(activation_checkpointing=FULL)),
     "bart full fsdp2 checkpointed by choice": ("bart", "full", Fsdp2Config(activation_checkpointing=SELECTIVE)),
+    "bart full zero3 checkpointed by choice": (
+        "bart",
+        "full",
+        ZeroConfig(name=StrategyName.zero3, stage=3, activation_checkpointing=SELECTIVE),
+    ),
     "t5 full zero2 checkpointed": ("t5", "full", ZeroConfig(activation_checkpointing=FULL)),
 }
 
@@ -54,7 +59,7 @@ def compare(root: Path, runtime: processes.Runtime) -> dict:
 def config_of(root: Path, architecture: str, tuning: str, strategy: StrategyConfig) -> RunConfig:
     """A run in which each rank takes two micro-batches a step."""
     config = run_config(seq2seq_dir(root, architecture), strategy, tuning, micro=4, steps=STEPS)
-    return replace(config, objective=Seq2seqConfig())
+    return replace(config, objective=Seq2seqConfig(), optim=replace(config.optim, max_grad_norm=0.2))
 
 
 def alone_curve(config: RunConfig, root: Path, runtime: processes.Runtime) -> list[list[float]]:
