@@ -25,9 +25,10 @@ from trainer.data.prepare import Preparation, Prepared
 from trainer.data.settings import Layout
 from trainer.data.source_target import SourceTarget
 from trainer.evaluation.base import Evaluator
+from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import steps_from_budget
-from trainer.model import Built, build_step, weights_directory
+from trainer.model import Built, ModelConfig, build_step, weights_directory
 from trainer.objectives.base import ObjectiveName, Seq2seqConfig
 from trainer.objectives.build import build_objective, settled
 from trainer.optimizers.build import build_optimizer
@@ -214,6 +215,35 @@ def build_evaluators(
     )
 
     count = int(held_out.counts["loss"][: None if limit is None else limit * per].sum())
-    return [
+    found: list[Evaluator] = [
         LossEvaluator(batches, count=count, prefix="eval", perplexity=objective.perplexity, stop_now=agreement.asked)
     ]
+    if config.evaluation.generate.samples:
+        found.append(
+            GenerationEvaluator(
+                held_out,
+                tokenizer,
+                config.evaluation.generate,
+                generation_config=generation_config(config.model, built),
+                encoder_decoder=built.two_sides is not None,
+                batch=config.evaluation.batch,
+                runtime=runtime,
+                prefix="eval",
+                stop_now=agreement.asked,
+            )
+        )
+    return found
+
+
+def generation_config(model: ModelConfig, built: Built) -> Any:
+    """How the model generates: by its generation_config.json, as its export will, else by its config."""
+    from transformers import GenerationConfig
+
+    directory = weights_directory(model)
+    if (directory / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(directory)
+    else:
+        found = GenerationConfig.from_model_config(built.config)
+    if built.two_sides is not None:
+        found.decoder_start_token_id = built.two_sides.decoder_start
+    return found

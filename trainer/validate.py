@@ -28,7 +28,7 @@ from trainer.ranges import RANGES
 from trainer.tuning.base import LoraConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro")
+LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro", "eval/bleu", "eval/rougeL")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
@@ -176,8 +176,22 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
     elif evaluation.watch in LARGER_IS_BETTER and not evaluation.greater_is_better:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
+    yield from _generate(config, has_data=has_data)
     if evaluation.watch.startswith("eval/f1_") and config.objective.name is not ObjectiveName.classification:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
+
+
+def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
+    samples, watch = config.evaluation.generate.samples, config.evaluation.watch
+    if watch in ("eval/bleu", "eval/rougeL") and not samples:
+        yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
+    if samples and not has_data:
+        yield (
+            f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
+            "data.eval_share=0.05, or set it to 0"
+        )
+    if samples and config.objective.name not in (ObjectiveName.seq2seq, ObjectiveName.sft):
+        yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
 
 
 def _run(config: RunConfig) -> Iterator[str]:

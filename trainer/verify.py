@@ -166,7 +166,8 @@ def verify_export(
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
     `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
-    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. Errors: DriftError where the difference is larger.
+    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. Errors: DriftError where
+    the difference is larger.
     """
     from trainer.export import stored_type
 

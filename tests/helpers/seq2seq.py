@@ -53,6 +53,7 @@ def seq2seq_dir(root: Path, architecture: str = "t5") -> Path:
                 parameter.normal_(0, 0.1)
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_(0, 0.5)
+            model.final_logits_bias[0, 1] = 2.0  # some answers end early, and some do not
     model.save_pretrained(path)
     if architecture == "t5_untied":
         settings = json.loads((path / "config.json").read_text())

@@ -1,11 +1,10 @@
 """Encoder-decoder models: the loss against transformers' own, the two sides of a batch, the data, the refusals."""
 
-import numpy as np
 import pytest
 import torch
 
 from strategies import runtime as processes
-from tests.helpers.building import GLOBAL_BATCH, run_config, trainer_for, two_sided_samples, two_sided_set
+from tests.helpers.building import GLOBAL_BATCH, run_config, trainer_for, two_sided_set
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from trainer.data.two_sides import boundary
 from trainer.objectives.base import Seq2seqConfig

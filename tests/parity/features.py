@@ -180,6 +180,10 @@ class Job:
         """Encoder-decoder models."""
         return two_sides.compare(self.root, self.runtime)
 
+    def generation(self) -> dict:
+        """Answers written while training."""
+        return two_sides.generate(self.root, self.runtime)
+
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
         model = model_dir(self.root)
@@ -287,6 +291,7 @@ CHECKS = (
     "classification",
     "preferences",
     "two_sides",
+    "generation",
     "precision",
     "evaluation",
     "resume",
