@@ -204,7 +204,7 @@ def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
     for owner_name, owner in model.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield f"{owner_name}.{name}", buffer.detach().cpu()
+                yield f"{owner_name}.{name}".removeprefix("."), buffer.detach().cpu()
 
 
 def _check_mergeable(built: Built) -> None:
