@@ -42,7 +42,7 @@ class EncoderDecoder:
 def read_config(path: str | None) -> dict[str, Any] | None:
     """The config.json of a model directory; None where there is none to be read (a hub id)."""
     try:
-        found = json.loads((Path(path or "").expanduser() / "config.json").read_text())
+        found = None if path is None else json.loads((Path(path).expanduser() / "config.json").read_text())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -80,9 +80,11 @@ def problems(
             yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
 
 
-def check(model: dict[str, Any], path: str | None, objective: ObjectiveName) -> None:
-    """The same for a model that was only now found. Raises ConfigError."""
-    if found := list(problems(model, path, objective, max_source=0, max_target=0)):
+def check(
+    model: dict[str, Any], path: str | None, objective: ObjectiveName, *, max_source: int = 0, max_target: int = 0
+) -> None:
+    """The same for a model that was only now found (one of the hub). Raises ConfigError."""
+    if found := list(problems(model, path, objective, max_source=max_source, max_target=max_target)):
         raise ConfigError(found)
 
 

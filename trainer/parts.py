@@ -15,6 +15,7 @@ from strategies.base import Engine, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
+from trainer import encoder_decoder
 from trainer.config import RunConfig
 from trainer.data.inputs import source_weights
 from trainer.data.loader import StepLoader, eval_batches
@@ -93,6 +94,14 @@ def build_model(
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
             "padded rows here; set data.packing=false"
+        )
+    if isinstance(config.objective, Seq2seqConfig):
+        encoder_decoder.check(
+            built.config.to_dict(),
+            config.model.path,
+            config.objective.name,
+            max_source=config.data.max_length,
+            max_target=config.objective.max_target,
         )
     model, named = built.step_module.model, built.tuning.base_name
     checkpoint = Checkpoint(weights_directory(config.model), built.base_prefix, tied_names(model, named))

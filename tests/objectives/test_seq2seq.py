@@ -14,7 +14,7 @@ from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.document import Document
 from trainer.data.loader import collate
-from trainer.data.settings import Layout, OverLength
+from trainer.data.settings import DataConfig, Layout, OverLength
 from trainer.data.source_target import SourceTarget, SourceTargetEncoder, source_and_target
 from trainer.data.two_sides import boundary, deal_two_sides
 from trainer.objectives.base import Seq2seqConfig
@@ -34,11 +34,16 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("seq2seq")
 
 
-def trainer(root, architecture, runtime, tuning="full", **changes):
-    config = run_config(
-        seq2seq_dir(root, architecture), "single", tuning, micro=4, objective=Seq2seqConfig(), **changes
-    )
+def trainer(root, architecture, runtime):
+    changes = {"objective": Seq2seqConfig(max_target=64), "data": DataConfig(max_length=64)}
+    config = run_config(seq2seq_dir(root, architecture), "single", "full", micro=4, **changes)
     return trainer_for(config, two_sided_set(root), runtime)
+
+
+def test_prompts_longer_than_the_positions_are_refused_when_the_model_is_found(root, runtime):
+    config = run_config(seq2seq_dir(root, "bart"), "single", "full", micro=4, objective=Seq2seqConfig(max_target=64))
+    with pytest.raises(ConfigError, match=r"data.max_length=2048: .* positions for 128 tokens"):
+        trainer_for(config, two_sided_set(root), runtime)
 
 
 def plain_loss(model, samples) -> float:

@@ -21,6 +21,7 @@ from tests.helpers.building import (
 from tests.helpers.seq2seq import seq2seq_dir
 from trainer.config import RunConfig
 from trainer.data.prepare import Prepared
+from trainer.data.settings import DataConfig
 from trainer.data.two_sides import boundary
 from trainer.evaluation.base import GenerateConfig
 from trainer.evaluation.generation import GenerationEvaluator
@@ -69,7 +70,8 @@ def compare(root: Path, runtime: processes.Runtime) -> dict:
 def config_of(root: Path, architecture: str, tuning: str, strategy: StrategyConfig) -> RunConfig:
     """A run in which each rank takes two micro-batches a step."""
     config = run_config(seq2seq_dir(root, architecture), strategy, tuning, micro=4, steps=STEPS)
-    return replace(config, objective=Seq2seqConfig(), optim=replace(config.optim, max_grad_norm=0.2))
+    config = replace(config, objective=Seq2seqConfig(max_target=64), data=DataConfig(max_length=64))
+    return replace(config, optim=replace(config.optim, max_grad_norm=0.2))
 
 
 def alone_curve(config: RunConfig, root: Path, runtime: processes.Runtime) -> list[list[float]]:
