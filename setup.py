@@ -46,6 +46,8 @@ setup(
         "py3langid>=0.4",
         "rensa>=0.5,<0.6",  # another version may give other signatures
         "rich>=14",
+        "sacrebleu>=2.6",
+        "rouge-score>=0.1.2",
         "gguf>=0.19",  # reads the embedded demo model's file
     ],
     extras_require={

@@ -34,6 +34,7 @@ def variants() -> dict[str, dict[str, type]]:
         DpoConfig,
         OrpoConfig,
         RewardConfig,
+        Seq2seqConfig,
         SftConfig,
         SimpoConfig,
     )
@@ -81,6 +82,7 @@ def variants() -> dict[str, dict[str, type]]:
             "orpo": OrpoConfig,
             "simpo": SimpoConfig,
             "reward": RewardConfig,
+            "seq2seq": Seq2seqConfig,
         },
         "optim": {str(settings().name): settings for settings in optim},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},

@@ -27,6 +27,7 @@ from strategies.parameters import (
 from strategies.runtime import Runtime
 from strategies.state import Run, StateHeader, load_state, save_state
 from strategies.zero_config import deepspeed_config
+from strategies.zero_linear import mend_linear
 
 
 def import_deepspeed(*, on_cpu: bool) -> Any:
@@ -279,6 +280,7 @@ class ZeroStrategy:
         self, deepspeed: Any, step_module: nn.Module, source: ParameterSource, settings: dict
     ) -> None:
         """Block by block: allocate, fill on rank 0, and let `zero.Init` broadcast and partition."""
+        mend_linear()
         names = {id(p): name for name, p in named_parameters(step_module)}
         for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
             fresh: dict[int, str] = {}

@@ -80,7 +80,10 @@ def licence_of(directory: str) -> str | None:
 def _front_matter(card: CardFacts, *, licence: str | None, base: str, adapter: bool, method: str) -> str:
     classifier = card.facts.get("objective") == "classification"
     lines = ["---", f"base_model: {json.dumps(base)}", f"library_name: {'peft' if adapter else 'transformers'}"]
-    lines.append(f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}")
+    if card.facts.get("objective") == "seq2seq":
+        lines.append("pipeline_tag: text2text-generation")
+    else:
+        lines.append(f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}")
     if licence:
         lines.append(f"license: {json.dumps(licence)}")
     tags = ["shardtune", "fine-tuned", method]
@@ -98,6 +101,8 @@ def _intended_use(base: str, *, adapter: bool) -> str:
 def _loading(card: CardFacts, base_path: str, *, adapter: bool) -> str:
     classifier = card.facts.get("objective") == "classification"
     auto = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
+    if card.facts.get("objective") == "seq2seq":
+        auto = "AutoModelForSeq2SeqLM"
     lines = [f"from transformers import {auto}, AutoTokenizer", ""]
     if adapter:
         lines.insert(0, "from peft import PeftModel")

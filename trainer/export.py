@@ -23,7 +23,7 @@ from torch import Tensor
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime, first_error
 from trainer.card import CardFacts, render_card
-from trainer.weights import Checkpoint
+from trainer.weights import Checkpoint, tied_names
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -102,7 +102,8 @@ def write_export(
         try:
             if runtime.is_main:
                 assert logits is not None
-                report = verify_export(aside, base_path=base_path, token_ids=ids, reference=logits)
+                start = built.two_sides.decoder_start if built.two_sides else None
+                report = verify_export(aside, base_path=base_path, token_ids=ids, reference=logits, decoder_start=start)
                 print(f"export verified: {report}", flush=True)
         except Exception as caught:  # noqa: BLE001 - as above
             error = caught
@@ -168,7 +169,7 @@ class _Gathered:
 
         tuning, model = self.built.tuning, self.built.step_module.model
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
-        base = Checkpoint(Path(self.base_path), self.built.base_prefix)
+        base = Checkpoint(Path(self.base_path), self.built.base_prefix, tied_names(model, tuning.base_name))
         folding = Folding(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
@@ -204,7 +205,7 @@ def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
     for owner_name, owner in model.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield f"{owner_name}.{name}", buffer.detach().cpu()
+                yield f"{owner_name}.{name}".removeprefix("."), buffer.detach().cpu()
 
 
 def _check_mergeable(built: Built) -> None:

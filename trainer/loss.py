@@ -172,11 +172,14 @@ class LossHead(nn.Linear):
         new.softcap, new.logit_scale = softcap, logit_scale
         return new
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, by_row: bool = False) -> Any:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, *, by_row: bool = False, added_bias: Tensor | None = None
+    ) -> Any:
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
 
         The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
-        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32.
+        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32. `added_bias [V]` is what the
+        model adds to this layer's logits (it counts with targets only: without them the model adds it itself).
         """
         if targets is None:
             return super().forward(hidden)
@@ -184,7 +187,10 @@ class LossHead(nn.Linear):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         training = torch.is_grad_enabled()  # inside the function it is always off
         function = _RowCrossEntropy if by_row else _LinearCrossEntropy
-        return function.apply(hidden, self.weight, self.bias, targets, self.softcap, self.logit_scale, training)
+        bias: Tensor | None = self.bias
+        if added_bias is not None:
+            bias = added_bias if bias is None else bias + added_bias
+        return function.apply(hidden, self.weight, bias, targets, self.softcap, self.logit_scale, training)
 
 
 def computes_loss(head: nn.Module) -> bool:

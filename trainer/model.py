@@ -14,9 +14,10 @@ from torch import nn
 
 from strategies.errors import ConfigError
 from trainer import attention as attention_module
+from trainer import encoder_decoder
 from trainer.data.settings import Layout
 from trainer.loss import LossHead, head_transform
-from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.base import ObjectiveConfig, ObjectiveName
 from trainer.objectives.build import build_objective
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
@@ -76,6 +77,8 @@ class Built:
     """The transformers config of the model."""
     substitutions: dict[str, str]
     """What was chosen for the user, and why."""
+    two_sides: encoder_decoder.EncoderDecoder | None = None
+    """Set for encoder-decoder models trained as such."""
 
 
 def resolve_path(config: ModelConfig, value: str | None = None) -> str:
@@ -221,23 +224,21 @@ def build_step(
     _grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     head_labels = build_objective(objective_config).head_labels
     classification = head_labels is not None
+    seq2seq = objective_config.name is ObjectiveName.seq2seq
+    encoder_decoder.check(model_config.to_dict(), config.path, objective_config.name)
     layout, attention, notes = resolve_layout(
-        config, layout, model_config.model_type, needs_padding=classification, half_on_gpu=half_on_gpu
+        config, layout, model_config.model_type, needs_padding=classification or seq2seq, half_on_gpu=half_on_gpu
     )
     if classification:
         _describe_head(model_config, objective_config, head_labels or num_labels, tokenizer.pad_token_id)
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
-        auto = transformers.AutoModelForCausalLM
+        auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     original_dropout = _set_dropout(model_config, config.dropout)
+    options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
     try:
         with context:
-            model = auto.from_config(
-                model_config,
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-                dtype="float32",
-            )
+            model = auto.from_config(model_config, attn_implementation=attention, **options)
     except ValueError as error:
         raise ConfigError(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
@@ -246,19 +247,21 @@ def build_step(
     for name, value in original_dropout.items():  # layers have read theirs; an export keeps the base's values
         setattr(model_config, name, value)
     model.tie_weights()
+    two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
     if not classification:
         _fuse_head(model, model_config)
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = encoder_decoder.block_classes(model) if seq2seq else set(getattr(model, "_no_split_modules", None) or ())
     vocabulary = _vocabulary_names(model)
     prefix = model.base_model_prefix
     heads = tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
     heads = heads if classification else ()
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
     model = tuning.apply(model)
+    encoder_decoder.freeze_fixed(model)
     model.train()
     objective = build_objective(objective_config, tuning.reference if tuning.keeps_base else None)
     step = TrainStep(model, objective, blocks)
-    return Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes)
+    return Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes, two_sides)
 
 
 def _describe_head(model_config: Any, objective: ObjectiveConfig, outputs: int | None, pad_token_id: int) -> None:
@@ -309,8 +312,8 @@ _DROPOUT_FIELDS = (
 
 def _set_dropout(model_config: Any, probability: float) -> dict[str, float]:
     """Set every dropout the architecture has, whatever its fields are called; returns the values that were there."""
-    before = {name: getattr(model_config, name, None) for name in _DROPOUT_FIELDS}
+    before = {name: getattr(model_config, name, None) for name in (*_DROPOUT_FIELDS, *encoder_decoder.DROPOUTS)}
     found = {name: value for name, value in before.items() if isinstance(value, float | int)}
     for name in found:
-        setattr(model_config, name, probability)
+        setattr(model_config, name, 0.0 if name in encoder_decoder.LAYER_DROP else probability)
     return found

@@ -15,6 +15,7 @@ from strategies.base import Engine, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
+from trainer import encoder_decoder
 from trainer.config import RunConfig
 from trainer.data.inputs import source_weights
 from trainer.data.loader import StepLoader, eval_batches
@@ -23,15 +24,17 @@ from trainer.data.order import GlobalOrder, MixedOrder, Order, steps_for_tokens
 from trainer.data.pack import best_fit_decreasing
 from trainer.data.prepare import Preparation, Prepared
 from trainer.data.settings import Layout
+from trainer.data.source_target import SourceTarget
 from trainer.evaluation.base import Evaluator
+from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import steps_from_budget
-from trainer.model import Built, build_step, weights_directory
-from trainer.objectives.base import ObjectiveName
+from trainer.model import Built, ModelConfig, build_step, weights_directory
+from trainer.objectives.base import ObjectiveName, Seq2seqConfig
 from trainer.objectives.build import build_objective, settled
 from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
-from trainer.weights import Checkpoint, WeightSource
+from trainer.weights import Checkpoint, WeightSource, fill_buffers, tied_names
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
@@ -45,7 +48,9 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 
 
 def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) -> Preparation:
-    objective = build_objective(config.objective)
+    objective, source_target = build_objective(config.objective), None
+    if isinstance(config.objective, Seq2seqConfig):
+        source_target = SourceTarget(prefix=config.objective.prefix, max_target=config.objective.max_target)
     return Preparation(
         config.data,
         tokenizer,
@@ -55,6 +60,7 @@ def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) ->
         label_names=getattr(config.objective, "labels", None),
         labelled=config.objective.name is ObjectiveName.classification,
         multi_label=getattr(config.objective, "multi_label", False),
+        source_target=source_target,
         stop=stop,
     )
 
@@ -89,13 +95,25 @@ def build_model(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
             "padded rows here; set data.packing=false"
         )
+    if isinstance(config.objective, Seq2seqConfig):
+        encoder_decoder.check(
+            built.config.to_dict(),
+            config.model.path,
+            config.objective.name,
+            max_source=config.data.max_length,
+            max_target=config.objective.max_target,
+        )
+    model, named = built.step_module.model, built.tuning.base_name
+    checkpoint = Checkpoint(weights_directory(config.model), built.base_prefix, tied_names(model, named))
+    fill_buffers(model, checkpoint, named)
     source = WeightSource(
-        Checkpoint(weights_directory(config.model), built.base_prefix),
+        checkpoint,
         built.tuning,
         seed=config.run.seed,
         init_std=getattr(built.config, "initializer_range", 0.02),
         new_token_ids=built.new_token_ids,
         vocabulary=built.vocabulary,
+        fixed=built.two_sides.fixed if built.two_sides else None,
     )
     shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
@@ -165,6 +183,7 @@ def build_loader(
         layout=built.layout,
         pad_token_id=tokenizer.pad_token_id,
         device=runtime.device,
+        decoder_start=built.two_sides.decoder_start if built.two_sides else None,
     )
     steps = steps_from_budget(
         config,
@@ -201,9 +220,39 @@ def build_evaluators(
         device=runtime.device,
         max_documents=limit,
         sequences_per_document=per,
+        decoder_start=built.two_sides.decoder_start if built.two_sides else None,
     )
 
     count = int(held_out.counts["loss"][: None if limit is None else limit * per].sum())
-    return [
+    found: list[Evaluator] = [
         LossEvaluator(batches, count=count, prefix="eval", perplexity=objective.perplexity, stop_now=agreement.asked)
     ]
+    if config.evaluation.generate.samples:
+        found.append(
+            GenerationEvaluator(
+                held_out,
+                tokenizer,
+                config.evaluation.generate,
+                generation_config=generation_config(config.model, built),
+                encoder_decoder=built.two_sides is not None,
+                batch=config.evaluation.batch,
+                runtime=runtime,
+                prefix="eval",
+                stop_now=agreement.asked,
+            )
+        )
+    return found
+
+
+def generation_config(model: ModelConfig, built: Built) -> Any:
+    """How the model generates: by its generation_config.json, as its export will, else by its config."""
+    from transformers import GenerationConfig
+
+    directory = weights_directory(model)
+    if (directory / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(directory)
+    else:
+        found = GenerationConfig.from_model_config(built.config)
+    if built.two_sides is not None:
+        found.decoder_start_token_id = built.two_sides.decoder_start
+    return found

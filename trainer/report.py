@@ -98,7 +98,9 @@ def run_facts(
         "sharding": sharding,
         "initialised": initialised,
         "substitutions": substitutions,
-        "flops_per_token": _flops(built, mean_tokens),
+        "flops_per_token": _flops(
+            built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
+        ),
         "reference_tflops": tflops,
         "reference_tflops_source": tflops_source,
         "versions": versions(),
@@ -107,20 +109,23 @@ def run_facts(
     }
 
 
-def _flops(built: Built, mean_length: float) -> float:
-    total = trained = 0
+def _flops(built: Built, mean_length: float, answer_share: float) -> float:
+    """Of an encoder-decoder model each side is passed by its own tokens only; `answer_share` of them are the decoder's."""
+    total = trained = 0.0
     for name, p in named_parameters(built.step_module):
         shape = getattr(p, "ds_shape", p.shape)
         numel = getattr(p, "ds_numel", p.numel())
         lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)
         if len(shape) < 2 or lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
+        if built.two_sides is not None:
+            numel *= 1 - answer_share if ".encoder." in f".{name}" else answer_share
         total += numel
         trained += numel if p.requires_grad else 0
     text = built.config.get_text_config() if hasattr(built.config, "get_text_config") else built.config
     return flops_per_token(
-        matmul_parameters=total,
-        trainable_matmul_parameters=trained,
+        matmul_parameters=round(total),
+        trainable_matmul_parameters=round(trained),
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         mean_length=mean_length,

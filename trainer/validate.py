@@ -14,6 +14,7 @@ from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.errors import ConfigError, DataError
+from trainer import encoder_decoder
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
@@ -27,7 +28,7 @@ from trainer.ranges import RANGES
 from trainer.tuning.check import problems as tuning_problems
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro")
+LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro", "eval/bleu", "eval/rougeL")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
@@ -40,8 +41,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
-    problems += tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
-    return [*problems, *_launcher(config)]
+    return [*problems, *_tuning(config), *_launcher(config)]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -104,6 +104,16 @@ def _model(config: RunConfig) -> Iterator[str]:
         if value is not None and not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
             what = "is a file" if path.is_file() else "does not exist"
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
+    if (found := encoder_decoder.read_config(model.path)) is not None:
+        yield from encoder_decoder.problems(
+            found,
+            model.path,
+            config.objective.name,
+            max_source=config.data.max_length,
+            max_target=getattr(config.objective, "max_target", 0),
+        )
+    if config.objective.name is ObjectiveName.seq2seq and model.chat_template is not None:
+        yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
 
@@ -166,8 +176,22 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
     elif evaluation.watch in LARGER_IS_BETTER and not evaluation.greater_is_better:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
+    yield from _generate(config, has_data=has_data)
     if evaluation.watch.startswith("eval/f1_") and config.objective.name is not ObjectiveName.classification:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
+
+
+def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
+    samples, watch = config.evaluation.generate.samples, config.evaluation.watch
+    if watch in ("eval/bleu", "eval/rougeL") and not samples:
+        yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
+    if samples and not has_data:
+        yield (
+            f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
+            "data.eval_share=0.05, or set it to 0"
+        )
+    if samples and config.objective.name not in (ObjectiveName.seq2seq, ObjectiveName.sft):
+        yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
 
 
 def _run(config: RunConfig) -> Iterator[str]:
@@ -236,6 +260,15 @@ def _zero(strategy: ZeroConfig) -> Iterator[str]:
         yield "strategy.offload_optimizer=nvme: only stage 3 can; use strategy=zero3, or offload_optimizer=cpu"
     if strategy.nvme_path is not None and not Path(strategy.nvme_path).expanduser().is_dir():
         yield f"strategy.nvme_path={strategy.nvme_path}: no such directory; make it on a local NVMe drive"
+
+
+def _tuning(config: RunConfig) -> Iterator[str]:
+    if config.objective.name is ObjectiveName.seq2seq and config.model.add_tokens and config.tuning.name != "full":
+        yield (
+            f"model.add_tokens={config.model.add_tokens}: encoder and decoder look tokens up apart, and an adapter would "
+            "train one of them; set tuning=full with objective=seq2seq"
+        )
+    yield from tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
 
 
 def _launcher(config: RunConfig) -> Iterator[str]:

@@ -55,6 +55,11 @@ def probe_ids(tokenizer: Any) -> list[int]:
     return [*ids, len(tokenizer) - 1]
 
 
+def shifted(ids: Tensor, start: int) -> Tensor:
+    """What a decoder reads in order to write `ids [S, T]`."""
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
 class _Logits:
     """Stands in for the objective for one forward pass: the model's own logits instead of a loss."""
 
@@ -67,6 +72,8 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU, on rank 0. All ranks must call."""
     ids = torch.tensor([token_ids], device=runtime.device)
     batch: dict[str, Any] = {"input_ids": ids}
+    if built.two_sides is not None:
+        batch["decoder_input_ids"] = shifted(ids, built.two_sides.decoder_start)
     if built.layout is Layout.padded:
         batch["attention_mask"] = torch.ones_like(ids)
     else:
@@ -120,6 +127,8 @@ def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
         auto: Any = transformers.AutoModelForSequenceClassification
         model = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True, num_labels=labels)
         model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
+    elif settings["task_type"] == "SEQ_2_SEQ_LM":
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
@@ -138,8 +147,10 @@ def _head_rows(safe_open: Any, directory: Path) -> int:
 def _auto_class(directory: Path) -> Any:
     import transformers
 
-    architecture = json.loads((directory / "config.json").read_text())["architectures"][0]
-    classifier = "ForSequenceClassification" in architecture
+    settings = json.loads((directory / "config.json").read_text())
+    classifier = "ForSequenceClassification" in settings["architectures"][0]
+    if settings.get("is_encoder_decoder") and not classifier:
+        return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
 
 
@@ -150,18 +161,23 @@ def verify_export(
     token_ids: list[int],
     reference: Tensor,
     tolerance: float | None = None,
+    decoder_start: int | None = None,
 ) -> Verification:
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
     `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
-    stored tensors. Errors: DriftError where the difference is larger.
+    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. Errors: DriftError where
+    the difference is larger.
     """
     from trainer.export import stored_type
 
     model = load_export(directory, base_path)
     ids = torch.tensor([token_ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if decoder_start is not None:
+        inputs["decoder_input_ids"] = shifted(ids, decoder_start)
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = model(**inputs).logits
     logits = logits.reshape(-1, logits.shape[-1]).float()
     if tolerance is None:
         tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
 from strategies.runtime import derive_seed
@@ -22,8 +23,10 @@ from trainer.tuning.base import Tuning
 class Checkpoint:
     """The safetensors files of a model directory, memory-mapped, with the names a model may know them by."""
 
-    def __init__(self, directory: Path, base_prefix: str) -> None:
+    def __init__(self, directory: Path, base_prefix: str, tied: dict[str, list[str]] | None = None) -> None:
         self.directory = directory
+        self._tied = tied or {}
+        """Other names of parameters that are shared, under which the files may hold them."""
         self._files = self._index()
         self._open: dict[Path, Any] = {}
         self._prefix = base_prefix + "." if base_prefix else ""
@@ -55,7 +58,8 @@ class Checkpoint:
 
     def resolve(self, name: str) -> str | None:
         """The name under which the files hold a parameter: as it is, or with the base model's prefix added or dropped."""
-        candidates = [name, self._prefix + name, name.removeprefix(self._prefix)]
+        known = [name, *self._tied.get(name, ())]
+        candidates = [c for n in known for c in (n, self._prefix + n, n.removeprefix(self._prefix))]
         # LayerNorm parameters of checkpoints from before 2020 are called gamma and beta.
         candidates += [c.replace(".weight", ".gamma").replace(".bias", ".beta") for c in candidates]
         return next((c for c in candidates if c in self._files), None)
@@ -91,6 +95,26 @@ class Checkpoint:
         return self.run(stored, 0, math.prod(shape)).view(shape)
 
 
+def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, list[str]]:
+    """For each shared parameter the other names it has, as the base checkpoint would spell them, by its first one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(base_name(name))
+    return {found[0]: found[1:] for found in names.values() if len(found) > 1}
+
+
+def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[str], str]) -> None:
+    """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero."""
+    for owner_name, owner in model.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is None or key in owner._non_persistent_buffers_set:
+                continue
+            stored = checkpoint.resolve(base_name(f"{owner_name}.{key}".removeprefix(".")))
+            if stored is not None:
+                values = checkpoint.run(stored, 0, math.prod(checkpoint.shape(stored)))
+                buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
+
+
 class WeightSource:
     """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
 
@@ -103,11 +127,14 @@ class WeightSource:
         init_std: float,
         new_token_ids: list[int] | None = None,
         vocabulary: frozenset[str] = frozenset(),
+        fixed: dict[str, Tensor] | None = None,
     ) -> None:
         self.checkpoint, self.tuning, self.seed, self.init_std = checkpoint, tuning, seed, init_std
         self.new_ids = new_token_ids or []
         self.vocabulary = vocabulary
         """Base names of the parameters that have a row for each token."""
+        self.fixed = fixed or {}
+        """Values of base parameters that are computed and need not be in the checkpoint."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
         self._means: dict[str, Tensor] = {}
@@ -123,6 +150,8 @@ class WeightSource:
                 continue
             base = self.tuning.base_name(name)
             stored = self.checkpoint.resolve(base)
+            if stored is None and base in self.fixed:
+                continue
             if stored is None:
                 if base.startswith(head_prefixes):
                     if base not in self.initialised:
@@ -145,7 +174,8 @@ class WeightSource:
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
         if stored is None:
-            return self._drawn(base, tuple(shape)).reshape(-1)[start:stop]
+            value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
+            return value.reshape(-1)[start:stop]
         if self.new_ids and base in self.vocabulary:
             return self._with_new_rows(stored, tuple(shape), start, stop)
         return self.checkpoint.run(stored, start, stop)

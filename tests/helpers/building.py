@@ -107,6 +107,31 @@ def pair_set(root: Path, *, num: int = 48) -> Prepared:
     return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
 
+def two_sided_samples(num: int, *, vocab: int = 300) -> list[Sample]:
+    """Random prompts of 1 to 30 tokens, each followed by its answer of 1 to 12, which is learned."""
+    generator = np.random.default_rng(5)
+    made = []
+    for _ in range(num):
+        prompt, answer = int(generator.integers(1, 31)), int(generator.integers(1, 13))
+        ids = generator.integers(3, vocab, prompt + answer).astype(np.int32)
+        made.append(Sample(ids, np.arange(prompt + answer) >= prompt))
+    return made
+
+
+def two_sided_set(root: Path, *, num: int = 48) -> Prepared:
+    """A prepared data set of `two_sided_samples` for encoder-decoder models, serving as training and evaluation set."""
+    directory = root / f"two-sided-{num}"
+    if not (directory / "manifest.json").exists():
+        write(
+            directory,
+            two_sided_samples(num),
+            lambda s: {"loss": int(s.supervised[1:].sum())},
+            {"fingerprint": "two-sided"},
+        )
+    opened = TokenDataset.open(directory)
+    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+
+
 def run_config(
     model: Path, strategy: str | StrategyConfig, tuning: str, *, micro: int, steps: int = 5, **changes
 ) -> RunConfig:

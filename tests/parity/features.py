@@ -25,8 +25,10 @@ from tests.helpers.building import (
     samples,
     take_steps,
     trainer_for,
+    two_sided_set,
 )
-from tests.parity import pairs
+from tests.helpers.seq2seq import seq2seq_dir
+from tests.parity import pairs, two_sides
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
 from trainer.data.prepare import Prepared
@@ -174,6 +176,14 @@ class Job:
         """Objectives over pairs of answers."""
         return pairs.compare(self.root, self.runtime)
 
+    def two_sides(self) -> dict:
+        """Encoder-decoder models."""
+        return two_sides.compare(self.root, self.runtime)
+
+    def generation(self) -> dict:
+        """Answers written while training."""
+        return two_sides.generate(self.root, self.runtime)
+
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
         model = model_dir(self.root)
@@ -280,6 +290,8 @@ CHECKS = (
     "tunings",
     "classification",
     "preferences",
+    "two_sides",
+    "generation",
     "precision",
     "evaluation",
     "resume",
@@ -295,6 +307,9 @@ if __name__ == "__main__":
             model_dir(directory, name)
         data_set(directory, uneven=True)
         pair_set(directory)
+        for name in ("t5", "t5_untied", "bart", "pegasus"):
+            seq2seq_dir(directory, name)
+        two_sided_set(directory)
     processes.barrier(here)
     job = Job(directory, here)
     result = {check: getattr(job, check)() for check in wanted}

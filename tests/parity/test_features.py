@@ -8,6 +8,8 @@ import pytest
 from tests.helpers.launching import run_job
 from tests.parity.features import VARIANTS
 from tests.parity.pairs import CASES
+from tests.parity.two_sides import CASES as TWO_SIDED
+from tests.parity.two_sides import GENERATING
 
 EXACT = 1e-5
 
@@ -117,6 +119,23 @@ def test_pairs_train_alike(report, case):
         assert norm == pytest.approx(right_norm, rel=EXACT)
         # A difference of four log-probabilities of about -60, of which float32 keeps steps of 4e-6.
         assert margin == pytest.approx(right_margin, rel=EXACT, abs=5e-6)
+
+
+@pytest.mark.parametrize("case", TWO_SIDED)
+def test_encoder_decoder_models_train_alike(report, case):
+    assert_close(report["two_sides"][case], EXACT)
+    losses, norms = zip(*report["two_sides"][case]["expected"], strict=True)
+    assert losses[-1] < losses[0] and max(norms) > 0.2, "nothing was learned, or nothing clipped"
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_answers_are_those_of_transformers(report, case):
+    """Also where ranks finish apart: sharded forward passes are collectives, and a rank that stopped would hang the rest."""
+    found = report["generation"][case]
+    assert found["found"] == found["expected"]
+    assert len({answer for _, answer in found["found"]}) > 1
+    assert not case.startswith("bart") or set(found["lengths"]) == {5, 13}
+    assert found["values"].keys() == {"eval/bleu", "eval/rougeL"}
 
 
 def test_pairs_are_learned_and_clipped(report):

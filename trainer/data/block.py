@@ -24,6 +24,7 @@ from trainer.data.labels import split_labels
 from trainer.data.over_length import fit, fit_pair
 from trainer.data.privacy.stage import Findings
 from trainer.data.settings import DataConfig
+from trainer.data.source_target import SourceTargetEncoder
 from trainer.data.sources.row import BadRow, Row
 from trainer.data.table import to_batch
 
@@ -231,7 +232,11 @@ class BlockMaker:
         """The pieces of a document after the length policy; none, with a reason counted, where nothing is left."""
         limit, policy = self.config.max_length, self.config.over_length
         too_long = len(sample.input_ids) > limit
-        made = fit(self.encoder, document, sample, limit, policy)
+        if isinstance(self.encoder, SourceTargetEncoder):
+            made: list[Sample] | None = self.encoder.fit(document, sample, limit, policy)
+            too_long = any(len(piece.input_ids) < len(sample.input_ids) for piece in made or ())
+        else:
+            made = fit(self.encoder, document, sample, limit, policy)
         if not made:
             tally.drop("tokenise", "too_long", document.where)
             return []

@@ -19,6 +19,7 @@ import torch
 from trainer.data.dataset import Sample, TokenDataset
 from trainer.data.order import Order, deal
 from trainer.data.settings import Layout
+from trainer.data.two_sides import deal_two_sides, pad_two_sides
 
 IGNORED = -100
 """Target of a position that is not supervised."""
@@ -63,6 +64,7 @@ class StepLoader:
         pad_token_id: int,
         device: torch.device | str,
         prefetch: int = 2,
+        decoder_start: int | None = None,
     ) -> None:
         assert global_batch % (micro_batch * dp_size) == 0, "the config layer reports a batch that does not divide"
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
@@ -79,6 +81,8 @@ class StepLoader:
         self.pad_token_id = pad_token_id
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self.decoder_start = decoder_start
+        """First token of the decoder, for encoder-decoder models."""
         self.unit_tokens: np.ndarray = (
             dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
         )
@@ -89,7 +93,11 @@ class StepLoader:
         The slots come sorted by load, so that the ranks' m-th micro-batches weigh about the same and none waits long.
         """
         chosen = self.order.units(first_sample, self.global_batch)
-        slots = deal(self.unit_tokens[chosen], self.global_batch // self.micro_batch, self.micro_batch)
+        num_slots = self.global_batch // self.micro_batch
+        if self.decoder_start is None:
+            slots = deal(self.unit_tokens[chosen], num_slots, self.micro_batch)
+        else:
+            slots = deal_two_sides(self.dataset, chosen, num_slots, self.micro_batch)
         filled = [[doc for position in slot for doc in self._documents(int(chosen[position]))] for slot in slots]
         return [[filled[m * self.dp_size + r] for m in range(self.accumulation)] for r in range(self.dp_size)]
 
@@ -140,7 +148,7 @@ class StepLoader:
         everyone = np.array([doc for rank in plan for slot in rank for doc in slot], dtype=np.int64)
         mine = [doc for slot in plan[self.dp_rank] for doc in slot]
         batches = [
-            collate([self.dataset.sample(doc) for doc in slot], self.layout, self.pad_token_id)
+            collate([self.dataset.sample(doc) for doc in slot], self.layout, self.pad_token_id, self.decoder_start)
             for slot in plan[self.dp_rank]
         ]
         if self.device.type == "cuda":
@@ -160,9 +168,14 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def collate(samples: Sequence[Sample], layout: Layout, pad_token_id: int) -> dict[str, Any]:
-    """Samples as one micro-batch on the CPU, in the given layout."""
-    batch = _concatenate(samples) if layout is Layout.padding_free else _pad(samples, pad_token_id)
+def collate(
+    samples: Sequence[Sample], layout: Layout, pad_token_id: int, decoder_start: int | None = None
+) -> dict[str, Any]:
+    """Samples as one micro-batch on the CPU, in the given layout; with `decoder_start`, in two sides of padded rows."""
+    if decoder_start is not None:
+        batch = pad_two_sides(samples, pad_token_id=pad_token_id, start_token_id=decoder_start, ignored=IGNORED)
+    else:
+        batch = _concatenate(samples) if layout is Layout.padding_free else _pad(samples, pad_token_id)
     # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
     batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
     learned = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
@@ -248,6 +261,7 @@ def eval_batches(
     device: torch.device | str,
     max_documents: int | None,
     sequences_per_document: int = 1,
+    decoder_start: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
 
@@ -264,7 +278,7 @@ def eval_batches(
     )
     for sequences in plan:
         samples = [dataset.sample(number) for number in sequences] or fillers(dataset, sequences_per_document)
-        yield to_device(collate(samples, layout, pad_token_id), torch.device(device))
+        yield to_device(collate(samples, layout, pad_token_id, decoder_start), torch.device(device))
 
 
 def fillers(dataset: TokenDataset, num: int) -> list[Sample]:

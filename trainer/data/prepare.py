@@ -32,6 +32,7 @@ from trainer.data.privacy.stage import check as check_findings
 from trainer.data.select import Selection, choose, sequences_of
 from trainer.data.settings import DataConfig
 from trainer.data.shards import Shards
+from trainer.data.source_target import SourceTarget, SourceTargetEncoder
 from trainer.data.sources.origin import Origin
 from trainer.data.stages import stages_of
 from trainer.data.table import DocumentTable
@@ -66,6 +67,7 @@ class Preparation:
     template, the options and the objective's count function (by name). `seed` decides held-out shares and resampling.
     No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
     `stop`, asked between blocks, says so. `labelled` says whether the objective learns labels; None takes either kind.
+    `source_target`: the two sides of encoder-decoder models, in place of chat templates and label masks.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class Preparation:
         labelled: bool | None = None,
         multi_label: bool = False,
         pairs: bool = False,
+        source_target: SourceTarget | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
         self.seed, self.label_names, self.stop = seed, label_names, stop
         self.labelled, self.multi_label = labelled, multi_label
-        self.pairs = pairs
+        self.pairs, self.source_target = pairs, source_target
         """Whether each document becomes two sequences, its chosen and its rejected answer."""
         self.inputs = inputs_of(config)
         options = {
@@ -93,6 +96,7 @@ class Preparation:
             "seed": seed if self._draws() else None,
             "label_names": label_names,
             **({"multi_label": True} if multi_label else {}),
+            **({"source_target": asdict(source_target)} if source_target else {}),
             "pairs": pairs,
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
@@ -178,12 +182,17 @@ class Preparation:
             self.config,
             readers=readers_of(self.inputs, multi_label=self.multi_label),
             stages=stages_of(self.config),
-            encoder=Encoder(self.tokenizer, self.label_names, learn=self.config.learn),
+            encoder=self._encoder(),
             counts=self.counts,
             label_names=self.label_names,
             multi_label=self.multi_label,
             pairs=self.pairs,
         )
+
+    def _encoder(self) -> Encoder:
+        if self.source_target is not None:
+            return SourceTargetEncoder(self.tokenizer, self.source_target)
+        return Encoder(self.tokenizer, self.label_names, learn=self.config.learn)
 
     def _workers(self) -> int:
         small = sum(item.origin.size() for item in self.inputs) <= SMALL

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from strategies.base import Engine
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
+
+    samples: int = 0
+    """Documents answered in each evaluation (the first ones of the evaluation set); 0 generates nothing."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    beams: int = 1
+    """Width of the beam search; 1 is greedy."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,6 +42,8 @@ class EvaluationConfig:
     """Stop after this many evaluations without improvement; 0 never stops early."""
     min_delta: float = 0.0
     """Smallest change of the watched metric that counts as improvement."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """Answers written and scored: `eval/bleu` and `eval/rougeL`."""
 
 
 class Evaluator(Protocol):

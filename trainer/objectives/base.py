@@ -21,6 +21,7 @@ class ObjectiveName(StrEnum):
     orpo = "orpo"
     simpo = "simpo"
     reward = "reward"
+    seq2seq = "seq2seq"
 
 
 class PairLoss(StrEnum):
@@ -103,6 +104,17 @@ class RewardConfig(ObjectiveConfig):
     name: ObjectiveName = ObjectiveName.reward
     centre: float = 0.0
     """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Seq2seqConfig(ObjectiveConfig):
+    """Encoder-decoder models (T5, BART and their kin): the answer is learned by the decoder, the prompt read by the encoder."""
+
+    name: ObjectiveName = ObjectiveName.seq2seq
+    prefix: str = ""
+    """Text put before every prompt, such as `summarize: ` (its space included) for T5 models that were trained with it."""
+    max_target: int = 256
+    """Longest answer in tokens; `data.max_length` bounds the prompt, and `data.over_length` says what happens beyond either."""
 
 
 class Objective(Protocol):

@@ -14,6 +14,7 @@ from trainer.objectives.base import (
     ObjectiveConfig,
     OrpoConfig,
     RewardConfig,
+    Seq2seqConfig,
     SimpoConfig,
 )
 
@@ -54,6 +55,10 @@ def build_objective(config: ObjectiveConfig, reference: Reference | None = None)
         if isinstance(config, DpoConfig):
             return preference.Dpo(config, reference)
         return preference.Orpo(config) if isinstance(config, OrpoConfig) else preference.Simpo(config)
+    if isinstance(config, Seq2seqConfig):
+        from trainer.objectives.seq2seq import Seq2seq
+
+        return Seq2seq()
     from trainer.objectives.sft import Sft
 
     return Sft()

@@ -13,6 +13,7 @@ MODEL_INPUTS = (
     "input_ids",
     "position_ids",
     "attention_mask",
+    "decoder_input_ids",
     "cu_seq_lens_q",
     "cu_seq_lens_k",
     "max_length_q",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from trainer.data.settings import DataConfig, DataFormat, Layout, OverLength
+from trainer.data.template import LearnConfig
 from trainer.objectives.base import (
     ClassificationConfig,
     DpoConfig,
@@ -14,6 +15,7 @@ from trainer.objectives.base import (
     OrpoConfig,
     PairLoss,
     RewardConfig,
+    Seq2seqConfig,
     SimpoConfig,
 )
 
@@ -37,6 +39,30 @@ def problems(objective: ObjectiveConfig, data: DataConfig) -> Iterator[str]:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
     if isinstance(objective, ClassificationConfig):
         yield from _labels(objective)
+    if isinstance(objective, Seq2seqConfig):
+        yield from _two_sides(data)
+
+
+def _two_sides(data: DataConfig) -> Iterator[str]:
+    """What encoder-decoder models ask of the data."""
+    if data.packing:
+        yield "data.packing=true: prompts and answers are rows of their own, padded; set data.packing=false"
+    if data.layout is Layout.padding_free:
+        yield "data.layout=padding_free: encoder-decoder models are trained with padded rows; set data.layout=auto"
+    if data.over_length in (OverLength.truncate_left, OverLength.split):
+        yield (
+            f"data.over_length={data.over_length.value}: would part a prompt from its answer; set data.over_length=truncate, "
+            "drop or fail"
+        )
+    if data.learn != LearnConfig():
+        yield "data.learn: objective=seq2seq learns the answer and nothing else; leave data.learn.turns and roles alone"
+    named = {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}
+    for key, chosen in named.items():
+        if chosen in (DataFormat.text, DataFormat.preference):  # labelled rows are refused above
+            yield (
+                f"{key}.format={chosen}: objective=seq2seq reads a prompt and an answer; set {key}.format=prompt_completion, "
+                "pair or messages"
+            )
 
 
 def _labels(config: ClassificationConfig) -> Iterator[str]:

@@ -98,8 +98,7 @@ class Adapter:
             else:
                 settings.ensure_weight_tying = True
         settings.modules_to_save = full or None
-        classifier = hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__
-        settings.task_type = "SEQ_CLS" if classifier else "CAUSAL_LM"
+        settings.task_type = _task_type(model)
         return settings
 
     def _take_stock(self, tuned: nn.Module, settings: Any) -> None:
@@ -244,6 +243,13 @@ def _is_dora(config: AdapterConfig) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _task_type(model: nn.Module) -> str:
+    """How peft calls what the model does; loaders of the adapter go by it."""
+    if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _name_of(model: nn.Module, wanted: Any) -> str:

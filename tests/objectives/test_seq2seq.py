@@ -1,0 +1,199 @@
+"""Encoder-decoder models: the loss against transformers' own, the two sides of a batch, the data, the refusals."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from launch.compose import compose
+from strategies import runtime as processes
+from strategies.errors import ConfigError, DataError
+from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, trainer_for, two_sided_samples, two_sided_set
+from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
+from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
+from trainer.data.document import Document
+from trainer.data.loader import collate
+from trainer.data.settings import DataConfig, Layout, OverLength
+from trainer.data.source_target import SourceTarget, SourceTargetEncoder, source_and_target
+from trainer.data.two_sides import boundary, deal_two_sides
+from trainer.objectives.base import Seq2seqConfig
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    before = dict(os.environ)
+    yield processes.start("cpu", timeout_s=60, threads=1)
+    processes.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("seq2seq")
+
+
+def trainer(root, architecture, runtime):
+    changes = {"objective": Seq2seqConfig(max_target=64), "data": DataConfig(max_length=64)}
+    config = run_config(seq2seq_dir(root, architecture), "single", "full", micro=4, **changes)
+    return trainer_for(config, two_sided_set(root), runtime)
+
+
+def test_prompts_longer_than_the_positions_are_refused_when_the_model_is_found(root, runtime):
+    config = run_config(seq2seq_dir(root, "bart"), "single", "full", micro=4, objective=Seq2seqConfig(max_target=64))
+    with pytest.raises(ConfigError, match=r"data.max_length=2048: .* positions for 128 tokens"):
+        trainer_for(config, two_sided_set(root), runtime)
+
+
+def plain_loss(model, samples) -> float:
+    """Summed cross-entropy by `model(labels=...)`, one document at a time: no padding, no mask."""
+    total = 0.0
+    with torch.no_grad():
+        for sample in samples:
+            ids, cut = torch.tensor(sample.input_ids, dtype=torch.int64)[None], boundary(sample)
+            labels = ids[:, cut:]
+            total += float(model(input_ids=ids[:, :cut], labels=labels).loss) * labels.shape[1]
+    return total
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_loss_is_that_of_transformers(root, runtime, architecture):
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(seq2seq_dir(root, architecture), dtype=torch.float32).eval()
+    assert architecture not in ("bart", "marian") or model.final_logits_bias.abs().max() > 0.5
+    here = trainer(root, architecture, runtime)
+    batch = next(iter(here.loader.steps(0, 1)))
+    chosen = here.loader.order.units(0, GLOBAL_BATCH)
+    samples = [here.loader.dataset.sample(int(number)) for number in chosen]
+    found = sum(float(here.engine.forward(micro, last=False)["loss"].detach()) for micro in batch.micro_batches)
+    assert len(batch.micro_batches) == 4
+    assert batch.totals["loss"] == sum(len(s.input_ids) - boundary(s) for s in samples)
+    assert found == pytest.approx(plain_loss(model, samples), rel=1e-5)
+
+
+def test_a_sharded_parameter_keeps_its_values_and_computed_positions_stay(root, runtime):
+    """Sinusoids are not in Marian's file; they are computed, and do not train."""
+    here = trainer(root, "marian", runtime)
+    named = dict(here.engine.step_module.named_parameters())
+    positions = named["model.model.decoder.embed_positions.weight"]
+    assert not positions.requires_grad and positions.abs().max() == 1
+    assert positions[1, 0] == pytest.approx(np.sin(1.0))
+    assert named["model.model.shared.weight"].requires_grad
+
+
+def test_a_batch_has_two_sides():
+    samples = two_sided_samples(5)
+    batch = collate(samples, Layout.padded, 2, 7)
+    for row, sample in enumerate(samples):
+        cut, answer = boundary(sample), sample.input_ids[boundary(sample) :].tolist()
+        assert batch["input_ids"][row, :cut].tolist() == sample.input_ids[:cut].tolist()
+        assert batch["attention_mask"][row].sum() == cut
+        assert batch["decoder_input_ids"][row, : len(answer)].tolist() == [7, *answer[:-1]]
+        assert batch["targets"][row, : len(answer)].tolist() == answer
+        assert set(batch["targets"][row, len(answer) :].tolist()) <= {-100}
+    assert batch["input_ids"].shape[1] == max(map(boundary, samples))
+    assert len(batch["target_rows"]) == sum(len(s.input_ids) - boundary(s) for s in samples)
+
+
+def padded(data, slots, documents):
+    answers = data.num_supervised[documents]
+    prompts = data.lengths[documents] - answers
+    return sum(len(slot) * int(prompts[slot].max() + answers[slot].max()) for slot in slots)
+
+
+def test_documents_of_similar_length_share_a_micro_batch(root):
+    data = two_sided_set(root).train
+    documents = np.random.default_rng(1).permutation(48)[:32]
+    slots = deal_two_sides(data, documents, 8, 4)
+    assert sorted(place for slot in slots for place in slot) == list(range(32))
+    assert {len(slot) for slot in slots} == {4}
+    as_they_come = [list(range(n, n + 4)) for n in range(0, 32, 4)]
+    assert padded(data, slots, documents) < 0.8 * padded(data, as_they_come, documents)
+    costs = [padded(data, [slot], documents) for slot in slots]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_both_sides_are_written_as_the_tokenizer_writes_a_text():
+    tokenizer = tiny_tokenizer(adds_bos=True)  # it has a chat template, which takes no part
+    encoder = SourceTargetEncoder(tokenizer, SourceTarget(prefix="say: "))
+    documents = [
+        Document("f", 1, prompt="hello world", completion="the fox", separator="\n"),
+        Document("f", 2, messages=[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "dog"}]),
+    ]
+    wanted = [("say: hello world", "the fox"), ("say: hello", "dog")]
+    for (_, sample), (prompt, answer) in zip(encoder.encode(documents), wanted, strict=True):
+        cut = boundary(sample)
+        assert sample.input_ids[:cut].tolist() == [*tokenizer(prompt)["input_ids"], tokenizer.eos_token_id]
+        assert sample.input_ids[cut:].tolist() == [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        assert sample.supervised[cut:].all()
+
+
+def test_a_conversation_is_one_exchange():
+    turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
+    assert source_and_target(Document("f", 1, messages=turns)) == ("s\n\nu", "a", True)
+    assert source_and_target(Document("f", 1, messages=[*turns[:2], {**turns[2], "train": False}]))[2] is False
+    for messages in (turns + turns[1:], turns[1:2], turns[::-1]):
+        with pytest.raises(DataError, match=r"f:3: a conversation of .* one prompt and one answer"):
+            source_and_target(Document("f", 3, messages=messages))
+    with pytest.raises(DataError, match="f:4: a text without an answer"):
+        source_and_target(Document("f", 4, text="nothing asked"))
+
+
+def test_sides_that_are_too_long():
+    encoder = SourceTargetEncoder(tiny_tokenizer(), SourceTarget(max_target=4))
+    document = Document("f", 9, prompt="hello world , what is it ?", completion="a lazy dog jumps over the fox")
+    ((_, sample),) = encoder.encode([document])
+    (cut,) = encoder.fit(document, sample, 5, OverLength.truncate)
+    assert boundary(cut) == 5 and len(cut.input_ids) == 9
+    assert cut.input_ids[:5].tolist() == [*sample.input_ids[:4].tolist(), encoder.eos_id]
+    assert cut.input_ids[5:].tolist() == sample.input_ids[boundary(sample) :][:4].tolist()
+    assert encoder.fit(document, sample, 5, OverLength.drop) == []
+    with pytest.raises(DataError, match=r"f:9: .* data.max_length=5 and objective.max_target=4"):
+        encoder.fit(document, sample, 5, OverLength.fail)
+
+
+@pytest.fixture
+def words(root, monkeypatch):
+    monkeypatch.chdir(root)
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    write_jsonl(root / "train.jsonl", [{"prompt": "a", "response": "b"}])
+    for name in ("t5", "bart"):
+        seq2seq_dir(root, name)
+    model_dir(root)
+    return ["data.path=train.jsonl", "budget.steps=1", "run.device=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("model.path=llama objective=seq2seq", "has no encoder (llama); set objective=sft"),
+        ("model.path=t5 objective=sft", "is an encoder-decoder model (t5)"),
+        ("model.path=t5 objective=dpo", "set objective=seq2seq"),
+        ("model.path=bart objective=seq2seq", "data.max_length=2048: model.path=bart has positions for 128 tokens"),
+        (
+            "model.path=bart objective=seq2seq data.max_length=99",
+            "objective.max_target=256: model.path=bart has positions",
+        ),
+        ("model.path=t5 objective=seq2seq data.packing=true", "data.packing=true"),
+        ("model.path=t5 objective=seq2seq data.layout=padding_free", "set data.layout=auto"),
+        ("model.path=t5 objective=seq2seq data.over_length=split", "would part a prompt from its answer"),
+        ("model.path=t5 objective=seq2seq data.format=text", "data.format=text: objective=seq2seq reads a prompt"),
+        ("model.path=t5 objective=seq2seq tuning=lora model.add_tokens=[x]", "set tuning=full with objective=seq2seq"),
+        ("model.path=t5 objective=seq2seq objective.max_target=1", "objective.max_target=1: must be at least 2"),
+        ("model.path=t5 objective=seq2seq evaluation.generate.samples=5", "there is no evaluation data"),
+        ("model.path=t5 objective=seq2seq evaluation.watch=eval/bleu", "set evaluation.generate.samples=100"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(words, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        compose([*words, *changes.split()])
+    assert message in str(caught.value)
+
+
+def test_what_goes_together_is_not_refused(words):
+    scored = "data.eval_share=0.1 evaluation.generate.samples=5 evaluation.watch=eval/rougeL"
+    compose([*words, *f"model.path=t5 objective=seq2seq {scored} evaluation.greater_is_better=true".split()])
+    compose([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])
