@@ -31,8 +31,11 @@ def variants() -> dict[str, dict[str, type]]:
     from trainer.config import LauncherConfig, SlurmConfig
     from trainer.objectives.base import (
         ClassificationConfig,
+        DistillationConfig,
         DpoConfig,
+        KtoConfig,
         OrpoConfig,
+        PretrainConfig,
         RewardConfig,
         SftConfig,
         SimpoConfig,
@@ -63,11 +66,14 @@ def variants() -> dict[str, dict[str, type]]:
         "tuning": {"full": FullConfig, "lora": LoraConfig},
         "objective": {
             "sft": SftConfig,
+            "pretrain": PretrainConfig,
             "classification": ClassificationConfig,
             "dpo": DpoConfig,
             "orpo": OrpoConfig,
             "simpo": SimpoConfig,
             "reward": RewardConfig,
+            "kto": KtoConfig,
+            "distillation": DistillationConfig,
         },
         "optim": {str(settings().name): settings for settings in optim},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
