@@ -21,12 +21,14 @@ from tests.helpers.building import (
     data_set,
     model_dir,
     pair_set,
+    rated_set,
+    replay_set,
     run_config,
     samples,
     take_steps,
     trainer_for,
 )
-from tests.parity import pairs
+from tests.parity import pairs, teachers
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
 from trainer.data.prepare import Prepared
@@ -174,6 +176,10 @@ class Job:
         """Objectives over pairs of answers."""
         return pairs.compare(self.root, self.runtime)
 
+    def teachers(self) -> dict:
+        """Objectives that look ahead, or compare with a teacher."""
+        return teachers.compare(self.root, self.runtime)
+
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
         model = model_dir(self.root)
@@ -280,6 +286,7 @@ CHECKS = (
     "tunings",
     "classification",
     "preferences",
+    "teachers",
     "precision",
     "evaluation",
     "resume",
@@ -295,6 +302,8 @@ if __name__ == "__main__":
             model_dir(directory, name)
         data_set(directory, uneven=True)
         pair_set(directory)
+        rated_set(directory)
+        replay_set(directory)
     processes.barrier(here)
     job = Job(directory, here)
     result = {check: getattr(job, check)() for check in wanted}
