@@ -93,7 +93,7 @@ def attach_teacher(
     step.add_block_classes(set(getattr(model, "_no_split_modules", None) or ()))
 
 
-def _architecture(config: ModelConfig, settings: Any, attention: str) -> nn.Module:
+def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
     """A causal model on meta, without dropout, its head ready to lend its weight."""
     import transformers
 

@@ -38,7 +38,14 @@ TEACHER = 1.1
 
 def answers() -> list[tuple[list[int], list[int], bool]]:
     """(prompt, answer, whether it is desirable) token ids; no two prompts are the same."""
-    lengths = [(3, 4), (5, 1), (2, 7), (4, 5), (9, 5), (6, 2)]  # no prompt and other answer is longer than the longest row
+    lengths = [
+        (3, 4),
+        (5, 1),
+        (2, 7),
+        (4, 5),
+        (9, 5),
+        (6, 2),
+    ]  # no prompt and other answer is longer than the longest row
 
     def tokens(number: int, place: int, length: int) -> list[int]:
         return [3 + (19 * number + 31 * place + 7 * k + k * k) % (VOCABULARY - 3) for k in range(length)]

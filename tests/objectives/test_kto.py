@@ -103,7 +103,13 @@ def test_the_recorded_cases_differ_enough():
 
 
 def test_a_prompt_meets_the_answer_of_another_prompt(tmp_path):
-    rows = [([3, 4], [9], True), ([5, 6], [10, 11], True), ([5, 6], [12], False), ([5, 6], [13], False), ([7], [14], True)]
+    rows = [
+        ([3, 4], [9], True),
+        ([5, 6], [10, 11], True),
+        ([5, 6], [12], False),
+        ([5, 6], [13], False),
+        ([7], [14], True),
+    ]
     data = data_of(tmp_path / "data", rows)
     assert [partner(data, number) for number in range(5)] == [4, 0, 0, 0, 3]
     found = mismatched(data, 2)
@@ -127,11 +133,15 @@ def prepared(tmp_path: Path, rows: list[dict], **changes) -> TokenDataset:
 def learned(data: TokenDataset) -> list[tuple[str, bool]]:
     tokenizer = tiny_tokenizer()
     samples = [data.sample(number) for number in range(len(data))]
-    return [(tokenizer.decode(s.input_ids[s.supervised], skip_special_tokens=True).strip(), s.desirable) for s in samples]
+    return [
+        (tokenizer.decode(s.input_ids[s.supervised], skip_special_tokens=True).strip(), s.desirable) for s in samples
+    ]
 
 
 def test_thumbs_keep_their_verdict(tmp_path):
-    talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))]
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
+    ]
     rows = [
         {"prompt": "q", "completion": "good", "thumbs": "up"},
         {"prompt": "r", "completion": "bad", "thumbs": "down"},
@@ -151,7 +161,10 @@ def test_a_pair_is_two_answers(tmp_path):
     data = prepared(tmp_path, rows)
     assert learned(data) == [("good 0", True), ("bad 0", False), ("good 1", True), ("bad 1", False)]
     assert [partner(data, number) for number in range(4)] == [3, 3, 1, 1]
-    assert prepared(tmp_path, rows, max_length=len(data.sample(0).input_ids) - 4).num_supervised.sum() < data.num_supervised.sum()
+    assert (
+        prepared(tmp_path, rows, max_length=len(data.sample(0).input_ids) - 4).num_supervised.sum()
+        < data.num_supervised.sum()
+    )
 
 
 def test_rows_without_a_verdict_are_refused(tmp_path):
@@ -212,7 +225,9 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, runtime):
                 **more,
             )
 
-        evaluator = LossEvaluator(batches, count=48, prefix="eval", perplexity=False, ahead=lambda b=batches: b(ahead=True))
+        evaluator = LossEvaluator(
+            batches, count=48, prefix="eval", perplexity=False, ahead=lambda b=batches: b(ahead=True)
+        )
         results.append(dict(evaluator.run(trainer.engine)))
     assert results[0]["eval/kl"] > 0 and results[0]["eval/loss"] < 0.49
     assert results[0]["eval/margin"] > 0.1
@@ -246,9 +261,13 @@ def test_a_run_and_its_export(tmp_path, monkeypatch):
     ratios, point = now[0] - before[0], (now[1] - before[1]).mean().clamp(min=0)
     sign = torch.tensor([1.0 if s.desirable else -1.0 for s in own])
     values = rows[-1]
-    assert values["eval/loss"] == pytest.approx(float((1 - torch.sigmoid(0.5 * sign * (ratios - point))).mean()), rel=1e-4)
+    assert values["eval/loss"] == pytest.approx(
+        float((1 - torch.sigmoid(0.5 * sign * (ratios - point))).mean()), rel=1e-4
+    )
     assert values["eval/kl"] == pytest.approx(float(point), rel=1e-4, abs=1e-5)
-    assert values["eval/margin"] == pytest.approx(float(0.5 * (ratios[sign > 0].mean() - ratios[sign < 0].mean())), rel=1e-4)
+    assert values["eval/margin"] == pytest.approx(
+        float(0.5 * (ratios[sign > 0].mean() - ratios[sign < 0].mean())), rel=1e-4
+    )
     assert values["eval/accuracy"] == pytest.approx(float((sign * (ratios - point) > 0).float().mean()))
 
 

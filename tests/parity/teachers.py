@@ -16,7 +16,14 @@ from tests.helpers.building import (
     run_config,
     trainer_for,
 )
-from trainer.objectives.base import DistillationConfig, Divergence, ForgettingConfig, KtoConfig, SftConfig, TeacherConfig
+from trainer.objectives.base import (
+    DistillationConfig,
+    Divergence,
+    ForgettingConfig,
+    KtoConfig,
+    SftConfig,
+    TeacherConfig,
+)
 from trainer.tuning.base import LoraConfig
 
 STEPS = 5

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from tests.helpers.launching import run_job
-from tests.parity.features import VARIANTS
 from tests.parity import teachers
+from tests.parity.features import VARIANTS
 from tests.parity.pairs import CASES
 
 EXACT = 1e-5
@@ -149,4 +149,4 @@ def test_what_teachers_and_reference_points_add_is_there(report):
     assert expected["kto full llama ddp"][-1][2] > 0.05
     assert expected["replay full llama ddp"][-1][3] > 1e-3
     losses = [curve[0][0] for case, curve in expected.items() if " full llama " in case and "fsdp2" in case]
-    assert len({round(loss, 4) for loss in losses}) == len(losses) - 1  # replayed or not, the first loss of `replay` is plain
+    assert len(losses) == 6 and len({round(loss, 4) for loss in losses}) == 6

@@ -22,8 +22,8 @@ from trainer.data.document import Document, Stage, Tally
 from trainer.data.formats import Rejected, RowReader
 from trainer.data.labels import split_labels
 from trainer.data.over_length import fit, fit_pair
-from trainer.data.rated import rated_sequences
 from trainer.data.privacy.stage import Findings
+from trainer.data.rated import rated_sequences
 from trainer.data.settings import DataConfig
 from trainer.data.sources.row import BadRow, Row
 from trainer.data.table import to_batch

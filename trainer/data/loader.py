@@ -167,7 +167,6 @@ class StepLoader:
             samples=self.global_batch,
         )
 
-
     def _collated(self, samples: list[Sample]) -> dict[str, Any]:
         batch = collate(samples, self.layout, self.pad_token_id)
         return _each(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
@@ -301,8 +300,8 @@ def eval_batches(
             samples = [mismatched(dataset, number) for number in sequences]
         else:
             samples = [dataset.sample(number) for number in sequences] or fillers(dataset, sequences_per_document)
-        batch = {**collate(samples, layout, pad_token_id), "totals": totals}
-        yield to_device({**batch, "mismatched": True} if ahead else batch, torch.device(device))
+        made = {**collate(samples, layout, pad_token_id), "totals": totals}
+        yield to_device({**made, "mismatched": True} if ahead else made, torch.device(device))
 
 
 def fillers(dataset: TokenDataset, num: int) -> list[Sample]:

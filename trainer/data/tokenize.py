@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 512
 """Documents that go to the encoder at a time."""
+Answer = tuple[Document, list[Message] | None]
 FEW = 8
 """Batches of fewer documents go to the tokenizer itself: to prove the short way on them would cost what it saves."""
 
@@ -89,7 +90,7 @@ class Encoder:
             answers = [(document, _messages(document)) for document in batch]
             yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
 
-    def encode_answers(self, answers: list[tuple[Document, list[Message] | None]], *, fast: bool = True) -> list[Sample]:
+    def encode_answers(self, answers: list[Answer], *, fast: bool = True) -> list[Sample]:
         """A sample of each document with the messages that stand for it; None: its prompt and completion, or its text."""
         return self._samples([document for document, _ in answers], self._render_all(answers, fast=fast), fast=fast)
 
@@ -101,7 +102,7 @@ class Encoder:
         """
         source = iter(documents)
         while batch := list(islice(source, BATCH)):
-            answers: list[tuple[Document, list[Message] | None]] = []
+            answers: list[Answer] = []
             for document in batch:
                 prompt = [{**message, "train": False} for message in document.messages or []]
                 answers += [(document, prompt + (turns or [])) for turns in (document.chosen, document.rejected)]
@@ -144,7 +145,7 @@ class Encoder:
         """How many tokens at the end of a sample must survive truncation."""
         return len(self.closing) if document.label is not None else 0
 
-    def _render_all(self, batch: list[tuple[Document, list[Message] | None]], *, fast: bool) -> list[Rendered]:
+    def _render_all(self, batch: list[Answer], *, fast: bool) -> list[Rendered]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
         chats = []
         for document, messages in batch:

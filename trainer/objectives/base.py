@@ -171,7 +171,7 @@ class DistillationConfig(ObjectiveConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The model that is imitated."""
     divergence: Divergence = Divergence.forward_kl
-    """`forward_kl` covers all the teacher would say, `reverse_kl` its likeliest, `jensen_shannon` lies between (arXiv:2306.13649)."""
+    """`forward_kl` covers all a teacher would say, `reverse_kl` its likeliest, `jensen_shannon` is between (arXiv:2306.13649)."""
     interpolation: float = 0.5
     """The teacher's weight in the mixture of `jensen_shannon` (the paper's beta), above 0 and below 1."""
     temperature: float = 1.0

@@ -102,12 +102,12 @@ def _texts(data: DataConfig) -> Iterator[str]:
 
 def _distillation(objective: DistillationConfig) -> Iterator[str]:
     """What is wrong with the settings of a teacher; `trainer.validate` looks at its path."""
-    if objective.interpolation != DistillationConfig().interpolation:
-        if objective.divergence is not Divergence.jensen_shannon:
-            yield (
-                f"objective.interpolation={objective.interpolation:g}: only jensen_shannon mixes the two; set "
-                f"objective.divergence=jensen_shannon, not {objective.divergence}"
-            )
+    mixes = objective.divergence is Divergence.jensen_shannon
+    if not mixes and objective.interpolation != DistillationConfig().interpolation:
+        yield (
+            f"objective.interpolation={objective.interpolation:g}: only jensen_shannon mixes the two; set "
+            f"objective.divergence=jensen_shannon, not {objective.divergence}"
+        )
 
 
 def _forgetting(objective: ObjectiveConfig, data: DataConfig) -> Iterator[str]:
