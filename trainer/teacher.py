@@ -6,8 +6,6 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer import attention as attention_module

@@ -140,7 +140,7 @@ def educated(tmp_path_factory, runtime) -> Path:
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_less_is_forgotten(tmp_path, educated, runtime, tuning):
-    """A model that counts up learns to count down: how much worse it then counts up, the divergence at least halves.
+    """A model that counts up learns to count down: how much worse it then counts up, a divergence at least halves.
 
     Both runs show the same documents and learn to count down alone; only the weight of the divergence differs.
     """
@@ -157,9 +157,8 @@ def test_less_is_forgotten(tmp_path, educated, runtime, tuning):
         before = losses(trainer, texts)
         take_steps(trainer, 30)
         after = losses(trainer, texts)
-        print(weight, before, after)
         risen[weight] = {name: after[name] - before[name] for name in texts}
-    assert risen[1e-6]["up"] > 0.5
+    assert risen[1e-6]["up"] > 2
     assert risen[1.0]["up"] < 0.5 * risen[1e-6]["up"]
     assert risen[1.0]["down"] < -1.0
 

@@ -301,8 +301,7 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
             "answer, so that they cannot be compared; give another template in model.chat_template"
         )
     # where one answer merges with the end of the prompt into one token, the other learns the token it has there
-    for sample, start in zip((chosen, rejected), starts, strict=True):
-        sample.supervised[shared:start] = True
+    chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True
 
 
 def _affix(
