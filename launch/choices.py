@@ -31,8 +31,11 @@ def variants() -> dict[str, dict[str, type]]:
     from trainer.config import LauncherConfig, SlurmConfig
     from trainer.objectives.base import (
         ClassificationConfig,
+        DistillationConfig,
         DpoConfig,
+        KtoConfig,
         OrpoConfig,
+        PretrainConfig,
         RewardConfig,
         Seq2seqConfig,
         SftConfig,
@@ -77,12 +80,15 @@ def variants() -> dict[str, dict[str, type]]:
         },
         "objective": {
             "sft": SftConfig,
+            "pretrain": PretrainConfig,
             "classification": ClassificationConfig,
             "dpo": DpoConfig,
             "orpo": OrpoConfig,
             "simpo": SimpoConfig,
             "reward": RewardConfig,
             "seq2seq": Seq2seqConfig,
+            "kto": KtoConfig,
+            "distillation": DistillationConfig,
         },
         "optim": {str(settings().name): settings for settings in optim},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},

@@ -17,7 +17,7 @@ from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
 
 PATH_KEYS = frozenset(
     {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
-    | {"data.cache_dir", "data.decontamination.paths"}
+    | {"data.cache_dir", "data.decontamination.paths", "objective.teacher.path"}
     | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets", "tuning.modules"}
 )
 """Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""

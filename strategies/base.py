@@ -189,8 +189,11 @@ class Engine(Protocol):
     def step(self, lr_factor: float) -> StepResult:
         """Clip, update and zero. Each parameter group's own base rate is multiplied by `lr_factor`. All ranks must call."""
 
-    def inference(self) -> AbstractContextManager[nn.Module]:
-        """The step module for forward passes without gradients, in eval mode; restores training mode. All ranks enter."""
+    def inference(self, *, averaged: bool = True) -> AbstractContextManager[nn.Module]:
+        """The step module for forward passes without gradients, in eval mode; restores training mode. All ranks enter.
+
+        Where the optimizer averages weights, the average computes; with `averaged=False`, what trains.
+        """
 
     def save(self, path: Path, progress: Progress) -> None:
         """Write the training state into the existing empty directory `path`. All ranks must call."""

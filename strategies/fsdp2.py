@@ -139,7 +139,7 @@ class Fsdp2Strategy:
 
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
-        for name, parameter in named_parameters(step_module):
+        for name, parameter in named_parameters(step_module, teacher=True):
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()
             if local.numel():

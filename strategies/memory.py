@@ -54,7 +54,7 @@ def estimate(
 ) -> MemoryEstimate:
     """Memory of one rank for `micro_tokens` tokens in a forward pass of a model `width` wide with `blocks` blocks."""
     compute = torch.finfo(COMPUTE_DTYPE[precision]).bits // 8
-    frozen = sum(p.numel() for _, p in named_parameters(step_module) if not p.requires_grad)
+    frozen = sum(p.numel() for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
     units = step_module.shard_units()  # type: ignore[operator]
     block = max((sum(p.numel() for p in unit.parameters()) for unit in units), default=frozen + trained)

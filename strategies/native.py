@@ -73,11 +73,11 @@ class NativeEngine:
         (loss if self.scale is None else loss * self.scale).backward()
 
     @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
+    def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
         """The step module in eval mode, without gradients. All ranks enter."""
         self.step_module.eval()
         try:
-            with torch.no_grad(), self._autocast(), self._averaged():
+            with torch.no_grad(), self._autocast(), self._averaged() if averaged else nullcontext():
                 yield self.step_module
         finally:
             self.step_module.train()

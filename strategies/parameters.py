@@ -12,6 +12,8 @@ from strategies.base import ParameterSource, Precision
 
 PREFIX = "model."
 """The step module holds the model under this attribute; a plain name is the rest."""
+TEACHER = "teacher."
+"""Under this attribute it may hold a frozen model, whose parameters keep this prefix."""
 
 COMPUTE_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -23,10 +25,14 @@ def meta_context() -> AbstractContextManager[None]:
     return init_empty_weights(include_buffers=False)
 
 
-def named_parameters(step_module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every distinct parameter under its plain name: that of the model's own state dict. A tied one comes once."""
+def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every distinct parameter under its plain name: that of the model's own state dict. A tied one comes once.
+
+    Those of a frozen model beside it come only with `teacher`.
+    """
     for name, parameter in step_module.named_parameters():
-        yield name.removeprefix(PREFIX), parameter
+        if teacher or not name.startswith(TEACHER):
+            yield name.removeprefix(PREFIX), parameter
 
 
 def trainable_parameters(step_module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -71,6 +77,6 @@ def materialize(step_module: nn.Module, device: torch.device) -> None:
 @torch.no_grad()
 def fill_whole(step_module: nn.Module, source: ParameterSource) -> None:
     """Load every parameter in full (strategies that replicate)."""
-    for name, parameter in named_parameters(step_module):
+    for name, parameter in named_parameters(step_module, teacher=True):
         values = source.run(name, parameter.shape, 0, parameter.numel())
         parameter.view(-1).copy_(values)

@@ -77,7 +77,7 @@ class ZeroEngine:
         )
 
     @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
+    def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
         """The step module in eval mode, without gradients; stage 3 gathers each layer as it runs. All ranks enter."""
         self.step_module.eval()
         try:
@@ -281,7 +281,7 @@ class ZeroStrategy:
     ) -> None:
         """Block by block: allocate, fill on rank 0, and let `zero.Init` broadcast and partition."""
         mend_linear()
-        names = {id(p): name for name, p in named_parameters(step_module)}
+        names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
         for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
             fresh: dict[int, str] = {}
             owners = [(o, key, p) for o in module.modules() for key, p in o._parameters.items() if p is not None]

@@ -21,6 +21,7 @@ from trainer.data.loader import StepBatch, StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.loss import Interrupted
 from trainer.metrics import Meter, StepRecord
+from trainer.objectives.ahead import look_ahead
 from trainer.preempt import Agreement
 from trainer.schedule import lr_factor_at
 from trainer.tracking import Trackers, summary_of
@@ -110,9 +111,10 @@ class Trainer:
         seed_step(self.config.run.seed, step, self.engine.dp_rank)
         scale = self.engine.dp_size / max(1, batch.totals["loss"])
         sums: dict[str, torch.Tensor] = {}
+        means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
         for index, micro_batch in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            terms = self.engine.forward(micro_batch, last=last)
+            terms = self.engine.forward({**micro_batch, "ahead": means}, last=last)
             self.engine.backward(terms["loss"] * scale, last=last)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()

@@ -6,11 +6,15 @@ ZeRO-3 sees an empty one), so the loss is computed by *calling the head as a mod
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from trainer.divergence import Against
 
 CHUNK_LOGITS = 2**25
 """Most logits held at once (rows times vocabulary); 128 MiB in float32."""
@@ -173,18 +177,32 @@ class LossHead(nn.Linear):
         return new
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, *, by_row: bool = False, added_bias: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        by_row: bool = False,
+        added_bias: Tensor | None = None,
+        against: Against | None = None,
+        lend: Callable[[], Any] | None = None,
     ) -> Any:
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
 
         The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
-        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32. `added_bias [V]` is what the
-        model adds to this layer's logits (it counts with targets only: without them the model adds it itself).
+        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32; with `against` that of
+        `trainer.divergence.compare`; with `lend` what that returns, called while the weight is whole. `added_bias [V]` is
+        what the model adds to this layer's logits (it counts with targets only: without them the model adds it itself).
         """
+        if lend is not None:
+            return lend()
         if targets is None:
             return super().forward(hidden)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if against is not None:
+            from trainer.divergence import compare
+
+            return compare(self, hidden, targets, against)
         training = torch.is_grad_enabled()  # inside the function it is always off
         function = _RowCrossEntropy if by_row else _LinearCrossEntropy
         bias: Tensor | None = self.bias

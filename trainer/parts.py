@@ -34,6 +34,7 @@ from trainer.objectives.base import ObjectiveName, Seq2seqConfig
 from trainer.objectives.build import build_objective, settled
 from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
+from trainer.teacher import attach_teacher, common_layout, teacher_model
 from trainer.weights import Checkpoint, WeightSource, fill_buffers, tied_names
 
 
@@ -59,6 +60,8 @@ def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) ->
         seed=config.run.seed,
         label_names=getattr(config.objective, "labels", None),
         labelled=config.objective.name is ObjectiveName.classification,
+        rated=config.objective.name is ObjectiveName.kto,
+        texts=config.objective.name is ObjectiveName.pretrain,
         multi_label=getattr(config.objective, "multi_label", False),
         source_target=source_target,
         stop=stop,
@@ -78,16 +81,18 @@ def build_model(
 ) -> tuple[Built, WeightSource]:
     """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
     objective = settled(config.objective, data.train.labels, data.label_names)
+    layout, noted = common_layout(config.data.layout, teacher_model(config.model, objective))
     built = build_step(
         config.model,
         objective_config=objective,
         tuning_config=config.tuning,
-        layout=config.data.layout,
+        layout=layout,
         tokenizer=tokenizer,
         num_labels=len(data.label_names) if data.label_names else None,
         context=context,
         half_on_gpu=half_on_gpu,
     )
+    built.substitutions.update(noted)
     if objective is not config.objective:
         built.substitutions["objective.class_weights"] = f"balanced -> {objective.class_weights}"  # type: ignore[attr-defined]
     if config.data.packing and built.layout is not Layout.padding_free:
@@ -117,6 +122,7 @@ def build_model(
     )
     shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
     source.check(shapes, head_prefixes=built.head_prefixes)
+    attach_teacher(built, config.model, objective, tokenizer, source)
     return built, source
 
 
@@ -184,6 +190,7 @@ def build_loader(
         pad_token_id=tokenizer.pad_token_id,
         device=runtime.device,
         decoder_start=built.two_sides.decoder_start if built.two_sides else None,
+        looks_ahead=built.step_module.objective.looks_ahead,
     )
     steps = steps_from_budget(
         config,
@@ -225,7 +232,14 @@ def build_evaluators(
 
     count = int(held_out.counts["loss"][: None if limit is None else limit * per].sum())
     found: list[Evaluator] = [
-        LossEvaluator(batches, count=count, prefix="eval", perplexity=objective.perplexity, stop_now=agreement.asked)
+        LossEvaluator(
+            batches,
+            count=count,
+            prefix="eval",
+            perplexity=objective.perplexity,
+            stop_now=agreement.asked,
+            ahead=partial(batches, ahead=True) if objective.looks_ahead else None,
+        )
     ]
     if config.evaluation.generate.samples:
         found.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
 from trainer.config import RunConfig
-from trainer.data.dataset import TokenDataset
+from trainer.data.dataset import Sample, TokenDataset
 from trainer.data.loader import collate, eval_plan, fillers, to_device
 from trainer.data.prepare import Prepared
+from trainer.data.rated import mismatched
 from trainer.model import Built
 from trainer.objectives.preference import RecordLogps
 
@@ -53,20 +55,25 @@ def record(
         if dataset is None or not len(dataset):
             continue
         name = hashlib.sha256(f"{key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
-        path = directory / f"{split}-{name}.npy"
-        column = _read(path, len(dataset), runtime)
-        if column is None:
-            column = _compute(
-                dataset,
-                engine,
-                built,
-                batch=max(config.batch["micro"], config.evaluation.batch),
-                pad_token_id=pad_token_id,
-                runtime=runtime,
-                stop_now=stop_now,
-            )
-            _write(path, column, runtime)
-        dataset.reference = column
+        wanted: list[tuple[str, str, Callable[[int], Sample]]] = [("", "reference", dataset.sample)]
+        if built.step_module.objective.looks_ahead:
+            wanted.append(("mismatched-", "reference_mismatched", partial(mismatched, dataset)))
+        for prefix, attribute, read in wanted:
+            path = directory / f"{split}-{prefix}{name}.npy"
+            column = _read(path, len(dataset), runtime)
+            if column is None:
+                column = _compute(
+                    dataset,
+                    engine,
+                    built,
+                    read=read,
+                    batch=max(config.batch["micro"], config.evaluation.batch),
+                    pad_token_id=pad_token_id,
+                    runtime=runtime,
+                    stop_now=stop_now,
+                )
+                _write(path, column, runtime)
+            setattr(dataset, attribute, column)
 
 
 def _compute(
@@ -74,12 +81,16 @@ def _compute(
     engine: Engine,
     built: Built,
     *,
+    read: Callable[[int], Sample],
     batch: int,
     pad_token_id: int,
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> np.ndarray:
-    """float32 [N]: each sequence's log-probability under the model as it is now. All ranks must call."""
+    """float32 [N]: the log-probability of each sequence, as `read` gives it, under the model as it is now.
+
+    All ranks must call.
+    """
     device = runtime.device
     found = torch.zeros(len(dataset), dtype=torch.float64, device=device)
     plan = eval_plan(dataset, batch=batch, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
@@ -89,7 +100,7 @@ def _compute(
         objective, step.objective = step.objective, RecordLogps()
         try:
             for sequences in plan:
-                samples = [dataset.sample(number) for number in sequences] or fillers(dataset, 1)
+                samples = [read(number) for number in sequences] or fillers(dataset, 1)
                 logps = step(to_device(collate(samples, built.layout, pad_token_id), device))["logps"]
                 if sequences:
                     found[torch.tensor(sequences, device=device)] = logps.double()

@@ -21,14 +21,17 @@ from trainer.data.curation.quality import problems as filter_problems
 from trainer.data.privacy.settings import problems as privacy_problems
 from trainer.data.settings import Layout
 from trainer.data.sources.paths import expand, is_hub
-from trainer.objectives.base import ObjectiveName
+from trainer.objectives.base import DistillationConfig, ObjectiveName, PretrainConfig
 from trainer.objectives.support import problems as objective_problems
 from trainer.optimizers.support import problems as optimizer_problems
 from trainer.ranges import RANGES
 from trainer.tuning.check import problems as tuning_problems
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro", "eval/bleu", "eval/rougeL")
+LARGER_IS_BETTER = (
+    *("eval/accuracy", "eval/margin", "eval/desirable_reward", "eval/f1_macro", "eval/f1_micro"),
+    *("eval/bleu", "eval/rougeL"),
+)
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
@@ -41,7 +44,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
-    return [*problems, *_tuning(config), *_launcher(config)]
+    return [*problems, *_tuning(config), *_teacher(config), *_launcher(config)]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -116,6 +119,26 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
+
+
+def _teacher(config: RunConfig) -> Iterator[str]:
+    """The teacher's path, and what of the student's model it cannot share."""
+    objective = config.objective
+    if isinstance(objective, PretrainConfig) and config.model.chat_template is not None:
+        yield "model.chat_template: objective=pretrain learns plain texts, which need none; leave it out"
+    if not isinstance(objective, DistillationConfig):
+        return
+    value, path = objective.teacher.path, Path(objective.teacher.path or "").expanduser()
+    if value is None:
+        yield "objective.teacher.path: not set; give the model to imitate, as in objective.teacher.path=models/large"
+    elif not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
+        what = "is a file" if path.is_file() else "does not exist"
+        yield f"objective.teacher.path={value}: {what}; give a model directory, or a hub id such as org/name"
+    if config.model.add_tokens:
+        yield (
+            f"model.add_tokens={list(config.model.add_tokens)}: the teacher of objective=distillation does not know them; "
+            "leave them out, or use objective=sft"
+        )
 
 
 def _may_be_hub_id(value: str) -> bool:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.base import ParameterSource
 from strategies.errors import ConfigError, DataError
+from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
 from trainer.tuning.base import Tuning
 
@@ -137,6 +139,8 @@ class WeightSource:
         """Values of base parameters that are computed and need not be in the checkpoint."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
+        self.teacher: ParameterSource | None = None
+        """Where the parameters of a frozen model beside the tuned one come from."""
         self._means: dict[str, Tensor] = {}
 
     def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
@@ -169,6 +173,8 @@ class WeightSource:
 
     def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        if self.teacher is not None and name.startswith(TEACHER):
+            return self.teacher.run(name.removeprefix(TEACHER), shape, start, stop)
         if self.tuning.owns(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)

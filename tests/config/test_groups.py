@@ -56,6 +56,8 @@ def test_every_experiment_says_how_it_is_run(name):
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_to_its_own_settings(group, choice):
     words = [f"{group}={choice}", "model.path=m", "data.path=train.jsonl", "budget.steps=1", "batch.global=32"]
+    if choice == "distillation":
+        words.append("objective.teacher.path=m")
     if group == "optim":
         words.append("schedule=constant")  # the only one under which schedule-free is legal
         package = SUPPORT[OptimName(choice)].package

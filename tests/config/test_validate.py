@@ -89,6 +89,31 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("objective=dpo data.format=labelled", "set data.format=preference"),
         ("objective=reward data.layout=padding_free", "set data.layout=auto"),
         ("objective=dpo objective.loss_type=ipo objective.label_smoothing=0.1", "objective.loss_type=sigmoid"),
+        ("objective=kto data.packing=true", "set data.packing=false"),
+        ("objective=kto data.over_length=split", "data.over_length=truncate or data.over_length=drop"),
+        ("objective=kto data.format=messages", "set data.format=thumbs, or data.format=preference"),
+        ("objective=pretrain data.format=alpaca", "set data.format=text, or objective=sft"),
+        ("objective=pretrain data.learn.turns=last", "reads none; leave it out"),
+        ("objective=pretrain model.chat_template=train.jsonl", "plain texts, which need none"),
+        ("objective=distillation", "objective.teacher.path: not set"),
+        ("objective=distillation objective.teacher.path=./no", "objective.teacher.path=./no: does not exist"),
+        ("objective=distillation objective.teacher.path=train.jsonl", "is a file"),
+        ("objective=distillation objective.teacher.path=model model.add_tokens=[<x>]", "leave them out"),
+        (
+            "objective=distillation objective.teacher.path=model objective.interpolation=0.1",
+            "set objective.divergence=jensen_shannon, not forward_kl",
+        ),
+        ("objective.forgetting.kl_weight=0.1", "data.sources.<name>.replay=true"),
+        ("objective.forgetting.replay_loss=false", "set objective.forgetting.kl_weight=0.5"),
+        (
+            "data.path=null data.sources.a.path=train.jsonl data.sources.a.replay=true objective=dpo",
+            "take objective=sft or objective=pretrain",
+        ),
+        (
+            "data.path=null data.sources.a.path=train.jsonl data.sources.a.replay=true objective.forgetting.kl_weight=1 "
+            "objective.forgetting.replay_loss=false",
+            "mark only the general text",
+        ),
         ("model.chat_template=no.jinja", "no such file"),
         ("evaluation.every_steps=5", "there is no evaluation data"),
         ("evaluation.patience=5 data.eval_share=0.1", "set evaluation.every_steps as well"),
@@ -187,6 +212,14 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
         ("objective=dpo data.format=preference data.over_length=drop objective.label_smoothing=0.1", 1),
         ("objective=reward data.layout=padded", 1),
         ("data.format=preference", 1),
+        ("objective=kto data.format=thumbs objective.desirable_weight=1.33", 1),
+        ("objective=pretrain data.packing=true data.over_length=split", 1),
+        ("objective=distillation objective.teacher.path=model objective.divergence=reverse_kl", 1),
+        (
+            "data.path=null data.sources.a.path=train.jsonl data.sources.b.path=train.jsonl data.sources.b.replay=true "
+            "objective.forgetting.kl_weight=0.5 objective.forgetting.replay_loss=false",
+            1,
+        ),
     ],
 )
 def test_what_can_run_is_not_refused(words, ranks):

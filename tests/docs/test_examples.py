@@ -103,6 +103,8 @@ def test_every_topic_page_has_examples():
         "choosing-a-strategy",
         "torchrun-and-slurm",
         "preference-tuning",
+        "objectives",
+        "forgetting",
     }
 
 

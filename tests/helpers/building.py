@@ -27,6 +27,8 @@ from trainer.data.prepare import Prepared
 from trainer.loop import Trainer
 from trainer.metrics import Meter
 from trainer.model import ModelConfig, load_tokenizer
+from trainer.objectives.base import KtoConfig, SftConfig
+from trainer.objectives.build import build_objective
 from trainer.optim import AdamwConfig
 from trainer.parts import build_engine, build_loader
 from trainer.preempt import Agreement, StopRequest
@@ -128,6 +130,31 @@ def two_sided_set(root: Path, *, num: int = 48) -> Prepared:
             lambda s: {"loss": int(s.supervised[1:].sum())},
             {"fingerprint": "two-sided"},
         )
+    opened = TokenDataset.open(directory)
+    return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+
+
+def rated_set(root: Path, *, num: int = 48) -> Prepared:
+    """The answers of `pair_samples`, each with a verdict; two of three are desirable."""
+    directory = root / f"rated-{num}"
+    if not (directory / "manifest.json").exists():
+        made = pair_samples(num // 2)
+        for index, sample in enumerate(made):
+            sample.desirable = index % 3 != 0
+        counts = build_objective(KtoConfig()).counts
+        write(directory, made, counts, {"fingerprint": "rated"})
+    train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
+    return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
+
+
+def replay_set(root: Path, *, num: int = 48) -> Prepared:
+    """`samples` of uneven masks, of which the first of each four are replayed, so that some micro-batches have none."""
+    directory = root / f"replay-{num}"
+    if not (directory / "manifest.json").exists():
+        made = samples(num, uneven=True)
+        for index, sample in enumerate(made):
+            sample.replay = index % 4 == 0
+        write(directory, made, build_objective(SftConfig()).counts, {"fingerprint": "replay"})
     opened = TokenDataset.open(directory)
     return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 

@@ -21,6 +21,8 @@ from tests.helpers.building import (
     data_set,
     model_dir,
     pair_set,
+    rated_set,
+    replay_set,
     run_config,
     samples,
     take_steps,
@@ -28,7 +30,7 @@ from tests.helpers.building import (
     two_sided_set,
 )
 from tests.helpers.seq2seq import seq2seq_dir
-from tests.parity import pairs, two_sides
+from tests.parity import pairs, teachers, two_sides
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
 from trainer.data.prepare import Prepared
@@ -184,6 +186,10 @@ class Job:
         """Answers written while training."""
         return two_sides.generate(self.root, self.runtime)
 
+    def teachers(self) -> dict:
+        """Objectives that look ahead, or compare with a teacher."""
+        return teachers.compare(self.root, self.runtime)
+
     def precision(self) -> dict:
         """bf16 curves beside the fp32 one."""
         model = model_dir(self.root)
@@ -292,6 +298,7 @@ CHECKS = (
     "preferences",
     "two_sides",
     "generation",
+    "teachers",
     "precision",
     "evaluation",
     "resume",
@@ -310,6 +317,8 @@ if __name__ == "__main__":
         for name in ("t5", "t5_untied", "bart", "pegasus"):
             seq2seq_dir(directory, name)
         two_sided_set(directory)
+        rated_set(directory)
+        replay_set(directory)
     processes.barrier(here)
     job = Job(directory, here)
     result = {check: getattr(job, check)() for check in wanted}

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from tests.helpers.launching import run_job
+from tests.parity import teachers
 from tests.parity.features import VARIANTS
 from tests.parity.pairs import CASES
 from tests.parity.two_sides import CASES as TWO_SIDED
@@ -145,3 +146,26 @@ def test_pairs_are_learned_and_clipped(report):
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and abs(margins[0]) < 1e-5
         assert losses[-1] < 0.98 * losses[0] and margins[-1] > 0.01
         assert max(norms) > 0.5
+
+
+@pytest.mark.parametrize("case", teachers.NAMES)
+def test_teachers_and_reference_points_train_alike(report, case):
+    curves = report["teachers"][case]
+    assert len(curves["found"]) == len(curves["expected"]) == 5
+    for found, expected in zip(*curves.values(), strict=True):
+        assert found[:2] == pytest.approx(expected[:2], rel=EXACT)
+        # Differences of log-probabilities of about -60, and divergences near 0 of logits of about 6: float32's own steps.
+        assert found[2:] == pytest.approx(expected[2:], rel=EXACT, abs=5e-6)
+
+
+def test_what_teachers_and_reference_points_add_is_there(report):
+    """Curves to which the divergence, the reference point or the clipping adds nothing would prove little."""
+    expected = {case: curves["expected"] for case, curves in report["teachers"].items()}
+    for tuning in ("lora", "full"):
+        kto, distil = expected[f"kto {tuning} llama ddp"], expected[f"distil {tuning} llama ddp"]
+        assert kto[-1][0] < 0.9 * kto[0][0] and kto[-1][5] > 0.2 and max(row[1] for row in kto) > 0.5
+        assert distil[0][2] > 0.01 and distil[-1][0] < distil[0][0]
+    assert expected["kto full llama ddp"][-1][2] > 0.05
+    assert expected["replay full llama ddp"][-1][3] > 1e-3
+    losses = [curve[0][0] for case, curve in expected.items() if " full llama " in case and "fsdp2" in case]
+    assert len(losses) == 6 and len({round(loss, 4) for loss in losses}) == 6

@@ -49,6 +49,8 @@ def preview(
         sample = dataset.sample(index + place)
         head = f"{('chosen', 'rejected')[place]}:\n" if pairs else ""
         label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
+        if sample.desirable is not None:
+            label = f"\nverdict: {'desirable' if sample.desirable else 'undesirable'}"
         parts.append(head + render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label)
     return "\n".join(parts)
 

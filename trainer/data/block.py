@@ -23,6 +23,7 @@ from trainer.data.formats import Rejected, RowReader
 from trainer.data.labels import split_labels
 from trainer.data.over_length import fit, fit_pair
 from trainer.data.privacy.stage import Findings
+from trainer.data.rated import rated_sequences
 from trainer.data.settings import DataConfig
 from trainer.data.source_target import SourceTargetEncoder
 from trainer.data.sources.row import BadRow, Row
@@ -95,6 +96,8 @@ class BlockMaker:
         label_names: list[str] | None,
         multi_label: bool = False,
         pairs: bool = False,
+        rated: bool = False,
+        texts: bool = False,
     ) -> None:
         self.config = config
         self.readers = readers
@@ -103,6 +106,11 @@ class BlockMaker:
         self.counts = counts
         self.pairs = pairs
         """Whether a document becomes two sequences, its chosen and its rejected answer."""
+        self.rated = rated
+        """Whether answers are learned from by the verdict on them."""
+        self.texts = texts
+        """Whether plain texts alone are learned."""
+        self.replays = any(source.replay for source in config.sources.values())
         self.label_names = None if label_names is None else set(label_names)
         self.multi_label = multi_label
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
@@ -179,10 +187,13 @@ class BlockMaker:
         encoder, samples, pieces, left = self.encoder, list[Sample](), list[int](), list[Document]()
         block.labels = sorted({d.label for d in documents if d.label is not None})
         encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
-        usable = [d for d in documents if _teaches(d, block.tally)]
+        usable = documents if self.rated else [d for d in documents if _teaches(d, block.tally)]
         for document, made in self._encoded(usable, block.tally):
             if not made:
                 continue
+            if self.replays:
+                for sample in made:
+                    sample.replay = block.split == "train" and self.config.sources[block.source].replay
             samples += made
             pieces.append(len(made))
             left.append(document)
@@ -195,6 +206,14 @@ class BlockMaker:
 
     def _encoded(self, documents: list[Document], tally: Tally) -> Iterator[tuple[Document, list[Sample]]]:
         """Documents with their sequences; none where nothing is left. Raises DataError."""
+        if self.rated:
+            yield from rated_sequences(self.encoder, documents, self.config, tally)
+            return
+        if self.texts and (other := next((d for d in documents if d.text is None), None)) is not None:
+            raise DataError(
+                f"{other.where}: is no plain text, which objective=pretrain learns; give rows of text or text files, or "
+                "use objective=sft"
+            )
         if not self.pairs:
             for document, sample in self.encoder.encode(documents):
                 yield document, self._fit(document, sample, tally)

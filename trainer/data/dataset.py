@@ -26,6 +26,8 @@ import numpy as np
 from strategies.errors import DataError, StorageError
 
 TERM_PREFIX = "term."
+DESIRABLE, UNDESIRABLE, REPLAY = "desirable", "undesirable", "replay"
+"""Counts that also tell what a sequence is: an answer with its verdict, or a document of a `replay` source."""
 
 
 @dataclass(slots=True)
@@ -42,6 +44,10 @@ class Sample:
     """Whether it is the answer of a pair that was not preferred; told while data is prepared."""
     reference: float | None = None
     """Log-probability of its supervised tokens under the model before training, where that was recorded."""
+    desirable: bool | None = None
+    """The verdict on its answer, for objectives over rated answers."""
+    replay: bool | None = None
+    """Whether it comes from a source marked `replay`; None where no source is."""
 
 
 class TokenDataset:
@@ -77,6 +83,8 @@ class TokenDataset:
         """Sequences whose last target is an end token."""
         self.reference: np.ndarray | None = None
         """float32 [N], set by who has computed it (`trainer/reference.py`): see `Sample.reference`."""
+        self.reference_mismatched: np.ndarray | None = None
+        """float32 [N], the same of the sequences of `trainer/data/rated.py:mismatched`."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenDataset:
@@ -109,8 +117,17 @@ class TokenDataset:
         end = begin + int(self.lengths[index])
         label = None if self.labels is None else int(self.labels[index])
         reference = None if self.reference is None else float(self.reference[index])
+        marks = {
+            key: bool(self.counts[term][index])
+            for key, term in (("desirable", DESIRABLE), ("replay", REPLAY))
+            if term in self.counts
+        }
         return Sample(
-            self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), label=label, reference=reference
+            self.tokens[begin:end],
+            self.supervised[begin:end].view(np.bool_),
+            label=label,
+            reference=reference,
+            **marks,
         )
 
 

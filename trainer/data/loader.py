@@ -9,8 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 
 from trainer.data.dataset import Sample, TokenDataset
 from trainer.data.order import Order, deal
+from trainer.data.rated import mismatched
+from trainer.data.replay import replayed
 from trainer.data.settings import Layout
 from trainer.data.two_sides import deal_two_sides, pad_two_sides
 
@@ -42,6 +44,8 @@ class StepBatch:
     """Documents (packs) of the global batch."""
     wait_s: float = 0.0
     """Seconds the trainer waited for this batch."""
+    ahead: list[dict[str, Any]] = field(default_factory=list)
+    """Micro-batches of prompts with the answers of others, looked at before the first backward pass; mostly none."""
 
 
 class StepLoader:
@@ -65,6 +69,7 @@ class StepLoader:
         device: torch.device | str,
         prefetch: int = 2,
         decoder_start: int | None = None,
+        looks_ahead: bool = False,
     ) -> None:
         assert global_batch % (micro_batch * dp_size) == 0, "the config layer reports a batch that does not divide"
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
@@ -83,6 +88,8 @@ class StepLoader:
         self.prefetch = prefetch
         self.decoder_start = decoder_start
         """First token of the decoder, for encoder-decoder models."""
+        self.looks_ahead = looks_ahead
+        """Whether each step also gets its prompts with the answers of others."""
         self.unit_tokens: np.ndarray = (
             dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
         )
@@ -137,6 +144,7 @@ class StepLoader:
                 if isinstance(item, BaseException):
                     raise item
                 item.micro_batches = [to_device(batch, self.device) for batch in item.micro_batches]
+                item.ahead = [to_device(batch, self.device) for batch in item.ahead]
                 item.wait_s = time.perf_counter() - began
                 yield item
         finally:
@@ -147,25 +155,41 @@ class StepLoader:
         plan = self.plan(first_sample)
         everyone = np.array([doc for rank in plan for slot in rank for doc in slot], dtype=np.int64)
         mine = [doc for slot in plan[self.dp_rank] for doc in slot]
+        totals = {term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()}
         batches = [
-            collate([self.dataset.sample(doc) for doc in slot], self.layout, self.pad_token_id, self.decoder_start)
+            {**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals}
             for slot in plan[self.dp_rank]
         ]
-        if self.device.type == "cuda":
-            batches = [{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in b.items()} for b in batches]
+        ahead = [
+            {**self._collated([mismatched(self.dataset, doc) for doc in slot]), "mismatched": True}
+            for slot in plan[self.dp_rank]
+            if self.looks_ahead
+        ]
         return StepBatch(
             micro_batches=batches,
-            totals={term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()},
+            ahead=ahead,
+            totals=totals,
             tokens=int(self.dataset.lengths[everyone].sum()),
             local_tokens=int(self.dataset.lengths[mine].sum()),
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.global_batch,
         )
 
+    def _collated(self, samples: list[Sample]) -> dict[str, Any]:
+        batch = collate(samples, self.layout, self.pad_token_id, self.decoder_start)
+        return _each(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
+
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Copy the tensors of a batch; from pinned memory the copy does not wait."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return _each(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """The batch, and a batch within it, with each tensor changed."""
+    return {
+        k: change(v) if torch.is_tensor(v) else _each(v, change) if isinstance(v, dict) else v for k, v in batch.items()
+    }
 
 
 def collate(
@@ -185,6 +209,11 @@ def collate(
         batch["reference_logps"] = torch.tensor([s.reference for s in samples], dtype=torch.float32)
     if any(sample.label is not None for sample in samples):
         batch["labels"] = torch.tensor([IGNORED if s.label is None else s.label for s in samples], dtype=torch.int64)
+    if samples[0].desirable is not None:
+        batch["desirable"] = torch.tensor([bool(s.desirable) for s in samples])
+    if samples[0].replay is not None:
+        chosen, rows = replayed(samples, batch["row_sequence"])
+        batch |= {"replay": collate(chosen, layout, pad_token_id), **rows}
     return batch
 
 
@@ -262,12 +291,16 @@ def eval_batches(
     max_documents: int | None,
     sequences_per_document: int = 1,
     decoder_start: int | None = None,
+    ahead: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
 
     Every rank gets the same number of micro-batches; one that runs out gets document 0 with nothing to score (targets
     and labels -100). Documents are sorted by length, so that ranks work alike; a sum over them does not depend on it.
+    With `ahead`, the same prompts with the answers of others.
     """
+    limit = len(dataset) if max_documents is None else max_documents * sequences_per_document
+    totals = {term: int(counts[:limit].sum()) for term, counts in dataset.counts.items()}
     plan = eval_plan(
         dataset,
         batch=batch,
@@ -277,8 +310,12 @@ def eval_batches(
         sequences_per_document=sequences_per_document,
     )
     for sequences in plan:
-        samples = [dataset.sample(number) for number in sequences] or fillers(dataset, sequences_per_document)
-        yield to_device(collate(samples, layout, pad_token_id, decoder_start), torch.device(device))
+        if ahead and sequences:
+            samples = [mismatched(dataset, number) for number in sequences]
+        else:
+            samples = [dataset.sample(number) for number in sequences] or fillers(dataset, sequences_per_document)
+        made = {**collate(samples, layout, pad_token_id, decoder_start), "totals": totals}
+        yield to_device({**made, "mismatched": True} if ahead else made, torch.device(device))
 
 
 def fillers(dataset: TokenDataset, num: int) -> list[Sample]:

@@ -82,11 +82,14 @@ class Preparation:
         multi_label: bool = False,
         pairs: bool = False,
         source_target: SourceTarget | None = None,
+        rated: bool = False,
+        texts: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.tokenizer, self.counts = config, tokenizer, counts
         self.seed, self.label_names, self.stop = seed, label_names, stop
         self.labelled, self.multi_label = labelled, multi_label
+        self.rated, self.texts = rated, texts
         self.pairs, self.source_target = pairs, source_target
         """Whether each document becomes two sequences, its chosen and its rejected answer."""
         self.inputs = inputs_of(config)
@@ -98,6 +101,8 @@ class Preparation:
             **({"multi_label": True} if multi_label else {}),
             **({"source_target": asdict(source_target)} if source_target else {}),
             "pairs": pairs,
+            **({"rated": True} if rated else {}),
+            **({"texts": True} if texts else {}),
             "counts": f"{counts.__module__}.{counts.__qualname__}",
         }
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
@@ -187,6 +192,8 @@ class Preparation:
             label_names=self.label_names,
             multi_label=self.multi_label,
             pairs=self.pairs,
+            rated=self.rated,
+            texts=self.texts,
         )
 
     def _encoder(self) -> Encoder:

@@ -73,6 +73,8 @@ class SourceConfig:
     """Revision of a hub data set: a tag or a commit."""
     licence: str | None = None
     """Licence, for the data card."""
+    replay: bool = False
+    """General text that keeps the model as it is beside what is learned; see `objective.forgetting`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 512
 """Documents that go to the encoder at a time."""
+Answer = tuple[Document, list[Message] | None]
 FEW = 8
 """Batches of fewer documents go to the tokenizer itself: to prove the short way on them would cost what it saves."""
 
@@ -86,8 +87,12 @@ class Encoder:
         """
         source = iter(documents)
         while batch := list(islice(source, BATCH)):
-            rendered = self._render_all([(document, _messages(document)) for document in batch], fast=fast)
-            yield from zip(batch, self._samples(batch, rendered, fast=fast), strict=True)
+            answers = [(document, _messages(document)) for document in batch]
+            yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
+
+    def encode_answers(self, answers: list[Answer], *, fast: bool = True) -> list[Sample]:
+        """A sample of each document with the messages that stand for it; None: its prompt and completion, or its text."""
+        return self._samples([document for document, _ in answers], self._render_all(answers, fast=fast), fast=fast)
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
         """Preference pairs as (document, chosen, rejected): both begin with the same prompt tokens, which nobody learns.
@@ -97,14 +102,13 @@ class Encoder:
         """
         source = iter(documents)
         while batch := list(islice(source, BATCH)):
-            answers: list[tuple[Document, list[Message] | None]] = []
+            answers: list[Answer] = []
             for document in batch:
                 prompt = [{**message, "train": False} for message in document.messages or []]
                 answers += [(document, prompt + (turns or [])) for turns in (document.chosen, document.rejected)]
-            rendered = self._render_all(answers, fast=True)
-            samples = self._samples([document for document, _ in answers], rendered, fast=True)
+            samples = self.encode_answers(answers)
             for document, chosen, rejected in zip(batch, samples[::2], samples[1::2], strict=True):
-                _share_prompt(document, chosen, rejected)
+                share_prompt(document, chosen, rejected)
                 yield document, chosen, rejected
 
     def audit(self, document: Document, sample: Sample) -> list[str]:
@@ -141,7 +145,7 @@ class Encoder:
         """How many tokens at the end of a sample must survive truncation."""
         return len(self.closing) if document.label is not None else 0
 
-    def _render_all(self, batch: list[tuple[Document, list[Message] | None]], *, fast: bool) -> list[Rendered]:
+    def _render_all(self, batch: list[Answer], *, fast: bool) -> list[Rendered]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
         chats = []
         for document, messages in batch:
@@ -214,9 +218,7 @@ class Encoder:
 
 def _messages(document: Document) -> list[Message] | None:
     """The conversation of a document, with the preferred answer of a pair."""
-    if document.chosen is not None:
-        return (document.messages or []) + document.chosen
-    return document.messages
+    return document.messages if document.chosen is None else (document.messages or []) + document.chosen
 
 
 def _plain(document: Document) -> Rendered:
@@ -285,14 +287,13 @@ def _runs(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list
     return runs
 
 
-def _share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
+def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     """Make both answers begin at the same token, after the same ones."""
     starts = []
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
-        learned = np.flatnonzero(sample.supervised)
-        if not len(learned):
+        if not sample.supervised.any():
             raise DataError(f"{document.where}: nothing of the {name} answer is learned; see data.learn")
-        starts.append(int(learned[0]))
+        starts.append(int(sample.supervised.argmax()))
     shared = min(starts)
     if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
         raise DataError(
@@ -300,8 +301,7 @@ def _share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
             "answer, so that they cannot be compared; give another template in model.chat_template"
         )
     # where one answer merges with the end of the prompt into one token, the other learns the token it has there
-    for sample, start in zip((chosen, rejected), starts, strict=True):
-        sample.supervised[shared:start] = True
+    chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True
 
 
 def _affix(

@@ -10,6 +10,7 @@ import torch
 
 from strategies.base import Engine
 from strategies.runtime import dist_sum
+from trainer.objectives.ahead import look_ahead
 
 
 class Interrupted(Exception):
@@ -30,6 +31,7 @@ class LossEvaluator:
         prefix: str,
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
+        ahead: Callable[[], Iterable[dict[str, Any]]] | None = None,
     ) -> None:
         self._batches = batches
         self._count = count
@@ -37,16 +39,20 @@ class LossEvaluator:
         self._prefix = prefix
         self._perplexity = perplexity
         self._stop_now = stop_now or (lambda: False)
+        self._ahead = ahead
+        """Batches looked at before the others, for objectives that need the whole set to begin with."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
         sums: dict[str, torch.Tensor] = {}
+        means: dict[str, torch.Tensor] = {}
+        if self._ahead is not None:
+            means = look_ahead(engine, self._ahead(), self._count, averaged=True, check_stop=self._check_stop)
         with engine.inference() as module:
             for batch in self._batches():
-                for term, value in module(batch).items():
+                for term, value in module({**batch, "ahead": means}).items():
                     sums[term] = sums[term] + value.double() if term in sums else value.double()
-                if self._stop_now():
-                    raise Interrupted
+                self._check_stop()
         names = sorted(sums)
         flat = dist_sum(torch.cat([sums[name].view(-1) for name in names])).cpu()
         parts = flat.split([sums[name].numel() for name in names])
@@ -61,6 +67,10 @@ class LossEvaluator:
             macro, micro = f1_scores(totals["confusion"])
             yield f"{self._prefix}/f1_macro", macro
             yield f"{self._prefix}/f1_micro", micro
+
+    def _check_stop(self) -> None:
+        if self._stop_now():
+            raise Interrupted
 
 
 def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,12 +16,15 @@ class ObjectiveName(StrEnum):
     """The names users type as `objective=<name>`."""
 
     sft = "sft"
+    pretrain = "pretrain"
     classification = "classification"
     dpo = "dpo"
     orpo = "orpo"
     simpo = "simpo"
     reward = "reward"
     seq2seq = "seq2seq"
+    kto = "kto"
+    distillation = "distillation"
 
 
 class PairLoss(StrEnum):
@@ -30,6 +33,18 @@ class PairLoss(StrEnum):
     sigmoid = "sigmoid"
     ipo = "ipo"
     hinge = "hinge"
+
+
+class Divergence(StrEnum):
+    """What is measured between the distributions P of the teacher and Q of the student.
+
+    KL(P, Q), KL(Q, P), or the generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv:2306.13649):
+    `b KL(P, M) + (1 - b) KL(Q, M)` with the mixture `M = b P + (1 - b) Q`.
+    """
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,8 +56,28 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ForgettingConfig:
+    """Keeping a model as it was, on the documents of the sources marked `data.sources.<name>.replay=true`."""
+
+    kl_weight: float = 0.0
+    """Weight of the divergence from the model before training, a mean over the tokens of replayed documents; 0 leaves it out."""
+    replay_loss: bool = True
+    """Whether replayed documents are learned too, as any other; with `false` they only hold the model where it was."""
+
+
+@dataclass(kw_only=True, slots=True)
 class SftConfig(ObjectiveConfig):
     """Supervised fine-tuning: next-token loss on the supervised tokens."""
+
+    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
+    """What is done against forgetting."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(SftConfig):
+    """Continued pre-training: next-token loss on every token of plain texts."""
+
+    name: ObjectiveName = ObjectiveName.pretrain
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,6 +152,46 @@ class Seq2seqConfig(ObjectiveConfig):
     """Longest answer in tokens; `data.max_length` bounds the prompt, and `data.over_length` says what happens beyond either."""
 
 
+@dataclass(kw_only=True, slots=True)
+class KtoConfig(ObjectiveConfig):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): answers with a verdict each, no pairs."""
+
+    name: ObjectiveName = ObjectiveName.kto
+    beta: float = 0.1
+    """How closely the model stays with the reference: larger is closer."""
+    desirable_weight: float = 1.0
+    """Weight of desirable answers; the denominator stays the number of answers."""
+    undesirable_weight: float = 1.0
+    """Weight of undesirable ones; keep weight times number of both kinds within 1:1 and 4:3, the desirable ones heavier."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The model that is imitated. It is frozen, sharded beside the student, and no part of checkpoints or exports."""
+
+    path: str | None = None
+    """Directory of a Hugging Face model with the student's vocabulary, or a hub id, as in `model.path`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillationConfig(ObjectiveConfig):
+    """Knowledge distillation: the teacher's distribution over the vocabulary at each supervised token."""
+
+    name: ObjectiveName = ObjectiveName.distillation
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The model that is imitated."""
+    divergence: Divergence = Divergence.forward_kl
+    """`forward_kl` covers all a teacher would say, `reverse_kl` its likeliest, `jensen_shannon` is between (arXiv:2306.13649)."""
+    interpolation: float = 0.5
+    """The teacher's weight in the mixture of `jensen_shannon` (the paper's beta), above 0 and below 1."""
+    temperature: float = 1.0
+    """Softens both distributions; the divergence is multiplied by its square (arXiv:1503.02531)."""
+    sft_weight: float = 0.0
+    """Weight of the plain loss on the same tokens, added to the divergence; 0 leaves it out."""
+
+
 class Objective(Protocol):
     """Turns a batch into sums and a sample into the counts that divide them.
 
@@ -133,7 +208,10 @@ class Objective(Protocol):
     head_labels: int | None
     """Outputs of the classification head that takes the place of the language model's; 0: one a label of the data."""
     uses_reference: bool
-    """Whether it compares with the model as it was before training."""
+    """Whether it compares with the log-probabilities of the model as it was before training."""
+    looks_ahead: bool
+    """Whether `terms` needs means over the whole step (`batch["ahead"]`), of batches marked `mismatched` that it is given
+    before the first backward pass (`trainer/objectives/ahead.py`)."""
 
     def counts(self, sample: Sample) -> dict[str, int]:
         """Denominators that this sample adds, by term; stored when the data is prepared, after the shift."""

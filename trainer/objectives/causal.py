@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.loss import computes_loss, logits_loss
+
+Reference = Callable[[nn.Module], AbstractContextManager[None]]
+"""Within it the tuned model computes what it did before training: its adapter is switched off."""
 
 MODEL_INPUTS = (
     "input_ids",
@@ -58,3 +64,16 @@ def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Ten
         nll = F.cross_entropy(head(selected).float(), targets, reduction="none")
     whose, empty = batch["row_sequence"], nll.new_zeros(batch["num_sequences"])
     return empty.index_add(0, whose, -nll), empty.index_add(0, whose, nll.new_ones(len(whose)))
+
+
+def reference_logps(model: nn.Module, batch: dict[str, Any], reference: Reference | None) -> Tensor:
+    """`[S]` float32: what `sequence_logps` said before training, as recorded, or computed with adapter and dropout off."""
+    if reference is None:
+        return batch["reference_logps"]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), reference(model):
+            return sequence_logps(model, batch)[0]
+    finally:
+        model.train(training)

@@ -31,6 +31,7 @@ class Classification:
     metrics: tuple[str, ...] = ()
     head_labels: int | None = 0
     uses_reference = False
+    looks_ahead = False
 
     def counts(self, sample: Sample) -> dict[str, int]:
         """A document counts once, however many labels it has."""

@@ -9,8 +9,6 @@ plain share over the tokens of a batch instead, so that long answers weigh more 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.objectives.base import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
-from trainer.objectives.causal import sequence_logps
+from trainer.objectives.causal import Reference, reference_logps, sequence_logps
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Sample
-
-Reference = Callable[[nn.Module], AbstractContextManager[None]]
-"""Within it the tuned model computes what it did before training: its adapter is switched off."""
 
 LEAST_LOG = -1e-6
 """Largest mean log-probability of a token that odds are computed of: certainty has none."""
@@ -57,6 +52,7 @@ class Preference(ABC):
     metrics: tuple[str, ...] = ("margin", "accuracy", "chosen_reward", "rejected_reward")
     head_labels: int | None = None
     uses_reference = False
+    looks_ahead = False
 
     def counts(self, sample: Sample) -> dict[str, int]:
         """A pair counts once, with its chosen answer."""
@@ -102,15 +98,7 @@ class Dpo(Preference):
 
     def reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """As recorded, or computed with the adapter off and dropout off."""
-        if self.reference is None:
-            return batch["reference_logps"]
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.reference(model):
-                return sequence_logps(model, batch)[0]
-        finally:
-            model.train(training)
+        return reference_logps(model, batch, self.reference)
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards are beta times the log-ratio to the reference."""

@@ -21,6 +21,7 @@ class Reward:
     metrics: tuple[str, ...] = ("margin", "accuracy", "chosen_reward", "rejected_reward")
     head_labels: int | None = 1
     uses_reference = False
+    looks_ahead = False
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config

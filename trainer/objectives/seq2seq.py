@@ -21,6 +21,7 @@ class Seq2seq:
     metrics: tuple[str, ...] = ()
     head_labels: int | None = None
     uses_reference = False
+    looks_ahead = False
 
     def counts(self, sample: Sample) -> dict[str, int]:
         """Every token of the answer is a target: the first follows the decoder's start token."""

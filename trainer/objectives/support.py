@@ -9,13 +9,18 @@ from trainer.data.settings import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.template import LearnConfig
 from trainer.objectives.base import (
     ClassificationConfig,
+    DistillationConfig,
+    Divergence,
     DpoConfig,
+    KtoConfig,
     ObjectiveConfig,
     ObjectiveName,
     OrpoConfig,
     PairLoss,
+    PretrainConfig,
     RewardConfig,
     Seq2seqConfig,
+    SftConfig,
     SimpoConfig,
 )
 
@@ -30,6 +35,13 @@ def problems(objective: ObjectiveConfig, data: DataConfig) -> Iterator[str]:
     """What is wrong with an objective's own settings, and with the data for it, one line each."""
     if isinstance(objective, PAIRS):
         yield from _pairs(objective, data)
+    if isinstance(objective, KtoConfig):
+        yield from _rated(objective, data)
+    if isinstance(objective, PretrainConfig):
+        yield from _texts(data)
+    if isinstance(objective, DistillationConfig):
+        yield from _distillation(objective)
+    yield from _forgetting(objective, data)
     classification = objective.name is ObjectiveName.classification
     if classification and data.packing:
         yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
@@ -82,6 +94,75 @@ def _labels(config: ClassificationConfig) -> Iterator[str]:
         yield f"objective.class_weights: {len(numbers)} weights for {len(labels)} labels; give one for each, or balanced"
 
 
+def _formats(data: DataConfig) -> dict[str, DataFormat]:
+    """Formats by the setting that holds them, up to its last word."""
+    return {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}
+
+
+def _rated(objective: KtoConfig, data: DataConfig) -> Iterator[str]:
+    """What answers with a verdict ask of the data."""
+    if data.packing:
+        yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
+    if data.over_length in (OverLength.truncate_left, OverLength.split):
+        yield (
+            f"data.over_length={data.over_length.value}: would part an answer from its prompt; set "
+            "data.over_length=truncate or data.over_length=drop"
+        )
+    for key, chosen in _formats(data).items():
+        if chosen not in (DataFormat.auto, DataFormat.thumbs, DataFormat.preference):
+            yield (
+                f"{key}.format={chosen}: objective=kto reads answers with a verdict; set {key}.format=thumbs, or "
+                f"{key}.format=preference"
+            )
+
+
+def _texts(data: DataConfig) -> Iterator[str]:
+    """What continued pre-training leaves no room for."""
+    for key, chosen in _formats(data).items():
+        if chosen not in (DataFormat.auto, DataFormat.text):
+            yield f"{key}.format={chosen}: objective=pretrain learns plain texts; set {key}.format=text, or objective=sft"
+    if data.learn != LearnConfig():
+        yield "data.learn: says which turns of a conversation are learned, and objective=pretrain reads none; leave it out"
+
+
+def _distillation(objective: DistillationConfig) -> Iterator[str]:
+    """What is wrong with the settings of a teacher; `trainer.validate` looks at its path."""
+    mixes = objective.divergence is Divergence.jensen_shannon
+    if not mixes and objective.interpolation != DistillationConfig().interpolation:
+        yield (
+            f"objective.interpolation={objective.interpolation:g}: only jensen_shannon mixes the two; set "
+            f"objective.divergence=jensen_shannon, not {objective.divergence}"
+        )
+
+
+def _forgetting(objective: ObjectiveConfig, data: DataConfig) -> Iterator[str]:
+    """Whether there is something to replay, and what for."""
+    replayed = [name for name, source in data.sources.items() if source.replay]
+    if not isinstance(objective, SftConfig):
+        if replayed:
+            yield (
+                f"data.sources.{replayed[0]}.replay=true: objective={objective.name} replays nothing; set it to false, or "
+                "take objective=sft or objective=pretrain"
+            )
+        return
+    forgetting = objective.forgetting
+    if forgetting.kl_weight > 0 and not replayed:
+        yield (
+            f"objective.forgetting.kl_weight={forgetting.kl_weight:g}: no source is replayed; mark one of general text with "
+            "data.sources.<name>.replay=true, or set it to 0"
+        )
+    if not forgetting.replay_loss and forgetting.kl_weight == 0:
+        yield (
+            "objective.forgetting.replay_loss=false: with objective.forgetting.kl_weight=0 replayed documents would do "
+            "nothing; set objective.forgetting.kl_weight=0.5, or replay_loss=true"
+        )
+    if replayed and len(replayed) == len(data.sources) and not forgetting.replay_loss:
+        yield (
+            "objective.forgetting.replay_loss=false: every source is replayed, so that nothing would be learned; mark "
+            "only the general text with replay=true"
+        )
+
+
 def _pairs(objective: DpoConfig | OrpoConfig | SimpoConfig | RewardConfig, data: DataConfig) -> Iterator[str]:
     """What objectives over pairs of answers ask of the data, and of their own settings."""
     if data.packing:
@@ -91,8 +172,7 @@ def _pairs(objective: DpoConfig | OrpoConfig | SimpoConfig | RewardConfig, data:
             f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
             "data.over_length=truncate or data.over_length=drop"
         )
-    named = {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}
-    for key, chosen in named.items():
+    for key, chosen in _formats(data).items():
         if chosen not in (DataFormat.auto, DataFormat.preference):
             yield f"{key}.format={chosen}: objective={objective.name} reads pairs; set {key}.format=preference"
     if isinstance(objective, RewardConfig) and data.layout is Layout.padding_free:

@@ -1,0 +1,68 @@
+"""Whom a model is compared with over the whole vocabulary: another, frozen model, or itself with the adapter off."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from trainer.loss import LossHead
+from trainer.objectives.causal import Reference, plain_model, supervised_rows
+
+
+class Teacher(Protocol):
+    """Gives the states that a distribution over the vocabulary is made of."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        """(head, None for the student's own; states `[M, H]` at the supervised rows of `batch`), without gradients."""
+
+
+class Nobody:
+    """Stands in where an objective only counts samples."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        raise AssertionError("this objective was built without the model that it compares with")
+
+
+class FrozenModel:
+    """A model of its own, held by the step module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        head, hidden, _ = supervised_rows(self.model, batch)
+        return head, hidden
+
+
+class AdapterOff:
+    """The tuned model without its adapter and without dropout."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        training = model.training
+        model.eval()
+        try:
+            with self.reference(model):
+                head, hidden, _ = supervised_rows(model, batch)
+        finally:
+            model.train(training)
+        # A head that is trained in full stands beside the one it was copied from.
+        return getattr(head, "original_module", None), hidden
+
+
+def check_head(model: nn.Module, what: str) -> None:
+    """Raise ConfigError where the output head cannot compare distributions without making all logits."""
+    head: Any = plain_model(model).get_output_embeddings()  # type: ignore[operator]
+    wrapped = getattr(head, "modules_to_save", {})
+    if not isinstance(head, LossHead) and not (len(wrapped) and all(isinstance(m, LossHead) for m in wrapped.values())):
+        raise ConfigError(
+            f"{what}: compares distributions inside the output head, which here is no plain linear layer "
+            f"({type(head).__name__}); leave it out of tuning.targets, or train it whole with tuning.modules_to_save"
+        )
