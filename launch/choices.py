@@ -72,6 +72,11 @@ def variants() -> dict[str, dict[str, type]]:
             "oft": tuning.OftConfig,
             "boft": tuning.BoftConfig,
             "ln": tuning.LnConfig,
+            "prefix": tuning.PrefixConfig,
+            "prompt": tuning.PromptConfig,
+            "p_tuning": tuning.PTuningConfig,
+            "adaption_prompt": tuning.AdaptionPromptConfig,
+            "bottleneck": tuning.BottleneckConfig,
             "peft": tuning.PeftConfig,
         },
         "objective": {

@@ -162,6 +162,8 @@ def verify_export(
     ids = torch.tensor([token_ids])
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    if logits.dim() == 3:
+        logits = logits[:, -len(token_ids) :]  # virtual tokens come first
     logits = logits.reshape(-1, logits.shape[-1]).float()
     if tolerance is None:
         tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])

@@ -146,13 +146,26 @@ class WeightSource:
         stored = self.checkpoint.resolve(base)
         if stored is None:
             return self._drawn(base, tuple(shape)).reshape(-1)[start:stop]
+        return self._stored(base, stored, tuple(shape), start, stop)
+
+    def _stored(self, base: str, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         if self.new_ids and base in self.vocabulary:
-            return self._with_new_rows(stored, tuple(shape), start, stop)
+            return self._with_new_rows(stored, shape, start, stop)
         return self.checkpoint.run(stored, start, stop)
 
     def whole(self, name: str) -> Tensor:
         """A full base parameter, for methods that read base weights."""
         return self.checkpoint.whole(name)
+
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a base matrix, float32, for methods that start at them."""
+        stored = self.checkpoint.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.checkpoint.directory}")
+        num, columns = self.checkpoint.shape(stored)
+        size = (max(num, *(i + 1 for i in indices)), columns)
+        found = [self._stored(name, stored, size, i * columns, (i + 1) * columns) for i in indices]
+        return torch.stack([row.float() for row in found])
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):

@@ -1,0 +1,244 @@
+"""Virtual tokens: prompt tuning, P-tuning and prefix tuning, with peft's own encoders and files.
+
+peft puts the tokens before the inputs in its wrapper's forward, which sharded training never calls: an objective asks the
+decoder and the head in turn. Here a hook on the decoder puts them there and cuts their rows off again, so that objectives
+see documents as they are, and row indices need no shift. The encoder is called as a module inside that forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from strategies.runtime import derive_seed
+from trainer.tuning.added import Added, is_causal
+from trainer.tuning.base import BaseReader
+from trainer.tuning.peft_configs import virtual_config
+from trainer.tuning.prefix_cache import prefix_cache
+from trainer.tuning.replica import ADAPTER
+from trainer.tuning.settings import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
+
+ENCODER = f"prompt_encoder.{ADAPTER}"
+
+
+class Virtual(Added):
+    """Trained tokens before every document: as embeddings, or as keys and values of every layer (prefix)."""
+
+    wrapper = "base_model."
+
+    def __init__(
+        self,
+        config: VirtualConfig,
+        *,
+        tokenize: Callable[[str], list[int]] | None = None,
+        train_embeddings: bool = False,
+        new_heads: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
+        self.tokens = config.num_virtual_tokens
+        self.prefix = isinstance(config, PrefixConfig)
+        self.tokenize = tokenize
+        self._embedding = ""
+        self._vocabulary = 0
+        self._settings: Any = None
+        self._encoder: Callable[..., nn.Module] = nn.Module
+        self._last: tuple[int, nn.Module] | None = None
+        self._added = 0
+        """Rows that the running forward pass of the decoder has more than its caller knows."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Wrap in a PeftModel and hook the decoder; raises ConfigError for architectures that read no prefix."""
+        from peft import get_peft_model
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        classifier = "SequenceClass" in type(model).__name__
+        decoder = getattr(model, model.base_model_prefix) if classifier else model.get_decoder()  # type: ignore[operator,arg-type]
+        self._check(model, decoder)
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self._embedding = next(name for name, module in model.named_modules() if module is embeddings) + ".weight"
+        self._vocabulary = embeddings.num_embeddings
+        settings = virtual_config(self.config, "SEQ_CLS" if classifier else "CAUSAL_LM")
+        settings.modules_to_save = list(self.new_heads) or None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+        # A second name for the embeddings would make them a second module to whoever walks over children.
+        object.__setattr__(tuned, "word_embeddings", tuned._modules.pop("word_embeddings"))
+        encoder = tuned.prompt_encoder[ADAPTER]
+        self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
+        self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
+        self._encoder = PEFT_TYPE_TO_TUNER_MAPPING[self._settings.peft_type]
+        for module in encoder.modules():
+            if isinstance(module, nn.LSTM):
+                module.register_forward_pre_hook(_refresh_weights)
+        self._hook(decoder, encoder, embeddings)
+        return tuned
+
+    def _check(self, model: Any, decoder: nn.Module) -> None:
+        if not self.prefix:
+            return
+        if not is_causal(decoder) or _cache_word(decoder) is None:
+            raise ConfigError(
+                f"tuning=prefix: {model.config.model_type} takes no keys and values from outside; use tuning=prompt or "
+                "tuning=p_tuning"
+            )
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and self.tokens >= window:
+            raise ConfigError(
+                f"tuning.num_virtual_tokens={self.tokens}: the attention window of this model is {window} tokens wide; "
+                f"use at most {window - 1}, a few dozen as a rule"
+            )
+
+    # -- in the forward pass ---------------------------------------------------------------------------------------
+
+    def _hook(self, decoder: nn.Module, encoder: nn.Module, embeddings: nn.Module) -> None:
+        words = list(inspect.signature(decoder.forward).parameters)
+        cache_word = _cache_word(decoder)
+        strips = is_causal(decoder)
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            inputs = {**dict(zip(words, args, strict=False)), **kwargs}
+            self._added = 0
+            if not self.active:
+                return (), inputs
+            if inputs.get("cu_seq_lens_q") is not None:
+                raise ValueError("virtual tokens need a row for each document; a padding-free row holds several")
+            cache = inputs.get(cache_word) if cache_word else None
+            self._make_room(inputs)
+            if cache is None or cache.get_seq_length() == 0:
+                (self._give_prefix if self.prefix else self._give_prompt)(inputs, encoder, embeddings, cache, cache_word)
+            return (), inputs
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if self._added and strips:
+                output.last_hidden_state = output.last_hidden_state[:, self._added :]
+            self._added = 0
+            return output
+
+        decoder.register_forward_pre_hook(before, with_kwargs=True)
+        decoder.register_forward_hook(after)
+        if self.prefix:
+            for block in decoder.modules():
+                if hasattr(block, "_can_checkpoint_with_cache"):
+                    # Its cache only reads, so that recomputing a block finds what the forward pass found.
+                    block._can_checkpoint_with_cache = True  # type: ignore[assignment]
+
+    def _make_room(self, inputs: dict[str, Any]) -> None:
+        """Positions and mask of what follows the virtual tokens."""
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None:
+            if mask.dim() != 2:
+                raise ValueError("virtual tokens need a mask of two dimensions; switch static caches off")
+            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.tokens), mask], dim=1)
+        if positions is not None:
+            inputs["position_ids"] = positions + self.tokens
+
+    def _give_prompt(
+        self, inputs: dict[str, Any], encoder: nn.Module, embeddings: nn.Module, _cache: Any, _word: str | None
+    ) -> None:
+        ids = inputs.pop("input_ids", None)
+        embedded = embeddings(ids) if ids is not None else inputs["inputs_embeds"]
+        tokens = torch.arange(self.tokens, device=embedded.device)[None]
+        prompt = encoder(tokens).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+        inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
+        if (positions := inputs.get("position_ids")) is not None:
+            inputs["position_ids"] = torch.cat([tokens.expand(positions.shape[0], -1), positions], dim=1)
+        self._added = self.tokens
+
+    def _give_prefix(
+        self, inputs: dict[str, Any], encoder: nn.Module, _embeddings: nn.Module, cache: Any, word: str | None
+    ) -> None:
+        given = inputs.get("input_ids")
+        given = given if given is not None else inputs["inputs_embeds"]
+        settings = self._settings
+        flat = encoder(torch.arange(self.tokens, device=given.device)[None])
+        heads = settings.num_attention_heads
+        # [layers, 2, 1, heads, tokens, width of a head]
+        by_layer = flat.view(1, self.tokens, settings.num_layers, 2, heads, -1).permute(2, 3, 0, 4, 1, 5)
+        by_layer = by_layer.expand(-1, -1, given.shape[0], -1, -1, -1)
+        assert word is not None
+        if cache is None and not inputs.get("use_cache"):
+            inputs[word] = prefix_cache(by_layer)
+            return
+        if cache is None:
+            from transformers import DynamicCache
+
+            cache = inputs[word] = DynamicCache()
+        for layer, (keys, values) in enumerate(by_layer):
+            cache.update(keys, values, layer)
+
+    # -- values and files ------------------------------------------------------------------------------------------
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """The full initial tensor of a parameter of the encoder, float32: peft's own, drawn from (seed, its name)."""
+        if self._last is None or self._last[0] != seed:
+            self._last = seed, self._replica(base, seed)
+        value = self._last[1].get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
+        assert tuple(value.shape) == shape, (name, value.shape, shape)
+        return value
+
+    def _replica(self, base: BaseReader, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(derive_seed(seed, ENCODER))
+            encoder = self._new_encoder()
+            if isinstance(self.config, PromptConfig) and self.config.init is not PromptInit.random:
+                ids = self._start_ids(self.config)
+                encoder.embedding.weight = nn.Parameter(base.rows(self._embedding, ids))  # type: ignore[union-attr]
+        return encoder
+
+    def _new_encoder(self) -> nn.Module:
+        needs_words = isinstance(self.config, PromptConfig)
+        return self._encoder(self._settings, None) if needs_words else self._encoder(self._settings)
+
+    def _start_ids(self, config: PromptConfig) -> list[int]:
+        """Tokens of the vocabulary at which the virtual ones start, as peft chooses them."""
+        if config.init is PromptInit.sampled:
+            return torch.randint(0, self._vocabulary, (self.tokens,)).tolist()
+        assert self.tokenize is not None and config.init_text is not None, "checked when the run was composed"
+        ids = self.tokenize(config.init_text)
+        if not ids:
+            raise ConfigError(f"tuning.init_text={config.init_text!r}: the tokenizer makes no token of it; use another")
+        return (ids * -(-self.tokens // len(ids)))[: self.tokens]
+
+    def write(
+        self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
+    ) -> None:
+        """Write peft's files into `directory`: the encoder's output as `prompt_embeddings`, and modules trained in full.
+
+        `trained` holds the full trainable tensors under plain names. Errors: OSError, SafetensorError.
+        """
+        from peft.utils.other import AuxiliaryTrainingWrapper
+        from safetensors.torch import save_file
+
+        encoder = self._new_encoder().eval()
+        encoder.load_state_dict({k.removeprefix(f"{ENCODER}."): v for k, v in trained.items() if k in self._owned})
+        with torch.no_grad():
+            state = {"prompt_embeddings": encoder(torch.arange(self.tokens)[None])[0]}
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                own = {k.removeprefix(f"{name}."): v for k, v in trained.items() if k.startswith(f"{name}.")}
+                state |= {f"{name}.{k}": v for k, v in module.adapter_state_dict(ADAPTER, own).items()}
+        save_file({k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+        settings = copy.deepcopy(self._settings)
+        settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
+        settings.save_pretrained(str(directory))
+
+
+def _cache_word(decoder: nn.Module) -> str | None:
+    """What the decoder's forward calls keys and values from outside; transformers renamed it."""
+    words = inspect.signature(decoder.forward).parameters
+    return next((word for word in ("cache", "past_key_values") if word in words), None)
+
+
+def _refresh_weights(lstm: nn.Module, _args: Any) -> None:
+    """An LSTM keeps a list of its weights of its own, which strategies that replace parameters do not know."""
+    lstm._flat_weights = [getattr(lstm, name) for name in lstm._flat_weights_names]  # type: ignore[union-attr,assignment]
