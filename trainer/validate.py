@@ -40,7 +40,15 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
-    problems += tuning_problems(config.tuning, config.strategy, config.precision, config.data, merge=config.export.merge)
+    problems += tuning_problems(
+        config.tuning,
+        config.strategy,
+        config.precision,
+        config.data,
+        merge=config.export.merge,
+        new_head=config.objective.name in (ObjectiveName.classification, ObjectiveName.reward),
+        new_tokens=bool(config.model.add_tokens),
+    )
     return [*problems, *_launcher(config)]
 
 

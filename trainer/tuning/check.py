@@ -26,9 +26,19 @@ OWN_CHOICE = {
 
 
 def problems(
-    tuning: TuningConfig, strategy: StrategyConfig, precision: Precision, data: DataConfig, *, merge: bool
+    tuning: TuningConfig,
+    strategy: StrategyConfig,
+    precision: Precision,
+    data: DataConfig,
+    *,
+    merge: bool,
+    new_head: bool = False,
+    new_tokens: bool = False,
 ) -> Iterator[str]:
-    """Every problem as `key=value: constraint; what to do`."""
+    """Every problem as `key=value: constraint; what to do`.
+
+    `new_head`: the objective has a head of its own; `new_tokens`: the vocabulary grows.
+    """
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)
     if isinstance(tuning, FreezeConfig):
@@ -58,6 +68,10 @@ def problems(
             yield f"data.packing=true with {shown}: {reason}; set data.packing=false"
         if data.layout is Layout.padding_free:
             yield f"data.layout=padding_free with {shown}: {reason}; set data.layout=auto"
+    if new_head and method.no_head:
+        yield f"{shown} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
+    if new_tokens and method.no_new_tokens:
+        yield f"model.add_tokens with {shown}: {method.no_new_tokens}; use tuning=lora or tuning=full"
     if merge and method.no_merge:
         yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
 

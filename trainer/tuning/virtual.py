@@ -66,12 +66,18 @@ class Virtual(Added):
         self._embedding = next(name for name, module in model.named_modules() if module is embeddings) + ".weight"
         self._vocabulary = embeddings.num_embeddings
         settings = virtual_config(self.config, "SEQ_CLS" if classifier else "CAUSAL_LM")
+        if not self.prefix:  # as the embeddings say; peft looks for names that DistilBERT does not have
+            settings.token_dim = embeddings.embedding_dim
+            settings.num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+            settings.num_attention_heads = model.config.num_attention_heads  # type: ignore[union-attr]
         settings.modules_to_save = list(self.new_heads) or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
         # A second name for the embeddings would make them a second module to whoever walks over children.
         object.__setattr__(tuned, "word_embeddings", tuned._modules.pop("word_embeddings"))
+        # The wrapper would put the tokens there a second time.
+        tuned.forward, tuned.generate = model.__call__, model.generate
         encoder = tuned.prompt_encoder[ADAPTER]
         self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
         self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
@@ -85,10 +91,15 @@ class Virtual(Added):
     def _check(self, model: Any, decoder: nn.Module) -> None:
         if not self.prefix:
             return
+        kind = model.config.model_type
         if not is_causal(decoder) or _cache_word(decoder) is None:
             raise ConfigError(
-                f"tuning=prefix: {model.config.model_type} takes no keys and values from outside; use tuning=prompt or "
-                "tuning=p_tuning"
+                f"tuning=prefix: {kind} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
+            )
+        if kind == "falcon":
+            raise ConfigError(
+                "tuning=prefix: peft makes a prefix for every attention head, and falcon's heads share one set of keys; "
+                "use tuning=prompt or tuning=p_tuning"
             )
         window = getattr(model.config, "sliding_window", None)
         if window is not None and self.tokens >= window:
