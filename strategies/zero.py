@@ -43,6 +43,13 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     return deepspeed
 
 
+def _restore_linear() -> None:
+    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
+
+    torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
+
+
 class ZeroEngine:
     """A DeepSpeed engine that steps when it is told to and reports what it did."""
 
@@ -264,6 +271,8 @@ class ZeroStrategy:
             self.config, precision=self.precision, max_grad_norm=max_grad_norm, on_cpu=self.on_cpu
         )
         if self.config.stage == 3:
+            if not settings["zero_optimization"]["memory_efficient_linear"]:
+                _restore_linear()
             self._load_partitioned(deepspeed, step_module, source, settings)
         else:
             materialize(step_module, self.runtime.device)

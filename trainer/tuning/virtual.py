@@ -1,14 +1,17 @@
 """Virtual tokens: prompt tuning, P-tuning and prefix tuning, with peft's own encoders and files.
 
 peft puts the tokens before the inputs in its wrapper's forward, which sharded training never calls: an objective asks the
-decoder and the head in turn. Here a hook on the decoder puts them there and cuts their rows off again, so that objectives
-see documents as they are, and row indices need no shift. The encoder is called as a module inside that forward pass.
+decoder and the head in turn. Here a hook on the decoder does it (`trainer.tuning.prepend`), and the encoder is called as a
+module inside that forward pass.
+
+peft 0.21 loses the tokens when it generates with the cache of transformers 5.24 (prefixes also without); its forward pass is
+right. To generate from an export, load the base with transformers and call `load(model, directory)`.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,7 @@ from strategies.runtime import derive_seed
 from trainer.tuning.added import Added, is_causal
 from trainer.tuning.base import BaseReader
 from trainer.tuning.peft_configs import virtual_config
-from trainer.tuning.prefix_cache import prefix_cache
+from trainer.tuning.prepend import Prepend, PrefixShape, cache_word
 from trainer.tuning.replica import ADAPTER
 from trainer.tuning.settings import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 
@@ -51,8 +54,6 @@ class Virtual(Added):
         self._settings: Any = None
         self._encoder: Callable[..., nn.Module] = nn.Module
         self._last: tuple[int, nn.Module] | None = None
-        self._added = 0
-        """Rows that the running forward pass of the decoder has more than its caller knows."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel and hook the decoder; raises ConfigError for architectures that read no prefix."""
@@ -60,7 +61,7 @@ class Virtual(Added):
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         classifier = "SequenceClass" in type(model).__name__
-        decoder = getattr(model, model.base_model_prefix) if classifier else model.get_decoder()  # type: ignore[operator,arg-type]
+        decoder = _decoder_of(model)
         self._check(model, decoder)
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._embedding = next(name for name, module in model.named_modules() if module is embeddings) + ".weight"
@@ -77,7 +78,9 @@ class Virtual(Added):
         # A second name for the embeddings would make them a second module to whoever walks over children.
         object.__setattr__(tuned, "word_embeddings", tuned._modules.pop("word_embeddings"))
         # The wrapper would put the tokens there a second time.
-        tuned.forward, tuned.generate = model.__call__, model.generate
+        tuned.forward = model.__call__
+        if not classifier:
+            tuned.generate = model.generate
         encoder = tuned.prompt_encoder[ADAPTER]
         self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
         self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
@@ -85,14 +88,14 @@ class Virtual(Added):
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
                 module.register_forward_pre_hook(_refresh_weights)
-        self._hook(decoder, encoder, embeddings)
+        Prepend(decoder, encoder, embeddings, self.tokens, _shape_of(self._settings), lambda: self.active)
         return tuned
 
     def _check(self, model: Any, decoder: nn.Module) -> None:
         if not self.prefix:
             return
         kind = model.config.model_type
-        if not is_causal(decoder) or _cache_word(decoder) is None:
+        if not is_causal(decoder) or cache_word(decoder) is None:
             raise ConfigError(
                 f"tuning=prefix: {kind} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
             )
@@ -107,86 +110,6 @@ class Virtual(Added):
                 f"tuning.num_virtual_tokens={self.tokens}: the attention window of this model is {window} tokens wide; "
                 f"use at most {window - 1}, a few dozen as a rule"
             )
-
-    # -- in the forward pass ---------------------------------------------------------------------------------------
-
-    def _hook(self, decoder: nn.Module, encoder: nn.Module, embeddings: nn.Module) -> None:
-        words = list(inspect.signature(decoder.forward).parameters)
-        cache_word = _cache_word(decoder)
-        strips = is_causal(decoder)
-
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            inputs = {**dict(zip(words, args, strict=False)), **kwargs}
-            self._added = 0
-            if not self.active:
-                return (), inputs
-            if inputs.get("cu_seq_lens_q") is not None:
-                raise ValueError("virtual tokens need a row for each document; a padding-free row holds several")
-            cache = inputs.get(cache_word) if cache_word else None
-            self._make_room(inputs)
-            if cache is None or cache.get_seq_length() == 0:
-                (self._give_prefix if self.prefix else self._give_prompt)(inputs, encoder, embeddings, cache, cache_word)
-            return (), inputs
-
-        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if self._added and strips:
-                output.last_hidden_state = output.last_hidden_state[:, self._added :]
-            self._added = 0
-            return output
-
-        decoder.register_forward_pre_hook(before, with_kwargs=True)
-        decoder.register_forward_hook(after)
-        if self.prefix:
-            for block in decoder.modules():
-                if hasattr(block, "_can_checkpoint_with_cache"):
-                    # Its cache only reads, so that recomputing a block finds what the forward pass found.
-                    block._can_checkpoint_with_cache = True  # type: ignore[assignment]
-
-    def _make_room(self, inputs: dict[str, Any]) -> None:
-        """Positions and mask of what follows the virtual tokens."""
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        if mask is not None:
-            if mask.dim() != 2:
-                raise ValueError("virtual tokens need a mask of two dimensions; switch static caches off")
-            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.tokens), mask], dim=1)
-        if positions is not None:
-            inputs["position_ids"] = positions + self.tokens
-
-    def _give_prompt(
-        self, inputs: dict[str, Any], encoder: nn.Module, embeddings: nn.Module, _cache: Any, _word: str | None
-    ) -> None:
-        ids = inputs.pop("input_ids", None)
-        embedded = embeddings(ids) if ids is not None else inputs["inputs_embeds"]
-        tokens = torch.arange(self.tokens, device=embedded.device)[None]
-        prompt = encoder(tokens).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
-        if (positions := inputs.get("position_ids")) is not None:
-            inputs["position_ids"] = torch.cat([tokens.expand(positions.shape[0], -1), positions], dim=1)
-        self._added = self.tokens
-
-    def _give_prefix(
-        self, inputs: dict[str, Any], encoder: nn.Module, _embeddings: nn.Module, cache: Any, word: str | None
-    ) -> None:
-        given = inputs.get("input_ids")
-        given = given if given is not None else inputs["inputs_embeds"]
-        settings = self._settings
-        flat = encoder(torch.arange(self.tokens, device=given.device)[None])
-        heads = settings.num_attention_heads
-        # [layers, 2, 1, heads, tokens, width of a head]
-        by_layer = flat.view(1, self.tokens, settings.num_layers, 2, heads, -1).permute(2, 3, 0, 4, 1, 5)
-        by_layer = by_layer.expand(-1, -1, given.shape[0], -1, -1, -1)
-        assert word is not None
-        if cache is None and not inputs.get("use_cache"):
-            inputs[word] = prefix_cache(by_layer)
-            return
-        if cache is None:
-            from transformers import DynamicCache
-
-            cache = inputs[word] = DynamicCache()
-        for layer, (keys, values) in enumerate(by_layer):
-            cache.update(keys, values, layer)
-
-    # -- values and files ------------------------------------------------------------------------------------------
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter of the encoder, float32: peft's own, drawn from (seed, its name)."""
@@ -244,12 +167,41 @@ class Virtual(Added):
         settings.save_pretrained(str(directory))
 
 
-def _cache_word(decoder: nn.Module) -> str | None:
-    """What the decoder's forward calls keys and values from outside; transformers renamed it."""
-    words = inspect.signature(decoder.forward).parameters
-    return next((word for word in ("cache", "past_key_values") if word in words), None)
-
-
 def _refresh_weights(lstm: nn.Module, _args: Any) -> None:
     """An LSTM keeps a list of its weights of its own, which strategies that replace parameters do not know."""
     lstm._flat_weights = [getattr(lstm, name) for name in lstm._flat_weights_names]  # type: ignore[union-attr,assignment]
+
+
+def load(model: Any, directory: str | Path) -> Any:
+    """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
+
+    The model itself is returned; it computes, and generates, what was trained. Errors: ConfigError for other methods.
+    """
+    from safetensors.torch import load_file
+
+    directory = Path(directory)
+    stored = json.loads((directory / "adapter_config.json").read_text())
+    if stored["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        raise ConfigError(f"{directory}: holds {stored['peft_type']}, not virtual tokens; load it with peft")
+    state = load_file(directory / "adapter_model.safetensors")
+    like = model.get_input_embeddings().weight
+    encoder = nn.Embedding.from_pretrained(state.pop("prompt_embeddings").to(like.device, like.dtype))
+    heads = {name.removeprefix("base_model."): value for name, value in state.items()}
+    unknown = model.load_state_dict(heads, strict=False).unexpected_keys
+    if unknown:
+        raise ConfigError(f"{directory}: was trained for another kind of model: this one has no {unknown[0]}")
+    shape = None
+    if stored["peft_type"] == "PREFIX_TUNING":
+        shape = PrefixShape(stored["num_layers"], stored["num_attention_heads"])
+    Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), stored["num_virtual_tokens"], shape)
+    return model
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    classifier = "SequenceClass" in type(model).__name__
+    return getattr(model, model.base_model_prefix) if classifier else model.get_decoder()
+
+
+def _shape_of(settings: Any) -> PrefixShape | None:
+    prefix = settings.peft_type == "PREFIX_TUNING"
+    return PrefixShape(settings.num_layers, settings.num_attention_heads) if prefix else None
