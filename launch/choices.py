@@ -46,8 +46,7 @@ def variants() -> dict[str, dict[str, type]]:
         ScheduleFreeConfig,
         SgdConfig,
     )
-    from trainer.tuning import settings as tuning
-    from trainer.tuning.base import FullConfig, LoraConfig
+    from trainer.tuning.settings import TUNINGS
 
     optim = (
         AdamwConfig,
@@ -61,24 +60,7 @@ def variants() -> dict[str, dict[str, type]]:
 
     return {
         "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
-        "tuning": {
-            "full": FullConfig,
-            "freeze": tuning.FreezeConfig,
-            "lora": LoraConfig,
-            "ia3": tuning.Ia3Config,
-            "vera": tuning.VeraConfig,
-            "loha": tuning.LohaConfig,
-            "lokr": tuning.LokrConfig,
-            "oft": tuning.OftConfig,
-            "boft": tuning.BoftConfig,
-            "ln": tuning.LnConfig,
-            "prefix": tuning.PrefixConfig,
-            "prompt": tuning.PromptConfig,
-            "p_tuning": tuning.PTuningConfig,
-            "adaption_prompt": tuning.AdaptionPromptConfig,
-            "bottleneck": tuning.BottleneckConfig,
-            "peft": tuning.PeftConfig,
-        },
+        "tuning": {str(settings().name): settings for settings in TUNINGS},
         "objective": {
             "sft": SftConfig,
             "classification": ClassificationConfig,

@@ -222,8 +222,9 @@ def build_step(
     _grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     head_labels = build_objective(objective_config).head_labels
     classification = head_labels is not None
+    padded = classification or needs_own_rows(tuning_config)
     layout, attention, notes = resolve_layout(
-        config, layout, model_config.model_type, needs_padding=classification or needs_own_rows(tuning_config), half_on_gpu=half_on_gpu
+        config, layout, model_config.model_type, needs_padding=padded, half_on_gpu=half_on_gpu
     )
     if classification:
         _describe_head(model_config, objective_config, head_labels or num_labels, tokenizer.pad_token_id)
@@ -254,9 +255,7 @@ def build_step(
     prefix = model.base_model_prefix
     heads = tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
     heads = heads if classification else ()
-    tuning = build_tuning(
-        tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenize=lambda text: tokenizer(text)["input_ids"]
-    )
+    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     model.train()
     objective = build_objective(objective_config, tuning.reference if tuning.keeps_base else None)

@@ -90,6 +90,14 @@ class Checkpoint:
         shape = self.shape(stored)
         return self.run(stored, 0, math.prod(shape)).view(shape)
 
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a matrix by its name in the model, float32; raises ConfigError where the files do not have it."""
+        stored = self.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
+        columns = self.shape(stored)[1]
+        return torch.stack([self.run(stored, i * columns, (i + 1) * columns).float() for i in indices])
+
 
 class WeightSource:
     """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
@@ -146,11 +154,8 @@ class WeightSource:
         stored = self.checkpoint.resolve(base)
         if stored is None:
             return self._drawn(base, tuple(shape)).reshape(-1)[start:stop]
-        return self._stored(base, stored, tuple(shape), start, stop)
-
-    def _stored(self, base: str, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         if self.new_ids and base in self.vocabulary:
-            return self._with_new_rows(stored, shape, start, stop)
+            return self._with_new_rows(stored, tuple(shape), start, stop)
         return self.checkpoint.run(stored, start, stop)
 
     def whole(self, name: str) -> Tensor:
@@ -158,14 +163,8 @@ class WeightSource:
         return self.checkpoint.whole(name)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
-        """Rows of a base matrix, float32, for methods that start at them."""
-        stored = self.checkpoint.resolve(name)
-        if stored is None:
-            raise ConfigError(f"{name}: needed by the tuning method but not in {self.checkpoint.directory}")
-        num, columns = self.checkpoint.shape(stored)
-        size = (max(num, *(i + 1 for i in indices)), columns)
-        found = [self._stored(name, stored, size, i * columns, (i + 1) * columns) for i in indices]
-        return torch.stack([row.float() for row in found])
+        """Rows of a base matrix, for methods that start at them."""
+        return self.checkpoint.rows(name, indices)
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):

@@ -27,8 +27,10 @@ def test_a_method_takes_the_same_steps_as_single_from_the_same_start(report, cas
     assert found[strategy]["start"] == 0.0
     assert len(found["expected"]) == STEPS
     assert_close(found[strategy]["found"], found["expected"])
-    seen = max(abs(norm / still - 1) for (_, norm), (_, still) in zip(found["expected"], found["standing"], strict=True))
-    assert seen > 100 * TOLERANCE, "updates change too little: the comparison is blind"
+    seen = max(
+        abs(norm / still - 1) for (_, norm), (_, still) in zip(found["expected"], found["standing"], strict=True)
+    )
+    assert seen > 30 * TOLERANCE, "updates change too little: the comparison is blind"
 
 
 def test_every_strategy_is_met():

@@ -91,9 +91,7 @@ def nll(model, sample):
 
 
 @pytest.mark.parametrize(("architecture", "name"), CAUSAL)
-def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(
-    architecture, name, bases, runtime, tmp_path
-):
+def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(architecture, name, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime)
     engine, built, _ = parts
@@ -115,7 +113,7 @@ def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(
 def test_a_classifier_judges_each_document_as_plain_peft_does_alone(architecture, name, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime, objective=ClassificationConfig())
-    engine, built, _ = parts
+    engine = parts[0]
     facts = {"label_names": LABELS, "objective": "classification"}
     adapted = plain(base, export(parts, base, tmp_path / "x", runtime, verify=True, facts=facts), classify=True)
     adapted.config.pad_token_id = 2
@@ -174,7 +172,7 @@ def test_documents_that_leave_no_room_for_virtual_tokens_are_refused():
     check_room(PromptConfig(num_virtual_tokens=12), 500, 512)
     check_room(PromptConfig(num_virtual_tokens=13), 513, 512)  # too long already, and none of its business
     check_room(FullConfig(), 512, 512)
-    with pytest.raises(ConfigError, match="set data.max_length=499"):
+    with pytest.raises(ConfigError, match=r"set data\.max_length=499"):
         check_room(PromptConfig(num_virtual_tokens=13), 500, 512)
 
 
@@ -240,7 +238,7 @@ def test_in_half_precision_an_export_still_verifies(name, bases, runtime, tmp_pa
 @pytest.mark.parametrize("name", ADDED)
 def test_a_fold_is_refused_when_an_old_run_is_exported(name, bases, runtime, tmp_path):
     base = bases("llama")
-    with pytest.raises(ConfigError, match="use export.merge=false"):
+    with pytest.raises(ConfigError, match=r"use export\.merge=false"):
         export(trained(base, ADDED[name], runtime, steps=0), base, tmp_path / "x", runtime, merge=True)
 
 

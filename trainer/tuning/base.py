@@ -87,7 +87,7 @@ class BaseReader(Protocol):
         """The full parameter, on the CPU."""
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
-        """Rows of a matrix, float32 `[len(indices), columns]`, on the CPU; those of new vocabulary included."""
+        """Rows of a matrix, float32 `[len(indices), columns]`, on the CPU."""
 
 
 class Tuning(Protocol):

@@ -31,7 +31,7 @@ CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ATTENTION = ("self_attn", "attn", "self_attention", "attention")
 FEEDFORWARD = ("mlp", "ffn", "feed_forward")
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     Activation.gelu: partial(F.gelu, approximate="none"),
     Activation.relu: F.relu,
     Activation.silu: F.silu,
@@ -70,7 +70,7 @@ class Bottleneck(Added):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         added = insert(model, self.config, is_active=lambda: self.active, device="meta")
-        self._width = model.config.hidden_size  # type: ignore[union-attr]
+        self._width: Any = model.config.hidden_size  # type: ignore[union-attr]
         self._owned = {f"{name}.{key}" for name, layer in added.items() for key, _ in layer.named_parameters()}
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
 from trainer.tuning.settings import AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
@@ -13,17 +13,17 @@ def build_tuning(
     *,
     new_tokens: bool = False,
     new_heads: tuple[str, ...] = (),
-    tokenize: Callable[[str], list[int]] | None = None,
+    tokenizer: Any = None,
 ) -> Tuning:
     """The method that `config` names.
 
     `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train;
-    `tokenize`: from text to token ids, for a prompt that starts at a text.
+    `tokenizer` is asked by a prompt that starts at a text.
     """
     if isinstance(config, VirtualConfig):
         from trainer.tuning.virtual import Virtual
 
-        return Virtual(config, tokenize=tokenize, train_embeddings=new_tokens, new_heads=new_heads)
+        return Virtual(config, tokenizer=tokenizer, train_embeddings=new_tokens, new_heads=new_heads)
     if isinstance(config, BottleneckConfig):
         from trainer.tuning.bottleneck import Bottleneck
 

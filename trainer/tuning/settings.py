@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from trainer.tuning.base import AdapterConfig, TuningConfig, TuningName
+from trainer.tuning.base import AdapterConfig, FullConfig, LoraConfig, TuningConfig, TuningName
 
 
 @dataclass(kw_only=True, slots=True)
@@ -230,3 +230,24 @@ class BottleneckConfig(TuningConfig):
     """Name, within a block, of the module behind whose output the first adapter stands; default: found by its usual names."""
     feedforward: str | None = None
     """The same for the second adapter."""
+
+
+TUNINGS: tuple[type[TuningConfig], ...] = (
+    FullConfig,
+    FreezeConfig,
+    LoraConfig,
+    Ia3Config,
+    VeraConfig,
+    LohaConfig,
+    LokrConfig,
+    OftConfig,
+    BoftConfig,
+    LnConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    PeftConfig,
+)
+"""The settings behind the choices of `tuning=`."""

@@ -25,7 +25,7 @@ from strategies.runtime import derive_seed
 from trainer.tuning.added import Added, is_causal
 from trainer.tuning.base import BaseReader
 from trainer.tuning.peft_configs import virtual_config
-from trainer.tuning.prepend import Prepend, PrefixShape, cache_word
+from trainer.tuning.prepend import PrefixShape, Prepend, cache_word
 from trainer.tuning.replica import ADAPTER
 from trainer.tuning.settings import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 
@@ -35,20 +35,21 @@ ENCODER = f"prompt_encoder.{ADAPTER}"
 class Virtual(Added):
     """Trained tokens before every document: as embeddings, or as keys and values of every layer (prefix)."""
 
+    config: VirtualConfig
     wrapper = "base_model."
 
     def __init__(
         self,
         config: VirtualConfig,
         *,
-        tokenize: Callable[[str], list[int]] | None = None,
+        tokenizer: Any = None,
         train_embeddings: bool = False,
         new_heads: tuple[str, ...] = (),
     ) -> None:
         super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
         self.tokens = config.num_virtual_tokens
         self.prefix = isinstance(config, PrefixConfig)
-        self.tokenize = tokenize
+        self.tokenizer = tokenizer
         self._embedding = ""
         self._vocabulary = 0
         self._settings: Any = None
@@ -137,8 +138,8 @@ class Virtual(Added):
         """Tokens of the vocabulary at which the virtual ones start, as peft chooses them."""
         if config.init is PromptInit.sampled:
             return torch.randint(0, self._vocabulary, (self.tokens,)).tolist()
-        assert self.tokenize is not None and config.init_text is not None, "checked when the run was composed"
-        ids = self.tokenize(config.init_text)
+        assert config.init_text is not None, "checked when the run was composed"
+        ids = self.tokenizer(config.init_text)["input_ids"]
         if not ids:
             raise ConfigError(f"tuning.init_text={config.init_text!r}: the tokenizer makes no token of it; use another")
         return (ids * -(-self.tokens // len(ids)))[: self.tokens]
@@ -161,7 +162,9 @@ class Virtual(Added):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 own = {k.removeprefix(f"{name}."): v for k, v in trained.items() if k.startswith(f"{name}.")}
                 state |= {f"{name}.{k}": v for k, v in module.adapter_state_dict(ADAPTER, own).items()}
-        save_file({k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"}
+        )
         settings = copy.deepcopy(self._settings)
         settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
         settings.save_pretrained(str(directory))
