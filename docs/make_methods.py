@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT))
 from trainer.tuning.base import FullConfig, LoraConfig, TuningConfig  # noqa: E402
 from trainer.tuning.build import build_tuning  # noqa: E402
 from trainer.tuning.settings import (  # noqa: E402
+    AdaptionPromptConfig,
     BoftConfig,
+    BottleneckConfig,
     FreezeConfig,
     Ia3Config,
     LnConfig,
@@ -22,6 +24,9 @@ from trainer.tuning.settings import (  # noqa: E402
     LokrConfig,
     OftConfig,
     PeftConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
     VeraConfig,
 )
 from trainer.tuning.table import METHODS, NOT_HERE, PROPERTIES, TYPES, Method  # noqa: E402
@@ -34,8 +39,9 @@ work when a run is composed, with the reason.
 
 Every method here takes the same steps under every strategy as in one process, within 1e-5 over five clipped steps in fp32
 (`tests/parity/test_methods.py`), starts from the same values for any number of ranks, and computes what plain `peft` computes
-with the same weights. Values are drawn by `peft` itself, one layer at a time, from (seed, layer name). The column *trained* is
-counted on a Llama of 2 blocks, width 64, vocabulary 256 (SIZE parameters), with the settings shown.
+with the same weights (but `bottleneck`, which `peft` does not have). Values are drawn by `peft` itself, one layer at a time, from
+(seed, layer name). What the families change, cost and are good for: [peft.md](peft.md). The column *trained* is counted on
+a Llama of 2 blocks, width 64, vocabulary 256 (SIZE parameters), with the settings shown.
 
 `torch.compile` was measured for `tuning=freeze` alone (equal within 1e-7); with the others it is allowed and not proven.
 """
@@ -50,6 +56,11 @@ SETTINGS: dict[str, tuple[TuningConfig, str]] = {
     "oft": (OftConfig(), ""),
     "boft": (BoftConfig(), ""),
     "ln": (LnConfig(), ""),
+    "prefix": (PrefixConfig(), ""),
+    "prompt": (PromptConfig(), ""),
+    "p_tuning": (PTuningConfig(), ""),
+    "adaption_prompt": (AdaptionPromptConfig(), ""),
+    "bottleneck": (BottleneckConfig(size=8), "`tuning.size=8`"),
     "beft": (PeftConfig(type="beft"), ""),
     "c3a": (PeftConfig(type="c3a", options={"block_size": 16}), "`tuning.options.block_size=16`"),
     "glora": (PeftConfig(type="glora"), ""),
@@ -101,6 +112,10 @@ def reasons() -> list[str]:
     for name, method in {**METHODS, **TYPES}.items():
         if method.no_merge:
             lines.append(f"- `{name}`, merge: {method.no_merge}.")
+        if method.no_head:
+            lines.append(f"- `{name}`, classification and reward models: {method.no_head}.")
+        if method.no_new_tokens:
+            lines.append(f"- `{name}`, `model.add_tokens`: {method.no_new_tokens}.")
         for word, reason in method.refused.items():
             where = " under `fsdp2`, `hsdp` and ZeRO" if word == "half" else ""
             lines.append(f"- `{name}`, {PROPERTIES[word]}{where}: {reason}.")

@@ -50,8 +50,7 @@ def variants() -> dict[str, dict[str, type]]:
         ScheduleFreeConfig,
         SgdConfig,
     )
-    from trainer.tuning import settings as tuning
-    from trainer.tuning.base import FullConfig, LoraConfig
+    from trainer.tuning.settings import TUNINGS
 
     optim = (
         AdamwConfig,
@@ -65,19 +64,7 @@ def variants() -> dict[str, dict[str, type]]:
 
     return {
         "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
-        "tuning": {
-            "full": FullConfig,
-            "freeze": tuning.FreezeConfig,
-            "lora": LoraConfig,
-            "ia3": tuning.Ia3Config,
-            "vera": tuning.VeraConfig,
-            "loha": tuning.LohaConfig,
-            "lokr": tuning.LokrConfig,
-            "oft": tuning.OftConfig,
-            "boft": tuning.BoftConfig,
-            "ln": tuning.LnConfig,
-            "peft": tuning.PeftConfig,
-        },
+        "tuning": {str(settings().name): settings for settings in TUNINGS},
         "objective": {
             "sft": SftConfig,
             "pretrain": PretrainConfig,

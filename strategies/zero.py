@@ -27,7 +27,6 @@ from strategies.parameters import (
 from strategies.runtime import Runtime
 from strategies.state import Run, StateHeader, load_state, save_state
 from strategies.zero_config import deepspeed_config
-from strategies.zero_linear import mend_linear
 
 
 def import_deepspeed(*, on_cpu: bool) -> Any:
@@ -42,6 +41,13 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _restore_linear() -> None:
+    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
+
+    torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
 
 
 class ZeroEngine:
@@ -265,6 +271,8 @@ class ZeroStrategy:
             self.config, precision=self.precision, max_grad_norm=max_grad_norm, on_cpu=self.on_cpu
         )
         if self.config.stage == 3:
+            if not settings["zero_optimization"]["memory_efficient_linear"]:
+                _restore_linear()
             self._load_partitioned(deepspeed, step_module, source, settings)
         else:
             materialize(step_module, self.runtime.device)
@@ -280,7 +288,6 @@ class ZeroStrategy:
         self, deepspeed: Any, step_module: nn.Module, source: ParameterSource, settings: dict
     ) -> None:
         """Block by block: allocate, fill on rank 0, and let `zero.Init` broadcast and partition."""
-        mend_linear()
         names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
         for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
             fresh: dict[int, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from strategies.base import Precision, ZeroConfig
+from strategies.base import ActivationCheckpointing, Precision, ZeroConfig
 
 MIB = 2**20
 
@@ -43,6 +43,9 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
         zero["stage3_prefetch_bucket_size"] = config.prefetch_mib * MIB // 2
         zero["stage3_max_live_parameters"] = int(1e9)
         zero["stage3_max_reuse_distance"] = int(1e9)
+        # DeepSpeed's own linear function adds biases in place, into results that selective checkpointing keeps: they
+        # would be added again with every recomputation. What it saves is small beside that of checkpointing.
+        zero["memory_efficient_linear"] = config.activation_checkpointing is not ActivationCheckpointing.selective
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

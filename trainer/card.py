@@ -12,6 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+BOTTLENECK = "bottleneck"
+VIRTUAL_TOKENS = ("prefix", "prompt", "p_tuning")
+OWN_LOADER = """
+peft 0.21 computes this adapter rightly, and loses it from the cache when it generates with transformers 5.24. To generate:
+
+```python
+from trainer.tuning.virtual import load  # of shardtune; `model` is the base model
+
+model = load(model, "path/to/this/directory")
+```"""
+
 
 @dataclass(kw_only=True, slots=True)
 class CardFacts:
@@ -79,7 +90,11 @@ def licence_of(directory: str) -> str | None:
 
 def _front_matter(card: CardFacts, *, licence: str | None, base: str, adapter: bool, method: str) -> str:
     classifier = card.facts.get("objective") == "classification"
-    lines = ["---", f"base_model: {json.dumps(base)}", f"library_name: {'peft' if adapter else 'transformers'}"]
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        f"library_name: {'peft' if adapter and method != BOTTLENECK else 'transformers'}",
+    ]
     if card.facts.get("objective") == "seq2seq":
         lines.append("pipeline_tag: text2text-generation")
     else:
@@ -104,18 +119,25 @@ def _loading(card: CardFacts, base_path: str, *, adapter: bool) -> str:
     if card.facts.get("objective") == "seq2seq":
         auto = "AutoModelForSeq2SeqLM"
     lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    method = str(card.facts.get("tuning", "full"))
     if adapter:
-        lines.insert(0, "from peft import PeftModel")
+        own = method == BOTTLENECK
+        if own:
+            lines.insert(1, "from trainer.tuning.bottleneck import load  # of shardtune")
+        else:
+            lines.insert(0, "from peft import PeftModel")
         labels = card.facts.get("label_names")
         extra = f", num_labels={len(labels)}" if classifier and labels else ""
         lines.append(f"model = {auto}.from_pretrained({json.dumps(_base_name(base_path))}{extra})  # the base model")
         if card.resize_to:
             lines.append(f"model.resize_token_embeddings({card.resize_to})  # tokens were added to the vocabulary")
-        lines.append('model = PeftModel.from_pretrained(model, "path/to/this/directory")')
+        loader = "load" if own else "PeftModel.from_pretrained"
+        lines.append(f'model = {loader}(model, "path/to/this/directory")')
     else:
         lines.append(f'model = {auto}.from_pretrained("path/to/this/directory")')
     lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")')
-    return "\n".join(["```python", *lines, "```"])
+    text = "\n".join(["```python", *lines, "```"])
+    return text + "\n" + OWN_LOADER if adapter and method in VIRTUAL_TOKENS and not classifier else text
 
 
 def _data(facts: Mapping[str, Any]) -> str:

@@ -210,7 +210,10 @@ def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _check_mergeable(built: Built) -> None:
     from trainer.tuning.adapter_files import check_mergeable
+    from trainer.tuning.table import method_of
 
+    if reason := method_of(built.tuning.config).no_merge:  # type: ignore[attr-defined]
+        raise ConfigError(f"export.merge=true: {reason}; use export.merge=false")
     model = built.step_module.model
     check_mergeable(model, {name for name, p in model.named_parameters() if p.requires_grad})
 
@@ -220,7 +223,9 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
     from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
     tuning = built.tuning
-    assert isinstance(tuning, Adapter)
+    if not isinstance(tuning, Adapter):
+        tuning.write(built.step_module.model, trained, directory, *hub_name(base_path))  # type: ignore[attr-defined]
+        return
     if tuning.converts:
         trained = as_plain_lora(tuning, trained, Checkpoint(Path(base_path), built.base_prefix))
     write_adapter(tuning, built.step_module.model, trained, directory, *hub_name(base_path))

@@ -22,6 +22,7 @@ from trainer.objectives.build import build_objective
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import build_tuning
+from trainer.tuning.table import needs_own_rows
 
 
 class Attention(StrEnum):
@@ -177,7 +178,7 @@ def resolve_layout(
             notes["data.layout"] = f"padded ({reason})"
     elif layout is Layout.padding_free and (needs_padding or not known):
         raise ConfigError(
-            f"data.layout=padding_free: {model_type} with this objective is not proven to keep documents apart; "
+            f"data.layout=padding_free: {model_type} with this objective and tuning is not proven to keep documents apart; "
             f"use data.layout=padded (proven: {', '.join(sorted(attention_module.PADDING_FREE))})"
         )
     if layout is Layout.padded:
@@ -226,8 +227,9 @@ def build_step(
     classification = head_labels is not None
     seq2seq = objective_config.name is ObjectiveName.seq2seq
     encoder_decoder.check(model_config.to_dict(), config.path, objective_config.name)
+    padded = classification or seq2seq or needs_own_rows(tuning_config)
     layout, attention, notes = resolve_layout(
-        config, layout, model_config.model_type, needs_padding=classification or seq2seq, half_on_gpu=half_on_gpu
+        config, layout, model_config.model_type, needs_padding=padded, half_on_gpu=half_on_gpu
     )
     if classification:
         _describe_head(model_config, objective_config, head_labels or num_labels, tokenizer.pad_token_id)
@@ -255,7 +257,7 @@ def build_step(
     prefix = model.base_model_prefix
     heads = tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
     heads = heads if classification else ()
-    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
+    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     encoder_decoder.freeze_fixed(model)
     model.train()

@@ -35,6 +35,7 @@ from trainer.objectives.build import build_objective, settled
 from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
 from trainer.teacher import attach_teacher, common_layout, teacher_model
+from trainer.tuning.check import check_room
 from trainer.weights import Checkpoint, WeightSource, fill_buffers, tied_names
 
 
@@ -95,6 +96,9 @@ def build_model(
     built.substitutions.update(noted)
     if objective is not config.objective:
         built.substitutions["objective.class_weights"] = f"balanced -> {objective.class_weights}"  # type: ignore[attr-defined]
+    check_room(
+        config.tuning, int(data.train.lengths.max(initial=0)), getattr(built.config, "max_position_embeddings", None)
+    )
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "

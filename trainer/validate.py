@@ -291,7 +291,15 @@ def _tuning(config: RunConfig) -> Iterator[str]:
             f"model.add_tokens={config.model.add_tokens}: encoder and decoder look tokens up apart, and an adapter would "
             "train one of them; set tuning=full with objective=seq2seq"
         )
-    yield from tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
+    yield from tuning_problems(
+        config.tuning,
+        config.strategy,
+        config.precision,
+        config.data,
+        merge=config.export.merge,
+        new_head=config.objective.name in (ObjectiveName.classification, ObjectiveName.reward),
+        new_tokens=bool(config.model.add_tokens),
+    )
 
 
 def _launcher(config: RunConfig) -> Iterator[str]:

@@ -110,7 +110,12 @@ def load_export(directory: Path, base_path: str | None = None) -> Any:
 
 
 def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
-    if not (directory / "adapter_config.json").is_file():
+    from trainer.tuning import bottleneck
+
+    settings_file = directory / "adapter_config.json"
+    if (directory / bottleneck.CONFIG_FILE).is_file():
+        settings_file = directory / bottleneck.CONFIG_FILE
+    if not settings_file.is_file():
         if not (directory / "config.json").is_file():
             raise ConfigError(
                 f"{directory}: holds neither config.json nor adapter_config.json; give an export directory"
@@ -118,7 +123,7 @@ def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
         return _auto_class(directory).from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
     from trainer.tuning.adapter_files import load_adapter
 
-    settings = json.loads((directory / "adapter_config.json").read_text())
+    settings = json.loads(settings_file.read_text())
     base = base_path or settings["base_model_name_or_path"]
     if settings["task_type"] == "SEQ_CLS":
         from safetensors import safe_open
@@ -134,7 +139,8 @@ def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
     tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    return load_adapter(model, directory).eval()
+    load = bottleneck.load if settings_file.name == bottleneck.CONFIG_FILE else load_adapter
+    return load(model, directory).eval()
 
 
 def _head_rows(safe_open: Any, directory: Path) -> int:
@@ -178,6 +184,8 @@ def verify_export(
         inputs["decoder_input_ids"] = shifted(ids, decoder_start)
     with torch.no_grad():
         logits = model(**inputs).logits
+    if logits.dim() == 3:
+        logits = logits[:, -len(token_ids) :]  # virtual tokens come first
     logits = logits.reshape(-1, logits.shape[-1]).float()
     if tolerance is None:
         tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])

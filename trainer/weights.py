@@ -96,6 +96,14 @@ class Checkpoint:
         shape = self.shape(stored)
         return self.run(stored, 0, math.prod(shape)).view(shape)
 
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a matrix by its name in the model, float32; raises ConfigError where the files do not have it."""
+        stored = self.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
+        columns = self.shape(stored)[1]
+        return torch.stack([self.run(stored, i * columns, (i + 1) * columns).float() for i in indices])
+
 
 def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, list[str]]:
     """For each shared parameter the other names it has, as the base checkpoint would spell them, by its first one."""
@@ -189,6 +197,10 @@ class WeightSource:
     def whole(self, name: str) -> Tensor:
         """A full base parameter, for methods that read base weights."""
         return self.checkpoint.whole(name)
+
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a base matrix, for methods that start at them."""
+        return self.checkpoint.rows(name, indices)
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):

@@ -91,3 +91,14 @@ def test_loading_code_of_a_classifier_and_of_a_grown_vocabulary():
     )
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
+
+
+def test_loading_code_of_methods_that_plain_peft_does_not_serve():
+    text = render_card(card(facts={**FACTS, "tuning": "bottleneck"}), adapter=True, base_path="org/name")
+    assert front_matter(text)["library_name"] == "transformers" and "PeftModel" not in text
+    assert "from trainer.tuning.bottleneck import load" in text
+    assert 'load(model, "path/to/this/directory")' in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+    for method, told in (("prefix", True), ("lora", False)):
+        text = render_card(card(facts={**FACTS, "tuning": method}), adapter=True, base_path="org/name")
+        assert "PeftModel.from_pretrained" in text and ("trainer.tuning.virtual import load" in text) == told

@@ -4,7 +4,11 @@ from typing import Any
 
 from trainer.tuning.base import LoraConfig, TuningConfig
 from trainer.tuning.settings import (
+    Activation,
+    AdaptionPromptConfig,
     BoftConfig,
+    BottleneckConfig,
+    EncoderKind,
     FreezeConfig,
     Ia3Config,
     LnConfig,
@@ -12,6 +16,11 @@ from trainer.tuning.settings import (
     LokrConfig,
     OftConfig,
     PeftConfig,
+    Placement,
+    PrefixConfig,
+    PromptConfig,
+    PromptInit,
+    PTuningConfig,
     VeraConfig,
 )
 
@@ -71,4 +80,15 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of tuning=peft, by type: p
 }
 for _type, (_class, _options) in OPTIONS.items():
     ADAPTERS[f"peft {_type}"] = PeftConfig(type=_type, options=dict(_options)), _class, dict(_options)
-CASES: dict[str, TuningConfig] = {**FROZEN, **{name: case[0] for name, case in ADAPTERS.items()}}
+ADDED: dict[str, TuningConfig] = {  # parameters beside the base's layers, with loaders and forward passes of their own
+    "prompt": PromptConfig(num_virtual_tokens=4),
+    "prefix": PrefixConfig(num_virtual_tokens=4),
+    "p_tuning mlp": PTuningConfig(num_virtual_tokens=4),
+    "p_tuning lstm": PTuningConfig(num_virtual_tokens=4, encoder=EncoderKind.lstm, encoder_hidden_size=12),
+    "prompt text": PromptConfig(num_virtual_tokens=4, init=PromptInit.text, init_text="What is it about?"),
+    "adaption_prompt": AdaptionPromptConfig(adapter_len=4),
+    "bottleneck pfeiffer": BottleneckConfig(size=8, placement=Placement.pfeiffer, activation=Activation.relu),
+    "bottleneck": BottleneckConfig(size=8),
+    "prefix projection": PrefixConfig(num_virtual_tokens=4, projection=True, encoder_hidden_size=16),
+}
+CASES: dict[str, TuningConfig] = {**FROZEN, **{name: case[0] for name, case in ADAPTERS.items()}, **ADDED}

@@ -33,14 +33,25 @@ TURNS = {
     "zero1": STRATEGIES["zero1"],
     "fsdp2, checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full),
 }
-RESUMED = {"lora pissa": LoraConfig(rank=4, init="pissa", lr_ratio=4.0), "oft": OftConfig(block_size=8)}
+ALSO = {
+    "zero3, selective checkpointing": replace(ZERO3, activation_checkpointing=ActivationCheckpointing.selective),
+    "zero3, checkpointing": replace(ZERO3, activation_checkpointing=ActivationCheckpointing.full),
+}
+"""Met by some cases beside their turn: biases, and keys from outside, where blocks are computed a second time."""
+MORE = {"bottleneck": ["zero3, selective checkpointing"], "prefix": list(ALSO)}
+RESUMED = {
+    "lora pissa": LoraConfig(rank=4, init="pissa", lr_ratio=4.0),
+    "oft": OftConfig(block_size=8),
+    "prefix projection": CASES["prefix projection"],
+    "bottleneck": CASES["bottleneck"],
+}
 
 
 def turns() -> dict[str, list[str]]:
     """The strategies that each case meets: one of a plain turn, and always the one that shards most or ZeRO-3."""
     names = list(TURNS)
     return {
-        case: list(dict.fromkeys([names[number % len(names)], ("fsdp2", "zero3")[number % 2]]))
+        case: list(dict.fromkeys([names[number % len(names)], ("fsdp2", "zero3")[number % 2], *MORE.get(case, [])]))
         for number, case in enumerate(CASES)
     }
 
@@ -68,23 +79,31 @@ class Job:
     def config(self, tuning, strategy, micro: int):
         return replace(run_config(self.model, strategy, "lora", micro=micro, steps=STEPS), tuning=tuning)
 
-    def lone(self, tuning):
-        return trainer_for(self.config(tuning, "single", GLOBAL_BATCH), self.data, alone(self.runtime))
+    def lone(self, tuning, *, lr: float = 1e-3):
+        config = self.config(tuning, "single", GLOBAL_BATCH)
+        return trainer_for(replace(config, optim=replace(config.optim, lr=lr)), self.data, alone(self.runtime))
+
+    def alone(self, trainer) -> list[tuple[float, float]]:
+        """Loss and grad norm of every step of the oracle, in this process alone."""
+        found = []
+        for batch in trainer.loader.steps(0, STEPS):
+            record = trainer.train_step(batch)
+            loss = float(record.local_sums["loss"]) / record.counts["loss"]
+            found.append((loss, float(record.result.grad_norm)))
+        return found
 
     def curves(self) -> dict:
-        """Loss and grad norm of every step, and the largest difference of initial values, by case and strategy."""
+        """Loss and grad norm of every step, and the largest difference of initial values, by case and strategy.
+
+        `expected` is the oracle's curve, `standing` the same without updates.
+        """
         found: dict[str, dict] = {}
         for case, names in turns().items():
             trainer = self.lone(CASES[case])
             start = {name: p.detach().clone() for name, p in named_parameters(trainer.engine.step_module)}
-            expected = []
-            for batch in trainer.loader.steps(0, STEPS):
-                record = trainer.train_step(batch)
-                loss = float(record.local_sums["loss"]) / record.counts["loss"]
-                expected.append((loss, float(record.result.grad_norm)))
-            found[case] = {"expected": expected}
+            found[case] = {"expected": self.alone(trainer), "standing": self.alone(self.lone(CASES[case], lr=1e-12))}
             for name in names:
-                trainer = trainer_for(self.config(CASES[case], TURNS[name], 4), self.data, self.runtime)
+                trainer = trainer_for(self.config(CASES[case], {**TURNS, **ALSO}[name], 4), self.data, self.runtime)
                 worst = self.difference(trainer, start)
                 found[case][name] = {"found": take(trainer, STEPS), "start": worst}
         return found

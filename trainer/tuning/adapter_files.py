@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
+from trainer.tuning.adaption_prompt import AdaptionPrompt
 from trainer.tuning.base import BaseReader
 from trainer.tuning.replica import ADAPTER
 
@@ -23,7 +24,12 @@ _BASE_WEIGHT = ".base_layer.weight"
 
 
 def write_adapter(
-    tuning: Adapter, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
+    tuning: Adapter | AdaptionPrompt,
+    model: nn.Module,
+    trained: dict[str, Tensor],
+    directory: Path,
+    base_name: str,
+    revision: str | None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the existing `directory`.
 

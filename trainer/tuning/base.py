@@ -24,6 +24,11 @@ class TuningName(StrEnum):
     oft = "oft"
     boft = "boft"
     ln = "ln"
+    prefix = "prefix"
+    prompt = "prompt"
+    p_tuning = "p_tuning"
+    adaption_prompt = "adaption_prompt"
+    bottleneck = "bottleneck"
     peft = "peft"
 
 
@@ -80,6 +85,9 @@ class BaseReader(Protocol):
 
     def whole(self, name: str) -> Tensor:
         """The full parameter, on the CPU."""
+
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a matrix, float32 `[len(indices), columns]`, on the CPU."""
 
 
 class Tuning(Protocol):

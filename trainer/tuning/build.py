@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
-from trainer.tuning.settings import FreezeConfig
+from trainer.tuning.settings import AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
 
 
-def build_tuning(config: TuningConfig, *, new_tokens: bool = False, new_heads: tuple[str, ...] = ()) -> Tuning:
+def build_tuning(
+    config: TuningConfig,
+    *,
+    new_tokens: bool = False,
+    new_heads: tuple[str, ...] = (),
+    tokenizer: Any = None,
+) -> Tuning:
     """The method that `config` names.
 
-    `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train.
+    `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train;
+    `tokenizer` is asked by a prompt that starts at a text.
     """
+    if isinstance(config, VirtualConfig):
+        from trainer.tuning.virtual import Virtual
+
+        return Virtual(config, tokenizer=tokenizer, train_embeddings=new_tokens, new_heads=new_heads)
+    if isinstance(config, BottleneckConfig):
+        from trainer.tuning.bottleneck import Bottleneck
+
+        return Bottleneck(config, train_embeddings=new_tokens, new_heads=new_heads)
+    if isinstance(config, AdaptionPromptConfig):
+        from trainer.tuning.adaption_prompt import AdaptionPrompt
+
+        return AdaptionPrompt(config, train_embeddings=new_tokens, new_heads=new_heads)
     if isinstance(config, AdapterConfig):
         from trainer.tuning.adapter import Adapter
 

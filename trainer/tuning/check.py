@@ -7,16 +7,38 @@ import re
 from collections.abc import Iterator
 
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
+from strategies.errors import ConfigError
+from trainer.data.settings import DataConfig, Layout
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.freeze import LAYERS
-from trainer.tuning.settings import FreezeConfig, Ia3Config, PeftConfig
+from trainer.tuning.settings import FreezeConfig, Ia3Config, PeftConfig, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, method_of, rewrites_base
 
 INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
 
 
-def problems(tuning: TuningConfig, strategy: StrategyConfig, precision: Precision, *, merge: bool) -> Iterator[str]:
-    """Every problem as `key=value: constraint; what to do`."""
+OWN_CHOICE = {
+    "ln_tuning": "ln",
+    "prompt_tuning": "prompt",
+    "prefix_tuning": "prefix",
+}
+"""peft's names of methods that have another name here; those with the same name are in `METHODS`."""
+
+
+def problems(
+    tuning: TuningConfig,
+    strategy: StrategyConfig,
+    precision: Precision,
+    data: DataConfig,
+    *,
+    merge: bool,
+    new_head: bool = False,
+    new_tokens: bool = False,
+) -> Iterator[str]:
+    """Every problem as `key=value: constraint; what to do`.
+
+    `new_head`: the objective has a head of its own; `new_tokens`: the vocabulary grows.
+    """
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)
     if isinstance(tuning, FreezeConfig):
@@ -25,6 +47,8 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, precision: Precisio
         yield from _lora(tuning)
     if isinstance(tuning, Ia3Config):
         yield from _ia3(tuning)
+    if isinstance(tuning, PromptConfig):
+        yield from _prompt(tuning)
     if isinstance(tuning, PeftConfig):
         wrong = list(_peft(tuning))
         yield from wrong
@@ -39,8 +63,36 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, precision: Precisio
     half = precision in (Precision.bf16, Precision.fp16) and strategy.name in SHARDED
     if half and (reason := method.refused.get("half")):
         yield f"precision={precision} with {shown} and strategy={strategy.name}: {reason}; use fp32 or strategy=ddp"
+    if reason := method.refused.get("padding_free"):
+        if data.packing:
+            yield f"data.packing=true with {shown}: {reason}; set data.packing=false"
+        if data.layout is Layout.padding_free:
+            yield f"data.layout=padding_free with {shown}: {reason}; set data.layout=auto"
+    if new_head and method.no_head:
+        yield f"{shown} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
+    if new_tokens and method.no_new_tokens:
+        yield f"model.add_tokens with {shown}: {method.no_new_tokens}; use tuning=lora or tuning=full"
     if merge and method.no_merge:
         yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
+
+
+def check_room(tuning: TuningConfig, longest: int, positions: int | None) -> None:
+    """Raise ConfigError where documents of `longest` tokens fit the model's `positions`, but not behind virtual tokens."""
+    if not isinstance(tuning, VirtualConfig) or positions is None or longest > positions:
+        return
+    if longest + tuning.num_virtual_tokens > positions:
+        raise ConfigError(
+            f"tuning.num_virtual_tokens={tuning.num_virtual_tokens}: the model has {positions} positions, and the longest "
+            f"document takes {longest}; set data.max_length={positions - tuning.num_virtual_tokens}"
+        )
+
+
+def _prompt(tuning: PromptConfig) -> Iterator[str]:
+    text = tuning.init_text
+    if tuning.init is PromptInit.text and not (text or "").strip():
+        yield "tuning.init=text: needs tuning.init_text, such as the instruction of the task; or use tuning.init=sampled"
+    if tuning.init is not PromptInit.text and text is not None:
+        yield f"tuning.init_text: is not used with tuning.init={tuning.init}; set tuning.init=text, or leave it out"
 
 
 def _targets(tuning: AdapterConfig) -> Iterator[str]:
@@ -102,8 +154,8 @@ def _peft(tuning: PeftConfig) -> Iterator[str]:
     kind, proven = tuning.type, ", ".join(TYPES)
     if kind is None:
         yield f"tuning.type: not set; name a method of peft, one of {proven}"
-    elif kind in METHODS or kind == "ln_tuning":
-        yield f"tuning.type={kind}: has settings of its own here; use tuning={kind.removesuffix('_tuning')}"
+    elif kind in METHODS or kind in OWN_CHOICE:
+        yield f"tuning.type={kind}: has settings of its own here; use tuning={OWN_CHOICE.get(kind, kind)}"
     elif kind in NOT_HERE:
         yield f"tuning.type={kind}: {NOT_HERE[kind]}; use one of {proven}, or another tuning="
     elif kind not in TYPES:

@@ -15,7 +15,10 @@ from trainer.tuning.settings import (
     LokrConfig,
     OftConfig,
     PeftConfig,
+    PrefixConfig,
+    PTuningConfig,
     VeraConfig,
+    VirtualConfig,
 )
 
 _OURS = ("target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode", "base_model_name_or_path")
@@ -86,6 +89,28 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
             return dict(config.options)
         case _:
             return {}
+
+
+def virtual_config(config: VirtualConfig, task: str) -> Any:
+    """peft's config of a method with virtual tokens; widths follow when it meets the model.
+
+    The start of prompt tuning is `random` for peft, which would read a tokenizer or weights: `Virtual` gives the values.
+    """
+    import peft
+
+    common = {"task_type": task, "num_virtual_tokens": config.num_virtual_tokens}
+    if isinstance(config, PrefixConfig):
+        hidden = config.encoder_hidden_size or None
+        return peft.PrefixTuningConfig(**common, prefix_projection=config.projection, encoder_hidden_size=hidden)
+    if isinstance(config, PTuningConfig):
+        return peft.PromptEncoderConfig(
+            **common,
+            encoder_reparameterization_type=str(config.encoder).upper(),
+            encoder_hidden_size=config.encoder_hidden_size or None,
+            encoder_num_layers=config.encoder_layers,
+            encoder_dropout=config.dropout,
+        )
+    return peft.PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
 
 
 def option_problems(kind: str, options: dict[str, Any]) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
-from trainer.tuning.base import AdapterConfig, TuningConfig, TuningName
+from trainer.tuning.base import AdapterConfig, FullConfig, LoraConfig, TuningConfig, TuningName
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,3 +124,130 @@ class PeftConfig(AdapterConfig):
     """peft's name of the method, such as `hra`; docs/methods.md lists those that are proven here."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of peft's config class for that method, as pairs; targets and modules_to_save have keys of their own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VirtualConfig(TuningConfig):
+    """Settings shared by the methods that put trained virtual tokens before every document."""
+
+    num_virtual_tokens: int = 20
+    """Virtual tokens before every document; they take their place in the context and its cost in every forward pass."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrefixConfig(VirtualConfig):
+    """Trained keys and values before those of every layer (prefix tuning, Li and Liang 2021, arXiv:2101.00190)."""
+
+    name: TuningName = TuningName.prefix
+    projection: bool = False
+    """Make the prefix by a small network that is dropped after training; steadier at high rates, more memory."""
+    encoder_hidden_size: int = 0
+    """Width of that network; 0 takes the width of the prefix in one layer."""
+
+
+class PromptInit(StrEnum):
+    """At which values the tokens of prompt tuning start."""
+
+    random = "random"
+    text = "text"
+    sampled = "sampled"
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptConfig(VirtualConfig):
+    """Trained embeddings before those of every document (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
+
+    name: TuningName = TuningName.prompt
+    init: PromptInit = PromptInit.random
+    """Start at `random` numbers, at the embeddings of a `text`, or of tokens `sampled` from the vocabulary."""
+    init_text: str | None = None
+    """Text for `tuning.init=text`, such as the instruction of the task; repeated or cut to the number of tokens."""
+
+
+class EncoderKind(StrEnum):
+    """The network that makes the tokens of P-tuning."""
+
+    mlp = "mlp"
+    lstm = "lstm"
+
+
+@dataclass(kw_only=True, slots=True)
+class PTuningConfig(VirtualConfig):
+    """Embeddings made by a small network that is dropped after training (P-tuning, Liu et al. 2021, arXiv:2103.10385)."""
+
+    name: TuningName = TuningName.p_tuning
+    encoder: EncoderKind = EncoderKind.mlp
+    """`mlp` of three layers, or `lstm` in both directions with two linear layers behind it."""
+    encoder_hidden_size: int = 0
+    """Width of the network; 0 takes the width of the embeddings."""
+    encoder_layers: int = 2
+    """Layers of the LSTM; the MLP always has three."""
+    dropout: float = 0.0
+    """Dropout probability between layers of the LSTM, 0 to 1; 0 keeps every strategy on the same curve."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdaptionPromptConfig(TuningConfig):
+    """Gated attention to trained tokens beside the model's own (LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199)."""
+
+    name: TuningName = TuningName.adaption_prompt
+    adapter_len: int = 10
+    """Trained tokens in each adapted layer."""
+    adapter_layers: int = 0
+    """Adapted layers, counted from the output; 0 takes all (the paper leaves out the lowest two)."""
+
+
+class Placement(StrEnum):
+    """Where bottleneck adapters stand in a block."""
+
+    houlsby = "houlsby"
+    pfeiffer = "pfeiffer"
+
+
+class Activation(StrEnum):
+    """Nonlinearities of bottleneck adapters."""
+
+    gelu = "gelu"
+    relu = "relu"
+    silu = "silu"
+    tanh = "tanh"
+
+
+@dataclass(kw_only=True, slots=True)
+class BottleneckConfig(TuningConfig):
+    """Small networks behind attention and feed-forward parts (adapters, Houlsby et al. 2019, arXiv:1902.00751)."""
+
+    name: TuningName = TuningName.bottleneck
+    placement: Placement = Placement.houlsby
+    """`houlsby`: behind attention and feed-forward; `pfeiffer`: behind feed-forward only (arXiv:2005.00247)."""
+    size: int = 64
+    """Width of the bottleneck; an adapter trains `size * (2 * hidden + 1) + hidden` numbers."""
+    activation: Activation = Activation.gelu
+    """Nonlinearity: `gelu`, `relu`, `silu` or `tanh`."""
+    dropout: float = 0.0
+    """Dropout probability inside the bottleneck, 0 to 1; 0 keeps every strategy on the same curve."""
+    attention: str | None = None
+    """Name, within a block, of the module behind whose output the first adapter stands; default: found by its usual names."""
+    feedforward: str | None = None
+    """The same for the second adapter."""
+
+
+TUNINGS: tuple[type[TuningConfig], ...] = (
+    FullConfig,
+    FreezeConfig,
+    LoraConfig,
+    Ia3Config,
+    VeraConfig,
+    LohaConfig,
+    LokrConfig,
+    OftConfig,
+    BoftConfig,
+    LnConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    PeftConfig,
+)
+"""The settings behind the choices of `tuning=`."""

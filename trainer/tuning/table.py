@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.settings import PeftConfig
@@ -28,11 +29,22 @@ class Method:
     """Whether initial values depend on the base weights."""
     no_merge: str = ""
     """Why the adapter cannot be folded into the base; empty where it can."""
+    no_head: str = ""
+    """Why it cannot train and keep a new head (classification, reward models); empty where it can."""
+    no_new_tokens: str = ""
+    """Why it cannot train the embeddings of new vocabulary; empty where it can, or where peft decides by the model."""
     refused: dict[str, str] = field(default_factory=dict)
     """Words of `PROPERTIES` that it does not work with, and why."""
 
 
 _IN_PLACE = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
+_NO_PLACE = "the embeddings must train too, and its files have no place for them"
+_NO_PREFIX_HEAD = "peft 0.21 cannot run a prefix in the classifiers of transformers 5.24 (measured)"
+_VIRTUAL_TOKENS: dict[str, Any] = {
+    "no_merge": "virtual tokens are inputs, not weights of the base",
+    "no_new_tokens": _NO_PLACE,
+    "refused": {"padding_free": "virtual tokens stand before a document, which then needs a row of its own"},
+}
 _FLOAT_PROJECTION = {"half": "peft multiplies its float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
@@ -46,6 +58,20 @@ METHODS: dict[str, Method] = {
     "oft": Method(title="block-wise rotation of inputs"),
     "boft": Method(title="rotation by butterfly factors"),
     "ln": Method(title="normalisation layers, saved as an adapter", reads_base=True),
+    "prefix": Method(title="keys and values before every layer's", no_head=_NO_PREFIX_HEAD, **_VIRTUAL_TOKENS),
+    "prompt": Method(title="embeddings before every document's", **_VIRTUAL_TOKENS),
+    "p_tuning": Method(title="embeddings made by a small network", **_VIRTUAL_TOKENS),
+    "adaption_prompt": Method(
+        title="gated attention to trained tokens (LLaMA-Adapter)",
+        no_merge="its tokens and gates are no part of any weight of the base",
+        no_head="peft's files for it have no place for a head",
+        no_new_tokens=_NO_PLACE,
+    ),
+    "bottleneck": Method(
+        title="small networks behind attention and feed-forward parts",
+        no_merge="a nonlinear network cannot be folded into linear layers",
+        no_new_tokens=_NO_PLACE,
+    ),
 }
 """The choices of `tuning=`; `peft` has a table of its own."""
 
@@ -63,14 +89,11 @@ TYPES: dict[str, Method] = {
 }
 """The values of `tuning.type` under `tuning=peft` that are proven here."""
 
-_VIRTUAL = "it adds virtual tokens, which need padded rows and shifted targets; it is not one of the adapters here"
+_VIRTUAL = "its virtual tokens are of a kind that is not built here; tuning=prompt, p_tuning and prefix are"
 _SHARED = "its layers share parameters, which sharding keeps in one layer only"
 _REBUILDS = "it takes the base weights apart when it is added, before there are any"
 NOT_HERE: dict[str, str] = {
-    **dict.fromkeys(
-        ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cpt", "cartridge"), _VIRTUAL
-    ),
-    "adaption_prompt": "it replaces whole attention modules, whose documents would not be kept apart",
+    **dict.fromkeys(("multitask_prompt_tuning", "cpt", "cartridge"), _VIRTUAL),
     "adalora": "it moves ranks between layers by importance scores of whole gradients, which no strategy that shards them "
     "computes alike, and adds a penalty that is no sum over tokens",
     **dict.fromkeys(("vblora", "unilora", "tinylora", "lily"), _SHARED),
@@ -93,3 +116,8 @@ def method_of(config: TuningConfig) -> Method:
 def rewrites_base(init: str) -> bool:
     """Whether a start of LoRA takes its part off the base weight."""
     return init.startswith("pissa") or init == "olora"
+
+
+def needs_own_rows(config: TuningConfig) -> bool:
+    """Whether a method needs a padded row for each document."""
+    return "padding_free" in method_of(config).refused

@@ -1,0 +1,95 @@
+"""LLaMA-Adapter through peft: trained tokens that every position attends to beside its own attention, behind a gate.
+
+The gate starts at zero, so that the model starts as the base. A position attends to the trained tokens for itself alone,
+whatever row it stands in: padding-free rows and packing need nothing special.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from strategies.runtime import derive_seed
+from trainer.tuning.adapter import PREFIX
+from trainer.tuning.added import Added
+from trainer.tuning.base import BaseReader
+from trainer.tuning.settings import AdaptionPromptConfig
+
+KINDS = ("llama", "mistral", "gpt2")
+"""Architectures whose attention peft knows how to adapt."""
+
+
+class AdaptionPrompt(Added):
+    """peft's AdaptedAttention around attention modules; with the adapter off the module inside is called alone."""
+
+    config: AdaptionPromptConfig
+    wrapper = PREFIX
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Wrap in a PeftModel; raises ConfigError for architectures that peft does not know, and for too many layers."""
+        from peft import AdaptionPromptConfig as PeftSettings
+        from peft import get_peft_model
+        from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
+
+        settings: Any = model.config
+        kind, layers = settings.model_type, settings.num_hidden_layers
+        head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+        if kind not in KINDS or head_dim * settings.num_attention_heads != settings.hidden_size:
+            raise ConfigError(
+                f"tuning=adaption_prompt: peft adapts the attention of {', '.join(KINDS)} with heads that divide the "
+                f"model's width, not of this {kind}; use tuning=prefix"
+            )
+        if self.config.adapter_layers > layers:
+            raise ConfigError(
+                f"tuning.adapter_layers={self.config.adapter_layers}: this model has {layers} layers; use at most "
+                f"{layers}, or 0 for all"
+            )
+        classifier = "SequenceClass" in type(model).__name__
+        wanted = PeftSettings(
+            adapter_len=self.config.adapter_len,
+            adapter_layers=self.config.adapter_layers or layers,
+            task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned: Any = get_peft_model(model, wanted)  # type: ignore[arg-type]
+        for name in self.new_heads:
+            model.get_submodule(name).requires_grad_(True)
+        for name, module in tuned.named_modules():
+            if isinstance(module, _BaseAdaptedAttention):
+                module.forward = partial(_adapted, self, module, module.forward)  # type: ignore[method-assign]
+                self._owned |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
+        for parameter in (p for name, p in tuned.named_parameters() if name in self._owned):
+            assert parameter.is_meta, "values are drawn when the run asks for them"
+        return tuned
+
+    def base_name(self, name: str) -> str:
+        """The name in the base model's checkpoint: without the wrappers of model and attention."""
+        for owner in {owned.rpartition(".")[0] for owned in self._owned}:
+            if name.startswith(f"{owner}.model."):
+                name = owner + name.removeprefix(f"{owner}.model")
+        return name.removeprefix(self.wrapper)
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """Tokens are drawn from (seed, name), normal with deviation 1 as in peft; gates are zero."""
+        if name.endswith(".adaption_gate"):
+            return torch.zeros(shape)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, name)))
+
+    def write(
+        self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
+    ) -> None:
+        """Write peft's files into `directory`. Errors: OSError, SafetensorError."""
+        from trainer.tuning.adapter_files import write_adapter
+
+        write_adapter(self, model, trained, directory, base_name, revision)
+
+
+def _adapted(tuning: AdaptionPrompt, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs) if tuning.active else module.model(*args, **kwargs)

@@ -1,0 +1,75 @@
+"""What methods have in common that add parameters of their own beside a frozen base, without peft's tuner layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from strategies.errors import ConfigError
+from trainer.tuning.base import TuningConfig
+from trainer.tuning.replica import ADAPTER
+
+
+class Added:
+    """Frozen base, own parameters, no fold into the base. A subclass fills `_owned` and looks at `active`."""
+
+    adapter = True
+    keeps_base = True
+    converts = False
+    """Whether the files differ from what trained; see `trainer.tuning.adapter.Adapter`."""
+    wrapper = ""
+    """Prefix that the method's wrapper puts before the names of the base."""
+
+    def __init__(
+        self, config: TuningConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
+    ) -> None:
+        if train_embeddings:
+            raise ConfigError(
+                f"model.add_tokens with tuning={config.name}: the embeddings of new tokens must train, and this method's "
+                "files have no place for them; use tuning=lora, or tuning=full"
+            )
+        self.config, self.new_heads = config, new_heads
+        self.active = True
+        """Whether what was added takes part; off while the reference is asked."""
+        self._owned: set[str] = set()
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Never asked: composing and exporting refuse it with the reason in the table."""
+        raise AssertionError(f"tuning={self.config.name} cannot be folded into the base")
+
+    @contextmanager
+    def reference(self, model: nn.Module) -> Iterator[None]:
+        """Switch off what was added; only a flag changes."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def base_name(self, name: str) -> str:
+        """The name a wrapped parameter has in the base model's checkpoint."""
+        name = name.removeprefix(self.wrapper)
+        for part in (".original_module", f".modules_to_save.{ADAPTER}"):
+            name = name.replace(part, "")
+        return name
+
+    def owns(self, name: str) -> bool:
+        """What the method added."""
+        return name in self._owned
+
+    def rewrites(self, name: str) -> bool:
+        """Nothing of the base starts elsewhere."""
+        return False
+
+    def rate_of(self, name: str) -> float:
+        """One rate for all."""
+        return 1.0
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the attention of a model looks back only (a decoder), else both ways (BERT's kind)."""
+    found: list[Any] = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    return bool(found) and all(found)

@@ -1,0 +1,188 @@
+"""Bottleneck adapters: a small network behind the attention and the feed-forward part of every block.
+
+`h + up(activation(down(h)))` on a part's output, before the block adds it to its input (Houlsby et al. 2019,
+arXiv:1902.00751); `pfeiffer` keeps the second only (Pfeiffer et al. 2020, arXiv:2005.00247). `up` starts at zero, so that
+the model starts as the base. Neither peft nor an `adapters` library for this transformers has them.
+
+To use an exported adapter elsewhere, load the base with transformers and call `load(model, directory)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from strategies.runtime import derive_seed
+from trainer.tuning.added import Added
+from trainer.tuning.base import BaseReader
+from trainer.tuning.settings import Activation, BottleneckConfig, Placement
+
+NAME = "bottleneck"
+CONFIG_FILE = "bottleneck_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ATTENTION = ("self_attn", "attn", "self_attention", "attention")
+FEEDFORWARD = ("mlp", "ffn", "feed_forward")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    Activation.gelu: partial(F.gelu, approximate="none"),
+    Activation.relu: F.relu,
+    Activation.silu: F.silu,
+    Activation.tanh: torch.tanh,
+}
+
+
+class BottleneckLayer(nn.Module):
+    """Adds `up(activation(down(hidden)))` to `hidden [..., width]`."""
+
+    def __init__(self, width: int, size: int, activation: Activation, dropout: float) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        self.activation, self.dropout = activation, dropout
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = F.dropout(_ACTIVATIONS[self.activation](self.down(hidden)), self.dropout, self.training)
+        return hidden + self.up(inner).to(hidden.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where adapters stand, by module names within a block."""
+
+    attention: str
+    feedforward: str
+
+
+class Bottleneck(Added):
+    """Trains bottleneck adapters; they are children of the base's own modules, so that a block is sharded with them."""
+
+    config: BottleneckConfig
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze, and add adapters on meta; raises ConfigError that lists what a block has where a place is not found."""
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        added = insert(model, self.config, is_active=lambda: self.active, device="meta")
+        self._width: Any = model.config.hidden_size  # type: ignore[union-attr]
+        self._owned = {f"{name}.{key}" for name, layer in added.items() for key, _ in layer.named_parameters()}
+        for name in self.new_heads:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """`down` as torch starts a linear layer, drawn from (seed, layer name); `up` zero."""
+        layer, part, key = name.rsplit(".", 2)
+        if part == "up":
+            return torch.zeros(shape)
+        width, size = (shape[1], shape[0]) if key == "weight" else (self._width, shape[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, layer))
+            return nn.Linear(width, size).get_parameter(key).detach()
+
+    def write(
+        self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
+    ) -> None:
+        """Write `bottleneck_config.json` and `adapter_model.safetensors` into `directory`, for `load`.
+
+        `trained` holds the full trainable tensors under plain names. Errors: OSError, SafetensorError.
+        """
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous() for k, v in trained.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
+        classifier = "SequenceClass" in type(model).__name__
+        settings = {
+            **{key: value for key, value in asdict(self.config).items() if key != "name"},
+            "base_model_name_or_path": base_name,
+            "revision": revision,
+            "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
+            "num_labels": model.config.num_labels if classifier else None,  # type: ignore[union-attr]
+        }
+        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Put the exported adapters of `directory` into a base model that transformers loaded; the model itself.
+
+    Errors: ConfigError where the files do not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    directory = Path(directory)
+    stored = json.loads((directory / CONFIG_FILE).read_text())
+    settings = BottleneckConfig(
+        placement=Placement(stored["placement"]),
+        size=stored["size"],
+        activation=Activation(stored["activation"]),
+        dropout=stored["dropout"],
+        attention=stored["attention"],
+        feedforward=stored["feedforward"],
+    )
+    insert(model, settings)
+    wrong = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
+    missing = [name for name in wrong.missing_keys if f".{NAME}." in name]
+    if missing or wrong.unexpected_keys:
+        raise ConfigError(f"{directory}: the adapter does not fit this model ({(missing + wrong.unexpected_keys)[0]})")
+    return model
+
+
+def insert(
+    model: Any, config: BottleneckConfig, *, is_active: Callable[[], bool] = lambda: True, device: str | None = None
+) -> dict[str, BottleneckLayer]:
+    """Add an adapter behind each place of every block; what was added, by its name. Errors: ConfigError."""
+    blocks = [(name, places) for name, m in model.named_modules() if (places := _places(m, config)) is not None]
+    if not blocks:
+        raise ConfigError(_nothing_found(model, config))
+    added = {}
+    for block, place in blocks:
+        behind = [place.feedforward] if config.placement is Placement.pfeiffer else [place.attention, place.feedforward]
+        for part in behind:
+            owner = model.get_submodule(f"{block}.{part}")
+            like = next(owner.parameters())
+            layer = BottleneckLayer(model.config.hidden_size, config.size, config.activation, config.dropout)
+            layer.to(device=device or like.device, dtype=torch.float32 if device else like.dtype)
+            owner.add_module(NAME, layer)
+            owner.register_forward_hook(partial(_behind, is_active))
+            added[f"{block}.{part}.{NAME}"] = layer
+    return added
+
+
+def _behind(is_active: Callable[[], bool], owner: nn.Module, _args: Any, output: Any) -> Any:
+    if not is_active():
+        return output
+    layer: Any = owner.get_submodule(NAME)
+    return (layer(output[0]), *output[1:]) if isinstance(output, tuple) else layer(output)
+
+
+def _places(module: nn.Module, config: BottleneckConfig) -> Place | None:
+    """The places of a block; None for a module that is none."""
+    found = {name for name, _ in module.named_modules()}
+    children = dict(module.named_children())
+    attention, feedforward = config.attention, config.feedforward
+    if attention is None:
+        attention = next((name for name in ATTENTION if name in children), None)
+        if attention is not None and f"{attention}.output.dense" in found:  # BERT's kind adds the input inside
+            attention = f"{attention}.output.dense"
+    if feedforward is None:
+        feedforward = next((name for name in FEEDFORWARD if name in children), None)
+        if feedforward is None and "intermediate" in children and "output.dense" in found:
+            feedforward = "output.dense"
+    if attention is None or feedforward is None or not {attention, feedforward} <= found:
+        return None
+    return Place(attention, feedforward)
+
+
+def _nothing_found(model: nn.Module, config: BottleneckConfig) -> str:
+    asked = [f"tuning.{key}={getattr(config, key)}" for key in ("attention", "feedforward") if getattr(config, key)]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    inside = sorted({name for blocks in lists for name, _ in blocks[0].named_modules() if name})
+    return (
+        f"{' '.join(asked) or 'tuning=bottleneck'}: no block has both an attention and a feed-forward part of that name; "
+        f"blocks here hold {', '.join(inside) or 'nothing'}; set tuning.attention and tuning.feedforward to two of them"
+    )

@@ -1,0 +1,210 @@
+"""Virtual tokens: prompt tuning, P-tuning and prefix tuning, with peft's own encoders and files.
+
+peft puts the tokens before the inputs in its wrapper's forward, which sharded training never calls: an objective asks the
+decoder and the head in turn. Here a hook on the decoder does it (`trainer.tuning.prepend`), and the encoder is called as a
+module inside that forward pass.
+
+peft 0.21 loses the tokens when it generates with the cache of transformers 5.24 (prefixes also without); its forward pass is
+right. To generate from an export, load the base with transformers and call `load(model, directory)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from strategies.runtime import derive_seed
+from trainer.tuning.added import Added, is_causal
+from trainer.tuning.base import BaseReader
+from trainer.tuning.peft_configs import virtual_config
+from trainer.tuning.prepend import PrefixShape, Prepend, cache_word
+from trainer.tuning.replica import ADAPTER
+from trainer.tuning.settings import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
+
+ENCODER = f"prompt_encoder.{ADAPTER}"
+
+
+class Virtual(Added):
+    """Trained tokens before every document: as embeddings, or as keys and values of every layer (prefix)."""
+
+    config: VirtualConfig
+    wrapper = "base_model."
+
+    def __init__(
+        self,
+        config: VirtualConfig,
+        *,
+        tokenizer: Any = None,
+        train_embeddings: bool = False,
+        new_heads: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
+        self.tokens = config.num_virtual_tokens
+        self.prefix = isinstance(config, PrefixConfig)
+        self.tokenizer = tokenizer
+        self._embedding = ""
+        self._vocabulary = 0
+        self._settings: Any = None
+        self._encoder: Callable[..., nn.Module] = nn.Module
+        self._last: tuple[int, nn.Module] | None = None
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Wrap in a PeftModel and hook the decoder; raises ConfigError for architectures that read no prefix."""
+        from peft import get_peft_model
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        classifier = "SequenceClass" in type(model).__name__
+        decoder = _decoder_of(model)
+        self._check(model, decoder)
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self._embedding = next(name for name, module in model.named_modules() if module is embeddings) + ".weight"
+        self._vocabulary = embeddings.num_embeddings
+        settings = virtual_config(self.config, "SEQ_CLS" if classifier else "CAUSAL_LM")
+        if not self.prefix:  # as the embeddings say; peft looks for names that DistilBERT does not have
+            settings.token_dim = embeddings.embedding_dim
+            settings.num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+            settings.num_attention_heads = model.config.num_attention_heads  # type: ignore[union-attr]
+        settings.modules_to_save = list(self.new_heads) or None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+        # A second name for the embeddings would make them a second module to whoever walks over children.
+        object.__setattr__(tuned, "word_embeddings", tuned._modules.pop("word_embeddings"))
+        # The wrapper would put the tokens there a second time.
+        tuned.forward = model.__call__
+        if not classifier:
+            tuned.generate = model.generate
+        encoder = tuned.prompt_encoder[ADAPTER]
+        self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
+        self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
+        self._encoder = PEFT_TYPE_TO_TUNER_MAPPING[self._settings.peft_type]
+        for module in encoder.modules():
+            if isinstance(module, nn.LSTM):
+                module.register_forward_pre_hook(_refresh_weights)
+        Prepend(decoder, encoder, embeddings, self.tokens, _shape_of(self._settings), lambda: self.active)
+        return tuned
+
+    def _check(self, model: Any, decoder: nn.Module) -> None:
+        if not self.prefix:
+            return
+        kind = model.config.model_type
+        if not is_causal(decoder) or cache_word(decoder) is None:
+            raise ConfigError(
+                f"tuning=prefix: {kind} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
+            )
+        if kind == "falcon":
+            raise ConfigError(
+                "tuning=prefix: peft makes a prefix for every attention head, and falcon's heads share one set of keys; "
+                "use tuning=prompt or tuning=p_tuning"
+            )
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and self.tokens >= window:
+            raise ConfigError(
+                f"tuning.num_virtual_tokens={self.tokens}: the attention window of this model is {window} tokens wide; "
+                f"use at most {window - 1}, a few dozen as a rule"
+            )
+
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+        """The full initial tensor of a parameter of the encoder, float32: peft's own, drawn from (seed, its name)."""
+        if self._last is None or self._last[0] != seed:
+            self._last = seed, self._replica(base, seed)
+        value = self._last[1].get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
+        assert tuple(value.shape) == shape, (name, value.shape, shape)
+        return value
+
+    def _replica(self, base: BaseReader, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(derive_seed(seed, ENCODER))
+            encoder = self._new_encoder()
+            if isinstance(self.config, PromptConfig) and self.config.init is not PromptInit.random:
+                ids = self._start_ids(self.config)
+                encoder.embedding.weight = nn.Parameter(base.rows(self._embedding, ids))  # type: ignore[union-attr]
+        return encoder
+
+    def _new_encoder(self) -> nn.Module:
+        needs_words = isinstance(self.config, PromptConfig)
+        return self._encoder(self._settings, None) if needs_words else self._encoder(self._settings)
+
+    def _start_ids(self, config: PromptConfig) -> list[int]:
+        """Tokens of the vocabulary at which the virtual ones start, as peft chooses them."""
+        if config.init is PromptInit.sampled:
+            return torch.randint(0, self._vocabulary, (self.tokens,)).tolist()
+        assert config.init_text is not None, "checked when the run was composed"
+        ids = self.tokenizer(config.init_text)["input_ids"]
+        if not ids:
+            raise ConfigError(f"tuning.init_text={config.init_text!r}: the tokenizer makes no token of it; use another")
+        return (ids * -(-self.tokens // len(ids)))[: self.tokens]
+
+    def write(
+        self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
+    ) -> None:
+        """Write peft's files into `directory`: the encoder's output as `prompt_embeddings`, and modules trained in full.
+
+        `trained` holds the full trainable tensors under plain names. Errors: OSError, SafetensorError.
+        """
+        from peft.utils.other import AuxiliaryTrainingWrapper
+        from safetensors.torch import save_file
+
+        encoder = self._new_encoder().eval()
+        encoder.load_state_dict({k.removeprefix(f"{ENCODER}."): v for k, v in trained.items() if k in self._owned})
+        with torch.no_grad():
+            state = {"prompt_embeddings": encoder(torch.arange(self.tokens)[None])[0]}
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                own = {k.removeprefix(f"{name}."): v for k, v in trained.items() if k.startswith(f"{name}.")}
+                state |= {f"{name}.{k}": v for k, v in module.adapter_state_dict(ADAPTER, own).items()}
+        save_file(
+            {k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"}
+        )
+        settings = copy.deepcopy(self._settings)
+        settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
+        settings.save_pretrained(str(directory))
+
+
+def _refresh_weights(lstm: nn.Module, _args: Any) -> None:
+    """An LSTM keeps a list of its weights of its own, which strategies that replace parameters do not know."""
+    lstm._flat_weights = [getattr(lstm, name) for name in lstm._flat_weights_names]  # type: ignore[union-attr,assignment]
+
+
+def load(model: Any, directory: str | Path) -> Any:
+    """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
+
+    The model itself is returned; it computes, and generates, what was trained. Errors: ConfigError for other methods.
+    """
+    from safetensors.torch import load_file
+
+    directory = Path(directory)
+    stored = json.loads((directory / "adapter_config.json").read_text())
+    if stored["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        raise ConfigError(f"{directory}: holds {stored['peft_type']}, not virtual tokens; load it with peft")
+    state = load_file(directory / "adapter_model.safetensors")
+    like = model.get_input_embeddings().weight
+    encoder = nn.Embedding.from_pretrained(state.pop("prompt_embeddings").to(like.device, like.dtype))
+    heads = {name.removeprefix("base_model."): value for name, value in state.items()}
+    unknown = model.load_state_dict(heads, strict=False).unexpected_keys
+    if unknown:
+        raise ConfigError(f"{directory}: was trained for another kind of model: this one has no {unknown[0]}")
+    shape = None
+    if stored["peft_type"] == "PREFIX_TUNING":
+        shape = PrefixShape(stored["num_layers"], stored["num_attention_heads"])
+    Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), stored["num_virtual_tokens"], shape)
+    return model
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    classifier = "SequenceClass" in type(model).__name__
+    return getattr(model, model.base_model_prefix) if classifier else model.get_decoder()
+
+
+def _shape_of(settings: Any) -> PrefixShape | None:
+    prefix = settings.peft_type == "PREFIX_TUNING"
+    return PrefixShape(settings.num_layers, settings.num_attention_heads) if prefix else None
