@@ -37,6 +37,8 @@ Every method here takes the same steps under every strategy as in one process, w
 with the same weights. Values are drawn by `peft` itself, one layer at a time, from (seed, layer name). The column *trained* is
 counted on a Llama of 2 blocks, width 64, vocabulary 256 (SIZE parameters), with the settings shown.
 
+The column *quantised* is that of `model.quantisation` ([qlora.md](qlora.md)), under which DoRA, PiSSA and OLoRA are refused.
+
 `torch.compile` was measured for `tuning=freeze` alone (equal within 1e-7); with the others it is allowed and not proven.
 """
 SETTINGS: dict[str, tuple[TuningConfig, str]] = {

@@ -19,6 +19,7 @@ PATH_KEYS = frozenset(
     {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
     | {"data.cache_dir", "data.decontamination.paths"}
     | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets", "tuning.modules"}
+    | {"tuning.from", "tuning.from_"}
 )
 """Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""
 WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
@@ -84,7 +85,10 @@ def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
 
 
 def parse(words: list[str]) -> Parsed:
-    """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
+    """Sort `words` into group choices and values; everything that cannot be read becomes a problem.
+
+    A setting named by a keyword of Python ends in an underscore in the code and in files, and may be typed without.
+    """
     parsed, known = Parsed(), settings()
     for word in words:
         match = WORD.fullmatch(word)
@@ -92,6 +96,7 @@ def parse(words: list[str]) -> Parsed:
             parsed.problems.append(_not_a_pair(word))
             continue
         mark, key, text = match["mark"], match["key"], match["value"]
+        key = key if key in known or f"{key}_" not in known else f"{key}_"
         if key.split(".")[0].split("/")[0] == "hydra":
             parsed.problems.append(f"{word}: Hydra's own settings are fixed here; remove it")
         elif "~" in mark:

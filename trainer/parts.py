@@ -31,7 +31,7 @@ from trainer.objectives.base import ObjectiveName
 from trainer.objectives.build import build_objective, settled
 from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
-from trainer.weights import Checkpoint, WeightSource
+from trainer.weights import WeightSource
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
@@ -90,7 +90,7 @@ def build_model(
             "padded rows here; set data.packing=false"
         )
     source = WeightSource(
-        Checkpoint(weights_directory(config.model), built.base_prefix),
+        built.base_weights(weights_directory(config.model)),
         built.tuning,
         seed=config.run.seed,
         init_std=getattr(built.config, "initializer_range", 0.02),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.base import Precision
-from strategies.parameters import named_parameters
+from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config import RunConfig
 from trainer.metrics import flops_per_token, reference_tflops
@@ -109,9 +109,11 @@ def run_facts(
 
 def _flops(built: Built, mean_length: float) -> float:
     total = trained = 0
+    counts = element_counts(built.step_module)
     for name, p in named_parameters(built.step_module):
-        shape = getattr(p, "ds_shape", p.shape)
-        numel = getattr(p, "ds_numel", p.numel())
+        shape, numel = getattr(p, "ds_shape", p.shape), counts[name]
+        if (base := built.tuning.base_name(name)) in built.quantised:
+            shape = built.quantised[base]
         lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)
         if len(shape) < 2 or lookup:  # norms, biases and embedding look-ups multiply nothing
             continue

@@ -23,8 +23,11 @@ from trainer.data.sources.paths import expand, is_hub
 from trainer.objectives.base import ObjectiveName
 from trainer.objectives.support import problems as objective_problems
 from trainer.optimizers.support import problems as optimizer_problems
+from trainer.quantisation import Quantisation, missing_package
 from trainer.ranges import RANGES
+from trainer.tuning.base import AdapterConfig
 from trainer.tuning.check import problems as tuning_problems
+from trainer.tuning.start import read_settings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro")
@@ -35,12 +38,18 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
     out_of_range = list(_ranges(config))
     problems = [*out_of_range, *_budget(config), *_model(config), *_data(config), *_evaluation(config), *_run(config)]
-    problems += _schedule(config)
+    problems += [*_base(config), *_schedule(config)]
     if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
-    problems += tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
+    problems += tuning_problems(
+        config.tuning,
+        config.strategy,
+        config.precision,
+        merge=config.export.merge,
+        quantisation=str(config.model.quantisation),
+    )
     return [*problems, *_launcher(config)]
 
 
@@ -106,6 +115,22 @@ def _model(config: RunConfig) -> Iterator[str]:
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
+
+
+def _base(config: RunConfig) -> Iterator[str]:
+    """What is done to the base as it is loaded."""
+    model, here = config.model, config.launcher.name is LauncherName.local
+    if model.quantisation is not Quantisation.none and here and (missing := missing_package()) is not None:
+        yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
+    for directory in model.adapters:
+        if isinstance(wrong := read_settings(directory), str):
+            yield f"model.adapters={directory}: {wrong}"
+    adapter = isinstance(config.tuning, AdapterConfig) and config.export.at_end and not config.export.merge
+    if model.adapters and adapter:
+        yield (
+            f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; set "
+            "export.merge=true, or write the merged base once (shardtune export base=... adapters=...) and tune that"
+        )
 
 
 def _may_be_hub_id(value: str) -> bool:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
 from trainer.tuning.settings import FreezeConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.tuning.stored import Folded
 
 
 def build_tuning(config: TuningConfig, *, new_tokens: bool = False, new_heads: tuple[str, ...] = ()) -> Tuning:
@@ -22,3 +29,12 @@ def build_tuning(config: TuningConfig, *, new_tokens: bool = False, new_heads: t
     from trainer.tuning.full import Full
 
     return Full()
+
+
+def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:
+    """The adapters of some directories on this architecture (on meta), to be folded into its weights as they are read."""
+    if not directories:
+        return None
+    from trainer.tuning.stored import Folded
+
+    return Folded(model, directories)

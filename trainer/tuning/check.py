@@ -10,15 +10,19 @@ from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.freeze import LAYERS
 from trainer.tuning.settings import FreezeConfig, Ia3Config, PeftConfig
-from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, method_of, rewrites_base
+from trainer.tuning.start import problems as start_problems
+from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, Method, method_of, rewrites_base
 
 INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
 
 
-def problems(tuning: TuningConfig, strategy: StrategyConfig, precision: Precision, *, merge: bool) -> Iterator[str]:
+def problems(
+    tuning: TuningConfig, strategy: StrategyConfig, precision: Precision, *, merge: bool, quantisation: str = "none"
+) -> Iterator[str]:
     """Every problem as `key=value: constraint; what to do`."""
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)
+        yield from start_problems(tuning)
     if isinstance(tuning, FreezeConfig):
         yield from _freeze(tuning)
     if isinstance(tuning, LoraConfig):
@@ -39,8 +43,23 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, precision: Precisio
     half = precision in (Precision.bf16, Precision.fp16) and strategy.name in SHARDED
     if half and (reason := method.refused.get("half")):
         yield f"precision={precision} with {shown} and strategy={strategy.name}: {reason}; use fp32 or strategy=ddp"
+    if quantisation != "none":
+        yield from _quantised(tuning, method, shown, quantisation)
     if merge and method.no_merge:
         yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
+
+
+def _quantised(tuning: TuningConfig, method: Method, shown: str, quantisation: str) -> Iterator[str]:
+    word = f"model.quantisation={quantisation}"
+    if reason := method.refused.get("quantised"):
+        yield f"{word} with {shown}: {reason}; use tuning=lora, or model.quantisation=none"
+    if isinstance(tuning, LoraConfig) and tuning.dora:
+        yield f"{word} with tuning.dora=true: DoRA needs the norms of the base weights in every forward pass; set it false"
+    if isinstance(tuning, LoraConfig) and rewrites_base(tuning.init):
+        yield (
+            f"{word} with tuning.init={tuning.init}: what it leaves of each weight would be rounded anew, and the export no "
+            "longer belong to the unchanged base; use tuning.init=default"
+        )
 
 
 def _targets(tuning: AdapterConfig) -> Iterator[str]:
