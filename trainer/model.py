@@ -14,6 +14,7 @@ from strategies.errors import ConfigError
 from trainer import attention as attention_module
 from trainer.data.settings import Layout
 from trainer.dropout import set_dropout
+from trainer.layer_names import head_names, vocabulary_names
 from trainer.loss import fuse_head
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.build import build_objective
@@ -270,24 +271,28 @@ def build_step(
     model.tie_weights()
     if not classification:
         fuse_head(model, model_config)
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    vocabulary = _vocabulary_names(model)
-    prefix = model.base_model_prefix
-    heads = tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
-    heads = heads if classification else ()
+    vocabulary, prefix = vocabulary_names(model), model.base_model_prefix
+    heads = head_names(model) if classification else ()
     folded = fold_adapters(model, config.adapters)
-    head = model.get_output_embeddings()
+    head, blocks = model.get_output_embeddings(), set(getattr(model, "_no_split_modules", None) or ())
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
     model = tuning.apply(model)
-    scheme, quantised = Scheme.asked(config.quantisation, config.double_quantisation), {}
-    if scheme is not None:  # after tuning: peft sizes its adapters by ordinary layers
-        quantised = quantise_layers(model, scheme, keep=head, heads=heads, base_name=tuning.base_name)
     model.train()
     objective = build_objective(objective_config, tuning.reference if tuning.keeps_base else None)
     step = TrainStep(model, objective, blocks)
     built = Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes)
-    built.scheme, built.quantised, built.folded = scheme, quantised, folded
+    built.folded = folded
+    _quantise(built, config, head)
     return built
+
+
+def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
+    """Store frozen layers packed, where asked for; after tuning, since peft sizes its adapters by ordinary layers."""
+    built.scheme = scheme = Scheme.asked(config.quantisation, config.double_quantisation)
+    if scheme is not None:
+        built.quantised = quantise_layers(
+            built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
+        )
 
 
 def _describe_head(model_config: Any, objective: ObjectiveConfig, outputs: int | None, pad_token_id: int) -> None:
@@ -307,10 +312,3 @@ def _grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new:
             "not belong together. Use the tokenizer of this model and list further tokens in model.add_tokens"
         )
     model_config.vocab_size = max(rows, size)
-
-
-def _vocabulary_names(model: Any) -> frozenset[str]:
-    wanted = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    return frozenset(
-        f"{name}.{key}" for name, module in model.named_modules() if id(module) in wanted for key in module._parameters
-    )

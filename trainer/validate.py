@@ -129,7 +129,7 @@ def _base(config: RunConfig) -> Iterator[str]:
     if model.adapters and adapter:
         yield (
             f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; set "
-            "export.merge=true, or write the merged base once (shardtune export base=... adapters=...) and tune that"
+            "export.merge=true, or write the merged base once (shardtune export adapters=... to=...) and tune that"
         )
 
 

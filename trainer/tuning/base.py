@@ -49,7 +49,7 @@ class AdapterConfig(TuningConfig):
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapters and saved with them, such as a classification head."""
     from_: str | None = None
-    """Directory of an adapter to go on from, typed `tuning.from=<dir>`; what is left unset here follows its settings."""
+    """Directory of an adapter to go on from; what is left unset here follows its settings. In files the key is `from_`."""
 
 
 @dataclass(kw_only=True, slots=True)

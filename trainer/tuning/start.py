@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,12 @@ def read_settings(directory: str | Path) -> dict[str, Any] | str:
         return dict(json.loads((path / SETTINGS).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         return f"its {SETTINGS} cannot be read ({error}); write the adapter again"
+
+
+def adapter_hash(directory: str | Path) -> str:
+    """SHA-256 of an adapter's tensors as they lie in the file. Errors: OSError."""
+    with (Path(directory).expanduser() / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settle(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:

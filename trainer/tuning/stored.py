@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -161,9 +160,3 @@ class _Fold:
             trained = {n: self.stored.tensor(n) for n in self.stored.names if n.startswith(f"{PREFIX}{layer}.")}
             self._last = layer, self.tuning.merged(layer, below, trained, self.model)
         return self._last[1][key]
-
-
-def fingerprint(directory: str | Path) -> str:
-    """SHA-256 of an adapter's tensors as they lie in the file."""
-    with (Path(directory).expanduser() / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
