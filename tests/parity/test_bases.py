@@ -32,7 +32,7 @@ def test_a_base_trains_alike_from_the_same_bytes(report, case, strategy):
     assert found[strategy]["same"]
     assert len(found["expected"]) == STEPS
     assert_close(found[strategy]["found"], found["expected"])
-    assert found["expected"][0][0] - found["expected"][-1][0] > 0.01, "it learns nothing: the comparison is blind"
+    assert found["expected"][0][0] - found["expected"][-1][0] > 0.004, "it learns nothing: the comparison is blind"
 
 
 def test_each_base_is_another(report):

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from launch.compose import compose
 from strategies import runtime as processes
-from strategies.base import Precision
+from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
+from strategies.memory import estimate
 from strategies.parameters import element_counts, named_parameters
 from tests.export.test_export import export, logits_of, trained
 from tests.helpers.methods import ADAPTERS
@@ -208,3 +210,57 @@ def test_modules_that_train_in_full_are_not_quantised(base, runtime):
     engine, built, _ = trained(base, config, runtime, **settings_of(SCHEMES["nf4"]))
     assert not [name for name in built.quantised if "down_proj" in name]
     assert [n for n, p in named_parameters(engine.step_module) if p.requires_grad and "down_proj" in n]
+
+
+def test_the_memory_estimate_counts_bytes(base, runtime):
+    found = {}
+    for kind, settings in (("plain", {}), ("nf4", settings_of(SCHEMES["nf4"]))):
+        engine, _, _ = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings)
+        for strategy in (SingleConfig(), Fsdp2Config()):
+            sizes = {"world_size": 2, "replicate": 1, "micro_tokens": 8, "width": 32, "blocks": 2}
+            estimated = estimate(engine.step_module, strategy, Precision.fp32, **sizes)
+            held = sum(p.nbytes for _, p in named_parameters(engine.step_module))
+            assert estimated.parameters == held / (2 if strategy.name == "fsdp2" else 1)
+            found[kind, strategy.name] = estimated.gathered
+    assert 0 < found["nf4", "fsdp2"] < found["plain", "fsdp2"]
+
+
+@pytest.fixture
+def words(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    return [f"model.path={base}", "data.path=train.jsonl", "budget.steps=1", "run.device=cpu", "model.quantisation=nf4"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "part"),
+    [
+        ("tuning=full", "model.quantisation=nf4 with tuning=full: it trains the base itself"),
+        ("tuning=freeze tuning.layers=last-1", "with tuning=freeze: it trains the base itself"),
+        ("tuning=lora tuning.dora=true", "DoRA needs the norms of the base weights"),
+        ("tuning=lora tuning.init=pissa", "would be rounded anew"),
+        ("tuning=lokr", "with tuning=lokr: peft reads the base weight itself"),
+        ("tuning=peft tuning.type=hra", "with tuning.type=hra: peft reads the base weight itself"),
+    ],
+)
+def test_what_cannot_stand_on_a_quantised_base_is_refused(words, typed, part):
+    with pytest.raises(ConfigError) as caught:
+        compose([*words, *typed.split()])
+    assert part in str(caught.value)
+    compose([word for word in [*words, *typed.split()] if not word.startswith("model.quantisation")])
+
+
+def test_every_refused_method_would_fail(base, runtime):
+    """A method that began to work would be refused for nothing."""
+    for config, _, _ in ADAPTERS.values():
+        if "quantised" in method_of(config).refused:
+            with pytest.raises((RuntimeError, IndexError)):
+                trained(base, config, runtime, steps=1, **settings_of(SCHEMES["nf4"]))
+
+
+def test_the_error_names_the_extra(words, monkeypatch):
+    monkeypatch.setattr("trainer.quantisation.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'shardtune\[qlora\]'"):
+        compose([*words, "tuning=lora"])
