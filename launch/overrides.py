@@ -70,8 +70,14 @@ def settings() -> dict[str, Setting]:
     return found
 
 
+def spelled(known: dict[str, Setting], key: str) -> str:
+    """A key as the code has it: named by a keyword of Python it ends in an underscore there, and is typed without."""
+    return f"{key}_" if key not in known and f"{key}_" in known else key
+
+
 def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
     """The setting behind a key as typed: also in a table, such as `data.columns.text` or `data.sources.chat.path`."""
+    key = spelled(known, key)
     parts = key.split(".")
     named = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
     for form in (key, *named):
@@ -85,10 +91,7 @@ def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
 
 
 def parse(words: list[str]) -> Parsed:
-    """Sort `words` into group choices and values; everything that cannot be read becomes a problem.
-
-    A setting named by a keyword of Python ends in an underscore in the code and in files, and may be typed without.
-    """
+    """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
     parsed, known = Parsed(), settings()
     for word in words:
         match = WORD.fullmatch(word)
@@ -96,7 +99,7 @@ def parse(words: list[str]) -> Parsed:
             parsed.problems.append(_not_a_pair(word))
             continue
         mark, key, text = match["mark"], match["key"], match["value"]
-        key = key if key in known or f"{key}_" not in known else f"{key}_"
+        key = spelled(known, key)
         if key.split(".")[0].split("/")[0] == "hydra":
             parsed.problems.append(f"{word}: Hydra's own settings are fixed here; remove it")
         elif "~" in mark:

@@ -27,7 +27,7 @@ from trainer.quantisation import Quantisation, missing_package
 from trainer.ranges import RANGES
 from trainer.tuning.base import AdapterConfig
 from trainer.tuning.check import problems as tuning_problems
-from trainer.tuning.start import read_settings
+from trainer.tuning.start import fold_problems
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LARGER_IS_BETTER = ("eval/accuracy", "eval/margin", "eval/f1_macro", "eval/f1_micro")
@@ -123,8 +123,7 @@ def _base(config: RunConfig) -> Iterator[str]:
     if model.quantisation is not Quantisation.none and here and (missing := missing_package()) is not None:
         yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
     for directory in model.adapters:
-        if isinstance(wrong := read_settings(directory), str):
-            yield f"model.adapters={directory}: {wrong}"
+        yield from fold_problems(directory)
     adapter = isinstance(config.tuning, AdapterConfig) and config.export.at_end and not config.export.merge
     if model.adapters and adapter:
         yield (

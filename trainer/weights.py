@@ -110,6 +110,11 @@ class BaseWeights(Checkpoint):
         super().__init__(directory, base_prefix)
         self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
         changed = folded.changed() if folded is not None else set()
+        if missing := sorted(name for name in changed if self.resolve(name) is None):
+            raise ConfigError(
+                f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
+                "merged model as model.path"
+            )
         self._changed = {stored: name for name in changed if (stored := self.resolve(name)) is not None}
         self._plain = Checkpoint(directory, base_prefix)
         self._last: tuple[str, Tensor] | None = None

@@ -178,6 +178,31 @@ def test_an_adapter_on_folded_ones_is_not_exported_alone(words, made):
     compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]", "export.merge=true"])
 
 
+def test_what_cannot_be_folded_is_refused(base, made, words, runtime, tmp_path):
+    beft = made("peft beft")
+    with pytest.raises(ConfigError, match="was made by beft, which cannot be folded"):
+        compose([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{beft}]"])
+    settings = json.loads((made("lora") / "adapter_config.json").read_text())
+    other = tmp_path / "prompts"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "PROMPT_TUNING"}))
+    (other / "adapter_model.safetensors").write_bytes((made("lora") / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match="was made by prompt_tuning, which is not proven"):
+        compose([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{other}]"])
+
+
+def test_a_shared_weight_and_a_trained_bias_are_not_folded(runtime, tmp_path):
+    path = tmp_path / "tied"
+    tiny_model_dir(path, "llama_tied", pad_token_id=2, attention_bias=True)
+    tiny_tokenizer().save_pretrained(path)
+    shared = plain_adapter(path, tmp_path / "embeddings", r=2, target_modules=["embed_tokens"])
+    with pytest.raises(ConfigError, match=r"which .* shares"):
+        trained(path, LoraConfig(rank=4), runtime, steps=0, adapters=[str(shared)])
+    biased = plain_adapter(path, tmp_path / "biased", r=2, target_modules=["q_proj"], bias="lora_only")
+    with pytest.raises(ConfigError, match=r"holds .*q_proj.bias, which is no part of an adapter"):
+        trained(path, LoraConfig(rank=4), runtime, steps=0, adapters=[str(biased)])
+
+
 def update(directory):
     """The update of each layer of a plain LoRA directory, by name."""
     tensors = load_file(directory / "adapter_model.safetensors")

@@ -18,6 +18,7 @@ from trainer.tuning.settings import (
     PeftConfig,
     VeraConfig,
 )
+from trainer.tuning.table import METHODS, TYPES
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEYS: dict[type, dict[str, str]] = {
@@ -112,6 +113,20 @@ def problems(tuning: AdapterConfig) -> Iterator[str]:
             yield f"{word}: was made with tuning.{ours}={found}, not {value}; set it so, or leave it out"
     if isinstance(tuning, LoraConfig) and tuning.init != "default":
         yield f"tuning.init={tuning.init}: the values come from tuning.from; use tuning.init=default"
+
+
+def fold_problems(directory: str) -> Iterator[str]:
+    """What keeps an adapter from being folded into the base, one line each."""
+    word, file = f"model.adapters={directory}", read_settings(directory)
+    if isinstance(file, str):
+        yield f"{word}: {file}"
+        return
+    kind = str(file.get("peft_type")).lower()
+    kind = {"ln_tuning": "ln"}.get(kind, kind)
+    method = METHODS.get(kind) or TYPES.get(kind)
+    if method is None or method.no_merge:
+        reason = "which is not proven here" if method is None else f"which cannot be folded: {method.no_merge}"
+        yield f"{word}: was made by {kind}, {reason}; leave it out, or merge it with peft and give that as model.path"
 
 
 def _same_method(tuning: AdapterConfig, file: dict[str, Any]) -> bool:

@@ -148,7 +148,27 @@ class _Fold:
             self.tuning.base_name(name): name for name in self.stored.names if f".modules_to_save.{ADAPTER}." in name
         }
         self.changed = {f"{layer}.{key}" for layer, keys in layers.items() for key in keys} | set(self.replaced)
+        self._refuse(directory)
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def _refuse(self, directory: str) -> None:
+        """Raise ConfigError for what would be folded into another module too, or not at all."""
+        word = f"model.adapters={directory}"
+        known = set(self.replaced.values())
+        if left := sorted(name for name in self.stored.names if not self.tuning.owns(name) and name not in known):
+            raise ConfigError(
+                f"{word}: holds {self.tuning.base_name(left[0])}, which is no part of an adapter (bias=all or lora_only); "
+                "merge it with peft, and give the merged model as model.path"
+            )
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            base = self.tuning.base_name(name)
+            other = first.setdefault(id(parameter), base)
+            if other != base and {other, base} & self.changed:
+                raise ConfigError(
+                    f"{word}: changes {base}, which {other} shares; the other would change too. Merge it with peft, and give "
+                    "the merged model as model.path"
+                )
 
     def whole(self, name: str, below: BaseReader) -> Tensor:
         if name in self.replaced:
