@@ -22,5 +22,5 @@ def plain_adapter(base: Path, path: Path, class_name: str = "LoraConfig", seed: 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(str(path))
+    model.save_pretrained(str(path), save_embedding_layers=False)
     return path

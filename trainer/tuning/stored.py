@@ -58,12 +58,14 @@ class StoredAdapter:
         trained = {n for n, p in tuned.named_parameters(remove_duplicate=False) if p.requires_grad and n in known}
         missing = sorted(name for name in trained if known[name] not in self._keys)
         foreign = sorted(self._keys - set(known.values()))
+        advice = "set tuning.targets and tuning.modules_to_save to those it was made with"
+        if self.key != "tuning.from":
+            advice = "give the base model and the objective that it was made with"
         if missing or foreign:
             raise ConfigError(
                 f"{self.key}={self.directory}: its adapter does not fit this model and these settings: "
                 f"{'missing in the file: ' + ', '.join(missing[:3]) if missing else ''}{'; ' if missing and foreign else ''}"
-                f"{'in the file only: ' + ', '.join(foreign[:3]) if foreign else ''}; set tuning.targets and "
-                "tuning.modules_to_save to those it was made with"
+                f"{'in the file only: ' + ', '.join(foreign[:3]) if foreign else ''}; {advice}"
             )
         self.names = {name: key for name, key in known.items() if key in self._keys}
         for name, key in self.names.items():
