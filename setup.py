@@ -55,7 +55,7 @@ setup(
         "tensorboard": ["tensorboard>=2.21"],
         "pii": PII,
         "schedule_free": ["schedulefree>=1.4"],
-        "qlora": ["bitsandbytes>=0.50"],
+        "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
         "test": [
             *PII,
             "bitsandbytes>=0.50",

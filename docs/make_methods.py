@@ -43,6 +43,8 @@ with the same weights (but `bottleneck`, which `peft` does not have). Values are
 (seed, layer name). What the families change, cost and are good for: [peft.md](peft.md). The column *trained* is counted on
 a Llama of 2 blocks, width 64, vocabulary 256 (SIZE parameters), with the settings shown.
 
+The column *quantised* is that of `model.quantisation` ([qlora.md](qlora.md)), under which DoRA, PiSSA and OLoRA are refused.
+
 `torch.compile` was measured for `tuning=freeze` alone (equal within 1e-7); with the others it is allowed and not proven.
 """
 SETTINGS: dict[str, tuple[TuningConfig, str]] = {

@@ -84,6 +84,7 @@ def row(key: str, values: str, default: Any, meaning: str) -> str:
         meaning += f" Range: {bounds}; {advice}."
     # Markdown would take <a> for a tag and | for the end of a cell; inside backquotes it takes neither.
     cells = [re.sub(r"<([^<>`]+)>", r"`<\1>`", cell).replace("|", "\\|") for cell in (values, meaning)]
+    key = key.removesuffix("_")  # a keyword of Python, which is typed as it is
     return f"| `{key}` | {cells[0]} | `{shown(default)}` | {cells[1]} |"
 
 

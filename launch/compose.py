@@ -20,6 +20,7 @@ from strategies.errors import ConfigError
 from trainer.config import Device, LauncherName, RunConfig
 from trainer.data.settings import SourceConfig
 from trainer.optim import GroupRule
+from trainer.tuning.start import settle as settle_start
 from trainer.validate import problems_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
     config = _to_config(tree, problems)
     if config is not None:
         _resolve(config)
+        config.substitutions |= settle_start(config.tuning, {key for key, _, _ in parsed.values})
         if check:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
             problems += [

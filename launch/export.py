@@ -2,6 +2,8 @@
 
     shardtune export run.dir=runs/x [checkpoint=last|best|<step>] [to=<dir>] [merge=true] [dtype=bfloat16] [--verify]
 
+    shardtune export adapters=[<dir>,<dir>] to=<dir> [weights=[..]] [combine=cat]     (launch/combine.py)
+
 One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. `to`
 defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty.
 """
@@ -37,6 +39,11 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
+    from launch import combine
+
+    if combine.wanted(argv):
+        return combine.main(argv)
+
     from launch.compose import load_frozen
 
     words = parse(argv)

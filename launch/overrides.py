@@ -19,6 +19,7 @@ PATH_KEYS = frozenset(
     {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
     | {"data.cache_dir", "data.decontamination.paths", "objective.teacher.path"}
     | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets", "tuning.modules"}
+    | {"tuning.from", "tuning.from_"}
 )
 """Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""
 WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
@@ -69,8 +70,14 @@ def settings() -> dict[str, Setting]:
     return found
 
 
+def spelled(known: dict[str, Setting], key: str) -> str:
+    """A key as the code has it: named by a keyword of Python it ends in an underscore there, and is typed without."""
+    return f"{key}_" if key not in known and f"{key}_" in known else key
+
+
 def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
     """The setting behind a key as typed: also in a table, such as `data.columns.text` or `data.sources.chat.path`."""
+    key = spelled(known, key)
     parts = key.split(".")
     named = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
     for form in (key, *named):
@@ -92,6 +99,7 @@ def parse(words: list[str]) -> Parsed:
             parsed.problems.append(_not_a_pair(word))
             continue
         mark, key, text = match["mark"], match["key"], match["value"]
+        key = spelled(known, key)
         if key.split(".")[0].split("/")[0] == "hydra":
             parsed.problems.append(f"{word}: Hydra's own settings are fixed here; remove it")
         elif "~" in mark:

@@ -6,26 +6,27 @@ from typing import Any
 
 from torch import nn
 
-from strategies.parameters import named_parameters
+from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 
 
 def held_elements(step_module: nn.Module) -> int:
     """Parameter elements that lie on this rank between steps."""
-    held = 0
-    for _, p in named_parameters(step_module):
+    held, counts = 0, element_counts(step_module)
+    for name, p in named_parameters(step_module):
         if hasattr(p, "ds_tensor"):
-            held += p.ds_tensor.ds_numel
+            here, whole = p.ds_tensor.ds_numel, int(p.ds_numel)  # type: ignore[attr-defined]
         elif hasattr(p, "to_local"):
-            held += p.to_local().numel()
+            here, whole = p.to_local().numel(), p.numel()
         else:
-            held += p.numel()
+            here = whole = p.numel()
+        held += here if counts[name] == whole else here * counts[name] // whole
     return held
 
 
 def sharding_record(step_module: nn.Module, runtime: Runtime) -> dict[str, Any]:
     """Total, trainable and per-rank held parameter elements. All ranks must call."""
-    total = sum(getattr(p, "ds_numel", p.numel()) for _, p in named_parameters(step_module))
+    total = sum(element_counts(step_module).values())
     trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in named_parameters(step_module) if p.requires_grad)
     return {
         "parameters": total,

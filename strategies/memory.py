@@ -54,11 +54,17 @@ def estimate(
 ) -> MemoryEstimate:
     """Memory of one rank for `micro_tokens` tokens in a forward pass of a model `width` wide with `blocks` blocks."""
     compute = torch.finfo(COMPUTE_DTYPE[precision]).bits // 8
-    frozen = sum(p.numel() for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
+
+    def computed(p: nn.Parameter) -> int:
+        """Bytes in the compute type; packed weights stay as they are."""
+        return p.numel() * (compute if p.is_floating_point() else p.element_size())
+
+    frozen = sum(computed(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
     units = step_module.shard_units()  # type: ignore[operator]
-    block = max((sum(p.numel() for p in unit.parameters()) for unit in units), default=frozen + trained)
-    rest = frozen + trained - sum(p.numel() for unit in units for p in unit.parameters())
+    whole = frozen + trained * compute
+    block = max((sum(map(computed, unit.parameters())) for unit in units), default=whole)
+    rest = whole - sum(computed(p) for unit in units for p in unit.parameters())
     kept = ACTIVATIONS_PER_WIDTH
     if config.activation_checkpointing is ActivationCheckpointing.full:
         kept = 1
@@ -68,21 +74,21 @@ def estimate(
     if isinstance(config, ZeroConfig):
         shards = world_size
         masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4
-        parameters = (frozen + trained) * compute / (shards if config.stage == 3 else 1)
+        parameters = whole / (shards if config.stage == 3 else 1)
         optimizer = trained * (8 + masters) / shards
         gradients = trained * (compute if config.stage == 1 else 4 / shards)
         if config.offload_optimizer != "none":
             optimizer = 0.0
         if config.offload_parameters != "none":
             parameters = 0.0
-        gathered = (2 * block + rest) * compute if config.stage == 3 else 0.0
+        gathered = float(2 * block + rest) if config.stage == 3 else 0.0
     elif isinstance(config, Fsdp2Config):
         shards = world_size // replicate
-        parameters = (frozen * compute + trained * 4) / shards
+        parameters = (frozen + trained * 4) / shards
         gradients, optimizer = trained * 4 / shards, trained * 8 / shards
-        gathered = float((2 * block + rest) * compute)
+        gathered = float(2 * block + rest)
         if config.cpu_offload:
             parameters = gradients = optimizer = 0.0
     else:
-        parameters, gradients, optimizer, gathered = frozen * compute + trained * 4.0, trained * 4.0, trained * 8.0, 0.0
+        parameters, gradients, optimizer, gathered = frozen + trained * 4.0, trained * 4.0, trained * 8.0, 0.0
     return MemoryEstimate(float(parameters), float(gradients), float(optimizer), float(gathered), activations)

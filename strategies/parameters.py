@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,17 @@ def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterat
     for name, parameter in step_module.named_parameters():
         if teacher or not name.startswith(TEACHER):
             yield name.removeprefix(PREFIX), parameter
+
+
+def element_counts(step_module: nn.Module) -> dict[str, int]:
+    """Elements of the model behind each distinct parameter, whole, by plain name; a packed weight stands for more or
+    fewer than it has bytes (`packed_elements` of its module says how many)."""
+    counts: dict[str, int] = {}
+    for name, parameter in named_parameters(step_module):
+        owner, _, key = name.rpartition(".")
+        packed: Any = getattr(step_module.get_submodule(PREFIX + owner), "packed_elements", {}) if owner else {}
+        counts[name] = packed.get(key) or getattr(parameter, "ds_numel", parameter.numel())
+    return counts
 
 
 def trainable_parameters(step_module: nn.Module) -> list[tuple[str, nn.Parameter]]:

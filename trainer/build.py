@@ -26,6 +26,7 @@ from trainer.parts import build_engine, build_evaluators, build_loader, prepare_
 from trainer.preempt import Agreement, StopRequest
 from trainer.status import State, record_failure, write_status
 from trainer.tracking import Trackers, build_trackers
+from trainer.tuning.start import adapter_hash
 
 
 @dataclass(slots=True)
@@ -173,6 +174,7 @@ def record_reference(
     if not reference.is_recorded(built):
         return
     where.phase = "recording the reference"
+    start = getattr(config.tuning, "from_", None)
     console.say("reference: recording what the model says of every answer before training, once")
     reference.record(
         config,
@@ -182,7 +184,7 @@ def record_reference(
         pad_token_id=tokenizer.pad_token_id,
         runtime=runtime,
         directory=run_dir / "reference",
-        key=sha256,
+        key=sha256 if start is None else f"{sha256}/{adapter_hash(start)}",
         stop_now=agreement.asked,
     )
 

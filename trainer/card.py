@@ -129,6 +129,10 @@ def _loading(card: CardFacts, base_path: str, *, adapter: bool) -> str:
         labels = card.facts.get("label_names")
         extra = f", num_labels={len(labels)}" if classifier and labels else ""
         lines.append(f"model = {auto}.from_pretrained({json.dumps(_base_name(base_path))}{extra})  # the base model")
+        if scheme := card.facts.get("quantisation"):
+            lines.append(
+                f"# It was trained on this base in {scheme}; on the unrounded one its answers differ a little."
+            )
         if card.resize_to:
             lines.append(f"model.resize_token_embeddings({card.resize_to})  # tokens were added to the vocabulary")
         loader = "load" if own else "PeftModel.from_pretrained"

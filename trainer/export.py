@@ -23,7 +23,7 @@ from torch import Tensor
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime, first_error
 from trainer.card import CardFacts, render_card
-from trainer.weights import Checkpoint, tied_names
+from trainer.weights import BaseWeights
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -103,7 +103,15 @@ def write_export(
             if runtime.is_main:
                 assert logits is not None
                 start = built.two_sides.decoder_start if built.two_sides else None
-                report = verify_export(aside, base_path=base_path, token_ids=ids, reference=logits, decoder_start=start)
+                rounded = built.base_weights(Path(base_path)) if adapter and built.quantised else None
+                report = verify_export(
+                    aside,
+                    base_path=base_path,
+                    token_ids=ids,
+                    reference=logits,
+                    decoder_start=start,
+                    rounded=rounded,
+                )
                 print(f"export verified: {report}", flush=True)
         except Exception as caught:  # noqa: BLE001 - as above
             error = caught
@@ -169,7 +177,7 @@ class _Gathered:
 
         tuning, model = self.built.tuning, self.built.step_module.model
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
-        base = Checkpoint(Path(self.base_path), self.built.base_prefix, tied_names(model, tuning.base_name))
+        base = self.built.base_weights(Path(self.base_path))
         folding = Folding(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
@@ -177,7 +185,7 @@ class _Gathered:
                 if not tuning.owns(name):
                     yield tuning.base_name(name), tensor
                 continue
-            value: Tensor | None = _stored_or(base, tuning.base_name(name), tensor)
+            value: Tensor | None = _base_or(base, tuning.base_name(name), tensor)
             if folding is not None and value is not None:
                 value = folding.tensor(name, value)
             if value is not None:
@@ -193,8 +201,10 @@ class _Gathered:
                 pass
 
 
-def _stored_or(base: Checkpoint, name: str, live: Tensor) -> Tensor:
-    """The base checkpoint's own value, or the live one of a parameter that it does not have (a new head)."""
+def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
+    """The base's own value, or the live one of a parameter that it does not have (a new head)."""
+    if name in base.quantised:
+        return base.whole(name)
     stored = base.resolve(name)
     if stored is None or base.shape(stored) != tuple(live.shape):
         return live
@@ -227,7 +237,7 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
         tuning.write(built.step_module.model, trained, directory, *hub_name(base_path))  # type: ignore[attr-defined]
         return
     if tuning.converts:
-        trained = as_plain_lora(tuning, trained, Checkpoint(Path(base_path), built.base_prefix))
+        trained = as_plain_lora(tuning, trained, built.base_weights(Path(base_path)))
     write_adapter(tuning, built.step_module.model, trained, directory, *hub_name(base_path))
 
 

@@ -234,3 +234,11 @@ def head_transform(config: Any) -> tuple[float | None, float]:
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
         scale = 1.0 / float(divisor)
     return softcap, scale
+
+
+def fuse_head(model: Any, model_config: Any) -> None:
+    """Let a model's plain output layer compute the loss itself."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        softcap, scale = head_transform(model_config)
+        model.set_output_embeddings(LossHead.replace(head, softcap=softcap, logit_scale=scale))

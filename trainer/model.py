@@ -8,21 +8,26 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
 from trainer import attention as attention_module
 from trainer import encoder_decoder
 from trainer.data.settings import Layout
-from trainer.loss import LossHead, head_transform
+from trainer.dropout import set_dropout
+from trainer.layer_names import head_names, vocabulary_names
+from trainer.loss import fuse_head
 from trainer.objectives.base import ObjectiveConfig, ObjectiveName
 from trainer.objectives.build import build_objective
+from trainer.quantisation import Quantisation, Scheme, quantise_layers
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import build_tuning
+from trainer.tuning.build import build_tuning, fold_adapters
 from trainer.tuning.table import needs_own_rows
+from trainer.weights import BaseWeights, tied_names
+
+if TYPE_CHECKING:
+    from trainer.tuning.stored import Folded
 
 
 class Attention(StrEnum):
@@ -57,6 +62,12 @@ class ModelConfig:
     """File with a Jinja chat template that replaces the tokenizer's own."""
     dropout: float = 0.0
     """Dropout probability set on the model's own dropout layers, 0 to 1."""
+    quantisation: Quantisation = Quantisation.none
+    """Storage of the frozen base under adapters: `none`, `nf4` or `fp4` (4 bits, QLoRA) or `int8`; needs bitsandbytes."""
+    double_quantisation: bool = True
+    """Quantise the scales of `nf4` and `fp4` too: 4.13 instead of 4.5 bits an element."""
+    adapters: list[str] = field(default_factory=list)
+    """Directories of adapters folded into the base, in this order, as it is loaded; a new adapter then trains on top."""
 
 
 @dataclass(slots=True)
@@ -80,6 +91,23 @@ class Built:
     """What was chosen for the user, and why."""
     two_sides: encoder_decoder.EncoderDecoder | None = None
     """Set for encoder-decoder models trained as such."""
+    scheme: Scheme | None = None
+    """How the weights in `quantised` are stored."""
+    quantised: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Shapes of the weights that are stored packed, by base name."""
+    folded: Folded | None = None
+    """Adapters that are folded into the base as it is loaded."""
+
+    def base_weights(self, directory: Path) -> BaseWeights:
+        """The values of the base as it is trained on, read from the model in `directory`."""
+        return BaseWeights(
+            directory,
+            self.base_prefix,
+            tied_names(self.step_module.model, self.tuning.base_name),
+            folded=self.folded,
+            scheme=self.scheme,
+            quantised=self.quantised,
+        )
 
 
 def resolve_path(config: ModelConfig, value: str | None = None) -> str:
@@ -236,7 +264,7 @@ def build_step(
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    original_dropout = _set_dropout(model_config, config.dropout)
+    original_dropout = set_dropout(model_config, config.dropout)
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
     try:
         with context:
@@ -251,19 +279,30 @@ def build_step(
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
     if not classification:
-        _fuse_head(model, model_config)
+        fuse_head(model, model_config)
+    vocabulary, prefix = vocabulary_names(model), model.base_model_prefix
+    heads = head_names(model) if classification else ()
     blocks = encoder_decoder.block_classes(model) if seq2seq else set(getattr(model, "_no_split_modules", None) or ())
-    vocabulary = _vocabulary_names(model)
-    prefix = model.base_model_prefix
-    heads = tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
-    heads = heads if classification else ()
+    folded, head = fold_adapters(model, config.adapters), model.get_output_embeddings()
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     encoder_decoder.freeze_fixed(model)
     model.train()
     objective = build_objective(objective_config, tuning.reference if tuning.keeps_base else None)
     step = TrainStep(model, objective, blocks)
-    return Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes, two_sides)
+    built = Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes, two_sides)
+    built.folded = folded
+    _quantise(built, config, head)
+    return built
+
+
+def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
+    """Store frozen layers packed, where asked for; after tuning, since peft sizes its adapters by ordinary layers."""
+    built.scheme = scheme = Scheme.asked(config.quantisation, config.double_quantisation)
+    if scheme is not None:
+        built.quantised = quantise_layers(
+            built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
+        )
 
 
 def _describe_head(model_config: Any, objective: ObjectiveConfig, outputs: int | None, pad_token_id: int) -> None:
@@ -283,39 +322,3 @@ def _grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new:
             "not belong together. Use the tokenizer of this model and list further tokens in model.add_tokens"
         )
     model_config.vocab_size = max(rows, size)
-
-
-def _vocabulary_names(model: Any) -> frozenset[str]:
-    wanted = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    return frozenset(
-        f"{name}.{key}" for name, module in model.named_modules() if id(module) in wanted for key in module._parameters
-    )
-
-
-def _fuse_head(model: Any, model_config: Any) -> None:
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        softcap, scale = head_transform(model_config)
-        model.set_output_embeddings(LossHead.replace(head, softcap=softcap, logit_scale=scale))
-
-
-_DROPOUT_FIELDS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "dropout",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "seq_classif_dropout",
-)
-
-
-def _set_dropout(model_config: Any, probability: float) -> dict[str, float]:
-    """Set every dropout the architecture has, whatever its fields are called; returns the values that were there."""
-    before = {name: getattr(model_config, name, None) for name in (*_DROPOUT_FIELDS, *encoder_decoder.DROPOUTS)}
-    found = {name: value for name, value in before.items() if isinstance(value, float | int)}
-    for name in found:
-        setattr(model_config, name, 0.0 if name in encoder_decoder.LAYER_DROP else probability)
-    return found

@@ -36,7 +36,7 @@ from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
 from trainer.teacher import attach_teacher, common_layout, teacher_model
 from trainer.tuning.check import check_room
-from trainer.weights import Checkpoint, WeightSource, fill_buffers, tied_names
+from trainer.weights import WeightSource, fill_buffers
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
@@ -112,9 +112,8 @@ def build_model(
             max_source=config.data.max_length,
             max_target=config.objective.max_target,
         )
-    model, named = built.step_module.model, built.tuning.base_name
-    checkpoint = Checkpoint(weights_directory(config.model), built.base_prefix, tied_names(model, named))
-    fill_buffers(model, checkpoint, named)
+    checkpoint = built.base_weights(weights_directory(config.model))
+    fill_buffers(built.step_module.model, checkpoint, built.tuning.base_name)
     source = WeightSource(
         checkpoint,
         built.tuning,

@@ -6,7 +6,7 @@ import numpy as np
 
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.memory import estimate
-from strategies.parameters import meta_context, named_parameters
+from strategies.parameters import element_counts, meta_context, named_parameters
 from trainer.config import RunConfig
 from trainer.data.audit import preview, summary
 from trainer.data.order import steps_for_tokens
@@ -32,7 +32,7 @@ def describe(config: RunConfig) -> str:
         for_tokens=lambda tokens: steps_for_tokens(order, unit_tokens, size, tokens),
     )
     mean_tokens = float(unit_tokens[order.epoch(0)].mean())
-    total = sum(p.numel() for _, p in named_parameters(built.step_module))
+    total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     lines = [
         summary(data.report),

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.base import Precision
-from strategies.parameters import named_parameters
+from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config import RunConfig
 from trainer.metrics import flops_per_token, reference_tflops
 from trainer.status import write_text_atomic
+from trainer.tuning.start import adapter_hash
 
 if TYPE_CHECKING:
     from trainer.card import CardFacts
@@ -70,6 +71,7 @@ def run_facts(
     """Everything `run.json` records before the first step."""
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
+    start = getattr(config.tuning, "from_", None)
     substitutions = {**config.substitutions, **built.substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
@@ -91,6 +93,9 @@ def run_facts(
         "device": str(runtime.device),
         "resumed_from": resumed_from.name if resumed_from else None,
         "base_model": config.model.path,
+        "quantisation": None if built.scheme is None else str(built.scheme),
+        "folded_adapters": {path: adapter_hash(path) for path in config.model.adapters},
+        "tuning_from": None if start is None else {"path": start, "sha256": adapter_hash(start)},
         "data_fingerprint": data.train.fingerprint,
         "data_directory": str(data.directory),
         "data_report": data.report,
@@ -112,9 +117,11 @@ def run_facts(
 def _flops(built: Built, mean_length: float, answer_share: float) -> float:
     """Of an encoder-decoder model each side is passed by its own tokens only; `answer_share` of them are the decoder's."""
     total = trained = 0.0
+    counts = element_counts(built.step_module)
     for name, p in named_parameters(built.step_module):
-        shape = getattr(p, "ds_shape", p.shape)
-        numel = getattr(p, "ds_numel", p.numel())
+        shape, numel = getattr(p, "ds_shape", p.shape), counts[name]
+        if (base := built.tuning.base_name(name)) in built.quantised:
+            shape = built.quantised[base]
         lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)
         if len(shape) < 2 or lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
@@ -149,6 +156,8 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['world_size']} ranks; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
+    if facts["quantisation"]:
+        lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
     if facts["reference_tflops"]:
         lines.append(
             f"MFU against {facts['reference_tflops']:.2f} TFLOP/s a device ({facts['reference_tflops_source']})"

@@ -13,10 +13,10 @@ from trainer.data.settings import Layout
 from trainer.model import (
     Built,
     ModelConfig,
-    _fuse_head,
-    _set_dropout,
+    fuse_head,
     load_model_config,
     load_tokenizer,
+    set_dropout,
     weights_directory,
 )
 from trainer.objectives.base import DistillationConfig, ObjectiveConfig
@@ -96,14 +96,14 @@ def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
     import transformers
 
     settings = copy.deepcopy(settings)
-    _set_dropout(settings, 0.0)
+    set_dropout(settings, 0.0)
     auto: Any = transformers.AutoModelForCausalLM
     with meta_context():
         model = auto.from_config(
             settings, attn_implementation=attention, trust_remote_code=config.trust_remote_code, dtype="float32"
         )
     model.tie_weights()
-    _fuse_head(model, settings)
+    fuse_head(model, settings)
     return model
 
 

@@ -24,8 +24,11 @@ from trainer.data.sources.paths import expand, is_hub
 from trainer.objectives.base import DistillationConfig, ObjectiveName, PretrainConfig
 from trainer.objectives.support import problems as objective_problems
 from trainer.optimizers.support import problems as optimizer_problems
+from trainer.quantisation import Quantisation, missing_package
 from trainer.ranges import RANGES
+from trainer.tuning.base import AdapterConfig
 from trainer.tuning.check import problems as tuning_problems
+from trainer.tuning.start import fold_problems
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LARGER_IS_BETTER = (
@@ -39,7 +42,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
     out_of_range = list(_ranges(config))
     problems = [*out_of_range, *_budget(config), *_model(config), *_data(config), *_evaluation(config), *_run(config)]
-    problems += _schedule(config)
+    problems += [*_base(config), *_schedule(config)]
     if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
@@ -119,6 +122,21 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
+
+
+def _base(config: RunConfig) -> Iterator[str]:
+    """What is done to the base as it is loaded."""
+    model, here = config.model, config.launcher.name is LauncherName.local
+    if model.quantisation is not Quantisation.none and here and (missing := missing_package()) is not None:
+        yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
+    for directory in model.adapters:
+        yield from fold_problems(directory)
+    adapter = isinstance(config.tuning, AdapterConfig) and config.export.at_end and not config.export.merge
+    if model.adapters and adapter:
+        yield (
+            f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; set "
+            "export.merge=true, or write the merged base once (shardtune export adapters=... to=...) and tune that"
+        )
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:
@@ -299,6 +317,7 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         merge=config.export.merge,
         new_head=config.objective.name in (ObjectiveName.classification, ObjectiveName.reward),
         new_tokens=bool(config.model.add_tokens),
+        quantisation=str(config.model.quantisation),
     )
 
 

@@ -18,6 +18,7 @@ from trainer.objectives.causal import MODEL_INPUTS, plain_model
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.model import Built
+    from trainer.weights import BaseWeights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the coarsest type that took part: about six of its
@@ -92,10 +93,11 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     return logits.reshape(-1, logits.shape[-1]).cpu() if runtime.is_main else None
 
 
-def load_export(directory: Path, base_path: str | None = None) -> Any:
+def load_export(directory: Path, base_path: str | None = None, rounded: BaseWeights | None = None) -> Any:
     """The exported model in eval mode, float32, through nothing but transformers and peft.
 
-    `base_path`: where an adapter's base is; default: where the adapter says. Errors: ConfigError where it is no export.
+    `base_path`: where an adapter's base is; default: where the adapter says. `rounded`: the base as the adapter was trained
+    on it, where that was quantised: its values replace those of the plain model. Errors: ConfigError where it is no export.
     """
     import transformers
 
@@ -103,13 +105,13 @@ def load_export(directory: Path, base_path: str | None = None) -> Any:
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return _load(directory, base_path, transformers)
+        return _load(directory, base_path, transformers, rounded)
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
+def _load(directory: Path, base_path: str | None, transformers: Any, rounded: BaseWeights | None = None) -> Any:
     from trainer.tuning import bottleneck
 
     settings_file = directory / "adapter_config.json"
@@ -139,6 +141,8 @@ def _load(directory: Path, base_path: str | None, transformers: Any) -> Any:
     tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens, mean_resizing=False)
+    for name in rounded.quantised if rounded is not None else ():
+        model.get_parameter(name).data.copy_(rounded.whole(name))  # type: ignore[union-attr]
     load = bottleneck.load if settings_file.name == bottleneck.CONFIG_FILE else load_adapter
     return load(model, directory).eval()
 
@@ -168,16 +172,17 @@ def verify_export(
     reference: Tensor,
     tolerance: float | None = None,
     decoder_start: int | None = None,
+    rounded: BaseWeights | None = None,
 ) -> Verification:
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
     `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
-    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. Errors: DriftError where
-    the difference is larger.
+    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `rounded`: see
+    `load_export`. Errors: DriftError where the difference is larger.
     """
     from trainer.export import stored_type
 
-    model = load_export(directory, base_path)
+    model = load_export(directory, base_path, rounded)
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:

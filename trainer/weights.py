@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from strategies.base import ParameterSource
 from strategies.errors import ConfigError, DataError
 from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
+from trainer.quantisation import Scheme
 from trainer.tuning.base import Tuning
+
+if TYPE_CHECKING:
+    from trainer.tuning.stored import Folded
 
 
 class Checkpoint:
@@ -125,12 +129,57 @@ def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[
                 buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
 
+class BaseWeights(Checkpoint):
+    """A checkpoint as it is trained on: adapters folded in, and rounded where it is stored quantised."""
+
+    def __init__(
+        self,
+        directory: Path,
+        base_prefix: str,
+        tied: dict[str, list[str]] | None = None,
+        *,
+        folded: Folded | None = None,
+        scheme: Scheme | None = None,
+        quantised: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(directory, base_prefix, tied)
+        self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
+        changed = folded.changed() if folded is not None else set()
+        if missing := sorted(name for name in changed if self.resolve(name) is None):
+            raise ConfigError(
+                f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
+                "merged model as model.path"
+            )
+        self._changed = {stored: name for name in changed if (stored := self.resolve(name)) is not None}
+        self._plain = Checkpoint(directory, base_prefix, tied)
+        self._last: tuple[str, Tensor] | None = None
+
+    def run(self, stored: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened tensor, adapters folded in, not rounded."""
+        if stored not in self._changed:
+            return super().run(stored, start, stop)
+        assert self.folded is not None
+        return self.folded.whole(self._changed[stored], self._plain).reshape(-1)[start:stop]
+
+    def whole(self, name: str) -> Tensor:
+        """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
+        value = super().whole(name)
+        return value if name not in self.quantised or self.scheme is None else self.scheme.rounded(value)
+
+    def packed(self, name: str) -> Tensor:
+        """The bytes of a weight that is stored quantised, `[num_bytes]` uint8."""
+        assert self.scheme is not None
+        if self._last is None or self._last[0] != name:
+            self._last = name, self.scheme.pack(super().whole(name))
+        return self._last[1]
+
+
 class WeightSource:
     """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: BaseWeights,
         tuning: Tuning,
         *,
         seed: int,
@@ -161,8 +210,8 @@ class WeightSource:
             if self.tuning.owns(name):
                 continue
             base = self.tuning.base_name(name)
-            stored = self.checkpoint.resolve(base)
-            if stored is None and base in self.fixed:
+            stored, shape = self.checkpoint.resolve(base), self.checkpoint.quantised.get(base, shape)
+            if stored is None and (base in self.fixed or self.tuning.rewrites(name)):
                 continue
             if stored is None:
                 if base.startswith(head_prefixes):
@@ -187,6 +236,8 @@ class WeightSource:
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
+        if base in self.checkpoint.quantised:
+            return self.checkpoint.packed(base)[start:stop]
         if stored is None:
             value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
             return value.reshape(-1)[start:stop]

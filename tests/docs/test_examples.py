@@ -22,6 +22,9 @@ from tests.helpers.tokenizers import write_chat_data
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
 
+NEEDS = {"qlora": "bitsandbytes"}
+"""Packages of extras without which a page's examples cannot run."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -90,6 +93,8 @@ def reader(site, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, reader):
+    if (package := NEEDS.get(page.stem)) is not None:
+        pytest.importorskip(package)
     for block in blocks(page.read_text(encoding="utf-8")):
         run(block, page)
 
@@ -100,6 +105,8 @@ def test_every_topic_page_has_examples():
         "why-fine-tune",
         "workflow",
         "lora",
+        "qlora",
+        "adapters",
         "choosing-a-strategy",
         "torchrun-and-slurm",
         "preference-tuning",

@@ -67,6 +67,9 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
     (tmp_path / "d.jsonl").write_text("{}\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     options = [word for word in words if word.startswith("--")]
@@ -75,6 +78,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(counts[0] * (counts[1] if len(counts) > 1 else 1)))
     settings = [word for word in words if "=" in word and not word.startswith("--")]
     replaced = {"model.path": "m", "data.path": "d.jsonl", "data.eval_path": "d.jsonl", "run.resume": "m"}
+    replaced |= {"tuning.from": "a", "model.adapters": "[a]"}
     settings = [f"{k}={replaced.get(k, v)}" for k, v in (word.split("=", 1) for word in settings)]
     if words[:2] == ["shardtune", "submit"]:
         settings.insert(0, "launcher=slurm")

@@ -23,7 +23,7 @@ from trainer.optim import AdamwConfig
 from trainer.optimizers.build import build_optimizer
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
-from trainer.weights import Checkpoint, WeightSource
+from trainer.weights import WeightSource
 
 LABELS = ["calm", "angry", "glad"]
 
@@ -56,9 +56,12 @@ def bases(tmp_path_factory):
     return base
 
 
-def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=Precision.fp32, steps=2):
-    """An engine after a few steps at a rate that moves every trainable tensor; (engine, built, tokenizer)."""
-    model = ModelConfig(path=str(base), add_tokens=list(add_tokens))
+def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=Precision.fp32, steps=2, **settings):
+    """An engine after a few steps at a rate that moves every trainable tensor; (engine, built, tokenizer).
+
+    `settings` are further settings of the model.
+    """
+    model = ModelConfig(path=str(base), add_tokens=list(add_tokens), **settings)
     tokenizer = load_tokenizer(model)
     objective = objective or SftConfig()
     classify = isinstance(objective, ClassificationConfig)
@@ -74,7 +77,7 @@ def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=P
         half_on_gpu=False,
     )
     source = WeightSource(
-        Checkpoint(base, built.base_prefix),
+        built.base_weights(base),
         built.tuning,
         seed=1,
         init_std=0.02,

@@ -192,7 +192,7 @@ def trainer_for(
             pad_token_id=tokenizer.pad_token_id,
             runtime=runtime,
             directory=data.directory / f"reference-{os.environ.get('RANK', 0)}",  # a lone oracle on every rank
-            key=f"{config.strategy.name} {config.model.path} {runtime.world_size}",
+            key=f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}",
         )
     loader, total = build_loader(config, data, built, tokenizer, engine, runtime)
     return Trainer(

@@ -24,8 +24,7 @@ from trainer.data.dataset import Sample
 from trainer.data.loader import collate
 from trainer.data.settings import Layout
 from trainer.divergence import Against, Measure
-from trainer.loss import LossHead
-from trainer.model import _fuse_head
+from trainer.loss import LossHead, fuse_head
 from trainer.objectives.base import DistillationConfig, Divergence, TeacherConfig
 from trainer.objectives.build import build_objective
 from trainer.tuning.base import LoraConfig
@@ -45,7 +44,7 @@ def model(phase: float) -> nn.Module:
     from transformers import LlamaForCausalLM
 
     made = fill(LlamaForCausalLM(model_config()), phase)
-    _fuse_head(made, made.config)
+    fuse_head(made, made.config)
     return made
 
 

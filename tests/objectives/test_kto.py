@@ -22,7 +22,7 @@ from trainer.data.prepare import Preparation
 from trainer.data.rated import FURTHEST, mismatched, partner
 from trainer.data.settings import DataConfig, DataFormat, Layout
 from trainer.evaluation.loss import LossEvaluator
-from trainer.model import _fuse_head
+from trainer.loss import fuse_head
 from trainer.objectives.base import KtoConfig
 from trainer.objectives.build import build_objective
 from trainer.objectives.preference import RecordLogps
@@ -52,7 +52,7 @@ def model(phase: float):
     from transformers import LlamaForCausalLM
 
     made = fill(LlamaForCausalLM(model_config()), phase)
-    _fuse_head(made, made.config)
+    fuse_head(made, made.config)
     return made
 
 

@@ -3,10 +3,13 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run_config, take_steps, trainer_for
+from trainer.quantisation import Quantisation
 
 STEPS = 5
 
@@ -30,6 +33,19 @@ def matrix(root: Path, runtime: processes.Runtime) -> dict:
             trainer = trainer_for(run_config(model, strategy, tuning, micro=micro, steps=STEPS), data, runtime)
             assert trainer.loader.accumulation == accumulation
             found[f"{strategy}-{tuning}-{masks}-{accumulation}"] = take_steps(trainer, STEPS)
+    if "hsdp" in names_for(runtime.world_size) and find_spec("bitsandbytes") is not None:
+        found |= _quantised_hsdp(model, data, runtime)
+    return found
+
+
+def _quantised_hsdp(model: Path, data, runtime: processes.Runtime) -> dict:
+    """The one strategy that the two ranks of `bases.py` cannot have."""
+    found = {}
+    for strategy, key, here in (("single", "single", alone(runtime)), ("hsdp", "hsdp", runtime)):
+        config = run_config(model, strategy, "lora", micro=GLOBAL_BATCH // here.world_size, steps=STEPS)
+        config = replace(config, model=replace(config.model, quantisation=Quantisation.nf4))
+        trainer = trainer_for(config, data, here)
+        found[f"{key}-nf4"] = _oracle_steps(trainer) if strategy == "single" else take_steps(trainer, STEPS)
     return found
 
 

@@ -38,3 +38,13 @@ def test_the_oracle_learns_and_is_clipped(reports):
         steps = reports[2][f"single-{tuning}-{masks}"]
         assert len({round(loss, 3) for loss, _ in steps}) > 1
         assert any(norm > 0.5 for _, norm in steps)
+
+
+def test_a_quantised_base_trains_alike_under_hsdp(reports):
+    pytest.importorskip("bitsandbytes")
+    found, expected = reports[4]["hsdp-nf4"], reports[4]["single-nf4"]
+    assert len(found) == len(expected) == 5
+    for (loss, norm), (right_loss, right_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(right_loss, rel=1e-5)
+        assert norm == pytest.approx(right_norm, rel=1e-5)
+    assert expected != reports[4]["single-lora-uneven"]

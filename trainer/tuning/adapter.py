@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,6 +19,9 @@ from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, Replicas
 from trainer.tuning.table import method_of, rewrites_base
+
+if TYPE_CHECKING:
+    from trainer.tuning.stored import StoredAdapter
 
 PREFIX = "base_model.model."
 """Under which peft's wrapper holds the base model."""
@@ -35,8 +38,8 @@ class Adapter:
         self.config = config
         self.converts = isinstance(config, LoraConfig) and rewrites_base(config.init)
         """Whether the adapter trains a part split off the base weights, so that its files must be converted."""
-        self.keeps_base = not self.converts
-        """Without the part that was split off, the base is not whole."""
+        self.keeps_base = not self.converts and config.from_ is None
+        """Without the part that was split off, the base is not whole; with a first adapter, the base is not the start."""
         self.new_heads = new_heads
         """Modules that the base checkpoint does not have: trained in full and saved with the adapter."""
         self.train_embeddings = train_embeddings
@@ -46,14 +49,28 @@ class Adapter:
         """Seed of the initial values, as given with the first question for one."""
         self._owned: dict[str, tuple[str, str]] = {}
         self._buffers: set[str] = set()
+        self._stored: StoredAdapter | None = None
+        """The adapter that training goes on from."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel; raises ConfigError that lists what exists when a target matches nothing."""
+        check_targets(model, self.config.targets)
+        settings = self._settings(model)
+        tuned = self.wrap(model, settings)
+        if self.config.from_ is not None:
+            from trainer.tuning.stored import StoredAdapter, check_settings
+
+            check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
+            self._stored = StoredAdapter(self.config.from_, "tuning.from")
+            self._stored.match(tuned)
+            self._stored.fill_buffers(tuned)
+        return tuned
+
+    def wrap(self, model: nn.Module, settings: Any) -> nn.Module:
+        """Let peft add what its `settings` say, and take stock of it."""
         from peft import get_peft_model
 
-        check_targets(model, self.config.targets)
         known_buffers = {name for name, _ in model.named_buffers()}
-        settings = self._settings(model)
         own_start = getattr(settings, "init_lora_weights", None)
         if self.converts:  # needs weights, which meta has not; replicas start as asked
             settings.init_lora_weights = True
@@ -161,7 +178,9 @@ class Adapter:
         return name in self._owned or name in self._buffers
 
     def rewrites(self, name: str) -> bool:
-        """The weights off which the adapter's start was split."""
+        """The weights off which the adapter's start was split, and modules that an earlier run trained in full."""
+        if self._stored is not None and name in self._stored.names:
+            return True
         return self.converts and name.endswith(".base_layer.weight")
 
     def rate_of(self, name: str) -> float:
@@ -173,6 +192,8 @@ class Adapter:
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter that peft added or changed, float32, drawn from (seed, layer name)."""
         self.seed = seed
+        if self._stored is not None and name in self._stored.names:
+            return self._stored.tensor(name).view(shape)
         if name in self._owned:
             layer, key = self._owned[name]
         else:
@@ -181,6 +202,10 @@ class Adapter:
         value = self.replicas.initial(layer, base, seed).get_parameter(key).detach()
         assert tuple(value.shape) == shape or tuple(value.shape) == (), (name, value.shape, shape)
         return value
+
+    def layers(self) -> dict[str, list[str]]:
+        """The base parameters of each adapted layer, by the layer's name in the base model."""
+        return {name: [key for key, _ in base.named_parameters()] for name, base in self.replicas.bases.items()}
 
     def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `Replicas.merged`."""

@@ -53,6 +53,8 @@ class AdapterConfig(TuningConfig):
     """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+    from_: str | None = None
+    """Directory of an adapter to go on from; what is left unset here follows its settings. In files the key is `from_`."""
 
 
 @dataclass(kw_only=True, slots=True)

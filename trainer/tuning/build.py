@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
 from trainer.tuning.settings import AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.tuning.stored import Folded
 
 
 def build_tuning(
@@ -43,3 +48,12 @@ def build_tuning(
     from trainer.tuning.full import Full
 
     return Full()
+
+
+def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:
+    """The adapters of some directories on this architecture (on meta), to be folded into its weights as they are read."""
+    if not directories:
+        return None
+    from trainer.tuning.stored import Folded
+
+    return Folded(model, directories)

@@ -12,7 +12,8 @@ from trainer.data.settings import DataConfig, Layout
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.freeze import LAYERS
 from trainer.tuning.settings import FreezeConfig, Ia3Config, PeftConfig, PromptConfig, PromptInit, VirtualConfig
-from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, method_of, rewrites_base
+from trainer.tuning.start import problems as start_problems
+from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, Method, method_of, rewrites_base
 
 INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
 
@@ -34,6 +35,7 @@ def problems(
     merge: bool,
     new_head: bool = False,
     new_tokens: bool = False,
+    quantisation: str = "none",
 ) -> Iterator[str]:
     """Every problem as `key=value: constraint; what to do`.
 
@@ -41,6 +43,7 @@ def problems(
     """
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)
+        yield from start_problems(tuning)
     if isinstance(tuning, FreezeConfig):
         yield from _freeze(tuning)
     if isinstance(tuning, LoraConfig):
@@ -72,6 +75,8 @@ def problems(
         yield f"{shown} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
     if new_tokens and method.no_new_tokens:
         yield f"model.add_tokens with {shown}: {method.no_new_tokens}; use tuning=lora or tuning=full"
+    if quantisation != "none":
+        yield from _quantised(tuning, method, shown, quantisation)
     if merge and method.no_merge:
         yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
 
@@ -93,6 +98,19 @@ def _prompt(tuning: PromptConfig) -> Iterator[str]:
         yield "tuning.init=text: needs tuning.init_text, such as the instruction of the task; or use tuning.init=sampled"
     if tuning.init is not PromptInit.text and text is not None:
         yield f"tuning.init_text: is not used with tuning.init={tuning.init}; set tuning.init=text, or leave it out"
+
+
+def _quantised(tuning: TuningConfig, method: Method, shown: str, quantisation: str) -> Iterator[str]:
+    word = f"model.quantisation={quantisation}"
+    if reason := method.refused.get("quantised"):
+        yield f"{word} with {shown}: {reason}; use tuning=lora, or model.quantisation=none"
+    if isinstance(tuning, LoraConfig) and tuning.dora:
+        yield f"{word} with tuning.dora=true: DoRA needs the norms of the base weights in every forward pass; set it false"
+    if isinstance(tuning, LoraConfig) and rewrites_base(tuning.init):
+        yield (
+            f"{word} with tuning.init={tuning.init}: what it leaves of each weight would be rounded anew, and the export no "
+            "longer belong to the unchanged base; use tuning.init=default"
+        )
 
 
 def _targets(tuning: AdapterConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ PROPERTIES = {
     "selective": "selective activation checkpointing",
     "padding_free": "padding-free rows and packing",
     "half": "bf16 and fp16",
+    "quantised": "a quantised base",
 }
 """What a method may be combined with, beside strategies. `half` is refused under the strategies that convert parameters."""
 
@@ -45,16 +46,20 @@ _VIRTUAL_TOKENS: dict[str, Any] = {
     "no_new_tokens": _NO_PLACE,
     "refused": {"padding_free": "virtual tokens stand before a document, which then needs a row of its own"},
 }
+_TRAINS_BASE = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
+_READS_WEIGHT = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
 _FLOAT_PROJECTION = {"half": "peft multiplies its float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
-    "full": Method(title="every parameter", adapter=False),
-    "freeze": Method(title="a part of the base: blocks, modules, biases, norms or embeddings", adapter=False),
+    "full": Method(title="every parameter", adapter=False, refused=_TRAINS_BASE),
+    "freeze": Method(
+        title="a part of the base: blocks, modules, biases, norms or embeddings", adapter=False, refused=_TRAINS_BASE
+    ),
     "lora": Method(title="low-rank update; rsLoRA, DoRA, LoRA+, PiSSA, OLoRA"),
     "ia3": Method(title="factors on keys, values and feed-forward inputs"),
     "vera": Method(title="vectors around one shared random projection", refused=_FLOAT_PROJECTION),
-    "loha": Method(title="Hadamard product of low-rank updates"),
-    "lokr": Method(title="Kronecker product update"),
+    "loha": Method(title="Hadamard product of low-rank updates", refused=_READS_WEIGHT),
+    "lokr": Method(title="Kronecker product update", refused=_READS_WEIGHT),
     "oft": Method(title="block-wise rotation of inputs"),
     "boft": Method(title="rotation by butterfly factors"),
     "ln": Method(title="normalisation layers, saved as an adapter", reads_base=True),
@@ -78,12 +83,12 @@ METHODS: dict[str, Method] = {
 TYPES: dict[str, Method] = {
     "beft": Method(title="bias of values", no_merge="a layer without a bias has nothing to fold it into"),
     "c3a": Method(title="circular convolution", refused=_IN_PLACE),
-    "glora": Method(title="generalised LoRA on weights, biases and activations"),
+    "glora": Method(title="generalised LoRA on weights, biases and activations", refused=_READS_WEIGHT),
     "gralora": Method(title="LoRA in blocks of the matrix", refused=_IN_PLACE),
-    "hira": Method(title="low-rank factors on the weights themselves"),
-    "hra": Method(title="Householder reflections"),
+    "hira": Method(title="low-rank factors on the weights themselves", refused=_READS_WEIGHT),
+    "hra": Method(title="Householder reflections", refused=_READS_WEIGHT),
     "miss": Method(title="shards of one small matrix"),
-    "peanut": Method(title="small networks over the weights"),
+    "peanut": Method(title="small networks over the weights", refused=_READS_WEIGHT),
     "road": Method(title="rotations in two dimensions"),
     "waveft": Method(title="sparse update in the wavelet domain"),
 }

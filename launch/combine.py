@@ -1,0 +1,103 @@
+"""`shardtune export adapters=[a,b] to=<dir>`: several LoRA adapters of one base as one merged model, or one adapter.
+
+shardtune export adapters=[runs/a/export,runs/b/export] to=<dir> [weights=[0.7,0.3]] [combine=cat|linear|ties|dare_linear]
+    [combine=dare_ties] [density=0.5] [seed=0] [base=<dir>] [merge=false] [dtype=bfloat16] [max_shard_gib=5]
+
+`combine=cat` is exactly the weighted sum of the updates. One adapter alone is merged as it is. What was written is loaded
+again, and its logits compared, before the command ends.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from strategies.errors import ConfigError
+
+KEYS = ("adapters", "weights", "combine", "density", "seed", "base", "to", "merge", "dtype", "max_shard_gib", "verify")
+
+
+def wanted(argv: list[str]) -> bool:
+    """Whether these words of `export` combine adapters."""
+    return any(word.startswith("adapters=") for word in argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run it; returns the exit code. Errors: ConfigError with every word that cannot be used, DriftError."""
+    words, problems = _words(argv)
+    numbers = {key: _number(key, words, problems) for key in ("density", "seed", "max_shard_gib") if key in words}
+    try:
+        weights = [float(part) for part in _list(words.get("weights", "[]"))]
+    except ValueError:
+        weights = []
+        problems.append(f"weights={words['weights']}: must be numbers, as in weights=[0.7,0.3]")
+    if words.get("merge", "true").lower() not in ("true", "false"):
+        problems.append(f"merge={words['merge']}: must be true or false")
+    if "to" not in words:
+        problems.append("to: not set; name a new directory, as in to=models/merged")
+
+    import torch
+
+    from trainer.export import ExportType
+    from trainer.tuning.combine import Combination, CombineSettings, combine
+    from trainer.tuning.combine import problems as combine_problems
+
+    kinds, how, dtype = list(Combination), words.get("combine", "cat"), words.get("dtype", "auto")
+    if how not in kinds:
+        near = difflib.get_close_matches(how, kinds, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problems.append(f"combine={how}: must be one of {', '.join(kinds)}{hint}")
+    if dtype not in list(ExportType):
+        problems.append(f"dtype={dtype}: must be one of {', '.join(ExportType)}")
+    settings = CombineSettings(
+        adapters=_list(words["adapters"]),
+        weights=weights,
+        how=Combination(how) if how in kinds else Combination.cat,
+        density=numbers.get("density", 0.5),
+        seed=int(numbers.get("seed", 0)),
+        base=words.get("base"),
+    )
+    problems += combine_problems(settings)
+    if problems:
+        raise ConfigError(problems)
+
+    from launch.export import destination
+
+    to = destination(Path(), words["to"])
+    combine(
+        settings,
+        to,
+        merge=words.get("merge", "true").lower() == "true",
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        max_shard_gib=numbers.get("max_shard_gib", 5.0),
+    )
+    print(f"model: {to}")
+    return 0
+
+
+def _words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    words, problems = {}, []
+    for word in argv:
+        key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
+        if key in KEYS and equals and value:
+            words[key] = value
+            continue
+        near = difflib.get_close_matches(key, KEYS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(KEYS)}"
+        needs = f"{word}: {key} needs a value ({key}=...)"
+        problems.append(needs if key in KEYS else f"{word}: no such key beside adapters={hint}")
+    return words, problems
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip().strip("'\"") for part in text.strip("[]").split(",") if part.strip()]
+
+
+def _number(key: str, words: dict[str, str], problems: list[str]) -> float:
+    try:
+        value = float(words[key])
+    except ValueError:
+        value = 0.0
+    if not value > 0 and not (key == "seed" and value == 0):
+        problems.append(f"{key}={words[key]}: must be a number above 0")
+    return value

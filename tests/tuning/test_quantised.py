@@ -1,0 +1,266 @@
+"""Quantised bases: bitsandbytes' own numbers, the same model as plain peft on rounded weights, and exports that say so."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from launch.compose import compose
+from strategies import runtime as processes
+from strategies.base import Fsdp2Config, Precision, SingleConfig
+from strategies.errors import ConfigError
+from strategies.memory import estimate
+from strategies.parameters import element_counts, named_parameters
+from tests.export.test_export import export, logits_of, trained
+from tests.helpers.methods import ADAPTERS
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.tokenizers import tiny_tokenizer
+from tests.tuning.test_methods import assert_same_logits
+from trainer.quantisation import Quantisation, QuantisedLinear, Scheme
+from trainer.tuning.base import LoraConfig
+from trainer.tuning.table import method_of
+from trainer.verify import DriftError, probe_ids, reference_logits, verify_export
+
+bnb = pytest.importorskip("bitsandbytes")
+SCHEMES = {
+    "nf4": Scheme(Quantisation.nf4, double=True),
+    "nf4 single": Scheme(Quantisation.nf4, double=False),
+    "fp4": Scheme(Quantisation.fp4, double=True),
+    "int8": Scheme(Quantisation.int8),
+}
+WORKING = [name for name in ADAPTERS if "quantised" not in method_of(ADAPTERS[name][0]).refused]
+WORKING = [name for name in WORKING if "pissa" not in name and "olora" not in name]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    before = dict(os.environ)
+    yield processes.start("cpu", timeout_s=60, threads=1)
+    processes.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_model_dir(path, "llama", pad_token_id=2)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def settings_of(scheme):
+    return {"quantisation": scheme.kind, "double_quantisation": scheme.double}
+
+
+def rounded_base(base, scheme, device="cpu"):
+    """The plain model with its linear layers rounded by bitsandbytes itself."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if type(module) is torch.nn.Linear and name != "lm_head":
+                if scheme.kind is Quantisation.int8:
+                    int8 = bnb.nn.Int8Params(module.weight.detach(), requires_grad=False).to(device)
+                    module.weight.copy_(bnb.functional.int8_vectorwise_dequant(int8.CB, int8.SCB))
+                else:
+                    packed = bnb.nn.Params4bit(
+                        module.weight.detach(),
+                        quant_type=str(scheme.kind),
+                        compress_statistics=scheme.double,
+                        requires_grad=False,
+                    ).to(device)
+                    module.weight.copy_(bnb.functional.dequantize_4bit(packed.data, packed.quant_state))
+    return model
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", [(64, 32), (33, 7), (300, 200)])
+def test_the_numbers_are_those_of_bitsandbytes(name, shape):
+    scheme = SCHEMES[name]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    packed = scheme.pack(weight)
+    assert packed.dtype is torch.uint8
+    assert len(packed) == scheme.num_bytes(shape)
+    if scheme.kind is Quantisation.int8:
+        theirs = bnb.nn.Int8Params(weight.clone(), requires_grad=False).to("cpu")
+        expected = theirs.CB.float() * (theirs.SCB[:, None] * (1.0 / 127.0))
+    else:
+        theirs = bnb.nn.Params4bit(
+            weight.clone(), quant_type=str(scheme.kind), compress_statistics=scheme.double, requires_grad=False
+        ).to("cpu")
+        expected = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
+    found = scheme.unpack(packed, shape, torch.float32)
+    assert torch.equal(found, expected)
+    assert 0 < (found - weight).abs().max() < weight.abs().max()
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), packed])[3:]  # as a part of a gathered buffer may lie
+    assert torch.equal(scheme.unpack(shifted, shape, torch.float32), expected)
+    assert torch.equal(scheme.unpack(packed, shape, torch.bfloat16), expected.bfloat16())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_layer_computes_and_differentiates_as_a_plain_one_with_rounded_weights(name):
+    scheme = SCHEMES[name]
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(48, 40)
+    layer = QuantisedLinear.replace(plain, scheme)
+    layer.weight = torch.nn.Parameter(scheme.pack(plain.weight.detach()), requires_grad=False)
+    before = layer.weight.detach().clone()
+    plain.weight.data = scheme.rounded(plain.weight.detach())
+    x, y = torch.randn(5, 48, requires_grad=True), torch.randn(5, 40)
+    (ours,) = torch.autograd.grad((layer(x) * y).sum(), x)
+    (theirs,) = torch.autograd.grad((plain(x) * y).sum(), x)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    layer.eval()
+    with torch.no_grad():
+        layer(x.detach())
+    assert torch.equal(layer.weight, before), "evaluation changed the bytes"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_model_is_the_one_that_transformers_loads_quantised(name, base, runtime):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    scheme = SCHEMES[name]
+    quantised = {"load_in_8bit": True}
+    if scheme.kind is not Quantisation.int8:
+        quantised = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": str(scheme.kind),
+            "bnb_4bit_use_double_quant": scheme.double,
+        }
+    config = BitsAndBytesConfig(**quantised, bnb_4bit_compute_dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    theirs.train()  # in eval mode their 8-bit layer rounds activations, and their 4-bit layer computes in bf16 on CPUs
+    engine, built, tokenizer = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings_of(scheme))
+    ids = probe_ids(tokenizer)
+    reference = reference_logits(engine, built, ids, runtime)
+    assert_same_logits(reference, logits_of(theirs, ids))
+    names = {f"{n}.weight" for n, m in theirs.named_modules() if type(m) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)}
+    assert names == set(built.quantised)
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_a_method_computes_as_plain_peft_on_rounded_weights(name, base, runtime, tmp_path):
+    from peft import PeftModel
+
+    scheme = SCHEMES["nf4"]
+    parts = trained(base, ADAPTERS[name][0], runtime, **settings_of(scheme))
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+    plain = rounded_base(base, scheme)
+    assert (logits_of(plain, ids) - reference).abs().max() > 1e-3 * reference.abs().max()
+    adapter = export(parts, base, tmp_path / "adapter", runtime, verify=True)
+    assert_same_logits(logits_of(PeftModel.from_pretrained(plain, str(adapter)).eval(), ids), reference)
+    if method_of(ADAPTERS[name][0]).no_merge:
+        return
+    from transformers import AutoModelForCausalLM
+
+    merged = export(parts, base, tmp_path / "merged", runtime, merge=True, verify=True)
+    assert_same_logits(logits_of(AutoModelForCausalLM.from_pretrained(merged).eval(), ids), reference)
+
+
+def test_verification_sees_an_adapter_on_the_wrong_base(base, runtime, tmp_path):
+    scheme = SCHEMES["nf4"]
+    parts = trained(base, LoraConfig(rank=4), runtime, **settings_of(scheme))
+    adapter = export(parts, base, tmp_path / "adapter", runtime)
+    ids = probe_ids(parts[2])
+    reference = reference_logits(parts[0], parts[1], ids, runtime)
+    with pytest.raises(DriftError):
+        verify_export(adapter, base_path=str(base), token_ids=ids, reference=reference)
+    verify_export(adapter, base_path=str(base), token_ids=ids, reference=reference, rounded=parts[1].base_weights(base))
+
+
+def test_bytes_are_what_is_held_and_elements_are_what_is_counted(base, runtime):
+    whole = trained(base, LoraConfig(rank=4), runtime, steps=0)
+    packed = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings_of(SCHEMES["nf4"]))
+    counts = [element_counts(parts[0].step_module) for parts in (whole, packed)]
+    assert counts[0] == counts[1]
+    held = [
+        sum(p.nbytes for n, p in named_parameters(parts[0].step_module) if n.endswith("base_layer.weight"))
+        for parts in (whole, packed)
+    ]
+    assert held[0] / held[1] > 6.5  # 32 bits to 4.13, and 4 bytes a matrix
+
+
+def test_half_precision_is_near(base, runtime):
+    """bf16 rounds products, not weights again: the curve stays within what bf16 does to a plain base."""
+    scheme = SCHEMES["nf4"]
+    logits = []
+    for precision in (Precision.fp32, Precision.bf16):
+        engine, built, tokenizer = trained(
+            base, LoraConfig(rank=4), runtime, steps=0, precision=precision, **settings_of(scheme)
+        )
+        logits.append(reference_logits(engine, built, probe_ids(tokenizer), runtime).float())
+    assert 0 < (logits[0] - logits[1]).abs().max() < 0.03 * logits[0].abs().max()
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path, runtime):
+    tiny_model_dir(tmp_path, "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no linear layers of the kind"):
+        trained(tmp_path, LoraConfig(rank=4), runtime, steps=0, **settings_of(SCHEMES["nf4"]))
+
+
+def test_modules_that_train_in_full_are_not_quantised(base, runtime):
+    config = replace(LoraConfig(rank=4), targets=["q_proj"], modules_to_save=["down_proj"])
+    engine, built, _ = trained(base, config, runtime, **settings_of(SCHEMES["nf4"]))
+    assert not [name for name in built.quantised if "down_proj" in name]
+    assert [n for n, p in named_parameters(engine.step_module) if p.requires_grad and "down_proj" in n]
+
+
+def test_the_memory_estimate_counts_bytes(base, runtime):
+    found = {}
+    for kind, settings in (("plain", {}), ("nf4", settings_of(SCHEMES["nf4"]))):
+        engine, _, _ = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings)
+        for strategy in (SingleConfig(), Fsdp2Config()):
+            sizes = {"world_size": 2, "replicate": 1, "micro_tokens": 8, "width": 32, "blocks": 2}
+            estimated = estimate(engine.step_module, strategy, Precision.fp32, **sizes)
+            held = sum(p.nbytes for _, p in named_parameters(engine.step_module))
+            assert estimated.parameters == held / (2 if strategy.name == "fsdp2" else 1)
+            found[kind, strategy.name] = estimated.gathered
+    assert 0 < found["nf4", "fsdp2"] < found["plain", "fsdp2"]
+
+
+@pytest.fixture
+def words(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    return [f"model.path={base}", "data.path=train.jsonl", "budget.steps=1", "run.device=cpu", "model.quantisation=nf4"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "part"),
+    [
+        ("tuning=full", "model.quantisation=nf4 with tuning=full: it trains the base itself"),
+        ("tuning=freeze tuning.layers=last-1", "with tuning=freeze: it trains the base itself"),
+        ("tuning=lora tuning.dora=true", "DoRA needs the norms of the base weights"),
+        ("tuning=lora tuning.init=pissa", "would be rounded anew"),
+        ("tuning=lokr", "with tuning=lokr: peft reads the base weight itself"),
+        ("tuning=peft tuning.type=hra", "with tuning.type=hra: peft reads the base weight itself"),
+    ],
+)
+def test_what_cannot_stand_on_a_quantised_base_is_refused(words, typed, part):
+    with pytest.raises(ConfigError) as caught:
+        compose([*words, *typed.split()])
+    assert part in str(caught.value)
+    compose([word for word in [*words, *typed.split()] if not word.startswith("model.quantisation")])
+
+
+def test_every_refused_method_would_fail(base, runtime):
+    """A method that began to work would be refused for nothing."""
+    for config, _, _ in ADAPTERS.values():
+        if "quantised" in method_of(config).refused:
+            with pytest.raises((RuntimeError, IndexError)):
+                trained(base, config, runtime, steps=1, **settings_of(SCHEMES["nf4"]))
+
+
+def test_the_error_names_the_extra(words, monkeypatch):
+    monkeypatch.setattr("trainer.quantisation.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'shardtune\[qlora\]'"):
+        compose([*words, "tuning=lora"])

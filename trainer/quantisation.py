@@ -1,0 +1,229 @@
+"""Quantised bases: frozen linear layers stored in 4 or 8 bits, and computed with in the type of the run.
+
+The numbers are bitsandbytes' own (its `quantize_4bit` and `int8_vectorwise_quant`), the layer is not: everything a weight
+consists of, codes and scales, lies in one flat tensor of bytes under the weight's own name. Strategies then load, shard,
+gather and free it like any other parameter, and no state lies beside it that sharding could lose. Nothing ever changes the
+bytes: bitsandbytes' own layer packs its weight anew in eval mode on CPUs with bf16 instructions, after which a sharded
+weight, gathered again, is read in the wrong layout.
+
+QLoRA: Dettmers et al. 2023, arXiv:2305.14314. Row-wise int8: Dettmers et al. 2022, arXiv:2208.07339, for weights only:
+activations are not rounded, which is what bitsandbytes trains with on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+
+BLOCK = 64
+"""Consecutive elements of a 4-bit weight that share a scale."""
+SCALE_BLOCK = 256
+"""Consecutive scales that share a scale, with double quantisation."""
+ALIGNMENT = 16
+"""Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
+
+
+class Quantisation(StrEnum):
+    """How a frozen base is stored."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+def missing_package() -> str | None:
+    """What to install where bitsandbytes is not there; None where it is."""
+    if find_spec("bitsandbytes") is not None:
+        return None
+    return "needs the package bitsandbytes (pip install 'shardtune[qlora]')"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """From a weight `[out, in]` to bytes and back; what it makes depends on the values alone, not on the device."""
+
+    kind: Quantisation
+    double: bool = True
+    """Whether the scales of 4-bit blocks are quantised too (to 8 bits)."""
+
+    @classmethod
+    def asked(cls, kind: Quantisation, double: bool) -> Scheme | None:
+        """The scheme of these settings, None where nothing is quantised."""
+        return None if kind is Quantisation.none else cls(kind, double)
+
+    def __str__(self) -> str:
+        nested = self.kind is not Quantisation.int8 and self.double
+        return f"{self.kind}{' with double quantisation' if nested else ''}"
+
+    def parts(self, shape: tuple[int, int]) -> list[int]:
+        """Bytes of the codes and of each kind of scale."""
+        numel = shape[0] * shape[1]
+        if self.kind is Quantisation.int8:
+            return [numel, 4 * shape[0]]
+        scales = -(-numel // BLOCK)
+        return [-(-numel // 2), *([4 * -(-scales // SCALE_BLOCK), 4, scales] if self.double else [4 * scales])]
+
+    def num_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of the whole, padding included."""
+        return -(-sum(self.parts(shape)) // ALIGNMENT) * ALIGNMENT
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> Tensor:
+        """The bytes `[num_bytes]` of a weight `[out, in]`, on the CPU, where the same values give the same bytes."""
+        from bitsandbytes import functional as bnb
+
+        weight = weight.cpu().contiguous()
+        if self.kind is Quantisation.int8:
+            codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+            pieces = [codes, scales]
+        else:
+            codes, state = bnb.quantize_4bit(
+                weight.float(), blocksize=BLOCK, compress_statistics=self.double, quant_type=str(self.kind)
+            )
+            pieces = [codes, *([state.state2.absmax, state.offset, state.absmax] if self.double else [state.absmax])]
+        flat = [piece.reshape(-1).contiguous().view(torch.uint8) for piece in pieces]
+        shape = (weight.shape[0], weight.shape[1])
+        assert [len(piece) for piece in flat] == self.parts(shape)
+        padding = torch.zeros(self.num_bytes(shape) - sum(len(piece) for piece in flat), dtype=torch.uint8)
+        return torch.cat([*flat, padding])
+
+    @torch.no_grad()
+    def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The weight `[out, in]` that `packed` stands for, on its device."""
+        from bitsandbytes import functional as bnb
+
+        codes, *scales = packed.detach()[: sum(self.parts(shape))].split(self.parts(shape))
+        if self.kind is Quantisation.int8:
+            rows = _floats(scales[0])[:, None] * (1.0 / 127.0)
+            return (codes.view(torch.int8).view(shape) * rows).to(dtype)
+        nested = None
+        if self.double:
+            nested = bnb.QuantState(
+                absmax=_floats(scales[0]), blocksize=SCALE_BLOCK, code=_codes("", packed.device), dtype=torch.float32
+            )
+        state = bnb.QuantState(
+            absmax=scales[2].contiguous() if self.double else _floats(scales[0]),
+            shape=torch.Size(shape),
+            code=_codes(str(self.kind), packed.device),
+            blocksize=BLOCK,
+            quant_type=str(self.kind),
+            dtype=dtype,
+            offset=_floats(scales[1])[0] if self.double else None,
+            state2=nested,
+        )
+        return bnb.dequantize_4bit(codes.contiguous()[:, None], state)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What the model computes with in the place of `weight [out, in]`, float32."""
+        shape = (weight.shape[0], weight.shape[1])
+        return self.unpack(self.pack(weight), shape, torch.float32)
+
+
+def _floats(piece: Tensor) -> Tensor:
+    # A copy: within a shared buffer the bytes may start anywhere.
+    return piece.clone().view(torch.float32)
+
+
+@cache
+def _codes(kind: str, device: torch.device) -> Tensor:
+    """The values that codes stand for; without a kind those of scales."""
+    from bitsandbytes import functional as bnb
+
+    return bnb.get_4bit_type(kind, device=device) if kind else bnb.create_dynamic_map().to(device)
+
+
+class _Product(torch.autograd.Function):
+    """`x @ weight.T` with a weight made for the moment, in the forward pass and again in the backward pass.
+
+    What is kept between the two is the parameter itself: an engine that frees it meanwhile gathers it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.settings = scheme, shape
+        return F.linear(x, scheme.unpack(packed, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (packed,) = ctx.saved_tensors
+        scheme, shape = ctx.settings
+        return grad @ scheme.unpack(packed, shape, grad.dtype), None, None, None
+
+
+class QuantisedLinear(nn.Linear):
+    """A frozen linear layer whose `weight` is the bytes of `Scheme.pack`, `[num_bytes]` uint8."""
+
+    scheme: Scheme
+    packed_elements: dict[str, int]
+    """How many elements of the model a parameter of this layer stands for."""
+
+    @classmethod
+    def replace(cls, layer: nn.Linear, scheme: Scheme) -> QuantisedLinear:
+        """The same layer on meta, for packed values; keeps its bias."""
+        new = cls.__new__(cls)
+        new.__dict__.update(layer.__dict__)
+        new._parameters = dict(layer._parameters)
+        new.scheme = scheme
+        new.packed_elements = {"weight": layer.in_features * layer.out_features}
+        size = scheme.num_bytes(new.shape)
+        new.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+        return new
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`, in the type of `x`, or that of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = _Product.apply(x, self.weight, self.scheme, self.shape)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def quantise_layers(
+    model: nn.Module, scheme: Scheme, *, keep: nn.Module | None, heads: tuple[str, ...], base_name: Callable[[str], str]
+) -> dict[str, tuple[int, int]]:
+    """Replace the frozen linear layers of a tuned model on meta, but for the output head `keep` and modules in `heads`.
+
+    Returns the shapes of the weights that are stored packed, by base name. Raises ConfigError where there are none.
+    """
+    if (missing := missing_package()) is not None:
+        raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is keep or _trains(name, module):
+            continue
+        weight = base_name(f"{name}.weight")
+        if weight in shapes or weight.startswith(heads):
+            continue
+        parent, _, last = name.rpartition(".")
+        quantised = QuantisedLinear.replace(module, scheme)
+        setattr(model.get_submodule(parent), last, quantised)
+        shapes[weight] = quantised.shape
+    if not shapes:
+        raise ConfigError(
+            f"model.quantisation={scheme.kind}: this architecture has no linear layers of the kind that is quantised here "
+            "(GPT-2's are convolutions); set model.quantisation=none"
+        )
+    return shapes
+
+
+def _trains(name: str, module: nn.Module) -> bool:
+    """Whether a layer is an adapter's own, or one that is trained in full (and its original)."""
+    parts = name.split(".")
+    whole = "modules_to_save" in parts or "original_module" in parts
+    return whole or any(p.requires_grad for p in module.parameters())
