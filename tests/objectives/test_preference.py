@@ -14,7 +14,7 @@ from tests.helpers.building import GLOBAL_BATCH, model_dir, pair_set, run_config
 from trainer.data.dataset import Sample
 from trainer.data.loader import collate
 from trainer.data.settings import Layout
-from trainer.model import _fuse_head
+from trainer.loss import fuse_head
 from trainer.objectives.base import (
     DpoConfig,
     ObjectiveConfig,
@@ -61,7 +61,7 @@ def model(case: dict, phase: float = 0.0) -> nn.Module:
     if case["objective"] == "reward":
         return fill(LlamaForSequenceClassification(model_config()), phase)
     made = fill(LlamaForCausalLM(model_config()), phase)
-    _fuse_head(made, made.config)
+    fuse_head(made, made.config)
     return made
 
 
