@@ -156,7 +156,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['world_size']} ranks; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
-    if facts["quantisation"]:
+    if facts.get("quantisation"):
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
     if facts["reference_tflops"]:
         lines.append(
