@@ -45,6 +45,9 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if config.activation_checkpointing is ActivationCheckpointing.selective:
             kwargs["context_fn"] = _selective_contexts
+            for module in model.modules():  # an output that is kept must not be overwritten
+                if getattr(module, "overwrites_output", False):
+                    module.overwrites_output = False
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     if config.compile:
         blocks = step_module.shard_units()  # type: ignore[operator]

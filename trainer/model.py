@@ -21,6 +21,7 @@ from trainer.objectives.build import build_objective
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import build_tuning
+from trainer.tuning.fast_lora import fuse_lora
 
 
 class Attention(StrEnum):
@@ -255,6 +256,7 @@ def build_step(
     heads = heads if classification else ()
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads)
     model = tuning.apply(model)
+    fuse_lora(model)
     model.train()
     objective = build_objective(objective_config, tuning.reference if tuning.adapter else None)
     step = TrainStep(model, objective, blocks)
