@@ -41,6 +41,8 @@ class StepBatch:
     """Documents (packs) of the global batch."""
     wait_s: float = 0.0
     """Seconds the trainer waited for this batch."""
+    balance: float = 1.0
+    """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
 
 
 class StepLoader:
@@ -152,7 +154,13 @@ class StepLoader:
             local_tokens=int(self.dataset.lengths[mine].sum()),
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.global_batch,
+            balance=self._balance(plan),
         )
+
+    def _balance(self, plan: list[list[list[int]]]) -> float:
+        """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
+        tokens = np.array([[self.dataset.lengths[slot].sum() for slot in rank] for rank in plan])
+        return float(tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
