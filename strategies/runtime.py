@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    # Always set: torchrun's OMP_NUM_THREADS=1 would leave all but one core of a rank idle.
+    torch.set_num_threads(threads or max(1, usable_cores() // local_world))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
@@ -58,6 +60,34 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
     return Runtime(rank, world, local_rank, local_world, torch_device, control)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, or the CPU quota of its cgroup where that is less; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
+        return max(1, min(allowed, int(quota[0]) // int(quota[1])))
+    return allowed
+
+
+def cgroup_memory() -> int | None:
+    """Bytes that the cgroup of this process allows, None where it sets no limit."""
+    limit = _cgroup("memory.max", "memory/memory.limit_in_bytes")
+    return int(limit[0]) if limit and limit[0].isdigit() and int(limit[0]) < 2**60 else None
+
+
+def _cgroup(unified: str, *legacy: str) -> list[str]:
+    """Words of a limit of this process's cgroup as a container sees it, version 2 or else 1; empty where there is none."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        return (root / unified).read_text().split()
+    except OSError:
+        pass
+    try:
+        return [(root / name).read_text().strip() for name in legacy]
+    except OSError:
+        return []
 
 
 def stop() -> None:

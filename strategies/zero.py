@@ -264,9 +264,9 @@ class ZeroStrategy:
             self.config, precision=self.precision, max_grad_norm=max_grad_norm, on_cpu=self.on_cpu
         )
         if self.config.stage == 3:
-            # Modules that use their children's parameters themselves: gathered with theirs, not when the child runs.
-            if whole := {type(m) for m in step_module.modules() if getattr(m, "gathered_whole", False)}:
-                deepspeed.utils.set_z3_leaf_modules(step_module, list(whole))
+            for module in step_module.modules():  # parameters are gathered when their own module runs, and only then
+                if getattr(module, "fused", False):
+                    module.fused = False  # type: ignore[assignment]
             self._load_partitioned(deepspeed, step_module, source, settings)
         else:
             materialize(step_module, self.runtime.device)

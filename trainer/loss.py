@@ -195,7 +195,7 @@ class LossHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        if torch.is_autocast_enabled(hidden.device.type):
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         training = torch.is_grad_enabled()  # inside the function it is always off
         function = _RowCrossEntropy if by_row else _LinearCrossEntropy

@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "tuning.rank": (POSITIVE, "8 to 64 as a rule"),
     "tuning.alpha": (Range(above=0), "twice tuning.rank as a rule"),
     "tuning.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
+    "strategy.memory_gib": (Range(above=0), "null takes what the device has"),
     "strategy.bucket_mib": (POSITIVE, "25 (ddp) to 200 (zero) as a rule"),
     "strategy.replicate": (COUNT, "0 means one replica a host, or 2 on one host"),
     "strategy.stage": (Range(least=1, most=3), "chosen with strategy=zero1, zero2 or zero3"),

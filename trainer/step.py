@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from strategies.base import ActivationCheckpointing
 from trainer.objectives.base import Objective
 
 
@@ -17,6 +18,8 @@ class TrainStep(nn.Module):
         self.model = model
         self.objective = objective
         self._block_classes = block_classes
+        self.checkpointing: list[ActivationCheckpointing] | None = None
+        """What each block recomputes, where that was planned."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.objective.terms(self.model, batch)

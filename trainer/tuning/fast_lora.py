@@ -68,20 +68,22 @@ def _fused_class() -> type:
     class FusedLoraLinear(Linear):
         """As peft's layer, with the low-rank product accumulated into the base layer's output."""
 
-        gathered_whole = True
-        """Its forward pass uses its children's parameters: engines that gather by module gather them with it."""
+        fused = True
+        """It uses its children's parameters itself; engines that gather parameters module by module switch this off."""
         overwrites_output = True
         """Whether the base output may be overwritten; selective checkpointing keeps it and switches this off."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [ADAPTER]:
+            as_usual = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
+            if not as_usual or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)
             base: Any = self.get_base_layer()
-            if torch.is_autocast_enabled(x.device.type):
+            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+            if autocast:
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             weight, bias = base.weight, base.bias
             if weight.dtype != x.dtype:
-                if not torch.is_autocast_enabled(x.device.type):
+                if not autocast:
                     return super().forward(x)
                 weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
             a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
