@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,32 +63,32 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
     return Runtime(rank, world, local_rank, local_world, torch_device, control)
 
 
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
 def usable_cores() -> int:
     """Cores this process may use: its affinity, or the CPU quota of its cgroup where that is less; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
-    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
-        return max(1, min(allowed, int(quota[0]) // int(quota[1])))
-    return allowed
+    limits = (text.split() for text in _cgroup_limits("cpu.max"))
+    return max(1, min([allowed, *(int(quota) // int(period) for quota, period in limits if quota != "max")]))
 
 
 def cgroup_memory() -> int | None:
-    """Bytes that the cgroup of this process allows, None where it sets no limit."""
-    limit = _cgroup("memory.max", "memory/memory.limit_in_bytes")
-    return int(limit[0]) if limit and limit[0].isdigit() and int(limit[0]) < 2**60 else None
+    """Bytes that the cgroups of this process allow, None where they set no limit."""
+    limits = (text.strip() for text in _cgroup_limits("memory.max"))
+    return min((int(limit) for limit in limits if limit != "max"), default=None)
 
 
-def _cgroup(unified: str, *legacy: str) -> list[str]:
-    """Words of a limit of this process's cgroup as a container sees it, version 2 or else 1; empty where there is none."""
-    root = Path("/sys/fs/cgroup")
+def _cgroup_limits(name: str) -> Iterator[str]:
+    """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
     try:
-        return (root / unified).read_text().split()
-    except OSError:
-        pass
-    try:
-        return [(root / name).read_text().strip() for name in legacy]
-    except OSError:
-        return []
+        own = next(line[3:] for line in _MEMBERSHIP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "/"
+    here = _CGROUPS / own.strip("/")
+    for place in (here, *here.parents):
+        if place.is_relative_to(_CGROUPS) and (place / name).is_file():
+            yield (place / name).read_text()
 
 
 def stop() -> None:

@@ -44,6 +44,14 @@ def measured(config: RunConfig, built: Built, data: Prepared, precision: Precisi
     return measure(built.step_module, longest_micro_batch(config, built, data), precision)
 
 
+def expected(config: RunConfig, built: Built, data: Prepared, precision: Precision) -> float:
+    """Bytes of activations at the peak of the longest micro-batch under the setting, before memory has a say in it."""
+    mode = config.strategy.activation_checkpointing
+    mode = ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode
+    activations = measured(config, built, data, precision)
+    return activations.total([mode] * len(activations.none))
+
+
 def plan_checkpointing(
     config: RunConfig, built: Built, data: Prepared, precision: Precision, runtime: processes.Runtime
 ) -> None:
@@ -73,8 +81,17 @@ def model_state(config: RunConfig, built: Built, precision: Precision, runtime: 
     if isinstance(config.strategy, Fsdp2Config) and config.strategy.replicate != 1:
         replicate = replicate_degree(config.strategy.replicate, runtime)
     world = runtime.world_size
-    sizes = {"micro_tokens": 0, "width": 0, "blocks": 0}
-    total = estimate(built.step_module, config.strategy, precision, world_size=world, replicate=replicate, **sizes).total
+    total = estimate(
+        built.step_module,
+        config.strategy,
+        precision,
+        world_size=world,
+        replicate=replicate,
+        micro_tokens=0,
+        width=0,
+        blocks=0,
+        activations=0.0,
+    ).total
     if isinstance(config.strategy, SingleConfig | DdpConfig) and precision is not Precision.fp32:
         total += 2 * sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)  # autocast's
     return total

@@ -85,7 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = _sum_of_products(grad_weight, grad, chunk)
             if grad_bias is not None:
                 grad_bias += grad.float().sum(0)
-        if need_weight and grad_weight is None:  # no supervised row here: the other ranks wait for a gradient all the same
+        if (
+            need_weight and grad_weight is None
+        ):  # no supervised row here: the other ranks wait for a gradient all the same
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype

@@ -14,6 +14,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ def attend(
     return torch.cat(pieces, dim=2).to(dtype).transpose(1, 2).contiguous(), None
 
 
-def read_batches(path: Path) -> list[tuple[Tensor, Tensor, list[int], Tensor, Tensor]]:
+def as_batches(stored: Mapping[str, np.ndarray]) -> list[tuple[Tensor, Tensor, list[int], Tensor, Tensor]]:
     """(ids [1, T], positions [1, T], bounds, supervised rows [N], their targets [N]) of each step."""
-    stored = np.load(path)
     batches, token, document = [], 0, 0
     for count in stored["steps"]:
         lengths = stored["documents"][document : document + count]
@@ -53,46 +53,57 @@ def read_batches(path: Path) -> list[tuple[Tensor, Tensor, list[int], Tensor, Te
     return batches
 
 
-def train(model_dir: str, batches: list[Any], *, tuning: str, precision: str, lr: float, rank: int = 16) -> dict:
-    """Take one step a batch; losses, CPU seconds of each step, and tokens."""
-    AttentionInterface.register("bare", attend)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="bare", dtype=torch.float32)
-    causal = model
-    if tuning == "lora":
-        from peft import LoraConfig, get_peft_model
+class Bare:
+    """The model, its optimizer, and one step."""
 
-        if precision == "bf16":  # as a trainer would hold a base that does not train
-            model = model.to(torch.bfloat16)
-        torch.manual_seed(0)
-        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        causal = model
-        model = get_peft_model(model, adapters)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
-    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
-    losses, ends = [], [time.process_time()]
-    first = ends[0]
-    for ids, positions, bounds, rows, targets in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            hidden = decoder(input_ids=ids, position_ids=positions, bounds=bounds, use_cache=False).last_hidden_state
-            logits = head(hidden[0, rows])
+    def __init__(self, model_dir: str, *, tuning: str, precision: str, lr: float, rank: int = 16) -> None:
+        AttentionInterface.register("bare", attend)
+        self.half = precision == "bf16"
+        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="bare", dtype=torch.float32)
+        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        if tuning == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            if self.half:  # as a trainer would hold a base that does not train
+                model = model.to(torch.bfloat16)
+            torch.manual_seed(0)
+            adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, adapters)
+        self.model = model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0, fused=True)
+
+    def step(self, batch: tuple[Tensor, Tensor, list[int], Tensor, Tensor]) -> Tensor:
+        """Forward, backward, clip, update; the loss."""
+        ids, positions, bounds, rows, targets = batch
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            hidden = self.decoder(input_ids=ids, position_ids=positions, bounds=bounds, use_cache=False)[0]
+            logits = self.head(hidden[0, rows])
         loss = F.cross_entropy(logits.float(), targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def train(model_dir: str, batches: list[Any], *, tuning: str, precision: str, lr: float) -> dict[str, Any]:
+    """Take one step a batch; losses, CPU seconds of each step, and tokens."""
+    loop = Bare(model_dir, tuning=tuning, precision=precision, lr=lr)
+    losses, ends = [], [time.process_time()]
+    for batch in batches:
+        losses.append(loop.step(batch))
         ends.append(time.process_time())
     return {
         "losses": torch.stack(losses).tolist(),
         "seconds": [b - a for a, b in pairwise(ends)],
         "tokens": [b[0].shape[1] for b in batches],
-        "start_s": first,
+        "start_s": ends[0],
     }
 
 
 def main() -> None:
+    """One measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--batches", "--tuning", "--precision", "--out"):
         parser.add_argument(name, required=True)
@@ -100,7 +111,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    batches = read_batches(Path(args.batches))
+    batches = as_batches(np.load(args.batches))
     result = train(args.model, batches, tuning=args.tuning, precision=args.precision, lr=args.lr)
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     Path(args.out).write_text(json.dumps(result))
