@@ -10,10 +10,23 @@ from strategies.activation_plan import Activations, choose
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.parameters import meta_context
 from strategies.single import load_whole
-from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
+from tests.helpers.building import (
+    GLOBAL_BATCH,
+    data_set,
+    model_dir,
+    pair_set,
+    run_config,
+    samples,
+    take_steps,
+    trainer_for,
+)
 from trainer.activations import longest_micro_batch, measured
+from trainer.data.dataset import Sample, TokenDataset, write
+from trainer.data.prepare import Prepared
 from trainer.model import load_tokenizer
+from trainer.objectives.base import ClassificationConfig, DpoConfig
 from trainer.parts import build_engine, build_model
+from trainer.validate import problems_of
 
 NONE, SELECTIVE, FULL = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
 
@@ -93,3 +106,28 @@ def test_what_was_planned_is_recorded_and_kept(tmp_path, here):
     batch = longest_micro_batch(config, built, data)
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
     assert saved_bytes(engine.step_module, batch) < found.outside + sum(found.full) + 0.25 * sum(found.none)
+
+
+def test_a_budget_without_a_plan_is_a_problem(tmp_path):
+    config = run_config(model_dir(tmp_path), SingleConfig(memory_gib=4.0), "full", micro=4)
+    (problem,) = (line for line in problems_of(config) if "memory_gib" in line)
+    assert problem.startswith("strategy.memory_gib=4:") and "activation_checkpointing=auto" in problem
+
+
+@pytest.mark.parametrize("objective", [ClassificationConfig(), DpoConfig()])
+def test_other_objectives_can_be_counted(tmp_path, objective):
+    """A classifier on padded rows, and pairs with the adapter off for the reference."""
+    pairs = isinstance(objective, DpoConfig)
+    data = pair_set(tmp_path) if pairs else labelled_set(tmp_path)
+    model = model_dir(tmp_path, "llama" if pairs else "distilbert")
+    config = run_config(model, "single", "lora" if pairs else "full", micro=4, objective=objective)
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    found = measured(config, built, data, Precision.bf16)
+    assert len(found.none) == 2 and all(n > f > 0 for n, f in zip(found.none, found.full, strict=True))
+
+
+def labelled_set(root):
+    made = [Sample(s.input_ids, s.supervised, i % 3) for i, s in enumerate(samples(48, uneven=False))]
+    write(root / "labelled", made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
+    opened = TokenDataset.open(root / "labelled")
+    return Prepared(train=opened, evaluation=opened, directory=root, report={}, label_names=["a", "b", "c"])

@@ -10,7 +10,8 @@ import torch
 
 from strategies import runtime as processes
 from strategies.activation_plan import Activations, choose, measure
-from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, SingleConfig
+from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, SingleConfig, StrategyName
+from strategies.errors import ConfigError
 from strategies.memory import estimate
 from strategies.mesh import replicate_degree
 from strategies.parameters import named_parameters
@@ -36,19 +37,37 @@ def longest_micro_batch(config: RunConfig, built: Built, data: Prepared) -> dict
         Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), label=label, reference=0.0 if per > 1 else None)
         for n in lengths
     ]
-    return collate(samples, built.layout, 0)
+    batch = collate(samples, built.layout, 0)
+    if "attention_mask" in batch:  # transformers would look for padding in its values; rows are as long as they get
+        batch["attention_mask"] = None
+    return batch
 
 
 def measured(config: RunConfig, built: Built, data: Prepared, precision: Precision) -> Activations:
-    """What the longest micro-batch keeps for its backward pass; allocates nothing."""
-    return measure(built.step_module, longest_micro_batch(config, built, data), precision)
+    """What the longest micro-batch keeps for its backward pass; allocates nothing.
+
+    Raises ConfigError for a model that looks at values on its way, of which there are none.
+    """
+    try:
+        return measure(built.step_module, longest_micro_batch(config, built, data), precision)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"strategy.activation_checkpointing=auto: what a {built.config.model_type} model keeps cannot be counted "
+            f"({' '.join(str(error).split())[:160]}); set it to none, selective or full"
+        ) from error
 
 
-def expected(config: RunConfig, built: Built, data: Prepared, precision: Precision) -> float:
-    """Bytes of activations at the peak of the longest micro-batch under the setting, before memory has a say in it."""
+def expected(config: RunConfig, built: Built, data: Prepared, precision: Precision) -> float | None:
+    """Bytes of activations at the peak of the longest micro-batch under the setting, before memory has a say in it.
+
+    None where they cannot be counted.
+    """
     mode = config.strategy.activation_checkpointing
     mode = ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode
-    activations = measured(config, built, data, precision)
+    try:
+        activations = measured(config, built, data, precision)
+    except ConfigError:
+        return None
     return activations.total([mode] * len(activations.none))
 
 
@@ -78,8 +97,9 @@ def plan_checkpointing(
 def model_state(config: RunConfig, built: Built, precision: Precision, runtime: processes.Runtime) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
     replicate = 1
-    if isinstance(config.strategy, Fsdp2Config) and config.strategy.replicate != 1:
-        replicate = replicate_degree(config.strategy.replicate, runtime)
+    strategy = config.strategy
+    if isinstance(strategy, Fsdp2Config) and (strategy.name is StrategyName.hsdp or strategy.replicate != 1):
+        replicate = replicate_degree(0 if strategy.replicate == 1 else strategy.replicate, runtime)
     world = runtime.world_size
     total = estimate(
         built.step_module,
