@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -12,7 +14,7 @@ from strategies.base import ActivationCheckpointing, StrategyConfig
 from strategies.errors import ConfigError
 
 # Costly to recompute, cheap to keep: matrix products and attention. Everything else is recomputed.
-_KEPT_OPS = (
+KEPT_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -23,31 +25,62 @@ _KEPT_OPS = (
 
 
 def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(_selective_policy)
 
 
+def _checkpoint_arguments(mode: ActivationCheckpointing) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if mode is ActivationCheckpointing.selective:
+        kwargs["context_fn"] = _selective_contexts
+    return kwargs
+
+
+def _keep_outputs(module: nn.Module) -> None:
+    """A product that is kept must not be overwritten by the layer that made it."""
+    for layer in module.modules():
+        if getattr(layer, "overwrites_output", False):
+            layer.overwrites_output = False  # type: ignore[assignment]
+
+
+def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
+    """Every block alike, through the model's own interface; raises ConfigError where it has none."""
+    if mode is ActivationCheckpointing.none:
+        return
+    model: Any = step_module.model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"strategy.activation_checkpointing={mode}: {type(model).__name__} does not support it; set "
+            "strategy.activation_checkpointing=none"
+        )
+    if mode is ActivationCheckpointing.selective:
+        _keep_outputs(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpoint_arguments(mode))
+
+
 def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
     """Switch on checkpointing through the model's own interface, and compile block by block, as configured.
 
-    Raises ConfigError where the architecture has no repeated blocks to work on.
+    A plan by block (`step_module.checkpointing`, made for `auto`) goes before the setting. Raises ConfigError where the
+    architecture has no repeated blocks to work on.
     """
-    if config.activation_checkpointing is not ActivationCheckpointing.none:
-        model: Any = step_module.model
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(
-                f"strategy.activation_checkpointing={config.activation_checkpointing}: {type(model).__name__} does not "
-                "support it; set strategy.activation_checkpointing=none"
-            )
-        kwargs: dict[str, Any] = {"use_reentrant": False}
-        if config.activation_checkpointing is ActivationCheckpointing.selective:
-            kwargs["context_fn"] = _selective_contexts
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    blocks = step_module.shard_units()  # type: ignore[operator]
+    plan = getattr(step_module, "checkpointing", None)
+    if plan is None:
+        mode = config.activation_checkpointing
+        _checkpoint(step_module, ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode)
+    elif used := [mode for mode in plan if mode is not ActivationCheckpointing.none]:
+        _checkpoint(step_module, used[0])
+        for block, mode in zip(blocks, plan, strict=True):
+            block.gradient_checkpointing = mode is not ActivationCheckpointing.none
+            kwargs = _checkpoint_arguments(mode)
+            block._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, **kwargs)
+            if mode is ActivationCheckpointing.selective:
+                _keep_outputs(block)
     if config.compile:
-        blocks = step_module.shard_units()  # type: ignore[operator]
         if not blocks:
             raise ConfigError(
                 "strategy.compile=true: this architecture names no repeated blocks to compile; set it false"

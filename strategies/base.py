@@ -47,8 +47,9 @@ class Precision(StrEnum):
 
 
 class ActivationCheckpointing(StrEnum):
-    """What the backward pass recomputes: nothing, every block, or all but the costly matrix products."""
+    """What the backward pass recomputes: nothing, every block, or all but the costly matrix products; `auto` plans it."""
 
+    auto = "auto"
     none = "none"
     full = "full"
     selective = "selective"
@@ -61,7 +62,9 @@ class StrategyConfig:
     name: StrategyName = StrategyName.single
     """Which strategy runs; set by the group choice `strategy=<name>`, not by hand."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    """Recompute activations in the backward pass: `none`, `full` (every block) or `selective` (keeps matrix products)."""
+    """Recompute in the backward pass: `none`, `selective` (keeps matrix products), `full`, or `auto`, as memory asks."""
+    memory_gib: float | None = None
+    """Memory of one rank in GiB that `activation_checkpointing=auto` plans for; default: the device's."""
     compile: bool = False
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
     defer_sync: bool = True

@@ -1,7 +1,7 @@
 """Estimated memory of one rank, from shapes alone: for planning, before anything is allocated.
 
-Model state follows from the strategy by arithmetic. Activations are a rule of thumb (stated below) and depend on
-kernels; treat the sum as a guide, not a promise.
+Model state follows from the strategy by arithmetic. Activations are counted on the meta device where the caller has done so
+(`strategies.activation_plan`), else a rule of thumb (stated below). Treat the sum as a guide, not a promise.
 """
 
 from __future__ import annotations
@@ -51,8 +51,12 @@ def estimate(
     micro_tokens: int,
     width: int,
     blocks: int,
+    activations: float | None = None,
 ) -> MemoryEstimate:
-    """Memory of one rank for `micro_tokens` tokens in a forward pass of a model `width` wide with `blocks` blocks."""
+    """Memory of one rank for `micro_tokens` tokens in a forward pass of a model `width` wide with `blocks` blocks.
+
+    `activations` are bytes that were counted; without them the rule of thumb is taken.
+    """
     compute = torch.finfo(COMPUTE_DTYPE[precision]).bits // 8
 
     def computed(p: nn.Parameter) -> int:
@@ -70,7 +74,8 @@ def estimate(
         kept = 1
     elif config.activation_checkpointing is ActivationCheckpointing.selective:
         kept = ACTIVATIONS_PER_WIDTH // 2
-    activations = float(micro_tokens * width * compute * (blocks * kept + ACTIVATIONS_PER_WIDTH))
+    if activations is None:
+        activations = float(micro_tokens * width * compute * (blocks * kept + ACTIVATIONS_PER_WIDTH))
     if isinstance(config, ZeroConfig):
         shards = world_size
         masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    # Always set: torchrun's OMP_NUM_THREADS=1 would leave all but one core of a rank idle.
+    torch.set_num_threads(threads or max(1, usable_cores() // local_world))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
@@ -58,6 +61,34 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
     return Runtime(rank, world, local_rank, local_world, torch_device, control)
+
+
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, or the CPU quota of its cgroup where that is less; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = (text.split() for text in _cgroup_limits("cpu.max"))
+    return max(1, min([allowed, *(int(quota) // int(period) for quota, period in limits if quota != "max")]))
+
+
+def cgroup_memory() -> int | None:
+    """Bytes that the cgroups of this process allow, None where they set no limit."""
+    limits = (text.strip() for text in _cgroup_limits("memory.max"))
+    return min((int(limit) for limit in limits if limit != "max"), default=None)
+
+
+def _cgroup_limits(name: str) -> Iterator[str]:
+    """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
+    try:
+        own = next(line[3:] for line in _MEMBERSHIP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "/"
+    here = _CGROUPS / own.strip("/")
+    for place in (here, *here.parents):
+        if place.is_relative_to(_CGROUPS) and (place / name).is_file():
+            yield (place / name).read_text()
 
 
 def stop() -> None:

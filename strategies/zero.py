@@ -273,6 +273,9 @@ class ZeroStrategy:
         if self.config.stage == 3:
             if not settings["zero_optimization"]["memory_efficient_linear"]:
                 _restore_linear()
+            for module in step_module.modules():  # parameters are gathered when their own module runs, and only then
+                if getattr(module, "fused", False):
+                    module.fused = False  # type: ignore[assignment]
             self._load_partitioned(deepspeed, step_module, source, settings)
         else:
             materialize(step_module, self.runtime.device)

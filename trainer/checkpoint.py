@@ -8,8 +8,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from strategies.base import Engine, Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error
@@ -46,6 +44,8 @@ class Checkpoints:
 
         Raises StorageError on every rank when any rank could not write; nothing is left under the final name.
         """
+        from torch.distributed.checkpoint.api import CheckpointException  # heavy, and settings are read without it
+
         final = self.directory / STEP_DIR.format(progress.step)
         aside = self.directory / f".{final.name}.writing"
         error: BaseException | None = None

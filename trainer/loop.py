@@ -137,6 +137,7 @@ class Trainer:
             result=result,
             local_tokens=batch.local_tokens,
             wait_s=batch.wait_s,
+            balance=batch.balance,
         )
 
     # -- what happens between steps ------------------------------------------------------------------------------

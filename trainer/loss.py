@@ -30,14 +30,26 @@ def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
 
 
 def _product_gradient(
-    logits: Tensor, log_total: Tensor, targets: Tensor, softcap: float | None, scale: float
+    logits: Tensor, log_probabilities: Tensor, targets: Tensor, softcap: float | None, scale: float
 ) -> Tensor:
-    """Each row's derivative of its own negative log-likelihood by the head's plain product, `[n, V]`."""
-    grad = torch.exp(logits - log_total[:, None])
+    """Each row's derivative of its own negative log-likelihood by the head's plain product, `[n, V]`.
+
+    Overwrites `log_probabilities`: the logits of a large vocabulary are the largest tensors of a step.
+    """
+    grad = log_probabilities.exp_()
     grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
     if softcap is not None:
-        grad = grad * (1.0 - (logits / softcap).square())
-    return grad * scale if scale != 1.0 else grad
+        grad.mul_(1.0 - (logits / softcap).square())
+    return grad.mul_(scale) if scale != 1.0 else grad
+
+
+def _sum_of_products(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tensor:
+    """`total + grad.T @ chunk` in float32 at least, in place; the first product is the sum itself."""
+    if total is None:
+        return (grad.T @ chunk).to(torch.promote_types(chunk.dtype, torch.float32))
+    if total.dtype == chunk.dtype:
+        return total.addmm_(grad.T, chunk)
+    return total.add_(grad.T @ chunk)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,23 +72,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
-            log_total = logits.logsumexp(dim=-1)
-            total += (log_total - logits.gather(1, target[:, None])[:, 0]).sum()
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            total -= log_probabilities.gather(1, target[:, None]).sum()
             if not training:
                 correct += (logits.argmax(dim=-1) == target).sum()
                 continue
-            grad = _product_gradient(logits, log_total, target, softcap, scale).to(chunk.dtype)
+            grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                grad_weight += grad.T @ chunk
+            if need_weight:
+                grad_weight = _sum_of_products(grad_weight, grad, chunk)
             if grad_bias is not None:
                 grad_bias += grad.float().sum(0)
+        if (
+            need_weight and grad_weight is None
+        ):  # no supervised row here: the other ranks wait for a gradient all the same
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)
@@ -85,10 +101,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_correct: Tensor) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        # Scaled in place, of which autograd keeps count: a second backward pass fails instead of scaling twice.
         return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_total).to(ctx.weight_dtype),
+            None if grad_hidden is None else grad_hidden.mul_(grad_total.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(grad_total).to(ctx.weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad_total).to(ctx.weight_dtype),
             None,
             None,
             None,
@@ -121,10 +138,10 @@ class _RowCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
-            log_total = logits.logsumexp(dim=-1)
-            nll[start : start + rows] = log_total - logits.gather(1, target[:, None])[:, 0]
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            nll[start : start + rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
             if grad_hidden is not None:
-                grad = _product_gradient(logits, log_total, target, softcap, scale).to(chunk.dtype)
+                grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
                 torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
         head_trains = training and any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(grad_hidden, *((hidden, weight, bias, targets) if head_trains else ()))
@@ -145,7 +162,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
-            grad = _product_gradient(logits, logits.logsumexp(dim=-1), target, softcap, scale)
+            grad = _product_gradient(logits, F.log_softmax(logits, dim=-1), target, softcap, scale)
             grad = grad * row_weight[start : start + rows, None]
             if grad_weight is not None:
                 grad_weight += grad.to(chunk.dtype).T @ chunk
@@ -197,7 +214,7 @@ class LossHead(nn.Linear):
             return lend()
         if targets is None:
             return super().forward(hidden)
-        if torch.is_autocast_enabled(hidden.device.type):
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if against is not None:
             from trainer.divergence import compare

@@ -40,6 +40,8 @@ class StepRecord:
     result: StepResult
     local_tokens: int
     wait_s: float
+    balance: float = 1.0
+    """See `StepBatch.balance`."""
 
 
 @dataclass(slots=True)
@@ -113,6 +115,7 @@ class Meter:
             "step_s": seconds,
             "memory_gib": memory,
             "data_wait_s": wait / world,
+            "balance": r.balance,
         }
         row |= {name: sums[name] / max(1, r.counts["loss"]) for name in self.metrics}
         if self.reference_tflops:

@@ -23,6 +23,7 @@ from trainer.quantisation import Quantisation, Scheme, quantise_layers
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import build_tuning, fold_adapters
+from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.table import needs_own_rows
 from trainer.weights import BaseWeights, tied_names
 
@@ -293,6 +294,7 @@ def build_step(
     built = Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes, two_sides)
     built.folded = folded
     _quantise(built, config, head)
+    fuse_lora(step.model)
     return built
 
 

@@ -16,6 +16,7 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer import encoder_decoder
+from trainer.activations import plan_checkpointing
 from trainer.config import RunConfig
 from trainer.data.inputs import source_weights
 from trainer.data.loader import StepLoader, eval_batches
@@ -136,6 +137,7 @@ def build_engine(
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    plan_checkpointing(config, built, data, precision, runtime)
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,

@@ -7,9 +7,11 @@ import numpy as np
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.memory import estimate
 from strategies.parameters import element_counts, meta_context, named_parameters
+from trainer.activations import expected
 from trainer.config import RunConfig
 from trainer.data.audit import preview, summary
 from trainer.data.order import steps_for_tokens
+from trainer.data.prepare import Prepared
 from trainer.loop import steps_from_budget
 from trainer.model import Built, load_tokenizer
 from trainer.parts import build_model, build_order, prepare_data
@@ -42,15 +44,15 @@ def describe(config: RunConfig) -> str:
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
         f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // (1 + pairs):,}",
-        "memory per rank, estimated (model state by arithmetic, activations by a rule of thumb):",
-        *_memory(config, built, world, round(mean_tokens * micro)),
+        "memory per rank, estimated (model state by arithmetic, activations counted for the longest micro-batch):",
+        *_memory(config, built, data, world, round(mean_tokens * micro)),
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]
     return "\n".join(lines)
 
 
-def _memory(config: RunConfig, built: Built, world: int, micro_tokens: int) -> list[str]:
+def _memory(config: RunConfig, built: Built, data: Prepared, world: int, micro_tokens: int) -> list[str]:
     replicate = 1
     if isinstance(config.strategy, Fsdp2Config) and (
         config.strategy.name is StrategyName.hsdp or config.strategy.replicate != 1
@@ -68,4 +70,5 @@ def _memory(config: RunConfig, built: Built, world: int, micro_tokens: int) -> l
         micro_tokens=micro_tokens,
         width=text.hidden_size,
         blocks=text.num_hidden_layers,
+        activations=expected(config, built, data, precision),
     ).lines()

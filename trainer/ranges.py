@@ -94,6 +94,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "tuning.adapter_len": (POSITIVE, "10 in the paper"),
     "tuning.adapter_layers": (COUNT, "0 takes every layer"),
     "tuning.size": (POSITIVE, "8 to 256 as a rule"),
+    "strategy.memory_gib": (Range(above=0), "null takes what the device has"),
     "strategy.bucket_mib": (POSITIVE, "25 (ddp) to 200 (zero) as a rule"),
     "strategy.replicate": (COUNT, "0 means one replica a host, or 2 on one host"),
     "strategy.stage": (Range(least=1, most=3), "chosen with strategy=zero1, zero2 or zero3"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from strategies.base import ActivationCheckpointing
 from trainer.objectives.base import Objective
 
 
@@ -21,6 +22,8 @@ class TrainStep(nn.Module):
         """A frozen model that the objective compares with: sharded beside the other, and in no checkpoint or export."""
         self.objective = objective
         self._block_classes = block_classes
+        self.checkpointing: list[ActivationCheckpointing] | None = None
+        """What each block recomputes, where that was planned."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.objective.terms(self.model, batch)

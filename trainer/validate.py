@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.errors import ConfigError, DataError
 from trainer import encoder_decoder
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
@@ -266,6 +266,11 @@ def _strategy(config: RunConfig, world_size: int | None) -> Iterator[str]:
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: CPUs do not train in it; set precision=bf16 or precision=fp32"
+    if strategy.memory_gib is not None and strategy.activation_checkpointing is not ActivationCheckpointing.auto:
+        yield (
+            f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto plans for; set "
+            "that, or strategy.memory_gib=null"
+        )
     if isinstance(strategy, Fsdp2Config):
         yield from _replicas(strategy, config, world_size)
     if isinstance(strategy, ZeroConfig):

@@ -215,3 +215,13 @@ def test_dataset_round_trip_and_damage(tmp_path):
 
     with pytest.raises(DataError, match=r"tokens\.bin"):
         TokenDataset.open(tmp_path / "data")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_balance_is_the_share_of_ranks_time_that_is_work(dataset, size):
+    made = loader(dataset, size=size, micro=3)
+    plan, batch = made.plan(0), next(made.steps(0, 1))
+    loads = [[int(dataset.lengths[slot].sum()) for slot in rank] for rank in plan]
+    busiest = sum(max(rank[m] for rank in loads) for m in range(made.accumulation))
+    assert batch.balance == pytest.approx(batch.tokens / size / busiest)
+    assert (batch.balance == 1.0) == (size == 1)

@@ -34,7 +34,8 @@ def test_composing_imports_torch_at_most():
     words = "['model.path=gpt2', 'strategy=zero3', 'tuning=lora', 'objective=classification']"
     modules = imported_after(f"from launch.compose import compose; compose({words}, check=False)")
     assert "hydra" in modules
-    assert not {"transformers", "peft", "datasets", "wandb", "deepspeed"} & modules
+    assert not {"transformers", "peft", "datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow"} & modules
+    assert not {"torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "sympy"} & modules
 
 
 def test_help_lists_verbs_groups_and_choices(capsys):

@@ -46,6 +46,8 @@ class StepBatch:
     """Seconds the trainer waited for this batch."""
     ahead: list[dict[str, Any]] = field(default_factory=list)
     """Micro-batches of prompts with the answers of others, looked at before the first backward pass; mostly none."""
+    balance: float = 1.0
+    """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
 
 
 class StepLoader:
@@ -173,11 +175,17 @@ class StepLoader:
             local_tokens=int(self.dataset.lengths[mine].sum()),
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.global_batch,
+            balance=self._balance(plan),
         )
 
     def _collated(self, samples: list[Sample]) -> dict[str, Any]:
         batch = collate(samples, self.layout, self.pad_token_id, self.decoder_start)
         return _each(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
+
+    def _balance(self, plan: list[list[list[int]]]) -> float:
+        """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
+        tokens = np.array([[self.dataset.lengths[slot].sum() for slot in rank] for rank in plan])
+        return float(tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""The trainer through its own entry, with a clock beside it: `python shardtune_timed.py OUT.json <words of the verb train>`.
+
+The clock reads the process's CPU time where a step begins, and around evaluation and checkpoints, whose work no bare loop does.
+With `--bare` as the first word the bare loop takes each step too, just before, on the same documents and in the same process:
+load that comes and goes then meets both. With `--batches FILE.npz` the documents of each step are written down for it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bare import as_batches
+
+from launch.main import main as shardtune
+
+
+class Clock:
+    """CPU seconds at the start of each step, and those spent on what is not a step."""
+
+    def __init__(self) -> None:
+        self.begins: list[float] = []
+        self.aside = 0.0
+        self.asides: list[float] = []
+        self.tokens: list[int] = []
+        self.end = 0.0
+        self.peak_mib = 0.0
+        self.bare: list[float] = []
+        self.bare_losses: list[float] = []
+
+    def bare_step(self, trainer: Any) -> None:
+        """The same step in the bare loop, timed, and not counted as the trainer's."""
+        from bare import Bare
+
+        config, begin = trainer.config, time.process_time()
+        if not self.bare:
+            made = {"tuning": str(config.tuning.name), "precision": str(config.precision), "lr": config.optim.lr}
+            self.loop = Bare(config.model.path, **made)
+        loader = trainer.loader
+        documents = [doc for slot in loader.plan(trainer.progress.samples)[0] for doc in slot]
+        samples = [loader.dataset.sample(doc) for doc in documents]
+        stored = {
+            "tokens": np.concatenate([s.input_ids for s in samples]),
+            "supervised": np.concatenate([s.supervised for s in samples]),
+            "documents": np.array([len(s.input_ids) for s in samples]),
+            "steps": np.array([len(samples)]),
+        }
+        (batch,) = as_batches(stored)
+        start = time.process_time()
+        loss = self.loop.step(batch)
+        self.bare.append(time.process_time() - start)
+        self.bare_losses.append(float(loss))
+        self.aside += time.process_time() - begin
+
+    def steps(self, original: Callable[..., Any], *, bare: bool) -> Callable[..., Any]:
+        """Note the beginning of each step."""
+
+        def train_step(trainer: Any, batch: Any) -> Any:
+            if bare:
+                self.bare_step(trainer)
+            self.begins.append(time.process_time())
+            self.asides.append(self.aside)
+            self.tokens.append(batch.tokens)
+            return original(trainer, batch)
+
+        return train_step
+
+    def without(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Leave the time of a method out of that of the steps."""
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            begin = time.process_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.aside += time.process_time() - begin
+
+        return method
+
+    def fit(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Note the end of training, before the export."""
+
+        def run(trainer: Any) -> Any:
+            try:
+                return original(trainer)
+            finally:
+                self.end = time.process_time()
+                self.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+        return run
+
+    def seconds(self) -> list[float]:
+        """CPU seconds of each step, all between two steps included but evaluation and checkpoints."""
+        begins, asides = [*self.begins, self.end], [*self.asides, self.aside]
+        return [begins[i + 1] - begins[i] - (asides[i + 1] - asides[i]) for i in range(len(self.begins))]
+
+
+def write_batches(path: Path, loader: Any, num_steps: int) -> None:
+    """The documents of each step in the order in which the loader lays them out."""
+    steps = [[doc for slot in loader.plan(i * loader.global_batch)[0] for doc in slot] for i in range(num_steps)]
+    samples = [loader.dataset.sample(doc) for step in steps for doc in step]
+    np.savez(
+        path,
+        tokens=np.concatenate([s.input_ids for s in samples]),
+        supervised=np.concatenate([s.supervised for s in samples]),
+        documents=np.array([len(s.input_ids) for s in samples]),
+        steps=np.array([len(step) for step in steps]),
+    )
+
+
+def main() -> int:
+    """One run of the trainer; its exit code."""
+    words = sys.argv[1:]
+    batches = None
+    if bare := words[0] == "--bare":
+        words = words[1:]
+    if words[0] == "--batches":
+        batches, words = Path(words[1]), words[2:]
+    out, words = Path(words[0]), words[1:]
+    from trainer.checkpoint import Checkpoints
+    from trainer.loop import Trainer
+
+    clock = Clock()
+    fit: Any = Trainer.fit
+    if batches is not None:
+
+        def noted(trainer: Any) -> Any:
+            write_batches(batches, trainer.loader, trainer.total_steps)
+            return fit(trainer)
+
+        Trainer.fit = clock.fit(noted)  # type: ignore[method-assign]
+    else:
+        Trainer.fit = clock.fit(fit)  # type: ignore[method-assign]
+    Trainer.train_step = clock.steps(Trainer.train_step, bare=bare)  # type: ignore[method-assign]
+    Trainer._evaluate = clock.without(Trainer._evaluate)  # type: ignore[method-assign]
+    Checkpoints.save = clock.without(Checkpoints.save)  # type: ignore[method-assign]
+    code = shardtune(["train", *words])
+    run_dir = next(Path(word.partition("=")[2]) for word in words if word.startswith("run.dir="))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    result = {
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "seconds": clock.seconds(),
+        "tokens": clock.tokens,
+        "start_s": clock.begins[0] if clock.begins else None,
+        "peak_mib": clock.peak_mib,
+        "bare_seconds": clock.bare,
+        "bare_losses": clock.bare_losses,
+    }
+    out.write_text(json.dumps(result))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Which blocks recompute their activations, so that a step fits a memory budget and recomputes no more than it must.
+
+What a block keeps is counted, not guessed: the step module runs once forward on the meta device, where tensors have shapes
+and no memory, and autograd's own hooks report what it saves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from strategies.activation import KEPT_OPS
+from strategies.base import ActivationCheckpointing, Precision
+from strategies.parameters import COMPUTE_DTYPE, set_dtypes
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes that one micro-batch leaves behind for its backward pass; lists have an entry a block."""
+
+    none: list[float]
+    """Kept by a block that recomputes nothing."""
+    selective: list[float]
+    """Kept where products and attention are saved and the rest is recomputed."""
+    full: list[float]
+    """Kept where only a block's input is saved."""
+    outside: float
+    """Kept outside the blocks: embeddings, head, loss."""
+    transient: float
+    """The largest tensors made outside the blocks and not kept (logits of a chunk, twice)."""
+
+    def total(self, modes: list[ActivationCheckpointing]) -> float:
+        """Bytes at the peak: what all blocks keep, and what the one that is recomputed makes."""
+        kept = sum(getattr(self, mode.value)[i] for i, mode in enumerate(modes))
+        again = [self.none[i] for i, mode in enumerate(modes) if mode is not ActivationCheckpointing.none]
+        return self.outside + kept + max(again, default=0.0) + self.transient
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what flash attention keeps: inputs, output and one sum a row. Meta tensors would take the T x T path."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError("only shapes were asked for")
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+
+
+class _Count(TorchDispatchMode):
+    """Sums up what autograd saves and what costly operations make, by the block in which it happens."""
+
+    def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
+        super().__init__()
+        self.current = len(blocks)  # outside all blocks
+        self.saved, self.products, self.inputs = ([0.0] * (len(blocks) + 1) for _ in range(3))
+        self.largest = 0.0
+        self._seen: dict[int, Any] = {}
+        self._own = [p.untyped_storage() for p in parameters]  # kept alive: an address is unique only while it is used
+        self._skip = {s._cdata for s in self._own}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen and storage._cdata not in self._skip:
+            self._seen[storage._cdata] = storage
+            self.saved[self.current] += storage.nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            size = out.untyped_storage().nbytes()
+            if func in KEPT_OPS:
+                self.products[self.current] += size
+            if self.current == len(self.saved) - 1:
+                self.largest = max(self.largest, size)
+        return out
+
+    def enter(self, index: int, hidden: Tensor | None) -> None:
+        self.current = index
+        if hidden is not None:
+            self.inputs[index] = hidden.untyped_storage().nbytes()
+
+    def leave(self) -> None:
+        self.current = len(self.saved) - 1
+
+
+@contextmanager
+def _shapes_of_flash_attention() -> Iterator[None]:
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
+    """What the micro-batch `batch` leaves behind in a step module whose parameters are on meta; allocates nothing.
+
+    Counted in the compute type. Where autocast casts the weights as it goes (single, ddp), their copies come on top.
+    """
+    compute = COMPUTE_DTYPE[precision]
+    probe = copy.deepcopy(step_module)
+    set_dtypes(probe, trainable=compute, frozen=compute)
+    probe.to("meta")  # buffers
+    probe.train()
+    blocks = probe.shard_units()  # type: ignore[operator]
+    count = _Count(blocks, [*probe.parameters(), *probe.buffers()])
+    for index, block in enumerate(blocks):
+
+        def enter(_m: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            count.enter(index, hidden if isinstance(hidden, Tensor) else None)
+
+        block.register_forward_pre_hook(enter, with_kwargs=True)
+        block.register_forward_hook(lambda *_: count.leave())
+    moved = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    hooks = torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor)
+    with torch.enable_grad(), _shapes_of_flash_attention(), count, hooks:
+        terms = probe(moved)
+    del terms
+    none, inputs = count.saved[:-1], count.inputs[:-1]
+    selective = [min(kept, made + given) for kept, made, given in zip(none, count.products, inputs, strict=False)]
+    return Activations(none, selective, inputs, count.saved[-1], 2 * count.largest)
+
+
+def choose(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
+    """(what each block does, whether the peak fits): as few blocks as the budget in bytes needs, the milder means first.
+
+    Earlier blocks recompute first: what they keep lives longest, until the end of the backward pass.
+    """
+    none, selective, full = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
+    modes = [none] * len(activations.none)
+    for milder, stronger in ((none, selective), (selective, full)):
+        for index in range(len(modes)):
+            if activations.total(modes) <= budget:
+                return modes, True
+            if modes[index] is milder:
+                modes[index] = stronger
+    return modes, activations.total(modes) <= budget

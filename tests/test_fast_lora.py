@@ -1,0 +1,92 @@
+"""The fused LoRA layers against peft's own, and which layers are left to peft."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.models import tiny_model_dir
+from trainer.tuning.fast_lora import fuse_lora
+
+
+def peft_model(path, architecture="llama", **settings):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir(path, architecture))
+    wanted = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(base, LoraConfig(**wanted))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0, 0.1)
+    return model.train()
+
+
+def step(model, autocast=False):
+    ids = torch.randint(0, 500, (2, 17), generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("rslora", [False, True])
+def test_loss_and_gradients_are_pefts(tmp_path, architecture, rslora):
+    stock = peft_model(tmp_path, architecture, use_rslora=rslora)
+    fused = copy.deepcopy(stock)
+    assert fuse_lora(fused) == 14  # q, k, v, o, gate, up and down of two blocks
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    (expected, right), (found, grads) = step(stock), step(fused)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert grads.keys() == right.keys()
+    for name, grad in grads.items():
+        assert torch.allclose(grad, right[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_under_autocast_it_rounds_like_peft(tmp_path):
+    stock = peft_model(tmp_path)
+    exact, _ = step(copy.deepcopy(stock))
+    fused = copy.deepcopy(stock)
+    fuse_lora(fused)
+    (_, right), (found, grads) = step(stock, autocast=True), step(fused, autocast=True)
+    assert float(found) == pytest.approx(float(exact), rel=1e-2) and float(found) != float(exact)
+    for name, grad in grads.items():
+        assert grad.dtype is torch.float32
+        assert torch.linalg.norm(grad - right[name]) < 3e-2 * torch.linalg.norm(right[name]), name
+
+
+def test_without_the_overwrite_it_is_the_same(tmp_path):
+    model = peft_model(tmp_path)
+    fuse_lora(model)
+    (expected, right) = step(model)
+    right = {name: grad.clone() for name, grad in right.items()}
+    model.zero_grad()
+    for module in model.modules():
+        if hasattr(module, "overwrites_output"):
+            module.overwrites_output = False
+    found, grads = step(model)
+    assert torch.equal(found, expected) and all(torch.allclose(grads[n], right[n], atol=1e-7) for n in right)
+
+
+def test_a_disabled_adapter_is_the_base(tmp_path):
+    stock = peft_model(tmp_path)
+    fused = copy.deepcopy(stock)
+    fuse_lora(fused)
+    ids = torch.arange(10)[None]
+    with torch.no_grad(), fused.disable_adapter():
+        assert torch.equal(fused(input_ids=ids).logits, fused.get_base_model()(input_ids=ids).logits)
+    with torch.no_grad():
+        assert not torch.equal(fused(input_ids=ids).logits, stock.unload()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
+def test_layers_that_do_more_are_left_to_peft(tmp_path, settings):
+    assert fuse_lora(peft_model(tmp_path, **settings)) == 0
+
+
+def test_transposed_bases_and_other_models_are_left_alone(tmp_path):
+    assert fuse_lora(peft_model(tmp_path, "gpt2")) == 0
+    assert fuse_lora(nn.Linear(2, 2)) == 0
