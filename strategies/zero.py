@@ -94,11 +94,11 @@ class ZeroEngine:
     def _flat_groups(self) -> list[Tensor]:
         """The fp32 master partitions that the inner optimizer steps on."""
         optimizer = self.engine.optimizer
-        return (
-            optimizer.fp32_partitioned_groups_flat
-            if self.config.stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
+        if self.config.stage == 3:
+            return optimizer.fp32_partitioned_groups_flat
+        if hasattr(optimizer, "bf16_groups"):  # for stage 1 in bf16 DeepSpeed takes another class, with names of its own
+            return optimizer.fp32_groups_flat_partition
+        return optimizer.single_partition_of_fp32_groups
 
     def _runs(self) -> Iterator[Run]:
         """This rank's part of the fp32 masters and moments, parameter by parameter, as views."""
@@ -111,7 +111,8 @@ class ZeroEngine:
                 held = min(numel, p.ds_numel - start)  # the last partition is padded
                 yield self._run(name, p.ds_numel, start, flats[group], offset, held)
             return
-        for flat, parameters in zip(flats, optimizer.bit16_groups, strict=True):
+        groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+        for flat, parameters in zip(flats, groups, strict=True):
             for p in parameters:
                 name, mapping = names[id(p)], p._hp_mapping
                 if mapping is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.errors import ConfigError, DataError
+from trainer.combinations import problems as combination_problems
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
@@ -41,6 +42,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     problems += tuning_problems(config.tuning, config.strategy, config.precision, merge=config.export.merge)
+    problems += combination_problems(config.tuning, config.strategy, config.optim)
     return [*problems, *_launcher(config)]
 
 

@@ -30,9 +30,12 @@ class Method:
     """Why the adapter cannot be folded into the base; empty where it can."""
     refused: dict[str, str] = field(default_factory=dict)
     """Words of `PROPERTIES` that it does not work with, and why."""
+    optimizers: dict[str, str] = field(default_factory=dict)
+    """Optimizers that it is not trained with, and why; all others train it alike under every strategy that runs them."""
 
 
 _IN_PLACE = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
+_PUT_TOGETHER = {"selective": "its backward pass then asks under strategy=zero3 for what was not kept (measured)"}
 _FLOAT_PROJECTION = {"half": "peft multiplies its float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
@@ -57,7 +60,7 @@ TYPES: dict[str, Method] = {
     "hira": Method(title="low-rank factors on the weights themselves"),
     "hra": Method(title="Householder reflections"),
     "miss": Method(title="shards of one small matrix"),
-    "peanut": Method(title="small networks over the weights"),
+    "peanut": Method(title="small networks over the weights", refused=_PUT_TOGETHER),
     "road": Method(title="rotations in two dimensions"),
     "waveft": Method(title="sparse update in the wavelet domain"),
 }
