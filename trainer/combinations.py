@@ -67,7 +67,7 @@ FEATURES: dict[str, Feature] = {
 
 COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
-_NOT_COMPILED = "it is not proven to take the same steps compiled"
+NOT_COMPILED = "it is not proven to take the same steps compiled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     if (reason := method.refused.get(wanted.word)) and (not wanted.only_under or strategy in wanted.only_under):
         return Cell(State.refused, reason, wanted.instead)
     if feature == "compile" and row not in COMPILED:
-        return Cell(State.refused, _NOT_COMPILED, wanted.instead)
+        return Cell(State.refused, NOT_COMPILED, wanted.instead)
     if reason := method.optimizers.get(str(optim)):
         return Cell(State.refused, reason, "optim=adamw")
     if feature == "fp16":
@@ -115,17 +115,11 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
     method, shown = rows()[row], f"tuning.type={row}" if row in TYPES else f"tuning={row}"
     if strategy.compile and row not in COMPILED:
         proven = " or ".join(f"tuning={name}" for name in COMPILED)
-        yield f"strategy.compile=true with {shown}: {_NOT_COMPILED}; set {FEATURES['compile'].instead}, or use {proven}"
+        yield f"strategy.compile=true with {shown}: {NOT_COMPILED}; set {FEATURES['compile'].instead}, or use {proven}"
     if strategy.activation_checkpointing == "full" and (reason := method.refused.get("checkpointing")):
         yield f"strategy.activation_checkpointing=full with {shown}: {reason}; set {FEATURES['checkpointing'].instead}"
     if reason := method.optimizers.get(str(optim.name)):
         yield f"optim={optim.name} with {shown}: {reason}; use optim=adamw"
-
-
-def table(features: list[str]) -> Iterator[list[str]]:
-    """Lines of cells: for each method its verdict on each feature, whatever the strategy. Reasons stand elsewhere."""
-    for row in rows():
-        yield [row, *(summary(row, feature=feature) for feature in features)]
 
 
 def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:

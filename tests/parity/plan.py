@@ -29,7 +29,9 @@ SHARDING = {
 EXACT = ("plain", "checkpointing", "selective", "packing", "padded")
 """Features that change nothing, within 1e-5."""
 APART = ("bf16", "compile")
-"""Features with runs of their own: one rounds, the other is slow."""
+"""Features with runs of their own: one rounds, the other takes long to trace."""
+COMPILED_ALWAYS = ("full", "lora")
+"""Cases that the covering choice runs compiled; all others that may be compiled are run with SHARDTUNE_TEST_ALL only."""
 OPTIMIZERS = [name for name in INSTALLED if name != "sgd without momentum"]
 
 
@@ -110,6 +112,7 @@ def covering() -> list[Run]:
             runs.append(Run(case, strategy, feature, optims[(number + 2 * turn) % len(optims)]))
         for turn, feature in enumerate(APART):
             able = [s for s in names if Run(case, s, feature).legal]
+            able = [] if feature == "compile" and case not in COMPILED_ALWAYS else able
             runs += [Run(case, able[(number + turn) % len(able)], feature)] if able else []
     others = [case for case in CASES if case not in mains.values()]
     for number, case in enumerate(others):
