@@ -112,6 +112,7 @@ def main() -> None:
 
     import strategies.runtime
     import tests.helpers.building as building
+
     settings = runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["SETTINGS"]
     from trainer.combinations import rows
 

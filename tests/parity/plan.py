@@ -75,7 +75,9 @@ class Run:
         """The settings of the run out of those of a plain one."""
         strategy = SHARDING.get(self.strategy, base.strategy)
         if self.feature in ("checkpointing", "selective"):
-            kept = ActivationCheckpointing.full if self.feature == "checkpointing" else ActivationCheckpointing.selective
+            kept = (
+                ActivationCheckpointing.full if self.feature == "checkpointing" else ActivationCheckpointing.selective
+            )
             strategy = replace(strategy, activation_checkpointing=kept)
         if self.feature == "compile":
             strategy = replace(strategy, compile=True)

@@ -32,7 +32,9 @@ def report(tmp_path_factory):
         asked = [case] if os.environ.get(ALL) else []
         name = case if asked else "all"
         if name not in reports:
-            reports[name] = run_job("tests.parity.methods", 2, tmp_path_factory.mktemp("methods"), *asked, timeout_s=1700)
+            reports[name] = run_job(
+                "tests.parity.methods", 2, tmp_path_factory.mktemp("methods"), *asked, timeout_s=1700
+            )
         return reports[name]
 
     return of
