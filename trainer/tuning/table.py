@@ -36,6 +36,8 @@ class Method:
     """Why it cannot train the embeddings of new vocabulary; empty where it can, or where peft decides by the model."""
     refused: dict[str, str] = field(default_factory=dict)
     """Words of `PROPERTIES` that it does not work with, and why."""
+    optimizers: dict[str, str] = field(default_factory=dict)
+    """Optimizers that it is not trained with, and why; all others train it alike under every strategy that runs them."""
 
 
 _IN_PLACE = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
@@ -48,6 +50,7 @@ _VIRTUAL_TOKENS: dict[str, Any] = {
 }
 _TRAINS_BASE = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
 _READS_WEIGHT = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
+_PUT_TOGETHER = {"selective": "its backward pass then asks under strategy=zero3 for what was not kept (measured)"}
 _FLOAT_PROJECTION = {"half": "peft multiplies its float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
@@ -88,7 +91,7 @@ TYPES: dict[str, Method] = {
     "hira": Method(title="low-rank factors on the weights themselves", refused=_READS_WEIGHT),
     "hra": Method(title="Householder reflections", refused=_READS_WEIGHT),
     "miss": Method(title="shards of one small matrix"),
-    "peanut": Method(title="small networks over the weights", refused=_READS_WEIGHT),
+    "peanut": Method(title="small networks over the weights", refused=_READS_WEIGHT | _PUT_TOGETHER),
     "road": Method(title="rotations in two dimensions"),
     "waveft": Method(title="sparse update in the wavelet domain"),
 }

