@@ -1,0 +1,110 @@
+"""The limit: a loop with nothing in it that the mathematics does not need. No evaluation, no checkpoints, no options.
+
+Documents of a batch are concatenated into one row without padding, attention is one causal call a document, the head and
+the loss are computed at supervised positions only, AdamW is fused, gradients are clipped to norm 1. In bf16 the weights
+stay in float32 under autocast; attention on CPUs runs in float32, which is faster there. On GPUs attention is torch's
+variable-length kernel in half precision. Nothing of shardtune is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "bare_varlen"
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, bounds: list[int], **_: Any
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document: q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`."""
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+        where = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+        longest = max(stop - start for start, stop in pairwise(bounds))
+        out: Any = varlen_attn(q, k, v, where, where, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+        return out[None], None
+    kind = query.dtype
+    if kind is torch.bfloat16:
+        query, key, value = query.float(), key.float(), value.float()
+    pieces = []
+    for start, stop in pairwise(bounds):
+        q, k, v = (t[:, :, start:stop] for t in (query, key, value))
+        pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous().to(kind), None
+
+
+def build(path: str | Path, tuning: str, device: str = "cpu", *, seed: int = 42) -> Any:
+    """The model of a directory, float32, with peft's LoRA (rank 16, alpha 32, all linear layers) where asked for."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(NAME, attention)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=NAME)
+    if tuning == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, settings)
+        if device == "cuda":  # what is frozen needs no master weights
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+    return model.to(device).train()
+
+
+def concatenate(rows: list[dict[str, list[int]]], device: str) -> dict[str, Any]:
+    """One row of all documents: ids and restarting positions `[1, T]`, boundaries, supervised rows and their targets."""
+    ids, positions, rows_at, targets, bounds = [], [], [], [], [0]
+    for row in rows:
+        start, labels = bounds[-1], row["labels"]
+        ids += row["input_ids"]
+        positions += range(len(labels))
+        learned = [index for index in range(1, len(labels)) if labels[index] != -100]
+        rows_at += [start + index - 1 for index in learned]
+        targets += [labels[index] for index in learned]
+        bounds.append(start + len(labels))
+    made = {"ids": [ids], "positions": [positions], "rows": rows_at, "targets": targets}
+    return {name: torch.tensor(value, device=device) for name, value in made.items()} | {"bounds": bounds}
+
+
+def loss_of(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Mean cross-entropy over the supervised positions of the batch, a 0-d float32 tensor."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = inner.model(
+        input_ids=batch["ids"], position_ids=batch["positions"], bounds=batch["bounds"], use_cache=False
+    ).last_hidden_state
+    logits = inner.lm_head(hidden[0, batch["rows"]])
+    return F.cross_entropy(logits.float(), batch["targets"])
+
+
+def train(
+    model: Any,
+    steps: list[list[dict[str, list[int]]]],
+    *,
+    lr: float,
+    precision: str = "fp32",
+    device: str = "cpu",
+    each: Callable[[Tensor, Tensor], None] = lambda loss, norm: None,
+) -> None:
+    """One optimizer step for each list of documents; `each` is given the loss and the norm before clipping."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+    for rows in steps:
+        batch = concatenate(rows, device)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(model, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        each(loss.detach(), norm)
