@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WORK = HERE / ".work"
+WORK = Path(os.environ.get("SHARDTUNE_BENCH_WORK") or HERE / ".work").resolve()
+"""Where everything but the environments and the results is written."""
 PACKAGES = {
     "trl": ["trl==1.16.0", "transformers==5.24.0", "peft==0.21.2"],
     "litgpt": ["litgpt==0.5.13", "requests"],  # it imports requests without declaring it

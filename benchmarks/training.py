@@ -78,10 +78,10 @@ def report(groups: list[Group], found: dict[str, dict[str, Measured]], facts: di
         "",
         f"{facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f} while it ran. {'; '.join(versions)}.",
         "",
-        f"Llama of 16.9 M parameters (13.8 M in matrix products), 4 conversations a step (152 tokens each on average, at "
-        f"most 512) or packs of 512 tokens, AdamW, clipped to norm 1, constant rate 1e-3, one thread; medians of "
-        f"{facts['rounds']} rounds of {facts['steps']} steps in turn after {facts['warm']} steps of warm-up. shardtune runs "
-        "with an evaluation before, amid and after training, logging, and a checkpoint amid and after it. "
+        f"{facts['model']}, 4 conversations a step (about 150 tokens each, at most 512) or packs of 512 tokens, AdamW, "
+        f"clipped to norm 1, constant rate 1e-3, one thread; medians of {facts['rounds']} rounds of {facts['steps']} steps "
+        f"in turn after {facts['warm']} steps of warm-up. shardtune runs with an evaluation before, amid and after training, "
+        "logging, and a checkpoint amid and after it; what these take is not in its rates but is in its memory. "
         "[How it is measured](../README.md#training).",
     ]
     for group in groups:
@@ -114,6 +114,7 @@ def main() -> int:
     if args.gpu:
         return gpu.main(args, facts, compare, keep)
     size = inputs.TINY if args.dry_run else inputs.SMALL
+    facts["model"] = f"Llama of {size.name} parameters ({size.matmul_parameters / 1e6:.1f} M of them in matrix products)"
     work = Work(inputs.make(WORK / f"training-{size.name}", size), args.warm, args.steps, facts["rounds"])
     if args.ranks:
         return ranks.main(args, facts, work, keep)

@@ -33,13 +33,11 @@ def attention(
         longest = max(stop - start for start, stop in pairwise(bounds))
         out: Any = varlen_attn(q, k, v, where, where, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
         return out[None], None
-    kind = query.dtype
-    if kind is torch.bfloat16:
-        query, key, value = query.float(), key.float(), value.float()
-    pieces = []
-    for start, stop in pairwise(bounds):
-        q, k, v = (t[:, :, start:stop] for t in (query, key, value))
-        pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
+    kind, pieces = query.dtype, []
+    with torch.autocast(query.device.type, enabled=False):  # autocast would take attention back to bfloat16
+        for start, stop in pairwise(bounds):
+            q, k, v = (t[:, :, start:stop].float() for t in (query, key, value))
+            pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous().to(kind), None
 
 

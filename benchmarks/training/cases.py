@@ -23,8 +23,6 @@ class Case:
     """Name in `environments.PACKAGES`; None for the environment that runs this driver."""
     options: tuple[str, ...] = ()
     tolerance: float = SAME
-    packs: bool = False
-    """Whether it removes padding by packing or concatenating, for the table's summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +43,19 @@ HF = Case("transformers Trainer", "hf", "trl")
 FACTORY = Case("LLaMA-Factory", "llamafactory", "llamafactory", tolerance=OTHER)
 TRL = Case("TRL", "trl", "trl")
 DEFAULTS = (OURS, BARE, TORCHTUNE, LITGPT, AXOLOTL, HF, FACTORY, TRL)
-FLATTENING = replace(HF, name="transformers Trainer, flattening", options=("--layout=flattening",), packs=True)
+FLATTENING = replace(HF, name="transformers Trainer, flattening", options=("--layout=flattening",))
+SAMPLE_PACKING = replace(AXOLOTL, name="axolotl, sample_packing", options=("--layout=packed",))
+NEAT = replace(FACTORY, name="LLaMA-Factory, neat_packing", options=("--layout=neat",))
 PACKED = (
     OURS,
-    replace(OURS, name="shardtune, packs", options=("--layout=packed",), tolerance=OTHER, packs=True),
+    replace(OURS, name="shardtune, packs", options=("--layout=packed",), tolerance=OTHER),
     BARE,
-    replace(AXOLOTL, name="axolotl, sample_packing", options=("--layout=packed",), packs=True),
+    SAMPLE_PACKING,
     FLATTENING,
-    replace(FACTORY, name="LLaMA-Factory, neat_packing", options=("--layout=neat",), packs=True),
-    replace(TRL, name="TRL, packing (bfd)", options=("--layout=bfd",), tolerance=OTHER, packs=True),
-    replace(TRL, name="TRL, padding_free", options=("--layout=padding_free",), packs=True),
-    replace(TORCHTUNE, name="torchtune, packed", options=("--layout=packed",), tolerance=OTHER, packs=True),
+    NEAT,
+    replace(TRL, name="TRL, packing (bfd)", options=("--layout=bfd",), tolerance=OTHER),
+    replace(TRL, name="TRL, padding_free", options=("--layout=padding_free",)),
+    replace(TORCHTUNE, name="torchtune, packed", options=("--layout=packed",), tolerance=OTHER),
 )
 
 
@@ -71,12 +71,12 @@ GROUPS = (
     Group(
         "lora-packed",
         "LoRA, fp32, without padding",
-        changed((OURS, BARE, PACKED[3], FLATTENING, PACKED[5]), "--tuning=lora", tolerance=OTHER),
+        changed((OURS, BARE, SAMPLE_PACKING, FLATTENING, NEAT), "--tuning=lora", tolerance=OTHER),
     ),
     Group(
         "bf16",
         "Full fine-tuning, bf16",
-        changed((OURS, BARE, PACKED[5], FLATTENING, HF), "--precision=bf16", tolerance=BF16),
+        changed((OURS, BARE, NEAT, FLATTENING, HF), "--precision=bf16", tolerance=BF16),
     ),
     Group(
         "lora-bf16",

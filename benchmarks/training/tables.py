@@ -68,7 +68,7 @@ def table(made: list[Row], clock: str = "cpu", peak_flops: float | None = None, 
     second = "CPU-s" if clock == "cpu" else "s"
     names = ["trainer", f"useful tokens/{second}", "share of the bare loop", "shardtune is faster by"]
     names += ["tokens/s (wall)"] if clock == "cpu" else ["MFU"]
-    names += [f"{second.replace('-s', ' ')} ms a step".replace("s ms", "ms"), "padding", "peak MB"]
+    names += ["CPU ms a step" if clock == "cpu" else "ms a step", "padding", "peak MB"]
     names += ["start CPU-s (wall s)", "final loss", "difference"]
     lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     for one in made:
