@@ -60,7 +60,12 @@ def measure(case: Case, data: Path, *, processes: int = 1, count: bool = False) 
     out = WORK / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    command = [python_of(case.environment), str(HERE / "peers" / f"run_{case.script}.py"), f"--data={data}", f"--out={out}"]
+    command = [
+        python_of(case.environment),
+        str(HERE / "peers" / f"run_{case.script}.py"),
+        f"--data={data}",
+        f"--out={out}",
+    ]
     command += [f"--tokenizer={data.parent / case.tokenizer}", f"--length={LENGTH}", f"--processes={processes}"]
     command += [*case.options, *(["--count"] if count else [])]
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON", "ARROW")}

@@ -28,12 +28,16 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [group.name for group in GROUPS]
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"environments of peers, of {', '.join(PEERS)}; or none")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help=f"environments of peers, of {', '.join(PEERS)}; or none"
+    )
     parser.add_argument("--groups", default=",".join(names), help=f"comparisons, of {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each trainer, in turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a stretch")
     parser.add_argument("--warm", type=int, default=2, help="steps before the first stretch")
-    parser.add_argument("--ranks", type=int, help="instead: shardtune's strategies on this many processes of one thread")
+    parser.add_argument(
+        "--ranks", type=int, help="instead: shardtune's strategies on this many processes of one thread"
+    )
     parser.add_argument("--lengths", action="store_true", help="instead: shardtune over sequence lengths and packs")
     parser.add_argument("--gpu", action="store_true", help="instead: sizes for one GPU of 80 GB")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model and one round; with --gpu on the CPU")
@@ -47,7 +51,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def compare(groups: list[Group], work: Work, failed: dict[str, str], *, together: bool) -> dict[str, dict[str, Measured]]:
+def compare(
+    groups: list[Group], work: Work, failed: dict[str, str], *, together: bool
+) -> dict[str, dict[str, Measured]]:
     """Run the comparisons one after the other; what failed is added to `failed`."""
     found = {}
     for group in groups:
@@ -60,13 +66,17 @@ def compare(groups: list[Group], work: Work, failed: dict[str, str], *, together
 def without(groups: tuple[Group, ...], names: list[str], environments: set[str]) -> list[Group]:
     """The named comparisons with the trainers whose environment is there."""
     return [
-        dataclasses.replace(g, cases=tuple(c for c in g.cases if c.environment is None or c.environment in environments))
+        dataclasses.replace(
+            g, cases=tuple(c for c in g.cases if c.environment is None or c.environment in environments)
+        )
         for g in groups
         if g.name in names
     ]
 
 
-def report(groups: list[Group], found: dict[str, dict[str, Measured]], facts: dict[str, Any], failed: dict[str, str]) -> str:
+def report(
+    groups: list[Group], found: dict[str, dict[str, Measured]], facts: dict[str, Any], failed: dict[str, str]
+) -> str:
     """The results as Markdown."""
     made = {group.name: tables.rows(group, found[group.name]) for group in groups}
     loads = [load for each in found.values() for one in each.values() for load in one.load] or [0.0]
@@ -88,7 +98,10 @@ def report(groups: list[Group], found: dict[str, dict[str, Measured]], facts: di
         lines += ["", f"## {group.title}", "", *tables.table(made[group.name])]
         ours = next((one for one in made[group.name] if one["name"] == "shardtune"), None)
         if ours and ours["aside_cpu_s"]:
-            lines += ["", f"shardtune's evaluation and checkpoint amid the rounds took {ours['aside_cpu_s']:.1f} CPU-s more."]
+            lines += [
+                "",
+                f"shardtune's evaluation and checkpoint amid the rounds took {ours['aside_cpu_s']:.1f} CPU-s more.",
+            ]
     if goals := tables.targets(made):
         lines += ["", "## Goals", "", *goals]
     if failed:
@@ -109,12 +122,17 @@ def main() -> int:
     args = arguments()
     began = time.monotonic()
     WORK.mkdir(exist_ok=True)
-    facts: dict[str, Any] = {"command": " ".join(["python benchmarks/training.py", *sys.argv[1:]]), "hardware": hardware()}
+    facts: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/training.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+    }
     facts |= {"rounds": 1 if args.dry_run else args.rounds, "steps": args.steps, "warm": args.warm}
     if args.gpu:
         return gpu.main(args, facts, compare, keep)
     size = inputs.TINY if args.dry_run else inputs.SMALL
-    facts["model"] = f"Llama of {size.name} parameters ({size.matmul_parameters / 1e6:.1f} M of them in matrix products)"
+    facts["model"] = (
+        f"Llama of {size.name} parameters ({size.matmul_parameters / 1e6:.1f} M of them in matrix products)"
+    )
     work = Work(inputs.make(WORK / f"training-{size.name}", size), args.warm, args.steps, facts["rounds"])
     if args.ranks:
         return ranks.main(args, facts, work, keep)

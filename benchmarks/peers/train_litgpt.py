@@ -66,7 +66,9 @@ def data_module(args: Any) -> Any:
     class Documents(DataModule):
         prompt_style = None
 
-        def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **_: Any) -> None:
+        def connect(
+            self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **_: Any
+        ) -> None:
             self.batch = batch_size
 
         def train_dataloader(self) -> DataLoader:
@@ -125,7 +127,9 @@ def main() -> None:
             epochs=100,
             max_steps=args.total,
         ),
-        eval=EvalArgs(interval=100_000, max_new_tokens=1, max_iters=1, initial_validation=False, final_validation=False),
+        eval=EvalArgs(
+            interval=100_000, max_new_tokens=1, max_iters=1, initial_validation=False, final_validation=False
+        ),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": args.lr, "weight_decay": 0.0, "fused": True}},
         **more,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import HERE, WORK, python_of
+
 from training.cases import Case
 
 

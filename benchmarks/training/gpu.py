@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from environments import WORK, install
+
 from training import inputs, tables
 from training.cases import GPU_GROUPS
 from training.drive import Work
@@ -30,7 +31,9 @@ def name_of_gpu() -> str | None:
     return said.stdout.splitlines()[0].strip() if said.stdout.strip() else None
 
 
-def main(args: argparse.Namespace, facts: dict[str, Any], compare: Callable[..., Any], keep: Callable[..., None]) -> int:
+def main(
+    args: argparse.Namespace, facts: dict[str, Any], compare: Callable[..., Any], keep: Callable[..., None]
+) -> int:
     """Measure one trainer after the other and write `training_gpu`; 0 with a message where there is no GPU."""
     began = time.monotonic()
     gpu = name_of_gpu()
@@ -51,8 +54,15 @@ def main(args: argparse.Namespace, facts: dict[str, Any], compare: Callable[...,
     found = compare(groups, work, failed, together=False)
     facts["minutes"] = (time.monotonic() - began) / 60
     peak = next((value * 1e12 for name, value in PEAK_TFLOPS.items() if name in (gpu or "")), None)
-    tokens = [mean(s["tokens"] / s["steps"] / batch for s in one.stretches) for e in found.values() for one in e.values()]
-    lines = ["# Training on one GPU: results", "", f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)", ""]
+    tokens = [
+        mean(s["tokens"] / s["steps"] / batch for s in one.stretches) for e in found.values() for one in e.values()
+    ]
+    lines = [
+        "# Training on one GPU: results",
+        "",
+        f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)",
+        "",
+    ]
     lines += [f"{gpu or 'CPU (dry run)'}; {facts['hardware']}. Llama of {size.name} parameters from a seed, {batch} "]
     lines[-1] += f"conversations a step, bf16, constant rate 1e-3; medians of {rounds} stretches of {steps} steps, "
     lines[-1] += "wall time. MFU counts 6 operations a trained weight, 4 a frozen one, and causal attention."
@@ -63,5 +73,7 @@ def main(args: argparse.Namespace, facts: dict[str, Any], compare: Callable[...,
     if failed:
         lines += ["", "## Left out", "", *[f"- {name}: {why}" for name, why in failed.items()]]
     name = "training_gpu_dry_run" if args.dry_run else "training_gpu"
-    keep(WORK if args.dry_run else args.results, name, "\n".join(lines) + "\n", facts | {"rows": made, "failed": failed})
+    keep(
+        WORK if args.dry_run else args.results, name, "\n".join(lines) + "\n", facts | {"rows": made, "failed": failed}
+    )
     return int(bool(failed) or not all(one["agrees"] for group in made.values() for one in group))

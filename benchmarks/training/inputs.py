@@ -54,7 +54,7 @@ TINY = Size("tiny", 64, 2, 2, 2, 128, 512, 512)
 
 
 def make(directory: Path, size: Size, train: int = 256, held_out: int = 16) -> Path:
-    """`directory` with train and eval as .jsonl and as _tokens.jsonl, model/ (and its tokenizer), plain/ and generation/; made once."""
+    """Fill `directory`, once: train and eval as `.jsonl` and `_tokens.jsonl`, the model, a tokenizer for each template."""
     stamp = directory / "done"
     if stamp.exists():
         return directory

@@ -13,6 +13,7 @@ from statistics import mean, median
 from typing import Any
 
 from environments import WORK
+
 from training.cases import OURS, Case
 from training.drive import Work, run
 from training.inputs import Size

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from environments import HERE, WORK
+
 from training.drive import Failed, Work, reason
 
 STRATEGIES = ("ddp", "fsdp2", "zero2")

@@ -76,7 +76,9 @@ def table(made: list[Row], clock: str = "cpu", peak_flops: float | None = None, 
             f"{one['rate']:,.0f}",
             shown(one["of_bare"], ".0%"),
             shown(one["ours_over"], ".2f") + "x",
-            f"{one['wall_rate']:,.0f}" if clock == "cpu" else shown(peak_flops and one["rate"] * flops / peak_flops, ".1%"),
+            f"{one['wall_rate']:,.0f}"
+            if clock == "cpu"
+            else shown(peak_flops and one["rate"] * flops / peak_flops, ".1%"),
             f"{one['step_ms']:,.0f}",
         ]
         if not one["agrees"]:
@@ -104,7 +106,9 @@ def targets(found: dict[str, list[Row]]) -> list[str]:
             lines.append(verdict(f"{name}: peak memory over the bare loop's", memory, 1.15, ".2f", most=True))
         if peers and name in ("full", "lora"):
             slowest = min(peers, key=lambda one: one["ours_over"])
-            lines.append(verdict(f"{name}: over the best default ({slowest['name']})", slowest["ours_over"], 2.0, ".2f"))
+            lines.append(
+                verdict(f"{name}: over the best default ({slowest['name']})", slowest["ours_over"], 2.0, ".2f")
+            )
         if peers and name == "packed":
             best = min(peers, key=lambda one: one["ours_over"])
             lines.append(verdict(f"{name}: over the best packing ({best['name']})", best["ours_over"], 1.25, ".2f"))
