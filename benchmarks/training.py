@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--groups", default=",".join(names), help=f"comparisons, of {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each trainer, in turn")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a stretch")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a stretch")
     parser.add_argument("--warm", type=int, default=2, help="steps before the first stretch")
     parser.add_argument(
         "--ranks", type=int, help="instead: shardtune's strategies on this many processes of one thread"

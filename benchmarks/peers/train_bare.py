@@ -18,7 +18,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
     import bare
 
-    model = bare.build(args.inputs / "model", args.tuning, args.device)
+    model = bare.build(args.inputs / "model", args.tuning, args.precision, args.device)
     rows = repeated(args)
     steps = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
     bare.train(model, steps, lr=args.lr, precision=args.precision, device=args.device)

@@ -23,7 +23,7 @@ def main() -> None:
         learning_rate=args.lr,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
-        max_length=args.pack if packed else 2048,
+        max_length=args.pack if packed else None,
         packing=packed,
         packing_strategy="bfd",
         padding_free=args.layout == "padding_free",

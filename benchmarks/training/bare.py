@@ -25,15 +25,16 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document: q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`."""
     grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    kind = value.dtype  # under autocast the rotary embedding leaves the other two in float32
+    if query.is_cuda and kind in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+        q, k, v = (t[0].transpose(0, 1).to(kind).contiguous() for t in (query, key, value))
         where = torch.tensor(bounds, dtype=torch.int32, device=q.device)
         longest = max(stop - start for start, stop in pairwise(bounds))
         out: Any = varlen_attn(q, k, v, where, where, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
         return out[None], None
-    kind, pieces = query.dtype, []
+    pieces = []
     with torch.autocast(query.device.type, enabled=False):  # autocast would take attention back to bfloat16
         for start, stop in pairwise(bounds):
             q, k, v = (t[:, :, start:stop].float() for t in (query, key, value))
@@ -41,22 +42,22 @@ def attention(
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous().to(kind), None
 
 
-def build(path: str | Path, tuning: str, device: str = "cpu", *, seed: int = 42) -> Any:
-    """The model of a directory, float32, with peft's LoRA (rank 16, alpha 32, all linear layers) where asked for."""
+def build(path: str | Path, tuning: str, precision: str = "fp32", device: str = "cpu", *, seed: int = 42) -> Any:
+    """The model of a directory, with peft's LoRA (rank 16, alpha 32, all linear layers) where asked for.
+
+    What trains is float32; in bf16 the base that LoRA freezes is bfloat16.
+    """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(NAME, attention)  # type: ignore[arg-type]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=NAME)
+    kind = torch.bfloat16 if tuning == "lora" and precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation=NAME)
     if tuning == "lora":
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(seed)
         settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, settings)
-        if device == "cuda":  # what is frozen needs no master weights
-            for parameter in model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
     return model.to(device).train()
 
 

@@ -63,11 +63,11 @@ def cases(work: Work, steps: int) -> dict[Case, tuple[str, int]]:
 
 
 def main(args: argparse.Namespace, facts: dict[str, Any], work: Work, size: Size, keep: Callable[..., None]) -> int:
-    """Measure in turn, and write `training_lengths`; 1 where a case failed."""
+    """Measure one after the other, and write `training_lengths`; 1 where a case failed."""
     began = time.monotonic()
     work = dataclasses.replace(work, warm=1, steps=1)
     wanted = cases(work, work.warm + work.steps * work.rounds)
-    measured, failed = run(tuple(wanted), work)
+    measured, failed = run(tuple(wanted), work, together=False)  # 8,192 tokens take 3 GB each
     counted = [len(json.loads(line)["input_ids"]) for line in (work.inputs / "train_tokens.jsonl").open()]
     made = []
     base = None
@@ -97,7 +97,7 @@ def report(made: list[dict[str, Any]], facts: dict[str, Any], failed: dict[str, 
         f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)",
         "",
         f"{facts['hardware']}. shardtune, full fine-tuning of the 16.9 M Llama in fp32, one thread, about {TOKENS:,} tokens a "
-        f"step; medians of {facts['rounds']} steps in turn. Expected is the ratio of the arithmetic of a token, attention's "
+        f"step; medians of {facts['rounds']} steps. Expected is the ratio of the arithmetic of a token, attention's "
         "6 x layers x hidden x length included, to that of the first row, as if attention ran at the speed of matrix products. "
         "Conversations in packs attend within themselves, so packs of any length should cost the same.",
         "",

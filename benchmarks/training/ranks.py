@@ -43,7 +43,7 @@ def command(work: Work, out: Path, strategy: str, processes: int, steps: int, ba
         "precision": "fp32",
         "optim.lr": 1e-3,
         "schedule": "constant",
-        "logging.every_steps": 1,
+        "logging.every_steps": WARM,
         "logging.wandb": "disabled",
         "export.at_end": "false",
         "run.threads": 1,
