@@ -96,7 +96,7 @@ def report(made: list[dict[str, Any]], facts: dict[str, Any], failed: dict[str, 
         "",
         f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)",
         "",
-        f"{facts['hardware']}. shardtune, full fine-tuning of the 16.9 M Llama in fp32, one thread, about {TOKENS:,} tokens a "
+        f"{facts['hardware']}. shardtune, full fine-tuning in fp32. {facts['model']}, one thread, about {TOKENS:,} tokens a "
         f"step; medians of {facts['rounds']} steps. Expected is the ratio of the arithmetic of a token, attention's "
         "6 x layers x hidden x length included, to that of the first row, as if attention ran at the speed of matrix products. "
         "Conversations in packs attend within themselves, so packs of any length should cost the same.",

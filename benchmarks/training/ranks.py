@@ -126,7 +126,7 @@ def report(ranks: int, batch: int, steps: int, facts: dict[str, Any], loads: lis
         f"{facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f} while it ran. Wall time: only a quiet "
         "machine gives true figures.",
         "",
-        f"shardtune, full fine-tuning of the 16.9 M Llama in fp32, {batch} conversations a step in all, one thread a process, "
+        f"shardtune, full fine-tuning in fp32. {facts['model']}, {batch} conversations a step in all, one thread a process, "
         f"{steps - WARM} steps after {WARM} of warm-up; medians of {facts['rounds']} rounds in turn.",
         "",
         "| way | tokens/s | times one process | largest difference of a loss |",
