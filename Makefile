@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast check format bench-data clean
+.PHONY: install demo test test-all test-fast check format bench bench-scaling bench-gpu bench-data clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -39,6 +39,16 @@ check: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/training.py
+
+bench-scaling: $(STAMP)
+	@$(BIN)/python benchmarks/training.py --ranks 2
+	@$(BIN)/python benchmarks/training.py --lengths
+
+bench-gpu: $(STAMP)
+	@$(BIN)/python benchmarks/training.py --gpu
 
 bench-data: $(STAMP)
 	@$(BIN)/python benchmarks/data_preparation.py

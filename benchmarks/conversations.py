@@ -95,7 +95,7 @@ def conversations(count: int) -> Iterator[dict[str, Any]]:
         yield {"messages": messages}
 
 
-def make_inputs(directory: Path, count: int) -> Path:
+def make_inputs(directory: Path, count: int, vocabulary: int = 32_000) -> Path:
     """The JSONL file of `count` conversations, and beside it the tokenizers trained on it; made once."""
     data = directory / "data.jsonl"
     if (directory / "done").exists():
@@ -114,7 +114,7 @@ def make_inputs(directory: Path, count: int) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=32_000,
+        vocab_size=vocabulary,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

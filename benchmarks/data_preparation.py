@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from conversations import make_inputs
+from environments import WORK, hardware, install, python_of
 
 HERE = Path(__file__).resolve().parent
-WORK, ENVS = HERE / ".work", HERE / ".envs"
 RESULTS = HERE / "results" / "data_preparation.md"
 LENGTH = 2048
-PACKAGES = {
-    "trl": ["trl"],
-    "llamafactory": ["llamafactory==0.9.5"],
-    "datasets": ["datasets", "transformers", "jinja2"],
-    "axolotl": ["axolotl"],
-}
+PEERS = ("trl", "llamafactory", "datasets", "axolotl")
 
 
 @dataclass(slots=True)
@@ -60,33 +55,17 @@ OURS = CASES[0].name
 FIGURES = ("all_cpu", "all_wall", "process_cpu", "process_wall", "rss")
 
 
-def install(peer: str) -> str | None:
-    """Make a peer's environment unless it is there; what went wrong, if anything did."""
-    directory = ENVS / peer
-    if (directory / "installed").exists():
-        return None
-    shutil.rmtree(directory, ignore_errors=True)
-    print(f"installing {peer} ...", flush=True)
-    try:
-        for command in (
-            [sys.executable, "-m", "venv", str(directory)],
-            [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", *PACKAGES[peer]],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=1200)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = error.stderr if isinstance(error.stderr, str) and error.stderr.strip() else str(error)
-        return f"cannot be installed: {said.strip().splitlines()[-1]}"
-    (directory / "installed").touch()
-    return None
-
-
 def measure(case: Case, data: Path, *, processes: int = 1, count: bool = False) -> dict[str, Any]:
     """Run one case in a process of its own. Raises RuntimeError, led by the case, with the end of what it printed."""
     out = WORK / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    python = sys.executable if case.environment is None else str(ENVS / case.environment / "bin" / "python")
-    command = [python, str(HERE / "peers" / f"run_{case.script}.py"), f"--data={data}", f"--out={out}"]
+    command = [
+        python_of(case.environment),
+        str(HERE / "peers" / f"run_{case.script}.py"),
+        f"--data={data}",
+        f"--out={out}",
+    ]
     command += [f"--tokenizer={data.parent / case.tokenizer}", f"--length={LENGTH}", f"--processes={processes}"]
     command += [*case.options, *(["--count"] if count else [])]
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON", "ARROW")}
@@ -161,14 +140,6 @@ def run_rounds(cases: list[Case], data: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def hardware() -> str:
-    """The processor, the cores this process may use, and the memory."""
-    about = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in about if line.startswith("model name")), "unknown processor")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
-
-
 def report(facts: dict[str, Any]) -> str:
     """The results as Markdown."""
     samples, measured, two = facts["samples"], facts["measured"], facts["two"]
@@ -227,8 +198,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
     args = parser.parse_args()
     peers = [name for name in args.peers.split(",") if name]
-    if unknown := [name for name in peers if name not in PACKAGES]:
-        parser.error(f"--peers: {', '.join(unknown)} is none of {', '.join(PACKAGES)}")
+    if unknown := [name for name in peers if name not in PEERS]:
+        parser.error(f"--peers: {', '.join(unknown)} is none of {', '.join(PEERS)}")
     WORK.mkdir(exist_ok=True)
     failed = {name: trouble for name in peers if (trouble := install(name)) is not None}
     data = make_inputs(WORK / f"input-{args.samples}", args.samples)

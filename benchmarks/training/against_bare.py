@@ -111,7 +111,7 @@ def run(command: list[str], out: Path) -> dict[str, Any]:
 def measure(case: str, model: Path, data: Path, work: Path, *, rounds: int, steps: int) -> dict[str, Any]:
     """Speed of both, alternating step by step in one process, median over rounds; then memory and start of each alone."""
     tuning, precision = case.split("-")
-    batches, out = work / "batches.npz", work / "out.json"
+    batches, out = work / "batches.json", work / "out.json"
     found = []
 
     def ours(name: str, first: list[str], number: int) -> dict[str, Any]:

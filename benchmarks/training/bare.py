@@ -1,11 +1,9 @@
-"""The bare loop: what a person would write by hand for these batches and nothing else. The limit that trainers are held to.
+"""The limit: a loop with nothing in it that the mathematics does not need. No evaluation, no checkpoints, no options.
 
-Documents of a batch lie in one row, each attends to itself in one causal call, the head sees supervised rows only, AdamW is
-fused, the norm is clipped to 1. No evaluation, logging, checkpoints, or anything to choose. Run as a process of its own:
-
-    python benchmarks/training/bare.py --model DIR --batches FILE.npz --tuning full|lora --precision fp32|bf16 --out FILE.json
-
-`FILE.npz` holds `tokens` and `supervised` (one value a token), `documents` (length of each) and `steps` (documents a step).
+Documents of a batch are concatenated into one row without padding, attention is one causal call a document, the head and
+the loss are computed at supervised positions only, AdamW is fused, gradients are clipped to norm 1. In bf16 the weights
+stay in float32 under autocast; attention on CPUs runs in float32, which is faster there. On GPUs attention is torch's
+variable-length kernel in half precision. Nothing of shardtune is used.
 """
 
 from __future__ import annotations
@@ -14,107 +12,131 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Mapping
-from itertools import accumulate, pairwise
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch import Tensor
+
+NAME = "bare_varlen"
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, bounds: list[int], **_: Any
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, bounds: list[int], **_: Any
 ) -> tuple[Tensor, None]:
-    """One causal call a document; in float32, whose backward pass CPUs run faster than bfloat16's."""
-    dtype, pieces = query.dtype, []
-    for start, stop in pairwise(bounds):
-        q, k, v = (t[:, :, start:stop].float() for t in (query, key, value))
-        pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]))
-    return torch.cat(pieces, dim=2).to(dtype).transpose(1, 2).contiguous(), None
+    """Causal attention inside each document: q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`."""
+    grouped = query.shape[1] != key.shape[1]
+    kind = value.dtype  # under autocast the rotary embedding leaves the other two in float32
+    if query.is_cuda and kind in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (t[0].transpose(0, 1).to(kind).contiguous() for t in (query, key, value))
+        where = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+        longest = max(stop - start for start, stop in pairwise(bounds))
+        out: Any = varlen_attn(q, k, v, where, where, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+        return out[None], None
+    pieces = []
+    with torch.autocast(query.device.type, enabled=False):  # autocast would take attention back to bfloat16
+        for start, stop in pairwise(bounds):
+            q, k, v = (t[:, :, start:stop].float() for t in (query, key, value))
+            pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous().to(kind), None
 
 
-def as_batches(stored: Mapping[str, np.ndarray]) -> list[tuple[Tensor, Tensor, list[int], Tensor, Tensor]]:
-    """(ids [1, T], positions [1, T], bounds, supervised rows [N], their targets [N]) of each step."""
-    batches, token, document = [], 0, 0
-    for count in stored["steps"]:
-        lengths = stored["documents"][document : document + count]
-        bounds = [0, *accumulate(int(n) for n in lengths)]
-        ids = torch.from_numpy(stored["tokens"][token : token + bounds[-1]].astype(np.int64))
-        supervised = torch.from_numpy(stored["supervised"][token : token + bounds[-1]].astype(bool))
-        supervised[bounds[:-1]] = False  # nothing predicts a first token
-        rows = supervised.nonzero()[:, 0] - 1
-        positions = torch.cat([torch.arange(int(n)) for n in lengths])
-        batches.append((ids[None], positions[None], bounds, rows, ids[rows + 1]))
-        token, document = token + bounds[-1], document + count
-    return batches
+def build(path: str | Path, tuning: str, precision: str = "fp32", device: str = "cpu", *, seed: int = 42) -> Any:
+    """The model of a directory, with peft's LoRA (rank 16, alpha 32, all linear layers) where asked for.
+
+    What trains is float32; in bf16 the base that LoRA freezes is bfloat16.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(NAME, attention)  # type: ignore[arg-type]
+    kind = torch.bfloat16 if tuning == "lora" and precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation=NAME)
+    if tuning == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, settings)
+    return model.to(device).train()
 
 
-class Bare:
-    """The model, its optimizer, and one step."""
+def concatenate(rows: list[dict[str, list[int]]], device: str) -> dict[str, Any]:
+    """One row of all documents: ids and restarting positions `[1, T]`, boundaries, supervised rows and their targets."""
+    ids, positions, rows_at, targets, bounds = [], [], [], [], [0]
+    for row in rows:
+        start, labels = bounds[-1], row["labels"]
+        ids += row["input_ids"]
+        positions += range(len(labels))
+        learned = [index for index in range(1, len(labels)) if labels[index] != -100]
+        rows_at += [start + index - 1 for index in learned]
+        targets += [labels[index] for index in learned]
+        bounds.append(start + len(labels))
+    made = {"ids": [ids], "positions": [positions], "rows": rows_at, "targets": targets}
+    return {name: torch.tensor(value, device=device) for name, value in made.items()} | {"bounds": bounds}
 
-    def __init__(self, model_dir: str, *, tuning: str, precision: str, lr: float, rank: int = 16) -> None:
-        AttentionInterface.register("bare", attend)
-        self.half = precision == "bf16"
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="bare", dtype=torch.float32)
-        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        if tuning == "lora":
-            from peft import LoraConfig, get_peft_model
 
-            if self.half:  # as a trainer would hold a base that does not train
-                model = model.to(torch.bfloat16)
-            torch.manual_seed(0)
-            adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            model = get_peft_model(model, adapters)
-        self.model = model.train()
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+def loss_of(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Mean cross-entropy over the supervised positions of the batch, a 0-d float32 tensor."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = inner.model(
+        input_ids=batch["ids"], position_ids=batch["positions"], bounds=batch["bounds"], use_cache=False
+    ).last_hidden_state
+    logits = inner.lm_head(hidden[0, batch["rows"]])
+    return F.cross_entropy(logits.float(), batch["targets"])
+
+
+class Loop:
+    """A model's optimizer, and one step."""
+
+    def __init__(self, model: Any, *, lr: float, precision: str = "fp32", device: str = "cpu") -> None:
+        self.model, self.precision, self.device = model, precision, device
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0, fused=True)
 
-    def step(self, batch: tuple[Tensor, Tensor, list[int], Tensor, Tensor]) -> Tensor:
-        """Forward, backward, clip, update; the loss."""
-        ids, positions, bounds, rows, targets = batch
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            hidden = self.decoder(input_ids=ids, position_ids=positions, bounds=bounds, use_cache=False)[0]
-            logits = self.head(hidden[0, rows])
-        loss = F.cross_entropy(logits.float(), targets)
+    def step(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Forward, backward, clip, update; the loss, and the norm before clipping."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = loss_of(self.model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss.detach(), norm
 
 
-def train(model_dir: str, batches: list[Any], *, tuning: str, precision: str, lr: float) -> dict[str, Any]:
-    """Take one step a batch; losses, CPU seconds of each step, and tokens."""
-    loop = Bare(model_dir, tuning=tuning, precision=precision, lr=lr)
-    losses, ends = [], [time.process_time()]
-    for batch in batches:
-        losses.append(loop.step(batch))
-        ends.append(time.process_time())
-    return {
-        "losses": torch.stack(losses).tolist(),
-        "seconds": [b - a for a, b in pairwise(ends)],
-        "tokens": [b[0].shape[1] for b in batches],
-        "start_s": ends[0],
-    }
+def train(
+    model: Any,
+    steps: list[list[dict[str, list[int]]]],
+    *,
+    lr: float,
+    precision: str = "fp32",
+    device: str = "cpu",
+    each: Callable[[Tensor, Tensor], None] = lambda loss, norm: None,
+) -> None:
+    """One optimizer step for each list of documents; `each` is given the loss and the norm before clipping."""
+    loop = Loop(model, lr=lr, precision=precision, device=device)
+    for rows in steps:
+        each(*loop.step(concatenate(rows, device)))
 
 
 def main() -> None:
-    """One measurement."""
+    """Steps over a JSON file of lists of documents, in a process of its own: its start and its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--batches", "--tuning", "--precision", "--out"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    batches = as_batches(np.load(args.batches))
-    result = train(args.model, batches, tuning=args.tuning, precision=args.precision, lr=args.lr)
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    Path(args.out).write_text(json.dumps(result))
+    torch.set_num_threads(1)
+    steps = json.loads(Path(args.batches).read_text())
+    model = build(args.model, args.tuning, args.precision)
+    start = time.process_time()
+    train(model, steps, lr=1e-3, precision=args.precision)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path(args.out).write_text(json.dumps({"start_s": start, "peak_mib": peak}))
 
 
 if __name__ == "__main__":

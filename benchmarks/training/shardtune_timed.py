@@ -2,7 +2,7 @@
 
 The clock reads the process's CPU time where a step begins, and around evaluation and checkpoints, whose work no bare loop does.
 With `--bare` as the first word the bare loop takes each step too, just before, on the same documents and in the same process:
-load that comes and goes then meets both. With `--batches FILE.npz` the documents of each step are written down for it.
+load that comes and goes then meets both. With `--batches FILE.json` the documents of each step are written down for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bare import as_batches
 
 from launch.main import main as shardtune
 
@@ -36,24 +35,15 @@ class Clock:
 
     def bare_step(self, trainer: Any) -> None:
         """The same step in the bare loop, timed, and not counted as the trainer's."""
-        from bare import Bare
+        from bare import Loop, build, concatenate
 
         config, begin = trainer.config, time.process_time()
         if not self.bare:
-            made = {"tuning": str(config.tuning.name), "precision": str(config.precision), "lr": config.optim.lr}
-            self.loop = Bare(config.model.path, **made)
-        loader = trainer.loader
-        documents = [doc for slot in loader.plan(trainer.progress.samples)[0] for doc in slot]
-        samples = [loader.dataset.sample(doc) for doc in documents]
-        stored = {
-            "tokens": np.concatenate([s.input_ids for s in samples]),
-            "supervised": np.concatenate([s.supervised for s in samples]),
-            "documents": np.array([len(s.input_ids) for s in samples]),
-            "steps": np.array([len(samples)]),
-        }
-        (batch,) = as_batches(stored)
+            model = build(config.model.path, str(config.tuning.name), str(config.precision))
+            self.loop = Loop(model, lr=config.optim.lr, precision=str(config.precision))
+        batch = concatenate(documents_of(trainer.loader, trainer.progress.samples), "cpu")
         start = time.process_time()
-        loss = self.loop.step(batch)
+        loss, _ = self.loop.step(batch)
         self.bare.append(time.process_time() - start)
         self.bare_losses.append(float(loss))
         self.aside += time.process_time() - begin
@@ -101,17 +91,19 @@ class Clock:
         return [begins[i + 1] - begins[i] - (asides[i + 1] - asides[i]) for i in range(len(self.begins))]
 
 
+def documents_of(loader: Any, first_sample: int) -> list[dict[str, list[int]]]:
+    """The documents of the step that begins at `first_sample`, in the order in which the loader lays them out."""
+    documents = [doc for slot in loader.plan(first_sample)[0] for doc in slot]
+    samples = [loader.dataset.sample(doc) for doc in documents]
+    return [
+        {"input_ids": s.input_ids.tolist(), "labels": np.where(s.supervised, s.input_ids, -100).tolist()}
+        for s in samples
+    ]
+
+
 def write_batches(path: Path, loader: Any, num_steps: int) -> None:
-    """The documents of each step in the order in which the loader lays them out."""
-    steps = [[doc for slot in loader.plan(i * loader.global_batch)[0] for doc in slot] for i in range(num_steps)]
-    samples = [loader.dataset.sample(doc) for step in steps for doc in step]
-    np.savez(
-        path,
-        tokens=np.concatenate([s.input_ids for s in samples]),
-        supervised=np.concatenate([s.supervised for s in samples]),
-        documents=np.array([len(s.input_ids) for s in samples]),
-        steps=np.array([len(step) for step in steps]),
-    )
+    """The documents of each step, for the bare loop in a process of its own."""
+    path.write_text(json.dumps([documents_of(loader, i * loader.global_batch) for i in range(num_steps)]))
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ def test_a_base_trains_alike_from_the_same_bytes(report, case, strategy):
 def test_each_base_is_another(report):
     """Losses of the first step: what is compared above is not everywhere the plain base."""
     first = {report["curves"][case]["expected"][0][0] for case in CASES}
-    assert len(first) == len([case for case in CASES])
+    assert len(first) == len(CASES)
 
 
 @pytest.mark.parametrize("case", [f"{kind} {name}" for kind in ("nf4", "int8") for name in ("fsdp2", "zero3")])

@@ -1,0 +1,1 @@
+"""The training benchmark: see `benchmarks/README.md`."""
