@@ -16,8 +16,8 @@ from strategies.memory import estimate
 from strategies.mesh import replicate_degree
 from strategies.parameters import named_parameters
 from trainer.config import RunConfig
+from trainer.data.collate import collate
 from trainer.data.dataset import Sample
-from trainer.data.loader import collate
 from trainer.data.prepare import Prepared
 from trainer.model import Built
 

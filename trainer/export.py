@@ -72,7 +72,7 @@ def write_export(
     `base_path`. Errors, on every rank: StorageError (nothing half-written stays), ConfigError for a fold that is not
     possible, DriftError where `config.verify` finds that the export computes something else.
     """
-    from trainer.verify import probe_ids, reference_logits, verify_export
+    from trainer.verify import verify_written
 
     adapter = built.tuning.adapter and not config.merge
     aside = destination.with_name(f".{destination.name}.writing")
@@ -97,24 +97,7 @@ def write_export(
     _agree(error, aside, destination, runtime)
 
     if config.verify:
-        ids = probe_ids(tokenizer)
-        logits = reference_logits(engine, built, ids, runtime)
-        try:
-            if runtime.is_main:
-                assert logits is not None
-                start = built.two_sides.decoder_start if built.two_sides else None
-                rounded = built.base_weights(Path(base_path)) if adapter and built.quantised else None
-                report = verify_export(
-                    aside,
-                    base_path=base_path,
-                    token_ids=ids,
-                    reference=logits,
-                    decoder_start=start,
-                    rounded=rounded,
-                )
-                print(f"export verified: {report}", flush=True)
-        except Exception as caught:  # noqa: BLE001 - as above
-            error = caught
+        error = verify_written(engine, built, tokenizer, aside, base_path, adapter=adapter, runtime=runtime)
         _agree(error, aside, destination, runtime)
     try:
         if runtime.is_main:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 from trainer import attention as attention_module
 from trainer import encoder_decoder
+from trainer.architecture import architecture, describe_head, grow_vocabulary
 from trainer.data.settings import Layout
-from trainer.dropout import set_dropout
 from trainer.layer_names import head_names, vocabulary_names
 from trainer.loss import fuse_head
 from trainer.objectives.base import ObjectiveConfig, ObjectiveName
@@ -251,7 +251,7 @@ def build_step(
     attention_module.register()
     model_config = copy.deepcopy(load_model_config(config))
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
-    _grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
+    grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     head_labels = build_objective(objective_config).head_labels
     classification = head_labels is not None
     seq2seq = objective_config.name is ObjectiveName.seq2seq
@@ -261,22 +261,12 @@ def build_step(
         config, layout, model_config.model_type, needs_padding=padded, half_on_gpu=half_on_gpu
     )
     if classification:
-        _describe_head(model_config, objective_config, head_labels or num_labels, tokenizer.pad_token_id)
+        describe_head(model_config, objective_config, head_labels or num_labels, tokenizer.pad_token_id)
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    original_dropout = set_dropout(model_config, config.dropout)
-    options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
-    try:
-        with context:
-            model = auto.from_config(model_config, attn_implementation=attention, **options)
-    except ValueError as error:
-        raise ConfigError(
-            f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
-            f"{objective_config.name} with attention {attention}: {str(error)[:300]}"
-        ) from error
-    for name, value in original_dropout.items():  # layers have read theirs; an export keeps the base's values
-        setattr(model_config, name, value)
+    with context:
+        model = architecture(auto, model_config, config, attention, objective_config)
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
     if not classification:
@@ -305,22 +295,3 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
         built.quantised = quantise_layers(
             built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
         )
-
-
-def _describe_head(model_config: Any, objective: ObjectiveConfig, outputs: int | None, pad_token_id: int) -> None:
-    """What the architecture, and later the export, must know of its classification head."""
-    model_config.num_labels = outputs
-    if getattr(objective, "multi_label", False):
-        model_config.problem_type = "multi_label_classification"
-    model_config.pad_token_id = pad_token_id
-
-
-def _grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:
-    """Make room for added tokens: built at its final size, the model needs no resizing after sharding."""
-    rows = model_config.vocab_size
-    if size - num_new > rows:
-        raise ConfigError(
-            f"model.path={config.path}: its tokenizer has {size - num_new} entries, its embeddings {rows} rows: they do "
-            "not belong together. Use the tokenizer of this model and list further tokens in model.add_tokens"
-        )
-    model_config.vocab_size = max(rows, size)

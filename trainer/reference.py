@@ -20,8 +20,9 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
 from trainer.config import RunConfig
+from trainer.data.collate import collate, fillers, to_device
 from trainer.data.dataset import Sample, TokenDataset
-from trainer.data.loader import collate, eval_plan, fillers, to_device
+from trainer.data.loader import eval_plan
 from trainer.data.prepare import Prepared
 from trainer.data.rated import mismatched
 from trainer.model import Built

@@ -119,7 +119,7 @@ def _flops(built: Built, mean_length: float, answer_share: float) -> float:
     total = trained = 0.0
     counts = element_counts(built.step_module)
     for name, p in named_parameters(built.step_module):
-        shape, numel = getattr(p, "ds_shape", p.shape), counts[name]
+        shape, numel = getattr(p, "ds_shape", p.shape), float(counts[name])
         if (base := built.tuning.base_name(name)) in built.quantised:
             shape = built.quantised[base]
         lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)

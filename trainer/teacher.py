@@ -10,20 +10,14 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer import attention as attention_module
 from trainer.data.settings import Layout
-from trainer.model import (
-    Built,
-    ModelConfig,
-    fuse_head,
-    load_model_config,
-    load_tokenizer,
-    set_dropout,
-    weights_directory,
-)
+from trainer.dropout import set_dropout
+from trainer.loss import fuse_head
+from trainer.model import Built, ModelConfig, load_model_config, load_tokenizer, weights_directory
 from trainer.objectives.base import DistillationConfig, ObjectiveConfig
 from trainer.objectives.build import build_objective, holds, imitates
 from trainer.objectives.teacher import check_head
 from trainer.tuning.full import Full
-from trainer.weights import Checkpoint, WeightSource
+from trainer.weights import BaseWeights, WeightSource
 
 SHOWN = 3
 """How many differences of two vocabularies an error names."""
@@ -81,7 +75,7 @@ def attach_teacher(
         settings = load_model_config(teacher)
         model = _architecture(teacher, settings, built.attention)
         weights = WeightSource(
-            Checkpoint(weights_directory(teacher), model.base_model_prefix), Full(), seed=source.seed, init_std=0.0
+            BaseWeights(weights_directory(teacher), model.base_model_prefix), Full(), seed=source.seed, init_std=0.0
         )
         weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
     model.requires_grad_(False)

@@ -209,3 +209,26 @@ def verify_export(
     if not found.max_abs_difference <= tolerance * found.largest_logit:
         raise DriftError(f"{directory}: the export does not compute what was trained: {found}")
     return found
+
+
+def verify_written(
+    engine: Engine, built: Built, tokenizer: Any, directory: Path, base_path: str, *, adapter: bool, runtime: Runtime
+) -> Exception | None:
+    """Compare a written export with the trained model on rank 0; what went wrong there. All ranks must call."""
+    ids = probe_ids(tokenizer)
+    logits = reference_logits(engine, built, ids, runtime)
+    try:
+        if runtime.is_main:
+            assert logits is not None
+            report = verify_export(
+                directory,
+                base_path=base_path,
+                token_ids=ids,
+                reference=logits,
+                decoder_start=built.two_sides.decoder_start if built.two_sides else None,
+                rounded=built.base_weights(Path(base_path)) if adapter and built.quantised else None,
+            )
+            print(f"export verified: {report}", flush=True)
+    except Exception as error:  # noqa: BLE001 - peft and transformers have error types of their own; all ranks are told
+        return error
+    return None

@@ -20,8 +20,8 @@ from tests.helpers.building import data_set, model_dir, run_config, take_steps, 
 from tests.helpers.launching import clean_environment
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
+from trainer.data.collate import collate
 from trainer.data.dataset import Sample
-from trainer.data.loader import collate
 from trainer.data.settings import Layout
 from trainer.divergence import Against, Measure
 from trainer.loss import LossHead, fuse_head

@@ -14,8 +14,8 @@ from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, replay_set, run_config, take_steps, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
+from trainer.data.collate import collate, to_device
 from trainer.data.dataset import Sample, TokenDataset, write
-from trainer.data.loader import collate, to_device
 from trainer.data.prepare import Prepared
 from trainer.data.settings import Layout
 from trainer.objectives.base import ForgettingConfig, SftConfig

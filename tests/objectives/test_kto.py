@@ -16,8 +16,9 @@ from tests.golden.make_teacher_vectors import FILE, KTO, answers
 from tests.helpers.building import GLOBAL_BATCH, model_dir, rated_set, run_config, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
+from trainer.data.collate import collate
 from trainer.data.dataset import Sample, TokenDataset, write
-from trainer.data.loader import collate, eval_batches
+from trainer.data.loader import eval_batches
 from trainer.data.prepare import Preparation
 from trainer.data.rated import FURTHEST, mismatched, partner
 from trainer.data.settings import DataConfig, DataFormat, Layout

@@ -12,8 +12,8 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, trainer_for, two_sided_samples, two_sided_set
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
+from trainer.data.collate import collate
 from trainer.data.document import Document
-from trainer.data.loader import collate
 from trainer.data.settings import DataConfig, Layout, OverLength
 from trainer.data.source_target import SourceTarget, SourceTargetEncoder, source_and_target
 from trainer.data.two_sides import boundary, deal_two_sides

@@ -14,7 +14,7 @@ import torch
 from strategies import runtime as processes
 from tests.helpers.building import STRATEGIES, alone, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.features import Job
-from trainer.data.loader import collate
+from trainer.data.collate import collate
 from trainer.optim import (
     AdafactorConfig,
     Adamw8bitConfig,

@@ -15,7 +15,7 @@ from tests.helpers.building import samples
 from tests.helpers.methods import ADDED
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.data.loader import collate
+from trainer.data.collate import collate
 from trainer.data.settings import Layout
 from trainer.model import ModelConfig, build_step, load_tokenizer
 from trainer.objectives.base import ClassificationConfig, SftConfig

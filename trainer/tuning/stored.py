@@ -115,7 +115,7 @@ class Folded:
 
     def whole(self, name: str, base: BaseReader) -> Tensor:
         """The parameter with every adapter folded in, float32; `base` reads the checkpoint."""
-        reader = base
+        reader: Any = base
         for fold in self._folds:
             reader = _Reader(fold, reader)
         return reader.whole(name)
