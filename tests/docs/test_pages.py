@@ -79,6 +79,8 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     settings = [word for word in words if "=" in word and not word.startswith("--")]
     replaced = {"model.path": "m", "data.path": "d.jsonl", "data.eval_path": "d.jsonl", "run.resume": "m"}
     replaced |= {"tuning.from": "a", "model.adapters": "[a]"}
+    replaced["objective.teacher.path"] = "m"
+    replaced |= {f"data.sources.{name}.path": "d.jsonl" for name in ("task", "general")}
     settings = [f"{k}={replaced.get(k, v)}" for k, v in (word.split("=", 1) for word in settings)]
     if words[:2] == ["shardtune", "submit"]:
         settings.insert(0, "launcher=slurm")
