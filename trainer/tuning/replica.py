@@ -75,7 +75,7 @@ class Replicas:
             _place(holder, name, _filled(self.bases[name], name, base))
         settings = copy.deepcopy(self.settings)
         settings.target_modules, settings.exclude_modules, settings.modules_to_save = list(names), None, None
-        for key in ("layers_to_transform", "layers_pattern"):  # the names are already those that they chose
+        for key in ("layers_to_transform", "layers_pattern", "modules_to_tie"):  # the names are already those chosen
             if hasattr(settings, key):
                 setattr(settings, key, None)
         if hasattr(settings, "ensure_weight_tying"):
