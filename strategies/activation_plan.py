@@ -125,8 +125,8 @@ def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision)
     for index, block in enumerate(blocks):
 
         def enter(_m: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            count.enter(index, hidden if isinstance(hidden, Tensor) else None)
+            given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+            count.enter(index, next(given, None))
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(lambda *_: count.leave())
