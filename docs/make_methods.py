@@ -165,6 +165,8 @@ def reasons() -> list[str]:
             lines.append(f"- `{name}`, merge: {method.no_merge}.")
         if method.no_head:
             lines.append(f"- `{name}`, classification and reward models: {method.no_head}.")
+        if method.no_seq2seq:
+            lines.append(f"- `{name}`, `objective=seq2seq`: {method.no_seq2seq}.")
         if method.no_new_tokens:
             lines.append(f"- `{name}`, `model.add_tokens`: {method.no_new_tokens}.")
         for word, reason in method.refused.items():

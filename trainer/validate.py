@@ -275,6 +275,7 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         merge=config.export.merge,
         new_head=config.objective.name in (ObjectiveName.classification, ObjectiveName.reward),
         new_tokens=bool(config.model.add_tokens),
+        seq2seq=config.objective.name is ObjectiveName.seq2seq,
         quantisation=str(config.model.quantisation),
     )
 

@@ -1,6 +1,7 @@
 """Encoder-decoder models: the loss against transformers' own, the two sides of a batch, the data, the refusals."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ import torch
 from launch.compose import compose
 from strategies import runtime as processes
 from strategies.errors import ConfigError, DataError
-from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, trainer_for, two_sided_samples, two_sided_set
+from tests.helpers.building import (
+    GLOBAL_BATCH,
+    model_dir,
+    run_config,
+    take_steps,
+    trainer_for,
+    two_sided_samples,
+    two_sided_set,
+)
+from tests.helpers.methods import CASES
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.collate import collate
@@ -18,6 +28,7 @@ from trainer.data.settings import DataConfig, Layout, OverLength
 from trainer.data.source_target import SourceTarget, SourceTargetEncoder, source_and_target
 from trainer.data.two_sides import boundary, deal_two_sides
 from trainer.objectives.base import Seq2seqConfig
+from trainer.tuning.table import method_of
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +193,7 @@ def words(root, monkeypatch):
         ("model.path=t5 objective=seq2seq data.over_length=split", "would part a prompt from its answer"),
         ("model.path=t5 objective=seq2seq data.format=text", "data.format=text: objective=seq2seq reads a prompt"),
         ("model.path=t5 objective=seq2seq tuning=lora model.add_tokens=[x]", "set tuning=full with objective=seq2seq"),
+        ("model.path=t5 objective=seq2seq tuning=prompt", "tuning=prompt with objective=seq2seq: it is built for"),
         ("model.path=t5 objective=seq2seq objective.max_target=1", "objective.max_target=1: must be at least 2"),
         ("model.path=t5 objective=seq2seq evaluation.generate.samples=5", "there is no evaluation data"),
         ("model.path=t5 objective=seq2seq evaluation.watch=eval/bleu", "set evaluation.generate.samples=100"),
@@ -197,3 +209,15 @@ def test_what_goes_together_is_not_refused(words):
     scored = "data.eval_share=0.1 evaluation.generate.samples=5 evaluation.watch=eval/rougeL"
     compose([*words, *f"model.path=t5 objective=seq2seq {scored} evaluation.greater_is_better=true".split()])
     compose([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])
+
+
+@pytest.mark.parametrize("case", [case for case, tuning in CASES.items() if not method_of(tuning).no_seq2seq])
+def test_a_method_that_is_not_refused_takes_steps_that_do_not_depend_on_the_micro_batch(root, runtime, case):
+    curves = []
+    for micro in (GLOBAL_BATCH, 4):
+        changes = {"objective": Seq2seqConfig(max_target=64), "data": DataConfig(max_length=64)}
+        config = run_config(seq2seq_dir(root, "t5"), "single", "full", micro=micro, steps=3, **changes)
+        curves.append(take_steps(trainer_for(replace(config, tuning=CASES[case]), two_sided_set(root), runtime), 3))
+    assert len({norm for _, norm in curves[0]}) == 3
+    for found, expected in zip(*curves, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)

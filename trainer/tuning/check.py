@@ -35,11 +35,13 @@ def problems(
     merge: bool,
     new_head: bool = False,
     new_tokens: bool = False,
+    seq2seq: bool = False,
     quantisation: str = "none",
 ) -> Iterator[str]:
     """Every problem as `key=value: constraint; what to do`.
 
-    `new_head`: the objective has a head of its own; `new_tokens`: the vocabulary grows.
+    `new_head`: the objective has a head of its own; `new_tokens`: the vocabulary grows; `seq2seq`: the model is
+    an encoder-decoder.
     """
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)
@@ -77,6 +79,8 @@ def problems(
         yield f"model.add_tokens with {shown}: {method.no_new_tokens}; use tuning=lora or tuning=full"
     if quantisation != "none":
         yield from _quantised(tuning, method, shown, quantisation)
+    if seq2seq and method.no_seq2seq:
+        yield f"{shown} with objective=seq2seq: {method.no_seq2seq}; use tuning=lora, or objective=sft with a causal model"
     if merge and method.no_merge:
         yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
 

@@ -34,6 +34,8 @@ class Method:
     """Why it cannot train and keep a new head (classification, reward models); empty where it can."""
     no_new_tokens: str = ""
     """Why it cannot train the embeddings of new vocabulary; empty where it can, or where peft decides by the model."""
+    no_seq2seq: str = ""
+    """Why it cannot train an encoder-decoder model; empty where it can."""
     refused: dict[str, str] = field(default_factory=dict)
     """Words of `PROPERTIES` that it does not work with, and why."""
     optimizers: dict[str, str] = field(default_factory=dict)
@@ -43,7 +45,9 @@ class Method:
 _IN_PLACE = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
 _NO_PLACE = "the embeddings must train too, and its files have no place for them"
 _NO_PREFIX_HEAD = "peft 0.21 cannot run a prefix in the classifiers of transformers 5.24 (measured)"
+_CAUSAL_ONLY = "it is built for models of one stack, where nothing else attends to what it adds"
 _VIRTUAL_TOKENS: dict[str, Any] = {
+    "no_seq2seq": _CAUSAL_ONLY,
     "no_merge": "virtual tokens are inputs, not weights of the base",
     "no_new_tokens": _NO_PLACE,
     "refused": {"padding_free": "virtual tokens stand before a document, which then needs a row of its own"},
@@ -73,11 +77,13 @@ METHODS: dict[str, Method] = {
         title="gated attention to trained tokens (LLaMA-Adapter)",
         no_merge="its tokens and gates are no part of any weight of the base",
         no_head="peft's files for it have no place for a head",
+        no_seq2seq=_CAUSAL_ONLY,
         no_new_tokens=_NO_PLACE,
     ),
     "bottleneck": Method(
         title="small networks behind attention and feed-forward parts",
         no_merge="a nonlinear network cannot be folded into linear layers",
+        no_seq2seq=_CAUSAL_ONLY,
         no_new_tokens=_NO_PLACE,
     ),
 }
