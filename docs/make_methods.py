@@ -115,12 +115,9 @@ def rows(table: dict[str, Method], key: str) -> list[str]:
 def cells() -> list[str]:
     """The verdict on each method with each feature, whatever the strategy."""
     shown = [name for name in FEATURES if name != "plain"]
-    # Words of the table of methods that no feature stands for yet.
-    others = [word for word in PROPERTIES if word not in {feature.word for feature in FEATURES.values()}]
-    lines = [f"| method | every strategy | {' | '.join([*shown, *others])} |", "|---" * (2 + len(shown + others)) + "|"]
-    for name, method in all_methods().items():
+    lines = [f"| method | every strategy | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
+    for name in all_methods():
         found = [summary(name), *(summary(name, feature=feature) for feature in shown)]
-        found += ["refused" if word in method.refused else "tested" for word in others]
         lines.append(f"| `{name}` | {' | '.join(found)} |")
     return lines
 

@@ -171,7 +171,7 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("tuning=prompt tuning.init_text=x", "set tuning.init=text, or leave it out"),
         ("tuning=prompt tuning.num_virtual_tokens=0", "must be at least 1; 8 to 100 as a rule"),
         ("tuning=prefix data.packing=true", "set data.packing=false"),
-        ("tuning=p_tuning data.layout=padding_free", "set data.layout=auto"),
+        ("tuning=p_tuning data.layout=padding_free", "set data.layout=padded"),
         ("tuning=prefix objective=classification", "use tuning=lora or tuning=prompt"),
         ("tuning=adaption_prompt objective=reward", "have no place for a head"),
         ("tuning=prefix export.merge=true", "use export.merge=false"),

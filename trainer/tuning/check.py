@@ -72,7 +72,7 @@ def problems(
         if data.packing:
             yield f"data.packing=true with {shown}: {reason}; set data.packing=false"
         if data.layout is Layout.padding_free:
-            yield f"data.layout=padding_free with {shown}: {reason}; set data.layout=auto"
+            yield f"data.layout=padding_free with {shown}: {reason}; set data.layout=padded"
     if new_head and method.no_head:
         yield f"{shown} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
     if new_tokens and method.no_new_tokens:
