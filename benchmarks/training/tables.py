@@ -103,15 +103,13 @@ def targets(found: dict[str, list[Row]]) -> list[str]:
         if bare is not None:
             lines.append(verdict(f"{name}: share of the bare loop's speed", ours["of_bare"], 0.90, ".0%"))
             memory = ours["peak_mb"] / bare["peak_mb"]
-            lines.append(verdict(f"{name}: peak memory over the bare loop's", memory, 1.15, ".2f", most=True))
+            lines.append(verdict(f"{name}: peak memory over the bare loop's", memory, 1.15, ".3f", most=True))
         if peers and name in ("full", "lora"):
-            slowest = min(peers, key=lambda one: one["ours_over"])
-            lines.append(
-                verdict(f"{name}: over the best default ({slowest['name']})", slowest["ours_over"], 2.0, ".2f")
-            )
+            best = min(peers, key=lambda one: one["ours_over"])
+            lines.append(verdict(f"{name}: over the best default ({best['name']})", best["ours_over"], 2.0, ".3f"))
         if peers and name == "packed":
             best = min(peers, key=lambda one: one["ours_over"])
-            lines.append(verdict(f"{name}: over the best packing ({best['name']})", best["ours_over"], 1.25, ".2f"))
+            lines.append(verdict(f"{name}: over the best packing ({best['name']})", best["ours_over"], 1.25, ".3f"))
     return lines
 
 

@@ -121,7 +121,7 @@ def test_a_trainer_whose_loss_disagrees_gets_no_rate():
     made = tables.rows(GROUP, found)
     assert any("1,000" in line for line in tables.table(made))
     (line,) = [line for line in tables.targets({"full": made}) if "best default" in line]
-    assert line.endswith("0.10 (at least 2.00): MISSED")
+    assert line.endswith("0.100 (at least 2.000): MISSED")
 
 
 def test_arithmetic_of_the_model():
