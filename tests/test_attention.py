@@ -94,3 +94,19 @@ def test_missing_boundaries_and_unknown_features_are_errors():
         attention.varlen_attention(module, q, q, q, None)
     with pytest.raises(ValueError, match="s_aux"):
         attention.varlen_attention(module, q, q, q, None, cu_seq_lens_q=torch.tensor([0, 4]), s_aux=torch.ones(2))
+
+
+def test_half_precision_is_computed_in_float32_on_cpus():
+    """As autocast hands it over: rotary embeddings leave queries and keys in float32, values are bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(1, 2, 12, 8, generator=generator) for _ in range(2))
+    value = torch.randn(1, 2, 12, 8, generator=generator).to(torch.bfloat16)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.varlen_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds)
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(q, k, v.float(), is_causal=True)
+        for q, k, v in zip(*(t.split([5, 7], dim=2) for t in (query, key, value)), strict=True)
+    ]
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, torch.cat(pieces, dim=2).transpose(1, 2).to(torch.bfloat16))

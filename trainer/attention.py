@@ -6,6 +6,7 @@ travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole r
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -69,14 +70,21 @@ def varlen_attention(
         if kwargs.get(unknown) is not None:
             raise ValueError(f"attention '{NAME}' does not implement {unknown}; set data.layout=padded")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    computes_in = value.dtype  # under autocast, rotary embeddings leave the other two in float32
+    if query.is_cuda:
+        query, key = query.to(computes_in), key.to(computes_in)
     if _has_varlen_kernel(query, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
-    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    pieces = [_one_document(q, k, v, scaling, dropout, sliding_window, softcap, causal) for q, k, v in parts]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one, so that casting pays.
+    wide = torch.promote_types(computes_in, torch.float32) if query.device.type == "cpu" else computes_in
+    whole = [t.to(wide) for t in (query, key, value)]
+    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
+        # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
+        parts = zip(*(t.split(lengths, dim=2) for t in whole), strict=True)
+        pieces = [_one_document(q, k, v, scaling, dropout, sliding_window, softcap, causal) for q, k, v in parts]
+    return torch.cat(pieces, dim=2).to(computes_in).transpose(1, 2).contiguous(), None
 
 
 def _one_document(
@@ -97,11 +105,7 @@ def _one_document(
         mask = (distance >= 0) & (distance < window) if causal else distance.abs() < window
     if softcap is not None:
         return _soft_capped(q, k, v, scaling, dropout, softcap, mask, causal)
-    # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one: cast where that pays.
-    cast = q.device.type == "cpu" and q.dtype is torch.bfloat16
-    if cast:
-        q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -111,7 +115,6 @@ def _one_document(
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.to(torch.bfloat16) if cast else out
 
 
 def _soft_capped(
