@@ -211,7 +211,11 @@ def test_what_goes_together_is_not_refused(words):
     compose([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])
 
 
-@pytest.mark.parametrize("case", [case for case, tuning in CASES.items() if not method_of(tuning).no_seq2seq])
+ALLOWED = [case for case, tuning in CASES.items() if not method_of(tuning).no_seq2seq]
+ALLOWED.remove("freeze modules")  # by names that these models do not have
+
+
+@pytest.mark.parametrize("case", ALLOWED)
 def test_a_method_that_is_not_refused_takes_steps_that_do_not_depend_on_the_micro_batch(root, runtime, case):
     curves = []
     for micro in (GLOBAL_BATCH, 4):
