@@ -69,6 +69,8 @@ FEATURES: dict[str, Feature] = {
 COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
 NOT_COMPILED = "it is not proven to take the same steps compiled"
+INSTEAD = "strategy=ddp, or tuning=lora"
+"""The nearest legal choice where a method refuses a strategy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def row_of(config: TuningConfig) -> str:
 def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw) -> Cell:
     """The verdict on one combination. `row` and `feature` are keys of `rows()` and `FEATURES`."""
     method, wanted, support = rows()[row], FEATURES[feature], SUPPORT[optim]
+    if reason := method.strategies.get(str(strategy)):
+        return Cell(State.refused, reason, INSTEAD)
     if strategy in support.refused:
         return Cell(State.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
     if (reason := method.refused.get(wanted.word)) and (not wanted.only_under or strategy in wanted.only_under):
@@ -114,6 +118,8 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
     if row not in rows():
         return
     method, shown = rows()[row], f"tuning.type={row}" if row in TYPES else f"tuning={row}"
+    if reason := method.strategies.get(str(strategy.name)):
+        yield f"strategy={strategy.name} with {shown}: {reason}; use {INSTEAD}"
     if strategy.compile and row not in COMPILED:
         proven = " or ".join(f"tuning={name}" for name in COMPILED)
         yield f"strategy.compile=true with {shown}: {NOT_COMPILED}; set {FEATURES['compile'].instead}, or use {proven}"
