@@ -130,8 +130,13 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
 
 
 def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
-    """One word for all strategies that run the optimizer: `tested`, `refused`, or where it is one of these only."""
+    """One word for all strategies that run the optimizer: `tested`, `refused`, or where it is one of these only.
+
+    With a feature or an optimizer, the strategies that do not run the method at all are left out.
+    """
     names = [name for name in StrategyName if name not in SUPPORT[optim].refused]
+    if feature != "plain" or optim is not OptimName.adamw:
+        names = [name for name in names if str(name) not in rows()[row].strategies]
     states = {name: cell(row, name, feature, optim).state for name in names}
     if len(set(states.values())) == 1:
         return str(next(iter(states.values())))
