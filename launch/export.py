@@ -165,7 +165,7 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
     from trainer.card import CardFacts
     from trainer.export import write_export
     from trainer.model import load_tokenizer, weights_directory
-    from trainer.parts import build_engine, prepare_data
+    from trainer.parts import build_engine, build_loader, prepare_data
 
     tokenizer = load_tokenizer(config.model)
     record = _record(asked.run_dir)
@@ -177,6 +177,8 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
         precision = Precision.fp32
     data = prepare_data(config, tokenizer)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
+    if built.step_module.around_update is not None:
+        build_loader(config, data, built, tokenizer, engine, runtime)  # tells it the length of the run
     progress = engine.load(asked.checkpoint)
     outcome = record.get("outcome") or {}
     same = (outcome.get("progress") or {}).get("step") == progress.step

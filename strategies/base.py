@@ -144,6 +144,29 @@ class StepModule(Protocol):
         """The repeated blocks, in forward order, that are gathered one at a time."""
 
 
+class AroundUpdate(Protocol):
+    """What a tuning method does around each optimizer step, on parameters and gradients that are whole on every rank.
+
+    A step module may hold one as `around_update`; engines that shard cannot keep it, and such a run is refused when it is
+    composed. No call communicates: all ranks do the same.
+    """
+
+    def begin(self, total_steps: int) -> None:
+        """The run takes `total_steps` optimizer steps, those before a resumed checkpoint included."""
+
+    def before_clip(self, scale: Tensor | None) -> None:
+        """Gradients are reduced, and not yet clipped; `scale` is the factor on the loss, where it has one (fp16)."""
+
+    def after_update(self, step: int, *, finite: bool) -> None:
+        """Optimizer step `step`, counted from 1, is done (where not `finite`, skipped); clipped gradients are still there."""
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """What belongs to the parameter `name` beside its moments: live, contiguous, of its shape; always the same keys."""
+
+    def restored(self) -> None:
+        """The tensors of `state_of` were overwritten by those of a checkpoint."""
+
+
 OptimizerFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], "torch.optim.Optimizer"]
 """Builds the optimizer from the trainable (plain name, parameter) pairs, after sharding."""
 

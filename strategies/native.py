@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import OptimizerFactory, Precision, Progress, StepResult
+from strategies.base import AroundUpdate, OptimizerFactory, Precision, Progress, StepResult
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
 from strategies.state import Run, StateHeader, load_state, save_state
@@ -57,6 +57,9 @@ class NativeEngine:
         self.scale = torch.full((), 2.0**16, device=device) if precision is Precision.fp16 else None
         self._steps_since_overflow = torch.zeros((), device=device)
         self._updates = torch.zeros((), device=device)
+        self._steps = 0
+        self.around: AroundUpdate | None = getattr(step_module, "around_update", None)
+        assert self.around is None or self.replicated, "refused when a run is composed"
 
     # -- forward and backward ------------------------------------------------------------------------------------
 
@@ -123,6 +126,8 @@ class NativeEngine:
 
         With torch's fused optimizers nothing here waits for the device; the others must know first whether to step.
         """
+        if self.around is not None:
+            self.around.before_clip(self.scale)
         grads = [self._local(p.grad) for _, p in self.trainable if p.grad is not None]
         norm = self._grad_norm(grads)
         if self.scale is not None:
@@ -138,6 +143,9 @@ class NativeEngine:
             by_device = factor.to(grads[0].device)
             torch._foreach_mul_(grads, by_device)
         self._update(finite, lr_factor)
+        self._steps += 1
+        if self.around is not None:
+            self.around.after_update(self._steps, finite=bool(finite))
         self.optimizer.zero_grad(set_to_none=True)
         self._updates += finite
         if self.scale is not None:
@@ -183,6 +191,8 @@ class NativeEngine:
                     tensors[key] = self._local(value).view(-1)
                 else:
                     wholes[key] = value.view(-1)
+            if self.around is not None:
+                tensors |= {key: value.view(-1) for key, value in self.around.state_of(name).items()}
             if writing and self.replicated:  # each rank writes its share, so that no rank writes everything
                 low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
                 tensors = {key: value[low:high] for key, value in tensors.items()}
@@ -240,6 +250,9 @@ class NativeEngine:
         header = load_state(path, self._runs(writing=False))
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
+        self._steps = header.progress.step
+        if self.around is not None:
+            self.around.restored()
         for group, values in zip(self.optimizer.param_groups, header.groups, strict=False):
             group.update(values)
         if self.scale is not None and header.loss_scale is not None:

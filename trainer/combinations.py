@@ -69,6 +69,8 @@ FEATURES: dict[str, Feature] = {
 COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
 NOT_COMPILED = "it is not proven to take the same steps compiled"
+INSTEAD = "strategy=ddp, or tuning=lora"
+"""The nearest legal choice where a method refuses a strategy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def row_of(config: TuningConfig) -> str:
 def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw) -> Cell:
     """The verdict on one combination. `row` and `feature` are keys of `rows()` and `FEATURES`."""
     method, wanted, support = rows()[row], FEATURES[feature], SUPPORT[optim]
+    if reason := method.strategies.get(str(strategy)):
+        return Cell(State.refused, reason, INSTEAD)
     if strategy in support.refused:
         return Cell(State.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
     if (reason := method.refused.get(wanted.word)) and (not wanted.only_under or strategy in wanted.only_under):
@@ -114,6 +118,8 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
     if row not in rows():
         return
     method, shown = rows()[row], f"tuning.type={row}" if row in TYPES else f"tuning={row}"
+    if reason := method.strategies.get(str(strategy.name)):
+        yield f"strategy={strategy.name} with {shown}: {reason}; use {INSTEAD}"
     if strategy.compile and row not in COMPILED:
         proven = " or ".join(f"tuning={name}" for name in COMPILED)
         yield f"strategy.compile=true with {shown}: {NOT_COMPILED}; set {FEATURES['compile'].instead}, or use {proven}"
@@ -124,8 +130,13 @@ def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig)
 
 
 def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
-    """One word for all strategies that run the optimizer: `tested`, `refused`, or where it is one of these only."""
+    """One word for all strategies that run the optimizer: `tested`, `refused`, or where it is one of these only.
+
+    With a feature or an optimizer, the strategies that do not run the method at all are left out.
+    """
     names = [name for name in StrategyName if name not in SUPPORT[optim].refused]
+    if feature != "plain" or optim is not OptimName.adamw:
+        names = [name for name in names if str(name) not in rows()[row].strategies]
     states = {name: cell(row, name, feature, optim).state for name in names}
     if len(set(states.values())) == 1:
         return str(next(iter(states.values())))

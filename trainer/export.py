@@ -164,9 +164,10 @@ class _Gathered:
         folding = Folding(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
+            if tuning.owns(name):
+                continue
             if name in trains:
-                if not tuning.owns(name):
-                    yield tuning.base_name(name), tensor
+                yield tuning.base_name(name), tensor
                 continue
             value: Tensor | None = _base_or(base, tuning.base_name(name), tensor)
             if folding is not None and value is not None:
@@ -219,6 +220,7 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
     if not isinstance(tuning, Adapter):
         tuning.write(built.step_module.model, trained, directory, *hub_name(base_path))  # type: ignore[attr-defined]
         return
+    tuning.settle_files(built.step_module.model, trained)
     if tuning.converts:
         trained = as_plain_lora(tuning, trained, built.base_weights(Path(base_path)))
     write_adapter(tuning, built.step_module.model, trained, directory, *hub_name(base_path))

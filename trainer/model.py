@@ -22,7 +22,7 @@ from trainer.objectives.build import build_objective
 from trainer.quantisation import Quantisation, Scheme, quantise_layers
 from trainer.step import TrainStep
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import build_tuning, fold_adapters
+from trainer.tuning.build import around_update, build_tuning, fold_adapters
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.table import needs_own_rows
 from trainer.weights import BaseWeights, tied_names
@@ -281,6 +281,7 @@ def build_step(
     model.train()
     objective = build_objective(objective_config, tuning.reference if tuning.keeps_base else None)
     step = TrainStep(model, objective, blocks)
+    step.around_update = around_update(tuning)
     built = Built(step, tuning, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes, two_sides)
     built.folded = folded
     _quantise(built, config, head)

@@ -202,6 +202,8 @@ def build_loader(
         num_units=order.num_units,
         for_tokens=lambda tokens: steps_for_tokens(order, loader.unit_tokens, config.batch["global"], tokens),
     )
+    if built.step_module.around_update is not None:
+        built.step_module.around_update.begin(steps)
     return loader, steps
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from strategies.base import ActivationCheckpointing
+from strategies.base import ActivationCheckpointing, AroundUpdate
 from trainer.objectives.base import Objective
 
 
@@ -24,6 +24,8 @@ class TrainStep(nn.Module):
         self._block_classes = block_classes
         self.checkpointing: list[ActivationCheckpointing] | None = None
         """What each block recomputes, where that was planned."""
+        self.around_update: AroundUpdate | None = None
+        """What the tuning method does around each optimizer step, where it does anything."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.objective.terms(self.model, batch)

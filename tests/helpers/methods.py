@@ -5,6 +5,7 @@ from typing import Any
 from trainer.tuning.base import LoraConfig, TuningConfig
 from trainer.tuning.settings import (
     Activation,
+    AdaLoraConfig,
     AdaptionPromptConfig,
     BoftConfig,
     BottleneckConfig,
@@ -57,6 +58,11 @@ ADAPTERS: dict[str, tuple[TuningConfig, str, dict[str, Any]]] = {  # settings, p
         LoraConfig(rank=4, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 4.0}),
         "LoraConfig",
         {"r": 4, "lora_alpha": 32, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 4}},
+    ),
+    "adalora": (
+        AdaLoraConfig(init_rank=4, target_rank=2, alpha=512.0, delta_t=1),  # its start is small: a scale that shows
+        "AdaLoraConfig",
+        {"init_r": 4, "target_r": 2, "lora_alpha": 512, "deltaT": 1, "total_step": 2},
     ),
     "ia3": (Ia3Config(), "IA3Config", {"target_modules": None}),
     "vera": (VeraConfig(rank=16), "VeraConfig", {"r": 16}),

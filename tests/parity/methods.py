@@ -88,11 +88,15 @@ class Job:
     def _curve(self, config: RunConfig) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
         trainer = trainer_for(config, self.data, alone(self.runtime))
         start = {name: p.detach().clone() for name, p in named_parameters(trainer.engine.step_module)}
+        return start, self._rows(trainer, STEPS)
+
+    def _rows(self, trainer: Trainer, num: int) -> list[list[float]]:
+        """Loss and grad norm of `num` further steps of this process alone."""
         rows = []
-        for batch in trainer.loader.steps(0, STEPS):
+        for batch in trainer.loader.steps(trainer.progress.samples, num):
             record = trainer.train_step(batch)
             rows.append([float(record.local_sums["loss"]) / record.counts["loss"], float(record.result.grad_norm)])
-        return start, rows
+        return rows
 
     def _difference(self, trainer: Trainer, expected: dict[str, torch.Tensor], *, rounded: bool) -> float:
         """The largest difference of a gathered value; of trained ones only where a frozen base is kept rounded."""
@@ -122,7 +126,25 @@ class Job:
                     "resumed": self._go_on(config, path),
                     "elsewhere": self._go_on(replace(config, strategy=SHARDING[other]), path),
                 }
+        config = self.config(
+            CASES["adalora"], "ddp", 4
+        )  # replicated strategies only: the other one is a single process
+        first = trainer_for(config, self.data, self.runtime)
+        take(first, 3)
+        path = Path(processes.broadcast_object(tempfile.mkdtemp(dir=self.root), self.runtime))
+        first.engine.save(path, first.progress)
+        processes.barrier(self.runtime)
+        found["adalora ddp"] = {
+            "uninterrupted": take(first, 2),
+            "resumed": self._go_on(config, path),
+            "elsewhere": self._alone_from(self.config(CASES["adalora"], "single", GLOBAL_BATCH), path),
+        }
         return found
+
+    def _alone_from(self, config: RunConfig, path: Path) -> list[list[float]]:
+        trainer = trainer_for(config, self.data, alone(self.runtime))
+        trainer.progress = trainer.engine.load(path)
+        return self._rows(trainer, 2)
 
     def _go_on(self, config: RunConfig, path: Path) -> list[tuple[float, float]]:
         fresh = trainer_for(config, self.data, self.runtime)

@@ -62,8 +62,9 @@ def test_a_method_takes_the_same_steps_as_single_from_the_same_start(report, key
     assert moved > LEAST_LEARNED, "it learns nothing: the comparison is blind"
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize(
+    ("case", "strategy"), [*((case, name) for case in RESUMED for name in ("fsdp2", "zero3")), ("adalora", "ddp")]
+)
 def test_resume_is_bit_equal_and_crosses_strategies(report, case, strategy):
     found = report("resume")["resume"][f"{case} {strategy}"]
     assert found["resumed"] == found["uninterrupted"]

@@ -142,6 +142,9 @@ class Adapter:
                     owner, _, key = f"base_model.{name}".rpartition(".")
                     tuned.get_submodule(owner)._buffers[key] = buffer
 
+    def settle_files(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
+        """What peft's settings must say of the gathered values, before these are written; nothing for most methods."""
+
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold a loaded PeftModel's adapters into its weights; returns the plain model."""
         return model.merge_and_unload()  # type: ignore[operator]
@@ -209,7 +212,9 @@ class Adapter:
 
     def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `Replicas.merged`."""
-        of_layer = {key: trained[full] for full, (layer, key) in self._owned.items() if layer == name}
+        of_layer = {
+            key: trained[full] for full, (layer, key) in self._owned.items() if layer == name and full in trained
+        }
         return self.replicas.merged(name, base, self.seed, of_layer, model.get_submodule(PREFIX + name))
 
     def starts(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:

@@ -140,4 +140,6 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's own calls
+        # peft 0.21 takes AdaLoRA's pattern for one of LoRA, and warns before it follows it.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
         return PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]

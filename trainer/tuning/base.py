@@ -17,6 +17,7 @@ class TuningName(StrEnum):
     full = "full"
     freeze = "freeze"
     lora = "lora"
+    adalora = "adalora"
     ia3 = "ia3"
     vera = "vera"
     loha = "loha"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
-from trainer.tuning.settings import AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
+from trainer.tuning.settings import AdaLoraConfig, AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from strategies.base import AroundUpdate
     from trainer.tuning.stored import Folded
 
 
@@ -37,6 +38,10 @@ def build_tuning(
         from trainer.tuning.adaption_prompt import AdaptionPrompt
 
         return AdaptionPrompt(config, train_embeddings=new_tokens, new_heads=new_heads)
+    if isinstance(config, AdaLoraConfig):
+        from trainer.tuning.adalora import AdaLora
+
+        return AdaLora(config, train_embeddings=new_tokens, new_heads=new_heads)
     if isinstance(config, AdapterConfig):
         from trainer.tuning.adapter import Adapter
 
@@ -48,6 +53,11 @@ def build_tuning(
     from trainer.tuning.full import Full
 
     return Full()
+
+
+def around_update(tuning: Tuning) -> AroundUpdate | None:
+    """What an applied method does around each optimizer step; None for most."""
+    return getattr(tuning, "allocation", None)
 
 
 def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:

@@ -11,7 +11,15 @@ from strategies.errors import ConfigError
 from trainer.data.settings import DataConfig, Layout
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.freeze import LAYERS
-from trainer.tuning.settings import FreezeConfig, Ia3Config, PeftConfig, PromptConfig, PromptInit, VirtualConfig
+from trainer.tuning.settings import (
+    AdaLoraConfig,
+    FreezeConfig,
+    Ia3Config,
+    PeftConfig,
+    PromptConfig,
+    PromptInit,
+    VirtualConfig,
+)
 from trainer.tuning.start import problems as start_problems
 from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, Method, method_of, rewrites_base
 
@@ -50,6 +58,8 @@ def problems(
         yield from _freeze(tuning)
     if isinstance(tuning, LoraConfig):
         yield from _lora(tuning)
+    if isinstance(tuning, AdaLoraConfig):
+        yield from _adalora(tuning)
     if isinstance(tuning, Ia3Config):
         yield from _ia3(tuning)
     if isinstance(tuning, PromptConfig):
@@ -163,6 +173,19 @@ def _lora(tuning: LoraConfig) -> Iterator[str]:
             if not value >= least or value == 0:
                 bound = "at least 1" if least else "above 0"
                 yield f"tuning.{key}.{name}={value:g}: must be {bound}; leave the module out for tuning.{key[:-8]}"
+
+
+def _adalora(tuning: AdaLoraConfig) -> Iterator[str]:
+    if tuning.target_rank >= tuning.init_rank:
+        yield (
+            f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "
+            f"are taken; set tuning.init_rank={max(2, tuning.target_rank * 3 // 2)}, or use tuning=lora for a fixed rank"
+        )
+    if tuning.initial_share + tuning.final_share >= 1:
+        yield (
+            f"tuning.final_share={tuning.final_share:g}: with tuning.initial_share={tuning.initial_share:g} no step is left "
+            "to take ranks in; lower one of them so that their sum is below 1"
+        )
 
 
 def _ia3(tuning: Ia3Config) -> Iterator[str]:

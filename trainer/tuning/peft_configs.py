@@ -9,6 +9,7 @@ from typing import Any
 from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, LoraConfig
 from trainer.tuning.settings import (
+    AdaLoraConfig,
     BoftConfig,
     Ia3Config,
     LohaConfig,
@@ -53,6 +54,8 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
                 "alpha_pattern": dict(config.alpha_pattern),
                 "init_lora_weights": True if config.init == "default" else config.init,
             }
+        case AdaLoraConfig():
+            return _adalora(config)
         case Ia3Config():
             return {"feedforward_modules": list(config.feedforward) or None}
         case VeraConfig():
@@ -89,6 +92,20 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
             return dict(config.options)
         case _:
             return {}
+
+
+def _adalora(config: AdaLoraConfig) -> dict[str, Any]:
+    return {
+        "init_r": config.init_rank,
+        "target_r": config.target_rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "deltaT": config.delta_t,
+        "beta1": config.beta1,
+        "beta2": config.beta2,
+        "orth_reg_weight": config.orth_reg_weight,
+        "total_step": 1,  # known once the data is; the phases follow from it
+    }
 
 
 def virtual_config(config: VirtualConfig, task: str) -> Any:

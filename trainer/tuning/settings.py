@@ -27,6 +27,33 @@ class FreezeConfig(TuningConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class AdaLoraConfig(AdapterConfig):
+    """Low-rank adapters whose ranks move to the layers that need them (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512)."""
+
+    name: TuningName = TuningName.adalora
+    init_rank: int = 12
+    """Rank of every matrix at the start."""
+    target_rank: int = 8
+    """Mean rank that is left in the end; less than `init_rank`, about two thirds of it in the paper."""
+    alpha: float = 32.0
+    """Scale of the update: `alpha / init_rank`."""
+    dropout: float = 0.0
+    """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
+    initial_share: float = 0.1
+    """Share of the run's steps before the first rank is taken."""
+    final_share: float = 0.3
+    """Share of the run's steps after the last rank is taken; in between the ranks fall by a cubic curve."""
+    delta_t: int = 10
+    """Steps between two allocations while the ranks fall."""
+    beta1: float = 0.85
+    """Decay of the mean of an entry's importance, which is `|value * gradient|`."""
+    beta2: float = 0.85
+    """Decay of the mean of that importance's own variation."""
+    orth_reg_weight: float = 0.5
+    """Weight of the penalty that keeps an adapter's factors orthogonal; 0 leaves it out."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Ia3Config(AdapterConfig):
     """Learned factors on keys, values and the feed-forward input (IA3, Liu et al. 2022, arXiv:2205.05638)."""
 
@@ -236,6 +263,7 @@ TUNINGS: tuple[type[TuningConfig], ...] = (
     FullConfig,
     FreezeConfig,
     LoraConfig,
+    AdaLoraConfig,
     Ia3Config,
     VeraConfig,
     LohaConfig,

@@ -18,7 +18,7 @@ from trainer.tuning.settings import (
     PeftConfig,
     VeraConfig,
 )
-from trainer.tuning.table import METHODS, TYPES
+from trainer.tuning.table import METHODS, TYPES, method_of
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEYS: dict[type, dict[str, str]] = {
@@ -98,6 +98,9 @@ def problems(tuning: AdapterConfig) -> Iterator[str]:
     if tuning.from_ is None:
         return
     word = f"tuning.from={tuning.from_}"
+    if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).no_start):
+        yield f"{word} with tuning={tuning.name}: {reason}; fold that adapter with export.merge=true, and give model.path"
+        return
     file = read_settings(tuning.from_)
     if isinstance(file, str):
         yield f"{word}: {file}"
@@ -124,8 +127,10 @@ def fold_problems(directory: str) -> Iterator[str]:
     kind = str(file.get("peft_type")).lower()
     kind = {"ln_tuning": "ln"}.get(kind, kind)
     method = METHODS.get(kind) or TYPES.get(kind)
-    if method is None or method.no_merge:
-        reason = "which is not proven here" if method is None else f"which cannot be folded: {method.no_merge}"
+    if method is None or method.no_merge or method.no_start:
+        reason = "which is not proven here"
+        if method is not None:
+            reason = f"which cannot be folded: {method.no_merge or method.no_start}"
         yield f"{word}: was made by {kind}, {reason}; leave it out, or merge it with peft and give that as model.path"
 
 

@@ -38,6 +38,10 @@ class Method:
     """Why it cannot train an encoder-decoder model; empty where it can."""
     refused: dict[str, str] = field(default_factory=dict)
     """Words of `PROPERTIES` that it does not work with, and why."""
+    strategies: dict[str, str] = field(default_factory=dict)
+    """Strategies that it does not work under, and why."""
+    no_start: str = ""
+    """Why its files can neither be gone on from nor folded into a base here; empty where they can."""
     optimizers: dict[str, str] = field(default_factory=dict)
     """Optimizers that it is not trained with, and why; all others train it alike under every strategy that runs them."""
 
@@ -55,6 +59,9 @@ _VIRTUAL_TOKENS: dict[str, Any] = {
 _TRAINS_BASE = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
 _READS_WEIGHT = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
 _PUT_TOGETHER = {"selective": "its backward pass then asks under strategy=zero3 for what was not kept (measured)"}
+_WHOLE_GRADIENTS = (
+    "it moves ranks between layers by the importance of whole weights and gradients, and these are in parts there"
+)
 _FLOAT_PROJECTION = {"half": "peft multiplies its float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
@@ -63,6 +70,15 @@ METHODS: dict[str, Method] = {
         title="a part of the base: blocks, modules, biases, norms or embeddings", adapter=False, refused=_TRAINS_BASE
     ),
     "lora": Method(title="low-rank update; rsLoRA, DoRA, LoRA+, PiSSA, OLoRA"),
+    "adalora": Method(
+        title="low-rank update whose ranks move between layers (AdaLoRA)",
+        strategies=dict.fromkeys(SHARDED, _WHOLE_GRADIENTS),
+        no_start="its matrices have lost ranks, each another number",
+        refused=_IN_PLACE,
+        optimizers={
+            "schedule_free": "ranks are taken from the weights that train, and the average would bring them back"
+        },
+    ),
     "ia3": Method(title="factors on keys, values and feed-forward inputs"),
     "vera": Method(title="vectors around one shared random projection", refused=_FLOAT_PROJECTION),
     "loha": Method(title="Hadamard product of low-rank updates", refused=_READS_WEIGHT),
@@ -108,8 +124,6 @@ _SHARED = "its layers share parameters, which sharding keeps in one layer only"
 _REBUILDS = "it takes the base weights apart when it is added, before there are any"
 NOT_HERE: dict[str, str] = {
     **dict.fromkeys(("multitask_prompt_tuning", "cpt", "cartridge"), _VIRTUAL),
-    "adalora": "it moves ranks between layers by importance scores of whole gradients, which no strategy that shards them "
-    "computes alike, and adds a penalty that is no sum over tokens",
     **dict.fromkeys(("vblora", "unilora", "tinylora", "lily"), _SHARED),
     **dict.fromkeys(("psoft", "osf", "frod"), _REBUILDS),
     "shira": "it chooses entries of the weights when it is added, before there are any",
