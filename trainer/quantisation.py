@@ -199,13 +199,15 @@ def quantise_layers(
 ) -> dict[str, tuple[int, int]]:
     """Replace the frozen linear layers of a tuned model on meta, but for the output head `keep` and modules in `heads`.
 
-    Returns the shapes of the weights that are stored packed, by base name. Raises ConfigError where there are none.
+    Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
+    convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base name. Raises ConfigError where there are none.
     """
     if (missing := missing_package()) is not None:
         raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")
     shapes: dict[str, tuple[int, int]] = {}
+    plain = {part for module in model.modules() for part in getattr(module, "_keep_in_fp32_modules", None) or ()}
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is keep or _trains(name, module):
+        if type(module) is not nn.Linear or module is keep or _trains(name, module) or plain & set(name.split(".")):
             continue
         weight = base_name(f"{name}.weight")
         if weight in shapes or weight.startswith(heads):
