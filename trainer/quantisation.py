@@ -200,7 +200,8 @@ def quantise_layers(
     """Replace the frozen linear layers of a tuned model on meta, but for the output head `keep` and modules in `heads`.
 
     Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
-    convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base name. Raises ConfigError where there are none.
+    convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base
+    name. Raises ConfigError where there are none.
     """
     if (missing := missing_package()) is not None:
         raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")

@@ -94,7 +94,9 @@ def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
     remedy = "take a causal model of the student's family"
     if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
-        raise ConfigError(f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}")
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
+        )
     try:
         with meta_context():
             model = auto.from_config(

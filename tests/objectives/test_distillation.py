@@ -214,7 +214,10 @@ def test_another_vocabulary_is_refused(tmp_path, runtime):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("t5", r"is an encoder-decoder \(t5\); take"), ("distilbert", r"cannot be built as a teacher with .* take a causal model")],
+    [
+        ("t5", r"is an encoder-decoder \(t5\); take"),
+        ("distilbert", r"cannot be built as a teacher with .* take a causal model"),
+    ],
 )
 def test_a_teacher_that_is_no_causal_model_is_refused(tmp_path, runtime, kind, said):
     teacher = seq2seq_dir(tmp_path) if kind == "t5" else model_dir(tmp_path, kind)

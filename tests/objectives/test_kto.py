@@ -175,7 +175,9 @@ def test_rows_without_a_verdict_are_refused(tmp_path):
         prepared(tmp_path, [{"prompt": "q", "completion": "a"}], format=DataFormat.prompt_completion)
 
 
-@pytest.mark.parametrize(("thumbs", "said"), [("up", "or learn these with objective=sft"), ("down", "add desirable ones")])
+@pytest.mark.parametrize(
+    ("thumbs", "said"), [("up", "or learn these with objective=sft"), ("down", "add desirable ones")]
+)
 def test_answers_of_one_kind_are_refused(tmp_path, thumbs, said):
     rows = [{"prompt": f"q{n}", "completion": f"a{n}", "thumbs": thumbs} for n in range(3)]
     config = RunConfig(objective=KtoConfig())

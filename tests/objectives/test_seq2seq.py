@@ -183,7 +183,10 @@ def words(root, monkeypatch):
         ("model.path=llama objective=seq2seq", "has no encoder (llama); set objective=sft"),
         ("model.path=t5 objective=sft", "is an encoder-decoder model (t5)"),
         ("model.path=t5 objective=dpo", "set objective=seq2seq"),
-        ("model.path=t5 objective=classification", "whose classifiers are not proven here; choose an encoder such as BERT"),
+        (
+            "model.path=t5 objective=classification",
+            "whose classifiers are not proven here; choose an encoder such as BERT",
+        ),
         ("model.path=bart objective=reward", "whose classifiers are not proven here; choose an encoder such as BERT"),
         ("model.path=bart objective=seq2seq", "data.max_length=2048: model.path=bart has positions for 128 tokens"),
         (

@@ -144,7 +144,9 @@ class Job:
                 found.append(float(module(batch)["loss"]))
             state = dict(trainer.engine.gather(trainable_only=True))
             if self.runtime.is_main:
-                get_peft_model_state_dict(trainer.engine.step_module.model, state_dict=state, save_embedding_layers=False)
+                get_peft_model_state_dict(
+                    trainer.engine.step_module.model, state_dict=state, save_embedding_layers=False
+                )
         return found
 
 

@@ -155,7 +155,9 @@ def test_modules_that_stay_in_float32_are_those_of_transformers(name, tmp_path, 
     if name == "nf4":
         quantised |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
     config = BitsAndBytesConfig(**quantised)
-    theirs = AutoModelForSeq2SeqLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32, dropout_rate=0)
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(
+        directory, quantization_config=config, dtype=torch.float32, dropout_rate=0
+    )
     objective = Seq2seqConfig(max_target=16)
     engine, built, tokenizer = trained(
         directory, LoraConfig(rank=4), runtime, steps=0, objective=objective, **settings_of(scheme)

@@ -87,11 +87,13 @@ def _fitted(
 def check_verdicts(dataset: TokenDataset) -> None:
     """Raise DataError where all answers have the same verdict, as a column read the wrong way gives them."""
     good, bad = (int(dataset.counts[term].sum()) if term in dataset.counts else 0 for term in (DESIRABLE, UNDESIRABLE))
-    if good and bad or not len(dataset):
+    if (good and bad) or not len(dataset):
         return
     verdict, other = (DESIRABLE, UNDESIRABLE) if good else (UNDESIRABLE, DESIRABLE)
     remedy = f"add {other} ones" + (", or learn these with objective=sft" if good else "")
-    raise DataError(f"data.path: all {good + bad} answers are {verdict}, and objective=kto tells both kinds apart; {remedy}")
+    raise DataError(
+        f"data.path: all {good + bad} answers are {verdict}, and objective=kto tells both kinds apart; {remedy}"
+    )
 
 
 def partner(dataset: TokenDataset, index: int) -> int:
