@@ -100,9 +100,11 @@ class Scheme:
 
     @torch.no_grad()
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]` that `packed` stands for, on its device."""
+        """The weight `[out, in]` that `packed` stands for, on its device; on meta its shape."""
         from bitsandbytes import functional as bnb
 
+        if packed.is_meta:
+            return torch.empty(shape, dtype=dtype, device=packed.device)
         codes, *scales = packed.detach()[: sum(self.parts(shape))].split(self.parts(shape))
         if self.kind is Quantisation.int8:
             rows = _floats(scales[0])[:, None] * (1.0 / 127.0)
@@ -188,7 +190,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the type of `x`, or that of autocast."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = _Product.apply(x, self.weight, self.scheme, self.shape)
         return out if self.bias is None else out + self.bias.to(out.dtype)
