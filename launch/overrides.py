@@ -155,7 +155,7 @@ def unknown_key(key: str, word: str, known: dict[str, Setting]) -> tuple[str, st
 
 def wrong_choice(key: str, word: str, setting: Setting) -> str:
     """What to say about a key that exists only under another choice of its group."""
-    return f"{word}: needs {_condition(key, setting)}; add it, or leave {key} out"
+    return f"{word}: needs {_condition(key, setting)}; add it, or leave {key.removesuffix('_')} out"
 
 
 def describe(hint: Any) -> str:

@@ -130,7 +130,7 @@ def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision)
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(lambda *_: count.leave())
-    moved = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    moved = _on_meta(batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor)
     with torch.enable_grad(), _shapes_of_flash_attention(), count, hooks:
         terms = probe(moved)
@@ -138,6 +138,14 @@ def measure(step_module: nn.Module, batch: dict[str, Any], precision: Precision)
     none, inputs = count.saved[:-1], count.inputs[:-1]
     selective = [min(kept, made + given) for kept, made, given in zip(none, count.products, inputs, strict=False)]
     return Activations(none, selective, inputs, count.saved[-1], 2 * count.largest)
+
+
+def _on_meta(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors, those of batches within it too, as shapes."""
+    return {
+        key: value.to("meta") if torch.is_tensor(value) else _on_meta(value) if isinstance(value, dict) else value
+        for key, value in batch.items()
+    }
 
 
 def choose(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,8 +44,15 @@ class Fsdp2Engine(NativeEngine):
         self.wrapped.set_requires_gradient_sync(sync)
         super().backward(loss, last=last)
 
+    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        # What rank 0 then does with the model alone may reshard it there (`state_dict` does, by a hook): all ranks begin alike.
+        self._weights_changed()
+        yield from super().gather(trainable_only=trainable_only)
+
     def _weights_changed(self) -> None:
-        self.wrapped.reshard()
+        for module in self.wrapped.modules():  # type: ignore[attr-defined]
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -257,6 +257,7 @@ class NativeEngine:
             group.update(values)
         if self.scale is not None and header.loss_scale is not None:
             self.scale.fill_(header.loss_scale)
+        self._weights_changed()
         return header.progress
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:

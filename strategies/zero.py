@@ -106,9 +106,7 @@ class ZeroEngine:
         optimizer = self.engine.optimizer
         if self.config.stage == 3:
             return optimizer.fp32_partitioned_groups_flat
-        if hasattr(
-            optimizer, "bf16_groups"
-        ):  # for stage 1 in bf16 DeepSpeed takes another class, with names of its own
+        if hasattr(optimizer, "bf16_groups"):  # of another class, which DeepSpeed takes for stage 1 in bf16
             return optimizer.fp32_groups_flat_partition
         return optimizer.single_partition_of_fp32_groups
 
@@ -208,6 +206,8 @@ class ZeroEngine:
         """Bring the parameters that the forward pass uses up to their fp32 masters. All ranks must call."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
+        if self.config.stage == 3:  # a forward pass before this may have left old values gathered
+            self.engine.optimizer.parameter_offload.partition_all_parameters()
         for _, p in self.trainable:
             if self.config.stage == 3:
                 p.ds_tensor.data.copy_(safe_get_local_fp32_param(p).to(p.ds_tensor.dtype))

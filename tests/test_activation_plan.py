@@ -15,6 +15,8 @@ from tests.helpers.building import (
     data_set,
     model_dir,
     pair_set,
+    rated_set,
+    replay_set,
     run_config,
     samples,
     take_steps,
@@ -24,8 +26,9 @@ from trainer.activations import longest_micro_batch, measured
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.prepare import Prepared
 from trainer.model import load_tokenizer
-from trainer.objectives.base import ClassificationConfig, DpoConfig
+from trainer.objectives.base import ClassificationConfig, DpoConfig, ForgettingConfig, KtoConfig, SftConfig
 from trainer.parts import build_engine, build_model
+from trainer.quantisation import Quantisation
 from trainer.validate import problems_of
 
 NONE, SELECTIVE, FULL = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
@@ -114,12 +117,27 @@ def test_a_budget_without_a_plan_is_a_problem(tmp_path):
     assert problem.startswith("strategy.memory_gib=4:") and "activation_checkpointing=auto" in problem
 
 
-@pytest.mark.parametrize("objective", [ClassificationConfig(), DpoConfig()])
-def test_other_objectives_can_be_counted(tmp_path, objective):
-    """A classifier on padded rows, and pairs with the adapter off for the reference."""
-    pairs = isinstance(objective, DpoConfig)
-    data = pair_set(tmp_path) if pairs else labelled_set(tmp_path)
-    config = run_config(model_dir(tmp_path), "single", "lora" if pairs else "full", micro=4, objective=objective)
+KEPT = SftConfig(forgetting=ForgettingConfig(kl_weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("objective", "make", "tuning", "quantisation"),
+    [
+        (ClassificationConfig(), "labelled", "full", "none"),
+        (DpoConfig(), "pairs", "lora", "none"),
+        (KtoConfig(), "rated", "lora", "none"),
+        (KtoConfig(), "rated", "lora", "nf4"),
+        (KtoConfig(), "rated", "full", "none"),
+        (KEPT, "replay", "lora", "int8"),
+    ],
+)
+def test_other_objectives_can_be_counted(tmp_path, objective, make, tuning, quantisation):
+    """A classifier on padded rows, answers beside a reference, replayed documents; also on a quantised base."""
+    if quantisation != "none":
+        pytest.importorskip("bitsandbytes")
+    data = {"labelled": labelled_set, "pairs": pair_set, "rated": rated_set, "replay": replay_set}[make](tmp_path)
+    config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
+    config.model.quantisation = Quantisation(quantisation)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     found = measured(config, built, data, Precision.bf16)
     assert len(found.none) == 2

@@ -17,9 +17,10 @@ from strategies.mesh import replicate_degree
 from strategies.parameters import named_parameters
 from trainer.config import RunConfig
 from trainer.data.collate import collate
-from trainer.data.dataset import Sample
+from trainer.data.dataset import DESIRABLE, REPLAY, UNDESIRABLE, Sample
 from trainer.data.prepare import Prepared
 from trainer.model import Built
+from trainer.objectives.build import holds
 
 USABLE = 0.9
 """Share of the device's memory that is planned with: the rest is for the libraries, collectives and fragments."""
@@ -32,14 +33,18 @@ def longest_micro_batch(config: RunConfig, built: Built, data: Prepared) -> dict
     lengths = np.sort(np.asarray(data.train.lengths))[::-1][:number].tolist()
     if config.data.packing:
         lengths = [config.data.max_length] * config.batch["micro"]
-    label = None if data.train.labels is None else 0
-    samples = [
-        Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), label=label, reference=0.0 if per > 1 else None)
-        for n in lengths
-    ]
+    rated, replays = built.step_module.objective.looks_ahead, holds(config.objective)
+    marks: dict[str, Any] = {"label": None if data.train.labels is None else 0, "replay": True if replays else None}
+    marks |= {"reference": 0.0 if per > 1 or rated else None, "desirable": True if rated else None}
+    samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), **marks) for n in lengths]
     batch = collate(samples, built.layout, 0)
-    if "attention_mask" in batch:  # transformers would look for padding in its values; rows are as long as they get
-        batch["attention_mask"] = None
+    for rows in (batch, batch.get("replay", {})):
+        if "attention_mask" in rows:  # transformers would look for padding in its values; rows are as long as they get
+            rows["attention_mask"] = None
+    # Shapes do not depend on these numbers.
+    batch["totals"] = dict.fromkeys(("loss", DESIRABLE, UNDESIRABLE, REPLAY), 1)
+    if rated:
+        batch["ahead"] = {"kl": torch.zeros(())}
     return batch
 
 

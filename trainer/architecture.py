@@ -19,9 +19,10 @@ def architecture(auto: Any, model_config: Any, config: ModelConfig, attention: s
     try:
         model = auto.from_config(model_config, attn_implementation=attention, **options)
     except ValueError as error:
+        reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
         raise ConfigError(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
-            f"{objective.name} with attention {attention}: {str(error)[:300]}"
+            f"{objective.name} with attention {attention}: {reason[:300]}"
         ) from error
     for name, value in original_dropout.items():  # layers have read theirs; an export keeps the base's values
         setattr(model_config, name, value)

@@ -26,7 +26,7 @@ LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop")
 """Whole layers left out at random: ranks would leave out different ones, and sharding strategies would hang."""
 DROPOUTS = ("dropout_rate", "activation_dropout", *LAYER_DROP)
 """Dropout of the config under names that other architectures do not have."""
-_EITHER = (ObjectiveName.seq2seq, ObjectiveName.classification, ObjectiveName.reward)
+_WITH_HEAD = (ObjectiveName.classification, ObjectiveName.reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,12 @@ def problems(
         bool(model.get("is_encoder_decoder", model.get("model_type") in KNOWN)),
     )
     if objective is not ObjectiveName.seq2seq:
-        if both and objective not in _EITHER:
+        if both and objective in _WITH_HEAD:
+            yield (
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({kind}), whose classifiers are not "
+                "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
+            )
+        elif both:
             yield (
                 f"objective={objective}: model.path={path} is an encoder-decoder model ({kind}), and this objective learns "
                 "with a decoder alone; set objective=seq2seq, or choose a causal model such as Llama or Qwen"

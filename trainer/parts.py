@@ -24,6 +24,8 @@ from trainer.data.mixing import pack_by_source, quotas
 from trainer.data.order import GlobalOrder, MixedOrder, Order, steps_for_tokens
 from trainer.data.pack import best_fit_decreasing
 from trainer.data.prepare import Preparation, Prepared
+from trainer.data.rated import check_verdicts
+from trainer.data.replay import check_replayed
 from trainer.data.settings import Layout
 from trainer.data.source_target import SourceTarget
 from trainer.evaluation.base import Evaluator
@@ -32,7 +34,7 @@ from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import steps_from_budget
 from trainer.model import Built, ModelConfig, build_step, weights_directory
 from trainer.objectives.base import ObjectiveName, Seq2seqConfig
-from trainer.objectives.build import build_objective, settled
+from trainer.objectives.build import build_objective, holds, settled
 from trainer.optimizers.build import build_optimizer
 from trainer.preempt import Agreement
 from trainer.teacher import attach_teacher, common_layout, teacher_model
@@ -41,8 +43,16 @@ from trainer.weights import WeightSource, fill_buffers
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
-    """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then."""
-    return _preparation(config, tokenizer, stop).open_or_make()
+    """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then.
+
+    Errors: DataError, also where the objective could learn nothing from it.
+    """
+    data = _preparation(config, tokenizer, stop).open_or_make()
+    if config.objective.name is ObjectiveName.kto:
+        check_verdicts(data.train)
+    if holds(config.objective):
+        check_replayed(data.train)
+    return data
 
 
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:

@@ -100,9 +100,11 @@ class Scheme:
 
     @torch.no_grad()
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]` that `packed` stands for, on its device."""
+        """The weight `[out, in]` that `packed` stands for, on its device; on meta its shape."""
         from bitsandbytes import functional as bnb
 
+        if packed.is_meta:
+            return torch.empty(shape, dtype=dtype, device=packed.device)
         codes, *scales = packed.detach()[: sum(self.parts(shape))].split(self.parts(shape))
         if self.kind is Quantisation.int8:
             rows = _floats(scales[0])[:, None] * (1.0 / 127.0)
@@ -188,7 +190,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in the type of `x`, or that of autocast."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = _Product.apply(x, self.weight, self.scheme, self.shape)
         return out if self.bias is None else out + self.bias.to(out.dtype)
@@ -199,13 +201,16 @@ def quantise_layers(
 ) -> dict[str, tuple[int, int]]:
     """Replace the frozen linear layers of a tuned model on meta, but for the output head `keep` and modules in `heads`.
 
-    Returns the shapes of the weights that are stored packed, by base name. Raises ConfigError where there are none.
+    Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
+    convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base
+    name. Raises ConfigError where there are none.
     """
     if (missing := missing_package()) is not None:
         raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")
     shapes: dict[str, tuple[int, int]] = {}
+    plain = {part for module in model.modules() for part in getattr(module, "_keep_in_fp32_modules", None) or ()}
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is keep or _trains(name, module):
+        if type(module) is not nn.Linear or module is keep or _trains(name, module) or plain & set(name.split(".")):
             continue
         weight = base_name(f"{name}.weight")
         if weight in shapes or weight.startswith(heads):

@@ -86,16 +86,28 @@ def attach_teacher(
 
 
 def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
-    """A causal model on meta, without dropout, its head ready to lend its weight."""
+    """A causal model on meta, without dropout, its head ready to lend its weight; raises ConfigError where it is none."""
     import transformers
 
     settings = copy.deepcopy(settings)
     set_dropout(settings, 0.0)
     auto: Any = transformers.AutoModelForCausalLM
-    with meta_context():
-        model = auto.from_config(
-            settings, attn_implementation=attention, trust_remote_code=config.trust_remote_code, dtype="float32"
+    remedy = "take a causal model of the student's family"
+    if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
         )
+    try:
+        with meta_context():
+            model = auto.from_config(
+                settings, attn_implementation=attention, trust_remote_code=config.trust_remote_code, dtype="float32"
+            )
+    except ValueError as error:
+        reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
+            f"attention {attention}: {reason}; {remedy}"
+        ) from error
     model.tie_weights()
     fuse_head(model, settings)
     return model

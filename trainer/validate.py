@@ -120,6 +120,11 @@ def _model(config: RunConfig) -> Iterator[str]:
             max_source=config.data.max_length,
             max_target=getattr(config.objective, "max_target", 0),
         )
+    if config.objective.name is ObjectiveName.seq2seq and config.strategy.activation_checkpointing == "auto":
+        yield (
+            "strategy.activation_checkpointing=auto: what the two sides of an encoder-decoder model keep is not counted; set "
+            "it to none, selective or full"
+        )
     if config.objective.name is ObjectiveName.seq2seq and model.chat_template is not None:
         yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():

@@ -27,7 +27,7 @@ from trainer.tuning.settings import (
 
 FROZEN: dict[str, TuningConfig] = {
     "freeze last-1": FreezeConfig(layers="last-1"),
-    "freeze modules": FreezeConfig(modules=r".*\.mlp"),
+    "freeze modules": FreezeConfig(modules=r".*\.(mlp|DenseReluDense)"),
     "freeze norms": FreezeConfig(norm_only=True),
     "freeze embeddings": FreezeConfig(embeddings=True),
 }

@@ -19,6 +19,7 @@ from tests.golden.make_teacher_vectors import DISTILLATION, FILE, TEACHER, answe
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.models import tiny_model_dir
+from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.collate import collate
 from trainer.data.dataset import Sample
@@ -209,6 +210,21 @@ def test_another_vocabulary_is_refused(tmp_path, runtime):
         ConfigError, match=r"its vocabulary is not the student's \(1 tokens differ: '<one>' is no token"
     ):
         trainer_for(distilling(tmp_path, other), data_set(tmp_path, uneven=False), runtime)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("t5", r"is an encoder-decoder \(t5\); take"),
+        ("distilbert", r"cannot be built as a teacher with .* take a causal model"),
+    ],
+)
+def test_a_teacher_that_is_no_causal_model_is_refused(tmp_path, runtime, kind, said):
+    teacher = seq2seq_dir(tmp_path) if kind == "t5" else model_dir(tmp_path, kind)
+    config = distilling(tmp_path, teacher)
+    with pytest.raises(ConfigError, match=said) as caught:
+        trainer_for(config, data_set(tmp_path, uneven=False), runtime)
+    assert len(str(caught.value)) < 500
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path, runtime):

@@ -188,3 +188,17 @@ def test_a_replayed_source_of_the_command_line(tmp_path, monkeypatch):
     assert len(trained) == 3 and trained[-1]["replay_kl"] > trained[0]["replay_kl"] >= 0
     assert trained[-1]["loss"] == pytest.approx(trained[-1]["sft_loss"] + 0.5 * trained[-1]["replay_kl"], rel=1e-6)
     assert {"eval/loss", "eval/perplexity"} <= rows[-1].keys() and "eval/replay_kl" not in rows[-1]
+
+
+def test_replayed_sources_of_which_nothing_is_left_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for key, value in clean_environment().items():
+        monkeypatch.setenv(key, value)
+    model_dir(tmp_path)
+    write_jsonl(tmp_path / "task.jsonl", [{"text": f"short {n}"} for n in range(8)])
+    write_jsonl(tmp_path / "general.jsonl", [{"text": f"some general text of number {n} " * 20} for n in range(8)])
+    words = "model.path=llama data.sources.task.path=task.jsonl data.sources.general.path=general.jsonl data.cache_dir=cache "
+    words += "data.sources.general.replay=true data.max_length=32 data.over_length=drop batch.global=4 run.device=cpu "
+    words += "budget.steps=1 logging.wandb=disabled run.dir=run objective.forgetting.kl_weight=0.5"
+    assert main(["train", *words.split()]) == 65
+    assert "no learned token of the sources marked replay=true is left" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from tests.golden.make_teacher_vectors import FILE, KTO, answers
 from tests.helpers.building import GLOBAL_BATCH, model_dir, rated_set, run_config, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
+from trainer.config import RunConfig
 from trainer.data.collate import collate
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
@@ -27,6 +28,7 @@ from trainer.loss import fuse_head
 from trainer.objectives.base import KtoConfig
 from trainer.objectives.build import build_objective
 from trainer.objectives.preference import RecordLogps
+from trainer.parts import prepare_data
 
 RECORDED = json.loads(FILE.read_text())["cases"]
 COUNTS = build_objective(KtoConfig()).counts
@@ -171,6 +173,20 @@ def test_a_pair_is_two_answers(tmp_path):
 def test_rows_without_a_verdict_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl:1: has no verdict, which objective=kto learns from"):
         prepared(tmp_path, [{"prompt": "q", "completion": "a"}], format=DataFormat.prompt_completion)
+
+
+@pytest.mark.parametrize(
+    ("thumbs", "said"), [("up", "or learn these with objective=sft"), ("down", "add desirable ones")]
+)
+def test_answers_of_one_kind_are_refused(tmp_path, thumbs, said):
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "thumbs": thumbs} for n in range(3)]
+    config = RunConfig(objective=KtoConfig())
+    config.data.path, config.data.cache_dir = str(write_jsonl(tmp_path / "rows.jsonl", rows)), str(tmp_path / "cache")
+    with pytest.raises(DataError, match=f"all 3 answers are (un)?desirable, .*{said}"):
+        prepare_data(config, tiny_tokenizer())
+    rows.append({"prompt": "q", "completion": "a", "thumbs": "down" if thumbs == "up" else "up"})
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert len(prepare_data(config, tiny_tokenizer()).train) == 4
 
 
 @pytest.fixture(scope="module")

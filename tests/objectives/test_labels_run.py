@@ -54,6 +54,23 @@ def test_accuracy_is_logged_at_every_step_and_f1_at_evaluations(shell):
         assert name in shown or name.replace('"', '\\"') in shown, name
 
 
+def test_rows_without_a_label_are_refused_where_others_have_one(shell, capsys):
+    """They would be learned, or evaluated, as the label that is last in the list."""
+    model_dir(shell, "distilbert")
+    labelled = [{"text": f"number {i}", "label": "abc"[i % 3]} for i in range(12)]
+    write_jsonl(shell / "train.jsonl", labelled)
+    write_jsonl(shell / "bare.jsonl", [{"text": f"no label here {i}"} for i in range(3)])
+    words = (
+        "train model.path=distilbert objective=classification budget.steps=1 run.device=cpu run.dir=run batch.global=4 "
+    )
+    for data in (
+        "data.sources.a.path=train.jsonl data.sources.b.path=bare.jsonl",
+        "data.path=train.jsonl data.eval_path=bare.jsonl",
+    ):
+        assert main([*words.split(), *data.split(), "data.cache_dir=cache"]) == 65
+        assert "has no label, which objective=classification learns" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not os.environ.get("SHARDTUNE_TEST_ALL"), reason="minutes and a download: make test-all")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["minilm_classification", "minilm_classification_lora"])

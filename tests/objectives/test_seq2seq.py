@@ -183,6 +183,11 @@ def words(root, monkeypatch):
         ("model.path=llama objective=seq2seq", "has no encoder (llama); set objective=sft"),
         ("model.path=t5 objective=sft", "is an encoder-decoder model (t5)"),
         ("model.path=t5 objective=dpo", "set objective=seq2seq"),
+        (
+            "model.path=t5 objective=classification",
+            "whose classifiers are not proven here; choose an encoder such as BERT",
+        ),
+        ("model.path=bart objective=reward", "whose classifiers are not proven here; choose an encoder such as BERT"),
         ("model.path=bart objective=seq2seq", "data.max_length=2048: model.path=bart has positions for 128 tokens"),
         (
             "model.path=bart objective=seq2seq data.max_length=99",
@@ -194,6 +199,7 @@ def words(root, monkeypatch):
         ("model.path=t5 objective=seq2seq data.format=text", "data.format=text: objective=seq2seq reads a prompt"),
         ("model.path=t5 objective=seq2seq tuning=lora model.add_tokens=[x]", "set tuning=full with objective=seq2seq"),
         ("model.path=t5 objective=seq2seq tuning=prompt", "tuning=prompt with objective=seq2seq: it is built for"),
+        ("model.path=t5 objective=seq2seq strategy.activation_checkpointing=auto", "set it to none, selective or full"),
         ("model.path=t5 objective=seq2seq objective.max_target=1", "objective.max_target=1: must be at least 2"),
         ("model.path=t5 objective=seq2seq evaluation.generate.samples=5", "there is no evaluation data"),
         ("model.path=t5 objective=seq2seq evaluation.watch=eval/bleu", "set evaluation.generate.samples=100"),

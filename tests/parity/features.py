@@ -31,6 +31,7 @@ from tests.helpers.building import (
 )
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity import pairs, teachers, two_sides
+from trainer.data.collate import collate
 from trainer.data.dataset import Sample, TokenDataset, write
 from trainer.data.loader import eval_batches
 from trainer.data.prepare import Prepared
@@ -251,6 +252,8 @@ class Job:
 
     def _continue(self, config, path: Path) -> list[tuple[float, float]]:
         fresh = trainer_for(config, self.data, self.runtime)
+        with fresh.engine.inference() as module:  # as to record a reference: what it gathers must not outlive the load
+            module(collate([self.data.train.sample(0)], fresh.loader.layout, 0))
         fresh.progress = fresh.engine.load(path)
         return take_steps(fresh, 3)
 

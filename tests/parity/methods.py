@@ -19,6 +19,7 @@ from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run
 from tests.helpers.building import take_steps as take
 from tests.parity.plan import CASES, OTHERWISE, SHARDING, Run, plan
 from trainer.config import RunConfig
+from trainer.data.collate import collate
 from trainer.loop import Trainer
 from trainer.tuning.base import LoraConfig, TuningConfig
 from trainer.tuning.settings import OftConfig
@@ -151,6 +152,25 @@ class Job:
         fresh.progress = fresh.engine.load(path)
         return take(fresh, 2)
 
+    def files(self) -> list[float]:
+        """The same loss before and after rank 0 alone makes the files of an adapter and of a module trained in full."""
+        from peft.utils.save_and_load import get_peft_model_state_dict
+
+        config = self.config(LoraConfig(rank=4, modules_to_save=["lm_head"]), "fsdp2", 4)
+        trainer = trainer_for(config, self.data, self.runtime)
+        take(trainer, 1)
+        batch = collate([self.data.train.sample(number) for number in range(4)], trainer.loader.layout, 0)
+        found = []
+        for _ in range(2):
+            with trainer.engine.inference() as module:
+                found.append(float(module(batch)["loss"]))
+            state = dict(trainer.engine.gather(trainable_only=True))
+            if self.runtime.is_main:
+                get_peft_model_state_dict(
+                    trainer.engine.step_module.model, state_dict=state, save_embedding_layers=False
+                )
+        return found
+
 
 if __name__ == "__main__":
     directory, cases = Path(sys.argv[1]), sys.argv[2:]
@@ -165,6 +185,8 @@ if __name__ == "__main__":
     result = {"curves": job.curves([run for run in plan() if not cases or run.case in cases])}
     if not cases or "resume" in cases:
         result["resume"] = job.resume()
+    if not cases or "files" in cases:
+        result["files"] = job.files()
     if here.is_main:
         (directory / "report.json").write_text(json.dumps(result))
     processes.barrier(here)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from strategies import runtime as processes
+from strategies.base import Fsdp2Config
 from tests.helpers.building import STRATEGIES, alone, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.features import Job
 from trainer.data.collate import collate
@@ -28,6 +29,7 @@ from trainer.optim import (
 )
 from trainer.optimizers.support import SUPPORT
 
+KEPT = Fsdp2Config(reshard_after_forward=False)
 COMMON = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}
 OPTIMIZERS: dict[str, OptimConfig] = {
     "adamw": AdamwConfig(**COMMON),
@@ -113,10 +115,11 @@ class OptimizerJob(Job):
         found = {}
         if "schedule_free" not in INSTALLED:
             return found
-        for strategy in ("single", "ddp", "fsdp2"):
+        for strategy in ("single", "ddp", "fsdp2", "fsdp2, kept gathered"):
             runtime = alone(self.runtime) if strategy == "single" else self.runtime
             optim = INSTALLED["schedule_free"]
-            config = run_config(model_dir(self.root), strategy, "full", micro=4, steps=4, optim=optim)
+            chosen = KEPT if strategy.endswith("kept gathered") else strategy
+            config = run_config(model_dir(self.root), chosen, "full", micro=4, steps=4, optim=optim)
             looked_at = trainer_for(config, self.data, runtime)
             batch = self._some_documents(looked_at)
             rows = {"looked at": [], "averaged": [], "trained": []}

@@ -97,6 +97,12 @@ def directory(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
 
 
+def test_files_that_rank_0_makes_leave_all_ranks_alike(report):
+    """`state_dict` reshards on the rank that calls it: the others would then wait for it in the next forward pass."""
+    before, after = report("files")["files"]
+    assert before == after > 0
+
+
 @pytest.mark.parametrize("case", planned.main_cases().values())
 def test_what_the_table_refuses_is_refused_when_composed_and_nothing_else_is(case, directory):
     """The reason and the nearest legal choice stand in the line."""

@@ -62,7 +62,7 @@ def test_resuming_is_bit_equal_and_crosses_where_both_run(report, name, strategy
     assert_close(found["elsewhere"], found["uninterrupted"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2, kept gathered"])
 def test_looking_at_the_average_changes_nothing(report, strategy):
     needs("schedule_free")
     found = report["averaging"][strategy]

@@ -15,12 +15,14 @@ from strategies.parameters import element_counts, named_parameters
 from tests.export.test_export import export, logits_of, trained
 from tests.helpers.methods import ADAPTERS
 from tests.helpers.models import tiny_model_dir
+from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_methods import assert_same_logits
+from trainer.objectives.base import Seq2seqConfig
 from trainer.quantisation import Quantisation, QuantisedLinear, Scheme
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
-from trainer.verify import DriftError, probe_ids, reference_logits, verify_export
+from trainer.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
 
 bnb = pytest.importorskip("bitsandbytes")
 SCHEMES = {
@@ -141,6 +143,33 @@ def test_the_model_is_the_one_that_transformers_loads_quantised(name, base, runt
     assert_same_logits(reference, logits_of(theirs, ids))
     names = {f"{n}.weight" for n, m in theirs.named_modules() if type(m) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)}
     assert names == set(built.quantised)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_modules_that_stay_in_float32_are_those_of_transformers(name, tmp_path, runtime):
+    """T5's `wo` converts activations to the type of its stored weight, which would be bytes."""
+    from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+
+    scheme, directory = SCHEMES[name], seq2seq_dir(tmp_path)
+    quantised = {"load_in_8bit": True} if name == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    if name == "nf4":
+        quantised |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    config = BitsAndBytesConfig(**quantised)
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(
+        directory, quantization_config=config, dtype=torch.float32, dropout_rate=0
+    )
+    objective = Seq2seqConfig(max_target=16)
+    engine, built, tokenizer = trained(
+        directory, LoraConfig(rank=4), runtime, steps=0, objective=objective, **settings_of(scheme)
+    )
+    names = {f"{n}.weight" for n, m in theirs.named_modules() if type(m) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)}
+    assert names == set(built.quantised) and not [n for n in names if ".wo." in n]
+    logits = reference_logits(engine, built, probe_ids(tokenizer), runtime)
+    ids = torch.tensor([probe_ids(tokenizer)])
+    theirs.train()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, decoder_input_ids=shifted(ids, built.two_sides.decoder_start)).logits[0]
+    assert_same_logits(logits, expected)
 
 
 @pytest.mark.parametrize("name", WORKING)

@@ -155,7 +155,7 @@ class Preparation:
             if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
-            self._check_labelled(columns)
+            self._check_labelled(columns, table)
             names, label_ids = number_labels(columns, table, self.label_names, multi_label=self.multi_label)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
@@ -205,10 +205,16 @@ class Preparation:
         small = sum(item.origin.size() for item in self.inputs) <= SMALL
         return 1 if small else self.config.workers or cores()
 
-    def _check_labelled(self, columns: Columns) -> None:
+    def _check_labelled(self, columns: Columns, table: DocumentTable) -> None:
         """Raise DataError where rows have labels that the objective does not learn, or lack those that it does."""
         if self.labelled and not columns.labels:
             raise DataError("data.path: objective=classification needs rows with a text and a label; none has a label")
+        if self.labelled and (bare := np.flatnonzero(columns.label < 0)).size:
+            row = table.row(int(bare[0]))
+            raise DataError(
+                f"{row['file']}:{row['line']}: has no label, which objective=classification learns and evaluates, and other "
+                f"rows have one ({len(bare)} without); give it rows with a text and a label, or leave it out"
+            )
         if self.labelled is False and columns.labels:
             raise DataError(
                 "data.path: the rows are labelled texts, of which this objective would learn nothing; set "

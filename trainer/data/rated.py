@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.dataset import Sample, TokenDataset
+from trainer.data.dataset import DESIRABLE, UNDESIRABLE, Sample, TokenDataset
 from trainer.data.document import Document, Message, Tally
 from trainer.data.over_length import fit, fit_pair
 from trainer.data.settings import DataConfig
@@ -82,6 +82,18 @@ def _fitted(
     for sample, verdict in zip(made, (True, False) if len(made) == 2 else (document.desirable,), strict=True):
         sample.desirable = verdict
     return made
+
+
+def check_verdicts(dataset: TokenDataset) -> None:
+    """Raise DataError where all answers have the same verdict, as a column read the wrong way gives them."""
+    good, bad = (int(dataset.counts[term].sum()) if term in dataset.counts else 0 for term in (DESIRABLE, UNDESIRABLE))
+    if (good and bad) or not len(dataset):
+        return
+    verdict, other = (DESIRABLE, UNDESIRABLE) if good else (UNDESIRABLE, DESIRABLE)
+    remedy = f"add {other} ones" + (", or learn these with objective=sft" if good else "")
+    raise DataError(
+        f"data.path: all {good + bad} answers are {verdict}, and objective=kto tells both kinds apart; {remedy}"
+    )
 
 
 def partner(dataset: TokenDataset, index: int) -> int:

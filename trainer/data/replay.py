@@ -8,7 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from trainer.data.dataset import Sample
+from strategies.errors import DataError
+from trainer.data.dataset import REPLAY, Sample, TokenDataset
+
+
+def check_replayed(dataset: TokenDataset) -> None:
+    """Raise DataError where nothing of the replayed sources is left to hold the model by."""
+    if REPLAY not in dataset.counts or not dataset.counts[REPLAY].any():
+        raise DataError(
+            "objective.forgetting.kl_weight: no learned token of the sources marked replay=true is left (see what was "
+            "dropped in the data report); raise data.max_length, loosen data.filters, or set objective.forgetting.kl_weight=0"
+        )
 
 
 def replayed(samples: Sequence[Sample], row_sequence: torch.Tensor) -> tuple[list[Sample], dict[str, torch.Tensor]]:
