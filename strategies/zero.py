@@ -46,7 +46,7 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     return deepspeed
 
 
-def _restore_linear() -> None:
+def restore_linear() -> None:
     """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists."""
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
 
@@ -278,7 +278,7 @@ class ZeroStrategy:
         )
         if self.config.stage == 3:
             if not settings["zero_optimization"]["memory_efficient_linear"]:
-                _restore_linear()
+                restore_linear()
             for module in step_module.modules():  # parameters are gathered when their own module runs, and only then
                 if getattr(module, "fused", False):
                     module.fused = False  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Builds the product's own trainer around tiny models and hand-made data, without a run directory."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +182,12 @@ def trainer_for(
     config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
 ) -> Trainer:
     """The product's trainer with its engine and loader, and nothing that writes."""
+    if (
+        "deepspeed" in sys.modules
+    ):  # a process of the product has one engine; this one may have had ZeRO-3's, which leaves
+        from strategies.zero import restore_linear  # a linear function behind that selective checkpointing cannot take
+
+        restore_linear()
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
     if reference.is_recorded(built):
