@@ -24,52 +24,6 @@ HERE = Path(__file__).resolve().parent
 CASES = ("full-fp32", "lora-fp32", "full-bf16", "lora-bf16")
 SKIPPED = 3
 """First steps, not counted."""
-VOCABULARY = 8192
-
-
-def make_inputs(work: Path, documents: int) -> tuple[Path, Path]:
-    """(model directory, data file): a Llama of 16.9 M parameters from a seed, a BPE of 8,192 tokens, conversations."""
-    model_dir, data = work / "model", work / f"data-{documents}.jsonl"
-    if (model_dir / "model.safetensors").exists() and data.exists():
-        return model_dir, data
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import torch
-    from conversations import TEMPLATES, conversations
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    work.mkdir(parents=True, exist_ok=True)
-    rows = list(conversations(4000))
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        (m["content"] for row in rows for m in row["messages"]),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATES["plain"]
-    tokenizer.save_pretrained(model_dir)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(model_dir)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:documents]))
-    return model_dir, data
 
 
 def words(model: Path, data: Path, work: Path, case: str, steps: int, run_dir: Path) -> list[str]:
@@ -176,7 +130,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work" / "training")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, data = make_inputs(args.work, 128)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from training.inputs import SMALL, make
+
+    inputs = make(args.work / "inputs", SMALL)
+    model, data = inputs / "model", inputs / "train.jsonl"
     rows = []
     for case in args.cases.split(","):
         rows.append(measure(case, model, data, args.work, rounds=args.rounds, steps=args.steps))

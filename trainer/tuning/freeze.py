@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from strategies.errors import ConfigError
-from trainer.tuning.base import BaseReader
+from trainer.tuning.full import Full
 from trainer.tuning.settings import FreezeConfig
 
 LAYERS = re.compile(r"last-(\d+)|(\d+)-(\d+)")
 
 
-class Freeze:
+class Freeze(Full):
     """Chooses parameters of the base by block, module name or kind."""
-
-    adapter = False
-    keeps_base = False
 
     def __init__(
         self, config: FreezeConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
@@ -70,34 +66,6 @@ class Freeze:
                 if parameter is not None and wanted:
                     found.add(id(parameter))
         return found
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        """Nothing to fold."""
-        return model
-
-    def reference(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Never asked: a part of the model itself trains, and what it computed before must be recorded."""
-        raise AssertionError("tuning a part of the model leaves no base model to switch back to")
-
-    def base_name(self, name: str) -> str:
-        """The name a parameter has in the base model's checkpoint."""
-        return name
-
-    def owns(self, name: str) -> bool:
-        """Nothing is added."""
-        return False
-
-    def rewrites(self, name: str) -> bool:
-        """Nothing starts elsewhere."""
-        return False
-
-    def rate_of(self, name: str) -> float:
-        """One rate for all."""
-        return 1.0
-
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """Never asked: nothing is owned."""
-        raise AssertionError(f"{name} belongs to the base model")
 
 
 def _blocks(model: Any, layers: str) -> list[nn.Module]:

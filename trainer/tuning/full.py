@@ -27,7 +27,7 @@ class Full:
 
     def reference(self, model: nn.Module) -> AbstractContextManager[None]:
         """Never asked: what trains is the model itself, and what it computed before must be recorded."""
-        raise AssertionError("full tuning leaves no base model to switch back to")
+        raise AssertionError("training the model itself leaves no base model to switch back to")
 
     def base_name(self, name: str) -> str:
         """The name a parameter has in the base model's checkpoint."""
