@@ -100,7 +100,7 @@ class WandbTracker:
             id=run_id,
             resume="allow" if mode == "online" else None,
             mode=mode,  # type: ignore[arg-type]
-            dir=str(run_dir),
+            dir=str(run_dir.absolute()),  # W&B's own process may have been started elsewhere
             config=settings,
             # The command line may hold what should not leave the machine; the resolved config says it all.
             settings=wandb.Settings(x_disable_meta=True, console="off", silent=True),
