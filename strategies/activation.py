@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from strategies.base import ActivationCheckpointing, StrategyConfig
@@ -28,8 +29,35 @@ def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> Checkp
     return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class _OnlyKept(TorchDispatchMode):
+    """Shows torch's selective mode the kept operations alone.
+
+    It counts every operation and wants each again when a block is recomputed. What ZeRO-3 does to gather weights stands
+    among them, and differs: in the forward pass some were gathered ahead.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """As torch's own mode."""
+        return True
+
+    def __enter__(self) -> Any:
+        self.mode.func_counter.clear()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in KEPT_OPS or torch.compiler.is_compiling():
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
 def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_selective_policy)
+    caching, cached = create_selective_checkpoint_contexts(_selective_policy)
+    return _OnlyKept(caching), _OnlyKept(cached)
 
 
 def _checkpoint_arguments(mode: ActivationCheckpointing) -> dict[str, Any]:

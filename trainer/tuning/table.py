@@ -58,7 +58,6 @@ _VIRTUAL_TOKENS: dict[str, Any] = {
 }
 _TRAINS_BASE = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
 _READS_WEIGHT = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
-_PUT_TOGETHER = {"selective": "its backward pass then asks under strategy=zero3 for what was not kept (measured)"}
 _WHOLE_GRADIENTS = (
     "it moves ranks between layers by the importance of whole weights and gradients, and these are in parts there"
 )
@@ -113,7 +112,7 @@ TYPES: dict[str, Method] = {
     "hira": Method(title="low-rank factors on the weights themselves", refused=_READS_WEIGHT),
     "hra": Method(title="Householder reflections", refused=_READS_WEIGHT),
     "miss": Method(title="shards of one small matrix"),
-    "peanut": Method(title="small networks over the weights", refused=_READS_WEIGHT | _PUT_TOGETHER),
+    "peanut": Method(title="small networks over the weights", refused=_READS_WEIGHT),
     "road": Method(title="rotations in two dimensions"),
     "waveft": Method(title="sparse update in the wavelet domain"),
 }
