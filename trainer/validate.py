@@ -15,6 +15,7 @@ from typing import Any
 from strategies.errors import ConfigError, DataError
 from trainer import encoder_decoder
 from trainer.combinations import problems as combination_problems
+from trainer.combinations import row_of, rows
 from trainer.config import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.data.curation.balance import check as check_balance
 from trainer.data.curation.quality import problems as filter_problems
@@ -27,7 +28,6 @@ from trainer.optimizers.support import problems as optimizer_problems
 from trainer.quantisation import Quantisation, missing_package
 from trainer.ranges import RANGES
 from trainer.sharding_checks import problems as sharding_problems
-from trainer.tuning.base import AdapterConfig
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
 
@@ -138,11 +138,12 @@ def _base(config: RunConfig) -> Iterator[str]:
         yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
     for directory in model.adapters:
         yield from fold_problems(directory)
-    adapter = isinstance(config.tuning, AdapterConfig) and config.export.at_end and not config.export.merge
-    if model.adapters and adapter:
+    method = rows().get(row_of(config.tuning))
+    if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
+        merge = "" if method.no_merge else "set export.merge=true, or "
         yield (
-            f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; set "
-            "export.merge=true, or write the merged base once (shardtune export adapters=... to=...) and tune that"
+            f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; "
+            f"{merge}write the merged base once (shardtune export adapters=... to=...) and tune that"
         )
 
 

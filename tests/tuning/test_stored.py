@@ -176,6 +176,9 @@ def test_an_adapter_on_folded_ones_is_not_exported_alone(words, made):
     with pytest.raises(ConfigError, match=r"export.merge=true"):
         compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]"])
     compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]", "export.merge=true"])
+    for method in ("prefix", "prompt", "p_tuning", "adaption_prompt", "bottleneck"):  # these cannot be merged at all
+        with pytest.raises(ConfigError, match=r"does not belong to model.path alone; write the merged base once"):
+            compose([*words, f"tuning={method}", f"model.adapters=[{made('lora')}]"])
 
 
 def test_what_cannot_be_folded_is_refused(base, made, words, runtime, tmp_path):
