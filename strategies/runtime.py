@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from strategies.matmul import Matmul, choose, restore
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -24,6 +26,8 @@ class Runtime:
     local_world_size: int
     device: torch.device
     control_group: Any
+    matmul: str | None = None
+    """On a CPU, the library of float32 products and why it was taken."""
 
     @property
     def is_main(self) -> bool:
@@ -31,10 +35,11 @@ class Runtime:
         return self.rank == 0
 
 
-def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
+def start(device: str, *, timeout_s: int, threads: int = 0, matmul: Matmul = Matmul.auto) -> Runtime:
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
-    All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host.
+    All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
+    on a CPU also the library of float32 products.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -48,6 +53,7 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
         torch.cuda.set_device(torch_device)
     else:
         torch_device = torch.device("cpu")
+    products = None if use_cuda else choose(matmul)
     # DeepSpeed, which other libraries import when it is installed, would guess, and say so.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
     if not dist.is_initialized():
@@ -60,7 +66,7 @@ def start(device: str, *, timeout_s: int, threads: int = 0) -> Runtime:
                 os.environ.setdefault(key, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
-    return Runtime(rank, world, local_rank, local_world, torch_device, control)
+    return Runtime(rank, world, local_rank, local_world, torch_device, control, products)
 
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -93,6 +99,7 @@ def _cgroup_limits(name: str) -> Iterator[str]:
 
 def stop() -> None:
     """Leave the job. No collective: a dead peer must not hold up the others."""
+    restore()
     if dist.is_initialized():
         dist.destroy_process_group()
 

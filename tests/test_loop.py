@@ -53,6 +53,7 @@ def test_epochs_cover_every_document_and_reach_into_the_next(root, tmp_path):
     assert [row["step"] for row in steps] == list(range(1, 9))  # 60 documents in steps of 8
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["outcome"]["progress"]["samples"] == 64
+    assert record["substitutions"]["run.matmul"].startswith(("auto -> blas (", "auto -> onednn ("))
     once = record["data_report"]["train"]["tokens"]
     assert steps[-1]["tokens"] > 2 * once > steps[-2]["tokens"]
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.matmul import as_chosen, in_blas
+
 NAME = "shardtune_varlen"
 
 PADDING_FREE = frozenset(
@@ -82,9 +84,10 @@ def varlen_attention(
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
         # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
-        parts = zip(*(t.split(lengths, dim=2) for t in whole), strict=True)
+        parts = zip(*(t.split(lengths, dim=2) for t in in_blas(*whole)), strict=True)
         pieces = [_one_document(q, k, v, scaling, dropout, sliding_window, softcap, causal) for q, k, v in parts]
-    return torch.cat(pieces, dim=2).to(computes_in).transpose(1, 2).contiguous(), None
+        out = as_chosen(torch.cat(pieces, dim=2))
+    return out.to(computes_in).transpose(1, 2).contiguous(), None
 
 
 def _one_document(

@@ -75,7 +75,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     data = prepare_data(config, tokenizer, stop=lambda: request.signal_name is not None)
 
     where.phase = "start of the processes"
-    runtime = processes.start(str(config.run.device), timeout_s=config.run.timeout_s, threads=config.run.threads)
+    runtime = start_processes(config)
     run_dir = where.run_dir = agree_on_run(run_dir, sha256, runtime)
     console = introduce(config, run_dir, data, tokenizer, runtime)
 
@@ -129,6 +129,12 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     finally:
         trackers.close()
     close_records(run_dir, facts, outcome, exported, trackers, console, runtime)
+
+
+def start_processes(config: RunConfig) -> processes.Runtime:
+    """This process as a rank of its job. All ranks must call."""
+    run = config.run
+    return processes.start(str(run.device), timeout_s=run.timeout_s, threads=run.threads, matmul=run.matmul)
 
 
 def agree_on_run(run_dir: Path | None, sha256: str, runtime: processes.Runtime) -> Path:

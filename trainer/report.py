@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.base import Precision
+from strategies.matmul import Matmul
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config import RunConfig
@@ -75,6 +76,8 @@ def run_facts(
     substitutions = {**config.substitutions, **built.substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    if runtime.matmul is not None and config.run.matmul is Matmul.auto:
+        substitutions["run.matmul"] = f"auto -> {runtime.matmul}"
     return {
         "config_sha256": sha256,
         "strategy": str(config.strategy.name),

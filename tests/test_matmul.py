@@ -1,0 +1,122 @@
+"""The library of float32 products: who is taken when, what it computes, and which stretches stay with BLAS."""
+
+import os
+
+import pytest
+import torch
+
+from strategies import matmul
+from strategies import runtime as processes
+from strategies.matmul import Matmul
+from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
+from trainer import attention
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    matmul.restore()
+
+
+def taken() -> str:
+    return {"medium": "onednn", "highest": "blas"}[torch.get_float32_matmul_precision()]
+
+
+def test_auto_takes_what_is_much_faster(monkeypatch):
+    for ratio, expected in ((matmul.FASTER + 0.7, "onednn"), (matmul.FASTER - 0.1, "blas")):
+        monkeypatch.setattr(matmul, "_speedup", lambda ratio=ratio: ratio)
+        assert matmul.choose(Matmul.auto) == f"{expected} (oneDNN is {ratio:.1f} times as fast here)"
+        assert taken() == expected
+    matmul.restore()
+    assert taken() == "blas"
+
+
+@pytest.mark.parametrize("asked", [Matmul.auto, Matmul.onednn])
+def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
+    """As AMX does: a product of numbers that bfloat16 cannot hold does not come back."""
+    use = matmul._use
+    eye = torch.eye
+    rounding = {"on": False}
+
+    def switched(*, onednn):
+        use(onednn=onednn)
+        rounding["on"] = onednn
+
+    monkeypatch.setattr(matmul, "_use", switched)
+    monkeypatch.setattr(torch, "eye", lambda n: eye(n) * (1.001 if rounding["on"] else 1.0))
+    assert matmul.choose(asked) == "blas (oneDNN would round float32 products to bfloat16 here)"
+    assert taken() == "blas"
+
+
+def test_the_measurement_leaves_nothing_behind():
+    assert matmul._speedup(size=64, rounds=1) > 0
+    assert taken() == "blas"
+
+
+def test_kept_kernels_are_few(monkeypatch):
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    matmul.choose(Matmul.blas)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"  # the user's word stands
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_attention_stays_with_blas_in_both_directions(monkeypatch, softcap):
+    """Within attention it is BLAS, before and after it the chosen library; the same backward; the same result."""
+    seen = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor, where):
+            ctx.where = where
+            seen.append((where, "forward", taken()))
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((ctx.where, "backward", taken()))
+            return grad, None
+
+    one = attention._one_document
+    monkeypatch.setattr(attention, "_one_document", lambda q, *rest: Spy.apply(one(q, *rest), "within"))
+    bounds = [0, 5, 12]
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, 2, 12, 16, generator=generator).requires_grad_() for _ in range(3))
+        before = (Spy.apply(t, "before") for t in (q, k, v))
+        boundaries = torch.tensor(bounds)
+        out, _ = attention.varlen_attention(
+            torch.nn.Module(), *before, None, softcap=softcap, cu_seq_lens_q=boundaries, document_bounds=bounds
+        )
+        Spy.apply(out, "after").square().sum().backward()
+        return out.detach(), q.grad, k.grad, v.grad
+
+    plain = run()
+    assert {library for _, _, library in seen} == {"blas"}
+    seen.clear()
+    monkeypatch.setattr(matmul, "_is_float32", lambda: True)  # where AMX would round, that is not this test's matter
+    matmul.choose(Matmul.onednn)
+    switched = run()
+    expected = {"before": "onednn", "within": "blas", "after": "onednn"}
+    assert {(where, way) for where, way, _ in seen} == {(w, way) for w in expected for way in ("forward", "backward")}
+    assert all(library == expected[where] for where, _, library in seen)
+    for a, b in zip(plain, switched, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_both_libraries_take_the_same_steps(tmp_path):
+    """Losses and gradient norms agree to 1e-5."""
+    curves = {}
+    for asked in (Matmul.blas, Matmul.onednn):
+        runtime = processes.start("cpu", timeout_s=60, threads=1, matmul=asked)
+        try:
+            assert runtime.matmul.startswith(str(asked)) or "round" in runtime.matmul
+            config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=4)
+            curves[asked] = take_steps(trainer_for(config, data_set(tmp_path, uneven=True), runtime), 4)
+        finally:
+            processes.stop()
+    torch.testing.assert_close(
+        torch.tensor(curves[Matmul.blas]), torch.tensor(curves[Matmul.onednn]), rtol=1e-5, atol=1e-7
+    )
