@@ -155,6 +155,7 @@ def build_engine(
         make_optimizer=partial(build_optimizer, config.optim, model_names=model_names, rate_of=built.tuning.rate_of),
         max_grad_norm=config.optim.max_grad_norm,
     )
+    source.close()
     return engine, built, source
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from strategies.base import ParameterSource
 from strategies.errors import ConfigError, DataError
 from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
@@ -77,6 +76,10 @@ class Checkpoint:
         if file not in self._open:
             self._open[file] = safe_open(str(file), framework="pt").__enter__()
         return self._open[file].get_slice(stored)
+
+    def close(self) -> None:
+        """Unmap the files, whose pages count as this process's memory; they are mapped again when something is asked."""
+        self._open.clear()
 
     def shape(self, stored: str) -> tuple[int, ...]:
         """Shape of a stored tensor."""
@@ -166,6 +169,11 @@ class BaseWeights(Checkpoint):
         value = super().whole(name)
         return value if name not in self.quantised or self.scheme is None else self.scheme.rounded(value)
 
+    def close(self) -> None:
+        super().close()
+        self._plain.close()
+        self._last = None
+
     def packed(self, name: str) -> Tensor:
         """The bytes of a weight that is stored quantised, `[num_bytes]` uint8."""
         assert self.scheme is not None
@@ -196,7 +204,7 @@ class WeightSource:
         """Values of base parameters that are computed and need not be in the checkpoint."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
-        self.teacher: ParameterSource | None = None
+        self.teacher: WeightSource | None = None
         """Where the parameters of a frozen model beside the tuned one come from."""
         self._means: dict[str, Tensor] = {}
 
@@ -244,6 +252,12 @@ class WeightSource:
         if self.new_ids and base in self.vocabulary:
             return self._with_new_rows(stored, tuple(shape), start, stop)
         return self.checkpoint.run(stored, start, stop)
+
+    def close(self) -> None:
+        """Let go of what was read: the model is filled."""
+        self.checkpoint.close()
+        if self.teacher is not None and self.teacher is not self:  # the model before training reads the same files
+            self.teacher.close()
 
     def whole(self, name: str) -> Tensor:
         """A full base parameter, for methods that read base weights."""

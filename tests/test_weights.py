@@ -1,0 +1,34 @@
+"""Reading a checkpoint's weights."""
+
+from pathlib import Path
+
+from strategies import runtime as processes
+from tests.helpers.building import data_set, model_dir, run_config, trainer_for
+from trainer.weights import Checkpoint
+
+
+def mapped(directory: Path) -> bool:
+    """Whether this process has a file of the directory in its memory."""
+    return str(directory) in Path("/proc/self/maps").read_text()
+
+
+def test_the_files_are_unmapped_once_the_model_is_filled(tmp_path):
+    path = model_dir(tmp_path)
+    runtime = processes.start("cpu", timeout_s=60, threads=1)
+    try:
+        config = run_config(path, "single", "full", micro=4, steps=1)
+        trainer = trainer_for(config, data_set(tmp_path, uneven=True), runtime)
+        assert trainer.engine.step_module is not None and not mapped(path)
+    finally:
+        processes.stop()
+
+
+def test_a_closed_checkpoint_is_read_again(tmp_path):
+    path = model_dir(tmp_path)
+    checkpoint = Checkpoint(path, "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    first = checkpoint.whole(name).clone()
+    assert mapped(path)
+    checkpoint.close()
+    assert not mapped(path)
+    assert checkpoint.whole(name).equal(first)
