@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.helpers.models import tiny_model_dir
+from trainer.tuning import fast_lora
 from trainer.tuning.fast_lora import fuse_lora
 
 
@@ -33,9 +34,9 @@ def step(model, autocast=False):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without and with biases
-@pytest.mark.parametrize("rslora", [False, True])
-def test_loss_and_gradients_are_pefts(tmp_path, architecture, rslora):
-    stock = peft_model(tmp_path, architecture, use_rslora=rslora)
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"k_proj": 2, "up_proj": 3}}])
+def test_loss_and_gradients_are_pefts(tmp_path, architecture, settings):
+    stock = peft_model(tmp_path, architecture, **settings)
     fused = copy.deepcopy(stock)
     assert fuse_lora(fused) == 14  # q, k, v, o, gate, up and down of two blocks
     assert list(fused.state_dict()) == list(stock.state_dict())
@@ -44,6 +45,49 @@ def test_loss_and_gradients_are_pefts(tmp_path, architecture, rslora):
     assert grads.keys() == right.keys()
     for name, grad in grads.items():
         assert torch.allclose(grad, right[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """How many layers each call of the function computed."""
+    seen = []
+    plain = fast_lora._outputs
+    monkeypatch.setattr(fast_lora, "_outputs", lambda layers, *rest: seen.append(len(layers)) or plain(layers, *rest))
+    return seen
+
+
+def test_layers_over_one_input_compute_together(tmp_path, widths):
+    model = peft_model(tmp_path)
+    fuse_lora(model)
+    step(model)
+    assert widths == [3, 1, 2, 1] * 2  # q, k, v; o; gate, up; down
+    attention = model.get_base_model().model.layers[0].self_attn
+    assert attention.q_proj.together._input is None and not attention.q_proj.together._waiting  # nothing is kept
+
+
+def test_a_layer_called_on_another_input_computes_anew(tmp_path, widths):
+    model = peft_model(tmp_path)
+    expected = copy.deepcopy(model).get_base_model().model.layers[0].self_attn
+    fuse_lora(model)
+    found = model.get_base_model().model.layers[0].self_attn
+    x, y = torch.randn(2, 1, 5, found.q_proj.in_features, generator=torch.Generator().manual_seed(3))
+    for name, value in (("q_proj", x), ("k_proj", y), ("q_proj", y), ("q_proj", y), ("v_proj", x), ("k_proj", x)):
+        assert torch.allclose(getattr(found, name)(value), getattr(expected, name)(value), atol=1e-6), name
+    assert widths == [3] * 4  # q of x, then of y with its k, then again, and v of x with its k
+
+
+def test_encoder_decoders_compute_one_by_one(tmp_path, widths):
+    """Their keys and values may be of the other side."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 500, "max_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    base = BartForConditionalGeneration(BartConfig(**sizes, **heads))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    assert fuse_lora(model) == 9
+    step(model)
+    assert widths == [1] * 9
 
 
 def test_under_autocast_it_rounds_like_peft(tmp_path):

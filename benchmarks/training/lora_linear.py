@@ -2,9 +2,9 @@
 
     python benchmarks/training/lora_linear.py [--rounds 101]
 
-CPU milliseconds of forward and backward over 600 tokens, one thread, in alternation, medians. `base` has no adapter. `shared`
-computes `x @ A` of all layers in one product and sums the gradients of x inside the products; it is here to say what that
-would save: trainers call q, k and v one after the other, so it needs outputs made before they are asked for.
+CPU milliseconds of forward and backward over 600 tokens, one thread, in alternation, medians. `base` has no adapter, `fused`
+is one function a layer, `shared` one for all layers over the same input: what the trainer runs. `--matmul blas` leaves the
+products with torch's BLAS where the trainer would take oneDNN.
 """
 
 from __future__ import annotations
@@ -21,39 +21,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 SHAPES = {"q, k, v of 384": (384, 384, 3), "gate, up of 384": (384, 1024, 2), "down to 384": (1024, 384, 1)}
-
-
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scaling: float, *parameters: Tensor) -> tuple[Tensor, ...]:
-        n = len(parameters) // 3
-        weights, a, b = parameters[:n], torch.cat(parameters[n : 2 * n]), parameters[2 * n :]
-        low = x @ a.T
-        rank = low.shape[1] // n
-        outs = [x @ w.T for w in weights]
-        for i, (out, up) in enumerate(zip(outs, b, strict=True)):
-            out.addmm_(low[:, i * rank : (i + 1) * rank], up.T, alpha=scaling)
-        ctx.save_for_backward(x, low, a, *weights, *b)
-        ctx.scaling, ctx.rank = scaling, rank
-        return tuple(outs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        x, low, a, *rest = ctx.saved_tensors
-        n = len(grads)
-        parts = low.split(ctx.rank, dim=1)
-        grad_low = torch.cat([g @ up for g, up in zip(grads, rest[n:], strict=True)], dim=1).mul_(ctx.scaling)
-        grad_b = [(g.T @ part).mul_(ctx.scaling) for g, part in zip(grads, parts, strict=True)]
-        grad_x = grad_low @ a
-        for g, weight in zip(grads, rest[:n], strict=True):
-            grad_x.addmm_(g, weight)
-        return grad_x, None, *[None] * n, *(grad_low.T @ x).split(ctx.rank), *grad_b
+NAMES = {3: ("q_proj", "k_proj", "v_proj"), 2: ("gate_proj", "up_proj"), 1: ("down_proj",)}
 
 
 class _Layers(nn.Module):
     def __init__(self, width: int, out: int, number: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(width, out, bias=False).requires_grad_(False) for _ in range(number)])
+        for name in NAMES[number]:
+            setattr(self, name, nn.Linear(width, out, bias=False).requires_grad_(False))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.children()]
 
 
 def ways(width: int, out: int, number: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,22 +44,21 @@ def ways(width: int, out: int, number: int, dtype: torch.dtype) -> dict[str, Any
 
     torch.manual_seed(0)
     bases = _Layers(width, out, number)
-    settings = LoraConfig(r=16, lora_alpha=32, target_modules=r"layers\.\d+")
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules=list(NAMES[number]))
     stock: Any = get_peft_model(copy.deepcopy(bases), settings).to(dtype)  # type: ignore[arg-type]
     for name, parameter in stock.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, 0, 0.02)
-    fused = copy.deepcopy(stock)
-    assert fuse_lora(fused) == number
-    bases = bases.to(dtype)
-    layers = list(copy.deepcopy(stock).base_model.model.layers)
-    parameters = [m.base_layer.weight for m in layers] + [m.lora_A["default"].weight for m in layers]
-    parameters += [m.lora_B["default"].weight for m in layers]
+    shared = copy.deepcopy(stock)
+    assert fuse_lora(shared) == number
+    fused = copy.deepcopy(shared)
+    for layer in fused.base_model.model.children():
+        layer.together = None
     return {
-        "base": lambda x: [layer(x) for layer in bases.layers],
-        "peft": lambda x: [layer(x) for layer in stock.base_model.model.layers],
-        "fused": lambda x: [layer(x) for layer in fused.base_model.model.layers],
-        "shared": lambda x: _Shared.apply(x, 2.0, *parameters),
+        "base": bases.to(dtype),
+        "peft": stock.base_model.model,
+        "fused": fused.base_model.model,
+        "shared": shared.base_model.model,
     }
 
 
@@ -89,8 +66,12 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=101)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--matmul", default="auto", choices=("auto", "blas", "onednn"))
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    from strategies import matmul
+
+    print(f"float32 products: {matmul.choose(matmul.Matmul(args.matmul))}\n")
     print("| layers | type | base | peft | fused | shared | peft / fused | fused / shared |")
     print("| --- " * 8 + "|")
     for (name, (width, out, number)), dtype in [
@@ -106,7 +87,7 @@ def main() -> None:
                 for a, b in zip(found[way](x), expected, strict=True)
             )
         taken: dict[str, list[float]] = {way: [] for way in found}
-        for turn in range(rounds):
+        for turn in range(args.rounds):
             for way in list(found) if turn % 2 else list(found)[::-1]:
                 begin = time.process_time()
                 torch.autograd.backward(list(found[way](x)), grads)

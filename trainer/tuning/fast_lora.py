@@ -2,12 +2,14 @@
 
 peft computes `base(x) + B(A(x)) * scaling` as separate modules: two more passes over the output forward, one more over the
 gradient of the input backward, and casts of the input under autocast. Here both are accumulated by the matrix products
-themselves. Parameters, names and files stay peft's; so do all layers that do more than this (dropout, DoRA, quantised or
-transposed bases, several adapters).
+themselves, and layers that are called one after the other on the same input (q, k and v; gate and up) share one product
+with their A's, and one sum of its gradients. Parameters, names and files stay peft's; so do all layers that do more than
+this (dropout, DoRA, quantised or transposed bases, several adapters).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,49 +17,102 @@ import torch
 from torch import Tensor, nn
 
 ADAPTER = "default"
+SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Layers of one parent that decoders and encoders call on the same input."""
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` for a frozen W; gradients of x, A and B alone.
+class _LowRankLinears(torch.autograd.Function):
+    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` for n frozen W over one x; gradients of x, A and B alone.
 
-    x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, all of one data type but A and B, which are cast.
+    x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, all of one data type but A and B, which are cast. `tensors`
+    are n W, n biases (or None), n A, n B.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        in_place: bool,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, scalings: Sequence[float], in_place: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights, biases, downs, ups = _quarters(tensors)
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.to(x.dtype).T
-        out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        b_typed = b.to(x.dtype).T
-        if in_place:
-            out.addmm_(low, b_typed, alpha=scaling)
-        else:
-            out = torch.addmm(out, low, b_typed, alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scaling = scaling
-        return out.view(*x.shape[:-1], out.shape[-1])
+        ctx.ranks = [down.shape[0] for down in downs]
+        low = rows @ _joined(downs).to(x.dtype).T
+        outs = []
+        for weight, bias, up, part, scaling in zip(
+            weights, biases, ups, low.split(ctx.ranks, dim=1), scalings, strict=True
+        ):
+            out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+            typed = up.to(x.dtype).T
+            if in_place:
+                out.addmm_(part, typed, alpha=scaling)
+            else:
+                out = torch.addmm(out, part, typed, alpha=scaling)
+            outs.append(out.view(*x.shape[:-1], out.shape[-1]))
+        ctx.save_for_backward(rows, low, *weights, *downs, *ups)
+        ctx.scalings = scalings
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        rows, weight, a, b, low = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        g = grad.reshape(-1, grad.shape[-1])
-        grad_low = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        rows, low, *rest = ctx.saved_tensors
+        n, scalings = len(grads), ctx.scalings
+        weights, downs, ups = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        needs = ctx.needs_input_grad
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_low = _joined([(g @ up.to(g.dtype)).mul_(s) for g, up, s in zip(flat, ups, scalings, strict=True)], dim=1)
         grad_x = None
-        if needs_x:
-            grad_x = (g @ weight).addmm_(grad_low, a.to(g.dtype)).view(*grad.shape[:-1], rows.shape[-1])
-        grad_a = (grad_low.T @ rows).to(a.dtype) if needs_a else None
-        grad_b = (g.T @ low).mul_(ctx.scaling).to(b.dtype) if needs_b else None
-        return grad_x, None, None, grad_a, grad_b, None, None
+        if needs[0]:
+            grad_x = grad_low @ _joined(downs).to(grad_low.dtype)
+            for g, weight in zip(flat, weights, strict=True):
+                grad_x.addmm_(g, weight)
+            grad_x = grad_x.view(*grads[0].shape[:-1], rows.shape[-1])
+        grad_downs: Sequence[Tensor | None] = [None] * n
+        if any(needs[-2 * n : -n]):
+            grad_downs = (grad_low.T @ rows).to(downs[0].dtype).split(ctx.ranks)
+        parts = zip(flat, low.split(ctx.ranks, dim=1), scalings, needs[-n:], strict=True)
+        grad_ups = [(g.T @ part).mul_(s).to(ups[0].dtype) if needed else None for g, part, s, needed in parts]
+        return grad_x, None, None, *[None] * (2 * n), *grad_downs, *grad_ups
+
+
+def _quarters(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    n = len(tensors) // 4
+    return [tensors[start : start + n] for start in range(0, 4 * n, n)]
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+
+
+def _outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What each of the layers makes of x, computed in `dtype`."""
+    bases = [layer.get_base_layer() for layer in layers]
+    tensors = [base.weight.to(dtype) for base in bases]
+    tensors += [None if base.bias is None else base.bias.to(dtype) for base in bases]
+    tensors += [layer.lora_A[ADAPTER].weight for layer in layers]
+    tensors += [layer.lora_B[ADAPTER].weight for layer in layers]
+    scalings = [layer.scaling[ADAPTER] for layer in layers]
+    return _LowRankLinears.apply(x.to(dtype), scalings, layers[0].overwrites_output, *tensors)  # type: ignore[no-any-return]
+
+
+class _Together:
+    """Layers over one input: the first that is called computes for all, the others find their output waiting.
+
+    What waits is told by the input's identity, so a layer called on anything else computes anew and nothing is wrong.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output of one of the layers for x."""
+        if self._input is not x or id(layer) not in self._waiting:
+            made = _outputs(self.layers, x, dtype)
+            self._input, self._waiting = x, {id(one): out for one, out in zip(self.layers, made, strict=True)}
+        out = self._waiting.pop(id(layer))
+        if not self._waiting:
+            self._input = None
+        return out
 
 
 @cache
@@ -72,23 +127,21 @@ def _fused_class() -> type:
         """It uses its children's parameters itself; engines that gather parameters module by module switch this off."""
         overwrites_output = True
         """Whether the base output may be overwritten; selective checkpointing keeps it and switches this off."""
+        together: _Together | None = None
+        """The layers that share its input, where there are any."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             as_usual = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
             if not as_usual or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)
-            base: Any = self.get_base_layer()
-            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-            if autocast:
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            weight, bias = base.weight, base.bias
-            if weight.dtype != x.dtype:
-                if not autocast:
-                    return super().forward(x)
-                weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-            a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-            scaling = self.scaling[ADAPTER]
-            return _LowRankLinear.apply(x, weight, bias, a, b, scaling, self.overwrites_output)  # type: ignore[no-any-return]
+            dtype, held = x.dtype, self.get_base_layer().weight.dtype
+            if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+            elif held != dtype:
+                return super().forward(x)
+            if self.together is None or torch.compiler.is_compiling():
+                return _outputs([self], x, dtype)[0]
+            return self.together.output(self, x, dtype)
 
     return FusedLoraLinear
 
@@ -102,7 +155,22 @@ def fuse_lora(model: nn.Module) -> int:
     plain = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
     for layer in plain:
         layer.__class__ = _fused_class()
+    two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if plain and not two_sides:  # there, keys and values may be of the other side
+        share_inputs(model)
     return len(plain)
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let fused layers that are called on the same input compute together, in place."""
+    for parent in model.modules():
+        for names in SHARE_INPUT:
+            children: list[Any] = [getattr(parent, name, None) for name in names]
+            layers = [child for child in children if isinstance(child, _fused_class())]
+            if len(layers) > 1:
+                together = _Together(layers)
+                for layer in layers:
+                    layer.together = together
 
 
 def _is_plain(layer: Any) -> bool:
