@@ -45,6 +45,7 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of a stretch")
     parser.add_argument("--rounds", type=int, default=3, help="stretches")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--matmul", choices=("blas", "onednn"), default="blas", help="float32 products")
     args = parser.parse_args()
     args.total = args.warm + args.steps * args.rounds
     os.environ.update(HF_HOME=str(args.out / "hf"), HF_DATASETS_CACHE=str(args.out / "datasets"), HF_HUB_OFFLINE="1")
@@ -191,6 +192,14 @@ def repeated(args: argparse.Namespace) -> list[dict[str, list[int]]]:
     """The documents of all steps in their order, the file read again from its start where it ends."""
     rows = documents(args)
     return [rows[index % len(rows)] for index in range(args.total * args.batch)]
+
+
+def choose_matmul(args: argparse.Namespace) -> None:
+    """Let torch compute float32 products with oneDNN, where asked for; without AMX these stay in float32."""
+    if args.matmul == "onednn":
+        import torch
+
+        torch.set_float32_matmul_precision("medium")
 
 
 def base_dtype(args: argparse.Namespace) -> Any:

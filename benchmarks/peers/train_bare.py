@@ -1,11 +1,11 @@
-"""The bare loop of `benchmarks/training/bare.py`, measured: the limit of the hardware."""
+"""The bare loop of `benchmarks/training/bare.py`, measured; with torch's own choice of a library, or with oneDNN."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from stretches import Stretches, options, repeated
+from stretches import Stretches, choose_matmul, options, repeated
 
 
 def main() -> None:
@@ -18,6 +18,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
     import bare
 
+    choose_matmul(args)
     model = bare.build(args.inputs / "model", args.tuning, args.precision, args.device)
     rows = repeated(args)
     steps = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]

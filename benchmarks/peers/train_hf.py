@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stretches import Stretches, base_dtype, lora_settings, options, plain_logits, repeated
+from stretches import Stretches, base_dtype, choose_matmul, lora_settings, options, plain_logits, repeated
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
         TrainingArguments,
     )
 
+    choose_matmul(args)
     tokenizer = AutoTokenizer.from_pretrained(args.inputs / "plain")
     model = AutoModelForCausalLM.from_pretrained(args.inputs / "model", dtype=base_dtype(args))
     version = f"transformers {transformers.__version__}"

@@ -1,10 +1,11 @@
 """The trainer against the bare loop, in alternation, on the same batches: useful tokens per CPU second and peak memory.
 
-    python benchmarks/training/against_bare.py [--rounds 3] [--cases full-fp32,lora-bf16] [--steps 24] [--out FILE.md]
+    python benchmarks/training/against_bare.py [--rounds 3] [--cases full-fp32,lora-bf16] [--steps 9] [--matmul blas] [--out X.md]
 
 The trainer runs through its command line with evaluation, logging at every step and a checkpoint on; the CPU time of evaluations
 and checkpoints is not counted, everything around them is. Speed is measured with both in one process, step by step in turn, on
-one thread; memory and start of each in a process of its own. Losses are compared before anything is
+one thread; memory and start of each in a process of its own. In fp32 the trainer may take oneDNN (`run.matmul`), the bare
+loop has torch's own choice; `--matmul blas` gives both the same. Losses are compared before anything is
 printed: full tuning must agree to 1e-5 relative in fp32; adapters start from other random numbers in the two.
 """
 
@@ -26,7 +27,7 @@ SKIPPED = 3
 """First steps, not counted."""
 
 
-def words(model: Path, data: Path, work: Path, case: str, steps: int, run_dir: Path) -> list[str]:
+def words(model: Path, data: Path, work: Path, case: str, steps: int, run_dir: Path, matmul: str) -> list[str]:
     """The words a user would type."""
     tuning, precision = case.split("-")
     return [
@@ -48,6 +49,7 @@ def words(model: Path, data: Path, work: Path, case: str, steps: int, run_dir: P
         "logging.wandb=disabled",
         "run.device=cpu",
         "run.threads=1",
+        f"run.matmul={matmul}",
         "run.resume=never",
         f"run.dir={run_dir}",
     ]
@@ -62,7 +64,7 @@ def run(command: list[str], out: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def measure(case: str, model: Path, data: Path, work: Path, *, rounds: int, steps: int) -> dict[str, Any]:
+def measure(case: str, model: Path, data: Path, work: Path, *, rounds: int, steps: int, matmul: str) -> dict[str, Any]:
     """Speed of both, alternating step by step in one process, median over rounds; then memory and start of each alone."""
     tuning, precision = case.split("-")
     batches, out = work / "batches.json", work / "out.json"
@@ -71,7 +73,7 @@ def measure(case: str, model: Path, data: Path, work: Path, *, rounds: int, step
     def ours(name: str, first: list[str], number: int) -> dict[str, Any]:
         run_dir = work / "runs" / f"{case}-{os.getpid()}-{name}"
         command = [sys.executable, str(HERE / "shardtune_timed.py"), *first, str(out)]
-        return run([*command, *words(model, data, work, case, number, run_dir)], out)
+        return run([*command, *words(model, data, work, case, number, run_dir, matmul)], out)
 
     for turn in range(rounds):
         result = ours(str(turn), ["--bare"], steps)
@@ -126,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--matmul", default="auto", help="the trainer's run.matmul; the bare loop keeps torch's choice")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work" / "training")
     parser.add_argument("--out", type=Path)
@@ -137,7 +140,7 @@ def main() -> None:
     model, data = inputs / "model", inputs / "train.jsonl"
     rows = []
     for case in args.cases.split(","):
-        rows.append(measure(case, model, data, args.work, rounds=args.rounds, steps=args.steps))
+        rows.append(measure(case, model, data, args.work, rounds=args.rounds, steps=args.steps, matmul=args.matmul))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     text = table(rows)
     print(text)

@@ -35,23 +35,31 @@ class Group:
 
 
 OURS = Case("shardtune", "shardtune", None)
-BARE = Case("bare loop (the limit)", "bare", None)
+BARE = Case("bare loop", "bare", None)
+BY_HAND = "oneDNN by hand"
+"""In the name of who is given, by one line of code, the library that shardtune chooses itself; no way it has of its own."""
+BARE_ONEDNN = replace(BARE, name=f"bare loop, {BY_HAND}", options=("--matmul=onednn",))
 TORCHTUNE = Case("torchtune", "torchtune", "torchtune")
 LITGPT = Case("LitGPT (no clipping)", "litgpt", "litgpt", tolerance=OTHER)
 AXOLOTL = Case("axolotl", "axolotl", "axolotl")
 HF = Case("transformers Trainer", "hf", "trl")
 FACTORY = Case("LLaMA-Factory", "llamafactory", "llamafactory", tolerance=OTHER)
 TRL = Case("TRL", "trl", "trl")
-DEFAULTS = (OURS, BARE, TORCHTUNE, LITGPT, AXOLOTL, HF, FACTORY, TRL)
+DEFAULTS = (OURS, BARE, BARE_ONEDNN, TORCHTUNE, LITGPT, AXOLOTL, HF, FACTORY, TRL)
 FLATTENING = replace(HF, name="transformers Trainer, flattening", options=("--layout=flattening",))
+FLATTENING_ONEDNN = replace(
+    FLATTENING, name=f"{FLATTENING.name}, {BY_HAND}", options=(*FLATTENING.options, "--matmul=onednn")
+)
 SAMPLE_PACKING = replace(AXOLOTL, name="axolotl, sample_packing", options=("--layout=packed",), tolerance=OTHER)
 NEAT = replace(FACTORY, name="LLaMA-Factory, neat_packing", options=("--layout=neat",))
 PACKED = (
     OURS,
     replace(OURS, name="shardtune, packs", options=("--layout=packed",), tolerance=OTHER),
     BARE,
+    BARE_ONEDNN,
     SAMPLE_PACKING,
     FLATTENING,
+    FLATTENING_ONEDNN,
     NEAT,
     replace(TRL, name="TRL, packing (bfd)", options=("--layout=bfd",), tolerance=OTHER),
     replace(TRL, name="TRL, padding_free", options=("--layout=padding_free",)),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from launch.main import main as shardtune
 
@@ -42,9 +43,14 @@ class Clock:
             model = build(config.model.path, str(config.tuning.name), str(config.precision))
             self.loop = Loop(model, lr=config.optim.lr, precision=str(config.precision))
         batch = concatenate(documents_of(trainer.loader, trainer.progress.samples), "cpu")
+        ours = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(
+            "highest"
+        )  # torch's own choice of a library, which the trainer may have changed
         start = time.process_time()
         loss, _ = self.loop.step(batch)
         self.bare.append(time.process_time() - start)
+        torch.set_float32_matmul_precision(ours)
         self.bare_losses.append(float(loss))
         self.aside += time.process_time() - begin
 

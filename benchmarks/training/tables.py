@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from training.cases import BARE, OURS, Group
+from training.cases import BARE, BY_HAND, OURS, Group
 from training.drive import Measured
 
 Row = dict[str, Any]
@@ -97,7 +97,8 @@ def targets(found: dict[str, list[Row]]) -> list[str]:
     for name, made in found.items():
         by_name = {one["name"]: one for one in made if one["agrees"]}
         ours, bare = by_name.get(OURS.name), by_name.get(BARE.name)
-        peers = [one for one in by_name.values() if not one["name"].startswith(("shardtune", BARE.name))]
+        others = [one for one in by_name.values() if not one["name"].startswith(("shardtune", BARE.name))]
+        peers = [one for one in others if not one["name"].endswith(BY_HAND)]
         if ours is None:
             continue
         if bare is not None:
