@@ -22,11 +22,19 @@ KEPT_OPS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
+KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
+"""Variable-length attention on GPUs: torch's and FlashAttention's, which exist only once they are imported."""
+
+
+def is_kept(op: Any) -> bool:
+    """Whether selective checkpointing keeps what an operation computes."""
+    return op in KEPT_OPS or getattr(getattr(op, "_schema", None), "name", None) in KEPT_WHEN_REGISTERED
 
 
 def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _OnlyKept(TorchDispatchMode):
@@ -50,7 +58,7 @@ class _OnlyKept(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in KEPT_OPS or torch.compiler.is_compiling():
+        if is_kept(func) or torch.compiler.is_compiling():
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 

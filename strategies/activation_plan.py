@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from strategies.activation import KEPT_OPS
+from strategies.activation import is_kept
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
@@ -85,7 +85,7 @@ class _Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             size = out.untyped_storage().nbytes()
-            if func in KEPT_OPS:
+            if is_kept(func):
                 self.products[self.current] += size
             if self.current == len(self.saved) - 1:
                 self.largest = max(self.largest, size)

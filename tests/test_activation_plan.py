@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strategies import activation_plan, runtime
+from strategies.activation import is_kept
 from strategies.activation_plan import Activations, choose
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.parameters import meta_context
@@ -67,6 +68,15 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     load_whole(built.step_module, source, Precision.fp32, here)
     assert sum(found.none) + found.outside == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
     assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
+
+
+def test_every_attention_kernel_is_kept_by_selective_checkpointing():
+    """Also those that exist only once they are imported; a sum is not."""
+    import torch.nn.attention.varlen  # noqa: F401
+
+    ops = torch.ops
+    assert is_kept(ops.torch_attn._varlen_attn.default) and is_kept(ops.aten._scaled_dot_product_flash_attention.default)
+    assert is_kept(ops.aten.mm.default) and not is_kept(ops.aten.add.Tensor)
 
 
 def test_the_least_that_fits_is_chosen():

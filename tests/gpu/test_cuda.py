@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strategies import runtime as processes
-from strategies.base import Precision, SingleConfig
+from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from trainer import attention
 from trainer.model import Attention, ModelConfig
@@ -49,6 +49,16 @@ def test_compiled_blocks_train_alike(tmp_path, runtime):
     plain, compiled = curve(tmp_path, runtime), curve(tmp_path, runtime, strategy=SingleConfig(compile=True))
     for (loss, _), (right, _) in zip(compiled, plain, strict=True):
         assert loss == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_blocks_train_alike(tmp_path, runtime, mode):
+    """The variable-length kernel among what is kept."""
+    strategy = SingleConfig(activation_checkpointing=ActivationCheckpointing(mode))
+    plain = curve(tmp_path, runtime, precision=Precision.bf16)
+    found = curve(tmp_path, runtime, precision=Precision.bf16, strategy=strategy)
+    for (loss, _), (right, _) in zip(found, plain, strict=True):
+        assert loss == pytest.approx(right, rel=1e-3)
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")

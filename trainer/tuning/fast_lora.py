@@ -166,7 +166,7 @@ def share_inputs(model: nn.Module) -> None:
     for parent in model.modules():
         for names in SHARE_INPUT:
             children: list[Any] = [getattr(parent, name, None) for name in names]
-            layers = [child for child in children if isinstance(child, _fused_class())]
+            layers: list[Any] = [child for child in children if isinstance(child, _fused_class())]
             if len(layers) > 1:
                 together = _Together(layers)
                 for layer in layers:
