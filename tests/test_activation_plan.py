@@ -72,7 +72,7 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
 
 def test_every_attention_kernel_is_kept_by_selective_checkpointing():
     """Also those that exist only once they are imported; a sum is not."""
-    import torch.nn.attention.varlen  # noqa: F401
+    import torch.nn.attention.varlen
 
     ops = torch.ops
     assert is_kept(ops.torch_attn._varlen_attn.default) and is_kept(ops.aten._scaled_dot_product_flash_attention.default)
