@@ -75,7 +75,9 @@ def test_every_attention_kernel_is_kept_by_selective_checkpointing():
     import torch.nn.attention.varlen
 
     ops = torch.ops
-    assert is_kept(ops.torch_attn._varlen_attn.default) and is_kept(ops.aten._scaled_dot_product_flash_attention.default)
+    assert is_kept(ops.torch_attn._varlen_attn.default) and is_kept(
+        ops.aten._scaled_dot_product_flash_attention.default
+    )
     assert is_kept(ops.aten.mm.default) and not is_kept(ops.aten.add.Tensor)
 
 
