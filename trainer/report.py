@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.base import Precision
-from strategies.matmul import Matmul
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config import RunConfig
@@ -76,8 +75,8 @@ def run_facts(
     substitutions = {**config.substitutions, **built.substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
-    if runtime.matmul is not None and config.run.matmul is Matmul.auto:
-        substitutions["run.matmul"] = f"auto -> {runtime.matmul}"
+    if runtime.matmul is not None and not runtime.matmul.endswith("(as asked)"):  # also where onednn was asked and refused
+        substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
     return {
         "config_sha256": sha256,
         "strategy": str(config.strategy.name),
