@@ -75,7 +75,9 @@ def run_facts(
     substitutions = {**config.substitutions, **built.substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
-    if runtime.matmul is not None and not runtime.matmul.endswith("(as asked)"):  # also where onednn was asked and refused
+    if runtime.matmul is not None and not runtime.matmul.endswith(
+        "(as asked)"
+    ):  # also where onednn was asked and refused
         substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
     return {
         "config_sha256": sha256,
