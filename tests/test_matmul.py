@@ -8,8 +8,9 @@ import torch
 from strategies import matmul
 from strategies import runtime as processes
 from strategies.matmul import Matmul
+from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
-from trainer import attention
+from trainer import attention, report
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,23 @@ def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
     monkeypatch.setattr(torch, "eye", lambda n: eye(n) * (1.001 if rounding["on"] else 1.0))
     assert matmul.choose(asked) == "blas (oneDNN would round float32 products to bfloat16 here)"
     assert taken() == "blas"
+
+
+@pytest.mark.parametrize(
+    ("asked", "settled", "recorded"),
+    [
+        ("auto", "onednn (oneDNN is 2.2 times as fast here)", "auto -> onednn (oneDNN is 2.2 times as fast here)"),
+        ("onednn", "blas (this torch has no oneDNN)", "onednn -> blas (this torch has no oneDNN)"),
+        ("onednn", "onednn (as asked)", None),
+        ("auto", None, None),  # on a GPU nothing is chosen
+    ],
+)
+def test_run_json_tells_what_was_taken(tmp_path, asked, settled, recorded):
+    config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=1)
+    config.run.matmul = Matmul(asked)
+    runtime = Runtime(0, 1, 0, 1, torch.device("cpu"), None, matmul=settled)
+    facts = report._substitutions(config, {}, config.precision, runtime)
+    assert facts.get("run.matmul") == recorded
 
 
 def test_the_measurement_leaves_nothing_behind():

@@ -72,13 +72,6 @@ def run_facts(
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
     start = getattr(config.tuning, "from_", None)
-    substitutions = {**config.substitutions, **built.substitutions}
-    if config.precision is Precision.auto:
-        substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
-    if runtime.matmul is not None and not runtime.matmul.endswith(
-        "(as asked)"
-    ):  # also where onednn was asked and refused
-        substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
     return {
         "config_sha256": sha256,
         "strategy": str(config.strategy.name),
@@ -106,7 +99,7 @@ def run_facts(
         "label_names": data.label_names,
         "sharding": sharding,
         "initialised": initialised,
-        "substitutions": substitutions,
+        "substitutions": _substitutions(config, built.substitutions, precision, runtime),
         "flops_per_token": _flops(
             built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
         ),
@@ -116,6 +109,19 @@ def run_facts(
         "git_revision": git_revision(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def _substitutions(
+    config: RunConfig, of_model: Mapping[str, str], precision: Precision, runtime: Runtime
+) -> dict[str, str]:
+    """What stands in for the settings asked, by setting: their `auto` choices, and what was refused."""
+    substitutions = {**config.substitutions, **of_model}
+    if config.precision is Precision.auto:
+        substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    as_asked = runtime.matmul is None or runtime.matmul.endswith("(as asked)")
+    if not as_asked:  # also where onednn was asked and refused
+        substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
+    return substitutions
 
 
 def _flops(built: Built, mean_length: float, answer_share: float) -> float:
