@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from strategies.base import Engine
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 
@@ -24,12 +25,17 @@ def held_elements(step_module: nn.Module) -> int:
     return held
 
 
-def sharding_record(step_module: nn.Module, runtime: Runtime) -> dict[str, Any]:
-    """Total, trainable and per-rank held parameter elements. All ranks must call."""
+def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
+    """Total, trainable and per-rank held parameter elements, and what the ranks exchange through. All ranks must call."""
+    step_module = engine.step_module
     total = sum(element_counts(step_module).values())
     trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in named_parameters(step_module) if p.requires_grad)
+    exchange = "nccl" if runtime.device.type == "cuda" else "gloo"
+    if engine.host_memory is not None:
+        exchange = "shared memory"
     return {
         "parameters": total,
         "trainable_parameters": trainable,
+        "exchange": exchange,
         "held_per_rank": gather_objects(held_elements(step_module), runtime),
     }

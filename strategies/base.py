@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from strategies.host_memory import HostMemory
+
 
 class StrategyName(StrEnum):
     """The names users type as `strategy=<name>`."""
@@ -111,8 +113,8 @@ class ZeroConfig(StrategyConfig):
     """Where idle parameters live (stage 3 only): `none`, `cpu` or `nvme`."""
     nvme_path: str | None = None
     """Directory on a local NVMe drive, needed by either `nvme` choice."""
-    bucket_mib: int = 200
-    """Size of one reduce or all-gather bucket in MiB."""
+    bucket_mib: int | None = None
+    """Size of one reduce or all-gather bucket in MiB; none: 200 on GPUs, 8 on CPUs."""
     persistence_threshold: int = 100_000
     """Parameters with fewer elements than this stay gathered (stage 3)."""
     prefetch_mib: int = 50
@@ -202,6 +204,8 @@ class Engine(Protocol):
     dp_size: int
     step_module: nn.Module
     """The step module, sharded; its parameters are this rank's part."""
+    host_memory: HostMemory | None
+    """Through which the ranks exchange parameters and gradients, where they do not through their process group."""
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call.

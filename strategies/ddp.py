@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies.activation import apply_to_blocks
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
+from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
 from strategies.single import SingleStrategy, load_whole
 
@@ -23,6 +27,14 @@ class DdpEngine(NativeEngine):
         # DDP decides in the forward pass whether the coming backward pass synchronises.
         self.wrapped.require_backward_grad_sync = last or not self.defer_sync
         return super().forward(batch, last=last)
+
+
+def _reduce_bucket(memory: HostMemory, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean of a bucket of gradients, at once: a thread that sends in the background would take the same core."""
+    memory.all_reduce(bucket.buffer(), average=True)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 class DdpStrategy(SingleStrategy):
@@ -41,6 +53,8 @@ class DdpStrategy(SingleStrategy):
         """Load everything on every rank, wrap, then build the optimizer. All ranks must call."""
         load_whole(step_module, source, self.precision, self.runtime)
         apply_to_blocks(step_module, self.config)
+        # torch 2.13 renames this argument to another that older versions lack.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped = DistributedDataParallel(
             step_module,
             device_ids=[self.runtime.device] if self.runtime.device.type == "cuda" else None,
@@ -49,6 +63,11 @@ class DdpStrategy(SingleStrategy):
             broadcast_buffers=False,
             init_sync=False,
         )
+        memory = open_host_memory(self.runtime)
+        if memory is not None:
+            wrapped.register_comm_hook(
+                memory, lambda memory, bucket: _reduce_bucket(memory, bucket)
+            )  # torch reads annotations
         engine = DdpEngine(
             step_module,
             wrapped,
@@ -59,4 +78,5 @@ class DdpStrategy(SingleStrategy):
             strategy=self.config.name,
         )
         engine.defer_sync = self.config.defer_sync
+        engine.host_memory = memory
         return engine

@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from strategies.activation import apply_to_blocks
 from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, StrategyName
+from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replicate_degree, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
@@ -28,6 +31,36 @@ def dtensor_start(tensor: DTensor) -> int:
     for size in tensor.shape[1:]:
         row *= size
     return (offsets[0] if offsets else 0) * row
+
+
+class _AllGather(DefaultAllocMixin, AllGather):
+    """A block's parameters, through the host's memory."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self.memory = memory
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        self.memory.all_gather(output_tensor, input_tensor)
+
+
+class _ReduceScatter(DefaultAllocMixin, ReduceScatter):
+    """A block's gradients, through the host's memory."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self.memory = memory
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
+        self.memory.reduce_scatter(output_tensor, input_tensor, average=op == dist.ReduceOp.AVG)
 
 
 class Fsdp2Engine(NativeEngine):
@@ -109,7 +142,7 @@ class Fsdp2Strategy:
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=torch.float32, frozen=compute)
         apply_to_blocks(step_module, self.config)
-        self._shard(step_module, compute)
+        memory = self._shard(step_module, compute)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
         materialize(step_module, device)
         if self.config.cpu_offload:
@@ -128,9 +161,10 @@ class Fsdp2Strategy:
             strategy=self.config.name,
         )
         engine.defer_sync = self.config.defer_sync
+        engine.host_memory = memory
         return engine
 
-    def _shard(self, step_module: nn.Module, compute: torch.dtype) -> None:
+    def _shard(self, step_module: nn.Module, compute: torch.dtype) -> HostMemory | None:
         mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
         offload: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:
@@ -144,6 +178,12 @@ class Fsdp2Strategy:
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
         fully_shard(step_module, reshard_after_forward=False, **kwargs)
+        memory = open_host_memory(self.runtime, mesh["shard"].get_group())
+        for module in step_module.modules():
+            if memory is not None and isinstance(module, FSDPModule):
+                module.set_custom_all_gather(_AllGather(memory))
+                module.set_custom_reduce_scatter(_ReduceScatter(memory))
+        return memory
 
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:

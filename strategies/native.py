@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from strategies.base import AroundUpdate, OptimizerFactory, Precision, Progress, StepResult
+from strategies.host_memory import HostMemory
+from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
 from strategies.state import Run, StateHeader, load_state, save_state
@@ -29,6 +31,8 @@ _GROUP_STATE = ("k", "weight_sum", "lr_max")
 
 class NativeEngine:
     """A step module, its optimizer, and the arithmetic between backward and update."""
+
+    host_memory: HostMemory | None = None
 
     casts_parameters = False
     """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""
@@ -117,12 +121,7 @@ class NativeEngine:
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         if not grads:
             return self._reduce_norm(torch.zeros((), device=self.runtime.device)).sqrt()
-        if grads[0].device.type == "cpu":
-            # There torch's norm adds up one by one in float32: 3e-4 off at eight million elements. A sum is pairwise.
-            squared = torch.stack([g.float().square().sum() for g in grads])
-        else:
-            squared = torch.stack(torch._foreach_norm([g.float() for g in grads])).square()
-        return self._reduce_norm(squared.sum().to(self.runtime.device)).sqrt()
+        return self._reduce_norm(squared_norm(grads).to(self.runtime.device)).sqrt()
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> StepResult:

@@ -28,6 +28,10 @@ class Runtime:
     control_group: Any
     matmul: str | None = None
     """On a CPU, the library of float32 products and why it was taken."""
+    shared_memory: bool = True
+    """Whether CPU ranks on one host may exchange through shared memory."""
+    timeout_s: float = 600
+    """Seconds after which a collective that makes no progress fails."""
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +39,9 @@ class Runtime:
         return self.rank == 0
 
 
-def start(device: str, *, timeout_s: int, threads: int = 0, matmul: Matmul = Matmul.auto) -> Runtime:
+def start(
+    device: str, *, timeout_s: int, threads: int = 0, matmul: Matmul = Matmul.auto, shared_memory: bool = True
+) -> Runtime:
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
     All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
@@ -66,7 +72,7 @@ def start(device: str, *, timeout_s: int, threads: int = 0, matmul: Matmul = Mat
                 os.environ.setdefault(key, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
-    return Runtime(rank, world, local_rank, local_world, torch_device, control, products)
+    return Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
 
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,7 +12,9 @@ from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
 from strategies.base import OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
+from strategies.deepspeed_library import exchange_through, import_deepspeed, norm_on_cpu, restore_linear
 from strategies.errors import ConfigError
+from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
     COMPUTE_DTYPE,
     fill_whole,
@@ -29,32 +29,10 @@ from strategies.state import Run, StateHeader, load_state, save_state
 from strategies.zero_config import deepspeed_config
 
 
-def import_deepspeed(*, on_cpu: bool) -> Any:
-    """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by their old names, once a warning each time.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-    from deepspeed.runtime import bf16_optimizer
-
-    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None  # it prints, whatever the level
-    if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def restore_linear() -> None:
-    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists."""
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
-
-    torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
-
-
 class ZeroEngine:
     """A DeepSpeed engine that steps when it is told to and reports what it did."""
+
+    host_memory: HostMemory | None = None
 
     def __init__(self, step_module: nn.Module, engine: Any, config: ZeroConfig, runtime: Runtime) -> None:
         self.step_module, self.engine, self.config, self.runtime = step_module, engine, config, runtime
@@ -287,8 +265,13 @@ class ZeroStrategy:
             materialize(step_module, self.runtime.device)
             fill_whole(step_module, source)
         optimizer = make_optimizer(trainable_parameters(step_module))
+        memory = open_host_memory(self.runtime)
+        exchange_through(memory)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
+        if self.on_cpu and hasattr(engine.optimizer, "get_grad_norm_direct"):
+            engine.optimizer.get_grad_norm_direct = norm_on_cpu
         result = ZeroEngine(step_module, engine, self.config, self.runtime)
+        result.host_memory = memory
         if self.precision is not Precision.fp32:
             result.set_masters(source)
         return result

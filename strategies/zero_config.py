@@ -24,11 +24,14 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
     (`set_gradient_accumulation_boundary`), and losses arrive already divided.
     """
-    numel = config.bucket_mib * MIB // 2  # DeepSpeed counts elements; two bytes each in the compute type
+    # On a CPU a bucket should fit the cache: 200 MiB take a quarter longer a step.
+    bucket_mib = config.bucket_mib or (8 if on_cpu else 200)
+    numel = bucket_mib * MIB // 2  # DeepSpeed counts elements; two bytes each in the compute type
     zero: dict[str, Any] = {
         "stage": config.stage,
         "overlap_comm": not on_cpu,
-        "contiguous_gradients": True,
+        # Copies gradients into one buffer against fragments, which host memory does not suffer from.
+        "contiguous_gradients": not on_cpu or config.offload_optimizer != "none",
         "reduce_bucket_size": numel,
         "allgather_bucket_size": numel,
     }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strategies.native import NativeEngine
+from strategies.norm import squared_norm
 
 
 def test_the_norm_of_many_elements_is_exact():
@@ -16,3 +17,9 @@ def test_the_norm_of_many_elements_is_exact():
     expected = float(grad.double().norm())
     for grads in ([grad], list(grad.chunk(7))):
         assert float(engine._grad_norm(grads)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_small_empty_and_transposed_gradients():
+    grads = [torch.zeros(0, 3), torch.full((2, 3), 2.0), torch.arange(6.0).view(2, 3).t(), torch.ones(3).bfloat16()]
+    assert float(squared_norm(grads)) == pytest.approx(24 + 55 + 3, rel=1e-6)
+    assert not torch.isfinite(squared_norm([torch.tensor([1.0, float("nan")])]))

@@ -99,7 +99,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         runtime=runtime,
         built=built,
         data=data,
-        sharding=sharding_record(engine.step_module, runtime),
+        sharding=sharding_record(engine, runtime),
         initialised=source.initialised,
         total_steps=total_steps,
         loader=loader,
@@ -134,7 +134,13 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
 def start_processes(config: RunConfig) -> processes.Runtime:
     """This process as a rank of its job. All ranks must call."""
     run = config.run
-    return processes.start(str(run.device), timeout_s=run.timeout_s, threads=run.threads, matmul=run.matmul)
+    return processes.start(
+        str(run.device),
+        timeout_s=run.timeout_s,
+        threads=run.threads,
+        matmul=run.matmul,
+        shared_memory=run.shared_memory,
+    )
 
 
 def agree_on_run(run_dir: Path | None, sha256: str, runtime: processes.Runtime) -> Path:

@@ -55,6 +55,8 @@ class RunSettings:
     """CPU threads per rank; 0 divides the cores this job may use by the ranks on the host."""
     matmul: Matmul = Matmul.auto
     """Library of fp32 matrix products on CPUs: torch's `blas`, `onednn`, or `auto` (onednn where it is 1.5 times as fast)."""
+    shared_memory: bool = True
+    """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
     timeout_s: int = 600
     """Seconds after which a collective that makes no progress ends the job."""
 

@@ -159,11 +159,12 @@ def start_text(facts: Mapping[str, Any]) -> str:
     sharding = facts["sharding"]
     held = sharding["held_per_rank"]
     share = sharding["trainable_parameters"] / max(1, sharding["parameters"])
+    ranks = "ranks" if facts["world_size"] == 1 else f"ranks (over {sharding['exchange']})"
     lines = [
         f"parameters: {sharding['parameters']:,}, trainable {sharding['trainable_parameters']:,} ({share:.2%}); held per "
         f"rank {min(held):,}" + (f" to {max(held):,}" if max(held) != min(held) else ""),
         f"batch: {facts['global_batch']} = {facts['micro_batch']} micro x {facts['accumulation']} accumulation x "
-        f"{facts['world_size']} ranks; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
+        f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
     if facts.get("quantisation"):

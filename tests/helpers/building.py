@@ -182,10 +182,10 @@ def trainer_for(
     config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
 ) -> Trainer:
     """The product's trainer with its engine and loader, and nothing that writes."""
-    if (
-        "deepspeed" in sys.modules
-    ):  # a process of the product has one engine; this one may have had ZeRO-3's, which leaves
-        from strategies.zero import restore_linear  # a linear function behind that selective checkpointing cannot take
+    if "deepspeed" in sys.modules:
+        # A process of the product has one engine; this one may have had ZeRO-3's, which leaves a linear function behind
+        # that selective checkpointing cannot take.
+        from strategies.deepspeed_library import restore_linear
 
         restore_linear()
     tokenizer = load_tokenizer(config.model)

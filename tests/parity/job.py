@@ -33,8 +33,21 @@ def matrix(root: Path, runtime: processes.Runtime) -> dict:
             trainer = trainer_for(run_config(model, strategy, tuning, micro=micro, steps=STEPS), data, runtime)
             assert trainer.loader.accumulation == accumulation
             found[f"{strategy}-{tuning}-{masks}-{accumulation}"] = take_steps(trainer, STEPS)
+    found |= _through_sockets(model, data, runtime)
     if "hsdp" in names_for(runtime.world_size) and find_spec("bitsandbytes") is not None:
         found |= _quantised_hsdp(model, data, runtime)
+    return found
+
+
+def _through_sockets(model: Path, data, runtime: processes.Runtime) -> dict:
+    """As ranks on several hosts would exchange: all above did through the memory of theirs."""
+    found = {}
+    for strategy in names_for(runtime.world_size):
+        config = run_config(model, strategy, "full", micro=GLOBAL_BATCH // runtime.world_size, steps=STEPS)
+        assert trainer_for(config, data, runtime).engine.host_memory is not None
+        trainer = trainer_for(config, data, replace(runtime, shared_memory=False))
+        assert trainer.engine.host_memory is None
+        found[f"{strategy}-sockets"] = take_steps(trainer, STEPS)
     return found
 
 

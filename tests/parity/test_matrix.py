@@ -32,6 +32,14 @@ def test_strategy_equals_single(reports, world, strategy, tuning, masks, accumul
         assert norm == pytest.approx(right_norm, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(("world", "strategy"), [(world, name) for world in (2, 4) for name in names_for(world)])
+def test_through_sockets_too(reports, world, strategy):
+    for found, expected in zip(
+        reports[world][f"{strategy}-sockets"], reports[world]["single-full-uneven"], strict=True
+    ):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
 def test_the_oracle_learns_and_is_clipped(reports):
     """A matrix of runs that stand still, or that clipping never touches, would prove little."""
     for tuning, masks in itertools.product(("full", "lora"), ("even", "uneven")):

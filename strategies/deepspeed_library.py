@@ -1,0 +1,112 @@
+"""The DeepSpeed library as it is used here: quiet, and on CPUs without a compiler and with its own exchange and norm."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from strategies.host_memory import HostMemory
+from strategies.norm import squared_norm
+
+_SMALLEST = 2**12
+"""Elements below which a collective stays with the process group: flags and norms."""
+_AVERAGES = {"SUM": False, "AVG": True}
+"""Reductions that go through the memory, by name: DeepSpeed and torch each have their own enumeration."""
+
+
+def import_deepspeed(*, on_cpu: bool) -> Any:
+    """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by their old names, once a warning each time.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None  # it prints, whatever the level
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def restore_linear() -> None:
+    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
+
+    torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
+
+
+class _Done:
+    """The handle of a collective that has ended."""
+
+    def wait(self) -> None:
+        pass
+
+
+class HostExchange:
+    """Stands in for DeepSpeed's backend: large collectives of all ranks go through the memory, all else to the backend."""
+
+    def __init__(self, backend: Any, memory: HostMemory) -> None:
+        self.backend, self.memory = backend, memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def _takes(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
+        """Whether a collective is ours: of all ranks, large, in one piece; decided alike on every rank."""
+        everyone = group is None or dist.get_world_size(group) == self.memory.size
+        return everyone and tensor.numel() >= _SMALLEST and tensor.is_contiguous() and op.name in _AVERAGES
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if not self._takes(tensor, group, op):
+            return self.backend.all_reduce(tensor, op, group=group, async_op=async_op)
+        self.memory.all_reduce(tensor, average=_AVERAGES[op.name])
+        return _Done()
+
+    def all_gather_into_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if not self._takes(output_tensor, group):
+            return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        self.memory.all_gather(output_tensor, input_tensor)
+        return _Done()
+
+    def reduce_scatter_tensor(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if not self._takes(input_tensor, group, op):
+            return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
+        self.memory.reduce_scatter(output_tensor, input_tensor, average=_AVERAGES[op.name])
+        return _Done()
+
+
+def exchange_through(memory: HostMemory | None) -> None:
+    """Let DeepSpeed's collectives go through `memory`, or as it makes them itself."""
+    from deepspeed.comm import comm
+
+    backend = comm.cdb.backend if isinstance(comm.cdb, HostExchange) else comm.cdb
+    comm.cdb = backend if memory is None else HostExchange(backend, memory)
+
+
+def norm_on_cpu(gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0) -> Tensor:
+    """What DeepSpeed asks its optimizer for: the norm over all ranks' `gradients`, -1 where it is not finite.
+
+    Its own copies everything to float64 first, a tenth of a step on a CPU. All ranks must call.
+    """
+    assert norm_type == 2.0
+    squared = squared_norm(gradients) if gradients else torch.zeros(())
+    dist.all_reduce(squared)
+    norm = squared.sqrt()
+    return torch.where(norm.isfinite(), norm, -1.0)

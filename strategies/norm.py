@@ -1,0 +1,22 @@
+"""The squared norm of what a rank holds of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_PIECE = 2**14
+
+
+def squared_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The sum of squares over all elements of `grads` (at least one), in float32, on their device.
+
+    On CPUs torch's norm adds up one by one: 3e-4 off at eight million elements. Norms of short pieces are not, and take
+    an eighth of the time of squares summed pairwise.
+    """
+    pieces = [g.detach().float() for g in grads]
+    if pieces[0].device.type == "cpu":
+        pieces = [piece for g in pieces for piece in g.reshape(-1).split(_PIECE)]
+    return torch.stack(torch._foreach_norm(pieces)).square().sum()
