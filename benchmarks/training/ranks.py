@@ -19,6 +19,11 @@ from environments import HERE, WORK
 from training.drive import Failed, Work, reason
 
 STRATEGIES = ("ddp", "fsdp2", "zero2")
+MICRO = 4
+"""Conversations in one forward pass of one process, in every row."""
+PER_RANK = (16, 4)
+"""Conversations a step for each process. The first makes the product's default global batch on two, and is judged; with the
+second nothing is accumulated and every pass communicates."""
 SINGLE = "one process"
 APART = "independent processes"
 CLOSE = 1e-5
@@ -36,7 +41,7 @@ def command(work: Work, out: Path, strategy: str, processes: int, steps: int, ba
         "data.cache_dir": WORK / "training" / "ranks-cache",
         "data.shuffle": "false",
         "batch.global": batch,
-        "batch.micro": batch // processes,
+        "batch.micro": MICRO,
         "budget.steps": steps,
         "strategy": strategy,
         "launcher.processes": processes,
@@ -95,29 +100,42 @@ def once(work: Work, what: str, ranks: int, steps: int, batch: int) -> tuple[flo
 
 def main(args: argparse.Namespace, facts: dict[str, Any], work: Work, keep: Callable[..., None]) -> int:
     """Measure in turn, and write `training_ranks`; 1 where a strategy failed or its loss differs from one process's."""
-    began = time.monotonic()
-    steps, batch = WARM + args.steps * 2, 4 * args.ranks
+    began, loads, tables = time.monotonic(), [], []
+    for per_rank in PER_RANK:
+        tables.append(measure(work, args.ranks, WARM + args.steps * 2, per_rank * args.ranks, facts["rounds"], loads))
+    facts |= {"minutes": (time.monotonic() - began) / 60, "tables": tables}
+    keep(args.results, "training_ranks", report(args.ranks, facts, loads), facts)
+    return int(max(apart for table in tables for apart in table["difference"].values()) > CLOSE)
+
+
+def measure(work: Work, ranks: int, steps: int, batch: int, rounds: int, loads: list[float]) -> dict[str, Any]:
+    """Rates by round, times one process's rate, and the largest difference of a loss, at one global batch."""
     rates: dict[str, list[float]] = {what: [] for what in (SINGLE, APART, *STRATEGIES)}
     losses: dict[str, list[float]] = {}
-    loads = []
-    once(work, SINGLE, args.ranks, 1 + WARM, batch)  # prepares the data, once for all
-    for number in range(facts["rounds"]):
+    once(work, SINGLE, ranks, 1 + WARM, batch)  # prepares the data, once for all
+    for number in range(rounds):
         for what in rates if number % 2 == 0 else reversed(rates):
-            rate, losses[what] = once(work, what, args.ranks, steps, batch)
+            rate, losses[what] = once(work, what, ranks, steps, batch)
             rates[what].append(rate)
             loads.append(os.getloadavg()[0])
-            print(f"  round {number + 1}: {what}: {rate:.0f} tokens/s, load {loads[-1]:.1f}", flush=True)
+            print(
+                f"  {batch} a step, round {number + 1}: {what}: {rate:.0f} tokens/s, load {loads[-1]:.1f}", flush=True
+            )
     pairs = {what: zip(losses[what], losses[SINGLE], strict=True) for what in STRATEGIES}
-    apart = {what: max(abs(a - b) / b for a, b in each) for what, each in pairs.items()}
-    scaling = {what: median(a / b for a, b in zip(each, rates[SINGLE], strict=True)) for what, each in rates.items()}
-    facts |= {"minutes": (time.monotonic() - began) / 60, "rates": rates, "scaling": scaling, "difference": apart}
-    keep(args.results, "training_ranks", report(args.ranks, batch, steps, facts, loads), facts)
-    return int(max(apart.values()) > CLOSE)
+    return {
+        "batch": batch,
+        "steps": steps,
+        "rates": rates,
+        "scaling": {
+            what: median(a / b for a, b in zip(each, rates[SINGLE], strict=True)) for what, each in rates.items()
+        },
+        "difference": {what: max(abs(a - b) / b for a, b in each) for what, each in pairs.items()},
+    }
 
 
-def report(ranks: int, batch: int, steps: int, facts: dict[str, Any], loads: list[float]) -> str:
+def report(ranks: int, facts: dict[str, Any], loads: list[float]) -> str:
     """The results as Markdown."""
-    scaling, apart = facts["scaling"], facts["difference"]
+    tables = facts["tables"]
     lines = [
         f"# Training on {ranks} processes: results",
         "",
@@ -126,17 +144,25 @@ def report(ranks: int, batch: int, steps: int, facts: dict[str, Any], loads: lis
         f"{facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f} while it ran. Wall time: only a quiet "
         "machine gives true figures.",
         "",
-        f"shardtune, full fine-tuning in fp32. {facts['model']}, {batch} conversations a step in all, one thread a process, "
-        f"{steps - WARM} steps after {WARM} of warm-up; medians of {facts['rounds']} rounds in turn.",
-        "",
-        "| way | tokens/s | times one process | largest difference of a loss |",
-        "| --- | --- | --- | --- |",
+        f"shardtune, full fine-tuning in fp32. {facts['model']}, {MICRO} conversations a forward pass, one thread a process, "
+        f"{tables[0]['steps'] - WARM} steps after {WARM} of warm-up; medians of {facts['rounds']} rounds in turn.",
     ]
-    for what, each in facts["rates"].items():
-        name = f"{ranks} {what} (the limit)" if what == APART else what
-        difference = f"{apart[what]:.1e}" if what in apart else "-"
-        lines.append(f"| {name} | {median(each):,.0f} | {scaling[what]:.2f} | {difference} |")
-    goal = min(scaling[what] for what in ("fsdp2", "zero2"))
-    lines += ["", f"- fsdp2 and zero2 on {ranks} processes: {goal:.2f} times one process (at least 1.6): "]
-    lines[-1] += "holds" if goal >= 1.6 else "MISSED"
+    for table in tables:
+        lines += [
+            "",
+            f"## {table['batch']} conversations a step in all",
+            "",
+            "| way | tokens/s | times one process | largest difference of a loss |",
+            "| --- | --- | --- | --- |",
+        ]
+        for what, each in table["rates"].items():
+            name = f"{ranks} {what} (the limit)" if what == APART else what
+            difference = f"{table['difference'][what]:.1e}" if what in table["difference"] else "-"
+            lines.append(f"| {name} | {median(each):,.0f} | {table['scaling'][what]:.2f} | {difference} |")
+    goal = min(tables[0]["scaling"][what] for what in ("fsdp2", "zero2"))
+    lines += [
+        "",
+        f"- fsdp2 and zero2 on {ranks} processes, {tables[0]['batch']} conversations a step: {goal:.2f} times one process "
+        f"(at least 1.6): {'holds' if goal >= 1.6 else 'MISSED'}",
+    ]
     return "\n".join(lines) + "\n"
