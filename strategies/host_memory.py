@@ -40,7 +40,7 @@ class HostMemory:
         self.group, self.rank, self.size = group, dist.get_rank(group), len(regions)
         self._regions = [region[_HEAD:].view(2, -1) for region in regions]
         self._counters: list[np.ndarray] = [region[:8].view(torch.int64).numpy() for region in regions]
-        self._processes, self._timeout_s = processes, timeout_s
+        self._ranks, self._processes, self._timeout_s = dist.get_process_group_ranks(group), processes, timeout_s
         self._meetings = self._turn = 0
 
     def all_gather(self, output: Tensor, input: Tensor) -> None:
@@ -123,12 +123,11 @@ class HostMemory:
             time.sleep(1e-4)
             if waited - looked > 0.1:
                 looked = waited
+                who = f"rank {self._ranks[self.rank]} waited {waited:.0f} s for its peer {self._ranks[other]}"
                 if _ended(self._processes[other]):
-                    raise RuntimeError(f"rank {self.rank} waited for its peer {other}, which has ended")
+                    raise RuntimeError(f"{who}, which has ended")
                 if waited > self._timeout_s:
-                    raise RuntimeError(
-                        f"timed out: rank {self.rank} waited {waited:.0f} s for its peer {other} (run.timeout_s)"
-                    )
+                    raise RuntimeError(f"timed out: {who} (run.timeout_s={self._timeout_s:.0f})")
 
 
 _ORDERED = platform.machine().lower() in ("x86_64", "amd64")
@@ -139,7 +138,7 @@ def _ended(process: int) -> bool:
     """Whether a process is gone, or only its exit status is left."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
@@ -151,7 +150,7 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
     if size == 1 or runtime.device.type != "cpu" or not runtime.shared_memory:
         return None
     descriptor = _create()
-    offers: list[tuple[str, int, int] | None] = [None] * size
+    offers: list[tuple[str | None, int, int] | None] = [None] * size
     try:
         mine = None if descriptor is None else (_place(), os.getpid(), descriptor)
         dist.all_gather_object(offers, mine, group=group)
@@ -179,16 +178,19 @@ def _create() -> int | None:
     return descriptor
 
 
-def _place() -> str:
+def _place() -> str | None:
     """Where a process's number means the same process: the running kernel and the namespace of its processes."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
-
-
-def _map(offers: list[tuple[str, int, int] | None]) -> list[Tensor] | None:
     try:
-        here = _place()
-        if any(offer is None or offer[0] != here for offer in offers):
-            return None
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
+
+
+def _map(offers: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
+    here = _place()
+    if here is None or any(offer is None or offer[0] != here for offer in offers):
+        return None
+    try:
         paths = [f"/proc/{offer[1]}/fd/{offer[2]}" for offer in offers if offer]
         return [torch.from_file(path, shared=True, size=_HEAD + 2 * _SLOT, dtype=torch.uint8) for path in paths]
     except (OSError, RuntimeError):  # another user's process, or a system that hides them

@@ -6,6 +6,7 @@ travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.matmul import as_chosen, in_blas
+from strategies.matmul import LONG, as_chosen, in_blas
 
 NAME = "shardtune_varlen"
 
@@ -83,11 +84,23 @@ def varlen_attention(
     wide = torch.promote_types(computes_in, torch.float32) if query.device.type == "cpu" else computes_in
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
-        # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
-        parts = zip(*(t.split(lengths, dim=2) for t in in_blas(*whole)), strict=True)
-        pieces = [_one_document(q, k, v, scaling, dropout, sliding_window, softcap, causal) for q, k, v in parts]
-        out = as_chosen(torch.cat(pieces, dim=2))
+        rest = scaling, dropout, sliding_window, softcap, causal
+        out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, *rest))
     return out.to(computes_in).transpose(1, 2).contiguous(), None
+
+
+def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """`attend` for each document of a row; on CPUs the products of short documents are left to BLAS (`strategies/matmul.py`)."""
+    all_short = max(lengths, default=0) < LONG
+    row = in_blas(*whole) if all_short else whole  # one switch for the row, or one for each short document
+    pieces = []
+    # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
+    for part, length in zip(zip(*(t.split(lengths, dim=2) for t in row), strict=True), lengths, strict=True):
+        alone = not all_short and length < LONG
+        piece = attend(*(in_blas(*part) if alone else part))
+        pieces.append(as_chosen(piece) if alone else piece)
+    joined = torch.cat(pieces, dim=2)
+    return as_chosen(joined) if all_short else joined
 
 
 def _one_document(
