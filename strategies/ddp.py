@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -53,21 +52,18 @@ class DdpStrategy(SingleStrategy):
         """Load everything on every rank, wrap, then build the optimizer. All ranks must call."""
         load_whole(step_module, source, self.precision, self.runtime)
         apply_to_blocks(step_module, self.config)
-        # torch 2.13 renames this argument to another that older versions lack.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped = DistributedDataParallel(
             step_module,
             device_ids=[self.runtime.device] if self.runtime.device.type == "cuda" else None,
             bucket_cap_mb=self.config.bucket_mib,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             init_sync=False,
         )
         memory = open_host_memory(self.runtime)
         if memory is not None:
-            wrapped.register_comm_hook(
-                memory, lambda memory, bucket: _reduce_bucket(memory, bucket)
-            )  # torch reads annotations
+            # A lambda, since torch compares the annotations of a function, which are strings here, with its own types.
+            wrapped.register_comm_hook(memory, lambda memory, bucket: _reduce_bucket(memory, bucket))
         engine = DdpEngine(
             step_module,
             wrapped,
