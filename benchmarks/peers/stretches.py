@@ -191,7 +191,12 @@ def documents(args: argparse.Namespace, split: str = "train") -> list[dict[str, 
 def repeated(args: argparse.Namespace) -> list[dict[str, list[int]]]:
     """The documents of all steps in their order, the file read again from its start where it ends."""
     rows = documents(args)
-    return [rows[index % len(rows)] for index in range(args.total * args.batch)]
+    return [rows[index % len(rows)] for index in range(args.total * args.batch * world())]
+
+
+def world() -> int:
+    """Processes that train together, as torchrun says; `--batch` is for each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def choose_matmul(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stretches import Stretches, base_dtype, choose_matmul, lora_settings, options, plain_logits, repeated
+from stretches import Stretches, base_dtype, choose_matmul, lora_settings, options, plain_logits, repeated, world
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
         logging_steps=10,
         save_strategy="no",
         use_cpu=args.device == "cpu",
+        ddp_backend="gloo" if args.device == "cpu" and world() > 1 else None,
         dataloader_pin_memory=args.device == "cuda",
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stretches import Stretches, base_dtype, lora_settings, options, plain_logits
+from stretches import Stretches, base_dtype, lora_settings, options, plain_logits, world
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
         logging_steps=10,
         save_strategy="no",
         use_cpu=args.device == "cpu",
+        ddp_backend="gloo" if args.device == "cpu" and world() > 1 else None,
         dataloader_pin_memory=args.device == "cuda",
         disable_tqdm=True,
         report_to=[],

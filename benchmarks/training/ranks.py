@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from environments import HERE, WORK
+from environments import HERE, WORK, install, python_of
 
+from training.cases import AXOLOTL, FACTORY, FLATTENING, HF, NEAT, TRL, Case
 from training.drive import Failed, Work, reason
 
 STRATEGIES = ("ddp", "fsdp2", "zero2")
@@ -26,6 +27,8 @@ PER_RANK = (16, 4)
 second nothing is accumulated and every pass communicates."""
 SINGLE = "one process"
 APART = "independent processes"
+PEERS = (HF, FLATTENING, FACTORY, NEAT, TRL, AXOLOTL)
+"""Who runs beside them, under torchrun with DDP, where nothing is accumulated."""
 CLOSE = 1e-5
 """Largest relative difference of the loss from one process's."""
 WARM = 2
@@ -98,12 +101,57 @@ def once(work: Work, what: str, ranks: int, steps: int, batch: int) -> tuple[flo
     return sum(rate for rate, _ in found), found[0][1]
 
 
+def peer(work: Work, case: Case, ranks: int, steps: int) -> tuple[float, float]:
+    """(tokens a second of wall time after the warm-up, the final loss on held-out documents) under DDP. Raises Failed."""
+    out = WORK / "training" / "ranks" / case.name.replace(" ", "-").replace(",", "")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    words = [python_of(case.environment), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    words += [str(HERE / "peers" / f"train_{case.script}.py"), f"--inputs={work.inputs}", f"--out={out}"]
+    words += [f"--warm={WARM}", f"--steps={steps - WARM}", "--rounds=1", f"--batch={MICRO}", *case.options]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, cwd=out, capture_output=True, text=True, timeout=600)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"event"')]
+    stretches = [event for event in found if event["event"] == "stretch" and event["number"] == 1]
+    ends = [event["loss"] for event in found if event["event"] == "end"]
+    if done.returncode or len(stretches) < ranks or not ends:
+        own = [line for line in done.stderr.splitlines() if "elastic" not in line and "ChildFailed" not in line]
+        raise Failed(reason("\n".join(own)))
+    return sum(event["tokens"] for event in stretches) / max(event["wall"] for event in stretches), ends[0]
+
+
+def peers(work: Work, args: argparse.Namespace, steps: int, rounds: int) -> dict[str, Any]:
+    """Rates by round and final losses of the peers that were asked for, and why one is left out."""
+    taking_part = [case for case in PEERS if case.environment in args.peers]
+    rates: dict[str, list[float]] = {}
+    losses: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for case in taking_part:
+        if case.environment and (trouble := install(case.environment)):
+            left_out[case.name] = trouble
+    for number in range(rounds):
+        for case in [case for case in taking_part if case.name not in left_out]:
+            try:
+                rate, losses[case.name] = peer(work, case, args.ranks, steps)
+            except (Failed, subprocess.TimeoutExpired) as error:
+                left_out[case.name] = str(error)
+                continue
+            rates.setdefault(case.name, []).append(rate)
+            print(f"  round {number + 1}: {case.name}: {rate:.0f} tokens/s", flush=True)
+    for case in taking_part:  # as in the comparison of one process, where the first agrees with shardtune
+        if case.name in losses and HF.name in losses and abs(losses[case.name] / losses[HF.name] - 1) > case.tolerance:
+            left_out[case.name] = f"final loss {losses[case.name]:.4f}, not {losses[HF.name]:.4f}"
+            rates.pop(case.name, None)
+    return {"rates": rates, "losses": losses, "left_out": left_out}
+
+
 def main(args: argparse.Namespace, facts: dict[str, Any], work: Work, keep: Callable[..., None]) -> int:
     """Measure in turn, and write `training_ranks`; 1 where a strategy failed or its loss differs from one process's."""
     began, loads, tables = time.monotonic(), [], []
     for per_rank in PER_RANK:
         tables.append(measure(work, args.ranks, WARM + args.steps * 2, per_rank * args.ranks, facts["rounds"], loads))
-    facts |= {"minutes": (time.monotonic() - began) / 60, "tables": tables}
+    others = peers(work, args, tables[-1]["steps"], facts["rounds"])
+    facts |= {"minutes": (time.monotonic() - began) / 60, "tables": tables, "peers": others}
     keep(args.results, "training_ranks", report(args.ranks, facts, loads), facts)
     return int(max(apart for table in tables for apart in table["difference"].values()) > CLOSE)
 
@@ -159,6 +207,19 @@ def report(ranks: int, facts: dict[str, Any], loads: list[float]) -> str:
             name = f"{ranks} {what} (the limit)" if what == APART else what
             difference = f"{table['difference'][what]:.1e}" if what in table["difference"] else "-"
             lines.append(f"| {name} | {median(each):,.0f} | {table['scaling'][what]:.2f} | {difference} |")
+    ours, others = median(tables[-1]["rates"]["ddp"]), facts["peers"]
+    lines += [
+        "",
+        f"## Peers, {tables[-1]['batch']} conversations a step in all",
+        "",
+        f"torchrun, DDP over gloo, {MICRO} conversations a process, full fine-tuning in fp32; final losses agree.",
+        "",
+        "| trainer | tokens/s | shardtune's ddp is |",
+        "| --- | --- | --- |",
+    ]
+    for name, each in others["rates"].items():
+        lines.append(f"| {name} | {median(each):,.0f} | {ours / median(each):.2f} times as fast |")
+    lines += ["", *[f"- left out: {name}: {trouble}" for name, trouble in others["left_out"].items()]]
     goal = min(tables[0]["scaling"][what] for what in ("fsdp2", "zero2"))
     lines += [
         "",

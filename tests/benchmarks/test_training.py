@@ -23,6 +23,7 @@ from training import bare, tables  # noqa: E402
 from training.cases import BARE, HF, OURS, Group  # noqa: E402
 from training.drive import Measured, reason  # noqa: E402
 from training.inputs import SMALL  # noqa: E402
+from training.ranks import report as ranks_report  # noqa: E402
 from training.ranks import speed  # noqa: E402
 
 STEPS = 5
@@ -158,3 +159,29 @@ def test_it_runs_and_the_losses_agree(tmp_path):
     (mine,), (limit,) = (found["measured"]["full"][c.name]["stretches"] for c in (OURS, BARE))
     assert mine["tokens"] == limit["tokens"] == mine["slots"], "both saw the same documents, without padding"
     assert "| shardtune |" in (tmp_path / "training.md").read_text()
+
+
+def test_two_processes_are_judged_at_the_default_batch_and_peers_compared_with_ddp():
+    ways = ("one process", "independent processes", "ddp", "fsdp2", "zero2")
+
+    def table(batch: int, fsdp2: float) -> dict:
+        scaling = dict(zip(ways, (1.0, 1.9, 1.8, fsdp2, 1.7), strict=True))
+        rates = {way: [1000 * times] * 3 for way, times in scaling.items()}
+        return {
+            "batch": batch,
+            "steps": 8,
+            "rates": rates,
+            "scaling": scaling,
+            "difference": dict.fromkeys(ways[2:], 1e-7),
+        }
+
+    facts = {"command": "c", "minutes": 1.0, "hardware": "h", "model": "m", "rounds": 3}
+    facts |= {"peers": {"rates": {"TRL": [600.0]}, "losses": {}, "left_out": {"axolotl": "no accelerator"}}}
+    text = ranks_report(2, facts | {"tables": [table(32, 1.65), table(8, 1.4)]}, [1.0])
+    assert (
+        "- fsdp2 and zero2 on 2 processes, 32 conversations a step: 1.65 times one process (at least 1.6): holds"
+        in text
+    )
+    assert "| TRL | 600 | 3.00 times as fast |" in text and "- left out: axolotl: no accelerator" in text
+    text = ranks_report(2, facts | {"tables": [table(32, 1.5), table(8, 1.7)]}, [1.0])
+    assert "1.50 times one process (at least 1.6): MISSED" in text
