@@ -4,7 +4,7 @@ Model: SmolLM2-135M-Instruct. Data: MTS-Dialog (Ben Abacha et al. 2023, EACL), d
 section of the clinical note that a physician's assistant wrote; its authors give it under CC BY 4.0 to our knowledge (the
 package it comes in states no licence for it). The base model answers with chat; the tuned one writes notes.
 
-The budget is what two CPU cores do in about four minutes: 20,000 training tokens (three to four passes over the training
+The budget is what two CPU cores do in one to three minutes: 20,000 training tokens (three to four passes over the training
 documents) and 4,000 held-out tokens, in documents of at most 256 tokens. A held-out loss over 4,000 tokens (some 700 of
 them supervised) is coarse, but the gain it must show is many times its noise. Trains through the ordinary launcher: what
 is run is printed, and words after `demo` override it (`shardtune demo strategy=zero2`).
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
         f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most {MAX_DOCUMENT} tokens, "
         f"{data.train_tokens:,} tokens a pass), {data.held_out_tokens:,} held-out tokens ({data.held_out_documents} "
-        "documents): about four minutes on two CPU cores\n"
+        "documents): one to three minutes on two CPU cores\n"
         f"$ shardtune train {' '.join(words)}\n",
         flush=True,
     )
