@@ -24,7 +24,7 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
     (`set_gradient_accumulation_boundary`), and losses arrive already divided.
     """
-    # On a CPU a bucket should fit the cache: 200 MiB take a quarter longer a step.
+    # On a CPU a bucket should fit the cache: with 200 MiB stages 1 and 2 are a tenth slower.
     bucket_mib = config.bucket_mib or (8 if on_cpu else 200)
     numel = bucket_mib * MIB // 2  # DeepSpeed counts elements; two bytes each in the compute type
     zero: dict[str, Any] = {
