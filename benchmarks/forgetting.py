@@ -99,8 +99,8 @@ def losses(directory: Path, base: Path, export: Path | None) -> tuple[float, flo
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from trainer.data.config import DataConfig
     from trainer.data.prepare import Preparation
-    from trainer.data.settings import DataConfig
     from trainer.objectives.base import SftConfig
     from trainer.objectives.build import build_objective
 

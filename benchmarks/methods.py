@@ -114,7 +114,7 @@ def main() -> None:
     import tests.helpers.building as building
 
     settings = runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["SETTINGS"]
-    from trainer.combinations import rows
+    from trainer.config.combinations import rows
 
     folder = Path(tempfile.mkdtemp())
     model = options.model or building.model_dir(folder, **SHAPE)

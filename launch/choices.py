@@ -28,7 +28,7 @@ def groups() -> dict[str, list[str]]:
 def variants() -> dict[str, dict[str, type]]:
     """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
     from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
-    from trainer.config import LauncherConfig, SlurmConfig
+    from trainer.config.run import LauncherConfig, SlurmConfig
     from trainer.objectives.base import (
         ClassificationConfig,
         DistillationConfig,
@@ -41,7 +41,7 @@ def variants() -> dict[str, dict[str, type]]:
         SftConfig,
         SimpoConfig,
     )
-    from trainer.optim import (
+    from trainer.optim.config import (
         AdafactorConfig,
         Adamw8bitConfig,
         AdamwConfig,
@@ -50,7 +50,7 @@ def variants() -> dict[str, dict[str, type]]:
         ScheduleFreeConfig,
         SgdConfig,
     )
-    from trainer.tuning.settings import TUNINGS
+    from trainer.tuning.config import TUNINGS
 
     optim = (
         AdamwConfig,
@@ -92,7 +92,7 @@ def register_schemas() -> None:
     """Make the typed settings known to Hydra as `schema_run` and `<group>/schema_<name>`."""
     from hydra.core.config_store import ConfigStore
 
-    from trainer.config import RunConfig
+    from trainer.config.run import RunConfig
 
     store: Any = ConfigStore.instance()
     store.store(name="schema_run", node=RunConfig)

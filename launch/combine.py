@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from trainer.export import ExportType
-    from trainer.tuning.combine import Combination, CombineSettings, combine
-    from trainer.tuning.combine import problems as combine_problems
+    from trainer.export.combine import Combination, CombineSettings, combine
+    from trainer.export.combine import problems as combine_problems
+    from trainer.export.write import ExportType
 
     kinds, how, dtype = list(Combination), words.get("combine", "cat"), words.get("dtype", "auto")
     if how not in kinds:

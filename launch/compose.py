@@ -17,11 +17,11 @@ from launch.choices import CONF_DIR, register_schemas, settings_of, variants
 from launch.frozen import default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
-from trainer.config import Device, LauncherName, RunConfig
-from trainer.data.settings import SourceConfig
-from trainer.optim import GroupRule
+from trainer.config.run import Device, LauncherName, RunConfig
+from trainer.config.validate import problems_of
+from trainer.data.config import SourceConfig
+from trainer.optim.config import GroupRule
 from trainer.tuning.start import settle as settle_start
-from trainer.validate import problems_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

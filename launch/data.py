@@ -92,7 +92,7 @@ def inspect(options: argparse.Namespace) -> int:
         from rich.text import Text
     except ImportError as error:
         raise ConfigError("shardtune data inspect needs the package rich; pip install rich") from error
-    from trainer.data.report import inspect as report
+    from trainer.data.report import inspection as report
     from trainer.data.report.located import load_tokenizer, locate
 
     prepared = locate(options.directory)

@@ -139,7 +139,7 @@ def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_toke
 
     Documents longer than `MAX_DOCUMENT` tokens, template included, are left out. Errors: DataError, StorageError.
     """
-    from trainer.status import write_text_atomic
+    from trainer.records.status import write_text_atomic
 
     with source.open(encoding="utf-8", newline="") as file:
         documents = [as_messages(row) for row in csv.DictReader(file)]
@@ -188,7 +188,7 @@ def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]
 
 def show_answers(export: Path, held_out: Path) -> None:
     """Print answers of the base and of the tuned model to held-out prompts, through plain transformers and peft."""
-    from trainer.verify import load_export
+    from trainer.export.verify import load_export
 
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = load_export(export), _tokenizer(export)

@@ -20,7 +20,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
-    from trainer.config import RunConfig
+    from trainer.config.run import RunConfig
 
 KEYS = ("run.dir", "checkpoint", "to", "merge", "dtype", "max_shard_gib", "verify")
 
@@ -83,8 +83,8 @@ def parse(argv: list[str]) -> dict[str, str]:
 def settle(config: RunConfig, words: dict[str, str]) -> None:
     """Put what was asked for into the run's own export settings, and make it a run of one process."""
     from strategies.base import SingleConfig
-    from trainer.config import Device
-    from trainer.export import ExportType
+    from trainer.config.run import Device
+    from trainer.export.write import ExportType
 
     problems = []
     for key in ("merge", "verify"):
@@ -112,7 +112,7 @@ def settle(config: RunConfig, words: dict[str, str]) -> None:
 def find_checkpoint(run_dir: Path, asked: str) -> Path:
     """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged."""
     from strategies.state import read_header
-    from trainer.checkpoint import STEP_DIR, verify
+    from trainer.checkpoints.kept import STEP_DIR, verify
 
     directory = run_dir / "checkpoints"
     steps = sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
@@ -162,10 +162,10 @@ def export(config: RunConfig, asked: Asked) -> None:
 
 def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
     from strategies.base import Precision
-    from trainer.card import CardFacts
-    from trainer.export import write_export
-    from trainer.model import load_tokenizer, weights_directory
-    from trainer.parts import build_engine, build_loader, prepare_data
+    from trainer.build import build_engine, build_loader, prepare_data
+    from trainer.export.card import CardFacts
+    from trainer.export.write import write_export
+    from trainer.model.loading import load_tokenizer, weights_directory
 
     tokenizer = load_tokenizer(config.model)
     record = _record(asked.run_dir)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
-from trainer.config import RunConfig
-from trainer.status import State, in_use_by, read_status, write_text_atomic
+from trainer.config.run import RunConfig
+from trainer.records.status import State, in_use_by, read_status, write_text_atomic
 
 if TYPE_CHECKING:
     from launch.compose import Composed

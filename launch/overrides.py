@@ -46,7 +46,7 @@ class Setting:
 
 def settings() -> dict[str, Setting]:
     """Every leaf key of the tree under any choice, by full name; `*` stands for names that the user chooses."""
-    from trainer.config import RunConfig, leaves
+    from trainer.config.run import RunConfig, leaves
 
     found: dict[str, Setting] = {}
     typed = variants()

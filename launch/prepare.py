@@ -33,14 +33,14 @@ def main(argv: list[str]) -> int:
         return show(known["report"], Path(known["directory"]), cached=True)
     from launch.compose import compose
     from strategies.errors import ConfigError
-    from trainer.validate import problems_of
+    from trainer.config.validate import problems_of
 
     config = compose(words, check=False).config
     problems = [p for p in problems_of(config) if p.startswith(("data.", "model.", "objective"))]
     if problems:
         raise ConfigError(problems)
-    from trainer.model import load_tokenizer
-    from trainer.parts import prepare_data, prepare_shard
+    from trainer.build import prepare_data, prepare_shard
+    from trainer.model.loading import load_tokenizer
     from trainer.preempt import StopRequest
 
     tokenizer = load_tokenizer(config.model)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
     """Print what a person wants to know first; returns the exit code."""
-    from trainer.data.audit import render, summary
+    from trainer.data.report.preview import render, summary
 
     print(summary(report))
     if report["samples"]:
@@ -70,7 +70,7 @@ def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
 
 def _shard(argv: list[str]) -> tuple[list[str], tuple[int, int] | None]:
     """The words without `--shard i/n` (or `--shard=i/n`), and its numbers. Raises ConfigError."""
-    from trainer.data.shards import parse_shard
+    from trainer.data.store.shards import parse_shard
 
     words, shard = [], None
     rest = iter(argv)

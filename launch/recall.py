@@ -19,7 +19,7 @@ from launch.choices import CONF_DIR
 from strategies.errors import ShardtuneError
 
 if TYPE_CHECKING:
-    from trainer.config import RunConfig
+    from trainer.config.run import RunConfig
 
 LIBRARIES = ("shardtune", "transformers", "tokenizers", "datasets", "pyarrow", "ftfy", "phonenumbers", "rensa")
 NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -85,7 +85,7 @@ def _version(name: str) -> str:
 def _state(key: str, value: Any) -> list[Any]:
     """The files behind a setting with what tells that one has changed. Raises DataError for files that are gone."""
     if key == "data.privacy.key_env":
-        from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode, key_identity
+        from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode, key_identity
 
         return [key_identity(PrivacyConfig(mode=PrivacyMode.pseudonymise, key_env=value))]
     if key == "model":
@@ -93,7 +93,7 @@ def _state(key: str, value: Any) -> list[Any]:
     elif key == "model.chat_template":
         files = [Path(value).expanduser()]
     else:
-        from trainer.data.sources.paths import expand
+        from trainer.data.read.paths import expand
 
         files = expand(value, key)
     return [_file_state(path) for path in files]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
-from trainer.config import RunConfig, SlurmConfig
+from trainer.config.run import RunConfig, SlurmConfig
 
 CLONE = Path(__file__).resolve().parent.parent
 """Where `launch` is imported from; the nodes see it through the shared file system."""

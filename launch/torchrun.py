@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainer.config import LauncherConfig, RunConfig
+from trainer.config.run import LauncherConfig, RunConfig
 from trainer.preempt import SIGNALS
 
 STOP_GRACE_S = 5
@@ -168,7 +168,7 @@ def wrapper(argv: list[str]) -> int:
 
 def _note_killed(error: BaseException) -> None:
     from strategies.errors import ShardtuneError
-    from trainer.status import read_failure, record_failure
+    from trainer.records.status import read_failure, record_failure
 
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
     killed_ranks = [

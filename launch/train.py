@@ -17,7 +17,7 @@ from launch.slurm_env import is_worker
 
 if TYPE_CHECKING:
     from launch.compose import Composed
-    from trainer.config import RunConfig
+    from trainer.config.run import RunConfig
 
 FLAGS = ("-h", "--help", "--cfg", "--dry-run", "-m", "--multirun")
 
@@ -49,7 +49,7 @@ def show(composed: Composed, *, dry_run: bool) -> None:
     if not dry_run:
         print(f"# sha256: {composed.sha256}\n{composed.yaml}", end="")
         return
-    from trainer.plan import describe
+    from trainer.dry_run import describe
 
     print(describe(composed.config))
 
@@ -65,8 +65,8 @@ def run_dir_of(composed: Composed) -> Path:
 def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
     from launch.compose import freeze, is_finished
-    from trainer.config import LauncherName
-    from trainer.status import State, clear_failure, write_status
+    from trainer.config.run import LauncherName
+    from trainer.records.status import State, clear_failure, write_status
 
     finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
     config = composed.config
@@ -130,7 +130,7 @@ def outcome(run_dir: Path, code: int) -> int:
 
     `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more.
     """
-    from trainer.status import State, read_failure, read_status, write_status
+    from trainer.records.status import State, read_failure, read_status, write_status
 
     status, failure = read_status(run_dir), read_failure(run_dir)
     if status.get("state") == State.done:
@@ -158,7 +158,7 @@ def _explain(run_dir: Path, failure: dict) -> str:
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     from strategies.errors import Preempted
-    from trainer.status import State, write_status
+    from trainer.records.status import State, write_status
 
     _hold_signals()
     try:
@@ -182,8 +182,8 @@ def _hold_signals() -> None:
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train, and leave the error of the first failing rank in the run directory."""
     from strategies.errors import Preempted
-    from trainer.build import run_worker
-    from trainer.status import record_failure
+    from trainer.records.status import record_failure
+    from trainer.run import run_worker
 
     try:
         run_worker(config, run_dir, sha256)

@@ -1,8 +1,8 @@
-"""The curves of real runs of the command line, digit for digit: `python -m tests.curves write <file>`, later `compare <file> [<file>]`.
+"""The curves of real runs of the command line, digit for digit: `python -m tests.curves write <file>`, later `compare <file>`.
 
-For each objective under `single` (one process), `fsdp2` and `zero2` (two): four steps, full tuning and LoRA in turns, an evaluation
-before and after. Only what a user can see takes part (words, files, metrics.jsonl), so that the same script runs before and after a
-change of the code. Curves belong to one machine: another processor rounds otherwise.
+For each objective under `single` (one process), `fsdp2` and `zero2` (two): four steps, full tuning and LoRA in turns, an
+evaluation before and after. Only what a user can see takes part (words, files, metrics.jsonl), so that the same script runs
+before and after a change of the code. Curves belong to one machine: another processor rounds otherwise.
 """
 
 import argparse
@@ -20,7 +20,10 @@ from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import WORDS, chat_rows, pair_rows, tiny_tokenizer, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = {"tokens_per_s", "supervised_tokens_per_s", "mfu", "memory_gib", "data_wait_s", "time", "step_s", "left_s", "balance"}
+TIMES = {
+    *("tokens_per_s", "supervised_tokens_per_s", "tokens_per_s_per_rank", "mfu", "memory_gib", "data_wait_s"),
+    *("step_s", "time"),
+}
 """What of a row depends on the hour."""
 CHAT = "data.path=chat.jsonl data.eval_path=chat_eval.jsonl"
 PAIRS = "data.path=pairs.jsonl data.eval_path=pairs_eval.jsonl"
@@ -47,7 +50,7 @@ CASES = {
 STRATEGIES = ("single", "fsdp2", "zero2")
 COMMON = (
     "model.path=llama batch.global=8 batch.micro=2 budget.steps=4 optim.lr=1e-3 logging.wandb=disabled run.device=cpu "
-    "run.threads=1 precision=fp32 data.cache_dir=cache evaluation.batch=4 data.workers=1"
+    "run.threads=1 run.matmul=blas precision=fp32 data.cache_dir=cache evaluation.batch=4 data.workers=1"
 )
 
 

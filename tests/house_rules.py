@@ -12,8 +12,8 @@ MAX_FUNCTION_LINES = 60
 OWNERS = {  # external package -> the only places that may import it
     "deepspeed": ("strategies/",),
     "torch.distributed.fsdp": ("strategies/",),
-    "peft": ("trainer/tuning/",),
-    "wandb": ("trainer/tracking.py",),
+    "peft": ("trainer/tuning/", "trainer/export/"),
+    "wandb": ("trainer/records/trackers.py",),
 }
 
 

@@ -23,14 +23,14 @@ from tests.helpers.building import (
     take_steps,
     trainer_for,
 )
-from trainer.activations import longest_micro_batch, measured
-from trainer.data.dataset import Sample, TokenDataset, write
+from trainer.build import build_engine, build_model
+from trainer.config.validate import problems_of
 from trainer.data.prepare import Prepared
-from trainer.model import load_tokenizer
+from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.model.loading import load_tokenizer
+from trainer.model.quantisation import Quantisation
 from trainer.objectives.base import ClassificationConfig, DpoConfig, ForgettingConfig, KtoConfig, SftConfig
-from trainer.parts import build_engine, build_model
-from trainer.quantisation import Quantisation
-from trainer.validate import problems_of
+from trainer.planning.activations import longest_micro_batch, measured
 
 NONE, SELECTIVE, FULL = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
 
@@ -101,7 +101,7 @@ def test_a_planned_run_is_the_same_run(tmp_path, here, monkeypatch, tuning):
     plans = [[NONE, NONE], [SELECTIVE, NONE], [FULL, SELECTIVE]]
     auto = replace(config, strategy=SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1.0))
     for plan in plans:
-        monkeypatch.setattr("trainer.activations.choose", lambda *_, plan=plan: (plan, True))
+        monkeypatch.setattr("trainer.planning.activations.choose", lambda *_, plan=plan: (plan, True))
         trainer = trainer_for(auto, data, here)
         blocks = trainer.engine.step_module.shard_units()
         assert [block.gradient_checkpointing for block in blocks] == [mode is not NONE for mode in plan]

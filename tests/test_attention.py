@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.helpers.models import tiny_model_dir
-from trainer import attention
-from trainer.loss import LossHead, head_transform
+from trainer.heads.loss import LossHead, head_transform
+from trainer.model import attention
 
 LENGTHS = (7, 40, 1, 21)
 

@@ -9,7 +9,7 @@ import torch
 from strategies.base import Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime
-from trainer.checkpoint import CheckpointConfig, Checkpoints, choose, verify
+from trainer.checkpoints.kept import CheckpointConfig, Checkpoints, choose, verify
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 

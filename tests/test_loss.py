@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import loss
-from trainer.loss import LossHead
+from trainer.heads import loss
+from trainer.heads.loss import LossHead
 
 
 def reference(hidden, head, targets, softcap, scale):

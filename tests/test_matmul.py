@@ -10,7 +10,8 @@ from strategies import runtime as processes
 from strategies.matmul import Matmul
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
-from trainer import attention, report
+from trainer import facts as report
+from trainer.model import attention
 
 
 @pytest.fixture(autouse=True)

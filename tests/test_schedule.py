@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from trainer.schedule import ScheduleConfig, ScheduleName, lr_factor_at
+from trainer.optim.schedule import ScheduleConfig, ScheduleName, lr_factor_at
 
 TOTAL = 100
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trainer.tracking import JsonlTracker, LoggingConfig, WandbMode, build_trackers, summary_of
+from trainer.records.trackers import JsonlTracker, LoggingConfig, WandbMode, build_trackers, summary_of
 
 
 def test_rows_after_the_checkpoint_are_done_again(tmp_path):

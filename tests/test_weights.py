@@ -4,7 +4,7 @@ from pathlib import Path
 
 from strategies import runtime as processes
 from tests.helpers.building import data_set, model_dir, run_config, trainer_for
-from trainer.weights import Checkpoint
+from trainer.model.weights import Checkpoint
 
 
 def mapped(directory: Path) -> bool:

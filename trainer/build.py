@@ -1,271 +1,290 @@
-"""From a frozen config to a finished run, in one straight line: the assembly drawing. All ranks run it."""
+"""The parts of a run, each built from its settings: data, engine, loader, evaluators. All ranks call them alike."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+
 from strategies import runtime as processes
-from strategies.audit import sharding_record
-from strategies.base import Engine, Progress
-from strategies.errors import ConfigError, Preempted
-from trainer import reference, report
-from trainer.checkpoint import Checkpoints, choose
-from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.data.audit import preview, summary
-from trainer.data.labels import namer
-from trainer.data.prepare import Prepared
-from trainer.loop import Outcome, Trainer
-from trainer.metrics import Meter
-from trainer.model import Built, load_tokenizer, weights_directory
-from trainer.objectives.build import build_objective
-from trainer.parts import build_engine, build_evaluators, build_loader, prepare_data, resolve_precision
-from trainer.preempt import Agreement, StopRequest
-from trainer.status import State, record_failure, write_status
-from trainer.tracking import Trackers, build_trackers
-from trainer.tuning.start import adapter_hash
+from strategies.base import Engine, Precision
+from strategies.build import build_strategy
+from strategies.errors import ConfigError
+from strategies.parameters import named_parameters
+from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepLoader, eval_batches
+from trainer.data.batches.mixing import pack_by_source, quotas
+from trainer.data.batches.order import GlobalOrder, MixedOrder, Order, steps_for_tokens
+from trainer.data.batches.pack import best_fit_decreasing
+from trainer.data.config import Layout
+from trainer.data.inputs import source_weights
+from trainer.data.prepare import Preparation, Prepared
+from trainer.data.rated import check_verdicts
+from trainer.data.replay import check_replayed
+from trainer.data.source_target import SourceTarget
+from trainer.evaluation.base import Evaluator
+from trainer.evaluation.generation import GenerationEvaluator
+from trainer.evaluation.loss import LossEvaluator
+from trainer.loop import steps_from_budget
+from trainer.model import encoder_decoder
+from trainer.model.loading import Built, ModelConfig, build_step, weights_directory
+from trainer.model.weights import WeightSource, fill_buffers
+from trainer.objectives.base import ObjectiveName, Seq2seqConfig
+from trainer.objectives.build import build_objective, holds, settled
+from trainer.objectives.frozen import attach_teacher, common_layout, teacher_model
+from trainer.optim.build import build_optimizer
+from trainer.planning.activations import plan_checkpointing
+from trainer.preempt import Agreement
+from trainer.tuning.check import check_room
 
 
-@dataclass(slots=True)
-class Where:
-    """How far the run is, for the record of a failure."""
+def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
+    """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then.
 
-    phase: str = "data preparation"
-    step: int | None = None
-    run_dir: Path | None = None
-
-    def at_step(self, step: int) -> None:
-        """Note the step that is being taken."""
-        self.step = step
-
-
-def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
-    """Train as one rank of the job that the environment describes; raises what ended the run.
-
-    `run_dir` is needed on rank 0 only. The first failing rank leaves `failure.json`; rank 0 keeps `status.json`.
+    Errors: DataError, also where the objective could learn nothing from it.
     """
-    where = Where(run_dir=run_dir)
-    rank = int(os.environ.get("RANK", 0))
-    # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
-    tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
-    try:
-        with StopRequest() as request:
-            _run(config, run_dir, sha256, request, where)
-        if tells and run_dir is not None:
-            write_status(run_dir, State.done, step=where.step)
-    except Preempted as stop:
-        if tells and run_dir is not None:
-            write_status(run_dir, State.preempted, step=where.step, reason=str(stop))
-        raise
-    except BaseException as error:
-        if where.run_dir is not None and record_failure(where.run_dir, rank, error, where.phase, where.step):
-            reason = f"rank {rank}, {where.phase}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            write_status(where.run_dir, State.failed, step=where.step, reason=reason)
-        raise
-    finally:
-        processes.stop()
+    data = _preparation(config, tokenizer, stop).open_or_make()
+    if config.objective.name is ObjectiveName.kto:
+        check_verdicts(data.train)
+    if holds(config.objective):
+        check_replayed(data.train)
+    return data
 
 
-def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where) -> None:
-    # Data first: no collective can time out while documents are tokenised.
-    tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config, tokenizer, stop=lambda: request.signal_name is not None)
-
-    where.phase = "start of the processes"
-    runtime = start_processes(config)
-    run_dir = where.run_dir = agree_on_run(run_dir, sha256, runtime)
-    console = introduce(config, run_dir, data, tokenizer, runtime)
-
-    where.phase = "building the model"
-    precision = resolve_precision(config.precision, runtime)
-    engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
-    agreement = Agreement(request, runtime)
-    record_reference(config, run_dir, sha256, data, engine, built, tokenizer, console, agreement, runtime, where)
-
-    where.phase = "resuming"
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, runtime)
-    resumed_from = choose(checkpoints.directory, config.run.resume, runtime, config.checkpoint)
-    progress = engine.load(resumed_from) if resumed_from else Progress()
-    where.step = progress.step
-    loader, total_steps = build_loader(config, data, built, tokenizer, engine, runtime)
-    evaluators = build_evaluators(config, data, built, tokenizer, engine, runtime, agreement)
-    facts = report.run_facts(
-        config,
-        sha256=sha256,
-        precision=precision,
-        runtime=runtime,
-        built=built,
-        data=data,
-        sharding=sharding_record(engine, runtime),
-        initialised=source.initialised,
-        total_steps=total_steps,
-        loader=loader,
-        resumed_from=resumed_from,
-    )
-    console.say(report.start_text(facts))
-    trackers = open_records(config, run_dir, facts, progress, console, runtime)
-    trainer = Trainer(
-        config,
-        engine=engine,
-        loader=loader,
-        total_steps=total_steps,
-        progress=progress,
-        checkpoints=checkpoints,
-        evaluators=evaluators,
-        meter=Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics),
-        trackers=trackers,
-        console=console,
-        agreement=agreement,
-        on_step=where.at_step,
-    )
-    try:
-        where.phase = "training"
-        outcome = trainer.fit()
-        where.phase = "export"
-        exported = export(config, run_dir, engine, built, tokenizer, outcome, facts, runtime)
-    finally:
-        trackers.close()
-    close_records(run_dir, facts, outcome, exported, trackers, console, runtime)
+def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
+    """Part i of n of the first pass over the data; `prepare_data` merges them once all are made."""
+    _preparation(config, tokenizer, stop).make_shard(*shard)
 
 
-def start_processes(config: RunConfig) -> processes.Runtime:
-    """This process as a rank of its job. All ranks must call."""
-    run = config.run
-    return processes.start(
-        str(run.device),
-        timeout_s=run.timeout_s,
-        threads=run.threads,
-        matmul=run.matmul,
-        shared_memory=run.shared_memory,
-    )
-
-
-def agree_on_run(run_dir: Path | None, sha256: str, runtime: processes.Runtime) -> Path:
-    """Rank 0's run directory, on every rank; raises ConfigError where ranks were given different configs."""
-    hashes = processes.gather_objects(sha256, runtime)
-    if len(set(hashes)) > 1:
-        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
-        raise ConfigError(
-            f"rank {odd} has another configuration than rank 0 ({hashes[odd][:8]} and {hashes[0][:8]}): start all ranks "
-            "with the same words and the same files"
-        )
-    agreed = processes.broadcast_object(None if run_dir is None else str(run_dir), runtime)
-    if agreed is None:
-        raise ConfigError("run.dir: rank 0 has none; set run.dir")
-    return Path(agreed)
-
-
-def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
-    """The console of this rank, and on it what will be learned, before anything is."""
-    console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
-    pairs = build_objective(config.objective).sequences_per_document == 2
-    head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
-    name_label = namer(data.label_names, multi_label=getattr(config.objective, "multi_label", False))
-    shown = preview(data.train, tokenizer, width=console.width, name_label=name_label, pairs=pairs)
-    console.say("\n".join([head, summary(data.report), shown]))
-    return console
-
-
-def record_reference(
-    config: RunConfig,
-    run_dir: Path,
-    sha256: str,
-    data: Prepared,
-    engine: Engine,
-    built: Built,
-    tokenizer: Any,
-    console: Console,
-    agreement: Agreement,
-    runtime: processes.Runtime,
-    where: Where,
-) -> None:
-    """What the initial model says of the data, where the objective compares with it and it will be gone. All ranks call."""
-    if not reference.is_recorded(built):
-        return
-    where.phase = "recording the reference"
-    start = getattr(config.tuning, "from_", None)
-    console.say("reference: recording what the model says of every answer before training, once")
-    reference.record(
-        config,
-        data,
-        engine=engine,
-        built=built,
-        pad_token_id=tokenizer.pad_token_id,
-        runtime=runtime,
-        directory=run_dir / "reference",
-        key=sha256 if start is None else f"{sha256}/{adapter_hash(start)}",
-        stop_now=agreement.asked,
-    )
-
-
-def open_records(
-    config: RunConfig,
-    run_dir: Path,
-    facts: dict[str, Any],
-    progress: Progress,
-    console: Console,
-    runtime: processes.Runtime,
-) -> Trackers:
-    """Rank 0's trackers, with `run.json` and `status.json` begun; nothing on the other ranks."""
-    if not runtime.is_main:
-        return Trackers([])
-    trackers, progress.wandb_id, note = build_trackers(
-        config.logging,
-        run_dir,
-        wandb_id=progress.wandb_id,
-        resume_step=progress.step,
-        settings=report.tracker_settings(config, facts),
-    )
-    if note:
-        facts["substitutions"]["logging.wandb"] = note
-        console.say(f"substituted: logging.wandb: {note}")
-    report.write_run_record(run_dir, facts)
-    write_status(run_dir, State.running, step=progress.step)
-    return trackers
-
-
-def close_records(
-    run_dir: Path,
-    facts: dict[str, Any],
-    outcome: Outcome,
-    exported: Path | None,
-    trackers: Trackers,
-    console: Console,
-    runtime: processes.Runtime,
-) -> None:
-    """The outcome into `run.json` and `status.json`, and the last lines on the screen. All ranks must call."""
-    if runtime.is_main:
-        report.write_run_record(run_dir, {**facts, "outcome": report.outcome_record(outcome)})
-        write_status(run_dir, State.done, step=outcome.progress.step)
-        console.say(report.end_text(run_dir, outcome, exported, trackers.sync_line))
-    processes.barrier(runtime)
-
-
-def export(
-    config: RunConfig,
-    run_dir: Path,
-    engine: Engine,
-    built: Built,
-    tokenizer: Any,
-    outcome: Outcome,
-    facts: dict[str, Any],
-    runtime: processes.Runtime,
-) -> Path | None:
-    """Write `export/`, where asked for; its directory. All ranks must call."""
-    if not config.export.at_end:
-        return None
-    from trainer.export import write_export
-
-    return write_export(
-        engine,
-        built,
+def _preparation(config: RunConfig, tokenizer: Any, stop: Callable[[], bool]) -> Preparation:
+    objective, source_target = build_objective(config.objective), None
+    if isinstance(config.objective, Seq2seqConfig):
+        source_target = SourceTarget(prefix=config.objective.prefix, max_target=config.objective.max_target)
+    return Preparation(
+        config.data,
         tokenizer,
-        base_path=str(weights_directory(config.model)),
-        destination=run_dir / "export",
-        config=config.export,
-        card=report.card_facts(config, facts, outcome, run_dir),
-        runtime=runtime,
+        counts=objective.counts,
+        pairs=objective.sequences_per_document == 2,
+        seed=config.run.seed,
+        label_names=getattr(config.objective, "labels", None),
+        labelled=config.objective.name is ObjectiveName.classification,
+        rated=config.objective.name is ObjectiveName.kto,
+        texts=config.objective.name is ObjectiveName.pretrain,
+        multi_label=getattr(config.objective, "multi_label", False),
+        source_target=source_target,
+        stop=stop,
     )
+
+
+def resolve_precision(asked: Precision, runtime: processes.Runtime) -> Precision:
+    """What `auto` means on this device: bf16 on GPUs that have it, else fp32."""
+    if asked is not Precision.auto:
+        return asked
+    on_gpu = runtime.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Precision.bf16 if on_gpu else Precision.fp32
+
+
+def build_model(
+    config: RunConfig, tokenizer: Any, data: Prepared, context: AbstractContextManager[None], *, half_on_gpu: bool
+) -> tuple[Built, WeightSource]:
+    """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
+    objective = settled(config.objective, data.train.labels, data.label_names)
+    layout, noted = common_layout(config.data.layout, teacher_model(config.model, objective))
+    built = build_step(
+        config.model,
+        objective_config=objective,
+        tuning_config=config.tuning,
+        layout=layout,
+        tokenizer=tokenizer,
+        num_labels=len(data.label_names) if data.label_names else None,
+        context=context,
+        half_on_gpu=half_on_gpu,
+    )
+    built.substitutions.update(noted)
+    if objective is not config.objective:
+        built.substitutions["objective.class_weights"] = f"balanced -> {objective.class_weights}"  # type: ignore[attr-defined]
+    check_room(
+        config.tuning, int(data.train.lengths.max(initial=0)), getattr(built.config, "max_position_embeddings", None)
+    )
+    if config.data.packing and built.layout is not Layout.padding_free:
+        raise ConfigError(
+            f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
+            "padded rows here; set data.packing=false"
+        )
+    if isinstance(config.objective, Seq2seqConfig):
+        encoder_decoder.check(
+            built.config.to_dict(),
+            config.model.path,
+            config.objective.name,
+            max_source=config.data.max_length,
+            max_target=config.objective.max_target,
+        )
+    checkpoint = built.base_weights(weights_directory(config.model))
+    fill_buffers(built.step_module.model, checkpoint, built.tuning.base_name)
+    source = WeightSource(
+        checkpoint,
+        built.tuning,
+        seed=config.run.seed,
+        init_std=getattr(built.config, "initializer_range", 0.02),
+        new_token_ids=built.new_token_ids,
+        vocabulary=built.vocabulary,
+        fixed=built.two_sides.fixed if built.two_sides else None,
+    )
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(built.step_module)}
+    source.check(shapes, head_prefixes=built.head_prefixes)
+    attach_teacher(built, config.model, objective, tokenizer, source)
+    return built, source
+
+
+def build_engine(
+    config: RunConfig, tokenizer: Any, data: Prepared, precision: Precision, runtime: processes.Runtime
+) -> tuple[Engine, Built, WeightSource]:
+    """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
+    strategy = build_strategy(config.strategy, precision, runtime)
+    half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
+    built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    plan_checkpointing(config, built, data, precision, runtime)
+    model_names = [name for name, _ in named_parameters(built.step_module)]
+    engine = strategy.prepare(
+        built.step_module,
+        source=source,
+        make_optimizer=partial(build_optimizer, config.optim, model_names=model_names, rate_of=built.tuning.rate_of),
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    source.close()
+    return engine, built, source
+
+
+def build_order(config: RunConfig, data: Prepared) -> tuple[list[list[int]] | None, Order]:
+    """The sequences that stay together (packs, pairs of answers), and the order in which documents (packs) are drawn."""
+    train, seed, shuffle = data.train, config.run.seed, config.data.shuffle
+    sources = train.sources if train.sources is not None else np.zeros(len(train), np.int64)
+    per = build_objective(config.objective).sequences_per_document
+    weights = source_weights(config.data, train.source_names)
+    mixed = any(weight is not None for weight in weights)
+    packs: list[list[int]] | None = None
+    if per > 1:
+        packs, sources = np.arange(len(train)).reshape(-1, per).tolist(), sources[::per]
+    elif config.data.packing and mixed:
+        packs, sources = pack_by_source(train.lengths, sources, config.data.max_length)
+    elif config.data.packing:
+        packs = best_fit_decreasing(train.lengths, config.data.max_length)
+    if not mixed:
+        return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
+    unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])
+    unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) // per for pack in packs])
+    quota = quotas(
+        np.bincount(sources, minlength=len(weights)),
+        np.bincount(sources, unit_tokens, minlength=len(weights)).astype(np.int64),
+        weights,
+        config.data.mixing.over,
+        config.data.mixing.epoch,
+        documents=np.bincount(sources, unit_documents, minlength=len(weights)).astype(np.int64),
+        names=train.source_names,
+    )
+    return packs, MixedOrder(sources, quota, seed=seed, shuffle=shuffle)
+
+
+def build_loader(
+    config: RunConfig, data: Prepared, built: Built, tokenizer: Any, engine: Engine, runtime: processes.Runtime
+) -> tuple[StepLoader, int]:
+    """The batches of this rank, and how many steps the budget makes of them."""
+    units, order = build_order(config, data)
+    loader = StepLoader(
+        data.train,
+        order=order,
+        units=units,
+        global_batch=config.batch["global"],
+        micro_batch=config.batch["micro"],
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        layout=built.layout,
+        pad_token_id=tokenizer.pad_token_id,
+        device=runtime.device,
+        decoder_start=built.two_sides.decoder_start if built.two_sides else None,
+        looks_ahead=built.step_module.objective.looks_ahead,
+    )
+    steps = steps_from_budget(
+        config,
+        num_units=order.num_units,
+        for_tokens=lambda tokens: steps_for_tokens(order, loader.unit_tokens, config.batch["global"], tokens),
+    )
+    if built.step_module.around_update is not None:
+        built.step_module.around_update.begin(steps)
+    return loader, steps
+
+
+def build_evaluators(
+    config: RunConfig,
+    data: Prepared,
+    built: Built,
+    tokenizer: Any,
+    engine: Engine,
+    runtime: processes.Runtime,
+    agreement: Agreement,
+) -> list[Evaluator]:
+    """The evaluators that the config asks for; none without held-out data."""
+    held_out = data.evaluation
+    if held_out is None or len(held_out) == 0:
+        return []
+    limit = config.evaluation.max_documents
+    objective = built.step_module.objective
+    per = objective.sequences_per_document
+    batches = partial(
+        eval_batches,
+        held_out,
+        batch=config.evaluation.batch,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        layout=built.layout,
+        pad_token_id=tokenizer.pad_token_id,
+        device=runtime.device,
+        max_documents=limit,
+        sequences_per_document=per,
+        decoder_start=built.two_sides.decoder_start if built.two_sides else None,
+    )
+
+    count = int(held_out.counts["loss"][: None if limit is None else limit * per].sum())
+    found: list[Evaluator] = [
+        LossEvaluator(
+            batches,
+            count=count,
+            prefix="eval",
+            perplexity=objective.perplexity,
+            stop_now=agreement.asked,
+            ahead=partial(batches, ahead=True) if objective.looks_ahead else None,
+        )
+    ]
+    if config.evaluation.generate.samples:
+        found.append(
+            GenerationEvaluator(
+                held_out,
+                tokenizer,
+                config.evaluation.generate,
+                generation_config=generation_config(config.model, built),
+                encoder_decoder=built.two_sides is not None,
+                batch=config.evaluation.batch,
+                runtime=runtime,
+                prefix="eval",
+                stop_now=agreement.asked,
+            )
+        )
+    return found
+
+
+def generation_config(model: ModelConfig, built: Built) -> Any:
+    """How the model generates: by its generation_config.json, as its export will, else by its config."""
+    from transformers import GenerationConfig
+
+    directory = weights_directory(model)
+    if (directory / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(directory)
+    else:
+        found = GenerationConfig.from_model_config(built.config)
+    if built.two_sides is not None:
+        found.decoder_start_token_id = built.two_sides.decoder_start
+    return found

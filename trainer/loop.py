@@ -14,17 +14,17 @@ import torch
 from strategies.base import Engine, Progress
 from strategies.errors import Diverged, Preempted
 from strategies.runtime import seed_step
-from trainer.checkpoint import Checkpoints
-from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.data.loader import StepBatch, StepLoader
+from trainer.checkpoints.kept import Checkpoints
+from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.loss import Interrupted
-from trainer.metrics import Meter, StepRecord
 from trainer.objectives.ahead import look_ahead
+from trainer.optim.schedule import lr_factor_at
 from trainer.preempt import Agreement
-from trainer.schedule import lr_factor_at
-from trainer.tracking import Trackers, summary_of
+from trainer.records.console import Console
+from trainer.records.metrics import Meter, StepRecord
+from trainer.records.trackers import Trackers, summary_of
 
 
 @dataclass(slots=True)

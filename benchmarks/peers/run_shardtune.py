@@ -11,11 +11,11 @@ def main() -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from trainer.data.curation.duplicates import DuplicatePolicy, DuplicatesConfig
-    from trainer.data.pack import best_fit_decreasing
+    from trainer.data.batches.pack import best_fit_decreasing
+    from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
+    from trainer.data.config import DataConfig
     from trainer.data.prepare import Preparation
-    from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode
-    from trainer.data.settings import DataConfig
+    from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
     from trainer.objectives.base import SftConfig
     from trainer.objectives.build import build_objective
 

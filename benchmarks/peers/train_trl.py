@@ -51,7 +51,7 @@ def main() -> None:
         peft_config=adapter,
     )
     trainer.train()
-    watch.finish(plain_logits(trainer.model), f"trl {trl.__version__}")
+    watch.finish(plain_logits(trainer.model.loading), f"trl {trl.__version__}")
 
 
 if __name__ == "__main__":

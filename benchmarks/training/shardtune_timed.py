@@ -38,7 +38,7 @@ class Clock:
         """The same step in the bare loop, timed, and not counted as the trainer's."""
         from bare import Loop, build, concatenate
 
-        config, begin = trainer.config, time.process_time()
+        config, begin = trainer.config.run, time.process_time()
         if not self.bare:
             model = build(config.model.path, str(config.tuning.name), str(config.precision))
             self.loop = Loop(model, lr=config.optim.lr, precision=str(config.precision))
@@ -121,7 +121,7 @@ def main() -> int:
     if words[0] == "--batches":
         batches, words = Path(words[1]), words[2:]
     out, words = Path(words[0]), words[1:]
-    from trainer.checkpoint import Checkpoints
+    from trainer.checkpoints.kept import Checkpoints
     from trainer.loop import Trainer
 
     clock = Clock()

@@ -12,8 +12,8 @@ import pytest
 from strategies import runtime as processes
 from strategies.parameters import named_parameters
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
-from trainer.optim import AdamwConfig
-from trainer.schedule import ScheduleConfig, ScheduleName
+from trainer.optim.config import AdamwConfig
+from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.tuning.base import LoraConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -10,9 +10,9 @@ import yaml
 
 from launch.choices import CONF_DIR, groups, settings_of, variants
 from launch.compose import compose
-from trainer import config as run_config
-from trainer.optim import OptimName
-from trainer.optimizers.support import SUPPORT
+from trainer.config import run as run_config
+from trainer.optim.config import OptimName
+from trainer.optim.support import SUPPORT
 
 TYPED = {field.name: field.default_factory for field in dataclasses.fields(run_config.RunConfig)}
 CHOICES = [(g, c) for g, names in groups().items() for c in names if g not in ("experiment", "local")]

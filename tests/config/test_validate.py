@@ -10,8 +10,8 @@ from launch import overrides
 from launch.compose import compose
 from strategies.base import StrategyName
 from strategies.errors import ConfigError
-from trainer.optim import OptimName
-from trainer.validate import RANGES, problems_of
+from trainer.config.validate import RANGES, problems_of
+from trainer.optim.config import OptimName
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +260,7 @@ def test_an_optimizer_is_refused_where_shards_do_not_give_what_it_needs(optim, s
 
 
 def test_a_package_that_is_missing_here_is_refused_here(monkeypatch):
-    monkeypatch.setattr("trainer.optimizers.support.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.optim.support.find_spec", lambda name: None)
     for optim, extra in (("schedule_free", "schedule_free"), ("adamw_8bit", "qlora")):
         words = [f"optim={optim}", "schedule=constant"]
         (line,) = problems(*words)
@@ -275,7 +275,7 @@ def test_several_ranks_count_in_the_batch():
 
 
 def test_every_settings_class_of_the_tree_is_closed():
-    from trainer.config import RunConfig
+    from trainer.config.run import RunConfig
 
     with pytest.raises(AttributeError):
         RunConfig().typo = 1  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.curation.balance import BalanceBy, BalanceConfig, BalanceTarget, check, resample
+from trainer.data.choose.balance import BalanceBy, BalanceConfig, BalanceTarget, check, resample
 
 LABEL = BalanceBy.label
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.curation.bias import (
+from trainer.data.document import Document
+from trainer.data.stages.bias import (
     ATTRIBUTES,
     GROUPS,
     MOST_LABELS,
@@ -17,7 +18,6 @@ from trainer.data.curation.bias import (
     family_of,
     log_odds_ratio,
 )
-from trainer.data.document import Document
 
 CONFIG = BiasConfig(
     groups={"g/a": ["apple"], "g/b": ["pear", "big pear"], "h/c": ["pear", "red apple"]},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import DataError
 from tests.data.broken_files import CASES
-from trainer.data.sources import BadRow, Row, expand, read
+from trainer.data.read import BadRow, Row, expand, read
 
 KINDS = ("x.json", "x.jsonl", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow", "x.jsonl.gz", "x.jsonl.zst")
 ROWS = [

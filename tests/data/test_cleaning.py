@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.curation import cleaning
-from trainer.data.curation.cleaning import (
+from trainer.data.document import Document, Tally
+from trainer.data.stages import cleaning
+from trainer.data.stages.cleaning import (
     Cleaner,
     CleaningConfig,
     UnicodeForm,
@@ -17,8 +18,7 @@ from trainer.data.curation.cleaning import (
     remove_controls,
     tidy_whitespace,
 )
-from trainer.data.curation.markup import split_code, strip_html
-from trainer.data.document import Document, Tally
+from trainer.data.stages.tags import split_code, strip_html
 
 EVERYTHING = CleaningConfig(
     fix_encoding=True, html=True, control_characters=True, unicode=UnicodeForm.NFC, whitespace=True

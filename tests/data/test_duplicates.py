@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from trainer.data.curation import near
-from trainer.data.curation.duplicates import (
+from trainer.data.choose import near
+from trainer.data.choose.duplicates import (
     Across,
     ComparedText,
     DuplicatePolicy,
@@ -19,10 +19,7 @@ from trainer.data.curation.duplicates import (
     find_duplicates,
     prompt_of,
 )
-from trainer.data.curation.minhash import (
-    jaccard,
-    ngram_set,
-)
+from trainer.data.choose.minhash import jaccard, ngram_set
 from trainer.data.document import Document
 
 NEAR = DuplicatesConfig(near=DuplicatePolicy.drop)

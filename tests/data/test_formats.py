@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.config import DataFormat
 from trainer.data.document import Document
 from trainer.data.formats import NEEDS, SPELLINGS, Rejected, RowReader, recognise
-from trainer.data.settings import DataFormat
 
 F = DataFormat
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.audit import summary
+from trainer.data.config import DataConfig
 from trainer.data.prepare import Preparation
-from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode
-from trainer.data.settings import DataConfig
+from trainer.data.report.preview import summary
+from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 
 KEYS = ("the first secret key", "the second secret key")
 SLOW = """

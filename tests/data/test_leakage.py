@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from strategies.errors import DataError
-from trainer.data.curation import leakage
-from trainer.data.curation.decontamination import (
+from trainer.data.choose import leakage
+from trainer.data.choose.duplicates import ComparedText, DuplicatePolicy, DuplicatesConfig, Signer, compared_text
+from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy, find_leaks, settle
+from trainer.data.document import Document, Tally
+from trainer.data.stages.decontamination import (
     DecontaminationConfig,
     DecontaminationPolicy,
     Decontaminator,
     evaluation_texts,
 )
-from trainer.data.curation.duplicates import ComparedText, DuplicatePolicy, DuplicatesConfig, Signer, compared_text
-from trainer.data.curation.leakage import LeakageConfig, LeakagePolicy, find_leaks, settle
-from trainer.data.document import Document, Tally
 
 SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
 DRAW = random.Random(1)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.dataset import Sample, TokenDataset, write
-from trainer.data.loader import StepLoader, eval_batches
-from trainer.data.order import GlobalOrder
-from trainer.data.pack import best_fit_decreasing
-from trainer.data.settings import Layout
+from trainer.data.batches.loader import StepLoader, eval_batches
+from trainer.data.batches.order import GlobalOrder
+from trainer.data.batches.pack import best_fit_decreasing
+from trainer.data.config import Layout
+from trainer.data.store.sequences import Sample, TokenDataset, write
 
 NUM = 24
 

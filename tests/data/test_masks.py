@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
 from trainer.data.document import Document
-from trainer.data.template import LearnConfig, LearnTurns
-from trainer.data.tokenize import Encoder
+from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.template import LearnConfig, LearnTurns
 
 FAMILIES = chat_templates.FAMILIES
 CHECK = settings(max_examples=80, deadline=None, derandomize=True)

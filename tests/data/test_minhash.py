@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.curation.duplicates import Signer
-from trainer.data.curation.minhash import (
+from trainer.data.choose.duplicates import Signer
+from trainer.data.choose.minhash import (
     LONGEST_WORD,
     choose_bands,
     min_hashes,

@@ -7,10 +7,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
-from trainer.data import mixing
-from trainer.data.mixing import EpochEnd, MixOver, pack_by_source, quotas, realised
-from trainer.data.order import MixedOrder
-from trainer.data.pack import best_fit_decreasing
+from trainer.data.batches import mixing
+from trainer.data.batches.mixing import EpochEnd, MixOver, pack_by_source, quotas, realised
+from trainer.data.batches.order import MixedOrder
+from trainer.data.batches.pack import best_fit_decreasing
 
 SOURCES = st.integers(1, 4).flatmap(
     lambda n: st.tuples(

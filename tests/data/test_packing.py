@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from tests.helpers.building import model_dir, samples
-from trainer import attention
-from trainer.data.dataset import TokenDataset, write
-from trainer.data.loader import StepLoader
-from trainer.data.order import GlobalOrder
-from trainer.data.pack import best_fit_decreasing
-from trainer.data.settings import Layout
-from trainer.loss import LossHead, head_transform
+from trainer.data.batches.loader import StepLoader
+from trainer.data.batches.order import GlobalOrder
+from trainer.data.batches.pack import best_fit_decreasing
+from trainer.data.config import Layout
+from trainer.data.store.sequences import TokenDataset, write
+from trainer.heads.loss import LossHead, head_transform
+from trainer.model import attention
 from trainer.objectives.sft import Sft
 
 NUM = 24

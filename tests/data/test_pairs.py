@@ -7,11 +7,11 @@ import torch
 from strategies.errors import DataError
 from tests.helpers.building import pair_set
 from tests.helpers.tokenizers import pair_rows, tiny_tokenizer, write_chat_data, write_jsonl, write_pairs
-from trainer.data.audit import preview, summary
-from trainer.data.loader import StepLoader, eval_batches
-from trainer.data.order import GlobalOrder
+from trainer.data.batches.loader import StepLoader, eval_batches
+from trainer.data.batches.order import GlobalOrder
+from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.prepare import Preparation
-from trainer.data.settings import DataConfig, Layout, OverLength
+from trainer.data.report.preview import preview, summary
 from trainer.objectives.base import DpoConfig
 from trainer.objectives.build import build_objective
 

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
-from trainer.config import RunConfig
+from trainer.build import build_order
+from trainer.config.run import RunConfig
 from trainer.data import prepare as module
-from trainer.data.audit import summary
-from trainer.data.curation.balance import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.curation.decontamination import DecontaminationConfig, DecontaminationPolicy
-from trainer.data.curation.duplicates import DuplicatePolicy, DuplicatesConfig
-from trainer.data.curation.leakage import LeakageConfig, LeakagePolicy
+from trainer.data.choose.balance import BalanceBy, BalanceConfig, BalanceTarget
+from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
+from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy
+from trainer.data.config import DataConfig, OverLength, SourceConfig
 from trainer.data.prepare import Preparation
-from trainer.data.privacy.settings import PrivacyConfig, PrivacyMode
-from trainer.data.settings import DataConfig, OverLength, SourceConfig
-from trainer.data.table import DocumentTable
-from trainer.parts import build_order
+from trainer.data.report.preview import summary
+from trainer.data.stages.decontamination import DecontaminationConfig, DecontaminationPolicy
+from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
+from trainer.data.store.documents import DocumentTable
 
 
 def counts(sample):

@@ -10,10 +10,11 @@ import pytest
 
 from strategies.errors import ConfigError, DataError, StorageError
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
-from trainer.data import cache, dataset
-from trainer.data.audit import preview, summary
+from trainer.data.config import DataConfig, OverLength
 from trainer.data.prepare import Preparation
-from trainer.data.settings import DataConfig, OverLength
+from trainer.data.report.preview import preview, summary
+from trainer.data.store import cache
+from trainer.data.store import sequences as dataset
 
 
 def counts(sample):

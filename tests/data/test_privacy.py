@@ -13,11 +13,21 @@ import pytest
 from strategies.errors import ConfigError, DataError
 from tests.data.pii.synthetic import VALUES, synthetic
 from trainer.data.document import Document, Tally
-from trainer.data.privacy import Finder, Findings, Privacy, PrivacyConfig, PrivacyMode, check, checksums, find, problems
-from trainer.data.privacy.engine import RULES, resolve
-from trainer.data.privacy.presets import HIPAA, NATIONAL_IDS, NER_ONLY, TYPES
-from trainer.data.privacy.pseudonym import mask, normalise
-from trainer.data.privacy.rule import Finding
+from trainer.data.stages.privacy import (
+    Finder,
+    Findings,
+    Privacy,
+    PrivacyConfig,
+    PrivacyMode,
+    check,
+    checksums,
+    find,
+    problems,
+)
+from trainer.data.stages.privacy.engine import RULES, resolve
+from trainer.data.stages.privacy.presets import HIPAA, NATIONAL_IDS, NER_ONLY, TYPES
+from trainer.data.stages.privacy.pseudonym import mask, normalise
+from trainer.data.stages.privacy.rule import Finding
 
 KEY = "a key of more than sixteen characters"
 EVERY = [name for name in TYPES if name not in NER_ONLY]
@@ -292,7 +302,7 @@ def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monk
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     here = redacted("jane@example.com", "pseudonymise")
     script = (
-        "from trainer.data.document import Document, Tally; from trainer.data.privacy import *;"
+        "from trainer.data.document import Document, Tally; from trainer.data.stages.privacy import *;"
         "d = Document('d', 1, text='jane@example.com');"
         "Privacy(PrivacyConfig(mode=PrivacyMode.pseudonymise))(d, Tally()); print(d.text)"
     )

@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.pii.quality import all_sets, finder, hand_labelled, measure, table
 from tests.data.pii.synthetic import synthetic
-from trainer.data.privacy.presets import NER_ONLY, TYPES
+from trainer.data.stages.privacy.presets import NER_ONLY, TYPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.curation import language
-from trainer.data.curation.quality import FilterConfig, Filters, GopherConfig, Quality, measures, words
 from trainer.data.document import Document, Tally
+from trainer.data.stages import language
+from trainer.data.stages.filters import FilterConfig, Filters, GopherConfig, Quality, measures, words
 
 PROSE = (
     "The river rose in the night and covered the lower road. By morning the farmers had moved their sheep up to the "

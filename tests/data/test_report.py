@@ -13,7 +13,7 @@ import pytest
 from trainer.data.report.card import CardConfig, datacard
 from trainer.data.report.charts import Bar, Mark, bars, flow, forest, histogram
 from trainer.data.report.gaps import known_gaps
-from trainer.data.report.html import MAX_BYTES, page
+from trainer.data.report.page import MAX_BYTES, page
 from trainer.data.report.svg import Scale, coordinate, fit, percent, short, spread, text_width
 from trainer.data.report.verdict import Level, overall, tiles
 

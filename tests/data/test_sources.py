@@ -18,8 +18,21 @@ from hypothesis import strategies as st
 
 from strategies.errors import DataError
 from tests.data.broken_files import arrow, parquet, zst
-from trainer.data.sources import BadRow, Row, csv_rows, expand, hub, inputs_of, json_rows, open_hub, read, text_files
-from trainer.data.sources.opening import open_text
+from trainer.data.read import (
+    BadRow,
+    Row,
+    csv_rows,
+    expand,
+    hub,
+    inputs_of,
+    json_rows,
+    open_hub,
+    text_files,
+)
+from trainer.data.read import (
+    dispatch as read,
+)
+from trainer.data.read.opening import open_text
 
 
 def parsed(*paths):

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from trainer.data.curation.duplicates import DuplicatePolicy, DuplicatesConfig, Signer
+from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig, Signer
 from trainer.data.document import Document
-from trainer.data.table import schema, to_batch
+from trainer.data.store.documents import schema, to_batch
 
 
 def turns(*contents):
@@ -38,7 +38,7 @@ def test_rows_are_what_arrow_itself_makes_of_them(number):
 
 def test_rows_are_made_without_pandas():
     code = (
-        "import sys; from trainer.data.document import Document; from trainer.data.table import to_batch;"
+        "import sys; from trainer.data.document import Document; from trainer.data.store.documents import to_batch;"
         "to_batch([Document('f', 1, messages=[{'role': 'user', 'content': 'a'}])]); assert 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
 from trainer.data.document import Document
-from trainer.data.template import ChatTemplate
-from trainer.data.tokenize import Encoder, truncate
+from trainer.data.tokens.encode import Encoder, truncate
+from trainer.data.tokens.template import ChatTemplate
 
 TEMPLATES = {  # template, end of turn, whether it trims replies, whether it takes a system turn
     "chatml": (make.CHATML, "<|im_end|>", False, True),

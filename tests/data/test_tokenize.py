@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
-from trainer.data.dataset import Sample
+from trainer.data.config import OverLength
 from trainer.data.document import Document
-from trainer.data.over_length import fit
-from trainer.data.settings import OverLength
-from trainer.data.skeleton import RESERVED
-from trainer.data.template import LearnConfig, LearnTurns
-from trainer.data.tokenize import FEW, Encoder
+from trainer.data.store.sequences import Sample
+from trainer.data.tokens.cut import fit
+from trainer.data.tokens.encode import FEW, Encoder
+from trainer.data.tokens.skeleton import RESERVED
+from trainer.data.tokens.template import LearnConfig, LearnTurns
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))
@@ -295,6 +295,6 @@ def test_the_short_way_is_really_taken(monkeypatch):
     documents = [talk("q", f"answer {n}") for n in range(2 * FEW)]
     wanted = list(encoder.encode(documents, fast=False))
     learned = []
-    monkeypatch.setattr("trainer.data.tokenize._learned", lambda *args, **how: learned.append(args))
+    monkeypatch.setattr("trainer.data.tokens.encode._learned", lambda *args, **how: learned.append(args))
     same(encoder.encode(documents), wanted)
     assert not learned

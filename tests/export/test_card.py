@@ -2,7 +2,7 @@
 
 import yaml
 
-from trainer.card import CardFacts, licence_of, render_card
+from trainer.export.card import CardFacts, licence_of, render_card
 
 FACTS = {
     "tuning": "lora",

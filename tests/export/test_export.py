@@ -14,16 +14,16 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError, StorageError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.card import CardFacts
-from trainer.data.settings import Layout
-from trainer.export import ExportConfig, ExportType, hub_name, write_export, write_tensors
-from trainer.model import ModelConfig, build_step, load_tokenizer
+from trainer.data.config import Layout
+from trainer.export.card import CardFacts
+from trainer.export.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
+from trainer.export.write import ExportConfig, ExportType, hub_name, write_export, write_tensors
+from trainer.model.loading import ModelConfig, build_step, load_tokenizer
+from trainer.model.weights import WeightSource
 from trainer.objectives.base import ClassificationConfig, SftConfig
-from trainer.optim import AdamwConfig
-from trainer.optimizers.build import build_optimizer
+from trainer.optim.build import build_optimizer
+from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import FullConfig, LoraConfig
-from trainer.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
-from trainer.weights import WeightSource
 
 LABELS = ["calm", "angry", "glad"]
 
@@ -340,7 +340,7 @@ def test_a_failed_write_leaves_the_earlier_export_and_nothing_else(bases, runtim
 
 
 def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkeypatch):
-    from trainer import export as module
+    from trainer.export import write as module
 
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)

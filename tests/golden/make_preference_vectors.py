@@ -147,9 +147,9 @@ class Recorder:
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
-        losses = [trainer.compute_loss(trainer.model, trl_batch([pair])) for pair in pairs()]
+        losses = [trainer.compute_loss(trainer.model.loading, trl_batch([pair])) for pair in pairs()]
         metrics = trainer._metrics["train"]
-        return trainer.model, torch.stack(losses).mean(), metrics["rewards/chosen"], metrics["rewards/rejected"]
+        return trainer.model.loading, torch.stack(losses).mean(), metrics["rewards/chosen"], metrics["rewards/rejected"]
 
     def simpo(self, case: dict):
         from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -162,9 +162,9 @@ class Recorder:
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
-        found = [trainer.get_batch_loss_metrics(trainer.model, cpo_batch([pair])) for pair in pairs()]
+        found = [trainer.get_batch_loss_metrics(trainer.model.loading, cpo_batch([pair])) for pair in pairs()]
         rewards = [[metrics[f"rewards/{name}"] for _, metrics in found] for name in ("chosen", "rejected")]
-        return trainer.model, torch.stack([loss for loss, _ in found]).mean(), *rewards
+        return trainer.model.loading, torch.stack([loss for loss, _ in found]).mean(), *rewards
 
     def orpo(self, case: dict):
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -175,9 +175,9 @@ class Recorder:
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
-        chosen, rejected = trainer.concatenated_forward(trainer.model, cpo_batch(pairs()))[:2]
+        chosen, rejected = trainer.concatenated_forward(trainer.model.loading, cpo_batch(pairs()))[:2]
         ratio, chosen_rewards, rejected_rewards, *_ = trainer.odds_ratio_loss(chosen, rejected)
-        return trainer.model, (-chosen - ratio).mean(), chosen_rewards.tolist(), rejected_rewards.tolist()
+        return trainer.model.loading, (-chosen - ratio).mean(), chosen_rewards.tolist(), rejected_rewards.tolist()
 
     def reward(self, case: dict):
         from transformers import LlamaForSequenceClassification
@@ -191,10 +191,10 @@ class Recorder:
         )
         batch = trl_batch(pairs())
         del batch["completion_mask"]
-        trainer.model.config.pad_token_id = 0
-        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        trainer.model.loading.config.pad_token_id = 0
+        loss, outputs = trainer.compute_loss(trainer.model.loading, batch, return_outputs=True)
         chosen, rejected = outputs.logits.view(2, -1).tolist()
-        return trainer.model, loss, chosen, rejected
+        return trainer.model.loading, loss, chosen, rejected
 
 
 def main() -> None:

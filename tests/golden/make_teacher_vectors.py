@@ -97,10 +97,10 @@ def kto(case: dict, directory: str) -> dict:
     batch = sides([(p, a) for p, a, _ in rows], "")
     batch |= sides([(p, other) for (p, _, _), other in zip(rows, others, strict=True)], "KL_")
     batch["label"] = torch.tensor([verdict for _, _, verdict in rows])
-    loss = trainer.compute_loss(trainer.model, batch)
+    loss = trainer.compute_loss(trainer.model.loading, batch)
     loss.backward()
     found = {name: trainer._metrics["train"][name][0] for name in ("kl", "rewards/chosen", "rewards/rejected")}
-    return {"loss": float(loss), **found, "gradients": fingerprints(trainer.model)}
+    return {"loss": float(loss), **found, "gradients": fingerprints(trainer.model.loading)}
 
 
 def distillation(case: dict) -> dict:

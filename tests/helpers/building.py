@@ -20,21 +20,21 @@ from strategies.base import (
 )
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer import reference
-from trainer.config import BudgetConfig, RunConfig, RunSettings
-from trainer.console import Console
-from trainer.data.dataset import Sample, TokenDataset, write
+from trainer.build import build_engine, build_loader
+from trainer.config.run import BudgetConfig, RunConfig, RunSettings
 from trainer.data.prepare import Prepared
+from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.loop import Trainer
-from trainer.metrics import Meter
-from trainer.model import ModelConfig, load_tokenizer
+from trainer.model.loading import ModelConfig, load_tokenizer
+from trainer.objectives import reference
 from trainer.objectives.base import KtoConfig, SftConfig
 from trainer.objectives.build import build_objective
-from trainer.optim import AdamwConfig
-from trainer.parts import build_engine, build_loader
+from trainer.optim.config import AdamwConfig
+from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.preempt import Agreement, StopRequest
-from trainer.schedule import ScheduleConfig, ScheduleName
-from trainer.tracking import Trackers
+from trainer.records.console import Console
+from trainer.records.metrics import Meter
+from trainer.records.trackers import Trackers
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {

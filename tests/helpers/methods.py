@@ -3,7 +3,7 @@
 from typing import Any
 
 from trainer.tuning.base import LoraConfig, TuningConfig
-from trainer.tuning.settings import (
+from trainer.tuning.config import (
     Activation,
     AdaLoraConfig,
     AdaptionPromptConfig,

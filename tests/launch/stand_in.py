@@ -1,4 +1,4 @@
-"""A stand-in for `trainer.build` in processes that a test starts: ranks meet over gloo, then do as STAND_IN says."""
+"""A stand-in for `trainer.run` in processes that a test starts: ranks meet over gloo, then do as STAND_IN says."""
 
 STAND_IN = """
 import os, signal, sys, time, types
@@ -46,7 +46,7 @@ def run_worker(config, run_dir, sha256):
     if world > 1:
         dist.destroy_process_group()
 
-module = types.ModuleType("trainer.build")
+module = types.ModuleType("trainer.run")
 module.run_worker = run_worker
-sys.modules["trainer.build"] = module
+sys.modules["trainer.run"] = module
 """

@@ -12,8 +12,8 @@ import pytest
 from launch import main as command
 from launch import slurm_env, torchrun
 from strategies.errors import ConfigError, DataError, Preempted, StorageError
-from trainer.config import LauncherConfig
-from trainer.status import clear_failure, read_failure, read_status, record_failure, write_status
+from trainer.config.run import LauncherConfig
+from trainer.records.status import clear_failure, read_failure, read_status, record_failure, write_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def imported_after(statement):
 def test_help_imports_nothing_heavy():
     for words in ("['--help']", "['train', '--help']", "['frobnicate']"):
         modules = imported_after(f"from launch.main import main; main({words})")
-        assert not {"torch", "hydra", "omegaconf", "yaml", "transformers", "trainer.config"} & modules
+        assert not {"torch", "hydra", "omegaconf", "yaml", "transformers", "trainer.config.run"} & modules
 
 
 def test_composing_imports_torch_at_most():
@@ -88,7 +88,7 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     (tmp_path / "d.jsonl").write_text("{}")
     described = []
     plan = SimpleNamespace(describe=lambda config: described.append(config) or "the plan")
-    monkeypatch.setitem(sys.modules, "trainer.plan", plan)
+    monkeypatch.setitem(sys.modules, "trainer.dry_run", plan)
     assert command.main(["train", "--dry-run", "model.path=m", "data.path=d.jsonl", "budget.steps=1"]) == 0
     assert capsys.readouterr().out == "the plan\n"
     assert described[0].budget.steps == 1

@@ -12,10 +12,10 @@ from launch import data as verb
 from launch.data import main, parse_rows
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.data.dataset import Sample, Sequences, StoreWriter
 from trainer.data.document import Document
 from trainer.data.report.located import find, locate
-from trainer.data.table import TableWriter, to_batch
+from trainer.data.store.documents import TableWriter, to_batch
+from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 ROOT = Path(__file__).parents[2]
 TURNS = [

@@ -6,7 +6,7 @@ import pytest
 from launch.compose import compose, default_run_dir, freeze, load_frozen
 from launch.frozen import identity
 from strategies.errors import ConfigError, StorageError
-from trainer.status import write_status
+from trainer.records.status import write_status
 
 
 @pytest.fixture(autouse=True)

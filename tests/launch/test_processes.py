@@ -15,7 +15,7 @@ import pytest
 from launch import torchrun
 from strategies.errors import ConfigError
 from tests.launch.stand_in import STAND_IN
-from trainer.status import read_failure, record_failure
+from trainer.records.status import read_failure, record_failure
 
 ROOT = Path(__file__).parents[2]
 

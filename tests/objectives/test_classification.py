@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.checks import Refusal
+from trainer.data.config import DataConfig
 from trainer.data.labels import labels_of, namer
 from trainer.data.prepare import Preparation
-from trainer.data.settings import DataConfig
+from trainer.data.stages.checks import Refusal
 from trainer.evaluation.loss import f1_scores
 from trainer.objectives.base import ClassificationConfig
 from trainer.objectives.build import build_objective, settled

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.divergence as divergence_module
+import trainer.heads.divergence as divergence_module
 from launch.main import main
 from strategies import runtime as processes
 from strategies.errors import ConfigError
@@ -21,11 +21,11 @@ from tests.helpers.launching import clean_environment
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer.data.collate import collate
-from trainer.data.dataset import Sample
-from trainer.data.settings import Layout
-from trainer.divergence import Against, Measure
-from trainer.loss import LossHead, fuse_head
+from trainer.data.batches.collate import collate
+from trainer.data.config import Layout
+from trainer.data.store.sequences import Sample
+from trainer.heads.divergence import Against, Measure
+from trainer.heads.loss import LossHead, fuse_head
 from trainer.objectives.base import DistillationConfig, Divergence, TeacherConfig
 from trainer.objectives.build import build_objective
 from trainer.tuning.base import LoraConfig
@@ -267,8 +267,8 @@ def test_a_run_and_its_export(tmp_path, monkeypatch):
     with safe_open("run/export/model.safetensors", framework="pt") as file:
         assert not [name for name in file.keys() if "teacher" in name]  # noqa: SIM118 - no dict
     values = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()][-1]
+    from trainer.data.config import DataConfig
     from trainer.data.prepare import Preparation
-    from trainer.data.settings import DataConfig
 
     counts = build_objective(DistillationConfig()).counts
     data = Preparation(DataConfig(path="eval.jsonl", cache_dir="cache"), tiny_tokenizer(), counts=counts, seed=0)

@@ -14,13 +14,13 @@ from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, replay_set, run_config, take_steps, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
-from trainer.data.collate import collate, to_device
-from trainer.data.dataset import Sample, TokenDataset, write
+from trainer.data.batches.collate import collate, to_device
+from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.settings import Layout
+from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.objectives.base import ForgettingConfig, SftConfig
 from trainer.objectives.build import build_objective
-from trainer.optim import AdamwConfig
+from trainer.optim.config import AdamwConfig
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.data.dataset import Sample
+from trainer.data.store.sequences import Sample
 from trainer.evaluation.generation import Generated, first_answer, scores
 
 PAIRS = [

@@ -16,19 +16,19 @@ from tests.golden.make_teacher_vectors import FILE, KTO, answers
 from tests.helpers.building import GLOBAL_BATCH, model_dir, rated_set, run_config, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
-from trainer.config import RunConfig
-from trainer.data.collate import collate
-from trainer.data.dataset import Sample, TokenDataset, write
-from trainer.data.loader import eval_batches
+from trainer.build import prepare_data
+from trainer.config.run import RunConfig
+from trainer.data.batches.collate import collate
+from trainer.data.batches.loader import eval_batches
+from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.prepare import Preparation
 from trainer.data.rated import FURTHEST, mismatched, partner
-from trainer.data.settings import DataConfig, DataFormat, Layout
+from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
-from trainer.loss import fuse_head
+from trainer.heads.loss import fuse_head
 from trainer.objectives.base import KtoConfig
 from trainer.objectives.build import build_objective
 from trainer.objectives.preference import RecordLogps
-from trainer.parts import prepare_data
 
 RECORDED = json.loads(FILE.read_text())["cases"]
 COUNTS = build_objective(KtoConfig()).counts

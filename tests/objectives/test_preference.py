@@ -11,10 +11,10 @@ from torch import nn
 from strategies import runtime as processes
 from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints, model_config, pairs
 from tests.helpers.building import GLOBAL_BATCH, model_dir, pair_set, run_config, take_steps, trainer_for
-from trainer.data.collate import collate
-from trainer.data.dataset import Sample
-from trainer.data.settings import Layout
-from trainer.loss import fuse_head
+from trainer.data.batches.collate import collate
+from trainer.data.config import Layout
+from trainer.data.store.sequences import Sample
+from trainer.heads.loss import fuse_head
 from trainer.objectives.base import (
     DpoConfig,
     ObjectiveConfig,

@@ -11,8 +11,8 @@ from strategies.errors import DataError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import WORDS, chat_rows, tiny_tokenizer, write_jsonl
+from trainer.data.config import DataConfig, OverLength
 from trainer.data.prepare import Preparation
-from trainer.data.settings import DataConfig, OverLength
 from trainer.objectives.base import PretrainConfig
 from trainer.objectives.build import build_objective
 

@@ -10,8 +10,8 @@ from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import tiny_tokenizer, write_pairs
+from trainer.data.config import DataConfig
 from trainer.data.prepare import Preparation
-from trainer.data.settings import DataConfig
 from trainer.objectives.base import DpoConfig
 from trainer.objectives.build import build_objective
 

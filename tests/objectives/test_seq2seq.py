@@ -22,9 +22,9 @@ from tests.helpers.building import (
 from tests.helpers.methods import CASES
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.collate import collate
+from trainer.data.batches.collate import collate
+from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.document import Document
-from trainer.data.settings import DataConfig, Layout, OverLength
 from trainer.data.source_target import SourceTarget, SourceTargetEncoder, source_and_target
 from trainer.data.two_sides import boundary, deal_two_sides
 from trainer.objectives.base import Seq2seqConfig

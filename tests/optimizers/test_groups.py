@@ -7,8 +7,8 @@ from torch import nn
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.models import CONFIGS
-from trainer.optim import AdamwConfig, GroupRule
-from trainer.optimizers.groups import group_parameters, layer_factors
+from trainer.optim.config import AdamwConfig, GroupRule
+from trainer.optim.groups import group_parameters, layer_factors
 
 NAMES = {
     "model.embed_tokens.weight": (10, 4),

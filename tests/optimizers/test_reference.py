@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from strategies.errors import ConfigError
-from trainer.optim import (
+from trainer.optim.build import build_optimizer
+from trainer.optim.config import (
     AdafactorConfig,
     Adamw8bitConfig,
     AdamwConfig,
@@ -17,8 +18,7 @@ from trainer.optim import (
     ScheduleFreeConfig,
     SgdConfig,
 )
-from trainer.optimizers.build import build_optimizer
-from trainer.optimizers.whole import orthogonalise
+from trainer.optim.whole import orthogonalise
 
 SHAPES = {
     "layers.0.up.weight": (24, 16),

@@ -21,11 +21,11 @@ from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, pai
 from tests.helpers.building import trainer_for as build
 from tests.parity.methods import STEPS, release_at_once
 from tests.parity.plan import SHARDING
-from trainer.data.loader import eval_batches
+from trainer.data.batches.loader import eval_batches
 from trainer.evaluation.loss import LossEvaluator
+from trainer.model.quantisation import Quantisation
 from trainer.objectives.base import DpoConfig
-from trainer.optim import AdamwConfig
-from trainer.quantisation import Quantisation
+from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
 LORA = LoraConfig(rank=4)

@@ -31,15 +31,15 @@ from tests.helpers.building import (
 )
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity import pairs, teachers, two_sides
-from trainer.data.collate import collate
-from trainer.data.dataset import Sample, TokenDataset, write
-from trainer.data.loader import eval_batches
+from trainer.data.batches.collate import collate
+from trainer.data.batches.loader import eval_batches
+from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.settings import Layout
+from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
-from trainer.model import ModelConfig
+from trainer.model.loading import ModelConfig
 from trainer.objectives.base import ClassificationConfig
-from trainer.optim import AdamwConfig
+from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
 ZERO3_CPU = ZeroConfig(name=StrategyName.zero3, stage=3, offload_optimizer="cpu", offload_parameters="cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run_config, take_steps, trainer_for
-from trainer.quantisation import Quantisation
+from trainer.model.quantisation import Quantisation
 
 STEPS = 5
 

@@ -18,11 +18,11 @@ from strategies.parameters import named_parameters
 from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run_config, trainer_for
 from tests.helpers.building import take_steps as take
 from tests.parity.plan import CASES, OTHERWISE, SHARDING, Run, plan
-from trainer.config import RunConfig
-from trainer.data.collate import collate
+from trainer.config.run import RunConfig
+from trainer.data.batches.collate import collate
 from trainer.loop import Trainer
 from trainer.tuning.base import LoraConfig, TuningConfig
-from trainer.tuning.settings import OftConfig
+from trainer.tuning.config import OftConfig
 
 STEPS = 5
 RESUMED = {

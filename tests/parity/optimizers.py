@@ -15,8 +15,8 @@ from strategies import runtime as processes
 from strategies.base import Fsdp2Config
 from tests.helpers.building import STRATEGIES, alone, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.features import Job
-from trainer.data.collate import collate
-from trainer.optim import (
+from trainer.data.batches.collate import collate
+from trainer.optim.config import (
     AdafactorConfig,
     Adamw8bitConfig,
     AdamwConfig,
@@ -27,7 +27,7 @@ from trainer.optim import (
     ScheduleFreeConfig,
     SgdConfig,
 )
-from trainer.optimizers.support import SUPPORT
+from trainer.optim.support import SUPPORT
 
 KEPT = Fsdp2Config(reshard_after_forward=False)
 COMMON = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}

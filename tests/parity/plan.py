@@ -13,10 +13,10 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, Str
 from tests.helpers.building import STRATEGIES
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
-from trainer.combinations import Cell, State, cell, row_of, rows
-from trainer.config import RunConfig
-from trainer.data.settings import Layout
-from trainer.quantisation import Quantisation
+from trainer.config.combinations import Cell, State, cell, row_of, rows
+from trainer.config.run import RunConfig
+from trainer.data.config import Layout
+from trainer.model.quantisation import Quantisation
 from trainer.tuning.base import FullConfig, TuningConfig
 
 ALL = "SHARDTUNE_TEST_ALL"

@@ -10,10 +10,10 @@ from tests.helpers.launching import run_job
 from tests.parity import plan as planned
 from tests.parity.methods import RESUMED, STEPS
 from tests.parity.plan import ALL, CASES, covering, everything, missing, plan
-from trainer.combinations import FEATURES, State, cell, rows
-from trainer.optimizers.support import SUPPORT
+from trainer.config.combinations import FEATURES, State, cell, rows
+from trainer.config.validate import problems_of
+from trainer.optim.support import SUPPORT
 from trainer.tuning.table import METHODS, Method
-from trainer.validate import problems_of
 
 TOLERANCE = 1e-5
 LEAST_LEARNED = 10 * TOLERANCE

@@ -19,15 +19,15 @@ from tests.helpers.building import (
     two_sided_set,
 )
 from tests.helpers.seq2seq import seq2seq_dir
-from trainer.config import RunConfig
+from trainer.build import build_engine, generation_config
+from trainer.config.run import RunConfig
+from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
-from trainer.data.settings import DataConfig
 from trainer.data.two_sides import boundary
 from trainer.evaluation.base import GenerateConfig
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.model import load_tokenizer
+from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import Seq2seqConfig
-from trainer.parts import build_engine, generation_config
 
 STEPS = 5
 FULL, SELECTIVE = ActivationCheckpointing.full, ActivationCheckpointing.selective

@@ -10,7 +10,7 @@ import pytest
 
 from launch.slurm import BODY, render, submit
 from strategies.errors import ConfigError
-from trainer.config import LauncherConfig, RunConfig, RunSettings, SlurmConfig
+from trainer.config.run import LauncherConfig, RunConfig, RunSettings, SlurmConfig
 
 CLONE = Path(__file__).parents[2]
 GOLDEN = CLONE / "tests" / "golden" / "slurm_job.sbatch"

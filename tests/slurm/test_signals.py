@@ -10,7 +10,7 @@ import pytest
 
 from launch.slurm import render
 from tests.slurm.cluster import Cluster, wait_for
-from trainer.config import RunConfig, SlurmConfig
+from trainer.config.run import RunConfig, SlurmConfig
 
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
 
 def test_submit_passes_on_what_a_real_sbatch_refuses(cluster: Cluster, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from launch.slurm import submit; from trainer.config import RunConfig, SlurmConfig\n"
+        "import sys, pathlib; from launch.slurm import submit; from trainer.config.run import RunConfig, SlurmConfig\n"
         "submit(RunConfig(launcher=SlurmConfig(gpus_per_node=8)), [pathlib.Path(sys.argv[1])], print_only=False)"
     )
     done = cluster.on("ctl", sys.executable, "-c", code, str(tmp_path), cwd=CLONE, check=False)

@@ -15,10 +15,10 @@ from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_methods import assert_same_logits, plain_base
-from trainer.data.settings import DataConfig, Layout
-from trainer.optim import AdamwConfig
-from trainer.tuning.settings import AdaLoraConfig
-from trainer.verify import probe_ids, reference_logits
+from trainer.data.config import DataConfig, Layout
+from trainer.export.verify import probe_ids, reference_logits
+from trainer.optim.config import AdamwConfig
+from trainer.tuning.config import AdaLoraConfig
 
 STEPS = 10
 TUNING = AdaLoraConfig(init_rank=4, target_rank=2, alpha=512.0, initial_share=0.25, final_share=0.25, delta_t=2)

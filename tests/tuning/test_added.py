@@ -15,16 +15,16 @@ from tests.helpers.building import samples
 from tests.helpers.methods import ADDED
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.data.collate import collate
-from trainer.data.settings import Layout
-from trainer.model import ModelConfig, build_step, load_tokenizer
+from trainer.data.batches.collate import collate
+from trainer.data.config import Layout
+from trainer.export.verify import probe_ids, reference_logits
+from trainer.model.loading import ModelConfig, build_step, load_tokenizer
 from trainer.objectives.base import ClassificationConfig, SftConfig
 from trainer.objectives.causal import sequence_logps, summed_loss
 from trainer.tuning import bottleneck, virtual
 from trainer.tuning.base import FullConfig
 from trainer.tuning.check import check_room
-from trainer.tuning.settings import AdaptionPromptConfig, BottleneckConfig, PrefixConfig, PromptConfig, PromptInit
-from trainer.verify import probe_ids, reference_logits
+from trainer.tuning.config import AdaptionPromptConfig, BottleneckConfig, PrefixConfig, PromptConfig, PromptInit
 
 EXACT = 1e-5
 VIRTUAL = [name for name in ADDED if name.startswith(("pr", "p_"))]

@@ -18,11 +18,11 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_methods import assert_same_logits
+from trainer.export.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
+from trainer.model.quantisation import Quantisation, QuantisedLinear, Scheme
 from trainer.objectives.base import Seq2seqConfig
-from trainer.quantisation import Quantisation, QuantisedLinear, Scheme
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
-from trainer.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
 
 bnb = pytest.importorskip("bitsandbytes")
 SCHEMES = {
@@ -290,6 +290,6 @@ def test_every_refused_method_would_fail(base, runtime):
 
 
 def test_the_error_names_the_extra(words, monkeypatch):
-    monkeypatch.setattr("trainer.quantisation.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.model.quantisation.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'shardtune\[qlora\]'"):
         compose([*words, "tuning=lora"])

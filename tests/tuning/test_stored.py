@@ -19,10 +19,10 @@ from tests.helpers.methods import ADAPTERS
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_methods import assert_same_logits, plain_base
+from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import FullConfig, LoraConfig
-from trainer.tuning.settings import Ia3Config
+from trainer.tuning.config import Ia3Config
 from trainer.tuning.start import settle
-from trainer.verify import probe_ids, reference_logits
 
 STARTS = ["lora", "lora patterns", "ia3", "vera", "oft", "loha", "lokr", "boft", "ln", "peft road", "peft miss"]
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.block import Bad, Block, refuse_bad
-from trainer.data.curation.bias import BiasCounter
-from trainer.data.dataset import StoreWriter
 from trainer.data.document import EXAMPLES, Tally
-from trainer.data.privacy.stage import Findings
-from trainer.data.table import TableWriter
+from trainer.data.stages.bias import BiasCounter
+from trainer.data.stages.privacy.stage import Findings
+from trainer.data.store.documents import TableWriter
+from trainer.data.store.sequences import StoreWriter
 
 QUARANTINE, DROPPED = "quarantine.jsonl", "dropped.jsonl"
 GIVE_UP = 1000

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.curation.bias import BiasCounter
-from trainer.data.curation.duplicates import DuplicatePolicy, Signer
-from trainer.data.dataset import Sample, Sequences
+from trainer.data.choose.duplicates import DuplicatePolicy, Signer
+from trainer.data.config import DataConfig
 from trainer.data.document import Document, Stage, Tally
 from trainer.data.formats import Rejected, RowReader
 from trainer.data.labels import split_labels
-from trainer.data.over_length import fit, fit_pair
-from trainer.data.privacy.stage import Findings
 from trainer.data.rated import rated_sequences
-from trainer.data.settings import DataConfig
+from trainer.data.read.row import BadRow, Row
 from trainer.data.source_target import SourceTargetEncoder
-from trainer.data.sources.row import BadRow, Row
-from trainer.data.table import to_batch
+from trainer.data.stages.bias import BiasCounter
+from trainer.data.stages.privacy.stage import Findings
+from trainer.data.store.documents import to_batch
+from trainer.data.store.sequences import Sample, Sequences
+from trainer.data.tokens.cut import fit, fit_pair
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from trainer.data.tokenize import Encoder
+    from trainer.data.tokens.encode import Encoder
 
 
 @dataclass(slots=True)

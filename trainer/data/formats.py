@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.checks import Refusal, conversation, label_of, parted, shown, text_of, turns_of, verdict_of
+from trainer.data.config import DataFormat
 from trainer.data.document import Document, Message
 from trainer.data.labels import labels_of
-from trainer.data.settings import DataFormat
+from trainer.data.stages.checks import Refusal, conversation, label_of, parted, shown, text_of, turns_of, verdict_of
 
 NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',

@@ -8,11 +8,11 @@ from itertools import islice
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import Document
 from trainer.data.formats import RowReader, recognise
-from trainer.data.settings import DataConfig, DataFormat
-from trainer.data.sources.origin import Origin
-from trainer.data.sources.row import BadRow, Row
+from trainer.data.read.origin import Origin
+from trainer.data.read.row import BadRow, Row
 
 HELD_OUT = ("eval", "test")
 

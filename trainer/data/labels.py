@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.checks import Refusal, label_of
+from trainer.data.stages.checks import Refusal, label_of
 
 if TYPE_CHECKING:
     from trainer.data.assemble import Columns
-    from trainer.data.table import DocumentTable
+    from trainer.data.store.documents import DocumentTable
 
 MARK = "|"
 """Between the labels of a document that has several."""

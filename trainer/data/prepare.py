@@ -20,23 +20,23 @@ import numpy as np
 from strategies.errors import DataError, Preempted
 from trainer.data.assemble import Assembly, Columns
 from trainer.data.block import Block, BlockMaker, Job, jobs
-from trainer.data.cache import DONE, DigestCache, build_once, fingerprint
-from trainer.data.curation.balance import BalanceBy
-from trainer.data.dataset import Sample, TokenDataset
-from trainer.data.describe import Description
+from trainer.data.choose.balance import BalanceBy
+from trainer.data.choose.splits import Selection, choose, sequences_of
+from trainer.data.config import DataConfig
 from trainer.data.inputs import inputs_of, readers_of, rows_of
 from trainer.data.labels import number_labels
 from trainer.data.parallel import cores, ordered_map
-from trainer.data.privacy.settings import PrivacyMode, key_identity
-from trainer.data.privacy.stage import check as check_findings
-from trainer.data.select import Selection, choose, sequences_of
-from trainer.data.settings import DataConfig
-from trainer.data.shards import Shards
+from trainer.data.read.origin import Origin
+from trainer.data.report.describe import Description
 from trainer.data.source_target import SourceTarget, SourceTargetEncoder
-from trainer.data.sources.origin import Origin
-from trainer.data.stages import stages_of
-from trainer.data.table import DocumentTable
-from trainer.data.tokenize import Encoder
+from trainer.data.stages.chain import stages_of
+from trainer.data.stages.privacy.config import PrivacyMode, key_identity
+from trainer.data.stages.privacy.stage import check as check_findings
+from trainer.data.store.cache import DONE, DigestCache, build_once, fingerprint
+from trainer.data.store.documents import DocumentTable
+from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.data.store.shards import Shards
+from trainer.data.tokens.encode import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

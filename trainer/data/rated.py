@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.dataset import DESIRABLE, UNDESIRABLE, Sample, TokenDataset
+from trainer.data.config import DataConfig
 from trainer.data.document import Document, Message, Tally
-from trainer.data.over_length import fit, fit_pair
-from trainer.data.settings import DataConfig
-from trainer.data.tokenize import BATCH, Encoder, share_prompt
+from trainer.data.store.sequences import DESIRABLE, UNDESIRABLE, Sample, TokenDataset
+from trainer.data.tokens.cut import fit, fit_pair
+from trainer.data.tokens.encode import BATCH, Encoder, share_prompt
 
 FURTHEST = 64
 """How many sequences back another prompt is looked for."""

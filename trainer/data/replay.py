@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from strategies.errors import DataError
-from trainer.data.dataset import REPLAY, Sample, TokenDataset
+from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 
 
 def check_replayed(dataset: TokenDataset) -> None:

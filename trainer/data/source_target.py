@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.dataset import Sample
+from trainer.data.config import OverLength
 from trainer.data.document import Document
-from trainer.data.settings import OverLength
-from trainer.data.tokenize import BATCH, Encoder
+from trainer.data.store.sequences import Sample
+from trainer.data.tokens.encode import BATCH, Encoder
 from trainer.data.two_sides import boundary
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.dataset import Sample, TokenDataset
+from trainer.data.store.sequences import Sample, TokenDataset
 
 
 def boundary(sample: Sample) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.data.dataset import Sample, TokenDataset
-from trainer.data.loader import eval_plan
+from trainer.data.batches.loader import eval_plan
+from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.two_sides import boundary
 from trainer.evaluation.loss import Interrupted
 from trainer.objectives.causal import plain_model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
 
 
 class ObjectiveName(StrEnum):

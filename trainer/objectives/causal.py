@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.loss import computes_loss, logits_loss
+from trainer.heads.loss import computes_loss, logits_loss
 
 Reference = Callable[[nn.Module], AbstractContextManager[None]]
 """Within it the tuned model computes what it did before training: its adapter is switched off."""

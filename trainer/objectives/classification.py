@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
 
 
 class Classification:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from trainer.divergence import Against, Measure
+from trainer.heads.divergence import Against, Measure
 from trainer.objectives.base import DistillationConfig
 from trainer.objectives.causal import supervised_rows
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
     from trainer.objectives.teacher import Teacher
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.dataset import DESIRABLE, UNDESIRABLE
+from trainer.data.store.sequences import DESIRABLE, UNDESIRABLE
 from trainer.objectives.base import KtoConfig
 from trainer.objectives.causal import Reference, reference_logps, sequence_logps
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
 
 
 class Kto:

@@ -20,7 +20,7 @@ from trainer.objectives.base import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.causal import Reference, reference_logps, sequence_logps
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
 
 LEAST_LOG = -1e-6
 """Largest mean log-probability of a token that odds are computed of: certainty has none."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.objectives.base import RewardConfig
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
 
 
 class Reward:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from trainer.loss import computes_loss, logits_loss
+from trainer.heads.loss import computes_loss, logits_loss
 from trainer.objectives.causal import plain_model
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
 
 
 class Seq2seq:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.dataset import REPLAY
-from trainer.divergence import Against, Measure
+from trainer.data.store.sequences import REPLAY
+from trainer.heads.divergence import Against, Measure
 from trainer.objectives.base import Divergence, ForgettingConfig
 from trainer.objectives.causal import summed_loss, supervised_rows
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Sample
+    from trainer.data.store.sequences import Sample
     from trainer.objectives.teacher import Teacher
 
 

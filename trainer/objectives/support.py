@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from trainer.data.settings import DataConfig, DataFormat, Layout, OverLength
-from trainer.data.template import LearnConfig
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
+from trainer.data.tokens.template import LearnConfig
 from trainer.objectives.base import (
     ClassificationConfig,
     DistillationConfig,
@@ -126,7 +126,7 @@ def _texts(data: DataConfig) -> Iterator[str]:
 
 
 def _distillation(objective: DistillationConfig) -> Iterator[str]:
-    """What is wrong with the settings of a teacher; `trainer.validate` looks at its path."""
+    """What is wrong with the settings of a teacher; `trainer.config.validate` looks at its path."""
     mixes = objective.divergence is Divergence.jensen_shannon
     if not mixes and objective.interpolation != DistillationConfig().interpolation:
         yield (

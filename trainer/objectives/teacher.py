@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.loss import LossHead
+from trainer.heads.loss import LossHead
 from trainer.objectives.causal import Reference, plain_model, supervised_rows
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.tuning.adapter import PREFIX, Adapter
+from trainer.tuning.config import AdaLoraConfig
 from trainer.tuning.replica import ADAPTER
-from trainer.tuning.settings import AdaLoraConfig
 
 
 class AdaLora(Adapter):

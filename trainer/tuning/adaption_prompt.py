@@ -19,7 +19,7 @@ from strategies.runtime import derive_seed
 from trainer.tuning.adapter import PREFIX
 from trainer.tuning.added import Added
 from trainer.tuning.base import BaseReader
-from trainer.tuning.settings import AdaptionPromptConfig
+from trainer.tuning.config import AdaptionPromptConfig
 
 KINDS = ("llama", "mistral", "gpt2")
 """Architectures whose attention peft knows how to adapt."""

@@ -24,7 +24,7 @@ from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from trainer.tuning.added import Added
 from trainer.tuning.base import BaseReader
-from trainer.tuning.settings import Activation, BottleneckConfig, Placement
+from trainer.tuning.config import Activation, BottleneckConfig, Placement
 
 NAME = "bottleneck"
 CONFIG_FILE = "bottleneck_config.json"

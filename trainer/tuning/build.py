@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer.tuning.base import AdapterConfig, Tuning, TuningConfig
-from trainer.tuning.settings import AdaLoraConfig, AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
+from trainer.tuning.config import AdaLoraConfig, AdaptionPromptConfig, BottleneckConfig, FreezeConfig, VirtualConfig
 
 if TYPE_CHECKING:
     from torch import nn

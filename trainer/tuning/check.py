@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
-from trainer.data.settings import DataConfig, Layout
+from trainer.data.config import DataConfig, Layout
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
-from trainer.tuning.freeze import LAYERS
-from trainer.tuning.settings import (
+from trainer.tuning.config import (
     AdaLoraConfig,
     FreezeConfig,
     Ia3Config,
@@ -20,6 +19,7 @@ from trainer.tuning.settings import (
     PromptInit,
     VirtualConfig,
 )
+from trainer.tuning.freeze import LAYERS
 from trainer.tuning.start import problems as start_problems
 from trainer.tuning.table import METHODS, NOT_HERE, SHARDED, TYPES, Method, method_of, rewrites_base
 

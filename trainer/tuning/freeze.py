@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from strategies.errors import ConfigError
+from trainer.tuning.config import FreezeConfig
 from trainer.tuning.full import Full
-from trainer.tuning.settings import FreezeConfig
 
 LAYERS = re.compile(r"last-(\d+)|(\d+)-(\d+)")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, LoraConfig
-from trainer.tuning.settings import (
+from trainer.tuning.config import (
     AdaLoraConfig,
     BoftConfig,
     Ia3Config,

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
-from trainer.tuning.settings import (
-    BoftConfig,
-    Ia3Config,
-    LohaConfig,
-    LokrConfig,
-    OftConfig,
-    PeftConfig,
-    VeraConfig,
-)
+from trainer.tuning.config import BoftConfig, Ia3Config, LohaConfig, LokrConfig, OftConfig, PeftConfig, VeraConfig
 from trainer.tuning.table import METHODS, TYPES, method_of
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.tuning.base import TuningConfig
-from trainer.tuning.settings import PeftConfig
+from trainer.tuning.config import PeftConfig
 
 SHARDED = ("fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PROPERTIES = {

@@ -24,10 +24,10 @@ from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from trainer.tuning.added import Added, is_causal
 from trainer.tuning.base import BaseReader
+from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.peft_configs import virtual_config
 from trainer.tuning.prepend import PrefixShape, Prepend, cache_word
 from trainer.tuning.replica import ADAPTER
-from trainer.tuning.settings import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
 
 ENCODER = f"prompt_encoder.{ADAPTER}"
 

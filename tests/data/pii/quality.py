@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.data.pii.synthetic import Item, synthetic
-from trainer.data.privacy import Finder, Finding, PrivacyConfig, PrivacyEngine
-from trainer.data.privacy.presets import NER_ONLY, TYPES, PrivacyPreset
+from trainer.data.stages.privacy import Finder, Finding, PrivacyConfig, PrivacyEngine
+from trainer.data.stages.privacy.presets import NER_ONLY, TYPES, PrivacyPreset
 
 HERE = Path(__file__).parent
 

@@ -12,8 +12,8 @@ import random
 import string
 from collections.abc import Callable
 
-from trainer.data.privacy import checksums
-from trainer.data.privacy.presets import NER_ONLY, TYPES
+from trainer.data.stages.privacy import checksums
+from trainer.data.stages.privacy.presets import NER_ONLY, TYPES
 
 Item = tuple[str, list[tuple[int, int, str]]]
 FIRST = "Jane Thomas Priya Carlos Emily Stefan Fatima Walter Oluwaseun Xiulan Thandiwe Björn Ngozi Tamsin Aurelio Saoirse".split()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.dataset import TokenDataset
+from trainer.data.store.sequences import TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +96,7 @@ def raw_document(prepared: Prepared, split: str, index: int) -> dict[str, Any] |
     data = prepared.split(split)
     if data.documents is None or not (prepared.directory / DOCUMENTS).is_file():
         return None
-    from trainer.data.table import DocumentTable
+    from trainer.data.store.documents import DocumentTable
 
     return DocumentTable(prepared.directory).row(int(data.documents[index]))
 

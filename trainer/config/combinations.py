@@ -1,0 +1,147 @@
+"""What works with what: tuning method x strategy x feature x optimizer, one verdict a cell, out of data in three places.
+
+`trainer/tuning/table.py` has the methods, `trainer/optim/support.py` the optimizers, and this module the features and what
+a device must have. The same verdicts refuse a run when it is composed, choose what the parity tests run
+(`tests/parity/plan.py`), and make the tables of `docs/methods.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from strategies.base import StrategyConfig, StrategyName
+from trainer.optim.config import OptimConfig, OptimName
+from trainer.optim.support import SUPPORT
+from trainer.tuning.base import TuningConfig
+from trainer.tuning.config import PeftConfig
+from trainer.tuning.table import METHODS, SHARDED, TYPES, Method
+
+
+class State(StrEnum):
+    """What is known of a cell."""
+
+    tested = "tested"
+    refused = "refused"
+    gpu_only = "GPU only"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Something a run may have beside a method, a strategy and an optimizer."""
+
+    title: str
+    settings: str
+    """What switches it on."""
+    word: str = ""
+    """The word of `Method.refused` that speaks about it; empty where nothing can."""
+    instead: str = ""
+    """The nearest legal choice where a method refuses it."""
+    only_under: tuple[str, ...] = ()
+    """Strategies under which a method's refusal counts; all where empty."""
+
+
+FEATURES: dict[str, Feature] = {
+    "plain": Feature("nothing else", ""),
+    "checkpointing": Feature(
+        "full activation checkpointing",
+        "strategy.activation_checkpointing=full",
+        "checkpointing",
+        "strategy.activation_checkpointing=none",
+    ),
+    "selective": Feature(
+        "selective activation checkpointing",
+        "strategy.activation_checkpointing=selective",
+        "selective",
+        "full or none",
+    ),
+    "padding_free": Feature("rows without padding", "data.layout=padding_free", "padding_free", "data.layout=padded"),
+    "padded": Feature("padded rows", "data.layout=padded"),
+    "packing": Feature("packing", "data.packing=true", "padding_free", "data.packing=false"),
+    "bf16": Feature("bf16", "precision=bf16", "half", "fp32 or strategy=ddp", SHARDED),
+    "fp16": Feature("fp16", "precision=fp16", "half", "fp32 or strategy=ddp", SHARDED),
+    "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
+    "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
+}
+"""Every feature."""
+
+COMPILED = ("full", "freeze", "lora")
+"""Methods that were run compiled and took the same steps."""
+NOT_COMPILED = "it is not proven to take the same steps compiled"
+INSTEAD = "strategy=ddp, or tuning=lora"
+"""The nearest legal choice where a method refuses a strategy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The verdict on one combination."""
+
+    state: State
+    reason: str = ""
+    """Why it is refused, or cannot run on a CPU."""
+    instead: str = ""
+    """The nearest legal choice of one that is refused."""
+
+
+def rows() -> dict[str, Method]:
+    """Every method by the name of its row: the choice of `tuning=`, or of `tuning.type` under `tuning=peft`."""
+    return {**METHODS, **TYPES}
+
+
+def row_of(config: TuningConfig) -> str:
+    """The row of a method's settings."""
+    return str(config.type) if isinstance(config, PeftConfig) else str(config.name)
+
+
+def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw) -> Cell:
+    """The verdict on one combination. `row` and `feature` are keys of `rows()` and `FEATURES`."""
+    method, wanted, support = rows()[row], FEATURES[feature], SUPPORT[optim]
+    if reason := method.strategies.get(str(strategy)):
+        return Cell(State.refused, reason, INSTEAD)
+    if strategy in support.refused:
+        return Cell(State.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
+    if (reason := method.refused.get(wanted.word)) and (not wanted.only_under or strategy in wanted.only_under):
+        return Cell(State.refused, reason, wanted.instead)
+    if feature == "compile" and row not in COMPILED:
+        return Cell(State.refused, NOT_COMPILED, wanted.instead)
+    if reason := method.optimizers.get(str(optim)):
+        return Cell(State.refused, reason, "optim=adamw")
+    if feature == "fp16":
+        return Cell(State.gpu_only, "CPUs do not train in it")
+    return Cell(State.tested)
+
+
+def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:
+    """What a method's row refuses and no other check says, one line each: `key=value: reason; what to do`."""
+    row = row_of(tuning)
+    if row not in rows():
+        return
+    method, shown = rows()[row], f"tuning.type={row}" if row in TYPES else f"tuning={row}"
+    if reason := method.strategies.get(str(strategy.name)):
+        yield f"strategy={strategy.name} with {shown}: {reason}; use {INSTEAD}"
+    if strategy.compile and row not in COMPILED:
+        proven = " or ".join(f"tuning={name}" for name in COMPILED)
+        yield f"strategy.compile=true with {shown}: {NOT_COMPILED}; set {FEATURES['compile'].instead}, or use {proven}"
+    if strategy.activation_checkpointing == "full" and (reason := method.refused.get("checkpointing")):
+        yield f"strategy.activation_checkpointing=full with {shown}: {reason}; set {FEATURES['checkpointing'].instead}"
+    if reason := method.optimizers.get(str(optim.name)):
+        yield f"optim={optim.name} with {shown}: {reason}; use optim=adamw"
+
+
+def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
+    """One word for all strategies that run the optimizer: `tested`, `refused`, or where it is one of these only.
+
+    With a feature or an optimizer, the strategies that do not run the method at all are left out.
+    """
+    names = [name for name in StrategyName if name not in SUPPORT[optim].refused]
+    if feature != "plain" or optim is not OptimName.adamw:
+        names = [name for name in names if str(name) not in rows()[row].strategies]
+    states = {name: cell(row, name, feature, optim).state for name in names}
+    if len(set(states.values())) == 1:
+        return str(next(iter(states.values())))
+    parts = []
+    for state in (State.gpu_only, State.refused):
+        if odd := [name for name in names if states[name] is state]:
+            parts.append(f"{state} under {', '.join(f'`{name}`' for name in odd)}")
+    return "; ".join(parts)

@@ -1,0 +1,169 @@
+"""The whole configuration of a run: one typed tree, composed by Hydra.
+
+Leaf settings live beside the code that uses them; this module composes them and owns the settings that belong to the
+run itself. Ranges and cross-field rules are `trainer.config.validate`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, is_dataclass
+from enum import StrEnum
+from typing import Any, get_args, get_origin, get_type_hints
+
+from strategies.base import Precision, StrategyConfig
+from strategies.matmul import Matmul
+from trainer.checkpoints.kept import CheckpointConfig
+from trainer.data.config import DataConfig
+from trainer.evaluation.base import EvaluationConfig
+from trainer.export.write import ExportConfig
+from trainer.model.loading import ModelConfig
+from trainer.objectives.base import ObjectiveConfig
+from trainer.optim.config import OptimConfig
+from trainer.optim.schedule import ScheduleConfig
+from trainer.records.trackers import LoggingConfig
+from trainer.tuning.base import TuningConfig
+
+
+class Device(StrEnum):
+    """`auto` takes CUDA where there is any."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class LauncherName(StrEnum):
+    """The names users type as `launcher=<name>`."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSettings:
+    """Identity of the run."""
+
+    dir: str | None = None
+    """Directory of the run; its last part is the run id. Default: runs/<config hash>-<SLURM job id or start time>."""
+    resume: str = "auto"
+    """`auto` continues an unfinished directory with the same config, `never` refuses one, or a checkpoint directory."""
+    seed: int = 42
+    """Seed of data order and of newly initialised parameters."""
+    device: Device = Device.auto
+    """`auto`, `cpu` or `cuda`."""
+    threads: int = 0
+    """CPU threads per rank; 0 divides the cores this job may use by the ranks on the host."""
+    matmul: Matmul = Matmul.auto
+    """Library of fp32 matrix products on CPUs: torch's `blas`, `onednn`, or `auto` (onednn where it is 1.5 times as fast)."""
+    shared_memory: bool = True
+    """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
+    timeout_s: int = 600
+    """Seconds after which a collective that makes no progress ends the job."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BudgetConfig:
+    """How long the run trains; exactly one is set."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the training data; the last step may reach into the next pass."""
+    tokens: int | None = None
+    """Training tokens, all ranks together; the step that reaches the number is the last."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LauncherConfig:
+    """How processes are started."""
+
+    name: LauncherName = LauncherName.local
+    """Which launcher starts the processes; set by the group choice `launcher=<name>`."""
+    processes: int | None = None
+    """Processes per host; default: one per GPU, or one on a CPU-only host."""
+    nodes: int = 1
+    """Number of hosts; without SLURM start the same command on each."""
+    rdzv: str | None = None
+    """host:port that all hosts of a multi-host run can reach; any free port of the first host."""
+    node_rank: int | None = None
+    """Index of this host, 0 to nodes-1; only needed where host names do not tell (optional with c10d)."""
+    address: str | None = None
+    """Name or address under which the other hosts reach this one; default: its host name, which must then resolve there."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig(LauncherConfig):
+    """What `sbatch` is asked for; the rendered script is kept in the run directory."""
+
+    name: LauncherName = LauncherName.slurm
+    partition: str | None = None
+    """Partition; default: the cluster's."""
+    account: str | None = None
+    """Account to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    time: str = "24:00:00"
+    """Time limit, as [days-]hours:minutes:seconds."""
+    gpus_per_node: int = 0
+    """GPUs per node; 0 asks for none (CPU nodes)."""
+    cpus_per_task: int | None = None
+    """CPUs for the one task (torchrun) on each node."""
+    mem: str | None = None
+    """Memory per node, such as 200G."""
+    exclusive: bool = False
+    """Ask for whole nodes."""
+    constraint: str | None = None
+    """Node features, such as `h100`."""
+    signal_lead_s: int = 180
+    """Seconds before the time limit at which the job is told to save and requeue; at least a step plus two saves."""
+    max_restarts: int = 20
+    """Most times the job requeues itself."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run on every node before training, such as `module load cuda`."""
+    python: str | None = None
+    """Python interpreter on the nodes; default: the one that submits."""
+    extra: list[str] = field(default_factory=list)
+    """Further `#SBATCH` options, such as `--reservation=x`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run needs to know. Frozen once as `config.yaml` in the run directory."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: dict[str, int] = field(default_factory=lambda: {"global": 32, "micro": 4})
+    """`global`: documents (packs) an optimizer step; `micro`: most of them in one forward pass of one rank."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    precision: Precision = Precision.auto
+    """`fp32`, `bf16`, `fp16` or `auto` (bf16 on GPUs that have it, else fp32)."""
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    substitutions: dict[str, Any] = field(default_factory=dict)
+    """What `auto` was resolved to, filled when the config is frozen; not set by hand."""
+
+
+def leaves(settings: type, prefix: str) -> dict[str, Any]:
+    """Types of the settings of a class by full key, nested ones included; `*` stands for a name the user chooses."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(settings).items():
+        key = f"{prefix}.{name}"
+        entry = get_args(hint)[1] if get_origin(hint) is dict else None
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            found |= leaves(hint, key)
+        elif is_dataclass(entry):
+            assert isinstance(entry, type)
+            found |= leaves(entry, f"{key}.*")
+        else:
+            found[key] = hint
+    return found

@@ -1,0 +1,59 @@
+"""What strategies ask of a run: ranks, replicas, offloading, precision; one line a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
+from trainer.config.run import Device, RunConfig
+
+
+def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Everything that does not fit the strategy. `world_size` is the number of ranks, None where it is not known."""
+    strategy, name = config.strategy, config.strategy.name
+    if name is StrategyName.single and world_size is not None and world_size > 1:
+        yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
+    on_cpu = config.run.device is Device.cpu
+    if config.precision is Precision.fp16 and on_cpu:
+        yield "precision=fp16: CPUs do not train in it; set precision=bf16 or precision=fp32"
+    if strategy.memory_gib is not None and strategy.activation_checkpointing is not ActivationCheckpointing.auto:
+        yield (
+            f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto plans for; set "
+            "that, or strategy.memory_gib=null"
+        )
+    if isinstance(strategy, Fsdp2Config):
+        yield from _replicas(strategy, config, world_size)
+    if isinstance(strategy, ZeroConfig):
+        yield from _zero(strategy)
+
+
+def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
+    if strategy.name is StrategyName.fsdp2:
+        if strategy.replicate != 1:
+            yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
+        return
+    degree = strategy.replicate or (config.launcher.nodes if config.launcher.nodes > 1 else 2)
+    if world_size is not None and (world_size == 1 or world_size % degree):
+        legal = [str(d) for d in range(2, world_size + 1) if world_size % d == 0]
+        remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"
+        yield f"strategy.replicate={degree}: must divide the number of ranks, {world_size}; {remedy}"
+
+
+def _zero(strategy: ZeroConfig) -> Iterator[str]:
+    places = ("none", "cpu", "nvme")
+    if strategy.name.value != f"zero{strategy.stage}":
+        yield f"strategy.stage={strategy.stage}: {strategy.name} fixes it; choose strategy=zero{strategy.stage} instead"
+    for key in ("offload_optimizer", "offload_parameters"):
+        value = getattr(strategy, key)
+        if value not in places:
+            yield f"strategy.{key}={value}: must be one of {', '.join(places)}; none keeps it on the device"
+        if value == "nvme" and strategy.nvme_path is None:
+            yield f"strategy.{key}=nvme: needs strategy.nvme_path, a directory on a local NVMe drive; or use cpu"
+    if strategy.offload_parameters != "none" and strategy.stage != 3:
+        place = strategy.offload_parameters
+        yield f"strategy.offload_parameters={place}: only stage 3 shards parameters; use strategy=zero3"
+    if strategy.offload_optimizer == "nvme" and strategy.stage != 3:
+        yield "strategy.offload_optimizer=nvme: only stage 3 can; use strategy=zero3, or offload_optimizer=cpu"
+    if strategy.nvme_path is not None and not Path(strategy.nvme_path).expanduser().is_dir():
+        yield f"strategy.nvme_path={strategy.nvme_path}: no such directory; make it on a local NVMe drive"

@@ -1,0 +1,303 @@
+"""What a configuration must satisfy before any process starts: ranges of single settings, and rules between settings.
+
+`problems_of` returns one line a problem (key and value, the constraint, what to do), all of them; an empty list is a
+configuration that may run. It reads the file system for paths and nothing else.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError, DataError
+from trainer.config.combinations import problems as combination_problems
+from trainer.config.combinations import row_of, rows
+from trainer.config.ranges import RANGES
+from trainer.config.run import Device, LauncherName, RunConfig, SlurmConfig
+from trainer.config.sharding import problems as sharding_problems
+from trainer.data.choose.balance import check as check_balance
+from trainer.data.config import Layout
+from trainer.data.read.paths import expand, is_hub
+from trainer.data.stages.filters import problems as filter_problems
+from trainer.data.stages.privacy.config import problems as privacy_problems
+from trainer.model import encoder_decoder
+from trainer.model.quantisation import Quantisation, missing_package
+from trainer.objectives.base import DistillationConfig, ObjectiveName, PretrainConfig
+from trainer.objectives.support import problems as objective_problems
+from trainer.optim.support import problems as optimizer_problems
+from trainer.tuning.check import problems as tuning_problems
+from trainer.tuning.start import fold_problems
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+LARGER_IS_BETTER = (
+    *("eval/accuracy", "eval/margin", "eval/desirable_reward", "eval/f1_macro", "eval/f1_micro"),
+    *("eval/bleu", "eval/rougeL"),
+)
+SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+
+
+def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
+    """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
+    out_of_range = list(_ranges(config))
+    problems = [*out_of_range, *_budget(config), *_model(config), *_data(config), *_evaluation(config), *_run(config)]
+    problems += [*_base(config), *_schedule(config)]
+    if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
+        problems += [*_batch(config, world_size), *sharding_problems(config, world_size)]
+    here = config.launcher.name is LauncherName.local
+    problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
+    problems += combination_problems(config.tuning, config.strategy, config.optim)
+    return [*problems, *_tuning(config), *_teacher(config), *_launcher(config)]
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for key, (bounds, advice) in RANGES.items():
+        for name, value in _values(config, key.split(".")):
+            if value is not None and not bounds.holds(value):
+                yield f"{name}={value:g}: must be {bounds}; {advice}"
+
+
+def _values(holder: Any, path: list[str], named: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of a setting where it exists; all entries of a table where the path has `*`."""
+    if not path:
+        yield named, holder
+        return
+    head, rest = path[0], path[1:]
+    if head == "*":
+        for name, entry in holder.items():
+            yield from _values(entry, rest, f"{named}.{name}")
+        return
+    inner = holder.get(head) if isinstance(holder, dict) else getattr(holder, head, None)
+    if inner is not None:
+        yield from _values(inner, rest, f"{named}.{head}" if named else head)
+
+
+def _budget(config: RunConfig) -> Iterator[str]:
+    given = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        text = " ".join(f"budget.{name}={value}" for name, value in given.items()) or "budget: not set"
+        others = f"; unset the others with budget.{list(given)[-1]}=null" if given else ", as in budget.epochs=3"
+        yield f"{text}: exactly one of budget.steps, budget.epochs and budget.tokens says how long to train{others}"
+
+
+def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    size, micro = config.batch.get("global"), config.batch.get("micro")
+    extra = sorted(set(config.batch) - {"global", "micro"})
+    if extra:
+        yield f"batch.{extra[0]}: there is no such setting; batch has global and micro (accumulation is derived)"
+    if size is None or micro is None:
+        yield "batch: needs both batch.global and batch.micro"
+        return
+    ranks = world_size or 1
+    if size % (micro * ranks):
+        step = micro * ranks
+        below, above = size // step * step, (size // step + 1) * step
+        legal = " or ".join(f"batch.global={value}" for value in (below, above) if value)
+        micros = [m for m in range(1, micro + 1) if size % (m * ranks) == 0]
+        other = f", or batch.micro={' or '.join(map(str, micros[-4:]))}" if micros else ""
+        where = f"{ranks} rank{'s' * (ranks > 1)}" if world_size else "the ranks"
+        yield f"batch.global={size}: must be a multiple of batch.micro={micro} x {where} = {step}; set {legal}{other}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.path is None:
+        yield "model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2"
+    for key in ("path", "tokenizer"):
+        value = getattr(model, key)
+        path = Path(value or "").expanduser()
+        if value is not None and not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
+            what = "is a file" if path.is_file() else "does not exist"
+            yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
+    if (found := encoder_decoder.read_config(model.path)) is not None:
+        yield from encoder_decoder.problems(
+            found,
+            model.path,
+            config.objective.name,
+            max_source=config.data.max_length,
+            max_target=getattr(config.objective, "max_target", 0),
+        )
+    if config.objective.name is ObjectiveName.seq2seq and config.strategy.activation_checkpointing == "auto":
+        yield (
+            "strategy.activation_checkpointing=auto: what the two sides of an encoder-decoder model keep is not counted; set "
+            "it to none, selective or full"
+        )
+    if config.objective.name is ObjectiveName.seq2seq and model.chat_template is not None:
+        yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
+    if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
+        yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
+
+
+def _base(config: RunConfig) -> Iterator[str]:
+    """What is done to the base as it is loaded."""
+    model, here = config.model, config.launcher.name is LauncherName.local
+    if model.quantisation is not Quantisation.none and here and (missing := missing_package()) is not None:
+        yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
+    for directory in model.adapters:
+        yield from fold_problems(directory)
+    method = rows().get(row_of(config.tuning))
+    if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
+        merge = "" if method.no_merge else "set export.merge=true, or "
+        yield (
+            f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; "
+            f"{merge}write the merged base once (shardtune export adapters=... to=...) and tune that"
+        )
+
+
+def _teacher(config: RunConfig) -> Iterator[str]:
+    """The teacher's path, and what of the student's model it cannot share."""
+    objective = config.objective
+    if isinstance(objective, PretrainConfig) and config.model.chat_template is not None:
+        yield "model.chat_template: objective=pretrain learns plain texts, which need none; leave it out"
+    if not isinstance(objective, DistillationConfig):
+        return
+    value, path = objective.teacher.path, Path(objective.teacher.path or "").expanduser()
+    if value is None:
+        yield "objective.teacher.path: not set; give the model to imitate, as in objective.teacher.path=models/large"
+    elif not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
+        what = "is a file" if path.is_file() else "does not exist"
+        yield f"objective.teacher.path={value}: {what}; give a model directory, or a hub id such as org/name"
+    if config.model.add_tokens:
+        yield (
+            f"model.add_tokens={list(config.model.add_tokens)}: the teacher of objective=distillation does not know them; "
+            "leave them out, or use objective=sft"
+        )
+
+
+def _may_be_hub_id(value: str) -> bool:
+    """org/name, or a bare name; not what can only be a path. A parent directory that exists makes it a path."""
+    return bool(HUB_ID.fullmatch(value)) and not ("/" in value and Path(value).parent.is_dir())
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.path is None and not data.sources:
+        yield "data.path: not set; give a file, a directory or a glob, as in data.path=train.jsonl"
+    if data.path is not None and data.sources:
+        yield f"data.path={data.path}: data.sources names the training data too; keep one of the two"
+    named = {f"data.{key}": getattr(data, key) for key in ("path", "eval_path", "test_path")}
+    named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    named["data.decontamination.paths"] = data.decontamination.paths
+    for key, value in named.items():
+        if value is None and ".sources." in key:
+            yield f"{key}: not set; give the source's files"
+        for pattern in [] if value is None else value if isinstance(value, list) else [value]:
+            path = Path(str(pattern)).expanduser()
+            if not is_hub(str(pattern)) and not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
+                try:
+                    expand(pattern, key)
+                except DataError as error:
+                    reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
+                    yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
+    for split in ("eval", "test"):
+        share = getattr(data, f"{split}_share")
+        if getattr(data, f"{split}_path") is not None and share:
+            yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(data.sources):
+        without = ", ".join(sorted(data.sources.keys() - set(weighted)))
+        yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
+    yield from privacy_problems(data.privacy)
+    yield from filter_problems(data.filters)
+    try:
+        check_balance(data.balance)
+    except ConfigError as error:
+        yield from error.problems
+    if data.packing and data.layout is Layout.padded:
+        yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    yield from objective_problems(config.objective, data)
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation, has_data = config.evaluation, config.data.eval_path is not None or config.data.eval_share > 0
+    remedy = "give data.eval_path or data.eval_share=0.05"
+    for key in ("every_steps", "patience"):
+        if getattr(evaluation, key) > 0 and not has_data:
+            yield f"evaluation.{key}={getattr(evaluation, key)}: there is no evaluation data; {remedy}, or set it to 0"
+    if evaluation.patience > 0 and evaluation.every_steps == 0:
+        yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
+    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch):
+        yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
+    elif evaluation.watch == "eval/loss" and evaluation.greater_is_better:
+        yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
+    elif evaluation.watch in LARGER_IS_BETTER and not evaluation.greater_is_better:
+        yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
+    yield from _generate(config, has_data=has_data)
+    if evaluation.watch.startswith("eval/f1_") and config.objective.name is not ObjectiveName.classification:
+        yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
+
+
+def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
+    samples, watch = config.evaluation.generate.samples, config.evaluation.watch
+    if watch in ("eval/bleu", "eval/rougeL") and not samples:
+        yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
+    if samples and not has_data:
+        yield (
+            f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
+            "data.eval_share=0.05, or set it to 0"
+        )
+    if samples and config.objective.name not in (ObjectiveName.seq2seq, ObjectiveName.sft):
+        yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
+
+
+def _run(config: RunConfig) -> Iterator[str]:
+    resume = config.run.resume
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+        yield f"run.resume={resume}: must be auto, never or an existing checkpoint directory"
+    if config.run.dir is not None and not config.run.dir.strip():
+        yield "run.dir: is empty; name a directory, or null for the default"
+    if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
+        import torch
+
+        if not torch.cuda.is_available():
+            yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    schedule, steps = config.schedule, config.budget.steps
+    if schedule.name == "wsd" and not schedule.warmup_steps and schedule.warmup_share + schedule.decay_share > 1:
+        yield (
+            f"schedule.decay_share={schedule.decay_share:g}: with schedule.warmup_share="
+            f"{schedule.warmup_share:g} it is more than the whole run; lower one of them"
+        )
+    if steps is not None and schedule.warmup_steps > steps:
+        yield f"schedule.warmup_steps={schedule.warmup_steps}: more than budget.steps={steps}; lower it"
+
+
+def _tuning(config: RunConfig) -> Iterator[str]:
+    if config.objective.name is ObjectiveName.seq2seq and config.model.add_tokens and config.tuning.name != "full":
+        yield (
+            f"model.add_tokens={config.model.add_tokens}: encoder and decoder look tokens up apart, and an adapter would "
+            "train one of them; set tuning=full with objective=seq2seq"
+        )
+    yield from tuning_problems(
+        config.tuning,
+        config.strategy,
+        config.precision,
+        config.data,
+        merge=config.export.merge,
+        new_head=config.objective.name in (ObjectiveName.classification, ObjectiveName.reward),
+        new_tokens=bool(config.model.add_tokens),
+        seq2seq=config.objective.name is ObjectiveName.seq2seq,
+        quantisation=str(config.model.quantisation),
+    )
+
+
+def _launcher(config: RunConfig) -> Iterator[str]:
+    launcher = config.launcher
+    if isinstance(launcher, SlurmConfig):
+        if not SLURM_TIME.fullmatch(launcher.time):
+            yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
+        return
+    if launcher.nodes > 1:
+        if launcher.rdzv is None:
+            yield f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere"
+        if config.run.dir is None:
+            yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
+    if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
+        yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
+    if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0:
+        yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"

@@ -1,0 +1,228 @@
+"""Duplicate documents: columns of signatures made block by block, and one global decision over these columns.
+
+Three kinds, each including the stricter ones: exact copies, the same words in the same order (normal form), and near
+duplicates (Jaccard similarity of word n-grams). Of each group the first document in the order of input is kept, and
+every near duplicate was compared with the very document that stands for it: likeness is not passed on along chains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from trainer.data.choose.minhash import choose_bands, digest64, mix, normal_digest, normalize, signatures
+from trainer.data.choose.near import near_groups
+from trainer.data.document import Document
+
+
+class DuplicatePolicy(StrEnum):
+    """What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
+
+    none = "none"
+    report = "report"
+    drop = "drop"
+
+
+class Across(StrEnum):
+    """Among which documents duplicates are looked for."""
+
+    all = "all"
+    source = "source"
+
+
+class ComparedText(StrEnum):
+    """Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
+
+    document = "document"
+    prompt = "prompt"
+    completion = "completion"
+
+
+@dataclass(kw_only=True, slots=True)
+class DuplicatesConfig:
+    """Duplicates within the training data. A kind is treated at least as strictly as the kinds below it."""
+
+    exact: DuplicatePolicy = DuplicatePolicy.report
+    """Exact copies: `none`, `report` (count them) or `drop` (keep the first)."""
+    normalized: DuplicatePolicy = DuplicatePolicy.report
+    """Documents with the same words, whatever their case, spacing and sentence punctuation."""
+    near: DuplicatePolicy = DuplicatePolicy.none
+    """Documents whose word n-grams overlap by `threshold` or more; with `drop`, exact copies go as well."""
+    threshold: float = 0.8
+    """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
+    ngram: int = 5
+    """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
+    num_perm: int = 128
+    """MinHash values a document; more find pairs close to the threshold more surely and cost time in proportion."""
+    across: Across = Across.all
+    """Look for duplicates in `all` documents together, or only within each `source`."""
+    text: ComparedText = ComparedText.document
+    """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
+
+
+def compared_text(document: Document, which: ComparedText) -> str:
+    """The text `which` asks for; the whole document where it has no such text, or an empty one.
+
+    The whole document is its texts in reading order. The words of a rejected answer are marked, because two preference
+    pairs with the answers the other way round teach opposite things.
+    """
+    part = prompt_of(document) if which is ComparedText.prompt else None
+    if which is ComparedText.completion and document.label is None:
+        part = _completion_of(document)
+    if part is not None and part.strip():
+        return part
+    rejected = document.rejected or []
+    marked = [" ".join("~" + word for word in message["content"].split()) for message in rejected]
+    return "\n".join(document.texts() if not rejected else [*_unrejected(document), *marked])
+
+
+def _unrejected(document: Document) -> list[str]:
+    turns = [message["content"] for message in (*(document.messages or []), *(document.chosen or []))]
+    return turns + [text for text in (document.prompt, document.completion, document.text) if text is not None]
+
+
+def prompt_of(document: Document) -> str | None:
+    """What an answer is given to: the turns before the last answer without system turns; None for plain text."""
+    if document.messages is not None:
+        end = len(document.messages)
+        if document.chosen is None:
+            answers = [place for place, turn in enumerate(document.messages) if turn["role"] == "assistant"]
+            end = answers[-1] if answers else end
+        return "\n".join(turn["content"] for turn in document.messages[:end] if turn["role"] != "system")
+    if document.prompt is not None:
+        return document.prompt
+    return document.text if document.label is not None else None
+
+
+def _completion_of(document: Document) -> str | None:
+    if document.chosen is not None:
+        return "\n".join(turn["content"] for turn in document.chosen)
+    for turn in reversed(document.messages or []):
+        if turn["role"] == "assistant":
+            return turn["content"]
+    return document.completion
+
+
+class Signer:
+    """Makes the columns by which documents are compared. Pure: built in every worker, the same for every block."""
+
+    def __init__(self, config: DuplicatesConfig, *, near: bool | None = None, held_out: bool = True) -> None:
+        """`near` says whether to make bands; as a rule they are made when `config.near` is not off.
+
+        `held_out`: there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact
+        copies are looked for, "normal" is "digest".
+        """
+        self.config = config
+        self.held_out = held_out
+        self.near = config.near is not DuplicatePolicy.none if near is None else near
+        self.bands, self.rows = choose_bands(config.threshold, config.num_perm)
+
+    def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
+        """Columns of n documents, uint64[n] each, and uint64[n, bands] under "bands" where near duplicates are asked for.
+
+        "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
+        "source" for the name of its source. Whole documents differ in "normal" and "bands" when their label does.
+        """
+        digests, normals, prompts, sources = list[int](), list[int](), list[int](), list[int]()
+        keys = np.zeros(len(documents), dtype=np.uint64)
+        texts: list[bytes] = []
+        whole = self.config.text is ComparedText.document
+        worded = self.held_out or self.near or self.config.normalized is not DuplicatePolicy.none
+        worded = worded or self.config.near is not DuplicatePolicy.none
+        for row, document in enumerate(documents):
+            text = compared_text(document, self.config.text) if worded or not whole else ""
+            digests.append(document.digest() if whole else digest64(text.encode("utf-8", "surrogatepass")))
+            verdict = (document.label, document.desirable)
+            if whole and verdict != (None, None):
+                keys[row] = digest64(json.dumps(verdict).encode())
+            normal = None
+            if worded:
+                texts.append(normalize(text))
+                normal = normal_digest(texts[-1])
+            normals.append(digests[-1] if normal is None else normal)
+            prompt = prompt_of(document) if self.held_out else None
+            prompts.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
+            sources.append(_source_digest(document.source))
+        found = {"digest": digests, "normal": normals, "prompt": prompts, "source": sources}
+        columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
+        columns["normal"] ^= keys
+        if self.near:
+            bands = signatures(texts, ngram=self.config.ngram, bands=self.bands, rows=self.rows)
+            wordless = [row for row, text in enumerate(texts) if not text.strip()]
+            bands[wordless] = mix(columns["digest"][wordless, None] + np.arange(self.bands, dtype=np.uint64))
+            columns["bands"] = bands ^ keys[:, None]
+        return columns
+
+
+@cache
+def _source_digest(name: str) -> int:
+    return digest64(name.encode("utf-8", "surrogatepass"))
+
+
+def exact_groups(digest: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:
+    """Index of the first document with the same digest: int64[n] from uint64[n]. Where not `alive`, a row's own index."""
+    first = np.arange(len(digest), dtype=np.int64)
+    rows = first if alive is None else np.flatnonzero(alive)
+    _, index, inverse = np.unique(digest[rows], return_index=True, return_inverse=True)
+    first[rows] = rows[index[inverse]]
+    return first
+
+
+@dataclass(slots=True)
+class Duplicates:
+    """The decision over n documents."""
+
+    kept: np.ndarray
+    """bool[n]: False where the policy drops the document."""
+    stands: np.ndarray
+    """int64[n]: the earlier document it duplicates; its own index where it is none."""
+    kind: np.ndarray
+    """uint8[n]: 0 none, else 1 + the place in `KINDS`."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """Documents by kind, and what the search for near duplicates did."""
+
+
+KINDS = ("exact", "normalized", "near")
+
+
+def find_duplicates(
+    config: DuplicatesConfig, columns: Mapping[str, np.ndarray], text_of: Callable[[int], str]
+) -> Duplicates:
+    """Decide over the joined columns of all blocks (see `Signer.sign`), in input order.
+
+    `text_of(row)` gives `compared_text(document, config.text)`. A document counts under the strictest kind that holds.
+    """
+    number = len(columns["digest"])
+    scope = mix(columns["source"]) if config.across is Across.source else None
+    result = Duplicates(np.ones(number, bool), np.arange(number, dtype=np.int64), np.zeros(number, np.uint8))
+    order = list(DuplicatePolicy)
+    given = [order.index(policy) for policy in (config.exact, config.normalized, config.near)]
+    alive = np.ones(number, dtype=bool)
+    for place, kind in enumerate(KINDS):
+        policy = order[max(given[place:])]
+        if policy is DuplicatePolicy.none:
+            continue
+        column = columns[("digest", "normal", "bands")[place]]
+        if kind == "near":
+            scoped = column if scope is None else column ^ scope[:, None]
+            stands, result.report["near_search"] = near_groups(
+                scoped, text_of, threshold=config.threshold, ngram=config.ngram, alive=alive
+            )
+        else:
+            stands = exact_groups(column if scope is None else column ^ scope, alive)
+        found = stands != np.arange(number)
+        result.stands[found], result.kind[found] = stands[found], place + 1
+        alive &= ~found
+        if policy is DuplicatePolicy.drop:
+            result.kept &= ~found
+        result.report[kind] = int(found.sum())
+    # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.
+    for _ in KINDS[1:]:
+        result.stands = result.stands[result.stands]
+    return result

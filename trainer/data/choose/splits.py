@@ -1,0 +1,210 @@
+"""Which documents make up each split: copies dropped, held-out shares drawn, leaks taken out, groups balanced.
+
+Decisions are made from columns of numbers; a text is read again only to verify that two documents are nearly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.assemble import Columns
+from trainer.data.choose.balance import BalanceBy, resample
+from trainer.data.choose.duplicates import KINDS, DuplicatePolicy, compared_text, find_duplicates
+from trainer.data.choose.leakage import find_leaks, settle
+from trainer.data.config import DataConfig
+from trainer.data.document import EXAMPLES, Tally
+from trainer.data.inputs import HELD_OUT
+from trainer.data.store.documents import DocumentTable
+
+Log = Callable[[str, str, str], None]
+
+
+@dataclass(slots=True)
+class Selection:
+    """The splits, and what was decided on the way."""
+
+    splits: dict[str, np.ndarray]
+    """Document numbers of each split, int64, in input order; a repeated document stands several times."""
+    tally: Tally = field(default_factory=Tally)
+    report: dict[str, Any] = field(default_factory=dict)
+    """Parts of the audit: duplicates, leakage, labels, balance."""
+
+
+class _Chooser:
+    """The documents still in, and what happened to the others."""
+
+    def __init__(self, config: DataConfig, columns: Columns, table: DocumentTable, seed: int, log: Log) -> None:
+        self.config, self.columns, self.table, self.seed, self.log = config, columns, table, seed, log
+        self.alive = np.ones(len(columns), bool)
+        self.content = columns.signatures["digest"].copy()
+        """What draws go by: near copies take the digest of the one they copy."""
+        self.selection = Selection({})
+
+    def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
+        """Take documents out, each counted and written down."""
+        for number in documents[self.alive[documents]].tolist():
+            where = self.where(number)
+            self.selection.tally.drop(stage, reason, where)
+            self.log(stage, reason, where)
+        self.alive[documents] = False
+
+    def where(self, number: int) -> str:
+        row = self.table.row(number)
+        return f"{row['file']}:{row['line']}"
+
+    def text(self, number: int) -> str:
+        """What near copies are compared by."""
+        return compared_text(self.table.document(number), self.config.duplicates.text)
+
+    def copies(self) -> None:
+        """Exact, normalised and near copies within the training documents."""
+        config, train = self.config.duplicates, self.columns.of_split("train")
+        if not len(train):
+            return
+        signatures = {name: column[train] for name, column in self.columns.signatures.items()}
+        found = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
+        report: dict[str, Any] = {}
+        strictness = list(DuplicatePolicy)
+        for place, kind in enumerate(KINDS):
+            # A kind is treated at least as strictly as the looser ones after it.
+            policy = max((getattr(config, looser) for looser in KINDS[place:]), key=strictness.index)
+            copies = np.flatnonzero(found.kind == place + 1)
+            if policy is DuplicatePolicy.none and not len(copies):
+                continue
+            pairs = [(int(train[found.stands[copy]]), int(train[copy])) for copy in copies[:EXAMPLES].tolist()]
+            report[kind] = {
+                "policy": str(policy),
+                "documents": len(copies),
+                "groups": len(np.unique(found.stands[copies])),
+                "examples": [{"a": self.where(a), "b": self.where(b)} for a, b in pairs],
+            }
+        if "near" in report:
+            report["near"] |= {"threshold": config.threshold, "search": found.report.get("near_search", {})}
+        self.content[train] = self.content[train[found.stands]]
+        for place, kind in enumerate(KINDS):
+            self.drop(train[~found.kept & (found.kind == place + 1)], "duplicates", kind)
+        self.selection.report["duplicates"] = report
+
+    def hold_out(self) -> None:
+        """Split the training documents by content: copies fall on the same side, their place in the files is no matter."""
+        columns, splits = self.columns, self.selection.splits
+        for split in HELD_OUT:
+            if split in columns.splits:
+                splits[split] = columns.of_split(split)
+        train = columns.of_split("train")
+        train = train[self.alive[train]]
+        draws = mix(self.content[train], self.seed)
+        taken = np.zeros(len(train), bool)
+        for split in HELD_OUT:
+            share = getattr(self.config, f"{split}_share")
+            if not share or not len(train):
+                continue
+            free = np.flatnonzero(~taken)
+            if not len(free):
+                break
+            wanted = min(len(free), max(1, round(share * len(train))))
+            chosen = free[draws[free] <= np.partition(draws[free], wanted - 1)[wanted - 1]]
+            taken[chosen] = True
+            splits[split] = train[chosen]
+        if len(train) and taken.all():
+            shares = [(f"data.{s}_share", getattr(self.config, f"{s}_share")) for s in HELD_OUT]
+            named = " and ".join(f"{key}={share:g}" for key, share in shares if share)
+            raise DataError(
+                f"{named} leaves no training document: {len(train)} documents, {len(np.unique(draws))} of them "
+                "different; add data, or set it to 0"
+            )
+        splits["train"] = train[~taken]
+
+    def leaks(self) -> None:
+        """Training documents that are in a held-out split too."""
+        config, splits, report = self.config.leakage, self.selection.splits, dict[str, Any]()
+        for split in HELD_OUT:
+            if split not in splits or not len(splits["train"]) or not len(splits[split]):
+                continue
+            train, held_out = splits["train"], splits[split]
+            found = find_leaks(
+                {name: column[train] for name, column in self.columns.signatures.items()},
+                {name: column[held_out] for name, column in self.columns.signatures.items()},
+                config=config,
+                threshold=self.config.duplicates.threshold,
+                ngram=self.config.duplicates.ngram,
+                train_text=partial(self._text_in, train),
+                held_out_text=partial(self._text_in, held_out),
+            )
+            kept, about = settle(
+                found,
+                config,
+                len(train),
+                where_train=partial(self._where_in, train),
+                where_held_out=partial(self._where_in, held_out),
+            )
+            report[split] = {"policy": str(config.policy), **about}
+            self.drop(train[~kept], "leakage", f"in_{split}")
+            splits["train"] = train[kept]
+        if report:
+            self.selection.report["leakage"] = report
+
+    def _text_in(self, documents: np.ndarray, number: int) -> str:
+        return self.text(int(documents[number]))
+
+    def _where_in(self, documents: np.ndarray, number: int) -> str:
+        return self.where(int(documents[number]))
+
+    def balance(self) -> None:
+        """Resample the training documents; label counts before and after."""
+        columns, splits, config = self.columns, self.selection.splits, self.config.balance
+        train = splits["train"]
+        before = self._labels(train)
+        if config.by is not BalanceBy.none and len(train):
+            names = columns.labels if config.by is BalanceBy.label else columns.sources
+            group_of = columns.label[train] if config.by is BalanceBy.label else columns.source[train]
+            if not names or (group_of < 0).any():
+                raise DataError(f"data.balance.by={config.by}: not every training document has a label")
+            chosen, report = resample(names, group_of.astype(np.int64), config, self.seed)
+            left_out = np.setdiff1d(np.arange(len(train)), chosen)
+            self.drop(train[left_out], "balance", "left_out")
+            splits["train"] = train[chosen]
+            self.selection.report["balance"] = report
+        if before:
+            self.selection.report["labels"] = {"before": before, "after": self._labels(splits["train"])}
+
+    def _labels(self, documents: np.ndarray) -> dict[str, int]:
+        if not self.columns.labels:
+            return {}
+        counts = np.bincount(self.columns.label[documents], minlength=len(self.columns.labels))
+        return dict(zip(self.columns.labels, counts.tolist(), strict=True))
+
+
+def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: int, log: Log) -> Selection:
+    """The splits. A function of the columns, the texts, the settings and the seed. Raises DataError, ConfigError."""
+    chooser = _Chooser(config, columns, table, seed, log)
+    chooser.copies()
+    chooser.hold_out()
+    chooser.leaks()
+    chooser.balance()
+    selection = chooser.selection
+    selection.splits = {name: selection.splits[name] for name in ("train", *HELD_OUT) if name in selection.splits}
+    return selection
+
+
+def mix(digests: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 [n]: draws that depend on digest and seed alone (the finaliser of SplitMix64; Steele et al. 2014)."""
+    z = digests.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
+    first = np.cumsum(pieces) - pieces
+    counts = pieces[documents]
+    ends = np.cumsum(counts)
+    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return (np.repeat(first[documents], counts) + within).astype(np.int64)

@@ -1,1 +1,0 @@
-"""What is kept of the data and how much of it: cleaning, filters, duplicates, leakage, balance, bias."""

@@ -1,0 +1,127 @@
+"""CSV and TSV files with a header line: one row a record. Source: RFC 4180; TSV is the same with tabs.
+
+Cells stay texts. A record may span lines and is named by its first.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from strategies.errors import DataError
+from trainer.data.read.opening import open_text
+from trainer.data.read.row import BadRow, Row, excerpt
+from trainer.data.read.strict import MAX_ROW_BYTES, Refused, decode_utf8
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row | BadRow]:
+    """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
+
+    Raises DataError where what follows cannot be told apart: an unclosed or misplaced quote, a header with doubled or
+    missing names, other separators than the name promises.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents
+    with open_text(path) as stream:
+        yield from _records(path, _Lines(path, stream), delimiter)
+
+
+class _Lines:
+    """Physical lines for the csv module; remembers the lines of the current record and what is wrong with them."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self.path = path
+        self.stream = stream
+        self.number = 0
+        self.first = b""
+        self.trouble: Refused | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        while raw := self.stream.readline(MAX_ROW_BYTES + 1):
+            self.number += 1
+            if len(raw) > MAX_ROW_BYTES:
+                raise DataError(
+                    f"{self.path}:{self.number}: the line is longer than {MAX_ROW_BYTES >> 20} MiB; split the cell"
+                )
+            self.first = self.first or raw
+            try:
+                yield decode_utf8(raw)
+            except Refused as refused:
+                self.trouble = self.trouble or refused
+                yield raw.decode("utf-8", "surrogateescape")
+
+    def begin(self) -> int:
+        """Forget the last record; the line on which the next one starts."""
+        self.first, self.trouble = b"", None
+        return self.number + 1
+
+
+def _records(path: Path, lines: _Lines, delimiter: str) -> Iterator[Row | BadRow]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    name = str(path)
+    header: list[str] | None = None
+    while True:
+        line = lines.begin()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise _malformed(path, line, lines, error) from error
+        if not cells or (len(cells) == 1 and lines.number == line and lines.first.isspace()):
+            continue
+        if header is None:
+            header = _header(path, line, cells, delimiter, lines.trouble)
+        elif lines.trouble is not None:
+            yield BadRow(name, line, lines.trouble.reason, lines.trouble.message, excerpt(lines.first))
+        elif len(cells) != len(header):
+            found = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}"
+            message = (
+                f"{found} where the header has {len(header)} ({_some(header)}); quote cells that hold "
+                f"{_SEPARATORS[delimiter]} or line breaks"
+            )
+            yield BadRow(name, line, "wrong_cell_count", message, excerpt(lines.first))
+        else:
+            yield Row(name, line, dict(zip(header, cells, strict=True)))
+
+
+def _some(header: list[str]) -> str:
+    return ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
+
+
+def _malformed(path: Path, line: int, lines: _Lines, error: csv.Error) -> DataError:
+    if "unexpected end of data" in str(error):
+        what = "a quote is opened and never closed in the record that starts here"
+    elif "new-line character" in str(error):
+        what = "the line holds carriage returns alone; end lines with line feeds, or quote the cell"
+    elif "field larger" in str(error):
+        what = f"a cell is longer than {MAX_ROW_BYTES >> 20} MiB, perhaps because a quote is never closed"
+    else:
+        what = f'{error}; double the quotes inside quoted cells ("") and quote the whole cell'
+        if lines.number > line:
+            what += f" (the record that starts here was read up to line {lines.number})"
+    return DataError(f"{path}:{line}: not valid CSV: {what}; rows from here on cannot be told apart")
+
+
+def _header(path: Path, line: int, cells: list[str], delimiter: str, trouble: Refused | None) -> list[str]:
+    if trouble is not None:
+        raise DataError(f"{path}:{line}: in the header: {trouble.message}")
+    header = [name.strip() for name in cells]
+    if len(header) == 1:
+        for other, word in _SEPARATORS.items():
+            if other != delimiter and other in cells[0]:
+                remedy = {",": "name the file .csv", "\t": "name the file .tsv"}.get(
+                    other, f"save it with {_SEPARATORS[delimiter]}"
+                )
+                raise DataError(
+                    f"{path}:{line}: the header is the single column {header[0][:80]!r}: the file seems to be "
+                    f"separated by {word}, not {_SEPARATORS[delimiter]}; {remedy}"
+                )
+    doubled = sorted({name for name in header if header.count(name) > 1})
+    if doubled or "" in header:
+        what = f"column {header.index('') + 1} without a name" if "" in header else f"the column {doubled[0]!r} twice"
+        raise DataError(f"{path}:{line}: the header has {what}; every column needs a name of its own")
+    return header

@@ -1,0 +1,198 @@
+"""Path values become files: files, directories, globs and lists of these; hub names stay as they are.
+
+Nothing that could be data is passed over in silence: broken links, loops of links, pipes and directories that cannot be
+read are errors. Passed over by rule: hidden names, names of other kinds in a directory, and `README`, `LICENSE` and the
+like beside data files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import DataError
+from trainer.data.read.hub import PREFIX, check_name
+from trainer.data.read.opening import COMPRESSION, require_regular
+
+TEXT_KINDS = (".txt", ".md")
+LINE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+COLUMN_KINDS = (".parquet", ".arrow")
+SUPPORTED = f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with .gz or .zst), {' and '.join(COLUMN_KINDS)}"
+"""For messages: the names that can be read."""
+_ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSION:
+        inner = suffixes[-2] if len(suffixes) > 1 else ""
+        return inner if inner in LINE_KINDS + TEXT_KINDS else None
+    last = suffixes[-1] if suffixes else ""
+    return last if last in LINE_KINDS + TEXT_KINDS + COLUMN_KINDS else None
+
+
+def is_hub(path: Path | str) -> bool:
+    """Whether the path names a data set of the hub (`hub:org/name`)."""
+    return str(path).startswith(PREFIX)
+
+
+def expand(path_value: Any, key: str) -> list[Path]:
+    """Files named by `path_value`: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
+
+    A directory is searched with all below it, sorted by path; one written by `datasets.save_to_disk` gives its Arrow
+    files. A name that exists as typed is never read as a glob. A file named twice is read once. Raises DataError that
+    names `key` (the setting).
+    """
+    values = list(path_value) if isinstance(path_value, Sequence) and not isinstance(path_value, str) else [path_value]
+    if not values:
+        raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
+    files: dict[Path, Path] = {}
+    for value in values:
+        if not isinstance(value, str | os.PathLike) or not str(value):
+            raise DataError(f"{key}={value!r} is not a path; give a file, a directory, a glob or a list of these")
+        if "\0" in str(value):
+            raise DataError(f"{key}={str(value)!r} holds a NUL character, which no path may")
+        if is_hub(str(value)):
+            check_name(str(value), key)
+            files.setdefault(Path(value), Path(value))
+            continue
+        for file in _expand_one(str(value), key):
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def _expand_one(value: str, key: str) -> list[Path]:
+    path = Path(value).expanduser()
+    try:
+        if path.is_dir():
+            return _directory(path, key)
+        if path.exists():
+            return [_usable(path, key)]
+    except OSError as error:
+        raise DataError(f"{key}={value}: {error.strerror}") from error
+    if path.is_symlink():
+        raise DataError(f"{key}={value}: {_link(path)}")
+    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    files = [_usable(p, key) for p in found if not p.is_dir()]
+    if files:
+        return files
+    if found:
+        raise DataError(f"{key}={value} matches only directories; write {value.rstrip('/')}/**/*.jsonl or the like")
+    if _URL.match(value):
+        raise DataError(f"{key}={value} is an address, not a path; download the file, or write hub:ORGANISATION/NAME")
+    raise DataError(f"{key}={value} does not exist{_nearest(path)}{_perhaps_hub(value)}")
+
+
+def _usable(path: Path, key: str) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{key}: {path}: {_link(path)}")
+    if kind_of(path) is None:
+        raise DataError(f"{key}: cannot read {path}; files must end in {SUPPORTED}")
+    require_regular(path)
+    return path
+
+
+def _link(path: Path) -> str:
+    target = path.readlink()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return f"the link leads to {target}, which does not exist"
+    except OSError:
+        pass
+    return f"the link leads to {target} and back to itself: a loop"
+
+
+def _directory(path: Path, key: str) -> list[Path]:
+    saved = _saved_files(path, key)
+    if saved is not None:
+        return saved
+    found = list(_walk(path, key, (path.resolve(),)))
+    if any(kind_of(file) not in TEXT_KINDS for file in found):
+        found = [file for file in found if not (kind_of(file) in TEXT_KINDS and _ABOUT.match(file.name))]
+    if not found:
+        raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED}")
+    return sorted(found)
+
+
+def _walk(directory: Path, key: str, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Readable files in `directory` and below; `above` are the real paths on the way here."""
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError as error:
+        raise DataError(f"{key}: {directory}: cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            real = entry.resolve()
+            if real in above:
+                raise DataError(
+                    f"{key}: {entry}: the link leads to {entry.readlink() if entry.is_symlink() else real}, which "
+                    "contains it: a loop; remove the link or name the files by a glob"
+                )
+            saved = _saved_files(entry, key)
+            yield from saved if saved is not None else _walk(entry, key, (*above, real))
+        elif kind_of(entry) is not None or (entry.is_symlink() and not entry.exists()):
+            yield _usable(entry, key)
+
+
+def _saved_files(directory: Path, key: str) -> list[Path] | None:
+    """Arrow files, in order, of a directory that `datasets.save_to_disk` made; None for any other directory."""
+    if (directory / "dataset_dict.json").is_file():
+        splits = list(_json(directory / "dataset_dict.json", key).get("splits", []))
+        if len(splits) != 1:
+            names = ", ".join(splits)
+            example = directory / (splits[0] if splits else "train")
+            raise DataError(f"{key}={directory} holds the splits {names}; name one of them, for example {example}")
+        directory = directory / splits[0]
+    state = directory / "state.json"
+    if not (state.is_file() and (directory / "dataset_info.json").is_file()):
+        return None
+    described = _json(state, key)
+    if described.get("_indices_data_files"):
+        raise DataError(
+            f"{key}={directory} was saved with a selection of rows; call flatten_indices() and save it again"
+        )
+    files = [directory / item["filename"] for item in described.get("_data_files", [])]
+    for file in files:
+        require_regular(file)
+    return files
+
+
+def _json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key}: {path}: cannot be read ({error}); save the data set again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{key}: {path}: must hold an object; save the data set again")
+    return value
+
+
+def _nearest(path: Path) -> str:
+    """A hint at an existing name close to the first part of `path` that is missing."""
+    missing = path.absolute()
+    while not missing.parent.exists() and missing.parent != missing:
+        missing = missing.parent
+    if not missing.parent.is_dir():
+        return ""
+    try:
+        names = [p.name for p in missing.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {missing.parent / close[0]}?" if close else f"; nothing like it in {missing.parent}"
+
+
+def _perhaps_hub(value: str) -> str:
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
+    return f"; for a data set of the hub write {PREFIX}{value}" if looks and kind_of(Path(value)) is None else ""

@@ -1,0 +1,156 @@
+"""What a run shows before its first step: which tokens are learned, and what preparation did to the data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.store.sequences import Sample, TokenDataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+SAID = {
+    "truncated": "truncated to data.max_length",
+    "split": "split into pieces of data.max_length",
+    "too_long": "longer than data.max_length",
+    "nothing_to_learn": "nothing left to learn",
+    "same_answers": "both answers of a pair are the same",
+    "thumbs_down": "an answer marked as undesirable",
+    "control_tokens_in_text": "text spells control tokens of the tokenizer",
+    "missing_eos": "the last learned token closes no turn",
+}
+"""How the summary says what was counted, where the code alone would not tell."""
+
+
+def preview(
+    dataset: TokenDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int,
+    index: int = 0,
+    colour: bool | None = None,
+    max_lines: int = 40,
+    name_label: Callable[[int], str] = str,
+    pairs: bool = False,
+) -> str:
+    """Sequence `index` as text, with its label as `name_label` says it; see `render`.
+
+    Of `pairs`, the next one too, the rejected answer.
+    """
+    parts = []
+    for place in range(2 if pairs else 1):
+        sample = dataset.sample(index + place)
+        head = f"{('chosen', 'rejected')[place]}:\n" if pairs else ""
+        label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
+        if sample.desirable is not None:
+            label = f"\nverdict: {'desirable' if sample.desirable else 'undesirable'}"
+        parts.append(head + render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label)
+    return "\n".join(parts)
+
+
+def render(runs: list[tuple[str, bool]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
+    """Text of `pieces`, the learned part in green on a terminal, else between ⟦ and ⟧.
+
+    `width` is the longest line in characters; of a long document the middle is left out.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    cells: list[tuple[str, bool]] = []
+    for text, learned in runs:
+        marked = f"⟦{text}⟧" if learned and not colour else text
+        cells += [(character, learned) for character in marked]
+    lines = _wrap(cells, max(width, 1))
+    if len(lines) > max_lines:
+        head, left_out = max_lines - max_lines // 2, len(lines) - max_lines
+        note = [(c, False) for c in f"[... {left_out} lines ...]"]
+        lines = [*lines[:head], note, *lines[len(lines) - max_lines // 2 :]]
+    return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines)
+
+
+def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+    """The decoded text of a sample in runs of tokens that are all supervised (True) or all context (False).
+
+    Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
+    """
+    edges = np.flatnonzero(np.diff(sample.supervised.astype(np.int8))) + 1
+    learned = bool(len(sample.supervised)) and bool(sample.supervised[0])
+    out = []
+    for ids in np.split(sample.input_ids, edges):
+        part = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        visible = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in part)  # no escape codes
+        out.append((visible, learned))
+        learned = not learned
+    return out
+
+
+def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, bool]]]:
+    lines: list[list[tuple[str, bool]]] = [[]]
+    for cell in cells:
+        if cell[0] == "\n":
+            lines.append([])
+            continue
+        if len(lines[-1]) == width:
+            lines.append([])
+        lines[-1].append(cell)
+    return lines
+
+
+def _paint(line: list[tuple[str, bool]]) -> str:
+    out, on = [], False
+    for character, learned in line:
+        if learned is not on:
+            out.append(GREEN if learned else RESET)
+            on = learned
+        out.append(character)
+    return "".join(out) + (RESET if on else "")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A few lines: every split, what was dropped or changed and why. Raises DataError where a document has two BOS."""
+    lines = []
+    for split in ("train", "eval", "test"):
+        if split not in report:
+            continue
+        part = report[split]
+        if part["doubled_bos"]:
+            raise DataError(f"{split}: {part['doubled_bos']} documents begin with two BOS; check model.chat_template")
+        documents = part["documents"]
+        lines.append(
+            f"{split}: {documents:,} documents, {part['tokens']:,} tokens; length p50 {part['length_p50']}, "
+            f"p90 {part['length_p90']}, max {part['length_max']}"
+        )
+        if not part["labelled"]:
+            lines.append(
+                f"  supervised: {part['supervised_tokens']:,} tokens ({part['supervised_share']:.1%}); end of turn "
+                f"supervised in {part['ends_supervised']:,} of {part['sequences']:,} sequences; doubled BOS 0"
+            )
+    for stage in report.get("flow", ()):
+        mode = report.get("privacy", {}).get("mode") if stage["stage"] == "privacy" else None
+        done = "replaced" if mode in ("redact", "pseudonymise") else "kept"
+        for verb, counts in (("dropped", stage["dropped"]), (done, stage["noted"])):
+            for reason, count in counts.items():
+                first = ", ".join(stage["examples"].get(reason, ())[:2])
+                said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
+                lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
+    for kind, found in report.get("duplicates", {}).items():
+        if found["documents"] and found["policy"] == "report":
+            places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])
+            lines.append(
+                f"{kind} duplicates: {found['documents']:,} documents, kept (data.duplicates.{kind}=drop removes them; "
+                f"first: {places})"
+            )
+    for split, found in report.get("leakage", {}).items():
+        count = sum(found["train"].values())
+        if count and found["policy"] == "report":
+            lines.append(
+                f"leakage: {count:,} training documents are in the {split} split too, kept "
+                "(data.leakage.policy=drop_train removes them)"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What looks at one document at a time: checks, cleaning, filters, personal data, decontamination."""

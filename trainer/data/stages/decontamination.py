@@ -1,0 +1,193 @@
+"""Decontamination: training documents that hold text of given evaluation sets, found by runs of 13 words.
+
+The rule is that of Brown et al. (2020, Language Models are Few-Shot Learners, appendix C): one run of 13 words in
+common, compared without case and punctuation. Evaluation texts of fewer words are looked for as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.choose.minhash import normal_digest, normalize, roll, word_hashes
+from trainer.data.document import EXAMPLES, Document, Tally
+
+BATCH_TEXTS = 512
+MAX_FILTER_BITS = 27
+
+
+class DecontaminationPolicy(StrEnum):
+    """What is done about a training document that holds evaluation text."""
+
+    report = "report"
+    drop = "drop"
+
+
+@dataclass(kw_only=True, slots=True)
+class DecontaminationConfig:
+    """Training documents that hold text of evaluation sets, such as public benchmarks."""
+
+    paths: Any = None
+    """Files of evaluation sets, in the forms of the training data; nothing is looked for where it is not given."""
+    policy: DecontaminationPolicy = DecontaminationPolicy.report
+    """`report` counts such training documents, `drop` takes them out."""
+    ngram: int = 13
+    """Words in a run that counts as evaluation text; 13 as in Brown et al. (2020)."""
+    min_words: int = 5
+    """Evaluation texts of fewer words than this are not looked for (they are counted)."""
+    min_overlap: float = 0.0
+    """Least share of the runs of one evaluation text that a training document must hold; at 0 a single run is enough."""
+    max_shared: int | None = 10
+    """Runs in more evaluation texts than this are the set's own wording, and ignored; null ignores none."""
+
+
+def evaluation_texts(document: Document, ngram: int) -> Iterator[tuple[str, str]]:
+    """(file:line, text) of an evaluation document for `Decontaminator.build`: its questions, and answers of some length.
+
+    System turns are left out, and so are answers of fewer than `ngram` words, which many questions share.
+    """
+    answers = [turn for turn in document.turns() if turn["role"] == "assistant"]
+    texts = [turn["content"] for turn in document.turns() if turn["role"] not in ("assistant", "system")]
+    texts += [text for text in (document.prompt, document.text) if text is not None]
+    for text in texts:
+        yield document.where, text
+    for text in [turn["content"] for turn in answers] + ([document.completion] if document.completion else []):
+        if len(normalize(text).split()) >= ngram:
+            yield document.where, text
+
+
+@dataclass(slots=True)
+class _Runs:
+    """Runs of `ngram` words in the evaluation texts: sorted hashes, the text each is from, and a filter before them."""
+
+    ngram: int
+    hashes: np.ndarray
+    owners: np.ndarray
+    filter: np.ndarray
+    shift: np.uint64
+
+    @classmethod
+    def of(cls, ngram: int, hashes: np.ndarray, owners: np.ndarray) -> _Runs:
+        """Sort the runs; the filter has 8 to 16 places a run, so that most runs of a clean document end there."""
+        order = np.argsort(hashes, kind="stable")
+        bits = min(MAX_FILTER_BITS, max(10, len(hashes).bit_length() + 3))
+        shift = np.uint64(64 - bits)
+        table = np.zeros(1 << bits, dtype=bool)
+        table[hashes >> shift] = True
+        return cls(ngram, hashes[order], owners[order], table, shift)
+
+    def owners_of(self, words: np.ndarray) -> np.ndarray:
+        """The evaluation texts whose runs are among those of these words: int32, once for each distinct run."""
+        runs = roll(words, self.ngram)
+        runs = runs[self.filter[runs >> self.shift]]
+        if not len(runs):
+            return self.owners[:0]
+        runs = np.unique(runs)
+        left = np.searchsorted(self.hashes, runs, side="left")
+        counts = np.searchsorted(self.hashes, runs, side="right") - left
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.owners[np.repeat(left, counts) + within]
+
+
+@dataclass(slots=True)
+class Decontaminator:
+    """A stage that counts or drops documents with evaluation text. Plain arrays: cheap to hand to other processes."""
+
+    config: DecontaminationConfig
+    report: dict[str, Any]
+    """Evaluation texts given, looked for, and why others are not, with the first places."""
+    name: str = "decontamination"
+    _places: list[str] = field(default_factory=list)
+    _sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    _tables: list[_Runs] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, texts: Iterable[tuple[str, str]], config: DecontaminationConfig) -> Decontaminator:
+        """Collect the runs of evaluation texts, given with their places; each distinct text counts once.
+
+        Raises DataError where no text has the words to be looked for.
+        """
+        names = ("texts", "checked", "repeated", "too_short", "only_shared_wording")
+        made = cls(config, {**dict.fromkeys(names, 0), "ignored_runs": 0, "examples": {}})
+        parts: dict[int, list[tuple[np.ndarray, int]]] = {}
+        seen: set[int] = set()
+        iterator = iter(texts)
+        while batch := list(islice(iterator, BATCH_TEXTS)):
+            normalized = [normalize(text) for _, text in batch]
+            words, offsets = word_hashes(normalized)
+            for row, (where, _) in enumerate(batch):
+                made.report["texts"] += 1
+                own = words[offsets[row] : offsets[row + 1]]
+                if len(own) < config.min_words:
+                    made._skip("too_short", where)
+                    continue
+                digest = normal_digest(normalized[row]) or 0
+                if digest in seen:
+                    made._skip("repeated", where)
+                    continue
+                seen.add(digest)
+                length = min(config.ngram, len(own))
+                parts.setdefault(length, []).append((np.unique(roll(own, length)), len(made._places)))
+                made._places.append(where)
+        made._finish(parts)
+        return made
+
+    def _skip(self, reason: str, where: str) -> None:
+        self.report[reason] += 1
+        places = self.report["examples"].setdefault(reason, [])
+        if len(places) < EXAMPLES:
+            places.append(where)
+
+    def _finish(self, parts: dict[int, list[tuple[np.ndarray, int]]]) -> None:
+        self._sizes = np.zeros(len(self._places), dtype=np.int64)
+        for length, found in sorted(parts.items()):
+            hashes = np.concatenate([runs for runs, _ in found])
+            owners = np.repeat(np.array([owner for _, owner in found], np.int32), [len(runs) for runs, _ in found])
+            if self.config.max_shared is not None and length == self.config.ngram:
+                _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+                common = counts[inverse] > self.config.max_shared
+                self.report["ignored_runs"] += int((counts > self.config.max_shared).sum())
+                hashes, owners = hashes[~common], owners[~common]
+            self._sizes += np.bincount(owners, minlength=len(self._sizes))
+            self._tables.append(_Runs.of(length, hashes, owners))
+        for owner in np.flatnonzero(self._sizes == 0).tolist():
+            self._skip("only_shared_wording", self._places[owner])
+        self.report["checked"] = int((self._sizes > 0).sum())
+        if not self.report["checked"]:
+            raise DataError(
+                f"none of the {self.report['texts']} evaluation texts for decontamination can be looked for: "
+                f"{self.report['too_short']} have fewer than min_words={self.config.min_words} words and "
+                f"{self.report['only_shared_wording']} only runs that are in more than "
+                f"max_shared={self.config.max_shared} texts; check the files, or lower min_words"
+            )
+
+    def match(self, text: str) -> tuple[str, float] | None:
+        """The evaluation text (its place) of which `text` holds the largest share, and that share; None where clean."""
+        words, _ = word_hashes([normalize(text)])
+        owners = np.concatenate([table.owners_of(words) for table in self._tables])
+        if not len(owners):
+            return None
+        distinct, counts = np.unique(owners, return_counts=True)
+        shares = counts / self._sizes[distinct]
+        best = int(np.argmax(shares))
+        if shares[best] < self.config.min_overlap:
+            return None
+        return self._places[distinct[best]], float(shares[best])
+
+    def __call__(self, document: Document, tally: Tally) -> Document | None:
+        """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
+        found = self.match("\n".join(document.texts()))
+        if found is None:
+            return document
+        where = f"{document.where} ({found[1]:.0%} of {found[0]})"
+        if self.config.policy is DecontaminationPolicy.drop:
+            tally.drop(self.name, "holds evaluation text", where)
+            return None
+        tally.note(self.name, "holds evaluation text", where)
+        return document

@@ -1,0 +1,199 @@
+"""What becomes of a sample longer than `data.max_length`: dropped, cut at the end or the beginning, split, or an error.
+
+Cuts keep what a model needs to make sense of the rest: BOS, the system turn, the closing tokens of labelled texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.config import OverLength
+from trainer.data.document import Document, Message
+from trainer.data.store.sequences import Sample
+from trainer.data.tokens.encode import Encoder, truncate
+
+
+def fit(
+    encoder: Encoder, document: Document, sample: Sample, max_length: int, policy: OverLength
+) -> list[Sample] | None:
+    """Samples of at most `max_length` tokens that stand for `sample`, which `encoder` made of `document`; None: drop it.
+
+    truncate       the first tokens
+    truncate_left  text: BOS and the last tokens. Conversations: the last whole exchanges (a user turn up to the next)
+                   that fit, after the system turn; if one is too long, its first turn loses its beginning
+    split          text: consecutive pieces, each with BOS, EOS only at the last. Conversations: consecutive windows of
+                   whole exchanges, each after the system turn, without those of which nothing is learned; an exchange
+                   that is too long alone is truncated. Labelled texts, and prompts with completions, are truncated
+
+    No token is learned twice. Labelled texts keep their closing tokens. Raises DataError where the policy is `fail`.
+    """
+    length = len(sample.input_ids)
+    if length <= max_length:
+        return [sample]
+    if policy is OverLength.drop:
+        return None
+    if policy is OverLength.fail:
+        raise _too_long(document, length, max_length, "truncate, truncate_left, split or drop")
+    if policy is OverLength.truncate_left:
+        return [_keep_end(encoder, document, sample, max_length)]
+    if policy is OverLength.split and document.turns():
+        return _windows(encoder, document, sample, max_length)
+    if policy is OverLength.split and document.text is not None and document.label is None:
+        return _pieces(encoder, sample, max_length)
+    return [truncate(sample, max_length, encoder.tail(document))]
+
+
+def fit_pair(
+    document: Document, chosen: Sample, rejected: Sample, max_length: int, policy: OverLength
+) -> list[Sample] | None:
+    """The two answers of a pair, both cut to their first `max_length` tokens where `policy` says so; None: drop them.
+
+    Raises DataError where the policy is `fail`. The other ways to cut would part what the two have in common.
+    """
+    length = max(len(chosen.input_ids), len(rejected.input_ids))
+    if length <= max_length:
+        return [chosen, rejected]
+    if policy is OverLength.drop:
+        return None
+    if policy is OverLength.fail:
+        raise _too_long(document, length, max_length, "truncate or drop")
+    if policy is not OverLength.truncate:
+        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for pairs")
+    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in (chosen, rejected)]
+
+
+def _too_long(document: Document, length: int, max_length: int, others: str) -> DataError:
+    return DataError(
+        f"{document.where}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
+        f"data.over_length to {others}"
+    )
+
+
+def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
+    """The last `max_length` tokens, of which the first `head` are the sample's own first ones, as far as they fit."""
+    head = min(head, max_length - 1)
+    begin = len(sample.input_ids) - (max_length - head)
+    ids = np.concatenate([sample.input_ids[:head], sample.input_ids[begin:]])
+    supervised = np.concatenate([sample.supervised[:head], sample.supervised[begin:]])
+    supervised[:1] = False
+    return Sample(ids, supervised, sample.label)
+
+
+def _keep_end(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
+    opening = len(encoder.opening)
+    if document.label is not None:
+        return truncate_left(sample, max_length, min(opening, max_length - len(encoder.closing)))
+    bos = _has_bos(encoder, sample)
+    if document.turns():
+        system, exchanges = _exchanges(encoder, document)
+        shorter = _shortest_cut(encoder, document, system, exchanges, max_length)
+        if isinstance(shorter, Sample):
+            return shorter
+        document, sample = shorter
+        if len(sample.input_ids) <= max_length:
+            return sample
+        head = _head(encoder, document)
+        if head is not None and head < max_length:
+            return truncate_left(sample, max_length, head)
+    return truncate_left(sample, max_length, bos)
+
+
+def _shortest_cut(
+    encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]], max_length: int
+) -> Sample | tuple[Document, Sample]:
+    """The longest row of last exchanges that fits; else the last learned exchange alone, with its sample."""
+    low, high = 1, len(exchanges) - 1  # the number of exchanges left out, by bisection: fewer never make it shorter
+    best = None
+    while low <= high:
+        middle = (low + high) // 2
+        sample = _encode(encoder, document, system, exchanges[middle:])[1]
+        if len(sample.input_ids) <= max_length:
+            best, high = sample, middle - 1
+        else:
+            low = middle + 1
+    return best if best is not None else _encode(encoder, document, system, exchanges[-1:])
+
+
+def _windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
+    system, exchanges = _exchanges(encoder, document)
+    samples: list[Sample] = []
+    begin = 0
+    while begin < len(exchanges):
+        end, made = begin + 1, _encode(encoder, document, system, exchanges[begin : begin + 1])[1]
+        low, high = begin + 2, len(exchanges)
+        if len(made.input_ids) > max_length:
+            made, high = truncate(made, max_length, 0), begin
+        step = 1
+        while low <= high:  # doubling steps, then halving ones, find the last exchange that still fits
+            probe = min(low + step - 1, high)
+            longer = _encode(encoder, document, system, exchanges[begin:probe])[1]
+            if len(longer.input_ids) <= max_length:
+                end, made, low, step = probe, longer, probe + 1, step * 2
+            else:
+                high, step = probe - 1, max(1, step // 2)
+        if made.supervised.any():
+            samples.append(made)
+        begin = end
+    return samples or [truncate(sample, max_length, 0)]
+
+
+def _exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
+    """The leading system turns, and the rest cut before every user turn; each turn says whether it is learned.
+
+    What is learned goes by the whole conversation, and what comes after the last learned turn is left out.
+    """
+    if encoder.template is None:
+        raise AssertionError("a conversation was encoded without a chat template")
+    turns = (document.messages or []) + (document.chosen or [])
+    learned = encoder.template.learned(turns)
+    last = learned[-1] if learned else len(turns) - 1
+    turns = [{**turn, "train": number in learned} for number, turn in enumerate(turns[: last + 1])]
+    first = next((number for number, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    exchanges: list[list[Message]] = []
+    for number, turn in enumerate(turns[first:]):
+        if not exchanges or (turn["role"] == "user" and turns[first + number - 1]["role"] != "user"):
+            exchanges.append([])
+        exchanges[-1].append(turn)
+    return turns[:first], exchanges
+
+
+def _encode(
+    encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]]
+) -> tuple[Document, Sample]:
+    turns = [*system, *(turn for exchange in exchanges for turn in exchange)]
+    return next(encoder.encode([replace(document, messages=turns, chosen=None, rejected=None)]))
+
+
+def _head(encoder: Encoder, document: Document) -> int | None:
+    """How many tokens come before the content of the first turn after the system turn."""
+    if encoder.template is None:
+        return None
+    begin = encoder.template.first_content(document.messages or [], document.where)
+    return None if begin is None else encoder.num_tokens_before(document, begin)
+
+
+def _pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
+    bos = _has_bos(encoder, sample)
+    room = max_length - bos
+    if room < 2:
+        return [truncate(sample, max_length, 0)]
+    body, supervised = sample.input_ids[bos:], sample.supervised[bos:]
+    cuts = list(range(0, len(body), room))
+    if len(body) - cuts[-1] == 1:  # EOS alone would teach that texts are empty
+        cuts[-1] -= 1
+    samples = []
+    for begin, end in zip(cuts, [*cuts[1:], len(body)], strict=True):
+        ids = np.concatenate([sample.input_ids[:bos], body[begin:end]])
+        learned = np.concatenate([np.zeros(bos, np.bool_), supervised[begin:end]])
+        learned[:1] = False
+        samples.append(Sample(ids, learned))
+    return samples
+
+
+def _has_bos(encoder: Encoder, sample: Sample) -> int:
+    """1 if the sample begins with BOS, else 0."""
+    bos = encoder.bos_id
+    return int(bos is not None and len(sample.input_ids) > 0 and int(sample.input_ids[0]) == bos)

@@ -1,0 +1,320 @@
+"""Documents become samples: token ids and which of them are learned, in batches of the tokenizer's own Rust encoder.
+
+Which characters are learned comes from `trainer/data/tokens/template.py`; here they become tokens. Refuses samples that begin
+with two BOS tokens, and tokenizers without character offsets.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from strategies.errors import ConfigError, DataError
+from trainer.data.document import Document, Message
+from trainer.data.store.sequences import Sample
+from trainer.data.tokens.pretokens import RememberedPretokens
+from trainer.data.tokens.template import ChatTemplate, LearnConfig, Rendered
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+BATCH = 512
+"""Documents that go to the encoder at a time."""
+Answer = tuple[Document, list[Message] | None]
+FEW = 8
+"""Batches of fewer documents go to the tokenizer itself: to prove the short way on them would cost what it saves."""
+
+
+class Encoder:
+    """Tokenises documents of every format with one tokenizer. May be used in forked processes."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        label_names: list[str] | None = None,
+        *,
+        learn: LearnConfig | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} gives no character offsets, which the label masks need; "
+                "set model.tokenizer to one with a tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # each look costs a search
+        self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
+        self.label_ids = {name: number for number, name in enumerate(label_names or [])}
+        # A copy, because saved tokenizers may carry truncation and padding of their own.
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.opening, self.closing = self._natural_affixes()
+        self._drop_post_processor()
+        self._pretokens = RememberedPretokens.of(self._backend)
+        control = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
+        self._control = re.compile("|".join(control)) if control else None
+        ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
+        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
+
+    def _natural_affixes(self) -> tuple[list[int], list[int]]:
+        """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a", add_special_tokens=True).ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
+
+    def _drop_post_processor(self) -> None:
+        """Only affixes are left for it to do, and some (RoBERTa's) cut the spaces off the offsets of tokens."""
+        from tokenizers.processors import TemplateProcessing
+
+        self._backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+
+    def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
+        """Samples in the order of the documents, untruncated; of preference pairs, the preferred answer.
+
+        `fast=False` takes no short cuts: the same samples, found the long way. Raises DataError with file and line.
+        """
+        source = iter(documents)
+        while batch := list(islice(source, BATCH)):
+            answers = [(document, _messages(document)) for document in batch]
+            yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
+
+    def encode_answers(self, answers: list[Answer], *, fast: bool = True) -> list[Sample]:
+        """A sample of each document with the messages that stand for it; None: its prompt and completion, or its text."""
+        return self._samples([document for document, _ in answers], self._render_all(answers, fast=fast), fast=fast)
+
+    def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
+        """Preference pairs as (document, chosen, rejected): both begin with the same prompt tokens, which nobody learns.
+
+        From the first token that is learned in one of them on, both are learned. Raises DataError with file and line,
+        also where the template writes the prompt of the two differently.
+        """
+        source = iter(documents)
+        while batch := list(islice(source, BATCH)):
+            answers: list[Answer] = []
+            for document in batch:
+                prompt = [{**message, "train": False} for message in document.messages or []]
+                answers += [(document, prompt + (turns or [])) for turns in (document.chosen, document.rejected)]
+            samples = self.encode_answers(answers)
+            for document, chosen, rejected in zip(batch, samples[::2], samples[1::2], strict=True):
+                share_prompt(document, chosen, rejected)
+                yield document, chosen, rejected
+
+    def audit(self, document: Document, sample: Sample) -> list[str]:
+        """What is odd about a sample, as codes.
+
+        `doubled_bos`: it begins with two BOS tokens; `no_supervised`: nothing is learned; `missing_eos`: the last
+        learned token closes no turn, so that a model would not learn to stop; `control_tokens_in_text`: the data
+        spells control tokens.
+        """
+        ids, bos, codes = sample.input_ids, self.bos_id, []
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+            codes.append("doubled_bos")
+        if sample.label is None:
+            learned = np.flatnonzero(sample.supervised)
+            if not len(learned):
+                codes.append("no_supervised")
+            elif int(ids[learned[-1]]) not in self.end_ids:
+                codes.append("missing_eos")
+        if self.has_control_tokens(document):
+            codes.append("control_tokens_in_text")
+        return codes
+
+    def num_tokens_before(self, document: Document, character: int) -> int:
+        """How many tokens of a conversation's sample end at or before a character of its rendered text."""
+        rendered = self._render_all([(document, _messages(document))], fast=True)[0]
+        ends = np.array(self._backend.encode(rendered.text, add_special_tokens=False).offsets, dtype=np.int64)[:, 1]
+        return int(np.count_nonzero(ends <= character))
+
+    def has_control_tokens(self, document: Document) -> bool:
+        """Whether a text spells one of the tokenizer's control tokens, which is then encoded as that token."""
+        return self._control is not None and any(self._control.search(text) for text in document.texts())
+
+    def tail(self, document: Document) -> int:
+        """How many tokens at the end of a sample must survive truncation."""
+        return len(self.closing) if document.label is not None else 0
+
+    def _render_all(self, batch: list[Answer], *, fast: bool) -> list[Rendered]:
+        """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
+        chats = []
+        for document, messages in batch:
+            if messages is None and document.prompt is not None and self.template is not None:
+                messages = [
+                    {"role": "user", "content": document.prompt},
+                    {"role": "assistant", "content": document.completion or ""},
+                ]
+            chats.append(messages)
+        conversations = [(m, d.where) for m, (d, _) in zip(chats, batch, strict=True) if m is not None]
+        template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
+        found = iter(template.render_all(conversations, fast=fast) if template else [])
+        return [
+            _plain(document) if messages is None else next(found)
+            for messages, (document, _) in zip(chats, batch, strict=True)
+        ]
+
+    def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
+        learned = self._remembered(rendered) if fast else [None] * len(rendered)
+        rest = [text for text, pair in zip(rendered, learned, strict=True) if pair is None]
+        # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
+        encodings = self._backend.encode_batch([text.text for text in rest], add_special_tokens=False)
+        found = (_learned(encoding, text, fast=fast) for encoding, text in zip(encodings, rest, strict=True))
+        return [self._sample(doc, *(pair or next(found))) for doc, pair in zip(documents, learned, strict=True)]
+
+    def _remembered(self, rendered: list[Rendered]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Ids and masks found the short way; None for the texts left to the tokenizer. Proves some of each batch."""
+        if self._pretokens is None or len(rendered) < FEW:
+            return [None] * len(rendered)
+        texts = [text.text for text in rendered]
+        pairs = self._pretokens.encode_all(texts, [text.spans for text in rendered])
+        taken = [number for number, pair in enumerate(pairs) if pair is not None]
+        # the first, and the longest of a few: the longest of all would cost more than the others save
+        proved = [taken[0], max(taken[1::32] or taken, key=lambda number: len(texts[number]))] if taken else []
+        if self._pretokens.agrees(self._backend, [texts[number] for number in proved]):
+            return pairs
+        log.warning("remembered pre-tokens differ from the tokenizer's own; from this batch on it encodes everything")
+        self._pretokens = None
+        return [None] * len(rendered)
+
+    def _sample(self, document: Document, input_ids: np.ndarray, supervised: np.ndarray) -> Sample:
+        label = None
+        if document.label is not None:
+            label = self._label(document)
+            input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
+        elif document.text is not None or (document.prompt is not None and self.template is None):
+            eos = self.eos_id
+            if eos is None:
+                raise ConfigError("the tokenizer has no eos_token, so no text would ever end; set one in its config")
+            opening = self.opening[:1] if self.opening[:1] == [self.bos_id] else []
+            closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
+            input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
+        bos = self.bos_id
+        if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
+            raise DataError(
+                f"{document.where}: the sample begins with two {self.tokenizer.bos_token} tokens; "
+                "remove it from the text, or from the template in model.chat_template"
+            )
+        supervised[:1] = False
+        return Sample(input_ids, supervised, label)
+
+    def _label(self, document: Document) -> int:
+        if document.label not in self.label_ids:
+            raise DataError(
+                f"{document.where}: label {document.label!r} is none of {list(self.label_ids)} (objective.labels, or "
+                "the labels of the training data)"
+            )
+        return self.label_ids[document.label]
+
+
+def _messages(document: Document) -> list[Message] | None:
+    """The conversation of a document, with the preferred answer of a pair."""
+    return document.messages if document.chosen is None else (document.messages or []) + document.chosen
+
+
+def _plain(document: Document) -> Rendered:
+    """Text without a template: a completion is learned, an unlabelled text is learned whole."""
+    if document.prompt is not None:
+        prompt = document.prompt + document.separator
+        text = prompt + (document.completion or "")
+        return Rendered(text, [(len(prompt), len(text))])
+    text = document.text or ""
+    return Rendered(text, [] if document.label is not None else [(0, len(text))])
+
+
+def _learned(encoding: Encoding, rendered: Rendered, *, fast: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a text, and which of its tokens are learned."""
+    input_ids = np.array(encoding.ids, dtype=np.int32)
+    supervised = np.zeros(len(input_ids), dtype=np.bool_)
+    if rendered.spans and len(input_ids):
+        runs = _runs(encoding, rendered.spans, len(rendered.text)) if fast else None
+        for first, last in _runs_by_offsets(encoding, rendered.spans) if runs is None else runs:
+            supervised[first : last + 1] = True
+    return input_ids, supervised
+
+
+def _runs_by_offsets(encoding: Encoding, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First and last token of each span that has any, by the offsets of all tokens.
+
+    A token that straddles an edge belongs to the span, since generation would make it; so do tokens without characters
+    of their own between two that have some.
+    """
+    begins, ends = np.array(encoding.offsets, dtype=np.int64).T
+    runs = []
+    for begin, end in spans:
+        inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
+        if len(inside):
+            runs.append((int(inside[0]), int(inside[-1])))
+    return runs
+
+
+def _runs(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]] | None:
+    """The same from the edges of the spans alone; None where a character at an edge has no token.
+
+    `char_to_token` gives the first token of a character; one such as an emoji may have several.
+    """
+    runs = []
+    for begin, end in spans:
+        if begin >= end:
+            continue
+        first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
+        after = encoding.char_to_token(end) if end < length else len(encoding)
+        if first is None or last is None or after is None:
+            return None
+        if after > last:  # no straddling: all tokens up to the next character's first
+            last = after - 1
+            where = encoding.token_to_chars(last)
+            if where is None or where[0] >= where[1]:
+                return None
+        else:
+            while last + 1 < len(encoding):
+                where = encoding.token_to_chars(last + 1)
+                if where is None or where[0] >= where[1]:
+                    return None
+                if where[0] >= end:
+                    break
+                last += 1
+        runs.append((first, last))
+    return runs
+
+
+def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
+    """Make both answers begin at the same token, after the same ones."""
+    starts = []
+    for name, sample in (("chosen", chosen), ("rejected", rejected)):
+        if not sample.supervised.any():
+            raise DataError(f"{document.where}: nothing of the {name} answer is learned; see data.learn")
+        starts.append(int(sample.supervised.argmax()))
+    shared = min(starts)
+    if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
+        raise DataError(
+            f"{document.where}: the chat template writes the prompt differently before the chosen and the rejected "
+            "answer, so that they cannot be compared; give another template in model.chat_template"
+        )
+    # where one answer merges with the end of the prompt into one token, the other learns the token it has there
+    chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True
+
+
+def _affix(
+    ids: np.ndarray, supervised: np.ndarray, opening: list[int], closing: list[int], *, learn: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put special ids around a sample; the closing ones are learned if `learn`."""
+    ids = np.concatenate([np.array(opening, np.int32), ids, np.array(closing, np.int32)])
+    around = (np.zeros(len(opening), np.bool_), np.full(len(closing), learn, np.bool_))
+    return ids, np.concatenate([around[0], supervised, around[1]])
+
+
+def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
+    """The first `max_length` tokens, of which the last `tail` are the sample's own last ones."""
+    keep, end = max_length - tail, len(sample.input_ids) - tail
+    ids = np.concatenate([sample.input_ids[:keep], sample.input_ids[end:]])
+    return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), sample.label)

@@ -1,0 +1,282 @@
+"""What of a rendered conversation is learned: the character spans of the learned turns, found in its own output.
+
+Stock chat templates do not say which text the assistant wrote. A conversation is therefore rendered twice: as it is,
+and with marks around every learned content. The spans count only if the second text without its marks is the first
+one, character by character; a template that rewrites what it is given ends in a DataError, never in a wrong mask.
+Templates with `{% generation %}` blocks are taken at their word. Conversations of a shape that was seen before are
+checked against its skeleton (`trainer/data/tokens/skeleton.py`) instead of being rendered a second time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from strategies.errors import ConfigError, DataError
+from trainer.data.document import Message
+from trainer.data.tokens.marking import BEGIN, END, Marker
+from trainer.data.tokens.skeleton import RESERVED, Skeletons
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_RESERVED = re.compile(f"[{RESERVED}]")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+ROLES = ("system", "user", "assistant")
+
+
+class LearnTurns(StrEnum):
+    """Which of the turns that may be learned are."""
+
+    all = "all"
+    last = "last"
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnConfig:
+    """Which turns of a conversation are learned; a message's own `"train": true` or `false` goes before `roles`."""
+
+    turns: LearnTurns = LearnTurns.all
+    """`all` learns every turn of the roles below; `last` only the last turn that would be learned."""
+    roles: list[str] = field(default_factory=lambda: ["assistant"])
+    """Roles whose turns are learned, of `system`, `user` and `assistant`: their content and their end-of-turn token."""
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A conversation as text, and the [begin, end) character spans of it that are learned, ascending."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """Renders conversations with the tokenizer's chat template. Raises ConfigError if it has none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: LearnConfig | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template, and the data has conversations; "
+                "set model.chat_template=<file> or use prompt/completion rows"
+            )
+        if not tokenizer.eos_token:
+            raise ConfigError("the tokenizer has no eos_token; set one in its tokenizer_config.json")
+        self.learn = learn or LearnConfig()
+        unknown = [role for role in self.learn.roles if role not in ROLES]
+        if unknown or not self.learn.roles:
+            raise ConfigError(f"data.learn.roles={list(self.learn.roles)} must name one or more of {', '.join(ROLES)}")
+        self.tokenizer = tokenizer
+        self.source: str = tokenizer.get_chat_template()
+        self._marker = Marker(self._apply)
+        self.marks_generation = _GENERATION.search(self.source) is not None
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._any_token = _leading(added)
+        eos = {str(tokenizer.eos_token)}
+        parts = self._probe()
+        self.end_tokens = eos | self._assistant_ends(parts)
+        """Tokens that close assistant turns."""
+        self.all_end_tokens = self.end_tokens | self._user_ends(parts)
+        """Tokens that close a turn of any role."""
+        self._end_token = {role: _leading(self.all_end_tokens) for role in ROLES}
+        self._end_token["assistant"] = _leading(self.end_tokens)
+        self._skeletons = Skeletons(added)
+
+    def learned(self, messages: Sequence[Message]) -> list[int]:
+        """Which messages are learned, ascending."""
+        found = []
+        for number, message in enumerate(messages):
+            own = message.get("train")
+            if own or (own is None and message["role"] in self.learn.roles):
+                found.append(number)
+        return found[-1:] if self.learn.turns is LearnTurns.last else found
+
+    def render(self, messages: Sequence[Message], where: str) -> Rendered:
+        """Text and spans of one conversation, as `render_all` gives them."""
+        return self.render_all([(messages, where)])[0]
+
+    def render_all(
+        self, conversations: Sequence[tuple[Sequence[Message], str]], *, fast: bool = True
+    ) -> list[Rendered]:
+        """Texts and spans of conversations, each with its `file:line`. Turns after the last learned one are left out.
+
+        Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
+        A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
+        are no spans. `fast=False` renders every conversation twice. Raises DataError, led by the file and line.
+        """
+        jobs = [self._job(messages, where) for messages, where in conversations]
+        texts = self._apply_all(jobs)
+        rendered = []
+        for (messages, learned, where), text in zip(jobs, texts, strict=True):
+            if not learned:
+                rendered.append(Rendered(text, []))
+            elif self._by_blocks(messages, learned):
+                rendered.append(self._guard(self._blocks, messages, learned, where, where=where))
+            else:
+                found = self._skeletons.match(messages, learned, text, self._place) if fast else None
+                if found is None:
+                    rendered.append(self._guard(self._exact, messages, learned, text, where, where=where))
+                else:
+                    rendered.append(Rendered(*found))
+        return rendered
+
+    def first_content(self, messages: Sequence[Message], where: str) -> int | None:
+        """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
+        job = self._job(messages, where)
+        text = self._apply_all([job])[0]
+        index = next((i for i, message in enumerate(job[0]) if message["role"] != "system"), None)
+        return None if index is None else self._guard(self._marker.content_begin, job[0], index, text, where=where)
+
+    def _job(self, messages: Sequence[Message], where: str) -> tuple[list[Message], list[int], str]:
+        """The messages as the template gets them, up to the last learned one."""
+        learned = self.learned(messages)
+        if learned:
+            messages = messages[: learned[-1] + 1]
+        for message in messages:
+            content = message["content"]
+            if not content.isascii() and _RESERVED.search(content):
+                raise DataError(
+                    f"{where}: the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
+                )
+        return [_bare(message) if "train" in message else message for message in messages], learned, where
+
+    def _apply_all(self, jobs: list[tuple[list[Message], list[int], str]]) -> list[str]:
+        """Texts of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
+        try:
+            return self._texts([messages for messages, _, _ in jobs])
+        except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
+            return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
+
+    def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
+        """What a template raises becomes a DataError led by `where`."""
+        try:
+            return work(*args)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+    def _texts(self, conversations: list[list[Message]], *, prompt: bool = False) -> list[str]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, _ = render_jinja_template(
+            conversations=conversations,
+            chat_template=self.source,
+            add_generation_prompt=prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        return list(texts)
+
+    def _apply(self, messages: list[Message], *, prompt: bool = False) -> str:
+        return self._texts([messages], prompt=prompt)[0]
+
+    def _by_blocks(self, messages: list[Message], learned: list[int]) -> bool:
+        """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
+        return self.marks_generation and all(messages[i]["role"] == "assistant" for i in learned)
+
+    def _blocks(self, messages: list[Message], learned: list[int], where: str) -> Rendered:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, found = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        spans = [(int(begin), int(end)) for begin, end in found[0]]
+        if not spans or any(begin >= end for begin, end in spans):
+            raise DataError(f"{where}: the {{% generation %}} blocks of the chat template are empty here")
+        assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        roles = ["assistant"] * len(spans)
+        if assistants != learned:
+            if len(spans) != len(assistants):
+                raise DataError(
+                    f"{where}: only some assistant turns are to be learned, but the chat template has {len(spans)} "
+                    f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
+                    "in model.chat_template"
+                )
+            spans = [spans[assistants.index(i)] for i in learned]
+        return self._close(texts[0], spans, roles[: len(spans)], blocks=True)
+
+    def _exact(self, messages: list[Message], learned: list[int], text: str, where: str) -> Rendered:
+        try:
+            spans = self._marker.contents(messages, learned, text, where)
+        except DataError:
+            fresh = self._apply(messages)
+            if fresh == text:
+                raise
+            text = fresh  # the template writes the date, and a day ended between the two renderings
+            spans = self._marker.contents(messages, learned, text, where)
+        return self._close(text, spans, [messages[i]["role"] for i in learned])
+
+    def _place(self, messages: list[Message], learned: list[int]) -> tuple[str, str, list[tuple[int, int]]] | None:
+        """For skeletons: the text of a conversation of placeholders, as rendered and as closed, and its spans."""
+        try:
+            text = self._apply(messages)
+            rendered = self._exact(messages, learned, text, "")
+        except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
+            return None
+        return text, rendered.text, rendered.spans
+
+    def _close(self, text: str, spans: list[tuple[int, int]], roles: list[str], *, blocks: bool = False) -> Rendered:
+        """Add the end-of-turn token to every span."""
+        closed = []
+        for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
+            final = number == len(spans) - 1
+            if blocks and text[begin:end].rstrip().endswith(tuple(self.end_tokens)):
+                closed.append((begin, end))
+                continue
+            match = (self._any_token if final else self._end_token[role]).match(text, end)
+            if match:
+                end = match.end()
+            elif final:  # nothing but words or whitespace follows: what words the template adds are learned, then eos
+                text = text[:end] + text[end:].rstrip() + str(self.tokenizer.eos_token)
+                end = len(text)
+            closed.append((begin, end))
+        return Rendered(text, closed)
+
+    def _probe(self) -> list[str]:
+        """What the template writes around the contents of four turns: five parts, or none if it dislikes the probe."""
+        probe = [
+            {"role": role, "content": f"{BEGIN}{role}{END}"} for role in ("user", "assistant", "user", "assistant")
+        ]
+        try:
+            parts = re.split(f"{BEGIN}[^{END}]*{END}", self._apply(probe))
+        except Exception:  # noqa: BLE001 - a template that dislikes the probe is left to the conversations themselves
+            return []
+        return parts if len(parts) == 5 else []
+
+    def _assistant_ends(self, parts: list[str]) -> set[str]:
+        """Tokens with which the template closes assistant turns, in the middle and at the end of a conversation."""
+        if not parts:
+            return set()
+        header, middle, tail = parts[0], parts[2], parts[4]
+        shared = 0  # what precedes the first user content, as far as it precedes the second too, opens a user turn
+        while shared < min(len(header), len(middle)) and header[-shared - 1] == middle[-shared - 1]:
+            shared += 1
+        found = [self._any_token.match(part) for part in (middle[: len(middle) - shared], tail)]
+        return {match.group(1) for match in found if match}
+
+    def _user_ends(self, parts: list[str]) -> set[str]:
+        """Tokens with which the template closes user turns: before what opens the assistant's."""
+        if not parts:
+            return set()
+        turn = [{"role": "user", "content": BEGIN}]
+        try:
+            bare, prompt = self._apply(turn), self._apply(turn, prompt=True)
+        except Exception:  # noqa: BLE001 - as in `_probe`
+            return set()
+        opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
+        match = self._any_token.match(parts[1].removesuffix(opening))
+        return {match.group(1)} if match else set()
+
+
+def _leading(tokens: Any) -> re.Pattern[str]:
+    """Matches one of the tokens, the longest first, after whitespace."""
+    return re.compile(r"\s*(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+
+
+def _bare(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "train"}

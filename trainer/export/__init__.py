@@ -1,0 +1,1 @@
+"""Files for others: written, verified, combined, and described by a card."""

@@ -1,0 +1,162 @@
+"""Several adapters of one base as one: peft's own weighted combinations, into a merged model or one adapter.
+
+In one process, on the CPU, with the base held once in float32. `cat` stacks the factors and is exactly the weighted sum of
+the updates; the others trade that for a small rank: `linear` sums the factors themselves, `ties` (Yadav et al. 2023,
+arXiv:2306.01708) and `dare` (Yu et al. 2023, arXiv:2311.03099) first drop small or random entries.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from strategies.errors import ConfigError
+from trainer.tuning.start import SETTINGS, WEIGHTS, read_settings
+
+
+class Combination(StrEnum):
+    """How updates are put together; names are peft's."""
+
+    cat = "cat"
+    linear = "linear"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+
+
+PRUNING = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
+COMBINED = "combined"
+
+
+@dataclass(kw_only=True, slots=True)
+class CombineSettings:
+    """What is combined, and how."""
+
+    adapters: list[str]
+    """Directories of LoRA adapters of the same base."""
+    weights: list[float] = field(default_factory=list)
+    """A factor for each; default: 1."""
+    how: Combination = Combination.cat
+    """One of `Combination`."""
+    density: float = 0.5
+    """Share of entries that `ties` and `dare` keep, above 0, at most 1."""
+    seed: int = 0
+    """Of the entries that `dare` drops."""
+    base: str | None = None
+    """Model directory; default: the one that the adapters name."""
+
+
+def problems(settings: CombineSettings) -> list[str]:
+    """What is wrong with the settings and the directories, one line each; reads only their JSON."""
+    found, files = [], {}
+    for directory in settings.adapters:
+        file = read_settings(directory)
+        if isinstance(file, str):
+            found.append(f"adapters={directory}: {file}")
+        elif file.get("peft_type") != "LORA":
+            found.append(
+                f"adapters={directory}: was made by {str(file.get('peft_type')).lower()}; only LoRA adapters can be combined"
+            )
+        elif file.get("use_dora"):
+            found.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
+        else:
+            files[directory] = file
+    if settings.weights and len(settings.weights) != len(settings.adapters):
+        found.append(
+            f"weights={settings.weights}: {len(settings.weights)} for {len(settings.adapters)} adapters; give one for each"
+        )
+    if not 0 < settings.density <= 1:
+        found.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
+    ranks = {directory: file["r"] for directory, file in files.items()}
+    if settings.how is not Combination.cat and len(set(ranks.values())) > 1:
+        found.append(f"combine={settings.how}: needs adapters of one rank, not {ranks}; use combine=cat")
+    bases = {file.get("base_model_name_or_path") for file in files.values()}
+    if settings.base is None and len(bases) > 1:
+        found.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
+    kinds = {file.get("task_type") for file in files.values()}
+    if kinds - {"CAUSAL_LM"}:
+        found.append(f"adapters: of {', '.join(map(str, kinds))}; only those of causal language models can be combined")
+    return found
+
+
+def combine(
+    settings: CombineSettings, to: Path, *, merge: bool, dtype: torch.dtype | None, max_shard_gib: float
+) -> str:
+    """Write the merged model (or with `merge` off the one adapter) into the empty directory `to`; returns the base's path.
+
+    `dtype`: stored type of a merged model; default: that of the base. Reloads what it wrote and compares logits.
+    Errors: ConfigError, DriftError, OSError.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trainer.export.verify import probe_ids, verify_export
+    from trainer.export.write import stored_type
+
+    if wrong := problems(settings):
+        raise ConfigError(wrong)
+    first = json.loads((Path(settings.adapters[0]).expanduser() / SETTINGS).read_text(encoding="utf-8"))
+    base = str(settings.base or first["base_model_name_or_path"])
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
+    tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
+    if len(tokenizer) > plain.get_input_embeddings().weight.shape[0]:
+        plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        model = _combined(settings, plain)
+        ids = probe_ids(tokenizer)
+        with torch.no_grad():
+            reference = model(input_ids=torch.tensor([ids])).logits[0].float()
+        to.mkdir(parents=True, exist_ok=True)
+        if merge:
+            whole = model.merge_and_unload(adapter_names=[COMBINED], safe_merge=True)
+            whole.to(dtype or stored_type(Path(base)))
+            whole.save_pretrained(to, max_shard_size=int(max_shard_gib * 2**30))
+        else:
+            _save_adapter(model, base, to)
+    tokenizer.save_pretrained(str(to))
+    print(f"export verified: {verify_export(to, base_path=base, token_ids=ids, reference=reference)}", flush=True)
+    return base
+
+
+def _combined(settings: CombineSettings, plain: Any) -> Any:
+    """peft's model with the combination as its one active adapter, in eval mode."""
+    from peft import PeftModel
+
+    names = [f"adapter_{number}" for number in range(len(settings.adapters))]
+    pruning: dict[str, Any] = {"density": settings.density} if settings.how in PRUNING else {}
+    model: Any = PeftModel.from_pretrained(plain, settings.adapters[0], adapter_name=names[0])
+    for name, directory in zip(names[1:], settings.adapters[1:], strict=True):
+        model.load_adapter(directory, adapter_name=name)
+    try:
+        weights = settings.weights or [1.0] * len(names)
+        torch.manual_seed(settings.seed)
+        model.add_weighted_adapter(names, weights, COMBINED, combination_type=str(settings.how), **pruning)
+    except ValueError as error:
+        raise ConfigError(f"combine={settings.how}: peft refuses: {' '.join(str(error).split())}") from error
+    model.set_adapter(COMBINED)
+    return model.eval()
+
+
+def _save_adapter(model: Any, base: str, to: Path) -> None:
+    """Write the combined adapter itself; peft would put it one directory deeper, and a card beside that."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = get_peft_model_state_dict(model, adapter_name=COMBINED, save_embedding_layers=False)
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, to / WEIGHTS, {"format": "pt"})
+    settings = model.peft_config[COMBINED]
+    settings.base_model_name_or_path, settings.inference_mode = base, True
+    settings.save_pretrained(str(to))
+
+
+def _has_tokenizer(settings: CombineSettings) -> bool:
+    return (Path(settings.adapters[0]).expanduser() / "tokenizer_config.json").is_file()

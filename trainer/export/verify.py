@@ -1,0 +1,234 @@
+"""Whether an export computes what was trained: its logits, reloaded by plain transformers and peft, against the engine's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError, ShardtuneError
+from strategies.runtime import Runtime
+from trainer.data.config import Layout
+from trainer.objectives.causal import MODEL_INPUTS, plain_model
+
+if TYPE_CHECKING:
+    from strategies.base import Engine
+    from trainer.model.loading import Built
+    from trainer.model.weights import BaseWeights
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference allowed, relative to the largest logit, by the coarsest type that took part: about six of its
+rounding steps, since both sides round in every layer, and fp32's is loosened for sums taken in another order."""
+PROBE = "The export of a model must compute exactly what was trained: question 17, answer 42."
+
+
+class DriftError(ShardtuneError):
+    """The export, reloaded, does not compute what was trained."""
+
+    exit_code = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a comparison of logits found."""
+
+    max_abs_difference: float
+    largest_logit: float
+    argmax_agreement: float
+    """Share of positions whose most likely token is the same, 0 to 1."""
+    tolerance: float
+    """Largest `max_abs_difference / largest_logit` allowed."""
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.max_abs_difference:.2e} (largest logit {self.largest_logit:.1f}, allowed "
+            f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions"
+        )
+
+
+def probe_ids(tokenizer: Any) -> list[int]:
+    """Token ids to compare on: a fixed sentence, and every token that was added to the vocabulary last."""
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    return [*ids, len(tokenizer) - 1]
+
+
+def shifted(ids: Tensor, start: int) -> Tensor:
+    """What a decoder reads in order to write `ids [S, T]`."""
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+class _Logits:
+    """Stands in for the objective for one forward pass: the model's own logits instead of a loss."""
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        return {"logits": plain_model(model)(**inputs).logits}
+
+
+def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
+    """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU, on rank 0. All ranks must call."""
+    ids = torch.tensor([token_ids], device=runtime.device)
+    batch: dict[str, Any] = {"input_ids": ids}
+    if built.two_sides is not None:
+        batch["decoder_input_ids"] = shifted(ids, built.two_sides.decoder_start)
+    if built.layout is Layout.padded:
+        batch["attention_mask"] = torch.ones_like(ids)
+    else:
+        bounds = torch.tensor([0, ids.shape[1]], dtype=torch.int32, device=runtime.device)
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "document_bounds": [0, ids.shape[1]]}
+        batch |= {"max_length_q": ids.shape[1], "max_length_k": ids.shape[1]}
+        batch["position_ids"] = torch.arange(ids.shape[1], device=runtime.device)[None]
+    with engine.inference() as module:
+        # Asked through the root module's own forward: only there are its parameters gathered.
+        step: Any = module
+        objective, step.objective = step.objective, _Logits()
+        try:
+            logits = step(batch)["logits"]
+        finally:
+            step.objective = objective
+    return logits.reshape(-1, logits.shape[-1]).cpu() if runtime.is_main else None
+
+
+def load_export(directory: Path, base_path: str | None = None, rounded: BaseWeights | None = None) -> Any:
+    """The exported model in eval mode, float32, through nothing but transformers and peft.
+
+    `base_path`: where an adapter's base is; default: where the adapter says. `rounded`: the base as the adapter was trained
+    on it, where that was quantised: its values replace those of the plain model. Errors: ConfigError where it is no export.
+    """
+    import transformers
+
+    directory = Path(directory)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return _load(directory, base_path, transformers, rounded)
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _load(directory: Path, base_path: str | None, transformers: Any, rounded: BaseWeights | None = None) -> Any:
+    from trainer.tuning import bottleneck
+
+    settings_file = directory / "adapter_config.json"
+    if (directory / bottleneck.CONFIG_FILE).is_file():
+        settings_file = directory / bottleneck.CONFIG_FILE
+    if not settings_file.is_file():
+        if not (directory / "config.json").is_file():
+            raise ConfigError(
+                f"{directory}: holds neither config.json nor adapter_config.json; give an export directory"
+            )
+        return _auto_class(directory).from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    from trainer.tuning.adapter_files import load_adapter
+
+    settings = json.loads(settings_file.read_text())
+    base = base_path or settings["base_model_name_or_path"]
+    if settings["task_type"] == "SEQ_CLS":
+        from safetensors import safe_open
+
+        labels = settings.get("num_labels") or _head_rows(safe_open, directory)
+        auto: Any = transformers.AutoModelForSequenceClassification
+        model = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True, num_labels=labels)
+        model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
+    elif settings["task_type"] == "SEQ_2_SEQ_LM":
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    for name in rounded.quantised if rounded is not None else ():
+        model.get_parameter(name).data.copy_(rounded.whole(name))  # type: ignore[union-attr]
+    load = bottleneck.load if settings_file.name == bottleneck.CONFIG_FILE else load_adapter
+    return load(model, directory).eval()
+
+
+def _head_rows(safe_open: Any, directory: Path) -> int:
+    """Number of labels: rows of the last saved matrix that is no adapter, the classification head."""
+    with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as handle:
+        heads = [key for key in handle.keys() if ".lora_" not in key and key.endswith(".weight")]  # noqa: SIM118
+        return next(handle.get_slice(k).get_shape()[0] for k in heads if k.split(".")[-2] in ("score", "classifier"))
+
+
+def _auto_class(directory: Path) -> Any:
+    import transformers
+
+    settings = json.loads((directory / "config.json").read_text())
+    classifier = "ForSequenceClassification" in settings["architectures"][0]
+    if settings.get("is_encoder_decoder") and not classifier:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+
+
+def verify_export(
+    directory: Path,
+    *,
+    base_path: str | None = None,
+    token_ids: list[int],
+    reference: Tensor,
+    tolerance: float | None = None,
+    decoder_start: int | None = None,
+    rounded: BaseWeights | None = None,
+) -> Verification:
+    """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
+
+    `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
+    stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `rounded`: see
+    `load_export`. Errors: DriftError where the difference is larger.
+    """
+    from trainer.export.write import stored_type
+
+    model = load_export(directory, base_path, rounded)
+    ids = torch.tensor([token_ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if decoder_start is not None:
+        inputs["decoder_input_ids"] = shifted(ids, decoder_start)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    if logits.dim() == 3:
+        logits = logits[:, -len(token_ids) :]  # virtual tokens come first
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    if tolerance is None:
+        tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
+    reference = reference.float()
+    if logits.shape != reference.shape:
+        raise DriftError(
+            f"{directory}: computes logits of shape {tuple(logits.shape)}, training {tuple(reference.shape)}"
+        )
+    found = Verification(
+        max_abs_difference=float((logits - reference).abs().max()),
+        largest_logit=float(reference.abs().max()),
+        argmax_agreement=float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+        tolerance=tolerance,
+    )
+    # Negated, so that a NaN is a drift.
+    if not found.max_abs_difference <= tolerance * found.largest_logit:
+        raise DriftError(f"{directory}: the export does not compute what was trained: {found}")
+    return found
+
+
+def verify_written(
+    engine: Engine, built: Built, tokenizer: Any, directory: Path, base_path: str, *, adapter: bool, runtime: Runtime
+) -> Exception | None:
+    """Compare a written export with the trained model on rank 0; what went wrong there. All ranks must call."""
+    ids = probe_ids(tokenizer)
+    logits = reference_logits(engine, built, ids, runtime)
+    try:
+        if runtime.is_main:
+            assert logits is not None
+            report = verify_export(
+                directory,
+                base_path=base_path,
+                token_ids=ids,
+                reference=logits,
+                decoder_start=built.two_sides.decoder_start if built.two_sides else None,
+                rounded=built.base_weights(Path(base_path)) if adapter and built.quantised else None,
+            )
+            print(f"export verified: {report}", flush=True)
+    except Exception as error:  # noqa: BLE001 - peft and transformers have error types of their own; all ranks are told
+        return error
+    return None

@@ -1,0 +1,234 @@
+"""What a run says about itself: at its start, in `run.json`, to W&B, in the model card and at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.base import Precision
+from strategies.parameters import element_counts, named_parameters
+from strategies.runtime import Runtime
+from trainer.config.run import RunConfig
+from trainer.records.metrics import flops_per_token, reference_tflops
+from trainer.records.status import write_text_atomic
+from trainer.tuning.start import adapter_hash
+
+if TYPE_CHECKING:
+    from trainer.data.batches.loader import StepLoader
+    from trainer.data.prepare import Prepared
+    from trainer.export.card import CardFacts
+    from trainer.loop import Outcome
+    from trainer.model.loading import Built
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on; a missing one is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the code that runs, `-dirty` where it was changed since; None outside a clone."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_facts(
+    config: RunConfig,
+    *,
+    sha256: str,
+    precision: Precision,
+    runtime: Runtime,
+    built: Built,
+    data: Prepared,
+    sharding: dict[str, Any],
+    initialised: list[str],
+    total_steps: int,
+    loader: StepLoader,
+    resumed_from: Path | None,
+) -> dict[str, Any]:
+    """Everything `run.json` records before the first step."""
+    tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
+    mean_tokens = float(loader.unit_tokens.mean())
+    start = getattr(config.tuning, "from_", None)
+    return {
+        "config_sha256": sha256,
+        "strategy": str(config.strategy.name),
+        "tuning": str(config.tuning.name),
+        "objective": str(config.objective.name),
+        "precision": str(precision),
+        "attention": built.attention,
+        "layout": str(built.layout),
+        "world_size": runtime.world_size,
+        "global_batch": config.batch["global"],
+        "micro_batch": config.batch["micro"],
+        "accumulation": loader.accumulation,
+        "total_steps": total_steps,
+        "tokens_per_step": round(mean_tokens * config.batch["global"]),
+        "host": socket.gethostname(),
+        "device": str(runtime.device),
+        "resumed_from": resumed_from.name if resumed_from else None,
+        "base_model": config.model.path,
+        "quantisation": None if built.scheme is None else str(built.scheme),
+        "folded_adapters": {path: adapter_hash(path) for path in config.model.adapters},
+        "tuning_from": None if start is None else {"path": start, "sha256": adapter_hash(start)},
+        "data_fingerprint": data.train.fingerprint,
+        "data_directory": str(data.directory),
+        "data_report": data.report,
+        "label_names": data.label_names,
+        "sharding": sharding,
+        "initialised": initialised,
+        "substitutions": _substitutions(config, built.substitutions, precision, runtime),
+        "flops_per_token": _flops(
+            built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
+        ),
+        "reference_tflops": tflops,
+        "reference_tflops_source": tflops_source,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _substitutions(
+    config: RunConfig, of_model: Mapping[str, str], precision: Precision, runtime: Runtime
+) -> dict[str, str]:
+    """What stands in for the settings asked, by setting: their `auto` choices, and what was refused."""
+    substitutions = {**config.substitutions, **of_model}
+    if config.precision is Precision.auto:
+        substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    as_asked = runtime.matmul is None or runtime.matmul.endswith("(as asked)")
+    if not as_asked:  # also where onednn was asked and refused
+        substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
+    return substitutions
+
+
+def _flops(built: Built, mean_length: float, answer_share: float) -> float:
+    """Of an encoder-decoder model each side is passed by its own tokens only; `answer_share` of them are the decoder's."""
+    total = trained = 0.0
+    counts = element_counts(built.step_module)
+    for name, p in named_parameters(built.step_module):
+        shape, numel = getattr(p, "ds_shape", p.shape), float(counts[name])
+        if (base := built.tuning.base_name(name)) in built.quantised:
+            shape = built.quantised[base]
+        lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)
+        if len(shape) < 2 or lookup:  # norms, biases and embedding look-ups multiply nothing
+            continue
+        if built.two_sides is not None:
+            numel *= 1 - answer_share if ".encoder." in f".{name}" else answer_share
+        total += numel
+        trained += numel if p.requires_grad else 0
+    text = built.config.get_text_config() if hasattr(built.config, "get_text_config") else built.config
+    return flops_per_token(
+        matmul_parameters=round(total),
+        trainable_matmul_parameters=round(trained),
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        mean_length=mean_length,
+    )
+
+
+def _is_head(built: Built, name: str) -> bool:
+    """A tied embedding is also the head's matrix, so it does multiply."""
+    return bool(getattr(built.config, "tie_word_embeddings", False)) or "head" in name or "embed_out" in name
+
+
+def start_text(facts: Mapping[str, Any]) -> str:
+    """The few lines before step 0: sizes, batch arithmetic, substitutions."""
+    sharding = facts["sharding"]
+    held = sharding["held_per_rank"]
+    share = sharding["trainable_parameters"] / max(1, sharding["parameters"])
+    ranks = "ranks" if facts["world_size"] == 1 else f"ranks (over {sharding['exchange']})"
+    lines = [
+        f"parameters: {sharding['parameters']:,}, trainable {sharding['trainable_parameters']:,} ({share:.2%}); held per "
+        f"rank {min(held):,}" + (f" to {max(held):,}" if max(held) != min(held) else ""),
+        f"batch: {facts['global_batch']} = {facts['micro_batch']} micro x {facts['accumulation']} accumulation x "
+        f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
+        f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
+    ]
+    if facts.get("quantisation"):
+        lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
+    if facts["reference_tflops"]:
+        lines.append(
+            f"MFU against {facts['reference_tflops']:.2f} TFLOP/s a device ({facts['reference_tflops_source']})"
+        )
+    if facts["initialised"]:
+        lines.append(f"newly initialised (not in the checkpoint): {', '.join(facts['initialised'])}")
+    lines += [f"substituted: {key}: {value}" for key, value in facts["substitutions"].items()]
+    if facts["resumed_from"]:
+        lines.append(f"resumed from {facts['resumed_from']}")
+    return "\n".join(lines)
+
+
+def write_run_record(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Replace `run.json`."""
+    write_text_atomic(
+        run_dir / "run.json", json.dumps({**facts, "command": Path(sys.argv[0]).name}, indent=1, default=str)
+    )
+
+
+def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The W&B config: flat columns for the run table, then the whole resolved config."""
+    flat = {key: facts[key] for key in ("strategy", "tuning", "world_size", "global_batch", "precision")}
+    more = {key: facts[key] for key in ("data_fingerprint", "git_revision", "versions", "base_model", "substitutions")}
+    return {**flat, **more, "config": asdict(config)}
+
+
+def outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as JSON values."""
+    return {
+        "progress": asdict(outcome.progress),
+        "before": outcome.before,
+        "after": outcome.after,
+        "last_row": outcome.last_row,
+        "stopped_early": outcome.stopped_early,
+    }
+
+
+def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, run_dir: Path) -> CardFacts:
+    """What the exported model's card is written from."""
+    from trainer.export.card import CardFacts
+
+    return CardFacts(
+        config_yaml=(run_dir / "config.yaml").read_text() if (run_dir / "config.yaml").exists() else "",
+        facts=dict(facts),
+        before=outcome.before,
+        after=outcome.after,
+        tokens_trained=outcome.progress.tokens,
+        steps=outcome.progress.step,
+    )
+
+
+def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | None) -> str:
+    """The last lines of a run: what came of it and where everything is."""
+    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens"]
+    for name, value in outcome.after.items():
+        before = outcome.before.get(name)
+        lines.append(f"  {name:<22} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
+    if export is not None:
+        lines.append(f"model:      {export}")
+    lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
+    if sync:
+        lines.append(f"W&B:        {sync}")
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""The output head and the next-token loss, fused: logits exist only at supervised rows and only a chunk at a time.
+
+Sharding forbids touching the head's weight from outside its own forward (FSDP2 would mix plain and distributed tensors,
+ZeRO-3 sees an empty one), so the loss is computed by *calling the head as a module*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from trainer.heads.divergence import Against
+
+CHUNK_LOGITS = 2**25
+"""Most logits held at once (rows times vocabulary); 128 MiB in float32."""
+
+
+def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """Logits of a chunk of rows, in float32 at least."""
+    logits = F.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _product_gradient(
+    logits: Tensor, log_probabilities: Tensor, targets: Tensor, softcap: float | None, scale: float
+) -> Tensor:
+    """Each row's derivative of its own negative log-likelihood by the head's plain product, `[n, V]`.
+
+    Overwrites `log_probabilities`: the logits of a large vocabulary are the largest tensors of a step.
+    """
+    grad = log_probabilities.exp_()
+    grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
+    if softcap is not None:
+        grad.mul_(1.0 - (logits / softcap).square())
+    return grad.mul_(scale) if scale != 1.0 else grad
+
+
+def _sum_of_products(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tensor:
+    """`total + grad.T @ chunk` in float32 at least, in place; the first product is the sum itself."""
+    if total is None:
+        return (grad.T @ chunk).to(torch.promote_types(chunk.dtype, torch.float32))
+    if total.dtype == chunk.dtype:
+        return total.addmm_(grad.T, chunk)
+    return total.add_(grad.T @ chunk)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T`; gradients are made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        training: bool,
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
+        need_bias = training and bias is not None and ctx.needs_input_grad[2]
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        correct = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight: Tensor | None = None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = _logits(chunk, weight, bias, softcap, scale)
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            total -= log_probabilities.gather(1, target[:, None]).sum()
+            if not training:
+                correct += (logits.argmax(dim=-1) == target).sum()
+                continue
+            grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+            if need_weight:
+                grad_weight = _sum_of_products(grad_weight, grad, chunk)
+            if grad_bias is not None:
+                grad_bias += grad.float().sum(0)
+        if (
+            need_weight and grad_weight is None
+        ):  # no supervised row here: the other ranks wait for a gradient all the same
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _grad_correct: Tensor) -> Any:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        # Scaled in place, of which autograd keeps count: a second backward pass fails instead of scaling twice.
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(grad_total.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(grad_total).to(ctx.weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad_total).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _RowCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row of `hidden @ weight.T`, for losses that weigh rows by what all of them say together.
+
+    The rows' weights are known in the backward pass only. What the hidden states need of it is a row's own gradient
+    times its weight, so it is made in the forward pass; the head's own gradient sums over rows, and its logits are
+    computed a second time, where the head trains at all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        training: bool,
+    ) -> Tensor:
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = _logits(chunk, weight, bias, softcap, scale)
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            nll[start : start + rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
+            if grad_hidden is not None:
+                grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
+                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+        head_trains = training and any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(grad_hidden, *((hidden, weight, bias, targets) if head_trains else ()))
+        ctx.settings = softcap, scale, rows
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, row_weight: Tensor) -> Any:  # type: ignore[override]
+        grad_hidden, *again = ctx.saved_tensors
+        for_hidden = None if grad_hidden is None else grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
+        if not again:
+            return for_hidden, None, None, None, None, None, None
+        hidden, weight, bias, targets = again
+        softcap, scale, rows = ctx.settings
+        wide = row_weight.dtype
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = _logits(chunk, weight, bias, softcap, scale)
+            grad = _product_gradient(logits, F.log_softmax(logits, dim=-1), target, softcap, scale)
+            grad = grad * row_weight[start : start + rows, None]
+            if grad_weight is not None:
+                grad_weight += grad.to(chunk.dtype).T @ chunk
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            for_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class LossHead(nn.Linear):
+    """A model's own output layer that, given targets, returns the loss (summed, or of each row) instead of logits."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def replace(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
+        """The same layer (the same Parameter objects) with the additional duty."""
+        new = cls.__new__(cls)
+        new.__dict__.update(head.__dict__)
+        new.softcap, new.logit_scale = softcap, logit_scale
+        return new
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        by_row: bool = False,
+        added_bias: Tensor | None = None,
+        against: Against | None = None,
+        lend: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
+
+        The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
+        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32; with `against` that of
+        `trainer.heads.divergence.compare`; with `lend` what that returns, called while the weight is whole. `added_bias [V]` is
+        what the model adds to this layer's logits (it counts with targets only: without them the model adds it itself).
+        """
+        if lend is not None:
+            return lend()
+        if targets is None:
+            return super().forward(hidden)
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if against is not None:
+            from trainer.heads.divergence import compare
+
+            return compare(self, hidden, targets, against)
+        training = torch.is_grad_enabled()  # inside the function it is always off
+        function = _RowCrossEntropy if by_row else _LinearCrossEntropy
+        bias: Tensor | None = self.bias
+        if added_bias is not None:
+            bias = added_bias if bias is None else bias + added_bias
+        return function.apply(hidden, self.weight, bias, targets, self.softcap, self.logit_scale, training)
+
+
+def computes_loss(head: nn.Module) -> bool:
+    """Whether a model's head is a LossHead, perhaps one trained in full beside adapters."""
+    if isinstance(head, LossHead):
+        return True
+    wrapped = getattr(head, "modules_to_save", None)
+    return wrapped is not None and all(isinstance(m, LossHead) for m in wrapped.values())  # type: ignore[operator]
+
+
+def logits_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of correct argmaxes of `logits [N, V]`, for heads that are not a plain linear layer."""
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum().float()
+
+
+def head_transform(config: Any) -> tuple[float | None, float]:
+    """(soft cap, factor) that an architecture applies to its logits after the head, read from its config."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
+        scale = float(factor)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
+        scale = 1.0 / float(divisor)
+    return softcap, scale
+
+
+def fuse_head(model: Any, model_config: Any) -> None:
+    """Let a model's plain output layer compute the loss itself."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        softcap, scale = head_transform(model_config)
+        model.set_output_embeddings(LossHead.replace(head, softcap=softcap, logit_scale=scale))

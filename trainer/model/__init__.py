@@ -1,0 +1,1 @@
+"""The model: its settings, tokenizer, architecture, weights, attention and quantised bases."""

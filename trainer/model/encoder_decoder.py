@@ -1,0 +1,160 @@
+"""Encoder-decoder architectures: which are proven, what is asked of a run with one, and what building one needs.
+
+`problems` reads the model's config.json alone, so that it can answer before transformers is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from trainer.objectives.base import ObjectiveName
+
+if TYPE_CHECKING:
+    from trainer.model.weights import Checkpoint
+
+KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
+"""`model_type`s whose loss a test has shown to be that of transformers (tests/objectives/test_seq2seq.py)."""
+LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop")
+"""Whole layers left out at random: ranks would leave out different ones, and sharding strategies would hang."""
+DROPOUTS = ("dropout_rate", "activation_dropout", *LAYER_DROP)
+"""Dropout of the config under names that other architectures do not have."""
+_WITH_HEAD = (ObjectiveName.classification, ObjectiveName.reward)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDecoder:
+    """What only encoder-decoder models have."""
+
+    decoder_start: int
+    """Token that the decoder begins with."""
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    """Values of parameters that are computed, never trained, and need not be in the checkpoint (sinusoidal positions)."""
+
+
+def read_config(path: str | None) -> dict[str, Any] | None:
+    """The config.json of a model directory; None where there is none to be read (a hub id)."""
+    try:
+        found = None if path is None else json.loads((Path(path).expanduser() / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def problems(
+    model: dict[str, Any], path: str | None, objective: ObjectiveName, *, max_source: int, max_target: int
+) -> Iterator[str]:
+    """What does not go together, one line each. `model` is the content of config.json (or its equivalent)."""
+    kind, both = (
+        model.get("model_type", "unknown"),
+        bool(model.get("is_encoder_decoder", model.get("model_type") in KNOWN)),
+    )
+    if objective is not ObjectiveName.seq2seq:
+        if both and objective in _WITH_HEAD:
+            yield (
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({kind}), whose classifiers are not "
+                "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
+            )
+        elif both:
+            yield (
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({kind}), and this objective learns "
+                "with a decoder alone; set objective=seq2seq, or choose a causal model such as Llama or Qwen"
+            )
+        return
+    if not both:
+        yield (
+            f"objective=seq2seq: model.path={path} has no encoder ({kind}); set objective=sft for a causal model, or "
+            f"choose an encoder-decoder model ({', '.join(KNOWN)})"
+        )
+        return
+    if kind not in KNOWN:
+        yield (
+            f"objective=seq2seq: model.path={path} is a {kind} model, whose loss is not proven here; "
+            f"choose one of {', '.join(KNOWN)}"
+        )
+    most = model.get("max_position_embeddings")
+    for key, value in (("data.max_length", max_source), ("objective.max_target", max_target)):
+        if most is not None and value > most:
+            yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
+
+
+def check(
+    model: dict[str, Any], path: str | None, objective: ObjectiveName, *, max_source: int = 0, max_target: int = 0
+) -> None:
+    """The same for a model that was only now found (one of the hub). Raises ConfigError."""
+    if found := list(problems(model, path, objective, max_source=max_source, max_target=max_target)):
+        raise ConfigError(found)
+
+
+def start_token(config: Any, directory: Path) -> int:
+    """The decoder's first token, from the model's config or its generation_config.json. Raises ConfigError."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        try:
+            start = json.loads((directory / "generation_config.json").read_text()).get("decoder_start_token_id")
+        except (OSError, ValueError):
+            start = None
+    if start is None:
+        raise ConfigError(
+            f"model.path={directory}: neither config.json nor generation_config.json names decoder_start_token_id, the "
+            "token that the decoder begins with; add it to config.json"
+        )
+    return int(start)
+
+
+def finish(model: Any, directory: Path) -> EncoderDecoder:
+    """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices."""
+    from trainer.model.weights import Checkpoint
+
+    checkpoint = Checkpoint(directory, model.base_model_prefix)
+    untie(model, checkpoint)
+    return EncoderDecoder(start_token(model.config, directory), fixed_values(model))
+
+
+def block_classes(model: Any) -> set[str]:
+    """Names of the classes of the repeated blocks: what the architecture says, else those of its two lists of layers."""
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    return named or {type(side.layers[0]).__name__ for side in (model.get_encoder(), model.get_decoder())}
+
+
+def untie(model: Any, checkpoint: Checkpoint) -> list[str]:
+    """Give an own parameter to each tied one that the checkpoint holds with values of its own; their names.
+
+    T5 v1.1 and Flan-T5 have a head of their own, and transformers ties or not by what the file holds.
+    """
+    found = []
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        one, other = checkpoint.resolve(target), checkpoint.resolve(source)
+        if one is None or other is None:
+            continue
+        size = model.get_parameter(target).numel()
+        if torch.equal(checkpoint.run(one, 0, size), checkpoint.run(other, 0, size)):
+            continue
+        owner, _, key = target.rpartition(".")
+        parameter = nn.Parameter(torch.empty_like(model.get_parameter(target).data))
+        setattr(model.get_submodule(owner), key, parameter)
+        found.append(target)
+    return found
+
+
+def fixed_values(model: nn.Module) -> dict[str, Tensor]:
+    """Computed position embeddings by name; their parameters are on meta."""
+    return {
+        f"{name}.weight": module.create_weight()  # type: ignore[operator]
+        for name, module in model.named_modules()
+        if hasattr(module, "create_weight")
+    }
+
+
+def freeze_fixed(model: nn.Module) -> None:
+    """Keep computed embeddings from training, whatever the tuning method said."""
+    for module in model.modules():
+        if hasattr(module, "create_weight"):
+            module.weight.requires_grad_(False)  # type: ignore[union-attr,operator]

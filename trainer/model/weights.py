@@ -1,0 +1,295 @@
+"""Initial parameter values, read run by run: from safetensors files, from the tuning method, or drawn.
+
+A rank asks only for the elements it holds; nothing here communicates. What the base checkpoint does not have (a new
+classification head, new vocabulary) is drawn from (seed, name), so that it is the same everywhere, and is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError, DataError
+from strategies.parameters import TEACHER
+from strategies.runtime import derive_seed
+from trainer.model.quantisation import Scheme
+from trainer.tuning.base import Tuning
+
+if TYPE_CHECKING:
+    from trainer.tuning.stored import Folded
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, memory-mapped, with the names a model may know them by."""
+
+    def __init__(self, directory: Path, base_prefix: str, tied: dict[str, list[str]] | None = None) -> None:
+        self.directory = directory
+        self._tied = tied or {}
+        """Other names of parameters that are shared, under which the files may hold them."""
+        self._files = self._index()
+        self._open: dict[Path, Any] = {}
+        self._prefix = base_prefix + "." if base_prefix else ""
+
+    def _index(self) -> dict[str, Path]:
+        from safetensors import safe_open
+
+        listing = self.directory / "model.safetensors.index.json"
+        if listing.exists():
+            weight_map = json.loads(listing.read_text())["weight_map"]
+            root = self.directory.resolve()
+            files = {name: self.directory / file for name, file in weight_map.items()}
+            for file in set(files.values()):
+                if root not in file.absolute().parents or ".." in file.parts:
+                    raise DataError(f"{listing}: names a file outside the model directory: {file}")
+                if not file.exists():
+                    raise DataError(f"{listing}: names {file.name}, which is missing; download the model again")
+            return files
+        found: dict[str, Path] = {}
+        for file in sorted(self.directory.glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as handle:
+                found.update(dict.fromkeys(handle.keys(), file))
+        if not found:
+            raise ConfigError(
+                f"model.path={self.directory}: holds no .safetensors weights; convert them once with "
+                "transformers' save_pretrained"
+            )
+        return found
+
+    def resolve(self, name: str) -> str | None:
+        """The name under which the files hold a parameter: as it is, or with the base model's prefix added or dropped."""
+        known = [name, *self._tied.get(name, ())]
+        candidates = [c for n in known for c in (n, self._prefix + n, n.removeprefix(self._prefix))]
+        # LayerNorm parameters of checkpoints from before 2020 are called gamma and beta.
+        candidates += [c.replace(".weight", ".gamma").replace(".bias", ".beta") for c in candidates]
+        return next((c for c in candidates if c in self._files), None)
+
+    def _slice(self, stored: str) -> Any:
+        from safetensors import safe_open
+
+        file = self._files[stored]
+        if file not in self._open:
+            self._open[file] = safe_open(str(file), framework="pt").__enter__()
+        return self._open[file].get_slice(stored)
+
+    def close(self) -> None:
+        """Unmap the files, whose pages count as this process's memory; they are mapped again when something is asked."""
+        self._open.clear()
+
+    def shape(self, stored: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return tuple(self._slice(stored).get_shape())
+
+    def run(self, stored: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened tensor; reads only the rows they lie in."""
+        view = self._slice(stored)
+        shape = view.get_shape()
+        if not shape:
+            return view[...].reshape(-1)[start:stop]
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-stop // row)
+        return view[first:last].reshape(-1)[start - first * row : stop - first * row]
+
+    def whole(self, name: str) -> Tensor:
+        """A full parameter by its name in the model; raises ConfigError where the files do not have it."""
+        stored = self.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
+        shape = self.shape(stored)
+        return self.run(stored, 0, math.prod(shape)).view(shape)
+
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a matrix by its name in the model, float32; raises ConfigError where the files do not have it."""
+        stored = self.resolve(name)
+        if stored is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
+        columns = self.shape(stored)[1]
+        return torch.stack([self.run(stored, i * columns, (i + 1) * columns).float() for i in indices])
+
+
+def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, list[str]]:
+    """For each shared parameter the other names it has, as the base checkpoint would spell them, by its first one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(base_name(name))
+    return {found[0]: found[1:] for found in names.values() if len(found) > 1}
+
+
+def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[str], str]) -> None:
+    """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero."""
+    for owner_name, owner in model.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is None or key in owner._non_persistent_buffers_set:
+                continue
+            stored = checkpoint.resolve(base_name(f"{owner_name}.{key}".removeprefix(".")))
+            if stored is not None:
+                values = checkpoint.run(stored, 0, math.prod(checkpoint.shape(stored)))
+                buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
+
+
+class BaseWeights(Checkpoint):
+    """A checkpoint as it is trained on: adapters folded in, and rounded where it is stored quantised."""
+
+    def __init__(
+        self,
+        directory: Path,
+        base_prefix: str,
+        tied: dict[str, list[str]] | None = None,
+        *,
+        folded: Folded | None = None,
+        scheme: Scheme | None = None,
+        quantised: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(directory, base_prefix, tied)
+        self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
+        changed = folded.changed() if folded is not None else set()
+        if missing := sorted(name for name in changed if self.resolve(name) is None):
+            raise ConfigError(
+                f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
+                "merged model as model.path"
+            )
+        self._changed = {stored: name for name in changed if (stored := self.resolve(name)) is not None}
+        self._plain = Checkpoint(directory, base_prefix, tied)
+        self._last: tuple[str, Tensor] | None = None
+
+    def run(self, stored: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened tensor, adapters folded in, not rounded."""
+        if stored not in self._changed:
+            return super().run(stored, start, stop)
+        assert self.folded is not None
+        return self.folded.whole(self._changed[stored], self._plain).reshape(-1)[start:stop]
+
+    def whole(self, name: str) -> Tensor:
+        """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
+        value = super().whole(name)
+        return value if name not in self.quantised or self.scheme is None else self.scheme.rounded(value)
+
+    def close(self) -> None:
+        super().close()
+        self._plain.close()
+        self._last = None
+
+    def packed(self, name: str) -> Tensor:
+        """The bytes of a weight that is stored quantised, `[num_bytes]` uint8."""
+        assert self.scheme is not None
+        if self._last is None or self._last[0] != name:
+            self._last = name, self.scheme.pack(super().whole(name))
+        return self._last[1]
+
+
+class WeightSource:
+    """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
+
+    def __init__(
+        self,
+        checkpoint: BaseWeights,
+        tuning: Tuning,
+        *,
+        seed: int,
+        init_std: float,
+        new_token_ids: list[int] | None = None,
+        vocabulary: frozenset[str] = frozenset(),
+        fixed: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.checkpoint, self.tuning, self.seed, self.init_std = checkpoint, tuning, seed, init_std
+        self.new_ids = new_token_ids or []
+        self.vocabulary = vocabulary
+        """Base names of the parameters that have a row for each token."""
+        self.fixed = fixed or {}
+        """Values of base parameters that are computed and need not be in the checkpoint."""
+        self.initialised: list[str] = []
+        """Base parameters that the checkpoint does not have and that were drawn instead."""
+        self.teacher: WeightSource | None = None
+        """Where the parameters of a frozen model beside the tuned one come from."""
+        self._means: dict[str, Tensor] = {}
+
+    def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
+        """Compare names and shapes with the checkpoint, before anything is allocated.
+
+        Only a new head (a name under `head_prefixes`) may be missing. Raises ConfigError with the first differences.
+        """
+        problems = []
+        for name, shape in named_shapes.items():
+            if self.tuning.owns(name):
+                continue
+            base = self.tuning.base_name(name)
+            stored, shape = self.checkpoint.resolve(base), self.checkpoint.quantised.get(base, shape)
+            if stored is None and (base in self.fixed or self.tuning.rewrites(name)):
+                continue
+            if stored is None:
+                if base.startswith(head_prefixes):
+                    if base not in self.initialised:
+                        self.initialised.append(base)
+                    continue
+                problems.append(f"{base} is not in the checkpoint")
+            elif self.checkpoint.shape(stored) != shape and not (base in self.vocabulary and self.new_ids):
+                problems.append(f"{base} has shape {self.checkpoint.shape(stored)}, the architecture wants {shape}")
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise ConfigError(
+                f"model.path={self.checkpoint.directory}: the weights do not fit the architecture: "
+                f"{'; '.join(problems[:5])}{more}"
+            )
+
+    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        if self.teacher is not None and name.startswith(TEACHER):
+            return self.teacher.run(name.removeprefix(TEACHER), shape, start, stop)
+        if self.tuning.owns(name) or self.tuning.rewrites(name):
+            return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
+        base = self.tuning.base_name(name)
+        stored = self.checkpoint.resolve(base)
+        if base in self.checkpoint.quantised:
+            return self.checkpoint.packed(base)[start:stop]
+        if stored is None:
+            value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
+            return value.reshape(-1)[start:stop]
+        if self.new_ids and base in self.vocabulary:
+            return self._with_new_rows(stored, tuple(shape), start, stop)
+        return self.checkpoint.run(stored, start, stop)
+
+    def close(self) -> None:
+        """Let go of what was read: the model is filled."""
+        self.checkpoint.close()
+        if self.teacher is not None and self.teacher is not self:  # the model before training reads the same files
+            self.teacher.close()
+
+    def whole(self, name: str) -> Tensor:
+        """A full base parameter, for methods that read base weights."""
+        return self.checkpoint.whole(name)
+
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of a base matrix, for methods that start at them."""
+        return self.checkpoint.rows(name, indices)
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if len(shape) < 2:
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
+        return torch.randn(shape, generator=generator) * self.init_std
+
+    def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """A vocabulary matrix whose new rows are the mean of the known ones."""
+        row = math.prod(shape[1:])
+        if stored not in self._means:
+            known = self.checkpoint.run(stored, 0, self.new_ids[0] * row).view(self.new_ids[0], row)
+            self._means[stored] = known.float().mean(dim=0)
+        first_new = self.new_ids[0] * row
+        end_new = (self.new_ids[-1] + 1) * row
+        pieces = []
+        if start < first_new:
+            pieces.append(self.checkpoint.run(stored, start, min(stop, first_new)).float())
+        if stop > first_new and start < end_new:
+            low, high = max(start, first_new), min(stop, end_new)
+            index = torch.arange(low, high) % row
+            pieces.append(self._means[stored][index])
+        if stop > end_new:
+            pieces.append(self.checkpoint.run(stored, max(start, end_new), stop).float())
+        return torch.cat(pieces)

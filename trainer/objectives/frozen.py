@@ -1,0 +1,126 @@
+"""The frozen model beside the tuned one: which it is, how it is built on meta, and where its weights come from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from strategies.errors import ConfigError
+from strategies.parameters import meta_context
+from trainer.data.config import Layout
+from trainer.heads.loss import fuse_head
+from trainer.model import attention as attention_module
+from trainer.model.dropout import set_dropout
+from trainer.model.loading import Built, ModelConfig, load_model_config, load_tokenizer, weights_directory
+from trainer.model.weights import BaseWeights, WeightSource
+from trainer.objectives.base import DistillationConfig, ObjectiveConfig
+from trainer.objectives.build import build_objective, holds, imitates
+from trainer.objectives.teacher import check_head
+from trainer.tuning.full import Full
+
+SHOWN = 3
+"""How many differences of two vocabularies an error names."""
+
+
+def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
+    """The settings of the teacher that is imitated; None where none is."""
+    if not isinstance(objective, DistillationConfig):
+        return None
+    return replace(
+        config,
+        path=objective.teacher.path,
+        revision=objective.teacher.revision,
+        tokenizer=None,
+        chat_template=None,
+        add_tokens=[],
+    )
+
+
+def common_layout(layout: Layout, teacher: ModelConfig | None) -> tuple[Layout, dict[str, str]]:
+    """(layout, substitution made): padded rows where the teacher is not proven to keep documents apart otherwise."""
+    if teacher is None or layout is Layout.padded:
+        return layout, {}
+    kind = load_model_config(teacher).model_type
+    if kind in attention_module.PADDING_FREE:
+        return layout, {}
+    if layout is Layout.padding_free:
+        raise ConfigError(f"data.layout=padding_free: the teacher ({kind}) needs padded rows; set data.layout=auto")
+    return Layout.padded, {"data.layout": f"padded (the teacher, {kind}, is not proven padding-free)"}
+
+
+def attach_teacher(
+    built: Built,
+    config: ModelConfig,
+    objective: ObjectiveConfig,
+    tokenizer: Any,
+    source: WeightSource,
+) -> None:
+    """Give the step module what its objective compares with, where that is a model: a teacher, or the one before training.
+
+    With an adapter the model before training is the tuned one with the adapter off. Raises ConfigError where a teacher
+    has another vocabulary, or a head that cannot be compared.
+    """
+    if not (imitates(objective) or holds(objective)):
+        return
+    step = built.step_module
+    check_head(step.model, f"objective={objective.name}")
+    teacher = teacher_model(config, objective)
+    if teacher is None and built.tuning.keeps_base:
+        return
+    if teacher is None:
+        model, weights = _architecture(config, built.config, built.attention), source
+    else:
+        check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
+        settings = load_model_config(teacher)
+        model = _architecture(teacher, settings, built.attention)
+        weights = WeightSource(
+            BaseWeights(weights_directory(teacher), model.base_model_prefix), Full(), seed=source.seed, init_std=0.0
+        )
+        weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
+    model.requires_grad_(False)
+    check_head(model, "objective.teacher.path")
+    step.teacher, source.teacher = model, weights
+    step.objective = build_objective(objective, built.tuning.reference if built.tuning.keeps_base else None, model)
+    step.add_block_classes(set(getattr(model, "_no_split_modules", None) or ()))
+
+
+def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
+    """A causal model on meta, without dropout, its head ready to lend its weight; raises ConfigError where it is none."""
+    import transformers
+
+    settings = copy.deepcopy(settings)
+    set_dropout(settings, 0.0)
+    auto: Any = transformers.AutoModelForCausalLM
+    remedy = "take a causal model of the student's family"
+    if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
+        )
+    try:
+        with meta_context():
+            model = auto.from_config(
+                settings, attn_implementation=attention, trust_remote_code=config.trust_remote_code, dtype="float32"
+            )
+    except ValueError as error:
+        reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
+            f"attention {attention}: {reason}; {remedy}"
+        ) from error
+    model.tie_weights()
+    fuse_head(model, settings)
+    return model
+
+
+def check_vocabulary(student: Any, teacher: Any, path: str) -> None:
+    """Raise ConfigError where two tokenizers do not give every token the same number."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differ:
+        named = ", ".join(f"{t!r} is {ours.get(t, 'no token')} and {theirs.get(t, 'no token')}" for t in differ[:SHOWN])
+        raise ConfigError(
+            f"objective.teacher.path={path}: its vocabulary is not the student's ({len(differ)} tokens differ: {named}); "
+            "distributions can only be compared over one vocabulary: take a teacher of the same family, or train on texts "
+            "that the teacher wrote with objective=sft"
+        )

@@ -1,0 +1,150 @@
+"""What the model said before training, recorded once: log-probabilities of every answer, for objectives that compare.
+
+With an adapter the base model is at hand at any step, with the adapter off. Where the model itself trains, a second copy
+would cost its memory again; a pass over the data before the first step costs about a third of an epoch, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from strategies import runtime as processes
+from strategies.base import Engine
+from strategies.errors import Preempted, StorageError
+from trainer.config.run import RunConfig
+from trainer.data.batches.collate import collate, fillers, to_device
+from trainer.data.batches.loader import eval_plan
+from trainer.data.prepare import Prepared
+from trainer.data.rated import mismatched
+from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.model.loading import Built
+from trainer.objectives.preference import RecordLogps
+
+
+def is_recorded(built: Built) -> bool:
+    """Whether the objective compares with a model that will be gone after the first step."""
+    return built.step_module.objective.uses_reference and not built.tuning.keeps_base
+
+
+def record(
+    config: RunConfig,
+    data: Prepared,
+    *,
+    engine: Engine,
+    built: Built,
+    pad_token_id: int,
+    runtime: processes.Runtime,
+    directory: Path,
+    key: str,
+    stop_now: Callable[[], bool] = lambda: False,
+) -> None:
+    """Give both splits of `data` their reference column, from `directory` or by a pass of `engine`'s initial model.
+
+    Call before a checkpoint is loaded. `key` names what decides the initial model and the tokens. All ranks must call.
+    Raises StorageError on all ranks alike, and Preempted where `stop_now`, asked on all ranks after each micro-batch, says
+    so.
+    """
+    for split, dataset in (("train", data.train), ("eval", data.evaluation)):
+        if dataset is None or not len(dataset):
+            continue
+        name = hashlib.sha256(f"{key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
+        wanted: list[tuple[str, str, Callable[[int], Sample]]] = [("", "reference", dataset.sample)]
+        if built.step_module.objective.looks_ahead:
+            wanted.append(("mismatched-", "reference_mismatched", partial(mismatched, dataset)))
+        for prefix, attribute, read in wanted:
+            path = directory / f"{split}-{prefix}{name}.npy"
+            column = _read(path, len(dataset), runtime)
+            if column is None:
+                column = _compute(
+                    dataset,
+                    engine,
+                    built,
+                    read=read,
+                    batch=max(config.batch["micro"], config.evaluation.batch),
+                    pad_token_id=pad_token_id,
+                    runtime=runtime,
+                    stop_now=stop_now,
+                )
+                _write(path, column, runtime)
+            setattr(dataset, attribute, column)
+
+
+def _compute(
+    dataset: TokenDataset,
+    engine: Engine,
+    built: Built,
+    *,
+    read: Callable[[int], Sample],
+    batch: int,
+    pad_token_id: int,
+    runtime: processes.Runtime,
+    stop_now: Callable[[], bool],
+) -> np.ndarray:
+    """float32 [N]: the log-probability of each sequence, as `read` gives it, under the model as it is now.
+
+    All ranks must call.
+    """
+    device = runtime.device
+    found = torch.zeros(len(dataset), dtype=torch.float64, device=device)
+    plan = eval_plan(dataset, batch=batch, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
+    with engine.inference() as module:
+        # Asked through the root module's own forward: only there are its parameters gathered.
+        step: Any = module
+        objective, step.objective = step.objective, RecordLogps()
+        try:
+            for sequences in plan:
+                samples = [read(number) for number in sequences] or fillers(dataset, 1)
+                logps = step(to_device(collate(samples, built.layout, pad_token_id), device))["logps"]
+                if sequences:
+                    found[torch.tensor(sequences, device=device)] = logps.double()
+                if stop_now():
+                    raise Preempted("asked to stop while the reference was computed; start the same run again")
+        finally:
+            step.objective = objective
+    return _summed(found, runtime).astype(np.float32)
+
+
+def _summed(values: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
+    """The sum over the ranks of this run, on every one of them. All ranks must call."""
+    return (processes.dist_sum(values) if runtime.world_size > 1 else values).cpu().numpy()
+
+
+def _read(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
+    """Rank 0's file, on every rank; None where there is none of this length. All ranks must call."""
+    column = None
+    if runtime.is_main and path.exists():
+        try:
+            column = np.load(path, allow_pickle=False)
+        except (OSError, ValueError):  # torn: it is made again
+            column = None
+    if not processes.broadcast_object(column is not None and column.shape == (length,), runtime):
+        return None
+    whole = torch.zeros(length, device=runtime.device)
+    if column is not None:
+        whole.copy_(torch.from_numpy(column))
+    return _summed(whole, runtime)
+
+
+def _write(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:
+    failed: OSError | None = None
+    if runtime.is_main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            with aside.open("wb") as file:
+                np.save(file, column)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError as error:
+            failed = error
+    if (message := processes.first_error(failed, runtime)) is not None:
+        raise StorageError(f"{path}: cannot write the reference log-probabilities: {message}")

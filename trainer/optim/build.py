@@ -1,0 +1,99 @@
+"""From an optimizer's settings to the object that steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from trainer.optim.config import (
+    AdafactorConfig,
+    Adamw8bitConfig,
+    AdamwConfig,
+    LionConfig,
+    MuonConfig,
+    OptimConfig,
+    ScheduleFreeConfig,
+    SgdConfig,
+)
+from trainer.optim.groups import Group, group_parameters
+from trainer.optim.support import import_package
+
+
+def build_optimizer(
+    config: OptimConfig,
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    model_names: Sequence[str] = (),
+    rate_of: Callable[[str], float] = lambda _: 1.0,
+) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
+
+    `model_names` are the plain names of all parameters, frozen ones too; `rate_of(name)` multiplies the rate of a
+    parameter, as its tuning method asks. AdamW has torch's fused kernel; the one of
+    SGD knows no distributed tensors. Raises ConfigError for groups that fit no parameter and for a package that is not installed.
+    """
+    groups = group_parameters(config, ((name, p) for name, p in named if p.requires_grad), model_names, rate_of)
+    dicts = [group.as_dict() for group in groups]
+    if type(config) is OptimConfig:  # what all share, no choice made
+        config = AdamwConfig(**{each.name: getattr(config, each.name) for each in fields(config)})
+    match config:
+        case Adamw8bitConfig():
+            bitsandbytes = import_package(config.name)
+            return bitsandbytes.optim.AdamW8bit(
+                dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps, min_8bit_size=config.min_8bit_elements
+            )
+        case ScheduleFreeConfig():
+            schedulefree = import_package(config.name)
+            averaging = schedulefree.AdamWScheduleFree(dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps)
+            averaging.train()
+            return averaging
+        case AdamwConfig():
+            return torch.optim.AdamW(dicts, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True)
+        case LionConfig():
+            from trainer.optim.lion import Lion
+
+            return Lion(dicts, lr=config.lr, betas=_pair(config.betas))
+        case AdafactorConfig():
+            from trainer.optim.whole import ShardedAdafactor
+
+            eps = (None, config.eps_scale)
+            return ShardedAdafactor(
+                dicts, lr=config.lr, beta2_decay=-config.decay_exponent, eps=eps, d=config.clip_threshold
+            )
+        case MuonConfig():
+            return _muon(config, groups)
+        case SgdConfig():
+            return torch.optim.SGD(
+                dicts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+            )
+    raise TypeError(f"no optimizer stands behind {type(config).__name__}")
+
+
+def _pair(betas: list[float]) -> tuple[float, float]:
+    return betas[0], betas[1]
+
+
+def _muon(config: MuonConfig, groups: list[Group]) -> torch.optim.Optimizer:
+    """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    from trainer.optim.whole import Combined, ShardedMuon
+
+    parts: list[Any] = []
+    if matrices := [group.as_dict() for group in groups if group.matrices]:
+        parts.append(
+            ShardedMuon(
+                matrices,
+                lr=config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                ns_steps=config.iterations,
+                adjust_lr_fn=str(config.scale),
+                bf16=config.bf16,
+            )
+        )
+    if others := [group.as_dict() for group in groups if not group.matrices]:
+        parts.append(torch.optim.AdamW(others, lr=config.lr, betas=_pair(config.betas), eps=config.eps, fused=True))
+    return cast(torch.optim.Optimizer, Combined(*parts))

@@ -1,0 +1,143 @@
+"""The optimizers' settings. What runs behind them is built in `trainer.optim`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class OptimName(StrEnum):
+    """The names users type as `optim=<name>`."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    adafactor = "adafactor"
+    lion = "lion"
+    muon = "muon"
+    schedule_free = "schedule_free"
+    sgd = "sgd"
+
+
+class MuonScale(StrEnum):
+    """How Muon scales an orthogonalised update by the shape of its matrix."""
+
+    match_rms_adamw = "match_rms_adamw"
+    original = "original"
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupRule:
+    """What is different for the parameters that a pattern matches."""
+
+    match: str = ""
+    """Regular expression, found anywhere in a parameter's name; one that matches nothing is an error."""
+    lr_factor: float = 1.0
+    """Multiplies the learning rate of these parameters, on top of `optim.layer_decay`."""
+    weight_decay: float | None = None
+    """Weight decay of these parameters, norms and biases included; null keeps the common rule."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """Settings every optimizer understands."""
+
+    name: OptimName = OptimName.adamw
+    """Which optimizer runs; set by the group choice `optim=<name>`."""
+    lr: float = 2e-5
+    """Peak learning rate; about 1e-5 to 5e-5 for full tuning, 1e-4 to 5e-4 for LoRA."""
+    weight_decay: float = 0.0
+    """Weight decay on matrices; norms, biases and other vectors never decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    max_skipped_steps: int = 10
+    """The run stops after this many steps in a row whose gradients are not finite."""
+    layer_decay: float = 1.0
+    """Each layer's rate is that of the layer above times this (ELECTRA, arXiv:2003.10555); 1 is off, 0.8 to 0.95 usual."""
+    groups: dict[str, GroupRule] = field(default_factory=dict)
+    """Exceptions by a name of your choice, as in `optim.groups.head.match=score optim.groups.head.lr_factor=10`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamwConfig(OptimConfig):
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of the first and second moment, each in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Adamw8bitConfig(AdamwConfig):
+    """AdamW with moments in 8 bits, block by block (Dettmers et al. 2021, arXiv:2110.02861); needs bitsandbytes."""
+
+    name: OptimName = OptimName.adamw_8bit
+    min_8bit_elements: int = 4096
+    """Parameters with fewer elements than this keep moments in 32 bits."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdafactorConfig(OptimConfig):
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235): second moments as a row and a column, steps relative to weights."""
+
+    name: OptimName = OptimName.adafactor
+    lr: float = 1e-3
+    """Peak rate relative to the root mean square of each parameter; capped by 1/sqrt(step); about 1e-3."""
+    decay_exponent: float = 0.8
+    """The second moments average over more steps as the run goes on: step t counts `t ** -decay_exponent`, 0 to 1."""
+    clip_threshold: float = 1.0
+    """Largest root mean square of one parameter's update before the rate, at least 1."""
+    eps_scale: float = 1e-3
+    """Smallest root mean square that a parameter's step is relative to."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LionConfig(OptimConfig):
+    """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum, half of AdamW's state."""
+
+    name: OptimName = OptimName.lion
+    lr: float = 3e-6
+    """Peak learning rate; three to ten times smaller than AdamW's, with a weight decay as many times larger."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Weight of the momentum in the update, and its own decay rate, each in [0, 1)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MuonConfig(OptimConfig):
+    """Muon (Jordan et al. 2024): orthogonalised momentum for the matrices of the blocks, AdamW for everything else."""
+
+    name: OptimName = OptimName.muon
+    momentum: float = 0.95
+    """Decay rate of the momentum, in [0, 1)."""
+    nesterov: bool = True
+    """Look one step ahead along the momentum."""
+    iterations: int = 5
+    """Newton-Schulz iterations of one orthogonalisation."""
+    bf16: bool = False
+    """Orthogonalise in bf16: faster on GPUs, and strategies agree to about 1e-5 rather than 1e-6."""
+    scale: MuonScale = MuonScale.match_rms_adamw
+    """`match_rms_adamw` takes AdamW's rates and decay (arXiv:2502.16982); `original` wants rates near 0.02."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of AdamW's moments, for embeddings, heads, norms and biases."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleFreeConfig(AdamwConfig):
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682): an average of the iterates in place of a decaying rate."""
+
+    name: OptimName = OptimName.schedule_free
+
+
+@dataclass(kw_only=True, slots=True)
+class SgdConfig(OptimConfig):
+    """Stochastic gradient descent with momentum; weight decay is added to the gradient (L2)."""
+
+    name: OptimName = OptimName.sgd
+    lr: float = 1e-2
+    """Peak learning rate; hundreds of times larger than AdamW's as a rule."""
+    momentum: float = 0.9
+    """Decay rate of the momentum, in [0, 1); 0 keeps no state."""
+    nesterov: bool = False
+    """Look one step ahead along the momentum; needs a momentum above 0."""

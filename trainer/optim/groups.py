@@ -1,0 +1,113 @@
+"""Parameter groups: which parameters decay, and the rate of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from strategies.errors import ConfigError
+from trainer.optim.config import OptimConfig
+
+BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+"""The number of a transformer block in a parameter's name."""
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|embeddings?|word_embeddings|position_embeddings|wte|wpe|shared)\."
+)
+"""An input embedding, or a norm beside it, in a parameter's name."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Parameters that share a rate and a decay."""
+
+    lr: float
+    weight_decay: float
+    matrices: bool
+    """Whether they are the matrices of blocks, which Muon orthogonalises."""
+    names: list[str] = field(default_factory=list)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As torch's optimizers take a group."""
+        return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay}
+
+
+def shape_of(parameter: nn.Parameter) -> Sequence[int]:
+    """The whole shape; ZeRO-3 shows partitioned parameters as empty and keeps theirs in `ds_shape`."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def group_parameters(
+    config: OptimConfig,
+    named: Iterable[tuple[str, nn.Parameter]],
+    model_names: Sequence[str],
+    rate_of: Callable[[str], float] = lambda _: 1.0,
+) -> list[Group]:
+    """Groups in the order in which their first parameter comes, by whole names and shapes: alike under every strategy.
+
+    Matrices decay, vectors (norms, biases) do not, `config.groups` overrule it; `layer_decay` counts the blocks of
+    `model_names` (all parameters, frozen ones too); `rate_of` gives the tuning method's own factors. Raises ConfigError for a
+    rule that matches nothing or for two rules that match one parameter.
+    """
+    pairs = list(named)
+    rules = _rules(config, [name for name, _ in pairs])
+    factors = layer_factors([name for name, _ in pairs], model_names or [n for n, _ in pairs], config.layer_decay)
+    groups: dict[tuple[float, float, bool], Group] = {}
+    for name, parameter in pairs:
+        dimensions = len(shape_of(parameter))
+        rule = config.groups[rules[name]] if name in rules else None
+        decay = config.weight_decay if dimensions >= 2 else 0.0
+        factor = factors[name] * rate_of(name)
+        if rule is not None:
+            factor *= rule.lr_factor
+            decay = decay if rule.weight_decay is None else rule.weight_decay
+        key = (factor, decay, dimensions == 2 and BLOCK.search(name) is not None)
+        group = groups.setdefault(key, Group(config.lr * factor, decay, key[2]))
+        group.names.append(name)
+        group.parameters.append(parameter)
+    return list(groups.values())
+
+
+def _rules(config: OptimConfig, names: list[str]) -> dict[str, str]:
+    """Which rule each parameter falls under, by its name."""
+    found: dict[str, str] = {}
+    for rule, settings in config.groups.items():
+        matched = [name for name in names if re.search(settings.match, name)]
+        key = f"optim.groups.{rule}.match={settings.match}"
+        if not matched:
+            some = ", ".join([*names[:3], *names[-3:]] if len(names) > 6 else names)
+            raise ConfigError(f"{key}: matches none of the {len(names)} trained parameters, such as {some}")
+        if both := next((name for name in matched if name in found), None):
+            raise ConfigError(
+                f"{key}: {both} is matched by optim.groups.{found[both]} too; a parameter has one rule: narrow one of them"
+            )
+        found |= dict.fromkeys(matched, rule)
+    return found
+
+
+def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float) -> dict[str, float]:
+    """Layer-wise rates (Clark et al. 2020, arXiv:2003.10555, as in BEiT): `decay ** (layers + 1 - depth)`.
+
+    Embeddings have depth 0, block i depth i + 1, everything above the blocks `layers + 1`. Each stack of an
+    encoder-decoder counts from its own first block. Raises ConfigError where names show no numbered blocks.
+    """
+    if decay == 1.0:
+        return dict.fromkeys(names, 1.0)
+    numbers = [int(match[1]) for name in model_names if (match := BLOCK.search(name))]
+    if not numbers:
+        raise ConfigError(
+            f"optim.layer_decay={decay:g}: the parameters of this model are not in numbered blocks, such as layers.0; "
+            "set optim.layer_decay=1 and give rates with optim.groups"
+        )
+    top = max(numbers) + 2
+
+    def depth(name: str) -> int:
+        if match := BLOCK.search(name):
+            return int(match[1]) + 1
+        return 0 if EMBEDDING.search(name) else top
+
+    return {name: decay ** (top - depth(name)) for name in names}

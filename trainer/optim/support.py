@@ -1,0 +1,132 @@
+"""Which optimizer runs under which strategy, and why not: the data behind validation and behind `docs/optimizers.md`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import Any
+
+from strategies.base import StrategyConfig, StrategyName
+from strategies.errors import ConfigError
+from trainer.optim.config import OptimConfig, OptimName, SgdConfig
+
+
+class Needs(StrEnum):
+    """What an optimizer must see of a parameter."""
+
+    elements = "any part of the flattened parameter"
+    matrices = "whole matrices"
+    averages = "two sets of weights, swapped for evaluation"
+    blocks = "whole parameters, in blocks of 256 elements"
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """One optimizer: what it needs, and what a strategy without it lacks."""
+
+    needs: Needs
+    refused: dict[StrategyName, str]
+    """Reason by strategy; the others run it with the result of `single`."""
+    instead: str = ""
+    """The nearest legal choice of strategy."""
+    package: str | None = None
+    extra: str | None = None
+    """The import name of a package that the core does not bring, and the extra that does."""
+
+
+_ZERO = (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3)
+_FLAT = "ZeRO steps on flat partitions that cut through matrices"
+SUPPORT: dict[OptimName, Support] = {
+    OptimName.adamw: Support(Needs.elements, {}),
+    OptimName.lion: Support(Needs.elements, {}),
+    OptimName.sgd: Support(Needs.elements, {}),
+    OptimName.muon: Support(Needs.matrices, dict.fromkeys(_ZERO, _FLAT), "strategy=fsdp2"),
+    OptimName.adafactor: Support(Needs.matrices, dict.fromkeys(_ZERO, _FLAT), "strategy=fsdp2"),
+    OptimName.schedule_free: Support(
+        Needs.averages,
+        dict.fromkeys(_ZERO, "ZeRO keeps the weights that evaluation would swap in flat partitions of its own"),
+        "strategy=fsdp2",
+        "schedulefree",
+        "schedule_free",
+    ),
+    OptimName.adamw_8bit: Support(
+        Needs.blocks,
+        dict.fromkeys(
+            (*_ZERO, StrategyName.fsdp2, StrategyName.hsdp),
+            "moments are rounded in blocks of 256 elements, which shards would cut elsewhere than one process does",
+        ),
+        "strategy=ddp",
+        "bitsandbytes",
+        "qlora",
+    ),
+}
+"""Every optimizer."""
+
+
+def import_package(name: OptimName) -> Any:
+    """The package an optimizer comes from. Raises ConfigError, naming the extra, where it is not installed."""
+    package = SUPPORT[name].package
+    assert package is not None
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(_missing(name)) from error
+
+
+def _missing(name: OptimName) -> str:
+    support = SUPPORT[name]
+    return (
+        f"optim={name}: needs the package {support.package} (pip install 'shardtune[{support.extra}]'); install it, or use "
+        "optim=adamw"
+    )
+
+
+def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, here: bool) -> Iterator[str]:
+    """What is wrong with an optimizer's settings, one line each. `here`: the run starts in this environment."""
+    support = SUPPORT[config.name]
+    if (reason := support.refused.get(strategy.name)) is not None:
+        yield f"optim={config.name}: needs {support.needs}, and {reason}; use {support.instead}, or optim=adamw"
+    if support.needs is Needs.matrices and getattr(strategy, "cpu_offload", False):
+        yield (
+            f"optim={config.name}: gathers whole matrices, which offloaded shards do not allow; set "
+            "strategy.cpu_offload=false, or use optim=adamw"
+        )
+    if config.name is OptimName.schedule_free and schedule != "constant":
+        yield f"optim=schedule_free: averages in place of a decaying rate; set schedule=constant, not {schedule}"
+    if here and support.package is not None and find_spec(support.package) is None:
+        yield _missing(config.name)
+    yield from _values(config)
+    for name, rule in config.groups.items():
+        key = f"optim.groups.{name}.match"
+        if not rule.match:
+            yield f"{key}: not set; give a regular expression, such as embed_tokens"
+        try:
+            re.compile(rule.match)
+        except re.error as error:
+            yield f"{key}={rule.match}: not a regular expression ({error}); a part of a name, such as embed_tokens, is one"
+
+
+def _values(config: OptimConfig) -> Iterator[str]:
+    betas = getattr(config, "betas", None)
+    if betas is not None:
+        usual = "[0.9,0.99]" if config.name is OptimName.lion else "[0.9,0.999]"
+        if any(not 0 <= beta < 1 for beta in betas):
+            yield f"optim.betas={betas}: each must be at least 0 and below 1; {usual} as a rule"
+        if len(betas) != 2:
+            yield f"optim.betas={betas}: must be two numbers; {usual} as a rule"
+    if isinstance(config, SgdConfig) and config.nesterov and config.momentum == 0:
+        yield "optim.nesterov=true: looks ahead along a momentum; set optim.momentum=0.9, or optim.nesterov=false"
+
+
+def table() -> list[str]:
+    """The lines of the Markdown table optimizer by strategy."""
+    names = list(StrategyName)
+    lines = [f"| optimizer | needs | {' | '.join(f'`{name}`' for name in names)} |", f"|{'---|' * (len(names) + 2)}"]
+    for optim, support in SUPPORT.items():
+        cells = ["-" if name in support.refused else "yes" for name in names]
+        lines.append(f"| `{optim}` | {support.needs} | {' | '.join(cells)} |")
+    return lines
