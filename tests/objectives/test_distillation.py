@@ -24,9 +24,9 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.batches.collate import collate
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.heads.divergence import Against, Measure
+from trainer.heads.divergence import Against, Divergence, Measure
 from trainer.heads.loss import LossHead, fuse_head
-from trainer.objectives.base import DistillationConfig, Divergence, TeacherConfig
+from trainer.objectives.base import DistillationConfig, TeacherConfig
 from trainer.objectives.build import build_objective
 from trainer.tuning.base import LoraConfig
 

@@ -16,14 +16,8 @@ from tests.helpers.building import (
     run_config,
     trainer_for,
 )
-from trainer.objectives.base import (
-    DistillationConfig,
-    Divergence,
-    ForgettingConfig,
-    KtoConfig,
-    SftConfig,
-    TeacherConfig,
-)
+from trainer.heads.divergence import Divergence
+from trainer.objectives.base import DistillationConfig, ForgettingConfig, KtoConfig, SftConfig, TeacherConfig
 from trainer.tuning.base import LoraConfig
 
 STEPS = 5

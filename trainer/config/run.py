@@ -15,7 +15,7 @@ from strategies.matmul import Matmul
 from trainer.checkpoints.kept import CheckpointConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
-from trainer.export.write import ExportConfig
+from trainer.export.config import ExportConfig
 from trainer.model.loading import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
 from trainer.optim.config import OptimConfig

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
+from trainer.export.tensors import stored_type
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
@@ -180,8 +181,6 @@ def verify_export(
     stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `rounded`: see
     `load_export`. Errors: DriftError where the difference is larger.
     """
-    from trainer.export.write import stored_type
-
     model = load_export(directory, base_path, rounded)
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

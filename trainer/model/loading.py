@@ -28,7 +28,7 @@ from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.table import needs_own_rows
 
 if TYPE_CHECKING:
-    from trainer.tuning.stored import Folded
+    from trainer.tuning.folded import Folded
 
 
 class Attention(StrEnum):

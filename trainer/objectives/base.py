@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainer.heads.divergence import Divergence
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -33,18 +35,6 @@ class PairLoss(StrEnum):
     sigmoid = "sigmoid"
     ipo = "ipo"
     hinge = "hinge"
-
-
-class Divergence(StrEnum):
-    """What is measured between the distributions P of the teacher and Q of the student.
-
-    KL(P, Q), KL(Q, P), or the generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv:2306.13649):
-    `b KL(P, M) + (1 - b) KL(Q, M)` with the mixture `M = b P + (1 - b) Q`.
-    """
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jensen_shannon = "jensen_shannon"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.store.sequences import REPLAY
-from trainer.heads.divergence import Against, Measure
-from trainer.objectives.base import Divergence, ForgettingConfig
+from trainer.heads.divergence import Against, Divergence, Measure
+from trainer.objectives.base import ForgettingConfig
 from trainer.objectives.causal import summed_loss, supervised_rows
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.tokens.template import LearnConfig
+from trainer.heads.divergence import Divergence
 from trainer.objectives.base import (
     ClassificationConfig,
     DistillationConfig,
-    Divergence,
     DpoConfig,
     KtoConfig,
     ObjectiveConfig,
