@@ -92,7 +92,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     from omegaconf.errors import OmegaConfBaseException
 
     known, problems = overrides.settings(), []
-    current = {group: str(tree[group].name.value) for group in variants()}
+    current = {group: str(tree[group].name) for group in variants()}
     for key, value, word in parsed.values:
         setting = overrides.setting_of(known, key)
         if setting is None and key not in ("batch", "budget"):
@@ -145,7 +145,7 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
     assert isinstance(config, RunConfig)
     for group in variants():
         chosen = getattr(config, group)
-        assert isinstance(chosen, settings_of(group, chosen.name.value)), f"{group}: composed without its schema"
+        assert isinstance(chosen, settings_of(group, str(chosen.name))), f"{group}: composed without its schema"
     return config
 
 

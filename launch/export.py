@@ -151,7 +151,7 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
     data = prepare_data(config, tokenizer)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.around_update is not None:
-        build_loader(config, data, built, tokenizer, engine, runtime)  # tells it the length of the run
+        build_loader(config, data, built, engine, runtime)  # tells it the length of the run
     progress = engine.load(asked.checkpoint)
     outcome = record.get("outcome") or {}
     same = (outcome.get("progress") or {}).get("step") == progress.step

@@ -195,7 +195,7 @@ def test_labelled_text_keeps_what_surrounds_it():
     doc = Document("f", 1, text="zyxwv", label="x")
     for policy, wanted in (("truncate", "zy"), ("split", "zy"), ("truncate_left", "wv")):
         (sample,) = cut(encoder, doc, 4, policy)
-        assert text(encoder, sample) == f"[INST]{wanted}[/INST]" and sample.label == 0
+        assert text(encoder, sample) == f"[INST]{wanted}[/INST]" and sample.marks["label"] == 0
 
 
 @pytest.mark.parametrize("name", chat_templates.FAMILIES)
@@ -252,7 +252,7 @@ CONTENT = WORDS.filter(lambda content: not any("\ud800" <= c <= "\udfff" or c in
 
 def same(one, other):
     for (_, left), (_, right) in zip(one, other, strict=True):
-        assert left.input_ids.tolist() == right.input_ids.tolist() and left.label == right.label
+        assert left.input_ids.tolist() == right.input_ids.tolist() and left.marks == right.marks
         assert left.supervised.tolist() == right.supervised.tolist()
         assert left.input_ids.dtype == right.input_ids.dtype and left.supervised.dtype == right.supervised.dtype
 

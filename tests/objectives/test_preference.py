@@ -10,21 +10,15 @@ from torch import nn
 
 from strategies import runtime as processes
 from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints, model_config, pairs
-from tests.helpers.building import GLOBAL_BATCH, model_dir, pair_set, run_config, take_steps, trainer_for
-from trainer.data.batches.collate import collate
+from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, run_config, take_steps, trainer_for
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.heads.loss import fuse_head
-from trainer.objectives.base import (
-    DpoConfig,
-    ObjectiveConfig,
-    OrpoConfig,
-    PairLoss,
-    RewardConfig,
-    SimpoConfig,
-)
-from trainer.objectives.build import build_objective
-from trainer.objectives.preference import RecordLogps
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
+from trainer.objectives.reference import RecordLogps
+from trainer.objectives.registry import build_objective, reading_of
+from trainer.objectives.reward import RewardConfig
 from trainer.tuning.base import LoraConfig
 
 SETTINGS = {"dpo": DpoConfig, "orpo": OrpoConfig, "simpo": SimpoConfig, "reward": RewardConfig}
@@ -51,7 +45,7 @@ def samples() -> list[Sample]:
     for prompt, *answers in pairs():
         for place, answer in enumerate(answers):
             ids = np.array(prompt + answer, np.int32)
-            made.append(Sample(ids, np.arange(len(ids)) >= len(prompt), rejected=bool(place)))
+            made.append(Sample(ids, np.arange(len(ids)) >= len(prompt), {"rejected": place}))
     return made
 
 
@@ -69,10 +63,10 @@ def batch_of(chosen: list[Sample], case: dict) -> dict:
     """A padded micro-batch, with the other model's log-probabilities where a reference is used."""
     if case["objective"] == "dpo":
         with torch.no_grad():
-            batch = collate(chosen, Layout.padded, 0)
+            batch = collate(chosen, Layout.padded)
             for sample, value in zip(chosen, RecordLogps().terms(model(case, 0.4), batch)["logps"], strict=True):
-                sample.reference = float(value)
-    return collate(chosen, Layout.padded, 0)
+                sample.marks["reference"] = float(value)
+    return collate(chosen, Layout.padded)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,7 +123,7 @@ def test_a_filler_counts_nothing(name):
 
 def test_a_pair_counts_once():
     for config in (DpoConfig(), OrpoConfig(), SimpoConfig(), RewardConfig()):
-        counts = [build_objective(config).counts(sample)["loss"] for sample in samples()]
+        counts = [reading_of(config).counts(sample)["loss"] for sample in samples()]
         assert counts == [1, 0] * len(pairs())
 
 
@@ -178,7 +172,7 @@ def test_the_adapter_off_is_the_base_model(tmp_path, runtime, tuning):
     config.tuning = tuning
     trainer = trainer_for(config, pair_set(tmp_path), runtime)
     step = trainer.engine.step_module
-    batch = collate([trainer.loader.dataset.sample(i) for i in range(8)], Layout.padding_free, 0)
+    batch = collate([trainer.loader.dataset.sample(i) for i in range(8)], Layout.padding_free)
     before = step.objective.reference_logps(step.model, batch)
     trains = [name for name, p in step.named_parameters() if p.requires_grad]
     take_steps(trainer, 3)

@@ -21,10 +21,10 @@ from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, pai
 from tests.helpers.building import trainer_for as build
 from tests.parity.methods import STEPS, release_at_once
 from tests.parity.plan import SHARDING
-from trainer.data.batches.loader import eval_batches
+from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model.quantisation import Quantisation
-from trainer.objectives.base import DpoConfig
+from trainer.objectives.preference import DpoConfig
 from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
@@ -133,16 +133,8 @@ class Job:
         engine = trainer.engine
 
         def batches():
-            return eval_batches(
-                self.data.train,
-                batch=4,
-                dp_rank=engine.dp_rank,
-                dp_size=engine.dp_size,
-                layout=trainer.loader.layout,
-                pad_token_id=0,
-                device=self.runtime.device,
-                max_documents=None,
-            )
+            share = EvalShare(4, engine.dp_rank, engine.dp_size)
+            return eval_batches(self.data.train, share, trainer.loader.collator, self.runtime.device)
 
         count = int(self.data.train.counts["loss"].sum())
         evaluator = LossEvaluator(batches, count=count, prefix="eval", perplexity=True)

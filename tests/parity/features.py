@@ -31,14 +31,13 @@ from tests.helpers.building import (
 )
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity import pairs, teachers, two_sides
-from trainer.data.batches.collate import collate
-from trainer.data.batches.loader import eval_batches
+from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
-from trainer.model.loading import ModelConfig
-from trainer.objectives.base import ClassificationConfig
+from trainer.model.config import ModelConfig
+from trainer.objectives.classification import ClassificationConfig
 from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
@@ -160,16 +159,8 @@ class Job:
         assert held_out is not None
 
         def batches():
-            return eval_batches(
-                held_out,
-                batch=batch,
-                dp_rank=self.runtime.rank if ranks == 2 else 0,
-                dp_size=ranks,
-                layout=layout,
-                pad_token_id=0,
-                device="cpu",
-                max_documents=None,
-            )
+            share = EvalShare(batch, self.runtime.rank if ranks == 2 else 0, ranks)
+            return eval_batches(held_out, share, trainer.loader.collator, "cpu")
 
         # One process evaluating alone still sums over both ranks: count it twice, too.
         count = int(held_out.counts["loss"].sum()) * (2 if ranks == 1 else 1)
@@ -253,7 +244,7 @@ class Job:
     def _continue(self, config, path: Path) -> list[tuple[float, float]]:
         fresh = trainer_for(config, self.data, self.runtime)
         with fresh.engine.inference() as module:  # as to record a reference: what it gathers must not outlive the load
-            module(collate([self.data.train.sample(0)], fresh.loader.layout, 0))
+            module(fresh.loader.collator([self.data.train.sample(0)]))
         fresh.progress = fresh.engine.load(path)
         return take_steps(fresh, 3)
 

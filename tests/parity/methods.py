@@ -19,7 +19,6 @@ from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run
 from tests.helpers.building import take_steps as take
 from tests.parity.plan import CASES, OTHERWISE, SHARDING, Run, plan
 from trainer.config.run import RunConfig
-from trainer.data.batches.collate import collate
 from trainer.loop import Trainer
 from trainer.tuning.base import LoraConfig, TuningConfig
 from trainer.tuning.config import OftConfig
@@ -159,7 +158,7 @@ class Job:
         config = self.config(LoraConfig(rank=4, modules_to_save=["lm_head"]), "fsdp2", 4)
         trainer = trainer_for(config, self.data, self.runtime)
         take(trainer, 1)
-        batch = collate([self.data.train.sample(number) for number in range(4)], trainer.loader.layout, 0)
+        batch = trainer.loader.collator([self.data.train.sample(number) for number in range(4)])
         found = []
         for _ in range(2):
             with trainer.engine.inference() as module:

@@ -15,7 +15,6 @@ from strategies import runtime as processes
 from strategies.base import Fsdp2Config
 from tests.helpers.building import STRATEGIES, alone, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.features import Job
-from trainer.data.batches.collate import collate
 from trainer.optim.config import (
     AdafactorConfig,
     Adamw8bitConfig,
@@ -140,7 +139,7 @@ class OptimizerJob(Job):
 
     def _some_documents(self, trainer) -> dict:
         """The same documents on every rank and under every strategy."""
-        return collate([self.data.train.sample(n) for n in range(4)], trainer.loader.layout, 0)
+        return trainer.loader.collator([self.data.train.sample(n) for n in range(4)])
 
 
 CHECKS = ("optimizers", "groups", "resuming", "averaging")

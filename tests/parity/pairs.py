@@ -6,7 +6,8 @@ from pathlib import Path
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, model_dir, pair_set, run_config, trainer_for
-from trainer.objectives.base import DpoConfig, OrpoConfig, PairLoss, RewardConfig, SimpoConfig
+from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
+from trainer.objectives.reward import RewardConfig
 
 STEPS = 5
 OBJECTIVES = {

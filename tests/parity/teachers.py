@@ -17,7 +17,10 @@ from tests.helpers.building import (
     trainer_for,
 )
 from trainer.heads.divergence import Divergence
-from trainer.objectives.base import DistillationConfig, ForgettingConfig, KtoConfig, SftConfig, TeacherConfig
+from trainer.objectives.base import TeacherConfig
+from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.kto import KtoConfig
+from trainer.objectives.sft import ForgettingConfig, SftConfig
 from trainer.tuning.base import LoraConfig
 
 STEPS = 5

@@ -19,15 +19,15 @@ from tests.helpers.building import (
     two_sided_set,
 )
 from tests.helpers.seq2seq import seq2seq_dir
-from trainer.build import build_engine, generation_config
+from trainer.build import build_engine
 from trainer.config.run import RunConfig
+from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
-from trainer.data.two_sides import boundary
 from trainer.evaluation.base import GenerateConfig
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.model.loading import load_tokenizer
-from trainer.objectives.base import Seq2seqConfig
+from trainer.model.loading import generation_config, load_tokenizer
+from trainer.objectives.seq2seq import Seq2seqConfig
 
 STEPS = 5
 FULL, SELECTIVE = ActivationCheckpointing.full, ActivationCheckpointing.selective
@@ -111,13 +111,14 @@ def generate(root: Path, runtime: processes.Runtime) -> dict:
             oracles[architecture] = plain_answers(config, data, tokenizer, settings)
         evaluator = GenerationEvaluator(
             data.train,
+            # One: ranks finish apart in every turn; three: rows are padded.
+            EvalShare(1 if architecture == "bart" else 3, engine.dp_rank, engine.dp_size, NUM_ANSWERED),
             tokenizer,
             settings,
-            generation_config=generation_config(config.model, built),
-            encoder_decoder=built.two_sides is not None,
-            batch=1 if architecture == "bart" else 3,  # one: ranks finish apart in every turn; three: rows are padded
+            generation_config=generation_config(
+                config.model, built.config, built.two_sides.decoder_start if built.two_sides else None
+            ),
             runtime=runtime,
-            prefix="eval",
         )
         answers = [[one.document, one.answer] for one in evaluator.answers(engine)]
         expected, lengths = oracles[architecture]
@@ -139,7 +140,7 @@ def plain_answers(
     lengths = []
     for number in range(NUM_ANSWERED):
         sample = data.train.sample(number)
-        prompt = torch.tensor(sample.input_ids[: boundary(sample)], dtype=torch.int64)[None]
+        prompt = torch.tensor(sample.input_ids[: sample.answer_begin()], dtype=torch.int64)[None]
         ids = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=settings.max_new_tokens, pad_token_id=2)
         new = ids if seq2seq else ids[:, prompt.shape[1] :]
         answers.append([number, tokenizer.decode(new[0], skip_special_tokens=True).strip()])

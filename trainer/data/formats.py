@@ -7,13 +7,13 @@ formats, and columns that fit none, are errors: a guess here would train on the 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Message
-from trainer.data.labels import labels_of
 from trainer.data.stages.checks import Refusal, conversation, label_of, parted, shown, text_of, turns_of, verdict_of
 
 NEEDS = {
@@ -79,10 +79,13 @@ class Rejected:
         return f"{self.file}:{self.line}: {self.message}"
 
 
-def recognise(row: Row, columns: dict[str, str], *, source: str = "data") -> DataFormat:
+def recognise(
+    row: Row, columns: dict[str, str], *, source: str = "data", meant: tuple[DataFormat, ...] = ()
+) -> DataFormat:
     """The format whose columns the row has; a null counts as a column that is not there.
 
-    Renamed columns decide: a format that does not use all of them is not considered. Raises DataError, with the row,
+    Renamed columns decide: a format that does not use all of them is not considered. Where several fit, the first of those
+    that are `meant` does. Raises DataError, with the row,
     where no format or more than one fits; ConfigError where `columns` names a column that no format has.
     """
     setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
@@ -94,6 +97,8 @@ def recognise(row: Row, columns: dict[str, str], *, source: str = "data") -> Dat
     found = _candidates({k: v for k, v in fields.items() if v is not None}, columns) or _candidates(fields, columns)
     if len(found) == 1:
         return next(iter(found))
+    if (chosen := next((format for format in meant if format in found), None)) is not None:
+        return chosen
     names = f"{row.file}:{row.line}: columns {_names(fields)} fit"
     if found:
         readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in found.items())
@@ -186,11 +191,13 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
 class RowReader:
     """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it."""
 
-    def __init__(self, format: DataFormat, columns: dict[str, str], *, source: str, multi_label: bool = False) -> None:
+    def __init__(
+        self, format: DataFormat, columns: dict[str, str], *, source: str, label: Callable[[Any], str] = label_of
+    ) -> None:
         if format is DataFormat.auto:
             raise ValueError("a reader needs a format; recognise() finds it from the first row")
         self.format, self.columns, self.source = format, dict(columns), source
-        self.label_of = labels_of if multi_label else label_of
+        self.label_of = label
         self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
         _check_columns(columns, [format], self._setting)
         own, *others = SPELLINGS[format]

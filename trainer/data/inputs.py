@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from trainer.data.document import Document
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.origin import Origin
 from trainer.data.read.row import BadRow, Row
+from trainer.data.stages.checks import label_of
 
 HELD_OUT = ("eval", "test")
 
@@ -75,14 +76,19 @@ def inputs_of(config: DataConfig) -> list[Input]:
     return found
 
 
-def readers_of(inputs: list[Input], *, multi_label: bool = False) -> dict[tuple[str, str], RowReader]:
-    """What makes documents of each input's rows, its format recognised from the first row that can be read."""
+def readers_of(
+    inputs: list[Input], *, label: Callable[[Any], str] = label_of, meant: tuple[DataFormat, ...] = ()
+) -> dict[tuple[str, str], RowReader]:
+    """What makes documents of each input's rows, its format recognised from the first row that can be read.
+
+    `label` reads a label; `meant` are the formats that decide where several fit.
+    """
     made = {}
     for item in inputs:
         format = item.format
         if format is DataFormat.auto:
-            format = recognise(_first_row(item), item.columns, source=item.source)
-        made[item.id] = RowReader(format, item.columns, source=item.source, multi_label=multi_label)
+            format = recognise(_first_row(item), item.columns, source=item.source, meant=meant)
+        made[item.id] = RowReader(format, item.columns, source=item.source, label=label)
     return made
 
 
@@ -109,13 +115,6 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
             if item.split == "train" and left is not None:
                 left -= 1
             yield item.id, row
-
-
-def source_weights(config: DataConfig, names: list[str]) -> list[float | None]:
-    """The weight of each source by name; where any has one, held-out inputs, which are never drawn, count as 0."""
-    weights = {name: source.weight for name, source in config.sources.items()}
-    mixed = any(weight is not None for weight in weights.values())
-    return [weights.get(name, 0.0 if mixed else None) for name in names]
 
 
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:

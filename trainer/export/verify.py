@@ -18,8 +18,8 @@ from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.model.loading import Built
     from trainer.model.weights import BaseWeights
+    from trainer.step import Built
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the coarsest type that took part: about six of its

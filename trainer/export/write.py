@@ -27,7 +27,7 @@ from trainer.model.weights import BaseWeights
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.model.loading import Built
+    from trainer.step import Built
 
 
 def write_export(

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import Columns
 from trainer.data.choose.balance import BalanceBy, resample
 from trainer.data.choose.duplicates import KINDS, DuplicatePolicy, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.config import DataConfig
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.inputs import HELD_OUT
+from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]

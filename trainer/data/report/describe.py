@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import QUARANTINE, Columns, Totals
+from trainer.data.assemble import QUARANTINE, Totals
 from trainer.data.batches.mixing import quotas, realised
+from trainer.data.batches.units import source_weights
 from trainer.data.choose.splits import Selection
 from trainer.data.config import DataConfig
 from trainer.data.document import Tally
-from trainer.data.inputs import Input, readers_of, source_weights
+from trainer.data.inputs import Input, readers_of
 from trainer.data.report.card import datacard
 from trainer.data.report.page import page
 from trainer.data.report.preview import pieces
 from trainer.data.stages.language import share
+from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.data.report.located import Prepared, raw_document
 from trainer.data.report.svg import percent, visible
+from trainer.data.store.sequences import LABEL
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -132,6 +133,7 @@ def sample(
         names = prepared.manifest.get("label_names") or []
         number = int(data.labels[index])
         words += f" · label {visible(names[number]) if 0 <= number < len(names) else number}"
+    words += "".join(f" · {name} {value:g}" for name, value in data.sample(index).marks.items() if name != LABEL)
     title = Rule(Text(words, style="bold", overflow="fold"), align="left")
     if not document or raw is None:
         note = [_text("(no documents.arrow in this data set: its rows cannot be shown)")] if document else []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from strategies.errors import DataError
+from trainer.data.reading import Reading
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
@@ -32,26 +32,24 @@ SAID = {
 def preview(
     dataset: TokenDataset,
     tokenizer: PreTrainedTokenizerFast,
+    reading: Reading | None = None,
+    label_names: list[str] | None = None,
     *,
     width: int,
     index: int = 0,
     colour: bool | None = None,
     max_lines: int = 40,
-    name_label: Callable[[int], str] = str,
-    pairs: bool = False,
 ) -> str:
-    """Sequence `index` as text, with its label as `name_label` says it; see `render`.
+    """The document that begins at sequence `index` as text, under the headings and above the notes of `reading`.
 
-    Of `pairs`, the next one too, the rejected answer.
+    See `render`; without a reading, that one sequence alone.
     """
-    parts = []
-    for place in range(2 if pairs else 1):
+    parts, reading = [], reading or Reading()
+    for place, head in enumerate(reading.headings()):
         sample = dataset.sample(index + place)
-        head = f"{('chosen', 'rejected')[place]}:\n" if pairs else ""
-        label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
-        if sample.desirable is not None:
-            label = f"\nverdict: {'desirable' if sample.desirable else 'undesirable'}"
-        parts.append(head + render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label)
+        note = reading.note(sample, label_names)
+        shown = render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
+        parts.append(head + shown + (f"\n{note}" if note else ""))
     return "\n".join(parts)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.document import Document, Message
-from trainer.data.store.sequences import Sample
+from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.pretokens import RememberedPretokens
 from trainer.data.tokens.template import ChatTemplate, LearnConfig, Rendered
 
@@ -121,7 +121,7 @@ class Encoder:
         ids, bos, codes = sample.input_ids, self.bos_id, []
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             codes.append("doubled_bos")
-        if sample.label is None:
+        if LABEL not in sample.marks:
             learned = np.flatnonzero(sample.supervised)
             if not len(learned):
                 codes.append("no_supervised")
@@ -187,9 +187,9 @@ class Encoder:
         return [None] * len(rendered)
 
     def _sample(self, document: Document, input_ids: np.ndarray, supervised: np.ndarray) -> Sample:
-        label = None
+        marks: dict[str, float] = {}
         if document.label is not None:
-            label = self._label(document)
+            marks[LABEL] = self._label(document)
             input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
         elif document.text is not None or (document.prompt is not None and self.template is None):
             eos = self.eos_id
@@ -205,7 +205,7 @@ class Encoder:
                 "remove it from the text, or from the template in model.chat_template"
             )
         supervised[:1] = False
-        return Sample(input_ids, supervised, label)
+        return Sample(input_ids, supervised, marks)
 
     def _label(self, document: Document) -> int:
         if document.label not in self.label_ids:
@@ -317,4 +317,4 @@ def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
     """The first `max_length` tokens, of which the last `tail` are the sample's own last ones."""
     keep, end = max_length - tail, len(sample.input_ids) - tail
     ids = np.concatenate([sample.input_ids[:keep], sample.input_ids[end:]])
-    return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), sample.label)
+    return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), dict(sample.marks))
