@@ -59,7 +59,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
     text = summary(prepared.report)
     assert "20 of 20 sequences" in text and "doubled BOS 0" in text
     with pytest.raises(DataError, match="two BOS"):
-        summary({"train": {**report, "doubled_bos": 2}})
+        summary({**prepared.report, "train": {**report, "doubled_bos": 2}})
 
 
 def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.report.located import Prepared, raw_document
-from trainer.data.report.svg import percent, visible
+from trainer.data.report.wording import percent, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
