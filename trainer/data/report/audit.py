@@ -269,3 +269,15 @@ def sizes(data: TokenDataset) -> dict[str, Any]:
         "length_p90": most,
         "length_max": int(lengths.max()) if len(data) else 0,
     }
+
+
+def distribution(values: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
+    """Whole numbers in equal bins, but for a few far out, which share one; `shares` lie between 0 and 1."""
+    low, most, high = map(int, np.quantile(values, (0, 0.98, 1))) if len(values) else (0, 0, 0)
+    far = high > 2 * most
+    end = (most if far else high) + 1
+    step = max(1, -(-(end - low) // bins))
+    whole = np.arange(low, end + step, step)
+    edges = np.linspace(0, 1, bins + 1).round(4) if shares else np.append(whole, high + 1) if far else whole
+    counts, _ = np.histogram(values, bins=edges)
+    return Histogram(edges=edges.astype(float).tolist(), counts=counts.tolist())

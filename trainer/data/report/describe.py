@@ -18,21 +18,7 @@ from trainer.data.choose.splits import Selection
 from trainer.data.config import DataConfig
 from trainer.data.document import Tally
 from trainer.data.inputs import Input, readers_of, source_weights
-from trainer.data.report.audit import (
-    SCHEMA,
-    Audit,
-    Copies,
-    DecodedSample,
-    Histogram,
-    Leaks,
-    PersonalData,
-    PersonalType,
-    Source,
-    SourceFile,
-    Split,
-    Stage,
-    sizes,
-)
+from trainer.data.report import audit as form
 from trainer.data.report.card import datacard
 from trainer.data.report.page import page
 from trainer.data.report.preview import pieces
@@ -53,7 +39,6 @@ MOST_TURNS = 2000
 """Documents whose turns are counted."""
 SAMPLES = 5
 """Decoded samples in the audit."""
-BINS = 25
 
 
 class Description:
@@ -86,12 +71,12 @@ class Description:
             self._check(split, part, made.flow)
         made.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
-        audit = Audit.read(self.directory)
+        audit = form.Audit.read(self.directory)
         (self.directory / "audit.html").write_text(page(audit, self.config.card), encoding="utf-8")
         (self.directory / "datacard.md").write_text(datacard(audit, self.config.card), encoding="utf-8")
         return audit.report()
 
-    def audit(self, totals: Totals, columns: Columns, selection: Selection) -> Audit:
+    def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
         """The audit of the store. Raises AssertionError where a row is unaccounted for."""
         rows, dropped = totals.num_rows, totals.tally.num_dropped() + selection.tally.num_dropped()
         chosen = np.unique(np.concatenate(list(selection.splits.values())))
@@ -100,8 +85,8 @@ class Description:
         data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
         found = selection.report
         judged = self._documents(selection.splits["train"], MOST_JUDGED) if self.config.languages else []
-        return Audit(
-            schema=SCHEMA,
+        return form.Audit(
+            schema=form.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             shardtune=_version(),
             fingerprint=self.fingerprint,
@@ -115,29 +100,29 @@ class Description:
             mixing=self._mixing(data["train"]),
             labels=found.get("labels", {}),
             balance=found.get("balance", {}),
-            duplicates={kind: Copies(**part) for kind, part in found.get("duplicates", {}).items()},
-            leakage={split: Leaks(**part) for split, part in found.get("leakage", {}).items()},
+            duplicates={kind: form.Copies(**part) for kind, part in found.get("duplicates", {}).items()},
+            leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
             privacy=self._privacy(totals),
             languages=share(judged, max_documents=MOST_JUDGED) if judged else {},
             samples=self._samples(data["train"]),
         )
 
-    def _split(self, data: TokenDataset, documents: np.ndarray) -> Split:
+    def _split(self, data: TokenDataset, documents: np.ndarray) -> form.Split:
         lengths, doubled, bos = data.lengths, 0, self.tokenizer.bos_token_id
         if bos is not None and len(data):
             starts = data.starts[lengths > 1]
             doubled = int(((data.tokens[starts] == bos) & (data.tokens[starts + 1] == bos)).sum())
         turns = np.array([len(document.turns()) for document in self._documents(documents, MOST_TURNS)], np.int64)
-        return Split(
-            **sizes(data),
+        return form.Split(
+            **form.sizes(data),
             ends_supervised=data.num_ended,
             doubled_bos=doubled,
-            length_histogram=_lengths(lengths),
-            supervised_histogram=_histogram(data.num_supervised / np.maximum(lengths, 1), np.linspace(0, 1, BINS + 1).round(4)),
-            turns_histogram=_lengths(turns) if turns.any() else None,
+            length_histogram=form.distribution(lengths),
+            supervised_histogram=form.distribution(data.num_supervised / np.maximum(lengths, 1), shares=True),
+            turns_histogram=form.distribution(turns) if turns.any() else None,
         )
 
-    def _check(self, split: str, part: Split, flow: list[Stage]) -> None:
+    def _check(self, split: str, part: form.Split, flow: list[form.Stage]) -> None:
         """Law 5: refuse what would teach nothing."""
         own = getattr(self.config, f"{split}_path", None) is not None
         key = f"data.{split}_path" if own else "data.path"
@@ -156,16 +141,16 @@ class Description:
                 f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
             )
 
-    def _source(self, item: Input, totals: Totals, columns: Columns, data: TokenDataset | None) -> Source:
+    def _source(self, item: Input, totals: Totals, columns: Columns, data: TokenDataset | None) -> form.Source:
         files = [
-            SourceFile(**{**file, "rows": totals.rows_of_file.get(file["path"])})
+            form.SourceFile(**{**file, "rows": totals.rows_of_file.get(file["path"])})
             for file in item.origin.files(self.digest)
         ]
         tokens = supervised = 0
         if item.source in columns.sources and data is not None and data.sources is not None:
             mine = data.sources == columns.sources.index(item.source)
             tokens, supervised = int(data.lengths[mine].sum()), int(data.num_supervised[mine].sum())
-        return Source(
+        return form.Source(
             name=item.source,
             split=item.split,
             format=str(self.formats[item.id]),
@@ -191,18 +176,18 @@ class Description:
         told = realised(units, tokens, weights, quota, over, names=names)
         return {name: part for name, part in told.items() if name in self.config.sources}
 
-    def _privacy(self, totals: Totals) -> PersonalData | None:
+    def _privacy(self, totals: Totals) -> form.PersonalData | None:
         if totals.findings is None:
             return None
         config, found = self.config.privacy, totals.findings.as_dict()
-        return PersonalData(
+        return form.PersonalData(
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
             people_and_places=config.engine is not PrivacyEngine.patterns,
             documents_scanned=found["documents_scanned"],
             documents_with_findings=found["documents_with_findings"],
-            types={name: PersonalType(**part) for name, part in found["types"].items()},
+            types={name: form.PersonalType(**part) for name, part in found["types"].items()},
         )
 
     def _documents(self, numbers: np.ndarray, most: int) -> list[Any]:
@@ -210,13 +195,13 @@ class Description:
         table = DocumentTable(self.directory)
         return [table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)]]
 
-    def _samples(self, data: TokenDataset) -> list[DecodedSample]:
+    def _samples(self, data: TokenDataset) -> list[form.DecodedSample]:
         table, samples = DocumentTable(self.directory), []
         for number in np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(int).tolist():
             document = table.document(int(data.documents[number])) if data.documents is not None else None
             runs = pieces(data.sample(number), self.tokenizer)
             samples.append(
-                DecodedSample(
+                form.DecodedSample(
                     where=document.where if document else "",
                     label=document.label if document else None,
                     pieces=[{"text": text, "learned": learned} for text, learned in runs],
@@ -225,7 +210,7 @@ class Description:
         return samples
 
 
-def _flow(rows: int, first: Tally, second: Tally) -> list[Stage]:
+def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
     """Every stage that did something, with what went in and came out."""
     flow, left = [], rows
     for stage in (*FIRST_PASS, *SECOND_PASS):
@@ -234,27 +219,12 @@ def _flow(rows: int, first: Tally, second: Tally) -> list[Stage]:
         examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
         out = left - sum(dropped.values())
         if dropped or noted or stage == "read":
-            made = Stage(stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples)
+            made = form.Stage(stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples)
             flow.append(made)
         left = out
     unknown = {*first.dropped, *second.dropped} - {*FIRST_PASS, *SECOND_PASS}
     assert not unknown, f"stages without a place in the flow: {unknown}"
     return flow
-
-
-def _lengths(values: np.ndarray) -> Histogram:
-    """Whole numbers in equal bins, but for the longest: a few of them, far out, share the last bin."""
-    low, most, high = map(int, np.quantile(values, (0, 0.98, 1))) if len(values) else (0, 0, 0)
-    far = high > 2 * most
-    end = (most if far else high) + 1
-    step = max(1, -(-(end - low) // BINS))
-    edges = np.arange(low, end + step, step)
-    return _histogram(values, np.append(edges, high + 1) if far else edges)
-
-
-def _histogram(values: np.ndarray, edges: np.ndarray) -> Histogram:
-    counts, _ = np.histogram(values, bins=edges)
-    return Histogram(edges=[float(edge) for edge in edges], counts=counts.tolist())
 
 
 def _words(value: Any, key: str) -> dict[str, Any]:
