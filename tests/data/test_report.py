@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,8 @@ def test_a_shared_prompt_is_told_apart_from_a_leak(tmp_path):
     made, audit = prepare(tmp_path, rows, eval_path=path)
     assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].documents == 0
     assert "5 training documents have a prompt of the eval split" in summary(made.report)
-    shown, _ = read(made.directory)
+    shown, card = read(made.directory)
+    assert "near (not looked for) 0" in shown and "near leaks were not looked for" in card
     assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts with other answers" in shown
 
 
@@ -182,7 +184,7 @@ def test_everything_that_was_counted_is_on_the_page(tmp_path):
     assert rows == {"rows_in": 86, "kept": 81, "dropped": 5}
     for words in (
         "86 rows read = 81 kept + 5 dropped", percent(5 / 86), "no assistant turn", f"{tmp_path / 'chat.jsonl'}:65",
-        f"{int(lengths.sum()):,}", percent(train.num_supervised.sum() / lengths.sum()), "1 document were truncated",
+        f"{int(lengths.sum()):,}", percent(train.num_supervised.sum() / lengths.sum()), "truncated: 1 document",
         f"{int(np.quantile(lengths, 0.5).round()):,}", "data.max_length=256", "CC-BY-4.0", "not stated", "75.0%",
         "Personal data 1 documents with findings", f"{tmp_path / 'chat.jsonl'}:4 j***@c***.org", "EMAIL",
         "people, places and organisations were not looked for", "Duplicates 4 taken out", "Leakage 0 no held-out document",
@@ -204,13 +206,13 @@ def test_histograms_count_every_sequence_and_gather_the_longest(tmp_path):
     ):
         edges = np.array(found.edges)
         assert sum(found.counts) == len(values) and len(edges) == len(found.counts) + 1 <= 27
-        inside = [int(((values >= a) & (values < b)).sum()) for a, b in zip(edges, edges[1:], strict=False)]
+        inside = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
         inside[-1] += int((values == edges[-1]).sum())
         assert found.counts == inside
     long = audit.splits["train"].length_histogram
     assert long.edges[-1] == 257 and long.edges[-2] < 150 and long.counts[-1] == 1
     text = (made.directory / "audit.html").read_text()
-    assert f'class="tail" style="height:{100 / max(long.counts):.1f}%"' in text and "and more</span>" in text
+    assert f'class="tail" style="height:{100 / max(long.counts):.1f}%"' in text and "<span>105 to 256</span>" in text
 
 
 @pytest.mark.parametrize("word", HOSTILE, ids=range(len(HOSTILE)))
@@ -226,12 +228,11 @@ def test_hostile_text_is_shown_and_nothing_else(tmp_path, word):
         made, _ = prepare(tmp_path / name, sources=sources, card=card, tokenizer=tiny_tokenizer(None))
         return made.directory
 
-    plain, hostile = made("plain", "word"), made("hostile", word)
+    plain = "word\x07" if "\x07" in word else "word"  # noted in either, so that both pages have as many lines
+    plain, hostile = made("plain", plain), made("hostile", word)
     words_of((hostile / "audit.html").read_text())
-    rows = {"tr", "td", "code"}  # what checks noted of the text is a row more
-    pages = [Checker((directory / "audit.html").read_text()) for directory in (plain, hostile)]
-    one, other = ([tag for tag in found.tags if tag not in rows] for found in pages)
-    assert one == other, "no tag came from the data"
+    tags = [Checker((directory / "audit.html").read_text()).tags for directory in (plain, hostile)]
+    assert tags[0] == tags[1], "no tag came from the data"
     if word.startswith("<script"):
         assert "a lazy dog 0 <script>" in words_of((hostile / "audit.html").read_text())
     front, body = (hostile / "datacard.md").read_text().removeprefix("---\n").split("\n---\n", 1)
@@ -311,14 +312,14 @@ def test_what_was_not_looked_for_is_said(tmp_path):
 
 
 def test_columns_that_nobody_read_are_named_once_a_source(tmp_path, monkeypatch):
-    found = {"data": ["score", "an<b>notator"], "empty": []}
+    found = {"data": ["score", "an<b>notator\x1b"], "empty": []}
     monkeypatch.setattr(module, "Description", partial(Description, unread_columns=found))
     made, audit = prepare(tmp_path, chat_rows(9))
-    assert audit.unread_columns == {"data": ["score", "an<b>notator"]}
-    assert "columns of data that nobody read: score, an<b>notator" in summary(made.report)
+    assert audit.unread_columns == {"data": ["score", "an<b>notator\x1b"]}
+    assert "columns of data that nobody read: score, an<b>notator\\x1b" in summary(made.report)
     shown, card = read(made.directory)
     assert "Columns of data that nobody read: score , an<b>notator" in shown
-    assert "score, an&lt;b&gt;notator |" in card and "columns of data that nobody read" in card
+    assert "score, an&lt;b&gt;notator\\\\x1b |" in card and "columns of data that nobody read" in card
     monkeypatch.undo()
     made, _ = prepare(tmp_path, chat_rows(10))
     assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]

@@ -33,22 +33,14 @@ class _Strict:
 
 @dataclass(kw_only=True, slots=True)
 class Stage(_Strict):
-    """What one stage of preparation did."""
+    """One stage of preparation: documents that it took out and that it noted (and kept), by reason, with first places."""
 
     stage: str
     rows_in: int
     rows_out: int
     dropped: dict[str, int]
-    """Documents taken out, by reason."""
     noted: dict[str, int]
-    """Documents changed, or worth a look, that stay."""
     examples: dict[str, list[str]]
-    """The first places ("file:line") of each reason."""
-
-    @property
-    def num_dropped(self) -> int:
-        """Documents taken out, for any reason."""
-        return sum(self.dropped.values())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +55,7 @@ class SourceFile(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class Source(_Strict):
-    """One source of training data, or the files of a held-out split."""
+    """One source, or a held-out split's files. `kept` became documents, of which the choice of splits may drop some yet."""
 
     name: str
     split: str
@@ -71,7 +63,6 @@ class Source(_Strict):
     files: list[SourceFile]
     rows: int
     kept: int
-    """Rows that became documents; the choice of splits may drop some yet."""
     tokens: int
     supervised_tokens: int
     weight: float | None
@@ -88,7 +79,7 @@ class Histogram(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class Split(_Strict):
-    """One split; lengths in tokens."""
+    """One split, lengths in tokens; `ends_supervised` counts the sequences whose end of turn is learned."""
 
     documents: int
     sequences: int
@@ -100,7 +91,6 @@ class Split(_Strict):
     length_p90: int
     length_max: int
     ends_supervised: int
-    """Sequences whose end of turn is learned."""
     doubled_bos: int
     length_histogram: Histogram
     supervised_histogram: Histogram
@@ -109,27 +99,25 @@ class Split(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class Copies(_Strict):
-    """Training documents that copy another, of one kind."""
+    """Training documents that copy another, of one kind; `examples` are {"a": place, "b": place of its copy}."""
 
     policy: str
     documents: int
     groups: int
     examples: list[dict[str, str]]
-    """{"a": place, "b": place of its copy}."""
     threshold: float | None = None
     search: dict[str, int] | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class Leaks(_Strict):
-    """Training documents that a held-out split has too, by kind; each counts under the strictest that holds."""
+    """Training documents that a held-out split has too, by the strictest kind; the near search of `incomplete` was cut."""
 
     policy: str
     train: dict[str, int]
     held_out: dict[str, int]
     examples: dict[str, list[str]]
     incomplete: int
-    """Documents whose search for near leaks was cut short."""
 
     @property
     def documents(self) -> int:
@@ -139,23 +127,21 @@ class Leaks(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class PersonalType(_Strict):
-    """Findings of one type of personal data."""
+    """Findings of one type of personal data, with place and mask of the first few."""
 
     findings: int
     documents: int
     examples: list[str]
-    """Place and mask of the first few."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PersonalData(_Strict):
-    """The search for personal data."""
+    """The search for personal data; documents by source. `people_and_places`: whether names were looked for anywhere."""
 
     mode: str
     preset: str
     engine: str
     people_and_places: bool
-    """Whether names of people, places and organisations were looked for wherever they stand."""
     documents_scanned: dict[str, int]
     documents_with_findings: dict[str, int]
     types: dict[str, PersonalType]
@@ -173,12 +159,11 @@ class PersonalData(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class DecodedSample(_Strict):
-    """A training sequence as text: runs of (text, whether it is learned)."""
+    """A training sequence as text, in pieces {"text": text, "learned": whether it is learned}."""
 
     where: str
     label: str | None
     pieces: list[dict[str, Any]]
-    """{"text": text, "learned": bool}."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,11 +186,11 @@ class Audit(_Strict):
     unread_columns: dict[str, list[str]]
     """Columns of the files that nobody read, by source."""
     mixing: dict[str, dict[str, float | None]]
-    """`trainer.data.batches.mixing.SourceShare` of each weighted source."""
+    """`batches.mixing.SourceShare` of each weighted source."""
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]
-    """`trainer.data.choose.balance.GroupShare` of each group."""
+    """`choose.balance.GroupShare` of each group."""
     duplicates: dict[str, Copies]
     leakage: dict[str, Leaks]
     """By held-out split."""

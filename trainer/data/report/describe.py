@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from trainer.data.assemble import QUARANTINE, Columns, Totals
 from trainer.data.batches.mixing import quotas, realised
 from trainer.data.choose.splits import Selection
 from trainer.data.config import DataConfig
-from trainer.data.document import Tally
+from trainer.data.document import Document, Tally
 from trainer.data.inputs import Input, readers_of, source_weights
 from trainer.data.report import audit as form
 from trainer.data.report.card import datacard
@@ -24,7 +24,6 @@ from trainer.data.report.page import page
 from trainer.data.report.preview import pieces
 from trainer.data.report.verdict import KNOBS
 from trainer.data.stages.language import share
-from trainer.data.stages.privacy.config import PrivacyEngine
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 
@@ -84,7 +83,7 @@ class Description:
             raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
         data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
         found = selection.report
-        judged = self._documents(selection.splits["train"], MOST_JUDGED) if self.config.languages else []
+        judged = self._documents(selection.splits["train"], MOST_JUDGED)
         return form.Audit(
             schema=form.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,7 +102,7 @@ class Description:
             duplicates={kind: form.Copies(**part) for kind, part in found.get("duplicates", {}).items()},
             leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
             privacy=self._privacy(totals),
-            languages=share(judged, max_documents=MOST_JUDGED) if judged else {},
+            languages=share(judged, max_documents=MOST_JUDGED) if self.config.languages else {},
             samples=self._samples(data["train"]),
         )
 
@@ -128,7 +127,7 @@ class Description:
         key = f"data.{split}_path" if own else "data.path"
         if not part.documents:
             reasons = ", ".join(f"{s.stage}/{reason} {count}" for s in flow for reason, count in s.dropped.items())
-            worst = max(flow, key=lambda stage: stage.num_dropped).stage
+            worst = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
             knob = KNOBS.get(worst)
             advice = f"loosen {knob}" if knob else f"raise data.max_length={self.config.max_length}"
             raise DataError(
@@ -184,16 +183,16 @@ class Description:
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
-            people_and_places=config.engine is not PrivacyEngine.patterns,
+            people_and_places=str(config.engine) != "patterns",
             documents_scanned=found["documents_scanned"],
             documents_with_findings=found["documents_with_findings"],
             types={name: form.PersonalType(**part) for name, part in found["types"].items()},
         )
 
-    def _documents(self, numbers: np.ndarray, most: int) -> list[Any]:
-        """At most about `most` of the documents, spread over the whole."""
+    def _documents(self, numbers: np.ndarray, most: int) -> Iterator[Document]:
+        """About `most` of the documents, spread over the whole."""
         table = DocumentTable(self.directory)
-        return [table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)]]
+        return (table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)])
 
     def _samples(self, data: TokenDataset) -> list[form.DecodedSample]:
         table, samples = DocumentTable(self.directory), []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.report.wording import SAID, percent, plural
+from trainer.data.report.wording import SAID, percent, plural, visible
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
@@ -152,5 +152,5 @@ def summary(report: dict[str, Any]) -> str:
                 f"leakage: {prompts:,} training documents have a prompt of the {split} split, with another answer"
             )
     for source, names in report.get("unread_columns", {}).items():
-        lines.append(f"columns of {source} that nobody read: {', '.join(names)}")
+        lines.append(f"columns of {visible(source)} that nobody read: {visible(', '.join(names))}")
     return "\n".join(lines)

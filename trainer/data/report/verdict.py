@@ -79,17 +79,18 @@ def _level(share: float, look: float, act: float) -> Level:
 
 def _lost(audit: Audit) -> Tile:
     rows, dropped = audit.conserved["rows_in"], audit.conserved["dropped"]
-    unasked = sum(stage.num_dropped for stage in audit.flow if stage.stage in UNASKED)
+    unasked = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNASKED)
     level = _level(unasked / max(rows, 1), 0.01, 0.1)
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
     note, advice = f"{dropped:,} of {plural(rows, 'row')}", ""
     if dropped:
-        reasons = ((n, reason(code), stage.stage) for stage in audit.flow for code, n in stage.dropped.items())
-        number, words, stage = max(reasons)
-        note += f"; most: {words} ({number:,})"
+        # Where rows went that nobody asked to drop, these are what has to be looked at.
+        stages = [stage for stage in audit.flow if stage.stage in UNASKED or not unasked]
+        number, code, stage = max((n, code, stage.stage) for stage in stages for code, n in stage.dropped.items())
+        note += f"; most: {reason(code) if stage in UNASKED else f'{stage}, {reason(code)}'} ({number:,})"
         advice = f"see the places below, and {KNOBS.get(stage, 'quarantine.jsonl and dropped.jsonl')}"
-        if words == reason("too_long"):
+        if code == "too_long":
             advice = "raise data.max_length, or set data.over_length=truncate or split"
     return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
 
@@ -179,10 +180,8 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
         for name, words in asked.items()
         if not (getattr(stated, name) or "").strip()
     ]
-    open_ones = [source.name for source in audit.sources if not source.licence]
-    if open_ones:
-        more = f" and {len(open_ones) - 10} more" if len(open_ones) > 10 else ""
-        gaps.append(f"not stated: the licence of {', '.join(open_ones[:10])}{more}")
+    if open_ones := [source.name for source in audit.sources if not source.licence]:
+        gaps.append(f"not stated: the licence of {', '.join(open_ones[:10])}{' and others' if open_ones[10:] else ''}")
     if not stated.languages and not audit.languages:
         gaps.append("languages neither stated nor detected (data.languages=true)")
     if "eval" not in audit.splits:
@@ -192,14 +191,16 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     documents, found = sum(split.documents for split in audit.splits.values()), audit.privacy
     if found is None or not found.scanned:
         gaps.append("personal data was not looked for")
-    else:
-        if found.scanned < documents:
-            gaps.append(f"personal data was looked for in {found.scanned:,} of {plural(documents, 'document')}")
-        if not found.people_and_places:
-            gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
+    elif found.scanned < documents:
+        gaps.append(f"personal data was looked for in {found.scanned:,} of {plural(documents, 'document')}")
+    if found is not None and not found.people_and_places:
+        gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
     for tile in (_leakage(audit), _duplicates(audit), _truncated(audit)):
         if tile.level is not Level.good:
             gaps.append(f"{tile.what.lower()}: {tile.value if tile.level is not Level.none else ''} {tile.note}")
+    for part, key in ((audit.leakage, "data.leakage.near"), (audit.duplicates, "data.duplicates.near")):
+        if part and audit.words[key] in (False, "none"):
+            gaps.append(f"near {'leaks' if part is audit.leakage else 'copies'} were not looked for ({key})")
     for source, names in audit.unread_columns.items():
         gaps.append(f"columns of {source} that nobody read: {', '.join(names)}")
     return gaps
