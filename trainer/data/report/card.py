@@ -10,12 +10,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import Any
 
 from trainer.data.report.audit import Audit
 from trainer.data.report.verdict import known_gaps
-from trainer.data.report.wording import percent, plural, reason, visible
+from trainer.data.report.wording import templates, visible
 
 HUB_LICENCES = re.compile(
     r"(apache-2\.0|mit|openrail|bigscience-.*|creativeml-.*|bsd(-.*)?|cc(-.*)?|cc0-1\.0|[al]?gpl(-.*)?|mpl-2\.0|odc-by|"
@@ -50,7 +48,6 @@ class CardConfig:
 def datacard(audit: Audit, config: CardConfig) -> str:
     """The text of `datacard.md`. Text from the data is escaped for Markdown, what the owner states is Markdown of theirs."""
     from huggingface_hub import DatasetCard, DatasetCardData
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
@@ -69,24 +66,15 @@ def datacard(audit: Audit, config: CardConfig) -> str:
         task_categories=["text-classification" if labelled else "text-generation"],
         tags=["shardtune", "fine-tuning"],
     )
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        finalize=lambda value: escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    made.filters |= {"percent": percent, "reason": reason, "name": lambda path: PurePath(path).name}
-    made.filters |= {"count": lambda value: f"{value:,.0f}"}
-    made.globals |= {"plural": plural, "stated": lambda words: Markup(visible(words or "").strip() or "Not stated.")}
+    made = templates(escape, autoescape=False)
+    made.globals["stated"] = lambda words: Markup(visible(words or "").strip() or "Not stated.")
     body = made.get_template("card.md.j2").render(
         audit=audit, card=config, title=title, languages=languages, gaps=known_gaps(audit, config)
     )
     return str(DatasetCard(f"---\n{about.to_yaml()}\n---\n\n{body}"))
 
 
-def escape(words: Any) -> str:
+def escape(words: str) -> str:
     """`words` on one line, with nothing that Markdown or HTML would act on."""
     shown = " ".join(visible(words).split())
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.report.audit import Audit, DecodedSample
 from trainer.data.report.verdict import known_gaps, overall, tiles
-from trainer.data.report.wording import percent, plural, reason, visible
+from trainer.data.report.wording import templates, visible
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-
     from trainer.data.report.card import CardConfig
 
 MOST_WORDS = 200
@@ -23,37 +19,17 @@ MOST_SAMPLE = 3000
 
 def page(audit: Audit, stated: CardConfig) -> str:
     """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out."""
-    found = tiles(audit)
+    found, gaps = tiles(audit), known_gaps(audit, stated)
     level, words = overall(found)
-    template = _environment().get_template("page.html.j2")
-    return template.render(
-        audit=audit, tiles=found, level=level, words=words, gaps=known_gaps(audit, stated), card=stated
-    )
+    made = templates(_shown, autoescape=True)
+    made.filters["runs"] = runs
+    template = made.get_template("page.html.j2")
+    return template.render(audit=audit, tiles=found, level=level, words=words, gaps=gaps, card=stated)
 
 
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def shown(value: Any) -> Any:
-        """Any text of an expression: nothing invisible, nothing endless."""
-        if not isinstance(value, str) or isinstance(value, Markup):
-            return value
-        return visible(value if len(value) <= MOST_WORDS else f"{value[:MOST_WORDS]}… ({len(value):,} characters)")
-
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"percent": percent, "reason": reason, "runs": runs, "number": lambda value: f"{value:,.4g}"}
-    made.filters |= {"count": lambda value: f"{value:,.0f}"}
-    made.globals |= {"plural": plural}
-    return made
+def _shown(text: str) -> str:
+    """Any text of the page: nothing invisible, nothing endless."""
+    return visible(text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}… ({len(text):,} characters)")
 
 
 def runs(sample: DecodedSample, room: int = MOST_SAMPLE) -> list[tuple[Any, str]]:

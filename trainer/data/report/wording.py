@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 JOINERS = "\u200c\u200d"
 """Invisible, but part of how words (Persian, Hindi) and emoji are spelled."""
 
@@ -43,3 +50,25 @@ SAID = {
     "control_tokens_in_text": "text spells control tokens of the tokenizer",
     "missing_eos": "the last learned token closes no turn",
 }
+
+
+def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
+    """Jinja for the templates of this package: every text of an expression goes through `shown`, but for Markup."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def finalize(value: Any) -> Any:
+        return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,  # a name that is not in the audit is an error, never an empty place
+        autoescape=autoescape,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"percent": percent, "reason": reason, "file_name": lambda path: PurePath(path).name}
+    made.filters |= {"count": lambda value: f"{value:,.0f}", "number": lambda value: f"{value:,.4g}"}
+    made.globals |= {"plural": plural}
+    return made
