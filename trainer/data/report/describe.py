@@ -59,7 +59,7 @@ class Description:
             item.id: reader.format for item, reader in zip(inputs, readers_of(inputs).values(), strict=True)
         }
         self.fingerprint, self.directory = fingerprint, directory
-        self.unread_columns = {source: list(names) for source, names in (unread_columns or {}).items() if names}
+        self.unread_columns = unread_columns or {}
 
     def write(
         self, totals: Totals, columns: Columns, selection: Selection, label_names: list[str] | None
@@ -95,7 +95,7 @@ class Description:
             quarantine={"rows": totals.num_bad, "file": QUARANTINE},
             splits={split: self._split(part, selection.splits[split]) for split, part in data.items()},
             sources=[self._source(item, totals, columns, data.get(item.split)) for item in self.inputs],
-            unread_columns=self.unread_columns,
+            unread_columns={source: list(names) for source, names in self.unread_columns.items() if names},
             mixing=self._mixing(data["train"]),
             labels=found.get("labels", {}),
             balance=found.get("balance", {}),
