@@ -39,7 +39,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},
     packages=PACKAGES,
-    package_data={"conf": ["*.yaml", "*/*.yaml", "*/*.md"]},
+    package_data={"conf": ["*.yaml", "*/*.yaml", "*/*.md"], "trainer.data.report": ["*.j2", "*.css"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.24",
@@ -48,6 +48,9 @@ setup(
         "datasets>=5.2",
         "deepspeed>=0.19.8",
         "hydra-core>=1.3.8,<1.4",
+        "huggingface_hub>=1",
+        "jinja2>=3.1",
+        "pydantic>=2.10",
         "safetensors>=0.8",
         "wandb>=0.31",
         "psutil>=6",

@@ -16,6 +16,7 @@ from trainer.checkpoints.kept import Checkpoints, choose
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
+from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_evaluators
 from trainer.export.card import CardFacts
 from trainer.export.write import write_export
@@ -136,15 +137,12 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     trackers = open_records(config, facts, progress, place)
     objective = built.step_module.objective
     meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], objective.metrics)
-    stop_now = place.agreement.asked
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=engine,
         loader=loader,
         progress=progress,
-        evaluators=build_evaluators(
-            config.evaluation, config.model, data.evaluation, built, tokenizer, engine, runtime, stop_now
-        ),
+        evaluators=evaluators_of(config, data, built, tokenizer, engine, place),
         output=Output(meter, trackers, console, checkpoints, where.at_step),
         agreement=place.agreement,
     )
@@ -156,6 +154,22 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     finally:
         trackers.close()
     close_records(facts, outcome, exported, trackers, place)
+
+
+def evaluators_of(
+    config: RunConfig, data: Prepared, built: Built, tokenizer: Any, engine: Engine, place: Place
+) -> list[Evaluator]:
+    """The evaluators that the configuration asks for; none without held-out data."""
+    return build_evaluators(
+        config.evaluation,
+        config.model,
+        data.evaluation,
+        built,
+        tokenizer,
+        engine,
+        place.runtime,
+        stop_now=place.agreement.asked,
+    )
 
 
 def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:

@@ -38,7 +38,9 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("loader") / "data")
 
 
-def loader(dataset, *, rank=0, size=1, micro=2, batch=12, units=None, layout=Layout.padding_free, seed=7, kind=Collator):
+def loader(
+    dataset, *, rank=0, size=1, micro=2, batch=12, units=None, layout=Layout.padding_free, seed=7, kind=Collator
+):
     order = GlobalOrder(len(dataset) if units is None else len(units), seed, True)
     return StepLoader(
         dataset,

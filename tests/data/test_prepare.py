@@ -58,7 +58,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
     text = summary(prepared.report)
     assert "20 of 20 sequences" in text and "doubled BOS 0" in text
     with pytest.raises(DataError, match="two BOS"):
-        summary({"train": {**report, "doubled_bos": 2}})
+        summary({**prepared.report, "train": {**report, "doubled_bos": 2}})
 
 
 def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
 BUILDER = """
 import os, sys, time
 from pathlib import Path
-from trainer.data.cache import build_once
+from trainer.data.store.cache import build_once
 how = sys.argv[2]
 def build(target):
     (target / "half").write_text("x")

@@ -206,13 +206,13 @@ def test_a_resumed_run_compares_with_the_first_model(tmp_path, runtime):
     """Full tuning: the reference is that before the first step, read from its file or computed once more."""
     config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=5, objective=DpoConfig(beta=0.5))
     first = continued(config, pair_set(tmp_path), runtime)
-    recorded = first.loader.dataset.reference.copy()
+    recorded = first.loader.dataset.marks["reference"].copy()
     take_steps(first, 2)
     path = tmp_path / "state"
     path.mkdir()
     first.engine.save(path, first.progress)
     expected = take_steps(first, 3)
-    (kept,) = (tmp_path / "pairs-48").glob("reference-*/train-*.npy")
+    (kept,) = (tmp_path / "pairs-48").glob("run-*/reference/train-*.npy")
     assert np.array_equal(np.load(kept), recorded)
 
     for state in ("kept", "torn", "gone"):
@@ -221,14 +221,14 @@ def test_a_resumed_run_compares_with_the_first_model(tmp_path, runtime):
         elif state == "gone":
             kept.unlink()
         again = continued(config, pair_set(tmp_path), runtime, path)
-        assert np.array_equal(again.loader.dataset.reference, recorded), state
+        assert np.array_equal(again.loader.dataset.marks["reference"], recorded), state
         assert take_steps(again, 3) == expected, state
 
 
 def test_a_recorded_reference_is_read_and_not_computed(tmp_path, runtime):
     config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=5, objective=DpoConfig(beta=0.5))
     continued(config, pair_set(tmp_path), runtime)
-    (kept,) = (tmp_path / "pairs-48").glob("reference-*/train-*.npy")
+    (kept,) = (tmp_path / "pairs-48").glob("run-*/reference/train-*.npy")
     np.save(kept, np.load(kept) + 1)
-    moved = continued(config, pair_set(tmp_path), runtime).loader.dataset.reference
+    moved = continued(config, pair_set(tmp_path), runtime).loader.dataset.marks["reference"]
     assert np.array_equal(moved, np.load(kept))

@@ -10,23 +10,13 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.reading import Reading
+from trainer.data.report.wording import SAID, percent, plural, visible
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-SAID = {
-    "truncated": "truncated to data.max_length",
-    "split": "split into pieces of data.max_length",
-    "too_long": "longer than data.max_length",
-    "nothing_to_learn": "nothing left to learn",
-    "same_answers": "both answers of a pair are the same",
-    "thumbs_down": "an answer marked as undesirable",
-    "control_tokens_in_text": "text spells control tokens of the tokenizer",
-    "missing_eos": "the last learned token closes no turn",
-}
-"""How the summary says what was counted, where the code alone would not tell."""
 
 
 def preview(
@@ -111,8 +101,12 @@ def _paint(line: list[tuple[str, bool]]) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A few lines: every split, what was dropped or changed and why. Raises DataError where a document has two BOS."""
-    lines = []
+    """A few lines: rows lost, every split, what was dropped or changed and why. Raises DataError where one has two BOS."""
+    rows = report["conserved"]
+    lines = [
+        f"rows: {plural(rows['rows_in'], 'row')} read = {rows['kept']:,} kept + {rows['dropped']:,} dropped "
+        f"({percent(rows['dropped'] / max(rows['rows_in'], 1))} lost)"
+    ]
     for split in ("train", "eval", "test"):
         if split not in report:
             continue
@@ -145,10 +139,16 @@ def summary(report: dict[str, Any]) -> str:
                 f"first: {places})"
             )
     for split, found in report.get("leakage", {}).items():
-        count = sum(found["train"].values())
+        count, prompts = sum(found["train"].values()) - found["train"]["prompt"], found["train"]["prompt"]
         if count and found["policy"] == "report":
             lines.append(
                 f"leakage: {count:,} training documents are in the {split} split too, kept "
                 "(data.leakage.policy=drop_train removes them)"
             )
+        if prompts:
+            lines.append(
+                f"leakage: {prompts:,} training documents have a prompt of the {split} split, with another answer"
+            )
+    for source, names in report.get("unread_columns", {}).items():
+        lines.append(f"columns of {visible(source)} that nobody read: {visible(', '.join(names))}")
     return "\n".join(lines)
