@@ -71,7 +71,6 @@ RANGES: dict[str, tuple[Range, str]] = {
     "data.balance.temperature": (Range(least=1), "1 is natural, 2 to 5 flattens"),
     "data.balance.cap": (POSITIVE, "null is no cap"),
     "data.balance.max_repeats": (POSITIVE, "up to 4 loses little as a rule"),
-    "data.bias.window": (POSITIVE, "10 words as a rule"),
     "data.min_supervised_share": (SHARE, "0 switches the check off"),
     "batch.global": (POSITIVE, "documents a step, 32 to 256 as a rule"),
     "batch.micro": (POSITIVE, "1 uses the least memory"),

@@ -23,7 +23,6 @@ from trainer.data.labels import split_labels
 from trainer.data.rated import rated_sequences
 from trainer.data.read.row import BadRow, Row
 from trainer.data.source_target import SourceTargetEncoder
-from trainer.data.stages.bias import BiasCounter
 from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import Sample, Sequences
@@ -79,7 +78,6 @@ class Block:
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
     """Per document, see `curation.duplicates.Signer`."""
     findings: Findings | None = None
-    bias: BiasCounter | None = None
 
 
 class BlockMaker:
@@ -135,10 +133,6 @@ class BlockMaker:
         for stage in stages:
             if (findings := getattr(stage, "findings", None)) is not None:
                 block.findings = findings
-        if self.config.bias.enabled:
-            block.bias = BiasCounter(self.config.bias)
-            for document in documents:
-                block.bias.add(document)
         return block
 
     def _scanned_enough(self, job: Job) -> bool:

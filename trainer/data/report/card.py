@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any
 
 from trainer.data.report.gaps import known_gaps
-from trainer.data.report.schema import LEAKS, clear_skew, count, items, leaks, mapping, number, privacy
+from trainer.data.report.schema import LEAKS, count, items, leaks, mapping, number, privacy
 from trainer.data.report.svg import percent, plural, visible
 
 NOT_STATED = "Not stated."
@@ -266,25 +266,10 @@ def _balance(audit: Mapping[str, Any]) -> str:
         (str(k), *(percent(number(mapping(v).get(key))) for key in ("share_before", "share_after", "share_target")))
         for k, v in list(mapping(audit.get("balance")).items())[:50]
     ]
-    skew = [mapping(row) for row in items(mapping(audit.get("bias")).get("skew"))]
-    clear = [row for row in skew if clear_skew(row)]
-    clear.sort(key=lambda row: -clear_skew(row))
-    lines = [
-        f"- {escape(r.get('group', ''))} with {escape(r.get('attribute', ''))}: log-odds {number(r.get('log_odds')):+.2f} "
-        f"({number(r.get('low')):.2f} to {number(r.get('high')):.2f})"
-        for r in clear[:10]
-    ]
-    told = (
-        "Attributes that stand beside one group clearly oftener, or more seldom, than beside the others:"
-        if lines
-        else ""
-    )
     made = _joined(
         _table(("label", "before", "after"), rows),
         more,
         _table(("group", "before", "after", "target"), groups),
-        told,
-        "\n".join(lines),
     )
     return "Not measured." if made == NOT_STATED else made
 

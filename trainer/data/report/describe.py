@@ -109,8 +109,6 @@ class Description:
             privacy = self.config.privacy
             names = {"mode": str(privacy.mode), "preset": str(privacy.preset), "engine": str(privacy.engine)}
             audit["privacy"] = report["privacy"] = {**names, **totals.findings.as_dict()}
-        if totals.bias is not None:
-            audit["bias"] = totals.bias.as_dict()
         if self.config.languages:
             audit["languages"] = self._languages(selection.splits["train"])
         audit = {name: part for name, part in audit.items() if part not in (None, {}, [])}

@@ -45,8 +45,6 @@ def known_gaps(audit: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]
     for name, split in splits.items():
         if 0 < number(split.get("supervised_share")) < 0.05 and not split.get("labelled"):
             gaps.append(f"{name}: only {percent(number(split['supervised_share']))} of the tokens are learned")
-    if not audit.get("bias"):
-        gaps.append("mentions of groups of people were not counted")
     return gaps
 
 

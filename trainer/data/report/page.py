@@ -32,7 +32,6 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "duplicates": ("Duplicates", findings.duplicates_section),
     "leakage": ("Leakage between splits", findings.leakage_section),
     "privacy": ("Personal data", findings.privacy_section),
-    "bias": ("Groups and skew", findings.bias_section),
     "languages": ("Languages", composition.languages_section),
     "quality": ("Quality", findings.quality_section),
     "samples": ("Samples", composition.samples_section),

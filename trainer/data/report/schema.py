@@ -100,9 +100,7 @@ class Audit(TypedDict, total=False):
     "share_tokens"}. `duplicates` {"exact" | "normalized" | "near": {"documents", "groups", "policy", "examples",
     "threshold"}} with examples {"a", "b", "jaccard"}. `leakage` split -> {"exact", "normalized", "near", "prompt",
     "policy", "examples"}. `privacy` {"mode", "preset", "engine", "documents_scanned" and "documents_with_findings"
-    by source, "types"}, types -> {"findings", "documents", "examples" (masked)}. `bias` {"families": family -> group
-    -> {"documents", "mentions"}, "skew" and "labels": [{"family", "group", "attribute" | "label", "count",
-    "log_odds", "low", "high"}], "limits": sentences}.
+    by source, "types"}, types -> {"findings", "documents", "examples" (masked)}.
     """
 
     schema: int
@@ -122,7 +120,6 @@ class Audit(TypedDict, total=False):
     leakage: dict[str, dict[str, Any]]
     decontamination: dict[str, Any]
     privacy: dict[str, Any]
-    bias: dict[str, Any]
     languages: dict[str, int]
     quality: dict[str, Any]
     samples: list[DecodedSample]
@@ -221,12 +218,6 @@ def privacy(audit: Mapping[str, Any]) -> dict[str, Any]:
         for name, part in mapping(found.get("types")).items()
     }
     return found
-
-
-def clear_skew(row: Mapping[str, Any]) -> float:
-    """How far the interval of a log-odds ratio stays from 0; 0 where it holds 0."""
-    low, high = number(row.get("low")), number(row.get("high"))
-    return max(low, -high, 0.0)
 
 
 UNTOUCHED = frozenset({"keep", "report", "off", "warn", "note", "none", "count", "ignore", "allow", ""})

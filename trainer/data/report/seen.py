@@ -1,14 +1,14 @@
-"""Sections of the audit page on what was found in the data: copies, leakage, personal data, skew, quality."""
+"""Sections of the audit page on what was found in the data: copies, leakage, personal data, quality."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.data.report.charts import Bar, Interval, bars, forest
-from trainer.data.report.markup import Limits, anything, clipped, details, drawn, figure, left_out, paragraph, table
-from trainer.data.report.schema import LEAKS, clear_skew, count, items, leaks, mapping, number, privacy, share
-from trainer.data.report.svg import escape, percent, plural
+from trainer.data.report.charts import Bar, bars
+from trainer.data.report.markup import Limits, anything, details, drawn, figure, left_out, paragraph, table
+from trainer.data.report.schema import LEAKS, count, items, leaks, mapping, privacy
+from trainer.data.report.svg import plural
 
 
 def duplicates_section(audit: Mapping[str, Any], limits: Limits) -> str:
@@ -115,69 +115,6 @@ def privacy_section(audit: Mapping[str, Any], limits: Limits) -> str:
     known = {"mode", "preset", "engine", "scanned", "documents", "types"}
     parts.append(_rest("More on the scan", found, known, limits))
     return "".join(parts)
-
-
-def bias_section(audit: Mapping[str, Any], limits: Limits) -> str:
-    """How often groups are mentioned, and which attributes stand beside one group oftener than beside the others."""
-    found = mapping(audit.get("bias"))
-    if not found:
-        return ""
-    families = found.get("families")
-    families = mapping(families) if isinstance(families, Mapping) else {k: v for k, v in found.items() if _is_family(v)}
-    parts = []
-    for family, groups in list(families.items())[: limits.rows // 4]:
-        counted = {str(g): mapping(c) for g, c in mapping(groups).items() if isinstance(c, Mapping)}
-        ranked = sorted(counted.items(), key=lambda entry: -count(entry[1].get("documents")))
-        total = sum(count(c.get("documents")) for c in counted.values())
-        rows = []
-        for name, c in ranked[: limits.rows // 3]:
-            documents, mentions = count(c.get("documents")), count(c.get("mentions"))
-            note = (
-                f"{plural(documents, 'document')} ({percent(share(documents, total))}), {plural(mentions, 'mention')}"
-            )
-            rows.append(Bar(name, [(documents, "kept", note)]))
-        if rows:
-            title = f"Documents that mention {str(family).replace('_', ' ')}"
-            parts += [f"<h3>{escape(title)}</h3>", drawn(bars(rows, title, plural(len(ranked), "group")))]
-            parts.append(left_out(len(ranked) - limits.rows // 3))
-    for key, what in (("skew", "attribute"), ("labels", "label")):
-        parts.append(_skew([mapping(row) for row in items(found.get(key))], what, limits))
-    sentences = [str(sentence) for sentence in items(found.get("limits"))]
-    told = "".join(f"<li>{escape(clipped(sentence, limits))}</li>" for sentence in sentences[: limits.rows])
-    parts.append(details("What these numbers do not say", f"<ul>{told}</ul>" if told else ""))
-    known = {"families", "skew", "labels", "limits", *families}
-    rest = {k: v for k, v in found.items() if k not in known}
-    parts.append(details("More", anything(rest, limits)) if rest else "")
-    return "".join(parts)
-
-
-def _is_family(value: Any) -> bool:
-    """Whether a value is groups -> {"documents", ...}."""
-    return bool(mapping(value)) and all("documents" in mapping(group) for group in mapping(value).values())
-
-
-def _skew(rows: list[Mapping[str, Any]], what: str, limits: Limits) -> str:
-    if not rows:
-        return ""
-    ranked = sorted(rows, key=lambda row: (-clear_skew(row), -abs(number(row.get("log_odds")))))
-    drawn_rows = []
-    for row in ranked[: limits.rows // 2]:
-        value = number(row.get("log_odds"))
-        low, high = number(row.get("low"), value), number(row.get("high"), value)
-        label = f"{row.get('group', '')} · {row.get(what, '')}"
-        note = f"{value:+.2f} ({low:.2f} to {high:.2f}), {plural(count(row.get('count')), 'time')}"
-        drawn_rows.append(Interval(label, value, min(low, value), max(high, value), note))
-    title = f"How much oftener {'an attribute' if what == 'attribute' else 'a label'} goes with a group than with the others"
-    words = (
-        "Log-odds with their intervals. Red: the interval leaves 0 out; of many, about one in twenty does so by chance."
-    )
-    heads = ("family", "group", what, "count", "log_odds", "low", "high")
-    table_rows = [[row.get(head, "") for head in heads] for row in ranked]
-    return (
-        f"<h3>{escape(title)}</h3>{paragraph(words)}{drawn(forest(drawn_rows, title))}"
-        + details("As a table", table(heads, table_rows, limits))
-        + left_out(len(ranked) - limits.rows // 2)
-    )
 
 
 def quality_section(audit: Mapping[str, Any], limits: Limits) -> str:
