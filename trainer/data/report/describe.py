@@ -23,6 +23,7 @@ from trainer.data.report.card import datacard
 from trainer.data.report.page import page
 from trainer.data.report.preview import pieces
 from trainer.data.stages.language import share
+from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 
@@ -108,7 +109,7 @@ class Description:
         if totals.findings is not None:
             privacy = self.config.privacy
             names = {"mode": str(privacy.mode), "preset": str(privacy.preset), "engine": str(privacy.engine)}
-            audit["privacy"] = report["privacy"] = {**names, **totals.findings.as_dict()}
+            audit["privacy"] = report["privacy"] = {**names, **coverage(privacy), **totals.findings.as_dict()}
         if self.config.languages:
             audit["languages"] = self._languages(selection.splits["train"])
         audit = {name: part for name, part in audit.items() if part not in (None, {}, [])}

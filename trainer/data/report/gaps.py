@@ -17,6 +17,7 @@ from trainer.data.report.schema import (
     quarantined,
 )
 from trainer.data.report.svg import percent, plural
+from trainer.data.stages.privacy.config import NOT_ASKED
 
 STATED_BY_PEOPLE = {
     "description": "motivation not stated (data.card.description)",
@@ -71,8 +72,9 @@ def _privacy(audit: Mapping[str, Any], documents: int) -> list[str]:
         gaps.append(f"PII scan covered {scanned:,} of {plural(documents, 'document')}")
     if str(found.get("mode")) == "report" and count(found.get("documents")):
         gaps.append(f"personal data found in {plural(count(found.get('documents')), 'document')} and left in")
-    if str(found.get("engine")) == "patterns":
-        gaps.append("names, places and organisations without a telling form were not looked for (patterns only)")
+    unsought = {kind: why for kind, why in mapping(found.get("not_looked_for")).items() if why != NOT_ASKED}
+    if unsought:
+        gaps.append("not looked for: " + ", ".join(f"{kind} ({why})" for kind, why in unsought.items()))
     return gaps
 
 

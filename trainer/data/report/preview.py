@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
+from trainer.data.stages.privacy.config import NOT_ASKED
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
@@ -139,6 +140,12 @@ def summary(report: dict[str, Any]) -> str:
                 first = ", ".join(stage["examples"].get(reason, ())[:2])
                 said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
                 lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
+    privacy = report.get("privacy", {})
+    unsought = {kind: why for kind, why in privacy.get("not_looked_for", {}).items() if why != NOT_ASKED}
+    if unsought and privacy["mode"] != "report":
+        lines.append(
+            "  personal data not looked for: " + ", ".join(f"{kind} ({why})" for kind, why in unsought.items())
+        )
     for kind, found in report.get("duplicates", {}).items():
         if found["documents"] and found["policy"] == "report":
             places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])

@@ -6,18 +6,12 @@ Shapes follow the standards named in `checksums`; those of API keys are what the
 from __future__ import annotations
 
 import ipaddress
-import re
 
 from trainer.data.stages.privacy import checksums
-from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, words
+from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule, words
 
 OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
 """Bounds of a number: not part of a longer word, decimal or hyphenated code."""
-
-
-def rule(type_: str, regex: str, score: float, **more: object) -> Rule:
-    """A rule from the text of its expression."""
-    return Rule(type_, re.compile(regex), score, **more)  # type: ignore[arg-type]
 
 
 def _number(type_: str, regex: str, score: float, check: object, *near: str, boosted: float = 0.95) -> Rule:
@@ -162,8 +156,8 @@ NATIONAL = [
         r"sofi\S*",
     ),
     _number("PL_PESEL", r"\d{11}", 0.55, checksums.pesel, "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, checksums.verhoeff, "aadhaar", "aadhar", "uidai"),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, checksums.verhoeff, "aadhaar", "aadhar", "uidai"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, checksums.aadhaar, "aadhaar", "aadhar", "uidai"),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, checksums.aadhaar, "aadhaar", "aadhar", "uidai"),
     _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, checksums.cpf),
     _number("BR_CPF", r"\d{11}", 0.4, checksums.cpf, "cpf"),
 ]

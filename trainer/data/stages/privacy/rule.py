@@ -80,3 +80,8 @@ VERSION = re.compile(rf"{_OTHER}[ \w.-]{{0,12}}$", re.IGNORECASE)
 def words(*alternatives: str) -> re.Pattern[str]:
     """Any of these expressions as whole words, in any case."""
     return re.compile(rf"(?<!\w)(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
+
+
+def rule(type_: str, regex: str, score: float, **more: object) -> Rule:
+    """A rule from the text of its expression."""
+    return Rule(type_, re.compile(regex), score, **more)  # type: ignore[arg-type]
