@@ -19,7 +19,8 @@ from trainer.data.choose.duplicates import (
     find_duplicates,
     prompt_of,
 )
-from trainer.data.choose.minhash import jaccard, ngram_set
+from trainer.data.choose.near import jaccard
+from trainer.data.choose.wording import ngrams, normalize
 from trainer.data.document import Document
 
 NEAR = DuplicatesConfig(near=DuplicatePolicy.drop)
@@ -49,8 +50,8 @@ def true_similarities(texts):
     """Jaccard similarity of every pair with a shared n-gram, by counting in an inverted index."""
     sets = [plain_ngrams(text) for text in texts]
     holders = defaultdict(list)
-    for row, ngrams in enumerate(sets):
-        for ngram in ngrams:
+    for row, runs in enumerate(sets):
+        for ngram in runs:
             holders[ngram].append(row)
     shared = Counter()
     for rows in holders.values():
@@ -119,9 +120,9 @@ def test_near_duplicates_agree_with_brute_force(corpus, similarities):
 def test_jaccard_is_the_true_one(corpus, similarities):
     pairs = sorted(similarities)[:400]
     for first, second in pairs:
-        got = jaccard(ngram_set(corpus[first], 5), ngram_set(corpus[second], 5))
+        got = jaccard(*(set(ngrams(normalize(corpus[row]), 5)) for row in (first, second)))
         assert got == pytest.approx(similarities[first, second], abs=1e-12)
-    assert jaccard(ngram_set("", 5), ngram_set("", 5)) == 0
+    assert jaccard(set(), set()) == 0
 
 
 def test_exact_groups():
@@ -258,6 +259,6 @@ def test_text_that_is_compared():
     assert by == {"document": [0, 1, 2], "prompt": [0, 0, 2], "completion": [0, 1, 0]}
     columns = Signer(DuplicatesConfig()).sign([*documents, text_document("plain")])
     assert columns["prompt"][0] == columns["prompt"][1] != columns["prompt"][2] and columns["prompt"][3] == 0
-    assert "bands" not in columns
+    assert "verdict" not in columns
     empty = [Document(file="a", line=1, prompt="", completion=text) for text in ("one", "two")]
     assert decide(empty, DuplicatesConfig(text=ComparedText.prompt)).stands.tolist() == [0, 1]

@@ -60,7 +60,6 @@ RANGES: dict[str, tuple[Range, str]] = {
     "data.filters.gopher.max_duplicate_line_characters": (SHARE, "0.2 in the paper"),
     "data.duplicates.threshold": (Range(least=0.3, most=1), "0.8 as a rule; lower finds looser copies and costs time"),
     "data.duplicates.ngram": (POSITIVE, "5 words as a rule"),
-    "data.duplicates.num_perm": (Range(least=16), "128 as a rule"),
     "data.decontamination.ngram": (POSITIVE, "13 words as a rule"),
     "data.decontamination.min_words": (POSITIVE, "5 as a rule"),
     "data.decontamination.min_overlap": (SHARE, "0 counts a single run of words"),
