@@ -23,8 +23,8 @@ IS = (
 """What may stand between the word and the number."""
 
 
-def _after(type_: str, names: str, value: str = CODE, score: float = 0.85, *hints: str) -> Rule:
-    return Rule(type_, re.compile(rf"(?i)(?<!\w)(?:{names}){IS}({value})"), score, hints=hints, needs="digit")
+def _after(type_: str, names: str, value: str, score: float, hints: str) -> Rule:
+    return rule(type_, rf"(?i)(?<!\w)(?:{names}){IS}({value})", score, hints=hints, needs="digit")
 
 
 ANNOUNCED = (
@@ -36,7 +36,7 @@ ANNOUNCED = (
         r"accession (?:number|no\.?|#)",
         CODE,
         0.9,
-        *("mrn", "mr#", "mr #", "record", "rec", "patient", "chart", "hospital", "encounter", "dossier", "accession"),
+        "mrn|mr#|mr #|record|rec|patient|chart|hospital|encounter|dossier|accession",
     ),
     _after(
         "HEALTH_PLAN",
@@ -46,19 +46,7 @@ ANNOUNCED = (
         r"krankenkasse(?:nnummer)?",
         CODE,
         0.85,
-        *(
-            "plan",
-            "insurance",
-            "medica",
-            "member",
-            "subscriber",
-            "beneficiary",
-            "policy",
-            "group n",
-            "group #",
-            "versicherten",
-            "krankenkasse",
-        ),
+        ("plan|insurance|medica|member|subscriber|beneficiary|policy|group n|group #|versicherten|krankenkasse"),
     ),
     _after(
         "ACCOUNT",
@@ -68,20 +56,7 @@ ANNOUNCED = (
         r"numéro de (?:compte|client)|bank ?leitzahl|blz",
         SPACED,
         0.8,
-        *(
-            "account",
-            "acct",
-            "a/c",
-            "routing",
-            "sort code",
-            "customer",
-            "konto",
-            "kunden",
-            "compte",
-            "de client",
-            "leitzahl",
-            "blz",
-        ),
+        "account|acct|a/c|routing|sort code|customer|konto|kunden|compte|de client|leitzahl|blz",
     ),
     _after(
         "LICENSE",
@@ -91,24 +66,24 @@ ANNOUNCED = (
         r"personalausweis(?:nummer)?|permis de conduire|passeport",
         CODE,
         0.8,
-        *("licen", "dl", "passport", "certificate", "dea", "führerschein", "pass", "ausweis", "permis"),
+        "licen|dl|passport|certificate|dea|führerschein|pass|ausweis|permis",
     ),
-    Rule(
+    rule(
         "LICENSE",
-        re.compile(r"(?i)(?<!\w)npi" + IS + r"(\d{10})(?!\d)"),
+        rf"(?i)(?<!\w)npi{IS}(\d{{10}})(?!\d)",
         0.95,
         check=checksums.npi,
-        hints=("npi",),
+        hints="npi",
         needs="digit",
     ),
-    _after("VEHICLE", r"vin|vehicle identification", r"[A-HJ-NPR-Z0-9]{11,17}(?!\w)", 0.85, "vin", "vehicle"),
+    _after("VEHICLE", r"vin|vehicle identification", r"[A-HJ-NPR-Z0-9]{11,17}(?!\w)", 0.85, "vin|vehicle"),
     _after(
         "VEHICLE",
         r"(?:licen[cs]e|number|registration) plate|(?:vehicle )?registration(?= (?:number|no|mark))|"
         r"plate(?= (?:number|no|#)|[#:])|kennzeichen|immatriculation|reg\.? no\.?",
         r"(?=[\w -]*\d)[A-ZÄÖÜ0-9]{1,4}(?:[ -]?[A-Z0-9]{1,4}){1,2}(?!\w)",
         0.8,
-        *("plate", "registration", "kennzeichen", "immatriculation", "reg"),
+        "plate|registration|kennzeichen|immatriculation|reg",
     ),
     _after(
         "DEVICE",
@@ -116,34 +91,21 @@ ANNOUNCED = (
         r"no\.?)|(?:pacemaker|implant) (?:id|number|no\.?|#)|imei|meid|udi|seriennummer",
         CODE,
         0.8,
-        *("serial", "s/n", "sn:", "device", "pacemaker", "implant", "imei", "meid", "udi", "serien"),
+        "serial|s/n|sn:|device|pacemaker|implant|imei|meid|udi|serien",
     ),
-    Rule(
+    rule(
         "USERNAME",
-        re.compile(
+        (
             r"(?i)(?<!\w)(?:user ?(?:name|id)|login(?: name)?|screen ?name|handle|nickname|benutzername|"
             r"identifiant|skype|telegram|instagram|twitter|discord)"
             r"[\"']?(?: is| was|:| :| =|=){1,2} ?[\"'“]?(@?[a-z][\w.#-]{1,30}\w)(?![\w@(])"
         ),
         0.75,
-        hints=(
-            "user",
-            "login",
-            "screen",
-            "handle",
-            "nickname",
-            "benutzer",
-            "identifiant",
-            "skype",
-            "telegram",
-            "instagram",
-            "twitter",
-            "discord",
-        ),
+        hints="user|login|screen|handle|nickname|benutzer|identifiant|skype|telegram|instagram|twitter|discord",
     ),
-    Rule(
+    rule(
         "USERNAME",
-        re.compile(
+        (
             r"(?<![\w@./`])@(?!(?:property|dataclass|staticmethod|classmethod|override|param|return|returns|"
             r"throws|pytest|media|import|"
             r"abstractmethod|cached_property|app|test|charset|see|since|author|deprecated|types?|interface|"
@@ -189,7 +151,7 @@ DATES = [
         rf"(?i:{BIRTH})[\"')\]]*[ \t]*[:=–-]?[ \t]*[\"(]?(?<![\w.])({DATE_SHAPE})(?![\w])(?!\.\d)",
         0.95,
         needs="digit",
-        hints=("birth", "born", "dob", "d.o.b", "geb", "né", "naci", "nato", "nata", "naiss"),
+        hints="birth|born|dob|d.o.b|geb|né|naci|nato|nata|naiss",
     ),
     rule(
         "DATE",
@@ -210,14 +172,14 @@ DATES = [
         rf"[ -]?ans\b|[ -]Jahre)",
         0.85,
         needs="digit",
-        hints=("old", "yo", "y/o", "ans", "jahre"),
+        hints="old|yo|y/o|ans|jahre",
     ),
     rule(
         "AGE",
         rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)",
         0.85,
         needs="digit",
-        hints=("age",),
+        hints="age",
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 BEFORE, AFTER = 48, 20
 """How many characters before and after a match are searched for words that speak for or against it."""
@@ -82,6 +83,6 @@ def words(*alternatives: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
 
 
-def rule(type_: str, regex: str, score: float, **more: object) -> Rule:
-    """A rule from the text of its expression."""
-    return Rule(type_, re.compile(regex), score, **more)  # type: ignore[arg-type]
+def rule(type_: str, regex: str, score: float, *, hints: str = "", **more: Any) -> Rule:
+    """A rule from the text of its expression; `hints` are parted by |."""
+    return Rule(type_, re.compile(regex), score, hints=tuple(filter(None, hints.split("|"))), **more)
