@@ -1,8 +1,13 @@
 """Duplicates: against true Jaccard similarities by brute force, hand-made cases, and any division into blocks."""
 
+import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +28,7 @@ from trainer.data.choose.near import jaccard
 from trainer.data.choose.wording import ngrams, normalize
 from trainer.data.document import Document
 
+ROOT = Path(__file__).parents[2]
 NEAR = DuplicatesConfig(near=DuplicatePolicy.drop)
 LETTERS = "abcdefghijklmnoprstuvw"
 RANDOM = random.Random(7)
@@ -115,6 +121,25 @@ def test_near_duplicates_agree_with_brute_force(corpus, similarities):
     assert result.report["normalized"] > 50, "changes of case and punctuation are the same words"
     below = [value for value in similarities.values() if 0.5 <= value < 0.8]
     assert len(below) > 100, "the corpus must hold pairs that candidates have to be refused for"
+
+
+def test_another_process_finds_the_same_and_no_thread_is_left():
+    """A process forked after rensa had started threads would hang: loaders of batches are forked after preparation."""
+    script = (
+        "import os, random; from tests.data.test_duplicates import changed, decide, sentences, text_document\n"
+        "draw = random.Random(8); originals = [sentences(draw, 6) for _ in range(60)]\n"
+        "texts = [' '.join(parts) for parts in originals] + [changed(draw, parts) for parts in originals]\n"
+        "before = len(os.listdir('/proc/self/task')); stands = decide([text_document(text) for text in texts]).stands\n"
+        "print(len(os.listdir('/proc/self/task')) - before, stands.tolist())"
+    )
+    said = [
+        subprocess.check_output(
+            [sys.executable, "-c", script], text=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1] and said[0].startswith("0 [0, 1, 2,")
+    assert sum(place != row for row, place in enumerate(json.loads(said[0][2:]))) > 20, "copies must be among them"
 
 
 def test_jaccard_is_the_true_one(corpus, similarities):
