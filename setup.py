@@ -57,6 +57,7 @@ setup(
         "pyarrow>=20",
         "ftfy>=6.3",
         "phonenumbers>=9",
+        "python-stdnum>=2",  # check digits
         "py3langid>=0.4",
         "rensa>=0.5,<0.6",  # another version may give other signatures
         "rich>=14",
@@ -74,7 +75,6 @@ setup(
             *PII,
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",
-            "python-stdnum>=2",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "hypothesis>=6.170",

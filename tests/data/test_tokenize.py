@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from trainer.data.config import OverLength
 from trainer.data.document import Document
 from trainer.data.store.sequences import Sample
 from trainer.data.tokens.cut import fit
-from trainer.data.tokens.encode import FEW, Encoder
+from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.skeleton import RESERVED
 from trainer.data.tokens.template import LearnConfig, LearnTurns
 
@@ -259,42 +257,17 @@ def same(one, other):
 
 @pytest.mark.parametrize("encoder", [CHAT, BOS, PLAIN])
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=FEW, max_size=FEW + 4))
+@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=8))
 def test_the_short_way_finds_what_the_long_way_finds(encoder, contents):
-    assert encoder._pretokens is not None
     documents = [Document("f", 1, prompt=q, completion=a, separator=" ") for q, a in contents]
     documents += [Document("f", 1, text=q + a) for q, a in contents]
     if encoder is CHAT:
         documents += [talk(q, a, a, q, system="s") for q, a in contents]
     same(encoder.encode(documents), encoder.encode(documents, fast=False))
-    assert encoder._pretokens is not None
 
 
 @pytest.mark.parametrize("name", chat_templates.FAMILIES)
 def test_the_short_way_with_every_family(name):
     encoder = Encoder(chat_templates.tokenizer(name))
-    assert encoder._pretokens is not None
-    documents = [talk("q" * n, f"the quick {n} 😀", "don't <s>", "ünder\n\n") for n in range(2 * FEW)]
+    documents = [talk("q" * n, f"the quick {n} 😀", "don't <s>", "ünder\n\n") for n in range(16)]
     same(encoder.encode(documents), encoder.encode(documents, fast=False))
-
-
-def test_where_the_short_way_is_wrong_nothing_of_the_batch_is_given_out(caplog):
-    encoder = Encoder(make.tiny_tokenizer())
-    documents = [talk("q", f"answer {n}") for n in range(2 * FEW)]
-    encoder._pretokens._memory[" "] = encoder._pretokens._memory["answer"] = np.array([5], np.int32).tobytes()
-    encoder._pretokens._widths[5] = len("answer")
-    with caplog.at_level(logging.WARNING):
-        found = list(encoder.encode(documents))
-        list(encoder.encode(documents))
-    same(found, CHAT.encode(documents, fast=False))
-    assert encoder._pretokens is None and len(caplog.records) == 1
-
-
-def test_the_short_way_is_really_taken(monkeypatch):
-    encoder = Encoder(make.tiny_tokenizer())
-    documents = [talk("q", f"answer {n}") for n in range(2 * FEW)]
-    wanted = list(encoder.encode(documents, fast=False))
-    learned = []
-    monkeypatch.setattr("trainer.data.tokens.encode._learned", lambda *args, **how: learned.append(args))
-    same(encoder.encode(documents), wanted)
-    assert not learned

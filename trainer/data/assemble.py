@@ -17,7 +17,6 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.block import Bad, Block, refuse_bad
 from trainer.data.document import EXAMPLES, Tally
-from trainer.data.stages.bias import BiasCounter
 from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.columns import Columns
 from trainer.data.store.documents import TableWriter
@@ -42,7 +41,6 @@ class Totals:
     """The first few."""
     num_bad: int = 0
     findings: Findings | None = None
-    bias: BiasCounter | None = None
 
     @property
     def num_rows(self) -> int:
@@ -107,12 +105,11 @@ class Assembly:
             self._columns.setdefault(name, []).append(column)
 
     def _count(self, block: Block) -> None:
-        for name in ("findings", "bias"):
-            mine, theirs = getattr(self.totals, name), getattr(block, name)
-            if mine is None:
-                setattr(self.totals, name, theirs)
-            elif theirs is not None:
-                mine.merge(theirs)
+        totals = self.totals
+        if totals.findings is None:
+            totals.findings = block.findings
+        elif block.findings is not None:
+            totals.findings.merge(block.findings)
 
     def _log(self, block: Block) -> None:
         for bad in block.bad:

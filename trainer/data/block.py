@@ -14,8 +14,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import Tally
 from trainer.data.read.row import BadRow, Row
-from trainer.data.stages.bias import BiasCounter
-from trainer.data.stages.privacy.findings import Findings
+from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ class Block:
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
     """Per document, see `curation.duplicates.Signer`."""
     findings: Findings | None = None
-    bias: BiasCounter | None = None
 
 
 def jobs(

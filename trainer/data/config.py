@@ -11,7 +11,6 @@ from trainer.data.choose.balance import BalanceConfig
 from trainer.data.choose.duplicates import DuplicatesConfig
 from trainer.data.choose.leakage import LeakageConfig
 from trainer.data.report.card import CardConfig
-from trainer.data.stages.bias import BiasConfig
 from trainer.data.stages.checks import ChecksConfig
 from trainer.data.stages.cleaning import CleaningConfig
 from trainer.data.stages.decontamination import DecontaminationConfig
@@ -118,8 +117,6 @@ class DataConfig:
     """Resampling of the training documents to target shares."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """How the weights of `data.sources` are meant."""
-    bias: BiasConfig = field(default_factory=BiasConfig)
-    """Counts of what is said about groups of people."""
     languages: bool = False
     """Tell the languages of the training documents in the audit, judged on at most 1,000 of them."""
     learn: LearnConfig = field(default_factory=LearnConfig)

@@ -15,7 +15,6 @@ from trainer.data.document import Document, Stage
 from trainer.data.formats import Rejected, RowReader
 from trainer.data.read.row import BadRow, Row
 from trainer.data.reading import Reading
-from trainer.data.stages.bias import BiasCounter
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.encode import Encoder
@@ -58,10 +57,6 @@ class BlockMaker:
         for stage in stages:
             if (findings := getattr(stage, "findings", None)) is not None:
                 block.findings = findings
-        if self.config.bias.enabled:
-            block.bias = BiasCounter(self.config.bias)
-            for document in documents:
-                block.bias.add(document)
         return block
 
     def _scanned_enough(self, job: Job) -> bool:

@@ -158,7 +158,7 @@ class Preparation:
 
     def _blocks(self, shards: Shards | None) -> Iterator[Block]:
         if shards is not None:
-            return shards.blocks(self.config)
+            return shards.blocks()
         return ordered_map(self._maker(), self._jobs(), workers=self._workers())
 
     def _jobs(self) -> Iterator[Job]:

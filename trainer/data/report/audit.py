@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from strategies.errors import DataError
+from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
@@ -136,15 +137,28 @@ class PersonalType(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class PersonalData(_Strict):
-    """The search for personal data; documents by source. `people_and_places`: whether names were looked for anywhere."""
+    """The search for personal data; documents by source."""
 
     mode: str
     preset: str
     engine: str
-    people_and_places: bool
+    looked_for: list[str]
+    """Types."""
+    not_looked_for: dict[str, str]
+    """Every other known type, with the reason."""
     documents_scanned: dict[str, int]
     documents_with_findings: dict[str, int]
     types: dict[str, PersonalType]
+
+    @property
+    def people_and_places(self) -> bool:
+        """Whether names were looked for anywhere."""
+        return bool(NEEDS_PRESIDIO & {*self.looked_for})
+
+    @property
+    def unsought(self) -> dict[str, str]:
+        """Types that were asked for and could not be looked for, with the reason."""
+        return {kind: why for kind, why in self.not_looked_for.items() if why != NOT_ASKED}
 
     @property
     def scanned(self) -> int:

@@ -25,6 +25,7 @@ from trainer.data.report.page import page
 from trainer.data.report.preview import pieces
 from trainer.data.report.verdict import KNOBS
 from trainer.data.stages.language import share
+from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
@@ -185,7 +186,7 @@ class Description:
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
-            people_and_places=str(config.engine) != "patterns",
+            **coverage(config),
             documents_scanned=found["documents_scanned"],
             documents_with_findings=found["documents_with_findings"],
             types={name: form.PersonalType(**part) for name, part in found["types"].items()},

@@ -11,6 +11,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.reading import Reading
 from trainer.data.report.wording import SAID, percent, plural, visible
+from trainer.data.stages.privacy.config import NOT_ASKED
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
@@ -131,6 +132,11 @@ def summary(report: dict[str, Any]) -> str:
                 first = ", ".join(stage["examples"].get(reason, ())[:2])
                 said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
                 lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
+    privacy = report.get("privacy") or {}
+    unsought = {kind: why for kind, why in privacy.get("not_looked_for", {}).items() if why != NOT_ASKED}
+    if unsought and privacy["mode"] != "report":
+        said = ", ".join(f"{kind} ({why})" for kind, why in unsought.items())
+        lines.append(f"  personal data not looked for: {said}")
     for kind, found in report.get("duplicates", {}).items():
         if found["documents"] and found["policy"] == "report":
             places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.minhash import normal_digest, normalize, roll, word_hashes
+from trainer.data.choose.wording import normal_digest, normalize, roll, word_hashes
 from trainer.data.document import EXAMPLES, Document, Tally
 
 BATCH_TEXTS = 512

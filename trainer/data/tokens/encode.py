@@ -7,7 +7,6 @@ with two BOS tokens, and tokenizers without character offsets.
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,20 +17,15 @@ import numpy as np
 from strategies.errors import ConfigError, DataError
 from trainer.data.document import Document, Message
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.pretokens import RememberedPretokens
 from trainer.data.tokens.template import ChatTemplate, LearnConfig, Rendered
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-log = logging.getLogger(__name__)
-
 BATCH = 512
 """Documents that go to the encoder at a time."""
 Answer = tuple[Document, list[Message] | None]
-FEW = 8
-"""Batches of fewer documents go to the tokenizer itself: to prove the short way on them would cost what it saves."""
 
 
 class Encoder:
@@ -59,7 +53,6 @@ class Encoder:
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
-        self._pretokens = RememberedPretokens.of(self._backend)
         control = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
         self._control = re.compile("|".join(control)) if control else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
@@ -164,27 +157,12 @@ class Encoder:
         ]
 
     def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
-        learned = self._remembered(rendered) if fast else [None] * len(rendered)
-        rest = [text for text, pair in zip(rendered, learned, strict=True) if pair is None]
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        encodings = self._backend.encode_batch([text.text for text in rest], add_special_tokens=False)
-        found = (_learned(encoding, text, fast=fast) for encoding, text in zip(encodings, rest, strict=True))
-        return [self._sample(doc, *(pair or next(found))) for doc, pair in zip(documents, learned, strict=True)]
-
-    def _remembered(self, rendered: list[Rendered]) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Ids and masks found the short way; None for the texts left to the tokenizer. Proves some of each batch."""
-        if self._pretokens is None or len(rendered) < FEW:
-            return [None] * len(rendered)
-        texts = [text.text for text in rendered]
-        pairs = self._pretokens.encode_all(texts, [text.spans for text in rendered])
-        taken = [number for number, pair in enumerate(pairs) if pair is not None]
-        # the first, and the longest of a few: the longest of all would cost more than the others save
-        proved = [taken[0], max(taken[1::32] or taken, key=lambda number: len(texts[number]))] if taken else []
-        if self._pretokens.agrees(self._backend, [texts[number] for number in proved]):
-            return pairs
-        log.warning("remembered pre-tokens differ from the tokenizer's own; from this batch on it encodes everything")
-        self._pretokens = None
-        return [None] * len(rendered)
+        encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
+        return [
+            self._sample(document, *_learned(encoding, text, fast=fast))
+            for document, encoding, text in zip(documents, encodings, rendered, strict=True)
+        ]
 
     def _sample(self, document: Document, input_ids: np.ndarray, supervised: np.ndarray) -> Sample:
         marks: dict[str, float] = {}
