@@ -52,6 +52,8 @@ setup(
         "wandb>=0.31",
         "psutil>=6",
         "pyarrow>=20",
+        "orjson>=3.11",
+        "fsspec>=2025.3",
         "ftfy>=6.3",
         "phonenumbers>=9",
         "py3langid>=0.4",

@@ -35,7 +35,7 @@ def recall(words: list[str]) -> dict[str, Any] | None:
 
 
 def remember(words: list[str], config: RunConfig, directory: Path) -> None:
-    """Note what was made. Left out where something comes from a hub; never fails for the disk."""
+    """Note what was made. Left out where something comes from a hub or an address; never fails for the disk."""
     model = Path(str(config.model.tokenizer or config.model.path)).expanduser()
     values: dict[str, Any] = {"model": str(model)} if model.is_dir() else {}
     if config.model.chat_template is not None:
@@ -47,7 +47,7 @@ def remember(words: list[str], config: RunConfig, directory: Path) -> None:
     if config.data.privacy.mode == "pseudonymise":
         values["data.privacy.key_env"] = config.data.privacy.key_env
     values = {key: value for key, value in values.items() if value is not None}
-    if "model" not in values or any("hub:" in str(value) for value in values.values()):
+    if "model" not in values or any("hub:" in str(v) or "://" in str(v) for v in values.values()):
         return
     record = {
         "directory": str(directory.absolute()),

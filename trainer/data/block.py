@@ -6,7 +6,6 @@ alone, so that any number of workers makes the same data set.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.choose.duplicates import DuplicatePolicy, Signer
 from trainer.data.config import DataConfig
-from trainer.data.document import Document, Stage, Tally
-from trainer.data.formats import Rejected, RowReader
+from trainer.data.document import Document, Rejected, Stage, Tally
+from trainer.data.formats import RowReader
 from trainer.data.labels import split_labels
 from trainer.data.rated import rated_sequences
-from trainer.data.read.row import BadRow, Row
+from trainer.data.read.row import Row
 from trainer.data.source_target import SourceTargetEncoder
 from trainer.data.stages.bias import BiasCounter
 from trainer.data.stages.privacy.stage import Findings
@@ -44,7 +43,7 @@ class Job:
     source: str
     offset: int
     """Number of rows of the same split and source before this job."""
-    rows: list[Row | BadRow]
+    rows: list[Row | Rejected]
 
 
 @dataclass(slots=True)
@@ -74,6 +73,8 @@ class Block:
     """What is kept, as rows of `documents.arrow`, with `pieces[i]` sequences of document i."""
     pieces: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sequences: Sequences | None = None
+    unread: list[str] = field(default_factory=list)
+    """Columns that nothing read."""
     labels: list[str] = field(default_factory=list)
     """Label names in the block's own numbering."""
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
@@ -122,7 +123,10 @@ class BlockMaker:
         files = Counter(row.file for row in job.rows)
         block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
         stages = self.stages()  # anew for each block: what they count is the block's
+        unread = self.readers[job.split, job.source].unread.names
+        unread.clear()
         documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
+        block.unread = list(unread)
         for stage in stages:
             if stage.name == "privacy" and self._scanned_enough(job):
                 continue
@@ -146,28 +150,24 @@ class BlockMaker:
         privacy = self.config.privacy
         return privacy.mode == "report" and 0 < privacy.scan_documents <= job.offset
 
-    def _read(self, job: Job, row: Row | BadRow, block: Block) -> Document | None:
-        parsed = row.parse() if isinstance(row, Row) else row
-        if isinstance(parsed, BadRow):
-            self._quarantine(block, parsed.file, parsed.line, parsed.reason, parsed.message, parsed.excerpt)
-            return None
-        found = self.readers[job.split, job.source](parsed)
+    def _read(self, job: Job, row: Row | Rejected, block: Block) -> Document | None:
+        parsed = row.parse()
+        found = parsed if isinstance(parsed, Rejected) else self.readers[job.split, job.source](parsed)
         if isinstance(found, Rejected):
-            excerpt = json.dumps(parsed.fields, ensure_ascii=False, default=str)
-            self._quarantine(block, found.file, found.line, found.reason, found.message, excerpt)
+            self._quarantine(block, found)
             return None
         if found.label is None or self.label_names is None:
             return found
         labels = split_labels(found.label) if self.multi_label else [found.label]
         if unknown := next((label for label in labels if label not in self.label_names), None):
             message = f"label {unknown!r} is none of {sorted(self.label_names)} (objective.labels)"
-            self._quarantine(block, found.file, found.line, "unknown_label", message, found.text or "")
+            self._quarantine(block, Rejected(found.file, found.line, "unknown_label", message, found.text or ""))
             return None
         return found
 
-    def _quarantine(self, block: Block, file: str, line: int, reason: str, message: str, excerpt: str) -> None:
-        block.tally.drop("read", reason, f"{file}:{line}")
-        block.bad.append(Bad(block.source, file, line, reason, message, excerpt[:200]))
+    def _quarantine(self, block: Block, row: Rejected) -> None:
+        block.tally.drop("read", row.reason, f"{row.file}:{row.line}")
+        block.bad.append(Bad(block.source, row.file, row.line, row.reason, row.message, row.excerpt[:200]))
 
     def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
         before = len(block.tally.drops)
@@ -282,7 +282,7 @@ def _teaches(document: Document, tally: Tally) -> bool:
 
 
 def jobs(
-    rows: Iterator[tuple[tuple[str, str], Row | BadRow]], *, most_rows: int = 512, most_bytes: int = 4 << 20
+    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
 ) -> Iterator[Job]:
     """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
     number, size, current = 0, 0, Job(0, "", "", 0, [])

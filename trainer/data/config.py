@@ -82,7 +82,7 @@ class DataConfig:
     """Where the training data is, what is done to it, and how it becomes tokens."""
 
     path: Any = None
-    """Training files (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; also .gz or .zst), a directory, a glob, or a list of
+    """Training files (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; also compressed), a directory, a glob, or a list of
     these; or `hub:<name>`."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several named sources in place of `data.path`, each with its own files, format and weight."""
@@ -98,6 +98,10 @@ class DataConfig:
     """How rows are read; `auto` recognises it from the first row."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames columns before reading, as {expected name: name in the file}; a dot reaches into an object."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns, or keys of turns, that are knowingly not read: they are neither named nor refused."""
+    remote: bool = False
+    """Whether paths may be addresses (`s3://`, `gs://`, `hf://`, `https://` and so on), read over the network."""
     max_bad_share: float = 0.0
     """Most rows that may be unreadable or quarantined, as a share of all; the run fails above it."""
     checks: ChecksConfig = field(default_factory=ChecksConfig)

@@ -45,7 +45,7 @@ VERSION = 3
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
-NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "workers", "packing", "layout", "shuffle")
+NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "remote", "workers", "packing", "layout", "shuffle")
 """Settings that change no prepared byte, or stand for files whose bytes are hashed."""
 
 
@@ -108,7 +108,7 @@ class Preparation:
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
         identities: list[Any] = [(*item.id, item.origin.identity(self.digests)) for item in self.inputs]
         if config.decontamination.paths is not None:
-            against = Origin.of(config.decontamination.paths, "data.decontamination.paths")
+            against = Origin.of(config.decontamination.paths, "data.decontamination.paths", remote=config.remote)
             identities.append(("decontamination", against.identity(self.digests)))
         if (key := key_identity(config.privacy)) is not None:
             identities.append(("key of the pseudonyms", key))

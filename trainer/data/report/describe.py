@@ -25,6 +25,7 @@ from trainer.data.report.preview import pieces
 from trainer.data.stages.language import share
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
+from trainer.data.unread import shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,6 +84,7 @@ class Description:
             **{split: dict(part) for split, part in splits.items()},
             "duplicates": selection.report.get("duplicates", {}),
             "leakage": selection.report.get("leakage", {}),
+            "unread_columns": {name: shown_names(names) for name, names in totals.unread.items() if names},
             "samples": self._samples(data["train"]),
         }
         for split, part in splits.items():
@@ -96,6 +98,7 @@ class Description:
             "sources": self._sources(totals, columns, data["train"]),
             "flow": flow,
             "conserved": report["conserved"],
+            "unread_columns": report["unread_columns"],
             "quarantine": {"rows": totals.num_bad, "file": QUARANTINE},
             "splits": {
                 split: {**part, **self._histograms(data[split], selection.splits[split])}

@@ -139,6 +139,10 @@ def summary(report: dict[str, Any]) -> str:
                 first = ", ".join(stage["examples"].get(reason, ())[:2])
                 said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
                 lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
+    for source, names in report.get("unread_columns", {}).items():
+        lines.append(
+            f"columns of {source} that nothing read: {', '.join(names)} (name them in data.ignore_columns if that is meant)"
+        )
     for kind, found in report.get("duplicates", {}).items():
         if found["documents"] and found["policy"] == "report":
             places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])

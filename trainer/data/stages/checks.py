@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -24,6 +24,13 @@ ROLES = {  # what rows may say -> what chat templates know
     "gpt": "assistant",
     "model": "assistant",
 }
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns, and keys of turns, that hold what is no text."""
+_CALLS = ("tool_calls", "function_call")
+_WEIGHTS = ("loss_weight", "loss_mask", "loss", "mask")
+_CARRIERS = frozenset((*MEDIA, *_CALLS, *_WEIGHTS, "reasoning_content", "thinking"))
+"""Keys of turns that nothing reads, and without which a turn means something else."""
+_OF_TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -45,10 +52,32 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a value is one of those by which tables and files say that there is none."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, dict | list):
+        return all(is_nothing(item) for item in (value.values() if isinstance(value, dict) else value))
+    return value is None
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, as some tables keep the one text that there is."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
 def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
-    """The text in a column. Raises Refusal: not_text, empty_text, surrogate."""
+    """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text, surrogate."""
     value = fields.get(key)
     name = name or f'"{key}"'
+    if is_texts(value):
+        if len(value) > 1:
+            raise Refusal(
+                "not_text",
+                f"{name} is a list of {len(value)} texts, {shown(value)}, and one is meant: join them, or choose one of a "
+                f"column with data.columns, as in data.columns.{key}={key}.0",
+            )
+        value = value[0]
     if not isinstance(value, str):
         raise Refusal("not_text", f"{name} is {shown(value) if key in fields else 'missing'}; it must be a text")
     if not value or value.isspace():
@@ -79,8 +108,8 @@ def verdict_of(value: Any) -> bool | None:
     return None
 
 
-def turns_of(value: Any, name: str, needs: str) -> list[Message]:
-    """The messages of a column, with the roles and keys of either convention.
+def turns_of(value: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
+    """The messages of a column, with the roles and keys of either convention; `ignored` keys of turns are left out.
 
     A text is read as a transcript, as in the HH-RLHF data (Bai et al. 2022, arXiv:2204.05862): "\\n\\nHuman: ..." and
     "\\n\\nAssistant: ..." in turn. Raises Refusal.
@@ -94,20 +123,20 @@ def turns_of(value: Any, name: str, needs: str) -> list[Message]:
         value = [{"role": roles[speaker], "content": text.strip()} for speaker, text in spoken]
     if not isinstance(value, list) or not value:
         raise Refusal("bad_messages", f'"{name}" is {shown(value)}; it must be {needs or "a list of messages"}')
-    return [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(value, 1)]
+    return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(value, 1)]
 
 
-def _turn(turn: Any, name: str) -> Message:
+def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     if not isinstance(turn, dict):
         raise Refusal("bad_messages", f'{name} is {shown(turn)}; it must be {{"role": ..., "content": ...}}')
     role_key = "from" if "from" in turn and "role" not in turn else "role"
     text_key = "value" if "content" not in turn and ("value" in turn or role_key == "from") else "content"
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
-        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}")
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            raise Refusal("tool_calls", f"{name} has {key}, which are not supported; write the call into its content")
+        tools = "; calls of tools and their results are not supported" if role in _OF_TOOLS else ""
+        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}{tools}")
+    if not _CARRIERS.isdisjoint(turn):
+        _refuse_carriers(turn, name, ignored)
     message: Message = {"role": ROLES[role], "content": _content(turn, text_key, f"{name}.{text_key}")}
     train = _train(turn, name)
     if train is not None:
@@ -115,17 +144,34 @@ def _turn(turn: Any, name: str) -> Message:
     return message
 
 
+def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
+    """Raise Refusal for a key that carries meaning and that nothing reads."""
+    for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
+        value = turn[key]
+        if value is None if key in _WEIGHTS else is_nothing(value):
+            continue
+        if key == "loss_weight" and value == 1:
+            continue  # what every turn has anyway
+        remedy = "write the call into its content" if key in _CALLS else "write what counts into its content"
+        if key in _WEIGHTS:
+            remedy = 'say whether the turn is learned by "train": true or false'
+        reason = "tool_calls" if key in _CALLS else f"unread_{key}"
+        what = f"{name} has {key} ({shown(value)}), which nothing reads"
+        raise Refusal(reason, f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
+
+
 def _content(turn: dict[str, Any], key: str, name: str) -> str:
     value = turn.get(key)
-    if not isinstance(value, list):
+    if not isinstance(value, list) or is_texts(value):
         return text_of(turn, key, name)
     texts = []
     for number, part in enumerate(value, 1):
-        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        said = (part.get("text") or part.get("value")) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(said, str):
             raise Refusal(
                 "not_text", f'{name}[{number}] is {shown(part)}; parts must be {{"type": "text", "text": ...}}'
             )
-        texts.append(part["text"])
+        texts.append(said)
     return text_of({key: "".join(texts)}, key, name)
 
 
