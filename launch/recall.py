@@ -95,7 +95,7 @@ def _state(key: str, value: Any) -> list[Any]:
     else:
         from trainer.data.read.paths import expand
 
-        files = expand(value, key)
+        files = [path for path in expand(value, key) if isinstance(path, Path)]
     return [_file_state(path) for path in files]
 
 

@@ -150,7 +150,7 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str | None) 
 class _Members(io.RawIOBase):
     """Compressed members one behind the other; unlike the library's own reader it refuses what follows them."""
 
-    def __init__(self, file: BinaryIO, make: Callable[[], Any]) -> None:
+    def __init__(self, file: io.BufferedReader, make: Callable[[], Any]) -> None:
         self.file, self.make = file, make
         self.member = make()
 
@@ -162,9 +162,11 @@ class _Members(io.RawIOBase):
         while True:
             rest = b""
             if self.member.eof:
-                rest = (self.member.unused_data or self.file.read(BUFFER)).lstrip(b"\0")  # padding is allowed
-                if not rest and not self.file.peek(1):
-                    return 0
+                rest = self.member.unused_data.lstrip(b"\0")  # padding is allowed
+                while not rest:
+                    if not (more := self.file.read(BUFFER)):
+                        return 0
+                    rest = more.lstrip(b"\0")
                 self.member = self.make()
             elif self.member.needs_input and not (rest := self.file.read(BUFFER)):
                 raise EOFError

@@ -68,7 +68,7 @@ def is_texts(value: Any) -> bool:
 
 def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
     """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text, surrogate."""
-    value = fields.get(key)
+    value: Any = fields.get(key)
     name = name or f'"{key}"'
     if is_texts(value):
         if len(value) > 1:
