@@ -1,5 +1,6 @@
 """Sources against independent oracles: the json module, pandas-free csv and Arrow readers, and hand-written truth."""
 
+import bz2
 import codecs
 import csv
 import datetime
@@ -7,6 +8,7 @@ import decimal
 import gzip
 import io
 import json
+import lzma
 import pickle
 import re
 
@@ -150,6 +152,43 @@ def test_a_line_is_accepted_only_if_json_accepts_it(line):
         assert row.fields == value
     elif isinstance(value, dict):
         assert row.reason in ("duplicate_key", "lone_surrogate", "number_too_large")
+
+
+NAMES = st.sampled_from(["a", "b", "a:", 'a"', "a\\", "é"])
+TEXTS = st.text(alphabet='ab:"\\ {},', max_size=6)
+SPACES = st.sampled_from(["", "", " ", "\t", " \r"])
+
+
+@st.composite
+def written(draw, depth=0):
+    """A JSON value as text, spaced and escaped in any way, and whether a key is there twice in it."""
+    kind = draw(st.sampled_from(["text", "number", "object", "list"] if depth < 2 else ["text", "number"]))
+    if kind == "text":
+        text = json.dumps(draw(TEXTS))
+        return (text.replace(":", "\\u003a") if draw(st.booleans()) else text), False
+    if kind == "number":
+        return draw(st.sampled_from(["1", "-0", "1.5e3", "18446744073709551617", "123456789012345678901"])), False
+    inner = draw(st.lists(written(depth + 1), max_size=3))
+    if kind == "list":
+        return f"[{','.join(text for text, _ in inner)}]", any(doubled for _, doubled in inner)
+    names = [draw(NAMES) for _ in inner]
+    colon = draw(SPACES) + ":" + draw(SPACES)
+    pairs = [json.dumps(name) + colon + text for name, (text, _) in zip(names, inner, strict=True)]
+    return f"{{{','.join(pairs)}}}", len({*names}) < len(names) or any(doubled for _, doubled in inner)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(NAMES, written()), min_size=1, max_size=4))
+def test_a_key_that_is_there_twice_is_always_found_and_numbers_stay_exact(columns):
+    line = ",".join(f"{json.dumps(name)}:{text}" for name, (text, _) in columns)
+    row = Row("x", 1, raw=f"{{{line}}}".encode()).parse()
+    names = [name for name, _ in columns]
+    for name, (text, doubled) in columns:
+        if doubled or names.count(name) > 1:
+            assert row.fields[name].reason == "duplicate_key"
+        else:
+            value = json.loads(text)
+            assert row.fields[name] == value and type(row.fields[name]) is type(value)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
@@ -390,9 +429,12 @@ def test_a_bad_byte_in_a_text_names_its_line(tmp_path):
 # ---- opening ----
 
 
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
-def test_every_cut_of_a_compressed_file_is_noticed(tmp_path, name):
-    members = [zst(part) if name.endswith("zst") else gzip.compress(part) for part in (b'{"a": 1}\n' * 9, b'{"b": 2}')]
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zst), ("x.jsonl.bz2", bz2.compress), ("x.jsonl.xz", lzma.compress)],
+)
+def test_every_cut_of_a_compressed_file_is_noticed(tmp_path, name, pack):
+    members = [pack(part) for part in (b'{"a": 1}\n' * 9, b'{"b": 2}')]
     whole = b"".join(members)
     for length in range(1, len(whole)):
         (tmp_path / name).write_bytes(whole[:length])

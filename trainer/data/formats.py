@@ -17,18 +17,8 @@ from trainer.data.document import Document, Message, Rejected
 from trainer.data.labels import labels_of
 from trainer.data.read.row import Row
 from trainer.data.read.strict import Fault
-from trainer.data.stages.checks import (
-    Refusal,
-    conversation,
-    is_nothing,
-    is_texts,
-    label_of,
-    parted,
-    shown,
-    text_of,
-    turns_of,
-    verdict_of,
-)
+from trainer.data.stages.checks import Refusal, is_nothing, is_texts, label_of, shown, text_of, verdict_of
+from trainer.data.turns import conversation, history_of, parted, turns_of
 from trainer.data.unread import CARRIERS, Unread
 
 NEEDS = {
@@ -91,7 +81,9 @@ def recognise(row: Row, columns: dict[str, str], *, source: str = "data", ignore
     names = f"{row.file}:{row.line}: columns {_names(fields)} fit"
     if found:
         readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in found.items())
-        choice = f"{setting.removesuffix('columns')}format={'|'.join(found)}"
+        choice = (
+            f"{setting.removesuffix('columns')}format={'|'.join(found)}, or leave columns out with data.ignore_columns"
+        )
         raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {shown(fields)}")
     needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {shown(fields)}"
     example = f"{setting}='{{prompt:NAME,completion:NAME}}'"
@@ -161,7 +153,8 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
 class RowReader:
     """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it.
 
-    `ignored` columns (`data.ignore_columns`) count as not there. What else is not read is told by `unread`.
+    `ignored` columns (`data.ignore_columns`) count as not there. What else is not read is told by `unread`, and with
+    `refuses` a row with a column that carries meaning is rejected.
     """
 
     def __init__(
@@ -172,6 +165,7 @@ class RowReader:
         source: str,
         multi_label: bool = False,
         ignored: Collection[str] = (),
+        refuses: bool = True,
     ) -> None:
         if format is DataFormat.auto:
             raise ValueError("a reader needs a format; recognise() finds it from the first row")
@@ -186,7 +180,7 @@ class RowReader:
         self._spellings = [s for s in spellings if columns.keys() <= {*s, *known}] or spellings
         named = {*columns.values(), *(name.split(".")[0] for name in columns.values())}
         self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
-        self.unread = Unread(format, self.ignored, self._setting)
+        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
         self.wanted = frozenset({*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)})
         """Columns that decide over a document: of a table no others need be read."""
 
@@ -265,19 +259,8 @@ def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling,
             if fields.get(extra) not in (None, ""):
                 document.prompt += "\n\n" + text_of(fields, extra)
         if not is_nothing(fields.get("history")):
-            earlier = _history(fields["history"])
+            earlier = history_of(fields["history"])
             document.messages = [*earlier, *_as_turns(document)]
-
-
-def _history(value: Any) -> list[Message]:
-    """Earlier turns from pairs of a question and its answer. Raises Refusal."""
-    turns = []
-    for number, pair in enumerate(value if isinstance(value, list) else [value], 1):
-        if not is_texts(pair) or len(pair) != 2:
-            raise Refusal("bad_history", f"history[{number}] is {shown(pair)}; it must be [question, answer]")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": text_of({role: text}, role, f"history[{number}]")})
-    return turns
 
 
 def _is_turns(value: Any) -> bool:

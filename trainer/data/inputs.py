@@ -141,9 +141,11 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     key = "data.decontamination.paths"
     for path in Origin.of(paths, key, remote=config.remote).paths:  # each file in its own format
         item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {})
-        item.ignored = frozenset(config.ignore_columns)
-        reader = readers_of([item])[item.id]
-        for row in item.origin.rows(item.wanted):
+        ignored = config.ignore_columns
+        format = recognise(_first_row(item), {}, source=item.source, ignored=ignored)
+        # what is compared are texts: a picture beside them matters to nobody
+        reader = RowReader(format, {}, source=item.source, ignored=ignored, refuses=False)
+        for row in item.origin.rows(reader.wanted):
             parsed = row.parse()
             found = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if not isinstance(found, Document):

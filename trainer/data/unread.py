@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from trainer.data.config import DataFormat
-from trainer.data.stages.checks import MEDIA, Refusal, is_nothing, shown
+from trainer.data.stages.checks import Refusal, is_nothing, shown
+from trainer.data.turns import MEDIA
 
 _TALK = ("history", "tools", "tool_calls", "reasoning_content", "thinking")
 _BESIDE = ("passage", "context")
@@ -36,9 +37,9 @@ SHOWN = 20
 class Unread:
     """What one reader left unread. `names` grows, in order of appearance; whoever takes them may clear it."""
 
-    def __init__(self, format: DataFormat, ignored: Collection[str], setting: str) -> None:
+    def __init__(self, carriers: Collection[str], ignored: Collection[str], setting: str) -> None:
         self.names: dict[str, None] = {}
-        self._carriers, self._ignored, self._setting = CARRIERS[format], ignored, setting
+        self._carriers, self._ignored, self._setting = carriers, ignored, setting
         self._known: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}
 
     def note(self, fields: Mapping[str, Any], others: tuple[str, ...], read: tuple[str, ...]) -> None:
