@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import DataError
 from trainer.data.document import Rejected
 from trainer.data.read.opening import File, identify, local, open_binary, unreadable
+from trainer.data.read.remote import Remote
 from trainer.data.read.row import Row
 from trainer.data.read.strict import MAX_ROW_BYTES, Fault, Refused, decode_utf8
 
@@ -76,7 +77,7 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
         source.seek(end - len(_END_OF_STREAM))
         if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
             raise DataError(f"{path}: the Arrow stream is cut off: its end mark is missing; copy or make it again")
-        if more := len(source.read(1)):
+        if source.read(1):
             more = source.seek(0, 2) - end
             raise DataError(f"{path}: {more} bytes follow the end of the Arrow stream; make the file again")
 
@@ -105,6 +106,8 @@ def _require_head(path: File, heads: tuple[bytes, ...], kind: str) -> None:
 
 
 def _damaged(path: File, kind: str, error: BaseException) -> DataError:
+    if isinstance(path, Remote) and isinstance(error, OSError):
+        return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataError(f"{path}: the {kind} file is damaged or cut off ({cause[:200]}); copy or make it again")
 

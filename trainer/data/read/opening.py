@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from strategies.errors import DataError
-from trainer.data.read.remote import Remote
+from trainer.data.read.remote import HEAD, Remote
 
 File = Path | Remote
 """A file that rows are read from."""
 BUFFER = 2**20
 """Bytes read at a time."""
 BOM = b"\xef\xbb\xbf"
-_HEAD = 4096
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _UNREADABLE = (OSError, EOFError, *_DAMAGED)
 _MAGIC = (
@@ -107,7 +106,7 @@ def open_text(path: File) -> Iterator[BinaryIO]:
     """
     try:
         with open_binary(path) as file:
-            head = file.peek(_HEAD)[:_HEAD]
+            head = file.peek(HEAD)[:HEAD]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
             compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else None
@@ -116,7 +115,7 @@ def open_text(path: File) -> Iterator[BinaryIO]:
                 what = f"it holds {found}" if found else "it is not compressed"
                 raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
             with _decompressed(path, file, compression) as stream:
-                head = stream.peek(_HEAD)[:_HEAD]
+                head = stream.peek(HEAD)[:HEAD]
                 if found := identify(head):
                     raise DataError(f"{path}: holds {found}{_remedy(path, found)}")
                 if head.startswith(BOM):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from errno import EIO
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -20,6 +22,8 @@ _TAGS = ("ETag", "Content-MD5", "Digest")
 """What a web server may say about a file's content."""
 BLOCK = 8 << 20
 """Bytes asked for at a time."""
+HEAD = 4096
+"""Bytes that tell what a file is."""
 
 
 def is_address(value: str) -> bool:
@@ -123,20 +127,27 @@ class _Reading(io.RawIOBase):
         return bool(self.file.seekable())
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self.file.seek(offset, whence))
+        return int(self._asked(self.file.seek, offset, whence))
 
     def tell(self) -> int:
         return int(self.file.tell())
 
     def readinto(self, buffer: Any) -> int:
+        part = self._asked(self.file.read, len(buffer))
+        while part and len(part) < min(HEAD, len(buffer)):  # a first look must see enough, whatever the network gives
+            if not (more := self._asked(self.file.read, len(buffer) - len(part))):
+                break
+            part += more
+        buffer[: len(part)] = part
+        return len(part)
+
+    def _asked(self, ask: Callable[..., Any], *values: int) -> Any:
         try:
-            part = self.file.read(len(buffer))
+            return ask(*values)
         except OSError:
             raise
         except Exception as error:
-            raise OSError(0, f"{type(error).__name__}: {error}") from error
-        buffer[: len(part)] = part
-        return len(part)
+            raise OSError(EIO, f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         if not self.closed:
