@@ -21,7 +21,17 @@ from strategies.errors import ShardtuneError
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
-LIBRARIES = ("shardtune", "transformers", "tokenizers", "datasets", "pyarrow", "ftfy", "phonenumbers", "rensa")
+LIBRARIES = (
+    "shardtune",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "orjson",
+    "ftfy",
+    "phonenumbers",
+    "rensa",
+)
 NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 

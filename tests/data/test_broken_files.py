@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import DataError
-from tests.data.broken_files import CASES
+from tests.data.broken_files import CASES, whole
 from trainer.data.document import Rejected
 from trainer.data.read import Row, expand, read
 
@@ -29,8 +29,7 @@ def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
     try:
         for row in read(expand(value, "data.path"), key="data.path"):
             assert type(row) in (Row, Rejected)
-            row = row.parse()
-            found.append(next(iter(row.faults()), row) if isinstance(row, Row) else row)
+            found.append(whole(row))
     except DataError as error:
         return found, error
     return found, None

@@ -120,6 +120,9 @@ def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, r
     assert f'train.jsonl:1: column "{column}" is not read' in said, said
     assert "data.columns" in said and "data.ignore_columns" in said
     assert not list(Path("cache").glob("*/manifest.json"))
+    format = {"question": "prompt_completion", "prompt": "prompt_completion", "messages": "messages", "text": "text"}
+    named = f"data.format={format.get(next(iter(rows[0])), 'alpaca')}"
+    assert f'train.jsonl:1: column "{column}" is not read' in prepare(named, "data.max_bad_share=1", code=65)
     assert "nothing read" not in prepare(f"data.ignore_columns=[{column}]")
     empty = [{**row, column: [] if column != "image" else None} for row in rows]
     write_jsonl(Path("train.jsonl"), empty)
@@ -192,6 +195,10 @@ def test_what_nobody_reads_makes_no_row_unusable(prepare):
 
 def test_an_unread_column_of_bytes_makes_no_row_unusable(prepare):
     table = pa.table({"question": ["q", "r"], "answer": ["a", "b"], "embedding": [b"\xff\xfe", b"\x00\x01"]})
+    odd = pa.array([(1, 2, 3), None], pa.month_day_nano_interval())  # a type that has no value in JSON
+    with pa.ipc.new_file("train.arrow", pa.schema([*table.schema, pa.field("odd", odd.type)])) as file:
+        file.write_table(table.append_column("odd", odd))
+    assert "columns of data that nothing read: embedding, odd" in prepare(path="train.arrow")
     pq.write_table(table, "train.parquet")
     said = prepare(path="train.parquet")
     assert len(prepare.documents()) == 2 and "columns of data that nothing read: embedding" in said

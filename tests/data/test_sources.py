@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import DataError
-from tests.data.broken_files import arrow, parquet, zst
+from tests.data.broken_files import arrow, parquet, whole, zst
 from trainer.data.document import Rejected
 from trainer.data.read import (
     Row,
@@ -37,12 +37,6 @@ from trainer.data.read.opening import open_text
 
 def parsed(*paths):
     return [whole(row) for row in read(paths, key="data.path")]
-
-
-def whole(row):
-    """The row, or why it cannot be read with all its columns."""
-    row = row.parse()
-    return next(iter(row.faults()), row) if isinstance(row, Row) else row
 
 
 def fields(*paths):

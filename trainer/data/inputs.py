@@ -94,12 +94,13 @@ def readers_of(inputs: list[Input], *, multi_label: bool = False) -> dict[tuple[
     for item in inputs:
         format = item.format
         options: Any = {"source": item.source, "ignored": item.ignored}
-        first = _first_row(item) if format is DataFormat.auto else None
-        if first is not None:
+        first: Any = _first_row(item) if format is DataFormat.auto else next(item.origin.rows()).parse()
+        if format is DataFormat.auto:
             format = recognise(first, item.columns, **options)
         reader = made[item.id] = RowReader(format, item.columns, multi_label=multi_label, **options)
         item.wanted = reader.wanted
-        if first is not None and isinstance(found := reader(first), Rejected) and found.reason.startswith("unread_"):
+        found = first if isinstance(first, Rejected) else reader(first)
+        if isinstance(found, Rejected) and found.reason.startswith("unread_"):
             raise DataError(str(found))  # what the first row has all have: no work is lost
     return made
 

@@ -76,7 +76,7 @@ def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) 
         remedy = "write the call into its content" if key in _CALLS else "write what counts into its content"
         if key in _WEIGHTS:
             remedy = 'say whether the turn is learned by "train": true or false'
-        reason = "tool_calls" if key in _CALLS else f"unread_{key}"
+        reason = "tool_calls" if key in _CALLS else f"turn_{key}"
         what = f"{name} has {key} ({shown(value)}), which nothing reads"
         raise Refusal(reason, f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 

@@ -41,11 +41,6 @@ class Row:
             return Rejected(self.file, self.line, refused.reason, refused.message, excerpt(self.raw))
         return self
 
-    def faults(self) -> list[Rejected]:
-        """What would be wrong with the row for whoever reads its faulty columns."""
-        found = [value for value in self.fields.values() if isinstance(value, Fault)]
-        return [Rejected(self.file, self.line, fault.reason, fault.message, self.excerpt()) for fault in found]
-
     def excerpt(self) -> str:
         """The row's first characters, as they are in the file or as its columns show them."""
         if self.raw is not None:

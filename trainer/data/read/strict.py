@@ -115,6 +115,9 @@ def checked(value: Any, text: str) -> dict[str, Any]:
     if halves and _half("".join(value)):
         raise _half_refused()
     deep = text.count("[") + text.count("{") > MAX_DEPTH
+    if not (halves or deep or _made):
+        return value
+    _made.clear()
     fields = {name: _fault_in(item, halves=halves, deep=deep) or item for name, item in value.items()}
     for name in getattr(value, "twice", ()):
         fields[name] = _doubled(name)
@@ -189,20 +192,25 @@ def _doubled(name: str) -> Fault:
     return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
 
 
+def _fault(reason: str, message: str) -> Fault:
+    _made.append(fault := Fault(reason, message))
+    return fault
+
+
 def _constant(name: str) -> Fault:
-    return Fault("nan", f"{name} is not a JSON value; use null or a number")
+    return _fault("nan", f"{name} is not a JSON value; use null or a number")
 
 
 def _float(digits: str) -> float | Fault:
     value = float(digits)
     if math.isinf(value):
-        return Fault("number_too_large", f"the number {_short(digits)} is beyond what a float can hold (1.8e308)")
+        return _fault("number_too_large", f"the number {_short(digits)} is beyond what a float can hold (1.8e308)")
     return value
 
 
 def _int(digits: str) -> int | Fault:
     if len(digits) > MAX_DIGITS:
-        return Fault("number_too_large", f"the whole number {_short(digits)} has more than {MAX_DIGITS} digits")
+        return _fault("number_too_large", f"the whole number {_short(digits)} has more than {MAX_DIGITS} digits")
     return int(digits)
 
 
@@ -216,8 +224,11 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return fields
     doubled, names = _Doubled(fields), [name for name, _ in pairs]
     doubled.twice = tuple(name for name in fields if names.count(name) > 1)
+    _made.append(doubled)
     return doubled
 
 
+_made: list[Any] = []
+"""What `DECODER` put in place of values since `checked` looked: mostly nothing, and nothing need be looked for."""
 DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
 """Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_Doubled`."""
