@@ -55,6 +55,8 @@ setup(
         "wandb>=0.31",
         "psutil>=6",
         "pyarrow>=20",
+        "orjson>=3.11",
+        "fsspec>=2025.3",
         "ftfy>=6.3",
         "phonenumbers>=9",
         "python-stdnum>=2",  # check digits
@@ -69,10 +71,12 @@ setup(
         "gpu": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard>=2.21"],
         "pii": PII,
+        "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
         "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
         "test": [
             *PII,
+            "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",
             "pytest>=9",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 320
+LISTS = {"trainer/data/config.py": 500}
+"""Files that are lists to look things up in: here a length would force a cut where there is none."""
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 FOREIGN = {"varlen_attention"}
@@ -55,8 +57,8 @@ def violations(path: Path) -> list[str]:
     text = path.read_text()
     tree = ast.parse(text)
     out = []
-    if len(text.splitlines()) > MAX_FILE_LINES:
-        out.append(f"{name}: {len(text.splitlines())} lines, at most {MAX_FILE_LINES}: split it by what it owns")
+    if (lines := len(text.splitlines())) > (most := LISTS.get(name, MAX_FILE_LINES)):
+        out.append(f"{name}: {lines} lines, at most {most}: split it by what it owns")
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1

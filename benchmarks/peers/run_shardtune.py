@@ -12,10 +12,8 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from trainer.data.batches.pack import best_fit_decreasing
-    from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
-    from trainer.data.config import DataConfig
+    from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig, PrivacyConfig, PrivacyMode
     from trainer.data.prepare import Preparation
-    from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
     from trainer.objectives.sft import SftReading
 
     off = DuplicatePolicy.none

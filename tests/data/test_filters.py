@@ -1,9 +1,10 @@
 import pytest
 
 from strategies.errors import ConfigError
+from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally
 from trainer.data.stages import language
-from trainer.data.stages.filters import FilterConfig, Filters, words
+from trainer.data.stages.filters import Filters, words
 
 PROSE = (
     "The river rose in the night and covered the lower road. By morning the farmers had moved their sheep up to the "

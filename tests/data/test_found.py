@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, PrivacyConfig, PrivacyMode
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 
 KEYS = ("the first secret key", "the second secret key")
 SLOW = """

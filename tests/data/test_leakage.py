@@ -9,15 +9,19 @@ import pytest
 
 from strategies.errors import DataError
 from trainer.data.choose import leakage
-from trainer.data.choose.duplicates import ComparedText, DuplicatePolicy, DuplicatesConfig, Signer, compared_text
-from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy, find_leaks, settle
-from trainer.data.document import Document, Tally
-from trainer.data.stages.decontamination import (
+from trainer.data.choose.duplicates import Signer, compared_text
+from trainer.data.choose.leakage import find_leaks, settle
+from trainer.data.config import (
+    ComparedText,
     DecontaminationConfig,
     DecontaminationPolicy,
-    Decontaminator,
-    evaluation_texts,
+    DuplicatePolicy,
+    DuplicatesConfig,
+    LeakageConfig,
+    LeakagePolicy,
 )
+from trainer.data.document import Document, Tally
+from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
 
 SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
 DRAW = random.Random(1)

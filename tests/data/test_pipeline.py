@@ -15,15 +15,25 @@ from tests.data.broken_files import CASES
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data import prepare as module
 from trainer.data.batches.units import build_order
-from trainer.data.choose.balance import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
-from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy
-from trainer.data.config import DataConfig, OverLength, SourceConfig
+from trainer.data.config import (
+    BalanceBy,
+    BalanceConfig,
+    BalanceTarget,
+    DataConfig,
+    DecontaminationConfig,
+    DecontaminationPolicy,
+    DuplicatePolicy,
+    DuplicatesConfig,
+    LeakageConfig,
+    LeakagePolicy,
+    OverLength,
+    PrivacyConfig,
+    PrivacyMode,
+    SourceConfig,
+)
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.decontamination import DecontaminationConfig, DecontaminationPolicy
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 from trainer.data.store.documents import DocumentTable
 from trainer.objectives.classification import LabelReading
 from trainer.objectives.sft import SftReading

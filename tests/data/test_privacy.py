@@ -13,9 +13,10 @@ import pytest
 from strategies.errors import ConfigError, DataError
 from tests.data.pii.synthetic import synthetic
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, PrivacyPreset
 from trainer.data.document import Document, Tally
 from trainer.data.prepare import Preparation
+from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 from trainer.data.stages.privacy import (
     Finder,
@@ -29,15 +30,7 @@ from trainer.data.stages.privacy import (
     coverage,
     problems,
 )
-from trainer.data.stages.privacy.config import (
-    FOUND_BY_NONE,
-    HIPAA,
-    NATIONAL_IDS,
-    NEEDS_PRESIDIO,
-    TYPES,
-    PrivacyPreset,
-    types_of,
-)
+from trainer.data.stages.privacy.config import FOUND_BY_NONE, HIPAA, NATIONAL_IDS, NEEDS_PRESIDIO, TYPES, types_of
 from trainer.data.stages.privacy.engine import RULES, resolve
 from trainer.data.stages.privacy.rule import Finding
 from trainer.data.stages.privacy.stage import mask, normalise
@@ -385,15 +378,11 @@ def test_masks_show_shapes():
 # Settings
 
 
-def lengths(sample):
-    return {"loss": len(sample.input_ids)}
-
-
 def test_a_prepared_data_set_says_what_was_not_looked_for_and_why(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "I am Jane Doe, jane@example.com", "completion": "Hello Jane."}])
     settings = PrivacyConfig(mode=PrivacyMode.redact, preset=PrivacyPreset.hipaa, regions=["US"])
     data = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=settings)
-    prepared = Preparation(data, tiny_tokenizer(), counts=lengths, seed=1).open_or_make()
+    prepared = Preparation(data, tiny_tokenizer(), Reading(), seed=1).open_or_make()
     told = json.loads((prepared.directory / "audit.json").read_text())["privacy"]
     assert set(told["looked_for"]) | set(told["not_looked_for"]) == set(TYPES)
     assert "EMAIL" in told["looked_for"] and "DATE" in told["looked_for"]

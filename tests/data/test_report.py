@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,21 +17,29 @@ from launch import prepare as verb
 from strategies.errors import DataError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
-from trainer.data import prepare as module
-from trainer.data.choose.balance import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
-from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy
-from trainer.data.config import DataConfig, OverLength, SourceConfig
+from trainer.data.config import (
+    BalanceBy,
+    BalanceConfig,
+    BalanceTarget,
+    CardConfig,
+    DataConfig,
+    DuplicatePolicy,
+    DuplicatesConfig,
+    LeakageConfig,
+    LeakagePolicy,
+    OverLength,
+    PrivacyConfig,
+    PrivacyMode,
+    SourceConfig,
+)
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.audit import Audit
-from trainer.data.report.card import CardConfig, datacard
-from trainer.data.report.describe import Description
+from trainer.data.report.card import datacard
 from trainer.data.report.page import page
 from trainer.data.report.preview import summary
 from trainer.data.report.verdict import Level, known_gaps, overall, tiles
 from trainer.data.report.wording import percent
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 from trainer.objectives.classification import LabelReading
 
 ROOT = Path(__file__).parents[2]
@@ -304,22 +311,20 @@ def test_what_was_not_looked_for_is_said(tmp_path):
     assert "looked for in 4 of 9 documents" in shown and "looked for in 4 of 9 documents" in card
     assert "organisations were not looked for: only what has a pattern" in shown
     assert "organisations were not looked for." in card and "organisations were not looked for (data.privacy" in card
-    named = replace(audit, privacy=replace(audit.privacy, people_and_places=True))
+    looked_for = [*audit.privacy.looked_for, "PERSON"]
+    named = replace(audit, privacy=replace(audit.privacy, looked_for=looked_for))
     assert "organisations were looked for" in words_of(page(named, CardConfig()))
     assert "organisations were looked for" in datacard(named, CardConfig())
     assert not [gap for gap in known_gaps(named, CardConfig()) if "organisations" in gap]
 
 
-def test_columns_that_nobody_read_are_named_once_a_source(tmp_path, monkeypatch):
-    found = {"data": ["score", "an<b>notator\x1b"], "empty": []}
-    monkeypatch.setattr(module, "Description", partial(Description, unread_columns=found))
-    made, audit = prepare(tmp_path, chat_rows(9))
+def test_columns_that_nobody_read_are_named_once_a_source(tmp_path):
+    made, audit = prepare(tmp_path, [{**row, "score": 1, "an<b>notator\x1b": "x"} for row in chat_rows(9)])
     assert audit.unread_columns == {"data": ["score", "an<b>notator\x1b"]}
     assert "columns of data that nobody read: score, an<b>notator\\x1b" in summary(made.report)
     shown, card = read(made.directory)
     assert "Columns of data that nobody read: score , an<b>notator" in shown
     assert "score, an&lt;b&gt;notator\\\\x1b |" in card and "columns of data that nobody read" in card
-    monkeypatch.undo()
     made, _ = prepare(tmp_path, chat_rows(10))
     assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]
 

@@ -6,13 +6,12 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
-from trainer.data.config import OverLength
+from trainer.data.config import LearnConfig, LearnTurns, OverLength
 from trainer.data.document import Document
 from trainer.data.store.sequences import Sample
 from trainer.data.tokens.cut import fit
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.skeleton import RESERVED
-from trainer.data.tokens.template import LearnConfig, LearnTurns
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig
+from trainer.data.fields import Refusal
 from trainer.data.prepare import Preparation
-from trainer.data.stages.checks import Refusal
 from trainer.data.store.sequences import Sample
 from trainer.evaluation.loss import f1_scores
 from trainer.objectives.classification import (

@@ -21,6 +21,7 @@ from trainer.config.sharding import problems as sharding_problems
 from trainer.data.choose.balance import check as check_balance
 from trainer.data.config import Layout
 from trainer.data.read.paths import expand, is_hub
+from trainer.data.read.remote import is_address
 from trainer.data.stages.filters import problems as filter_problems
 from trainer.data.stages.privacy.config import problems as privacy_problems
 from trainer.model import encoder_decoder
@@ -146,6 +147,8 @@ def _data(config: RunConfig) -> Iterator[str]:
             yield f"{key}: not set; give the source's files"
         for pattern in [] if value is None else value if isinstance(value, list) else [value]:
             path = Path(str(pattern)).expanduser()
+            if data.remote and is_address(str(pattern)):
+                continue  # found, or not, where it is read: composing reaches no network
             if not is_hub(str(pattern)) and not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
                 try:
                     expand(pattern, key)

@@ -21,6 +21,7 @@ from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.columns import Columns
 from trainer.data.store.documents import TableWriter
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, StoreWriter
+from trainer.data.unread import MOST_NAMES
 
 LABELS = MARK_PREFIX + LABEL
 QUARANTINE, DROPPED = "quarantine.jsonl", "dropped.jsonl"
@@ -40,6 +41,8 @@ class Totals:
     bad: list[Bad] = field(default_factory=list)
     """The first few."""
     num_bad: int = 0
+    unread: dict[str, dict[str, None]] = field(default_factory=dict)
+    """Columns that nothing read, by source, in order of appearance."""
     findings: Findings | None = None
 
     @property
@@ -75,6 +78,8 @@ class Assembly:
             raise AssertionError(f"block {block.number}: {block.rows} rows in, {number} kept, the rest unaccounted for")
         totals.rows_of_file.update(block.rows_of_file)
         totals.tally.merge(block.tally)
+        if len(names := totals.unread.setdefault(block.source, {})) < MOST_NAMES:
+            names.update(dict.fromkeys(block.unread))
         self._log(block)
         if totals.num_bad > GIVE_UP and totals.num_bad > self.max_bad_share * max(totals.num_rows, 10 * GIVE_UP):
             self.refuse()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.document import Tally
-from trainer.data.read.row import BadRow, Row
+from trainer.data.document import Rejected, Tally
+from trainer.data.read.row import Row
 from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.sequences import Sequences
 
@@ -30,7 +30,7 @@ class Job:
     source: str
     offset: int
     """Number of rows of the same split and source before this job."""
-    rows: list[Row | BadRow]
+    rows: list[Row | Rejected]
 
 
 @dataclass(slots=True)
@@ -60,6 +60,8 @@ class Block:
     """What is kept, as rows of `documents.arrow`, with `pieces[i]` sequences of document i."""
     pieces: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sequences: Sequences | None = None
+    unread: list[str] = field(default_factory=list)
+    """Columns that nothing read."""
     labels: list[str] = field(default_factory=list)
     """Label names in the block's own numbering."""
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
@@ -68,7 +70,7 @@ class Block:
 
 
 def jobs(
-    rows: Iterator[tuple[tuple[str, str], Row | BadRow]], *, most_rows: int = 512, most_bytes: int = 4 << 20
+    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
 ) -> Iterator[Job]:
     """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
     number, size, current = 0, 0, Job(0, "", "", 0, [])

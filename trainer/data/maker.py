@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 
 from trainer.data.block import Bad, Block, Job
-from trainer.data.choose.duplicates import DuplicatePolicy, Signer
-from trainer.data.config import DataConfig
-from trainer.data.document import Document, Stage
-from trainer.data.formats import Rejected, RowReader
-from trainer.data.read.row import BadRow, Row
+from trainer.data.choose.duplicates import Signer
+from trainer.data.config import DataConfig, DuplicatePolicy
+from trainer.data.document import Document, Rejected, Stage
+from trainer.data.formats import RowReader
+from trainer.data.read.row import Row
 from trainer.data.reading import Reading
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
@@ -44,7 +43,10 @@ class BlockMaker:
         files = Counter(row.file for row in job.rows)
         block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
         stages = self.stages()  # anew for each block: what they count is the block's
+        unread = self.readers[job.split, job.source].unread.names
+        unread.clear()
         documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
+        block.unread = list(unread)
         for stage in stages:
             if stage.name == "privacy" and self._scanned_enough(job):
                 continue
@@ -64,24 +66,19 @@ class BlockMaker:
         privacy = self.config.privacy
         return privacy.mode == "report" and 0 < privacy.scan_documents <= job.offset
 
-    def _read(self, job: Job, row: Row | BadRow, block: Block) -> Document | None:
-        parsed = row.parse() if isinstance(row, Row) else row
-        if isinstance(parsed, BadRow):
-            self._quarantine(block, parsed.file, parsed.line, parsed.reason, parsed.message, parsed.excerpt)
-            return None
-        found = self.readers[job.split, job.source](parsed)
+    def _read(self, job: Job, row: Row | Rejected, block: Block) -> Document | None:
+        parsed = row.parse()
+        found = parsed if isinstance(parsed, Rejected) else self.readers[job.split, job.source](parsed)
+        if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
+            found = Rejected(found.file, found.line, *refusal, found.text or "")
         if isinstance(found, Rejected):
-            excerpt = json.dumps(parsed.fields, ensure_ascii=False, default=str)
-            self._quarantine(block, found.file, found.line, found.reason, found.message, excerpt)
-            return None
-        if (refusal := self.reading.refuses(found)) is not None:
-            self._quarantine(block, found.file, found.line, *refusal, found.text or "")
+            self._quarantine(block, found)
             return None
         return found
 
-    def _quarantine(self, block: Block, file: str, line: int, reason: str, message: str, excerpt: str) -> None:
-        block.tally.drop("read", reason, f"{file}:{line}")
-        block.bad.append(Bad(block.source, file, line, reason, message, excerpt[:200]))
+    def _quarantine(self, block: Block, row: Rejected) -> None:
+        block.tally.drop("read", row.reason, f"{row.file}:{row.line}")
+        block.bad.append(Bad(block.source, row.file, row.line, row.reason, row.message, row.excerpt[:200]))
 
     def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
         before = len(block.tally.drops)

@@ -20,9 +20,9 @@ import numpy as np
 from strategies.errors import Preempted
 from trainer.data.assemble import Assembly
 from trainer.data.block import Block, Job, jobs
-from trainer.data.choose.balance import BalanceBy
 from trainer.data.choose.splits import Selection, choose, sequences_of
-from trainer.data.config import DataConfig
+from trainer.data.config import BalanceBy, DataConfig, DataFormat, PrivacyMode
+from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, readers_of, rows_of
 from trainer.data.maker import BlockMaker
 from trainer.data.parallel import cores, ordered_map
@@ -31,7 +31,7 @@ from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
 from trainer.data.shards import Shards
 from trainer.data.stages.chain import stages_of
-from trainer.data.stages.privacy.config import PrivacyMode, key_identity
+from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
 from trainer.data.store.cache import DONE, DigestCache, build_once, fingerprint
 from trainer.data.store.columns import Columns
@@ -45,7 +45,7 @@ VERSION = 4
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
-NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "workers", "packing", "layout", "shuffle")
+NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "remote", "workers", "packing", "layout", "shuffle")
 """Settings that change no prepared byte, or stand for files whose bytes are hashed."""
 
 
@@ -90,7 +90,7 @@ class Preparation:
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
         identities: list[Any] = [(*item.id, item.origin.identity(self.digests)) for item in self.inputs]
         if config.decontamination.paths is not None:
-            against = Origin.of(config.decontamination.paths, "data.decontamination.paths")
+            against = Origin.of(config.decontamination.paths, "data.decontamination.paths", remote=config.remote)
             identities.append(("decontamination", against.identity(self.digests)))
         if (key := key_identity(config.privacy)) is not None:
             identities.append(("key of the pseudonyms", key))
@@ -142,7 +142,9 @@ class Preparation:
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self._write_splits(target, columns, selection)
-        about = Description(self.config, self.tokenizer, self.inputs, self.fingerprint, target, digest=self.digests)
+        about = Description(
+            self.config, self.tokenizer, self.inputs, self._formats(), self.fingerprint, target, digest=self.digests
+        )
         report = about.write(assembly.totals, columns, selection, names)
         manifest = {
             "fingerprint": self.fingerprint,
@@ -168,10 +170,16 @@ class Preparation:
         return BlockMaker(
             self.config,
             self.reading,
-            readers=readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats),
+            readers=self._readers(),
             stages=stages_of(self.config),
             encoder=self.reading.encoder(self.tokenizer, self.config),
         )
+
+    def _readers(self) -> dict[tuple[str, str], RowReader]:
+        return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+
+    def _formats(self) -> dict[tuple[str, str], DataFormat]:
+        return {key: reader.format for key, reader in self._readers().items()}
 
     def _workers(self) -> int:
         small = sum(item.origin.size() for item in self.inputs) <= SMALL

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import Document, Tally
-from trainer.data.stages.checks import label_of
+from trainer.data.fields import label_of
 from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset

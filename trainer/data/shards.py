@@ -108,6 +108,7 @@ def save(block: Block, path: Path) -> None:
             "examples": block.tally.examples,
             "drops": block.tally.drops,
         },
+        "unread": block.unread,
         "labels": block.labels,
         "findings": None if block.findings is None else block.findings.state(),
     }
@@ -142,6 +143,7 @@ def load(path: Path) -> Block:
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(arrays["tokens"], arrays["supervised"], arrays["lengths"], _named(arrays, "column.")),
+        unread=about["unread"],
         labels=about["labels"],
         signatures=_named(arrays, "signature."),
         findings=None if about["findings"] is None else Findings.of_state(about["findings"]),

@@ -16,8 +16,8 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import Document
+from trainer.data.fields import Refusal, label_of
 from trainer.data.reading import Reading
-from trainer.data.stages.checks import Refusal, label_of
 from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from strategies.errors import DataError
-from trainer.data.config import DataConfig, DataFormat
+from trainer.data.config import DataConfig, DataFormat, LearnConfig
 from trainer.data.document import Document, Tally
 from trainer.data.store.sequences import Sample
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.template import LearnConfig
 from trainer.objectives import sft
 from trainer.objectives.base import Around, formats_of
 

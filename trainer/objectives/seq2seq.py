@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
-from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
+from trainer.data.config import DataConfig, DataFormat, Layout, LearnConfig, OverLength
 from trainer.data.document import Document, Tally
 from trainer.data.reading import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import kept
 from trainer.data.tokens.encode import BATCH, Encoder
-from trainer.data.tokens.template import LearnConfig
 from trainer.heads.loss import computes_loss, logits_loss
 from trainer.model.config import Kind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of

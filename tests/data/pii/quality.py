@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.data.pii.synthetic import Item, synthetic
+from trainer.data.config import PrivacyPreset
 from trainer.data.stages.privacy import Finder, Finding, PrivacyConfig, PrivacyEngine
-from trainer.data.stages.privacy.config import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, PrivacyPreset
+from trainer.data.stages.privacy.config import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES
 
 HERE = Path(__file__).parent
 

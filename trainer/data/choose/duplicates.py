@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -18,50 +17,8 @@ import numpy as np
 
 from trainer.data.choose.near import near_copies
 from trainer.data.choose.wording import digest64, mix, normal_digest, normalize
+from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
-
-
-class DuplicatePolicy(StrEnum):
-    """What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
-
-    none = "none"
-    report = "report"
-    drop = "drop"
-
-
-class Across(StrEnum):
-    """Among which documents duplicates are looked for."""
-
-    all = "all"
-    source = "source"
-
-
-class ComparedText(StrEnum):
-    """Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
-
-    document = "document"
-    prompt = "prompt"
-    completion = "completion"
-
-
-@dataclass(kw_only=True, slots=True)
-class DuplicatesConfig:
-    """Duplicates within the training data. A kind is treated at least as strictly as the kinds below it."""
-
-    exact: DuplicatePolicy = DuplicatePolicy.report
-    """Exact copies: `none`, `report` (count them) or `drop` (keep the first)."""
-    normalized: DuplicatePolicy = DuplicatePolicy.report
-    """Documents with the same words, whatever their case, spacing and sentence punctuation."""
-    near: DuplicatePolicy = DuplicatePolicy.none
-    """Documents whose word n-grams overlap by `threshold` or more; with `drop`, exact copies go as well."""
-    threshold: float = 0.8
-    """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
-    ngram: int = 5
-    """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
-    across: Across = Across.all
-    """Look for duplicates in `all` documents together, or only within each `source`."""
-    text: ComparedText = ComparedText.document
-    """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
 
 
 def compared_text(document: Document, which: ComparedText) -> str:

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.choose.near import NearIndex
+from trainer.data.config import LeakageConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES
 
 KINDS = ("exact", "normalized", "near", "prompt")
 """From the strictest: the same row; the same words; overlapping n-grams; the same prompt with another answer."""
-
-
-class LeakagePolicy(StrEnum):
-    """What is done about training documents that are in the held-out data too."""
-
-    report = "report"
-    drop_train = "drop_train"
-    fail = "fail"
-
-
-@dataclass(kw_only=True, slots=True)
-class LeakageConfig:
-    """Documents that training and held-out data share."""
-
-    policy: LeakagePolicy = LeakagePolicy.report
-    """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run; see `prompts`."""
-    near: bool = False
-    """Look for near duplicates too, with the threshold and n-grams of the search for duplicates."""
-    prompts: bool = True
-    """Report prompts that are also in the held-out data with another answer; they are never dropped nor fail a run."""
 
 
 @dataclass(slots=True)

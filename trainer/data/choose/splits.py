@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.balance import BalanceBy, resample
-from trainer.data.choose.duplicates import KINDS, DuplicatePolicy, compared_text, find_duplicates
+from trainer.data.choose.balance import resample
+from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.choose.wording import mix
-from trainer.data.config import DataConfig
+from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.inputs import HELD_OUT
 from trainer.data.store.columns import Columns

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, field
 
+from trainer.data.config import CardConfig
 from trainer.data.report.audit import Audit
 from trainer.data.report.verdict import known_gaps
 from trainer.data.report.wording import templates, visible
@@ -23,26 +23,6 @@ HUB_LICENCES = re.compile(
 """Licence identifiers that the hub knows; any other is given as `other` with its name."""
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 """The hub's size categories, in documents: the first is below a thousand, each further one goes ten times as far."""
-
-
-@dataclass(kw_only=True, slots=True)
-class CardConfig:
-    """What only people know about a data set, for its card (`datacard.md`). Nothing here changes the data."""
-
-    title: str | None = None
-    """Name of the data set; the default is made of the names of its sources."""
-    description: str | None = None
-    """What the data set is and what it was made for, in a few sentences."""
-    source_description: str | None = None
-    """How, when and from whom the data was collected, and whether those people agreed."""
-    licence: str | None = None
-    """Licence of the whole, preferably an SPDX identifier such as `CC-BY-4.0`; each source may state its own."""
-    contact: str | None = None
-    """Who answers questions and requests for removal: a name, a team or an address."""
-    intended_use: str | None = None
-    """What the data may be used for, and what it must not be used for."""
-    languages: list[str] = field(default_factory=list)
-    """Languages of the texts as ISO 639 codes; an empty list takes those that were detected, if any."""
 
 
 def datacard(audit: Audit, config: CardConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +16,9 @@ from trainer.data.assemble import QUARANTINE, Totals
 from trainer.data.batches.mixing import quotas, realised
 from trainer.data.batches.units import source_weights
 from trainer.data.choose.splits import Selection
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import Document, Tally
-from trainer.data.inputs import Input, readers_of
+from trainer.data.inputs import Input
 from trainer.data.report import audit as form
 from trainer.data.report.card import datacard
 from trainer.data.report.page import page
@@ -29,6 +29,7 @@ from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
+from trainer.data.unread import shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,25 +45,23 @@ SAMPLES = 5
 
 
 class Description:
-    """Looks at a finished store and writes its reports. `unread_columns`: by source, those of its files nobody read."""
+    """Looks at a finished store and writes its reports."""
 
     def __init__(
         self,
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
         inputs: list[Input],
+        formats: dict[tuple[str, str], DataFormat],
         fingerprint: str,
         directory: Path,
         *,
         digest: Callable[[Path], str],
-        unread_columns: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.inputs, self.digest = config, tokenizer, inputs, digest
-        self.formats = {
-            item.id: reader.format for item, reader in zip(inputs, readers_of(inputs).values(), strict=True)
-        }
+        self.formats = formats
+        """How the rows of each input were read, by its id."""
         self.fingerprint, self.directory = fingerprint, directory
-        self.unread_columns = unread_columns or {}
 
     def write(
         self, totals: Totals, columns: Columns, selection: Selection, label_names: list[str] | None
@@ -98,7 +97,7 @@ class Description:
             quarantine={"rows": totals.num_bad, "file": QUARANTINE},
             splits={split: self._split(part, selection.splits[split]) for split, part in data.items()},
             sources=[self._source(item, totals, columns, data.get(item.split)) for item in self.inputs],
-            unread_columns={source: list(names) for source, names in self.unread_columns.items() if names},
+            unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
             mixing=self._mixing(data["train"]),
             labels=found.get("labels", {}),
             balance=found.get("balance", {}),

@@ -9,7 +9,7 @@ from trainer.data.report.verdict import known_gaps, overall, tiles
 from trainer.data.report.wording import templates, visible
 
 if TYPE_CHECKING:
-    from trainer.data.report.card import CardConfig
+    from trainer.data.config import CardConfig
 
 MOST_WORDS = 200
 """Characters of any text but a sample: what is longer is cut, and stands in audit.json."""

@@ -156,5 +156,7 @@ def summary(report: dict[str, Any]) -> str:
                 f"leakage: {prompts:,} training documents have a prompt of the {split} split, with another answer"
             )
     for source, names in report.get("unread_columns", {}).items():
-        lines.append(f"columns of {visible(source)} that nobody read: {visible(', '.join(names))}")
+        lines.append(
+            f"columns of {visible(source)} that nobody read: {visible(', '.join(names))} (data.ignore_columns says it is meant)"
+        )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from trainer.data.report.audit import Audit
 from trainer.data.report.wording import percent, plural, reason
 
 if TYPE_CHECKING:
-    from trainer.data.report.card import CardConfig
+    from trainer.data.config import CardConfig
 
 KNOBS = {
     "checks": "data.checks",

@@ -8,33 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 
+from trainer.data.config import CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Tally
 
 ROUNDS = 8
 """Passes a text may take to come to rest; two are usual, the second being the proof."""
-
-
-class UnicodeForm(StrEnum):
-    """Normalisation forms of Unicode Standard Annex 15."""
-
-    none = "none"
-    NFC = "NFC"
-    NFKC = "NFKC"
-
-
-@dataclass(kw_only=True, slots=True)
-class CleaningConfig:
-    """What is cleaned in every text of a row. Everything is off until it is asked for."""
-
-    fix_encoding: bool = False
-    """Undo UTF-8 that was read as another encoding (`schÃ¶n` becomes `schön`), line by line, with ftfy."""
-    control_characters: bool = False
-    """Remove control, zero-width and bidirectional characters, BOM and soft hyphens; joiners that scripts need stay."""
-    unicode: UnicodeForm = UnicodeForm.none
-    """Unicode form: `none`, `NFC` (one spelling a character) or `NFKC` (also turns `x²` into `x2`)."""
 
 
 def fixer(*, encoding: bool = False, form: UnicodeForm = UnicodeForm.none) -> Callable[[str], str]:

@@ -4,38 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, field
 
 from strategies.errors import ConfigError
+from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally
 from trainer.data.stages import language
-
-
-@dataclass(kw_only=True, slots=True)
-class FilterConfig:
-    """Which rows are dropped. Nothing is until a bound is set."""
-
-    min_characters: int = 0
-    """Drop rows with fewer characters, all texts of the row together."""
-    max_characters: int | None = None
-    """Drop rows with more characters, all texts of the row together; null is no bound."""
-    min_words: int = 0
-    """Drop rows with fewer words, all texts of the row together."""
-    max_words: int | None = None
-    """Drop rows with more words, all texts of the row together; null is no bound."""
-    min_completion_characters: int = 0
-    """Drop rows whose answers (completion, or learned turns together) have fewer characters."""
-    drop_echoes: bool = False
-    """Drop rows with an answer of four words or more that only says the question again."""
-    drop_phrases: list[str] = field(default_factory=list)
-    """Drop rows whose learned text contains one of these phrases, such as `as an AI language model`, in any case."""
-    languages: list[str] = field(default_factory=list)
-    """Keep rows in these languages, as ISO 639 codes such as `en`; an empty list keeps all."""
-    min_language_probability: float = 0.0
-    """Drop rows whose language, one of `languages`, is less probable than this, 0 to 1."""
-    min_language_chars: int = 60
-    """Rows with fewer characters outside code are kept without judging their language."""
-
 
 # Han and kana are written without spaces: each character counts as a word. So is each four of the scripts of South-East Asia.
 WIDE = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

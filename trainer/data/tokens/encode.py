@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.config import LearnConfig
 from trainer.data.document import Document, Message
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.template import ChatTemplate, LearnConfig, Rendered
+from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

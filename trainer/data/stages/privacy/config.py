@@ -6,9 +6,9 @@ import hashlib
 import hmac
 import os
 import re
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
+
+from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 
 TYPES: dict[str, str] = {
     "SECRET": "passwords, API keys, tokens, private keys",
@@ -73,19 +73,8 @@ NATIONAL_IDS: dict[str, str] = {
 
 
 NOT_ASKED = "not asked for"
-REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "IN", "BR")
-"""Countries whose own identity numbers are known, ISO 3166-1 alpha-2. Telephone numbers: any country."""
 KEY_CHARACTERS = 16
 """Least length of a pseudonym key: short keys can be tried out, and then every pseudonym can be undone."""
-
-
-class PrivacyPreset(StrEnum):
-    """A named set of types."""
-
-    none = "none"
-    general = "general"
-    hipaa = "hipaa"
-    gdpr = "gdpr"
 
 
 GENERAL = frozenset(
@@ -105,50 +94,6 @@ def types_of(preset: PrivacyPreset) -> frozenset[str]:
     """The types of a preset."""
     sets = {PrivacyPreset.general: GENERAL, PrivacyPreset.gdpr: GDPR, PrivacyPreset.hipaa: HIPAA}
     return sets.get(preset, frozenset())
-
-
-class PrivacyMode(StrEnum):
-    """What is done about personal data that is found."""
-
-    none = "none"
-    report = "report"
-    redact = "redact"
-    pseudonymise = "pseudonymise"
-    drop = "drop"
-    fail = "fail"
-
-
-class PrivacyEngine(StrEnum):
-    """What looks for personal data: patterns with checks, or these and Presidio with its name recognition."""
-
-    patterns = "patterns"
-    presidio = "presidio"
-
-
-@dataclass(kw_only=True, slots=True)
-class PrivacyConfig:
-    """Personal data in texts: what is looked for, and what is done about it. The default only reports."""
-
-    mode: PrivacyMode = PrivacyMode.report
-    """`none`; `report` counts; `redact` puts `[TYPE]`, `pseudonymise` keyed names; `drop` the document; or `fail`."""
-    preset: PrivacyPreset = PrivacyPreset.general
-    """Types looked for when `types` is empty: `general`, `hipaa` (Safe Harbor identifiers), `gdpr`, or `none`."""
-    types: list[str] = field(default_factory=list)
-    """Types looked for, such as EMAIL or PHONE; an empty list takes those of the preset."""
-    engine: PrivacyEngine = PrivacyEngine.patterns
-    """`patterns` finds numbers and addresses of the net; `presidio` also names of people and places in English (extra `pii`)."""
-    min_score: float = 0.5
-    """Findings less certain than this are ignored, 0 to 1; 0.35 also takes numbers that only look right."""
-    regions: list[str] = field(default_factory=lambda: list(REGIONS))
-    """Countries whose telephone and identity numbers are looked for, as two-letter ISO 3166 codes."""
-    scan_documents: int = 1000
-    """With `mode=report`, documents scanned of each source, from its start; 0 scans all. Other modes scan all."""
-    max_findings: int = 0
-    """With `mode=fail`, findings that are still allowed, over all documents."""
-    key_env: str = "SHARDTUNE_PSEUDONYM_KEY"
-    """With `mode=pseudonymise`, the environment variable that holds the secret key (16 characters or more)."""
-    allow: list[str] = field(default_factory=list)
-    """Regular expressions; what one of them matches as a whole is never a finding, e.g. `support@example\\.com`."""
 
 
 def active_types(config: PrivacyConfig) -> tuple[str, ...]:

@@ -7,15 +7,9 @@ import re
 from typing import Any
 
 from strategies.errors import ConfigError
+from trainer.data.config import PrivacyConfig, PrivacyEngine
 from trainer.data.stages.privacy import context, patterns
-from trainer.data.stages.privacy.config import (
-    NEEDS_PRESIDIO,
-    TYPES,
-    PrivacyConfig,
-    PrivacyEngine,
-    active_types,
-    problems,
-)
+from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, TYPES, active_types, problems
 from trainer.data.stages.privacy.phones import phones
 from trainer.data.stages.privacy.rule import Finding
 

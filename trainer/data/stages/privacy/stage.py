@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strategies.errors import DataError
+from trainer.data.config import PrivacyConfig, PrivacyMode
 from trainer.data.document import EXAMPLES, Document, Tally
 from trainer.data.stages.privacy.checksums import compact
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 from trainer.data.stages.privacy.engine import Finder
 from trainer.data.stages.privacy.phones import canonical
 from trainer.data.stages.privacy.rule import Finding
