@@ -39,6 +39,7 @@ from trainer.objectives.frozen import attach_teacher, common_layout, teacher_mod
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import plan_checkpointing
 from trainer.preempt import Agreement
+from trainer.tuning import lstm
 from trainer.tuning.check import check_room
 
 
@@ -147,6 +148,7 @@ def build_engine(
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
     plan_checkpointing(config, built, data, precision, runtime)
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
