@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
 BUILDER = """
 import os, sys, time
 from pathlib import Path
-from trainer.data.cache import build_once
+from trainer.data.store.cache import build_once
 how = sys.argv[2]
 def build(target):
     (target / "half").write_text("x")
