@@ -12,6 +12,7 @@ import pytest
 from strategies import runtime as processes
 from strategies.parameters import named_parameters
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
+from tests.helpers.speed import seconds
 from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.tuning.base import LoraConfig
@@ -150,7 +151,7 @@ def test_it_runs_and_the_losses_agree(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "SHARDTUNE_BENCH_WORK": str(tmp_path / "work")}
     words = ["--dry-run", "--peers=none", "--groups=full", f"--results={tmp_path}"]
     command = [sys.executable, str(BENCHMARKS / "training.py"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds(300))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "training.json").read_text())
     ours, bare_loop = (next(r for r in found["rows"]["full"] if r["name"] == c.name) for c in (OURS, BARE))

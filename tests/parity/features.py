@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+import torch
+
+from strategies import matmul
+from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.parameters import named_parameters
 from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, samples, take_steps, trainer_for
@@ -175,3 +180,12 @@ def gathered(job: Job, strategy: str, tuning: str) -> dict[str, float]:
     before = job.gathered_apart(trainer, start, of=set(start))
     take_steps(trainer, 2)
     return {"before": before, "after": job.gathered_apart(trainer, end, of=trained)}
+
+
+def library(job: Job) -> list[list[str]]:
+    """The library of products that each rank records and takes, where one finds oneDNN faster and the other does not."""
+    with mock.patch.object(matmul, "_speedup", lambda: 2.2 - job.runtime.rank):
+        runtime = processes.start("cpu", timeout_s=600, threads=1)
+    found = processes.gather_objects([str(runtime.matmul), torch.get_float32_matmul_precision()], runtime)
+    matmul.choose(matmul.Matmul.blas)
+    return found

@@ -182,3 +182,10 @@ def test_objectives_with_a_teacher_differ(ask):
     named = [case for case in teachers.NAMES if case.endswith(" full llama fsdp2")]
     losses = {round(ask("teachers", "compare", case)["expected"][0][0], 4) for case in named}
     assert len(named) == len(losses) == 6
+
+
+def test_ranks_take_the_same_library_of_products_whatever_each_measures(ask):
+    """Replicas that step with different libraries drift apart, and a resumed run differs from the one that saved it."""
+    (first, taken), (second, others) = ask("features", "library")
+    assert first == second and first.startswith("blas ")
+    assert taken == others == "highest"
