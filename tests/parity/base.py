@@ -118,12 +118,3 @@ def lone_steps(trainer: Trainer, num: int) -> Curve:
 def values_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of every parameter of a process alone."""
     return {name: p.detach().clone() for name, p in named_parameters(trainer.engine.step_module)}
-
-
-LEAST_LEARNED = 1e-4
-"""Ten times the tolerance of 1e-5: what a curve must differ by from one at a rate of zero, or comparing it proves nothing."""
-
-
-def learned(curve: Curve, still: Curve) -> float:
-    """The largest relative difference of a loss or norm from those of a run that learns nothing."""
-    return max(abs(a / b - 1) for e, s in zip(curve, still, strict=True) for a, b in zip(e, s, strict=True))

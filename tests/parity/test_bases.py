@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.helpers.covering import chosen, values
-from tests.parity.base import LEAST_LEARNED, learned
+from tests.helpers.learning import LEAST_LEARNED, learned
 
 pytest.importorskip("bitsandbytes")
 from tests.parity.bases import CASES, ELSEWHERE, PREFERENCE, RESUMED, STEPS, STRATEGIES
@@ -35,7 +35,9 @@ def test_each_base_is_another(ask):
     assert len(first) == len(CASES)
 
 
-@pytest.mark.parametrize(("kind", "strategy"), [(k, s) for k in ("nf4", "int8") for s in ("fsdp2", "zero3")])
+@pytest.mark.parametrize(
+    ("kind", "strategy"), chosen([(kind, name) for kind in ("nf4", "int8") for name in ("fsdp2", "zero3")], values)
+)
 def test_evaluation_between_steps_changes_nothing(ask, kind, strategy):
     """bitsandbytes' own layer packs weights in eval mode on CPUs with bf16 instructions; gathered again, they are misread."""
     found = ask("bases", "evaluated", kind, strategy)

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from tests.helpers.covering import chosen, pairs, values
+from tests.helpers.learning import LEAST_LEARNED, learned
 from tests.parity import teachers
-from tests.parity.base import LEAST_LEARNED, learned
 from tests.parity.features import TUNINGS, VARIANTS
 from tests.parity.pairs import CASES as PAIRS
 from tests.parity.two_sides import CASES as TWO_SIDED

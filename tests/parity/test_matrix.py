@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.helpers.covering import chosen, pairs, values
-from tests.parity.base import LEAST_LEARNED, learned
+from tests.helpers.learning import LEAST_LEARNED, learned
 from tests.parity.matrix import names_for
 
 TOLERANCE = 1e-5

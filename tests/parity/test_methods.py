@@ -4,9 +4,9 @@ import pytest
 
 from launch.compose import compose
 from strategies.base import StrategyName
+from tests.helpers.learning import LEAST_LEARNED, learned
 from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
-from tests.parity.base import LEAST_LEARNED, learned
 from tests.parity.methods import RESUMED, STEPS
 from tests.parity.plan import CASES, GATHERING, covering, everything, main_cases, missing, plan
 from trainer.config.combinations import FEATURES, State, cell, rows
