@@ -34,6 +34,19 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models of tests are too small for threads, which wait for each other wherever something else runs."""
+    import torch
+
+    from strategies import runtime
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "usable_cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def composed_once():
     """Hydra takes most of the time of composing, and gives the same for the same choices as long as no file changed."""
     from launch import compose

@@ -27,6 +27,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "data.cache_dir": root / "cache",
         "run.dir": root / run,
         "run.device": "cpu",
+        "run.threads": 1,
         "run.matmul": "blas",  # which library is faster is measured at each start, and other work may sway it
         "batch.global": 8,
         "batch.micro": 2,
