@@ -12,7 +12,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.tokenizers import write_jsonl
-from tests.test_tracking import records
+from tests.records.test_tracking import records
 
 BAG_OF_WORDS = 0.502
 """The best of nine logistic regressions on the same data (benchmarks/classification.py baseline)."""
