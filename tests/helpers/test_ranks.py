@@ -32,6 +32,20 @@ def test_ranks_stay_up_between_cases_and_answer_a_case_once(ranks):
     assert gone(first[1])
 
 
+def test_a_test_that_is_broken_off_leaves_no_answer_to_the_next(ranks, monkeypatch):
+    _, pid = ranks.ask("echo")
+
+    def broken_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.helpers.ranks.wait", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            ranks.ask("echo", 1)
+    assert gone(pid)
+    assert ranks.ask("echo", 2)[0] == 2
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [("fail", "rank 1 does not like it"), ("die", "its last words"), ("hang", r"no answer within .* ranks \[1\]")],

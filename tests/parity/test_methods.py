@@ -28,7 +28,7 @@ def assert_close(found, expected, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("run", plan(), ids=lambda run: run.key)
 def test_a_method_takes_the_same_steps_as_single_from_the_same_start(ask, run):
-    limit_s = 600 if run.feature == "compile" else CASE_S  # tracing takes minutes where lengths and layers differ
+    limit_s = 240 if run.feature == "compile" else CASE_S  # tracing takes minutes where lengths and layers differ
     curves = ask("methods", "curves", run.case, run.strategy, run.feature, run.optim, limit_s=limit_s)
     found, expected = curves["found"], curves["expected"]
     assert curves["start"] == 0.0
