@@ -32,6 +32,12 @@ def test_ranks_stay_up_between_cases_and_answer_a_case_once(ranks):
     assert gone(first[1])
 
 
+def test_ranks_are_renewed_after_many_cases(ranks, monkeypatch):
+    monkeypatch.setattr("tests.helpers.ranks.RENEWED_AFTER", 2)
+    pids = [ranks.ask("echo", number)[1] for number in range(5)]
+    assert len(set(pids)) == ranks.starts == 3 and pids[0] == pids[1] != pids[2]
+
+
 def test_a_test_that_is_broken_off_leaves_no_answer_to_the_next(ranks, monkeypatch):
     _, pid = ranks.ask("echo")
 

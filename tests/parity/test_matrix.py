@@ -46,7 +46,7 @@ def test_through_sockets_too(ranks, world, strategy):
     assert_close(ranks[world].ask("matrix", "sockets", strategy), expected)
 
 
-@pytest.mark.parametrize(("tuning", "masks"), itertools.product(("full", "lora"), ("even", "uneven")))
+@pytest.mark.parametrize(("tuning", "masks"), list(itertools.product(("full", "lora"), ("even", "uneven"))))
 def test_the_oracle_learns_and_is_clipped(ranks, tuning, masks):
     """A matrix of runs that stand still, or that clipping never touches, would prove little."""
     lone = ranks[2].ask("matrix", "lone", tuning, masks)
