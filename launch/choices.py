@@ -66,8 +66,9 @@ def settings_of(group: str, name: str) -> type:
     return nodes.get(name) or nodes["fsdp2" if name == "hsdp" else "zero"]
 
 
+@cache
 def register_schemas() -> None:
-    """Make the typed settings known to Hydra as `schema_run` and `<group>/schema_<name>`."""
+    """Once a process: make the typed settings known to Hydra as `schema_run` and `<group>/schema_<name>`."""
     from hydra.core.config_store import ConfigStore
 
     from trainer.config.run import RunConfig

@@ -49,6 +49,17 @@ def choose(asked: Matmul) -> str:
     return f"{'onednn' if _onednn else 'blas'} ({why})"
 
 
+def agree(chosen: list[str], rank: int) -> str:
+    """Settle for one library where ranks have chosen different ones, by what each wrote for the record; what to write now.
+
+    `auto` measures, and other hosts, or other work on this one, measure otherwise; replicas would drift apart by rounding.
+    """
+    if len({text.split()[0] for text in chosen}) == 1:
+        return chosen[rank]
+    choose(Matmul.blas)
+    return "blas (ranks measured differently)"
+
+
 def restore() -> None:
     """Leave the process with torch's own choice."""
     global _onednn

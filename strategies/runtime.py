@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from strategies.matmul import Matmul, choose, restore
+from strategies.matmul import Matmul, agree, choose, restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def start(
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
     All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
-    on a CPU also the library of float32 products.
+    on a CPU also the library of float32 products, the same on every rank.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -72,6 +72,10 @@ def start(
                 os.environ.setdefault(key, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+    if products is not None and world > 1:
+        heard: list[Any] = [None] * world
+        dist.all_gather_object(heard, products, group=control)
+        products = agree(heard, rank)
     return Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
 
 

@@ -35,6 +35,7 @@ from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import Workload, plan_checkpointing
 from trainer.step import Built, TrainStep
+from trainer.tuning import lstm
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.build import around_update, build_tuning, fold_adapters
 from trainer.tuning.check import check_room
@@ -89,6 +90,7 @@ def build_engine(
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
     plan_checkpointing(built, workload(config, data), config.strategy, precision, runtime)
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(

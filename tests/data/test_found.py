@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig, PrivacyConfig, PrivacyMode
 from trainer.data.prepare import Preparation
@@ -92,7 +93,7 @@ def test_two_interrupts_end_the_workers(preparing):
     for _ in range(2):
         time.sleep(0.2)
         os.killpg(child.pid, signal.SIGINT)
-    assert child.wait(timeout=20) != 0
+    assert child.wait(timeout=seconds(20)) != 0
     assert not Path(f"/proc/{worker}").exists()
 
 
@@ -101,5 +102,5 @@ def test_a_killed_worker_ends_the_others(preparing):
     child, worker = preparing
     time.sleep(0.5)
     os.kill(worker, signal.SIGKILL)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=seconds(20))
     assert child.returncode != 0 and "data.workers" in said

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from strategies.errors import ConfigError, DataError, StorageError
+from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.data.config import DataConfig, OverLength
 from trainer.data.prepare import Preparation
@@ -218,15 +219,15 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     first = builder(entry, "3")
     assert first.stdout.readline() == "building\n"
     second = builder(entry, "0")
-    out, err = second.communicate(timeout=60)
+    out, err = second.communicate(timeout=seconds(60))
     assert out == "False\n" and "waiting for another process" in err and str(entry) in err
-    assert first.communicate(timeout=60)[0] == "True\n"
+    assert first.communicate(timeout=seconds(60))[0] == "True\n"
 
 
 def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):
     entry = tmp_path / "cache" / "abc"
     dead = builder(entry, "die")
-    assert dead.wait(timeout=60) == 9 and not entry.exists()
+    assert dead.wait(timeout=seconds(60)) == 9 and not entry.exists()
 
     def build(target):
         assert not list(target.iterdir())

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import DataError
 from tests.data.broken_files import arrow, parquet, whole, zst
+from tests.helpers.covering import EVERYTHING
 from trainer.data.document import Rejected
 from trainer.data.read import (
     Row,
@@ -119,7 +120,9 @@ json_values = st.recursive(
     max_leaves=8,
 )
 objects = st.dictionaries(st.text(max_size=8), json_values, max_size=5)
-fuzz = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=80 if EVERYTHING else 25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @fuzz

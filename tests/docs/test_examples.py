@@ -17,6 +17,7 @@ import pytest
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,7 +63,7 @@ def torchrun(words: list[str]) -> None:
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds(300),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 

@@ -1,8 +1,6 @@
 """`shardtune export` on a run that has ended."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,11 +35,12 @@ def run_dir(tmp_path_factory):
         "evaluation.every_steps=2",
     ]
     words += ["checkpoint.every_steps=2", "export.at_end=false", "logging.wandb=disabled", f"run.dir={folder / 'run'}"]
-    command = [sys.executable, "-m", "launch.main", "train", *words, "run.device=cpu"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    before = dict(os.environ)
+    try:
+        assert main(["train", *words, "run.device=cpu"]) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return folder / "run"
 
 

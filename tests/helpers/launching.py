@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.speed import seconds
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,12 +22,17 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **extra}
 
 
-def run_job(module: str, world: int, directory: Path, *arguments: str, timeout_s: int = 900) -> dict:
-    """Run `python -m module directory *arguments` on `world` ranks; the job writes `directory/report.json`."""
+def run_job(module: str, world: int, directory: Path, *arguments: str, timeout_s: float = 300) -> dict:
+    """Run `python -m module directory *arguments` on `world` ranks; the job writes `directory/report.json`.
+
+    `timeout_s` is scaled to the machine.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += ["-m", module, str(directory), *arguments]
-    done = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(
+        command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=seconds(timeout_s)
+    )
     report = directory / "report.json"
     assert done.returncode == 0 and report.exists(), (done.stdout + done.stderr)[-6000:]
     return json.loads(report.read_text())

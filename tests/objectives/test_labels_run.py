@@ -1,7 +1,6 @@
 """Runs of the command line over labelled texts: what is logged, and a real encoder beside a bag of words."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import pytest
 from launch.embedded import FetchError, embedded_encoder
 from launch.main import main
 from tests.helpers.building import model_dir
+from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.tokenizers import write_jsonl
-from tests.test_tracking import records
+from tests.records.test_tracking import records
 
 BAG_OF_WORDS = 0.502
 """The best of nine logistic regressions on the same data (benchmarks/classification.py baseline)."""
@@ -71,7 +71,7 @@ def test_rows_without_a_label_are_refused_where_others_have_one(shell, capsys):
         assert "has no label, which objective=classification learns" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not os.environ.get("SHARDTUNE_TEST_ALL"), reason="minutes and a download: make test-all")
+@pytest.mark.skipif(not EVERYTHING, reason="minutes and a download: make test-all")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["minilm_classification", "minilm_classification_lora"])
 def test_a_real_encoder_beats_a_bag_of_words(shell, name):

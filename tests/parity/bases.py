@@ -1,26 +1,22 @@
-"""Bases that are not the checkpoint's own, and adapters that are not new: `python -m tests.parity.bases <dir>`.
+"""Bases that are not the checkpoint's own, and adapters that are not new: part of the parity job (`job.py`).
 
 Quantised bases, bases with folded adapters, and runs that go on from an adapter, under every strategy and in one process.
 """
 
-import json
-import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision
-from strategies.parameters import named_parameters
 from strategies.state import TENSORS
 from tests.helpers.adapters import plain_adapter
-from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, pair_set, run_config, take_steps
-from tests.helpers.building import trainer_for as build
-from tests.parity.methods import STEPS, release_at_once
+from tests.helpers.building import model_dir, pair_set, run_config, take_steps
+from tests.parity.base import Curve, Job, lone_steps, values_of
+from tests.parity.methods import STEPS, released_at_once
 from tests.parity.plan import SHARDING
+from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model.quantisation import Quantisation
@@ -57,139 +53,121 @@ CASES = {  # model settings, tuning, strategies
 }
 
 
-class Job:
-    """Holds the process group, the model, the data and the adapters."""
-
-    def __init__(self, root: Path, runtime: processes.Runtime) -> None:
-        self.root, self.runtime = root, runtime
-        self.model, self.data = model_dir(root), data_set(root, uneven=True)
-        pair_set(root)
-        plain_adapter(self.model, root / "first", r=4, lora_alpha=32, seed=1)
-        plain_adapter(self.model, root / "second", r=2, lora_alpha=8, seed=2, target_modules=["q_proj", "down_proj"])
-
-    def config(self, model: dict, tuning, strategy, micro: int = 4, **changes):
-        config = run_config(self.model, strategy, "lora", micro=micro, steps=STEPS, **changes)
-        if (start := getattr(tuning, "from_", None)) is not None:
-            tuning = replace(tuning, from_=str(self.root / start))
-        settings = dict(model)
-        if "adapters" in settings:
-            settings["adapters"] = [str(self.root / name) for name in settings["adapters"]]
-        return replace(config, tuning=tuning, model=replace(config.model, **settings))
-
-    def lone(self, model: dict, tuning, data=None, **changes):
-        config = self.config(model, tuning, "single", GLOBAL_BATCH, **changes)
-        trainer = build(config, data or self.data, alone(self.runtime))
-        start = {name: p.detach().clone() for name, p in named_parameters(trainer.engine.step_module)}
-        rows = []
-        for batch in trainer.loader.steps(0, STEPS):
-            record = trainer.train_step(batch)
-            loss = float(record.local_sums["loss"]) / record.counts["loss"]
-            rows.append((loss, float(record.result.grad_norm)))
-        return start, rows
-
-    def curves(self) -> dict:
-        """Loss and grad norm of every step, and whether initial values are equal, by case and strategy."""
-        found: dict[str, dict] = {}
-        for case, (model, tuning, names) in CASES.items():
-            start, expected = self.lone(model, tuning)
-            found[case] = {"expected": expected}
-            for name in names:
-                trainer = build(self.config(model, tuning, STRATEGIES[name]), self.data, self.runtime)
-                same = self.same(trainer, start)
-                found[case][name] = {"found": take_steps(trainer, STEPS), "same": same}
-        return found
-
-    def same(self, trainer, expected: dict[str, torch.Tensor]) -> bool:
-        seen, same = set(), True
-        for name, value in trainer.engine.gather(trainable_only=False):
-            if value is not None:
-                same &= torch.equal(value, expected[name]) and value.dtype is expected[name].dtype
-                seen.add(name)
-        return bool(same) and (not self.runtime.is_main or seen == set(expected))
-
-    def evaluated(self) -> dict:
-        """A curve with and without evaluation between the steps, and what evaluation finds at a rate that moves nothing."""
-        found = {}
-        for kind in ("nf4", "int8"):
-            for name in ("fsdp2", "zero3"):
-                curves, losses = [], []
-                for evaluate in (False, True):
-                    trainer = build(self.config(MODELS[kind], LORA, STRATEGIES[name]), self.data, self.runtime)
-                    rows = []
-                    for _ in range(STEPS):
-                        if evaluate:
-                            self.evaluate(trainer)
-                        rows += take_steps(trainer, 1)
-                    curves.append(rows)
-                still = AdamwConfig(lr=1e-30, weight_decay=0.0)
-                trainer = build(self.config(MODELS[kind], LORA, STRATEGIES[name], optim=still), self.data, self.runtime)
-                for _ in range(3):
-                    losses.append(self.evaluate(trainer))
-                    take_steps(trainer, 1)
-                found[f"{kind} {name}"] = {"without": curves[0], "with": curves[1], "still": losses}
-        return found
-
-    def evaluate(self, trainer) -> float:
-        engine = trainer.engine
-
-        def batches():
-            share = EvalShare(4, engine.dp_rank, engine.dp_size)
-            return eval_batches(self.data.train, share, trainer.loader.collator, self.runtime.device)
-
-        count = int(self.data.train.counts["loss"].sum())
-        evaluator = LossEvaluator(batches, count=count, prefix="eval", perplexity=True)
-        return dict(evaluator.run(engine))["eval/loss"]
-
-    def resumed(self) -> dict:
-        """Two steps after a saved state, by the run that saved it and by fresh ones, also under another strategy."""
-        found = {}
-        for case, model, tuning in (("nf4", QUANTISED, LORA), ("from, nf4", QUANTISED, FIRST)):
-            for name, other in (("fsdp2", "zero3"), ("zero3", "ddp")):
-                first = build(self.config(model, tuning, STRATEGIES[name]), self.data, self.runtime)
-                take_steps(first, 3)
-                path = Path(processes.broadcast_object(tempfile.mkdtemp(dir=self.root), self.runtime))
-                first.engine.save(path, first.progress)
-                processes.barrier(self.runtime)
-                row = {"uninterrupted": take_steps(first, 2)}
-                for key, strategy in (("resumed", name), ("elsewhere", other)):
-                    fresh = build(self.config(model, tuning, STRATEGIES[strategy]), self.data, self.runtime)
-                    fresh.progress = fresh.engine.load(path)
-                    row[key] = take_steps(fresh, 2)
-                row["saved"] = sorted(FileSystemReader(str(path / TENSORS)).read_metadata().state_dict_metadata)
-                found[f"{case} {name}"] = row
-        return found
-
-    def preference(self) -> dict:
-        """DPO from a first adapter: the first loss is log 2 where the reference is the first adapter's model."""
-        found = {}
-        for case, model in (("plain", {}), ("nf4", QUANTISED)):
-            _, expected = self.lone(model, FIRST, pair_set(self.root), objective=DpoConfig(beta=0.5))
-            found[case] = {"expected": expected}
-            for name in ("ddp", "fsdp2", "zero3"):
-                config = self.config(model, FIRST, STRATEGIES[name], objective=DpoConfig(beta=0.5))
-                found[case][name] = take_steps(build(config, pair_set(self.root), self.runtime), STEPS)
-        return found
-
-    def halves(self) -> dict:
-        """bf16 under the strategies that convert parameters, beside fp32."""
-        found = {}
-        for name in ("ddp", "fsdp2", "zero2", "zero3"):
-            config = self.config(QUANTISED, LORA, STRATEGIES[name], precision=Precision.bf16)
-            found[name] = take_steps(build(config, self.data, self.runtime), STEPS)
-        return found
+RESUMED = {"nf4": (QUANTISED, LORA), "from, nf4": (QUANTISED, FIRST)}
+ELSEWHERE = {"fsdp2": "zero3", "zero3": "ddp"}
+PREFERENCE = {"plain": {}, "nf4": QUANTISED}
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    release_at_once()
-    here = processes.start("cpu", timeout_s=120, threads=1)
-    if here.is_main:
-        Job(directory, here)
-    processes.barrier(here)
-    job = Job(directory, here)
-    parts = ("curves", "evaluated", "resumed", "preference", "halves")
-    result = {part: getattr(job, part)() for part in parts if part in (sys.argv[2:] or parts)}
-    if here.is_main:
-        (directory / "report.json").write_text(json.dumps(result))
-    processes.barrier(here)
-    processes.stop()
+def _config(job: Job, model: dict, tuning: LoraConfig, strategy: Any, **changes: Any) -> RunConfig:
+    def made():
+        path = model_dir(job.root)
+        if not (job.root / "second").exists():
+            plain_adapter(path, job.root / "first", r=4, lora_alpha=32, seed=1)
+            plain_adapter(path, job.root / "second", r=2, lora_alpha=8, seed=2, target_modules=["q_proj", "down_proj"])
+        return path
+
+    config = run_config(job.first_here(made), strategy, "lora", micro=4, steps=STEPS, **changes)
+    if tuning.from_ is not None:
+        tuning = replace(tuning, from_=str(job.root / tuning.from_))
+    settings = dict(model)
+    if "adapters" in settings:
+        settings["adapters"] = [str(job.root / name) for name in settings["adapters"]]
+    return replace(config, tuning=tuning, model=replace(config.model, **settings))
+
+
+def _lone(job: Job, case: str) -> tuple[dict[str, torch.Tensor], Curve]:
+    model, tuning, _ = CASES[case]
+
+    def computed():
+        trainer = job.lone_trainer(_config(job, model, tuning, "single"))
+        start = values_of(trainer)
+        return start, lone_steps(trainer, STEPS)
+
+    return job.once(("base", case), computed)
+
+
+def lone(job: Job, case: str) -> dict[str, Curve]:
+    """The curve of one process, and that of a rate of zero."""
+    model, tuning, _ = CASES[case]
+    still = job.once(("base, still", case), lambda: job.still(_config(job, model, tuning, "single"), STEPS))
+    return {"curve": _lone(job, case)[1], "still": still}
+
+
+def curve(job: Job, case: str, name: str) -> dict[str, Any]:
+    """Loss and grad norm of every step, and whether all initial values are those of the lone process."""
+    model, tuning, _ = CASES[case]
+    with released_at_once():
+        trainer = job.trainer(_config(job, model, tuning, STRATEGIES[name]))
+        same = _same(job, trainer, _lone(job, case)[0])
+        return {"found": take_steps(trainer, STEPS), "same": same}
+
+
+def _same(job: Job, trainer: Any, expected: dict[str, torch.Tensor]) -> bool:
+    seen, same = set(), True
+    for name, value in trainer.engine.gather(trainable_only=False):
+        if value is not None:
+            same &= torch.equal(value, expected[name]) and value.dtype is expected[name].dtype
+            seen.add(name)
+    return bool(same) and (not job.runtime.is_main or seen == set(expected))
+
+
+def evaluated(job: Job, kind: str, name: str) -> dict[str, Any]:
+    """A curve with and without evaluation between the steps, and what evaluation finds at a rate that moves nothing."""
+    with released_at_once():
+        curves, losses = [], []
+        for evaluate in (False, True):
+            trainer = job.trainer(_config(job, MODELS[kind], LORA, STRATEGIES[name]))
+            rows = []
+            for _ in range(STEPS):
+                if evaluate:
+                    _evaluation(job, trainer)
+                rows += take_steps(trainer, 1)
+            curves.append(rows)
+        still = AdamwConfig(lr=1e-30, weight_decay=0.0)
+        trainer = job.trainer(_config(job, MODELS[kind], LORA, STRATEGIES[name], optim=still))
+        for _ in range(3):
+            losses.append(_evaluation(job, trainer))
+            take_steps(trainer, 1)
+        return {"without": curves[0], "with": curves[1], "still": losses}
+
+
+def _evaluation(job: Job, trainer: Any) -> float:
+    engine = trainer.engine
+
+    def batches():
+        share = EvalShare(4, engine.dp_rank, engine.dp_size)
+        return eval_batches(job.data.train, share, trainer.loader.collator, job.runtime.device)
+
+    count = int(job.data.train.counts["loss"].sum())
+    evaluator = LossEvaluator(batches, count=count, prefix="eval", perplexity=True)
+    return dict(evaluator.run(engine))["eval/loss"]
+
+
+def resumed(job: Job, case: str, name: str) -> dict[str, Any]:
+    """Two steps after a saved state, by the run that saved it and by fresh ones, also under another strategy."""
+    model, tuning = RESUMED[case]
+    with released_at_once():
+        first = job.trainer(_config(job, model, tuning, STRATEGIES[name]))
+        take_steps(first, 3)
+        path = job.saved(first)
+        row: dict[str, Any] = {"uninterrupted": take_steps(first, 2)}
+        for key, strategy in (("resumed", name), ("elsewhere", ELSEWHERE[name])):
+            row[key] = job.go_on(_config(job, model, tuning, STRATEGIES[strategy]), path, 2)
+        row["saved"] = sorted(FileSystemReader(str(path / TENSORS)).read_metadata().state_dict_metadata)
+        return row
+
+
+def preference(job: Job, case: str, name: str) -> dict[str, Curve]:
+    """DPO from a first adapter: the first loss is log 2 where the reference is the first adapter's model."""
+    data = job.first_here(lambda: pair_set(job.root))
+    with released_at_once():
+        config = _config(job, PREFERENCE[case], FIRST, STRATEGIES[name], objective=DpoConfig(beta=0.5))
+        expected = job.once(("preference", case), lambda: job.lone(config, STEPS, data))
+        still = job.once(("preference, still", case), lambda: job.still(config, STEPS, data))
+        return {"found": job.curve(config, STEPS, data), "expected": expected, "still": still}
+
+
+def half(job: Job, name: str) -> Curve:
+    """bf16 under the strategies that convert parameters."""
+    with released_at_once():
+        return job.curve(_config(job, QUANTISED, LORA, STRATEGIES[name], precision=Precision.bf16), STEPS)

@@ -1,11 +1,10 @@
-"""Objectives over pairs of answers, under every strategy and in one process: part of the job of `features.py`."""
+"""Objectives over pairs of answers, under every strategy and in one process: part of the parity job (`job.py`)."""
 
 from dataclasses import replace
-from pathlib import Path
 
-from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config
-from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, model_dir, pair_set, run_config, trainer_for
+from tests.helpers.building import STRATEGIES, model_dir, pair_set, run_config
+from tests.parity.base import Curve, Job
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.reward import RewardConfig
 
@@ -40,33 +39,29 @@ CASES = {
 }
 
 
-def compare(root: Path, runtime: processes.Runtime) -> dict:
-    """Curves of all ranks beside those of `single`, which takes each step's pairs in one micro-batch."""
-    found, oracles = {}, {}
-    for name, (objective, tuning, architecture, strategy) in CASES.items():
-        config = run_config(model_dir(root, architecture), strategy, tuning, micro=2, steps=STEPS)
-        config = replace(config, objective=OBJECTIVES[objective])
-        oracle = objective, tuning, architecture
-        if oracle not in oracles:
-            whole = replace(
-                config, strategy=STRATEGIES["single"], batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH}
-            )
-            oracles[oracle] = alone_curve(whole, root, runtime)
-        found[name] = {"found": curve(config, root, runtime), "expected": oracles[oracle]}
-    return found
+def compare(job: Job, name: str) -> dict[str, Curve]:
+    """The curve of all ranks and that of `single`, which takes each step's pairs in one micro-batch."""
+    objective, tuning, architecture, strategy = CASES[name]
+    model = job.first_here(lambda: model_dir(job.root, architecture))
+    data = job.first_here(lambda: pair_set(job.root))
+    config = run_config(model, strategy, tuning, micro=2, steps=STEPS)
+    config = replace(config, objective=OBJECTIVES[objective])
+    key = objective, tuning, architecture
+    expected = job.once(("pairs", *key), lambda: alone_curve(job, config, data))
+    return {"found": curve(job, config, data), "expected": expected}
 
 
-def curve(config, root: Path, runtime: processes.Runtime) -> list[list[float]]:
+def curve(job: Job, config, data) -> Curve:
     """Loss, gradient norm and margin of each step. All ranks must call."""
-    trainer = trainer_for(config, pair_set(root), runtime)
+    trainer = job.trainer(config, data)
     for batch in trainer.loader.steps(0, STEPS):
         trainer.meter.add(trainer.train_step(batch))
     return [[row["loss"], row["grad_norm"], row["margin"]] for row in trainer.meter.flush()]
 
 
-def alone_curve(config, root: Path, runtime: processes.Runtime) -> list[list[float]]:
+def alone_curve(job: Job, config, data) -> Curve:
     """The same in this process alone, without any communication."""
-    trainer = trainer_for(config, pair_set(root), alone(runtime))
+    trainer = job.lone_trainer(config, data)
     rows = []
     for batch in trainer.loader.steps(0, STEPS):
         record = trainer.train_step(batch)

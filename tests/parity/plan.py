@@ -1,16 +1,19 @@
 """Which combinations the parity tests of the tuning methods run: a covering choice, or every legal one.
 
 Each run is compared with `single` under the same optimizer and rows, so one run proves a strategy, a feature and an
-optimizer for its method at once. The choice: each method meets each strategy, and on the way each feature and each optimizer
-that it can, in turns, so that each feature and each optimizer meets each strategy too. With SHARDTUNE_TEST_ALL=1 every method
-meets every strategy with every feature and with every optimizer.
+optimizer for its method at once. The choice (`tests/helpers/covering.py`): every strategy meets every feature and every
+optimizer, every feature every optimizer, and every method meets strategies that gather parameters and strategies that keep
+them whole, blocks that are computed a second time, and rows that are laid out otherwise. With SHARDTUNE_TEST_ALL=1 every
+method meets every strategy with every feature and with every optimizer.
 """
 
-import os
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from tests.helpers.building import STRATEGIES
+from tests.helpers.covering import EVERYTHING, SEED, cover
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
 from trainer.config.combinations import Cell, State, cell, row_of, rows
@@ -19,7 +22,6 @@ from trainer.data.config import Layout
 from trainer.model.quantisation import Quantisation
 from trainer.tuning.base import FullConfig, TuningConfig
 
-ALL = "SHARDTUNE_TEST_ALL"
 CASES: dict[str, TuningConfig] = {"full": FullConfig(), **PARTIAL}
 # ZeRO-3 gives every weight back as soon as it was used: a tiny model would stay gathered, and hide what reaches for it.
 SHARDING = {
@@ -33,8 +35,8 @@ APART = ("bf16", "quantised", "compile")
 """Features with runs of their own: one rounds, one has another base, and one takes long to trace."""
 OTHERWISE = ("packing", "quantised")
 """Features that one process takes other steps with."""
-COMPILED_ALWAYS = ("full", "lora")
-"""Cases that the covering choice runs compiled; all others that may be compiled are run with SHARDTUNE_TEST_ALL only."""
+COMPILED_ALWAYS = ("full",)
+"""Cases that the covering choice runs compiled: tracing takes most of a minute. All that may be are with SHARDTUNE_TEST_ALL."""
 OPTIMIZERS = [name for name in INSTALLED if name != "sgd without momentum"]
 
 
@@ -107,6 +109,7 @@ TRAPS = [
 """Always run: biases, and keys from outside, where blocks are computed a second time."""
 
 
+@cache
 def main_cases() -> dict[str, str]:
     """The first case of each row, by row."""
     found: dict[str, str] = {}
@@ -115,27 +118,38 @@ def main_cases() -> dict[str, str]:
     return found
 
 
+GATHERING = ("fsdp2", "hsdp", "zero3")
+"""Strategies under which a parameter is whole only in the forward pass of its own module."""
+
+
+def marks(run: Run) -> set[Hashable]:
+    """What one run proves, for the covering choice."""
+    if run.feature == "compile":
+        return {("compile", run.case)}
+    found: set[Hashable] = {("strategy", run.strategy, run.feature), ("optim", run.optim, run.feature)}
+    found |= {("strategy", run.strategy, run.optim), ("case", run.case)}
+    if run.strategy in ("fsdp2", "zero3"):
+        found |= {("sharded", run.case)}
+    if run.case in main_cases().values():
+        found |= {("gathered" if run.strategy in GATHERING else "whole", run.case)}
+        found |= {("computed again", run.case)} if run.feature in ("checkpointing", "selective") else set()
+        found |= {("laid out otherwise", run.case)} if run.feature in ("packing", "padded") else set()
+    return found
+
+
+@cache
 def covering() -> list[Run]:
-    """Each method under each strategy, features and optimizers in turns; other settings of a method under two strategies."""
-    runs, names, mains = [], list(SHARDING), main_cases()
-    for number, case in enumerate(mains.values()):
-        able = [s for s in names if Run(case, s).legal]
-        for turn in range(len(names)):  # a method that few strategies run meets these again, with other features
-            strategy = able[turn % len(able)]
-            features = [f for f in EXACT if Run(case, strategy, f).legal]
-            optims = [o for o in OPTIMIZERS if Run(case, strategy, "plain", o).legal]
-            feature = features[(number + turn) % len(features)]
-            # One optimizer more than there are features, so that pairs do not repeat from method to method.
-            runs.append(Run(case, strategy, feature, optims[(number + 2 * turn) % len(optims)]))
-        for turn, feature in enumerate(APART):
-            able = [s for s in names if Run(case, s, feature).legal]
-            able = [] if feature == "compile" and case not in COMPILED_ALWAYS else able
-            runs += [Run(case, able[(number + turn) % len(able)], feature)] if able else []
-    others = [case for case in CASES if case not in mains.values()]
-    for number, case in enumerate(others):
-        for strategy in dict.fromkeys([names[number % len(names)], ("fsdp2", "zero3")[number % 2]]):
-            runs.append(Run(case, strategy))
-    return list(dict.fromkeys([*runs, *TRAPS]))
+    """The choice of `make test`, and the traps."""
+    tried = [case for case in CASES if case in main_cases().values()]
+    runs = [
+        Run(case, strategy, feature, optim)
+        for case in CASES
+        for strategy in SHARDING
+        for feature in ((*EXACT, *APART) if case in tried else ("plain",))
+        for optim in (OPTIMIZERS if feature in EXACT and case in tried else ["adamw"])
+    ]
+    able = [run for run in runs if run.legal and (run.feature != "compile" or run.case in COMPILED_ALWAYS)]
+    return list(dict.fromkeys([*cover(able, marks, seed=SEED), *TRAPS]))
 
 
 def everything() -> list[Run]:
@@ -152,7 +166,7 @@ def everything() -> list[Run]:
 
 def plan() -> list[Run]:
     """What this session of tests runs."""
-    return everything() if os.environ.get(ALL) else covering()
+    return everything() if EVERYTHING else covering()
 
 
 def missing(runs: list[Run], *, axes: tuple[str, ...]) -> list[str]:

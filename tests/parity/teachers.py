@@ -1,22 +1,20 @@
-"""Objectives that look ahead or compare with a teacher, under every strategy: part of the job of `features.py`."""
+"""Objectives that look ahead or compare with a teacher, under every strategy: part of the parity job (`job.py`)."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyName, ZeroConfig
 from tests.helpers.building import (
-    GLOBAL_BATCH,
     STRATEGIES,
-    alone,
     data_set,
     model_dir,
     rated_set,
     replay_set,
     run_config,
-    trainer_for,
 )
+from tests.parity.base import Curve, Job
 from trainer.heads.divergence import Divergence
+from trainer.loop import Trainer
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.kto import KtoConfig
@@ -66,39 +64,39 @@ CASES = [
 NAMES = [" ".join(case) for case in CASES]
 
 
-def compare(root: Path, runtime: processes.Runtime) -> dict:
-    """Curves of all ranks beside those of `single`, which takes each step in one micro-batch."""
-    found, oracles = {}, {}
-    for name, (objective, tuning, architecture, strategy) in zip(NAMES, CASES, strict=True):
-        config = run_config(
-            model_dir(root, architecture),
-            {**STRATEGIES, **SPECIAL}[strategy],
-            tuning if tuning not in LOCAL_TUNINGS else "lora",
-            micro=2,
-            steps=STEPS,
-            objective=objective_of(objective, root),
-        )
-        config.tuning = LOCAL_TUNINGS.get(tuning, config.tuning)
-        oracle = objective, tuning, architecture
-        if oracle not in oracles:
-            batch = {"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH}
-            whole = replace(config, strategy=STRATEGIES["single"], batch=batch)
-            oracles[oracle] = curve(whole, objective, root, alone(runtime))
-        found[name] = {"found": curve(config, objective, root, runtime), "expected": oracles[oracle]}
-    return found
+def compare(job: Job, name: str) -> dict[str, Curve]:
+    """The curve of all ranks, and that of `single`, which takes each step in one micro-batch."""
+    objective, tuning, architecture, strategy = CASES[NAMES.index(name)]
+
+    def made():
+        model_dir(job.root, "qwen3")
+        sets = {"kto": rated_set, "replay": replay_set, "held": replay_set}
+        data = sets[objective](job.root) if objective in sets else data_set(job.root, uneven=True)
+        return model_dir(job.root, architecture), data
+
+    model, data = job.first_here(made)
+    config = run_config(
+        model,
+        {**STRATEGIES, **SPECIAL}[strategy],
+        tuning if tuning not in LOCAL_TUNINGS else "lora",
+        micro=2,
+        steps=STEPS,
+        objective=objective_of(objective, job.root),
+    )
+    config.tuning = LOCAL_TUNINGS.get(tuning, config.tuning)
+    key = "teachers", objective, tuning, architecture
+    expected = job.once(key, lambda: curve(job.lone_trainer(config, data), 1))
+    return {"found": curve(job.trainer(config, data), job.runtime.world_size), "expected": expected}
 
 
-def curve(config, objective: str, root: Path, runtime: processes.Runtime) -> list[list[float]]:
-    """Loss, gradient norm and the objective's metrics of each step. All ranks must call, or one that is alone."""
-    sets = {"kto": rated_set, "replay": replay_set, "held": replay_set}
-    data = sets[objective](root) if objective in sets else data_set(root, uneven=True)
-    trainer = trainer_for(config, data, runtime)
+def curve(trainer: Trainer, world: int) -> Curve:
+    """Loss, gradient norm and the objective's metrics of each step. All `world` ranks must call, or one that is alone."""
     names = ("loss", *trainer.engine.step_module.objective.metrics)
     rows = []
     for batch in trainer.loader.steps(0, STEPS):
         record = trainer.train_step(batch)
         sums = [record.local_sums[name].double() for name in names]
-        if runtime.world_size > 1:
+        if world > 1:
             sums = [processes.dist_sum(value) for value in sums]
         loss, *others = (float(value) / record.counts["loss"] for value in sums)
         rows.append([loss, float(record.result.grad_norm), *others])

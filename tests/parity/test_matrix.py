@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from tests.helpers.launching import run_job
-from tests.parity.job import names_for
+from tests.helpers.covering import chosen, pairs, values
+from tests.helpers.learning import LEAST_LEARNED, learned
+from tests.parity.matrix import names_for
 
 TOLERANCE = 1e-5
 CASES = [
@@ -17,42 +18,44 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    return {world: run_job("tests.parity.job", world, tmp_path_factory.mktemp(f"world{world}")) for world in (2, 4)}
+@pytest.fixture(scope="module", autouse=True)
+def four_ranks_end(ranks):
+    """Nobody else asks them, and they hold half a GiB each."""
+    yield
+    ranks[4].stop()
 
 
-@pytest.mark.parametrize(("world", "strategy", "tuning", "masks", "accumulation"), CASES)
-def test_strategy_equals_single(reports, world, strategy, tuning, masks, accumulation):
-    expected = reports[world][f"single-{tuning}-{masks}"]
-    found = reports[world][f"{strategy}-{tuning}-{masks}-{accumulation}"]
+def assert_close(found, expected):
     assert len(found) == len(expected) == 5
     for (loss, norm), (right_loss, right_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(right_loss, rel=TOLERANCE)
         assert norm == pytest.approx(right_norm, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(world, name) for world in (2, 4) for name in names_for(world)])
-def test_through_sockets_too(reports, world, strategy):
-    for found, expected in zip(
-        reports[world][f"{strategy}-sockets"], reports[world]["single-full-uneven"], strict=True
-    ):
-        assert found == pytest.approx(expected, rel=TOLERANCE)
+@pytest.mark.parametrize(("world", "strategy", "tuning", "masks", "accumulation"), chosen(CASES, pairs))
+def test_strategy_equals_single(ranks, world, strategy, tuning, masks, accumulation):
+    found = ranks[world].ask("matrix", "curve", strategy, tuning, masks, accumulation)
+    assert_close(found, ranks[world].ask("matrix", "lone", tuning, masks)["curve"])
 
 
-def test_the_oracle_learns_and_is_clipped(reports):
+@pytest.mark.parametrize(
+    ("world", "strategy"), chosen([(world, name) for world in (2, 4) for name in names_for(world)], values)
+)
+def test_through_sockets_too(ranks, world, strategy):
+    expected = ranks[world].ask("matrix", "lone", "full", "uneven")["curve"]
+    assert_close(ranks[world].ask("matrix", "sockets", strategy), expected)
+
+
+@pytest.mark.parametrize(("tuning", "masks"), list(itertools.product(("full", "lora"), ("even", "uneven"))))
+def test_the_oracle_learns_and_is_clipped(ranks, tuning, masks):
     """A matrix of runs that stand still, or that clipping never touches, would prove little."""
-    for tuning, masks in itertools.product(("full", "lora"), ("even", "uneven")):
-        steps = reports[2][f"single-{tuning}-{masks}"]
-        assert len({round(loss, 3) for loss, _ in steps}) > 1
-        assert any(norm > 0.5 for _, norm in steps)
+    lone = ranks[2].ask("matrix", "lone", tuning, masks)
+    assert learned(lone["curve"], lone["still"]) > LEAST_LEARNED
+    assert any(norm > 0.5 for _, norm in lone["curve"])
 
 
-def test_a_quantised_base_trains_alike_under_hsdp(reports):
+def test_a_quantised_base_trains_alike_under_hsdp(ranks):
     pytest.importorskip("bitsandbytes")
-    found, expected = reports[4]["hsdp-nf4"], reports[4]["single-nf4"]
-    assert len(found) == len(expected) == 5
-    for (loss, norm), (right_loss, right_norm) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(right_loss, rel=1e-5)
-        assert norm == pytest.approx(right_norm, rel=1e-5)
-    assert expected != reports[4]["single-lora-uneven"]
+    found = ranks[4].ask("matrix", "quantised_hsdp")
+    assert_close(found["found"], found["expected"])
+    assert found["expected"] != ranks[4].ask("matrix", "lone", "lora", "uneven")["curve"]

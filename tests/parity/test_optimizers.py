@@ -4,16 +4,12 @@ import itertools
 
 import pytest
 
-from tests.helpers.launching import run_job
+from tests.helpers.covering import chosen, values
 from tests.parity.optimizers import GROUPED, INSTALLED, OPTIMIZERS, runs
 
 TOLERANCE = 1e-5
 CASES = [(name, strategy) for name in OPTIMIZERS for strategy in runs(OPTIMIZERS[name])]
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return run_job("tests.parity.optimizers", 2, tmp_path_factory.mktemp("optimizers"))
+TUNED = [(name, strategy, tuning) for name, strategy in CASES for tuning in ("full", "lora")]
 
 
 def needs(name):
@@ -27,45 +23,53 @@ def assert_close(found, expected):
         assert norm == pytest.approx(right_norm, rel=TOLERANCE)
 
 
+def each(case):
+    """Each optimizer and each strategy with both tunings; each optimizer under each strategy is in test_methods.py."""
+    name, strategy, tuning = case
+    return {(name, tuning), (strategy, tuning)}
+
+
+@pytest.mark.parametrize(("name", "strategy", "tuning"), chosen(TUNED, each))
+def test_strategy_equals_single(ask, name, strategy, tuning):
+    needs(name)
+    found = ask("optimizers", "curve", name, strategy, tuning)
+    assert len(found) == 5
+    assert_close(found, ask("optimizers", "lone", name, tuning))
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize(("name", "strategy"), CASES)
-def test_strategy_equals_single(report, name, strategy, tuning):
-    needs(name)
-    curves = report["optimizers"][f"{name} {strategy} {tuning}"]
-    assert len(curves["found"]) == 5
-    assert_close(curves["found"], curves["expected"])
-
-
-def test_the_oracles_differ_and_are_clipped(report):
+def test_the_oracles_differ_and_are_clipped(ask, tuning):
     """Optimizers that could not be told apart within the tolerance would prove little."""
-    for tuning in ("full", "lora"):
-        curves = {name: report["optimizers"][f"{name} ddp {tuning}"]["expected"] for name in INSTALLED}
-        for (left, a), (right, b) in itertools.combinations(curves.items(), 2):
-            if {left, right} != {"adamw", "adamw_8bit"}:  # of a few hundred elements most moments are kept in 32 bits
-                assert abs(a[-1][0] / b[-1][0] - 1) > 10 * TOLERANCE, (left, right, tuning)
-        assert all(norm > 0.5 for curve in curves.values() for _, norm in curve)
+    curves = {name: ask("optimizers", "lone", name, tuning) for name in INSTALLED}
+    for (left, a), (right, b) in itertools.combinations(curves.items(), 2):
+        if {left, right} != {"adamw", "adamw_8bit"}:  # of a few hundred elements most moments are kept in 32 bits
+            assert abs(a[-1][0] / b[-1][0] - 1) > 10 * TOLERANCE, (left, right, tuning)
+    assert all(norm > 0.5 for curve in curves.values() for _, norm in curve)
 
 
-@pytest.mark.parametrize(("name", "strategy"), [(n, s) for n, optim in GROUPED.items() for s in runs(optim)])
-def test_groups_have_their_own_rates_under_every_strategy(report, name, strategy):
-    curves = report["groups"][f"{name} {strategy} full"]
-    assert_close(curves["found"], curves["expected"])
-    plain = report["optimizers"][f"{GROUPED[name].name} ddp full"]["expected"]
-    assert abs(curves["expected"][-1][0] / plain[-1][0] - 1) > 10 * TOLERANCE
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    chosen([(name, strategy) for name, optim in GROUPED.items() for strategy in runs(optim)], values),
+)
+def test_groups_have_their_own_rates_under_every_strategy(ask, name, strategy):
+    expected = ask("optimizers", "lone", name, "full")
+    assert_close(ask("optimizers", "curve", name, strategy, "full"), expected)
+    plain = ask("optimizers", "lone", GROUPED[name].name, "full")
+    assert abs(expected[-1][0] / plain[-1][0] - 1) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "strategy"), CASES)
-def test_resuming_is_bit_equal_and_crosses_where_both_run(report, name, strategy):
+@pytest.mark.parametrize(("name", "strategy"), chosen(CASES, values))
+def test_resuming_is_bit_equal_and_crosses_where_both_run(ask, name, strategy):
     needs(name)
-    found = report["resuming"][f"{name} {strategy}"]
+    found = ask("optimizers", "resuming", name, strategy)
     assert found["resumed"] == found["uninterrupted"]
     assert_close(found["elsewhere"], found["uninterrupted"])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2, kept gathered"])
-def test_looking_at_the_average_changes_nothing(report, strategy):
+def test_looking_at_the_average_changes_nothing(ask, strategy):
     needs("schedule_free")
-    found = report["averaging"][strategy]
+    found, single = ask("optimizers", "averaging", strategy), ask("optimizers", "averaging", "single")
     assert found["looked at"] == found["plain"]
-    assert found["averaged"] == pytest.approx(report["averaging"]["single"]["averaged"], rel=TOLERANCE)
+    assert found["averaged"] == pytest.approx(single["averaged"], rel=TOLERANCE)
     assert all(abs(a / t - 1) > TOLERANCE for a, t in zip(found["averaged"][1:], found["trained"][1:], strict=True))

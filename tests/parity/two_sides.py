@@ -1,24 +1,14 @@
-"""Encoder-decoder models under every strategy and in one process: part of the job of `features.py`."""
+"""Encoder-decoder models under every strategy and in one process: part of the parity job (`job.py`)."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig, StrategyName, ZeroConfig
-from tests.helpers.building import (
-    GLOBAL_BATCH,
-    STRATEGIES,
-    alone,
-    model_dir,
-    run_config,
-    take_steps,
-    trainer_for,
-    two_sided_set,
-)
+from tests.helpers.building import STRATEGIES, model_dir, run_config, two_sided_set
 from tests.helpers.seq2seq import seq2seq_dir
+from tests.parity.base import Curve, Job
 from trainer.build import build_engine
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare
@@ -55,34 +45,22 @@ CASES: dict[str, tuple[str, str, StrategyConfig]] = {
 }
 
 
-def compare(root: Path, runtime: processes.Runtime) -> dict:
-    """Curves of all ranks beside those of `single`, which takes each step's documents in one micro-batch."""
-    found, oracles = {}, {}
-    for name, (architecture, tuning, strategy) in CASES.items():
-        config = config_of(root, architecture, tuning, strategy)
-        if (architecture, tuning) not in oracles:
-            oracles[architecture, tuning] = alone_curve(config, root, runtime)
-        curve = take_steps(trainer_for(config, two_sided_set(root), runtime), STEPS)
-        found[name] = {"found": curve, "expected": oracles[architecture, tuning]}
-    return found
+def compare(job: Job, name: str) -> dict[str, Curve]:
+    """The curve of all ranks, that of `single`, which takes each step's documents in one micro-batch, and one at rate zero."""
+    architecture, tuning, strategy = CASES[name]
+    config, data = config_of(job, architecture, tuning, strategy)
+    key = architecture, tuning
+    expected = job.once(("two sides", *key), lambda: job.lone(config, STEPS, data))
+    still = job.once(("two sides, still", *key), lambda: job.still(config, STEPS, data))
+    return {"found": job.curve(config, STEPS, data), "expected": expected, "still": still}
 
 
-def config_of(root: Path, architecture: str, tuning: str, strategy: StrategyConfig) -> RunConfig:
-    """A run in which each rank takes two micro-batches a step."""
-    config = run_config(seq2seq_dir(root, architecture), strategy, tuning, micro=4, steps=STEPS)
+def config_of(job: Job, architecture: str, tuning: str, strategy: StrategyConfig) -> tuple[RunConfig, Prepared]:
+    """A run in which each rank takes two micro-batches a step, and its data."""
+    model, data = job.first_here(lambda: (seq2seq_dir(job.root, architecture), two_sided_set(job.root)))
+    config = run_config(model, strategy, tuning, micro=4, steps=STEPS)
     config = replace(config, objective=Seq2seqConfig(max_target=64), data=DataConfig(max_length=64))
-    return replace(config, optim=replace(config.optim, max_grad_norm=0.2))
-
-
-def alone_curve(config: RunConfig, root: Path, runtime: processes.Runtime) -> list[list[float]]:
-    """Loss and gradient norm of each step in this process alone, without any communication."""
-    whole = replace(config, strategy=STRATEGIES["single"], batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH})
-    trainer = trainer_for(whole, two_sided_set(root), alone(runtime))
-    rows = []
-    for batch in trainer.loader.steps(0, STEPS):
-        record = trainer.train_step(batch)
-        rows.append([float(record.local_sums["loss"]) / record.counts["loss"], float(record.result.grad_norm)])
-    return rows
+    return replace(config, optim=replace(config.optim, max_grad_norm=0.2)), data
 
 
 GENERATING = [
@@ -94,37 +72,31 @@ NUM_ANSWERED = 13
 """Documents answered: no multiple of ranks times batch, so that one rank has a batch less."""
 
 
-def generate(root: Path, runtime: processes.Runtime) -> dict:
+def generate(job: Job, case: str) -> dict[str, Any]:
     """Answers of all ranks beside those of plain transformers, one document at a time."""
-    found, oracles = {}, {}
     settings = GenerateConfig(samples=NUM_ANSWERED, max_new_tokens=12)
-    for case in GENERATING:
-        architecture, strategy = case.split()
-        if architecture == "llama":
-            config = run_config(model_dir(root, architecture), STRATEGIES[strategy], "lora", micro=4, steps=STEPS)
-        else:
-            config = config_of(root, architecture, "lora", STRATEGIES[strategy])
-        data = two_sided_set(root)
-        tokenizer = load_tokenizer(config.model)
-        engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
-        if architecture not in oracles:
-            oracles[architecture] = plain_answers(config, data, tokenizer, settings)
-        evaluator = GenerationEvaluator(
-            data.train,
-            # One: ranks finish apart in every turn; three: rows are padded.
-            EvalShare(1 if architecture == "bart" else 3, engine.dp_rank, engine.dp_size, NUM_ANSWERED),
-            tokenizer,
-            settings,
-            generation_config=generation_config(
-                config.model, built.config, built.two_sides.decoder_start if built.two_sides else None
-            ),
-            runtime=runtime,
-        )
-        answers = [[one.document, one.answer] for one in evaluator.answers(engine)]
-        expected, lengths = oracles[architecture]
-        values = dict(evaluator.run(engine))
-        found[case] = {"found": answers, "expected": expected, "lengths": lengths, "values": values}
-    return found
+    architecture, strategy = case.split()
+    if architecture == "llama":
+        model, data = job.first_here(lambda: (model_dir(job.root, architecture), two_sided_set(job.root)))
+        config = run_config(model, STRATEGIES[strategy], "lora", micro=4, steps=STEPS)
+    else:
+        config, data = config_of(job, architecture, "lora", STRATEGIES[strategy])
+    tokenizer = load_tokenizer(config.model)
+    engine, built, _ = build_engine(config, tokenizer, data, config.precision, job.runtime)
+    evaluator = GenerationEvaluator(
+        data.train,
+        # One: ranks finish apart in every turn; three: rows are padded.
+        EvalShare(1 if architecture == "bart" else 3, engine.dp_rank, engine.dp_size, NUM_ANSWERED),
+        tokenizer,
+        settings,
+        generation_config=generation_config(
+            config.model, built.config, built.two_sides.decoder_start if built.two_sides else None
+        ),
+        runtime=job.runtime,
+    )
+    answers = [[one.document, one.answer] for one in evaluator.answers(engine)]
+    expected, lengths = job.once(("answers", architecture), lambda: plain_answers(config, data, tokenizer, settings))
+    return {"found": answers, "expected": expected, "lengths": lengths, "values": dict(evaluator.run(engine))}
 
 
 def plain_answers(

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.helpers import speed
+
 NET = "10.213.0"  # exists only inside the namespaces
 PACKAGES = {
     "slurmctld": "slurmctld",
@@ -90,8 +92,8 @@ class Unavailable(Exception):
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll `condition` until it is true; TimeoutError that names `what` after `seconds`."""
-    end = time.monotonic() + seconds
+    """Poll `condition` until it is true; TimeoutError that names `what` after `seconds`, scaled to the machine."""
+    end = time.monotonic() + speed.seconds(seconds)
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"{what}: not within {seconds} s")
@@ -113,7 +115,9 @@ def provide() -> None:
         try:
             env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
             install = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {' '.join(missing)}"
-            done = subprocess.run(["sh", "-c", install], env=env, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                ["sh", "-c", install], env=env, capture_output=True, text=True, timeout=speed.seconds(300)
+            )
         finally:
             if own_policy:
                 POLICY.unlink()
@@ -208,7 +212,12 @@ class Cluster:
         output = self.dir / node / f"command-{time.monotonic_ns()}"  # a file: daemons would keep a pipe open
         with output.open("w+") as out:
             done = subprocess.run(
-                [*enter, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, timeout=300
+                [*enter, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=env,
+                timeout=speed.seconds(300),
             )
         text = output.read_text()
         output.unlink()
@@ -229,7 +238,7 @@ class Cluster:
     def wait(self, job_id: str, seconds: float = 90) -> dict[str, str]:
         """The job once it is over, requeues included; TimeoutError with all that is known of it otherwise."""
         unfinished = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
-        end = time.monotonic() + seconds
+        end = time.monotonic() + speed.seconds(seconds)
         while (job := self.job(job_id))["JobState"] in unfinished:
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job_id} is not over after {seconds} s: {job}")

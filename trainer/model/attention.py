@@ -33,7 +33,7 @@ PADDING_FREE = frozenset(
         "gpt_neox",
     }
 )
-"""`model_type`s that a test has shown to give the same result concatenated and apart (tests/test_attention.py)."""
+"""`model_type`s that a test has shown to give the same result concatenated and apart (tests/model/test_attention.py)."""
 
 
 def register() -> None:

@@ -25,6 +25,7 @@ from strategies.runtime import derive_seed
 from trainer.tuning.added import Added, is_causal
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
+from trainer.tuning.lstm import EncoderLstm
 from trainer.tuning.peft_configs import virtual_config
 from trainer.tuning.prepend import PrefixShape, Prepend, cache_word
 from trainer.tuning.replica import ADAPTER
@@ -88,7 +89,7 @@ class Virtual(Added):
         self._encoder = PEFT_TYPE_TO_TUNER_MAPPING[self._settings.peft_type]
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
-                module.register_forward_pre_hook(_refresh_weights)
+                module.__class__ = EncoderLstm
         Prepend(decoder, encoder, embeddings, self.tokens, _shape_of(self._settings), lambda: self.active)
         return tuned
 
@@ -168,11 +169,6 @@ class Virtual(Added):
         settings = copy.deepcopy(self._settings)
         settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
         settings.save_pretrained(str(directory))
-
-
-def _refresh_weights(lstm: nn.Module, _args: Any) -> None:
-    """An LSTM keeps a list of its weights of its own, which strategies that replace parameters do not know."""
-    lstm._flat_weights = [getattr(lstm, name) for name in lstm._flat_weights_names]  # type: ignore[union-attr,assignment]
 
 
 def load(model: Any, directory: str | Path) -> Any:

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.building import model_dir
+from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 
-STEPS = 200
+STEPS = 80
+"""Enough that the signal, sent after the seventh, comes before the last also where this process is kept waiting."""
 
 
 def command(root: Path, run: str, *words: str) -> list[str]:
@@ -24,6 +27,8 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "data.cache_dir": root / "cache",
         "run.dir": root / run,
         "run.device": "cpu",
+        "run.threads": 1,
+        "run.matmul": "blas",  # which library is faster is measured at each start, and other work may sway it
         "batch.global": 8,
         "batch.micro": 2,
         "budget.steps": STEPS,
@@ -33,7 +38,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "tuning.dropout": 0.1,
         "logging.every_steps": 1,
         "logging.wandb": "disabled",
-        "evaluation.every_steps": 80,
+        "evaluation.every_steps": 30,
         "export.at_end": "false",
     }
     return [sys.executable, "-m", "launch.main", "train", *(f"{k}={v}" for k, v in settings.items()), *words]
@@ -51,12 +56,12 @@ def numbers(root: Path, run: str) -> list[tuple]:
 
 def stop_after(root: Path, run: str, step: int, number: int, words: list[str]) -> int:
     process = subprocess.Popen(command(root, run, *words), env=clean_environment(), cwd=ROOT)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds(120)
     while not any(row["step"] >= step for row in rows(root, run)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(number)
-    return process.wait(timeout=60)
+    return process.wait(timeout=seconds(60))
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +72,14 @@ def root(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("alone", ["strategy=single", "launcher.processes=1"]),
-        ("fsdp2", ["strategy=fsdp2", "launcher.processes=2"]),
-        ("zero2", ["strategy=zero2", "launcher.processes=2"]),
-    ],
-)
+STRATEGIES = {
+    "alone": ["strategy=single", "launcher.processes=1"],
+    "fsdp2": ["strategy=fsdp2", "launcher.processes=2"],
+    "zero2": ["strategy=zero2", "launcher.processes=2"],
+}
+
+
+@pytest.mark.parametrize(("name", "words"), list(STRATEGIES.items())[: None if EVERYTHING else 2])
 def test_stopped_run_continues_bit_for_bit(root, name, words):
     subprocess.run(command(root, f"{name}-whole", *words), env=clean_environment(), cwd=ROOT, check=True)
     assert stop_after(root, f"{name}-cut", 7, signal.SIGUSR1, words) == 75
@@ -85,8 +90,9 @@ def test_stopped_run_continues_bit_for_bit(root, name, words):
     assert [r["step"] for r in rows(root, f"{name}-cut")][-1] == reached
     subprocess.run(command(root, f"{name}-cut", *words), env=clean_environment(), cwd=ROOT, check=True)
     assert numbers(root, f"{name}-cut") == numbers(root, f"{name}-whole")
-    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 80, 160 and the end
-
+    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 30, 60 and the end
+    if name != "alone":
+        return
     again = subprocess.run(
         command(root, f"{name}-cut", *words),
         env=clean_environment(),

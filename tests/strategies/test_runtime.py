@@ -5,6 +5,7 @@ import os
 import torch
 
 from strategies import runtime
+from strategies.runtime import usable_cores
 
 
 def test_quotas_of_cgroups_around_the_process_count(tmp_path, monkeypatch):
@@ -14,14 +15,14 @@ def test_quotas_of_cgroups_around_the_process_count(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "_CGROUPS", tmp_path)
     monkeypatch.setattr(runtime, "_MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert runtime.usable_cores() == 64 and runtime.cgroup_memory() is None
+    assert usable_cores() == 64 and runtime.cgroup_memory() is None
     (inner / "cpu.max").write_text("max 100000\n")
     (inner.parent / "cpu.max").write_text("350000 100000\n")
     (inner / "memory.max").write_text("max\n")
     (inner.parent / "memory.max").write_text("8589934592\n")
-    assert runtime.usable_cores() == 3 and runtime.cgroup_memory() == 2**33
+    assert usable_cores() == 3 and runtime.cgroup_memory() == 2**33
     (inner / "cpu.max").write_text("50000 100000\n")
-    assert runtime.usable_cores() == 1
+    assert usable_cores() == 1
 
 
 def test_torchruns_single_thread_is_no_limit(monkeypatch):

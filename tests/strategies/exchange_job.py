@@ -1,4 +1,4 @@
-"""Collectives through the host's memory against gloo's own, on three ranks: `python -m tests.exchange_job <dir>`."""
+"""Collectives through the host's memory against gloo's own, on three ranks: `python -m tests.strategies.exchange_job <dir>`."""
 
 import json
 import sys

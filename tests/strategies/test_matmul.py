@@ -33,6 +33,14 @@ def test_auto_takes_what_is_much_faster(monkeypatch):
     assert taken() == "blas"
 
 
+def test_ranks_that_measured_differently_take_the_same():
+    matmul._use(onednn=True)
+    assert matmul.agree(["onednn (a)", "onednn (b)"], 1) == "onednn (b)"
+    assert taken() == "onednn"
+    assert matmul.agree(["onednn (a)", "blas (b)"], 0) == "blas (ranks measured differently)"
+    assert taken() == "blas"
+
+
 @pytest.mark.parametrize("asked", [Matmul.auto, Matmul.onednn])
 def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
     """As AMX does: a product of numbers that bfloat16 cannot hold does not come back."""

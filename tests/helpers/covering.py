@@ -1,0 +1,55 @@
+"""Which cases of a matrix `make test` runs: a pairwise covering choice. `make test-all` runs the whole matrix.
+
+The choice is a function of the matrix and of a seed, 0 unless SHARDTUNE_TEST_SEED says otherwise: the same from run to run.
+"""
+
+import heapq
+import itertools
+import os
+import random
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+Case = TypeVar("Case")
+EVERYTHING = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
+SEED = int(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
+
+
+def pairs(case: Sequence[Hashable]) -> set[Hashable]:
+    """Every pair of values of two axes (positions of `case`) that it holds, and so every value of every axis."""
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+def values(case: Sequence[Hashable]) -> set[Hashable]:
+    """Every value of every axis, each at least once."""
+    return set(enumerate(case))
+
+
+def cover(cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], *, seed: int = SEED) -> list[Case]:
+    """A small part of `cases` with every mark that a case of them has, in their order; always the same for a seed.
+
+    Greedy: the case with the most marks that are still missing comes next. `marks` says what a case proves.
+    """
+    cases = list(cases)
+    order = random.Random(seed).sample(range(len(cases)), len(cases))
+    proves = {index: marks(cases[index]) for index in order}
+    missing = set().union(*proves.values())
+    heap = [(-len(proves[index]), place, index) for place, index in enumerate(order)]
+    heapq.heapify(heap)
+    chosen = []
+    while missing:
+        gain, place, index = heapq.heappop(heap)
+        now = len(proves[index] & missing)
+        if now == 0:
+            continue
+        if now < -gain:  # others were chosen since: look at it again in its turn
+            heapq.heappush(heap, (-now, place, index))
+            continue
+        chosen.append(index)
+        missing -= proves[index]
+    return [cases[index] for index in sorted(chosen)]
+
+
+def chosen(cases: Iterable[Case], marks: Callable[[Case], set[Hashable]]) -> list[Case]:
+    """What this session of tests runs of a matrix: a covering choice, or with SHARDTUNE_TEST_ALL all of it."""
+    return list(cases) if EVERYTHING else cover(cases, marks)

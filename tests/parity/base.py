@@ -1,0 +1,119 @@
+"""What every part of the parity job has: the ranks, the directory, and the lone process as the oracle."""
+
+import tempfile
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from strategies import runtime as processes
+from strategies.base import StrategyConfig
+from strategies.parameters import named_parameters
+from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, data_set, take_steps, trainer_for
+from trainer.config.run import RunConfig
+from trainer.data.prepare import Prepared
+from trainer.loop import Trainer
+
+Made = TypeVar("Made")
+Curve = list[list[float]]
+
+
+class Job:
+    """One rank of the job. Its methods are collective unless they say that the process is alone."""
+
+    def __init__(self, root: Path, runtime: processes.Runtime) -> None:
+        self.root, self.runtime = root, runtime
+        self._made: dict[Hashable, Any] = {}
+        self.data = self.first_here(lambda: data_set(root, uneven=True))
+
+    def first_here(self, make: Callable[[], Made]) -> Made:
+        """What `make` makes or finds on disk: made by rank 0, found by the others."""
+        if self.runtime.is_main:
+            make()
+        processes.barrier(self.runtime)
+        return make()
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returned when it was first asked for `key`: oracles are computed once."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def trainer(self, config: RunConfig, data: Prepared | None = None) -> Trainer:
+        return trainer_for(config, data or self.data, self.runtime)
+
+    def curve(self, config: RunConfig, steps: int, data: Prepared | None = None) -> Curve:
+        """Loss and grad norm of a few steps on all ranks."""
+        return [list(pair) for pair in take_steps(self.trainer(config, data), steps)]
+
+    def lone_trainer(self, config: RunConfig, data: Prepared | None = None) -> Trainer:
+        """The same job under `single`, one micro-batch a step, in this process alone."""
+        batch = {"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH}
+        return trainer_for(
+            replace(config, strategy=STRATEGIES["single"], batch=batch), data or self.data, alone(self.runtime)
+        )
+
+    def lone(self, config: RunConfig, steps: int, data: Prepared | None = None) -> Curve:
+        """Its curve. Alone."""
+        return lone_steps(self.lone_trainer(config, data), steps)
+
+    def still(self, config: RunConfig, steps: int, data: Prepared | None = None) -> Curve:
+        """Its curve at a rate of zero: what a curve that learns something must differ from. Alone."""
+        return self.lone(replace(config, optim=replace(config.optim, lr=0.0)), steps, data)
+
+    def saved(self, trainer: Trainer) -> Path:
+        """A directory with the training state."""
+        path = Path(processes.broadcast_object(tempfile.mkdtemp(dir=self.root), self.runtime))
+        trainer.engine.save(path, trainer.progress)
+        processes.barrier(self.runtime)
+        return path
+
+    def go_on(self, config: RunConfig, path: Path, steps: int, *, look: bool = False) -> list[tuple[float, float]]:
+        """A few steps of a fresh trainer from a saved state. `look`: what a forward pass gathers must not outlive the load."""
+        fresh = self.trainer(config)
+        if look:  # as to record a reference
+            with fresh.engine.inference() as module:
+                module(fresh.loader.collator([self.data.train.sample(0)]))
+        fresh.progress = fresh.engine.load(path)
+        return take_steps(fresh, steps)
+
+    def resumed(
+        self, config: RunConfig, other: StrategyConfig, *, before: int, steps: int, look: bool = False
+    ) -> dict[str, Any]:
+        """Steps after a saved state: by the run that saved it, by a fresh one, and under another strategy."""
+        first = self.trainer(config)
+        take_steps(first, before)
+        path = self.saved(first)
+        return {
+            "uninterrupted": take_steps(first, steps),
+            "resumed": self.go_on(config, path, steps, look=look),
+            "elsewhere": self.go_on(replace(config, strategy=other), path, steps, look=look),
+        }
+
+    def gathered_apart(self, trainer: Trainer, expected: dict[str, torch.Tensor], *, of: set[str]) -> float:
+        """The largest difference of a gathered value from `expected`, among the parameters `of`; all must be there."""
+        worst, seen = 0.0, set()
+        for name, value in trainer.engine.gather(trainable_only=False):
+            if value is not None:
+                assert value.shape == expected[name].shape, name
+                if name in of:
+                    worst = max(worst, float((value.float() - expected[name].float()).abs().max()))
+                seen.add(name)
+        assert not self.runtime.is_main or seen == set(expected)
+        return worst
+
+
+def lone_steps(trainer: Trainer, num: int) -> Curve:
+    """Loss and grad norm of `num` further steps of a process alone, without any communication: from its own sums."""
+    rows = []
+    for batch in trainer.loader.steps(trainer.progress.samples, num):
+        record = trainer.train_step(batch)
+        rows.append([float(record.local_sums["loss"]) / record.counts["loss"], float(record.result.grad_norm)])
+    return rows
+
+
+def values_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of every parameter of a process alone."""
+    return {name: p.detach().clone() for name, p in named_parameters(trainer.engine.step_module)}

@@ -1,0 +1,20 @@
+"""The ranks that compute the cases of the parity tests: one job of two and one of four, for all modules."""
+
+import pytest
+
+from tests.helpers.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """{number of ranks: `Ranks`}; started when a test first asks."""
+    found = {world: Ranks("tests.parity.job", world, tmp_path_factory.mktemp(f"ranks{world}")) for world in (2, 4)}
+    yield found
+    for some in found.values():
+        some.stop()
+
+
+@pytest.fixture
+def ask(ranks):
+    """What the two ranks answer to a part, its function and the arguments."""
+    return ranks[2].ask
