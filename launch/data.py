@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.data.report.located import Prepared
+    from trainer.data.report.located import Entry
 
 WORDS = ("inspect",)
 MOST_ROWS = 1000
@@ -119,7 +119,7 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(prepared: Prepared, split: str, options: argparse.Namespace) -> tuple[list[int], int | None]:
+def _chosen(prepared: Entry, split: str, options: argparse.Namespace) -> tuple[list[int], int | None]:
     """The sequences to decode; and for --find how many there are in all."""
     from trainer.data.report.located import find
 

@@ -15,7 +15,7 @@ import pytest
 from trainer.data.choose import near
 from trainer.data.choose.duplicates import Signer, compared_text, exact_groups, find_duplicates, prompt_of
 from trainer.data.choose.near import jaccard
-from trainer.data.choose.wording import ngrams, normalize
+from trainer.data.choose.ngrams import ngrams, normalize
 from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 

@@ -27,11 +27,13 @@ from trainer.data.read import (
     csv_rows,
     expand,
     hub,
-    inputs_of,
     json_rows,
     open_hub,
     read,
     text_files,
+)
+from trainer.data.read import (
+    identities_of,
 )
 from trainer.data.read.opening import open_text
 
@@ -528,7 +530,7 @@ def test_inputs_name_what_decides_over_the_rows(tmp_path):
     names = ["A.JSONL.GZ", "b.parquet", "c one.txt", "d.md.zst"]
     paths = [tmp_path / name for name in names]
     kinds = [".jsonl.gz", ".parquet", "c one.txt", "d.md.zst"]
-    assert inputs_of(paths) == list(zip(kinds, paths, strict=True))
+    assert identities_of(paths) == list(zip(kinds, paths, strict=True))
 
 
 # ---- the hub ----
@@ -561,11 +563,11 @@ def test_hub_rows(hub_data):
     assert [row.fields["text"] for row in rows] == [f"{n}" for n in range(699, -1, -1)]
     assert rows[0].fields["x"] is None
     assert (rows[-1].file, rows[-1].line) == ("hub:org/name/en/train", 700)
-    ((kind, text),) = inputs_of([path], split="train")
+    ((kind, text),) = identities_of([path], split="train")
     assert kind == "hub"
     assert text.startswith("org/name:")
     hub_data["result"] = hub_data["result"].select(range(5))
-    assert inputs_of([path], split="train") != [(kind, text)]
+    assert identities_of([path], split="train") != [(kind, text)]
 
 
 def test_hub_splits(hub_data):

@@ -16,9 +16,9 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.block import Bad, Block, refuse_bad
+from trainer.data.choose.splits import Columns
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.stages.privacy.stage import Findings
-from trainer.data.store.columns import Columns
 from trainer.data.store.documents import TableWriter
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, StoreWriter
 from trainer.data.unread import MOST_NAMES

@@ -20,7 +20,7 @@ import numpy as np
 from strategies.errors import Preempted
 from trainer.data.assemble import Assembly
 from trainer.data.block import Block, Job, jobs
-from trainer.data.choose.splits import Selection, choose, sequences_of
+from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
 from trainer.data.config import BalanceBy, DataConfig, DataFormat, PrivacyMode
 from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, readers_of, rows_of
@@ -34,7 +34,6 @@ from trainer.data.stages.chain import stages_of
 from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
 from trainer.data.store.cache import DONE, DigestCache, build_once, fingerprint
-from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 

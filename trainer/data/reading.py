@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.batches.collate import Collator
+from trainer.data.choose.splits import Columns
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import Document, Tally
 from trainer.data.fields import label_of
-from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import fitted

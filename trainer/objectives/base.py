@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from strategies.errors import DataError
+from trainer.data.choose.splits import Columns
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.reading import Reading
-from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.config import Kind

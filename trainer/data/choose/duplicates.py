@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.choose.near import near_copies
-from trainer.data.choose.wording import digest64, mix, normal_digest, normalize
+from trainer.data.choose.ngrams import digest64, mix, normal_digest, normalize
 from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 

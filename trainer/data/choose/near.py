@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.choose.wording import ngrams, normalize
+from trainer.data.choose.ngrams import ngrams, normalize
 
 SEED, VALUES = 1, 128
 """Of MinHash: the seed, and most values a document."""

@@ -16,16 +16,40 @@ from strategies.errors import DataError
 from trainer.data.choose.balance import resample
 from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
-from trainer.data.choose.wording import mix
+from trainer.data.choose.ngrams import mix
 from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.inputs import HELD_OUT
-from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]
 STEP, OFFSET = 0x9E3779B97F4A7C15, 0x632BE59BD9B4E019
 """What the seed is multiplied with and added to, so that draws of different seeds have nothing in common."""
+
+
+@dataclass(slots=True)
+class Columns:
+    """Numbers of every document kept, in input order: what the global decisions are made from."""
+
+    split: np.ndarray
+    """int16 [D], into `splits`."""
+    source: np.ndarray
+    """int16 [D], into `sources`."""
+    pieces: np.ndarray
+    """int64 [D]: sequences of each document."""
+    label: np.ndarray
+    """int64 [D], into `labels`; -1 where there is none."""
+    signatures: dict[str, np.ndarray]
+    splits: list[str]
+    sources: list[str]
+    labels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def of_split(self, name: str) -> np.ndarray:
+        """int64: the documents that were read for a split."""
+        return np.flatnonzero(self.split == self.splits.index(name)) if name in self.splits else np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)

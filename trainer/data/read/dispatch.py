@@ -62,7 +62,7 @@ def read(
             raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {key}")
 
 
-def inputs_of(
+def identities_of(
     paths: Iterable[File], *, config: str | None = None, split: str | None = None, revision: str | None = None
 ) -> list[tuple[str, Path | str]]:
     """What the fingerprint of prepared data must cover: for each input, its kind, and a file to hash or a text.

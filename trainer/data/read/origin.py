@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.document import Rejected
-from trainer.data.read.dispatch import inputs_of, read
+from trainer.data.read.dispatch import identities_of, read
 from trainer.data.read.opening import File
 from trainer.data.read.paths import expand, is_hub
 from trainer.data.read.remote import Remote
@@ -40,7 +40,7 @@ class Origin:
 
     def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
         """What the fingerprint covers: kinds and contents, not names. `digest` gives the SHA-256 of a file."""
-        found = inputs_of(self.paths, config=self.subset, split=self.split, revision=self.revision)
+        found = identities_of(self.paths, config=self.subset, split=self.split, revision=self.revision)
         return [(kind, digest(content) if isinstance(content, Path) else content) for kind, content in found]
 
     def size(self) -> int:

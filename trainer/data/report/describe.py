@@ -15,7 +15,7 @@ from strategies.errors import DataError
 from trainer.data.assemble import QUARANTINE, Totals
 from trainer.data.batches.mixing import quotas, realised
 from trainer.data.batches.units import source_weights
-from trainer.data.choose.splits import Selection
+from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import Document, Tally
 from trainer.data.inputs import Input
@@ -26,7 +26,6 @@ from trainer.data.report.preview import pieces
 from trainer.data.report.verdict import KNOBS
 from trainer.data.stages.language import share
 from trainer.data.stages.privacy.config import coverage
-from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 from trainer.data.unread import shown_names

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.data.report.audit import distribution, sizes
-from trainer.data.report.located import Prepared, raw_document
+from trainer.data.report.located import Entry, raw_document
 from trainer.data.report.preview import preview
 from trainer.data.report.wording import percent, visible
 from trainer.data.store.sequences import LABEL
@@ -33,7 +33,7 @@ BINS = 16
 MOST_GROUPS = 50
 
 
-def splits_table(prepared: Prepared) -> RenderableType:
+def splits_table(prepared: Entry) -> RenderableType:
     """Sizes of every split, counted from the arrays."""
     table = _table("split", "documents", "sequences", "tokens", "learned", "share", "p50", "p90", "longest")
     for name in prepared.splits:
@@ -45,7 +45,7 @@ def splits_table(prepared: Prepared) -> RenderableType:
     return table
 
 
-def groups_table(prepared: Prepared, split: str) -> RenderableType | None:
+def groups_table(prepared: Entry, split: str) -> RenderableType | None:
     """Sequences and tokens of a split by source and by label; None where there is one source and no label."""
     data = prepared.split(split)
     rows: list[tuple[str, str, np.ndarray]] = []
@@ -66,7 +66,7 @@ def groups_table(prepared: Prepared, split: str) -> RenderableType | None:
     return table
 
 
-def histogram(prepared: Prepared, split: str, width: int) -> RenderableType:
+def histogram(prepared: Entry, split: str, width: int) -> RenderableType:
     """Lengths of the sequences of a split in tokens, as bars within `width` columns."""
     data, title = prepared.split(split), Text(f"{split}: length of sequences in tokens", style="bold")
     if not len(data):
@@ -86,7 +86,7 @@ def histogram(prepared: Prepared, split: str, width: int) -> RenderableType:
 
 
 def sample(
-    prepared: Prepared,
+    prepared: Entry,
     split: str,
     index: int,
     tokenizer: PreTrainedTokenizerFast,

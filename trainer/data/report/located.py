@@ -23,7 +23,7 @@ ORDER = {"train": 0, "eval": 1, "test": 2}
 
 
 @dataclass(slots=True)
-class Prepared:
+class Entry:
     """A prepared data set found on disk."""
 
     directory: Path
@@ -43,7 +43,7 @@ class Prepared:
         return self.opened[name]
 
 
-def locate(path: Path) -> Prepared:
+def locate(path: Path) -> Entry:
     """The data set at `path`: its directory, one of its splits, or a run directory whose `run.json` names it.
 
     Raises ConfigError where there is none, DataError where a file of it cannot be read.
@@ -65,7 +65,7 @@ def locate(path: Path) -> Prepared:
     inside = [entry for entry in path.iterdir() if (entry / "manifest.json").is_file()]
     inside.sort(key=lambda entry: (ORDER.get(entry.name, len(ORDER)), entry.name))
     splits = {entry.name: entry for entry in inside} or {path.name: path}
-    return Prepared(path, _json(path / "manifest.json"), splits)
+    return Entry(path, _json(path / "manifest.json"), splits)
 
 
 def _of_run(run: Path) -> Path:
@@ -91,7 +91,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def raw_document(prepared: Prepared, split: str, index: int) -> dict[str, Any] | None:
+def raw_document(prepared: Entry, split: str, index: int) -> dict[str, Any] | None:
     """The row of `documents.arrow` that sequence `index` was made from; None where the data set keeps no rows."""
     data = prepared.split(split)
     if data.documents is None or not (prepared.directory / DOCUMENTS).is_file():
@@ -101,7 +101,7 @@ def raw_document(prepared: Prepared, split: str, index: int) -> dict[str, Any] |
     return DocumentTable(prepared.directory).row(int(data.documents[index]))
 
 
-def find(prepared: Prepared, split: str, text: str) -> np.ndarray:
+def find(prepared: Entry, split: str, text: str) -> np.ndarray:
     """Sequences of a split whose document holds `text`, whatever its case: int64, in order.
 
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
@@ -134,7 +134,7 @@ def _holds(pc: Any, column: Any, text: str) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.match_substring(column, text, ignore_case=True), False))
 
 
-def load_tokenizer(prepared: Prepared, path: str | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(prepared: Entry, path: str | None) -> PreTrainedTokenizerFast:
     """The tokenizer of the data set, or the one at `path`. Local files only.
 
     Raises ConfigError where there is none, or where its vocabulary has another size than the data was prepared with.

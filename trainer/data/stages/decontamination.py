@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.wording import normal_digest, normalize, roll, word_hashes
+from trainer.data.choose.ngrams import normal_digest, normalize, roll, word_hashes
 from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import EXAMPLES, Document, Tally
 
