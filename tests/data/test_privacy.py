@@ -28,6 +28,7 @@ from trainer.data.stages.privacy import (
     check,
     checksums,
     coverage,
+    engine,
     problems,
 )
 from trainer.data.stages.privacy.config import FOUND_BY_NONE, HIPAA, NATIONAL_IDS, NEEDS_PRESIDIO, TYPES, types_of
@@ -397,11 +398,11 @@ def test_a_prepared_data_set_says_what_was_not_looked_for_and_why(tmp_path):
 
 def test_every_type_that_is_asked_for_is_looked_for_or_named():
     for preset in PrivacyPreset:
-        for engine in PrivacyEngine:
-            found = coverage(PrivacyConfig(preset=preset, engine=engine))
+        for kind in PrivacyEngine:
+            found = coverage(PrivacyConfig(preset=preset, engine=kind))
             named = {name for name, why in found["not_looked_for"].items() if why != "not asked for"}
             assert set(found["looked_for"]) | named == types_of(preset)
-            assert named == types_of(preset) & (FOUND_BY_NONE | (NEEDS_PRESIDIO if engine == "patterns" else set()))
+            assert named == types_of(preset) & (FOUND_BY_NONE | (NEEDS_PRESIDIO if kind == "patterns" else set()))
     assert not coverage(PrivacyConfig(mode=PrivacyMode.none))["looked_for"]
 
 
@@ -452,9 +453,11 @@ def test_presidio_adds_names_without_a_network(caplog, monkeypatch):
     assert ("PERSON", "Harriet Baxter") in found and ("LOCATION", "Lisbon") in found
     assert ("EMAIL", "h.baxter@example.com") in found
     assert not caplog.records
+    assert Finder(config(engine="presidio")).presidio.analyzer is Finder(config(engine="presidio")).presidio.analyzer
 
 
 def test_presidio_that_is_missing_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(engine, "_analyzer", engine._analyzer.__wrapped__)  # another test may have loaded it
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(ConfigError, match=r"shardtune\[pii\]"):
         Finder(config(engine="presidio", types=["EMAIL"]))

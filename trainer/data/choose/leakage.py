@@ -57,7 +57,7 @@ def find_leaks(
 
     The texts are asked for only where near leaks are looked for (Jaccard similarity of at least `threshold` over word
     n-grams), which needs the column "verdict". Training rows not `alive`, dropped before, are left out. Sources do not
-    matter. Memory: some numbers a training document, and for near leaks 1.4 kB for each held-out one.
+    matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each held-out one.
     """
     number = len(train["digest"])
     partner = np.full(number, -1, dtype=np.int64)

@@ -30,7 +30,7 @@ MAX_CANDIDATES = 512
 class NearIndex:
     """Documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
 
-    A document takes about 1.4 kB, most of it for its place in each band.
+    A document takes about 1.6 kB, most of it for its place in each band.
     """
 
     def __init__(self, text_of: Callable[[int], str], *, threshold: float, ngram: int) -> None:

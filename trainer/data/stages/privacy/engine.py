@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import cache
 from typing import Any
 
 from strategies.errors import ConfigError
@@ -115,7 +116,7 @@ def _without(start: int, end: int, cut_start: int, cut_end: int) -> list[tuple[i
 class Presidio:
     """Names of persons, places and organisations in English, as Presidio finds them with the small model of spaCy.
 
-    Built once a process; nothing is downloaded. Raises ConfigError where the packages of the extra `pii` are missing.
+    The model is loaded once a process; nothing is downloaded. Raises ConfigError where the extra `pii` is missing.
     """
 
     def __init__(self, types: frozenset[str], min_score: float) -> None:
@@ -132,6 +133,7 @@ class Presidio:
         return [Finding(ENTITIES[r.entity_type], r.start, r.end, float(r.score)) for r in results]
 
 
+@cache
 def _analyzer() -> Any:
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)  # it warns of recognisers for other languages
     try:
