@@ -64,7 +64,7 @@ def prepare(shell, capsys):
     return Shell(capsys)
 
 
-# ---- columns that nothing read ----
+# ---- columns that nobody read ----
 
 
 def test_columns_that_nothing_read_are_named_once_a_source(prepare, capsys):
@@ -74,9 +74,9 @@ def test_columns_that_nothing_read_are_named_once_a_source(prepare, capsys):
     said = prepare(*words, path=None)
     assert prepare.audit["unread_columns"] == {"a": ["id", "topic"], "b": ["url"]}
     assert (
-        said.count("columns of a that nothing read: id, topic") == 1 and "columns of b that nothing read: url" in said
+        said.count("columns of a that nobody read: id, topic") == 1 and "columns of b that nobody read: url" in said
     )
-    assert "columns of a that nothing read" in prepare(*words, path=None)  # from the cache too
+    assert "columns of a that nobody read" in prepare(*words, path=None)  # from the cache too
     said = prepare(*words, "data.ignore_columns=[id,url,topic]", path=None)
     assert "nothing read" not in said and "unread_columns" not in prepare.audit
 
@@ -92,7 +92,7 @@ def test_unread_columns_survive_the_parts_of_an_array(prepare):
     write_jsonl(Path("train.jsonl"), [{**row, "id": n} for n, row in enumerate(QA)])
     for number in (0, 1):
         prepare("--shard", f"{number}/2")
-    assert "columns of data that nothing read: id" in prepare()
+    assert "columns of data that nobody read: id" in prepare()
 
 
 def test_names_of_text_files_are_no_column(prepare):
@@ -126,7 +126,7 @@ def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, r
     assert "nothing read" not in prepare(f"data.ignore_columns=[{column}]")
     empty = [{**row, column: [] if column != "image" else None} for row in rows]
     write_jsonl(Path("train.jsonl"), empty)
-    assert f"columns of data that nothing read: {column}" in prepare()
+    assert f"columns of data that nobody read: {column}" in prepare()
 
 
 @pytest.mark.parametrize(
@@ -198,10 +198,10 @@ def test_an_unread_column_of_bytes_makes_no_row_unusable(prepare):
     odd = pa.array([(1, 2, 3), None], pa.month_day_nano_interval())  # a type that has no value in JSON
     with pa.ipc.new_file("train.arrow", pa.schema([*table.schema, pa.field("odd", odd.type)])) as file:
         file.write_table(table.append_column("odd", odd))
-    assert "columns of data that nothing read: embedding, odd" in prepare(path="train.arrow")
+    assert "columns of data that nobody read: embedding, odd" in prepare(path="train.arrow")
     pq.write_table(table, "train.parquet")
     said = prepare(path="train.parquet")
-    assert len(prepare.documents()) == 2 and "columns of data that nothing read: embedding" in said
+    assert len(prepare.documents()) == 2 and "columns of data that nobody read: embedding" in said
     pq.write_table(table.rename_columns(["question", "about", "answer"]), "bad.parquet")
     assert 'bad.parquet:1: column "answer": 2 bytes that are not UTF-8' in prepare(path="bad.parquet", code=65)
 
