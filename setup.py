@@ -39,7 +39,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},
     packages=PACKAGES,
-    package_data={"conf": ["*.yaml", "*/*.yaml", "*/*.md"]},
+    package_data={"conf": ["*.yaml", "*/*.yaml", "*/*.md"], "trainer.data.report": ["*.j2", "*.css"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.24",
@@ -48,12 +48,18 @@ setup(
         "datasets>=5.2",
         "deepspeed>=0.19.8",
         "hydra-core>=1.3.8,<1.4",
+        "huggingface_hub>=1",
+        "jinja2>=3.1",
+        "pydantic>=2.10",
         "safetensors>=0.8",
         "wandb>=0.31",
         "psutil>=6",
         "pyarrow>=20",
+        "orjson>=3.11",
+        "fsspec>=2025.3",
         "ftfy>=6.3",
         "phonenumbers>=9",
+        "python-stdnum>=2",  # check digits
         "py3langid>=0.4",
         "rensa>=0.5,<0.6",  # another version may give other signatures
         "rich>=14",
@@ -65,13 +71,14 @@ setup(
         "gpu": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard>=2.21"],
         "pii": PII,
+        "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
         "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
         "test": [
             *PII,
+            "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",
-            "python-stdnum>=2",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "hypothesis>=6.170",

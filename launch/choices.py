@@ -29,18 +29,7 @@ def variants() -> dict[str, dict[str, type]]:
     """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
     from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
     from trainer.config.run import LauncherConfig, SlurmConfig
-    from trainer.objectives.base import (
-        ClassificationConfig,
-        DistillationConfig,
-        DpoConfig,
-        KtoConfig,
-        OrpoConfig,
-        PretrainConfig,
-        RewardConfig,
-        Seq2seqConfig,
-        SftConfig,
-        SimpoConfig,
-    )
+    from trainer.objectives.registry import FAMILIES
     from trainer.optim.config import (
         AdafactorConfig,
         Adamw8bitConfig,
@@ -65,18 +54,7 @@ def variants() -> dict[str, dict[str, type]]:
     return {
         "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
         "tuning": {str(settings().name): settings for settings in TUNINGS},
-        "objective": {
-            "sft": SftConfig,
-            "pretrain": PretrainConfig,
-            "classification": ClassificationConfig,
-            "dpo": DpoConfig,
-            "orpo": OrpoConfig,
-            "simpo": SimpoConfig,
-            "reward": RewardConfig,
-            "seq2seq": Seq2seqConfig,
-            "kto": KtoConfig,
-            "distillation": DistillationConfig,
-        },
+        "objective": {name: family.settings for name, family in FAMILIES.items()},
         "optim": {str(settings().name): settings for settings in optim},
         "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
     }

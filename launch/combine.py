@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from launch.export_words import destination, parse
 from strategies.errors import ConfigError
 
 KEYS = ("adapters", "weights", "combine", "density", "seed", "base", "to", "merge", "dtype", "max_shard_gib", "verify")
@@ -24,7 +25,7 @@ def wanted(argv: list[str]) -> bool:
 
 def main(argv: list[str]) -> int:
     """Run it; returns the exit code. Errors: ConfigError with every word that cannot be used, DriftError."""
-    words, problems = _words(argv)
+    words, problems = parse(argv, KEYS, beside=" beside adapters=")
     numbers = {key: _number(key, words, problems) for key in ("density", "seed", "max_shard_gib") if key in words}
     try:
         weights = [float(part) for part in _list(words.get("weights", "[]"))]
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
 
     from trainer.export.combine import Combination, CombineSettings, combine
     from trainer.export.combine import problems as combine_problems
-    from trainer.export.write import ExportType
+    from trainer.export.config import ExportType
 
     kinds, how, dtype = list(Combination), words.get("combine", "cat"), words.get("dtype", "auto")
     if how not in kinds:
@@ -61,8 +62,6 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
 
-    from launch.export import destination
-
     to = destination(Path(), words["to"])
     combine(
         settings,
@@ -73,20 +72,6 @@ def main(argv: list[str]) -> int:
     )
     print(f"model: {to}")
     return 0
-
-
-def _words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    words, problems = {}, []
-    for word in argv:
-        key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
-        if key in KEYS and equals and value:
-            words[key] = value
-            continue
-        near = difflib.get_close_matches(key, KEYS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(KEYS)}"
-        needs = f"{word}: {key} needs a value ({key}=...)"
-        problems.append(needs if key in KEYS else f"{word}: no such key beside adapters={hint}")
-    return words, problems
 
 
 def _list(text: str) -> list[str]:

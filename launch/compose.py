@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch import overrides
 from launch.choices import CONF_DIR, register_schemas, settings_of, variants
-from launch.frozen import default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
+from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
 from trainer.config.run import Device, LauncherName, RunConfig
@@ -30,19 +29,6 @@ TABLES = {"data.sources": SourceConfig, "optim.groups": GroupRule}
 """Tables of settings: what stands behind a name that the user chooses."""
 
 __all__ = ["Composed", "compose", "default_run_dir", "freeze", "is_finished", "load_frozen"]
-
-
-@dataclass(frozen=True, slots=True)
-class Composed:
-    """A run as it was asked for."""
-
-    config: RunConfig
-    yaml: str
-    """The whole configuration, defaults included, as YAML."""
-    sha256: str
-    """Identity of the run: see `launch.frozen.identity` for what it leaves out."""
-    overrides: list[str]
-    """The words it was composed from."""
 
 
 def compose(argv: list[str], *, check: bool = True) -> Composed:
@@ -106,7 +92,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     from omegaconf.errors import OmegaConfBaseException
 
     known, problems = overrides.settings(), []
-    current = {group: str(tree[group].name.value) for group in variants()}
+    current = {group: str(tree[group].name) for group in variants()}
     for key, value, word in parsed.values:
         setting = overrides.setting_of(known, key)
         if setting is None and key not in ("batch", "budget"):
@@ -159,7 +145,7 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
     assert isinstance(config, RunConfig)
     for group in variants():
         chosen = getattr(config, group)
-        assert isinstance(chosen, settings_of(group, chosen.name.value)), f"{group}: composed without its schema"
+        assert isinstance(chosen, settings_of(group, str(chosen.name))), f"{group}: composed without its schema"
     return config
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv[1:]):
         options.print_help()
         return 0
-    return inspect(options.parse_args(argv[1:]))
+    return show(options.parse_args(argv[1:]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def inspect(options: argparse.Namespace) -> int:
+def show(options: argparse.Namespace) -> int:
     """Print what `options` asks for; nothing is printed before all of it is known to be possible."""
     problems = [
         f"--{name} {value}: must be at least {least}"
@@ -87,12 +87,10 @@ def inspect(options: argparse.Namespace) -> int:
         problems.append("--find: needs some text to look for")
     if problems:
         raise ConfigError(problems)
-    try:
-        from rich.console import Console
-        from rich.text import Text
-    except ImportError as error:
-        raise ConfigError("shardtune data inspect needs the package rich; pip install rich") from error
-    from trainer.data.report import inspection as report
+    from rich.console import Console
+    from rich.text import Text
+
+    from trainer.data.report import inspection
     from trainer.data.report.located import load_tokenizer, locate
 
     prepared = locate(options.directory)
@@ -103,16 +101,16 @@ def inspect(options: argparse.Namespace) -> int:
     console = Console(markup=False, emoji=False, highlight=False, width=columns)
     console.print(Text(str(prepared.directory)), soft_wrap=True)
     if tokenizer is None or options.histogram:
-        console.print(report.splits_table(prepared))
-        if (groups := report.groups_table(prepared, split)) is not None:
+        console.print(inspection.splits_table(prepared))
+        if (groups := inspection.groups_table(prepared, split)) is not None:
             console.print(groups)
         if options.find is None:
-            console.print(report.histogram(prepared, split, min(console.width, 100)))
+            console.print(inspection.histogram(prepared, split, min(console.width, 100)))
     if found is not None:
         more = f", the first {len(rows)} shown; --limit shows more" if found > len(rows) else ""
         console.print(f"{found:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
     for index in rows if tokenizer is not None else ():
-        shown = report.sample(
+        shown = inspection.sample(
             prepared, split, index, tokenizer, console, document=options.documents, max_lines=options.lines
         )
         console.print(shown)

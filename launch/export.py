@@ -10,12 +10,12 @@ defaults to `<run.dir>/export`, which is replaced; any other directory must be n
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.export_words import destination, parse
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
 
     from launch.compose import load_frozen
 
-    words = parse(argv)
+    words, problems = parse(argv, KEYS)
+    if problems:
+        raise ConfigError(problems)
     if "run.dir" not in words:
         raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export run.dir=runs/x")
     run_dir = Path(words["run.dir"]).expanduser()
@@ -61,30 +63,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> dict[str, str]:
-    """The words by key; `--verify` is `verify=true`. Errors: ConfigError with every word that cannot be used."""
-    words, problems = {}, []
-    for word in argv:
-        key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
-        if key in KEYS and equals and value:
-            words[key] = value
-            continue
-        near = difflib.get_close_matches(key, KEYS, n=1)
-        problems.append(
-            f"{word}: {key} needs a value ({key}=...)"
-            if key in KEYS
-            else f"{word}: no such key" + (f"; did you mean {near[0]}?" if near else f"; one of {', '.join(KEYS)}")
-        )
-    if problems:
-        raise ConfigError(problems)
-    return words
-
-
 def settle(config: RunConfig, words: dict[str, str]) -> None:
     """Put what was asked for into the run's own export settings, and make it a run of one process."""
     from strategies.base import SingleConfig
     from trainer.config.run import Device
-    from trainer.export.write import ExportType
+    from trainer.export.config import ExportType
 
     problems = []
     for key in ("merge", "verify"):
@@ -139,16 +122,6 @@ def find_checkpoint(run_dir: Path, asked: str) -> Path:
     return path
 
 
-def destination(run_dir: Path, to: str | None) -> Path:
-    """Where the export goes. Errors: ConfigError for a directory that holds something else."""
-    if to is None:
-        return run_dir / "export"
-    path = Path(to).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"to={path}: exists and is not empty; name a new directory")
-    return path
-
-
 def export(config: RunConfig, asked: Asked) -> None:
     """Rebuild, load and write, as one process. Errors: those of building, loading and writing."""
     from strategies import runtime as processes
@@ -178,7 +151,7 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
     data = prepare_data(config, tokenizer)
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.around_update is not None:
-        build_loader(config, data, built, tokenizer, engine, runtime)  # tells it the length of the run
+        build_loader(config, data, built, engine, runtime)  # tells it the length of the run
     progress = engine.load(asked.checkpoint)
     outcome = record.get("outcome") or {}
     same = (outcome.get("progress") or {}).get("step") == progress.step

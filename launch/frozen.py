@@ -10,19 +10,30 @@ import json
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.records.status import State, in_use_by, read_status, write_text_atomic
 
-if TYPE_CHECKING:
-    from launch.compose import Composed
-
 HEADER = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 SHOWN_DIFFERENCES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A run as it was asked for."""
+
+    config: RunConfig
+    yaml: str
+    """The whole configuration, defaults included, as YAML."""
+    sha256: str
+    """Identity of the run: see `identity` for what it leaves out."""
+    overrides: list[str]
+    """The words it was composed from."""
 
 
 def identity(config: RunConfig) -> str:

@@ -9,33 +9,42 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from strategies.errors import ConfigError, ShardtuneError
 
 if TYPE_CHECKING:
-    from launch.compose import Composed
+    from launch.frozen import Composed
 
 
-def multirun(words: list[str], *, show: set[str]) -> int:
-    """Run all points; returns the first exit code that is not 0. `show` holds `--cfg` or `--dry-run`, or is empty."""
+class Launch(Protocol):
+    """Runs one point to its end; returns its exit code."""
+
+    def __call__(self, composed: Composed, run_dir: Path, *, isolate: bool) -> int: ...
+
+
+def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], None] | None, check: bool) -> int:
+    """Run all points by `launch`, or only `show` them; returns the first exit code that is not 0.
+
+    `check`: whether each point is validated, as running one needs.
+    """
     from launch.compose import compose, default_run_dir
     from launch.overrides import expand
-    from launch.train import show as show_point
 
     points, problems, composed = expand(words), [], []
     for number, point in enumerate(points):
         try:
-            composed.append(compose(point, check="--cfg" not in show))
+            composed.append(compose(point, check=check))
         except ConfigError as error:
             problems += [f"point {number} ({_changed(words, point)}): {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    if show:
+    if show is not None:
         for number, one in enumerate(composed):
             print(f"# point {number}: {_changed(words, points[number])}")
-            show_point(one, dry_run="--dry-run" in show)
+            show(one)
         return 0
     asked = composed[0].config.run.dir
     together = hashlib.sha256(json.dumps([one.sha256 for one in composed]).encode()).hexdigest()
@@ -44,7 +53,7 @@ def multirun(words: list[str], *, show: set[str]) -> int:
     labels = [_changed(words, point) for point in points]
     if composed[0].config.launcher.name.value == "slurm":
         return _submit(composed, run_dirs)
-    return _one_by_one(composed, run_dirs, labels)
+    return _one_by_one(composed, run_dirs, labels, launch)
 
 
 def _submit(composed: list[Composed], run_dirs: list[Path]) -> int:
@@ -56,9 +65,7 @@ def _submit(composed: list[Composed], run_dirs: list[Path]) -> int:
     return submit(composed[0].config, run_dirs, print_only=False)
 
 
-def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str]) -> int:
-    from launch.train import launch
-
+def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:
     codes: list[int] = []
     for one, run_dir, label in zip(composed, run_dirs, labels, strict=True):
         print(f"[{len(codes) + 1}/{len(composed)}] {label} -> {run_dir}", flush=True)

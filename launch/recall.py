@@ -21,7 +21,18 @@ from strategies.errors import ShardtuneError
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
-LIBRARIES = ("shardtune", "transformers", "tokenizers", "datasets", "pyarrow", "ftfy", "phonenumbers", "rensa")
+LIBRARIES = (
+    "shardtune",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "orjson",
+    "ftfy",
+    "phonenumbers",
+    "python-stdnum",
+    "rensa",
+)
 NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
@@ -35,7 +46,7 @@ def recall(words: list[str]) -> dict[str, Any] | None:
 
 
 def remember(words: list[str], config: RunConfig, directory: Path) -> None:
-    """Note what was made. Left out where something comes from a hub; never fails for the disk."""
+    """Note what was made. Left out where something comes from a hub or an address; never fails for the disk."""
     model = Path(str(config.model.tokenizer or config.model.path)).expanduser()
     values: dict[str, Any] = {"model": str(model)} if model.is_dir() else {}
     if config.model.chat_template is not None:
@@ -47,7 +58,7 @@ def remember(words: list[str], config: RunConfig, directory: Path) -> None:
     if config.data.privacy.mode == "pseudonymise":
         values["data.privacy.key_env"] = config.data.privacy.key_env
     values = {key: value for key, value in values.items() if value is not None}
-    if "model" not in values or any("hub:" in str(value) for value in values.values()):
+    if "model" not in values or any("hub:" in str(v) or "://" in str(v) for v in values.values()):
         return
     record = {
         "directory": str(directory.absolute()),
@@ -85,7 +96,8 @@ def _version(name: str) -> str:
 def _state(key: str, value: Any) -> list[Any]:
     """The files behind a setting with what tells that one has changed. Raises DataError for files that are gone."""
     if key == "data.privacy.key_env":
-        from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode, key_identity
+        from trainer.data.config import PrivacyConfig, PrivacyMode
+        from trainer.data.stages.privacy.config import key_identity
 
         return [key_identity(PrivacyConfig(mode=PrivacyMode.pseudonymise, key_env=value))]
     if key == "model":
@@ -95,7 +107,7 @@ def _state(key: str, value: Any) -> list[Any]:
     else:
         from trainer.data.read.paths import expand
 
-        files = expand(value, key)
+        files = [path for path in expand(value, key) if isinstance(path, Path)]
     return [_file_state(path) for path in files]
 
 

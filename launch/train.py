@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,7 +17,7 @@ from launch.choices import groups
 from launch.slurm_env import is_worker
 
 if TYPE_CHECKING:
-    from launch.compose import Composed
+    from launch.frozen import Composed
     from trainer.config.run import RunConfig
 
 FLAGS = ("-h", "--help", "--cfg", "--dry-run", "-m", "--multirun")
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
     if flags & {"-m", "--multirun"}:
         from launch.multirun import multirun
 
-        return multirun(words, show=flags & {"--cfg", "--dry-run"})
+        look = partial(show, dry_run="--dry-run" in flags) if flags & {"--cfg", "--dry-run"} else None
+        return multirun(words, launch=launch, show=look, check="--cfg" not in flags)
     composed = compose(words, check="--cfg" not in flags)
     if "--cfg" in flags or "--dry-run" in flags:
         show(composed, dry_run="--dry-run" in flags)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from strategies.base import DdpConfig, Fsdp2Config, Precision, Strategy, StrategyConfig, StrategyName, ZeroConfig
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
@@ -29,3 +31,11 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
     from strategies.single import SingleStrategy
 
     return SingleStrategy(config, precision, runtime)
+
+
+def resolve_precision(asked: Precision, runtime: Runtime) -> Precision:
+    """What `auto` means on this device: bf16 on GPUs that have it, else fp32."""
+    if asked is not Precision.auto:
+        return asked
+    on_gpu = runtime.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Precision.bf16 if on_gpu else Precision.fp32

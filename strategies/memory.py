@@ -41,6 +41,17 @@ class MemoryEstimate:
         return [f"  {kind:<12}{getattr(self, kind) / unit:8.2f} {name}" for kind in kinds]
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass of `micro_tokens` tokens through a model `width` wide with `blocks` blocks."""
+
+    micro_tokens: int = 0
+    width: int = 0
+    blocks: int = 0
+    activations: float | None = None
+    """Bytes that were counted; without them the rule of thumb is taken."""
+
+
 def estimate(
     step_module: nn.Module,
     config: StrategyConfig,
@@ -48,15 +59,9 @@ def estimate(
     *,
     world_size: int,
     replicate: int,
-    micro_tokens: int,
-    width: int,
-    blocks: int,
-    activations: float | None = None,
+    load: Pass,
 ) -> MemoryEstimate:
-    """Memory of one rank for `micro_tokens` tokens in a forward pass of a model `width` wide with `blocks` blocks.
-
-    `activations` are bytes that were counted; without them the rule of thumb is taken.
-    """
+    """Memory of one rank with that load."""
     compute = torch.finfo(COMPUTE_DTYPE[precision]).bits // 8
 
     def computed(p: nn.Parameter) -> int:
@@ -74,8 +79,9 @@ def estimate(
         kept = 1
     elif config.activation_checkpointing is ActivationCheckpointing.selective:
         kept = ACTIVATIONS_PER_WIDTH // 2
+    activations = load.activations
     if activations is None:
-        activations = float(micro_tokens * width * compute * (blocks * kept + ACTIVATIONS_PER_WIDTH))
+        activations = float(load.micro_tokens * load.width * compute * (load.blocks * kept + ACTIVATIONS_PER_WIDTH))
     if isinstance(config, ZeroConfig):
         shards = world_size
         masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4

@@ -9,25 +9,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from strategies.base import Precision
+from strategies.audit import sharding_record
+from strategies.base import Engine, Precision
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepLoader
+from trainer.data.prepare import Prepared
+from trainer.export.card import CardFacts
+from trainer.loop import Outcome
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.status import write_text_atomic
+from trainer.step import Built
 from trainer.tuning.start import adapter_hash
-
-if TYPE_CHECKING:
-    from trainer.data.batches.loader import StepLoader
-    from trainer.data.prepare import Prepared
-    from trainer.export.card import CardFacts
-    from trainer.loop import Outcome
-    from trainer.model.loading import Built
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn")
 
@@ -54,26 +53,33 @@ def git_revision() -> str | None:
         return None
 
 
-def run_facts(
-    config: RunConfig,
-    *,
-    sha256: str,
-    precision: Precision,
-    runtime: Runtime,
-    built: Built,
-    data: Prepared,
-    sharding: dict[str, Any],
-    initialised: list[str],
-    total_steps: int,
-    loader: StepLoader,
-    resumed_from: Path | None,
-) -> dict[str, Any]:
-    """Everything `run.json` records before the first step."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """What a run is made of when it takes its first step."""
+
+    sha256: str
+    """Of the configuration."""
+    precision: Precision
+    runtime: Runtime
+    data: Prepared
+    engine: Engine
+    built: Built
+    initialised: list[str]
+    """Parameters that the checkpoint does not have."""
+    loader: StepLoader
+    total_steps: int
+    resumed_from: Path | None
+
+
+def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
+    """Everything `run.json` records before the first step. All ranks must call."""
+    runtime, precision, built, data = started.runtime, started.precision, started.built, started.data
+    loader, resumed_from = started.loader, started.resumed_from
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
     start = getattr(config.tuning, "from_", None)
     return {
-        "config_sha256": sha256,
+        "config_sha256": started.sha256,
         "strategy": str(config.strategy.name),
         "tuning": str(config.tuning.name),
         "objective": str(config.objective.name),
@@ -84,7 +90,7 @@ def run_facts(
         "global_batch": config.batch["global"],
         "micro_batch": config.batch["micro"],
         "accumulation": loader.accumulation,
-        "total_steps": total_steps,
+        "total_steps": started.total_steps,
         "tokens_per_step": round(mean_tokens * config.batch["global"]),
         "host": socket.gethostname(),
         "device": str(runtime.device),
@@ -97,8 +103,8 @@ def run_facts(
         "data_directory": str(data.directory),
         "data_report": data.report,
         "label_names": data.label_names,
-        "sharding": sharding,
-        "initialised": initialised,
+        "sharding": sharding_record(started.engine, runtime),
+        "initialised": started.initialised,
         "substitutions": _substitutions(config, built.substitutions, precision, runtime),
         "flops_per_token": _flops(
             built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
@@ -208,8 +214,6 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
 
 def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, run_dir: Path) -> CardFacts:
     """What the exported model's card is written from."""
-    from trainer.export.card import CardFacts
-
     return CardFacts(
         config_yaml=(run_dir / "config.yaml").read_text() if (run_dir / "config.yaml").exists() else "",
         facts=dict(facts),

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from strategies.base import Engine, Progress
 from strategies.errors import Diverged, Preempted
 from strategies.runtime import seed_step
 from trainer.checkpoints.kept import Checkpoints
-from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch, StepLoader
-from trainer.evaluation.base import Evaluator
+from trainer.data.batches.order import Order, steps_for_tokens
+from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.loss import Interrupted
 from trainer.objectives.ahead import look_ahead
-from trainer.optim.schedule import lr_factor_at
+from trainer.optim.schedule import ScheduleConfig, lr_factor_at
 from trainer.preempt import Agreement
 from trainer.records.console import Console
 from trainer.records.metrics import Meter, StepRecord
@@ -40,31 +41,67 @@ class Outcome:
     stopped_early: bool = False
 
 
+@dataclass(kw_only=True, slots=True)
+class BudgetConfig:
+    """How long the run trains; exactly one is set."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the training data; the last step may reach into the next pass."""
+    tokens: int | None = None
+    """Training tokens, all ranks together; the step that reaches the number is the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSettings:
+    """What the loop goes by."""
+
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    seed: int
+    lr: float
+    """Peak rate, as it is reported; the optimizer's groups have their own."""
+    schedule: ScheduleConfig
+    evaluation: EvaluationConfig
+    max_skipped_steps: int
+    """Steps in a row whose gradients may be not finite."""
+    log_every: int
+    """Steps between reads of the device's metric buffer."""
+    save_final: bool
+    """Whether a checkpoint is written after the last step."""
+
+
+@dataclass(slots=True)
+class Output:
+    """Where what a run has to say goes."""
+
+    meter: Meter
+    trackers: Trackers
+    console: Console
+    checkpoints: Checkpoints
+    at_step: Callable[[int], None] = lambda step: None
+    """Told the step about to be taken, so that a failure can name it."""
+
+
 class Trainer:
     """Takes steps until the budget is spent, evaluation says stop, or the run is asked to."""
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: LoopSettings,
         *,
         engine: Engine,
         loader: StepLoader,
-        total_steps: int,
         progress: Progress,
-        checkpoints: Checkpoints,
         evaluators: list[Evaluator],
-        meter: Meter,
-        trackers: Trackers,
-        console: Console,
+        output: Output,
         agreement: Agreement,
-        on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.config, self.engine, self.loader = config, engine, loader
-        self.total_steps, self.progress = total_steps, progress
-        self.checkpoints, self.evaluators = checkpoints, evaluators
-        self.meter, self.trackers, self.console, self.agreement = meter, trackers, console, agreement
-        self.on_step = on_step
-        """Told the step about to be taken, so that a failure can name it."""
+        self.settings, self.engine, self.loader, self.progress = settings, engine, loader, progress
+        self.evaluators, self.agreement = evaluators, agreement
+        self.meter, self.trackers, self.console = output.meter, output.trackers, output.console
+        self.checkpoints, self.at_step = output.checkpoints, output.at_step
         self.outcome = Outcome(progress)
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
@@ -72,19 +109,19 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
-        if self.progress.step == 0 and self.config.evaluation.at_start:
+        if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()
         self._began = time.perf_counter()
         self.meter.restart_clock()
-        remaining = self.total_steps - self.progress.step
-        for batch in self.loader.steps(self.progress.samples, remaining):
+        total = self.settings.total_steps
+        for batch in self.loader.steps(self.progress.samples, total - self.progress.step):
             self.agreement.ask()
             self.meter.add(self.train_step(batch))
-            last = self.progress.step == self.total_steps
-            if last or self.meter.pending >= self.config.logging.every_steps:
+            last = self.progress.step == total
+            if last or self.meter.pending >= self.settings.log_every:
                 self._flush()
             improved = self._evaluate_if_due(last)
             if improved or self.checkpoints.due(self.progress.step):
@@ -95,7 +132,7 @@ class Trainer:
                 self.outcome.stopped_early = True
                 break
         self._flush()
-        if self.config.checkpoint.save_final:
+        if self.settings.save_final:
             self._save()
         self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.after))
         return self.outcome
@@ -106,9 +143,9 @@ class Trainer:
         The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
         the number of ranks, because every strategy averages over them.
         """
-        step = self.progress.step
-        self.on_step(step + 1)
-        seed_step(self.config.run.seed, step, self.engine.dp_rank)
+        step, settings = self.progress.step, self.settings
+        self.at_step(step + 1)
+        seed_step(settings.seed, step, self.engine.dp_rank)
         scale = self.engine.dp_size / max(1, batch.totals["loss"])
         sums: dict[str, torch.Tensor] = {}
         means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
@@ -118,7 +155,7 @@ class Trainer:
             self.engine.backward(terms["loss"] * scale, last=last)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        factor = lr_factor_at(self.config.schedule, step, self.total_steps)
+        factor = lr_factor_at(settings.schedule, step, settings.total_steps)
         result = self.engine.step(factor)
 
         self.progress.step += 1
@@ -127,7 +164,7 @@ class Trainer:
         self.progress.supervised_tokens += batch.supervised_tokens
         return StepRecord(
             step=self.progress.step,
-            lr=self.config.optim.lr * factor,
+            lr=settings.lr * factor,
             tokens=batch.tokens,
             supervised_tokens=batch.supervised_tokens,
             total_tokens=self.progress.tokens,
@@ -152,9 +189,9 @@ class Trainer:
         if not rows:
             return
         self.outcome.last_row = rows[-1]
-        self.console.progress(rows[-1], total=self.total_steps, began=self._began, first_step=self._first_step)
-        if self._skipped_in_a_row >= self.config.optim.max_skipped_steps:
-            size = self.config.batch["global"]
+        self.console.progress(rows[-1], total=self.settings.total_steps, began=self._began, first_step=self._first_step)
+        if self._skipped_in_a_row >= self.settings.max_skipped_steps:
+            size = self.loader.share.global_batch
             first = max(0, self.progress.samples - self._skipped_in_a_row * size)
             raise Diverged(
                 f"step {self.progress.step}: gradients were not finite for {self._skipped_in_a_row} steps in a row "
@@ -164,7 +201,7 @@ class Trainer:
 
     def _evaluate_if_due(self, last: bool) -> bool:
         """Evaluate on the schedule; whether the watched metric has improved."""
-        every = self.config.evaluation.every_steps
+        every = self.settings.evaluation.every_steps
         if not self.evaluators or not (last or (every > 0 and self.progress.step % every == 0)):
             return False
         self._flush()
@@ -187,7 +224,7 @@ class Trainer:
         return values
 
     def _note_best(self, values: dict[str, float]) -> bool:
-        settings, progress = self.config.evaluation, self.progress
+        settings, progress = self.settings.evaluation, self.progress
         value = values[settings.watch]
         gain = float("inf") if progress.best_metric is None else progress.best_metric - value
         if settings.greater_is_better and progress.best_metric is not None:
@@ -199,11 +236,11 @@ class Trainer:
         return False
 
     def _out_of_patience(self) -> bool:
-        patience = self.config.evaluation.patience
+        patience = self.settings.evaluation.patience
         if patience == 0 or self.progress.stale_evaluations < patience:
             return False
         self.console.say(
-            f"stopping early: {self.config.evaluation.watch} has not improved for {patience} evaluations "
+            f"stopping early: {self.settings.evaluation.watch} has not improved for {patience} evaluations "
             f"(best {self.progress.best_metric:.4f} at step {self.progress.best_step})"
         )
         return True
@@ -222,16 +259,18 @@ class Trainer:
         if self.progress.step:
             self._save()
         raise Preempted(
-            f"stopped at step {self.progress.step} of {self.total_steps}; start the same run again to go on"
+            f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to go on"
         )
 
 
-def steps_from_budget(config: RunConfig, *, num_units: int, for_tokens: Callable[[int], int]) -> int:
-    """Optimizer steps of the run: set directly, or enough for the epochs or tokens asked for."""
-    budget = config.budget
+def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:
+    """Optimizer steps of the run: set directly, or enough for the epochs or tokens asked for.
+
+    `unit_tokens` is int [order.population].
+    """
     if budget.steps is not None:
         return budget.steps
     if budget.tokens is not None:
-        return for_tokens(budget.tokens)
+        return steps_for_tokens(order, unit_tokens, global_batch, budget.tokens)
     epochs = budget.epochs if budget.epochs is not None else 1.0
-    return max(1, -(-round(epochs * num_units) // config.batch["global"]))
+    return max(1, -(-round(epochs * order.num_units) // global_batch))

@@ -8,25 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.audit import sharding_record
 from strategies.base import Engine, Progress
+from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
-from trainer import facts as report
-from trainer.build import build_engine, build_evaluators, build_loader, prepare_data, resolve_precision
+from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.kept import Checkpoints, choose
 from trainer.config.run import RunConfig
-from trainer.data.labels import namer
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.loop import Outcome, Trainer
-from trainer.model.loading import Built, load_tokenizer, weights_directory
-from trainer.objectives import reference
-from trainer.objectives.build import build_objective
+from trainer.evaluation.base import Evaluator
+from trainer.evaluation.build import build_evaluators
+from trainer.export.card import CardFacts
+from trainer.export.write import write_export
+from trainer.facts import (
+    Started,
+    card_facts,
+    end_text,
+    outcome_record,
+    run_facts,
+    start_text,
+    tracker_settings,
+    write_run_record,
+)
+from trainer.loop import LoopSettings, Outcome, Output, Trainer
+from trainer.model.loading import load_tokenizer, weights_directory
+from trainer.objectives.reference import Recording, record
+from trainer.objectives.registry import reading_of
 from trainer.preempt import Agreement, StopRequest
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.status import State, record_failure, write_status
 from trainer.records.trackers import Trackers, build_trackers
+from trainer.step import Built
 from trainer.tuning.start import adapter_hash
 
 
@@ -70,6 +83,19 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
         processes.stop()
 
 
+@dataclass(slots=True)
+class Place:
+    """Where a run takes place and who hears of it."""
+
+    run_dir: Path
+    sha256: str
+    """Of the configuration."""
+    runtime: processes.Runtime
+    console: Console
+    agreement: Agreement
+    where: Where
+
+
 def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where) -> None:
     # Data first: no collective can time out while documents are tokenised.
     tokenizer = load_tokenizer(config.model)
@@ -79,57 +105,85 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     runtime = start_processes(config)
     run_dir = where.run_dir = agree_on_run(run_dir, sha256, runtime)
     console = introduce(config, run_dir, data, tokenizer, runtime)
+    place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
 
     where.phase = "building the model"
     precision = resolve_precision(config.precision, runtime)
     engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
-    agreement = Agreement(request, runtime)
-    record_reference(config, run_dir, sha256, data, engine, built, tokenizer, console, agreement, runtime, where)
+    record_reference(config, data, engine, built, place)
 
     where.phase = "resuming"
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, runtime)
     resumed_from = choose(checkpoints.directory, config.run.resume, runtime, config.checkpoint)
     progress = engine.load(resumed_from) if resumed_from else Progress()
     where.step = progress.step
-    loader, total_steps = build_loader(config, data, built, tokenizer, engine, runtime)
-    evaluators = build_evaluators(config, data, built, tokenizer, engine, runtime, agreement)
-    facts = report.run_facts(
+    loader, total_steps = build_loader(config, data, built, engine, runtime)
+    facts = run_facts(
         config,
-        sha256=sha256,
-        precision=precision,
-        runtime=runtime,
-        built=built,
-        data=data,
-        sharding=sharding_record(engine, runtime),
-        initialised=source.initialised,
-        total_steps=total_steps,
-        loader=loader,
-        resumed_from=resumed_from,
+        Started(
+            sha256=sha256,
+            precision=precision,
+            runtime=runtime,
+            data=data,
+            engine=engine,
+            built=built,
+            initialised=source.initialised,
+            loader=loader,
+            total_steps=total_steps,
+            resumed_from=resumed_from,
+        ),
     )
-    console.say(report.start_text(facts))
-    trackers = open_records(config, run_dir, facts, progress, console, runtime)
+    console.say(start_text(facts))
+    trackers = open_records(config, facts, progress, place)
+    objective = built.step_module.objective
+    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], objective.metrics)
     trainer = Trainer(
-        config,
+        loop_settings(config, total_steps),
         engine=engine,
         loader=loader,
-        total_steps=total_steps,
         progress=progress,
-        checkpoints=checkpoints,
-        evaluators=evaluators,
-        meter=Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics),
-        trackers=trackers,
-        console=console,
-        agreement=agreement,
-        on_step=where.at_step,
+        evaluators=evaluators_of(config, data, built, tokenizer, engine, place),
+        output=Output(meter, trackers, console, checkpoints, where.at_step),
+        agreement=place.agreement,
     )
     try:
         where.phase = "training"
         outcome = trainer.fit()
         where.phase = "export"
-        exported = export(config, run_dir, engine, built, tokenizer, outcome, facts, runtime)
+        exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)
     finally:
         trackers.close()
-    close_records(run_dir, facts, outcome, exported, trackers, console, runtime)
+    close_records(facts, outcome, exported, trackers, place)
+
+
+def evaluators_of(
+    config: RunConfig, data: Prepared, built: Built, tokenizer: Any, engine: Engine, place: Place
+) -> list[Evaluator]:
+    """The evaluators that the configuration asks for; none without held-out data."""
+    return build_evaluators(
+        config.evaluation,
+        config.model,
+        data.evaluation,
+        built,
+        tokenizer,
+        engine,
+        place.runtime,
+        stop_now=place.agreement.asked,
+    )
+
+
+def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
+    """What of the configuration the loop goes by."""
+    return LoopSettings(
+        total_steps=total_steps,
+        seed=config.run.seed,
+        lr=config.optim.lr,
+        schedule=config.schedule,
+        evaluation=config.evaluation,
+        max_skipped_steps=config.optim.max_skipped_steps,
+        log_every=config.logging.every_steps,
+        save_final=config.checkpoint.save_final,
+    )
 
 
 def start_processes(config: RunConfig) -> processes.Runtime:
@@ -162,111 +216,74 @@ def agree_on_run(run_dir: Path | None, sha256: str, runtime: processes.Runtime) 
 def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
     """The console of this rank, and on it what will be learned, before anything is."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
-    pairs = build_objective(config.objective).sequences_per_document == 2
     head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
-    name_label = namer(data.label_names, multi_label=getattr(config.objective, "multi_label", False))
-    shown = preview(data.train, tokenizer, width=console.width, name_label=name_label, pairs=pairs)
+    reading = reading_of(config.objective)
+    shown = preview(data.train, tokenizer, reading, data.label_names, width=console.width)
     console.say("\n".join([head, summary(data.report), shown]))
     return console
 
 
-def record_reference(
-    config: RunConfig,
-    run_dir: Path,
-    sha256: str,
-    data: Prepared,
-    engine: Engine,
-    built: Built,
-    tokenizer: Any,
-    console: Console,
-    agreement: Agreement,
-    runtime: processes.Runtime,
-    where: Where,
-) -> None:
+def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, place: Place) -> None:
     """What the initial model says of the data, where the objective compares with it and it will be gone. All ranks call."""
-    if not reference.is_recorded(built):
+    if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
-    where.phase = "recording the reference"
+    place.where.phase = "recording the reference"
     start = getattr(config.tuning, "from_", None)
-    console.say("reference: recording what the model says of every answer before training, once")
-    reference.record(
-        config,
-        data,
-        engine=engine,
-        built=built,
-        pad_token_id=tokenizer.pad_token_id,
-        runtime=runtime,
-        directory=run_dir / "reference",
-        key=sha256 if start is None else f"{sha256}/{adapter_hash(start)}",
-        stop_now=agreement.asked,
+    place.console.say("reference: recording what the model says of every answer before training, once")
+    how = Recording(
+        built.collator,
+        built.reading.ahead,
+        batch=max(config.batch["micro"], config.evaluation.batch),
+        directory=place.run_dir / "reference",
+        key=place.sha256 if start is None else f"{place.sha256}/{adapter_hash(start)}",
     )
+    splits = {"train": data.train, "eval": data.evaluation}
+    record(splits, engine, how, place.runtime, place.agreement.asked)
 
 
-def open_records(
-    config: RunConfig,
-    run_dir: Path,
-    facts: dict[str, Any],
-    progress: Progress,
-    console: Console,
-    runtime: processes.Runtime,
-) -> Trackers:
+def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:
     """Rank 0's trackers, with `run.json` and `status.json` begun; nothing on the other ranks."""
-    if not runtime.is_main:
+    if not place.runtime.is_main:
         return Trackers([])
     trackers, progress.wandb_id, note = build_trackers(
         config.logging,
-        run_dir,
+        place.run_dir,
         wandb_id=progress.wandb_id,
         resume_step=progress.step,
-        settings=report.tracker_settings(config, facts),
+        settings=tracker_settings(config, facts),
     )
     if note:
         facts["substitutions"]["logging.wandb"] = note
-        console.say(f"substituted: logging.wandb: {note}")
-    report.write_run_record(run_dir, facts)
-    write_status(run_dir, State.running, step=progress.step)
+        place.console.say(f"substituted: logging.wandb: {note}")
+    write_run_record(place.run_dir, facts)
+    write_status(place.run_dir, State.running, step=progress.step)
     return trackers
 
 
 def close_records(
-    run_dir: Path,
-    facts: dict[str, Any],
-    outcome: Outcome,
-    exported: Path | None,
-    trackers: Trackers,
-    console: Console,
-    runtime: processes.Runtime,
+    facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: Place
 ) -> None:
     """The outcome into `run.json` and `status.json`, and the last lines on the screen. All ranks must call."""
-    if runtime.is_main:
-        report.write_run_record(run_dir, {**facts, "outcome": report.outcome_record(outcome)})
-        write_status(run_dir, State.done, step=outcome.progress.step)
-        console.say(report.end_text(run_dir, outcome, exported, trackers.sync_line))
-    processes.barrier(runtime)
+    if place.runtime.is_main:
+        write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
+        write_status(place.run_dir, State.done, step=outcome.progress.step)
+        place.console.say(end_text(place.run_dir, outcome, exported, trackers.sync_line))
+    processes.barrier(place.runtime)
 
 
 def export(
-    config: RunConfig,
-    run_dir: Path,
-    engine: Engine,
-    built: Built,
-    tokenizer: Any,
-    outcome: Outcome,
-    facts: dict[str, Any],
-    runtime: processes.Runtime,
+    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, card: CardFacts, place: Place
 ) -> Path | None:
     """Write `export/`, where asked for; its directory. All ranks must call."""
     if not config.export.at_end:
         return None
-    from trainer.export.write import write_export
-
     return write_export(
         engine,
         built,
         tokenizer,
         base_path=str(weights_directory(config.model)),
-        destination=run_dir / "export",
+        destination=place.run_dir / "export",
         config=config.export,
-        card=report.card_facts(config, facts, outcome, run_dir),
-        runtime=runtime,
+        card=card,
+        runtime=place.runtime,
     )

@@ -1,13 +1,23 @@
-"""The root module that strategies shard: a model and an objective, from batch to summed terms."""
+"""The root module that strategies shard: a model and an objective, from batch to summed terms; and what is known of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from strategies.base import ActivationCheckpointing, AroundUpdate
+from trainer.data.batches.collate import Collator
+from trainer.data.config import Layout
+from trainer.data.reading import Reading
+from trainer.model.encoder_decoder import EncoderDecoder
+from trainer.model.quantisation import Scheme
+from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
+from trainer.tuning.base import Tuning
+from trainer.tuning.folded import Folded
 
 
 class TrainStep(nn.Module):
@@ -43,3 +53,47 @@ class TrainStep(nn.Module):
                 found.append(module)
                 inside.update(id(m) for m in module.modules())
         return found
+
+
+@dataclass(slots=True)
+class Built:
+    """The architecture of a run, on the meta device, tuned but not sharded."""
+
+    step_module: TrainStep
+    tuning: Tuning
+    reading: Reading
+    """How the objective reads data."""
+    collator: Collator
+    """What makes micro-batches in this layout."""
+    layout: Layout
+    attention: str
+    new_token_ids: list[int]
+    vocabulary: frozenset[str]
+    """Base names of the parameters that have a row for each token."""
+    base_prefix: str
+    """Name under which the architecture holds its base model; checkpoints may omit it."""
+    head_prefixes: tuple[str, ...]
+    """Top-level names of a head that the checkpoint need not have (classification)."""
+    config: Any
+    """The transformers config of the model."""
+    substitutions: dict[str, str]
+    """What was chosen for the user, and why."""
+    two_sides: EncoderDecoder | None = None
+    """Set for encoder-decoder models trained as such."""
+    scheme: Scheme | None = None
+    """How the weights in `quantised` are stored."""
+    quantised: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Shapes of the weights that are stored packed, by base name."""
+    folded: Folded | None = None
+    """Adapters that are folded into the base as it is loaded."""
+
+    def base_weights(self, directory: Path) -> BaseWeights:
+        """The values of the base as it is trained on, read from the model in `directory`."""
+        return BaseWeights(
+            directory,
+            self.base_prefix,
+            tied_names(self.step_module.model, self.tuning.base_name),
+            folded=self.folded,
+            scheme=self.scheme,
+            quantised=self.quantised,
+        )

@@ -12,12 +12,9 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from trainer.data.batches.pack import best_fit_decreasing
-    from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
-    from trainer.data.config import DataConfig
+    from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig, PrivacyConfig, PrivacyMode
     from trainer.data.prepare import Preparation
-    from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
-    from trainer.objectives.base import SftConfig
-    from trainer.objectives.build import build_objective
+    from trainer.objectives.sft import SftReading
 
     off = DuplicatePolicy.none
     less = {"privacy": PrivacyConfig(mode=PrivacyMode.none), "duplicates": DuplicatesConfig(exact=off, normalized=off)}
@@ -30,11 +27,10 @@ def main() -> None:
         **(less if args.audit == "none" else {}),
     )
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    counts = build_objective(SftConfig()).counts
     meter = Meter()
     with meter("all"):
         with meter("prepare"):
-            prepared = Preparation(config, tokenizer, counts=counts, seed=1).open_or_make()
+            prepared = Preparation(config, tokenizer, SftReading(), seed=1).open_or_make()
         with meter("pack"):
             packs = best_fit_decreasing(prepared.train.lengths, args.length)
     made = {}

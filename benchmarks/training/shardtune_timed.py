@@ -33,12 +33,14 @@ class Clock:
         self.peak_mib = 0.0
         self.bare: list[float] = []
         self.bare_losses: list[float] = []
+        self.config: Any = None
+        """The run's, for a bare loop over the same model."""
 
     def bare_step(self, trainer: Any) -> None:
         """The same step in the bare loop, timed, and not counted as the trainer's."""
         from bare import Loop, build, concatenate
 
-        config, begin = trainer.config.run, time.process_time()
+        config, begin = self.config, time.process_time()
         if not self.bare:
             model = build(config.model.path, str(config.tuning.name), str(config.precision))
             self.loop = Loop(model, lr=config.optim.lr, precision=str(config.precision))
@@ -79,6 +81,15 @@ class Clock:
 
         return method
 
+    def noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep the configuration that the loop's settings are taken from."""
+
+        def loop_settings(config: Any, total_steps: int) -> Any:
+            self.config = config
+            return original(config, total_steps)
+
+        return loop_settings
+
     def fit(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Note the end of training, before the export."""
 
@@ -109,7 +120,7 @@ def documents_of(loader: Any, first_sample: int) -> list[dict[str, list[int]]]:
 
 def write_batches(path: Path, loader: Any, num_steps: int) -> None:
     """The documents of each step, for the bare loop in a process of its own."""
-    path.write_text(json.dumps([documents_of(loader, i * loader.global_batch) for i in range(num_steps)]))
+    path.write_text(json.dumps([documents_of(loader, i * loader.share.global_batch) for i in range(num_steps)]))
 
 
 def main() -> int:
@@ -121,15 +132,17 @@ def main() -> int:
     if words[0] == "--batches":
         batches, words = Path(words[1]), words[2:]
     out, words = Path(words[0]), words[1:]
+    from trainer import run
     from trainer.checkpoints.kept import Checkpoints
     from trainer.loop import Trainer
 
     clock = Clock()
+    run.loop_settings = clock.noting(run.loop_settings)
     fit: Any = Trainer.fit
     if batches is not None:
 
         def noted(trainer: Any) -> Any:
-            write_batches(batches, trainer.loader, trainer.total_steps)
+            write_batches(batches, trainer.loader, trainer.settings.total_steps)
             return fit(trainer)
 
         Trainer.fit = clock.fit(noted)  # type: ignore[method-assign]

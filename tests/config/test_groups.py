@@ -11,6 +11,7 @@ import yaml
 from launch.choices import CONF_DIR, groups, settings_of, variants
 from launch.compose import compose
 from trainer.config import run as run_config
+from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OptimName
 from trainer.optim.support import SUPPORT
 
@@ -77,12 +78,12 @@ def test_the_choices_are_those_of_the_names():
     for group, names in (
         ("strategy", run_config.StrategyConfig().name),
         ("tuning", run_config.TuningConfig().name),
-        ("objective", run_config.ObjectiveConfig().name),
         ("schedule", run_config.ScheduleConfig().name),
         ("launcher", run_config.LauncherConfig().name),
         ("optim", run_config.OptimConfig().name),
     ):
         assert groups()[group] == sorted(member.value for member in type(names))
+    assert groups()["objective"] == sorted(FAMILIES)
 
 
 def plain(value):

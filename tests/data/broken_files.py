@@ -1,16 +1,23 @@
 """Files as people hand them in, most of them broken: a generator of cases, each with what reading it must give."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from trainer.data.document import Rejected
+from trainer.data.read import Row
+from trainer.data.read.strict import Fault
 
 GOOD = b'{"text": "a"}\n'
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 4
@@ -28,6 +35,14 @@ class Case:
     rows: int | None = None
     bad: tuple[str, ...] = ()
     error: str | None = None
+
+
+def whole(row: Row | Rejected) -> Row | Rejected:
+    """The row, or why it cannot be taken by a format that reads all its columns."""
+    row = row.parse()
+    if isinstance(row, Row) and (faults := [value for value in row.fields.values() if isinstance(value, Fault)]):
+        return Rejected(row.file, row.line, faults[0].reason, faults[0].message, row.excerpt())
+    return row
 
 
 def zst(data: bytes) -> bytes:
@@ -144,12 +159,45 @@ def compressed() -> list[Case]:
         file("x.jsonl.zst", frame[:-1], error="cut off", title="zst without its end"),
         file("x.jsonl.zst", frame + b"garbage", error="damaged", title="zst with garbage"),
         file("x.jsonl.zst", GOOD, error="not compressed", title="plain text as zst"),
+        *(
+            case
+            for suffix, pack in (("bz2", bz2.compress), ("xz", lzma.compress))
+            for case in further(suffix, pack(many))
+        ),
+        file("x.jsonl.xz", lzma.compress(many) + bytes(8) + lzma.compress(GOOD), 201, title="xz streams and padding"),
+        file("x.jsonl.zip", zipped(a=many), 200),
+        file("x.jsonl.zip", zipped(a=many, b=many), error="holds 2 files, and one can be read", title="zip of two"),
+        file("x.jsonl.zip", zipped(), error="holds 0 files|not a zip", title="zip of none"),
+        file("x.jsonl.zip", zipped(a=many)[:-30], error="damaged", title="zip cut off"),
+        file(
+            "x.jsonl.zip", zipped(a=many).replace(many[:60], many[60:120], 1), error="damaged", title="zip, other bytes"
+        ),
         file("x.csv.gz", gzip.compress(b"text\na\nb\n"), 2),
         file("x.tsv.zst", zst(b"text\tn\na\t1\n"), 1),
         file("x.json.gz", gzip.compress(b'[{"a": 1}, {"a": 2}]'), 2),
         file("x.txt.gz", gzip.compress(b"a text"), 1),
         file("x.parquet.gz", b"\x1f\x8b", error="must end in"),
     ]
+
+
+def further(suffix: str, packed: bytes) -> list[Case]:
+    name = f"x.jsonl.{suffix}"
+    return [
+        file(name, packed, 200),
+        file(name, packed + packed, 400, title=f"{suffix} members"),
+        file(name, packed[: len(packed) // 2], error="cut off", title=f"{suffix} cut off"),
+        file(name, packed[:-4], error="cut off", title=f"{suffix} without its end"),
+        file(name, packed + b"garbage", error="damaged", title=f"{suffix} with garbage"),
+        file(name, GOOD, error="not compressed", title=f"plain text as {suffix}"),
+    ]
+
+
+def zipped(**files: bytes) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"{name}.jsonl", content)
+    return sink.getvalue()
 
 
 def json_files() -> list[Case]:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.choose.balance import BalanceBy, BalanceConfig, BalanceTarget, check, resample
+from trainer.data.choose.balance import check, resample
+from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
 
 LABEL = BalanceBy.label
 

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import DataError
-from tests.data.broken_files import CASES
-from trainer.data.read import BadRow, Row, expand, read
+from tests.data.broken_files import CASES, whole
+from trainer.data.document import Rejected
+from trainer.data.read import Row, expand, read
 
 KINDS = ("x.json", "x.jsonl", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow", "x.jsonl.gz", "x.jsonl.zst")
 ROWS = [
@@ -22,13 +23,13 @@ ROWS = [
 ]
 
 
-def rows_of(value: str) -> tuple[list[Row | BadRow], DataError | None]:
-    """What comes of reading a path value: the rows in front of the error, and the error."""
-    found: list[Row | BadRow] = []
+def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
+    """What comes of reading a path value and all its columns: the rows in front of the error, and the error."""
+    found: list[Row | Rejected] = []
     try:
         for row in read(expand(value, "data.path"), key="data.path"):
-            assert type(row) in (Row, BadRow)
-            found.append(row.parse())
+            assert type(row) in (Row, Rejected)
+            found.append(whole(row))
     except DataError as error:
         return found, error
     return found, None
@@ -40,7 +41,7 @@ def test_a_broken_file_gives_what_was_expected(case, tmp_path):
     if case.name == "unreadable" and os.access(value, os.R_OK):
         pytest.skip("this user may read every file")
     rows, error = rows_of(value)
-    bad = [row for row in rows if isinstance(row, BadRow)]
+    bad = [row for row in rows if isinstance(row, Rejected)]
     assert [row.reason for row in bad] == list(case.bad)
     if case.rows is not None:
         assert len(rows) - len(bad) == case.rows

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data.config import ChecksConfig, Policy
 from trainer.data.document import Document, Tally
-from trainer.data.stages.checks import KINDS, Checks, ChecksConfig, Policy
+from trainer.data.stages.checks import KINDS, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
 SENTENCES = [

@@ -1,27 +1,25 @@
 """Duplicates: against true Jaccard similarities by brute force, hand-made cases, and any division into blocks."""
 
+import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer.data.choose import near
-from trainer.data.choose.duplicates import (
-    Across,
-    ComparedText,
-    DuplicatePolicy,
-    DuplicatesConfig,
-    Signer,
-    compared_text,
-    exact_groups,
-    find_duplicates,
-    prompt_of,
-)
-from trainer.data.choose.minhash import jaccard, ngram_set
+from trainer.data.choose.duplicates import Signer, compared_text, exact_groups, find_duplicates, prompt_of
+from trainer.data.choose.near import jaccard
+from trainer.data.choose.wording import ngrams, normalize
+from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 
+ROOT = Path(__file__).parents[2]
 NEAR = DuplicatesConfig(near=DuplicatePolicy.drop)
 LETTERS = "abcdefghijklmnoprstuvw"
 RANDOM = random.Random(7)
@@ -49,8 +47,8 @@ def true_similarities(texts):
     """Jaccard similarity of every pair with a shared n-gram, by counting in an inverted index."""
     sets = [plain_ngrams(text) for text in texts]
     holders = defaultdict(list)
-    for row, ngrams in enumerate(sets):
-        for ngram in ngrams:
+    for row, runs in enumerate(sets):
+        for ngram in runs:
             holders[ngram].append(row)
     shared = Counter()
     for rows in holders.values():
@@ -116,12 +114,31 @@ def test_near_duplicates_agree_with_brute_force(corpus, similarities):
     assert len(below) > 100, "the corpus must hold pairs that candidates have to be refused for"
 
 
+def test_another_process_finds_the_same_and_no_thread_is_left():
+    """A process forked after rensa had started threads would hang: loaders of batches are forked after preparation."""
+    script = (
+        "import os, random; from tests.data.test_duplicates import changed, decide, sentences, text_document\n"
+        "draw = random.Random(8); originals = [sentences(draw, 6) for _ in range(60)]\n"
+        "texts = [' '.join(parts) for parts in originals] + [changed(draw, parts) for parts in originals]\n"
+        "before = len(os.listdir('/proc/self/task')); stands = decide([text_document(text) for text in texts]).stands\n"
+        "print(len(os.listdir('/proc/self/task')) - before, stands.tolist())"
+    )
+    said = [
+        subprocess.check_output(
+            [sys.executable, "-c", script], text=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1] and said[0].startswith("0 [0, 1, 2,")
+    assert sum(place != row for row, place in enumerate(json.loads(said[0][2:]))) > 20, "copies must be among them"
+
+
 def test_jaccard_is_the_true_one(corpus, similarities):
     pairs = sorted(similarities)[:400]
     for first, second in pairs:
-        got = jaccard(ngram_set(corpus[first], 5), ngram_set(corpus[second], 5))
+        got = jaccard(*(set(ngrams(normalize(corpus[row]), 5)) for row in (first, second)))
         assert got == pytest.approx(similarities[first, second], abs=1e-12)
-    assert jaccard(ngram_set("", 5), ngram_set("", 5)) == 0
+    assert jaccard(set(), set()) == 0
 
 
 def test_exact_groups():
@@ -258,6 +275,6 @@ def test_text_that_is_compared():
     assert by == {"document": [0, 1, 2], "prompt": [0, 0, 2], "completion": [0, 1, 0]}
     columns = Signer(DuplicatesConfig()).sign([*documents, text_document("plain")])
     assert columns["prompt"][0] == columns["prompt"][1] != columns["prompt"][2] and columns["prompt"][3] == 0
-    assert "bands" not in columns
+    assert "verdict" not in columns
     empty = [Document(file="a", line=1, prompt="", completion=text) for text in ("one", "two")]
     assert decide(empty, DuplicatesConfig(text=ComparedText.prompt)).stands.tolist() == [0, 1]

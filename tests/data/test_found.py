@@ -13,10 +13,10 @@ import pytest
 
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, PrivacyConfig, PrivacyMode
 from trainer.data.prepare import Preparation
+from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 
 KEYS = ("the first secret key", "the second secret key")
 SLOW = """
@@ -36,10 +36,6 @@ for pid, _ in ordered_map(slow, map(Item, range(12)), workers=2):
 """
 
 
-def counts(sample):
-    return {"loss": int(sample.supervised.sum())}
-
-
 def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
     # Found: the key was no part of the fingerprint, so that a new key opened what the old one had made.
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
@@ -47,7 +43,7 @@ def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
 
     def prepared(settings):
-        made = Preparation(settings, tiny_tokenizer(), counts=counts, seed=1).open_or_make()
+        made = Preparation(settings, tiny_tokenizer(), Reading(), seed=1).open_or_make()
         return made.directory, made.report["cached"], tiny_tokenizer().decode(made.train.sample(0).input_ids)
 
     seen = []
@@ -69,7 +65,7 @@ def test_the_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
     privacy = PrivacyConfig(mode=PrivacyMode(mode))
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
-    report = Preparation(config, tiny_tokenizer(), counts=counts, seed=1).open_or_make().report
+    report = Preparation(config, tiny_tokenizer(), Reading(), seed=1).open_or_make().report
     assert f"{verb}, privacy: EMAIL: 1" in summary(report)
 
 

@@ -9,15 +9,19 @@ import pytest
 
 from strategies.errors import DataError
 from trainer.data.choose import leakage
-from trainer.data.choose.duplicates import ComparedText, DuplicatePolicy, DuplicatesConfig, Signer, compared_text
-from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy, find_leaks, settle
-from trainer.data.document import Document, Tally
-from trainer.data.stages.decontamination import (
+from trainer.data.choose.duplicates import Signer, compared_text
+from trainer.data.choose.leakage import find_leaks, settle
+from trainer.data.config import (
+    ComparedText,
     DecontaminationConfig,
     DecontaminationPolicy,
-    Decontaminator,
-    evaluation_texts,
+    DuplicatePolicy,
+    DuplicatesConfig,
+    LeakageConfig,
+    LeakagePolicy,
 )
+from trainer.data.document import Document, Tally
+from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
 
 SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
 DRAW = random.Random(1)
@@ -69,14 +73,12 @@ def planted():
     return train, held_out, truth
 
 
-def test_every_kind_is_found_and_nothing_else(planted, monkeypatch):
+def test_every_kind_is_found_and_nothing_else(planted):
     train, held_out, truth = planted
-    for rows in (8192, 50):
-        monkeypatch.setattr(leakage, "BLOCK_ROWS", rows)
-        leaks = leaks_of(train, held_out)
-        found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
-        assert {place: (other, leakage.KINDS[kind]) for place, other, kind in found} == truth
-        assert leaks.incomplete == 0
+    leaks = leaks_of(train, held_out)
+    found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
+    assert {place: (other, leakage.KINDS[kind]) for place, other, kind in found} == truth
+    assert leaks.incomplete == 0
 
 
 def test_near_and_prompt_leaks_only_where_asked(planted):

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.batches.loader import StepLoader, eval_batches
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.loader import EvalShare, Share, StepLoader, eval_batches
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.batches.pack import best_fit_decreasing
 from trainer.data.config import Layout
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
+from trainer.objectives.classification import LabelCollator
 
 NUM = 24
 
@@ -26,7 +28,7 @@ def make_dataset(path, *, labels=False):
         ids = draw.integers(1, 100, draw.integers(1, 30)).astype(np.int32)
         ids[0] = 1000 + number
         supervised = draw.random(len(ids)) < 0.6
-        samples.append(Sample(ids, supervised, number % 3 if labels else None))
+        samples.append(Sample(ids, supervised, {LABEL: number % 3} if labels else {}))
     write(path, samples, counts, {"fingerprint": "f"})
     return TokenDataset.open(path)
 
@@ -36,18 +38,16 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("loader") / "data")
 
 
-def loader(dataset, *, rank=0, size=1, micro=2, batch=12, units=None, layout=Layout.padding_free, seed=7):
+def loader(
+    dataset, *, rank=0, size=1, micro=2, batch=12, units=None, layout=Layout.padding_free, seed=7, kind=Collator
+):
     order = GlobalOrder(len(dataset) if units is None else len(units), seed, True)
     return StepLoader(
         dataset,
         order=order,
         units=units,
-        global_batch=batch,
-        micro_batch=micro,
-        dp_rank=rank,
-        dp_size=size,
-        layout=layout,
-        pad_token_id=0,
+        share=Share(batch, micro, rank, size),
+        collator=kind(layout, 0),
         device="cpu",
     )
 
@@ -106,7 +106,7 @@ def test_padded_layout_says_the_same(dataset):
 def test_labels_come_along(tmp_path):
     data = make_dataset(tmp_path / "data", labels=True)
     for layout in (Layout.padded, Layout.padding_free):
-        (step,) = loader(data, micro=12, layout=layout).steps(0, 1)
+        (step,) = loader(data, micro=12, layout=layout, kind=LabelCollator).steps(0, 1)
         batch = step.micro_batches[0]
         ids = batch["input_ids"]
         assert batch["labels"].tolist() == ((ids[ids >= 1000] - 1000) % 3).tolist()
@@ -160,21 +160,8 @@ def test_errors_of_the_thread_reach_the_consumer(dataset, monkeypatch):
 @pytest.mark.parametrize("limit", [None, 1, 5, 100])
 @pytest.mark.parametrize(("size", "batch"), [(1, 1), (2, 5), (3, 4), (5, 24), (8, 2)])
 def test_evaluation_holds_every_document_once(dataset, size, batch, limit):
-    ranks = [
-        list(
-            eval_batches(
-                dataset,
-                batch=batch,
-                dp_rank=r,
-                dp_size=size,
-                layout=Layout.padded,
-                pad_token_id=0,
-                device="cpu",
-                max_documents=limit,
-            )
-        )
-        for r in range(size)
-    ]
+    collator = Collator(Layout.padded, 0)
+    ranks = [list(eval_batches(dataset, EvalShare(batch, r, size, limit), collator, "cpu")) for r in range(size)]
     assert len({len(rank) for rank in ranks}) == 1, "all ranks take the same number of turns"
     num = min(limit or NUM, NUM)
     scored = sum(int((b["targets"] != -100).sum()) for rank in ranks for b in rank)
@@ -189,16 +176,7 @@ def test_evaluation_fillers_have_no_label(tmp_path):
     data = make_dataset(tmp_path / "data", labels=True)
     labels = []
     for rank in range(5):
-        for batch in eval_batches(
-            data,
-            batch=NUM,
-            dp_rank=rank,
-            dp_size=5,
-            layout=Layout.padding_free,
-            pad_token_id=0,
-            device="cpu",
-            max_documents=None,
-        ):
+        for batch in eval_batches(data, EvalShare(NUM, rank, 5), LabelCollator(Layout.padding_free, 0), "cpu"):
             labels += batch["labels"].tolist()
     assert sorted(labels) == sorted([*(n % 3 for n in range(NUM)), -100, -100, -100, -100])
 
@@ -208,7 +186,7 @@ def test_dataset_round_trip_and_damage(tmp_path):
     assert len(data) == NUM and data.fingerprint == "f"
     assert not any(data.sample(i).supervised[0] for i in range(NUM)), "a first token is never a target"
     assert data.counts["loss"].tolist() == [int(data.sample(i).supervised.sum()) for i in range(NUM)]
-    assert [data.sample(i).label for i in range(4)] == [0, 1, 2, 0]
+    assert [data.sample(i).marks[LABEL] for i in range(4)] == [0, 1, 2, 0]
     with (tmp_path / "data" / "tokens.bin").open("ab") as file:
         file.write(b"x")
     from strategies.errors import DataError

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
+from trainer.data.config import LearnConfig, LearnTurns
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.template import LearnConfig, LearnTurns
 
 FAMILIES = chat_templates.FAMILIES
 CHECK = settings(max_examples=80, deadline=None, derandomize=True)

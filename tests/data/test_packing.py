@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from tests.helpers.building import model_dir, samples
-from trainer.data.batches.loader import StepLoader
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.batches.pack import best_fit_decreasing
 from trainer.data.config import Layout
+from trainer.data.reading import Reading
 from trainer.data.store.sequences import TokenDataset, write
 from trainer.heads.loss import LossHead, head_transform
 from trainer.model import attention
@@ -20,7 +22,7 @@ NUM = 24
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("packing") / "data"
-    write(root, samples(NUM, uneven=True), Sft().counts, {"fingerprint": "x"})
+    write(root, samples(NUM, uneven=True), Reading().counts, {"fingerprint": "x"})
     return TokenDataset.open(root)
 
 
@@ -38,12 +40,8 @@ def gradients(path, data, layout, units):
         data,
         order=GlobalOrder(num, seed=1, shuffle=True),
         units=units,
-        global_batch=num,
-        micro_batch=1 if units is not None else 4,
-        dp_rank=0,
-        dp_size=1,
-        layout=layout,
-        pad_token_id=0,
+        share=Share(num, 1 if units is not None else 4, 0, 1),
+        collator=Collator(layout, 0),
         device="cpu",
     )
     (step,) = loader.steps(0, 1)

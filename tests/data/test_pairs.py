@@ -7,20 +7,23 @@ import torch
 from strategies.errors import DataError
 from tests.helpers.building import pair_set
 from tests.helpers.tokenizers import pair_rows, tiny_tokenizer, write_chat_data, write_jsonl, write_pairs
-from trainer.data.batches.loader import StepLoader, eval_batches
+from trainer.data.batches.collate import Collator
+from trainer.data.batches.loader import EvalShare, Share, StepLoader, eval_batches
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import preview, summary
-from trainer.objectives.base import DpoConfig
-from trainer.objectives.build import build_objective
+from trainer.objectives.pairs import PairReading
+from trainer.objectives.preference import DpoConfig
+from trainer.objectives.registry import reading_of
+from trainer.objectives.sft import SftConfig
 
 NUM = 24
 
 
-def preparation(tmp_path, *, pairs=True, **settings):
+def preparation(tmp_path, *, objective=DpoConfig, **settings):
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tiny_tokenizer(), counts=build_objective(DpoConfig()).counts, seed=1, pairs=pairs)
+    return Preparation(config, tiny_tokenizer(), reading_of(objective()), seed=1)
 
 
 def prepared(tmp_path, **settings):
@@ -50,7 +53,7 @@ def test_a_row_becomes_its_chosen_and_its_rejected_answer(tmp_path):
 
 def test_what_the_objective_asks_for_is_part_of_the_fingerprint(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
-    pairs, single = preparation(tmp_path), preparation(tmp_path, pairs=False)
+    pairs, single = preparation(tmp_path), preparation(tmp_path, objective=SftConfig)
     assert pairs.fingerprint != single.fingerprint
     learned = single.open_or_make().train
     assert len(learned) == NUM
@@ -105,7 +108,7 @@ def test_held_out_pairs_are_whole(tmp_path):
 
 def test_the_preview_shows_both_answers(tmp_path):
     write_pairs(tmp_path / "train.jsonl", NUM)
-    text = preview(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, pairs=True)
+    text = preview(prepared(tmp_path).train, tiny_tokenizer(), width=200, colour=False, reading=PairReading())
     row = pair_rows(1)[0]
     chosen, rejected = text.split("rejected:\n")
     assert chosen.startswith("chosen:\n") and f"⟦{row['chosen']}<|im_end|>⟧" in chosen
@@ -116,7 +119,7 @@ def test_the_preview_shows_both_answers(tmp_path):
 @pytest.mark.parametrize(("size", "micro"), [(1, 12), (2, 3), (3, 2), (4, 1)])
 def test_pairs_stay_together_on_every_rank(tmp_path, size, micro, layout):
     data = pair_set(tmp_path, num=NUM).train
-    data.reference = np.arange(2 * NUM, dtype=np.float32)  # tells which sequences a batch holds
+    data.attach("reference", np.arange(2 * NUM, dtype=np.float32))  # tells which sequences a batch holds
     units = [[2 * pair, 2 * pair + 1] for pair in range(NUM)]
     order = GlobalOrder(NUM, 7, True)
     seen = []
@@ -125,12 +128,8 @@ def test_pairs_stay_together_on_every_rank(tmp_path, size, micro, layout):
             data,
             order=order,
             units=units,
-            global_batch=12,
-            micro_batch=micro,
-            dp_rank=rank,
-            dp_size=size,
-            layout=layout,
-            pad_token_id=0,
+            share=Share(12, micro, rank, size),
+            collator=Collator(layout, 0),
             device="cpu",
         )
         (step,) = loader.steps(0, 1)
@@ -151,12 +150,9 @@ def test_pairs_stay_together_on_every_rank(tmp_path, size, micro, layout):
 @pytest.mark.parametrize(("batch", "size", "limit"), [(1, 1, None), (5, 2, None), (5, 3, 7), (100, 2, None)])
 def test_every_pair_is_evaluated_once(tmp_path, batch, size, limit):
     data = pair_set(tmp_path, num=NUM).train
-    data.reference = np.arange(2 * NUM, dtype=np.float32)
-    options = {"layout": Layout.padded, "pad_token_id": 0, "device": "cpu", "max_documents": limit}
-    ranks = [
-        list(eval_batches(data, batch=batch, dp_rank=r, dp_size=size, sequences_per_document=2, **options))
-        for r in range(size)
-    ]
+    data.attach("reference", np.arange(2 * NUM, dtype=np.float32))
+    collator = Collator(Layout.padded, 0)
+    ranks = [list(eval_batches(data, EvalShare(batch, r, size, limit, 2), collator, "cpu")) for r in range(size)]
     assert len({len(rank) for rank in ranks}) == 1
     scored, fillers = [], 0
     for made in (batch for rank in ranks for batch in rank):

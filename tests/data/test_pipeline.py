@@ -13,30 +13,38 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
-from trainer.build import build_order
-from trainer.config.run import RunConfig
 from trainer.data import prepare as module
-from trainer.data.choose.balance import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.choose.duplicates import DuplicatePolicy, DuplicatesConfig
-from trainer.data.choose.leakage import LeakageConfig, LeakagePolicy
-from trainer.data.config import DataConfig, OverLength, SourceConfig
+from trainer.data.batches.units import build_order
+from trainer.data.config import (
+    BalanceBy,
+    BalanceConfig,
+    BalanceTarget,
+    DataConfig,
+    DecontaminationConfig,
+    DecontaminationPolicy,
+    DuplicatePolicy,
+    DuplicatesConfig,
+    LeakageConfig,
+    LeakagePolicy,
+    OverLength,
+    PrivacyConfig,
+    PrivacyMode,
+    SourceConfig,
+)
 from trainer.data.prepare import Preparation
+from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.decontamination import DecontaminationConfig, DecontaminationPolicy
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
 from trainer.data.store.documents import DocumentTable
+from trainer.objectives.classification import LabelReading
+from trainer.objectives.sft import SftReading
 
 
-def counts(sample):
-    return {"loss": int(sample.supervised[1:].sum())}
+def preparation(config, tokenizer=None, reading=None, **options):
+    return Preparation(config, tokenizer or tiny_tokenizer(), reading or Reading(), **{"seed": 1, **options})
 
 
-def preparation(config, tokenizer=None, **options):
-    return Preparation(config, tokenizer or tiny_tokenizer(), **{"counts": counts, "seed": 1, **options})
-
-
-def run(config, tokenizer=None, **options):
-    return preparation(config, tokenizer, **options).open_or_make()
+def run(config, tokenizer=None, reading=None, **options):
+    return preparation(config, tokenizer, reading, **options).open_or_make()
 
 
 @pytest.fixture
@@ -76,10 +84,9 @@ def test_workers_and_shards_make_the_same_data_set(tmp_path, config, monkeypatch
         duplicates=DuplicatesConfig(exact=DuplicatePolicy.drop, near=DuplicatePolicy.report),
         privacy=PrivacyConfig(mode=PrivacyMode.redact),
     )
-    config.bias.enabled = True
     alone = run(replace(config, workers=1))
     expected = content(alone.directory)
-    assert expected["audit"]["privacy"]["types"]["EMAIL"] and expected["audit"]["bias"]
+    assert expected["audit"]["privacy"]["types"]["EMAIL"]
     two = run(replace(config, workers=2, cache_dir=str(tmp_path / "two")))
     assert content(two.directory) == expected
     sharded = replace(config, workers=1, cache_dir=str(tmp_path / "sharded"))
@@ -174,7 +181,7 @@ def test_sources_are_named_weighted_and_of_different_kinds(tmp_path, config):
     write_jsonl(tmp_path / "eval.jsonl", chat_rows(3, seed=9))
     held_out = replace(config, path=None, sources=sources, eval_path=str(tmp_path / "eval.jsonl"))
     prepared = run(held_out)
-    packs, order = build_order(RunConfig(data=held_out), prepared)
+    packs, order = build_order(held_out, prepared.train, sequences_per_document=1, seed=0)
     assert packs is None and order.num_units == 22, "held-out rows have no weight and need none"
     assert json.loads((prepared.directory / "audit.json").read_text())["mixing"].keys() == {"chat", "general"}
     with pytest.raises(ConfigError, match=r"data\.sources\.chat\.path"):
@@ -237,11 +244,11 @@ def test_a_looser_policy_covers_the_stricter_kind(tmp_path, config):
 def test_labels_and_objective_must_agree(tmp_path, config):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     with pytest.raises(DataError, match="objective=classification"):
-        run(config, tiny_tokenizer(None), labelled=False)
-    assert run(config, tiny_tokenizer(None), labelled=True).label_names == ["x", "y"]
+        run(config, tiny_tokenizer(None), SftReading())
+    assert run(config, tiny_tokenizer(None), LabelReading()).label_names == ["x", "y"]
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match="needs rows with a text and a label"):
-        run(config, tiny_tokenizer(None), labelled=True)
+        run(config, tiny_tokenizer(None), LabelReading())
 
 
 def test_personal_data_is_gone_from_everything_written(tmp_path, config, monkeypatch):
@@ -264,7 +271,7 @@ def test_balance_repeats_documents_and_says_so(tmp_path, config):
     rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
-    prepared = run(replace(config, balance=balance), tiny_tokenizer(None))
+    prepared = run(replace(config, balance=balance), tiny_tokenizer(None), LabelReading())
     assert prepared.label_names == ["few", "many"]
     shares = np.bincount(prepared.train.labels) / len(prepared.train)
     assert shares == pytest.approx([0.5, 0.5], abs=0.03)

@@ -13,26 +13,25 @@ from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.data.config import DataConfig, OverLength
 from trainer.data.prepare import Preparation
+from trainer.data.reading import Reading
 from trainer.data.report.preview import preview, summary
 from trainer.data.store import cache
 from trainer.data.store import sequences as dataset
+from trainer.objectives.classification import LabelReading
 
 
-def counts(sample):
-    return {"loss": int(sample.supervised.sum())}
-
-
-def other_counts(sample):
-    return {"loss": 1}
+class OtherReading(Reading):
+    def counts(self, sample):
+        return {"loss": 1}
 
 
 def config(tmp_path, **settings):
     return DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
 
 
-def run(settings, tokenizer=None, **options):
-    options = {"counts": counts, "seed": 1, **options}
-    return Preparation(settings, tokenizer or tiny_tokenizer(), **options).open_or_make()
+def run(settings, tokenizer=None, reading=None, **options):
+    options = {"seed": 1, **options}
+    return Preparation(settings, tokenizer or tiny_tokenizer(), reading or Reading(), **options).open_or_make()
 
 
 def seen(prepared, kind, reason):
@@ -60,7 +59,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
     text = summary(prepared.report)
     assert "20 of 20 sequences" in text and "doubled BOS 0" in text
     with pytest.raises(DataError, match="two BOS"):
-        summary({"train": {**report, "doubled_bos": 2}})
+        summary({**prepared.report, "train": {**report, "doubled_bos": 2}})
 
 
 def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
@@ -89,7 +88,7 @@ def test_every_input_changes_the_fingerprint(tmp_path, data):
     ]:
         seen.append(run(replace(base, **{name: value})).train.fingerprint)
     seen.append(run(DataConfig(**held), seed=2).train.fingerprint)
-    seen.append(run(base, counts=other_counts).train.fingerprint)
+    seen.append(run(base, reading=OtherReading()).train.fingerprint)
     seen.append(run(base, tiny_tokenizer(CHATML.replace("assistant", "helper"))).train.fingerprint)
     seen.append(run(base, tiny_tokenizer(vocab_size=300)).train.fingerprint)
     tokenizer.add_tokens(["brown"])
@@ -165,15 +164,15 @@ def test_settings_that_cannot_be_used(tmp_path, data):
 def test_labels(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": ("up", "down", "flat")[i % 3]} for i in range(9)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    prepared = run(config(tmp_path), tiny_tokenizer(None))
+    prepared = run(config(tmp_path), tiny_tokenizer(None), LabelReading())
     assert prepared.label_names == ["down", "flat", "up"] and prepared.train.labels[:3].tolist() == [2, 0, 1]
-    given = run(config(tmp_path), tiny_tokenizer(None), label_names=["flat", "up", "down"])
+    given = run(config(tmp_path), tiny_tokenizer(None), LabelReading(["flat", "up", "down"]))
     assert given.label_names == ["flat", "up", "down"] and given.train.labels[:3].tolist() == [1, 2, 0]
     write_jsonl(tmp_path / "eval.jsonl", [{"text": "a", "label": "sideways"}])
     with pytest.raises(DataError, match=r"eval\.jsonl:1: label 'sideways' is none of"):
-        run(config(tmp_path, eval_path=str(tmp_path / "eval.jsonl")), tiny_tokenizer(None))
+        run(config(tmp_path, eval_path=str(tmp_path / "eval.jsonl")), tiny_tokenizer(None), LabelReading())
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": n} for n in (10, 9, 0)])
-    assert run(config(tmp_path), tiny_tokenizer(None)).label_names == ["0", "9", "10"]
+    assert run(config(tmp_path), tiny_tokenizer(None), LabelReading()).label_names == ["0", "9", "10"]
 
 
 def test_full_disk_leaves_nothing(tmp_path, data, monkeypatch):

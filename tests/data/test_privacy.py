@@ -11,26 +11,32 @@ import sys
 import pytest
 
 from strategies.errors import ConfigError, DataError
-from tests.data.pii.synthetic import VALUES, synthetic
+from tests.data.pii.synthetic import synthetic
+from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
+from trainer.data.config import DataConfig, PrivacyPreset
 from trainer.data.document import Document, Tally
+from trainer.data.prepare import Preparation
+from trainer.data.reading import Reading
+from trainer.data.report.preview import summary
 from trainer.data.stages.privacy import (
     Finder,
     Findings,
     Privacy,
     PrivacyConfig,
+    PrivacyEngine,
     PrivacyMode,
     check,
     checksums,
-    find,
+    coverage,
     problems,
 )
+from trainer.data.stages.privacy.config import FOUND_BY_NONE, HIPAA, NATIONAL_IDS, NEEDS_PRESIDIO, TYPES, types_of
 from trainer.data.stages.privacy.engine import RULES, resolve
-from trainer.data.stages.privacy.presets import HIPAA, NATIONAL_IDS, NER_ONLY, TYPES
-from trainer.data.stages.privacy.pseudonym import mask, normalise
 from trainer.data.stages.privacy.rule import Finding
+from trainer.data.stages.privacy.stage import mask, normalise
 
 KEY = "a key of more than sixteen characters"
-EVERY = [name for name in TYPES if name not in NER_ONLY]
+EVERY = [name for name in TYPES if name not in NEEDS_PRESIDIO | FOUND_BY_NONE]
 
 
 def config(**settings) -> PrivacyConfig:
@@ -41,7 +47,7 @@ def config(**settings) -> PrivacyConfig:
 
 
 def pairs(text: str, **settings) -> list[tuple[str, str]]:
-    return [(f.type, text[f.start : f.end]) for f in find(text, config(**settings))]
+    return [(f.type, text[f.start : f.end]) for f in Finder(config(**settings)).find(text)]
 
 
 def redacted(text: str, mode: str = "redact", **settings) -> str:
@@ -69,11 +75,12 @@ PUBLISHED = {
         "NO9386011117947",
     ],
     checksums.nhs: ["943 476 5919"],
+    checksums.nir: ["2 95 10 99 126 111 93"],
     checksums.tax_id_de: ["86095742719", "47036892816", "65929970489"],
     checksums.nif_es: ["12345678Z", "X1234567L", "Y1234567X"],
     checksums.bsn: ["111222333", "123456782"],
     checksums.pesel: ["44051401359"],
-    checksums.verhoeff: ["2363"],
+    checksums.aadhaar: ["234123412346"],
     checksums.cpf: ["111.444.777-35", "529.982.247-25"],
     checksums.vin: ["1M8GDM9AXKP042788"],
     checksums.npi: ["1234567893"],
@@ -90,40 +97,6 @@ def test_published_numbers_hold_and_one_wrong_digit_breaks_them(verify):
         )
 
 
-ORACLES = {
-    "iban": ("iban", VALUES["IBAN"]),
-    "nhs": ("gb.nhs", VALUES["UK_NHS"]),
-    "tax_id_de": ("de.idnr", VALUES["DE_TAX_ID"]),
-    "nir": ("fr.nir", VALUES["FR_NIR"]),
-    "fiscal_code": ("it.codicefiscale", VALUES["IT_FISCAL_CODE"]),
-    "bsn": ("nl.bsn", VALUES["NL_BSN"]),
-    "pesel": ("pl.pesel", VALUES["PL_PESEL"]),
-    "verhoeff": ("in_.aadhaar", VALUES["IN_AADHAAR"]),
-    "cpf": ("br.cpf", VALUES["BR_CPF"]),
-    "luhn": ("luhn", lambda rng: str(rng.randint(10**14, 10**15))),
-}
-
-
-@pytest.mark.parametrize("name", ORACLES)
-def test_check_digits_agree_with_another_library(name):
-    """python-stdnum; it also checks dates inside some numbers, so that only what we accept is compared there."""
-    pytest.importorskip("stdnum")
-    module, draw = ORACLES[name]
-    oracle = __import__(f"stdnum.{module}", fromlist=["is_valid"])
-    rng = random.Random(3)
-    ours, theirs = [], []
-    for _ in range(200):
-        value = draw(rng)
-        place = max(i for i, c in enumerate(value) if c.isdecimal())
-        wrong = value[:place] + str((int(value[place]) + 1) % 10) + value[place + 1 :]
-        for text in (value, wrong):
-            if name not in {"nir", "fiscal_code", "pesel"} or not getattr(checksums, name)(text):
-                ours.append(getattr(checksums, name)(text))
-                theirs.append(oracle.is_valid(text))
-    assert any(theirs) or name in {"nir", "fiscal_code", "pesel"}
-    assert ours == theirs
-
-
 # Finding
 
 
@@ -134,12 +107,10 @@ def test_a_letter_with_everything_in_it():
         "Card 4111 1111 1111 1111, IBAN DE89 3704 0044 0532 0130 00 today, server 10.20.30.40, jane@example.com\n"
     )
     assert pairs(text) == [
-        ("PERSON", "Smith"),
-        ("PERSON", "Jane Q. Doe"),
         ("DATE_OF_BIRTH", "03/04/1962"),
         ("PHONE", "(415) 555-2671"),
         ("FAX", "415-555-9999"),
-        ("ADDRESS", "123 Main Street, Apt 4B, Springfield, IL 62704"),
+        ("POSTCODE", "62704"),
         ("MEDICAL_RECORD", "00123456"),
         ("US_SSN", "536-22-8765"),
         ("CREDIT_CARD", "4111 1111 1111 1111"),
@@ -168,6 +139,7 @@ def test_a_letter_with_everything_in_it():
         "uuid 123e4567-e89b-12d3-a456-426614174000",
         "::1 and 127.0.0.1 and 0.0.0.0",
         "no password here: it is empty",
+        "Gustave Eiffel built the Eiffel Tower, 5 avenue Anatole France.",
         "",
         " \n\t",
     ],
@@ -176,21 +148,11 @@ def test_what_is_no_personal_data(text):
     assert pairs(text) == []
 
 
-def test_a_name_given_in_full_is_known_elsewhere_in_the_document():
-    stage = Privacy(config(mode=PrivacyMode.redact))
-    turns = [
-        {"role": "user", "content": "My name is Ngozi Quist."},
-        {"role": "assistant", "content": "Thanks, Ngozi Quist. Quist it is."},
-    ]
-    document = stage(Document("d", 1, messages=turns), Tally())
-    assert document is not None and document.texts() == ["My name is [PERSON].", "Thanks, [PERSON]. [PERSON] it is."]
-
-
 def test_types_regions_scores_and_allow_lists_choose():
     text = "Write to jane@example.com or ring +44 20 7946 0958; BSN 111222333"
     assert {t for t, _ in pairs(text)} == {"EMAIL", "PHONE", "NL_BSN"}
     assert {t for t, _ in pairs(text, types=["EMAIL"])} == {"EMAIL"}
-    assert {t for t, _ in pairs(text, regions=["US"])} == {"EMAIL", "PHONE"}
+    assert {t for t, _ in pairs(text, preset="general", regions=["US"])} == {"EMAIL", "PHONE"}
     assert {t for t, _ in pairs(text, allow=[r".*@example\.com"])} == {"PHONE", "NL_BSN"}
     assert {t for t, _ in pairs(text, allow=["jane"])} == {"EMAIL", "PHONE", "NL_BSN"}, "a part of it is not the whole"
     assert pairs("number 111222333", min_score=0.2, types=["NL_BSN"]) == [("NL_BSN", "111222333")]
@@ -198,14 +160,14 @@ def test_types_regions_scores_and_allow_lists_choose():
 
 
 def test_every_rule_has_a_known_type_and_every_type_a_rule():
-    assert {rule.type for rule in RULES} | {"PHONE", "FAX"} == set(TYPES) - NER_ONLY
+    assert {rule.type for rule in RULES} | {"PHONE", "FAX"} == set(EVERY)
     assert set(NATIONAL_IDS) <= set(TYPES)
     assert len(HIPAA) == len(TYPES) - 1
 
 
 def test_offsets_count_characters_also_beyond_the_basic_plane():
     text = "\U0001f600 é jane@example.com \U0001f600"
-    (found,) = find(text, config())
+    (found,) = Finder(config()).find(text)
     assert text[found.start : found.end] == "jane@example.com"
 
 
@@ -416,12 +378,42 @@ def test_masks_show_shapes():
 # Settings
 
 
+def test_a_prepared_data_set_says_what_was_not_looked_for_and_why(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "I am Jane Doe, jane@example.com", "completion": "Hello Jane."}])
+    settings = PrivacyConfig(mode=PrivacyMode.redact, preset=PrivacyPreset.hipaa, regions=["US"])
+    data = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=settings)
+    prepared = Preparation(data, tiny_tokenizer(), Reading(), seed=1).open_or_make()
+    told = json.loads((prepared.directory / "audit.json").read_text())["privacy"]
+    assert set(told["looked_for"]) | set(told["not_looked_for"]) == set(TYPES)
+    assert "EMAIL" in told["looked_for"] and "DATE" in told["looked_for"]
+    away = dict.fromkeys(("UK_NHS", "UK_NINO"), "needs GB in data.privacy.regions")
+    expected = {"PERSON": "needs data.privacy.engine=presidio", "ADDRESS": "found by no engine", **away}
+    assert told["not_looked_for"].items() >= {**expected, "ORGANISATION": "not asked for"}.items()
+    said = summary(prepared.report)
+    assert "personal data not looked for" in said and "PERSON (needs data.privacy.engine=presidio)" in said
+    assert "ORGANISATION" not in said, "nobody asked for it"
+    assert "not looked for: " in (prepared.directory / "datacard.md").read_text()
+
+
+def test_every_type_that_is_asked_for_is_looked_for_or_named():
+    for preset in PrivacyPreset:
+        for engine in PrivacyEngine:
+            found = coverage(PrivacyConfig(preset=preset, engine=engine))
+            named = {name for name, why in found["not_looked_for"].items() if why != "not asked for"}
+            assert set(found["looked_for"]) | named == types_of(preset)
+            assert named == types_of(preset) & (FOUND_BY_NONE | (NEEDS_PRESIDIO if engine == "patterns" else set()))
+    assert not coverage(PrivacyConfig(mode=PrivacyMode.none))["looked_for"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"types": ["EMIAL"]}, "EMIAL"),
         ({"preset": "none", "types": []}, "looks for nothing"),
-        ({"types": ["LOCATION"]}, "engine=presidio"),
+        ({"types": ["LOCATION"]}, "LOCATION needs data.privacy.engine=presidio; set it (pip install 'shardtune[pii]')"),
+        ({"types": ["EMAIL", "PERSON"]}, "PERSON needs data.privacy.engine=presidio"),
+        ({"types": ["ADDRESS"]}, "ADDRESS found by no engine; leave it out"),
+        ({"types": ["NL_BSN"], "regions": ["US"]}, "NL_BSN needs NL in data.privacy.regions"),
         ({"types": ["EMAIL"], "min_score": 1.5}, "min_score=1.5"),
         ({"types": ["EMAIL"], "scan_documents": -1}, "scan_documents=-1"),
         ({"types": ["EMAIL"], "max_findings": -2}, "max_findings=-2"),

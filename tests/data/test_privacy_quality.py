@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.pii.quality import all_sets, finder, hand_labelled, measure, table
-from tests.data.pii.synthetic import synthetic
-from trainer.data.stages.privacy.presets import NER_ONLY, TYPES
+from tests.data.pii.synthetic import VALUES, synthetic
+from trainer.data.stages.privacy.config import TYPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
 
@@ -61,7 +61,7 @@ def test_the_labelled_sets_are_sound():
             assert text[start:end] == text[start:end].strip()
             ends = end
     labels = [type_ for _, gold in made for _, _, type_ in gold]
-    assert all(labels.count(type_) >= 40 for type_ in TYPES if type_ not in NER_ONLY)
+    assert all(labels.count(type_) >= 40 for type_ in VALUES)
     assert sum(not gold for _, gold in made) >= 400
     assert len(hand_labelled("hand-written", "held-out")) >= 150
     assert synthetic(seed=1) == made and synthetic(seed=2) != made

@@ -1,157 +1,68 @@
-"""The audit page and the data card: everything shown, nothing obeyed, no figure that is not a number."""
+"""The audit page, the data card and the terminal, all made of what a real preparation wrote."""
 
-import copy
 import json
-import math
 import re
-import xml.etree.ElementTree as ET
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from trainer.data.report.card import CardConfig, datacard
-from trainer.data.report.charts import Bar, Mark, bars, flow, forest, histogram
-from trainer.data.report.gaps import known_gaps
-from trainer.data.report.page import MAX_BYTES, page
-from trainer.data.report.svg import Scale, coordinate, fit, percent, short, spread, text_width
-from trainer.data.report.verdict import Level, overall, tiles
+from launch import prepare as verb
+from strategies.errors import DataError
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
+from trainer.data.config import (
+    BalanceBy,
+    BalanceConfig,
+    BalanceTarget,
+    CardConfig,
+    DataConfig,
+    DuplicatePolicy,
+    DuplicatesConfig,
+    LeakageConfig,
+    LeakagePolicy,
+    OverLength,
+    PrivacyConfig,
+    PrivacyMode,
+    SourceConfig,
+)
+from trainer.data.prepare import Preparation
+from trainer.data.reading import Reading
+from trainer.data.report.audit import Audit
+from trainer.data.report.card import datacard
+from trainer.data.report.page import page
+from trainer.data.report.preview import summary
+from trainer.data.report.verdict import Level, known_gaps, overall, tiles
+from trainer.data.report.wording import percent
+from trainer.objectives.classification import LabelReading
 
+ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = [
     '<script>alert("x")</script>',
     "\"><img src=x onerror='y'>",
     "</pre></section></body>",
-    "&lt;b&gt; &amp;",
+    "&lt;b&gt; &amp; {{ 7 * 7 }} {% raw %}",
     "\u202eevil\u202c",
-    "\ud800 lone",
-    "\x00\x1b[31m",
-    "w" * 5000,
+    "\x1b[31m\x07",
     "مرحبا بالعالم",
     "`| **x** |\n# not a heading\n[a](javascript:b)",
 ]
 
 
-def example():
-    edges = [0, 100, 200, 400, 2048]
-    return {
-        "schema": 1,
-        "created": "2026-01-02T03:04:05+00:00",
-        "shardtune": "0.3",
-        "fingerprint": "f00d" * 16,
-        "words": {"data.max_length": 2048, "data.over_length": "drop", "data.eval_path": None},
-        "sources": [
-            {
-                "name": "chat",
-                "files": [
-                    {"path": "/home/someone/secret-project/chat.jsonl", "bytes": 9, "sha256": "ab" * 32, "rows": 800}
-                ],
-                "format": "messages",
-                "rows": 800,
-                "kept": 700,
-                "weight": 0.75,
-                "licence": "CC-BY-4.0",
-                "tokens": 60000,
-                "supervised_tokens": 20000,
-            },
-            {"name": "web", "files": [], "rows": 200, "kept": 190, "tokens": 9000},
-        ],
-        "flow": [
-            {
-                "stage": "read",
-                "in": 1000,
-                "out": 997,
-                "dropped": {"not_json": 3},
-                "examples": {"not_json": ["chat.jsonl:7"]},
-            },
-            {
-                "stage": "checks",
-                "in": 997,
-                "out": 950,
-                "dropped": {f"reason_{n}": n for n in range(2, 11)},
-                "noted": {},
-            },
-            {"stage": "duplicates", "in": 950, "out": 900, "dropped": {"exact": 50}},
-            {"stage": "tokenise", "in": 900, "out": 890, "dropped": {"too_long": 10}, "noted": {"truncated": 5}},
-        ],
-        "conserved": {"rows_in": 1000, "kept": 890, "dropped": 110},
-        "quarantine": {"rows": 3, "file": "quarantine.jsonl"},
-        "splits": {
-            "train": {
-                "documents": 800,
-                "tokens": 61000,
-                "supervised_tokens": 20000,
-                "supervised_share": 0.328,
-                "labelled": False,
-                "length_p50": 90,
-                "length_p90": 95,
-                "length_max": 2048,
-                "length_histogram": {"edges": edges, "counts": [500, 200, 90, 10]},
-                "supervised_histogram": {"edges": [0, 0.25, 0.5, 0.75, 1.0], "counts": [400, 200, 100, 100]},
-                "turns_histogram": {"edges": [1, 2, 3], "counts": [700, 100]},
-            },
-            "eval": {"documents": 90, "tokens": 8000, "supervised_tokens": 3000, "supervised_share": 0.375},
-        },
-        "labels": {"before": {"yes": 700, "no": 90}, "after": {"yes": 90, "no": 90}},
-        "balance": {
-            "yes": {"before": 700, "after": 90, "share_before": 0.886, "share_after": 0.5, "share_target": 0.5}
-        },
-        "mixing": {
-            "chat": {"weight": 0.75, "requested": 0.75, "documents": 600.0, "tokens": 5e4, "share_documents": 0.74}
-        },
-        "duplicates": {
-            "exact": {"documents": 40, "groups": 30, "policy": "drop"},
-            "near": {
-                "documents": 10,
-                "groups": 5,
-                "policy": "drop",
-                "threshold": 0.8,
-                "examples": [{"a": "c:1", "b": "c:9"}],
-            },
-        },
-        "leakage": {"eval": {"exact": 1, "normalized": 2, "near": 3, "prompt": 4, "policy": "drop_train"}},
-        "decontamination": {"gsm8k": {"documents": 3}, "mmlu": {"documents": 0}},
-        "privacy": {
-            "mode": "report",
-            "preset": "general",
-            "engine": "patterns",
-            "documents_scanned": {"chat": 300, "web": 100},
-            "documents_with_findings": {"chat": 21},
-            "types": {"EMAIL": {"findings": 23, "documents": 21, "examples": ["j***@e***"]}},
-        },
-        "bias": {
-            "families": {
-                "gender": {"women": {"documents": 12, "mentions": 30}, "men": {"documents": 20, "mentions": 61}}
-            },
-            "skew": [
-                {
-                    "family": "gender",
-                    "group": "women",
-                    "attribute": "nurse",
-                    "count": 9,
-                    "log_odds": 1.2,
-                    "low": 0.4,
-                    "high": 2,
-                },
-                {
-                    "family": "gender",
-                    "group": "men",
-                    "attribute": "lazy",
-                    "count": 1,
-                    "log_odds": 2.9,
-                    "low": -1,
-                    "high": 7,
-                },
-            ],
-            "limits": ["Words, not people."],
-        },
-        "languages": {"en": 800, "de": 85, "fr": 3, "und": 2},
-        "quality": {"mean_words": 81.5},
-        "novelty": {"surprise": 4711},
-        "samples": [
-            {"where": "chat.jsonl:1", "pieces": [{"text": "ask", "learned": False}, {"text": "tell", "learned": True}]}
-        ],
-    }
+def prepare(tmp_path, rows=None, *, tokenizer=None, reading=None, **settings):
+    """A real preparation of `rows`: its directory, its report and its audit."""
+    if rows is not None:
+        settings["path"] = str(write_jsonl(tmp_path / "train.jsonl", rows))
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
+    made = Preparation(config, tokenizer or tiny_tokenizer(), reading or Reading(), seed=1).open_or_make()
+    return made, Audit.read(made.directory)
 
 
 class Checker(HTMLParser):
@@ -171,10 +82,6 @@ class Checker(HTMLParser):
         if tag not in VOID:
             self.stack.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attrs]
-
     def handle_endtag(self, tag):
         assert self.stack and self.stack.pop() == tag, (tag, self.getpos())
 
@@ -182,124 +89,176 @@ class Checker(HTMLParser):
         self.texts.append(data)
 
 
-def checked(audit):
-    """The page, after the checks that every page must pass."""
-    text = page(audit)
-    assert len(text.encode()) < MAX_BYTES
+def words_of(text):
+    """What a reader of the page sees, on one line; after the checks that every page must pass."""
     found = Checker(text)
+    assert len(text.encode()) < 400_000
     assert len(found.ids) == len(set(found.ids)), "ids are unique"
     assert {value[1:] for _, name, value in found.attributes if name == "href"} <= set(found.ids)
     assert not {"script", "iframe", "img", "link", "object"} & set(found.tags)
     assert not [a for a in found.attributes if a[1].startswith("on") or a[1] in ("src", "xlink:href")]
     assert not re.search(r"https?://|url\(|@import", text)
-    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-        root = ET.fromstring(drawing)
-        assert root.get("role") == "img" and root.get("aria-label") and root[0].tag == "title"
-        for node in root.iter():
-            for name in ("x", "y", "width", "height", "x1", "x2", "y1", "y2", "cx", "cy", "d", "viewBox"):
-                if name in node.attrib:
-                    words = re.sub("[MLCZ,]", " ", node.attrib[name]).split()
-                    assert all(math.isfinite(float(word)) for word in words), ET.tostring(node)
-                    if name in ("width", "height"):
-                        assert float(node.attrib[name]) >= 0
-    return text, found
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\ud800-\udfff]", text)
+    for share in re.findall(
+        r"(?:width|height):([-.\d]+|[^-.\d]\w*)%", re.sub("<style>.*</style>", "", text, flags=re.S)
+    ):
+        assert 0 <= float(share) <= 100
+    return " ".join(" ".join(found.texts).split())
 
 
-def test_every_part_of_the_audit_is_on_the_page():
-    text, found = checked(example())
-    words = " ".join(found.texts)
-    for shown in (
-        "89.0%", "890 of 1,000 rows", "32.8%", "not json", "chat.jsonl:7", "max_length 2,048", "p50 90", "CC-BY-4.0", "75.0%",
-        "j***@e***", "23 in 21 documents", "nurse", "women", "lazy", "+1.20 (0.40 to 2.00)", "gsm8k", "f00d" * 16, "81.5",
-        "surprise", "4,711", "de", "data.over_length", "c:9", "drop_train", "Words, not people.", "learned share of a document",
-    ):  # fmt: skip
-        assert shown in words, shown
-    assert "<mark>tell</mark>" in text and "<mark>ask" not in text
-    assert {"flow", "splits", "sources", "labels", "duplicates", "leakage", "privacy", "bias", "samples"} <= set(
-        found.ids
+def read(directory):
+    """The words of the page that preparation wrote, and the card."""
+    return words_of((directory / "audit.html").read_text()), (directory / "datacard.md").read_text()
+
+
+def test_terminal_page_and_card_tell_the_same_leaks(tmp_path, monkeypatch, capsys):
+    # Found: page, verdict and card said "Leakage 0" whatever leaked; they looked for keys that nobody writes.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model", vocab_size=384))
+    rows = chat_rows(200)
+    files = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "eval.jsonl", rows[:100])
+    places = [f"model.path={tmp_path / 'model'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert verb.main([*places, f"data.path={files[0]}", f"data.eval_path={files[1]}"]) == 0
+    out = capsys.readouterr().out
+    assert "leakage: 100 training documents are in the eval split too" in out
+    directory = Path(re.search("prepared: (.*)", out)[1])
+    shown, card = read(directory)
+    assert "Calls for action: leakage" in shown and "Leakage 100 training documents are in eval too" in shown
+    assert "100 training documents are in the eval split too (policy: report)" in shown
+    assert f"{files[0]}:1 = {files[1]}:1" in shown
+    assert "| eval | 100 | 0 | 0 | 0 | report |" in card and "leakage: 100 training documents are in eval too" in card
+    dropped = [*places, f"data.path={files[0]}", f"data.eval_path={files[1]}", "data.leakage.policy=drop_train"]
+    assert verb.main(dropped) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("rows: 300 rows read = 200 kept + 100 dropped (33.3% lost)")
+    shown, card = read(Path(re.search("prepared: (.*)", out)[1]))
+    assert "Leakage 100 taken out of training" in shown and "| eval | 100 | 0 | 0 | 0 | drop_train |" in card.replace(
+        "\\", ""
     )
 
 
-def test_parts_may_be_missing_one_by_one_and_all_at_once():
-    for name in example():
-        checked({key: part for key, part in example().items() if key != name})
-        checked({name: example()[name]})
-    text, found = checked({})
-    assert "Nothing was measured" in text and "section" not in found.tags
+def test_a_shared_prompt_is_told_apart_from_a_leak(tmp_path):
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(20)]
+    other = [{"prompt": f"question {n}", "completion": "another one"} for n in range(5)]
+    path = str(write_jsonl(tmp_path / "eval.jsonl", other))
+    made, audit = prepare(tmp_path, rows, eval_path=path)
+    assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].documents == 0
+    assert "5 training documents have a prompt of the eval split" in summary(made.report)
+    shown, card = read(made.directory)
+    assert "near (not looked for) 0" in shown and "near leaks were not looked for" in card
+    assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts with other answers" in shown
 
 
-def poisoned(value, word):
-    """Every text replaced by `word`, which also becomes a key of every table of numbers."""
-    if isinstance(value, dict):
-        counts = bool(value) and all(isinstance(inner, int) for inner in value.values())
-        return {key: poisoned(inner, word) for key, inner in value.items()} | ({word: 3} if counts else {})
-    if isinstance(value, list):
-        return [poisoned(inner, word) for inner in value]
-    return word if isinstance(value, str) else value
+def test_rows_lost_stand_in_the_first_lines(tmp_path):
+    # Found: 13 of 44 documents went in one quiet line.
+    rows = (
+        chat_rows(31)
+        + [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "fox " * 400}]}] * 13
+    )
+    made, audit = prepare(tmp_path, rows, max_length=200, over_length=OverLength.drop)
+    first, *_ = summary(made.report).split("\n")
+    assert first == "rows: 44 rows read = 31 kept + 13 dropped (29.5% lost)"
+    shown, card = read(made.directory)
+    head = shown[: shown.index("What is learned")]
+    assert "44 rows read = 31 kept + 13 dropped: 29.5% of the rows are lost" in head
+    assert "13 of 44 rows; most: longer than data.max_length (13)" in head and "raise data.max_length" in head
+    assert level_of(audit, "Rows") is Level.act and "Calls for action: rows lost" in head
+    assert f"{tmp_path / 'train.jsonl'}:32" in shown and "44 rows read = 31 kept + 13 dropped (29.5%)" in card
+
+
+def everything(tmp_path, **settings):
+    """Two weighted sources, an evaluation split, copies, personal data, a long document, bad rows."""
+    chat = chat_rows(60)
+    chat[3]["messages"][0]["content"] += " write to jane.doe@clinic-mail.org"
+    chat += [*chat[10:14], {"messages": [{"role": "user", "content": "x"}]}]
+    chat.append({"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "lazy dog " * 300}]})
+    facts = [{"prompt": f"what is {n} ?", "completion": f"it is {n} over the lazy dog"} for n in range(20)]
+    sources = {
+        "chat": SourceConfig(path=str(write_jsonl(tmp_path / "chat.jsonl", chat)), weight=0.75, licence="CC-BY-4.0"),
+        "facts": SourceConfig(path=str(write_jsonl(tmp_path / "facts.jsonl", facts)), weight=0.25),
+    }
+    given = {"sources": sources, "eval_share": 0.1, "languages": True, "max_length": 256, "max_bad_share": 0.1}
+    return prepare(tmp_path, duplicates=DuplicatesConfig(exact=DuplicatePolicy.drop), **{**given, **settings})
+
+
+def test_everything_that_was_counted_is_on_the_page(tmp_path):
+    made, audit = everything(tmp_path)
+    shown, _ = read(made.directory)
+    train = made.train
+    lengths, rows = train.lengths, audit.conserved
+    assert rows == {"rows_in": 86, "kept": 81, "dropped": 5}
+    for words in (
+        "86 rows read = 81 kept + 5 dropped", percent(5 / 86), "no assistant turn", f"{tmp_path / 'chat.jsonl'}:65",
+        f"{int(lengths.sum()):,}", percent(train.num_supervised.sum() / lengths.sum()), "truncated: 1 document",
+        f"{int(np.quantile(lengths, 0.5).round()):,}", "data.max_length=256", "CC-BY-4.0", "not stated", "75.0%",
+        "Personal data 1 documents with findings", f"{tmp_path / 'chat.jsonl'}:4 j***@c***.org", "EMAIL",
+        "people and places were not looked for", "Duplicates 4 taken out", "Leakage 0 no held-out document",
+        audit.fingerprint, "data.over_length", "quarantine.jsonl", "Judged on", "not stated: who answers questions",
+        f"{tmp_path / 'chat.jsonl'}:61 = {tmp_path / 'chat.jsonl'}:11", audit.sources[0].files[0].sha256,
+    ):  # fmt: skip
+        assert words in shown, words
+    text = (made.directory / "audit.html").read_text()
+    marked = "".join(re.findall("<mark>(.*?)</mark>", text.split('id="rows"')[0]))
+    assert "&lt;|im_end|&gt;" in marked and "&lt;|im_start|&gt;" not in marked, "answers are learned, questions are not"
+
+
+def test_histograms_count_every_sequence_and_gather_the_longest(tmp_path):
+    made, audit = everything(tmp_path)
+    for found, values in (
+        (audit.splits["train"].length_histogram, made.train.lengths),
+        (audit.splits["train"].supervised_histogram, made.train.num_supervised / made.train.lengths),
+        (audit.splits["eval"].length_histogram, made.evaluation.lengths),
+    ):
+        edges = np.array(found.edges)
+        assert sum(found.counts) == len(values) and len(edges) == len(found.counts) + 1 <= 27
+        inside = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
+        inside[-1] += int((values == edges[-1]).sum())
+        assert found.counts == inside
+    long = audit.splits["train"].length_histogram
+    assert long.edges[-1] == 257 and long.edges[-2] < 150 and long.counts[-1] == 1
+    text = (made.directory / "audit.html").read_text()
+    assert f'class="tail" style="height:{100 / max(long.counts):.1f}%"' in text and "<span>105 to 256</span>" in text
 
 
 @pytest.mark.parametrize("word", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_shown_and_nothing_else(word):
-    _, plain = checked(example())
-    text, found = checked(poisoned(example(), word))
-    assert set(found.tags) == set(plain.tags), "no tag came from the data"
-    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\ud800-\udfff]", text)
-    card = datacard(poisoned(example(), word), CardConfig(licence=word, contact=word, title=word))
-    card.encode()
-    body = card.split("\n---\n", 1)[1]
-    assert "<script" not in body and "<img" not in body and "\n# not a heading" not in body
-    lengths = {
-        len(re.findall(r"(?<!\\)\|", line)) for line in body.split("\n") if line.startswith("| split | documents")
-    }
-    for line in body.split("\n\n"):
-        rows = [row for row in line.split("\n") if row.startswith("|")]
+def test_hostile_text_is_shown_and_nothing_else(tmp_path, word):
+    def made(name, word):
+        rows = [{"text": f"a lazy dog {n} {word}", "label": f"{n % 2} {word}"} for n in range(12)]
+        (tmp_path / name).mkdir()
+        name = name + re.sub(r"[/\x00-\x1f]", "", word)
+        (tmp_path / name).mkdir(exist_ok=True)
+        source = SourceConfig(path=str(write_jsonl(tmp_path / name / f"{name}.jsonl", rows)), licence=word)
+        card = CardConfig(licence=word, contact=word, title=word)
+        sources = {f"x{word}": source}
+        made, _ = prepare(tmp_path / name, sources=sources, card=card, tokenizer=tiny_tokenizer(None))
+        return made.directory
+
+    plain = "word\x07" if "\x07" in word else "word"  # noted in either, so that both pages have as many lines
+    plain, hostile = made("plain", plain), made("hostile", word)
+    words_of((hostile / "audit.html").read_text())
+    tags = [Checker((directory / "audit.html").read_text()).tags for directory in (plain, hostile)]
+    assert tags[0] == tags[1], "no tag came from the data"
+    if word.startswith("<script"):
+        assert "a lazy dog 0 <script>" in words_of((hostile / "audit.html").read_text())
+    front, body = (hostile / "datacard.md").read_text().removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["license"] == "other"
+    assert "<script" not in body and "<img" not in body and "\n# not a heading" not in body and "\x1b" not in body
+    for block in body.split("\n\n"):
+        rows = [row for row in block.split("\n") if row.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1, "every row has as many cells"
-    assert lengths
 
 
-@pytest.mark.parametrize(
-    "value", [0, 1, -5, 10**7, 10**400, math.nan, math.inf, -math.inf, None, "x", [], {}, True, 1e308]
-)
-def test_any_number_can_be_drawn(value):
-    def replaced(part, key=""):
-        if isinstance(part, dict):
-            return {k: replaced(v, k) for k, v in part.items()}
-        if isinstance(part, list):
-            return [replaced(v) for v in part]
-        return value if isinstance(part, int | float) and not isinstance(part, bool) else part
-
-    checked(replaced(example()))
-    datacard(replaced(example()), CardConfig()).encode()
-    for name, part in example().items():
-        checked({**example(), name: value})
-        if isinstance(part, dict):
-            checked({**example(), name: dict.fromkeys(part, value)})
-
-
-def test_size_stays_bounded_and_what_is_left_out_is_said():
-    audit = example()
-    audit["words"] = {f"data.key_{n}": "v" * 900 for n in range(3000)}
-    audit["labels"] = {"before": {f"label {n}": n for n in range(5000)}}
-    audit["samples"] = [{"where": "a:1", "pieces": [{"text": "<" * 10**6, "learned": True}]}] * 50
-    audit["sources"] = [{**audit["sources"][0], "name": f"source {n}"} for n in range(2000)]
-    audit["bias"]["skew"] *= 5000
-    audit["unknown"] = {f"k{n}": {f"j{m}": {"deep": ["x" * 500] * 9} for m in range(50)} for n in range(50)}
-    text, _ = checked(audit)
-    assert "more, in audit.json" in text
-
-
-def test_long_samples_keep_head_and_tail():
-    pieces = [
-        {"text": "a" * 4000, "learned": False},
-        {"text": "b" * 4000, "learned": True},
-        {"text": "END", "learned": False},
-    ]
-    text, _ = checked({"samples": [{"where": "f:1", "pieces": pieces}]})
-    body = re.search(r"<pre[^>]*>(.*?)</pre>", text)[1]
-    (left_out,) = re.findall(r"<b> … ([\d,]+) characters … </b>", body)
-    shown = re.sub(r"<b>.*?</b>|<[^>]+>", "", body)
-    assert len(shown) + int(left_out.replace(",", "")) == 8003 and shown.startswith("aaa") and shown.endswith("bEND")
-    assert "<mark>b" in body and body.index("</b>") < body.index("<mark>")
+def test_lists_and_texts_are_cut_and_what_is_left_out_is_said(tmp_path):
+    rows = [{"text": f"fox {n} " + "dog " * 30, "label": f"label {n} " + "w" * 300} for n in range(300)]
+    rows.append({"text": "<&" * 4000, "label": "label 0"})
+    made, _ = prepare(tmp_path, rows, tokenizer=tiny_tokenizer(None), max_length=20000)
+    shown, card = read(made.directory)
+    assert "… and 261 more, in audit.json" in shown and "and 251 more labels, in audit.json" in card
+    assert "characters)" in shown
+    body = re.findall("<pre[^>]*>(.*?)</pre>", (made.directory / "audit.html").read_text(), re.DOTALL)[-1]
+    (left_out,) = re.findall(r"<b>… ([\d,]+) characters …</b>", body)
+    kept = re.sub("<b>.*?</b>|</?mark>", "", body).replace("&lt;", "<").replace("&amp;", "&")
+    assert len(kept) == 3000 and len(kept) + int(left_out.replace(",", "")) >= 8000 and kept.startswith("<&<&")
 
 
 def level_of(audit, what):
@@ -307,135 +266,133 @@ def level_of(audit, what):
     return tile.level
 
 
-def test_verdict_by_its_rules():
-    def changed(**parts):
-        audit = copy.deepcopy(example())
-        for name, part in parts.items():
-            audit[name] = {**audit[name], **part}
-        return audit
-
-    assert (
-        level_of(example(), "Rows") is Level.look
-        and level_of(changed(conserved={"kept": 990, "dropped": 10}), "Rows") is Level.good
-    )
-    assert level_of(changed(conserved={"kept": 880}), "Rows") is Level.act, "rows that are unaccounted for"
-    assert level_of(example(), "Duplicates") is Level.good, "taken out"
-    kept = {"near": {"documents": 60, "policy": "report"}}
-    assert level_of(changed(duplicates=kept), "Duplicates") is Level.look
-    assert level_of(changed(duplicates={"near": {"documents": 101}, "exact": {}}), "Duplicates") is Level.act
-    assert level_of(example(), "Leakage") is Level.good
-    assert level_of(changed(leakage={"eval": {"near": 1, "policy": "report"}}), "Leakage") is Level.act
-    assert level_of(example(), "Personal") is Level.look
-    assert level_of(changed(privacy={"mode": "redact"}), "Personal") is Level.good
-    assert level_of(changed(privacy={"types": {"US_SSN": {"findings": 1}}}), "Personal") is Level.act
-    assert (
-        level_of(example(), "Quarantine") is Level.look
-        and level_of(changed(quarantine={"rows": 0}), "Quarantine") is Level.good
-    )
-    assert level_of({"splits": {"train": {"supervised_share": 0.0}}}, "Learned") is Level.act
-    assert overall(tiles(example()))[0] is Level.look
-    assert overall(tiles(changed(leakage={"eval": {"near": 1}}))) == (Level.act, "Calls for action: leakage")
-
-
-def test_flow_drawing_is_to_scale_and_counts_every_reason():
-    root = ET.fromstring(flow(example()["flow"]))
-    bars_drawn = [(float(node.get("width")), node.get("class")) for node in root.iter("rect")]
-    kept = [width for width, style in bars_drawn if style == "kept"]
-    assert np.allclose(kept, np.array([997, 950, 900, 890, 890]) / 1000 * 420, atol=0.1)
-    words = [node.text for node in root.iter("text")]
-    amounts = [int(re.match(r"\N{MINUS SIGN}(\d+)", word)[1]) for word in words if word.startswith("\N{MINUS SIGN}")]
-    assert sum(amounts) == 3 + sum(range(2, 11)) + 50 + 10
-
-
-def test_histogram_areas_and_marks():
-    root = ET.fromstring(histogram([0, 10, 20, 30], [1, 4, 0], "t", "tokens", [Mark(15, "p50"), Mark(99, "outside")]))
-    heights = [float(node.get("height")) for node in root.iter("rect")]
-    assert len(heights) == 2 and heights[1] == pytest.approx(4 * heights[0], abs=0.3)
-    (mark,) = (node for node in root.iter("line") if node.get("class") == "mark-line")
-    (middle,) = (
-        float(n.get("x")) + float(n.get("width")) / 2 for n in root.iter("rect") if n[0].text.startswith("10 to 20")
-    )
-    assert float(mark.get("x1")) == pytest.approx(middle, abs=1) and "outside" not in ET.tostring(root, "unicode")
-
-
-def boxes(drawing):
-    """(left, right, baseline) of every text, by the estimate that the layout itself is checked against."""
-    for node in ET.fromstring(drawing).iter("text"):
-        words, x = node.text or "", float(node.get("x"))
-        width = text_width(words, 11 if node.get("class") in ("axis", "mark-text") else 12)
-        left = {"end": x - width, "middle": x - width / 2}.get(node.get("text-anchor"), x)
-        yield left, left + width, float(node.get("y"))
-
-
-def test_texts_do_not_overlap():
-    marks = [Mark(v, f"label {v}") for v in (100, 101, 102, 103, 2047)]
-    drawings = [histogram([0, 1, 2, 4, 2000, 2048], [1] * 5, "t", "tokens", marks), flow(example()["flow"])]
-    drawings.append(histogram(list(range(0, 2100, 50)), [3] * 41, "t", "tokens", marks))
-    drawings.append(
-        bars([Bar("x" * 90, [(1e6, "kept", "y" * 90), (1, "kept2", "z")])] * 3, "t", "d", legend=[("kept", "a")])
-    )
-    for drawing in drawings:
-        found = list(boxes(drawing))
-        for position, (left, right, y) in enumerate(found):
-            assert left >= -2 and right <= 903
-            for other_left, other_right, other_y in found[:position]:
-                assert abs(y - other_y) >= 11 or right <= other_left + 1 or other_right <= left + 1
-
-
-def test_scales_and_numbers():
-    for low, high in ((0, 7), (0, 1), (-3.2, 4.4), (0, 123456), (5, 5.001), (0, 1e-7)):
-        ticks = Scale(low, high, 0, 1).ticks(5)
-        assert 2 <= len(ticks) <= 12 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
-        assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
-    assert Scale(3, 3, 10, 20)(3) == 10 and Scale(0, 10, 0, 100)(25) == 100
-    assert [coordinate(v) for v in (-0.0, 100, 0.25, -3.14159, math.nan, math.inf)] == [
-        "0",
-        "100",
-        "0.2",
-        "-3.1",
-        "0",
-        "0",
+def test_verdict_by_its_rules(tmp_path):
+    _, audit = everything(tmp_path)
+    assert [tile.level for tile in tiles(audit)] == [
+        Level.look,
+        Level.good,
+        Level.look,
+        Level.good,
+        Level.good,
+        Level.look,
     ]
-    assert [percent(v) for v in (0, 1e-6, 0.5, 0.99999, 1)] == ["0%", "<0.1%", "50.0%", ">99.9%", "100%"]
-    assert [short(v) for v in (0, 999, 1500, 2_000_000)] == ["0", "999", "1.5k", "2M"]
-    assert spread([(0, 10), (5, 15), (30, 40), (8, 12)]) == [0, 1, 0, 2]
-    assert text_width(fit("漢字" * 100, 100)) <= 100 and fit("short", 100) == "short"
-    assert "<svg" in forest([], "empty")
+    assert overall(tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
+    _, kept = everything(tmp_path, eval_share=0.0, max_bad_share=0.02, max_length=4096)
+    assert level_of(kept, "Truncated") is Level.good and level_of(kept, "Leakage") is Level.none
+    _, cut = everything(tmp_path, max_length=24)
+    assert level_of(cut, "Truncated") is Level.act
+    _, redacted = everything(tmp_path, privacy=PrivacyConfig(mode=PrivacyMode.redact))
+    assert level_of(redacted, "Personal") is Level.good
+    _, unseen = everything(tmp_path, privacy=PrivacyConfig(mode=PrivacyMode.none))
+    assert level_of(unseen, "Personal") is Level.none
+    rows = chat_rows(40)
+    rows[0]["messages"][0]["content"] += " my card is 4111 1111 1111 1111"
+    _, grave = prepare(tmp_path, rows + rows[:9])
+    assert level_of(grave, "Personal") is Level.act and level_of(grave, "Duplicates") is Level.act
+    _, copied = prepare(tmp_path, rows[1:] + rows[1:3])
+    assert level_of(copied, "Duplicates") is Level.look
+    assert overall(tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
 
 
-def test_card_answers_the_questions_and_keeps_paths_to_itself():
-    card = datacard(example(), CardConfig(description="Chats.", licence="Our Own 1.0", languages=["en"]))
+def test_what_was_not_looked_for_is_said(tmp_path):
+    none = DuplicatesConfig(exact=DuplicatePolicy.none, normalized=DuplicatePolicy.none)
+    made, _ = prepare(tmp_path, chat_rows(9), privacy=PrivacyConfig(mode=PrivacyMode.none), duplicates=none)
+    shown, card = read(made.directory)
+    for words in ("Duplicates were not looked for", "Personal data was not looked for", "There is no held-out split"):
+        assert words in shown
+    for words in (
+        "The texts were not searched for personal data", "Duplicates were not looked for", "There is no held-out split",
+        "- personal data was not looked for", "- there is no evaluation split", "- languages neither stated nor detected",
+    ):  # fmt: skip
+        assert words in card, words
+    privacy = PrivacyConfig(scan_documents=4)
+    made, audit = prepare(tmp_path, chat_rows(9), privacy=privacy)
+    shown, card = read(made.directory)
+    assert "looked for in 4 of 9 documents" in shown and "looked for in 4 of 9 documents" in card
+    assert "organisations were not looked for: only what has a pattern" in shown
+    assert "organisations were not looked for." in card and "organisations were not looked for (data.privacy" in card
+    looked_for = [*audit.privacy.looked_for, "PERSON"]
+    named = replace(audit, privacy=replace(audit.privacy, looked_for=looked_for))
+    assert "organisations were looked for" in words_of(page(named, CardConfig()))
+    assert "organisations were looked for" in datacard(named, CardConfig())
+    assert not [gap for gap in known_gaps(named, CardConfig()) if "organisations" in gap]
+
+
+def test_columns_that_nobody_read_are_named_once_a_source(tmp_path):
+    made, audit = prepare(tmp_path, [{**row, "score": 1, "an<b>notator\x1b": "x"} for row in chat_rows(9)])
+    assert audit.unread_columns == {"data": ["score", "an<b>notator\x1b"]}
+    assert "columns of data that nobody read: score, an<b>notator\\x1b" in summary(made.report)
+    shown, card = read(made.directory)
+    assert "Columns of data that nobody read: score , an<b>notator" in shown
+    assert "score, an&lt;b&gt;notator\\\\x1b |" in card and "columns of data that nobody read" in card
+    made, _ = prepare(tmp_path, chat_rows(10))
+    assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]
+
+
+def test_labels_and_balance(tmp_path):
+    rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
+    balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
+    made, audit = prepare(tmp_path, rows, tokenizer=tiny_tokenizer(None), balance=balance, reading=LabelReading())
+    shown, card = read(made.directory)
+    after = audit.labels["after"]
+    assert f"many 40 {after['many']}" in shown and f"| few | 10 | {after['few']} |" in card
+    assert f"few {percent(0.2)}" in shown and f"label {made.label_names[made.train.labels[0]]}" in shown
+    assert "one label a document" in shown and yaml.safe_load(card.split("---\n")[1])["task_categories"] == [
+        "text-classification"
+    ]
+
+
+def test_the_page_is_made_of_the_file_and_of_nothing_but_its_form(tmp_path):
+    leaking = str(write_jsonl(tmp_path / "eval.jsonl", chat_rows(20)[:5]))
+    made, audit = prepare(
+        tmp_path, chat_rows(20), eval_path=leaking, leakage=LeakageConfig(policy=LeakagePolicy.report)
+    )
+    path = made.directory / "audit.json"
+    told = json.loads(path.read_text())
+    assert asdict(audit) == told
+    told["leakage"]["eval"]["train"]["exact"] = 17
+    path.write_text(json.dumps(told))
+    assert "Leakage 17" in words_of(page(Audit.read(made.directory), CardConfig()))
+
+    def refused(change, place):
+        broken = json.loads(json.dumps(told))
+        change(broken)
+        path.write_text(json.dumps(broken))
+        with pytest.raises(DataError, match=re.escape(f"audit.json: {place}")):
+            Audit.read(made.directory)
+
+    refused(lambda a: a.pop("leakage"), "leakage: Field required")
+    refused(lambda a: a["leakage"]["eval"].pop("train"), "leakage.eval.train")
+    refused(lambda a: a["leakage"]["eval"].update(near=3), "leakage.eval.near")
+    refused(lambda a: a["splits"]["train"].update(tokens="12"), "splits.train.tokens")
+    refused(lambda a: a.update(bias={}), "bias")
+
+
+def test_card_answers_the_questions_and_keeps_paths_to_itself(tmp_path):
+    stated = CardConfig(description="Chats.", licence="Our Own 1.0", languages=["en"])
+    made, audit = everything(tmp_path, card=stated)
+    card = (made.directory / "datacard.md").read_text()
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
-    import yaml
-
     meta = yaml.safe_load(head)
     assert meta["license"] == "other" and meta["license_name"] == "Our Own 1.0" and meta["language"] == ["en"]
     assert meta["size_categories"] == ["n<1K"] and meta["task_categories"] == ["text-generation"]
-    titles = re.findall("^## (.*)", body, re.MULTILINE)
-    assert titles == [
+    assert meta["pretty_name"] == "Fine-tuning data: chat, facts" and meta["tags"] == ["shardtune", "fine-tuning"]
+    assert re.findall("^## (.*)", body, re.MULTILINE) == [
         "Motivation", "Composition", "Collection", "Preprocessing and cleaning", "Personal data", "Splits and leakage",
         "Balance", "Uses", "Distribution and licence", "Maintenance", "Known gaps",
     ]  # fmt: skip
-    assert "Chats." in body and "1,000 rows read = 890 kept + 110 dropped" in body and "chat.jsonl" in body
-    assert "/home/someone" not in card and "secret-project" not in card
-    assert datacard(example(), CardConfig(licence="Apache-2.0")).count('license: "apache-2.0"') == 1
-    assert json.dumps("Fine-tuning data: chat, web") in card
+    assert "Chats." in body and "86 rows read = 81 kept + 5 dropped" in body and "chat.jsonl" in body
+    assert "| read | 86 | 85 | no assistant turn 1 |" in body and "truncated to data.max\\_length 1" in body
+    assert str(tmp_path) not in card and "motivation" not in " ".join(known_gaps(audit, stated)).lower()
+    assert datacard(audit, CardConfig(licence="Apache-2.0")).count("license: apache-2.0") == 1
 
 
-def test_known_gaps_are_computed():
-    gaps = known_gaps(example(), {"licence": "MIT", "description": "x"})
-    assert "licence not stated for 1 source: web" in gaps
-    assert "3 rows quarantined: listed in quarantine.jsonl, not in the data set" in gaps
-    assert "PII scan covered 400 of 890 documents" in gaps
-    assert "personal data found in 21 documents and left in" in gaps
-    assert "5 documents truncated to data.max_length" in gaps
-    assert not [gap for gap in gaps if "duplicate" in gap or "held-out" in gap or "motivation" in gap]
-    audit = example()
-    audit["leakage"]["eval"]["policy"] = audit["duplicates"]["near"]["policy"] = "report"
-    gaps = known_gaps(audit, {})
-    assert "10 training documents also in a held-out split, left there" in gaps
-    assert any("left in" in gap and "duplicate" in gap for gap in gaps)
-    everything = known_gaps({}, {})
-    assert "not scanned for personal data" in everything and "duplicates were not looked for" in everything
-    assert "licence not stated (data.card.licence)" in everything
-    assert "None known." not in datacard({}, CardConfig())
+def test_shares_are_written_honestly():
+    assert [percent(v) for v in (0, 1e-6, 0.5, 0.99999, 1)] == ["0%", "<0.1%", "50.0%", ">99.9%", "100%"]
+
+
+def test_templates_are_shipped(tmp_path):
+    code = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(code, cwd=ROOT, check=True, capture_output=True)
+    built, here = tmp_path / "trainer/data/report", ROOT / "trainer/data/report"
+    assert {path.name for path in built.iterdir()} == {path.name for path in here.iterdir() if path.is_file()}

@@ -196,7 +196,7 @@ def test_labelled_text_keeps_its_closing_token_when_cut():
     encoder = Encoder(tokenizer, ["no", "yes"])
     doc = Document("f", 1, text="a lazy dog jumps", label="yes")
     sample = encode(encoder, doc)
-    assert sample.input_ids.tolist() == tokenizer("a lazy dog jumps")["input_ids"] and sample.label == 1
+    assert sample.input_ids.tolist() == tokenizer("a lazy dog jumps")["input_ids"] and sample.marks["label"] == 1
     cut = truncate(sample, 3, encoder.tail(doc))
     assert cut.input_ids.tolist() == [sample.input_ids[0], sample.input_ids[1], sample.input_ids[-1]]
     with pytest.raises(DataError, match=r"f:1: label 'maybe' is none of \['no', 'yes'\]"):

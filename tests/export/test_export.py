@@ -14,13 +14,18 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError, StorageError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
+from trainer.build import build_step
 from trainer.data.config import Layout
 from trainer.export.card import CardFacts
+from trainer.export.config import ExportConfig, ExportType
+from trainer.export.tensors import hub_name, write_tensors
 from trainer.export.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
-from trainer.export.write import ExportConfig, ExportType, hub_name, write_export, write_tensors
-from trainer.model.loading import ModelConfig, build_step, load_tokenizer
+from trainer.export.write import write_export
+from trainer.model.config import ModelConfig
+from trainer.model.loading import load_tokenizer
 from trainer.model.weights import WeightSource
-from trainer.objectives.base import ClassificationConfig, SftConfig
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.sft import SftConfig
 from trainer.optim.build import build_optimizer
 from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import FullConfig, LoraConfig

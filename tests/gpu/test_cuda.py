@@ -10,7 +10,7 @@ from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from trainer.model import attention
-from trainer.model.loading import Attention, ModelConfig
+from trainer.model.config import Attention, ModelConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,20 +21,25 @@ from strategies.base import (
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.build import build_engine, build_loader
-from trainer.config.run import BudgetConfig, RunConfig, RunSettings
+from trainer.config.run import RunConfig, RunSettings
+from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import Sample, TokenDataset, write
-from trainer.loop import Trainer
-from trainer.model.loading import ModelConfig, load_tokenizer
-from trainer.objectives import reference
-from trainer.objectives.base import KtoConfig, SftConfig
-from trainer.objectives.build import build_objective
+from trainer.data.store.sequences import REPLAY, Sample, TokenDataset, write
+from trainer.loop import BudgetConfig, Output, Trainer
+from trainer.model.config import ModelConfig
+from trainer.model.loading import load_tokenizer
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.kto import DESIRABLE, RatedReading
+from trainer.objectives.pairs import REJECTED, PairReading
+from trainer.objectives.registry import reading_of
+from trainer.objectives.sft import SftReading
 from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.preempt import Agreement, StopRequest
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.trackers import Trackers
+from trainer.run import Place, Where, loop_settings, record_reference
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {
@@ -97,7 +102,9 @@ def pair_samples(num: int, *, vocab: int = 300) -> list[Sample]:
         for rejected in (False, True):
             answer = generator.integers(3, vocab, generator.integers(1, 21))
             supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
-            made.append(Sample(np.concatenate([prompt, answer]).astype(np.int32), supervised, rejected=rejected))
+            made.append(
+                Sample(np.concatenate([prompt, answer]).astype(np.int32), supervised, {REJECTED: int(rejected)})
+            )
     return made
 
 
@@ -105,7 +112,7 @@ def pair_set(root: Path, *, num: int = 48) -> Prepared:
     """A prepared data set of `pair_samples`, serving as training and evaluation set; opened anew each time."""
     directory = root / f"pairs-{num}"
     if not (directory / "manifest.json").exists():
-        write(directory, pair_samples(num), lambda s: {"loss": int(not s.rejected)}, {"fingerprint": "pairs"})
+        write(directory, pair_samples(num), PairReading().counts, {"fingerprint": "pairs"})
     train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
     return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
@@ -141,9 +148,8 @@ def rated_set(root: Path, *, num: int = 48) -> Prepared:
     if not (directory / "manifest.json").exists():
         made = pair_samples(num // 2)
         for index, sample in enumerate(made):
-            sample.desirable = index % 3 != 0
-        counts = build_objective(KtoConfig()).counts
-        write(directory, made, counts, {"fingerprint": "rated"})
+            sample.marks[DESIRABLE] = int(index % 3 != 0)
+        write(directory, made, RatedReading().counts, {"fingerprint": "rated"})
     train, held_out = TokenDataset.open(directory), TokenDataset.open(directory)
     return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
@@ -154,8 +160,8 @@ def replay_set(root: Path, *, num: int = 48) -> Prepared:
     if not (directory / "manifest.json").exists():
         made = samples(num, uneven=True)
         for index, sample in enumerate(made):
-            sample.replay = index % 4 == 0
-        write(directory, made, build_objective(SftConfig()).counts, {"fingerprint": "replay"})
+            sample.marks[REPLAY] = int(index % 4 == 0)
+        write(directory, made, SftReading().counts, {"fingerprint": "replay"})
     opened = TokenDataset.open(directory)
     return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
@@ -190,31 +196,30 @@ def trainer_for(
         restore_linear()
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
-    if reference.is_recorded(built):
-        reference.record(
-            config,
-            data,
-            engine=engine,
-            built=built,
-            pad_token_id=tokenizer.pad_token_id,
-            runtime=runtime,
-            directory=data.directory / f"reference-{os.environ.get('RANK', 0)}",  # a lone oracle on every rank
-            key=f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}",
-        )
-    loader, total = build_loader(config, data, built, tokenizer, engine, runtime)
+    agreement = Agreement(StopRequest(), runtime)
+    where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
+    key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
+    record_reference(
+        config, data, engine, built, Place(where, key, runtime, Console(enabled=False), agreement, Where())
+    )
+    loader, total = build_loader(config, data, built, engine, runtime)
+    meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)
     return Trainer(
-        config,
+        loop_settings(config, total),
         engine=engine,
         loader=loader,
-        total_steps=total,
         progress=progress or Progress(),
-        checkpoints=None,  # type: ignore[arg-type]
         evaluators=[],
-        meter=Meter(runtime, 1.0, None, built.step_module.objective.metrics),
-        trackers=Trackers([]),
-        console=Console(enabled=False),
-        agreement=Agreement(StopRequest(), runtime),
+        output=Output(meter, Trackers([]), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
+        agreement=agreement,
     )
+
+
+def collate(
+    samples: list[Sample], layout: Layout, pad_token_id: int = 0, objective: ObjectiveConfig | None = None
+) -> dict:
+    """Samples as one micro-batch on the CPU, with what the objective (sft) adds."""
+    return reading_of(objective or ObjectiveConfig()).collator(layout, pad_token_id)(samples)
 
 
 def take_steps(trainer: Trainer, num: int) -> list[tuple[float, float]]:

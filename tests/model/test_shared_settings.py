@@ -9,7 +9,7 @@ from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run_config, trainer_for
 from tests.helpers.methods import ADAPTERS
 from trainer.data.config import DataConfig, Layout
-from trainer.model.loading import Attention
+from trainer.model.config import Attention
 
 
 @pytest.fixture

@@ -10,13 +10,20 @@ import torch.nn.functional as F
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig
-from trainer.data.labels import labels_of, namer
+from trainer.data.fields import Refusal
 from trainer.data.prepare import Preparation
-from trainer.data.stages.checks import Refusal
+from trainer.data.store.sequences import Sample
 from trainer.evaluation.loss import f1_scores
-from trainer.objectives.base import ClassificationConfig
-from trainer.objectives.build import build_objective, settled
-from trainer.objectives.classification import Classification, MultiLabel, balanced_weights
+from trainer.objectives.classification import (
+    Classification,
+    ClassificationConfig,
+    LabelReading,
+    MultiLabel,
+    balanced_weights,
+    labels_of,
+    settle,
+)
+from trainer.objectives.registry import build_objective, reading_of
 
 ROWS, LABELS = 40, 5
 
@@ -105,12 +112,13 @@ def test_balanced_weights_are_those_of_the_definition():
 
 def test_balanced_is_settled_once_and_lists_are_kept():
     config = ClassificationConfig(class_weights="balanced")
-    found = settled(config, np.array([0, 0, 1]), ["a", "b"])
+    found, noted = settle(config, SimpleNamespace(labels=np.array([0, 0, 1])), ["a", "b"])
+    assert noted == {"objective.class_weights": "balanced -> [0.75, 1.5]"}
     assert found.class_weights == pytest.approx([0.75, 1.5]) and config.class_weights == "balanced"
     given = ClassificationConfig(class_weights=[1.0, 2.0])
-    assert settled(given, None, None) is given
+    assert settle(given, None, None) == (given, {})
     assert isinstance(build_objective(ClassificationConfig(multi_label=True)), MultiLabel)
-    assert build_objective(config).counts(None) == {"loss": 1}
+    assert reading_of(config).counts(None) == {"loss": 1}
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -179,9 +187,8 @@ def prepared(tmp_path, rows, eval_rows=None, **options):
     if eval_rows is not None:
         write_jsonl(tmp_path / "eval.jsonl", eval_rows)
         settings.eval_path = str(tmp_path / "eval.jsonl")
-    counts = MultiLabel().counts
-    options = {"multi_label": True, **options}
-    return Preparation(settings, tiny_tokenizer(None), counts=counts, seed=1, **options).open_or_make()
+    reading = LabelReading(**{"several": True, **options})
+    return Preparation(settings, tiny_tokenizer(None), reading, seed=1).open_or_make()
 
 
 def test_several_labels_become_bits(tmp_path):
@@ -190,14 +197,18 @@ def test_several_labels_become_bits(tmp_path):
     assert found.label_names == ["down", "in", "up"]
     assert found.train.labels.tolist() == [0b110, 0b101, 0, 0b100]
     assert found.evaluation.labels.tolist() == [0b011]
-    given = prepared(tmp_path, rows, label_names=["up", "down", "in"])
+    given = prepared(tmp_path, rows, names=["up", "down", "in"])
     assert given.label_names == ["up", "down", "in"] and given.train.labels.tolist() == [0b101, 0b011, 0, 0b001]
 
 
 def test_a_preview_says_labels_by_name():
-    assert namer(["a", "b", "c"], multi_label=True)(0b101) == "a, c"
-    assert namer(["a", "b"], multi_label=True)(0) == "none"
-    assert namer(["a", "b"], multi_label=False)(1) == "1 (b)" and namer(None, multi_label=False)(1) == "1"
+    def said(label, names, several):
+        sample = Sample(np.zeros(1, np.int32), np.zeros(1, bool), {"label": label})
+        return LabelReading(several=several).note(sample, names)
+
+    assert said(0b101, ["a", "b", "c"], True) == "label: a, c"
+    assert said(0, ["a", "b"], True) == "label: none"
+    assert said(1, ["a", "b"], False) == "label: 1 (b)" and said(1, None, False) == "label: 1"
 
 
 def test_a_label_that_training_has_not_is_refused_with_its_place(tmp_path):
@@ -217,4 +228,4 @@ def test_more_labels_than_bits_are_refused(tmp_path):
 def test_one_label_and_several_are_prepared_apart(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": label} for i, label in enumerate(("a|b", "a", "b"))]
     assert prepared(tmp_path, rows).label_names == ["a", "b"]
-    assert prepared(tmp_path, rows, multi_label=False).label_names == ["a", "a|b", "b"]
+    assert prepared(tmp_path, rows, several=False).label_names == ["a", "a|b", "b"]

@@ -17,19 +17,19 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from tests.golden.make_preference_vectors import fill, fingerprints, model_config
 from tests.golden.make_teacher_vectors import DISTILLATION, FILE, TEACHER, answers
-from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
+from tests.helpers.building import collate, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.learning import LEAST_LEARNED, learned
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer.data.batches.collate import collate
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.heads.divergence import Against, Measure
+from trainer.heads.divergence import Against, Divergence, Measure
 from trainer.heads.loss import LossHead, fuse_head
-from trainer.objectives.base import DistillationConfig, Divergence, TeacherConfig
-from trainer.objectives.build import build_objective
+from trainer.objectives.base import Beside, TeacherConfig
+from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.registry import build_objective, reading_of
 from trainer.tuning.base import LoraConfig
 
 RECORDED = json.loads(FILE.read_text())["cases"]
@@ -67,7 +67,7 @@ def test_trl_computes_the_same(monkeypatch, name, chunk):
     case, expected = DISTILLATION[name], RECORDED[name]
     settings = {**case, "divergence": Divergence(case["divergence"])}
     student, rows = model(0.0), batch()
-    objective = build_objective(DistillationConfig(**settings), teacher=model(TEACHER).requires_grad_(False))
+    objective = build_objective(DistillationConfig(**settings), Beside(teacher=model(TEACHER).requires_grad_(False)))
     terms, count = objective.terms(student, rows), len(rows["target_rows"])
     (terms["loss"] / count).backward()
     assert float(terms["loss"].detach()) / count == pytest.approx(expected["loss"], rel=1e-5)
@@ -241,7 +241,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, runtime):
 def test_a_teacher_that_needs_padded_rows_gets_them(tmp_path, runtime):
     config = distilling(tmp_path, model_dir(tmp_path, "falcon"))
     trainer = trainer_for(config, data_set(tmp_path, uneven=False), runtime)
-    assert trainer.loader.layout is Layout.padded
+    assert trainer.loader.collator.layout is Layout.padded
     at_rest = replace(config, optim=replace(config.optim, lr=0.0))
     still = take_steps(trainer_for(at_rest, data_set(tmp_path, uneven=False), runtime), 2)
     assert learned(take_steps(trainer, 2), still) > LEAST_LEARNED
@@ -273,8 +273,8 @@ def test_a_run_and_its_export(tmp_path, monkeypatch):
     from trainer.data.config import DataConfig
     from trainer.data.prepare import Preparation
 
-    counts = build_objective(DistillationConfig()).counts
-    data = Preparation(DataConfig(path="eval.jsonl", cache_dir="cache"), tiny_tokenizer(), counts=counts, seed=0)
+    reading = reading_of(DistillationConfig())
+    data = Preparation(DataConfig(path="eval.jsonl", cache_dir="cache"), tiny_tokenizer(), reading, seed=0)
     held_out, sums = data.open_or_make().train, [0.0, 0.0]
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in ("run/export", "qwen3")]
     for number in range(len(held_out)):

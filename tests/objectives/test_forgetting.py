@@ -1,7 +1,6 @@
 """Replay: nothing at weight 0, the right sums above it, and a model that forgets less."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,24 @@ import torch.nn.functional as F
 
 from launch.main import main
 from strategies import runtime as processes
-from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, replay_set, run_config, take_steps, trainer_for
+from tests.helpers.building import (
+    GLOBAL_BATCH,
+    collate,
+    data_set,
+    model_dir,
+    replay_set,
+    run_config,
+    take_steps,
+    trainer_for,
+)
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
-from trainer.data.batches.collate import collate, to_device
+from trainer.data.batches.collate import to_device
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset, write
-from trainer.objectives.base import ForgettingConfig, SftConfig
-from trainer.objectives.build import build_objective
+from trainer.objectives.registry import build_objective
+from trainer.objectives.sft import ForgettingConfig, SftConfig, SftReading
 from trainer.optim.config import AdamwConfig
 
 
@@ -72,7 +80,7 @@ def test_the_sums_are_those_of_plain_logits(tmp_path, runtime, tuning, replay_lo
     for number in chosen:
         sample = data.train.sample(number)
         rows = torch.from_numpy(sample.supervised.copy())[1:]
-        inputs = collate([replace(sample, replay=None)], Layout.padding_free, 0)
+        inputs = collate([sample], Layout.padding_free)
         given = {k: v for k, v in inputs.items() if k.startswith(("input", "position", "cu_", "max_", "document"))}
         with torch.no_grad():
             now, before = (
@@ -80,12 +88,12 @@ def test_the_sums_are_those_of_plain_logits(tmp_path, runtime, tuning, replay_lo
                 for m in (trainer.engine.step_module.model, first)
             )
         targets = torch.tensor(sample.input_ids[1:], dtype=torch.int64)[rows]
-        if replay_loss or not sample.replay:
+        if replay_loss or not sample.marks["replay"]:
             sums["loss"] = [
                 sums["loss"][0] + float(F.nll_loss(now, targets, reduction="sum")),
                 sums["loss"][1] + len(targets),
             ]
-        if sample.replay:
+        if sample.marks["replay"]:
             apart = F.kl_div(now, before, reduction="sum", log_target=True)
             sums["kl"] = [sums["kl"][0] + float(apart), sums["kl"][1] + len(targets)]
     loss, kl = (total / count for total, count in sums.values())
@@ -102,7 +110,7 @@ def test_evaluation_has_the_plain_loss(tmp_path, runtime):
     trainer = trainer_for(config, replay_set(tmp_path), runtime)
     take_steps(trainer, 2)
     rows = to_device(
-        collate([trainer.loader.dataset.sample(n) for n in range(8)], Layout.padding_free, 0), torch.device("cpu")
+        collate([trainer.loader.dataset.sample(n) for n in range(8)], Layout.padding_free), torch.device("cpu")
     )
     with trainer.engine.inference() as module:
         terms = module(rows)
@@ -117,7 +125,7 @@ def counting(num: int, step: int, *, seed: int) -> list[Sample]:
 
 
 def stored(directory: Path, made: list[Sample]) -> Prepared:
-    write(directory, made, build_objective(SftConfig()).counts, {"fingerprint": directory.name})
+    write(directory, made, SftReading().counts, {"fingerprint": directory.name})
     opened = TokenDataset.open(directory)
     return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
@@ -146,7 +154,7 @@ def test_less_is_forgotten(tmp_path, educated, runtime, tuning):
     """
     made = [*counting(36, -1, seed=2), *counting(12, 1, seed=3)]
     for number, sample in enumerate(made):
-        sample.replay = number >= 36
+        sample.marks["replay"] = int(number >= 36)
     data = stored(tmp_path / "down", made)
     texts = {"up": counting(24, 1, seed=4), "down": counting(24, -1, seed=5)}
     risen = {}
@@ -167,7 +175,7 @@ def losses(trainer, texts: dict[str, list[Sample]]) -> dict[str, float]:
     found = {}
     with trainer.engine.inference() as module:
         for name, samples in texts.items():
-            rows = collate(samples, Layout.padding_free, 0)
+            rows = collate(samples, Layout.padding_free)
             found[name] = float(module(rows)["loss"]) / len(rows["target_rows"])
     return found
 

@@ -13,25 +13,23 @@ from strategies import runtime as processes
 from strategies.errors import DataError
 from tests.golden.make_preference_vectors import fill, fingerprints, model_config
 from tests.golden.make_teacher_vectors import FILE, KTO, answers
-from tests.helpers.building import GLOBAL_BATCH, model_dir, rated_set, run_config, trainer_for
+from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, rated_set, run_config, trainer_for
 from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
 from trainer.build import prepare_data
 from trainer.config.run import RunConfig
-from trainer.data.batches.collate import collate
-from trainer.data.batches.loader import eval_batches
+from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.prepare import Preparation
-from trainer.data.rated import FURTHEST, mismatched, partner
 from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
 from trainer.heads.loss import fuse_head
-from trainer.objectives.base import KtoConfig
-from trainer.objectives.build import build_objective
-from trainer.objectives.preference import RecordLogps
+from trainer.objectives.kto import FURTHEST, KtoConfig, mismatched, partner
+from trainer.objectives.reference import RecordLogps
+from trainer.objectives.registry import build_objective, reading_of
 
 RECORDED = json.loads(FILE.read_text())["cases"]
-COUNTS = build_objective(KtoConfig()).counts
+READING = reading_of(KtoConfig())
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +44,8 @@ def data_of(path: Path, rows: list[tuple[list[int], list[int], bool]]) -> TokenD
     made = []
     for prompt, answer, verdict in rows:
         ids = np.array(prompt + answer, np.int32)
-        made.append(Sample(ids, np.arange(len(ids)) >= len(prompt), desirable=verdict))
-    write(path, made, COUNTS, {"fingerprint": "rated"})
+        made.append(Sample(ids, np.arange(len(ids)) >= len(prompt), {"desirable": int(verdict)}))
+    write(path, made, READING.counts, {"fingerprint": "rated"})
     return TokenDataset.open(path)
 
 
@@ -62,10 +60,10 @@ def model(phase: float):
 def recorded(samples: list[Sample], phase: float) -> dict:
     """A padded batch with what the model of `phase` says of it."""
     with torch.no_grad():
-        logps = RecordLogps().terms(model(phase), collate(samples, Layout.padded, 0))["logps"]
+        logps = RecordLogps().terms(model(phase), collate(samples, Layout.padded))["logps"]
     for sample, value in zip(samples, logps, strict=True):
-        sample.reference = float(value)
-    return collate(samples, Layout.padded, 0)
+        sample.marks["reference"] = float(value)
+    return collate(samples, Layout.padded, objective=KtoConfig())
 
 
 @pytest.mark.parametrize("name", KTO)
@@ -80,7 +78,7 @@ def test_trl_computes_the_same(tmp_path, name):
     ahead = torch.zeros(())
     for slot in slots:
         batch = recorded([mismatched(data, number) for number in slot], case["reference"])
-        ahead = ahead + objective.terms(tuned, {**batch, "mismatched": True})["kl"] / len(data)
+        ahead = ahead + objective.terms(tuned, {**batch, "ahead_of": True})["kl"] / len(data)
     sums: dict[str, float] = {}
     for slot in slots:
         batch = recorded([data.sample(number) for number in slot], case["reference"])
@@ -117,7 +115,7 @@ def test_a_prompt_meets_the_answer_of_another_prompt(tmp_path):
     assert [partner(data, number) for number in range(5)] == [4, 0, 0, 0, 3]
     found = mismatched(data, 2)
     assert found.input_ids.tolist() == [5, 6, 9] and found.supervised.tolist() == [False, False, True]
-    assert found.desirable is None and found.reference is None
+    assert found.marks == {}
 
 
 def test_mismatched_sequences_are_no_longer_than_the_longest(tmp_path):
@@ -130,14 +128,15 @@ def test_mismatched_sequences_are_no_longer_than_the_longest(tmp_path):
 def prepared(tmp_path: Path, rows: list[dict], **changes) -> TokenDataset:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), **changes)
-    return Preparation(config, tiny_tokenizer(), counts=COUNTS, seed=0, rated=True).open_or_make().train
+    return Preparation(config, tiny_tokenizer(), READING, seed=0).open_or_make().train
 
 
 def learned(data: TokenDataset) -> list[tuple[str, bool]]:
     tokenizer = tiny_tokenizer()
     samples = [data.sample(number) for number in range(len(data))]
     return [
-        (tokenizer.decode(s.input_ids[s.supervised], skip_special_tokens=True).strip(), s.desirable) for s in samples
+        (tokenizer.decode(s.input_ids[s.supervised], skip_special_tokens=True).strip(), s.marks["desirable"])
+        for s in samples
     ]
 
 
@@ -210,7 +209,7 @@ def test_the_reference_point_is_that_of_the_whole_step(tmp_path, runtime, tuning
     points = []
     for batch in trainer.loader.steps(0, 6):
         chosen = [number for slot in trainer.loader.plan(trainer.progress.samples)[0] for number in slot]
-        rows = collate([mismatched(trainer.loader.dataset, n) for n in chosen], Layout.padding_free, 0)
+        rows = collate([mismatched(trainer.loader.dataset, n) for n in chosen], Layout.padding_free)
         with torch.no_grad():
             now, before = (RecordLogps().terms(m.model, rows)["logps"] for m in (trainer.engine.step_module, base))
         record = trainer.train_step(batch)
@@ -230,20 +229,10 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, runtime):
     for batch in (1, 5, 48):
 
         def batches(batch=batch, **more):
-            return eval_batches(
-                data.evaluation,
-                batch=batch,
-                dp_rank=0,
-                dp_size=1,
-                layout=Layout.padding_free,
-                pad_token_id=0,
-                device="cpu",
-                max_documents=None,
-                **more,
-            )
+            return eval_batches(data.evaluation, EvalShare(batch, 0, 1), trainer.loader.collator, "cpu", **more)
 
         evaluator = LossEvaluator(
-            batches, count=48, prefix="eval", perplexity=False, ahead=lambda b=batches: b(ahead=True)
+            batches, count=48, prefix="eval", perplexity=False, ahead=lambda b=batches: b(ahead=mismatched)
         )
         results.append(dict(evaluator.run(trainer.engine)))
     assert results[0]["eval/kl"] > 0 and results[0]["eval/loss"] < 0.49
@@ -269,14 +258,14 @@ def test_a_run_and_its_export(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert {"kl", "desirable_reward", "undesirable_reward", "margin", "accuracy"} <= rows[-2].keys()
     config = DataConfig(path="eval.jsonl", cache_dir="cache")
-    data = Preparation(config, tiny_tokenizer(), counts=COUNTS, seed=0, rated=True).open_or_make().train
+    data = Preparation(config, tiny_tokenizer(), READING, seed=0).open_or_make().train
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("llama"), "run/export").eval()
     own, others = [data.sample(n) for n in range(12)], [mismatched(data, n) for n in range(12)]
     now = [log_probabilities(tuned, samples) for samples in (own, others)]
     with tuned.disable_adapter():
         before = [log_probabilities(tuned, samples) for samples in (own, others)]
     ratios, point = now[0] - before[0], (now[1] - before[1]).mean().clamp(min=0)
-    sign = torch.tensor([1.0 if s.desirable else -1.0 for s in own])
+    sign = torch.tensor([1.0 if s.marks["desirable"] else -1.0 for s in own])
     values = rows[-1]
     assert values["eval/loss"] == pytest.approx(
         float((1 - torch.sigmoid(0.5 * sign * (ratios - point))).mean()), rel=1e-4

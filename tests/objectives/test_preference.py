@@ -10,21 +10,15 @@ from torch import nn
 
 from strategies import runtime as processes
 from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints, model_config, pairs
-from tests.helpers.building import GLOBAL_BATCH, model_dir, pair_set, run_config, take_steps, trainer_for
-from trainer.data.batches.collate import collate
+from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, run_config, take_steps, trainer_for
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.heads.loss import fuse_head
-from trainer.objectives.base import (
-    DpoConfig,
-    ObjectiveConfig,
-    OrpoConfig,
-    PairLoss,
-    RewardConfig,
-    SimpoConfig,
-)
-from trainer.objectives.build import build_objective
-from trainer.objectives.preference import RecordLogps
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
+from trainer.objectives.reference import RecordLogps
+from trainer.objectives.registry import build_objective, reading_of
+from trainer.objectives.reward import RewardConfig
 from trainer.tuning.base import LoraConfig
 
 SETTINGS = {"dpo": DpoConfig, "orpo": OrpoConfig, "simpo": SimpoConfig, "reward": RewardConfig}
@@ -51,7 +45,7 @@ def samples() -> list[Sample]:
     for prompt, *answers in pairs():
         for place, answer in enumerate(answers):
             ids = np.array(prompt + answer, np.int32)
-            made.append(Sample(ids, np.arange(len(ids)) >= len(prompt), rejected=bool(place)))
+            made.append(Sample(ids, np.arange(len(ids)) >= len(prompt), {"rejected": place}))
     return made
 
 
@@ -69,10 +63,10 @@ def batch_of(chosen: list[Sample], case: dict) -> dict:
     """A padded micro-batch, with the other model's log-probabilities where a reference is used."""
     if case["objective"] == "dpo":
         with torch.no_grad():
-            batch = collate(chosen, Layout.padded, 0)
+            batch = collate(chosen, Layout.padded)
             for sample, value in zip(chosen, RecordLogps().terms(model(case, 0.4), batch)["logps"], strict=True):
-                sample.reference = float(value)
-    return collate(chosen, Layout.padded, 0)
+                sample.marks["reference"] = float(value)
+    return collate(chosen, Layout.padded)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,7 +123,7 @@ def test_a_filler_counts_nothing(name):
 
 def test_a_pair_counts_once():
     for config in (DpoConfig(), OrpoConfig(), SimpoConfig(), RewardConfig()):
-        counts = [build_objective(config).counts(sample)["loss"] for sample in samples()]
+        counts = [reading_of(config).counts(sample)["loss"] for sample in samples()]
         assert counts == [1, 0] * len(pairs())
 
 
@@ -178,7 +172,7 @@ def test_the_adapter_off_is_the_base_model(tmp_path, runtime, tuning):
     config.tuning = tuning
     trainer = trainer_for(config, pair_set(tmp_path), runtime)
     step = trainer.engine.step_module
-    batch = collate([trainer.loader.dataset.sample(i) for i in range(8)], Layout.padding_free, 0)
+    batch = collate([trainer.loader.dataset.sample(i) for i in range(8)], Layout.padding_free)
     before = step.objective.reference_logps(step.model, batch)
     trains = [name for name, p in step.named_parameters() if p.requires_grad]
     take_steps(trainer, 3)
@@ -212,13 +206,13 @@ def test_a_resumed_run_compares_with_the_first_model(tmp_path, runtime):
     """Full tuning: the reference is that before the first step, read from its file or computed once more."""
     config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=5, objective=DpoConfig(beta=0.5))
     first = continued(config, pair_set(tmp_path), runtime)
-    recorded = first.loader.dataset.reference.copy()
+    recorded = first.loader.dataset.marks["reference"].copy()
     take_steps(first, 2)
     path = tmp_path / "state"
     path.mkdir()
     first.engine.save(path, first.progress)
     expected = take_steps(first, 3)
-    (kept,) = (tmp_path / "pairs-48").glob("reference-*/train-*.npy")
+    (kept,) = (tmp_path / "pairs-48").glob("run-*/reference/train-*.npy")
     assert np.array_equal(np.load(kept), recorded)
 
     for state in ("kept", "torn", "gone"):
@@ -227,14 +221,14 @@ def test_a_resumed_run_compares_with_the_first_model(tmp_path, runtime):
         elif state == "gone":
             kept.unlink()
         again = continued(config, pair_set(tmp_path), runtime, path)
-        assert np.array_equal(again.loader.dataset.reference, recorded), state
+        assert np.array_equal(again.loader.dataset.marks["reference"], recorded), state
         assert take_steps(again, 3) == expected, state
 
 
 def test_a_recorded_reference_is_read_and_not_computed(tmp_path, runtime):
     config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=5, objective=DpoConfig(beta=0.5))
     continued(config, pair_set(tmp_path), runtime)
-    (kept,) = (tmp_path / "pairs-48").glob("reference-*/train-*.npy")
+    (kept,) = (tmp_path / "pairs-48").glob("run-*/reference/train-*.npy")
     np.save(kept, np.load(kept) + 1)
-    moved = continued(config, pair_set(tmp_path), runtime).loader.dataset.reference
+    moved = continued(config, pair_set(tmp_path), runtime).loader.dataset.marks["reference"]
     assert np.array_equal(moved, np.load(kept))

@@ -12,8 +12,8 @@ from tests.helpers.launching import clean_environment
 from tests.helpers.tokenizers import tiny_tokenizer, write_pairs
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Preparation
-from trainer.objectives.base import DpoConfig
-from trainer.objectives.build import build_objective
+from trainer.objectives.preference import DpoConfig
+from trainer.objectives.registry import reading_of
 
 BETA = 0.5
 
@@ -49,8 +49,7 @@ def train(run: str, *words: str) -> dict[str, float]:
 
 def held_out(site):
     config = DataConfig(path="eval.jsonl", cache_dir="cache")
-    counts = build_objective(DpoConfig()).counts
-    data = Preparation(config, tiny_tokenizer(), counts=counts, seed=0, pairs=True).open_or_make().train
+    data = Preparation(config, tiny_tokenizer(), reading_of(DpoConfig()), seed=0).open_or_make().train
     return [data.sample(number) for number in range(len(data))]
 
 

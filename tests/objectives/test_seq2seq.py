@@ -22,12 +22,15 @@ from tests.helpers.building import (
 from tests.helpers.methods import CASES
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.batches.collate import collate
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.document import Document
-from trainer.data.source_target import SourceTarget, SourceTargetEncoder, source_and_target
-from trainer.data.two_sides import boundary, deal_two_sides
-from trainer.objectives.base import Seq2seqConfig
+from trainer.objectives.seq2seq import (
+    Seq2seqConfig,
+    SourceTargetEncoder,
+    TwoSidedCollator,
+    deal_two_sides,
+    source_and_target,
+)
 from trainer.tuning.table import method_of
 
 
@@ -62,7 +65,7 @@ def plain_loss(model, samples) -> float:
     total = 0.0
     with torch.no_grad():
         for sample in samples:
-            ids, cut = torch.tensor(sample.input_ids, dtype=torch.int64)[None], boundary(sample)
+            ids, cut = torch.tensor(sample.input_ids, dtype=torch.int64)[None], sample.answer_begin()
             labels = ids[:, cut:]
             total += float(model(input_ids=ids[:, :cut], labels=labels).loss) * labels.shape[1]
     return total
@@ -80,7 +83,7 @@ def test_the_loss_is_that_of_transformers(root, runtime, architecture):
     samples = [here.loader.dataset.sample(int(number)) for number in chosen]
     found = sum(float(here.engine.forward(micro, last=False)["loss"].detach()) for micro in batch.micro_batches)
     assert len(batch.micro_batches) == 4
-    assert batch.totals["loss"] == sum(len(s.input_ids) - boundary(s) for s in samples)
+    assert batch.totals["loss"] == sum(len(s.input_ids) - s.answer_begin() for s in samples)
     assert found == pytest.approx(plain_loss(model, samples), rel=1e-5)
 
 
@@ -96,16 +99,16 @@ def test_a_sharded_parameter_keeps_its_values_and_computed_positions_stay(root, 
 
 def test_a_batch_has_two_sides():
     samples = two_sided_samples(5)
-    batch = collate(samples, Layout.padded, 2, 7)
+    batch = TwoSidedCollator(Layout.padded, 2, 7)(samples)
     for row, sample in enumerate(samples):
-        cut, answer = boundary(sample), sample.input_ids[boundary(sample) :].tolist()
+        cut, answer = sample.answer_begin(), sample.input_ids[sample.answer_begin() :].tolist()
         assert batch["input_ids"][row, :cut].tolist() == sample.input_ids[:cut].tolist()
         assert batch["attention_mask"][row].sum() == cut
         assert batch["decoder_input_ids"][row, : len(answer)].tolist() == [7, *answer[:-1]]
         assert batch["targets"][row, : len(answer)].tolist() == answer
         assert set(batch["targets"][row, len(answer) :].tolist()) <= {-100}
-    assert batch["input_ids"].shape[1] == max(map(boundary, samples))
-    assert len(batch["target_rows"]) == sum(len(s.input_ids) - boundary(s) for s in samples)
+    assert batch["input_ids"].shape[1] == max(sample.answer_begin() for sample in samples)
+    assert len(batch["target_rows"]) == sum(len(s.input_ids) - s.answer_begin() for s in samples)
 
 
 def padded(data, slots, documents):
@@ -128,14 +131,14 @@ def test_documents_of_similar_length_share_a_micro_batch(root):
 
 def test_both_sides_are_written_as_the_tokenizer_writes_a_text():
     tokenizer = tiny_tokenizer(adds_bos=True)  # it has a chat template, which takes no part
-    encoder = SourceTargetEncoder(tokenizer, SourceTarget(prefix="say: "))
+    encoder = SourceTargetEncoder(tokenizer, "say: ", 256)
     documents = [
         Document("f", 1, prompt="hello world", completion="the fox", separator="\n"),
         Document("f", 2, messages=[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "dog"}]),
     ]
     wanted = [("say: hello world", "the fox"), ("say: hello", "dog")]
     for (_, sample), (prompt, answer) in zip(encoder.encode(documents), wanted, strict=True):
-        cut = boundary(sample)
+        cut = sample.answer_begin()
         assert sample.input_ids[:cut].tolist() == [*tokenizer(prompt)["input_ids"], tokenizer.eos_token_id]
         assert sample.input_ids[cut:].tolist() == [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
         assert sample.supervised[cut:].all()
@@ -153,13 +156,13 @@ def test_a_conversation_is_one_exchange():
 
 
 def test_sides_that_are_too_long():
-    encoder = SourceTargetEncoder(tiny_tokenizer(), SourceTarget(max_target=4))
+    encoder = SourceTargetEncoder(tiny_tokenizer(), "", 4)
     document = Document("f", 9, prompt="hello world , what is it ?", completion="a lazy dog jumps over the fox")
     ((_, sample),) = encoder.encode([document])
     (cut,) = encoder.fit(document, sample, 5, OverLength.truncate)
-    assert boundary(cut) == 5 and len(cut.input_ids) == 9
+    assert cut.answer_begin() == 5 and len(cut.input_ids) == 9
     assert cut.input_ids[:5].tolist() == [*sample.input_ids[:4].tolist(), encoder.eos_id]
-    assert cut.input_ids[5:].tolist() == sample.input_ids[boundary(sample) :][:4].tolist()
+    assert cut.input_ids[5:].tolist() == sample.input_ids[sample.answer_begin() :][:4].tolist()
     assert encoder.fit(document, sample, 5, OverLength.drop) == []
     with pytest.raises(DataError, match=r"f:9: .* data.max_length=5 and objective.max_target=4"):
         encoder.fit(document, sample, 5, OverLength.fail)

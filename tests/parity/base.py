@@ -13,7 +13,6 @@ from strategies.base import StrategyConfig
 from strategies.parameters import named_parameters
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, data_set, take_steps, trainer_for
 from trainer.config.run import RunConfig
-from trainer.data.batches.collate import collate
 from trainer.data.prepare import Prepared
 from trainer.loop import Trainer
 
@@ -76,7 +75,7 @@ class Job:
         fresh = self.trainer(config)
         if look:  # as to record a reference
             with fresh.engine.inference() as module:
-                module(collate([self.data.train.sample(0)], fresh.loader.layout, 0))
+                module(fresh.loader.collator([self.data.train.sample(0)]))
         fresh.progress = fresh.engine.load(path)
         return take_steps(fresh, steps)
 

@@ -17,10 +17,10 @@ from tests.parity.base import Curve, Job, lone_steps, values_of
 from tests.parity.methods import STEPS, released_at_once
 from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
-from trainer.data.batches.loader import eval_batches
+from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model.quantisation import Quantisation
-from trainer.objectives.base import DpoConfig
+from trainer.objectives.preference import DpoConfig
 from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
@@ -135,16 +135,8 @@ def _evaluation(job: Job, trainer: Any) -> float:
     engine = trainer.engine
 
     def batches():
-        return eval_batches(
-            job.data.train,
-            batch=4,
-            dp_rank=engine.dp_rank,
-            dp_size=engine.dp_size,
-            layout=trainer.loader.layout,
-            pad_token_id=0,
-            device=job.runtime.device,
-            max_documents=None,
-        )
+        share = EvalShare(4, engine.dp_rank, engine.dp_size)
+        return eval_batches(job.data.train, share, trainer.loader.collator, job.runtime.device)
 
     count = int(job.data.train.counts["loss"].sum())
     evaluator = LossEvaluator(batches, count=count, prefix="eval", perplexity=True)

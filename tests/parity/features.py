@@ -13,13 +13,12 @@ from strategies.parameters import named_parameters
 from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, samples, take_steps, trainer_for
 from tests.parity.base import Job, lone_steps, values_of
 from trainer.config.run import RunConfig
-from trainer.data.batches.loader import eval_batches
-from trainer.data.config import Layout
+from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
-from trainer.model.loading import ModelConfig
-from trainer.objectives.base import ClassificationConfig
+from trainer.model.config import ModelConfig
+from trainer.objectives.classification import ClassificationConfig
 from trainer.optim.config import AdamwConfig
 from trainer.tuning.base import LoraConfig
 
@@ -75,7 +74,7 @@ def labelled(job: Job, *, several: bool) -> Prepared:
     def made() -> Prepared:
         if not (directory / "manifest.json").exists():
             rows = [
-                Sample(s.input_ids, s.supervised, i % 7 if several else i * i % 7 % 3)
+                Sample(s.input_ids, s.supervised, {LABEL: i % 7 if several else i * i % 7 % 3})
                 for i, s in enumerate(samples(48, uneven=False))
             ]
             write(directory, rows, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
@@ -113,7 +112,7 @@ def f1(job: Job, labels: str) -> list[dict]:
     """The F1 of evaluation for several batch sizes and ranks."""
     config, data = _labels(job, "fsdp2", labels)
     trainers = {2: job.trainer(config, data), 1: job.lone_trainer(config, data)}
-    return [_evaluated(job, trainers, data, batch, ranks, Layout.padded) for batch, ranks in CLASSIFIED]
+    return [_evaluated(job, trainers, data, batch, ranks) for batch, ranks in CLASSIFIED]
 
 
 def evaluation(job: Job) -> list[dict]:
@@ -124,25 +123,17 @@ def evaluation(job: Job) -> list[dict]:
     one = trainer_for(replace(config, strategy=STRATEGIES["single"]), job.data, alone(job.runtime))
     one.engine.load(job.saved(many))
     trainers = {2: many, 1: one}
-    return [_evaluated(job, trainers, job.data, batch, ranks, Layout.padding_free) for batch, ranks in EVALUATED]
+    return [_evaluated(job, trainers, job.data, batch, ranks) for batch, ranks in EVALUATED]
 
 
-def _evaluated(job: Job, trainers: dict, data: Prepared, batch: int, ranks: int, layout: Layout) -> dict:
+def _evaluated(job: Job, trainers: dict, data: Prepared, batch: int, ranks: int) -> dict:
     """The held-out values, by this process alone where `ranks` is 1."""
     held_out = data.evaluation
     assert held_out is not None
 
     def batches():
-        return eval_batches(
-            held_out,
-            batch=batch,
-            dp_rank=job.runtime.rank if ranks == 2 else 0,
-            dp_size=ranks,
-            layout=layout,
-            pad_token_id=0,
-            device="cpu",
-            max_documents=None,
-        )
+        share = EvalShare(batch, job.runtime.rank if ranks == 2 else 0, ranks)
+        return eval_batches(held_out, share, trainers[ranks].loader.collator, "cpu")
 
     # One process evaluating alone still sums over both ranks: count it twice, too.
     count = int(held_out.counts["loss"].sum()) * (2 if ranks == 1 else 1)

@@ -14,7 +14,6 @@ from tests.helpers.building import model_dir, run_config, take_steps
 from tests.parity.base import Curve, Job, lone_steps, values_of
 from tests.parity.plan import CASES, OTHERWISE, SHARDING, Run
 from trainer.config.run import RunConfig
-from trainer.data.batches.collate import collate
 from trainer.tuning.base import LoraConfig, TuningConfig
 from trainer.tuning.config import OftConfig
 
@@ -119,7 +118,7 @@ def files(job: Job) -> list[float]:
 
     trainer = job.trainer(config(job, LoraConfig(rank=4, modules_to_save=["lm_head"]), "fsdp2"))
     take_steps(trainer, 1)
-    batch = collate([job.data.train.sample(number) for number in range(4)], trainer.loader.layout, 0)
+    batch = trainer.loader.collator([job.data.train.sample(number) for number in range(4)])
     found = []
     for _ in range(2):
         with trainer.engine.inference() as module:

@@ -8,7 +8,6 @@ import torch
 from strategies.base import Fsdp2Config
 from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, trainer_for
 from tests.parity.base import Curve, Job
-from trainer.data.batches.collate import collate
 from trainer.optim.config import (
     AdafactorConfig,
     Adamw8bitConfig,
@@ -90,7 +89,7 @@ def averaging(job: Job, strategy: str) -> dict[str, list[float]]:
     chosen = KEPT if strategy.endswith("kept gathered") else strategy
     config = _config(job, chosen, "full", "schedule_free", steps=4)
     looked_at = trainer_for(config, job.data, runtime)
-    batch = collate([job.data.train.sample(n) for n in range(4)], looked_at.loader.layout, 0)  # the same on every rank
+    batch = looked_at.loader.collator([job.data.train.sample(n) for n in range(4)])  # the same on every rank
     rows: dict[str, list[float]] = {"looked at": [], "averaged": [], "trained": []}
     for number in range(4):
         for step in looked_at.loader.steps(16 * number, 1):

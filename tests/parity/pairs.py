@@ -5,7 +5,8 @@ from dataclasses import replace
 from strategies.base import ActivationCheckpointing, Fsdp2Config
 from tests.helpers.building import STRATEGIES, model_dir, pair_set, run_config
 from tests.parity.base import Curve, Job
-from trainer.objectives.base import DpoConfig, OrpoConfig, PairLoss, RewardConfig, SimpoConfig
+from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
+from trainer.objectives.reward import RewardConfig
 
 STEPS = 5
 OBJECTIVES = {

@@ -13,15 +13,12 @@ from tests.helpers.building import (
     run_config,
 )
 from tests.parity.base import Curve, Job
+from trainer.heads.divergence import Divergence
 from trainer.loop import Trainer
-from trainer.objectives.base import (
-    DistillationConfig,
-    Divergence,
-    ForgettingConfig,
-    KtoConfig,
-    SftConfig,
-    TeacherConfig,
-)
+from trainer.objectives.base import TeacherConfig
+from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.kto import KtoConfig
+from trainer.objectives.sft import ForgettingConfig, SftConfig
 from trainer.tuning.base import LoraConfig
 
 STEPS = 5

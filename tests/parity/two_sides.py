@@ -9,15 +9,15 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig
 from tests.helpers.building import STRATEGIES, model_dir, run_config, two_sided_set
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity.base import Curve, Job
-from trainer.build import build_engine, generation_config
+from trainer.build import build_engine
 from trainer.config.run import RunConfig
+from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
-from trainer.data.two_sides import boundary
 from trainer.evaluation.base import GenerateConfig
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.model.loading import load_tokenizer
-from trainer.objectives.base import Seq2seqConfig
+from trainer.model.loading import generation_config, load_tokenizer
+from trainer.objectives.seq2seq import Seq2seqConfig
 
 STEPS = 5
 FULL, SELECTIVE = ActivationCheckpointing.full, ActivationCheckpointing.selective
@@ -85,13 +85,14 @@ def generate(job: Job, case: str) -> dict[str, Any]:
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, job.runtime)
     evaluator = GenerationEvaluator(
         data.train,
+        # One: ranks finish apart in every turn; three: rows are padded.
+        EvalShare(1 if architecture == "bart" else 3, engine.dp_rank, engine.dp_size, NUM_ANSWERED),
         tokenizer,
         settings,
-        generation_config=generation_config(config.model, built),
-        encoder_decoder=built.two_sides is not None,
-        batch=1 if architecture == "bart" else 3,  # one: ranks finish apart in every turn; three: rows are padded
+        generation_config=generation_config(
+            config.model, built.config, built.two_sides.decoder_start if built.two_sides else None
+        ),
         runtime=job.runtime,
-        prefix="eval",
     )
     answers = [[one.document, one.answer] for one in evaluator.answers(engine)]
     expected, lengths = job.once(("answers", architecture), lambda: plain_answers(config, data, tokenizer, settings))
@@ -111,7 +112,7 @@ def plain_answers(
     lengths = []
     for number in range(NUM_ANSWERED):
         sample = data.train.sample(number)
-        prompt = torch.tensor(sample.input_ids[: boundary(sample)], dtype=torch.int64)[None]
+        prompt = torch.tensor(sample.input_ids[: sample.answer_begin()], dtype=torch.int64)[None]
         ids = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=settings.max_new_tokens, pad_token_id=2)
         new = ids if seq2seq else ids[:, prompt.shape[1] :]
         answers.append([number, tokenizer.decode(new[0], skip_special_tokens=True).strip()])

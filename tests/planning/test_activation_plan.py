@@ -23,13 +23,16 @@ from tests.helpers.building import (
     take_steps,
     trainer_for,
 )
-from trainer.build import build_engine, build_model
+from trainer.build import build_engine, build_model, workload
 from trainer.config.validate import problems_of
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset, write
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantisation import Quantisation
-from trainer.objectives.base import ClassificationConfig, DpoConfig, ForgettingConfig, KtoConfig, SftConfig
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.kto import KtoConfig
+from trainer.objectives.preference import DpoConfig
+from trainer.objectives.sft import ForgettingConfig, SftConfig
 from trainer.planning.activations import longest_micro_batch, measured
 
 NONE, SELECTIVE, FULL = (ActivationCheckpointing(name) for name in ("none", "selective", "full"))
@@ -63,8 +66,8 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     data = data_set(tmp_path, uneven=False)
     config = run_config(model_dir(tmp_path, architecture), "single", tuning, micro=4)
     built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = measured(config, built, data, Precision.fp32)
-    batch = longest_micro_batch(config, built, data)
+    found = measured(built, workload(config, data), Precision.fp32)
+    batch = longest_micro_batch(built, workload(config, data))
     load_whole(built.step_module, source, Precision.fp32, here)
     assert sum(found.none) + found.outside == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
     assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
@@ -117,8 +120,10 @@ def test_what_was_planned_is_recorded_and_kept(tmp_path, here):
     engine, built, _ = build_engine(config, load_tokenizer(config.model), data, Precision.fp32, here)
     note = built.substitutions["strategy.activation_checkpointing"]
     assert "full in 2 of 2 blocks" in note and "more than there is" in note
-    found = activation_plan.measure(built.step_module, longest_micro_batch(config, built, data), Precision.fp32)
-    batch = longest_micro_batch(config, built, data)
+    found = activation_plan.measure(
+        built.step_module, longest_micro_batch(built, workload(config, data)), Precision.fp32
+    )
+    batch = longest_micro_batch(built, workload(config, data))
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
     assert saved_bytes(engine.step_module, batch) < found.outside + sum(found.full) + 0.25 * sum(found.none)
 
@@ -151,13 +156,13 @@ def test_other_objectives_can_be_counted(tmp_path, objective, make, tuning, quan
     config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
     config.model.quantisation = Quantisation(quantisation)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = measured(config, built, data, Precision.bf16)
+    found = measured(built, workload(config, data), Precision.bf16)
     assert len(found.none) == 2
     assert all(n > f > 0 for n, f in zip(found.none, found.full, strict=True)), (found.none, found.full)
 
 
 def labelled_set(root):
-    made = [Sample(s.input_ids, s.supervised, i % 3) for i, s in enumerate(samples(48, uneven=False))]
+    made = [Sample(s.input_ids, s.supervised, {"label": i % 3}) for i, s in enumerate(samples(48, uneven=False))]
     write(root / "labelled", made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
     opened = TokenDataset.open(root / "labelled")
     return Prepared(train=opened, evaluation=opened, directory=root, report={}, label_names=["a", "b", "c"])

@@ -11,16 +11,18 @@ from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from tests.export.test_export import LABELS, export, logits_of, trained
-from tests.helpers.building import samples
+from tests.helpers.building import collate, samples
 from tests.helpers.methods import ADDED
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.data.batches.collate import collate
+from trainer.build import build_step
 from trainer.data.config import Layout
 from trainer.export.verify import probe_ids, reference_logits
-from trainer.model.loading import ModelConfig, build_step, load_tokenizer
-from trainer.objectives.base import ClassificationConfig, SftConfig
+from trainer.model.config import ModelConfig
+from trainer.model.loading import load_tokenizer
 from trainer.objectives.causal import sequence_logps, summed_loss
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.sft import SftConfig
 from trainer.tuning import bottleneck, virtual
 from trainer.tuning.base import FullConfig
 from trainer.tuning.check import check_room

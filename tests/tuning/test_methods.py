@@ -11,8 +11,8 @@ from tests.export.test_export import export, logits_of, trained
 from tests.helpers.methods import ADAPTERS, FROZEN
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
+from trainer.export.config import ExportConfig
 from trainer.export.verify import probe_ids, reference_logits
-from trainer.export.write import ExportConfig
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
 

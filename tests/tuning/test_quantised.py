@@ -20,7 +20,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_methods import assert_same_logits
 from trainer.export.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
 from trainer.model.quantisation import Quantisation, QuantisedLinear, Scheme
-from trainer.objectives.base import Seq2seqConfig
+from trainer.objectives.seq2seq import Seq2seqConfig
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
 

@@ -15,8 +15,9 @@ from strategies.matmul import Matmul
 from trainer.checkpoints.kept import CheckpointConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
-from trainer.export.write import ExportConfig
-from trainer.model.loading import ModelConfig
+from trainer.export.config import ExportConfig
+from trainer.loop import BudgetConfig
+from trainer.model.config import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
 from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
@@ -59,18 +60,6 @@ class RunSettings:
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
     timeout_s: int = 600
     """Seconds after which a collective that makes no progress ends the job."""
-
-
-@dataclass(kw_only=True, slots=True)
-class BudgetConfig:
-    """How long the run trains; exactly one is set."""
-
-    steps: int | None = None
-    """Optimizer steps."""
-    epochs: float | None = None
-    """Passes over the training data; the last step may reach into the next pass."""
-    tokens: int | None = None
-    """Training tokens, all ranks together; the step that reaches the number is the last."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,21 +21,21 @@ from trainer.config.sharding import problems as sharding_problems
 from trainer.data.choose.balance import check as check_balance
 from trainer.data.config import Layout
 from trainer.data.read.paths import expand, is_hub
+from trainer.data.read.remote import is_address
 from trainer.data.stages.filters import problems as filter_problems
 from trainer.data.stages.privacy.config import problems as privacy_problems
 from trainer.model import encoder_decoder
+from trainer.model.config import Kind, may_be_hub_id
 from trainer.model.quantisation import Quantisation, missing_package
-from trainer.objectives.base import DistillationConfig, ObjectiveName, PretrainConfig
-from trainer.objectives.support import problems as objective_problems
+from trainer.objectives.registry import FAMILIES, family_of, model_problems
+from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
+from trainer.tuning.check import Run
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LARGER_IS_BETTER = (
-    *("eval/accuracy", "eval/margin", "eval/desirable_reward", "eval/f1_macro", "eval/f1_micro"),
-    *("eval/bleu", "eval/rougeL"),
-)
+GENERATED = ("eval/bleu", "eval/rougeL")
+"""Metrics of answers that are generated; more is better."""
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
@@ -49,7 +49,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
-    return [*problems, *_tuning(config), *_teacher(config), *_launcher(config)]
+    return [*problems, *_tuning(config), *_launcher(config)]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -109,24 +109,10 @@ def _model(config: RunConfig) -> Iterator[str]:
     for key in ("path", "tokenizer"):
         value = getattr(model, key)
         path = Path(value or "").expanduser()
-        if value is not None and not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
+        if value is not None and not path.is_dir() and (path.is_file() or not may_be_hub_id(value)):
             what = "is a file" if path.is_file() else "does not exist"
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
-    if (found := encoder_decoder.read_config(model.path)) is not None:
-        yield from encoder_decoder.problems(
-            found,
-            model.path,
-            config.objective.name,
-            max_source=config.data.max_length,
-            max_target=getattr(config.objective, "max_target", 0),
-        )
-    if config.objective.name is ObjectiveName.seq2seq and config.strategy.activation_checkpointing == "auto":
-        yield (
-            "strategy.activation_checkpointing=auto: what the two sides of an encoder-decoder model keep is not counted; set "
-            "it to none, selective or full"
-        )
-    if config.objective.name is ObjectiveName.seq2seq and model.chat_template is not None:
-        yield f"model.chat_template={model.chat_template}: objective=seq2seq writes plain text; set model.chat_template=null"
+    yield from model_problems(config.objective, config, encoder_decoder.read_config(model.path))
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
 
@@ -147,31 +133,6 @@ def _base(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _teacher(config: RunConfig) -> Iterator[str]:
-    """The teacher's path, and what of the student's model it cannot share."""
-    objective = config.objective
-    if isinstance(objective, PretrainConfig) and config.model.chat_template is not None:
-        yield "model.chat_template: objective=pretrain learns plain texts, which need none; leave it out"
-    if not isinstance(objective, DistillationConfig):
-        return
-    value, path = objective.teacher.path, Path(objective.teacher.path or "").expanduser()
-    if value is None:
-        yield "objective.teacher.path: not set; give the model to imitate, as in objective.teacher.path=models/large"
-    elif not path.is_dir() and (path.is_file() or not _may_be_hub_id(value)):
-        what = "is a file" if path.is_file() else "does not exist"
-        yield f"objective.teacher.path={value}: {what}; give a model directory, or a hub id such as org/name"
-    if config.model.add_tokens:
-        yield (
-            f"model.add_tokens={list(config.model.add_tokens)}: the teacher of objective=distillation does not know them; "
-            "leave them out, or use objective=sft"
-        )
-
-
-def _may_be_hub_id(value: str) -> bool:
-    """org/name, or a bare name; not what can only be a path. A parent directory that exists makes it a path."""
-    return bool(HUB_ID.fullmatch(value)) and not ("/" in value and Path(value).parent.is_dir())
-
-
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.path is None and not data.sources:
@@ -186,6 +147,8 @@ def _data(config: RunConfig) -> Iterator[str]:
             yield f"{key}: not set; give the source's files"
         for pattern in [] if value is None else value if isinstance(value, list) else [value]:
             path = Path(str(pattern)).expanduser()
+            if data.remote and is_address(str(pattern)):
+                continue  # found, or not, where it is read: composing reaches no network
             if not is_hub(str(pattern)) and not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
                 try:
                     expand(pattern, key)
@@ -208,7 +171,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield from error.problems
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
-    yield from objective_problems(config.objective, data)
+    yield from objective_problems(config.objective, config)
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
@@ -223,23 +186,29 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
     elif evaluation.watch == "eval/loss" and evaluation.greater_is_better:
         yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
-    elif evaluation.watch in LARGER_IS_BETTER and not evaluation.greater_is_better:
+    elif _more_is_better(evaluation.watch) and not evaluation.greater_is_better:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
     yield from _generate(config, has_data=has_data)
-    if evaluation.watch.startswith("eval/f1_") and config.objective.name is not ObjectiveName.classification:
+    if evaluation.watch.startswith("eval/f1_") and not family_of(config.objective).judges_labels:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
+
+
+def _more_is_better(metric: str) -> bool:
+    return metric in GENERATED or any(
+        metric == f"eval/{name}" for family in FAMILIES.values() for name in family.better_when_larger
+    )
 
 
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     samples, watch = config.evaluation.generate.samples, config.evaluation.watch
-    if watch in ("eval/bleu", "eval/rougeL") and not samples:
+    if watch in GENERATED and not samples:
         yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
     if samples and not has_data:
         yield (
             f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
             "data.eval_share=0.05, or set it to 0"
         )
-    if samples and config.objective.name not in (ObjectiveName.seq2seq, ObjectiveName.sft):
+    if samples and not family_of(config.objective).writes_answers:
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
 
 
@@ -268,21 +237,19 @@ def _schedule(config: RunConfig) -> Iterator[str]:
 
 
 def _tuning(config: RunConfig) -> Iterator[str]:
-    if config.objective.name is ObjectiveName.seq2seq and config.model.add_tokens and config.tuning.name != "full":
-        yield (
-            f"model.add_tokens={config.model.add_tokens}: encoder and decoder look tokens up apart, and an adapter would "
-            "train one of them; set tuning=full with objective=seq2seq"
-        )
+    kind = family_of(config.objective).kind
     yield from tuning_problems(
         config.tuning,
-        config.strategy,
-        config.precision,
-        config.data,
-        merge=config.export.merge,
-        new_head=config.objective.name in (ObjectiveName.classification, ObjectiveName.reward),
-        new_tokens=bool(config.model.add_tokens),
-        seq2seq=config.objective.name is ObjectiveName.seq2seq,
-        quantisation=str(config.model.quantisation),
+        Run(
+            strategy=config.strategy,
+            precision=config.precision,
+            data=config.data,
+            merge=config.export.merge,
+            new_head=kind is Kind.classifier,
+            two_sides=kind is Kind.encoder_decoder,
+            new_tokens=bool(config.model.add_tokens),
+            quantisation=str(config.model.quantisation),
+        ),
     )
 
 

@@ -17,39 +17,16 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.block import Bad, Block, refuse_bad
 from trainer.data.document import EXAMPLES, Tally
-from trainer.data.stages.bias import BiasCounter
 from trainer.data.stages.privacy.stage import Findings
+from trainer.data.store.columns import Columns
 from trainer.data.store.documents import TableWriter
-from trainer.data.store.sequences import StoreWriter
+from trainer.data.store.sequences import LABEL, MARK_PREFIX, StoreWriter
+from trainer.data.unread import MOST_NAMES
 
+LABELS = MARK_PREFIX + LABEL
 QUARANTINE, DROPPED = "quarantine.jsonl", "dropped.jsonl"
 GIVE_UP = 1000
 """Bad rows after which a run that allows none (or fewer) stops reading."""
-
-
-@dataclass(slots=True)
-class Columns:
-    """Numbers of every document kept, in input order: what the global decisions are made from."""
-
-    split: np.ndarray
-    """int16 [D], into `splits`."""
-    source: np.ndarray
-    """int16 [D], into `sources`."""
-    pieces: np.ndarray
-    """int64 [D]: sequences of each document."""
-    label: np.ndarray
-    """int64 [D], into `labels`; -1 where there is none."""
-    signatures: dict[str, np.ndarray]
-    splits: list[str]
-    sources: list[str]
-    labels: list[str]
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def of_split(self, name: str) -> np.ndarray:
-        """int64: the documents that were read for a split."""
-        return np.flatnonzero(self.split == self.splits.index(name)) if name in self.splits else np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -64,8 +41,9 @@ class Totals:
     bad: list[Bad] = field(default_factory=list)
     """The first few."""
     num_bad: int = 0
+    unread: dict[str, dict[str, None]] = field(default_factory=dict)
+    """Columns that nothing read, by source, in order of appearance."""
     findings: Findings | None = None
-    bias: BiasCounter | None = None
 
     @property
     def num_rows(self) -> int:
@@ -100,15 +78,17 @@ class Assembly:
             raise AssertionError(f"block {block.number}: {block.rows} rows in, {number} kept, the rest unaccounted for")
         totals.rows_of_file.update(block.rows_of_file)
         totals.tally.merge(block.tally)
+        if len(names := totals.unread.setdefault(block.source, {})) < MOST_NAMES:
+            names.update(dict.fromkeys(block.unread))
         self._log(block)
         if totals.num_bad > GIVE_UP and totals.num_bad > self.max_bad_share * max(totals.num_rows, 10 * GIVE_UP):
             self.refuse()
         self._count(block)
         assert block.sequences is not None and block.documents is not None
         columns = block.sequences.columns
-        if "label" in columns:
+        if LABELS in columns:
             local = np.array([self._labels.number(name) for name in block.labels], np.int64)
-            columns["label"] = local[columns["label"]]
+            columns[LABELS] = local[columns[LABELS]]
         first = sum(len(part) for part in self._columns.get("pieces", ()))
         columns["document"] = np.repeat(np.arange(first, first + number), block.pieces)
         columns["source"] = np.full(len(block.sequences.lengths), self._sources.number(block.source), np.int64)
@@ -118,7 +98,7 @@ class Assembly:
 
     def _keep(self, block: Block, number: int, columns: dict[str, np.ndarray]) -> None:
         starts = np.concatenate([[0], np.cumsum(block.pieces)[:-1]]).astype(np.int64) if number else np.zeros(0, int)
-        label = columns["label"][starts] if "label" in columns else np.full(number, -1, np.int64)
+        label = columns[LABELS][starts] if LABELS in columns else np.full(number, -1, np.int64)
         values = {
             "split": np.full(number, self._splits.number(block.split), np.int16),
             "source": np.full(number, self._sources.number(block.source), np.int16),
@@ -130,12 +110,11 @@ class Assembly:
             self._columns.setdefault(name, []).append(column)
 
     def _count(self, block: Block) -> None:
-        for name in ("findings", "bias"):
-            mine, theirs = getattr(self.totals, name), getattr(block, name)
-            if mine is None:
-                setattr(self.totals, name, theirs)
-            elif theirs is not None:
-                mine.merge(theirs)
+        totals = self.totals
+        if totals.findings is None:
+            totals.findings = block.findings
+        elif block.findings is not None:
+            totals.findings.merge(block.findings)
 
     def _log(self, block: Block) -> None:
         for bad in block.bad:
@@ -181,7 +160,7 @@ class Assembly:
         """Write the tables of the store; `label_ids` (int64 [L]) renumbers the labels. Empty logs are removed."""
         replaced: dict[str, Any] = {}
         if label_ids is not None:
-            replaced["label"] = label_ids[self.store.column("label")]
+            replaced[LABELS] = label_ids[self.store.column(LABELS)]
         self.store.finish(**replaced)
         self.store.__exit__(None, None, None)
         self.close()

@@ -1,23 +1,10 @@
-"""Settings of data preparation and batching layout."""
+"""All settings of data: where it is, what is done to it, and how it becomes batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
-
-from trainer.data.batches.mixing import MixingConfig
-from trainer.data.choose.balance import BalanceConfig
-from trainer.data.choose.duplicates import DuplicatesConfig
-from trainer.data.choose.leakage import LeakageConfig
-from trainer.data.report.card import CardConfig
-from trainer.data.stages.bias import BiasConfig
-from trainer.data.stages.checks import ChecksConfig
-from trainer.data.stages.cleaning import CleaningConfig
-from trainer.data.stages.decontamination import DecontaminationConfig
-from trainer.data.stages.filters import FilterConfig
-from trainer.data.stages.privacy.config import PrivacyConfig
-from trainer.data.tokens.template import LearnConfig
 
 
 class DataFormat(StrEnum):
@@ -53,6 +40,332 @@ class Layout(StrEnum):
     padded = "padded"
 
 
+class Policy(StrEnum):
+    """What happens to a document in which something looks wrong."""
+
+    keep = "keep"
+    quarantine = "quarantine"
+
+
+@dataclass(kw_only=True, slots=True)
+class ChecksConfig:
+    """What is looked for in documents, and what happens to those in which it is found."""
+
+    system_late: Policy = Policy.keep
+    """Conversations with a system turn that is not the first turn."""
+    assistant_before_user: Policy = Policy.keep
+    """Conversations in which the assistant speaks before any user does."""
+    same_role_twice: Policy = Policy.keep
+    """Conversations with two user turns, or two assistant turns, in a row."""
+    trailing_turns: Policy = Policy.keep
+    """Conversations that end with another turn than the assistant's, which teaches nothing."""
+    repeated_turn: Policy = Policy.keep
+    """Conversations in which one role says the same text twice."""
+    empty_text: Policy = Policy.keep
+    """Documents with a text that is empty or only whitespace, as earlier stages may leave it."""
+    encoding_damage: Policy = Policy.keep
+    """Documents with replacement characters, or with text that was decoded with the wrong encoding (mojibake)."""
+    control_characters: Policy = Policy.keep
+    """Documents with control characters other than tab and line ends, or with characters that Unicode bars."""
+    over_long: Policy = Policy.keep
+    """Documents with a text of more than `max_chars` characters."""
+    max_chars: int | None = 1_000_000
+    """Longest text in characters for `over_long`; null sets no limit."""
+    repeat_chars: int = 40
+    """Shortest text in characters that counts for `repeated_turn`; people do say yes twice."""
+
+
+class UnicodeForm(StrEnum):
+    """Normalisation forms of Unicode Standard Annex 15."""
+
+    none = "none"
+    NFC = "NFC"
+    NFKC = "NFKC"
+
+
+@dataclass(kw_only=True, slots=True)
+class CleaningConfig:
+    """What is cleaned in every text of a row. Everything is off until it is asked for."""
+
+    fix_encoding: bool = False
+    """Undo UTF-8 that was read as another encoding (`schÃ¶n` becomes `schön`), line by line, with ftfy."""
+    control_characters: bool = False
+    """Remove control, zero-width and bidirectional characters, BOM and soft hyphens; joiners that scripts need stay."""
+    unicode: UnicodeForm = UnicodeForm.none
+    """Unicode form: `none`, `NFC` (one spelling a character) or `NFKC` (also turns `x²` into `x2`)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """Which rows are dropped. Nothing is until a bound is set."""
+
+    min_characters: int = 0
+    """Drop rows with fewer characters, all texts of the row together."""
+    max_characters: int | None = None
+    """Drop rows with more characters, all texts of the row together; null is no bound."""
+    min_words: int = 0
+    """Drop rows with fewer words, all texts of the row together."""
+    max_words: int | None = None
+    """Drop rows with more words, all texts of the row together; null is no bound."""
+    min_completion_characters: int = 0
+    """Drop rows whose answers (completion, or learned turns together) have fewer characters."""
+    drop_echoes: bool = False
+    """Drop rows with an answer of four words or more that only says the question again."""
+    drop_phrases: list[str] = field(default_factory=list)
+    """Drop rows whose learned text contains one of these phrases, such as `as an AI language model`, in any case."""
+    languages: list[str] = field(default_factory=list)
+    """Keep rows in these languages, as ISO 639 codes such as `en`; an empty list keeps all."""
+    min_language_probability: float = 0.0
+    """Drop rows whose language, one of `languages`, is less probable than this, 0 to 1."""
+    min_language_chars: int = 60
+    """Rows with fewer characters outside code are kept without judging their language."""
+
+
+class DecontaminationPolicy(StrEnum):
+    """What is done about a training document that holds evaluation text."""
+
+    report = "report"
+    drop = "drop"
+
+
+@dataclass(kw_only=True, slots=True)
+class DecontaminationConfig:
+    """Training documents that hold text of evaluation sets, such as public benchmarks."""
+
+    paths: Any = None
+    """Files of evaluation sets, in the forms of the training data; nothing is looked for where it is not given."""
+    policy: DecontaminationPolicy = DecontaminationPolicy.report
+    """`report` counts such training documents, `drop` takes them out."""
+    ngram: int = 13
+    """Words in a run that counts as evaluation text; 13 as in Brown et al. (2020)."""
+    min_words: int = 5
+    """Evaluation texts of fewer words than this are not looked for (they are counted)."""
+    min_overlap: float = 0.0
+    """Least share of the runs of one evaluation text that a training document must hold; at 0 a single run is enough."""
+    max_shared: int | None = 10
+    """Runs in more evaluation texts than this are the set's own wording, and ignored; null ignores none."""
+
+
+class PrivacyPreset(StrEnum):
+    """A named set of types."""
+
+    none = "none"
+    general = "general"
+    hipaa = "hipaa"
+    gdpr = "gdpr"
+
+
+REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "IN", "BR")
+"""Countries whose own identity numbers are known, ISO 3166-1 alpha-2. Telephone numbers: any country."""
+
+
+class PrivacyMode(StrEnum):
+    """What is done about personal data that is found."""
+
+    none = "none"
+    report = "report"
+    redact = "redact"
+    pseudonymise = "pseudonymise"
+    drop = "drop"
+    fail = "fail"
+
+
+class PrivacyEngine(StrEnum):
+    """What looks for personal data: patterns with checks, or these and Presidio with its name recognition."""
+
+    patterns = "patterns"
+    presidio = "presidio"
+
+
+@dataclass(kw_only=True, slots=True)
+class PrivacyConfig:
+    """Personal data in texts: what is looked for, and what is done about it. The default only reports."""
+
+    mode: PrivacyMode = PrivacyMode.report
+    """`none`; `report` counts; `redact` puts `[TYPE]`, `pseudonymise` keyed names; `drop` the document; or `fail`."""
+    preset: PrivacyPreset = PrivacyPreset.general
+    """Types looked for when `types` is empty: `general`, `hipaa` (Safe Harbor identifiers), `gdpr`, or `none`."""
+    types: list[str] = field(default_factory=list)
+    """Types looked for, such as EMAIL or PHONE; an empty list takes those of the preset."""
+    engine: PrivacyEngine = PrivacyEngine.patterns
+    """`patterns` finds numbers and addresses of the net; `presidio` also names of people and places in English (extra `pii`)."""
+    min_score: float = 0.5
+    """Findings less certain than this are ignored, 0 to 1; 0.35 also takes numbers that only look right."""
+    regions: list[str] = field(default_factory=lambda: list(REGIONS))
+    """Countries whose telephone and identity numbers are looked for, as two-letter ISO 3166 codes."""
+    scan_documents: int = 1000
+    """With `mode=report`, documents scanned of each source, from its start; 0 scans all. Other modes scan all."""
+    max_findings: int = 0
+    """With `mode=fail`, findings that are still allowed, over all documents."""
+    key_env: str = "SHARDTUNE_PSEUDONYM_KEY"
+    """With `mode=pseudonymise`, the environment variable that holds the secret key (16 characters or more)."""
+    allow: list[str] = field(default_factory=list)
+    """Regular expressions; what one of them matches as a whole is never a finding, e.g. `support@example\\.com`."""
+
+
+class DuplicatePolicy(StrEnum):
+    """What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
+
+    none = "none"
+    report = "report"
+    drop = "drop"
+
+
+class Across(StrEnum):
+    """Among which documents duplicates are looked for."""
+
+    all = "all"
+    source = "source"
+
+
+class ComparedText(StrEnum):
+    """Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
+
+    document = "document"
+    prompt = "prompt"
+    completion = "completion"
+
+
+@dataclass(kw_only=True, slots=True)
+class DuplicatesConfig:
+    """Duplicates within the training data. A kind is treated at least as strictly as the kinds below it."""
+
+    exact: DuplicatePolicy = DuplicatePolicy.report
+    """Exact copies: `none`, `report` (count them) or `drop` (keep the first)."""
+    normalized: DuplicatePolicy = DuplicatePolicy.report
+    """Documents with the same words, whatever their case, spacing and sentence punctuation."""
+    near: DuplicatePolicy = DuplicatePolicy.none
+    """Documents whose word n-grams overlap by `threshold` or more; with `drop`, exact copies go as well."""
+    threshold: float = 0.8
+    """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
+    ngram: int = 5
+    """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
+    across: Across = Across.all
+    """Look for duplicates in `all` documents together, or only within each `source`."""
+    text: ComparedText = ComparedText.document
+    """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
+
+
+class LeakagePolicy(StrEnum):
+    """What is done about training documents that are in the held-out data too."""
+
+    report = "report"
+    drop_train = "drop_train"
+    fail = "fail"
+
+
+@dataclass(kw_only=True, slots=True)
+class LeakageConfig:
+    """Documents that training and held-out data share."""
+
+    policy: LeakagePolicy = LeakagePolicy.report
+    """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run; see `prompts`."""
+    near: bool = False
+    """Look for near duplicates too, with the threshold and n-grams of the search for duplicates."""
+    prompts: bool = True
+    """Report prompts that are also in the held-out data with another answer; they are never dropped nor fail a run."""
+
+
+class BalanceBy(StrEnum):
+    """What makes a group."""
+
+    none = "none"
+    label = "label"
+    source = "source"
+
+
+class BalanceTarget(StrEnum):
+    """Which shares the groups are to have."""
+
+    natural = "natural"
+    temperature = "temperature"
+    uniform = "uniform"
+    shares = "shares"
+
+
+@dataclass(kw_only=True, slots=True)
+class BalanceConfig:
+    """Repeating and leaving out documents so that groups have the wanted shares of the training data."""
+
+    by: BalanceBy = BalanceBy.none
+    """What makes a group: `label`, `source`, or `none`, which changes nothing."""
+    target: BalanceTarget = BalanceTarget.natural
+    """Shares wanted: as found (`natural`), flattened (`temperature`), equal (`uniform`), or as set (`shares`)."""
+    temperature: float = 1.0
+    """With target `temperature`, a group of n documents gets a share in proportion to n^(1/temperature); 1 is natural."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """With target `shares`, the share of every group, relative to the others; 0 leaves the group out."""
+    cap: int | None = None
+    """Most documents of a group; those beyond it are left out by a seeded draw."""
+    up_sample: bool = True
+    """Reach the shares by repeating documents of groups that are too small."""
+    down_sample: bool = False
+    """Reach the shares by leaving out documents of groups that are too large."""
+    max_repeats: int = 4
+    """Most times one document is used (1 repeats none); a group that would need more stays short of its share."""
+
+
+class MixOver(StrEnum):
+    """What the weights are shares of."""
+
+    documents = "documents"
+    tokens = "tokens"
+
+
+class EpochEnd(StrEnum):
+    """When an epoch of mixed sources ends."""
+
+    first = "first"
+    all = "all"
+
+
+@dataclass(kw_only=True, slots=True)
+class MixingConfig:
+    """How sources with weights are mixed. Without weights every document is used once an epoch."""
+
+    over: MixOver = MixOver.documents
+    """What the weights are shares of: the `documents` of an epoch, or its `tokens`."""
+    epoch: EpochEnd = EpochEnd.first
+    """An epoch ends when the `first` source has been seen once, or when `all` sources have been seen at least once."""
+
+
+class LearnTurns(StrEnum):
+    """Which of the turns that may be learned are."""
+
+    all = "all"
+    last = "last"
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnConfig:
+    """Which turns of a conversation are learned; a message's own `"train": true` or `false` goes before `roles`."""
+
+    turns: LearnTurns = LearnTurns.all
+    """`all` learns every turn of the roles below; `last` only the last turn that would be learned."""
+    roles: list[str] = field(default_factory=lambda: ["assistant"])
+    """Roles whose turns are learned, of `system`, `user` and `assistant`: their content and their end-of-turn token."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CardConfig:
+    """What only people know about a data set, for its card (`datacard.md`). Nothing here changes the data."""
+
+    title: str | None = None
+    """Name of the data set; the default is made of the names of its sources."""
+    description: str | None = None
+    """What the data set is and what it was made for, in a few sentences."""
+    source_description: str | None = None
+    """How, when and from whom the data was collected, and whether those people agreed."""
+    licence: str | None = None
+    """Licence of the whole, preferably an SPDX identifier such as `CC-BY-4.0`; each source may state its own."""
+    contact: str | None = None
+    """Who answers questions and requests for removal: a name, a team or an address."""
+    intended_use: str | None = None
+    """What the data may be used for, and what it must not be used for."""
+    languages: list[str] = field(default_factory=list)
+    """Languages of the texts as ISO 639 codes; an empty list takes those that were detected, if any."""
+
+
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One named source of training data."""
@@ -82,7 +395,7 @@ class DataConfig:
     """Where the training data is, what is done to it, and how it becomes tokens."""
 
     path: Any = None
-    """Training files (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; also .gz or .zst), a directory, a glob, or a list of
+    """Training files (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; also compressed), a directory, a glob, or a list of
     these; or `hub:<name>`."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several named sources in place of `data.path`, each with its own files, format and weight."""
@@ -98,6 +411,10 @@ class DataConfig:
     """How rows are read; `auto` recognises it from the first row."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames columns before reading, as {expected name: name in the file}; a dot reaches into an object."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns, or keys of turns, that are knowingly not read: they are neither named nor refused."""
+    remote: bool = False
+    """Whether paths may be addresses (`s3://`, `gs://`, `hf://`, `https://` and so on), read over the network."""
     max_bad_share: float = 0.0
     """Most rows that may be unreadable or quarantined, as a share of all; the run fails above it."""
     checks: ChecksConfig = field(default_factory=ChecksConfig)
@@ -118,8 +435,6 @@ class DataConfig:
     """Resampling of the training documents to target shares."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """How the weights of `data.sources` are meant."""
-    bias: BiasConfig = field(default_factory=BiasConfig)
-    """Counts of what is said about groups of people."""
     languages: bool = False
     """Tell the languages of the training documents in the audit, judged on at most 1,000 of them."""
     learn: LearnConfig = field(default_factory=LearnConfig)

@@ -87,6 +87,27 @@ class Document:
 
 
 @dataclass(slots=True)
+class Rejected:
+    """A row that cannot be read, or that is no document; it goes to quarantine."""
+
+    file: str
+    line: int
+    reason: str
+    """Short code to count by, as `not_json`, `empty_text` or `no_assistant_turn`."""
+    message: str
+    """One sentence for a person with value and constraint, without file and line."""
+    excerpt: str = ""
+    """The row's first characters."""
+
+    def parse(self) -> Rejected:
+        """Itself: what reading gives can be parsed without asking which of the two it is."""
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.message}"
+
+
+@dataclass(slots=True)
 class Tally:
     """What happened to documents, by stage and reason, with the first few places of each. Blocks add theirs up."""
 

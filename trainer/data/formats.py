@@ -7,14 +7,18 @@ formats, and columns that fit none, are errors: a guess here would train on the 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import Any, Protocol
+import json
+from collections.abc import Callable, Collection
+from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Message
-from trainer.data.labels import labels_of
-from trainer.data.stages.checks import Refusal, conversation, label_of, parted, shown, text_of, turns_of, verdict_of
+from trainer.data.document import Document, Message, Rejected
+from trainer.data.fields import Refusal, is_nothing, is_texts, label_of, shown, text_of, verdict_of
+from trainer.data.read.row import Row
+from trainer.data.read.strict import Fault
+from trainer.data.turns import conversation, history_of, parted, turns_of
+from trainer.data.unread import CARRIERS, Unread
 
 NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
@@ -24,7 +28,7 @@ NEEDS = {
     DataFormat.pair: '"source" and "target"',
     DataFormat.labelled: '"text": a text, and "label": a name, a whole number or true/false',
     DataFormat.text: '"text": a text',
-    DataFormat.preference: '"prompt", "chosen" and "rejected" (or chosen and rejected conversations)',
+    DataFormat.preference: '"prompt" (or "conversations"), "chosen" and "rejected"; or the two as whole conversations',
     DataFormat.thumbs: '"prompt" and "completion", or "messages"; and "label": true/false, or "thumbs": up/down',
 }
 Spelling = tuple[str, ...]
@@ -36,7 +40,7 @@ _TABLE = {  # the columns that make a format, likeliest spelling first
     DataFormat.pair: "source target | input target",
     DataFormat.labelled: "text label | sentence label | content label",
     DataFormat.text: "text | content",
-    DataFormat.preference: "prompt chosen rejected | question chosen rejected | chosen rejected",
+    DataFormat.preference: "prompt chosen rejected | question chosen rejected | conversations chosen rejected | chosen rejected",
     DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
 }
 SPELLINGS: dict[DataFormat, list[Spelling]] = {
@@ -44,8 +48,8 @@ SPELLINGS: dict[DataFormat, list[Spelling]] = {
 }
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
 OPTIONAL: dict[DataFormat, Spelling] = {f: () if f in _WITHOUT_SYSTEM else ("system",) for f in DataFormat}
-OPTIONAL[DataFormat.alpaca] += ("input", "context")
-_CONVERSATIONS = ("messages", "conversation", "conversations")
+_OF_INSTRUCTIONS = ("input", "context", "history")
+OPTIONAL[DataFormat.alpaca] += _OF_INSTRUCTIONS
 _ALSO_READS = {  # a format that was named reads these spellings too
     DataFormat.messages: SPELLINGS[DataFormat.sharegpt],
     DataFormat.sharegpt: SPELLINGS[DataFormat.messages],
@@ -58,49 +62,41 @@ _EXTENDS = {  # the same columns and more of them: the fuller reading is meant
 }
 
 
-class Row(Protocol):
-    """One object of a file: its fields, and the line on which it starts (from 1)."""
+def recognise(
+    row: Row,
+    columns: dict[str, str],
+    *,
+    source: str = "data",
+    ignored: Collection[str] = (),
+    meant: tuple[DataFormat, ...] = (),
+) -> DataFormat:
+    """The format whose columns the row has; a null, or an `ignored` column, counts as one that is not there.
 
-    file: Any
-    line: int
-    fields: dict[str, Any]
-
-
-@dataclass(slots=True)
-class Rejected:
-    """A row that is no document. `reason` is a short code to count by; `message` tells value and constraint."""
-
-    file: str
-    line: int
-    reason: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}"
-
-
-def recognise(row: Row, columns: dict[str, str], *, source: str = "data") -> DataFormat:
-    """The format whose columns the row has; a null counts as a column that is not there.
-
-    Renamed columns decide: a format that does not use all of them is not considered. Raises DataError, with the row,
+    Renamed columns decide: a format that does not use all of them is not considered. Where several fit, the first of those
+    that are `meant` does. Raises DataError, with the row,
     where no format or more than one fits; ConfigError where `columns` names a column that no format has.
     """
     setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
     _check_columns(columns, [*SPELLINGS], setting)
     try:
-        fields = _renamed(row.fields, columns, setting)
+        fields = _renamed({k: v for k, v in row.fields.items() if k not in ignored}, columns, setting)
     except Refusal as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
     found = _candidates({k: v for k, v in fields.items() if v is not None}, columns) or _candidates(fields, columns)
     if len(found) == 1:
         return next(iter(found))
+    if (chosen := next((format for format in meant if format in found), None)) is not None:
+        return chosen
     names = f"{row.file}:{row.line}: columns {_names(fields)} fit"
     if found:
         readings = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in found.items())
-        choice = f"{setting.removesuffix('columns')}format={'|'.join(found)}"
+        choice = (
+            f"{setting.removesuffix('columns')}format={'|'.join(found)}, or leave columns out with data.ignore_columns"
+        )
         raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {shown(fields)}")
     needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {shown(fields)}"
-    raise DataError(f"{names} no format; {_closest(fields, setting)}, or provide one of\n{needs}")
+    example = f"{setting}='{{prompt:NAME,completion:NAME}}'"
+    raise DataError(f"{names} no format; rename them with {setting}, as in {example}, to one of\n{needs}")
 
 
 def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, Spelling]:
@@ -116,6 +112,8 @@ def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFor
         sure = str(value) not in ("0", "1")  # which may be classes of another kind
         if verdict_of(value) is None:
             del found[DataFormat.thumbs]
+    if "conversations" in found.get(DataFormat.preference, ()):  # which are the prompt then
+        found.pop(DataFormat.sharegpt, None)
     extended = {f for large in found if sure or large is not DataFormat.thumbs for f in _EXTENDS.get(large, ())}
     found = {format: spelling for format, spelling in found.items() if format not in extended}
     if len(found) > 1 and "content" not in columns and "content" in found.get(DataFormat.text, ()):
@@ -140,30 +138,6 @@ def _names(fields: dict[str, Any]) -> list[str]:
     return sorted(name for names in nested for name in names)
 
 
-def _closest(fields: dict[str, Any], setting: str) -> str:
-    """How to rename: the format that lacks least, and the columns whose names are near, or which alone are left."""
-    lists = [name for name, value in fields.items() if isinstance(value, list)]
-    texts = [name for name in _names(fields) if name not in lists]
-    best, hint = 1.0, f"rename them with {setting}"
-    if len(texts) > 1:
-        hint += f", as in {setting}='{{prompt:{texts[0]},completion:{texts[1]}}}'"
-    for format, spelling in ((format, spelling) for format, spellings in SPELLINGS.items() for spelling in spellings):
-        pool = lists if spelling[0] in _CONVERSATIONS else texts
-        free = [name for name in pool if name not in spelling]
-        missing = [name for name in spelling if name not in fields]
-        far, pairs = 0.0 if len(missing) < len(spelling) else 0.1, []
-        for name in missing:
-            near = difflib.get_close_matches(name, free, n=1)
-            far += 1 - difflib.SequenceMatcher(None, name, near[0]).ratio() if near else 1
-            pairs += [f"{name}:{column}" for column in near or free[:1]]
-            free = [other for other in free if other not in (near or free[:1])]
-        far = 0.99 if pairs and len(pool) == len(spelling) == 1 else far / len(spelling)
-        if far < best:
-            best, hint = far, f"closest is {format.value}, which lacks {', '.join(missing)}"
-            hint += f"; if it is there, {setting}='{{{','.join(pairs)}}}'" if pairs else ""
-    return hint
-
-
 def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
     if not columns:
         return fields
@@ -175,6 +149,8 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
                 value = value[int(part)]
             elif isinstance(value, dict) and part in value:
                 value = value[part]
+            elif isinstance(value, Fault):
+                raise Refusal(value.reason, f'column "{name}": {value.message}')
             else:
                 message = f"no column {name!r} ({setting}.{expected}); the row has {_names(fields)}"
                 raise Refusal("missing_column", message)
@@ -184,40 +160,68 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
 
 
 class RowReader:
-    """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it."""
+    """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it.
 
-    def __init__(self, format: DataFormat, columns: dict[str, str], *, source: str, multi_label: bool = False) -> None:
+    `ignored` columns (`data.ignore_columns`) count as not there. What else is not read is told by `unread`, and with
+    `refuses` a row with a column that carries meaning is rejected. `label` reads a label.
+    """
+
+    def __init__(
+        self,
+        format: DataFormat,
+        columns: dict[str, str],
+        *,
+        source: str,
+        label: Callable[[Any], str] = label_of,
+        ignored: Collection[str] = (),
+        refuses: bool = True,
+    ) -> None:
         if format is DataFormat.auto:
             raise ValueError("a reader needs a format; recognise() finds it from the first row")
-        self.format, self.columns, self.source = format, dict(columns), source
-        self.label_of = labels_of if multi_label else label_of
+        self.format, self.columns, self.source, self.ignored = format, dict(columns), source, frozenset(ignored)
+        self.label_of = label
         self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
         _check_columns(columns, [format], self._setting)
         own, *others = SPELLINGS[format]
         # Instructions come before input and output, which they have too.
         spellings = [own, *_ALSO_READS.get(format, ()), *others]
-        self._spellings = [s for s in spellings if columns.keys() <= {*s, "system", "input", "context"}] or spellings
+        known = {"system", *_OF_INSTRUCTIONS}
+        self._spellings = [s for s in spellings if columns.keys() <= {*s, *known}] or spellings
+        named = {*columns.values(), *(name.split(".")[0] for name in columns.values())}
+        self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
+        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
+        self.wanted = frozenset({*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)})
+        """Columns that decide over a document: of a table no others need be read."""
 
     def __call__(self, row: Row) -> Document | Rejected:
         """The document of a row, or why there is none. Never raises for what a row holds."""
+        fields = row.fields
         try:
-            fields = _renamed(row.fields, self.columns, self._setting)
-            document = Document(str(row.file), row.line, self.source)
-            self._read(document, fields, self._spelling(fields))
+            if self.ignored:
+                fields = {name: value for name, value in fields.items() if name not in self.ignored}
+            fields = _renamed(fields, self.columns, self._setting)
+            document = Document(row.file, row.line, self.source)
+            spelling = self._spelling(fields, row.others)
+            for name in (reads := self._reads[spelling]):
+                if isinstance(value := fields.get(name), Fault):
+                    raise Refusal(value.reason, f'column "{name}": {value.message}')
+            self.unread.note(fields, row.others, (*reads, *row.added) if row.added else reads)
+            self._read(document, fields, spelling)
             if fields.get("system") not in (None, "") and self.format not in _WITHOUT_SYSTEM:
                 _add_system(document, text_of(fields, "system"))
         except Refusal as refusal:
-            return Rejected(str(row.file), row.line, refusal.reason, refusal.message)
+            excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
+            return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)
         return document
 
-    def _spelling(self, fields: dict[str, Any]) -> Spelling:
+    def _spelling(self, fields: dict[str, Any], others: tuple[str, ...]) -> Spelling:
         filled = {name for name, value in fields.items() if value is not None}
         for names in (filled, fields.keys()):
             for spelling in self._spellings:
                 if names >= {*spelling}:
                     return spelling
         needs = f"{self._setting.removesuffix('columns')}format={self.format.value} needs {NEEDS[self.format]}"
-        raise Refusal("wrong_format", f"columns {_names(fields)}, but {needs}")
+        raise Refusal("wrong_format", f"columns {sorted([*_names(fields), *others])}, but {needs}")
 
     def _read(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
         if spelling[-1] in ("thumbs", "label") and self.format is DataFormat.thumbs:
@@ -228,20 +232,27 @@ class RowReader:
                 raise Refusal("bad_label", f'"{spelling[-1]}" is {shown(value)}; it must be {allowed}')
             spelling = spelling[:-1]
         if self.format is DataFormat.preference:
-            _read_preference(document, fields, spelling)
+            _read_preference(document, fields, spelling, self.ignored)
         elif len(spelling) == 1 and self.format is not DataFormat.text:
-            document.messages = conversation(turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages]))
+            turns = turns_of(fields[spelling[0]], spelling[0], NEEDS[DataFormat.messages], self.ignored)
+            document.messages = conversation(turns)
         elif self.format in (DataFormat.text, DataFormat.labelled):
             document.text = text_of(fields, spelling[0])
             document.label = self.label_of(fields["label"]) if self.format is DataFormat.labelled else None
         else:
-            _read_prompt(document, fields, spelling)
+            _read_prompt(document, fields, spelling, self.ignored)
 
 
-def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
+def _read_with(spelling: Spelling, format: DataFormat) -> Spelling:
+    """The columns that a spelling reads, those that may be missing included."""
+    system = () if format in _WITHOUT_SYSTEM else ("system",)
+    return (*spelling, *system, *(_OF_INSTRUCTIONS if spelling[0] == "instruction" else ()))
+
+
+def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
     prompt, completion = spelling
-    if isinstance(fields[prompt], list) or isinstance(fields[completion], list):
-        before, after = _side(fields, prompt, "user"), _side(fields, completion, "assistant")
+    if _is_turns(fields[prompt]) or _is_turns(fields[completion]):
+        before, after = _side(fields, prompt, "user", ignored), _side(fields, completion, "assistant", ignored)
         for turn in before:  # earlier answers are context: what is learned is the completion
             if turn["role"] == "assistant":
                 turn.setdefault("train", False)
@@ -256,31 +267,46 @@ def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling)
         for extra in ("input", "context"):
             if fields.get(extra) not in (None, ""):
                 document.prompt += "\n\n" + text_of(fields, extra)
+        if not is_nothing(fields.get("history")):
+            earlier = history_of(fields["history"])
+            document.messages = [*earlier, *_as_turns(document)]
 
 
-def _side(fields: dict[str, Any], name: str, role: str) -> list[Message]:
-    """Turns of a column that holds a text or a list of messages."""
-    if isinstance(fields[name], list):
-        return turns_of(fields[name], name, NEEDS[DataFormat.messages])
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list | dict) and not is_texts(value)
+
+
+def _side(fields: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> list[Message]:
+    """Turns of a column that holds a text, one message, or a list of messages."""
+    value = fields[name]
+    if _is_turns(value):
+        turns = [value] if isinstance(value, dict) else value
+        return turns_of(turns, name, NEEDS[DataFormat.messages], ignored)
     return [{"role": role, "content": text_of(fields, name)}]
 
 
-def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
+def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
     alone = len(spelling) == 2
-    before = [] if alone else _side(fields, spelling[0], "user")
+    before = [] if alone else _side(fields, spelling[0], "user", ignored)
     sides = []
     for name in ("chosen", "rejected"):
         transcript = alone and isinstance(fields[name], str)
-        sides.append(turns_of(fields[name], name, "") if transcript else _side(fields, name, "assistant"))
+        sides.append(turns_of(fields[name], name, "") if transcript else _side(fields, name, "assistant", ignored))
     document.messages, document.chosen, document.rejected = parted(before, *sides)
+
+
+def _as_turns(document: Document) -> list[Message]:
+    """The prompt and the completion of a document, taken from it, as two turns."""
+    answer = {"role": "assistant", "content": document.completion}
+    turns: list[Message] = [{"role": "user", "content": document.prompt}, answer]
+    document.prompt, document.completion, document.separator = None, None, ""
+    return turns
 
 
 def _add_system(document: Document, system: str) -> None:
     """Put the text of a "system" column before the conversation; a prompt and its completion become one."""
     if document.prompt is not None:
-        answer = {"role": "assistant", "content": document.completion}
-        document.messages = [{"role": "user", "content": document.prompt}, answer]
-        document.prompt, document.completion, document.separator = None, None, ""
+        document.messages = _as_turns(document)
     messages = document.messages or []
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != system:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataConfig, DataFormat
-from trainer.data.document import Document
+from trainer.data.document import Document, Rejected
+from trainer.data.fields import label_of
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.origin import Origin
-from trainer.data.read.row import BadRow, Row
+from trainer.data.read.row import Row
 
 HELD_OUT = ("eval", "test")
 
@@ -30,6 +31,9 @@ class Input:
     columns: dict[str, str]
     weight: float | None = None
     licence: str | None = None
+    ignored: frozenset[str] = frozenset()
+    wanted: frozenset[str] | None = None
+    """Columns that its reader needs, once it is known."""
 
     @property
     def id(self) -> tuple[str, str]:
@@ -59,37 +63,58 @@ def inputs_of(config: DataConfig) -> list[Input]:
             if source.path in (None, ""):
                 raise ConfigError(f"{key}.path is not set; name its files")
             origin = Origin.of(
-                source.path, f"{key}.path", subset=source.subset, split=source.split, revision=source.revision
+                source.path,
+                f"{key}.path",
+                remote=config.remote,
+                subset=source.subset,
+                split=source.split,
+                revision=source.revision,
             )
             columns = dict(source.columns) or dict(config.columns)
             format = config.format if source.format is DataFormat.auto else source.format
             found.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))
     else:
-        origin = Origin.of(config.path, "data.path")
+        origin = Origin.of(config.path, "data.path", remote=config.remote)
         found.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
     for split in HELD_OUT:
         value = getattr(config, f"{split}_path")
         if value is not None:
             key = f"data.{split}_path"
-            found.append(Input(split, split, key, Origin.of(value, key), config.format, dict(config.columns)))
+            origin = Origin.of(value, key, remote=config.remote)
+            found.append(Input(split, split, key, origin, config.format, dict(config.columns)))
+    for item in found:
+        item.ignored = frozenset(config.ignore_columns)
+        if both := item.ignored & {*item.columns.values()}:
+            raise ConfigError(f"data.ignore_columns names {min(both)}, which {item.key} reads by its columns; keep one")
     return found
 
 
-def readers_of(inputs: list[Input], *, multi_label: bool = False) -> dict[tuple[str, str], RowReader]:
-    """What makes documents of each input's rows, its format recognised from the first row that can be read."""
+def readers_of(
+    inputs: list[Input], *, label: Callable[[Any], str] = label_of, meant: tuple[DataFormat, ...] = ()
+) -> dict[tuple[str, str], RowReader]:
+    """What makes documents of each input's rows, its format recognised from the first row that can be read.
+
+    `label` reads a label; `meant` are the formats that decide where several fit.
+    """
     made = {}
     for item in inputs:
         format = item.format
+        options: Any = {"source": item.source, "ignored": item.ignored}
+        first: Any = _first_row(item) if format is DataFormat.auto else next(item.origin.rows()).parse()
         if format is DataFormat.auto:
-            format = recognise(_first_row(item), item.columns, source=item.source)
-        made[item.id] = RowReader(format, item.columns, source=item.source, multi_label=multi_label)
+            format = recognise(first, item.columns, meant=meant, **options)
+        reader = made[item.id] = RowReader(format, item.columns, label=label, **options)
+        item.wanted = reader.wanted
+        found = first if isinstance(first, Rejected) else reader(first)
+        if isinstance(found, Rejected) and found.reason.startswith("unread_"):
+            raise DataError(str(found))  # what the first row has all have: no work is lost
     return made
 
 
 def _first_row(item: Input) -> Row:
-    first_bad: BadRow | None = None
+    first_bad: Rejected | None = None
     for row in islice(item.origin.rows(), 1000):
-        parsed = row.parse() if isinstance(row, Row) else row
+        parsed = row.parse()
         if isinstance(parsed, Row):
             return parsed
         first_bad = first_bad or parsed
@@ -98,11 +123,11 @@ def _first_row(item: Input) -> Row:
     raise DataError(f"{first_bad.file}:{first_bad.line}: {first_bad.message}; no row of the first 1000 can be read")
 
 
-def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | BadRow]]:
+def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
     """All rows, each with its input's id; of the training split the first `max_documents`."""
     left = max_documents
     for item in inputs:
-        rows: Iterator[Row | BadRow] = item.origin.rows()
+        rows: Iterator[Row | Rejected] = item.origin.rows(item.wanted)
         if item.split == "train" and left is not None:
             rows = islice(rows, left)
         for row in rows:
@@ -111,22 +136,18 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
             yield item.id, row
 
 
-def source_weights(config: DataConfig, names: list[str]) -> list[float | None]:
-    """The weight of each source by name; where any has one, held-out inputs, which are never drawn, count as 0."""
-    weights = {name: source.weight for name, source in config.sources.items()}
-    mixed = any(weight is not None for weight in weights.values())
-    return [weights.get(name, 0.0 if mixed else None) for name in names]
-
-
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """Documents of the files against which training data is decontaminated. Raises DataError for a row that is none."""
     key = "data.decontamination.paths"
-    for path in Origin.of(paths, key).paths:  # each file in its own format
+    for path in Origin.of(paths, key, remote=config.remote).paths:  # each file in its own format
         item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {})
-        reader = readers_of([item])[item.id]
-        for row in item.origin.rows():
-            parsed = row.parse() if isinstance(row, Row) else row
-            found = parsed if isinstance(parsed, BadRow) else reader(parsed)
+        ignored = config.ignore_columns
+        format = recognise(_first_row(item), {}, source=item.source, ignored=ignored)
+        # what is compared are texts: a picture beside them matters to nobody
+        reader = RowReader(format, {}, source=item.source, ignored=ignored, refuses=False)
+        for row in item.origin.rows(reader.wanted):
+            parsed = row.parse()
+            found = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if not isinstance(found, Document):
                 raise DataError(f"{key}: {found}")
             yield found

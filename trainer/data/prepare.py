@@ -17,35 +17,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import DataError, Preempted
-from trainer.data.assemble import Assembly, Columns
-from trainer.data.block import Block, BlockMaker, Job, jobs
-from trainer.data.choose.balance import BalanceBy
+from strategies.errors import Preempted
+from trainer.data.assemble import Assembly
+from trainer.data.block import Block, Job, jobs
 from trainer.data.choose.splits import Selection, choose, sequences_of
-from trainer.data.config import DataConfig
+from trainer.data.config import BalanceBy, DataConfig, DataFormat, PrivacyMode
+from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, readers_of, rows_of
-from trainer.data.labels import number_labels
+from trainer.data.maker import BlockMaker
 from trainer.data.parallel import cores, ordered_map
 from trainer.data.read.origin import Origin
+from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
-from trainer.data.source_target import SourceTarget, SourceTargetEncoder
+from trainer.data.shards import Shards
 from trainer.data.stages.chain import stages_of
-from trainer.data.stages.privacy.config import PrivacyMode, key_identity
+from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
 from trainer.data.store.cache import DONE, DigestCache, build_once, fingerprint
+from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
-from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.store.shards import Shards
-from trainer.data.tokens.encode import Encoder
+from trainer.data.store.sequences import TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
-NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "workers", "packing", "layout", "shuffle")
+NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "remote", "workers", "packing", "layout", "shuffle")
 """Settings that change no prepared byte, or stand for files whose bytes are hashed."""
 
 
@@ -64,51 +64,33 @@ class Preparation:
     """The preparation of one configuration's data: its identity, and the work where the cache does not have it.
 
     The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
-    template, the options and the objective's count function (by name). `seed` decides held-out shares and resampling.
+    template, the options and how the objective reads. `seed` decides held-out shares and resampling.
     No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
-    `stop`, asked between blocks, says so. `labelled` says whether the objective learns labels; None takes either kind.
-    `source_target`: the two sides of encoder-decoder models, in place of chat templates and label masks.
+    `stop`, asked between blocks, says so.
     """
 
     def __init__(
         self,
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
+        reading: Reading,
         *,
-        counts: Callable[[Sample], dict[str, int]],
         seed: int,
-        label_names: list[str] | None = None,
-        labelled: bool | None = None,
-        multi_label: bool = False,
-        pairs: bool = False,
-        source_target: SourceTarget | None = None,
-        rated: bool = False,
-        texts: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.tokenizer, self.counts = config, tokenizer, counts
-        self.seed, self.label_names, self.stop = seed, label_names, stop
-        self.labelled, self.multi_label = labelled, multi_label
-        self.rated, self.texts = rated, texts
-        self.pairs, self.source_target = pairs, source_target
-        """Whether each document becomes two sequences, its chosen and its rejected answer."""
+        self.config, self.tokenizer, self.reading = config, tokenizer, reading
+        self.seed, self.stop = seed, stop
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
             "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
             "seed": seed if self._draws() else None,
-            "label_names": label_names,
-            **({"multi_label": True} if multi_label else {}),
-            **({"source_target": asdict(source_target)} if source_target else {}),
-            "pairs": pairs,
-            **({"rated": True} if rated else {}),
-            **({"texts": True} if texts else {}),
-            "counts": f"{counts.__module__}.{counts.__qualname__}",
+            "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
         }
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
         identities: list[Any] = [(*item.id, item.origin.identity(self.digests)) for item in self.inputs]
         if config.decontamination.paths is not None:
-            against = Origin.of(config.decontamination.paths, "data.decontamination.paths")
+            against = Origin.of(config.decontamination.paths, "data.decontamination.paths", remote=config.remote)
             identities.append(("decontamination", against.identity(self.digests)))
         if (key := key_identity(config.privacy)) is not None:
             identities.append(("key of the pseudonyms", key))
@@ -155,12 +137,14 @@ class Preparation:
             if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
-            self._check_labelled(columns, table)
-            names, label_ids = number_labels(columns, table, self.label_names, multi_label=self.multi_label)
+            self.reading.check_read(columns, table)
+            names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self._write_splits(target, columns, selection)
-        about = Description(self.config, self.tokenizer, self.inputs, self.fingerprint, target, digest=self.digests)
+        about = Description(
+            self.config, self.tokenizer, self.inputs, self._formats(), self.fingerprint, target, digest=self.digests
+        )
         report = about.write(assembly.totals, columns, selection, names)
         manifest = {
             "fingerprint": self.fingerprint,
@@ -176,7 +160,7 @@ class Preparation:
 
     def _blocks(self, shards: Shards | None) -> Iterator[Block]:
         if shards is not None:
-            return shards.blocks(self.config)
+            return shards.blocks()
         return ordered_map(self._maker(), self._jobs(), workers=self._workers())
 
     def _jobs(self) -> Iterator[Job]:
@@ -185,41 +169,21 @@ class Preparation:
     def _maker(self) -> BlockMaker:
         return BlockMaker(
             self.config,
-            readers=readers_of(self.inputs, multi_label=self.multi_label),
+            self.reading,
+            readers=self._readers(),
             stages=stages_of(self.config),
-            encoder=self._encoder(),
-            counts=self.counts,
-            label_names=self.label_names,
-            multi_label=self.multi_label,
-            pairs=self.pairs,
-            rated=self.rated,
-            texts=self.texts,
+            encoder=self.reading.encoder(self.tokenizer, self.config),
         )
 
-    def _encoder(self) -> Encoder:
-        if self.source_target is not None:
-            return SourceTargetEncoder(self.tokenizer, self.source_target)
-        return Encoder(self.tokenizer, self.label_names, learn=self.config.learn)
+    def _readers(self) -> dict[tuple[str, str], RowReader]:
+        return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+
+    def _formats(self) -> dict[tuple[str, str], DataFormat]:
+        return {key: reader.format for key, reader in self._readers().items()}
 
     def _workers(self) -> int:
         small = sum(item.origin.size() for item in self.inputs) <= SMALL
         return 1 if small else self.config.workers or cores()
-
-    def _check_labelled(self, columns: Columns, table: DocumentTable) -> None:
-        """Raise DataError where rows have labels that the objective does not learn, or lack those that it does."""
-        if self.labelled and not columns.labels:
-            raise DataError("data.path: objective=classification needs rows with a text and a label; none has a label")
-        if self.labelled and (bare := np.flatnonzero(columns.label < 0)).size:
-            row = table.row(int(bare[0]))
-            raise DataError(
-                f"{row['file']}:{row['line']}: has no label, which objective=classification learns and evaluates, and other "
-                f"rows have one ({len(bare)} without); give it rows with a text and a label, or leave it out"
-            )
-        if self.labelled is False and columns.labels:
-            raise DataError(
-                "data.path: the rows are labelled texts, of which this objective would learn nothing; set "
-                "objective=classification, or data.format=text to learn the texts themselves"
-            )
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
         for split, documents in selection.splits.items():

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.data.batches.loader import eval_plan
+from trainer.data.batches.loader import EvalShare, eval_plan
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.two_sides import boundary
 from trainer.evaluation.loss import Interrupted
 from trainer.objectives.causal import plain_model
 
@@ -48,37 +47,28 @@ class GenerationEvaluator:
     def __init__(
         self,
         dataset: TokenDataset,
+        share: EvalShare,
         tokenizer: Any,
         settings: GenerateConfig,
         *,
         generation_config: Any,
-        encoder_decoder: bool,
-        batch: int,
         runtime: Runtime,
-        prefix: str,
-        stop_now: Callable[[], bool] | None = None,
+        stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.dataset, self.tokenizer, self.settings = dataset, tokenizer, settings
+        self.dataset, self.share, self.tokenizer, self.settings = dataset, share, tokenizer, settings
         self.generation_config = decoding(generation_config, settings, tokenizer)
-        self.encoder_decoder, self.batch, self.runtime, self.prefix = encoder_decoder, batch, runtime, prefix
-        self._stop_now = stop_now or (lambda: False)
+        self.runtime, self._stop_now = runtime, stop_now
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
         found = self.answers(engine)
         values = scores(found) if self.runtime.is_main else None
         for name, value in broadcast_object(values, self.runtime).items():
-            yield f"{self.prefix}/{name}", value
+            yield f"eval/{name}", value
 
     def answers(self, engine: Engine) -> list[Generated]:
         """What the model answers, by document, the same list on every rank. All ranks must call."""
-        plan = eval_plan(
-            self.dataset,
-            batch=self.batch,
-            dp_rank=engine.dp_rank,
-            dp_size=engine.dp_size,
-            max_documents=self.settings.samples,
-        )
+        plan = eval_plan(self.dataset, self.share)
         mine: list[Generated] = []
         with engine.inference() as module:
             step: Any = module
@@ -87,7 +77,9 @@ class GenerationEvaluator:
             try:
                 for documents in plan:
                     samples = [self.dataset.sample(number) for number in documents or [0]]
-                    written = step(self._prompts(samples))["answers"].cpu()
+                    whole: Any = plain_model(step.model)
+                    left = not whole.config.is_encoder_decoder
+                    written = step(self._prompts(samples, on_the_left=left))["answers"].cpu()
                     if documents:
                         mine += self._decoded(documents, samples, written)
                     if self._stop_now():
@@ -97,14 +89,14 @@ class GenerationEvaluator:
         gathered = [one for part in gather_objects(mine, self.runtime) for one in part]
         return sorted(gathered, key=lambda one: one.document)
 
-    def _prompts(self, samples: list[Sample]) -> dict[str, Any]:
+    def _prompts(self, samples: list[Sample], *, on_the_left: bool) -> dict[str, Any]:
         """Prompts as padded rows: on the right for an encoder, on the left for a decoder that goes on from the last token."""
-        cuts = [boundary(sample) for sample in samples]
+        cuts = [sample.answer_begin() for sample in samples]
         longest = max(cuts)
         ids = np.full((len(samples), longest), self.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, (sample, cut) in enumerate(zip(samples, cuts, strict=True)):
-            place = slice(0, cut) if self.encoder_decoder else slice(longest - cut, longest)
+            place = slice(longest - cut, longest) if on_the_left else slice(0, cut)
             ids[row, place], mask[row, place] = sample.input_ids[:cut], 1
         device = self.runtime.device
         return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
@@ -121,7 +113,7 @@ class GenerationEvaluator:
 
 def first_answer(sample: Sample) -> np.ndarray:
     """The first run of learned tokens, int32."""
-    cut = boundary(sample)
+    cut = sample.answer_begin()
     rest = np.flatnonzero(~sample.supervised[cut:])
     return sample.input_ids[cut : cut + int(rest[0])] if len(rest) else sample.input_ids[cut:]
 

@@ -154,7 +154,8 @@ def _data(facts: Mapping[str, Any]) -> str:
         counts |= {
             key: value["count"] for key, value in part.items() if isinstance(value, Mapping) and value.get("count")
         }
-        rows.append(f"- {name}: {', '.join(f'{value:,} {_words(key)}' for key, value in counts.items())}")
+        if counts:
+            rows.append(f"- {name}: {', '.join(f'{value:,} {_words(key)}' for key, value in counts.items())}")
     return "## Training data\n\n" + "\n".join(rows)
 
 

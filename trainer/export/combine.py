@@ -95,8 +95,8 @@ def combine(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from trainer.export.tensors import stored_type
     from trainer.export.verify import probe_ids, verify_export
-    from trainer.export.write import stored_type
 
     if wrong := problems(settings):
         raise ConfigError(wrong)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
+from trainer.export.tensors import stored_type
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.model.loading import Built
     from trainer.model.weights import BaseWeights
+    from trainer.step import Built
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the coarsest type that took part: about six of its
@@ -180,8 +181,6 @@ def verify_export(
     stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `rounded`: see
     `load_export`. Errors: DriftError where the difference is larger.
     """
-    from trainer.export.write import stored_type
-
     model = load_export(directory, base_path, rounded)
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

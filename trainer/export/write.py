@@ -8,12 +8,9 @@ that would change more than the adapted layers, and (with `verify`) an export th
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,36 +20,14 @@ from torch import Tensor
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime, first_error
 from trainer.export.card import CardFacts, render_card
+from trainer.export.config import ExportConfig, ExportType
+from trainer.export.tensors import hub_name, stored_type, write_tensors
+from trainer.export.verify import verify_written
 from trainer.model.weights import BaseWeights
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.model.loading import Built
-
-
-class ExportType(StrEnum):
-    """Stored type of a whole model; `auto` is that of the base checkpoint."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-@dataclass(kw_only=True, slots=True)
-class ExportConfig:
-    """What is written for others when training ends."""
-
-    at_end: bool = True
-    """Write `export/` in the run directory after training."""
-    merge: bool = False
-    """LoRA: fold the adapter into the base and write a whole model instead of an adapter."""
-    dtype: ExportType = ExportType.auto
-    """Stored type of a whole model: `float32`, `bfloat16`, `float16`, or `auto` (that of the base checkpoint)."""
-    max_shard_gib: float = 5.0
-    """Largest safetensors file in GiB."""
-    verify: bool = False
-    """Reload the export afresh and compare its logits with the trained model's; a drift fails the run."""
+    from trainer.step import Built
 
 
 def write_export(
@@ -72,8 +47,6 @@ def write_export(
     `base_path`. Errors, on every rank: StorageError (nothing half-written stays), ConfigError for a fold that is not
     possible, DriftError where `config.verify` finds that the export computes something else.
     """
-    from trainer.export.verify import verify_written
-
     adapter = built.tuning.adapter and not config.merge
     aside = destination.with_name(f".{destination.name}.writing")
     error: BaseException | None = None
@@ -223,15 +196,7 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
     tuning.settle_files(built.step_module.model, trained)
     if tuning.converts:
         trained = as_plain_lora(tuning, trained, built.base_weights(Path(base_path)))
-    write_adapter(tuning, built.step_module.model, trained, directory, *hub_name(base_path))
-
-
-def hub_name(base_path: str) -> tuple[str, str | None]:
-    """(hub id, commit) of a snapshot in the hub's cache, or (the directory itself, None)."""
-    path = Path(base_path)
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
-    return base_path, None
+    write_adapter(built.step_module.model, trained, directory, *hub_name(base_path), double_rank=tuning.converts)
 
 
 def _write_model(
@@ -255,56 +220,6 @@ def _write_model(
     generation = Path(base_path) / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, directory / generation.name)
-
-
-def stored_type(directory: Path) -> torch.dtype:
-    """The floating-point type that most tensors of a checkpoint's first file have."""
-    from safetensors import safe_open
-
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    with safe_open(str(min(directory.glob("*.safetensors"))), framework="pt") as handle:
-        types = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
-    return names.get(max(sorted(set(types)), key=types.count), torch.float32)
-
-
-def write_tensors(
-    tensors: Iterator[tuple[str, Tensor]], directory: Path, *, dtype: torch.dtype, max_bytes: int
-) -> None:
-    """Stream tensors to `model.safetensors`, or to numbered files of at most `max_bytes` (or one tensor) and an index.
-
-    Floating-point tensors are stored as `dtype`. Holds one file's worth. Errors: OSError, SafetensorError.
-    """
-    from safetensors.torch import save_file
-
-    files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    sizes = [0]
-
-    def flush() -> None:
-        files.append(list(held))
-        save_file(held, directory / f"part-{len(files)}", {"format": "pt"})
-        held.clear()
-        sizes.append(0)
-
-    for name, tensor in tensors:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if held and sizes[-1] + tensor.nbytes > max_bytes:
-            flush()
-        tensor = tensor.contiguous()
-        # A view into a larger buffer would be refused, or written whole.
-        held[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        sizes[-1] += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        (directory / "part-1").rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(files, 1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        (directory / f"part-{number}").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _with_added_tokens_note(built: Built, tokenizer: Any, card: CardFacts, adapter: bool) -> None:

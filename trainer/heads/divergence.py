@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.heads.loss import CHUNK_LOGITS, LossHead, _LinearCrossEntropy, _logits
-from trainer.objectives.base import Divergence
+
+
+class Divergence(StrEnum):
+    """What is measured between the distributions P of the teacher and Q of the student.
+
+    KL(P, Q), KL(Q, P), or the generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv:2306.13649):
+    `b KL(P, M) + (1 - b) KL(Q, M)` with the mixture `M = b P + (1 - b) Q`.
+    """
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,10 @@ class Against:
     others: Tensor | None = None
     """int64: the rows that have their plain loss only."""
     others_weight: float = 1.0
+
+    def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """What the student's head returns when it is called with this, see `compare`."""
+        return compare(head, hidden, targets, self)
 
 
 @dataclass(frozen=True, slots=True)

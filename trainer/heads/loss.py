@@ -7,14 +7,11 @@ ZeRO-3 sees an empty one), so the loss is computed by *calling the head as a mod
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from trainer.heads.divergence import Against
 
 CHUNK_LOGITS = 2**25
 """Most logits held at once (rows times vocabulary); 128 MiB in float32."""
@@ -179,6 +176,13 @@ class _RowCrossEntropy(torch.autograd.Function):
         )
 
 
+class Comparison(Protocol):
+    """What is computed inside a head's call in place of the plain loss (`trainer/heads/divergence.py`)."""
+
+    def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Sums over rows of `hidden [N, H]` with `targets [N]`, the first of them with the gradient."""
+
+
 class LossHead(nn.Linear):
     """A model's own output layer that, given targets, returns the loss (summed, or of each row) instead of logits."""
 
@@ -200,14 +204,14 @@ class LossHead(nn.Linear):
         *,
         by_row: bool = False,
         added_bias: Tensor | None = None,
-        against: Against | None = None,
+        against: Comparison | None = None,
         lend: Callable[[], Any] | None = None,
     ) -> Any:
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
 
         The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
-        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32; with `against` that of
-        `trainer.heads.divergence.compare`; with `lend` what that returns, called while the weight is whole. `added_bias [V]` is
+        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32; with `against` what
+        that returns; with `lend` what that returns, called while the weight is whole. `added_bias [V]` is
         what the model adds to this layer's logits (it counts with targets only: without them the model adds it itself).
         """
         if lend is not None:
@@ -217,9 +221,7 @@ class LossHead(nn.Linear):
         if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if against is not None:
-            from trainer.heads.divergence import compare
-
-            return compare(self, hidden, targets, against)
+            return against(self, hidden, targets)
         training = torch.is_grad_enabled()  # inside the function it is always off
         function = _RowCrossEntropy if by_row else _LinearCrossEntropy
         bias: Tensor | None = self.bias

@@ -9,16 +9,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.objectives.base import ObjectiveName
-
-if TYPE_CHECKING:
-    from trainer.model.weights import Checkpoint
+from trainer.model.config import Kind
+from trainer.model.weights import Checkpoint
 
 KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
 """`model_type`s whose loss a test has shown to be that of transformers (tests/objectives/test_seq2seq.py)."""
@@ -26,7 +24,6 @@ LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop")
 """Whole layers left out at random: ranks would leave out different ones, and sharding strategies would hang."""
 DROPOUTS = ("dropout_rate", "activation_dropout", *LAYER_DROP)
 """Dropout of the config under names that other architectures do not have."""
-_WITH_HEAD = (ObjectiveName.classification, ObjectiveName.reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,47 +46,45 @@ def read_config(path: str | None) -> dict[str, Any] | None:
 
 
 def problems(
-    model: dict[str, Any], path: str | None, objective: ObjectiveName, *, max_source: int, max_target: int
+    model: dict[str, Any], path: str | None, kind: Kind, objective: str, lengths: dict[str, int]
 ) -> Iterator[str]:
-    """What does not go together, one line each. `model` is the content of config.json (or its equivalent)."""
-    kind, both = (
-        model.get("model_type", "unknown"),
-        bool(model.get("is_encoder_decoder", model.get("model_type") in KNOWN)),
-    )
-    if objective is not ObjectiveName.seq2seq:
-        if both and objective in _WITH_HEAD:
+    """What does not go together, one line each: a model, the content of its config.json (or its equivalent), and the kind
+    that the objective named trains, with the most positions it needs on a side by the setting that says so.
+    """
+    called = model.get("model_type", "unknown")
+    both = bool(model.get("is_encoder_decoder", called in KNOWN))
+    if kind is not Kind.encoder_decoder:
+        if both and kind is Kind.classifier:
             yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({kind}), whose classifiers are not "
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), whose classifiers are not "
                 "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
             )
         elif both:
             yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({kind}), and this objective learns "
+                f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), and this objective learns "
                 "with a decoder alone; set objective=seq2seq, or choose a causal model such as Llama or Qwen"
             )
         return
     if not both:
         yield (
-            f"objective=seq2seq: model.path={path} has no encoder ({kind}); set objective=sft for a causal model, or "
+            f"objective={objective}: model.path={path} has no encoder ({called}); set objective=sft for a causal model, or "
             f"choose an encoder-decoder model ({', '.join(KNOWN)})"
         )
         return
-    if kind not in KNOWN:
+    if called not in KNOWN:
         yield (
-            f"objective=seq2seq: model.path={path} is a {kind} model, whose loss is not proven here; "
+            f"objective={objective}: model.path={path} is a {called} model, whose loss is not proven here; "
             f"choose one of {', '.join(KNOWN)}"
         )
     most = model.get("max_position_embeddings")
-    for key, value in (("data.max_length", max_source), ("objective.max_target", max_target)):
+    for key, value in lengths.items():
         if most is not None and value > most:
             yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
 
 
-def check(
-    model: dict[str, Any], path: str | None, objective: ObjectiveName, *, max_source: int = 0, max_target: int = 0
-) -> None:
+def check(model: dict[str, Any], path: str | None, kind: Kind, objective: str, lengths: dict[str, int]) -> None:
     """The same for a model that was only now found (one of the hub). Raises ConfigError."""
-    if found := list(problems(model, path, objective, max_source=max_source, max_target=max_target)):
+    if found := list(problems(model, path, kind, objective, lengths)):
         raise ConfigError(found)
 
 
@@ -111,8 +106,6 @@ def start_token(config: Any, directory: Path) -> int:
 
 def finish(model: Any, directory: Path) -> EncoderDecoder:
     """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices."""
-    from trainer.model.weights import Checkpoint
-
     checkpoint = Checkpoint(directory, model.base_model_prefix)
     untie(model, checkpoint)
     return EncoderDecoder(start_token(model.config, directory), fixed_values(model))

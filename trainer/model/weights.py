@@ -22,7 +22,7 @@ from trainer.model.quantisation import Scheme
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
-    from trainer.tuning.stored import Folded
+    from trainer.tuning.folded import Folded
 
 
 class Checkpoint:

@@ -1,168 +1,43 @@
-"""What an objective is, and the settings of each."""
+"""What an objective is: a family of settings, of how data is read, and of a loss; one family a module of this room.
+
+`Family` lists what the rest of the trainer asks of one. To add an objective: a module here, its line in `registry.py`, its
+file in `conf/objective/`, and its row in `docs/objectives.md`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import StrEnum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from strategies.errors import DataError
+from trainer.data.config import DataConfig, DataFormat
+from trainer.data.reading import Reading
+from trainer.data.store.columns import Columns
+from trainer.data.store.documents import DocumentTable
+from trainer.data.store.sequences import TokenDataset
+from trainer.model.config import Kind
+
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor, nn
 
-    from trainer.data.store.sequences import Sample
+    from strategies.base import StrategyConfig
+    from trainer.model.config import ModelConfig
+    from trainer.tuning.base import TuningConfig
 
-
-class ObjectiveName(StrEnum):
-    """The names users type as `objective=<name>`."""
-
-    sft = "sft"
-    pretrain = "pretrain"
-    classification = "classification"
-    dpo = "dpo"
-    orpo = "orpo"
-    simpo = "simpo"
-    reward = "reward"
-    seq2seq = "seq2seq"
-    kto = "kto"
-    distillation = "distillation"
-
-
-class PairLoss(StrEnum):
-    """How DPO turns the difference of two rewards into a loss."""
-
-    sigmoid = "sigmoid"
-    ipo = "ipo"
-    hinge = "hinge"
-
-
-class Divergence(StrEnum):
-    """What is measured between the distributions P of the teacher and Q of the student.
-
-    KL(P, Q), KL(Q, P), or the generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv:2306.13649):
-    `b KL(P, M) + (1 - b) KL(Q, M)` with the mixture `M = b P + (1 - b) Q`.
-    """
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jensen_shannon = "jensen_shannon"
+Reference = Callable[["nn.Module"], "AbstractContextManager[None]"]
+"""Within it the tuned model computes what it did before training: its adapter is switched off."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
     """Settings shared by all objectives."""
 
-    name: ObjectiveName = ObjectiveName.sft
+    name: str = "sft"
     """Which objective runs; set by the group choice `objective=<name>`, not by hand."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ForgettingConfig:
-    """Keeping a model as it was, on the documents of the sources marked `data.sources.<name>.replay=true`."""
-
-    kl_weight: float = 0.0
-    """Weight of the divergence from the model before training, a mean over the tokens of replayed documents; 0 leaves it out."""
-    replay_loss: bool = True
-    """Whether replayed documents are learned too, as any other; with `false` they only hold the model where it was."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SftConfig(ObjectiveConfig):
-    """Supervised fine-tuning: next-token loss on the supervised tokens."""
-
-    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
-    """What is done against forgetting."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PretrainConfig(SftConfig):
-    """Continued pre-training: next-token loss on every token of plain texts."""
-
-    name: ObjectiveName = ObjectiveName.pretrain
-
-
-@dataclass(kw_only=True, slots=True)
-class ClassificationConfig(ObjectiveConfig):
-    """Labels of a document, predicted from the sequence-classification head: one, or any number of them."""
-
-    name: ObjectiveName = ObjectiveName.classification
-    labels: list[str] | None = None
-    """Label names in the order of their ids; default: the sorted labels of the training data."""
-    multi_label: bool = False
-    """A document has any number of labels: a list, or one text with `|` between them, empty for none; 62 labels at most."""
-    class_weights: Any = None
-    """A weight for each label in the order of `labels`, or `balanced`; with `multi_label` it counts where the label is true."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DpoConfig(ObjectiveConfig):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) against the model as it was."""
-
-    name: ObjectiveName = ObjectiveName.dpo
-    beta: float = 0.1
-    """How closely the model stays with the reference: larger is closer (for `ipo`, its tau)."""
-    loss_type: PairLoss = PairLoss.sigmoid
-    """`sigmoid` (DPO), `ipo` (Azar et al. 2023, arXiv:2310.12036, per token) or `hinge` (SLiC, arXiv:2305.10425)."""
-    label_smoothing: float = 0.0
-    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5 (conservative DPO); `sigmoid` only."""
-    sft_weight: float = 0.0
-    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
-
-
-@dataclass(kw_only=True, slots=True)
-class OrpoConfig(ObjectiveConfig):
-    """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691): SFT and preference at once, no reference."""
-
-    name: ObjectiveName = ObjectiveName.orpo
-    beta: float = 0.1
-    """Weight of the odds ratio beside the chosen answer's own loss (the paper's lambda)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SimpoConfig(ObjectiveConfig):
-    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734): mean log-probabilities, no reference."""
-
-    name: ObjectiveName = ObjectiveName.simpo
-    beta: float = 2.0
-    """Scale of the reward, which is beta times the mean log-probability of a token."""
-    gamma: float = 1.0
-    """Margin by which the chosen answer's reward should exceed the other's; about half of beta as a rule."""
-    label_smoothing: float = 0.0
-    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5."""
-    sft_weight: float = 0.0
-    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RewardConfig(ObjectiveConfig):
-    """A reward model: one score an answer, the preferred one's higher (Bradley and Terry 1952)."""
-
-    name: ObjectiveName = ObjectiveName.reward
-    centre: float = 0.0
-    """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Seq2seqConfig(ObjectiveConfig):
-    """Encoder-decoder models (T5, BART and their kin): the answer is learned by the decoder, the prompt read by the encoder."""
-
-    name: ObjectiveName = ObjectiveName.seq2seq
-    prefix: str = ""
-    """Text put before every prompt, such as `summarize: ` (its space included) for T5 models that were trained with it."""
-    max_target: int = 256
-    """Longest answer in tokens; `data.max_length` bounds the prompt, and `data.over_length` says what happens beyond either."""
-
-
-@dataclass(kw_only=True, slots=True)
-class KtoConfig(ObjectiveConfig):
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): answers with a verdict each, no pairs."""
-
-    name: ObjectiveName = ObjectiveName.kto
-    beta: float = 0.1
-    """How closely the model stays with the reference: larger is closer."""
-    desirable_weight: float = 1.0
-    """Weight of desirable answers; the denominator stays the number of answers."""
-    undesirable_weight: float = 1.0
-    """Weight of undesirable ones; keep weight times number of both kinds within 1:1 and 4:3, the desirable ones heavier."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,46 +50,105 @@ class TeacherConfig:
     """Branch, tag or commit of a hub model."""
 
 
-@dataclass(kw_only=True, slots=True)
-class DistillationConfig(ObjectiveConfig):
-    """Knowledge distillation: the teacher's distribution over the vocabulary at each supervised token."""
-
-    name: ObjectiveName = ObjectiveName.distillation
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The model that is imitated."""
-    divergence: Divergence = Divergence.forward_kl
-    """`forward_kl` covers all a teacher would say, `reverse_kl` its likeliest, `jensen_shannon` is between (arXiv:2306.13649)."""
-    interpolation: float = 0.5
-    """The teacher's weight in the mixture of `jensen_shannon` (the paper's beta), above 0 and below 1."""
-    temperature: float = 1.0
-    """Softens both distributions; the divergence is multiplied by its square (arXiv:1503.02531)."""
-    sft_weight: float = 0.0
-    """Weight of the plain loss on the same tokens, added to the divergence; 0 leaves it out."""
-
-
-class Objective(Protocol):
-    """Turns a batch into sums and a sample into the counts that divide them.
+class Objective(ABC):
+    """Turns a batch into sums, which the loop divides by counts of the whole step.
 
     The term `loss` carries the gradient; other terms are for metrics and carry none. A term may be made in evaluation
     only, and then have a shape (`confusion`).
     """
 
-    sequences_per_document: int
-    """How many sequences of the prepared data make one document: 1, or 2 for pairs (the chosen answer, then the other)."""
-    perplexity: bool
+    perplexity = False
     """Whether the exponential of the loss is the perplexity of a language model."""
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
     """Terms that are logged while training, beside the loss; each is divided by the count of `loss`."""
-    head_labels: int | None
-    """Outputs of the classification head that takes the place of the language model's; 0: one a label of the data."""
-    uses_reference: bool
+    uses_reference = False
     """Whether it compares with the log-probabilities of the model as it was before training."""
-    looks_ahead: bool
-    """Whether `terms` needs means over the whole step (`batch["ahead"]`), of batches marked `mismatched` that it is given
-    before the first backward pass (`trainer/objectives/ahead.py`)."""
+    ahead: tuple[str, ...] = ()
+    """Terms whose means over the whole step it needs before the first backward pass, in `batch["ahead"]`: it makes them of
+    batches that have `ahead_of` (`trainer/objectives/ahead.py`)."""
 
-    def counts(self, sample: Sample) -> dict[str, int]:
-        """Denominators that this sample adds, by term; stored when the data is prepared, after the shift."""
-
+    @abstractmethod
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Sums over the micro-batch, by term: float32 tensors on the model's device, 0-d in training."""
+
+
+class Around(Protocol):
+    """The settings beside an objective's own that its rules may speak about."""
+
+    data: DataConfig
+    model: ModelConfig
+    tuning: TuningConfig
+    strategy: StrategyConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What an objective may compare the model with."""
+
+    reference: Reference | None = None
+    """Switches the tuned model's adapter off; None where there is none to switch off."""
+    teacher: nn.Module | None = None
+    """A frozen model of its own."""
+
+
+def _nothing(config: Any, around: Around) -> Iterator[str]:
+    yield from ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One objective as the rest of the trainer sees it. Functions get its settings first."""
+
+    settings: type[ObjectiveConfig]
+    reading: Callable[[Any], Reading]
+    """How data is read for it."""
+    build: Callable[[Any, Beside], Objective]
+    """The loss."""
+    problems: Callable[[Any, Around], Iterator[str]] = _nothing
+    """What is wrong with its settings, alone and with others, one line each; before anything is read."""
+    kind: Kind = Kind.causal
+    """The model that it trains."""
+    outputs: int | None = None
+    """Outputs of the head that it gives a classifier; None: one a label of the data."""
+    several: Callable[[Any], bool] = lambda config: False
+    """Whether several outputs of the head may be true at once."""
+    settle: Callable[[Any, TokenDataset, list[str] | None], tuple[Any, dict[str, str]]] = lambda config, *_: (
+        config,
+        {},
+    )
+    """The settings with what only the prepared data can tell, and what was put in their place, by key."""
+    compares: Callable[[Any], bool] = lambda config: False
+    """Whether it compares distributions over the vocabulary, with a teacher or with the model as it was."""
+    teacher: Callable[[Any], TeacherConfig | None] = lambda config: None
+    """The model that is imitated, where it is another one."""
+    longest: Callable[[Any, DataConfig], dict[str, int]] = lambda config, data: {"data.max_length": data.max_length}
+    """Most positions that a model needs, by the setting that says so."""
+    replays: bool = False
+    """Whether it knows what to do with sources marked `replay`."""
+    writes_answers: bool = False
+    """Whether answers can be generated and scored in evaluations."""
+    judges_labels: bool = False
+    """Whether evaluations count labels by their names (F1)."""
+    better_when_larger: tuple[str, ...] = ("accuracy",)
+    """Metrics of evaluations of which more is better."""
+
+    @property
+    def name(self) -> str:
+        """What users type as `objective=<name>`."""
+        return self.settings().name
+
+
+class UnlabelledReading(Reading):
+    """Documents without labels, of which this objective would learn nothing."""
+
+    def check_read(self, columns: Columns, table: DocumentTable) -> None:
+        if columns.labels:
+            raise DataError(
+                "data.path: the rows are labelled texts, of which this objective would learn nothing; set "
+                "objective=classification, or data.format=text to learn the texts themselves"
+            )
+
+
+def formats_of(data: DataConfig) -> dict[str, DataFormat]:
+    """Formats by the setting that holds them, up to its last word."""
+    return {"data": data.format, **{f"data.sources.{name}": s.format for name, s in data.sources.items()}}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.heads.loss import computes_loss, logits_loss
-
-Reference = Callable[[nn.Module], AbstractContextManager[None]]
-"""Within it the tuned model computes what it did before training: its adapter is switched off."""
+from trainer.objectives.base import Reference
 
 MODEL_INPUTS = (
     "input_ids",

@@ -6,37 +6,75 @@ Off-policy, on the supervised tokens of given documents, with the divergences of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.heads.divergence import Against, Measure
-from trainer.objectives.base import DistillationConfig
+from trainer.heads.divergence import Against, Divergence, Measure
+from trainer.model.config import may_be_hub_id
+from trainer.objectives.base import (
+    Around,
+    Beside,
+    Family,
+    Objective,
+    ObjectiveConfig,
+    TeacherConfig,
+    UnlabelledReading,
+)
 from trainer.objectives.causal import supervised_rows
-
-if TYPE_CHECKING:
-    from trainer.data.store.sequences import Sample
-    from trainer.objectives.teacher import Teacher
+from trainer.objectives.teacher import Teacher, teacher_of
 
 
-class Distillation:
+@dataclass(kw_only=True, slots=True)
+class DistillationConfig(ObjectiveConfig):
+    """Knowledge distillation: the teacher's distribution over the vocabulary at each supervised token."""
+
+    name: str = "distillation"
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The model that is imitated."""
+    divergence: Divergence = Divergence.forward_kl
+    """`forward_kl` covers all a teacher would say, `reverse_kl` its likeliest, `jensen_shannon` is between (arXiv:2306.13649)."""
+    interpolation: float = 0.5
+    """The teacher's weight in the mixture of `jensen_shannon` (the paper's beta), above 0 and below 1."""
+    temperature: float = 1.0
+    """Softens both distributions; the divergence is multiplied by its square (arXiv:1503.02531)."""
+    sft_weight: float = 0.0
+    """Weight of the plain loss on the same tokens, added to the divergence; 0 leaves it out."""
+
+
+def problems(config: DistillationConfig, around: Around) -> Iterator[str]:
+    """What is wrong with the settings of a teacher, with its path, and what of the student's model it cannot share."""
+    mixes = config.divergence is Divergence.jensen_shannon
+    if not mixes and config.interpolation != DistillationConfig().interpolation:
+        yield (
+            f"objective.interpolation={config.interpolation:g}: only jensen_shannon mixes the two; set "
+            f"objective.divergence=jensen_shannon, not {config.divergence}"
+        )
+    value, path = config.teacher.path, Path(config.teacher.path or "").expanduser()
+    if value is None:
+        yield "objective.teacher.path: not set; give the model to imitate, as in objective.teacher.path=models/large"
+    elif not path.is_dir() and (path.is_file() or not may_be_hub_id(value)):
+        what = "is a file" if path.is_file() else "does not exist"
+        yield f"objective.teacher.path={value}: {what}; give a model directory, or a hub id such as org/name"
+    if around.model.add_tokens:
+        yield (
+            f"model.add_tokens={list(around.model.add_tokens)}: the teacher of objective=distillation does not know them; "
+            "leave them out, or use objective=sft"
+        )
+
+
+class Distillation(Objective):
     """Terms, summed over supervised tokens: `loss` (carries the gradient), its parts `divergence` and `sft_loss`, and
     `accuracy` (the student's argmax is the token of the data, evaluation only).
     """
 
-    sequences_per_document = 1
-    perplexity = False
-    metrics: tuple[str, ...] = ("divergence", "sft_loss")
-    head_labels: int | None = None
-    uses_reference = False
-    looks_ahead = False
+    metrics = ("divergence", "sft_loss")
 
     def __init__(self, config: DistillationConfig, teacher: Teacher) -> None:
         self.config, self.teacher = config, teacher
-
-    def counts(self, sample: Sample) -> dict[str, int]:
-        """Supervised targets: a document's first token has none."""
-        return {"loss": int(sample.supervised[1:].sum())}
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run both decoders on all tokens and both heads on supervised rows only."""
@@ -56,3 +94,18 @@ class Distillation:
         )
         parts = {"divergence": apart, "sft_loss": nll, "accuracy": correct}
         return {"loss": total, **{name: value.detach() for name, value in parts.items()}}
+
+
+def build(config: DistillationConfig, beside: Beside) -> Objective:
+    """The loss, beside its teacher."""
+    return Distillation(config, teacher_of(beside))
+
+
+DISTILLATION = Family(
+    settings=DistillationConfig,
+    reading=lambda config: UnlabelledReading(),
+    build=build,
+    problems=problems,
+    compares=lambda config: True,
+    teacher=lambda config: config.teacher,
+)

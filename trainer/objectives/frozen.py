@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from strategies.errors import ConfigError
@@ -11,11 +11,12 @@ from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.heads.loss import fuse_head
 from trainer.model import attention as attention_module
-from trainer.model.dropout import set_dropout
-from trainer.model.loading import Built, ModelConfig, load_model_config, load_tokenizer, weights_directory
+from trainer.model.architecture import set_dropout
+from trainer.model.config import ModelConfig
+from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.weights import BaseWeights, WeightSource
-from trainer.objectives.base import DistillationConfig, ObjectiveConfig
-from trainer.objectives.build import build_objective, holds, imitates
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.registry import family_of
 from trainer.objectives.teacher import check_head
 from trainer.tuning.full import Full
 
@@ -25,12 +26,13 @@ SHOWN = 3
 
 def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
     """The settings of the teacher that is imitated; None where none is."""
-    if not isinstance(objective, DistillationConfig):
+    teacher = family_of(objective).teacher(objective)
+    if teacher is None:
         return None
     return replace(
         config,
-        path=objective.teacher.path,
-        revision=objective.teacher.revision,
+        path=teacher.path,
+        revision=teacher.revision,
         tokenizer=None,
         chat_template=None,
         add_tokens=[],
@@ -49,40 +51,38 @@ def common_layout(layout: Layout, teacher: ModelConfig | None) -> tuple[Layout, 
     return Layout.padded, {"data.layout": f"padded (the teacher, {kind}, is not proven padding-free)"}
 
 
-def attach_teacher(
-    built: Built,
-    config: ModelConfig,
-    objective: ObjectiveConfig,
-    tokenizer: Any,
-    source: WeightSource,
-) -> None:
-    """Give the step module what its objective compares with, where that is a model: a teacher, or the one before training.
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A frozen model beside the tuned one, on the meta device."""
 
-    With an adapter the model before training is the tuned one with the adapter off. Raises ConfigError where a teacher
-    has another vocabulary, or a head that cannot be compared.
+    model: Any
+    weights: WeightSource
+    """Where its values come from."""
+    block_classes: set[str]
+    """Classes of its repeated blocks, which are shard units."""
+
+
+def frozen_model(
+    config: ModelConfig, objective: ObjectiveConfig, settings: Any, attention: str, own: WeightSource, tokenizer: Any
+) -> Frozen:
+    """The teacher that is imitated, or else the model before training once more, out of its `own` weights.
+
+    `settings` are transformers' of the tuned model. Raises ConfigError where a teacher has another vocabulary, or a head
+    that cannot be compared.
     """
-    if not (imitates(objective) or holds(objective)):
-        return
-    step = built.step_module
-    check_head(step.model, f"objective={objective.name}")
     teacher = teacher_model(config, objective)
-    if teacher is None and built.tuning.keeps_base:
-        return
     if teacher is None:
-        model, weights = _architecture(config, built.config, built.attention), source
+        model, weights = _architecture(config, settings, attention), own
     else:
         check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
-        settings = load_model_config(teacher)
-        model = _architecture(teacher, settings, built.attention)
+        model = _architecture(teacher, load_model_config(teacher), attention)
         weights = WeightSource(
-            BaseWeights(weights_directory(teacher), model.base_model_prefix), Full(), seed=source.seed, init_std=0.0
+            BaseWeights(weights_directory(teacher), model.base_model_prefix), Full(), seed=own.seed, init_std=0.0
         )
         weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
-    step.teacher, source.teacher = model, weights
-    step.objective = build_objective(objective, built.tuning.reference if built.tuning.keeps_base else None, model)
-    step.add_block_classes(set(getattr(model, "_no_split_modules", None) or ()))
+    return Frozen(model, weights, set(getattr(model, "_no_split_modules", None) or ()))
 
 
 def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:

@@ -8,19 +8,77 @@ plain share over the tokens of a batch instead, so that long answers weigh more 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.objectives.base import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
-from trainer.objectives.causal import Reference, reference_logps, sequence_logps
+from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, Reference
+from trainer.objectives.causal import reference_logps, sequence_logps
+from trainer.objectives.pairs import PairReading, pair_problems
 
-if TYPE_CHECKING:
-    from trainer.data.store.sequences import Sample
+
+class PairLoss(StrEnum):
+    """How DPO turns the difference of two rewards into a loss."""
+
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+
+
+@dataclass(kw_only=True, slots=True)
+class DpoConfig(ObjectiveConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) against the model as it was."""
+
+    name: str = "dpo"
+    beta: float = 0.1
+    """How closely the model stays with the reference: larger is closer (for `ipo`, its tau)."""
+    loss_type: PairLoss = PairLoss.sigmoid
+    """`sigmoid` (DPO), `ipo` (Azar et al. 2023, arXiv:2310.12036, per token) or `hinge` (SLiC, arXiv:2305.10425)."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5 (conservative DPO); `sigmoid` only."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OrpoConfig(ObjectiveConfig):
+    """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691): SFT and preference at once, no reference."""
+
+    name: str = "orpo"
+    beta: float = 0.1
+    """Weight of the odds ratio beside the chosen answer's own loss (the paper's lambda)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SimpoConfig(ObjectiveConfig):
+    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734): mean log-probabilities, no reference."""
+
+    name: str = "simpo"
+    beta: float = 2.0
+    """Scale of the reward, which is beta times the mean log-probability of a token."""
+    gamma: float = 1.0
+    """Margin by which the chosen answer's reward should exceed the other's; about half of beta as a rule."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
+
+
+def problems(config: DpoConfig | OrpoConfig | SimpoConfig, around: Around) -> Iterator[str]:
+    """What objectives over pairs ask of the data, and of their own settings."""
+    yield from pair_problems(config, around)
+    if isinstance(config, DpoConfig) and config.label_smoothing and config.loss_type is not PairLoss.sigmoid:
+        yield (
+            f"objective.label_smoothing={config.label_smoothing:g}: objective.loss_type={config.loss_type} knows "
+            "no doubt about labels; set it to 0, or objective.loss_type=sigmoid"
+        )
+
 
 LEAST_LOG = -1e-6
 """Largest mean log-probability of a token that odds are computed of: certainty has none."""
@@ -43,20 +101,11 @@ class Pairs:
         return self.chosen / self.chosen_tokens.clamp(min=1), self.rejected / self.rejected_tokens.clamp(min=1)
 
 
-class Preference(ABC):
+class Preference(Objective):
     """A loss over pairs. Terms: `loss` (summed over pairs, carries the gradient), and sums of the pairs' `margin` of
     rewards, `accuracy` (the chosen answer's reward is the larger), `chosen_reward` and `rejected_reward`."""
 
-    sequences_per_document = 2
-    perplexity = False
-    metrics: tuple[str, ...] = ("margin", "accuracy", "chosen_reward", "rejected_reward")
-    head_labels: int | None = None
-    uses_reference = False
-    looks_ahead = False
-
-    def counts(self, sample: Sample) -> dict[str, int]:
-        """A pair counts once, with its chosen answer."""
-        return {"loss": 0 if sample.rejected else 1}
+    metrics = ("margin", "accuracy", "chosen_reward", "rejected_reward")
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run chosen and rejected answers side by side; a pair without supervised tokens (a filler) counts nothing."""
@@ -159,9 +208,16 @@ def _log_complement(logp: Tensor) -> Tensor:
     return torch.where(logp < -0.6931472, torch.log1p(-torch.exp(logp)), torch.log(-torch.expm1(logp)))
 
 
-class RecordLogps:
-    """Stands in for the objective for a pass over the data: each sequence's log-probability instead of a loss."""
+def _family(settings: type[ObjectiveConfig], build: Callable[[Any, Beside], Objective]) -> Family:
+    return Family(
+        settings=settings,
+        reading=lambda config: PairReading(uses_reference=settings is DpoConfig),
+        build=build,
+        problems=problems,
+        better_when_larger=("accuracy", "margin"),
+    )
 
-    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`logps`, `[S]` float32."""
-        return {"logps": sequence_logps(model, batch)[0]}
+
+DPO = _family(DpoConfig, lambda config, beside: Dpo(config, beside.reference))
+ORPO = _family(OrpoConfig, lambda config, beside: Orpo(config))
+SIMPO = _family(SimpoConfig, lambda config, beside: Simpo(config))

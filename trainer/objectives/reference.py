@@ -9,82 +9,83 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
-from trainer.config.run import RunConfig
-from trainer.data.batches.collate import collate, fillers, to_device
-from trainer.data.batches.loader import eval_plan
-from trainer.data.prepare import Prepared
-from trainer.data.rated import mismatched
-from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.model.loading import Built
-from trainer.objectives.preference import RecordLogps
+from trainer.data.batches.collate import Collator, to_device
+from trainer.data.batches.loader import EvalShare, eval_plan
+from trainer.data.reading import AheadOf
+from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
+from trainer.objectives.causal import sequence_logps
+
+REFERENCE_AHEAD = "reference_ahead"
+"""Mark of a sequence: the reference of what is looked at of it before the first backward pass."""
 
 
-def is_recorded(built: Built) -> bool:
-    """Whether the objective compares with a model that will be gone after the first step."""
-    return built.step_module.objective.uses_reference and not built.tuning.keeps_base
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """How the reference is recorded."""
+
+    collator: Collator
+    ahead: AheadOf | None
+    """What is looked at of each sequence beside itself, and recorded too."""
+    batch: int
+    """Most sequences in one micro-batch of a rank."""
+    directory: Path
+    """Where the columns are kept."""
+    key: str
+    """Names what decides the initial model and the tokens."""
 
 
 def record(
-    config: RunConfig,
-    data: Prepared,
-    *,
+    datasets: dict[str, TokenDataset | None],
     engine: Engine,
-    built: Built,
-    pad_token_id: int,
+    how: Recording,
     runtime: processes.Runtime,
-    directory: Path,
-    key: str,
     stop_now: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Give both splits of `data` their reference column, from `directory` or by a pass of `engine`'s initial model.
+    """Give each split its reference column, from `how.directory` or by a pass of `engine`'s initial model.
 
-    Call before a checkpoint is loaded. `key` names what decides the initial model and the tokens. All ranks must call.
-    Raises StorageError on all ranks alike, and Preempted where `stop_now`, asked on all ranks after each micro-batch, says
-    so.
+    Call before a checkpoint is loaded. All ranks must call. Raises StorageError on all ranks alike, and Preempted where
+    `stop_now`, asked on all ranks after each micro-batch, says so.
     """
-    for split, dataset in (("train", data.train), ("eval", data.evaluation)):
+    for split, dataset in datasets.items():
         if dataset is None or not len(dataset):
             continue
-        name = hashlib.sha256(f"{key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
-        wanted: list[tuple[str, str, Callable[[int], Sample]]] = [("", "reference", dataset.sample)]
-        if built.step_module.objective.looks_ahead:
-            wanted.append(("mismatched-", "reference_mismatched", partial(mismatched, dataset)))
-        for prefix, attribute, read in wanted:
-            path = directory / f"{split}-{prefix}{name}.npy"
+        name = hashlib.sha256(f"{how.key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
+        wanted: list[tuple[str, str, AheadOf]] = [("", REFERENCE, TokenDataset.sample)]
+        if how.ahead is not None:
+            wanted.append(("mismatched-", REFERENCE_AHEAD, how.ahead))
+        for prefix, mark, read in wanted:
+            path = how.directory / f"{split}-{prefix}{name}.npy"
             column = _read(path, len(dataset), runtime)
             if column is None:
-                column = _compute(
-                    dataset,
-                    engine,
-                    built,
-                    read=read,
-                    batch=max(config.batch["micro"], config.evaluation.batch),
-                    pad_token_id=pad_token_id,
-                    runtime=runtime,
-                    stop_now=stop_now,
-                )
+                column = _compute(dataset, engine, how, read, runtime, stop_now)
                 _write(path, column, runtime)
-            setattr(dataset, attribute, column)
+            dataset.attach(mark, column)
+
+
+class RecordLogps:
+    """Stands in for the objective for a pass over the data: each sequence's log-probability instead of a loss."""
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`logps`, `[S]` float32."""
+        return {"logps": sequence_logps(model, batch)[0]}
 
 
 def _compute(
     dataset: TokenDataset,
     engine: Engine,
-    built: Built,
-    *,
-    read: Callable[[int], Sample],
-    batch: int,
-    pad_token_id: int,
+    how: Recording,
+    read: Callable[[TokenDataset, int], Sample],
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> np.ndarray:
@@ -94,15 +95,15 @@ def _compute(
     """
     device = runtime.device
     found = torch.zeros(len(dataset), dtype=torch.float64, device=device)
-    plan = eval_plan(dataset, batch=batch, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
+    plan = eval_plan(dataset, EvalShare(how.batch, engine.dp_rank, engine.dp_size))
     with engine.inference() as module:
         # Asked through the root module's own forward: only there are its parameters gathered.
         step: Any = module
         objective, step.objective = step.objective, RecordLogps()
         try:
             for sequences in plan:
-                samples = [read(number) for number in sequences] or fillers(dataset, 1)
-                logps = step(to_device(collate(samples, built.layout, pad_token_id), device))["logps"]
+                samples = [read(dataset, number) for number in sequences] or how.collator.fillers(dataset, 1)
+                logps = step(to_device(how.collator(samples), device))["logps"]
                 if sequences:
                     found[torch.tensor(sequences, device=device)] = logps.double()
                 if stop_now():

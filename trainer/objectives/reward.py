@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.objectives.base import RewardConfig
+from trainer.data.config import Layout
+from trainer.model.config import Kind
+from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig
+from trainer.objectives.pairs import PairReading, pair_problems
 
-if TYPE_CHECKING:
-    from trainer.data.store.sequences import Sample
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig(ObjectiveConfig):
+    """A reward model: one score an answer, the preferred one's higher (Bradley and Terry 1952)."""
+
+    name: str = "reward"
+    centre: float = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
 
 
-class Reward:
+def problems(config: RewardConfig, around: Around) -> Iterator[str]:
+    """What pairs ask of the data, and a score of its layout."""
+    yield from pair_problems(config, around)
+    if around.data.layout is Layout.padding_free:
+        yield "data.layout=padding_free: a score belongs to a row of its own; set data.layout=auto"
+
+
+class Reward(Objective):
     """Terms, all summed over pairs: `loss` (Bradley and Terry's), and the `margin`, `accuracy` and scores of the pairs."""
 
-    sequences_per_document = 2
-    perplexity = False
-    metrics: tuple[str, ...] = ("margin", "accuracy", "chosen_reward", "rejected_reward")
-    head_labels: int | None = 1
-    uses_reference = False
-    looks_ahead = False
+    metrics = ("margin", "accuracy", "chosen_reward", "rejected_reward")
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-
-    def counts(self, sample: Sample) -> dict[str, int]:
-        """A pair counts once, with its chosen answer."""
-        return {"loss": 0 if sample.rejected else 1}
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Score padded rows, chosen and rejected in turn; a pair without targets (a filler) counts nothing."""
@@ -46,3 +55,14 @@ class Reward:
             "chosen_reward": (chosen * counted).sum(),
             "rejected_reward": (rejected * counted).sum(),
         }
+
+
+REWARD = Family(
+    settings=RewardConfig,
+    reading=lambda config: PairReading(),
+    build=lambda config, beside: Reward(config),
+    problems=problems,
+    kind=Kind.classifier,
+    outputs=1,
+    better_when_larger=("accuracy", "margin"),
+)

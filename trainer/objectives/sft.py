@@ -1,36 +1,117 @@
-"""Supervised fine-tuning and continued pre-training: the next-token loss on supervised tokens."""
+"""Supervised fine-tuning: the next-token loss on supervised tokens; and what is done against forgetting beside it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.data.store.sequences import REPLAY
-from trainer.heads.divergence import Against, Measure
-from trainer.objectives.base import Divergence, ForgettingConfig
+from strategies.errors import DataError
+from trainer.data.batches.collate import Collator
+from trainer.data.config import Layout
+from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
+from trainer.heads.divergence import Against, Divergence, Measure
+from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, UnlabelledReading
 from trainer.objectives.causal import summed_loss, supervised_rows
-
-if TYPE_CHECKING:
-    from trainer.data.store.sequences import Sample
-    from trainer.objectives.teacher import Teacher
+from trainer.objectives.teacher import Teacher, teacher_of
 
 
-class Sft:
-    """Terms: `loss` (summed cross-entropy, carries the gradient) and `accuracy` (correct argmaxes, evaluation only)."""
+@dataclass(kw_only=True, slots=True)
+class ForgettingConfig:
+    """Keeping a model as it was, on the documents of the sources marked `data.sources.<name>.replay=true`."""
 
-    sequences_per_document = 1
-    perplexity = True
-    metrics: tuple[str, ...] = ()
-    head_labels: int | None = None
-    uses_reference = False
-    looks_ahead = False
+    kl_weight: float = 0.0
+    """Weight of the divergence from the model before training, a mean over the tokens of replayed documents; 0 leaves it out."""
+    replay_loss: bool = True
+    """Whether replayed documents are learned too, as any other; with `false` they only hold the model where it was."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig(ObjectiveConfig):
+    """Supervised fine-tuning: next-token loss on the supervised tokens."""
+
+    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
+    """What is done against forgetting."""
+
+
+def forgetting_of(config: ObjectiveConfig) -> ForgettingConfig:
+    """What is done against forgetting; nothing under settings that no choice was made of."""
+    return config.forgetting if isinstance(config, SftConfig) else ForgettingConfig()
+
+
+def holds(config: ObjectiveConfig) -> bool:
+    """Whether the objective compares with the distributions of the model as it was before training."""
+    return forgetting_of(config).kl_weight > 0
+
+
+def problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
+    """Whether there is something to replay, and what for."""
+    sources, forgetting = around.data.sources, forgetting_of(config)
+    replayed = [name for name, source in sources.items() if source.replay]
+    if forgetting.kl_weight > 0 and not replayed:
+        yield (
+            f"objective.forgetting.kl_weight={forgetting.kl_weight:g}: no source is replayed; mark one of general text with "
+            "data.sources.<name>.replay=true, or set it to 0"
+        )
+    if not forgetting.replay_loss and forgetting.kl_weight == 0:
+        yield (
+            "objective.forgetting.replay_loss=false: with objective.forgetting.kl_weight=0 replayed documents would do "
+            "nothing; set objective.forgetting.kl_weight=0.5, or replay_loss=true"
+        )
+    if replayed and len(replayed) == len(sources) and not forgetting.replay_loss:
+        yield (
+            "objective.forgetting.replay_loss=false: every source is replayed, so that nothing would be learned; mark "
+            "only the general text with replay=true"
+        )
+
+
+class SftReading(UnlabelledReading):
+    """Documents as they are; where the model is held, the replayed ones of a micro-batch stand in it once more, apart."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.held = held
+        self.marks = {REPLAY: 1} if held else {}
 
     def counts(self, sample: Sample) -> dict[str, int]:
         """Supervised targets: a document's first token has none. Those of replayed documents are counted once more."""
         learned = int(sample.supervised[1:].sum())
-        return {"loss": learned} if sample.replay is None else {"loss": learned, REPLAY: learned * sample.replay}
+        return {"loss": learned, **({REPLAY: learned * int(sample.marks[REPLAY])} if REPLAY in sample.marks else {})}
+
+    def check(self, train: TokenDataset) -> None:
+        if self.held and (REPLAY not in train.counts or not train.counts[REPLAY].any()):
+            raise DataError(
+                "objective.forgetting.kl_weight: no learned token of the sources marked replay=true is left (see what was "
+                "dropped in the data report); raise data.max_length, loosen data.filters, or set "
+                "objective.forgetting.kl_weight=0"
+            )
+
+    def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
+        return (ReplayCollator if self.held else Collator)(layout, pad_token_id)
+
+
+class ReplayCollator(Collator):
+    """Adds a micro-batch of the replayed documents alone, `replay`, and whose each supervised row is: `replay_rows` and
+    `other_rows` (int64 each)."""
+
+    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        if REPLAY not in samples[0].marks:
+            return
+        ours = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])[batch["row_sequence"]]
+        batch |= {"replay_rows": ours.nonzero()[:, 0], "other_rows": (~ours).nonzero()[:, 0]}
+        chosen = [replace(sample, marks={}) for sample in samples if sample.marks[REPLAY]]
+        # Where there is none, the shortest document with nothing supervised: all ranks must run the model alike.
+        shortest = min(samples, key=lambda sample: len(sample.input_ids))
+        batch["replay"] = self(chosen or [Sample(shortest.input_ids, np.zeros_like(shortest.supervised))])
+
+
+class Sft(Objective):
+    """Terms: `loss` (summed cross-entropy, carries the gradient) and `accuracy` (correct argmaxes, evaluation only)."""
+
+    perplexity = True
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder on all tokens and the head on supervised rows only."""
@@ -45,7 +126,7 @@ class Replaying(Sft):
     `sft_loss` and `replay_kl`. Evaluation has the plain loss.
     """
 
-    metrics: tuple[str, ...] = ("sft_loss", "replay_kl")
+    metrics = ("sft_loss", "replay_kl")
 
     def __init__(self, config: ForgettingConfig, before: Teacher) -> None:
         self.config, self.before = config, before
@@ -76,3 +157,19 @@ class Replaying(Sft):
         )
         nll = nll + replayed_nll if self.config.replay_loss else nll * per_other
         return {"loss": total, "sft_loss": nll.detach(), "replay_kl": apart.detach() * per_replayed}
+
+
+def build(config: ObjectiveConfig, beside: Beside) -> Objective:
+    """The plain loss, or that which holds the model."""
+    return Replaying(forgetting_of(config), teacher_of(beside)) if holds(config) else Sft()
+
+
+SFT = Family(
+    settings=SftConfig,
+    reading=lambda config: SftReading(held=holds(config)),
+    build=build,
+    problems=problems,
+    compares=holds,
+    replays=True,
+    writes_answers=True,
+)

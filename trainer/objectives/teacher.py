@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.heads.loss import LossHead
-from trainer.objectives.causal import Reference, plain_model, supervised_rows
+from trainer.objectives.base import Beside, Reference
+from trainer.objectives.causal import plain_model, supervised_rows
 
 
 class Teacher(Protocol):
@@ -55,6 +56,13 @@ class AdapterOff:
             model.train(training)
         # A head that is trained in full stands beside the one it was copied from.
         return getattr(head, "original_module", None), hidden
+
+
+def teacher_of(beside: Beside) -> Teacher:
+    """The frozen model that stands beside, else the tuned one with its adapter off."""
+    if beside.teacher is not None:
+        return FrozenModel(beside.teacher)
+    return Nobody() if beside.reference is None else AdapterOff(beside.reference)
 
 
 def check_head(model: nn.Module, what: str) -> None:

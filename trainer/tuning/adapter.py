@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,10 +18,8 @@ from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, Replicas
+from trainer.tuning.stored import StoredAdapter, check_settings
 from trainer.tuning.table import method_of, rewrites_base
-
-if TYPE_CHECKING:
-    from trainer.tuning.stored import StoredAdapter
 
 PREFIX = "base_model.model."
 """Under which peft's wrapper holds the base model."""
@@ -58,8 +56,6 @@ class Adapter:
         settings = self._settings(model)
         tuned = self.wrap(model, settings)
         if self.config.from_ is not None:
-            from trainer.tuning.stored import StoredAdapter, check_settings
-
             check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
             self._stored = StoredAdapter(self.config.from_, "tuning.from")
             self._stored.match(tuned)

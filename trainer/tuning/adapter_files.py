@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
-from trainer.tuning.adaption_prompt import AdaptionPrompt
 from trainer.tuning.base import BaseReader
 from trainer.tuning.replica import ADAPTER
 
@@ -24,17 +23,19 @@ _BASE_WEIGHT = ".base_layer.weight"
 
 
 def write_adapter(
-    tuning: Adapter | AdaptionPrompt,
     model: nn.Module,
     trained: dict[str, Tensor],
     directory: Path,
     base_name: str,
     revision: str | None,
+    *,
+    double_rank: bool = False,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the existing `directory`.
 
     `trained` holds the full trainable tensors under the model's plain names; `base_name` is the directory or hub id (with
-    `revision`) that loaders will look for. Errors: OSError, SafetensorError.
+    `revision`) that loaders will look for; `double_rank` says that
+    `trained` is what `as_plain_lora` made. Errors: OSError, SafetensorError.
     """
     from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -45,7 +46,7 @@ def write_adapter(
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     save_file({k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
-    if tuning.converts:
+    if double_rank:
         _double_rank(settings)
     settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
     settings.save_pretrained(str(directory))

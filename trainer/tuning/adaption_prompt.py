@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
 from trainer.tuning.adapter import PREFIX
+from trainer.tuning.adapter_files import write_adapter
 from trainer.tuning.added import Added
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import AdaptionPromptConfig
@@ -86,9 +87,7 @@ class AdaptionPrompt(Added):
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
         """Write peft's files into `directory`. Errors: OSError, SafetensorError."""
-        from trainer.tuning.adapter_files import write_adapter
-
-        write_adapter(self, model, trained, directory, base_name, revision)
+        write_adapter(model, trained, directory, base_name, revision)
 
 
 def _adapted(tuning: AdaptionPrompt, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:

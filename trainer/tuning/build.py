@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from strategies.base import AroundUpdate
-    from trainer.tuning.stored import Folded
+    from trainer.tuning.folded import Folded
 
 
 def build_tuning(
@@ -64,6 +64,6 @@ def fold_adapters(model: nn.Module, directories: list[str]) -> Folded | None:
     """The adapters of some directories on this architecture (on meta), to be folded into its weights as they are read."""
     if not directories:
         return None
-    from trainer.tuning.stored import Folded
+    from trainer.tuning.folded import Folded
 
     return Folded(model, directories)

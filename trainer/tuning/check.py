@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
@@ -34,23 +35,26 @@ OWN_CHOICE = {
 """peft's names of methods that have another name here; those with the same name are in `METHODS`."""
 
 
-def problems(
-    tuning: TuningConfig,
-    strategy: StrategyConfig,
-    precision: Precision,
-    data: DataConfig,
-    *,
-    merge: bool,
-    new_head: bool = False,
-    new_tokens: bool = False,
-    seq2seq: bool = False,
-    quantisation: str = "none",
-) -> Iterator[str]:
-    """Every problem as `key=value: constraint; what to do`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What of the rest of a run a method may not go with."""
 
-    `new_head`: the objective has a head of its own; `new_tokens`: the vocabulary grows; `seq2seq`: the model is
-    an encoder-decoder.
-    """
+    strategy: StrategyConfig
+    precision: Precision
+    data: DataConfig
+    merge: bool
+    """Whether the adapter is to be folded into the base."""
+    new_head: bool = False
+    """Whether the objective has a head of its own."""
+    new_tokens: bool = False
+    """Whether the vocabulary grows."""
+    two_sides: bool = False
+    """Whether the model is an encoder-decoder."""
+    quantisation: str = "none"
+
+
+def problems(tuning: TuningConfig, run: Run) -> Iterator[str]:
+    """Every problem as `key=value: constraint; what to do`."""
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)
         yield from start_problems(tuning)
@@ -72,26 +76,26 @@ def problems(
     method, shown = method_of(tuning), f"tuning={tuning.name}"
     if isinstance(tuning, PeftConfig):
         shown = f"tuning.type={tuning.type}"
-    checkpointing = strategy.activation_checkpointing
+    checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
         yield f"strategy.activation_checkpointing=selective with {shown}: {reason}; use full or none"
-    half = precision in (Precision.bf16, Precision.fp16) and strategy.name in SHARDED
+    half = run.precision in (Precision.bf16, Precision.fp16) and run.strategy.name in SHARDED
     if half and (reason := method.refused.get("half")):
-        yield f"precision={precision} with {shown} and strategy={strategy.name}: {reason}; use fp32 or strategy=ddp"
+        yield f"precision={run.precision} with {shown} and strategy={run.strategy.name}: {reason}; use fp32 or strategy=ddp"
     if reason := method.refused.get("padding_free"):
-        if data.packing:
+        if run.data.packing:
             yield f"data.packing=true with {shown}: {reason}; set data.packing=false"
-        if data.layout is Layout.padding_free:
+        if run.data.layout is Layout.padding_free:
             yield f"data.layout=padding_free with {shown}: {reason}; set data.layout=padded"
-    if new_head and method.no_head:
+    if run.new_head and method.no_head:
         yield f"{shown} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
-    if new_tokens and method.no_new_tokens:
+    if run.new_tokens and method.no_new_tokens:
         yield f"model.add_tokens with {shown}: {method.no_new_tokens}; use tuning=lora or tuning=full"
-    if quantisation != "none":
-        yield from _quantised(tuning, method, shown, quantisation)
-    if seq2seq and method.no_seq2seq:
+    if run.quantisation != "none":
+        yield from _quantised(tuning, method, shown, run.quantisation)
+    if run.two_sides and method.no_seq2seq:
         yield f"{shown} with objective=seq2seq: {method.no_seq2seq}; use tuning=lora, or objective=sft with a causal model"
-    if merge and method.no_merge:
+    if run.merge and method.no_merge:
         yield f"export.merge=true with {shown}: {method.no_merge}; use export.merge=false"
 
 

@@ -1,8 +1,7 @@
-"""Adapter directories that exist already: to go on from one (`tuning.from`), or to fold one into the base (`model.adapters`)."""
+"""The tensors of an adapter directory that exists already, matched with a model that is wrapped in such an adapter."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.tuning.adapter import PREFIX, Adapter
-from trainer.tuning.base import AdapterConfig, BaseReader
-from trainer.tuning.replica import ADAPTER
 from trainer.tuning.start import WEIGHTS, difference
 
 _OURS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
@@ -101,84 +97,3 @@ def check_settings(settings: Any, directory: str | Path, key: str) -> None:
     ]
     if differing:
         raise ConfigError(f"{key}={directory}: {'; '.join(differing)}; use the settings that it was made with")
-
-
-class Folded:
-    """Base weights with the adapters of some directories folded in, one after the other, layer by layer."""
-
-    def __init__(self, model: nn.Module, directories: list[str]) -> None:
-        self._folds = [_Fold(model, directory) for directory in directories]
-
-    def changed(self) -> set[str]:
-        """Base names of the parameters that are not those of the checkpoint."""
-        return {name for fold in self._folds for name in fold.changed}
-
-    def whole(self, name: str, base: BaseReader) -> Tensor:
-        """The parameter with every adapter folded in, float32; `base` reads the checkpoint."""
-        reader: Any = base
-        for fold in self._folds:
-            reader = _Reader(fold, reader)
-        return reader.whole(name)
-
-
-class _Reader:
-    """A base with one adapter folded in, as a base."""
-
-    def __init__(self, fold: _Fold, below: BaseReader) -> None:
-        self.fold, self.below = fold, below
-
-    def whole(self, name: str) -> Tensor:
-        return self.fold.whole(name, self.below)
-
-
-class _Fold:
-    """One adapter directory on one architecture."""
-
-    def __init__(self, model: nn.Module, directory: str) -> None:
-        from peft import PeftConfig
-
-        key, path = "model.adapters", Path(directory).expanduser()
-        settings: Any = PeftConfig.from_pretrained(str(path))
-        settings.inference_mode = False
-        self.tuning = Adapter(AdapterConfig())
-        self.model = self.tuning.wrap(copy.deepcopy(model), settings)
-        self.stored = StoredAdapter(path, key)
-        self.stored.match(self.model)
-        self.stored.fill_buffers(self.model)
-        layers = self.tuning.layers()
-        self.replaced = {
-            self.tuning.base_name(name): name for name in self.stored.names if f".modules_to_save.{ADAPTER}." in name
-        }
-        self.changed = {f"{layer}.{key}" for layer, keys in layers.items() for key in keys} | set(self.replaced)
-        self._refuse(directory)
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def _refuse(self, directory: str) -> None:
-        """Raise ConfigError for what would be folded into another module too, or not at all."""
-        word = f"model.adapters={directory}"
-        known = set(self.replaced.values())
-        if left := sorted(name for name in self.stored.names if not self.tuning.owns(name) and name not in known):
-            raise ConfigError(
-                f"{word}: holds {self.tuning.base_name(left[0])}, which is no part of an adapter (bias=all or lora_only); "
-                "merge it with peft, and give the merged model as model.path"
-            )
-        first: dict[int, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            base = self.tuning.base_name(name)
-            other = first.setdefault(id(parameter), base)
-            if other != base and {other, base} & self.changed:
-                raise ConfigError(
-                    f"{word}: changes {base}, which {other} shares; the other would change too. Merge it with peft, and give "
-                    "the merged model as model.path"
-                )
-
-    def whole(self, name: str, below: BaseReader) -> Tensor:
-        if name in self.replaced:
-            return self.stored.tensor(self.replaced[name])
-        if name not in self.changed:
-            return below.whole(name)
-        layer, _, key = name.rpartition(".")
-        if self._last[0] != layer:
-            trained = {n: self.stored.tensor(n) for n in self.stored.names if n.startswith(f"{PREFIX}{layer}.")}
-            self._last = layer, self.tuning.merged(layer, below, trained, self.model)
-        return self._last[1][key]

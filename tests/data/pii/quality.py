@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.data.pii.synthetic import Item, synthetic
+from trainer.data.config import PrivacyPreset
 from trainer.data.stages.privacy import Finder, Finding, PrivacyConfig, PrivacyEngine
-from trainer.data.stages.privacy.presets import NER_ONLY, TYPES, PrivacyPreset
+from trainer.data.stages.privacy.config import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES
 
 HERE = Path(__file__).parent
 
@@ -50,8 +51,9 @@ def all_sets() -> list[list[Item]]:
 
 
 def finder(engine: str) -> Finder:
-    """Every type but organisations, which are not labelled."""
-    types = [name for name in TYPES if name not in NER_ONLY or (engine == "presidio" and name == "LOCATION")]
+    """Every type that the engine looks for, but organisations, which are not labelled."""
+    away = FOUND_BY_NONE | (NEEDS_PRESIDIO if engine == "patterns" else {"ORGANISATION"})
+    types = [name for name in TYPES if name not in away]
     return Finder(PrivacyConfig(preset=PrivacyPreset.none, types=types, engine=PrivacyEngine(engine)))
 
 

@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable
 
 from trainer.data.stages.privacy import checksums
-from trainer.data.stages.privacy.presets import NER_ONLY, TYPES
+from trainer.data.stages.privacy.config import TYPES
 
 Item = tuple[str, list[tuple[int, int, str]]]
 FIRST = "Jane Thomas Priya Carlos Emily Stefan Fatima Walter Oluwaseun Xiulan Thandiwe Björn Ngozi Tamsin Aurelio Saoirse".split()
@@ -176,7 +176,7 @@ VALUES: dict[str, Callable[[random.Random], str]] = {
     "IT_FISCAL_CODE": fiscal_code,
     "NL_BSN": valid(checksums.bsn, "#########"),
     "PL_PESEL": valid(checksums.pesel, "###########"),
-    "IN_AADHAAR": valid(checksums.verhoeff, "3### #### ####", "7### #### ####"),
+    "IN_AADHAAR": valid(checksums.aadhaar, "3### #### ####", "7### #### ####"),
     "BR_CPF": valid(checksums.cpf, "###.###.###-##"),
     "CREDIT_CARD": valid(checksums.card, "4### #### #### ####", "51##############", "37## ###### #####"),
     "IBAN": iban,
@@ -298,7 +298,7 @@ def synthetic(seed: int = 1, per_type: int = 40, num_negatives: int = 400) -> li
     rng = random.Random(seed)
     items: list[Item] = []
     for type_ in TYPES:
-        if type_ in NER_ONLY:
+        if type_ not in VALUES:
             continue
         for place in range(per_type):
             value = VALUES[type_](rng)

@@ -1,4 +1,4 @@
-"""From samples to the tensors of one micro-batch: concatenated, padded, or in two sides."""
+"""From samples to the tensors of one micro-batch: concatenated, or padded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.data.batches.order import deal
 from trainer.data.config import Layout
-from trainer.data.replay import replayed
-from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.two_sides import pad_two_sides
+from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 
 IGNORED = -100
 """Target of a position that is not supervised."""
@@ -30,29 +29,51 @@ def each_tensor(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Te
     }
 
 
-def collate(
-    samples: Sequence[Sample], layout: Layout, pad_token_id: int, decoder_start: int | None = None
-) -> dict[str, Any]:
-    """Samples as one micro-batch on the CPU, in the given layout; with `decoder_start`, in two sides of padded rows."""
-    if decoder_start is not None:
-        batch = pad_two_sides(samples, pad_token_id=pad_token_id, start_token_id=decoder_start, ignored=IGNORED)
-    else:
-        batch = _concatenate(samples) if layout is Layout.padding_free else _pad(samples, pad_token_id)
-    # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
-    batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
-    learned = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
-    batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), learned))
-    batch["num_sequences"] = len(samples)
-    if all(sample.reference is not None for sample in samples):
-        batch["reference_logps"] = torch.tensor([s.reference for s in samples], dtype=torch.float32)
-    if any(sample.label is not None for sample in samples):
-        batch["labels"] = torch.tensor([IGNORED if s.label is None else s.label for s in samples], dtype=torch.int64)
-    if samples[0].desirable is not None:
-        batch["desirable"] = torch.tensor([bool(s.desirable) for s in samples])
-    if samples[0].replay is not None:
-        chosen, rows = replayed(samples, batch["row_sequence"])
-        batch |= {"replay": collate(chosen, layout, pad_token_id), **rows}
-    return batch
+class Collator:
+    """Makes micro-batches in one layout, and says which documents lie in one. An objective may derive from it."""
+
+    def __init__(self, layout: Layout, pad_token_id: int) -> None:
+        assert layout is not Layout.auto, "the layout is resolved before batches are made"
+        self.layout, self.pad_token_id = layout, pad_token_id
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Samples as one micro-batch on the CPU.
+
+        Beside the rows: `target_rows` (int64, which flattened positions have a target), `row_sequence` (int64, whose each
+        of them is), `num_sequences`; `reference_logps` float32 `[S]` where they were recorded; what `add` adds.
+        """
+        batch = self.rows(samples)
+        # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
+        batch["target_rows"] = (batch["targets"].view(-1) != IGNORED).nonzero()[:, 0]
+        learned = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
+        batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), learned))
+        batch["num_sequences"] = len(samples)
+        if all(REFERENCE in sample.marks for sample in samples):
+            batch["reference_logps"] = torch.tensor([s.marks[REFERENCE] for s in samples], dtype=torch.float32)
+        self.add(batch, samples)
+        return batch
+
+    def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Tokens and targets."""
+        return concatenated(samples) if self.layout is Layout.padding_free else padded(samples, self.pad_token_id)
+
+    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        """Put into the batch what the loss needs beside tokens and targets."""
+
+    def deal(self, dataset: TokenDataset, units: np.ndarray, tokens: np.ndarray, shape: tuple[int, int]) -> list:
+        """Positions in `units` (int64 [U], weighing `tokens` each) dealt into `shape` = (slots, units a slot).
+
+        Deterministic; slots come back costliest first.
+        """
+        return deal(tokens, *shape)
+
+    def fillers(self, dataset: TokenDataset, num: int) -> list[Sample]:
+        """The first `num` sequences with nothing to score, for a rank that must take part and has nothing left."""
+        return [self.blank(dataset.sample(number)) for number in range(num)]
+
+    def blank(self, sample: Sample) -> Sample:
+        """The sample with nothing to score."""
+        return Sample(sample.input_ids, np.zeros_like(sample.supervised), sample.marks)
 
 
 def _targets(sample: Sample) -> np.ndarray:
@@ -62,7 +83,7 @@ def _targets(sample: Sample) -> np.ndarray:
     return targets
 
 
-def _concatenate(samples: Sequence[Sample]) -> dict[str, Any]:
+def concatenated(samples: Sequence[Sample]) -> dict[str, Any]:
     """One row of T tokens: ids, positions that restart per document, targets, document boundaries."""
     lengths = [len(sample.input_ids) for sample in samples]
     boundaries = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
@@ -78,7 +99,7 @@ def _concatenate(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _pad(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
+def padded(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
     """One row a document, padded on the right to the longest."""
     longest = max(len(sample.input_ids) for sample in samples)
     ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
@@ -95,12 +116,3 @@ def _pad(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
         "attention_mask": torch.from_numpy(mask),
         "targets": torch.from_numpy(targets),
     }
-
-
-def fillers(dataset: TokenDataset, num: int) -> list[Sample]:
-    """The first `num` sequences with nothing to score, for a rank that must take part and has nothing left."""
-    found = [dataset.sample(number) for number in range(num)]
-    for sample in found:
-        sample.supervised = np.zeros_like(sample.supervised)
-        sample.label = None if sample.label is None else IGNORED
-    return found

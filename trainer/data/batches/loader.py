@@ -9,19 +9,19 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from trainer.data.batches.collate import collate, each_tensor, fillers, to_device
-from trainer.data.batches.order import Order, deal
-from trainer.data.config import Layout
-from trainer.data.rated import mismatched
+from trainer.data.batches.collate import Collator, each_tensor, to_device
+from trainer.data.batches.order import Order
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.two_sides import deal_two_sides
+
+PREFETCH = 2
+"""Steps whose batches are made ahead."""
 
 
 @dataclass(slots=True)
@@ -42,15 +42,34 @@ class StepBatch:
     wait_s: float = 0.0
     """Seconds the trainer waited for this batch."""
     ahead: list[dict[str, Any]] = field(default_factory=list)
-    """Micro-batches of prompts with the answers of others, looked at before the first backward pass; mostly none."""
+    """Micro-batches looked at before the first backward pass; mostly none."""
     balance: float = 1.0
     """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How a global batch is divided: `global_batch` and `micro_batch` count units, of which this rank takes its part."""
+
+    global_batch: int
+    micro_batch: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each rank in a step."""
+        assert self.global_batch % (self.micro_batch * self.dp_size) == 0, (
+            "the config layer reports what does not divide"
+        )
+        return self.global_batch // (self.micro_batch * self.dp_size)
+
+
 class StepLoader:
-    """Batches of one rank. `global_batch` and `micro_batch` count units.
+    """Batches of one rank.
 
     A unit is a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of answers.
+    `ahead` gives for each sequence another one, which is looked at before the first backward pass.
     """
 
     def __init__(
@@ -59,36 +78,16 @@ class StepLoader:
         *,
         order: Order,
         units: list[list[int]] | None,
-        global_batch: int,
-        micro_batch: int,
-        dp_rank: int,
-        dp_size: int,
-        layout: Layout,
-        pad_token_id: int,
+        share: Share,
+        collator: Collator,
         device: torch.device | str,
-        prefetch: int = 2,
-        decoder_start: int | None = None,
-        looks_ahead: bool = False,
+        ahead: Callable[[TokenDataset, int], Sample] | None = None,
     ) -> None:
-        assert global_batch % (micro_batch * dp_size) == 0, "the config layer reports a batch that does not divide"
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
-        assert layout is not Layout.auto, "the layout is resolved before the loader is built"
-        self.dataset = dataset
-        self.order = order
-        self.units = units
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        self.accumulation = global_batch // (micro_batch * dp_size)
-        self.layout = layout
-        self.pad_token_id = pad_token_id
+        self.dataset, self.order, self.units, self.share = dataset, order, units, share
+        self.accumulation = share.accumulation
+        self.collator, self.ahead = collator, ahead
         self.device = torch.device(device)
-        self.prefetch = prefetch
-        self.decoder_start = decoder_start
-        """First token of the decoder, for encoder-decoder models."""
-        self.looks_ahead = looks_ahead
-        """Whether each step also gets its prompts with the answers of others."""
         self.unit_tokens: np.ndarray = (
             dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
         )
@@ -98,14 +97,12 @@ class StepLoader:
 
         The slots come sorted by load, so that the ranks' m-th micro-batches weigh about the same and none waits long.
         """
-        chosen = self.order.units(first_sample, self.global_batch)
-        num_slots = self.global_batch // self.micro_batch
-        if self.decoder_start is None:
-            slots = deal(self.unit_tokens[chosen], num_slots, self.micro_batch)
-        else:
-            slots = deal_two_sides(self.dataset, chosen, num_slots, self.micro_batch)
+        share = self.share
+        chosen = self.order.units(first_sample, share.global_batch)
+        shape = share.global_batch // share.micro_batch, share.micro_batch
+        slots = self.collator.deal(self.dataset, chosen, self.unit_tokens[chosen], shape)
         filled = [[doc for position in slot for doc in self._documents(int(chosen[position]))] for slot in slots]
-        return [[filled[m * self.dp_size + r] for m in range(self.accumulation)] for r in range(self.dp_size)]
+        return [[filled[m * share.dp_size + r] for m in range(self.accumulation)] for r in range(share.dp_size)]
 
     def _documents(self, unit: int) -> list[int]:
         return [unit] if self.units is None else self.units[unit]
@@ -115,14 +112,14 @@ class StepLoader:
 
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
         """
-        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=self.prefetch)
+        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=PREFETCH)
         stop = threading.Event()
 
         def produce() -> None:
             for step in range(num_steps):
                 item: StepBatch | BaseException
                 try:
-                    item = self._step(first_sample + step * self.global_batch)
+                    item = self._step(first_sample + step * self.share.global_batch)
                 except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
                     item = error
                 while not stop.is_set():
@@ -151,19 +148,18 @@ class StepLoader:
             thread.join()
 
     def _step(self, first_sample: int) -> StepBatch:
-        plan = self.plan(first_sample)
-        everyone = np.array([doc for rank in plan for slot in rank for doc in slot], dtype=np.int64)
-        mine = [doc for slot in plan[self.dp_rank] for doc in slot]
+        plan, rank = self.plan(first_sample), self.share.dp_rank
+        everyone = np.array([doc for part in plan for slot in part for doc in slot], dtype=np.int64)
+        mine = [doc for slot in plan[rank] for doc in slot]
         totals = {term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()}
         batches = [
-            {**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals}
-            for slot in plan[self.dp_rank]
+            {**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals} for slot in plan[rank]
         ]
-        ahead = [
-            {**self._collated([mismatched(self.dataset, doc) for doc in slot]), "mismatched": True}
-            for slot in plan[self.dp_rank]
-            if self.looks_ahead
-        ]
+        ahead: list[dict[str, Any]] = []
+        if (look := self.ahead) is not None:
+            ahead = [
+                {**self._collated([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in plan[rank]
+            ]
         return StepBatch(
             micro_batches=batches,
             ahead=ahead,
@@ -171,12 +167,12 @@ class StepLoader:
             tokens=int(self.dataset.lengths[everyone].sum()),
             local_tokens=int(self.dataset.lengths[mine].sum()),
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
-            samples=self.global_batch,
+            samples=self.share.global_batch,
             balance=self._balance(plan),
         )
 
     def _collated(self, samples: list[Sample]) -> dict[str, Any]:
-        batch = collate(samples, self.layout, self.pad_token_id, self.decoder_start)
+        batch = self.collator(samples)
         return each_tensor(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
 
     def _balance(self, plan: list[list[list[int]]]) -> float:
@@ -185,60 +181,53 @@ class StepLoader:
         return float(tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
 
 
-def eval_plan(
-    dataset: TokenDataset,
-    *,
-    batch: int,
-    dp_rank: int,
-    dp_size: int,
-    max_documents: int | None = None,
-    sequences_per_document: int = 1,
-) -> Iterator[list[int]]:
+@dataclass(frozen=True, slots=True)
+class EvalShare:
+    """How a data set is divided for a pass without learning: documents in one micro-batch, and this rank's part."""
+
+    batch: int
+    dp_rank: int
+    dp_size: int
+    max_documents: int | None = None
+    """The first ones; None for all."""
+    sequences_per_document: int = 1
+
+    def sequences(self, dataset: TokenDataset) -> int:
+        """How many sequences the pass covers, all ranks together."""
+        return len(dataset) if self.max_documents is None else self.max_documents * self.sequences_per_document
+
+
+def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     """Sequences of each of this rank's micro-batches, as `eval_batches` says; none where the rank has run out."""
-    per = sequences_per_document
-    num = len(dataset) // per if max_documents is None else min(max_documents, len(dataset) // per)
+    per, most = share.sequences_per_document, share.max_documents
+    num = len(dataset) // per if most is None else min(most, len(dataset) // per)
     by_length = np.argsort(-dataset.lengths[: num * per].reshape(num, per).sum(axis=1), kind="stable")
-    batches = [by_length[start : start + batch].tolist() for start in range(0, num, batch)]
-    for turn in range(-(-len(batches) // dp_size)):
-        number = turn * dp_size + dp_rank
+    batches = [by_length[start : start + share.batch].tolist() for start in range(0, num, share.batch)]
+    for turn in range(-(-len(batches) // share.dp_size)):
+        number = turn * share.dp_size + share.dp_rank
         documents = batches[number] if number < len(batches) else []
         yield [document * per + place for document in documents for place in range(per)]
 
 
 def eval_batches(
     dataset: TokenDataset,
-    *,
-    batch: int,
-    dp_rank: int,
-    dp_size: int,
-    layout: Layout,
-    pad_token_id: int,
+    share: EvalShare,
+    collator: Collator,
     device: torch.device | str,
-    max_documents: int | None,
-    sequences_per_document: int = 1,
-    decoder_start: int | None = None,
-    ahead: bool = False,
+    ahead: Callable[[TokenDataset, int], Sample] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
 
     Every rank gets the same number of micro-batches; one that runs out gets document 0 with nothing to score (targets
     and labels -100). Documents are sorted by length, so that ranks work alike; a sum over them does not depend on it.
-    With `ahead`, the same prompts with the answers of others.
+    With `ahead`, what it gives for each sequence in its place.
     """
-    limit = len(dataset) if max_documents is None else max_documents * sequences_per_document
-    totals = {term: int(counts[:limit].sum()) for term, counts in dataset.counts.items()}
-    plan = eval_plan(
-        dataset,
-        batch=batch,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        max_documents=max_documents,
-        sequences_per_document=sequences_per_document,
-    )
-    for sequences in plan:
-        if ahead and sequences:
-            samples = [mismatched(dataset, number) for number in sequences]
+    totals = {term: int(counts[: share.sequences(dataset)].sum()) for term, counts in dataset.counts.items()}
+    for sequences in eval_plan(dataset, share):
+        if ahead is not None and sequences:
+            samples = [ahead(dataset, number) for number in sequences]
         else:
-            samples = [dataset.sample(number) for number in sequences] or fillers(dataset, sequences_per_document)
-        made = {**collate(samples, layout, pad_token_id, decoder_start), "totals": totals}
-        yield to_device({**made, "mismatched": True} if ahead else made, torch.device(device))
+            samples = [dataset.sample(number) for number in sequences]
+        samples = samples or collator.fillers(dataset, share.sequences_per_document)
+        made = {**collator(samples), "totals": totals}
+        yield to_device({**made, "ahead_of": True} if ahead is not None else made, torch.device(device))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from fractions import Fraction
 from typing import TypedDict
 
@@ -17,36 +15,13 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.pack import best_fit_decreasing
+from trainer.data.config import EpochEnd, MixOver
 
 Weights = Sequence[float | None]
 """One weight a source, at least 0; or None for every source, which leaves the data unmixed."""
 
 LONGEST_EPOCH = 1 << 28
 """Most units of one epoch: its order is held in memory, at 8 bytes a unit and three times that while it is drawn."""
-
-
-class MixOver(StrEnum):
-    """What the weights are shares of."""
-
-    documents = "documents"
-    tokens = "tokens"
-
-
-class EpochEnd(StrEnum):
-    """When an epoch of mixed sources ends."""
-
-    first = "first"
-    all = "all"
-
-
-@dataclass(kw_only=True, slots=True)
-class MixingConfig:
-    """How sources with weights are mixed. Without weights every document is used once an epoch."""
-
-    over: MixOver = MixOver.documents
-    """What the weights are shares of: the `documents` of an epoch, or its `tokens`."""
-    epoch: EpochEnd = EpochEnd.first
-    """An epoch ends when the `first` source has been seen once, or when `all` sources have been seen at least once."""
 
 
 class SourceShare(TypedDict):

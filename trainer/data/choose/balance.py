@@ -8,54 +8,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TypedDict
 
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
 
 _STREAM = 3  # keeps these draws apart from those of the training order, which uses the same seed
-
-
-class BalanceBy(StrEnum):
-    """What makes a group."""
-
-    none = "none"
-    label = "label"
-    source = "source"
-
-
-class BalanceTarget(StrEnum):
-    """Which shares the groups are to have."""
-
-    natural = "natural"
-    temperature = "temperature"
-    uniform = "uniform"
-    shares = "shares"
-
-
-@dataclass(kw_only=True, slots=True)
-class BalanceConfig:
-    """Repeating and leaving out documents so that groups have the wanted shares of the training data."""
-
-    by: BalanceBy = BalanceBy.none
-    """What makes a group: `label`, `source`, or `none`, which changes nothing."""
-    target: BalanceTarget = BalanceTarget.natural
-    """Shares wanted: as found (`natural`), flattened (`temperature`), equal (`uniform`), or as set (`shares`)."""
-    temperature: float = 1.0
-    """With target `temperature`, a group of n documents gets a share in proportion to n^(1/temperature); 1 is natural."""
-    shares: dict[str, float] = field(default_factory=dict)
-    """With target `shares`, the share of every group, relative to the others; 0 leaves the group out."""
-    cap: int | None = None
-    """Most documents of a group; those beyond it are left out by a seeded draw."""
-    up_sample: bool = True
-    """Reach the shares by repeating documents of groups that are too small."""
-    down_sample: bool = False
-    """Reach the shares by leaving out documents of groups that are too large."""
-    max_repeats: int = 4
-    """Most times one document is used (1 repeats none); a group that would need more stays short of its share."""
 
 
 class GroupShare(TypedDict):

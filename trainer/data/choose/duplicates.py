@@ -10,60 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from trainer.data.choose.minhash import choose_bands, digest64, mix, normal_digest, normalize, signatures
-from trainer.data.choose.near import near_groups
+from trainer.data.choose.near import near_copies
+from trainer.data.choose.wording import digest64, mix, normal_digest, normalize
+from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
-
-
-class DuplicatePolicy(StrEnum):
-    """What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
-
-    none = "none"
-    report = "report"
-    drop = "drop"
-
-
-class Across(StrEnum):
-    """Among which documents duplicates are looked for."""
-
-    all = "all"
-    source = "source"
-
-
-class ComparedText(StrEnum):
-    """Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
-
-    document = "document"
-    prompt = "prompt"
-    completion = "completion"
-
-
-@dataclass(kw_only=True, slots=True)
-class DuplicatesConfig:
-    """Duplicates within the training data. A kind is treated at least as strictly as the kinds below it."""
-
-    exact: DuplicatePolicy = DuplicatePolicy.report
-    """Exact copies: `none`, `report` (count them) or `drop` (keep the first)."""
-    normalized: DuplicatePolicy = DuplicatePolicy.report
-    """Documents with the same words, whatever their case, spacing and sentence punctuation."""
-    near: DuplicatePolicy = DuplicatePolicy.none
-    """Documents whose word n-grams overlap by `threshold` or more; with `drop`, exact copies go as well."""
-    threshold: float = 0.8
-    """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
-    ngram: int = 5
-    """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
-    num_perm: int = 128
-    """MinHash values a document; more find pairs close to the threshold more surely and cost time in proportion."""
-    across: Across = Across.all
-    """Look for duplicates in `all` documents together, or only within each `source`."""
-    text: ComparedText = ComparedText.document
-    """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
 
 
 def compared_text(document: Document, which: ComparedText) -> str:
@@ -113,7 +68,7 @@ class Signer:
     """Makes the columns by which documents are compared. Pure: built in every worker, the same for every block."""
 
     def __init__(self, config: DuplicatesConfig, *, near: bool | None = None, held_out: bool = True) -> None:
-        """`near` says whether to make bands; as a rule they are made when `config.near` is not off.
+        """`near` says whether near copies are looked for; as a rule they are when `config.near` is not off.
 
         `held_out`: there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact
         copies are looked for, "normal" is "digest".
@@ -121,30 +76,25 @@ class Signer:
         self.config = config
         self.held_out = held_out
         self.near = config.near is not DuplicatePolicy.none if near is None else near
-        self.bands, self.rows = choose_bands(config.threshold, config.num_perm)
 
     def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
-        """Columns of n documents, uint64[n] each, and uint64[n, bands] under "bands" where near duplicates are asked for.
+        """Columns of n documents, uint64[n] each.
 
         "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
-        "source" for the name of its source. Whole documents differ in "normal" and "bands" when their label does.
+        "source" for the name of its source, and "verdict", where near copies are looked for, for its label (0: none).
+        Whole documents differ in "normal" when their label does.
         """
         digests, normals, prompts, sources = list[int](), list[int](), list[int](), list[int]()
         keys = np.zeros(len(documents), dtype=np.uint64)
-        texts: list[bytes] = []
         whole = self.config.text is ComparedText.document
         worded = self.held_out or self.near or self.config.normalized is not DuplicatePolicy.none
-        worded = worded or self.config.near is not DuplicatePolicy.none
         for row, document in enumerate(documents):
             text = compared_text(document, self.config.text) if worded or not whole else ""
             digests.append(document.digest() if whole else digest64(text.encode("utf-8", "surrogatepass")))
             verdict = (document.label, document.desirable)
             if whole and verdict != (None, None):
                 keys[row] = digest64(json.dumps(verdict).encode())
-            normal = None
-            if worded:
-                texts.append(normalize(text))
-                normal = normal_digest(texts[-1])
+            normal = normal_digest(normalize(text)) if worded else None
             normals.append(digests[-1] if normal is None else normal)
             prompt = prompt_of(document) if self.held_out else None
             prompts.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
@@ -152,12 +102,7 @@ class Signer:
         found = {"digest": digests, "normal": normals, "prompt": prompts, "source": sources}
         columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
         columns["normal"] ^= keys
-        if self.near:
-            bands = signatures(texts, ngram=self.config.ngram, bands=self.bands, rows=self.rows)
-            wordless = [row for row, text in enumerate(texts) if not text.strip()]
-            bands[wordless] = mix(columns["digest"][wordless, None] + np.arange(self.bands, dtype=np.uint64))
-            columns["bands"] = bands ^ keys[:, None]
-        return columns
+        return {**columns, "verdict": keys} if self.near else columns
 
 
 @cache
@@ -199,7 +144,7 @@ def find_duplicates(
     `text_of(row)` gives `compared_text(document, config.text)`. A document counts under the strictest kind that holds.
     """
     number = len(columns["digest"])
-    scope = mix(columns["source"]) if config.across is Across.source else None
+    scope = mix(columns["source"]) if config.across is Across.source else np.zeros(number, np.uint64)
     result = Duplicates(np.ones(number, bool), np.arange(number, dtype=np.int64), np.zeros(number, np.uint8))
     order = list(DuplicatePolicy)
     given = [order.index(policy) for policy in (config.exact, config.normalized, config.near)]
@@ -208,14 +153,12 @@ def find_duplicates(
         policy = order[max(given[place:])]
         if policy is DuplicatePolicy.none:
             continue
-        column = columns[("digest", "normal", "bands")[place]]
         if kind == "near":
-            scoped = column if scope is None else column ^ scope[:, None]
-            stands, result.report["near_search"] = near_groups(
-                scoped, text_of, threshold=config.threshold, ngram=config.ngram, alive=alive
+            stands, result.report["near_search"] = near_copies(
+                alive, text_of, columns["verdict"] ^ scope, threshold=config.threshold, ngram=config.ngram
             )
         else:
-            stands = exact_groups(column if scope is None else column ^ scope, alive)
+            stands = exact_groups(columns[("digest", "normal")[place]] ^ scope, alive)
         found = stands != np.arange(number)
         result.stands[found], result.kind[found] = stands[found], place + 1
         alive &= ~found

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.near import MAX_CHECKED, MAX_LEADERS, NgramSets, alike
+from trainer.data.choose.near import NearIndex
+from trainer.data.config import LeakageConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES
 
-BLOCK_ROWS = 8192
-"""Training documents whose candidates are in memory at a time."""
 KINDS = ("exact", "normalized", "near", "prompt")
 """From the strictest: the same row; the same words; overlapping n-grams; the same prompt with another answer."""
-
-
-class LeakagePolicy(StrEnum):
-    """What is done about training documents that are in the held-out data too."""
-
-    report = "report"
-    drop_train = "drop_train"
-    fail = "fail"
-
-
-@dataclass(kw_only=True, slots=True)
-class LeakageConfig:
-    """Documents that training and held-out data share."""
-
-    policy: LeakagePolicy = LeakagePolicy.report
-    """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run; see `prompts`."""
-    near: bool = False
-    """Look for near duplicates too, with the threshold and n-grams of the search for duplicates."""
-    prompts: bool = True
-    """Report prompts that are also in the held-out data with another answer; they are never dropped nor fail a run."""
 
 
 @dataclass(slots=True)
@@ -78,9 +55,9 @@ def find_leaks(
 ) -> Leaks:
     """Compare the columns of `duplicates.Signer.sign` of both parts, which must come from the same settings.
 
-    The texts are asked for only to verify candidates of near leaks (Jaccard similarity of at least `threshold` over
-    word n-grams); these need the column "bands". Training rows not `alive`, dropped before, are left out. Sources do
-    not matter. Memory: some numbers a training document, and 16 bytes times bands for each held-out one.
+    The texts are asked for only where near leaks are looked for (Jaccard similarity of at least `threshold` over word
+    n-grams), which needs the column "verdict". Training rows not `alive`, dropped before, are left out. Sources do not
+    matter. Memory: some numbers a training document, and for near leaks 1.4 kB for each held-out one.
     """
     number = len(train["digest"])
     partner = np.full(number, -1, dtype=np.int64)
@@ -92,8 +69,13 @@ def find_leaks(
         rows = np.flatnonzero(open_rows)
         if name == "near":
             if config.near:
-                sets = NgramSets(train_text, ngram), NgramSets(held_out_text, ngram)
-                incomplete = _near(train["bands"], held_out["bands"], rows, found, sets, threshold)
+                index = NearIndex(held_out_text, threshold=threshold, ngram=ngram)
+                for row, apart in enumerate(held_out["verdict"].tolist()):
+                    index.add(row, held_out_text(row), apart)
+                for row in rows.tolist():
+                    likest = index.find(train_text(row), int(train["verdict"][row]))
+                    found[row] = -1 if likest is None else likest
+                incomplete = index.report["incomplete"]
         elif name != "prompt":
             column = "digest" if name == "exact" else "normal"
             found[rows] = _first_equal(train[column][rows], held_out[column])
@@ -145,52 +127,3 @@ def _first_equal(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     ordered = others[order]
     place = np.minimum(np.searchsorted(ordered, values), len(others) - 1)
     return np.where(ordered[place] == values, order[place], -1)
-
-
-def _near(
-    train: np.ndarray,
-    held_out: np.ndarray,
-    rows: np.ndarray,
-    found: np.ndarray,
-    sets: tuple[NgramSets, NgramSets],
-    threshold: float,
-) -> int:
-    """Write the near partner of each of `rows` into `found`; how many documents' comparisons were cut short."""
-    orders = [np.argsort(held_out[:, band], kind="stable") for band in range(held_out.shape[1])]
-    sorted_bands = [held_out[order, band] for band, order in enumerate(orders)]
-    incomplete = 0
-    for begin in range(0, len(rows), BLOCK_ROWS):
-        block = rows[begin : begin + BLOCK_ROWS]
-        pairs, cut = _pairs(np.asarray(train[block]), sorted_bands, orders)
-        checked: Counter[int] = Counter()
-        for place, other in pairs:
-            row = int(block[place])
-            if found[row] >= 0:
-                continue
-            if checked[row] == MAX_CHECKED:
-                cut[place] = True
-                continue
-            checked[row] += 1
-            if alike(sets[0][row], sets[1][other], threshold):
-                found[row] = other
-        incomplete += int((cut & (found[block] < 0)).sum())
-    return incomplete
-
-
-def _pairs(
-    block: np.ndarray, sorted_bands: list[np.ndarray], orders: list[np.ndarray]
-) -> tuple[Iterator[tuple[int, int]], np.ndarray]:
-    """Pairs (place in the block, held-out row) that share a band, by place, those sharing most first; bool[block] cut."""
-    cut = np.zeros(len(block), dtype=bool)
-    number = len(orders[0])
-    keys = []
-    for band, (ordered, order) in enumerate(zip(sorted_bands, orders, strict=True)):
-        left = np.searchsorted(ordered, block[:, band], side="left")
-        counts = np.searchsorted(ordered, block[:, band], side="right") - left
-        cut |= counts > MAX_LEADERS
-        counts = np.minimum(counts, MAX_LEADERS)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        keys.append(np.repeat(np.arange(len(block)), counts) * number + order[np.repeat(left, counts) + within])
-    pairs, shared = np.unique(np.concatenate(keys), return_counts=True)
-    best = np.lexsort((pairs, -shared, pairs // max(1, number)))
-    return ((int(pair) // number, int(pair) % number) for pair in pairs[best]), cut

@@ -1,145 +1,123 @@
-"""Groups of near duplicates: candidates from columns of band hashes, each verified by its true Jaccard similarity."""
+"""Near copies: candidates from rensa's index of MinHash bands, each verified by its true Jaccard similarity.
+
+Everything is a function of the texts and their order; one process does it, whatever made the blocks.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from trainer.data.choose.minhash import jaccard, ngram_set
+from trainer.data.choose.wording import ngrams, normalize
 
+SEED, VALUES = 1, 128
+"""Of MinHash: the seed, and most values a document."""
+MIN_RECALL = 0.97
+"""Share of the pairs exactly at the threshold that the bands must find, in theory."""
+DOUBT = 0.15
+"""How far below the threshold an estimate may lie for a candidate to be verified: four standard deviations of it."""
 MAX_CHECKED = 64
-"""Documents that one document is compared with at most, those sharing most bands first."""
-MAX_LEADERS = 128
-"""Documents that stand in one bucket at most; text that thousands share would otherwise cost the square of them."""
-CACHE_BYTES = 64 << 20
-"""N-gram sets kept for further comparisons."""
+"""Documents that one document is truly compared with at most, the likest by estimate first."""
+MAX_SKETCHES = 4096
+"""Sketches kept in memory, 0.6 kB each; others are made anew of their text where they are compared."""
+MAX_CANDIDATES = 512
+"""A document that shares a band with as many is not kept for later ones: text that thousands share costs their square."""
 
 
-class NgramSets:
-    """N-gram sets of documents, those used last kept in memory up to `CACHE_BYTES`."""
+class NearIndex:
+    """Documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
 
-    def __init__(self, text_of: Callable[[int], str], ngram: int) -> None:
-        self._text_of, self._ngram = text_of, ngram
-        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._bytes = 0
+    A document takes about 1.4 kB, most of it for its place in each band.
+    """
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        if row in self._kept:
-            self._kept.move_to_end(row)
-            return self._kept[row]
-        found = ngram_set(self._text_of(row), self._ngram)
-        self._kept[row] = found
-        self._bytes += found.nbytes
-        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+    def __init__(self, text_of: Callable[[int], str], *, threshold: float, ngram: int) -> None:
+        from rensa import RMinHash, RMinHashLSH
+
+        bands, rows = choose_bands(threshold)
+        self._threshold, self._ngram, self._text_of = threshold, ngram, text_of
+        self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, SEED)
+        self._index = RMinHashLSH(threshold, bands * rows, bands)
+        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, apart: self._sketch(text_of(row), apart)[1])
+        self.report = dict.fromkeys(("candidates", "comparisons", "refused", "incomplete"), 0)
+        """Documents with candidates, true comparisons, those of them that were none, and documents cut short."""
+
+    def find(self, text: str, apart: int = 0) -> int | None:
+        """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
+
+        Documents with another `apart` (a label, a source) are never near copies, nor are those without words.
+        """
+        return self._find(*self._sketch(text, apart), apart)
+
+    def add(self, row: int, text: str, apart: int = 0, *, unless_found: bool = False) -> int | None:
+        """Keep a document for later ones; with `unless_found` only where none is found, which is given back else."""
+        runs, sketch = self._sketch(text, apart)
+        found = self._find(runs, sketch, apart) if unless_found else None
+        if found is None and runs:
+            if len(self._index.query(sketch)) < MAX_CANDIDATES:
+                self._index.insert(row, sketch)
+            else:
+                self.report["incomplete"] += 1
         return found
 
+    def _sketch(self, text: str, apart: int) -> tuple[list[bytes], Any]:
+        runs, sketch = ngrams(normalize(text), self._ngram, apart), self._empty()
+        sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
+        return runs, sketch
 
-def alike(first: np.ndarray, second: np.ndarray, threshold: float) -> bool:
-    """Whether two n-gram sets have at least this Jaccard similarity; sizes too unlike decide without a comparison."""
-    small, large = sorted((len(first), len(second)))
-    return small >= threshold * large and jaccard(first, second) >= threshold
+    def _find(self, runs: list[bytes], sketch: Any, apart: int) -> int | None:
+        rows = self._index.query(sketch) if runs else []
+        estimates = [(sketch.jaccard(self._sketch_of(row, apart)), row) for row in rows]
+        likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - DOUBT]
+        self.report["candidates"] += bool(likely)
+        for _, row in sorted(likely)[:MAX_CHECKED]:
+            other = ngrams(normalize(self._text_of(row)), self._ngram, apart)
+            self.report["comparisons"] += 1
+            if jaccard(set(runs), set(other)) >= self._threshold:
+                return row
+            self.report["refused"] += 1
+        self.report["incomplete"] += len(likely) > MAX_CHECKED
+        return None
 
 
-def near_groups(
-    bands: np.ndarray,
-    text_of: Callable[[int], str],
-    *,
-    threshold: float,
-    ngram: int,
-    alive: np.ndarray | None = None,
+def near_copies(
+    alive: np.ndarray, text_of: Callable[[int], str], apart: np.ndarray, *, threshold: float, ngram: int
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """The document that stands for each: int64[n] (itself where it is kept) from band hashes uint64[n, bands]; a report.
+    """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
 
-    In the order of input, a document joins an earlier one that is kept itself and truly has a Jaccard similarity of
-    `threshold` or more over word n-grams, else it is kept. `text_of(row)` gives the text that was signed, for the
-    candidates only; rows not `alive` are left out. Memory: a few numbers a document for one band at a time, then about
-    15 bytes times bands for each document that shares a band with another. "incomplete" in the report counts the
-    documents whose comparisons were cut short by `MAX_CHECKED` or `MAX_LEADERS`: among them, duplicates may be left.
+    Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared. `incomplete` in the report counts
+    the documents whose comparisons were cut short: among them, copies may be left.
     """
-    stands = np.arange(len(bands), dtype=np.int64)
-    rows = stands.copy() if alive is None else np.flatnonzero(alive)
-    suspects, buckets, number = _shared_buckets(bands, rows)
-    search = _Leaders(buckets, number)
-    sets = NgramSets(text_of, ngram)
-    checked = joined = incomplete = 0
-    for place, row in enumerate(suspects.tolist()):
-        for other in search.candidates(place):
-            checked += 1
-            leader = int(suspects[other])
-            if alike(sets[row], sets[leader], threshold):
-                stands[row] = leader
-                joined += 1
-                break
-        else:
-            search.add(place)
-            incomplete += search.cut
-    report = {
-        "candidates": len(suspects),
-        "comparisons": checked,
-        "refused": checked - joined,
-        "duplicates": joined,
-        "groups": len(np.unique(stands[stands != np.arange(len(stands))])),
-        "incomplete": incomplete,
-    }
-    return stands, report
+    index, stands = NearIndex(text_of, threshold=threshold, ngram=ngram), np.arange(len(alive), dtype=np.int64)
+    for row in np.flatnonzero(alive).tolist():
+        leader = index.add(row, text_of(row), int(apart[row]), unless_found=True)
+        stands[row] = row if leader is None else leader
+    copies = stands[stands != np.arange(len(stands))]
+    return stands, {**index.report, "duplicates": len(copies), "groups": len(np.unique(copies))}
 
 
-def _shared_buckets(bands: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows that share a band with another one, their bucket in each band ([suspects, bands], -1: alone), buckets."""
-    shared = np.zeros(len(rows), dtype=bool)
-    for band in range(bands.shape[1]):
-        column = np.asarray(bands[:, band])[rows]
-        order = np.argsort(column, kind="stable")
-        same = column[order[1:]] == column[order[:-1]]
-        shared[order[1:][same]] = True
-        shared[order[:-1][same]] = True
-    suspects = rows[shared]
-    buckets = np.full((len(suspects), bands.shape[1]), -1, dtype=np.int64 if bands.size >= 2**31 else np.int32)
-    number = 0
-    for band in range(bands.shape[1]):
-        _, inverse, counts = np.unique(np.asarray(bands[:, band])[suspects], return_inverse=True, return_counts=True)
-        many = counts > 1
-        names = np.where(many, np.cumsum(many) - 1 + number, -1)
-        buckets[:, band] = names[inverse]
-        number += int(many.sum())
-    return suspects, buckets, number
+def jaccard(first: set[bytes], second: set[bytes]) -> float:
+    """Shared elements over all elements; 0 where both sets are empty."""
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared or 1)
 
 
-class _Leaders:
-    """The kept documents of every bucket, as linked lists in flat arrays: no object a document.
+def recall(similarity: float, bands: int, rows: int) -> float:
+    """Probability that two texts of this Jaccard similarity share at least one band: 1 - (1 - s**rows)**bands."""
+    return 1 - (1 - similarity**rows) ** bands
 
-    `cut` says whether a limit shortened the comparisons of the document looked at last.
+
+def choose_bands(threshold: float) -> tuple[int, int]:
+    """(bands, rows of a band) with the most rows, so the fewest useless candidates, that still find enough.
+
+    A MinHash value agrees with probability equal to the Jaccard similarity s (Broder 1997); a pair becomes a candidate
+    with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). The
+    rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
+    rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
     """
-
-    def __init__(self, buckets: np.ndarray, number: int) -> None:
-        self._buckets, self._bands = buckets, buckets.shape[1]
-        self._head = np.full(number, -1, dtype=buckets.dtype).data
-        self._next = np.full(buckets.size, -1, dtype=buckets.dtype).data
-        self._filled = np.zeros(number, dtype=np.int32).data
-        self.cut = False
-
-    def candidates(self, place: int) -> list[int]:
-        """Kept documents that share a bucket, those sharing most first, then the earlier."""
-        found: Counter[int] = Counter()
-        for bucket in self._buckets[place].tolist():
-            entry = self._head[bucket] if bucket >= 0 else -1
-            while entry >= 0:
-                found[entry // self._bands] += 1
-                entry = self._next[entry]
-        self.cut = len(found) > MAX_CHECKED
-        return sorted(found, key=lambda other: (-found[other], other))[:MAX_CHECKED]
-
-    def add(self, place: int) -> None:
-        """Keep a document: later ones are compared with it."""
-        for band, bucket in enumerate(self._buckets[place].tolist()):
-            if bucket < 0:
-                continue
-            if self._filled[bucket] >= MAX_LEADERS:
-                self.cut = True
-                continue
-            entry = place * self._bands + band
-            self._next[entry], self._head[bucket] = self._head[bucket], entry
-            self._filled[bucket] += 1
+    for rows in range(VALUES, 0, -1):
+        if recall(threshold, VALUES // rows, rows) >= MIN_RECALL:
+            return VALUES // rows, rows
+    return VALUES, 1

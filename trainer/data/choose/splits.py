@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import Columns
-from trainer.data.choose.balance import BalanceBy, resample
-from trainer.data.choose.duplicates import KINDS, DuplicatePolicy, compared_text, find_duplicates
+from trainer.data.choose.balance import resample
+from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
-from trainer.data.config import DataConfig
+from trainer.data.choose.wording import mix
+from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.inputs import HELD_OUT
+from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]
+STEP, OFFSET = 0x9E3779B97F4A7C15, 0x632BE59BD9B4E019
+"""What the seed is multiplied with and added to, so that draws of different seeds have nothing in common."""
 
 
 @dataclass(slots=True)
@@ -99,7 +102,7 @@ class _Chooser:
                 splits[split] = columns.of_split(split)
         train = columns.of_split("train")
         train = train[self.alive[train]]
-        draws = mix(self.content[train], self.seed)
+        draws = mix(self.content[train] + np.uint64((self.seed * STEP + OFFSET) % 2**64))
         taken = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -191,14 +194,6 @@ def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: 
     selection = chooser.selection
     selection.splits = {name: selection.splits[name] for name in ("train", *HELD_OUT) if name in selection.splits}
     return selection
-
-
-def mix(digests: np.ndarray, seed: int) -> np.ndarray:
-    """uint64 [n]: draws that depend on digest and seed alone (the finaliser of SplitMix64; Steele et al. 2014)."""
-    z = digests.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:

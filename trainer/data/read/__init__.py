@@ -3,6 +3,6 @@
 from trainer.data.read.dispatch import inputs_of, read
 from trainer.data.read.hub import open_hub
 from trainer.data.read.paths import expand
-from trainer.data.read.row import BadRow, Row
+from trainer.data.read.row import Row
 
-__all__ = ["BadRow", "Row", "expand", "inputs_of", "open_hub", "read"]
+__all__ = ["Row", "expand", "inputs_of", "open_hub", "read"]

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 from strategies.errors import DataError
-from trainer.data.read.opening import open_text
-from trainer.data.read.row import BadRow, Row, excerpt
+from trainer.data.document import Rejected
+from trainer.data.read.opening import File, open_text
+from trainer.data.read.row import Row, excerpt
 from trainer.data.read.strict import MAX_ROW_BYTES, Refused, decode_utf8
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row | BadRow]:
+def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
     """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
 
     Raises DataError where what follows cannot be told apart: an unclosed or misplaced quote, a header with doubled or
@@ -32,7 +32,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row | BadRow]:
 class _Lines:
     """Physical lines for the csv module; remembers the lines of the current record and what is wrong with them."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
+    def __init__(self, path: File, stream: BinaryIO) -> None:
         self.path = path
         self.stream = stream
         self.number = 0
@@ -59,7 +59,7 @@ class _Lines:
         return self.number + 1
 
 
-def _records(path: Path, lines: _Lines, delimiter: str) -> Iterator[Row | BadRow]:
+def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Rejected]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     name = str(path)
     header: list[str] | None = None
@@ -76,23 +76,24 @@ def _records(path: Path, lines: _Lines, delimiter: str) -> Iterator[Row | BadRow
         if header is None:
             header = _header(path, line, cells, delimiter, lines.trouble)
         elif lines.trouble is not None:
-            yield BadRow(name, line, lines.trouble.reason, lines.trouble.message, excerpt(lines.first))
+            yield Rejected(name, line, lines.trouble.reason, lines.trouble.message, excerpt(lines.first))
         elif len(cells) != len(header):
             found = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}"
             message = (
                 f"{found} where the header has {len(header)} ({_some(header)}); quote cells that hold "
                 f"{_SEPARATORS[delimiter]} or line breaks"
             )
-            yield BadRow(name, line, "wrong_cell_count", message, excerpt(lines.first))
+            yield Rejected(name, line, "wrong_cell_count", message, excerpt(lines.first))
         else:
-            yield Row(name, line, dict(zip(header, cells, strict=True)))
+            # a cell's own line breaks are line feeds, whatever ends the file's lines
+            yield Row(name, line, dict(zip(header, (cell.replace("\r\n", "\n") for cell in cells), strict=True)))
 
 
 def _some(header: list[str]) -> str:
     return ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
 
 
-def _malformed(path: Path, line: int, lines: _Lines, error: csv.Error) -> DataError:
+def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
     if "unexpected end of data" in str(error):
         what = "a quote is opened and never closed in the record that starts here"
     elif "new-line character" in str(error):
@@ -106,7 +107,7 @@ def _malformed(path: Path, line: int, lines: _Lines, error: csv.Error) -> DataEr
     return DataError(f"{path}:{line}: not valid CSV: {what}; rows from here on cannot be told apart")
 
 
-def _header(path: Path, line: int, cells: list[str], delimiter: str, trouble: Refused | None) -> list[str]:
+def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Refused | None) -> list[str]:
     if trouble is not None:
         raise DataError(f"{path}:{line}: in the header: {trouble.message}")
     header = [name.strip() for name in cells]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
+from trainer.data.document import Rejected
 from trainer.data.read.columnar import BATCH, table_rows
-from trainer.data.read.row import BadRow, Row
+from trainer.data.read.row import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,17 +30,24 @@ def check_name(value: str, key: str) -> str:
 
 
 def open_hub(
-    name: str, config: str | None = None, split: str | None = None, revision: str | None = None
-) -> Iterator[Row | BadRow]:
-    """Rows of one split of a hub data set, numbered from 1; values follow the rule of `columnar`.
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    wanted: Collection[str] | None = None,
+) -> Iterator[Row | Rejected]:
+    """Rows of one split of a hub data set, numbered from 1, with the columns `wanted`; values as in `columnar`.
 
     `split` may be left out where there is only one. Raises DataError that says what to do: offline, missing, gated,
     several configs or splits.
     """
     dataset = load(name, config, split, revision)
     place = "/".join(part for part in (f"{PREFIX}{name}", config, str(dataset.split or split or "")) if part)
-    tables = dataset.with_format("arrow").iter(BATCH)
-    return table_rows((batch for table in tables for batch in table.combine_chunks().to_batches()), place)
+    taken = [name for name in dataset.column_names if wanted is None or name in wanted] or dataset.column_names
+    others = tuple(name for name in dataset.column_names if name not in taken)
+    tables = dataset.select_columns(taken).with_format("arrow").iter(BATCH)
+    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    return table_rows(batches, place, others=others)
 
 
 def identity(name: str, config: str | None, split: str | None, revision: str | None) -> str:

@@ -6,20 +6,20 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 from strategies.errors import DataError
-from trainer.data.read.opening import BUFFER, open_text
-from trainer.data.read.row import BadRow, Row, excerpt
-from trainer.data.read.strict import MAX_ROW_BYTES, Refused, check_value, decode_element, hint
+from trainer.data.document import Rejected
+from trainer.data.read.opening import BUFFER, File, open_text
+from trainer.data.read.row import Row, excerpt
+from trainer.data.read.strict import DECODER, MAX_ROW_BYTES, Refused, checked, hint
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _TAIL = 12
 """Longest start of a JSON token, in characters, that can be mistaken for an error while the rest is not read yet."""
 
 
-def read_json_lines(path: Path) -> Iterator[Row | BadRow]:
+def read_json_lines(path: File) -> Iterator[Row | Rejected]:
     """One row a line that is not blank, unparsed. Lines above 64 MiB are bad rows. Raises DataError."""
     name = str(path)
     number = 0
@@ -45,14 +45,14 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> int:
     return length
 
 
-def _too_long(name: str, line: int, start: bytes, length: int) -> BadRow:
+def _too_long(name: str, line: int, start: bytes, length: int) -> Rejected:
     message = f"the row has {length / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
-    return BadRow(name, line, "too_long", message, excerpt(start))
+    return Rejected(name, line, "too_long", message, excerpt(start))
 
 
 def _refuse_carriage_returns(row: Row) -> None:
     """A whole file that is one line only because its lines end with carriage returns would be lost as one bad row."""
-    if isinstance(row.parse(), BadRow):
+    if isinstance(row.parse(), Rejected):
         raise DataError(
             f"{row.file}:1: the lines end with carriage returns alone; end them with line feeds, for example by "
             f"tr '\\r' '\\n' < {row.file}"
@@ -60,7 +60,7 @@ def _refuse_carriage_returns(row: Row) -> None:
     row.fields = {}
 
 
-def read_json(path: Path) -> Iterator[Row | BadRow]:
+def read_json(path: File) -> Iterator[Row | Rejected]:
     """A list of objects; or, under the same name, one object a line. Raises DataError with the line."""
     number, start = _first_line(path)
     if start.startswith(b"["):
@@ -75,7 +75,7 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
     raise DataError(f"{path}:{number}: a .json file must hold a list of objects, or one object a line{found}")
 
 
-def _first_line(path: Path) -> tuple[int, bytes]:
+def _first_line(path: File) -> tuple[int, bytes]:
     """Number of the first line that is not blank, and its bytes without blanks around them."""
     number = 0
     with open_text(path) as stream:
@@ -89,7 +89,7 @@ def _first_line(path: Path) -> tuple[int, bytes]:
 class _ListReader:
     """Decodes a list element by element from a buffer that grows as needed and forgets what was read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: File) -> None:
         self.path = path
         self.text = ""
         self.position = 0
@@ -99,7 +99,7 @@ class _ListReader:
         self.ended = False
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
-    def rows(self) -> Iterator[Row | BadRow]:
+    def rows(self) -> Iterator[Row | Rejected]:
         """Every element of the list, in order."""
         with open_text(self.path) as self.stream:
             self._blank()
@@ -117,11 +117,11 @@ class _ListReader:
                 if self._blank() == "]":
                     raise self._broken("a comma before the closing bracket is not allowed")
 
-    def _element(self) -> Row | BadRow:
+    def _element(self) -> Row | Rejected:
         line = self._line()
         while True:
             try:
-                value, end = decode_element(self.text, self.position)
+                value, end = DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 near_end = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _TAIL
                 if not (near_end and self._more()):
@@ -136,15 +136,13 @@ class _ListReader:
         source = self.text[self.position : end]
         self.position = end
         try:
-            if isinstance(value, Refused):
-                raise value
             _require_utf8(source)
-            check_value(value, source)
+            fields = checked(value, source)
         except Refused as refused:
-            return BadRow(str(self.path), line, refused.reason, refused.message, excerpt(source))
+            return Rejected(str(self.path), line, refused.reason, refused.message, excerpt(source))
         if len(source) > MAX_ROW_BYTES:
             return _too_long(str(self.path), line, source[:1000].encode(), len(source))
-        return Row(str(self.path), line, value)
+        return Row(str(self.path), line, fields)
 
     def _more(self) -> bool:
         """Read on; False at the end of the file. What was decoded is dropped, and counted into the line number."""

@@ -1,28 +1,34 @@
-"""Opening files: plain, gzip and Zstandard, as one stream of bytes; and telling by their first bytes what files are.
+"""Opening files, plain or compressed, here or elsewhere, as one stream of bytes; telling by first bytes what they are.
 
 A name that promises something else than the bytes hold is refused before a row is read. Reading streams; compressed
-files may have several members or frames. Sources: RFC 1952 (gzip), RFC 8878 (Zstandard).
+files may have several members or frames, a zip archive has one file. Sources: RFC 1952 (gzip), RFC 8878 (Zstandard).
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import re
 import stat
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from strategies.errors import DataError
+from trainer.data.read.remote import HEAD, Remote
 
+File = Path | Remote
+"""A file that rows are read from."""
 BUFFER = 2**20
 """Bytes read at a time."""
 BOM = b"\xef\xbb\xbf"
-_HEAD = 4096
-_UNREADABLE = (OSError, EOFError, zlib.error)
+_DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+_UNREADABLE = (OSError, EOFError, *_DAMAGED)
 _MAGIC = (
     (rb"\x1f\x8b", "gzip-compressed data"),
     (rb"\x28\xb5\x2f\xfd", "Zstandard-compressed data"),
@@ -44,7 +50,13 @@ _MAGIC = (
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text"),
 )
 _SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name in _MAGIC)
-COMPRESSION = {".gz": "gzip-compressed data", ".zst": "Zstandard-compressed data"}
+COMPRESSION = {
+    ".gz": "gzip-compressed data",
+    ".zst": "Zstandard-compressed data",
+    ".bz2": "bzip2-compressed data",
+    ".xz": "xz-compressed data",
+    ".zip": "a zip archive (or an office document)",
+}
 """Suffixes of compressed files, and what their first bytes say."""
 
 
@@ -72,47 +84,97 @@ def identify(head: bytes) -> str | None:
     return None
 
 
+def local(path: File) -> Path | None:
+    """The path of a file on this machine."""
+    return path if isinstance(path, Path) else None
+
+
+def open_binary(path: File) -> io.BufferedReader:
+    """The file's bytes as they are. Raises DataError and OSError."""
+    if isinstance(path, Remote):
+        return cast("io.BufferedReader", path.open())
+    require_regular(path)
+    return cast("io.BufferedReader", path.open("rb", buffering=BUFFER))
+
+
 @contextmanager
-def open_text(path: Path) -> Iterator[BinaryIO]:
+def open_text(path: File) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed, positioned after a UTF-8 byte order mark.
 
     Raises DataError: cannot be read, not compressed as its name says or the other way round, an image, UTF-16 and so
     on; also, while the caller reads, for a file that is cut off or damaged.
     """
-    require_regular(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-        if not head:
-            raise DataError(f"{path}:1: the file is empty (0 bytes)")
-        compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else None
-        found = identify(head)
-        if compression and found != COMPRESSION[compression]:
-            what = f"it holds {found}" if found else "it is not compressed"
-            raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
-        with _opened(path, compression) as stream:
-            head = stream.peek(_HEAD)[:_HEAD]
+        with open_binary(path) as file:
+            head = file.peek(HEAD)[:HEAD]
+            if not head:
+                raise DataError(f"{path}:1: the file is empty (0 bytes)")
+            compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else None
             found = identify(head)
-            if found:
-                raise DataError(f"{path}: holds {found}{_remedy(path, found)}")
-            if head.startswith(BOM):
-                stream.read(len(BOM))
-            yield cast("BinaryIO", stream)
+            if compression and found != COMPRESSION[compression]:
+                what = f"it holds {found}" if found else "it is not compressed"
+                raise DataError(f"{path}: not {COMPRESSION[compression]} as its name says: {what}; rename it")
+            with _decompressed(path, file, compression) as stream:
+                head = stream.peek(HEAD)[:HEAD]
+                if found := identify(head):
+                    raise DataError(f"{path}: holds {found}{_remedy(path, found)}")
+                if head.startswith(BOM):
+                    stream.read(len(BOM))
+                yield cast("BinaryIO", stream)
     except _UNREADABLE as error:
         raise unreadable(path, error) from error
 
 
-def _opened(path: Path, compression: str | None) -> io.BufferedReader:
+def _decompressed(path: File, file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
+    raw: Any
+    if compression is None:
+        return file
     if compression == ".gz":
-        return io.BufferedReader(cast("io.RawIOBase", gzip.open(path, "rb")), BUFFER)
-    if compression == ".zst":
+        raw = gzip.GzipFile(fileobj=file)
+    elif compression == ".zst":
         import pyarrow as pa  # its reader joins frames and, unlike others, notices a frame that is cut off
 
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), BUFFER)
-    return cast("io.BufferedReader", path.open("rb", buffering=BUFFER))
+        raw = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+    elif compression == ".zip":
+        archive = zipfile.ZipFile(file)
+        names = [about.filename for about in archive.infolist() if not about.is_dir()]
+        if len(names) != 1:
+            raise DataError(f"{path}: the archive holds {len(names)} files, and one can be read; unpack it")
+        raw = archive.open(names[0])
+    else:
+        raw = _Members(file, bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor)
+    return io.BufferedReader(raw, BUFFER)
 
 
-def _remedy(path: Path, found: str) -> str:
+class _Members(io.RawIOBase):
+    """Compressed members one behind the other; unlike the library's own reader it refuses what follows them."""
+
+    def __init__(self, file: io.BufferedReader, make: Callable[[], Any]) -> None:
+        self.file, self.make = file, make
+        self.member = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes of the next part; 0 at the end. Raises EOFError for a member that is cut off."""
+        while True:
+            rest = b""
+            if self.member.eof:
+                rest = self.member.unused_data.lstrip(b"\0")  # padding is allowed
+                while not rest:
+                    if not (more := self.file.read(BUFFER)):
+                        return 0
+                    rest = more.lstrip(b"\0")
+                self.member = self.make()
+            elif self.member.needs_input and not (rest := self.file.read(BUFFER)):
+                raise EOFError
+            if part := self.member.decompress(rest, len(buffer)):
+                buffer[: len(part)] = part
+                return len(part)
+
+
+def _remedy(path: File, found: str) -> str:
     if found.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
     compressed = path.suffix.lower() in COMPRESSION
@@ -129,11 +191,11 @@ def _remedy(path: Path, found: str) -> str:
     return f", not the text that {promised} promises; export it as text first, or remove it"
 
 
-def unreadable(path: Path, error: BaseException) -> DataError:
+def unreadable(path: File, error: BaseException) -> DataError:
     """A failure of the operating system or of a decompressor, as a message that names the file and what to do."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
-    if isinstance(error, gzip.BadGzipFile | zlib.error) or (isinstance(error, OSError) and not error.strerror):
+    if isinstance(error, (gzip.BadGzipFile, *_DAMAGED)) or (isinstance(error, OSError) and not error.strerror):
         return DataError(f"{path}: the compressed data is damaged ({error}); copy or make the file again")
     if isinstance(error, PermissionError):
         return DataError(f"{path}: cannot be read: {error.strerror}; give yourself the right to read it")

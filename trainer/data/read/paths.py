@@ -18,18 +18,24 @@ from typing import Any
 
 from strategies.errors import DataError
 from trainer.data.read.hub import PREFIX, check_name
-from trainer.data.read.opening import COMPRESSION, require_regular
+from trainer.data.read.opening import COMPRESSION, File, require_regular
+from trainer.data.read.remote import is_address, remote_files
 
 TEXT_KINDS = (".txt", ".md")
 LINE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 COLUMN_KINDS = (".parquet", ".arrow")
-SUPPORTED = f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with .gz or .zst), {' and '.join(COLUMN_KINDS)}"
+SUPPORTED = (
+    f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with {', '.join(COMPRESSION)}), {' and '.join(COLUMN_KINDS)}"
+)
 """For messages: the names that can be read."""
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_PACKED = "|".join(map(re.escape, COMPRESSION))
+_READABLE = (
+    rf"({'|'.join(map(re.escape, LINE_KINDS + TEXT_KINDS))})({_PACKED})?$|({'|'.join(map(re.escape, COLUMN_KINDS))})$"
+)
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: File) -> str | None:
     """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSION:
@@ -39,14 +45,15 @@ def kind_of(path: Path) -> str | None:
     return last if last in LINE_KINDS + TEXT_KINDS + COLUMN_KINDS else None
 
 
-def is_hub(path: Path | str) -> bool:
+def is_hub(path: File | str) -> bool:
     """Whether the path names a data set of the hub (`hub:org/name`)."""
     return str(path).startswith(PREFIX)
 
 
-def expand(path_value: Any, key: str) -> list[Path]:
+def expand(path_value: Any, key: str, *, remote: bool = False) -> list[File]:
     """Files named by `path_value`: a file, a directory, a glob or `hub:org/name`, or a list of these, in that order.
 
+    With `remote` also addresses (s3://, https:// and so on), which are looked up; without it they are an error.
     A directory is searched with all below it, sorted by path; one written by `datasets.save_to_disk` gives its Arrow
     files. A name that exists as typed is never read as a glob. A file named twice is read once. Raises DataError that
     names `key` (the setting).
@@ -54,7 +61,7 @@ def expand(path_value: Any, key: str) -> list[Path]:
     values = list(path_value) if isinstance(path_value, Sequence) and not isinstance(path_value, str) else [path_value]
     if not values:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
-    files: dict[Path, Path] = {}
+    files: dict[File, File] = {}
     for value in values:
         if not isinstance(value, str | os.PathLike) or not str(value):
             raise DataError(f"{key}={value!r} is not a path; give a file, a directory, a glob or a list of these")
@@ -64,8 +71,16 @@ def expand(path_value: Any, key: str) -> list[Path]:
             check_name(str(value), key)
             files.setdefault(Path(value), Path(value))
             continue
-        for file in _expand_one(str(value), key):
-            files.setdefault(file.resolve(), file)
+        if is_address(str(value)):
+            if not remote:
+                raise DataError(
+                    f"{key}={value} is an address; set data.remote=true to read it over the network, or download the file, "
+                    "or write hub:ORGANISATION/NAME"
+                )
+            files.update({file: file for file in remote_files(str(value), key, _READABLE)})
+            continue
+        for found in _expand_one(str(value).removeprefix("file://"), key):
+            files.setdefault(found.resolve(), found)
     return list(files.values())
 
 
@@ -86,8 +101,6 @@ def _expand_one(value: str, key: str) -> list[Path]:
         return files
     if found:
         raise DataError(f"{key}={value} matches only directories; write {value.rstrip('/')}/**/*.jsonl or the like")
-    if _URL.match(value):
-        raise DataError(f"{key}={value} is an address, not a path; download the file, or write hub:ORGANISATION/NAME")
     raise DataError(f"{key}={value} does not exist{_nearest(path)}{_perhaps_hub(value)}")
 
 

@@ -1,4 +1,4 @@
-"""A row of any source, and a row that cannot be read; both know their file and line."""
+"""A row of any source; it knows its file and line. One that cannot be read is a `Rejected`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.read.strict import Refused, decode_object, decode_utf8
+from trainer.data.document import Rejected
+from trainer.data.read.strict import Fault, Refused, decode_line
 
 EXCERPT = 200
 """Length of an excerpt in characters."""
@@ -22,47 +23,40 @@ class Row:
     line: int
     """Line on which the row starts, from 1; the row's number in Parquet, Arrow and hub data; 1 in text files."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Named values: texts, numbers, true/false, None, and lists and objects of these."""
+    """Named values: texts, numbers, true/false, None, lists and objects of these; a `Fault` where a column has none."""
     raw: bytes | None = None
     """The JSON line as it is in the file, kept after parsing for whoever wants to quote it."""
+    others: tuple[str, ...] = ()
+    """Further columns of the file, which nobody asked for: their values were not read."""
+    added: tuple[str, ...] = ()
+    """Columns that reading made: the file has none of that name."""
 
-    def parse(self) -> Row | BadRow:
+    def parse(self) -> Row | Rejected:
         """The row with its `fields` set, or why it cannot be read. Never raises for what the row holds."""
         if self.fields or self.raw is None:
             return self
         try:
-            self.fields = decode_object(decode_utf8(self.raw))
+            self.fields = decode_line(self.raw)
         except Refused as refused:
-            return BadRow(self.file, self.line, refused.reason, refused.message, excerpt(self.raw))
+            return Rejected(self.file, self.line, refused.reason, refused.message, excerpt(self.raw))
         return self
 
-
-@dataclass(slots=True)
-class BadRow:
-    """A row that cannot be read; it goes to quarantine."""
-
-    file: str
-    line: int
-    reason: str
-    """Code for counting: `not_json`, `not_utf8`, `nul_byte`, `not_an_object`, `duplicate_key`, `nan`,
-    `number_too_large`, `lone_surrogate`, `nested_too_deep`, `too_long`, `wrong_cell_count`, `binary`, `empty`."""
-    message: str
-    """One sentence for a person, without file and line."""
-    excerpt: str
-    """The row's first 200 characters, with control characters escaped."""
-
-    def parse(self) -> BadRow:
-        """Itself: what reading gives can be parsed without asking which of the two it is."""
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}"
+    def excerpt(self) -> str:
+        """The row's first characters, as they are in the file or as its columns show them."""
+        if self.raw is not None:
+            return excerpt(self.raw)
+        shown = (f"{name!r}: {_start(value)}" for name, value in self.fields.items())
+        return excerpt("{" + ", ".join(shown) + "}")
 
 
 def excerpt(start: bytes | str) -> str:
     """The first 200 characters, decoded with replacement, control characters and surrogates escaped."""
     text = start if isinstance(start, str) else start[: 4 * EXCERPT].decode("utf-8", "replace")
     return _UNPRINTABLE.sub(_escape, text.rstrip("\r\n")[:EXCERPT])
+
+
+def _start(value: Any) -> str:
+    return str(value) if isinstance(value, Fault) else repr(value[:EXCERPT] if isinstance(value, str | list) else value)
 
 
 def _escape(match: re.Match[str]) -> str:

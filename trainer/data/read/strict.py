@@ -1,14 +1,19 @@
-"""What a row's bytes may hold: UTF-8 and JSON read strictly.
+"""What a row's bytes may hold: UTF-8 and JSON read strictly. Sources: RFC 8259 (JSON), RFC 3629 (UTF-8).
 
-The json module alone lets NaN, doubled keys, overflowing numbers and halves of surrogate pairs pass; here each is a
-`Refused` with a reason. Sources: RFC 8259 (JSON), RFC 3629 (UTF-8).
+`orjson` reads a line. It keeps the last of two values of a doubled key without a word, and rounds whole numbers beyond 64
+bits; where a count says that either may be, and where `orjson` refuses the line, the json module reads it again. What one
+column cannot take (a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) stands as a `Fault`
+in its place: it makes the row unusable only if that column is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 MAX_ROW_BYTES = 64 * 2**20
 """Longest row in bytes; a longer one is a mistake of whoever wrote the file, and would not fit a context anyway."""
@@ -16,6 +21,8 @@ MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
 MAX_DIGITS = 4300
 """Longest whole number in digits: the limit of Python's own conversion."""
+_EXACT = 2.0**63
+"""From here on `orjson` may have rounded a whole number to a float."""
 
 
 class Refused(ValueError):
@@ -25,6 +32,23 @@ class Refused(ValueError):
         self.reason = reason
         self.message = message
         super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a column's value cannot be taken; it stands where the value would."""
+
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"<{self.message}>"
+
+
+class _Doubled(dict[str, Any]):
+    """An object with keys that are there twice."""
+
+    twice: tuple[str, ...] = ()
 
 
 def decode_utf8(raw: bytes) -> str:
@@ -40,45 +64,89 @@ def decode_utf8(raw: bytes) -> str:
         ) from None
 
 
-def decode_object(text: str) -> dict[str, Any]:
-    """The one JSON object that `text` holds. Raises Refused."""
+def decode_line(raw: bytes) -> dict[str, Any]:
+    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refused."""
     try:
-        value = _STRICT.decode(text)
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        value = None
+    if type(value) is dict and _sure(value, raw):
+        return value
+    text = decode_utf8(raw)
+    try:
+        value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise Refused("not_json", f"not valid JSON: {error.msg} (column {error.pos + 1}){hint(text, error)}") from None
     except RecursionError:
         raise _too_deep() from None
-    check_value(value, text)
-    return value
+    return checked(value, text)
 
 
-def decode_element(text: str, start: int) -> tuple[Any | Refused, int]:
-    """The JSON value that begins at `start`, or why it is refused; and where it ends.
+def _sure(fields: dict[str, Any], raw: bytes) -> bool:
+    """Whether `orjson` lost nothing: no key that was there twice, no rounded number; and no deep nesting.
 
-    Raises json.JSONDecodeError where no value can be told apart there, which may only mean that text is missing.
+    Every key brings a colon, and further ones stand in texts: where as many are in the bytes, no key is missing. Only an
+    escaped colon could make up for one.
     """
-    try:
-        value, end = _STRICT.raw_decode(text, start)
-    except json.JSONDecodeError:
-        raise
-    except Refused as refused:
-        return refused, _LENIENT.raw_decode(text, start)[1]
-    return value, end
+    colons, nodes, stack = 0, 0, list[Any]((fields,))
+    while stack:
+        node = stack.pop()
+        nodes += 1
+        if type(node) is dict:
+            colons += len(node)
+            node = node.values()
+        for value in node:
+            kind = type(value)
+            if kind is str:
+                colons += value.count(":")
+            elif kind is dict or kind is list:
+                stack.append(value)
+            elif kind is float and not -_EXACT < value < _EXACT:
+                return False
+    shallow = nodes <= MAX_DEPTH or _depth(fields) <= MAX_DEPTH
+    return colons == raw.count(b":") and shallow and b"\\u003" not in raw
 
 
-def check_value(value: Any, text: str) -> None:
-    """Refuse what the decoder lets through: values that are no object, deep nesting, halves of surrogate pairs."""
+def checked(value: Any, text: str) -> dict[str, Any]:
+    """What `DECODER` made of `text`, the row, with a `Fault` for each column that holds one. Raises Refused."""
     if not isinstance(value, dict):
         raise Refused("not_an_object", f"a row must be an object with named fields, found {_kind(value)}")
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise _too_deep()
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise Refused(
-                "lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character"
-            ) from None
+    halves = "\\ud" in text or "\\uD" in text
+    if halves and _half("".join(value)):
+        raise _half_refused()
+    deep = text.count("[") + text.count("{") > MAX_DEPTH
+    if not (halves or deep or _made):
+        return value
+    _made.clear()
+    fields = {name: _fault_in(item, halves=halves, deep=deep) or item for name, item in value.items()}
+    for name in getattr(value, "twice", ()):
+        fields[name] = _doubled(name)
+    return fields
+
+
+def _fault_in(value: Any, *, halves: bool, deep: bool) -> Fault | None:
+    if deep and _depth(value) >= MAX_DEPTH:  # the row itself is one level
+        return Fault("nested_too_deep", _too_deep().message)
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Fault):
+            return node
+        if isinstance(node, _Doubled):
+            return _doubled(node.twice[0])
+        if isinstance(node, dict | list):
+            stack += reversed([*node.values(), *(node if halves else ())] if isinstance(node, dict) else node)
+        elif halves and isinstance(node, str) and _half(node):
+            return Fault("lone_surrogate", _half_refused().message)
+    return None
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [node for node in level if isinstance(node, dict | list)]:
+        depth += 1
+        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+    return depth
 
 
 def hint(text: str, error: json.JSONDecodeError) -> str:
@@ -105,36 +173,44 @@ def hint(text: str, error: json.JSONDecodeError) -> str:
 
 def _kind(value: Any) -> str:
     names = {list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+def _half(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _half_refused() -> Refused:
+    return Refused("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
 
 
 def _too_deep() -> Refused:
     return Refused("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
 
 
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
-        level = [item for item in inner if isinstance(item, dict | list)]
-    return depth
+def _doubled(name: str) -> Fault:
+    return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
 
 
-def _constant(name: str) -> NoReturn:
-    raise Refused("nan", f"{name} is not a JSON value; use null or a number")
+def _fault(reason: str, message: str) -> Fault:
+    _made.append(fault := Fault(reason, message))
+    return fault
 
 
-def _float(digits: str) -> float:
+def _constant(name: str) -> Fault:
+    return _fault("nan", f"{name} is not a JSON value; use null or a number")
+
+
+def _float(digits: str) -> float | Fault:
     value = float(digits)
     if math.isinf(value):
-        raise Refused("number_too_large", f"the number {_short(digits)} is beyond what a float can hold (1.8e308)")
+        return _fault("number_too_large", f"the number {_short(digits)} is beyond what a float can hold (1.8e308)")
     return value
 
 
-def _int(digits: str) -> int:
+def _int(digits: str) -> int | Fault:
     if len(digits) > MAX_DIGITS:
-        raise Refused("number_too_large", f"the whole number {_short(digits)} has more than {MAX_DIGITS} digits")
+        return _fault("number_too_large", f"the whole number {_short(digits)} has more than {MAX_DIGITS} digits")
     return int(digits)
 
 
@@ -144,15 +220,15 @@ def _short(digits: str) -> str:
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
-    if len(fields) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise Refused("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
-            seen.add(name)
-    return fields
+    if len(fields) == len(pairs):
+        return fields
+    doubled, names = _Doubled(fields), [name for name, _ in pairs]
+    doubled.twice = tuple(name for name in fields if names.count(name) > 1)
+    _made.append(doubled)
+    return doubled
 
 
-_STRICT = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
-_LENIENT = json.JSONDecoder(parse_int=len, parse_float=len)
-"""Finds where a refused value ends; its numbers are never used."""
+_made: list[Any] = []
+"""What `DECODER` put in place of values since `checked` looked: mostly nothing, and nothing need be looked for."""
+DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
+"""Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_Doubled`."""

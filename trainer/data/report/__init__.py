@@ -1,5 +1,5 @@
 """What people read about a prepared data set: the audit page, the data card, the terminal.
 
-`schema` is the contract of `audit.json`; `html.page` and `card.datacard` turn it into text; `inspect` and `located` serve
-`shardtune data inspect`.
+`audit` is the form of `audit.json`; `describe` makes it, `page` and `card` turn it into text by their templates; `located`
+and `inspection` serve `shardtune data inspect`, `preview` the first lines of a run.
 """

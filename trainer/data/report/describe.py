@@ -1,9 +1,8 @@
-"""What is told about a prepared data set: the report of a run, `audit.json`, and the pages made of it."""
+"""Makes the audit of a finished store, and writes it with the page and the card that are made of it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,36 +12,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import QUARANTINE, Columns, Totals
+from trainer.data.assemble import QUARANTINE, Totals
 from trainer.data.batches.mixing import quotas, realised
+from trainer.data.batches.units import source_weights
 from trainer.data.choose.splits import Selection
-from trainer.data.config import DataConfig
-from trainer.data.document import Tally
-from trainer.data.inputs import Input, readers_of, source_weights
+from trainer.data.config import DataConfig, DataFormat
+from trainer.data.document import Document, Tally
+from trainer.data.inputs import Input
+from trainer.data.report import audit as form
 from trainer.data.report.card import datacard
 from trainer.data.report.page import page
 from trainer.data.report.preview import pieces
+from trainer.data.report.verdict import KNOBS
 from trainer.data.stages.language import share
+from trainer.data.stages.privacy.config import coverage
+from trainer.data.store.columns import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
+from trainer.data.unread import shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-STAGES = (
-    "read",
-    "checks",
-    "cleaning",
-    "filters",
-    "privacy",
-    "decontamination",
-    "tokenise",
-    "duplicates",
-    "leakage",
-    "balance",
-)
+FIRST_PASS = ("read", "checks", "cleaning", "filters", "privacy", "decontamination", "tokenise")
+SECOND_PASS = ("duplicates", "leakage", "balance")
 MOST_JUDGED = 1000
 """Documents whose language is judged."""
+MOST_TURNS = 2000
+"""Documents whose turns are counted."""
 SAMPLES = 5
 """Decoded samples in the audit."""
 
@@ -55,161 +52,117 @@ class Description:
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
         inputs: list[Input],
+        formats: dict[tuple[str, str], DataFormat],
         fingerprint: str,
         directory: Path,
         *,
         digest: Callable[[Path], str],
     ) -> None:
         self.config, self.tokenizer, self.inputs, self.digest = config, tokenizer, inputs, digest
-        self.formats = {
-            item.id: reader.format for item, reader in zip(inputs, readers_of(inputs).values(), strict=True)
-        }
+        self.formats = formats
+        """How the rows of each input were read, by its id."""
         self.fingerprint, self.directory = fingerprint, directory
 
     def write(
         self, totals: Totals, columns: Columns, selection: Selection, label_names: list[str] | None
     ) -> dict[str, Any]:
         """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report. Raises DataError (law 5)."""
+        made = self.audit(totals, columns, selection)
+        for split, part in made.splits.items():
+            self._check(split, part, made.flow)
+        made.write(self.directory)
+        # Page and card are made of what the file says, so that the three cannot differ.
+        audit = form.Audit.read(self.directory)
+        (self.directory / "audit.html").write_text(page(audit, self.config.card), encoding="utf-8")
+        (self.directory / "datacard.md").write_text(datacard(audit, self.config.card), encoding="utf-8")
+        return audit.report()
+
+    def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
+        """The audit of the store. Raises AssertionError where a row is unaccounted for."""
         rows, dropped = totals.num_rows, totals.tally.num_dropped() + selection.tally.num_dropped()
         chosen = np.unique(np.concatenate(list(selection.splits.values())))
         if rows != len(chosen) + dropped:
             raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
-        flow = self._flow(rows, totals.tally, selection.tally)
         data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        splits = {split: self._split(part) for split, part in data.items()}
-        report = {
-            "conserved": {"rows_in": rows, "kept": len(chosen), "dropped": dropped},
-            "flow": flow,
-            **{split: dict(part) for split, part in splits.items()},
-            "duplicates": selection.report.get("duplicates", {}),
-            "leakage": selection.report.get("leakage", {}),
-            "samples": self._samples(data["train"]),
-        }
-        for split, part in splits.items():
-            self._check(split, part, flow)
-        audit = {
-            "schema": 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "shardtune": _version(),
-            "fingerprint": self.fingerprint,
-            "words": _words(asdict(self.config), "data"),
-            "sources": self._sources(totals, columns, data["train"]),
-            "flow": flow,
-            "conserved": report["conserved"],
-            "quarantine": {"rows": totals.num_bad, "file": QUARANTINE},
-            "splits": {
-                split: {**part, **self._histograms(data[split], selection.splits[split])}
-                for split, part in splits.items()
-            },
-            **selection.report,
-            "mixing": self._mixing(data["train"]),
-            "samples": report["samples"],
-        }
-        if totals.findings is not None:
-            privacy = self.config.privacy
-            names = {"mode": str(privacy.mode), "preset": str(privacy.preset), "engine": str(privacy.engine)}
-            audit["privacy"] = report["privacy"] = {**names, **totals.findings.as_dict()}
-        if totals.bias is not None:
-            audit["bias"] = totals.bias.as_dict()
-        if self.config.languages:
-            audit["languages"] = self._languages(selection.splits["train"])
-        audit = {name: part for name, part in audit.items() if part not in (None, {}, [])}
-        text = json.dumps(audit, indent=1, ensure_ascii=False, default=_plain)
-        (self.directory / "audit.json").write_text(text, encoding="utf-8")
-        (self.directory / "audit.html").write_text(page(audit), encoding="utf-8")
-        (self.directory / "datacard.md").write_text(datacard(audit, self.config.card), encoding="utf-8")
-        return report
+        found = selection.report
+        judged = self._documents(selection.splits["train"], MOST_JUDGED)
+        return form.Audit(
+            schema=form.SCHEMA,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            shardtune=_version(),
+            fingerprint=self.fingerprint,
+            words=_words(asdict(self.config), "data"),
+            conserved={"rows_in": rows, "kept": len(chosen), "dropped": dropped},
+            flow=_flow(rows, totals.tally, selection.tally),
+            quarantine={"rows": totals.num_bad, "file": QUARANTINE},
+            splits={split: self._split(part, selection.splits[split]) for split, part in data.items()},
+            sources=[self._source(item, totals, columns, data.get(item.split)) for item in self.inputs],
+            unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
+            mixing=self._mixing(data["train"]),
+            labels=found.get("labels", {}),
+            balance=found.get("balance", {}),
+            duplicates={kind: form.Copies(**part) for kind, part in found.get("duplicates", {}).items()},
+            leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
+            privacy=self._privacy(totals),
+            languages=share(judged, max_documents=MOST_JUDGED) if self.config.languages else {},
+            samples=self._samples(data["train"]),
+        )
 
-    def _flow(self, rows: int, first: Tally, second: Tally) -> list[dict[str, Any]]:
-        """Every stage that did something, with what went in and came out."""
-        flow, left = [], rows
-        for stage in STAGES:
-            tally = second if stage in ("duplicates", "leakage", "balance") else first
-            dropped, noted = dict(tally.dropped.get(stage, {})), dict(tally.noted.get(stage, {}))
-            examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
-            out = left - sum(dropped.values())
-            if dropped or noted or stage == "read":
-                part = {"stage": stage, "in": left, "out": out, "dropped": dropped, "noted": noted}
-                flow.append({**part, "examples": examples})
-            left = out
-        unknown = {*first.dropped, *second.dropped} - set(STAGES)
-        assert not unknown, f"stages without a place in the flow: {unknown}"
-        return flow
-
-    def _split(self, data: TokenDataset) -> dict[str, Any]:
-        lengths = data.lengths
-        tokens, supervised = int(lengths.sum()), int(data.num_supervised.sum())
-        doubled, bos = 0, self.tokenizer.bos_token_id
+    def _split(self, data: TokenDataset, documents: np.ndarray) -> form.Split:
+        lengths, doubled, bos = data.lengths, 0, self.tokenizer.bos_token_id
         if bos is not None and len(data):
             starts = data.starts[lengths > 1]
             doubled = int(((data.tokens[starts] == bos) & (data.tokens[starts + 1] == bos)).sum())
-        middle, most = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist() if len(data) else (0, 0)
-        return {
-            "documents": len(data) if data.documents is None else len(np.unique(data.documents)),
-            "sequences": len(data),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "supervised_share": supervised / max(tokens, 1),
-            "labelled": data.labels is not None,
-            "length_p50": middle,
-            "length_p90": most,
-            "length_max": int(lengths.max()) if len(data) else 0,
-            "ends_supervised": data.num_ended,
-            "doubled_bos": doubled,
-        }
+        turns = np.array([len(document.turns()) for document in self._documents(documents, MOST_TURNS)], np.int64)
+        return form.Split(
+            **form.sizes(data),
+            ends_supervised=data.num_ended,
+            doubled_bos=doubled,
+            length_histogram=form.distribution(lengths),
+            supervised_histogram=form.distribution(data.num_supervised / np.maximum(lengths, 1), shares=True),
+            turns_histogram=form.distribution(turns) if turns.any() else None,
+        )
 
-    def _check(self, split: str, part: dict[str, Any], flow: list[dict[str, Any]]) -> None:
+    def _check(self, split: str, part: form.Split, flow: list[form.Stage]) -> None:
         """Law 5: refuse what would teach nothing."""
         own = getattr(self.config, f"{split}_path", None) is not None
         key = f"data.{split}_path" if own else "data.path"
-        if not part["documents"]:
-            reasons = ", ".join(
-                f"{s['stage']}/{reason} {count}" for s in flow for reason, count in s["dropped"].items()
-            )
+        if not part.documents:
+            reasons = ", ".join(f"{s.stage}/{reason} {count}" for s in flow for reason, count in s.dropped.items())
+            worst = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
+            knob = KNOBS.get(worst)
+            advice = f"loosen {knob}" if knob else f"raise data.max_length={self.config.max_length}"
             raise DataError(
                 f"{key}: no document of the {split} split has a supervised token to learn (dropped: {reasons or 'none'}); "
-                f"{self._advice(flow)}"
+                f"{advice} or mend the data"
             )
-        if not part["labelled"] and part["supervised_share"] < self.config.min_supervised_share:
+        if not part.labelled and part.supervised_share < self.config.min_supervised_share:
             raise DataError(
-                f"{key}: only {part['supervised_share']:.4%} of the {split} tokens are supervised, less than "
+                f"{key}: only {part.supervised_share:.4%} of the {split} tokens are supervised, less than "
                 f"data.min_supervised_share={self.config.min_supervised_share}; mend the data or lower the limit"
             )
 
-    def _advice(self, flow: list[dict[str, Any]]) -> str:
-        """What to do about whatever dropped the most."""
-        worst = max(flow, key=lambda stage: sum(stage["dropped"].values()))["stage"]
-        settings = {"leakage": "data.leakage.policy", "privacy": "data.privacy.mode", "duplicates": "data.duplicates"}
-        settings |= {
-            "checks": "data.checks",
-            "filters": "data.filters",
-            "decontamination": "data.decontamination.policy",
-        }
-        if worst in settings:
-            return f"loosen {settings[worst]} or mend the data"
-        return f"raise data.max_length={self.config.max_length} or mend the data"
-
-    def _sources(self, totals: Totals, columns: Columns, train: TokenDataset) -> list[dict[str, Any]]:
-        found = []
-        for item in self.inputs:
-            about = {
-                "name": item.source,
-                "files": [
-                    {**file, **({"rows": count} if (count := totals.rows_of_file.get(file["path"])) else {})}
-                    for file in item.origin.files(self.digest)
-                ],
-                "format": str(self.formats[item.id]),
-                "rows": totals.rows.get(item.id, 0),
-                "kept": totals.kept.get(item.id, 0),
-                "weight": item.weight,
-                "licence": item.licence or self.config.card.licence,
-            }
-            if item.split == "train" and item.source in columns.sources and train.sources is not None:
-                mine = train.sources == columns.sources.index(item.source)
-                about["tokens"] = int(train.lengths[mine].sum())
-                about["supervised_tokens"] = int(train.num_supervised[mine].sum())
-            found.append({name: value for name, value in about.items() if value is not None})
-        return found
+    def _source(self, item: Input, totals: Totals, columns: Columns, data: TokenDataset | None) -> form.Source:
+        files = [
+            form.SourceFile(**{**file, "rows": totals.rows_of_file.get(file["path"])})
+            for file in item.origin.files(self.digest)
+        ]
+        tokens = supervised = 0
+        if item.source in columns.sources and data is not None and data.sources is not None:
+            mine = data.sources == columns.sources.index(item.source)
+            tokens, supervised = int(data.lengths[mine].sum()), int(data.num_supervised[mine].sum())
+        return form.Source(
+            name=item.source,
+            split=item.split,
+            format=str(self.formats[item.id]),
+            files=files,
+            rows=totals.rows.get(item.id, 0),
+            kept=totals.kept.get(item.id, 0),
+            tokens=tokens,
+            supervised_tokens=supervised,
+            weight=item.weight,
+            licence=item.licence or self.config.card.licence,
+        )
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
         """What the weights ask for, and what an epoch of unpacked documents makes of them."""
@@ -224,49 +177,62 @@ class Description:
         told = realised(units, tokens, weights, quota, over, names=names)
         return {name: part for name, part in told.items() if name in self.config.sources}
 
-    def _histograms(self, data: TokenDataset, documents: np.ndarray) -> dict[str, Any]:
-        table = DocumentTable(self.directory)
-        some = documents[:: max(1, len(documents) // 2000)]
-        turns = np.array([len(table.document(int(number)).turns()) for number in some], np.int64)
-        shares = data.num_supervised / np.maximum(data.lengths, 1)
-        made = {"length_histogram": _histogram(data.lengths), "supervised_histogram": _histogram(shares, (0.0, 1.0))}
-        if turns.any():
-            most = int(turns.max())
-            bins = np.arange(0.5, most + 1.5) if most <= 40 else 30
-            counts, edges = np.histogram(turns, bins=bins)
-            made["turns_histogram"] = {"edges": edges.round(4).tolist(), "counts": counts.tolist()}
-        return made
+    def _privacy(self, totals: Totals) -> form.PersonalData | None:
+        if totals.findings is None:
+            return None
+        config, found = self.config.privacy, totals.findings.as_dict()
+        return form.PersonalData(
+            mode=str(config.mode),
+            preset=str(config.preset),
+            engine=str(config.engine),
+            **coverage(config),
+            documents_scanned=found["documents_scanned"],
+            documents_with_findings=found["documents_with_findings"],
+            types={name: form.PersonalType(**part) for name, part in found["types"].items()},
+        )
 
-    def _languages(self, documents: np.ndarray) -> dict[str, int]:
-        """Languages of training documents spread over the whole, most frequent first."""
+    def _documents(self, numbers: np.ndarray, most: int) -> Iterator[Document]:
+        """About `most` of the documents, spread over the whole."""
         table = DocumentTable(self.directory)
-        some = documents[:: max(1, len(documents) // MOST_JUDGED)]
-        return share((table.document(int(number)) for number in some), max_documents=MOST_JUDGED)
+        return (table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)])
 
-    def _samples(self, data: TokenDataset) -> list[dict[str, Any]]:
+    def _samples(self, data: TokenDataset) -> list[form.DecodedSample]:
         table, samples = DocumentTable(self.directory), []
         for number in np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(int).tolist():
-            where = table.document(int(data.documents[number])).where if data.documents is not None else ""
+            document = table.document(int(data.documents[number])) if data.documents is not None else None
             runs = pieces(data.sample(number), self.tokenizer)
-            samples.append({"where": where, "pieces": [{"text": text, "learned": learned} for text, learned in runs]})
+            samples.append(
+                form.DecodedSample(
+                    where=document.where if document else "",
+                    label=document.label if document else None,
+                    pieces=[{"text": text, "learned": learned} for text, learned in runs],
+                )
+            )
         return samples
 
 
-def _histogram(values: np.ndarray, range: tuple[float, float] | None = None) -> dict[str, list[float]]:
-    counts, edges = np.histogram(values, bins=30, range=range)
-    return {"edges": edges.round(4).tolist(), "counts": counts.tolist()}
+def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
+    """Every stage that did something, with what went in and came out."""
+    flow, left = [], rows
+    for stage in (*FIRST_PASS, *SECOND_PASS):
+        tally = second if stage in SECOND_PASS else first
+        dropped, noted = dict(tally.dropped.get(stage, {})), dict(tally.noted.get(stage, {}))
+        examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
+        out = left - sum(dropped.values())
+        if dropped or noted or stage == "read":
+            made = form.Stage(stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples)
+            flow.append(made)
+        left = out
+    unknown = {*first.dropped, *second.dropped} - {*FIRST_PASS, *SECOND_PASS}
+    assert not unknown, f"stages without a place in the flow: {unknown}"
+    return flow
 
 
 def _words(value: Any, key: str) -> dict[str, Any]:
-    """Settings by dotted name."""
+    """Settings by dotted name, enumerations as their words."""
     if isinstance(value, dict) and value:
         return {k: v for name, inner in value.items() for k, v in _words(inner, f"{key}.{name}").items()}
-    return {key: value}
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know: enumerations."""
-    return getattr(value, "value", str(value))
+    return {key: getattr(value, "value", value)}
 
 
 def _version() -> str:

@@ -4,54 +4,43 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from strategies.errors import DataError
+from trainer.data.reading import Reading
+from trainer.data.report.wording import SAID, percent, plural, visible
+from trainer.data.stages.privacy.config import NOT_ASKED
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-SAID = {
-    "truncated": "truncated to data.max_length",
-    "split": "split into pieces of data.max_length",
-    "too_long": "longer than data.max_length",
-    "nothing_to_learn": "nothing left to learn",
-    "same_answers": "both answers of a pair are the same",
-    "thumbs_down": "an answer marked as undesirable",
-    "control_tokens_in_text": "text spells control tokens of the tokenizer",
-    "missing_eos": "the last learned token closes no turn",
-}
-"""How the summary says what was counted, where the code alone would not tell."""
 
 
 def preview(
     dataset: TokenDataset,
     tokenizer: PreTrainedTokenizerFast,
+    reading: Reading | None = None,
+    label_names: list[str] | None = None,
     *,
     width: int,
     index: int = 0,
     colour: bool | None = None,
     max_lines: int = 40,
-    name_label: Callable[[int], str] = str,
-    pairs: bool = False,
 ) -> str:
-    """Sequence `index` as text, with its label as `name_label` says it; see `render`.
+    """The document that begins at sequence `index` as text, under the headings and above the notes of `reading`.
 
-    Of `pairs`, the next one too, the rejected answer.
+    See `render`; without a reading, that one sequence alone.
     """
-    parts = []
-    for place in range(2 if pairs else 1):
+    parts, reading = [], reading or Reading()
+    for place, head in enumerate(reading.headings()):
         sample = dataset.sample(index + place)
-        head = f"{('chosen', 'rejected')[place]}:\n" if pairs else ""
-        label = "" if sample.label is None else f"\nlabel: {name_label(sample.label)}"
-        if sample.desirable is not None:
-            label = f"\nverdict: {'desirable' if sample.desirable else 'undesirable'}"
-        parts.append(head + render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines) + label)
+        note = reading.note(sample, label_names)
+        shown = render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
+        parts.append(head + shown + (f"\n{note}" if note else ""))
     return "\n".join(parts)
 
 
@@ -113,8 +102,12 @@ def _paint(line: list[tuple[str, bool]]) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A few lines: every split, what was dropped or changed and why. Raises DataError where a document has two BOS."""
-    lines = []
+    """A few lines: rows lost, every split, what was dropped or changed and why. Raises DataError where one has two BOS."""
+    rows = report["conserved"]
+    lines = [
+        f"rows: {plural(rows['rows_in'], 'row')} read = {rows['kept']:,} kept + {rows['dropped']:,} dropped "
+        f"({percent(rows['dropped'] / max(rows['rows_in'], 1))} lost)"
+    ]
     for split in ("train", "eval", "test"):
         if split not in report:
             continue
@@ -139,6 +132,11 @@ def summary(report: dict[str, Any]) -> str:
                 first = ", ".join(stage["examples"].get(reason, ())[:2])
                 said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
                 lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
+    privacy = report.get("privacy") or {}
+    unsought = {kind: why for kind, why in privacy.get("not_looked_for", {}).items() if why != NOT_ASKED}
+    if unsought and privacy["mode"] != "report":
+        said = ", ".join(f"{kind} ({why})" for kind, why in unsought.items())
+        lines.append(f"  personal data not looked for: {said}")
     for kind, found in report.get("duplicates", {}).items():
         if found["documents"] and found["policy"] == "report":
             places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])
@@ -147,10 +145,18 @@ def summary(report: dict[str, Any]) -> str:
                 f"first: {places})"
             )
     for split, found in report.get("leakage", {}).items():
-        count = sum(found["train"].values())
+        count, prompts = sum(found["train"].values()) - found["train"]["prompt"], found["train"]["prompt"]
         if count and found["policy"] == "report":
             lines.append(
                 f"leakage: {count:,} training documents are in the {split} split too, kept "
                 "(data.leakage.policy=drop_train removes them)"
             )
+        if prompts:
+            lines.append(
+                f"leakage: {prompts:,} training documents have a prompt of the {split} split, with another answer"
+            )
+    for source, names in report.get("unread_columns", {}).items():
+        lines.append(
+            f"columns of {visible(source)} that nobody read: {visible(', '.join(names))} (data.ignore_columns says it is meant)"
+        )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The verdict on a data set: a few tiles, each good, worth a look or calling for action, by fixed rules.
+"""The verdict on a data set: a few findings, each good, worth a look or calling for action, and what nobody knows of it.
 
 The rules are thresholds on what preparation counted. They point a reader to what to look at first; they are no gate.
 """
@@ -6,35 +6,40 @@ The rules are thresholds on what preparation counted. They point a reader to wha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING
 
-from trainer.data.report.schema import (
-    count,
-    duplicate_documents,
-    handled,
-    leaked_documents,
-    mapping,
-    number,
-    privacy,
-    quarantined,
-    rows_in,
-    share,
-)
-from trainer.data.report.svg import percent, plural
+from trainer.data.report.audit import Audit
+from trainer.data.report.wording import percent, plural, reason
 
-PRIVACY_TAKES_OUT = frozenset({"redact", "pseudonymise", "drop"})
+if TYPE_CHECKING:
+    from trainer.data.config import CardConfig
+
+KNOBS = {
+    "checks": "data.checks",
+    "filters": "data.filters",
+    "privacy": "data.privacy.mode",
+    "decontamination": "data.decontamination.policy",
+    "duplicates": "data.duplicates",
+    "leakage": "data.leakage.policy",
+    "balance": "data.balance",
+}
+"""The setting behind what a stage drops."""
+UNASKED = frozenset({"read", "checks", "cleaning", "tokenise"})
+"""Stages whose drops nobody asked for by a setting."""
+NOTHING = "\N{EN DASH}"
+"""Value of a tile that was not measured."""
+LEFT_IN = frozenset({"report", "none"})
+"""Policies that leave what was found where it is."""
 GRAVE = re.compile(
-    "SECRET|PASSWORD|KEY|SSN|ITIN|NHS|NINO|TAX|NIR|NIF|FISCAL|BSN|PESEL|AADHAAR|CPF|CREDIT_CARD|IBAN|MEDICAL|HEALTH",
-    re.IGNORECASE,
+    "SECRET|PASSWORD|KEY|SSN|ITIN|NHS|NINO|TAX|NIR|NIF|FISCAL|BSN|PESEL|AADHAAR|CPF|CREDIT_CARD|IBAN|MEDICAL|HEALTH"
 )
 """Parts of the names of types whose leaking does direct harm: left in the data, they call for action."""
 
 
 class Level(StrEnum):
-    """How a tile is to be taken."""
+    """How a finding is to be taken."""
 
     good = "good"
     look = "look"
@@ -42,125 +47,160 @@ class Level(StrEnum):
     none = "none"
 
 
-NOTHING = "\N{EN DASH}"
-"""Value of a tile that was not measured."""
-SIGNS = {
-    Level.good: ("✓", "good"),
-    Level.look: ("!", "worth a look"),
-    Level.act: ("✕", "act"),
-    Level.none: (NOTHING, ""),
-}
-
-
 @dataclass(slots=True)
 class Tile:
-    """One finding in a few words; `anchor` is the section that has more."""
+    """One finding in a few words; `anchor` is the section that has more, `advice` what can be done about it."""
 
     what: str
     value: str
     note: str
     level: Level
     anchor: str
+    advice: str = ""
 
 
-def tiles(audit: Mapping[str, Any]) -> list[Tile]:
-    """The tiles of an audit, in reading order; what was not measured says so."""
-    return [_kept(audit), _supervised(audit), _duplicates(audit), _leakage(audit), _privacy(audit), _quarantine(audit)]
+def tiles(audit: Audit) -> list[Tile]:
+    """The findings in reading order; what was not measured says so."""
+    return [_lost(audit), _learned(audit), _truncated(audit), _leakage(audit), _duplicates(audit), _personal(audit)]
 
 
 def overall(found: list[Tile]) -> tuple[Level, str]:
     """The level of the whole and a sentence on it."""
-    for level, words in ((Level.act, "calls for action"), (Level.look, "worth a look")):
+    for level, words in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
         names = [tile.what.lower() for tile in found if tile.level is level]
         if names:
-            return level, f"{words[0].upper()}{words[1:]}: {', '.join(names)}"
-    if all(tile.level is Level.none for tile in found):
-        return Level.none, "Nothing was measured"
+            return level, f"{words}: {', '.join(names)}"
     return Level.good, "Nothing stands out"
 
 
-def _kept(audit: Mapping[str, Any]) -> Tile:
-    rows, conserved = rows_in(audit), mapping(audit.get("conserved"))
-    flow = audit.get("flow")
-    last = mapping(flow[-1]).get("out") if isinstance(flow, list) and flow else None
-    kept = count(conserved.get("kept", last))
-    if not rows:
-        return Tile("Rows kept", NOTHING, "no rows were read", Level.none, "flow")
-    part = share(kept, rows)
-    note = f"{kept:,} of {plural(rows, 'row')}"
-    if conserved and kept + count(conserved.get("dropped")) != rows:
-        return Tile("Rows kept", percent(part), f"{note}; kept and dropped do not add up", Level.act, "flow")
-    level = Level.good if part >= 0.9 else Level.look if part >= 0.5 else Level.act
-    return Tile("Rows kept", percent(part), note, level, "flow")
+def _level(share: float, look: float, act: float) -> Level:
+    return Level.act if share > act else Level.look if share > look else Level.good
 
 
-def _supervised(audit: Mapping[str, Any]) -> Tile:
-    train = mapping(mapping(audit.get("splits")).get("train"))
-    if train.get("labelled"):
-        return Tile("Learned", plural(count(train.get("documents")), "label"), "one a document", Level.good, "splits")
-    if "supervised_share" not in train:
-        return Tile("Learned tokens", NOTHING, "not measured", Level.none, "splits")
-    part = number(train["supervised_share"])
-    level = Level.good if part >= 0.05 else Level.look if part > 0 else Level.act
-    if train.get("doubled_bos"):
-        return Tile(
-            "Learned tokens", percent(part), "documents begin with two BOS: check the template", Level.act, "splits"
-        )
-    return Tile(
-        "Learned tokens", percent(part), f"of {plural(count(train.get('tokens')), 'train token')}", level, "splits"
-    )
+def _lost(audit: Audit) -> Tile:
+    rows, dropped = audit.conserved["rows_in"], audit.conserved["dropped"]
+    unasked = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNASKED)
+    level = _level(unasked / max(rows, 1), 0.01, 0.1)
+    if level is Level.good and audit.lost_share > 0.5:
+        level = Level.look
+    note, advice = f"{dropped:,} of {plural(rows, 'row')}", ""
+    if dropped:
+        # Where rows went that nobody asked to drop, these are what has to be looked at.
+        stages = [stage for stage in audit.flow if stage.stage in UNASKED or not unasked]
+        number, code, stage = max((n, code, stage.stage) for stage in stages for code, n in stage.dropped.items())
+        note += f"; most: {reason(code) if stage in UNASKED else f'{stage}, {reason(code)}'} ({number:,})"
+        advice = f"see the places below, and {KNOBS.get(stage, 'quarantine.jsonl and dropped.jsonl')}"
+        if code == "too_long":
+            advice = "raise data.max_length, or set data.over_length=truncate or split"
+    return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
 
 
-def _duplicates(audit: Mapping[str, Any]) -> Tile:
-    if "duplicates" not in audit:
+def _learned(audit: Audit) -> Tile:
+    train = audit.splits["train"]
+    if train.labelled:
+        return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
+    share = percent(train.supervised_share)
+    if train.doubled_bos:
+        advice = "check model.chat_template"
+        return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
+    level = Level.good if train.supervised_share >= 0.05 else Level.look if train.supervised_share else Level.act
+    return Tile("Learned tokens", share, f"of {train.tokens:,} in training", level, "splits", "read the samples below")
+
+
+def _truncated(audit: Audit) -> Tile:
+    number, kept = audit.truncated, max(audit.conserved["kept"], 1)
+    if not number:
+        return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
+    note = f"{plural(number, 'document')} cut to data.max_length={audit.words['data.max_length']}"
+    advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
+    return Tile("Truncated", percent(number / kept), note, _level(number / kept, 0, 0.1), "splits", advice)
+
+
+def _leakage(audit: Audit) -> Tile:
+    if not audit.leakage:
+        return Tile("Leakage", NOTHING, "no held-out split to compare with", Level.none, "leakage")
+    documents = sum(found.documents for found in audit.leakage.values())
+    prompts = sum(found.train["prompt"] for found in audit.leakage.values())
+    if documents and all(found.policy in LEFT_IN for found in audit.leakage.values()):
+        advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
+        note = f"training documents are in {' and '.join(audit.leakage)} too"
+        return Tile("Leakage", f"{documents:,}", note, Level.act, "leakage", advice)
+    if prompts:
+        note = f"no shared document; {plural(prompts, 'prompt')} with other answers"
+        note = f"taken out; {plural(prompts, 'shared prompt')} left" if documents else note
+        return Tile("Leakage", f"{documents:,}", note, Level.look, "leakage", "read them: is it a fixed instruction?")
+    note = "taken out of training" if documents else "no held-out document in training"
+    return Tile("Leakage", f"{documents:,}", note, Level.good, "leakage")
+
+
+def _duplicates(audit: Audit) -> Tile:
+    if not audit.duplicates:
         return Tile("Duplicates", NOTHING, "not looked for", Level.none, "duplicates")
-    found, rows = duplicate_documents(audit), rows_in(audit)
-    kinds = [mapping(kind) for kind in mapping(audit["duplicates"]).values() if count(mapping(kind).get("documents"))]
-    if not found:
-        return Tile("Duplicates", "0", "none found", Level.good, "duplicates")
-    if handled([kind.get("policy") for kind in kinds]):
-        return Tile("Duplicates", f"{found:,}", "found and taken out", Level.good, "duplicates")
-    part = share(found, rows)
-    level = Level.good if part <= 0.01 else Level.look if part <= 0.1 else Level.act
-    return Tile("Duplicates", f"{found:,}", f"still in the data, {percent(part)} of rows", level, "duplicates")
+    found = sum(kind.documents for kind in audit.duplicates.values())
+    left = {
+        name: kind.documents for name, kind in audit.duplicates.items() if kind.policy in LEFT_IN and kind.documents
+    }
+    if not left:
+        note = "taken out" if found else "none found"
+        return Tile("Duplicates", f"{found:,}", note, Level.good, "duplicates")
+    part = sum(left.values()) / max(audit.conserved["rows_in"], 1)
+    advice = ", ".join(f"data.duplicates.{name}=drop" for name in left) + " takes them out"
+    note = f"still in the data, {percent(part)} of the rows"
+    return Tile("Duplicates", f"{sum(left.values()):,}", note, _level(part, 0.01, 0.1), "duplicates", advice)
 
 
-def _leakage(audit: Mapping[str, Any]) -> Tile:
-    if "leakage" not in audit:
-        return Tile("Leakage", NOTHING, "not looked for", Level.none, "leakage")
-    found = leaked_documents(audit)
-    if not found:
-        return Tile("Leakage", "0", "no held-out document in train", Level.good, "leakage")
-    policies = [mapping(split).get("policy") for split in mapping(audit["leakage"]).values()]
-    if handled(policies):
-        return Tile("Leakage", f"{found:,}", "found and taken out", Level.good, "leakage")
-    return Tile("Leakage", f"{found:,}", "documents of held-out splits in train", Level.act, "leakage")
+def _personal(audit: Audit) -> Tile:
+    found = audit.privacy
+    if found is None or not found.scanned:
+        return Tile("Personal data", NOTHING, "not looked for", Level.none, "privacy", "set data.privacy.mode=report")
+    limits = "" if found.people_and_places else "; people and places were not looked for"
+    where = f"in {plural(found.scanned, 'document')} searched"
+    if not found.documents:
+        return Tile("Personal data", "0", f"none found {where}{limits}", Level.good, "privacy")
+    done = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(found.mode)
+    value, grave = f"{found.documents:,}", [name for name in found.types if GRAVE.search(name)]
+    if done:
+        return Tile("Personal data", value, f"documents with findings, {done}{limits}", Level.good, "privacy")
+    words = f"left in, with {', '.join(grave[:3])}" if grave else f"with findings {where}"
+    level, advice = Level.act if grave else Level.look, "data.privacy.mode=redact replaces what was found"
+    return Tile("Personal data", value, f"documents {words}{limits}", level, "privacy", advice)
 
 
-def _privacy(audit: Mapping[str, Any]) -> Tile:
-    found = privacy(audit)
-    mode, scanned = str(found.get("mode", "none")), count(found.get("scanned"))
-    if not found or mode == "none" or not scanned:
-        return Tile("Personal data", NOTHING, "not scanned", Level.none, "privacy")
-    documents = count(found.get("documents"))
-    where = f"in {plural(scanned, 'document')} scanned"
-    if not documents:
-        return Tile("Personal data", "0", f"none found {where}", Level.good, "privacy")
-    if mode in PRIVACY_TAKES_OUT:
-        done = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}[mode]
-        return Tile("Personal data", f"{documents:,}", f"documents with findings, {done}", Level.good, "privacy")
-    grave = sorted(name for name in mapping(found.get("types")) if GRAVE.search(str(name)))
-    if grave:
-        return Tile("Personal data", f"{documents:,}", f"left in, with {', '.join(grave[:3])}", Level.act, "privacy")
-    return Tile("Personal data", f"{documents:,}", f"documents with findings {where}", Level.look, "privacy")
-
-
-def _quarantine(audit: Mapping[str, Any]) -> Tile:
-    bad = quarantined(audit)
-    if bad is None:
-        return Tile("Quarantine", NOTHING, "not counted", Level.none, "flow")
-    if not bad:
-        return Tile("Quarantine", "0", "every row could be used", Level.good, "flow")
-    part = share(bad, rows_in(audit))
-    level = Level.look if part <= 0.01 else Level.act
-    return Tile("Quarantine", f"{bad:,}", f"{percent(part)} of rows, in quarantine.jsonl", level, "flow")
+def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
+    """What is not known about the data set, as short sentences, what its owner alone can tell first."""
+    asked = {
+        "description": "what it was made for",
+        "source_description": "how the data was collected",
+        "intended_use": "what it may be used for",
+        "contact": "who answers questions and requests for removal",
+        "licence": "the licence of the whole",
+    }
+    gaps = [
+        f"not stated: {words} (data.card.{name})"
+        for name, words in asked.items()
+        if not (getattr(stated, name) or "").strip()
+    ]
+    if open_ones := [source.name for source in audit.sources if not source.licence]:
+        gaps.append(f"not stated: the licence of {', '.join(open_ones[:10])}{' and others' if open_ones[10:] else ''}")
+    if not stated.languages and not audit.languages:
+        gaps.append("languages neither stated nor detected (data.languages=true)")
+    if "eval" not in audit.splits:
+        gaps.append("there is no evaluation split")
+    if bad := audit.quarantine["rows"]:
+        gaps.append(f"{plural(bad, 'row')} could not be used, listed in {audit.quarantine['file']}")
+    documents, found = sum(split.documents for split in audit.splits.values()), audit.privacy
+    if found is None or not found.scanned:
+        gaps.append("personal data was not looked for")
+    elif found.scanned < documents:
+        gaps.append(f"personal data was looked for in {found.scanned:,} of {plural(documents, 'document')}")
+    if found is not None and not found.people_and_places:
+        gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
+    for tile in (_leakage(audit), _duplicates(audit), _truncated(audit)):
+        if tile.level is not Level.good:
+            gaps.append(f"{tile.what.lower()}: {tile.value if tile.level is not Level.none else ''} {tile.note}")
+    for part, key in ((audit.leakage, "data.leakage.near"), (audit.duplicates, "data.duplicates.near")):
+        if part and audit.words[key] in (False, "none"):
+            gaps.append(f"near {'leaks' if part is audit.leakage else 'copies'} were not looked for ({key})")
+    for source, names in audit.unread_columns.items():
+        gaps.append(f"columns of {source} that nobody read: {', '.join(names)}")
+    return gaps

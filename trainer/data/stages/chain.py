@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trainer.data.config import DataConfig
+from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
 from trainer.data.document import Stage
 from trainer.data.inputs import evaluation_documents
 from trainer.data.stages.checks import Checks
-from trainer.data.stages.cleaning import Cleaner, CleaningConfig
+from trainer.data.stages.cleaning import Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
-from trainer.data.stages.filters import FilterConfig, Filters
-from trainer.data.stages.privacy.config import PrivacyMode
+from trainer.data.stages.filters import Filters
 from trainer.data.stages.privacy.stage import Privacy
 
 

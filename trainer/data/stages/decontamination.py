@@ -8,43 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.minhash import normal_digest, normalize, roll, word_hashes
+from trainer.data.choose.wording import normal_digest, normalize, roll, word_hashes
+from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import EXAMPLES, Document, Tally
 
 BATCH_TEXTS = 512
 MAX_FILTER_BITS = 27
-
-
-class DecontaminationPolicy(StrEnum):
-    """What is done about a training document that holds evaluation text."""
-
-    report = "report"
-    drop = "drop"
-
-
-@dataclass(kw_only=True, slots=True)
-class DecontaminationConfig:
-    """Training documents that hold text of evaluation sets, such as public benchmarks."""
-
-    paths: Any = None
-    """Files of evaluation sets, in the forms of the training data; nothing is looked for where it is not given."""
-    policy: DecontaminationPolicy = DecontaminationPolicy.report
-    """`report` counts such training documents, `drop` takes them out."""
-    ngram: int = 13
-    """Words in a run that counts as evaluation text; 13 as in Brown et al. (2020)."""
-    min_words: int = 5
-    """Evaluation texts of fewer words than this are not looked for (they are counted)."""
-    min_overlap: float = 0.0
-    """Least share of the runs of one evaluation text that a training document must hold; at 0 a single run is enough."""
-    max_shared: int | None = 10
-    """Runs in more evaluation texts than this are the set's own wording, and ignored; null ignores none."""
 
 
 def evaluation_texts(document: Document, ngram: int) -> Iterator[tuple[str, str]]:

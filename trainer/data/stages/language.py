@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -11,12 +12,13 @@ from itertools import islice
 from typing import Any
 
 from trainer.data.document import Document
-from trainer.data.stages.tags import split_code
 
 JUDGED_CHARACTERS = 3000
 """A document is judged by this many characters from its start; more does not change the answer."""
 NO_LANGUAGE = "zxx"
 """ISO 639-2: no linguistic content (code, numbers)."""
+FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})", re.MULTILINE)
+"""The opening of a Markdown code fence."""
 UNJUDGED = "unjudged"
 """How the count names documents too short to judge or without linguistic content."""
 
@@ -60,6 +62,24 @@ def detect(text: str) -> tuple[str, float]:
     """
     code, probability = _identifier().classify(text)
     return str(code), float(probability)
+
+
+def split_code(text: str) -> list[tuple[bool, str]]:
+    """(is code, part) in order; the parts joined are `text`. Code is what stands between Markdown fences.
+
+    Fences follow CommonMark 0.31, section 4.5: three or more backticks or tildes, closed by at least as many of the
+    same; one that is never closed reaches to the end.
+    """
+    if "```" not in text and "~~~" not in text:
+        return [(False, text)]
+    parts, start = [], 0
+    while opening := FENCE.search(text, start):
+        mark = opening[1]
+        closing = re.compile(rf"^ {{0,3}}{mark[0]}{{{len(mark)},}}[ \t\r]*$", re.MULTILINE).search(text, opening.end())
+        end = closing.end() if closing else len(text)
+        parts += [(False, text[start : opening.start()]), (True, text[opening.start() : end])]
+        start = end
+    return [part for part in [*parts, (False, text[start:])] if part[1]]
 
 
 def judged_text(document: Document) -> str:

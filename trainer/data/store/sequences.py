@@ -4,9 +4,9 @@ A store holds every tokenised sequence once, in the order of the input:
 tokens.bin      int32, all sequences one after another
 supervised.bin  uint8, the same length; 1 where the token is a training target
 offsets.npy     int64 [S + 1], where each sequence begins
-columns.npz     int64 [S] each: `supervised` (targets), `term.<name>` (counts of the objective), `document` (row of
-                documents.arrow), `source` (its number), `ended` (1 where the last target is an end token), and `label` for
-                labelled data
+columns.npz     int64 [S] each: `supervised` (targets), `term.<name>` (counts of the objective), `mark.<name>` (what else the
+                objective must know of a sequence, such as its label), `document` (row of documents.arrow), `source` (its
+                number), `ended` (1 where the last target is an end token)
 A split is a directory inside it with `index.npy` (int64 [N]: which sequences, in order, repeats allowed) and its
 manifest. A directory with both is a store read whole.
 """
@@ -25,9 +25,10 @@ import numpy as np
 
 from strategies.errors import DataError, StorageError
 
-TERM_PREFIX = "term."
-DESIRABLE, UNDESIRABLE, REPLAY = "desirable", "undesirable", "replay"
-"""Counts that also tell what a sequence is: an answer with its verdict, or a document of a `replay` source."""
+TERM_PREFIX, MARK_PREFIX = "term.", "mark."
+LABEL, REPLAY, REFERENCE = "label", "replay", "reference"
+"""Marks that preparation itself knows of: the number of a labelled text's label, whether a source is marked `replay`; and the
+log-probability of a sequence's targets under the model before training, which is attached to a data set that is open."""
 
 
 @dataclass(slots=True)
@@ -38,16 +39,13 @@ class Sample:
     """int32 [n]."""
     supervised: np.ndarray
     """bool [n]: token i is a training target. Position 0 never counts, since nothing predicts it."""
-    label: int | None = None
-    """Class number, for labelled data."""
-    rejected: bool = False
-    """Whether it is the answer of a pair that was not preferred; told while data is prepared."""
-    reference: float | None = None
-    """Log-probability of its supervised tokens under the model before training, where that was recorded."""
-    desirable: bool | None = None
-    """The verdict on its answer, for objectives over rated answers."""
-    replay: bool | None = None
-    """Whether it comes from a source marked `replay`; None where no source is."""
+    marks: dict[str, float] = field(default_factory=dict)
+    """What else the objective must know of it, by name: whole numbers where they come from the prepared data."""
+
+    def answer_begin(self) -> int:
+        """Where the first token is learned; the end of the sequence where none is (a filler)."""
+        learned = np.flatnonzero(self.supervised)
+        return int(learned[0]) if len(learned) else len(self.input_ids)
 
 
 class TokenDataset:
@@ -74,17 +72,18 @@ class TokenDataset:
             for name, column in columns.items()
             if name.startswith(TERM_PREFIX)
         }
-        self.labels: np.ndarray | None = columns["label"][index] if "label" in columns else None
+        self.marks: dict[str, np.ndarray] = {
+            name.removeprefix(MARK_PREFIX): column[index]
+            for name, column in columns.items()
+            if name.startswith(MARK_PREFIX)
+        }
+        """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
         self.sources: np.ndarray | None = columns["source"][index] if "source" in columns else None
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
         self.documents: np.ndarray | None = columns["document"][index] if "document" in columns else None
         """int64 [N]: row of `documents.arrow`."""
         self.num_ended = int(columns["ended"][index].sum()) if "ended" in columns else 0
         """Sequences whose last target is an end token."""
-        self.reference: np.ndarray | None = None
-        """float32 [N], set by who has computed it (`trainer/objectives/reference.py`): see `Sample.reference`."""
-        self.reference_mismatched: np.ndarray | None = None
-        """float32 [N], the same of the sequences of `trainer/data/rated.py:mismatched`."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenDataset:
@@ -115,20 +114,18 @@ class TokenDataset:
         """Sequence `index`, as views into the mapped arrays."""
         begin = int(self.starts[index])
         end = begin + int(self.lengths[index])
-        label = None if self.labels is None else int(self.labels[index])
-        reference = None if self.reference is None else float(self.reference[index])
-        marks = {
-            key: bool(self.counts[term][index])
-            for key, term in (("desirable", DESIRABLE), ("replay", REPLAY))
-            if term in self.counts
-        }
-        return Sample(
-            self.tokens[begin:end],
-            self.supervised[begin:end].view(np.bool_),
-            label=label,
-            reference=reference,
-            **marks,
-        )
+        marks = {name: column[index].item() for name, column in self.marks.items()}
+        return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), marks)
+
+    def attach(self, name: str, column: np.ndarray) -> None:
+        """Give every sequence a further mark, float32 [N], that was computed since the data was prepared."""
+        assert column.shape == self.lengths.shape, f"{name}: {column.shape} for {len(self)} sequences"
+        self.marks[name] = column
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [N]: number of each sequence's label; None where the data has none."""
+        return self.marks.get(LABEL)
 
 
 def _map(path: Path, dtype: type, count: int) -> np.ndarray:
@@ -160,11 +157,10 @@ class Sequences:
         for number, sample in enumerate(samples):
             for term, count in counts(sample).items():
                 terms.setdefault(TERM_PREFIX + term, np.zeros(len(samples), np.int64))[number] = count
-        labels = [sample.label for sample in samples]
-        if any(label is not None for label in labels):
-            if None in labels:
-                raise ValueError("some samples have a label and some have none")
-            terms["label"] = np.array(labels, np.int64)
+        for name in {name for sample in samples for name in sample.marks}:
+            if any(name not in sample.marks for sample in samples):
+                raise ValueError(f"some samples have a {name} and some have none")
+            terms[MARK_PREFIX + name] = np.array([sample.marks[name] for sample in samples], np.int64)
         return cls(
             tokens=_joined([sample.input_ids for sample in samples], np.int32),
             supervised=_joined([sample.supervised for sample in samples], np.uint8),

@@ -10,10 +10,65 @@ from dataclasses import replace
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.config import OverLength
-from trainer.data.document import Document, Message
-from trainer.data.store.sequences import Sample
+from trainer.data.config import DataConfig, OverLength
+from trainer.data.document import Document, Message, Tally
+from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.encode import Encoder, truncate
+
+
+def fitted(encoder: Encoder, document: Document, sample: Sample, config: DataConfig, tally: Tally) -> list[Sample]:
+    """The pieces of a document after the length policy; none, with a reason counted, where nothing is left to learn."""
+    return kept(encoder, document, sample, fit(encoder, document, sample, config.max_length, config.over_length), tally)
+
+
+def kept(encoder: Encoder, document: Document, sample: Sample, made: list[Sample] | None, tally: Tally) -> list[Sample]:
+    """Of the pieces that a length policy made of a sample those that teach something; what became of it is counted."""
+    if not made:
+        tally.drop("tokenise", "too_long", document.where)
+        return []
+    changed = len(made) > 1 or len(made[0].input_ids) < len(sample.input_ids)
+    made = [piece for piece in made if LABEL in piece.marks or piece.supervised.any()]
+    if not made:
+        tally.drop("tokenise", "nothing_to_learn", document.where)
+    elif changed:
+        tally.note("tokenise", "split" if len(made) > 1 else "truncated", document.where)
+    else:
+        note_oddities(encoder, document, sample, tally)
+    return made
+
+
+def fitted_answers(
+    encoder: Encoder, document: Document, answers: list[Sample], config: DataConfig, tally: Tally
+) -> list[Sample]:
+    """The one or two answers of a document after the length policy, all of them or none.
+
+    None, with a reason counted, where one of them has nothing left to learn, or both are the same.
+    """
+    limit, policy = config.max_length, config.over_length
+    if len(answers) == 2:
+        made = fit_pair(document, answers[0], answers[1], limit, policy)
+    else:
+        made = fit(encoder, document, answers[0], limit, policy)
+    if not made:
+        tally.drop("tokenise", "too_long", document.where)
+        return []
+    if not all(sample.supervised.any() for sample in made):
+        tally.drop("tokenise", "nothing_to_learn", document.where)
+        return []
+    if len(made) == 2 and np.array_equal(made[0].input_ids, made[1].input_ids):
+        tally.drop("tokenise", "same_answers", document.where)
+        return []
+    if any(len(sample.input_ids) > limit for sample in answers):
+        tally.note("tokenise", "truncated", document.where)
+    else:
+        note_oddities(encoder, document, answers[0], tally)
+    return made
+
+
+def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally) -> None:
+    """Count what is odd about a sample, see `Encoder.audit`."""
+    for code in encoder.audit(document, sample):
+        tally.note("tokenise", code, document.where)
 
 
 def fit(
@@ -79,7 +134,7 @@ def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
     ids = np.concatenate([sample.input_ids[:head], sample.input_ids[begin:]])
     supervised = np.concatenate([sample.supervised[:head], sample.supervised[begin:]])
     supervised[:1] = False
-    return Sample(ids, supervised, sample.label)
+    return Sample(ids, supervised, dict(sample.marks))
 
 
 def _keep_end(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:

@@ -7,7 +7,6 @@ with two BOS tokens, and tokenizers without character offsets.
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -16,22 +15,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.config import LearnConfig
 from trainer.data.document import Document, Message
-from trainer.data.store.sequences import Sample
-from trainer.data.tokens.pretokens import RememberedPretokens
-from trainer.data.tokens.template import ChatTemplate, LearnConfig, Rendered
+from trainer.data.store.sequences import LABEL, Sample
+from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-log = logging.getLogger(__name__)
-
 BATCH = 512
 """Documents that go to the encoder at a time."""
 Answer = tuple[Document, list[Message] | None]
-FEW = 8
-"""Batches of fewer documents go to the tokenizer itself: to prove the short way on them would cost what it saves."""
 
 
 class Encoder:
@@ -59,7 +54,6 @@ class Encoder:
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
-        self._pretokens = RememberedPretokens.of(self._backend)
         control = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
         self._control = re.compile("|".join(control)) if control else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
@@ -121,7 +115,7 @@ class Encoder:
         ids, bos, codes = sample.input_ids, self.bos_id, []
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             codes.append("doubled_bos")
-        if sample.label is None:
+        if LABEL not in sample.marks:
             learned = np.flatnonzero(sample.supervised)
             if not len(learned):
                 codes.append("no_supervised")
@@ -164,32 +158,17 @@ class Encoder:
         ]
 
     def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
-        learned = self._remembered(rendered) if fast else [None] * len(rendered)
-        rest = [text for text, pair in zip(rendered, learned, strict=True) if pair is None]
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        encodings = self._backend.encode_batch([text.text for text in rest], add_special_tokens=False)
-        found = (_learned(encoding, text, fast=fast) for encoding, text in zip(encodings, rest, strict=True))
-        return [self._sample(doc, *(pair or next(found))) for doc, pair in zip(documents, learned, strict=True)]
-
-    def _remembered(self, rendered: list[Rendered]) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Ids and masks found the short way; None for the texts left to the tokenizer. Proves some of each batch."""
-        if self._pretokens is None or len(rendered) < FEW:
-            return [None] * len(rendered)
-        texts = [text.text for text in rendered]
-        pairs = self._pretokens.encode_all(texts, [text.spans for text in rendered])
-        taken = [number for number, pair in enumerate(pairs) if pair is not None]
-        # the first, and the longest of a few: the longest of all would cost more than the others save
-        proved = [taken[0], max(taken[1::32] or taken, key=lambda number: len(texts[number]))] if taken else []
-        if self._pretokens.agrees(self._backend, [texts[number] for number in proved]):
-            return pairs
-        log.warning("remembered pre-tokens differ from the tokenizer's own; from this batch on it encodes everything")
-        self._pretokens = None
-        return [None] * len(rendered)
+        encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
+        return [
+            self._sample(document, *_learned(encoding, text, fast=fast))
+            for document, encoding, text in zip(documents, encodings, rendered, strict=True)
+        ]
 
     def _sample(self, document: Document, input_ids: np.ndarray, supervised: np.ndarray) -> Sample:
-        label = None
+        marks: dict[str, float] = {}
         if document.label is not None:
-            label = self._label(document)
+            marks[LABEL] = self._label(document)
             input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
         elif document.text is not None or (document.prompt is not None and self.template is None):
             eos = self.eos_id
@@ -205,7 +184,7 @@ class Encoder:
                 "remove it from the text, or from the template in model.chat_template"
             )
         supervised[:1] = False
-        return Sample(input_ids, supervised, label)
+        return Sample(input_ids, supervised, marks)
 
     def _label(self, document: Document) -> int:
         if document.label not in self.label_ids:
@@ -317,4 +296,4 @@ def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
     """The first `max_length` tokens, of which the last `tail` are the sample's own last ones."""
     keep, end = max_length - tail, len(sample.input_ids) - tail
     ids = np.concatenate([sample.input_ids[:keep], sample.input_ids[end:]])
-    return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), sample.label)
+    return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), dict(sample.marks))

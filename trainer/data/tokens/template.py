@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.config import LearnConfig, LearnTurns
 from trainer.data.document import Message
 from trainer.data.tokens.marking import BEGIN, END, Marker
 from trainer.data.tokens.skeleton import RESERVED, Skeletons
@@ -26,23 +26,6 @@ if TYPE_CHECKING:
 _RESERVED = re.compile(f"[{RESERVED}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
-
-
-class LearnTurns(StrEnum):
-    """Which of the turns that may be learned are."""
-
-    all = "all"
-    last = "last"
-
-
-@dataclass(kw_only=True, slots=True)
-class LearnConfig:
-    """Which turns of a conversation are learned; a message's own `"train": true` or `false` goes before `roles`."""
-
-    turns: LearnTurns = LearnTurns.all
-    """`all` learns every turn of the roles below; `last` only the last turn that would be learned."""
-    roles: list[str] = field(default_factory=lambda: ["assistant"])
-    """Roles whose turns are learned, of `system`, `user` and `assistant`: their content and their end-of-turn token."""
 
 
 @dataclass(slots=True)

@@ -1,10 +1,10 @@
 """Personal data in training text: found by type, reported, redacted or pseudonymised."""
 
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyEngine, PrivacyMode, active_types, problems
-from trainer.data.stages.privacy.engine import Finder, find
-from trainer.data.stages.privacy.findings import Findings
+from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode
+from trainer.data.stages.privacy.config import coverage, problems
+from trainer.data.stages.privacy.engine import Finder
 from trainer.data.stages.privacy.rule import Finding
-from trainer.data.stages.privacy.stage import Privacy, check
+from trainer.data.stages.privacy.stage import Findings, Privacy, check
 
 __all__ = [
     "Finder",
@@ -14,8 +14,7 @@ __all__ = [
     "PrivacyConfig",
     "PrivacyEngine",
     "PrivacyMode",
-    "active_types",
     "check",
-    "find",
+    "coverage",
     "problems",
 ]

@@ -1,4 +1,4 @@
-"""Settings of the search for personal data, and what a usable set of them must satisfy."""
+"""Settings of the search for personal data: types, sets of types that laws ask for, and what makes settings usable."""
 
 from __future__ import annotations
 
@@ -6,65 +6,118 @@ import hashlib
 import hmac
 import os
 import re
-from dataclasses import dataclass, field
-from enum import StrEnum
+from typing import Any
 
-from trainer.data.stages.privacy.presets import NER_ONLY, TYPES, PrivacyPreset, types_of
+from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 
-REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "IN", "BR")
-"""Countries whose own identity numbers are known, ISO 3166-1 alpha-2. Telephone numbers: any country."""
+TYPES: dict[str, str] = {
+    "SECRET": "passwords, API keys, tokens, private keys",
+    "US_SSN": "US social security number",
+    "US_ITIN": "US individual taxpayer number",
+    "UK_NHS": "UK National Health Service number",
+    "UK_NINO": "UK national insurance number",
+    "DE_TAX_ID": "German tax identification number",
+    "FR_NIR": "French social security number",
+    "ES_NIF": "Spanish DNI or NIE",
+    "IT_FISCAL_CODE": "Italian codice fiscale",
+    "NL_BSN": "Dutch burgerservicenummer",
+    "PL_PESEL": "Polish PESEL",
+    "IN_AADHAAR": "Indian Aadhaar number",
+    "BR_CPF": "Brazilian CPF",
+    "CREDIT_CARD": "payment card number",
+    "IBAN": "international bank account number",
+    "MEDICAL_RECORD": "medical record or patient number",
+    "HEALTH_PLAN": "health plan, policy or member number",
+    "ACCOUNT": "account, routing or customer number",
+    "LICENSE": "driving licence, passport, certificate or practice number",
+    "VEHICLE": "vehicle identification number or number plate",
+    "DEVICE": "device serial number or IMEI",
+    "FAX": "fax number",
+    "PHONE": "telephone number",
+    "EMAIL": "e-mail address",
+    "URL": "web address",
+    "IP": "IP address, version 4 or 6",
+    "MAC": "network hardware address",
+    "DATE_OF_BIRTH": "date of birth",
+    "AGE": "age over 89",
+    "DATE": "date more precise than a year",
+    "ADDRESS": "street or postal address (found by no engine)",
+    "POSTCODE": "postcode or ZIP code",
+    "USERNAME": "user name or social media handle",
+    "PERSON": "name of a person (engine=presidio)",
+    "LOCATION": "name of a place (engine=presidio)",
+    "ORGANISATION": "name of an organisation (engine=presidio)",
+}
+"""Type -> what it is. The order breaks ties: of two findings over the same characters with the same score, the earlier wins."""
+
+NEEDS_PRESIDIO = frozenset({"PERSON", "LOCATION", "ORGANISATION"})
+"""Types that only a language model finds."""
+FOUND_BY_NONE = frozenset({"ADDRESS"})
+"""Types that laws name and nothing here finds whole; what is asked for under them is reported as not looked for."""
+
+NATIONAL_IDS: dict[str, str] = {
+    "US_SSN": "US",
+    "US_ITIN": "US",
+    "UK_NHS": "GB",
+    "UK_NINO": "GB",
+    "DE_TAX_ID": "DE",
+    "FR_NIR": "FR",
+    "ES_NIF": "ES",
+    "IT_FISCAL_CODE": "IT",
+    "NL_BSN": "NL",
+    "PL_PESEL": "PL",
+    "IN_AADHAAR": "IN",
+    "BR_CPF": "BR",
+}
+"""Identity numbers and their country."""
+
+
+NOT_ASKED = "not asked for"
 KEY_CHARACTERS = 16
 """Least length of a pseudonym key: short keys can be tried out, and then every pseudonym can be undone."""
 
 
-class PrivacyMode(StrEnum):
-    """What is done about personal data that is found."""
+GENERAL = frozenset(
+    {"PERSON", "EMAIL", "PHONE", "FAX", "ADDRESS", "CREDIT_CARD", "IBAN", "ACCOUNT", "IP", "MAC", "DATE_OF_BIRTH"}
+    | {"MEDICAL_RECORD", "HEALTH_PLAN", "LICENSE", "USERNAME", "SECRET", *NATIONAL_IDS}
+)
+"""What points at one person, and secrets; neither dates nor web addresses, of which ordinary texts are full."""
 
-    none = "none"
-    report = "report"
-    redact = "redact"
-    pseudonymise = "pseudonymise"
-    drop = "drop"
-    fail = "fail"
+GDPR = GENERAL | {"VEHICLE", "DEVICE", "POSTCODE", "LOCATION"}
+"""Art. 4(1): names, identification numbers, location data, online identifiers."""
 
-
-class PrivacyEngine(StrEnum):
-    """What looks for personal data: patterns with checks, or these and Presidio with its name recognition."""
-
-    patterns = "patterns"
-    presidio = "presidio"
+HIPAA = frozenset(TYPES) - {"ORGANISATION"}
+"""45 CFR 164.514(b)(2)(i): the textual ones of its eighteen identifiers; national numbers fall under (R), any other."""
 
 
-@dataclass(kw_only=True, slots=True)
-class PrivacyConfig:
-    """Personal data in texts: what is looked for, and what is done about it. The default only reports."""
-
-    mode: PrivacyMode = PrivacyMode.report
-    """`none`; `report` counts; `redact` puts `[TYPE]`, `pseudonymise` keyed names; `drop` the document; or `fail`."""
-    preset: PrivacyPreset = PrivacyPreset.general
-    """Types looked for when `types` is empty: `general`, `hipaa` (Safe Harbor identifiers), `gdpr`, or `none`."""
-    types: list[str] = field(default_factory=list)
-    """Types looked for, such as EMAIL or PHONE; an empty list takes those of the preset."""
-    engine: PrivacyEngine = PrivacyEngine.patterns
-    """`patterns`, or `presidio` for person, place and organisation names in English (extra `pii`, about 20x slower)."""
-    min_score: float = 0.5
-    """Findings less certain than this are ignored, 0 to 1; 0.35 also takes numbers that only look right."""
-    regions: list[str] = field(default_factory=lambda: list(REGIONS))
-    """Countries whose telephone and identity numbers are looked for, as two-letter ISO 3166 codes."""
-    scan_documents: int = 1000
-    """With `mode=report`, documents scanned of each source, from its start; 0 scans all. Other modes scan all."""
-    max_findings: int = 0
-    """With `mode=fail`, findings that are still allowed, over all documents."""
-    key_env: str = "SHARDTUNE_PSEUDONYM_KEY"
-    """With `mode=pseudonymise`, the environment variable that holds the secret key (16 characters or more)."""
-    allow: list[str] = field(default_factory=list)
-    """Regular expressions; what one of them matches as a whole is never a finding, e.g. `support@example\\.com`."""
+def types_of(preset: PrivacyPreset) -> frozenset[str]:
+    """The types of a preset."""
+    sets = {PrivacyPreset.general: GENERAL, PrivacyPreset.gdpr: GDPR, PrivacyPreset.hipaa: HIPAA}
+    return sets.get(preset, frozenset())
 
 
 def active_types(config: PrivacyConfig) -> tuple[str, ...]:
-    """Types looked for, in the fixed order of `TYPES`."""
-    wanted = set(config.types) or types_of(config.preset)
-    return tuple(name for name in TYPES if name in wanted)
+    """Types looked for, in the fixed order of `TYPES`; see `coverage` for the others."""
+    return tuple(coverage(config)["looked_for"])
+
+
+def coverage(config: PrivacyConfig) -> dict[str, Any]:
+    """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason."""
+    wanted = frozenset() if config.mode == PrivacyMode.none else frozenset(config.types) or types_of(config.preset)
+    looked_for, left_out = list[str](), dict[str, str]()
+    for name in TYPES:
+        region = NATIONAL_IDS.get(name)
+        if name not in wanted:
+            left_out[name] = NOT_ASKED
+        elif name in FOUND_BY_NONE:
+            left_out[name] = "found by no engine"
+        elif name in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
+            left_out[name] = "needs data.privacy.engine=presidio"
+        elif region is not None and region not in config.regions:
+            left_out[name] = f"needs {region} in data.privacy.regions"
+        else:
+            looked_for.append(name)
+    return {"looked_for": looked_for, "not_looked_for": left_out}
 
 
 def problems(config: PrivacyConfig, prefix: str = "data.privacy") -> list[str]:
@@ -78,9 +131,7 @@ def problems(config: PrivacyConfig, prefix: str = "data.privacy") -> list[str]:
     ]
     if not config.types and config.preset == PrivacyPreset.none:
         out.append(f"{prefix}.preset=none with an empty {prefix}.types looks for nothing; name types, or set mode=none")
-    ner_only = sorted(set(config.types) & NER_ONLY)
-    if config.engine == PrivacyEngine.patterns and ner_only:
-        out.append(f"{prefix}.types: {', '.join(ner_only)} needs {prefix}.engine=presidio")
+    out += _unfindable(config, prefix)
     if not 0 <= config.min_score <= 1:
         out.append(f"{prefix}.min_score={config.min_score}: must lie between 0 and 1; the default is 0.5")
     for name in ("scan_documents", "max_findings"):
@@ -98,6 +149,20 @@ def problems(config: PrivacyConfig, prefix: str = "data.privacy") -> list[str]:
             f"variable {config.key_env} ({prefix}.key_env); make one with: openssl rand -hex 32"
         )
     return out
+
+
+def _unfindable(config: PrivacyConfig, prefix: str) -> list[str]:
+    """Types asked for by name that nothing would look for."""
+    remedies = {
+        "needs data.privacy.engine=presidio": "set it (pip install 'shardtune[pii]'), or leave the type out",
+        "found by no engine": f"leave it out; LOCATION finds places in addresses with {prefix}.engine=presidio",
+    }
+    reasons = coverage(config)["not_looked_for"]
+    return [
+        f"{prefix}.types: {name} {reasons[name]}; {remedies.get(reasons[name], 'add it, or leave the type out')}"
+        for name in config.types
+        if reasons.get(name, NOT_ASKED) != NOT_ASKED
+    ]
 
 
 def key_identity(config: PrivacyConfig) -> str | None:

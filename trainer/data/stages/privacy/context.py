@@ -1,4 +1,7 @@
-"""Rules for data that only the words beside it give away: record, policy, account and licence numbers, user names."""
+"""Rules for data that the words beside it give away: record, policy, account and licence numbers, user names; and for dates.
+
+Dates, ages and postcodes are known as they are written in the US, the UK, Germany and France.
+"""
 
 # ruff: noqa: RUF001
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 import re
 
 from trainer.data.stages.privacy import checksums
-from trainer.data.stages.privacy.rule import Rule
+from trainer.data.stages.privacy.rule import NOT_PERSONAL, Rule, rule, words
 
 CODE = r"(?=[\w./-]*\d)[A-Za-z0-9](?:[\w./-]{1,28}[A-Za-z0-9])(?![\w-])"
 """A number of an office: a digit in it, three characters or more."""
@@ -20,11 +23,11 @@ IS = (
 """What may stand between the word and the number."""
 
 
-def _after(type_: str, names: str, value: str = CODE, score: float = 0.85, *hints: str) -> Rule:
-    return Rule(type_, re.compile(rf"(?i)(?<!\w)(?:{names}){IS}({value})"), score, hints=hints, needs="digit")
+def _after(type_: str, names: str, value: str, score: float, hints: str) -> Rule:
+    return rule(type_, rf"(?i)(?<!\w)(?:{names}){IS}({value})", score, hints=hints, needs="digit")
 
 
-RULES: tuple[Rule, ...] = (
+ANNOUNCED = (
     _after(
         "MEDICAL_RECORD",
         r"mrn|mr ?#|med(?:ical)? rec(?:ord)?s?|patient(?:[ -]?id(?:entifier)?| number| no\.?| #)|"
@@ -33,7 +36,7 @@ RULES: tuple[Rule, ...] = (
         r"accession (?:number|no\.?|#)",
         CODE,
         0.9,
-        *("mrn", "mr#", "mr #", "record", "rec", "patient", "chart", "hospital", "encounter", "dossier", "accession"),
+        "mrn|mr#|mr #|record|rec|patient|chart|hospital|encounter|dossier|accession",
     ),
     _after(
         "HEALTH_PLAN",
@@ -43,19 +46,7 @@ RULES: tuple[Rule, ...] = (
         r"krankenkasse(?:nnummer)?",
         CODE,
         0.85,
-        *(
-            "plan",
-            "insurance",
-            "medica",
-            "member",
-            "subscriber",
-            "beneficiary",
-            "policy",
-            "group n",
-            "group #",
-            "versicherten",
-            "krankenkasse",
-        ),
+        ("plan|insurance|medica|member|subscriber|beneficiary|policy|group n|group #|versicherten|krankenkasse"),
     ),
     _after(
         "ACCOUNT",
@@ -65,20 +56,7 @@ RULES: tuple[Rule, ...] = (
         r"numéro de (?:compte|client)|bank ?leitzahl|blz",
         SPACED,
         0.8,
-        *(
-            "account",
-            "acct",
-            "a/c",
-            "routing",
-            "sort code",
-            "customer",
-            "konto",
-            "kunden",
-            "compte",
-            "de client",
-            "leitzahl",
-            "blz",
-        ),
+        "account|acct|a/c|routing|sort code|customer|konto|kunden|compte|de client|leitzahl|blz",
     ),
     _after(
         "LICENSE",
@@ -88,24 +66,24 @@ RULES: tuple[Rule, ...] = (
         r"personalausweis(?:nummer)?|permis de conduire|passeport",
         CODE,
         0.8,
-        *("licen", "dl", "passport", "certificate", "dea", "führerschein", "pass", "ausweis", "permis"),
+        "licen|dl|passport|certificate|dea|führerschein|pass|ausweis|permis",
     ),
-    Rule(
+    rule(
         "LICENSE",
-        re.compile(r"(?i)(?<!\w)npi" + IS + r"(\d{10})(?!\d)"),
+        rf"(?i)(?<!\w)npi{IS}(\d{{10}})(?!\d)",
         0.95,
         check=checksums.npi,
-        hints=("npi",),
+        hints="npi",
         needs="digit",
     ),
-    _after("VEHICLE", r"vin|vehicle identification", r"[A-HJ-NPR-Z0-9]{11,17}(?!\w)", 0.85, "vin", "vehicle"),
+    _after("VEHICLE", r"vin|vehicle identification", r"[A-HJ-NPR-Z0-9]{11,17}(?!\w)", 0.85, "vin|vehicle"),
     _after(
         "VEHICLE",
         r"(?:licen[cs]e|number|registration) plate|(?:vehicle )?registration(?= (?:number|no|mark))|"
         r"plate(?= (?:number|no|#)|[#:])|kennzeichen|immatriculation|reg\.? no\.?",
         r"(?=[\w -]*\d)[A-ZÄÖÜ0-9]{1,4}(?:[ -]?[A-Z0-9]{1,4}){1,2}(?!\w)",
         0.8,
-        *("plate", "registration", "kennzeichen", "immatriculation", "reg"),
+        "plate|registration|kennzeichen|immatriculation|reg",
     ),
     _after(
         "DEVICE",
@@ -113,34 +91,21 @@ RULES: tuple[Rule, ...] = (
         r"no\.?)|(?:pacemaker|implant) (?:id|number|no\.?|#)|imei|meid|udi|seriennummer",
         CODE,
         0.8,
-        *("serial", "s/n", "sn:", "device", "pacemaker", "implant", "imei", "meid", "udi", "serien"),
+        "serial|s/n|sn:|device|pacemaker|implant|imei|meid|udi|serien",
     ),
-    Rule(
+    rule(
         "USERNAME",
-        re.compile(
+        (
             r"(?i)(?<!\w)(?:user ?(?:name|id)|login(?: name)?|screen ?name|handle|nickname|benutzername|"
             r"identifiant|skype|telegram|instagram|twitter|discord)"
             r"[\"']?(?: is| was|:| :| =|=){1,2} ?[\"'“]?(@?[a-z][\w.#-]{1,30}\w)(?![\w@(])"
         ),
         0.75,
-        hints=(
-            "user",
-            "login",
-            "screen",
-            "handle",
-            "nickname",
-            "benutzer",
-            "identifiant",
-            "skype",
-            "telegram",
-            "instagram",
-            "twitter",
-            "discord",
-        ),
+        hints="user|login|screen|handle|nickname|benutzer|identifiant|skype|telegram|instagram|twitter|discord",
     ),
-    Rule(
+    rule(
         "USERNAME",
-        re.compile(
+        (
             r"(?<![\w@./`])@(?!(?:property|dataclass|staticmethod|classmethod|override|param|return|returns|"
             r"throws|pytest|media|import|"
             r"abstractmethod|cached_property|app|test|charset|see|since|author|deprecated|types?|interface|"
@@ -152,3 +117,87 @@ RULES: tuple[Rule, ...] = (
         needs="at",
     ),
 )
+
+MONTH = (
+    r"(?:jan(?:uary|uar|vier)?|feb(?:ruary|ruar)?|févr(?:ier)?|enero|febrero|mar(?:ch|s|zo)?|märz|"
+    r"apr(?:il)?|avr(?:il)?|abril|may|mai|mayo|june?|juni|juin|junio|"
+    r"july?|juli|juillet|julio|aug(?:ust)?|août|agosto|sept?(?:ember|embre)?|septiembre|oct(?:ober|obre)?|"
+    r"okt(?:ober)?|octubre|"
+    r"nov(?:ember|embre|iembre)?|dec(?:ember)?|dez(?:ember)?|déc(?:embre)?|diciembre)"
+)
+DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+YEAR = r"(?:1[89]|20)\d{2}"
+DATE_SHAPE = "|".join(
+    (
+        rf"{YEAR}([-/.])(?:0?[1-9]|1[0-2])\2{DAY}(?=\D|T|$)",
+        rf"{DAY}([-/.])(?:0?[1-9]|1[0-2])\3(?:{YEAR}|\d{{2}})",
+        rf"(?:0?[1-9]|1[0-2])([-/])(?:{DAY})\4(?:{YEAR}|\d{{2}})",
+        rf"(?i:{MONTH})\.? {DAY}(?:st|nd|rd|th)?(?:,? (?:of )?(?:{YEAR}|'\d{{2}}))?",
+        rf"{DAY}(?:st|nd|rd|th|er|\.)?[ -](?:of |de )?(?i:{MONTH})\.?(?:,?[ -](?:de )?(?:{YEAR}|'\d{{2}}))?",
+        rf"(?i:{MONTH})\.?,? (?:of |de )?{YEAR}",
+        rf"(?:0?[1-9]|1[0-2])/{YEAR}",
+    )
+)
+"""A date more precise than a year; groups 2 to 4 hold its separators, so group 1 has to be the whole."""
+BIRTH = words(
+    "dob", r"d\.o\.b\.?", r"date[ -]of[ -]birth", "birth ?dates?", "birth ?days?", "born(?: on| in)?",
+    r"geb(?:oren|\.)?(?: am)?", "geburtsdatum", "née?(?: le)?", "date de naissance", "nacid[oa](?: el)?",
+    "fecha de nacimiento", "nat[oa] il", "geboortedatum",
+).pattern  # fmt: skip
+NINETY = r"(?:9\d|1[01]\d|12[0-5])"
+DATES = [
+    rule(
+        "DATE_OF_BIRTH",
+        rf"(?i:{BIRTH})[\"')\]]*[ \t]*[:=–-]?[ \t]*[\"(]?(?<![\w.])({DATE_SHAPE})(?![\w])(?!\.\d)",
+        0.95,
+        needs="digit",
+        hints="birth|born|dob|d.o.b|geb|né|naci|nato|nata|naiss",
+    ),
+    rule(
+        "DATE",
+        rf"(?<![\w./-])(?=[0-9adefjmnosADEFJMNOS])({DATE_SHAPE})(?!\w|[./-]\d)",
+        0.8,
+        needs="digit",
+        against=NOT_PERSONAL,
+    ),
+    rule(
+        "DATE",
+        rf"(?<![\w./-])({YEAR}-(?:0[1-9]|1[0-2])-{DAY}T\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)(?!\w)",
+        0.85,
+        needs="digit",
+    ),
+    rule(
+        "AGE",
+        rf"(?i)(?<![\w.,/-])({NINETY})(?=[ -]?(?:years?|yrs?|yr)[ -]old\b|[ -]?y/?o\b|[ -]year[ -]old|"
+        rf"[ -]?ans\b|[ -]Jahre)",
+        0.85,
+        needs="digit",
+        hints="old|yo|y/o|ans|jahre",
+    ),
+    rule(
+        "AGE",
+        rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)",
+        0.85,
+        needs="digit",
+        hints="age",
+    ),
+]
+
+UK_POSTCODE = r"(?:GIR ?0AA|[A-PR-UWYZ](?:\d[\dA-HJKPSTUW]?|[A-HK-Y]\d[\dABEHMNPRVWXY]?) ?\d[ABD-HJLNP-UW-Z]{2})"
+STATE = (
+    r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|PR|RI|S[CD]|"
+    r"T[NX]|UT|V[AT]|W[AIVY])"
+)
+POSTCODES = [
+    rule("POSTCODE", rf"(?<![\w-])({UK_POSTCODE})(?![\w-])", 0.75, needs="digit"),
+    rule("POSTCODE", rf"(?<!\w){STATE},?[ \t]+(\d{{5}}(?:-\d{{4}})?)(?![\w-])", 0.8, needs="digit"),
+    rule(
+        "POSTCODE",
+        r"(?i)(?<!\w)(?:zip|zip ?code|post(?:al)? ?code|postleitzahl|plz|code postal|"
+        r"código postal)(?: is)?[ \t]*:?[ \t]*(\d{5}(?:-\d{4})?|\d{4} ?[A-Z]{2}|[A-Z]\d[A-Z] ?\d[A-Z]\d)(?!\w)",
+        0.85,
+        needs="digit",
+    ),
+]
+
+RULES: tuple[Rule, ...] = (*ANNOUNCED, *DATES, *POSTCODES)

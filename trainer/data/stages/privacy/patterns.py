@@ -6,18 +6,12 @@ Shapes follow the standards named in `checksums`; those of API keys are what the
 from __future__ import annotations
 
 import ipaddress
-import re
 
 from trainer.data.stages.privacy import checksums
-from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, words
+from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule, words
 
 OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
 """Bounds of a number: not part of a longer word, decimal or hyphenated code."""
-
-
-def rule(type_: str, regex: str, score: float, **more: object) -> Rule:
-    """A rule from the text of its expression."""
-    return Rule(type_, re.compile(regex), score, **more)  # type: ignore[arg-type]
 
 
 def _number(type_: str, regex: str, score: float, check: object, *near: str, boosted: float = 0.95) -> Rule:
@@ -58,14 +52,14 @@ NETWORK = [
         r"(?i)(?<![\w.+-])([\w.+-]{1,64} ?(?:\(at\)|\[at\]|\{at\}| at ) ?[\w-]{1,63}"
         r"(?: ?(?:\(dot\)|\[dot\]|\{dot\}| dot ) ?[a-z]{2,24}){1,3})(?!\w)",
         0.8,
-        hints=("dot)", "dot]", "dot}", " dot "),
+        hints="dot)|dot]|dot}| dot ",
     ),
-    rule("URL", r"(?i)(?<![\w@])((?:https?|ftp)://[^\s<>\"'`]+[^\s<>\"'`.,;:!?)\]}])", 0.9, hints=("://",)),
+    rule("URL", r"(?i)(?<![\w@])((?:https?|ftp)://[^\s<>\"'`]+[^\s<>\"'`.,;:!?)\]}])", 0.9, hints="://"),
     rule(
         "URL",
         r"(?i)(?<![\w@/.])(www\.(?:[\w-]+\.)+[a-z]{2,24}(?:/[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}])?)",
         0.85,
-        hints=("www.",),
+        hints="www.",
     ),
     rule(
         "IP",
@@ -162,8 +156,8 @@ NATIONAL = [
         r"sofi\S*",
     ),
     _number("PL_PESEL", r"\d{11}", 0.55, checksums.pesel, "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, checksums.verhoeff, "aadhaar", "aadhar", "uidai"),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, checksums.verhoeff, "aadhaar", "aadhar", "uidai"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, checksums.aadhaar, "aadhaar", "aadhar", "uidai"),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, checksums.aadhaar, "aadhaar", "aadhar", "uidai"),
     _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, checksums.cpf),
     _number("BR_CPF", r"\d{11}", 0.4, checksums.cpf, "cpf"),
 ]
@@ -193,31 +187,31 @@ SECRETS = [
         r"(-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,20000}?(?:-----END (?:[A-Z]+ )"
         r"*PRIVATE KEY(?: BLOCK)?-----|\Z))",
         0.99,
-        hints=("-----begin ",),
+        hints="-----begin ",
     ),
-    rule("SECRET", r"(?<!\w)((?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16})(?!\w)", 0.95, hints=("akia", "asia", "abia", "acca")),
+    rule("SECRET", r"(?<!\w)((?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16})(?!\w)", 0.95, hints="akia|asia|abia|acca"),
     rule(
         "SECRET",
         rf"(?<!\w)((?:gh[pousr]_[A-Za-z0-9]{{36,251}}|github_pat_\w{{60,90}}|glpat-{TOKEN}{{20,64}}))(?!\w)",
         0.95,
-        hints=("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-"),
+        hints="ghp_|gho_|ghu_|ghs_|ghr_|github_pat_|glpat-",
     ),
     rule(
         "SECRET",
         rf"(?<![\w-])((?:xox[abeoprs]-[\w-]{{10,250}}|xapp-[\w-]{{20,250}}|sk-{TOKEN}{{20,200}}|[sr]k_(?:live|"
         rf"test)_\w{{16,200}}))(?![\w-])",
         0.95,
-        hints=("xox", "xapp-", "sk-", "k_live_", "k_test_"),
+        hints="xox|xapp-|sk-|k_live_|k_test_",
     ),
     rule(
         "SECRET",
         rf"(?<!\w)((?:AIza{TOKEN}{{35}}|ya29\.{TOKEN}{{20,200}}|hf_[A-Za-z]{{30,40}}|npm_[A-Za-z0-9]{{36}}|"
         rf"SG\.{TOKEN}{{16,32}}\.{TOKEN}{{32,64}}))(?!\w)",
         0.95,
-        hints=("aiza", "ya29.", "hf_", "npm_", "sg."),
+        hints="aiza|ya29.|hf_|npm_|sg.",
     ),
-    rule("SECRET", rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})", 0.95, hints=("eyj",)),
-    rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, hints=("://",), needs="at"),
+    rule("SECRET", rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})", 0.95, hints="eyj"),
+    rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, hints="://", needs="at"),
     rule(
         "SECRET",
         r"(?i)(?<![\w])(?:password|passwd|passphrase|passwort|mot de passe|contraseña|pwd|api[_ -]?key|"
@@ -225,7 +219,7 @@ SECRETS = [
         r"access[_ -]?token|auth[_ -]?token|bearer)[\"']?(?: is|:| =|=|"
         r" :)? ?[\"'“]?((?=[^\s\"'”]*[\d!#$%&*?@^])(?![$<{\[(])[^\s\"'”,;()<>{}\[\]]{6,200})(?<![.!?])",
         0.8,
-        hints=("pass", "pwd", "key", "secret", "token", "bearer", "contrase"),
+        hints="pass|pwd|key|secret|token|bearer|contrase",
     ),
 ]
 

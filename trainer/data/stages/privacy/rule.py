@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 BEFORE, AFTER = 48, 20
 """How many characters before and after a match are searched for words that speak for or against it."""
@@ -80,3 +81,8 @@ VERSION = re.compile(rf"{_OTHER}[ \w.-]{{0,12}}$", re.IGNORECASE)
 def words(*alternatives: str) -> re.Pattern[str]:
     """Any of these expressions as whole words, in any case."""
     return re.compile(rf"(?<!\w)(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
+
+
+def rule(type_: str, regex: str, score: float, *, hints: str = "", **more: Any) -> Rule:
+    """A rule from the text of its expression; `hints` are parted by |."""
+    return Rule(type_, re.compile(regex), score, hints=tuple(filter(None, hints.split("|"))), **more)

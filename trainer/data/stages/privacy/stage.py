@@ -5,14 +5,94 @@ Only texts are looked into and changed: roles, labels, file names and any other 
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import ipaddress
 import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from strategies.errors import DataError
-from trainer.data.document import Document, Tally
-from trainer.data.stages.privacy.config import PrivacyConfig, PrivacyMode
-from trainer.data.stages.privacy.engine import Finder, Finding
-from trainer.data.stages.privacy.findings import Findings
-from trainer.data.stages.privacy.pseudonym import mask, pseudonym
+from trainer.data.config import PrivacyConfig, PrivacyMode
+from trainer.data.document import EXAMPLES, Document, Tally
+from trainer.data.stages.privacy.checksums import compact
+from trainer.data.stages.privacy.engine import Finder
+from trainer.data.stages.privacy.phones import canonical
+from trainer.data.stages.privacy.rule import Finding
+
+HEX_DIGITS = 8
+"""Length of a pseudonym's tail: 32 bits; of 9,000 different values two share one with a probability of about 1 %."""
+SAME = {"FAX": "PHONE", "DATE_OF_BIRTH": "DATE"}
+"""Types whose values are normalised alike, so that a number has one tail under both names."""
+LONGEST_MASK = 32
+SHOW_FIRST = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION"})
+
+
+@dataclass(slots=True)
+class Findings:
+    """Personal data seen by the privacy stage. Holds no value that was found, only masks of a few."""
+
+    scanned: Counter[str] = field(default_factory=Counter)
+    """Documents looked into, by source."""
+    documents: Counter[str] = field(default_factory=Counter)
+    """Documents with at least one finding, by source."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Findings by type."""
+    documents_by_type: Counter[str] = field(default_factory=Counter)
+    """Documents with at least one finding of a type."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of each type, as `file:line mask`."""
+
+    def add(self, source: str, where: str, seen: list[tuple[str, str]]) -> None:
+        """Count one document: (type, mask) of each of its findings."""
+        self.scanned[source] += 1
+        self.documents[source] += bool(seen)
+        self.counts.update(type_ for type_, _ in seen)
+        self.documents_by_type.update({type_ for type_, _ in seen})
+        for type_, shown in seen:
+            kept = self.examples.setdefault(type_, [])
+            if len(kept) < EXAMPLES:
+                kept.append(f"{where} {shown}")
+
+    def merge(self, other: Findings) -> None:
+        """Add a later block's findings."""
+        for name in ("scanned", "documents", "counts", "documents_by_type"):
+            getattr(self, name).update(getattr(other, name))
+        for type_, places in other.examples.items():
+            kept = self.examples.setdefault(type_, [])
+            kept.extend(places[: EXAMPLES - len(kept)])
+
+    def state(self) -> dict[str, Any]:
+        """Everything as plain tables, for a file."""
+        return {name: dict(getattr(self, name)) for name in self.__slots__}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Findings:
+        """What `state` was taken of."""
+        examples = state.pop("examples")
+        return cls(**{name: Counter(counts) for name, counts in state.items()}, examples=examples)
+
+    def total(self) -> int:
+        """All findings."""
+        return sum(self.counts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a report in JSON; types in order of how often they were found."""
+        return {
+            "documents_scanned": dict(sorted(self.scanned.items())),
+            "documents_with_findings": dict(sorted((k, v) for k, v in self.documents.items() if v)),
+            "types": {
+                type_: {
+                    "findings": count,
+                    "documents": self.documents_by_type[type_],
+                    "examples": self.examples.get(type_, []),
+                }
+                for type_, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+            },
+        }
 
 
 class Privacy:
@@ -34,7 +114,7 @@ class Privacy:
         if self._finder is None or self._past_sample(document.source):
             return document
         texts = document.texts()
-        found = dict(zip(texts, self._finder.find_all(texts), strict=True))
+        found = {text: self._finder.find(text) for text in texts}
         seen = [(f.type, mask(f.type, text[f.start : f.end])) for text in texts for f in found[text]]
         self.findings.add(document.source, document.where, seen)
         if not seen:
@@ -79,3 +159,47 @@ def check(findings: Findings, config: PrivacyConfig) -> None:
         f"(data.privacy.max_findings):\n" + "\n".join(lines) + "\nset data.privacy.mode=redact, pseudonymise or drop, "
         "name what is no personal data in data.privacy.allow, or raise data.privacy.max_findings"
     )
+
+
+def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
+    """One spelling for all spellings of a value: case, spaces, separators and national telephone formats vanish."""
+    text = " ".join(unicodedata.normalize("NFKC", value).split())
+    kind = SAME.get(type_, type_)
+    if kind == "PHONE":
+        return canonical(text, regions)
+    if kind == "IP":
+        try:
+            return str(ipaddress.ip_address(text))
+        except ValueError:
+            return text.casefold()
+    if kind in {"EMAIL", "URL", "PERSON", "LOCATION", "ORGANISATION"}:
+        return text.casefold()
+    if kind == "SECRET":
+        return text
+    if kind == "USERNAME":
+        return text.removeprefix("@").casefold()
+    return compact(text)
+
+
+def pseudonym(type_: str, value: str, key: bytes, regions: Sequence[str]) -> str:
+    """`[PERSON_3fa9c01b]`: HMAC-SHA256 of the normalised value under a secret key, the same in every run with that key."""
+    message = f"{SAME.get(type_, type_)}\0{normalise(type_, value, regions)}".encode()
+    return f"[{type_}_{hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]}]"
+
+
+def mask(type_: str, value: str) -> str:
+    """What a report may show: `j***@e***.com`. The shape of numbers, first letters of names, no more than that.
+
+    No four letters or digits in a row of the value are ever shown, and of secrets nothing.
+    """
+    if type_ == "SECRET":
+        return "***"
+    value = " ".join(value.split())
+    if type_ in SHOW_FIRST:
+        local, at, domain = value.rpartition("@")
+        if type_ == "EMAIL" and at:
+            host, _, top = domain.rpartition(".")
+            return f"{local[:1]}***@{host[:1]}***.{top if len(top) <= 3 else '***'}"
+        return " ".join(f"{word[:1]}***" for word in value.split()[:4])
+    shape = "".join("*" if c.isalnum() else c for c in value)
+    return shape if len(shape) <= LONGEST_MASK else shape[:LONGEST_MASK] + "..."

@@ -1,4 +1,4 @@
-"""What comparing texts rests on: their normal form, word n-grams as 64-bit numbers, true Jaccard, MinHash bands.
+"""What comparing texts rests on: their normal form, digests, and runs of words as 64-bit numbers.
 
 Everything is a pure function of the text, the same in every process and for every division into blocks.
 """
@@ -15,13 +15,6 @@ import numpy as np
 
 LONGEST_WORD = 256
 """Bytes. A longer run without a separator (base64, sequences) counts as single bytes, so that an edit stays local."""
-MIN_RECALL = 0.97
-"""Share of the pairs exactly at the threshold that the chosen bands must find, in theory."""
-SEED = 1
-BATCH_BYTES = 1 << 18
-"""Text hashed in one go; the working arrays take about 40 bytes for each of these, and stay in the cache."""
-CALL_TEXTS, CALL_HASHES = 32, 16384
-"""Most texts and n-grams handed to `rensa` at once: with more it starts threads, and a process forked after that hangs."""
 
 _PUNCTUATION = ".,;:!?\"'`()[]{}_#|"
 # Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han with its extensions.
@@ -144,102 +137,13 @@ def roll(words: np.ndarray, ngram: int) -> np.ndarray:
     return total
 
 
-def ngram_hashes(normalized: Sequence[bytes], ngram: int) -> tuple[np.ndarray, np.ndarray]:
-    """Word n-grams of some normalised texts: (uint64 hashes with repeats, int64[texts + 1] offsets into them).
+def ngrams(normalized: bytes, ngram: int, apart: int = 0) -> list[bytes]:
+    """The runs of `ngram` words of a normalised text, in order; of fewer words, but at least one, a single run of all.
 
-    A text of fewer than `ngram` words, but at least one, has a single n-gram: all of it. Such texts are therefore
-    similar only when their words are the same.
+    Short texts are therefore similar only when their words are the same. Runs of texts with another `apart` are others.
     """
-    words, offsets = word_hashes(normalized)
-    counts = np.diff(offsets)
-    numbers = np.where(counts >= ngram, counts - ngram + 1, np.minimum(counts, 1))
-    ends = np.cumsum(numbers)
-    whole = roll(words, ngram)
-    place = np.repeat(offsets[:-1] - (ends - numbers), numbers) + np.arange(ends[-1] if len(ends) else 0)
-    hashes = np.zeros(len(place), dtype=np.uint64)
-    short = np.flatnonzero((counts > 0) & (counts < ngram))
-    full = np.ones(len(place), dtype=bool)
-    full[(ends - numbers)[short]] = False
-    hashes[full] = whole[place[full]]
-    for text in short:
-        own = words[offsets[text] : offsets[text + 1]]
-        hashes[ends[text] - 1] = (own * _STEP[: len(own)]).sum(dtype=np.uint64) + np.uint64(ngram - len(own))
-    return mix(hashes), np.concatenate([[0], ends])
-
-
-def ngram_set(text: str, ngram: int) -> np.ndarray:
-    """The distinct n-grams of one text, sorted: uint64[k]."""
-    hashes, _ = ngram_hashes([normalize(text)], ngram)
-    hashes.sort()
-    return hashes[np.concatenate([[True], hashes[1:] != hashes[:-1]])] if len(hashes) else hashes
-
-
-def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Shared n-grams over all n-grams of two sorted sets; 0 where both are empty."""
-    both = np.concatenate([first, second])
-    if not len(both):
-        return 0.0
-    both.sort(kind="stable")
-    shared = int(np.count_nonzero(both[1:] == both[:-1]))
-    return shared / (len(both) - shared)
-
-
-def recall(similarity: float, bands: int, rows: int) -> float:
-    """Probability that two texts of this Jaccard similarity share at least one band: 1 - (1 - s**rows)**bands."""
-    return 1 - (1 - similarity**rows) ** bands
-
-
-def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
-    """(bands, rows of a band) with the most rows, so the fewest useless candidates, that still find enough.
-
-    A MinHash value agrees with probability equal to the Jaccard similarity s (Broder 1997); a pair becomes a candidate
-    with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). The
-    rows are the largest number for which that is at least 0.97 at s = threshold. For 128 values and a threshold of 0.8:
-    18 bands of 7 rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and
-    0.03 at 0.4; candidates below the threshold are then refused by their true similarity.
-    """
-    for rows in range(num_perm, 0, -1):
-        if recall(threshold, num_perm // rows, rows) >= MIN_RECALL:
-            return num_perm // rows, rows
-    return num_perm, 1
-
-
-def min_hashes(hashes: np.ndarray, offsets: np.ndarray, num_perm: int) -> np.ndarray:
-    """MinHash values of sets of 64-bit hashes (uint64 with repeats, int64[texts + 1] offsets): uint32[texts, num_perm].
-
-    The full-set R-MinHash of the `rensa` library (after Dahlgaard, Knudsen and Thorup, Fast Similarity Sketching, 2017).
-    """
-    from rensa import RMinHash
-
-    hashes = np.ascontiguousarray(hashes, dtype=np.uint64)
-    result = np.empty((len(offsets) - 1, num_perm), dtype=np.uint32)
-    begin = 0
-    while begin < len(result):
-        fitting = int(np.searchsorted(offsets, offsets[begin] + CALL_HASHES, side="right")) - 1
-        end = min(max(fitting, begin + 1), begin + CALL_TEXTS, len(result))
-        part = hashes[offsets[begin] : offsets[end]]
-        places = (offsets[begin : end + 1] - offsets[begin]).astype(np.uint64)
-        result[begin:end] = RMinHash.digest_matrix_from_flat_token_hashes(part, places, num_perm, SEED).to_rows()
-        begin = end
-    return result
-
-
-def band_hashes(values: np.ndarray, bands: int, rows: int) -> np.ndarray:
-    """One 64-bit hash a band from MinHash values uint32[texts, num_perm]: uint64[texts, bands]."""
-    parts = mix(values[:, : bands * rows].astype(np.uint64).reshape(len(values), bands, rows) + np.uint64(1))
-    weights = _fixed_random("rows", rows)
-    return mix((parts * weights).sum(axis=2, dtype=np.uint64) + np.arange(bands, dtype=np.uint64))
-
-
-def signatures(normalized: Sequence[bytes], *, ngram: int, bands: int, rows: int) -> np.ndarray:
-    """Band hashes of normalised texts: uint64[texts, bands]. A text without words gets the same ones as any other such."""
-    result = np.empty((len(normalized), bands), dtype=np.uint64)
-    begin = size = 0
-    for number, data in enumerate(normalized):
-        size += len(data) + 1
-        if size < BATCH_BYTES and number + 1 < len(normalized):
-            continue
-        hashes, offsets = ngram_hashes(normalized[begin : number + 1], ngram)
-        result[begin : number + 1] = band_hashes(min_hashes(hashes, offsets, bands * rows), bands, rows)
-        begin, size = number + 1, 0
-    return result
+    words = normalized.split()
+    if not words:
+        return []
+    lead = b"%d " % apart if apart else b""
+    return [lead + b" ".join(words[start : start + ngram]) for start in range(max(1, len(words) - ngram + 1))]

@@ -1,14 +1,10 @@
-import math
-from itertools import pairwise
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
+from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally
 from trainer.data.stages import language
-from trainer.data.stages.filters import FilterConfig, Filters, GopherConfig, Quality, measures, words
+from trainer.data.stages.filters import Filters, words
 
 PROSE = (
     "The river rose in the night and covered the lower road. By morning the farmers had moved their sheep up to the "
@@ -29,12 +25,6 @@ GERMAN = (
 FRENCH = (
     "La rivière a monté pendant la nuit et a couvert la route du bas. Le matin, les paysans avaient mené leurs moutons."
 )
-LINES = ["one line of plain text here", "another line that says things", "a third with its own words"]
-GOPHER = FilterConfig(quality=Quality.gopher, gopher=GopherConfig(min_words=20))
-
-
-def gopher(**bounds):
-    return FilterConfig(quality=Quality.gopher, gopher=GopherConfig(min_words=20, **bounds))
 
 
 def ask(question, answer, **more):
@@ -47,7 +37,6 @@ def plain(text):
     return Document("f", 1, text=text)
 
 
-distinct = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(200)]
 TABLE = [
     # config, document, the reason expected (None: kept)
     (FilterConfig(), plain("x"), None),
@@ -78,37 +67,6 @@ TABLE = [
         Document("f", 1, messages=[], chosen=[], rejected=[{"role": "assistant", "content": "sorry"}]),
         None,
     ),
-    (GOPHER, plain(PROSE), None),
-    (GOPHER, plain(CODE), None),
-    (GOPHER, plain(CHINESE), None),
-    (GOPHER, plain(THAI), None),
-    (GOPHER, ask("# " * 100, "42"), None),
-    (GOPHER, plain("a b " * 5), None),
-    (GOPHER, plain(" ".join("ab" if i % 2 else w[-2:] for i, w in enumerate(distinct[:60]))), "low_mean_word_length"),
-    (GOPHER, plain(" ".join(w * 3 for w in distinct[:60])), "high_mean_word_length"),
-    (GOPHER, plain(" ".join(f"{i}{i}{i}" for i in range(50))), "low_alphabetic_share"),
-    (gopher(min_letter_share=0.6), plain(" ".join(f"{w[:2]}123456" for w in distinct[:50])), "low_letter_share"),
-    (gopher(min_stop_words=2), plain(" ".join(distinct[:60])), "low_stop_words"),
-    (gopher(min_stop_words=2), plain(PROSE), None),
-    (GOPHER, plain(" #".join(distinct[:40])), "high_symbol_ratio"),
-    (GOPHER, plain("\n".join(f"- {a} {b} {a}x" for a, b in pairwise(distinct[:50]))), "high_bullet_share"),
-    (
-        gopher(max_symbol_ratio=1),
-        plain("\n".join(" ".join(distinct[i * 9 : i * 9 + 9]) + "..." * (i % 2) for i in range(10))),
-        "high_ellipsis_share",
-    ),
-    (GOPHER, plain("\n".join(LINES * 3)), "high_duplicate_line_share"),
-    (
-        GOPHER,
-        plain("\n".join([*distinct[:10], " ".join(distinct[10:18]), " ".join(distinct[10:18])])),
-        "high_duplicate_line_characters",
-    ),
-    (GOPHER, plain(" ".join(f"good day {w}" for w in distinct[:30])), "high_top_2gram_share"),
-    (
-        GOPHER,
-        plain(" ".join([*distinct[:60], *(distinct[:14]), *distinct[60:80]])),
-        "high_repeated_6gram_share",
-    ),
     (FilterConfig(languages=["en"]), plain(PROSE), None),
     (FilterConfig(languages=["en"]), plain(GERMAN), "other_language"),
     (FilterConfig(languages=["en", "de"]), plain(GERMAN), None),
@@ -137,47 +95,14 @@ def test_drop_names_place_and_language():
     assert tally.noted == {"filters": {"language_not_judged": 1}}
 
 
-def brute(tokens, n):
-    spots = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    total = sum(map(len, tokens)) or 1
-    counts = [spots.count(spot) for spot in spots]
-    top = max((sum(map(len, s)) * c for s, c in zip(spots, counts, strict=True) if c == max(counts) > 1), default=0)
-    inside = [
-        any(spots[s] in spots[:s] for s in range(max(0, i - n + 1), i + 1) if s < len(spots))
-        for i in range(len(tokens))
-    ]
-    return min(top / total, 1), sum(len(t) for t, dup in zip(tokens, inside, strict=True) if dup) / total
-
-
-@given(st.lists(st.sampled_from(["a", "bb", "ccc"]), max_size=40))
-def test_ngram_shares_equal_brute_force(tokens):
-    figures = measures(" ".join(tokens))
-    for n in (2, 3, 4):
-        assert figures[f"top_{n}gram_share"] == pytest.approx(brute(tokens, n)[0])
-    for n in range(5, 11):
-        assert figures[f"repeated_{n}gram_share"] == pytest.approx(brute(tokens, n)[1])
-
-
-@given(st.text())
-def test_measures_hold_their_bounds_for_any_text(text):
-    figures = measures(text)
-    assert all(0 <= value <= 1 for name, value in figures.items() if name.endswith("_share"))
-    assert all(type(value) is float and (value >= 0 or math.isnan(value)) for value in figures.values())
-
-
-def test_measures_by_hand():
-    figures = measures("- The cat # 12\n\n- The cat # 12\nend ...")
-    assert figures["words"] == 12
-    assert figures["symbol_ratio"] == 2 / 12
-    assert figures["alphabetic_share"] == 5 / 10
-    assert figures["letter_share"] == 15 / 26
-    assert figures["bullet_share"] == 2 / 3
-    assert figures["ellipsis_share"] == 1 / 3
-    assert figures["duplicate_line_share"] == 1 / 3
-    assert figures["duplicate_line_characters"] == 14 / 35
-    assert figures["mean_word_length"] == 26 / 12
-    assert math.isnan(measures(CHINESE)["mean_word_length"])
+def test_words_of_scripts_without_spaces():
     assert words("日本 abc") == ["日", "本", "abc"]
+
+
+def test_code_parts_are_the_text():
+    text = "a\n```py\nb\n```\nc\n   ~~~\nd"
+    assert [part for code, part in language.split_code(text) if code] == ["```py\nb\n```", "   ~~~\nd"]
+    assert "".join(part for _, part in language.split_code(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -187,8 +112,6 @@ def test_measures_by_hand():
         (FilterConfig(languages=["EN"]), "'EN'.*did you mean en?"),
         (FilterConfig(min_words=5, max_words=4), "max_words=4 is below .*min_words=5"),
         (FilterConfig(drop_phrases=[" "]), "empty phrase"),
-        (FilterConfig(gopher=GopherConfig(max_top_ngram_shares=[0.1])), "give 3 numbers"),
-        (FilterConfig(gopher=GopherConfig(max_mean_word_length=2)), "below min_mean_word_length"),
     ],
 )
 def test_unusable_settings_are_refused(config, message):

@@ -18,9 +18,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.block import Bad, Block
-from trainer.data.config import DataConfig
 from trainer.data.document import Tally
-from trainer.data.stages.bias import BiasCounter
 from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
 from trainer.data.store.sequences import Sequences, storage_error
@@ -75,11 +73,11 @@ class Shards:
             f"`shardtune prepare --shard i/{counts[-1]}` (i from 0), or delete the directory to prepare in one go"
         )
 
-    def blocks(self, config: DataConfig) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         """All blocks in input order."""
         files = [path for number in range(self.count) for path in self.path(number).glob("*.npz")]
         for path in sorted(files, key=lambda path: path.name):
-            yield load(path, config)
+            yield load(path)
 
     def remove(self) -> None:
         """Delete them, once merged."""
@@ -110,9 +108,9 @@ def save(block: Block, path: Path) -> None:
             "examples": block.tally.examples,
             "drops": block.tally.drops,
         },
+        "unread": block.unread,
         "labels": block.labels,
         "findings": None if block.findings is None else block.findings.state(),
-        "bias": None if block.bias is None else block.bias.state(),
     }
     arrays: dict[str, Any] = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
@@ -127,7 +125,7 @@ def save(block: Block, path: Path) -> None:
     np.savez(path, **arrays)
 
 
-def load(path: Path, config: DataConfig) -> Block:
+def load(path: Path) -> Block:
     """Read a block that `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
@@ -145,10 +143,10 @@ def load(path: Path, config: DataConfig) -> Block:
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(arrays["tokens"], arrays["supervised"], arrays["lengths"], _named(arrays, "column.")),
+        unread=about["unread"],
         labels=about["labels"],
         signatures=_named(arrays, "signature."),
         findings=None if about["findings"] is None else Findings.of_state(about["findings"]),
-        bias=None if about["bias"] is None else BiasCounter.of_state(config.bias, about["bias"]),
     )
 
 

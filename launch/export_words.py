@@ -1,0 +1,38 @@
+"""What both ways of `shardtune export` read alike: words of the form key=value, and where the result goes."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from strategies.errors import ConfigError
+
+
+def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[dict[str, str], list[str]]:
+    """The words by key, and a line about each word that cannot be used; `--verify` is `verify=true`.
+
+    `beside` is added to the line about a key that is not known.
+    """
+    words: dict[str, str] = {}
+    problems = []
+    for word in argv:
+        key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
+        if key in keys and equals and value:
+            words[key] = value
+            continue
+        near = difflib.get_close_matches(key, keys, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(keys)}"
+        problems.append(
+            f"{word}: {key} needs a value ({key}=...)" if key in keys else f"{word}: no such key{beside}{hint}"
+        )
+    return words, problems
+
+
+def destination(run_dir: Path, to: str | None) -> Path:
+    """Where the export goes. Errors: ConfigError for a directory that holds something else."""
+    if to is None:
+        return run_dir / "export"
+    path = Path(to).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"to={path}: exists and is not empty; name a new directory")
+    return path

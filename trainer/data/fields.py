@@ -1,0 +1,78 @@
+"""Values of a row: what is a text, a label, a verdict; a value that is none refuses the row."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+_VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 3, 8, 4
+
+
+class Refusal(Exception):
+    """Why a row is no document: a reason code to count by, and a message with the value and the constraint."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, shortened."""
+    return _SHORT.repr(value)
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value is one of those by which tables and files say that there is none."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, dict | list):
+        return all(is_nothing(item) for item in (value.values() if isinstance(value, dict) else value))
+    return value is None
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, as some tables keep the one text that there is."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
+    """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text, surrogate."""
+    value: Any = fields.get(key)
+    choice = "" if name else f", or choose one with data.columns, as in data.columns.{key}={key}.0"
+    name = name or f'"{key}"'
+    if is_texts(value):
+        if len(value) > 1:
+            what = f"{name} is a list of {len(value)} texts, {shown(value)}"
+            raise Refusal("not_text", f"{what}, and one is meant: join them{choice}")
+        value = value[0]
+    if not isinstance(value, str):
+        raise Refusal("not_text", f"{name} is {shown(value) if key in fields else 'missing'}; it must be a text")
+    if not value or value.isspace():
+        raise Refusal("empty_text", f"{name} is an empty text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"half a surrogate pair (character {error.start + 1})"
+        raise Refusal("surrogate", f"{name} holds {half}, which is no character") from None
+    return value
+
+
+def label_of(value: Any) -> str:
+    """The class label as text: a name, a whole number, or true/false. Raises Refusal: bad_label."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and value.strip():
+        return text_of({"label": value}, "label").strip()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    raise Refusal("bad_label", f'"label" is {shown(value)}; it must be a name, a whole number or true/false')
+
+
+def verdict_of(value: Any) -> bool | None:
+    """Thumbs up (True) or down (False) of true/false, 1/0, up/down; None for anything else."""
+    if isinstance(value, bool | str | int):
+        return _VERDICTS.get(str(int(value)) if isinstance(value, bool) else str(value).strip().lower())
+    return None

@@ -1,0 +1,115 @@
+"""A job on its way through every step that looks at one document at a time, up to its tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from trainer.data.block import Bad, Block, Job
+from trainer.data.choose.duplicates import Signer
+from trainer.data.config import DataConfig, DuplicatePolicy
+from trainer.data.document import Document, Rejected, Stage
+from trainer.data.formats import RowReader
+from trainer.data.read.row import Row
+from trainer.data.reading import Reading
+from trainer.data.store.documents import to_batch
+from trainer.data.store.sequences import REPLAY, Sample, Sequences
+from trainer.data.tokens.encode import Encoder
+
+
+class BlockMaker:
+    """Turns jobs into blocks. Built once, before worker processes are forked from this one."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        reading: Reading,
+        *,
+        readers: dict[tuple[str, str], RowReader],
+        stages: Callable[[], list[Stage]],
+        encoder: Encoder,
+    ) -> None:
+        self.config, self.reading = config, reading
+        self.readers, self.stages, self.encoder = readers, stages, encoder
+        self.replays = any(source.replay for source in config.sources.values())
+        near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
+        splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
+        self.signer = Signer(config.duplicates, near=near, held_out=any(splits))
+
+    def __call__(self, job: Job) -> Block:
+        """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
+        files = Counter(row.file for row in job.rows)
+        block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
+        stages = self.stages()  # anew for each block: what they count is the block's
+        unread = self.readers[job.split, job.source].unread.names
+        unread.clear()
+        documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
+        block.unread = list(unread)
+        for stage in stages:
+            if stage.name == "privacy" and self._scanned_enough(job):
+                continue
+            if stage.name == "decontamination" and job.split != "train":
+                continue  # held-out rows may well be the evaluation texts themselves
+            documents = [kept for d in documents if (kept := self._pass(stage, d, block)) is not None]
+        documents = self._tokenise(documents, block)
+        block.documents = to_batch(documents)
+        block.signatures = self.signer.sign(documents)
+        for stage in stages:
+            if (findings := getattr(stage, "findings", None)) is not None:
+                block.findings = findings
+        return block
+
+    def _scanned_enough(self, job: Job) -> bool:
+        """Whether a report on personal data has seen its share of the source, in whole jobs."""
+        privacy = self.config.privacy
+        return privacy.mode == "report" and 0 < privacy.scan_documents <= job.offset
+
+    def _read(self, job: Job, row: Row | Rejected, block: Block) -> Document | None:
+        parsed = row.parse()
+        found = parsed if isinstance(parsed, Rejected) else self.readers[job.split, job.source](parsed)
+        if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
+            found = Rejected(found.file, found.line, *refusal, found.text or "")
+        if isinstance(found, Rejected):
+            self._quarantine(block, found)
+            return None
+        return found
+
+    def _quarantine(self, block: Block, row: Rejected) -> None:
+        block.tally.drop("read", row.reason, f"{row.file}:{row.line}")
+        block.bad.append(Bad(block.source, row.file, row.line, row.reason, row.message, row.excerpt[:200]))
+
+    def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
+        before = len(block.tally.drops)
+        kept = stage(document, block.tally)
+        if (kept is None) != (len(block.tally.drops) == before + 1):
+            raise AssertionError(f"{document.where}: stage {stage.name} lost count of a document")
+        if kept is None and stage.name == "checks":
+            _, reason, _ = block.tally.drops[-1]
+            excerpt = document.content()[:200]
+            block.bad.append(
+                Bad(block.source, document.file, document.line, reason, "quarantined by data.checks", excerpt)
+            )
+        return kept
+
+    def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
+        """The documents of which something is left, their sequences now in the block."""
+        encoder, samples, pieces, left = self.encoder, list[Sample](), list[int](), list[Document]()
+        block.labels = sorted({d.label for d in documents if d.label is not None})
+        encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
+        for document, made in self.reading.sequences(encoder, documents, self.config, block.tally):
+            if not made:
+                continue
+            if self.replays:
+                for sample in made:
+                    sample.marks[REPLAY] = block.split == "train" and self.config.sources[block.source].replay
+            samples += made
+            pieces.append(len(made))
+            left.append(document)
+        block.pieces = np.array(pieces, np.int64)
+        block.sequences = Sequences.of(samples, self.reading.counts)
+        last = (sample.input_ids[sample.supervised][-1:] for sample in samples)
+        ended = [len(token) == 1 and int(token[0]) in encoder.end_ids for token in last]
+        block.sequences.columns["ended"] = np.array(ended, np.int64)
+        return left

@@ -1,0 +1,184 @@
+"""Files on other machines (s3://, gs://, hf://, https:// and so on), through fsspec.
+
+Nothing here is reached unless `data.remote` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from errno import EIO
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+from strategies.errors import DataError
+
+_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
+_TAGS = ("ETag", "Content-MD5", "Digest")
+"""What a web server may say about a file's content."""
+BLOCK = 8 << 20
+"""Bytes asked for at a time."""
+HEAD = 4096
+"""Bytes that tell what a file is."""
+
+
+def is_address(value: str) -> bool:
+    """Whether a path value names a file on another machine."""
+    return _ADDRESS.match(value) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """One file by its address; named like a path."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the address, without a query."""
+        plain = urlsplit(self.url).path if self.url.startswith("http") else self.url
+        return PurePosixPath(plain).name
+
+    @property
+    def suffixes(self) -> list[str]:
+        """The suffixes of its name."""
+        return PurePosixPath(self.name).suffixes
+
+    @property
+    def suffix(self) -> str:
+        """The last suffix of its name."""
+        return PurePosixPath(self.name).suffix
+
+    def open(self) -> BinaryIO:
+        """Its bytes, streamed. Raises DataError where it cannot be reached, OSError while it is read."""
+        filesystem, path = _found(self.url)
+        try:
+            file = filesystem.open(path, "rb", block_size=BLOCK)
+        except Exception as error:
+            raise _failed(self.url, error) from error
+        return cast("BinaryIO", io.BufferedReader(_Reading(file), BLOCK))
+
+    def size(self) -> int:
+        """Bytes, as the other machine says; 0 where it does not. Raises DataError."""
+        return int(self._about().get("size") or 0)
+
+    def identity(self) -> str:
+        """A text that changes with its content: what its file system says, or the bytes' SHA-256. Raises DataError."""
+        filesystem, path = _found(self.url)
+        if not self.url.startswith("http"):
+            try:
+                return f"{self.url}:{filesystem.ukey(path)}"
+            except Exception as error:
+                raise _failed(self.url, error) from error
+        about = self._about()
+        if tags := [str(about[tag]) for tag in _TAGS if about.get(tag)]:
+            return f"{self.url}:{about.get('size')}:{':'.join(tags)}"
+        digest = hashlib.sha256()
+        with self.open() as file:
+            while part := file.read(BLOCK):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def _about(self) -> dict[str, Any]:
+        filesystem, path = _found(self.url)
+        try:
+            return dict(filesystem.info(path))
+        except Exception as error:
+            raise _failed(self.url, error) from error
+
+
+def remote_files(value: str, key: str, readable: str) -> list[Remote]:
+    """Files of an address: one file, a pattern with `*`, or all below a directory. Raises DataError.
+
+    `readable`: a pattern of the names that can be read; it tells a file from a directory.
+    """
+    if re.search(readable, Remote(value).name, re.IGNORECASE) and "*" not in value:
+        Remote(value).size()
+        return [Remote(value)]
+    filesystem, path = _found(value)
+    try:
+        names = filesystem.glob(path) if "*" in value else filesystem.find(path)
+    except Exception as error:
+        raise _failed(value, error) from error
+    found = [Remote(filesystem.unstrip_protocol(name)) for name in sorted(names)]
+    found = [file for file in found if re.search(readable, file.name, re.IGNORECASE) and not file.name.startswith(".")]
+    if not found:
+        raise DataError(f"{key}={value} names no file that can be read")
+    return found
+
+
+class _Reading(io.RawIOBase):
+    """A file of fsspec; whatever its library raises becomes an OSError."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self.file.seekable())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._asked(self.file.seek, offset, whence))
+
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._asked(self.file.read, len(buffer))
+        while part and len(part) < min(HEAD, len(buffer)):  # a first look must see enough, whatever the network gives
+            if not (more := self._asked(self.file.read, len(buffer) - len(part))):
+                break
+            part += more
+        buffer[: len(part)] = part
+        return len(part)
+
+    def _asked(self, ask: Callable[..., Any], *values: int) -> Any:
+        try:
+            return ask(*values)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(EIO, f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        if not self.closed:
+            self.file.close()
+        super().close()
+
+
+def _found(url: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it. Raises DataError, also for a package that is missing."""
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, path = url_to_fs(url)
+    except ImportError as error:
+        package = re.search(r"\b(s3fs|gcsfs|adlfs|ossfs|paramiko|aiohttp|huggingface_hub|\w+fs)\b", str(error))
+        name = package.group() if package else str(error)
+        raise DataError(f"{url}: reading it needs the package {name}: pip install {name}") from error
+    except ValueError as error:
+        raise DataError(f"{url}: {error}") from error
+    except Exception as error:
+        raise _failed(url, error) from error
+    return filesystem, str(path)
+
+
+def _failed(url: str, error: Exception) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{url}: does not exist, or nobody answers there")
+    cause = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    return DataError(
+        f"{url}: cannot be read: {type(error).__name__}{f': {cause}' if cause else ''}; check the address, the network and "
+        "your credentials, or download the file and give its path"
+    )

@@ -1,0 +1,282 @@
+"""The audit of a prepared data set: made by `describe`, written to `audit.json`, and read back by the page and the card.
+
+One form for the writer and the readers: a file with a key too many, a key too few or a value of another type is refused,
+so that no page can say 0 of something that stands elsewhere in the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from strategies.errors import DataError
+from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
+
+if TYPE_CHECKING:
+    from trainer.data.store.sequences import TokenDataset
+
+SCHEMA = 2
+AUDIT = "audit.json"
+TELLING = ("exact", "normalized", "near")
+"""Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
+
+
+class _Strict:
+    """Part of the audit; pydantic checks what is read."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage(_Strict):
+    """One stage of preparation: documents that it took out and that it noted (and kept), by reason, with first places."""
+
+    stage: str
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]
+    noted: dict[str, int]
+    examples: dict[str, list[str]]
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceFile(_Strict):
+    """One input file; size and digest are not known of a data set of the hub."""
+
+    path: str
+    rows: int | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Source(_Strict):
+    """One source, or a held-out split's files. `kept` became documents, of which the choice of splits may drop some yet."""
+
+    name: str
+    split: str
+    format: str
+    files: list[SourceFile]
+    rows: int
+    kept: int
+    tokens: int
+    supervised_tokens: int
+    weight: float | None
+    licence: str | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Histogram(_Strict):
+    """`counts[i]` values lie from `edges[i]` to `edges[i + 1]`."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(kw_only=True, slots=True)
+class Split(_Strict):
+    """One split, lengths in tokens; `ends_supervised` counts the sequences whose end of turn is learned."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    supervised_tokens: int
+    supervised_share: float
+    labelled: bool
+    length_p50: int
+    length_p90: int
+    length_max: int
+    ends_supervised: int
+    doubled_bos: int
+    length_histogram: Histogram
+    supervised_histogram: Histogram
+    turns_histogram: Histogram | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Copies(_Strict):
+    """Training documents that copy another, of one kind; `examples` are {"a": place, "b": place of its copy}."""
+
+    policy: str
+    documents: int
+    groups: int
+    examples: list[dict[str, str]]
+    threshold: float | None = None
+    search: dict[str, int] | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Leaks(_Strict):
+    """Training documents that a held-out split has too, by the strictest kind; the near search of `incomplete` was cut."""
+
+    policy: str
+    train: dict[str, int]
+    held_out: dict[str, int]
+    examples: dict[str, list[str]]
+    incomplete: int
+
+    @property
+    def documents(self) -> int:
+        """Training documents that are in the held-out split."""
+        return sum(self.train[kind] for kind in TELLING)
+
+
+@dataclass(kw_only=True, slots=True)
+class PersonalType(_Strict):
+    """Findings of one type of personal data, with place and mask of the first few."""
+
+    findings: int
+    documents: int
+    examples: list[str]
+
+
+@dataclass(kw_only=True, slots=True)
+class PersonalData(_Strict):
+    """The search for personal data; documents by source."""
+
+    mode: str
+    preset: str
+    engine: str
+    looked_for: list[str]
+    """Types."""
+    not_looked_for: dict[str, str]
+    """Every other known type, with the reason."""
+    documents_scanned: dict[str, int]
+    documents_with_findings: dict[str, int]
+    types: dict[str, PersonalType]
+
+    @property
+    def people_and_places(self) -> bool:
+        """Whether names were looked for anywhere."""
+        return bool(NEEDS_PRESIDIO & {*self.looked_for})
+
+    @property
+    def unsought(self) -> dict[str, str]:
+        """Types that were asked for and could not be looked for, with the reason."""
+        return {kind: why for kind, why in self.not_looked_for.items() if why != NOT_ASKED}
+
+    @property
+    def scanned(self) -> int:
+        """Documents looked into, of all sources."""
+        return sum(self.documents_scanned.values())
+
+    @property
+    def documents(self) -> int:
+        """Documents with at least one finding, of all sources."""
+        return sum(self.documents_with_findings.values())
+
+
+@dataclass(kw_only=True, slots=True)
+class DecodedSample(_Strict):
+    """A training sequence as text, in pieces {"text": text, "learned": whether it is learned}."""
+
+    where: str
+    label: str | None
+    pieces: list[dict[str, Any]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Audit(_Strict):
+    """All that preparation tells about a data set. An empty part was not asked for, or had nothing to be looked at."""
+
+    schema: int
+    created: str
+    shardtune: str
+    fingerprint: str
+    words: dict[str, Any]
+    """Settings by dotted name."""
+    conserved: dict[str, int]
+    """{"rows_in", "kept", "dropped"}: the first is the sum of the others."""
+    flow: list[Stage]
+    quarantine: dict[str, Any]
+    """{"rows", "file"}: rows that could not be used."""
+    splits: dict[str, Split]
+    sources: list[Source]
+    unread_columns: dict[str, list[str]]
+    """Columns of the files that nobody read, by source."""
+    mixing: dict[str, dict[str, float | None]]
+    """`batches.mixing.SourceShare` of each weighted source."""
+    labels: dict[str, dict[str, int]]
+    """{"before", "after"}: training documents of each label."""
+    balance: dict[str, dict[str, float | str | None]]
+    """`choose.balance.GroupShare` of each group."""
+    duplicates: dict[str, Copies]
+    leakage: dict[str, Leaks]
+    """By held-out split."""
+    privacy: PersonalData | None
+    languages: dict[str, int]
+    samples: list[DecodedSample]
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the rows read that is not in the data set, whatever the cause, 0 to 1."""
+        return self.conserved["dropped"] / max(self.conserved["rows_in"], 1)
+
+    @property
+    def truncated(self) -> int:
+        """Documents of which `data.max_length` cut something off."""
+        return sum(stage.noted.get("truncated", 0) for stage in self.flow)
+
+    def write(self, directory: Path) -> None:
+        """Write `audit.json`."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str)
+        (directory / AUDIT).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Audit:
+        """The audit in a prepared data set. Raises DataError where the file is not exactly of this form."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_json((directory / AUDIT).read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DataError(
+                f"{directory / AUDIT}: {place}: {first['msg']}; it is no audit of schema {SCHEMA}: prepare the data again"
+            ) from error
+
+    def report(self) -> dict[str, Any]:
+        """What a run records and the terminal tells: without settings, files and distributions."""
+        whole = asdict(self)
+        splits = {
+            name: {key: value for key, value in part.items() if not key.endswith("_histogram")}
+            for name, part in whole["splits"].items()
+        }
+        names = ("conserved", "flow", "duplicates", "leakage", "privacy", "unread_columns", "samples")
+        return {**splits, **{name: whole[name] for name in names if whole[name]}}
+
+
+def sizes(data: TokenDataset) -> dict[str, Any]:
+    """Sizes and lengths of a split, counted from its arrays: the first fields of `Split`."""
+    lengths = data.lengths
+    tokens, supervised = int(lengths.sum()), int(data.num_supervised.sum())
+    middle, most = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist() if len(data) else (0, 0)
+    return {
+        "documents": len(data) if data.documents is None else len(np.unique(data.documents)),
+        "sequences": len(data),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "supervised_share": supervised / max(tokens, 1),
+        "labelled": data.labels is not None,
+        "length_p50": middle,
+        "length_p90": most,
+        "length_max": int(lengths.max()) if len(data) else 0,
+    }
+
+
+def distribution(values: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
+    """Whole numbers in equal bins, but for a few far out, which share one; `shares` lie between 0 and 1."""
+    low, most, high = map(int, np.quantile(values, (0, 0.98, 1))) if len(values) else (0, 0, 0)
+    far = high > 2 * most
+    end = (most if far else high) + 1
+    step = max(1, -(-(end - low) // bins))
+    whole = np.arange(low, end + step, step)
+    edges = np.linspace(0, 1, bins + 1).round(4) if shares else np.append(whole, high + 1) if far else whole
+    counts, _ = np.histogram(values, bins=edges)
+    return Histogram(edges=edges.astype(float).tolist(), counts=counts.tolist())

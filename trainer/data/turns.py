@@ -1,0 +1,166 @@
+"""Turns of conversations as rows have them: roles and keys of either convention, pairs, transcripts, earlier turns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from trainer.data.document import Message
+from trainer.data.fields import Refusal, is_nothing, is_texts, shown, text_of
+
+ROLES = {  # what rows may say -> what chat templates know
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns, and keys of turns, that hold what is no text."""
+_CALLS = ("tool_calls", "function_call")
+_WEIGHTS = ("loss_weight", "loss_mask", "loss", "mask")
+_CARRIERS = frozenset((*MEDIA, *_CALLS, *_WEIGHTS, "reasoning_content", "thinking"))
+"""Keys of turns that nothing reads, and without which a turn means something else."""
+_OF_TOOLS = ("tool", "function", "function_call", "observation", "ipython")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+
+
+def turns_of(value: Any, name: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
+    """The messages of a column, with the roles and keys of either convention; `ignored` keys of turns are left out.
+
+    A text is read as a transcript, as in the HH-RLHF data (Bai et al. 2022, arXiv:2204.05862): "\\n\\nHuman: ..." and
+    "\\n\\nAssistant: ..." in turn. Raises Refusal.
+    """
+    if isinstance(value, str) and not needs:
+        parts = _SPEAKER.split(text_of({name: value}, name))
+        if parts[0].strip() or len(parts) == 1:
+            raise Refusal("no_prompt", f'"{name}" is a text; add its "prompt", or give it as a list of messages')
+        roles = {"Human": "user", "Assistant": "assistant"}
+        spoken = zip(parts[1::2], parts[2::2], strict=True)
+        value = [{"role": roles[speaker], "content": text.strip()} for speaker, text in spoken]
+    if not isinstance(value, list) or not value:
+        raise Refusal("bad_messages", f'"{name}" is {shown(value)}; it must be {needs or "a list of messages"}')
+    return [_turn(turn, f"{name}[{number}]", ignored) for number, turn in enumerate(value, 1)]
+
+
+def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
+    if not isinstance(turn, dict):
+        raise Refusal("bad_messages", f'{name} is {shown(turn)}; it must be {{"role": ..., "content": ...}}')
+    role_key = "from" if "from" in turn and "role" not in turn else "role"
+    text_key = "value" if "content" not in turn and ("value" in turn or role_key == "from") else "content"
+    role = turn.get(role_key)
+    if not isinstance(role, str) or role not in ROLES:
+        tools = "; calls of tools and their results are not supported" if role in _OF_TOOLS else ""
+        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}{tools}")
+    if not _CARRIERS.isdisjoint(turn):
+        _refuse_carriers(turn, name, ignored)
+    message: Message = {"role": ROLES[role], "content": _content(turn, text_key, f"{name}.{text_key}")}
+    train = _train(turn, name)
+    if train is not None:
+        message["train"] = train
+    return message
+
+
+def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
+    """Raise Refusal for a key that carries meaning and that nothing reads."""
+    for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
+        value = turn[key]
+        if value is None if key in _WEIGHTS else is_nothing(value):
+            continue
+        if key == "loss_weight" and value == 1:
+            continue  # what every turn has anyway
+        remedy = "write the call into its content" if key in _CALLS else "write what counts into its content"
+        if key in _WEIGHTS:
+            remedy = 'say whether the turn is learned by "train": true or false'
+        reason = "tool_calls" if key in _CALLS else f"turn_{key}"
+        what = f"{name} has {key} ({shown(value)}), which nothing reads"
+        raise Refusal(reason, f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
+
+
+def _content(turn: dict[str, Any], key: str, name: str) -> str:
+    value = turn.get(key)
+    if not isinstance(value, list) or is_texts(value):
+        return text_of(turn, key, name)
+    texts = []
+    for number, part in enumerate(value, 1):
+        said = (part.get("text") or part.get("value")) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(said, str):
+            raise Refusal(
+                "not_text", f'{name}[{number}] is {shown(part)}; parts must be {{"type": "text", "text": ...}}'
+            )
+        texts.append(said)
+    return text_of({key: "".join(texts)}, key, name)
+
+
+def _train(turn: dict[str, Any], name: str) -> bool | None:
+    """Whether the turn is learned, by `train`, `weight` or `masked`; None where none of them is given."""
+    found = set()
+    for key, wanted in (("train", True), ("weight", True), ("masked", False)):
+        value = turn.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool) and not (key == "weight" and isinstance(value, int | float) and value in (0, 1)):
+            allowed = "0 or 1" if key == "weight" else "true or false"
+            raise Refusal("bad_train", f"{name}.{key} is {shown(value)}; it must be {allowed}")
+        found.add(bool(value) is wanted)
+    if len(found) > 1:
+        raise Refusal("bad_train", f'{name}: "train", "weight" and "masked" contradict each other')
+    return found.pop() if found else None
+
+
+def conversation(turns: list[Message]) -> list[Message]:
+    """The turns, if something can be learned from them. Raises Refusal."""
+    roles = [turn["role"] for turn in turns]
+    if roles[0] == "assistant":
+        message = "the conversation begins with an assistant turn; it must begin with a system or a user turn"
+        raise Refusal("assistant_first", message)
+    if "assistant" not in roles:
+        message = f"the conversation has no assistant turn (roles: {', '.join(roles)}); there is nothing to learn"
+        raise Refusal("no_assistant_turn", message)
+    if not any(turn.get("train", turn["role"] == "assistant") for turn in turns):
+        raise Refusal("no_learned_turn", "every assistant turn is marked as not learned; there is nothing to learn")
+    return turns
+
+
+def parted(before: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """A preference pair as (shared prompt, chosen turns, rejected turns).
+
+    Where chosen and rejected are whole conversations, what both begin with becomes the prompt, which must contain
+    `before`. Raises Refusal: identical_pair, no_prompt, no_answer, differing_prompts, assistant_first.
+    """
+    if chosen == rejected:
+        raise Refusal("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')
+    if not before or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        pairs = enumerate(zip(chosen, rejected, strict=False))
+        same = next((number for number, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+        shared, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        contents = {turn["content"].strip() for turn in shared}
+        if any(turn["content"].strip() not in contents for turn in before):
+            message = '"chosen" and "rejected" are conversations that do not both begin with the prompt of the row'
+            raise Refusal("differing_prompts", message)
+        before = shared
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer:
+            raise Refusal("no_answer", f'"{name}" has no answer of its own after the turns that both share')
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise Refusal("differing_prompts", '"chosen" and "rejected" answer different prompts; they must share one')
+    if not before:
+        raise Refusal("no_prompt", '"chosen" and "rejected" have no prompt; add "prompt", or the turns before them')
+    if before[0]["role"] == "assistant":
+        raise Refusal("assistant_first", "the prompt begins with an assistant turn; it must begin with a user turn")
+    return before, chosen, rejected
+
+
+def history_of(value: Any) -> list[Message]:
+    """Earlier turns from pairs of a question and its answer. Raises Refusal."""
+    turns = []
+    for number, pair in enumerate(value if isinstance(value, list) else [value], 1):
+        if not is_texts(pair) or len(pair) != 2:
+            raise Refusal("bad_history", f"history[{number}] is {shown(pair)}; it must be [question, answer]")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": text_of({role: text}, role, f"history[{number}]")})
+    return turns

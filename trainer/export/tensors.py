@@ -1,0 +1,68 @@
+"""Tensors into safetensors files as transformers lays them out, and what base checkpoints tell about themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def hub_name(base_path: str) -> tuple[str, str | None]:
+    """(hub id, commit) of a snapshot in the hub's cache, or (the directory itself, None)."""
+    path = Path(base_path)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
+    return base_path, None
+
+
+def stored_type(directory: Path) -> torch.dtype:
+    """The floating-point type that most tensors of a checkpoint's first file have."""
+    from safetensors import safe_open
+
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    with safe_open(str(min(directory.glob("*.safetensors"))), framework="pt") as handle:
+        types = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
+    return names.get(max(sorted(set(types)), key=types.count), torch.float32)
+
+
+def write_tensors(
+    tensors: Iterator[tuple[str, Tensor]], directory: Path, *, dtype: torch.dtype, max_bytes: int
+) -> None:
+    """Stream tensors to `model.safetensors`, or to numbered files of at most `max_bytes` (or one tensor) and an index.
+
+    Floating-point tensors are stored as `dtype`. Holds one file's worth. Errors: OSError, SafetensorError.
+    """
+    from safetensors.torch import save_file
+
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    sizes = [0]
+
+    def flush() -> None:
+        files.append(list(held))
+        save_file(held, directory / f"part-{len(files)}", {"format": "pt"})
+        held.clear()
+        sizes.append(0)
+
+    for name, tensor in tensors:
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if held and sizes[-1] + tensor.nbytes > max_bytes:
+            flush()
+        tensor = tensor.contiguous()
+        # A view into a larger buffer would be refused, or written whole.
+        held[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        sizes[-1] += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        (directory / "part-1").rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (directory / f"part-{number}").rename(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

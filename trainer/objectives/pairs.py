@@ -1,0 +1,65 @@
+"""Pairs of answers to the same prompt, of which one was preferred: how they are read, for every objective that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from strategies.errors import DataError
+from trainer.data.config import DataConfig, DataFormat, OverLength
+from trainer.data.document import Document, Tally
+from trainer.data.reading import imitable
+from trainer.data.store.sequences import REFERENCE, Sample
+from trainer.data.tokens.cut import fitted_answers
+from trainer.data.tokens.encode import Encoder
+from trainer.objectives.base import Around, ObjectiveConfig, UnlabelledReading, formats_of
+
+REJECTED = "rejected"
+"""Mark of a sequence: 1 for the answer that was not preferred."""
+
+
+class PairReading(UnlabelledReading):
+    """Each document is two sequences, its chosen answer and then its rejected one."""
+
+    formats = (DataFormat.preference,)
+    sequences_per_document = 2
+
+    def __init__(self, *, uses_reference: bool = False) -> None:
+        self.marks = {REJECTED: 0, **({REFERENCE: 0.0} if uses_reference else {})}
+
+    def sequences(
+        self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
+    ) -> Iterator[tuple[Document, list[Sample]]]:
+        usable = [document for document in documents if imitable(document, tally)]
+        for document in usable:
+            if not document.chosen or not document.rejected:
+                raise DataError(
+                    f"{document.where}: has no preferred and rejected answer, which this objective compares; give rows "
+                    "of prompt, chosen and rejected (data.format=preference), or use objective=sft"
+                )
+        for document, chosen, rejected in encoder.encode_pairs(usable):
+            made = fitted_answers(encoder, document, [chosen, rejected], config, tally)
+            for number, sample in enumerate(made):
+                sample.marks[REJECTED] = number
+            yield document, made
+
+    def counts(self, sample: Sample) -> dict[str, int]:
+        """A pair counts once, with its chosen answer."""
+        return {"loss": 0 if sample.marks[REJECTED] else 1}
+
+    def headings(self) -> list[str]:
+        return ["chosen:\n", "rejected:\n"]
+
+
+def pair_problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
+    """What pairs of answers ask of the data, one line each."""
+    data = around.data
+    if data.packing:
+        yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
+    if data.over_length in (OverLength.truncate_left, OverLength.split):
+        yield (
+            f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
+            "data.over_length=truncate or data.over_length=drop"
+        )
+    for key, chosen in formats_of(data).items():
+        if chosen not in (DataFormat.auto, DataFormat.preference):
+            yield f"{key}.format={chosen}: objective={config.name} reads pairs; set {key}.format=preference"
