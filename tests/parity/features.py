@@ -15,7 +15,7 @@ from tests.parity.base import Job, lone_steps, values_of
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model.config import ModelConfig
 from trainer.objectives.classification import ClassificationConfig
@@ -74,7 +74,7 @@ def labelled(job: Job, *, several: bool) -> Prepared:
     def made() -> Prepared:
         if not (directory / "manifest.json").exists():
             rows = [
-                Sample(s.input_ids, s.supervised, i % 7 if several else i * i % 7 % 3)
+                Sample(s.input_ids, s.supervised, {LABEL: i % 7 if several else i * i % 7 % 3})
                 for i, s in enumerate(samples(48, uneven=False))
             ]
             write(directory, rows, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
