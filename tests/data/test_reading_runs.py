@@ -73,9 +73,7 @@ def test_columns_that_nothing_read_are_named_once_a_source(prepare, capsys):
     words = ("data.sources.a.path=train.jsonl", "data.sources.b.path=more.jsonl")
     said = prepare(*words, path=None)
     assert prepare.audit["unread_columns"] == {"a": ["id", "topic"], "b": ["url"]}
-    assert (
-        said.count("columns of a that nobody read: id, topic") == 1 and "columns of b that nobody read: url" in said
-    )
+    assert said.count("columns of a that nobody read: id, topic") == 1 and "columns of b that nobody read: url" in said
     assert "columns of a that nobody read" in prepare(*words, path=None)  # from the cache too
     said = prepare(*words, "data.ignore_columns=[id,url,topic]", path=None)
     assert "nobody read" not in said and not prepare.audit["unread_columns"]
