@@ -266,7 +266,8 @@ BAD = [
         "unknown_role",
         r"messages\[2\]\.role is 'bot'; known roles",
     ),
-    ({"conversations": [{"from": "tool", "value": "a"}]}, "unknown_role", r"conversations\[1\]\.from is 'tool'"),
+    ({"conversations": [{"from": "bot", "value": "a"}]}, "unknown_role", r"conversations\[1\]\.from is 'bot'"),
+    ({"conversations": [{"from": "tool", "value": "a"}]}, "tool_first", r"begins with a turn of the tool"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "not_text", r"messages\[2\]\.content is None"),
     ({"messages": [USER, {"role": "assistant"}]}, "not_text", r"messages\[2\]\.content is missing"),
     ({"conversations": [{"from": "human"}]}, "not_text", r"conversations\[1\]\.value is missing"),
@@ -278,13 +279,13 @@ BAD = [
     ({"messages": [{"role": "user", "content": []}]}, "empty_text", r"empty text"),
     ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "empty_text", r"\[2\]\.content is an empty text"),
     ({"messages": [USER]}, "no_assistant_turn", r"no assistant turn"),
-    ({"messages": [REPLY, USER, REPLY]}, "assistant_first", r"begins with an assistant turn"),
+    ({"messages": [REPLY, USER, REPLY]}, "assistant_first", r"begins with a turn of the assistant"),
     ({"messages": [USER, {**REPLY, "weight": 0}]}, "no_learned_turn", r"nothing to learn"),
     ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "bad_train", r"messages\[2\]\.weight is 0\.5; it must be 0 or 1"),
     ({"messages": [USER, {**REPLY, "train": "yes"}]}, "bad_train", r"train is 'yes'; it must be true or false"),
     ({"messages": [USER, {**REPLY, "train": True, "masked": True}]}, "bad_train", r"contradict"),
-    ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "tool_calls", r"tool_calls"),
-    ({"messages": [USER, {**REPLY, "function_call": {"name": "f"}}]}, "tool_calls", r"function_call"),
+    ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "bad_tool_calls", r"tool_calls\[1\] is 1; a call must be"),
+    ({"messages": [USER, {**REPLY, "function_call": {"arguments": "f"}}]}, "bad_tool_calls", r"function_call"),
     ({"messages": [{"role": "system", "content": "t"}, USER, REPLY], "system": "s"}, "two_system_turns", r"differs"),
     ({"messages": [USER, REPLY], "system": 5}, "not_text", r'"system" is 5'),
     ({"prompt": "a", "completion": 3}, "not_text", r'"completion" is 3; it must be a text'),
@@ -354,10 +355,13 @@ LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
     | st.sampled_from(["user", "assistant", "gpt", "human", "text", "up", "\n\nHuman: q\n\nAssistant: a"])
 )  # fmt: skip
+CALLS = st.fixed_dictionaries({"name": st.text(), "arguments": LEAVES | st.dictionaries(st.text(), LEAVES)}).map(
+    lambda c: [c]
+)
 TURNS = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text()},
-        optional={"train": st.booleans() | LEAVES, "weight": LEAVES, "tool_calls": LEAVES},
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": st.text()},
+        optional={"train": st.booleans() | LEAVES, "weight": LEAVES, "tool_calls": LEAVES | CALLS, "thinking": LEAVES},
     )
 )
 VALUES = st.recursive(
@@ -377,7 +381,16 @@ def test_whatever_a_row_holds_it_becomes_a_document_or_is_rejected(fields, forma
             assert result.texts() and all(text.strip() for text in result.texts())
             json.loads(result.content())
             for turn in result.turns():
-                assert set(turn) <= {"role", "content", "train"} and turn["role"] in ("user", "assistant", "system")
+                assert set(turn) <= {
+                    "role",
+                    "content",
+                    "train",
+                    "tool_calls",
+                    "reasoning_content",
+                    "name",
+                    "tool_call_id",
+                }
+                assert turn["role"] in ("user", "assistant", "system", "tool")
         with contextlib.suppress(DataError):
             recognise(row(candidate), {})
 

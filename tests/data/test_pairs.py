@@ -171,7 +171,9 @@ def test_every_pair_is_evaluated_once(tmp_path, batch, size, limit):
 def test_the_objective_decides_where_a_row_fits_several_formats(tmp_path):
     """As in UltraFeedback: a pair, with its preferred conversation once more as `messages`."""
     turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] for answer in ("good", "bad")]
-    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "q", "chosen": turns[0], "rejected": turns[1], "messages": turns[0]}])
+    write_jsonl(
+        tmp_path / "train.jsonl", [{"prompt": "q", "chosen": turns[0], "rejected": turns[1], "messages": turns[0]}]
+    )
     assert len(prepared(tmp_path).train) == 2
     with pytest.raises(DataError, match=r"several formats; choose with data\.format=messages\|preference"):
         preparation(tmp_path, objective=SftConfig).open_or_make()

@@ -336,6 +336,14 @@ class LearnTurns(StrEnum):
     last = "last"
 
 
+class Reasoning(StrEnum):
+    """What becomes of the thoughts of assistant turns."""
+
+    learn = "learn"
+    context = "context"
+    drop = "drop"
+
+
 @dataclass(kw_only=True, slots=True)
 class LearnConfig:
     """Which turns of a conversation are learned; a message's own `"train": true` or `false` goes before `roles`."""
@@ -344,6 +352,8 @@ class LearnConfig:
     """`all` learns every turn of the roles below; `last` only the last turn that would be learned."""
     roles: list[str] = field(default_factory=lambda: ["assistant"])
     """Roles whose turns are learned, of `system`, `user` and `assistant`: their content and their end-of-turn token."""
+    reasoning: Reasoning = Reasoning.learn
+    """Thoughts (`reasoning_content`, or `<think>` at the start of a content): `learn`; `context` shows them only; or `drop`."""
 
 
 @dataclass(kw_only=True, slots=True)

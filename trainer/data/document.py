@@ -13,11 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trainer.data.tools import texts_of, with_texts
+
 EXAMPLES = 5
 """How many file:line examples are kept of each kind of trouble."""
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant", "content": text}, and optionally "train": whether the turn is learned."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and optionally "train": whether the turn is learned.
+
+An assistant turn may have "reasoning_content", a text, and "tool_calls" (`trainer/data/tools.py`), and then an empty
+content; the result of a tool may have "name" and "tool_call_id".
+"""
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` would make one each time
@@ -27,9 +33,10 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps
 class Document:
     """One row in normal form. What is set depends on its format.
 
-    Conversations: `messages`. Prompt and completion: both, with `separator` between them where no chat template is.
-    Text: `text`, and `label` where it is labelled. Preference pairs: `messages` is the shared prompt, `chosen` and
-    `rejected` the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and `desirable`.
+    Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them where no
+    chat template is. Text: `text`, and `label` where it is labelled. Preference pairs: `messages` is the shared prompt,
+    `chosen` and `rejected` the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and
+    `desirable`.
     """
 
     file: str
@@ -45,6 +52,7 @@ class Document:
     rejected: list[Message] | None = None
     desirable: bool | None = None
     separator: str = ""
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def where(self) -> str:
@@ -56,17 +64,23 @@ class Document:
         return [*(self.messages or []), *(self.chosen or []), *(self.rejected or [])]
 
     def texts(self) -> list[str]:
-        """All texts that came from the row, in reading order; labels are not among them."""
+        """All texts that came from the row, in reading order: thoughts and arguments of calls too; no labels, no tools."""
         plain = [text for text in (self.prompt, self.completion, self.text) if text is not None]
-        return [message["content"] for message in self.turns()] + plain
+        return [text for message in self.turns() for text in texts_in(message)] + plain
 
     def map_texts(self, change: Callable[[str], str]) -> bool:
         """Replace every text by `change(text)`, in place; whether any differs."""
         differs = False
         for message in self.turns():
-            new = change(message["content"])
-            differs |= new != message["content"]
-            message["content"] = new
+            for name in ("reasoning_content", "content"):
+                if old := message.get(name):
+                    message[name] = change(old)
+                    differs |= message[name] != old
+            for number, call in enumerate(message.get("tool_calls", ())):
+                old = call["function"]["arguments"]
+                new = with_texts(old, change)
+                differs |= new != old
+                message["tool_calls"][number] = {**call, "function": {**call["function"], "arguments": new}}
         for name in ("prompt", "completion", "text"):
             old = getattr(self, name)
             if old is not None:
@@ -77,13 +91,24 @@ class Document:
 
     def content(self) -> str:
         """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
-        parts = (self.messages, self.prompt, self.completion, self.text, self.label)
+        parts: tuple[Any, ...] = (self.messages, self.prompt, self.completion, self.text, self.label)
         extra = (self.chosen, self.rejected, self.desirable)
-        return _as_json(parts if extra == (None, None, None) else parts + extra)
+        parts += () if extra == (None, None, None) else extra
+        return _as_json(parts if self.tools is None else (*parts, self.tools))
 
     def digest(self) -> int:
         """64 bits of `content`, for exact copies and for draws that go by content."""
         return int.from_bytes(hashlib.blake2b(self.content().encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def texts_in(message: Message) -> list[str]:
+    """The texts of a turn, in the order in which they are said; an empty content is none where something else is."""
+    if len(message) == 2:
+        return [message["content"]]
+    said = [message["reasoning_content"]] if "reasoning_content" in message else []
+    calls = message.get("tool_calls")
+    said += [message["content"]] if message["content"] or not (said or calls or message["role"] == "tool") else []
+    return said if calls is None else [*said, *texts_of(calls)]
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from trainer.data.document import Document, Message, Rejected
 from trainer.data.fields import Refusal, is_nothing, is_texts, label_of, shown, text_of, verdict_of
 from trainer.data.read.row import Row
 from trainer.data.read.strict import Fault
+from trainer.data.tools import are_told, tools_of
 from trainer.data.turns import conversation, history_of, parted, turns_of
 from trainer.data.unread import CARRIERS, Unread
 
@@ -46,8 +47,9 @@ _TABLE = {  # the columns that make a format, likeliest spelling first
 SPELLINGS: dict[DataFormat, list[Spelling]] = {
     format: [tuple(spelling.split()) for spelling in text.split("|")] for format, text in _TABLE.items()
 }
+_OF_TALK = ("system", "tools")
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
-OPTIONAL: dict[DataFormat, Spelling] = {f: () if f in _WITHOUT_SYSTEM else ("system",) for f in DataFormat}
+OPTIONAL: dict[DataFormat, Spelling] = {f: () if f in _WITHOUT_SYSTEM else _OF_TALK for f in DataFormat}
 _OF_INSTRUCTIONS = ("input", "context", "history")
 OPTIONAL[DataFormat.alpaca] += _OF_INSTRUCTIONS
 _ALSO_READS = {  # a format that was named reads these spellings too
@@ -185,7 +187,7 @@ class RowReader:
         own, *others = SPELLINGS[format]
         # Instructions come before input and output, which they have too.
         spellings = [own, *_ALSO_READS.get(format, ()), *others]
-        known = {"system", *_OF_INSTRUCTIONS}
+        known = {*_OF_TALK, *_OF_INSTRUCTIONS}
         self._spellings = [s for s in spellings if columns.keys() <= {*s, *known}] or spellings
         named = {*columns.values(), *(name.split(".")[0] for name in columns.values())}
         self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
@@ -209,6 +211,9 @@ class RowReader:
             self._read(document, fields, spelling)
             if fields.get("system") not in (None, "") and self.format not in _WITHOUT_SYSTEM:
                 _add_system(document, text_of(fields, "system"))
+            if self.format not in _WITHOUT_SYSTEM and (tools := tools_of(fields.get("tools"))):
+                document.messages = document.messages or _as_turns(document)
+                document.tools = None if are_told(document.messages[0]["content"], tools) else tools
         except Refusal as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
             return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)
@@ -245,8 +250,8 @@ class RowReader:
 
 def _read_with(spelling: Spelling, format: DataFormat) -> Spelling:
     """The columns that a spelling reads, those that may be missing included."""
-    system = () if format in _WITHOUT_SYSTEM else ("system",)
-    return (*spelling, *system, *(_OF_INSTRUCTIONS if spelling[0] == "instruction" else ()))
+    beside = () if format in _WITHOUT_SYSTEM else _OF_TALK
+    return (*spelling, *beside, *(_OF_INSTRUCTIONS if spelling[0] == "instruction" else ()))
 
 
 def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.data.document import Message
 from trainer.data.fields import Refusal, is_nothing, is_texts, shown, text_of
+from trainer.data.tools import calls_of
 
 ROLES = {  # what rows may say -> what chat templates know
     "system": "system",
@@ -17,14 +18,19 @@ ROLES = {  # what rows may say -> what chat templates know
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "function_call": "assistant",  # its text is the call
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
 }
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns, and keys of turns, that hold what is no text."""
 _CALLS = ("tool_calls", "function_call")
 _WEIGHTS = ("loss_weight", "loss_mask", "loss", "mask")
-_CARRIERS = frozenset((*MEDIA, *_CALLS, *_WEIGHTS, "reasoning_content", "thinking"))
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_CARRIERS = frozenset((*MEDIA, *_WEIGHTS))
 """Keys of turns that nothing reads, and without which a turn means something else."""
-_OF_TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
@@ -54,15 +60,44 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
     text_key = "value" if "content" not in turn and ("value" in turn or role_key == "from") else "content"
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
-        tools = "; calls of tools and their results are not supported" if role in _OF_TOOLS else ""
-        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}{tools}")
+        raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}")
     if not _CARRIERS.isdisjoint(turn):
         _refuse_carriers(turn, name, ignored)
-    message: Message = {"role": ROLES[role], "content": _content(turn, text_key, f"{name}.{text_key}")}
+    message: Message = {"role": ROLES[role]}
+    extra = _beside(turn, name, ROLES[role], ignored)
+    if role == "function_call":
+        extra["tool_calls"] = calls_of(turn.get(text_key), f"{name}.{text_key}")
+        message["content"] = ""
+    elif ("tool_calls" in extra or message["role"] == "tool") and turn.get(text_key) in (None, "", []):
+        message["content"] = ""
+    else:
+        message["content"] = _content(turn, text_key, f"{name}.{text_key}")
     train = _train(turn, name)
     if train is not None:
         message["train"] = train
-    return message
+    if train and message["role"] == "tool":
+        raise Refusal("bad_train", f"{name} is the result of a tool and marked as learned; results are context")
+    return {**message, **extra}
+
+
+def _beside(turn: dict[str, Any], name: str, role: str, ignored: Collection[str]) -> Message:
+    """What a turn has beside its content: the thought and the calls of an assistant, what a result answers to."""
+    extra: Message = {}
+    for key in (*_THOUGHTS, *_CALLS):
+        value = turn.get(key)
+        if key in ignored or is_nothing(value):
+            continue
+        if role != "assistant":
+            raise Refusal(f"turn_{key}", f"{name} has {key} ({shown(value)}), which only assistant turns may have")
+        if key in _CALLS:
+            extra["tool_calls"] = calls_of(value, f"{name}.{key}")
+        elif extra.setdefault("reasoning_content", thought := text_of(turn, key, f"{name}.{key}")) != thought:
+            raise Refusal("two_thoughts", f"{name} has two thoughts that differ ({', '.join(_THOUGHTS)})")
+    if "reasoning_content" in extra and "</think>" in str(turn.get("content") or turn.get("value") or ""):
+        raise Refusal("two_thoughts", f"{name} has a thought of its own and one in its content; give one of them")
+    if role == "tool":
+        extra |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str) and turn[key]}
+    return extra
 
 
 def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) -> None:
@@ -73,12 +108,11 @@ def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) 
             continue
         if key == "loss_weight" and value == 1:
             continue  # what every turn has anyway
-        remedy = "write the call into its content" if key in _CALLS else "write what counts into its content"
+        remedy = "write what counts into its content"
         if key in _WEIGHTS:
             remedy = 'say whether the turn is learned by "train": true or false'
-        reason = "tool_calls" if key in _CALLS else f"turn_{key}"
         what = f"{name} has {key} ({shown(value)}), which nothing reads"
-        raise Refusal(reason, f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
+        raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 
 def _content(turn: dict[str, Any], key: str, name: str) -> str:
@@ -115,9 +149,9 @@ def _train(turn: dict[str, Any], name: str) -> bool | None:
 def conversation(turns: list[Message]) -> list[Message]:
     """The turns, if something can be learned from them. Raises Refusal."""
     roles = [turn["role"] for turn in turns]
-    if roles[0] == "assistant":
-        message = "the conversation begins with an assistant turn; it must begin with a system or a user turn"
-        raise Refusal("assistant_first", message)
+    if roles[0] in ("assistant", "tool"):
+        message = f"the conversation begins with a turn of the {roles[0]}; it must begin with a system or a user turn"
+        raise Refusal(f"{roles[0]}_first", message)
     if "assistant" not in roles:
         message = f"the conversation has no assistant turn (roles: {', '.join(roles)}); there is nothing to learn"
         raise Refusal("no_assistant_turn", message)

@@ -1,6 +1,6 @@
 """Columns that a format does not read: each is named once a source, and refused where it carries meaning.
 
-A picture, an earlier turn or a tool that the model would never see changes what its answers mean. Such a column is read
+A picture, an earlier turn or a thought that the model would never see changes what its answers mean. Such a column is read
 under another name (`data.columns`) or knowingly left out (`data.ignore_columns`); both are for a person to say.
 """
 
@@ -13,7 +13,7 @@ from trainer.data.config import DataFormat
 from trainer.data.fields import Refusal, is_nothing, shown
 from trainer.data.turns import MEDIA
 
-_TALK = ("history", "tools", "tool_calls", "reasoning_content", "thinking")
+_TALK = ("history", "tool_calls", "reasoning_content", "thinking")
 _BESIDE = ("passage", "context")
 _TURNS, _ASKED = (*MEDIA, *_TALK), (*MEDIA, *_TALK, *_BESIDE)
 CARRIERS: dict[DataFormat, tuple[str, ...]] = {

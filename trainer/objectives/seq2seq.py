@@ -184,6 +184,11 @@ def source_and_target(document: Document) -> tuple[str, str, bool]:
             f"{document.where}: {what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model"
         )
+    if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
+        raise DataError(
+            f"{document.where}: tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; "
+            "name them in data.ignore_columns to train without them, or use objective=sft with a causal model"
+        )
     prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     return prompt, assistant["content"], bool(assistant.get("train", True))
 

@@ -18,7 +18,7 @@ import numpy as np
 from trainer.data.choose.near import near_copies
 from trainer.data.choose.ngrams import digest64, mix, normal_digest, normalize
 from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
-from trainer.data.document import Document
+from trainer.data.document import Document, texts_in
 
 
 def compared_text(document: Document, which: ComparedText) -> str:
@@ -33,12 +33,12 @@ def compared_text(document: Document, which: ComparedText) -> str:
     if part is not None and part.strip():
         return part
     rejected = document.rejected or []
-    marked = [" ".join("~" + word for word in message["content"].split()) for message in rejected]
+    marked = [" ".join("~" + word for word in text.split()) for message in rejected for text in texts_in(message)]
     return "\n".join(document.texts() if not rejected else [*_unrejected(document), *marked])
 
 
 def _unrejected(document: Document) -> list[str]:
-    turns = [message["content"] for message in (*(document.messages or []), *(document.chosen or []))]
+    turns = [text for message in (*(document.messages or []), *(document.chosen or [])) for text in texts_in(message)]
     return turns + [text for text in (document.prompt, document.completion, document.text) if text is not None]
 
 
@@ -49,7 +49,8 @@ def prompt_of(document: Document) -> str | None:
         if document.chosen is None:
             answers = [place for place, turn in enumerate(document.messages) if turn["role"] == "assistant"]
             end = answers[-1] if answers else end
-        return "\n".join(turn["content"] for turn in document.messages[:end] if turn["role"] != "system")
+        asked = [turn for turn in document.messages[:end] if turn["role"] != "system"]
+        return "\n".join(text for turn in asked for text in texts_in(turn))
     if document.prompt is not None:
         return document.prompt
     return document.text if document.label is not None else None
@@ -57,10 +58,10 @@ def prompt_of(document: Document) -> str | None:
 
 def _completion_of(document: Document) -> str | None:
     if document.chosen is not None:
-        return "\n".join(turn["content"] for turn in document.chosen)
+        return "\n".join(text for turn in document.chosen for text in texts_in(turn))
     for turn in reversed(document.messages or []):
         if turn["role"] == "assistant":
-            return turn["content"]
+            return "\n".join(texts_in(turn))
     return document.completion
 
 

@@ -128,12 +128,14 @@ def sample(
 def _document_text(raw: Mapping[str, Any], max_lines: int) -> RenderableType:
     """A row as text: turns with their roles, other fields by name; the middle of a long one is left out."""
     parts: list[tuple[str, str]] = []
+    if raw.get("tools"):
+        parts.append(("tools", raw["tools"]))
     for name in ("messages", "chosen", "rejected"):
         for turn in raw.get(name) or ():
             head = str(turn.get("role")) if name == "messages" else f"{name}: {turn.get('role')}"
-            parts.append(
-                (head + {True: " (learned)", False: " (not learned)"}.get(turn.get("train"), ""), turn["content"])
-            )
+            head += {True: " (learned)", False: " (not learned)"}.get(turn.get("train"), "")
+            said = [("", turn["content"]), *((key, turn.get(key)) for key in ("reasoning_content", "tool_calls"))]
+            parts += [(f"{head} {key}".rstrip(), text) for key, text in said if text or not key]
     named = ("prompt", "completion", "text", "label", "desirable")
     parts += [(name, str(raw[name])) for name in named if raw.get(name) is not None]
     lines: list[tuple[str, str]] = []

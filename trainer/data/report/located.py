@@ -117,10 +117,12 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
         for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
             found = np.zeros(batch.num_rows, bool)
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if name in ("prompt", "completion", "text", "label"):
+                if name in ("prompt", "completion", "text", "label", "tools"):
                     found |= _holds(pc, column, text)
                 elif name in ("messages", "chosen", "rejected"):
-                    inside = _holds(pc, pc.struct_field(pc.list_flatten(column), "content"), text)
+                    turns = pc.list_flatten(column)
+                    said = ("content", "reasoning_content", "tool_calls")
+                    inside = np.logical_or.reduce([_holds(pc, pc.struct_field(turns, key), text) for key in said])
                     found[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[inside]] = True
             hits.append(np.flatnonzero(found) + first)
             first += batch.num_rows

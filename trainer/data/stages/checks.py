@@ -91,7 +91,7 @@ def _order(turns: list[Message], suffix: str, repeat_chars: int) -> Iterator[tup
             yield "system_late", where
         if role == "assistant" and "user" not in roles[: number - 1]:
             yield "assistant_before_user", where
-        if number > 1 and role == roles[number - 2] != "system":
+        if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
             yield "same_role_twice", where
         if len(turn["content"]) >= repeat_chars and (role, turn["content"]) in said:
             yield "repeated_turn", where

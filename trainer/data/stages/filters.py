@@ -7,7 +7,7 @@ import re
 
 from strategies.errors import ConfigError
 from trainer.data.config import FilterConfig
-from trainer.data.document import Document, Tally
+from trainer.data.document import Document, Tally, texts_in
 from trainer.data.stages import language
 
 # Han and kana are written without spaces: each character counts as a word. So is each four of the scripts of South-East Asia.
@@ -36,7 +36,8 @@ def problems(config: FilterConfig) -> list[str]:
 def answers(document: Document) -> list[str]:
     """Texts that are learned as answers: the completion, or the assistant turns that are not masked; never rejected ones."""
     turns = document.messages if document.chosen is None else document.chosen
-    texts = [turn["content"] for turn in turns or [] if turn["role"] == "assistant" and turn.get("train", True)]
+    learned = [turn for turn in turns or [] if turn["role"] == "assistant" and turn.get("train", True)]
+    texts = [text for turn in learned for text in texts_in(turn)]
     return texts if document.completion is None else [*texts, document.completion]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ NAME = "documents.arrow"
 
 @cache
 def schema() -> pa.Schema:
-    """The columns; what a document does not have is null."""
+    """The columns; what a document does not have is null. Tools and calls of tools are JSON texts."""
     import pyarrow as pa
 
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("train", pa.bool_())]))
-    text = [(name, pa.string()) for name in ("prompt", "completion", "text", "label", "separator")]
+    said = [(name, pa.string()) for name in ("reasoning_content", "tool_calls", "name", "tool_call_id")]
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("train", pa.bool_()), *said]))
+    text = [(name, pa.string()) for name in ("prompt", "completion", "text", "label", "separator", "tools")]
     place = [("source", pa.string()), ("file", pa.string()), ("line", pa.int64())]
     lists = [("messages", turns), ("chosen", turns), ("rejected", turns)]
     return pa.schema([*place, *lists, *text, ("desirable", pa.bool_())])
@@ -54,7 +56,7 @@ def _column(kind: pa.DataType, values: list[Any]) -> pa.Array:
         lengths = [0 if value is None else len(value) for value in values]
         return pa.Array.from_buffers(kind, len(values), [_validity(values), _offsets(lengths)], children=[inner])
     if pa.types.is_string(kind):
-        texts = [b"" if value is None else value.encode("utf-8") for value in values]
+        texts = [b"" if v is None else (v if isinstance(v, str) else _json(v)).encode("utf-8") for v in values]
         buffers = [_validity(values), _offsets([len(text) for text in texts]), pa.py_buffer(b"".join(texts))]
         return pa.Array.from_buffers(kind, len(values), buffers)
     if pa.types.is_boolean(kind):
@@ -62,6 +64,10 @@ def _column(kind: pa.DataType, values: list[Any]) -> pa.Array:
     else:
         data = np.array([0 if value is None else value for value in values], kind.to_pandas_dtype())
     return pa.Array.from_buffers(kind, len(values), [_validity(values), pa.py_buffer(data)])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _offsets(lengths: list[int]) -> pa.Buffer:
@@ -130,8 +136,14 @@ class DocumentTable:
         fields = self.row(index)
         for name in ("messages", "chosen", "rejected"):
             if fields[name] is not None:
-                fields[name] = [{k: v for k, v in turn.items() if v is not None} for turn in fields[name]]
-        return Document(**{**fields, "separator": fields["separator"] or ""})
+                fields[name] = [_turn(turn) for turn in fields[name]]
+        tools = fields["tools"] and json.loads(fields["tools"])
+        return Document(**{**fields, "separator": fields["separator"] or "", "tools": tools})
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    there = {name: value for name, value in turn.items() if value is not None}
+    return {**there, "tool_calls": json.loads(there["tool_calls"])} if "tool_calls" in there else there
 
 
 def batch_to_bytes(batch: pa.RecordBatch) -> bytes:

@@ -226,7 +226,7 @@ def _head(encoder: Encoder, document: Document) -> int | None:
     """How many tokens come before the content of the first turn after the system turn."""
     if encoder.template is None:
         return None
-    begin = encoder.template.first_content(document.messages or [], document.where)
+    begin = encoder.template.first_content(document.messages or [], document.where, document.tools)
     return None if begin is None else encoder.num_tokens_before(document, begin)
 
 

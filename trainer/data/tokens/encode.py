@@ -149,7 +149,7 @@ class Encoder:
                     {"role": "assistant", "content": document.completion or ""},
                 ]
             chats.append(messages)
-        conversations = [(m, d.where) for m, (d, _) in zip(chats, batch, strict=True) if m is not None]
+        conversations = [(m, d.where, d.tools) for m, (d, _) in zip(chats, batch, strict=True) if m is not None]
         template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
         found = iter(template.render_all(conversations, fast=fast) if template else [])
         return [

@@ -44,7 +44,7 @@ class Marker:
 
     def content_begin(self, messages: list[Message], index: int, text: str) -> int | None:
         """Where the content of one message begins in `text`; None if the template does not tell."""
-        for mark in (_mark_whole, _mark_trimmed):
+        for mark in (mark_whole, mark_trimmed):
             turns = self._marked(messages, [index], text, [mark] * len(messages))
             if turns is not None:
                 return turns[0].begin
@@ -52,11 +52,11 @@ class Marker:
 
     def contents(self, messages: list[Message], learned: list[int], text: str, where: str) -> list[tuple[int, int]]:
         """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged."""
-        for mark in (_mark_whole, _mark_trimmed, _mark_thought):
+        for mark in (mark_whole, mark_trimmed, mark_thought):
             turns = self._marked(messages, learned, text, [mark] * len(messages))
             if turns is None:
                 continue
-            if mark is _mark_trimmed:
+            if mark is mark_trimmed:
                 self._widen(messages, learned, text, turns)
             return [
                 (self._begin(messages, learned, text, number, turn, where), turn.end)
@@ -99,8 +99,8 @@ class Marker:
         for number, index in enumerate(learned):
             content = messages[index]["content"]
             if content != content.strip():
-                marks: list[Callable[[str], str]] = [_mark_trimmed] * len(messages)
-                marks[index] = _mark_whole
+                marks: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
+                marks[index] = mark_whole
                 wider = self._marked(messages, learned, text, marks)
                 if wider is not None:
                     turns[number] = wider[number]
@@ -123,20 +123,22 @@ class Marker:
         return len(prompt)
 
 
-def _mark_whole(content: str) -> str:
+def mark_whole(content: str) -> str:
+    """Marks around everything."""
     return f"{BEGIN}{content}{END}"
 
 
-def _mark_trimmed(content: str) -> str:
+def mark_trimmed(content: str) -> str:
     """Marks inside the outer whitespace, so that the template still trims it, if it trims."""
     core = content.strip()
     at = len(content) - len(content.lstrip())
     return f"{content[:at]}{BEGIN}{core}{END}{content[at + len(core) :]}"
 
 
-def _mark_thought(content: str) -> str:
+def mark_thought(content: str) -> str:
     """Marks for templates that take a <think> part out of the content and put it elsewhere, or nowhere."""
     match = _THOUGHT.fullmatch(content)
-    if match is None or not match.group(3).strip():
-        return _mark_trimmed(content)
-    return f"{match.group(1) or ''}{THOUGHT}{match.group(2)}{_mark_trimmed(match.group(3))}"
+    if match is None:
+        return mark_trimmed(content)
+    answer = mark_trimmed(match.group(3)) if match.group(3).strip() else ""
+    return f"{match.group(1) or ''}{THOUGHT}{match.group(2)}{answer}"

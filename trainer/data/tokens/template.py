@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.config import LearnConfig, LearnTurns
-from trainer.data.document import Message
+from trainer.data.config import LearnConfig, LearnTurns, Reasoning
+from trainer.data.document import Message, texts_in
 from trainer.data.tokens.marking import BEGIN, END, Marker
 from trainer.data.tokens.skeleton import RESERVED, Skeletons
+from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, without_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _RESERVED = re.compile(f"[{RESERVED}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
+Tools = list[dict[str, Any]] | None
+Job = tuple[list[Message], list[int], str, Chat | None]
 
 
 @dataclass(slots=True)
@@ -66,6 +69,8 @@ class ChatTemplate:
         self._end_token = {role: _leading(self.all_end_tokens) for role in ROLES}
         self._end_token["assistant"] = _leading(self.end_tokens)
         self._skeletons = Skeletons(added)
+        ends = {role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES}
+        self._turnwise = Turnwise(self._apply, self.learn.reasoning, added, ends)
 
     def learned(self, messages: Sequence[Message]) -> list[int]:
         """Which messages are learned, ascending."""
@@ -76,24 +81,27 @@ class ChatTemplate:
                 found.append(number)
         return found[-1:] if self.learn.turns is LearnTurns.last else found
 
-    def render(self, messages: Sequence[Message], where: str) -> Rendered:
+    def render(self, messages: Sequence[Message], where: str, tools: Tools = None) -> Rendered:
         """Text and spans of one conversation, as `render_all` gives them."""
-        return self.render_all([(messages, where)])[0]
+        return self.render_all([(messages, where, tools)])[0]
 
     def render_all(
-        self, conversations: Sequence[tuple[Sequence[Message], str]], *, fast: bool = True
+        self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
     ) -> list[Rendered]:
-        """Texts and spans of conversations, each with its `file:line`. Turns after the last learned one are left out.
+        """Texts and spans of conversations, each with its `file:line` and tools. Turns after the last learned one are left out.
 
         Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
         A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
         are no spans. `fast=False` renders every conversation twice. Raises DataError, led by the file and line.
         """
-        jobs = [self._job(messages, where) for messages, where in conversations]
-        texts = self._apply_all(jobs)
+        jobs = [self._job(messages, where, tools) for messages, where, tools in conversations]
+        plain = iter(self._apply_all([job for job in jobs if job[3] is None]))
         rendered = []
-        for (messages, learned, where), text in zip(jobs, texts, strict=True):
-            if not learned:
+        for messages, learned, where, chat in jobs:
+            text = next(plain) if chat is None else ""
+            if chat is not None:
+                rendered.append(self._guard(self._called, chat, learned, where=where))
+            elif not learned:
                 rendered.append(Rendered(text, []))
             elif self._by_blocks(messages, learned):
                 rendered.append(self._guard(self._blocks, messages, learned, where, where=where))
@@ -105,30 +113,41 @@ class ChatTemplate:
                     rendered.append(Rendered(*found))
         return rendered
 
-    def first_content(self, messages: Sequence[Message], where: str) -> int | None:
+    def first_content(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
         """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
-        job = self._job(messages, where)
-        text = self._apply_all([job])[0]
-        index = next((i for i, message in enumerate(job[0]) if message["role"] != "system"), None)
-        return None if index is None else self._guard(self._marker.content_begin, job[0], index, text, where=where)
+        messages, _, _, chat = self._job(messages, where, tools)
+        index = next((i for i, message in enumerate(messages) if message["role"] != "system"), None)
+        if index is None:
+            return None
+        apply = self._apply if chat is None else chat.apply
+        find = Marker(apply).content_begin
+        return self._guard(lambda: find(messages, index, apply(messages)), where=where)
 
-    def _job(self, messages: Sequence[Message], where: str) -> tuple[list[Message], list[int], str]:
-        """The messages as the template gets them, up to the last learned one."""
+    def _job(self, messages: Sequence[Message], where: str, tools: Tools) -> Job:
+        """The messages as the template gets them, up to the last learned one; with a `Chat` where they are no plain turns."""
         learned = self.learned(messages)
         if learned:
             messages = messages[: learned[-1] + 1]
         for message in messages:
-            content = message["content"]
-            if not content.isascii() and _RESERVED.search(content):
-                raise DataError(
-                    f"{where}: the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                )
-        return [_bare(message) if "train" in message else message for message in messages], learned, where
+            for text in texts_in(message):
+                if not text.isascii() and _RESERVED.search(text):
+                    raise DataError(
+                        f"{where}: the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
+                    )
+        bare = [_bare(message) if "train" in message else message for message in messages]
+        thinks = self.learn.reasoning is not Reasoning.learn
+        if thinks and self.learn.reasoning is Reasoning.drop:
+            bare = [without_thought(message, where) for message in bare]
+        context = thinks and any("</think>" in message["content"] for message in bare)
+        if not (tools or context or any(len(message) > 2 or message["role"] == "tool" for message in bare)):
+            return bare, learned, where, None
+        chat = self._guard(self._turnwise.chat, bare, tools, where, where=where)
+        return chat.messages, learned, where, chat
 
-    def _apply_all(self, jobs: list[tuple[list[Message], list[int], str]]) -> list[str]:
+    def _apply_all(self, jobs: list[Job]) -> list[str]:
         """Texts of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
         try:
-            return self._texts([messages for messages, _, _ in jobs])
+            return self._texts([messages for messages, _, _, _ in jobs])
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
             return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
 
@@ -141,29 +160,45 @@ class ChatTemplate:
         except Exception as error:
             raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
 
-    def _texts(self, conversations: list[list[Message]], *, prompt: bool = False) -> list[str]:
+    def _called(self, chat: Chat, learned: list[int]) -> Rendered:
+        """Text and spans of a conversation with tools, calls or thoughts."""
+        text = self._turnwise.checked(chat)
+        if not learned:
+            return Rendered(text, [])
+        if not self._by_blocks(chat.messages, learned):
+            return Rendered(*self._turnwise.spans(chat, learned, text, str(self.tokenizer.eos_token)))
+        self._turnwise.check_thought(chat, learned[-1], text)
+        rendered = self._blocks(chat.messages, learned, chat.where, chat.tools)
+        if self.learn.reasoning is Reasoning.context:
+            spans = zip(rendered.spans, learned, strict=True)
+            rendered.spans = [(after_thought(chat, i, rendered.text, *span), span[1]) for span, i in spans]
+        return rendered
+
+    def _texts(self, conversations: list[list[Message]], *, prompt: bool = False, tools: Tools = None) -> list[str]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, _ = render_jinja_template(
             conversations=conversations,
+            tools=tools,
             chat_template=self.source,
             add_generation_prompt=prompt,
             **self.tokenizer.special_tokens_map,
         )
         return list(texts)
 
-    def _apply(self, messages: list[Message], *, prompt: bool = False) -> str:
-        return self._texts([messages], prompt=prompt)[0]
+    def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
+        return self._texts([messages], prompt=prompt, tools=tools)[0]
 
     def _by_blocks(self, messages: list[Message], learned: list[int]) -> bool:
         """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
         return self.marks_generation and all(messages[i]["role"] == "assistant" for i in learned)
 
-    def _blocks(self, messages: list[Message], learned: list[int], where: str) -> Rendered:
+    def _blocks(self, messages: list[Message], learned: list[int], where: str, tools: Tools = None) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, found = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
