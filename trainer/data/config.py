@@ -416,7 +416,8 @@ class DataConfig:
     remote: bool = False
     """Whether paths may be addresses (`s3://`, `gs://`, `hf://`, `https://` and so on), read over the network."""
     max_bad_share: float = 0.0
-    """Most rows that may be unreadable or quarantined, as a share of all; the run fails above it."""
+    """Most rows that may be lost unasked (unreadable, refused by a check or the chat template, nothing left to learn), as a
+    share of all; the run fails above it."""
     checks: ChecksConfig = field(default_factory=ChecksConfig)
     """What is checked in every document, and what happens then."""
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from strategies.errors import DataError
+
 EXAMPLES = 5
 """How many file:line examples are kept of each kind of trouble."""
 
@@ -105,6 +107,17 @@ class Rejected:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
+
+
+class Refused(DataError):
+    """One document that cannot become tokens, under a short code to count by; the others of its batch can."""
+
+    def __init__(self, where: str, reason: str, message: str) -> None:
+        super().__init__(where, reason, message)
+        self.where, self.reason, self.message = where, reason, message
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 @dataclass(slots=True)

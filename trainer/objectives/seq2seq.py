@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import DataConfig, DataFormat, Layout, LearnConfig, OverLength
-from trainer.data.document import Document, Tally
+from trainer.data.document import Document, Refused, Tally
 from trainer.data.reading import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import kept
@@ -126,7 +126,7 @@ class SourceTargetEncoder(Encoder):
             self.closing = [*self.closing, self.eos_id]
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """Samples in the order of the documents, untruncated. Raises DataError with file and line."""
+        """Samples in the order of the documents, untruncated. Raises Refused."""
         source = iter(documents)
         while batch := list(islice(source, BATCH)):
             sides = [source_and_target(document) for document in batch]
@@ -168,7 +168,7 @@ class SourceTargetEncoder(Encoder):
 
 
 def source_and_target(document: Document) -> tuple[str, str, bool]:
-    """The prompt, the answer, and whether it is learned. Raises DataError for what has none, with file and line.
+    """The prompt, the answer, and whether it is learned. Raises Refused for what has none.
 
     Of a conversation: an optional system turn, one user turn and one assistant turn; the prompt is the system turn, an
     empty line, and the user turn. The separator of prompt/completion rows is left out: the two sides stand apart.
@@ -180,9 +180,11 @@ def source_and_target(document: Document) -> tuple[str, str, bool]:
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         what = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
-        raise DataError(
-            f"{document.where}: {what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
-            "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model"
+        raise Refused(
+            document.where,
+            "not_two_sided",
+            f"{what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
+            "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     return prompt, assistant["content"], bool(assistant.get("train", True))

@@ -16,7 +16,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig
-from trainer.data.document import Document, Message
+from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
@@ -179,9 +179,11 @@ class Encoder:
             input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
         bos = self.bos_id
         if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
-            raise DataError(
-                f"{document.where}: the sample begins with two {self.tokenizer.bos_token} tokens; "
-                "remove it from the text, or from the template in model.chat_template"
+            raise Refused(
+                document.where,
+                "doubled_bos",
+                f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
+                "template in model.chat_template",
             )
         supervised[:1] = False
         return Sample(input_ids, supervised, marks)
@@ -271,13 +273,16 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     starts = []
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():
-            raise DataError(f"{document.where}: nothing of the {name} answer is learned; see data.learn")
+            message = f"nothing of the {name} answer is learned; see data.learn"
+            raise Refused(document.where, "nothing_to_learn", message)
         starts.append(int(sample.supervised.argmax()))
     shared = min(starts)
     if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
-        raise DataError(
-            f"{document.where}: the chat template writes the prompt differently before the chosen and the rejected "
-            "answer, so that they cannot be compared; give another template in model.chat_template"
+        raise Refused(
+            document.where,
+            "differing_prompts",
+            "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "
+            "cannot be compared; give another template in model.chat_template",
         )
     # where one answer merges with the end of the prompt into one token, the other learns the token it has there
     chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True

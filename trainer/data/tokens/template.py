@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns
-from trainer.data.document import Message
+from trainer.data.document import Message, Refused
 from trainer.data.tokens.marking import BEGIN, END, Marker
 from trainer.data.tokens.skeleton import RESERVED, Skeletons
 
@@ -87,7 +87,7 @@ class ChatTemplate:
 
         Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
         A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
-        are no spans. `fast=False` renders every conversation twice. Raises DataError, led by the file and line.
+        are no spans. `fast=False` renders every conversation twice. Raises Refused for one that cannot be used.
         """
         jobs = [self._job(messages, where) for messages, where in conversations]
         texts = self._apply_all(jobs)
@@ -120,9 +120,8 @@ class ChatTemplate:
         for message in messages:
             content = message["content"]
             if not content.isascii() and _RESERVED.search(content):
-                raise DataError(
-                    f"{where}: the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                )
+                message = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
+                raise Refused(where, "reserved_character", message)
         return [_bare(message) if "train" in message else message for message in messages], learned, where
 
     def _apply_all(self, jobs: list[tuple[list[Message], list[int], str]]) -> list[str]:
@@ -133,13 +132,19 @@ class ChatTemplate:
             return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
 
     def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
-        """What a template raises becomes a DataError led by `where`."""
+        """What a template raises refuses the document at `where`; a template that is none is a ConfigError."""
+        from jinja2 import TemplateSyntaxError
+
         try:
             return work(*args)
         except DataError:
             raise
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
-            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+            raise Refused(
+                where, "refused_by_template", f"the chat template refuses the conversation: {error}"
+            ) from error
 
     def _texts(self, conversations: list[list[Message]], *, prompt: bool = False) -> list[str]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -170,15 +175,18 @@ class ChatTemplate:
         )
         spans = [(int(begin), int(end)) for begin, end in found[0]]
         if not spans or any(begin >= end for begin, end in spans):
-            raise DataError(f"{where}: the {{% generation %}} blocks of the chat template are empty here")
+            message = "the {% generation %} blocks of the chat template are empty here"
+            raise Refused(where, "refused_by_template", message)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         roles = ["assistant"] * len(spans)
         if assistants != learned:
             if len(spans) != len(assistants):
-                raise DataError(
-                    f"{where}: only some assistant turns are to be learned, but the chat template has {len(spans)} "
+                raise Refused(
+                    where,
+                    "refused_by_template",
+                    f"only some assistant turns are to be learned, but the chat template has {len(spans)} "
                     f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
-                    "in model.chat_template"
+                    "in model.chat_template",
                 )
             spans = [spans[assistants.index(i)] for i in learned]
         return self._close(texts[0], spans, roles[: len(spans)], blocks=True)
