@@ -30,10 +30,14 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(slots=True)
 class Rendered:
-    """A conversation as text, and the [begin, end) character spans of it that are learned, ascending."""
+    """A conversation as text, and the [begin, end) character spans of it that are learned, ascending.
+
+    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/control.py`.
+    """
 
     text: str
     spans: list[tuple[int, int]]
+    apart: bool = False
 
 
 class ChatTemplate:
@@ -120,8 +124,8 @@ class ChatTemplate:
         for message in messages:
             content = message["content"]
             if not content.isascii() and _RESERVED.search(content):
-                message = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                raise Refused(where, "reserved_character", message)
+                said = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
+                raise Refused(where, "reserved_character", said)
         return [_bare(message) if "train" in message else message for message in messages], learned, where
 
     def _apply_all(self, jobs: list[tuple[list[Message], list[int], str]]) -> list[str]:
