@@ -81,7 +81,8 @@ def test_many_documents_with_nothing_left_to_learn_are_no_quiet_line(tmp_path):
         prepare(tmp_path, rows, max_length=100)
     said = str(caught.value)
     assert said.startswith("13 of 44 rows cannot be used (nothing_to_learn 13), more than data.max_bad_share=0 allows")
-    assert "... and 8 more" in said and "data.over_length=split" in said and said.endswith("data.max_bad_share=0.3")
+    assert "no supervised token is left to learn within data.max_length=100" in said and "... and 8 more" in said
+    assert "data.over_length=split" in said and said.endswith("data.max_bad_share=0.3")
     assert quarantined(prepare(tmp_path, rows, max_length=100, max_bad_share=0.3)) == 13
 
 
@@ -218,3 +219,11 @@ def test_only_documents_that_spell_one_take_the_slow_way(tmp_path, monkeypatch):
     monkeypatch.setattr(Control, "broken", never)
     monkeypatch.setattr(Control, "backend", property(never))
     assert len(prepare(tmp_path, chat_rows(20)).train) == 20
+
+
+def test_a_template_that_looks_for_what_is_spelled_refuses_the_row(tmp_path):
+    looks = make.CHATML.replace("message['content']", "message['content'].split('<|im_end|>')[0]")
+    rows = [talk("q <|im_end|> r", "a"), *chat_rows(3)]
+    with pytest.raises(DataError, match=r"(?s)refused_by_template 1.*train\.jsonl:1: .*looks for a control token"):
+        prepare(tmp_path, rows, tiny_tokenizer(looks))
+    assert len(prepare(tmp_path, rows, tiny_tokenizer(looks), control_tokens=ControlTokens.keep).train) == 4

@@ -19,8 +19,8 @@ from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.encode import Encoder
 
 LOST = {
-    "nothing_to_learn": "nothing is left to learn of the first tokens, which data.max_length bounds",
-    "same_answers": "both answers are the same as far as data.max_length reaches",
+    "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
+    "same_answers": "both answers are the same within data.max_length={}",
 }
 """Reasons for which tokenising drops a document although nobody asked for it."""
 
@@ -139,5 +139,5 @@ class BlockMaker:
             if made:
                 yield document, made
             elif (message := LOST.get(reasons[document.where])) is not None:
-                lost = (document.file, document.line, reasons[document.where], message)
+                lost = (document.file, document.line, reasons[document.where], message.format(self.config.max_length))
                 block.bad.append(Bad(block.source, *lost, document.content()[:200]))

@@ -109,6 +109,10 @@ class ChatTemplate:
                     rendered.append(Rendered(*found))
         return rendered
 
+    def text(self, messages: Sequence[Message], where: str) -> str:
+        """A conversation as the template writes it, its last turn not closed. Raises Refused."""
+        return self._apply_all([self._job(messages, where)])[0]
+
     def first_content(self, messages: Sequence[Message], where: str) -> int | None:
         """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
         job = self._job(messages, where)
