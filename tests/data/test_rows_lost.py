@@ -12,6 +12,7 @@ from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 from trainer.data.tokens.skeleton import RESERVED
+from trainer.objectives.seq2seq import TwoSidedReading
 
 
 def talk(question, answer, *, system=None):
@@ -227,3 +228,17 @@ def test_a_template_that_looks_for_what_is_spelled_refuses_the_row(tmp_path):
     with pytest.raises(DataError, match=r"(?s)refused_by_template 1.*train\.jsonl:1: .*looks for a control token"):
         prepare(tmp_path, rows, tiny_tokenizer(looks))
     assert len(prepare(tmp_path, rows, tiny_tokenizer(looks), control_tokens=ControlTokens.keep).train) == 4
+
+
+def test_one_document_that_an_objective_cannot_read_loses_no_other(tmp_path):
+    longer = talk("q", "a")["messages"] + talk("r", "b")["messages"]
+    rows = [{"messages": longer}, *(talk(f"q{n}", "a") for n in range(3))]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), max_bad_share=0.25)
+    made = Preparation(config, tiny_tokenizer(), TwoSidedReading(prefix="", max_target=64), seed=1).open_or_make()
+    (row,) = [json.loads(line) for line in (made.directory / "quarantine.jsonl").open()]
+    assert (
+        row["reason"] == "not_two_sided"
+        and "objective=seq2seq reads one prompt" in row["message"]
+        and len(made.train) == 3
+    )
