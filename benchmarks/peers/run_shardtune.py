@@ -22,6 +22,7 @@ def main() -> None:
         path=str(args.data),
         cache_dir=str(args.out),
         max_length=args.length,
+        max_bad_share=1.0,  # what is cut to nothing is left out, as the others do
         packing=True,
         workers=args.processes,
         **(less if args.audit == "none" else {}),

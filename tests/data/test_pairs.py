@@ -75,7 +75,7 @@ def test_both_answers_are_cut_alike(tmp_path):
         {"prompt": "d", "chosen": "b", "rejected": "c"},
     ]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    made = prepared(tmp_path, max_length=30)
+    made = prepared(tmp_path, max_length=30, max_bad_share=0.25)
     assert dropped(made) == {"nothing_to_learn": 1}
     assert made.train.documents.tolist() == [0, 0, 1, 1, 2, 2]
     assert made.train.lengths.max() == 30 and made.train.lengths[0] == made.train.lengths[3] == 30
@@ -91,7 +91,11 @@ def test_answers_that_are_the_same_once_cut_teach_nothing(tmp_path):
     row = {"prompt": "a", "chosen": "b " * 20 + "x", "rejected": "b " * 20 + "y"}
     write_jsonl(tmp_path / "train.jsonl", [row, {"prompt": "a", "chosen": "yes", "rejected": "no"}])
     assert len(prepared(tmp_path).train) == 4
-    made = prepared(tmp_path, max_length=24)
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows cannot be used \(same_answers 1\), more than data.max_bad_share=0"
+    ):
+        prepared(tmp_path, max_length=24)
+    made = prepared(tmp_path, max_length=24, max_bad_share=0.5)
     assert dropped(made) == {"same_answers": 1} and len(made.train) == 2
     assert "both answers of a pair are the same: 1" in summary(made.report)
 

@@ -131,7 +131,9 @@ def test_over_length(tmp_path):
     rows.append({"messages": [{"role": "user", "content": reply}, {"role": "assistant", "content": "a"}]})
     write_jsonl(tmp_path / "train.jsonl", rows)
     where = f"{tmp_path / 'train.jsonl'}:"
-    cut = run(config(tmp_path, max_length=120))
+    with pytest.raises(DataError, match=r"(?s)1 of 5 rows.*nothing_to_learn 1.*=split.*data\.max_bad_share=0\.2$"):
+        run(config(tmp_path, max_length=120))
+    cut = run(config(tmp_path, max_length=120, max_bad_share=0.2))
     assert seen(cut, "noted", "truncated") == (1, [where + "4"])
     assert seen(cut, "dropped", "nothing_to_learn") == (1, [where + "5"])
     assert cut.train.lengths.max() == 120 and len(cut.train) == 4
@@ -144,7 +146,7 @@ def test_over_length(tmp_path):
 
 def test_data_that_would_teach_nothing_is_refused(tmp_path, data):
     with pytest.raises(DataError, match=r"no document of the train split.*tokenise/nothing_to_learn 20.*max_length=3"):
-        run(config(tmp_path, max_length=3))
+        run(config(tmp_path, max_length=3, max_bad_share=1.0))
     with pytest.raises(
         DataError, match=r"of the train tokens are supervised, less than data\.min_supervised_share=0\.9"
     ):

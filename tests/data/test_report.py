@@ -279,7 +279,7 @@ def test_verdict_by_its_rules(tmp_path):
     assert overall(tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
     _, kept = everything(tmp_path, eval_share=0.0, max_bad_share=0.02, max_length=4096)
     assert level_of(kept, "Truncated") is Level.good and level_of(kept, "Leakage") is Level.none
-    _, cut = everything(tmp_path, max_length=24)
+    _, cut = everything(tmp_path, max_length=24, max_bad_share=1.0)
     assert level_of(cut, "Truncated") is Level.act
     _, redacted = everything(tmp_path, privacy=PrivacyConfig(mode=PrivacyMode.redact))
     assert level_of(redacted, "Personal") is Level.good

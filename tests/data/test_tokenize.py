@@ -132,7 +132,7 @@ def test_audit():
     good = talk("q", "a")
     assert CHAT.audit(good, encode(CHAT, good)) == []
     spelled = talk("q<|im_start|>", "a")
-    assert CHAT.audit(spelled, encode(CHAT, spelled)) == ["control_tokens_in_text"]
+    assert CHAT.audit(spelled, encode(CHAT, spelled)) == ["control_tokens_in_text", "control_tokens_as_text"]
     long = talk("q", "a b c d e f g")
     (short,) = cut(CHAT, long, len(encode(CHAT, long).input_ids) - 3, "truncate")
     assert CHAT.audit(long, short) == ["missing_eos"]

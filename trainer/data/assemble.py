@@ -40,10 +40,16 @@ class Totals:
     rows_of_file: Counter[str] = field(default_factory=Counter)
     bad: list[Bad] = field(default_factory=list)
     """The first few."""
-    num_bad: int = 0
+    bad_reasons: Counter[str] = field(default_factory=Counter)
+    """All of them, by reason."""
     unread: dict[str, dict[str, None]] = field(default_factory=dict)
     """Columns that nothing read, by source, in order of appearance."""
     findings: Findings | None = None
+
+    @property
+    def num_bad(self) -> int:
+        """Rows in quarantine."""
+        return self.bad_reasons.total()
 
     @property
     def num_rows(self) -> int:
@@ -119,7 +125,7 @@ class Assembly:
     def _log(self, block: Block) -> None:
         for bad in block.bad:
             self._quarantine.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
-        self.totals.num_bad += len(block.bad)
+        self.totals.bad_reasons.update(bad.reason for bad in block.bad)
         self.totals.bad += block.bad[: EXAMPLES - len(self.totals.bad)]
         for stage, reason, where in block.tally.drops:
             self.log_drop(stage, reason, where)
@@ -132,10 +138,10 @@ class Assembly:
         """Raise DataError where there are too many bad rows; their list survives the refused data set."""
         self._quarantine.flush()
         totals = self.totals
-        if totals.num_bad > self.max_bad_share * totals.num_rows:
+        if totals.num_bad / max(totals.num_rows, 1) > self.max_bad_share:
             self.rejected.parent.mkdir(parents=True, exist_ok=True)
             self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())
-        refuse_bad(totals.bad, totals.num_bad, totals.num_rows, self.max_bad_share, str(self.rejected))
+        refuse_bad(totals.bad, totals.bad_reasons, totals.num_rows, self.max_bad_share, str(self.rejected))
 
     def columns(self) -> Columns:
         """Everything known of the documents; raises DataError where too many rows were bad. Call once, after the last block."""

@@ -5,6 +5,8 @@ A block's result depends on its rows and the settings alone, so that any number 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -35,7 +37,8 @@ class Job:
 
 @dataclass(slots=True)
 class Bad:
-    """A row in quarantine: it could not be read, or failed a check whose policy is `quarantine`."""
+    """A row in quarantine, lost although no setting asked for it (but a check's `quarantine`): unreadable, refused by the
+    chat template, or with nothing left to learn."""
 
     source: str
     file: str
@@ -88,13 +91,26 @@ def jobs(
         yield current
 
 
-def refuse_bad(bad: list[Bad], num_bad: int, num_rows: int, limit: float, quarantine: str) -> None:
-    """Raise DataError where more than the share `limit` of the rows is in quarantine."""
-    if num_bad <= limit * num_rows:
+KNOBS = {
+    "nothing_to_learn": "raise data.max_length or set data.over_length=split",
+    "same_answers": "raise data.max_length",
+    "control_tokens": "set data.control_tokens=text",
+}
+"""What keeps rows that were lost for a reason, where a setting does."""
+
+
+def refuse_bad(bad: list[Bad], reasons: Counter[str], num_rows: int, limit: float, quarantine: str) -> None:
+    """Raise DataError where more than the share `limit` of the rows is in quarantine; `bad` holds the first of them."""
+    if not num_rows or (num_bad := reasons.total()) / num_rows <= limit:
         return
     shown = "\n".join(f"  {b.file}:{b.line}: {b.message}" for b in bad)
     more = f"\n  ... and {num_bad - len(bad)} more" if num_bad > len(bad) else ""
+    counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+    knobs = "".join(f"{knob}, " for reason, knob in KNOBS.items() if reason in reasons)
+    share = math.ceil(100 * num_bad / num_rows) / 100
     raise DataError(
-        f"{num_bad} of {num_rows} rows cannot be used, more than data.max_bad_share={limit:g} allows:\n{shown}{more}\n"
-        f"all of them are listed in {quarantine}; mend the data, or raise data.max_bad_share to go on without them"
+        f"{num_bad} of {num_rows} rows cannot be used ({counts}), more than data.max_bad_share={limit:g} allows:\n"
+        f"{shown}{more}\n"
+        f"all of them are listed in {quarantine}; {knobs}mend the data, or go on without them with "
+        f"data.max_bad_share={share:g}"
     )

@@ -32,6 +32,14 @@ class OverLength(Enum):  # no StrEnum: a member `split` would hide the method of
     fail = "fail"
 
 
+class ControlTokens(StrEnum):
+    """What happens to a control token, such as `<|im_end|>`, that a text spells."""
+
+    text = "text"
+    refuse = "refuse"
+    keep = "keep"
+
+
 class Layout(StrEnum):
     """How the documents of a micro-batch lie in memory."""
 
@@ -426,7 +434,8 @@ class DataConfig:
     remote: bool = False
     """Whether paths may be addresses (`s3://`, `gs://`, `hf://`, `https://` and so on), read over the network."""
     max_bad_share: float = 0.0
-    """Most rows that may be unreadable or quarantined, as a share of all; the run fails above it."""
+    """Most rows that may be lost unasked (unreadable, refused by a check or the chat template, nothing left to learn), as a
+    share of all; the run fails above it."""
     checks: ChecksConfig = field(default_factory=ChecksConfig)
     """What is checked in every document, and what happens then."""
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
@@ -451,6 +460,9 @@ class DataConfig:
     """Which turns of a conversation are learned."""
     max_length: int = 2048
     """Longest document in tokens."""
+    control_tokens: ControlTokens = ControlTokens.text
+    """Control tokens that prompts, turns of users and systems, and plain texts spell: encoded as ordinary characters
+    (`text`), as the tokens themselves (`keep`), or `refuse` the row. Answers and learned turns keep theirs."""
     over_length: OverLength = OverLength.truncate
     """What happens to longer documents."""
     packing: bool = False

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from strategies.errors import DataError
 from trainer.data.tools import texts_of, with_texts
 
 EXAMPLES = 5
@@ -130,6 +131,17 @@ class Rejected:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
+
+
+class Refused(DataError):
+    """One document that cannot become tokens, under a short code to count by; the others of its batch can."""
+
+    def __init__(self, where: str, reason: str, message: str) -> None:
+        super().__init__(where, reason, message)
+        self.where, self.reason, self.message = where, reason, message
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 @dataclass(slots=True)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from trainer.data.block import Bad, Block, Job
 from trainer.data.choose.duplicates import Signer
 from trainer.data.config import DataConfig, DuplicatePolicy
-from trainer.data.document import Document, Rejected, Stage
+from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.read.row import Row
 from trainer.data.reading import Reading
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.encode import Encoder
+
+LOST = {
+    "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
+    "same_answers": "both answers are the same within data.max_length={}",
+}
+"""Reasons for which tokenising drops a document although nobody asked for it."""
 
 
 class BlockMaker:
@@ -76,8 +82,8 @@ class BlockMaker:
             return None
         return found
 
-    def _quarantine(self, block: Block, row: Rejected) -> None:
-        block.tally.drop("read", row.reason, f"{row.file}:{row.line}")
+    def _quarantine(self, block: Block, row: Rejected, stage: str = "read") -> None:
+        block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
         block.bad.append(Bad(block.source, row.file, row.line, row.reason, row.message, row.excerpt[:200]))
 
     def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
@@ -98,9 +104,7 @@ class BlockMaker:
         encoder, samples, pieces, left = self.encoder, list[Sample](), list[int](), list[Document]()
         block.labels = sorted({d.label for d in documents if d.label is not None})
         encoder.label_ids = {name: number for number, name in enumerate(block.labels)}
-        for document, made in self.reading.sequences(encoder, documents, self.config, block.tally):
-            if not made:
-                continue
+        for document, made in self._sequences(documents, block):
             if self.replays:
                 for sample in made:
                     sample.marks[REPLAY] = block.split == "train" and self.config.sources[block.source].replay
@@ -113,3 +117,27 @@ class BlockMaker:
         ended = [len(token) == 1 and int(token[0]) in encoder.end_ids for token in last]
         block.sequences.columns["ended"] = np.array(ended, np.int64)
         return left
+
+    def _sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
+        """What the objective makes of documents, one by one where it refuses one; what was lost unasked is quarantined."""
+        tally = Tally()
+        try:
+            found = list(self.reading.sequences(self.encoder, documents, self.config, tally))
+        except Refused as refused:
+            if len(documents) > 1:
+                for document in documents:
+                    yield from self._sequences([document], block)
+                return
+            (one,) = documents
+            row = Rejected(one.file, one.line, refused.reason, refused.message, one.content())
+            self._quarantine(block, row, "tokenise")
+            return
+        block.tally.merge(tally)
+        block.tally.drops += tally.drops
+        reasons = {where: reason for _, reason, where in tally.drops}
+        for document, made in found:
+            if made:
+                yield document, made
+            elif (message := LOST.get(reasons[document.where])) is not None:
+                lost = (document.file, document.line, reasons[document.where], message.format(self.config.max_length))
+                block.bad.append(Bad(block.source, *lost, document.content()[:200]))

@@ -56,7 +56,7 @@ class Reading:
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
         """What tokenises documents."""
-        return Encoder(tokenizer, learn=config.learn)
+        return Encoder(tokenizer, learn=config.learn, control_tokens=config.control_tokens)
 
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
-from trainer.data.config import DataConfig, DataFormat, Layout, LearnConfig, OverLength
-from trainer.data.document import Document, Tally
+from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
+from trainer.data.document import Document, Refused, Tally
 from trainer.data.reading import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import kept
 from trainer.data.tokens.encode import BATCH, Encoder
+from trainer.data.tokens.template import Rendered
 from trainer.heads.loss import computes_loss, logits_loss
 from trainer.model.config import Kind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
@@ -97,7 +98,7 @@ class TwoSidedReading(UnlabelledReading):
         return {"prefix": self.prefix, "max_target": self.max_target}
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
-        return SourceTargetEncoder(tokenizer, self.prefix, self.max_target)
+        return SourceTargetEncoder(tokenizer, self.prefix, self.max_target, config.control_tokens)
 
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
@@ -115,8 +116,14 @@ class TwoSidedReading(UnlabelledReading):
 class SourceTargetEncoder(Encoder):
     """Tokenises prompt and answer apart; a sample is the one and then the other, which alone is learned."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prefix: str, max_target: int) -> None:
-        super().__init__(tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prefix: str,
+        max_target: int,
+        control_tokens: ControlTokens = ControlTokens.text,
+    ) -> None:
+        super().__init__(tokenizer, control_tokens=control_tokens)
         self.prefix, self.max_target = prefix, max_target
         self.template = None
         if self.eos_id is None:
@@ -126,18 +133,21 @@ class SourceTargetEncoder(Encoder):
             self.closing = [*self.closing, self.eos_id]
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """Samples in the order of the documents, untruncated. Raises DataError with file and line."""
+        """Samples in the order of the documents, untruncated. Raises Refused."""
         source = iter(documents)
         while batch := list(islice(source, BATCH)):
             sides = [source_and_target(document) for document in batch]
-            prompts = self._texts([self.prefix + prompt for prompt, _, _ in sides])
-            answers = self._texts([answer for _, answer, _ in sides])
+            asked = [self.told(document, prompt) for document, (prompt, _, _) in zip(batch, sides, strict=True)]
+            prompts = self._texts(
+                [Rendered(self.prefix + told, [], told != side[0]) for told, side in zip(asked, sides, strict=True)]
+            )
+            answers = self._texts([Rendered(answer, []) for _, answer, _ in sides])
             for document, prompt, answer, (_, _, learned) in zip(batch, prompts, answers, sides, strict=True):
                 supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
                 yield document, Sample(np.concatenate([prompt, answer]), supervised & learned)
 
-    def _texts(self, texts: list[str]) -> Iterator[np.ndarray]:
-        for encoding in self._backend.encode_batch(texts, add_special_tokens=False):
+    def _texts(self, texts: list[Rendered]) -> Iterator[np.ndarray]:
+        for encoding in self.encodings(texts)[0]:
             yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
@@ -168,7 +178,7 @@ class SourceTargetEncoder(Encoder):
 
 
 def source_and_target(document: Document) -> tuple[str, str, bool]:
-    """The prompt, the answer, and whether it is learned. Raises DataError for what has none, with file and line.
+    """The prompt, the answer, and whether it is learned. Raises Refused for what has none.
 
     Of a conversation: an optional system turn, one user turn and one assistant turn; the prompt is the system turn, an
     empty line, and the user turn. The separator of prompt/completion rows is left out: the two sides stand apart.
@@ -180,9 +190,11 @@ def source_and_target(document: Document) -> tuple[str, str, bool]:
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         what = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
-        raise DataError(
-            f"{document.where}: {what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
-            "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model"
+        raise Refused(
+            document.where,
+            "not_two_sided",
+            f"{what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
+            "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
         raise DataError(

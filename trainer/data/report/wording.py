@@ -48,6 +48,7 @@ SAID = {
     "same_answers": "both answers of a pair are the same",
     "thumbs_down": "an answer marked as undesirable",
     "control_tokens_in_text": "text spells control tokens of the tokenizer",
+    "control_tokens_as_text": "of these in prompts and texts, encoded as ordinary characters",
     "missing_eos": "the last learned token closes no turn",
 }
 

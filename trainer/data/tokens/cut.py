@@ -32,8 +32,8 @@ def kept(encoder: Encoder, document: Document, sample: Sample, made: list[Sample
         tally.drop("tokenise", "nothing_to_learn", document.where)
     elif changed:
         tally.note("tokenise", "split" if len(made) > 1 else "truncated", document.where)
-    else:
-        note_oddities(encoder, document, sample, tally)
+    if made:
+        note_oddities(encoder, document, sample, tally, whole=not changed)
     return made
 
 
@@ -58,17 +58,17 @@ def fitted_answers(
     if len(made) == 2 and np.array_equal(made[0].input_ids, made[1].input_ids):
         tally.drop("tokenise", "same_answers", document.where)
         return []
-    if any(len(sample.input_ids) > limit for sample in answers):
+    if changed := any(len(sample.input_ids) > limit for sample in answers):
         tally.note("tokenise", "truncated", document.where)
-    else:
-        note_oddities(encoder, document, answers[0], tally)
+    note_oddities(encoder, document, answers[0], tally, whole=not changed)
     return made
 
 
-def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally) -> None:
-    """Count what is odd about a sample, see `Encoder.audit`."""
+def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, whole: bool) -> None:
+    """Count what is odd about a sample, see `Encoder.audit`; of one that was cut only what its texts spell."""
     for code in encoder.audit(document, sample):
-        tally.note("tokenise", code, document.where)
+        if whole or code.startswith("control_tokens"):
+            tally.note("tokenise", code, document.where)
 
 
 def fit(
@@ -150,7 +150,7 @@ def _keep_end(encoder: Encoder, document: Document, sample: Sample, max_length: 
         document, sample = shorter
         if len(sample.input_ids) <= max_length:
             return sample
-        head = _head(encoder, document)
+        head = encoder.num_tokens_before_first(document)
         if head is not None and head < max_length:
             return truncate_left(sample, max_length, head)
     return truncate_left(sample, max_length, bos)
@@ -220,14 +220,6 @@ def _encode(
 ) -> tuple[Document, Sample]:
     turns = [*system, *(turn for exchange in exchanges for turn in exchange)]
     return next(encoder.encode([replace(document, messages=turns, chosen=None, rejected=None)]))
-
-
-def _head(encoder: Encoder, document: Document) -> int | None:
-    """How many tokens come before the content of the first turn after the system turn."""
-    if encoder.template is None:
-        return None
-    begin = encoder.template.first_content(document.messages or [], document.where, document.tools)
-    return None if begin is None else encoder.num_tokens_before(document, begin)
 
 
 def _pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:

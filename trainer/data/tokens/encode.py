@@ -7,7 +7,6 @@ with two BOS tokens, and tokenizers without character offsets.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.config import LearnConfig
-from trainer.data.document import Document, Message
+from trainer.data.config import ControlTokens, LearnConfig
+from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
+from trainer.data.tokens.control import MARK, Control
+from trainer.data.tokens.learned import learned_tokens
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Encoder:
         label_names: list[str] | None = None,
         *,
         learn: LearnConfig | None = None,
+        control_tokens: ControlTokens = ControlTokens.text,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
@@ -54,10 +56,9 @@ class Encoder:
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
-        control = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
-        self._control = re.compile("|".join(control)) if control else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
+        self.control, self.control_tokens = Control(tokenizer, self._backend, ends), control_tokens
 
     def _natural_affixes(self) -> tuple[list[int], list[int]]:
         """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
@@ -110,7 +111,7 @@ class Encoder:
 
         `doubled_bos`: it begins with two BOS tokens; `no_supervised`: nothing is learned; `missing_eos`: the last
         learned token closes no turn, so that a model would not learn to stop; `control_tokens_in_text`: the data
-        spells control tokens.
+        spells control tokens; `control_tokens_as_text`: they became ordinary characters, but for those of answers.
         """
         ids, bos, codes = sample.input_ids, self.bos_id, []
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
@@ -123,17 +124,53 @@ class Encoder:
                 codes.append("missing_eos")
         if self.has_control_tokens(document):
             codes.append("control_tokens_in_text")
+            turns = _messages(document) or []
+            told = [turns[number]["content"] for number in self._asked(turns)]
+            told += [text for text in (document.prompt, document.text) if text is not None]
+            if self.control_tokens is ControlTokens.text and any(map(self.control.spelled, told)):
+                codes.append("control_tokens_as_text")
         return codes
 
-    def num_tokens_before(self, document: Document, character: int) -> int:
-        """How many tokens of a conversation's sample end at or before a character of its rendered text."""
+    def num_tokens_before_first(self, document: Document) -> int | None:
+        """How many tokens of a conversation come before the content of its first turn that is no system turn; None if
+        that is not to be told."""
+        if self.template is None:
+            return None
         rendered = self._render_all([(document, _messages(document))], fast=True)[0]
-        ends = np.array(self._backend.encode(rendered.text, add_special_tokens=False).offsets, dtype=np.int64)[:, 1]
-        return int(np.count_nonzero(ends <= character))
+        turns = self._apart(document, document.messages or [])
+        begin = self.template.first_content(turns, document.where, document.tools)
+        if begin is None:
+            return None
+        (encoding,), (rendered,) = self.encodings([Rendered(rendered.text, [(0, begin)], rendered.apart)])
+        ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
+        return int(np.count_nonzero(ends <= rendered.spans[0][1]))
 
     def has_control_tokens(self, document: Document) -> bool:
-        """Whether a text spells one of the tokenizer's control tokens, which is then encoded as that token."""
-        return self._control is not None and any(self._control.search(text) for text in document.texts())
+        """Whether a text spells one of the tokenizer's control tokens."""
+        return any(map(self.control.spelled, document.texts()))
+
+    def told(self, document: Document, text: str) -> str:
+        """A text of a document with the control tokens that it spells broken; the same object where it spells none."""
+        if self.control_tokens is ControlTokens.keep or not self.control.spelled(text):
+            return text
+        if self.control_tokens is ControlTokens.refuse:
+            said = "a text spells control tokens of the tokenizer, which data.control_tokens=refuse does not allow"
+            raise Refused(document.where, "control_tokens", said)
+        if any(MARK in other for other in document.texts()):
+            said = "the text has the private-use character U+10FB06 beside a spelled control token; remove it"
+            raise Refused(document.where, "reserved_character", said)
+        return self.control.broken(text)
+
+    def encodings(self, rendered: list[Rendered]) -> tuple[list[Encoding], list[Rendered]]:
+        """The tokens of texts, and the texts as their offsets mean them."""
+        # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
+        encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
+        meant = list(rendered)
+        for number, text in enumerate(rendered):
+            if text.apart:
+                meant[number] = Rendered(*self.control.told(text.text, text.spans))
+                encodings[number] = self.control.backend.encode(meant[number].text, add_special_tokens=False)
+        return encodings, meant
 
     def tail(self, document: Document) -> int:
         """How many tokens at the end of a sample must survive truncation."""
@@ -141,27 +178,62 @@ class Encoder:
 
     def _render_all(self, batch: list[Answer], *, fast: bool) -> list[Rendered]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
-        chats = []
+        chats: list[list[Message] | None] = []
+        apart = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
                 messages = [
                     {"role": "user", "content": document.prompt},
                     {"role": "assistant", "content": document.completion or ""},
                 ]
-            chats.append(messages)
+            told = messages if messages is None else self._apart(document, messages)
+            chats.append(told)
+            apart.append(None if told is messages else messages)
         conversations = [(m, d.where, d.tools) for m, (d, _) in zip(chats, batch, strict=True) if m is not None]
         template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
         found = iter(template.render_all(conversations, fast=fast) if template else [])
-        return [
-            _plain(document) if messages is None else next(found)
+        rendered = [
+            self._plain(document) if messages is None else next(found)
             for messages, (document, _) in zip(chats, batch, strict=True)
         ]
+        for text, messages, (document, _) in zip(rendered, apart, batch, strict=True):
+            if messages is not None and template is not None:
+                text.apart = True
+                if not text.text.replace(MARK, "").startswith(
+                    template.text(messages, document.where, document.tools).rstrip()
+                ):
+                    said = "the chat template looks for a control token that a text spells; remove it from the text"
+                    raise Refused(document.where, "refused_by_template", said)
+        return rendered
+
+    def _apart(self, document: Document, messages: list[Message]) -> list[Message]:
+        """Messages with spelled control tokens broken, but in answers and in what is learned; the same list where none is."""
+        if not any(m["role"] != "assistant" and self.control.spelled(m["content"]) for m in messages):
+            return messages
+        told = list(messages)
+        for number in self._asked(messages):
+            told[number] = {**messages[number], "content": self.told(document, messages[number]["content"])}
+        return messages if told == messages else told
+
+    def _asked(self, messages: list[Message]) -> list[int]:
+        """Which messages are neither answers nor learned."""
+        learned = self.template.learned(messages) if self.template else ()
+        return [n for n, message in enumerate(messages) if message["role"] != "assistant" and n not in learned]
+
+    def _plain(self, document: Document) -> Rendered:
+        """Text without a template: a completion is learned, an unlabelled text is learned whole."""
+        if document.prompt is not None:
+            asked = self.told(document, document.prompt)
+            prompt = asked + document.separator
+            text = prompt + (document.completion or "")
+            return Rendered(text, [(len(prompt), len(text))], asked is not document.prompt)
+        text = self.told(document, document.text or "")
+        return Rendered(text, [] if document.label is not None else [(0, len(text))], text != (document.text or ""))
 
     def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
-        # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
+        encodings, rendered = self.encodings(rendered)
         return [
-            self._sample(document, *_learned(encoding, text, fast=fast))
+            self._sample(document, *learned_tokens(encoding, text, fast=fast))
             for document, encoding, text in zip(documents, encodings, rendered, strict=True)
         ]
 
@@ -179,9 +251,11 @@ class Encoder:
             input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
         bos = self.bos_id
         if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
-            raise DataError(
-                f"{document.where}: the sample begins with two {self.tokenizer.bos_token} tokens; "
-                "remove it from the text, or from the template in model.chat_template"
+            raise Refused(
+                document.where,
+                "doubled_bos",
+                f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
+                "template in model.chat_template",
             )
         supervised[:1] = False
         return Sample(input_ids, supervised, marks)
@@ -200,84 +274,21 @@ def _messages(document: Document) -> list[Message] | None:
     return document.messages if document.chosen is None else (document.messages or []) + document.chosen
 
 
-def _plain(document: Document) -> Rendered:
-    """Text without a template: a completion is learned, an unlabelled text is learned whole."""
-    if document.prompt is not None:
-        prompt = document.prompt + document.separator
-        text = prompt + (document.completion or "")
-        return Rendered(text, [(len(prompt), len(text))])
-    text = document.text or ""
-    return Rendered(text, [] if document.label is not None else [(0, len(text))])
-
-
-def _learned(encoding: Encoding, rendered: Rendered, *, fast: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a text, and which of its tokens are learned."""
-    input_ids = np.array(encoding.ids, dtype=np.int32)
-    supervised = np.zeros(len(input_ids), dtype=np.bool_)
-    if rendered.spans and len(input_ids):
-        runs = _runs(encoding, rendered.spans, len(rendered.text)) if fast else None
-        for first, last in _runs_by_offsets(encoding, rendered.spans) if runs is None else runs:
-            supervised[first : last + 1] = True
-    return input_ids, supervised
-
-
-def _runs_by_offsets(encoding: Encoding, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """First and last token of each span that has any, by the offsets of all tokens.
-
-    A token that straddles an edge belongs to the span, since generation would make it; so do tokens without characters
-    of their own between two that have some.
-    """
-    begins, ends = np.array(encoding.offsets, dtype=np.int64).T
-    runs = []
-    for begin, end in spans:
-        inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
-        if len(inside):
-            runs.append((int(inside[0]), int(inside[-1])))
-    return runs
-
-
-def _runs(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]] | None:
-    """The same from the edges of the spans alone; None where a character at an edge has no token.
-
-    `char_to_token` gives the first token of a character; one such as an emoji may have several.
-    """
-    runs = []
-    for begin, end in spans:
-        if begin >= end:
-            continue
-        first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
-        after = encoding.char_to_token(end) if end < length else len(encoding)
-        if first is None or last is None or after is None:
-            return None
-        if after > last:  # no straddling: all tokens up to the next character's first
-            last = after - 1
-            where = encoding.token_to_chars(last)
-            if where is None or where[0] >= where[1]:
-                return None
-        else:
-            while last + 1 < len(encoding):
-                where = encoding.token_to_chars(last + 1)
-                if where is None or where[0] >= where[1]:
-                    return None
-                if where[0] >= end:
-                    break
-                last += 1
-        runs.append((first, last))
-    return runs
-
-
 def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     """Make both answers begin at the same token, after the same ones."""
     starts = []
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():
-            raise DataError(f"{document.where}: nothing of the {name} answer is learned; see data.learn")
+            message = f"nothing of the {name} answer is learned; see data.learn"
+            raise Refused(document.where, "nothing_to_learn", message)
         starts.append(int(sample.supervised.argmax()))
     shared = min(starts)
     if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
-        raise DataError(
-            f"{document.where}: the chat template writes the prompt differently before the chosen and the rejected "
-            "answer, so that they cannot be compared; give another template in model.chat_template"
+        raise Refused(
+            document.where,
+            "differing_prompts",
+            "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "
+            "cannot be compared; give another template in model.chat_template",
         )
     # where one answer merges with the end of the prompt into one token, the other learns the token it has there
     chosen.supervised[shared : starts[0]] = rejected.supervised[shared : starts[1]] = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from strategies.errors import DataError
-from trainer.data.document import Message
+from trainer.data.document import Message, Refused
 from trainer.data.tokens.skeleton import RESERVED
 
 # Private-use characters of the last plane: no font uses them and no template looks for them.
@@ -112,14 +112,17 @@ class Marker:
         has_thought = "</think>" in messages[learned[number]]["content"]
         if turn.thought is None:
             if has_thought and number == len(learned) - 1 and "</think>" not in text[turn.begin : turn.end]:
-                raise DataError(
-                    f"{where}: the chat template throws away the <think> part of the last assistant turn; "
-                    "remove it from the data or give another template in model.chat_template"
+                raise Refused(
+                    where,
+                    "thought_lost",
+                    "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
+                    "or give another template in model.chat_template",
                 )
             return turn.begin
         prompt = self._apply(messages[: learned[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought:
-            raise DataError(f"{where}: cannot tell where assistant turn {number + 1} begins, with its <think> part")
+            message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
+            raise Refused(where, "thought_lost", message)
         return len(prompt)
 
 

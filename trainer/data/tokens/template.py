@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
-from trainer.data.document import Message, texts_in
+from trainer.data.document import Message, Refused, texts_in
 from trainer.data.tokens.marking import BEGIN, END, Marker
 from trainer.data.tokens.skeleton import RESERVED, Skeletons
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, without_thought
@@ -33,10 +33,14 @@ Job = tuple[list[Message], list[int], str, Chat | None]
 
 @dataclass(slots=True)
 class Rendered:
-    """A conversation as text, and the [begin, end) character spans of it that are learned, ascending."""
+    """A conversation as text, and the [begin, end) character spans of it that are learned, ascending.
+
+    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/control.py`.
+    """
 
     text: str
     spans: list[tuple[int, int]]
+    apart: bool = False
 
 
 class ChatTemplate:
@@ -92,7 +96,7 @@ class ChatTemplate:
 
         Learned are the content of a learned turn and the end-of-turn token after it, whitespace between them included.
         A template that closes the last turn with nothing gets the eos token appended. Where nothing is learned there
-        are no spans. `fast=False` renders every conversation twice. Raises DataError, led by the file and line.
+        are no spans. `fast=False` renders every conversation twice. Raises Refused for one that cannot be used.
         """
         jobs = [self._job(messages, where, tools) for messages, where, tools in conversations]
         plain = iter(self._apply_all([job for job in jobs if job[3] is None]))
@@ -113,6 +117,11 @@ class ChatTemplate:
                     rendered.append(Rendered(*found))
         return rendered
 
+    def text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
+        """A conversation as the template writes it, its last turn not closed. Raises Refused."""
+        job = messages, _, _, chat = self._job(messages, where, tools)
+        return self._apply_all([job])[0] if chat is None else self._guard(chat.apply, chat.messages, where=where)
+
     def first_content(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
         """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
         messages, _, _, chat = self._job(messages, where, tools)
@@ -131,9 +140,8 @@ class ChatTemplate:
         for message in messages:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED.search(text):
-                    raise DataError(
-                        f"{where}: the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                    )
+                    said = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
+                    raise Refused(where, "reserved_character", said)
         bare = [_bare(message) if "train" in message else message for message in messages]
         thinks = self.learn.reasoning is not Reasoning.learn
         if thinks and self.learn.reasoning is Reasoning.drop:
@@ -152,13 +160,19 @@ class ChatTemplate:
             return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
 
     def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
-        """What a template raises becomes a DataError led by `where`."""
+        """What a template raises refuses the document at `where`; a template that is none is a ConfigError."""
+        from jinja2 import TemplateSyntaxError
+
         try:
             return work(*args)
         except DataError:
             raise
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
-            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+            raise Refused(
+                where, "refused_by_template", f"the chat template refuses the conversation: {error}"
+            ) from error
 
     def _called(self, chat: Chat, learned: list[int]) -> Rendered:
         """Text and spans of a conversation with tools, calls or thoughts."""
@@ -205,15 +219,18 @@ class ChatTemplate:
         )
         spans = [(int(begin), int(end)) for begin, end in found[0]]
         if not spans or any(begin >= end for begin, end in spans):
-            raise DataError(f"{where}: the {{% generation %}} blocks of the chat template are empty here")
+            message = "the {% generation %} blocks of the chat template are empty here"
+            raise Refused(where, "refused_by_template", message)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         roles = ["assistant"] * len(spans)
         if assistants != learned:
             if len(spans) != len(assistants):
-                raise DataError(
-                    f"{where}: only some assistant turns are to be learned, but the chat template has {len(spans)} "
+                raise Refused(
+                    where,
+                    "refused_by_template",
+                    f"only some assistant turns are to be learned, but the chat template has {len(spans)} "
                     f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
-                    "in model.chat_template"
+                    "in model.chat_template",
                 )
             spans = [spans[assistants.index(i)] for i in learned]
         return self._close(texts[0], spans, roles[: len(spans)], blocks=True)

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from strategies.errors import DataError
 from trainer.data.config import Reasoning
-from trainer.data.document import Message
+from trainer.data.document import Message, Refused
 from trainer.data.tokens.dialect import CALL, EDGE, Apply, Dialect, in_dialect, probed
 from trainer.data.tokens.marking import BEGIN, END, THOUGHT, mark_thought, mark_trimmed, mark_whole
 from trainer.data.tokens.skeleton import RESERVED
@@ -57,10 +56,14 @@ class Turnwise:
         return Chat(messages, tools, where, partial(self._apply, tools=tools))
 
     def checked(self, chat: Chat) -> str:
-        """The text of a conversation. Raises DataError for tools, calls or results that the template leaves out."""
+        """The text of a conversation. Raises Refused for tools, calls or results that the template leaves out."""
         text = chat.apply(chat.messages)
         if chat.tools and self._same(text, self._apply, chat.messages):
-            raise DataError(f"{chat.where}: the chat template does not write the tools of the row; {_REMEDY}=[tools]")
+            raise Refused(
+                chat.where,
+                "refused_by_template",
+                f"the chat template does not write the tools of the row; {_REMEDY}=[tools]",
+            )
         marked: list[Message] = []
         calls: list[str] = []
         results: list[str] = []
@@ -77,10 +80,18 @@ class Turnwise:
         shown = chat.apply(marked) if calls or results else ""
         if any(mark not in shown for mark in calls):
             what = "leaves out calls of tools"
-            raise DataError(f"{chat.where}: the chat template {what}; {_REMEDY}=[tool_calls] where calls are a key")
+            raise Refused(
+                chat.where,
+                "refused_by_template",
+                f"the chat template {what}; {_REMEDY}=[tool_calls] where calls are a key",
+            )
         if any(mark not in shown for mark in results):
             what = "leaves out the results of tools"
-            raise DataError(f"{chat.where}: the chat template {what} (role tool); give another in model.chat_template")
+            raise Refused(
+                chat.where,
+                "refused_by_template",
+                f"the chat template {what} (role tool); give another in model.chat_template",
+            )
         return text
 
     def _same(self, text: str, apply: Callable[..., str], messages: list[Message]) -> bool:
@@ -108,8 +119,10 @@ class Turnwise:
                 text = text[:last] + text[last:].rstrip() + eos
                 last = len(text)
             elif called:
-                raise DataError(
-                    f"{chat.where}: cannot tell where the call of turn {index + 1} ends in the chat template"
+                raise Refused(
+                    chat.where,
+                    "refused_by_template",
+                    f"cannot tell where the call of turn {index + 1} ends in the chat template",
                 )
             spans.append((begin, last))
         return text, spans
@@ -126,9 +139,11 @@ class Turnwise:
                 content = [at for kind, at in found if kind in (BEGIN, END)]
                 thoughts = [at for kind, at in found if kind == THOUGHT]
                 if _THINK.sub("", message["content"] or "", count=1).strip() and not content:
-                    raise DataError(
-                        f"{chat.where}: the chat template leaves out what turn {index + 1} says beside its calls; "
-                        "remove it from the data or give another template in model.chat_template"
+                    raise Refused(
+                        chat.where,
+                        "refused_by_template",
+                        f"the chat template leaves out what turn {index + 1} says beside its calls; "
+                        "remove it from the data or give another template in model.chat_template",
                     )
                 if not own:
                     continue
@@ -138,9 +153,11 @@ class Turnwise:
                 bound = next((at for at in edges if at > own[-1]), len(text))
                 before = next((at for at in reversed(edges) if at <= min([*thoughts, *own])), None)
                 return self._begin(chat, index, text, content, thoughts, own[0], before), own[-1], bound
-        raise DataError(
-            f"{chat.where}: the chat template changes the text of turn {index + 1} (more than trimming it), so that what "
-            "is to be learned cannot be told; give a template with {% generation %} blocks in model.chat_template"
+        raise Refused(
+            chat.where,
+            "refused_by_template",
+            f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what "
+            "is to be learned cannot be told; give a template with {% generation %} blocks in model.chat_template",
         )
 
     def _begin(
@@ -172,7 +189,11 @@ class Turnwise:
         for header in (prompt, _OPENED.sub("", prompt)):  # a prompt may open a thought where the template writes none
             if text.startswith(header) and len(header) <= first:
                 return len(header)
-        raise DataError(f"{chat.where}: cannot tell where assistant turn {index + 1} begins in the chat template")
+        raise Refused(
+            chat.where,
+            "refused_by_template",
+            f"cannot tell where assistant turn {index + 1} begins in the chat template",
+        )
 
     def _marks(
         self, chat: Chat, index: int, text: str, mark: Callable[[str], str], level: int
@@ -206,13 +227,19 @@ class Turnwise:
         return found
 
     def check_thought(self, chat: Chat, index: int, text: str) -> None:
-        """Raise DataError where the template has thrown away the thought of a turn, the last one."""
+        """Raise Refused where the template has thrown away the thought of a turn, the last one."""
         thought = thought_of(chat.messages[index])
         if thought and thought.strip() not in text:
-            raise DataError(
-                f"{chat.where}: the chat template throws away the thought (<think> or reasoning_content) of the last "
-                "assistant turn; set data.learn.reasoning=drop or give another template in model.chat_template"
+            raise Refused(
+                chat.where,
+                "refused_by_template",
+                "the chat template throws away the thought (<think> or reasoning_content) of the last "
+                "assistant turn; set data.learn.reasoning=drop or give another template in model.chat_template",
             )
+
+
+def _refused(where: str, message: str) -> Refused:
+    return Refused(where, "refused_by_template", message)
 
 
 def thought_of(message: Message) -> str | None:
@@ -222,12 +249,16 @@ def thought_of(message: Message) -> str | None:
 
 
 def without_thought(message: Message, where: str) -> Message:
-    """An assistant turn without its thought. Raises DataError where nothing is left."""
+    """An assistant turn without its thought. Raises Refused where nothing is left."""
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
     content = _THINK.sub("", message["content"], count=1) if _THINK.match(message["content"]) else message["content"]
     if not content.strip() and "tool_calls" not in message:
-        raise DataError(f"{where}: an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing")
+        raise Refused(
+            where,
+            "refused_by_template",
+            "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing",
+        )
     return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}
 
 
