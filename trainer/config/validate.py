@@ -184,8 +184,8 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
     if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch):
         yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
-    elif evaluation.watch == "eval/loss" and evaluation.greater_is_better:
-        yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
+    elif "loss" in evaluation.watch.split("/")[1:2] and evaluation.greater_is_better:
+        yield "evaluation.greater_is_better=true: smaller is better for a loss; set it to false, or watch another"
     elif _more_is_better(evaluation.watch) and not evaluation.greater_is_better:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
     yield from _generate(config, has_data=has_data)
