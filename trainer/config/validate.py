@@ -159,6 +159,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:
             yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
+    if data.group_by is not None and not any((data.eval_share, data.test_share, data.eval_path, data.test_path)):
+        yield f"data.group_by={data.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
     weighted = [name for name, source in data.sources.items() if source.weight is not None]
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))

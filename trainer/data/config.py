@@ -407,6 +407,8 @@ class DataConfig:
     """Test files: prepared and checked for leakage, never trained or selected on."""
     test_share: float = 0.0
     """Share of the training documents held out for testing when `data.test_path` is not given, 0 to 0.5."""
+    group_by: str | None = None
+    """Column that says what rows belong to, such as a patient: no group is both in training and in a held-out share."""
     format: DataFormat = DataFormat.auto
     """How rows are read; `auto` recognises it from the first row."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -45,6 +45,8 @@ class Document:
     rejected: list[Message] | None = None
     desirable: bool | None = None
     separator: str = ""
+    group: str | None = None
+    """What the row belongs to (`data.group_by`). It may name a person, so that only a digest of it leaves the process."""
 
     @property
     def where(self) -> str:

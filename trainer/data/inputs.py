@@ -32,6 +32,8 @@ class Input:
     weight: float | None = None
     licence: str | None = None
     ignored: frozenset[str] = frozenset()
+    group: str | None = None
+    """Column that says what its rows belong to."""
     wanted: frozenset[str] | None = None
     """Columns that its reader needs, once it is known."""
 
@@ -83,9 +85,10 @@ def inputs_of(config: DataConfig) -> list[Input]:
             origin = Origin.of(value, key, remote=config.remote)
             found.append(Input(split, split, key, origin, config.format, dict(config.columns)))
     for item in found:
-        item.ignored = frozenset(config.ignore_columns)
-        if both := item.ignored & {*item.columns.values()}:
-            raise ConfigError(f"data.ignore_columns names {min(both)}, which {item.key} reads by its columns; keep one")
+        item.ignored, item.group = frozenset(config.ignore_columns), config.group_by
+        if both := item.ignored & {*item.columns.values(), item.group}:
+            setting = "data.group_by" if item.group in both else f"{item.key} by its columns"
+            raise ConfigError(f"data.ignore_columns names {min(both)}, which {setting} reads; keep one")
     return found
 
 
@@ -103,6 +106,8 @@ def readers_of(
         first: Any = _first_row(item) if format is DataFormat.auto else next(item.origin.rows()).parse()
         if format is DataFormat.auto:
             format = recognise(first, item.columns, meant=meant, **options)
+        if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
+            options["group"] = item.group  # files of held-out rows need not say what these belong to
         reader = made[item.id] = RowReader(format, item.columns, label=label, **options)
         item.wanted = reader.wanted
         found = first if isinstance(first, Rejected) else reader(first)

@@ -103,6 +103,7 @@ class Description:
             balance=found.get("balance", {}),
             duplicates={kind: form.Copies(**part) for kind, part in found.get("duplicates", {}).items()},
             leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
+            groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
             privacy=self._privacy(totals),
             languages=share(judged, max_documents=MOST_JUDGED) if self.config.languages else {},
             samples=self._samples(data["train"]),
