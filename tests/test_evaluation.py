@@ -35,12 +35,12 @@ def shell(site, monkeypatch):
         monkeypatch.setenv(key, value)
 
 
-SOURCES = "data.sources.ward.path=ward.jsonl data.sources.web.path=web.jsonl"
+SOURCES = "data.eval_share=0.25 data.sources.ward.path=ward.jsonl data.sources.web.path=web.jsonl"
 
 
 def train(run: str, *words: str, data: str = SOURCES) -> list[dict]:
     settings = f"model.path=llama {data} data.cache_dir=cache "
-    settings += "data.eval_share=0.25 batch.global=8 batch.micro=2 budget.steps=2 optim.lr=1e-2 logging.wandb=disabled "
+    settings += "batch.global=8 batch.micro=2 budget.steps=2 optim.lr=1e-2 logging.wandb=disabled "
     settings += f"run.device=cpu run.dir={run} export.at_end=true export.verify=false"
     assert main(["train", *settings.split(), *words]) == 0
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +90,7 @@ def test_ranks_strategy_and_batch_do_not_matter(site):
 
 
 def test_one_source_is_not_told_apart(site):
-    rows = train("plain", data="data.path=ward.jsonl")
+    rows = train("plain", data="data.path=ward.jsonl data.eval_share=0.25")
     assert not [name for row in rows for name in row if name.startswith(("eval/loss/", "step_tokens/"))]
 
 
@@ -117,3 +117,24 @@ def test_the_loss_of_a_source_can_be_watched(site, capsys):
     )
     assert main(["train", *words.split(), "budget.steps=1", "evaluation.watch=eval/loss/wep"]) != 0
     assert "evaluation.watch=eval/loss/wep: the evaluation documents have no such part" in capsys.readouterr().err
+
+
+NAMED = "data.path=ward.jsonl data.eval_path={ward:other.jsonl,general:web.jsonl}"
+
+
+def test_sets_by_name(site, capsys):
+    """Each set's metrics are those of a run that evaluates it alone; a set may have the name of a source."""
+    write_chat_data(site / "other.jsonl", 10, seed=7)
+    rows = train("named", data=NAMED)
+    alone = {
+        name: train(f"only-{name}", data=f"data.path=ward.jsonl data.eval_path={file}.jsonl")
+        for name, file in (("ward", "other"), ("general", "web"))
+    }
+    for name, other in alone.items():
+        for metric in ("loss", "perplexity", "accuracy"):
+            assert rows[-1][f"eval/{name}/{metric}"] == pytest.approx(other[-1][f"eval/{metric}"], rel=1e-5)
+    assert min(rows[-1]["eval/ward/loss"], rows[-1]["eval/general/loss"]) < rows[-1]["eval/loss"]
+    assert "eval/loss/ward" not in rows[-1]
+    words = "model.path=llama data.cache_dir=cache run.device=cpu run.dir=unknown budget.steps=1"
+    assert main(["train", *words.split(), *NAMED.split(), "evaluation.watch=eval/genral/loss"]) != 0
+    assert "of their parts there are eval/ward/loss" in capsys.readouterr().err

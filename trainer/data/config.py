@@ -400,7 +400,7 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several named sources in place of `data.path`, each with its own files, format and weight."""
     eval_path: Any = None
-    """Evaluation files, in the same forms as `data.path`."""
+    """Evaluation files, in the same forms as `data.path`; or several sets by name, as {medical: a.jsonl, general: b.jsonl}."""
     eval_share: float = 0.0
     """Share of the training documents held out for evaluation when `data.eval_path` is not given, 0 to 0.5."""
     test_path: Any = None

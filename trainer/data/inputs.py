@@ -13,6 +13,7 @@ from trainer.data.document import Document, Rejected
 from trainer.data.fields import label_of
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.origin import Origin
+from trainer.data.read.paths import sets_of
 from trainer.data.read.row import Row
 
 HELD_OUT = ("eval", "test")
@@ -20,7 +21,7 @@ HELD_OUT = ("eval", "test")
 
 @dataclass(slots=True)
 class Input:
-    """One origin of rows. The held-out splits have one each, named like the split."""
+    """One origin of rows. A held-out split has one, named like the split; that of evaluation may have several, by name."""
 
     split: str
     source: str
@@ -79,11 +80,9 @@ def inputs_of(config: DataConfig) -> list[Input]:
         origin = Origin.of(config.path, "data.path", remote=config.remote)
         found.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
     for split in HELD_OUT:
-        value = getattr(config, f"{split}_path")
-        if value is not None:
-            key = f"data.{split}_path"
+        for name, (key, value) in sets_of(getattr(config, f"{split}_path"), split).items():
             origin = Origin.of(value, key, remote=config.remote)
-            found.append(Input(split, split, key, origin, config.format, dict(config.columns)))
+            found.append(Input(split, name, key, origin, config.format, dict(config.columns)))
     for item in found:
         item.ignored, item.group = frozenset(config.ignore_columns), config.group_by
         if both := item.ignored & {*item.columns.values(), item.group}:

@@ -198,7 +198,9 @@ class Preparation:
             directory = target / split
             directory.mkdir()
             np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
+            sets = [item.source for item in self.inputs if item.split == "eval" != item.source]
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
+            manifest |= {"sets": sets} if split == "eval" and sets else {}
             (directory / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -85,6 +85,13 @@ def parts_of(held_out: TokenDataset) -> dict[int, dict[str, str]]:
     Not among them are metrics whose terms depend on counts of the whole set.
     """
     sources = sources_of(held_out)
+    if held_out.manifest.get("sets"):  # named in data.eval_path, even a single one
+        return {
+            number: {
+                metric: f"eval/{name}/{metric}" for metric in ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro")
+            }
+            for number, name in sources.items()
+        }
     return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
 
 

@@ -5,7 +5,7 @@ Decisions are made from columns of numbers; a text is read again only to verify 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -139,10 +139,10 @@ class _Chooser:
     def leaks(self) -> None:
         """Training documents that are in a held-out split too."""
         config, splits, report = self.config.leakage, self.selection.splits, dict[str, Any]()
-        for split in HELD_OUT:
-            if split not in splits or not len(splits["train"]) or not len(splits[split]):
+        for split, held_out in self._sets():
+            if not len(splits["train"]) or not len(held_out):
                 continue
-            train, held_out = splits["train"], splits[split]
+            train = splits["train"]
             found = find_leaks(
                 {name: column[train] for name, column in self.columns.signatures.items()},
                 {name: column[held_out] for name, column in self.columns.signatures.items()},
@@ -170,8 +170,9 @@ class _Chooser:
         if self.groups is None:
             return
         splits, policy, report = self.selection.splits, self.config.leakage.policy, dict[str, Any]()
-        for split in [split for split in HELD_OUT if split in splits]:
-            train, held_out = splits["train"], splits[split]
+        held_out_sets = dict(self._sets())
+        for split, held_out in held_out_sets.items():
+            train = splits["train"]
             shared = np.isin(self.groups[train], self.groups[held_out]) & (self.groups[train] != 0)
             report[split] = {"in_training": int(shared.sum())}
             if policy is LeakagePolicy.fail and shared.any():
@@ -183,11 +184,22 @@ class _Chooser:
             if policy is LeakagePolicy.drop_train:
                 self.drop(train[shared], "leakage", f"group_in_{split}")
                 splits["train"] = train[~shared]
-        for split, documents in splits.items():
+        for split, documents in {"train": splits["train"], **held_out_sets}.items():
             groups = self.groups[np.unique(documents)]
             counts = {"documents": len(groups), "groups": len(np.unique(groups[groups != 0]))}
             report[split] = counts | report.get(split, {"in_training": 0})
         self.selection.report["groups"] = report
+
+    def _sets(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The held-out splits with their documents, that of evaluation by its sets where these have names."""
+        columns, splits, named = self.columns, self.selection.splits, self.config.eval_path
+        for split in [split for split in HELD_OUT if split in splits]:
+            if split != "eval" or not isinstance(named, Mapping):
+                yield split, splits[split]
+                continue
+            sources = columns.source[splits[split]]
+            for name in [name for name in named if name in columns.sources]:
+                yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
 
     def _text_in(self, documents: np.ndarray, number: int) -> str:
         return self.text(int(documents[number]))

@@ -70,6 +70,12 @@ class Description:
         made = self.audit(totals, columns, selection)
         for split, part in made.splits.items():
             self._check(split, part, made.flow)
+        for source in made.sources:
+            if source.split != "train" and not source.kept:
+                raise DataError(
+                    f"data.{source.split}_path.{source.name}: of {source.rows} rows none could be kept; mend the files, or "
+                    "loosen what drops them"
+                )
         made.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
         audit = form.Audit.read(self.directory)
