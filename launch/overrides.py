@@ -238,6 +238,7 @@ def _is_text(hint: Any) -> bool:
 
 
 def _is_syntax(text: str) -> bool:
-    """Whether text is meant for the grammar: null, a list, or quoted as a whole."""
+    """Whether text is meant for the grammar: null, a list, pairs, or quoted as a whole."""
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-    return text == "null" or quoted or (text.startswith("[") and text.endswith("]"))
+    pairs = text.startswith("{") and text.endswith("}") and ":" in text
+    return text == "null" or quoted or pairs or (text.startswith("[") and text.endswith("]"))

@@ -47,12 +47,15 @@ def recall(words: list[str]) -> dict[str, Any] | None:
 
 def remember(words: list[str], config: RunConfig, directory: Path) -> None:
     """Note what was made. Left out where something comes from a hub or an address; never fails for the disk."""
+    from trainer.data.read.paths import sets_of
+
     model = Path(str(config.model.tokenizer or config.model.path)).expanduser()
     values: dict[str, Any] = {"model": str(model)} if model.is_dir() else {}
     if config.model.chat_template is not None:
         values["model.chat_template"] = config.model.chat_template
-    for key in ("path", "eval_path", "test_path"):
-        values[f"data.{key}"] = getattr(config.data, key)
+    values["data.path"] = config.data.path
+    for split in ("eval", "test"):
+        values.update(sets_of(getattr(config.data, f"{split}_path"), split).values())
     values |= {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     values["data.decontamination.paths"] = config.data.decontamination.paths
     if config.data.privacy.mode == "pseudonymise":

@@ -174,6 +174,7 @@ class Trainer:
             result=result,
             local_tokens=batch.local_tokens,
             wait_s=batch.wait_s,
+            source_tokens=batch.source_tokens,
             balance=batch.balance,
         )
 

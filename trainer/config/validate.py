@@ -20,7 +20,7 @@ from trainer.config.run import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.choose.balance import check as check_balance
 from trainer.data.config import Layout
-from trainer.data.read.paths import expand, is_hub
+from trainer.data.read.paths import expand, is_hub, sets_of
 from trainer.data.read.remote import is_address
 from trainer.data.stages.filters import problems as filter_problems
 from trainer.data.stages.privacy.config import problems as privacy_problems
@@ -139,7 +139,12 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield "data.path: not set; give a file, a directory or a glob, as in data.path=train.jsonl"
     if data.path is not None and data.sources:
         yield f"data.path={data.path}: data.sources names the training data too; keep one of the two"
-    named = {f"data.{key}": getattr(data, key) for key in ("path", "eval_path", "test_path")}
+    named = {"data.path": data.path}
+    for split in ("eval", "test"):
+        try:
+            named.update(sets_of(getattr(data, f"{split}_path"), split).values())
+        except ConfigError as error:
+            yield from error.problems
     named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     named["data.decontamination.paths"] = data.decontamination.paths
     for key, value in named.items():
@@ -159,6 +164,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         share = getattr(data, f"{split}_share")
         if getattr(data, f"{split}_path") is not None and share:
             yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
+    if data.group_by is not None and not any((data.eval_share, data.test_share, data.eval_path, data.test_path)):
+        yield f"data.group_by={data.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
     weighted = [name for name, source in data.sources.items() if source.weight is not None]
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))
@@ -184,19 +191,20 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
     if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch):
         yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
-    elif evaluation.watch == "eval/loss" and evaluation.greater_is_better:
-        yield "evaluation.greater_is_better=true: smaller is better for eval/loss; set it to false, or watch another"
+    elif (
+        "loss" in (evaluation.watch.split("/")[1], evaluation.watch.rpartition("/")[2]) and evaluation.greater_is_better
+    ):
+        yield "evaluation.greater_is_better=true: smaller is better for a loss; set it to false, or watch another"
     elif _more_is_better(evaluation.watch) and not evaluation.greater_is_better:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
     yield from _generate(config, has_data=has_data)
-    if evaluation.watch.startswith("eval/f1_") and not family_of(config.objective).judges_labels:
+    if evaluation.watch.rpartition("/")[2].startswith("f1_") and not family_of(config.objective).judges_labels:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
 def _more_is_better(metric: str) -> bool:
-    return metric in GENERATED or any(
-        metric == f"eval/{name}" for family in FAMILIES.values() for name in family.better_when_larger
-    )
+    name = metric.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
+    return metric in GENERATED or any(name in family.better_when_larger for family in FAMILIES.values())
 
 
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:

@@ -418,13 +418,15 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several named sources in place of `data.path`, each with its own files, format and weight."""
     eval_path: Any = None
-    """Evaluation files, in the same forms as `data.path`."""
+    """Evaluation files, in the same forms as `data.path`; or several sets by name, as {medical: a.jsonl, general: b.jsonl}."""
     eval_share: float = 0.0
     """Share of the training documents held out for evaluation when `data.eval_path` is not given, 0 to 0.5."""
     test_path: Any = None
     """Test files: prepared and checked for leakage, never trained or selected on."""
     test_share: float = 0.0
     """Share of the training documents held out for testing when `data.test_path` is not given, 0 to 0.5."""
+    group_by: str | None = None
+    """Column that says what rows belong to, such as a patient: no group is both in training and in a held-out share."""
     format: DataFormat = DataFormat.auto
     """How rows are read; `auto` recognises it from the first row."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -54,6 +54,8 @@ class Document:
     desirable: bool | None = None
     separator: str = ""
     tools: list[dict[str, Any]] | None = None
+    group: str | None = None
+    """What the row belongs to (`data.group_by`). It may name a person, so that only a digest of it leaves the process."""
 
     @property
     def where(self) -> str:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import reprlib
+from dataclasses import dataclass
 from typing import Any
 
 _VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 3, 8, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a column's value cannot be taken; it stands where the value would."""
+
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"<{self.message}>"
 
 
 class Refusal(Exception):
@@ -22,6 +34,34 @@ class Refusal(Exception):
 def shown(value: Any) -> str:
     """A value as messages show it, shortened."""
     return _SHORT.repr(value)
+
+
+def value_at(fields: dict[str, Any], name: str) -> Any:
+    """The value of a column, or of `b` inside `a` for `a.b`. Raises KeyError where there is none, Refusal for a fault."""
+    value: Any = fields
+    for part in [name] if name in fields else name.split("."):  # a.b is a column of that name, or b inside a
+        if isinstance(value, list) and part.isdecimal() and part.isascii() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, Fault):
+            raise Refusal(value.reason, f'column "{name}": {value.message}')
+        else:
+            raise KeyError(name)
+    return value
+
+
+def group_of(fields: dict[str, Any], name: str) -> str:
+    """What a row belongs to, as its column `name` says. Raises Refusal: missing_group."""
+    try:
+        value = value_at(fields, name)
+    except KeyError:
+        raise Refusal("missing_group", f"no column {name!r} (data.group_by); the row has {sorted(fields)}") from None
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    raise Refusal("missing_group", f'"{name}" (data.group_by) is {shown(value)}; it must be a text or a whole number')
 
 
 def is_nothing(value: Any) -> bool:

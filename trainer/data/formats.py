@@ -14,9 +14,19 @@ from typing import Any
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Message, Rejected
-from trainer.data.fields import Refusal, is_nothing, is_texts, label_of, shown, text_of, verdict_of
+from trainer.data.fields import (
+    Fault,
+    Refusal,
+    group_of,
+    is_nothing,
+    is_texts,
+    label_of,
+    shown,
+    text_of,
+    value_at,
+    verdict_of,
+)
 from trainer.data.read.row import Row
-from trainer.data.read.strict import Fault
 from trainer.data.tools import are_told, tools_of
 from trainer.data.turns import conversation, history_of, parted, turns_of
 from trainer.data.unread import CARRIERS, Unread
@@ -145,17 +155,11 @@ def _renamed(fields: dict[str, Any], columns: dict[str, str], setting: str) -> d
         return fields
     found = {}
     for expected, name in columns.items():
-        value: Any = fields
-        for part in [name] if name in fields else name.split("."):  # a.b is a column of that name, or b inside a
-            if isinstance(value, list) and part.isdecimal() and part.isascii() and int(part) < len(value):
-                value = value[int(part)]
-            elif isinstance(value, dict) and part in value:
-                value = value[part]
-            elif isinstance(value, Fault):
-                raise Refusal(value.reason, f'column "{name}": {value.message}')
-            else:
-                message = f"no column {name!r} ({setting}.{expected}); the row has {_names(fields)}"
-                raise Refusal("missing_column", message)
+        try:
+            value = value_at(fields, name)
+        except KeyError:
+            message = f"no column {name!r} ({setting}.{expected}); the row has {_names(fields)}"
+            raise Refusal("missing_column", message) from None
         found[expected] = value
     taken = set(columns.values())
     return {**{name: value for name, value in fields.items() if name not in taken}, **found}
@@ -165,7 +169,8 @@ class RowReader:
     """Reads the rows of one source in one format. Raises ConfigError where `columns` cannot belong to it.
 
     `ignored` columns (`data.ignore_columns`) count as not there. What else is not read is told by `unread`, and with
-    `refuses` a row with a column that carries meaning is rejected. `label` reads a label.
+    `refuses` a row with a column that carries meaning is rejected. `label` reads a label; `group` names the column that every
+    row must have a group in.
     """
 
     def __init__(
@@ -177,11 +182,12 @@ class RowReader:
         label: Callable[[Any], str] = label_of,
         ignored: Collection[str] = (),
         refuses: bool = True,
+        group: str | None = None,
     ) -> None:
         if format is DataFormat.auto:
             raise ValueError("a reader needs a format; recognise() finds it from the first row")
         self.format, self.columns, self.source, self.ignored = format, dict(columns), source, frozenset(ignored)
-        self.label_of = label
+        self.label_of, self.group = label, group
         self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
         _check_columns(columns, [format], self._setting)
         own, *others = SPELLINGS[format]
@@ -189,7 +195,8 @@ class RowReader:
         spellings = [own, *_ALSO_READS.get(format, ()), *others]
         known = {*_OF_TALK, *_OF_INSTRUCTIONS}
         self._spellings = [s for s in spellings if columns.keys() <= {*s, *known}] or spellings
-        named = {*columns.values(), *(name.split(".")[0] for name in columns.values())}
+        asked = [*columns.values(), *([group] if group else ())]
+        named = {*asked, *(name.split(".")[0] for name in asked)}
         self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
         self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
         self.wanted = frozenset({*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)})
@@ -201,8 +208,9 @@ class RowReader:
         try:
             if self.ignored:
                 fields = {name: value for name, value in fields.items() if name not in self.ignored}
-            fields = _renamed(fields, self.columns, self._setting)
             document = Document(row.file, row.line, self.source)
+            document.group = group_of(fields, self.group) if self.group else None
+            fields = _renamed(fields, self.columns, self._setting)
             spelling = self._spelling(fields, row.others)
             for name in (reads := self._reads[spelling]):
                 if isinstance(value := fields.get(name), Fault):

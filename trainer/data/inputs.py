@@ -13,6 +13,7 @@ from trainer.data.document import Document, Rejected
 from trainer.data.fields import label_of
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.origin import Origin
+from trainer.data.read.paths import sets_of
 from trainer.data.read.row import Row
 
 HELD_OUT = ("eval", "test")
@@ -20,7 +21,7 @@ HELD_OUT = ("eval", "test")
 
 @dataclass(slots=True)
 class Input:
-    """One origin of rows. The held-out splits have one each, named like the split."""
+    """One origin of rows. A held-out split has one, named like the split; that of evaluation may have several, by name."""
 
     split: str
     source: str
@@ -32,6 +33,8 @@ class Input:
     weight: float | None = None
     licence: str | None = None
     ignored: frozenset[str] = frozenset()
+    group: str | None = None
+    """Column that says what its rows belong to."""
     wanted: frozenset[str] | None = None
     """Columns that its reader needs, once it is known."""
 
@@ -77,15 +80,14 @@ def inputs_of(config: DataConfig) -> list[Input]:
         origin = Origin.of(config.path, "data.path", remote=config.remote)
         found.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
     for split in HELD_OUT:
-        value = getattr(config, f"{split}_path")
-        if value is not None:
-            key = f"data.{split}_path"
+        for name, (key, value) in sets_of(getattr(config, f"{split}_path"), split).items():
             origin = Origin.of(value, key, remote=config.remote)
-            found.append(Input(split, split, key, origin, config.format, dict(config.columns)))
+            found.append(Input(split, name, key, origin, config.format, dict(config.columns)))
     for item in found:
-        item.ignored = frozenset(config.ignore_columns)
-        if both := item.ignored & {*item.columns.values()}:
-            raise ConfigError(f"data.ignore_columns names {min(both)}, which {item.key} reads by its columns; keep one")
+        item.ignored, item.group = frozenset(config.ignore_columns), config.group_by
+        if both := item.ignored & {*item.columns.values(), item.group}:
+            reader = "data.group_by reads" if item.group in both else f"{item.key} reads by its columns"
+            raise ConfigError(f"data.ignore_columns names {min(both)}, which {reader}; keep one")
     return found
 
 
@@ -103,6 +105,8 @@ def readers_of(
         first: Any = _first_row(item) if format is DataFormat.auto else next(item.origin.rows()).parse()
         if format is DataFormat.auto:
             format = recognise(first, item.columns, meant=meant, **options)
+        if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
+            options["group"] = item.group  # files of held-out rows need not say what these belong to
         reader = made[item.id] = RowReader(format, item.columns, label=label, **options)
         item.wanted = reader.wanted
         found = first if isinstance(first, Rejected) else reader(first)

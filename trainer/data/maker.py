@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.data.block import Bad, Block, Job
 from trainer.data.choose.duplicates import Signer
+from trainer.data.choose.ngrams import group_digest
 from trainer.data.config import DataConfig, DuplicatePolicy
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
@@ -62,6 +63,8 @@ class BlockMaker:
         documents = self._tokenise(documents, block)
         block.documents = to_batch(documents)
         block.signatures = self.signer.sign(documents)
+        if self.config.group_by is not None:
+            block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
         for stage in stages:
             if (findings := getattr(stage, "findings", None)) is not None:
                 block.findings = findings

@@ -30,6 +30,7 @@ from trainer.data.read.origin import Origin
 from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
 from trainer.data.shards import Shards
+from trainer.data.space import require_room
 from trainer.data.stages.chain import stages_of
 from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
@@ -112,6 +113,7 @@ class Preparation:
         if (self.directory / DONE).exists():
             return
         shards = Shards(self.directory, count)
+        self._require_room(parts=count)
         every = (job for job in self._jobs() if job.number % count == number)
         with shards.writing(number) as keep:
             for block in ordered_map(self._maker(), every, workers=self._workers()):
@@ -126,6 +128,7 @@ class Preparation:
     def run(self, target: Path) -> None:
         """Both passes, and the reports."""
         shards = Shards.finished(self.directory)
+        self._require_room()
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
         assembly = Assembly(target, self.config.max_bad_share, rejected)
         with closing(assembly):
@@ -156,6 +159,11 @@ class Preparation:
         (target / DONE).write_text(json.dumps(manifest, indent=1))
         if shards is not None:
             shards.remove()
+
+    def _require_room(self, parts: int = 1) -> None:
+        require_room(
+            self.directory.parent, self.inputs, self._maker, max_documents=self.config.max_documents, parts=parts
+        )
 
     def _blocks(self, shards: Shards | None) -> Iterator[Block]:
         if shards is not None:
@@ -189,7 +197,9 @@ class Preparation:
             directory = target / split
             directory.mkdir()
             np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
+            sets = [item.source for item in self.inputs if item.split == "eval" != item.source]
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
+            manifest |= {"sets": sets} if split == "eval" and sets else {}
             (directory / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -33,9 +33,9 @@ class EvaluationConfig:
     batch: int = 8
     """Most documents in one evaluation micro-batch, per rank; does not change the result."""
     max_documents: int | None = None
-    """Evaluate at most this many documents (the first ones)."""
+    """Evaluate at most this many documents, the first ones; of several sources, of each."""
     watch: str = "eval/loss"
-    """Metric that decides the best checkpoint and early stopping."""
+    """Metric that decides the best checkpoint and early stopping; `eval/loss/NAME` is the loss on one of `data.sources`."""
     greater_is_better: bool = False
     """Whether a larger value of the watched metric is better."""
     patience: int = 0

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from strategies.base import Engine
+from strategies.errors import ConfigError
 from strategies.runtime import Runtime
-from trainer.data.batches.loader import EvalShare, eval_batches
+from trainer.data.batches.loader import EvalShare, eval_batches, sources_of
 from trainer.data.store.sequences import TokenDataset
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.evaluation.loss import LossEvaluator
+from trainer.evaluation.loss import LossEvaluator, Part
 from trainer.model.config import ModelConfig
 from trainer.model.loading import generation_config
 from trainer.step import Built
@@ -32,20 +35,33 @@ def build_evaluators(
     if held_out is None or len(held_out) == 0:
         return []
     reading, collator = built.reading, built.collator
-    share = EvalShare(
-        config.batch, engine.dp_rank, engine.dp_size, config.max_documents, reading.sequences_per_document
-    )
-    batches = partial(eval_batches, held_out, share, collator, runtime.device)
-    found: list[Evaluator] = [
-        LossEvaluator(
-            batches,
-            count=int(held_out.counts["loss"][: share.sequences(held_out)].sum()),
-            prefix="eval",
-            perplexity=built.step_module.objective.perplexity,
-            stop_now=stop_now,
-            ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
+    parts = parts_of(held_out)
+    told_apart = [name for names in parts.values() for name in names.values()]
+    if config.watch.count("/") > 1 and config.watch not in told_apart:
+        raise ConfigError(
+            f"evaluation.watch={config.watch}: the evaluation documents have no such part; "
+            f"{'of their parts there are ' + ', '.join(told_apart) if told_apart else 'all are of one source'}"
         )
-    ]
+    share = EvalShare(
+        config.batch,
+        engine.dp_rank,
+        engine.dp_size,
+        config.max_documents,
+        reading.sequences_per_document,
+        by_source=bool(parts),
+    )
+    batches, counts = partial(eval_batches, held_out, share, collator, runtime.device), held_out.counts["loss"]
+    covered = share.sequences(held_out)
+    evaluator = LossEvaluator(
+        batches,
+        count=int(counts[covered].sum()),
+        prefix="eval",
+        perplexity=built.step_module.objective.perplexity,
+        stop_now=stop_now,
+        ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
+        parts=[Part(n, _count(held_out, covered, n), names) for n, names in parts.items()],
+    )
+    found: list[Evaluator] = [evaluator]
     if config.generate.samples:
         start = built.two_sides.decoder_start if built.two_sides else None
         asked = EvalShare(config.batch, engine.dp_rank, engine.dp_size, config.generate.samples)
@@ -61,3 +77,24 @@ def build_evaluators(
             )
         )
     return found
+
+
+def parts_of(held_out: TokenDataset) -> dict[int, dict[str, str]]:
+    """What of the evaluation documents is told apart, by number of the source: metric -> its name; nothing of a single source.
+
+    Not among them are metrics whose terms depend on counts of the whole set.
+    """
+    sources = sources_of(held_out)
+    if held_out.manifest.get("sets"):  # named in data.eval_path, even a single one
+        return {
+            number: {
+                metric: f"eval/{name}/{metric}" for metric in ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro")
+            }
+            for number, name in sources.items()
+        }
+    return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
+
+
+def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> int:
+    assert held_out.sources is not None
+    return int(held_out.counts["loss"][covered[held_out.sources[covered] == source]].sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,23 @@ class Interrupted(Exception):
     """The evaluation was broken off because the run was asked to stop; raised on all ranks alike."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part of the evaluation documents that is told apart: one source of a held-out share, or one named set."""
+
+    source: int
+    """Its number: the `source` of its micro-batches."""
+    count: int
+    """Denominator of the part, all ranks together."""
+    names: dict[str, str]
+    """What of it is yielded: metric -> name."""
+
+
 class LossEvaluator:
     """Yields `loss`, `perplexity` (of language models), `accuracy` (of tokens, documents or pairs) and what else is summed.
 
-    Where the objective counts confusions (classification), `f1_macro` and `f1_micro` too.
+    Where the objective counts confusions (classification), `f1_macro` and `f1_micro` too. `parts` come out of the same
+    pass: each micro-batch then holds documents of one source.
     """
 
     def __init__(
@@ -32,6 +46,7 @@ class LossEvaluator:
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
         ahead: Callable[[], Iterable[dict[str, Any]]] | None = None,
+        parts: list[Part] | None = None,
     ) -> None:
         self._batches = batches
         self._count = count
@@ -41,32 +56,43 @@ class LossEvaluator:
         self._stop_now = stop_now or (lambda: False)
         self._ahead = ahead
         """Batches looked at before the others, for objectives that need the whole set to begin with."""
+        self._parts = parts or []
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
         sums: dict[str, torch.Tensor] = {}
         means: dict[str, torch.Tensor] = {}
+        places = {part.source: place for place, part in enumerate(self._parts)}
         if self._ahead is not None:
             means = look_ahead(engine, self._ahead(), self._count, averaged=True, check_stop=self._check_stop)
         with engine.inference() as module:
             for batch in self._batches():
+                place = places.get(batch.pop("source", None), 0)
                 for term, value in module({**batch, "ahead": means}).items():
-                    sums[term] = sums[term] + value.double() if term in sums else value.double()
+                    if term not in sums:
+                        sums[term] = value.new_zeros((max(1, len(places)), *value.shape), dtype=torch.float64)
+                    sums[term][place] += value.double()
                 self._check_stop()
         names = sorted(sums)
         flat = dist_sum(torch.cat([sums[name].view(-1) for name in names])).cpu()
-        parts = flat.split([sums[name].numel() for name in names])
-        totals = {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
-        values = {name: total.item() / max(1, self._count) for name, total in totals.items() if total.dim() == 0}
-        yield f"{self._prefix}/loss", values["loss"]
+        pieces = flat.split([sums[name].numel() for name in names])
+        totals = {name: piece.view(sums[name].shape) for name, piece in zip(names, pieces, strict=True)}
+        for name, value in self._values({term: total.sum(0) for term, total in totals.items()}, self._count).items():
+            yield f"{self._prefix}/{name}", value
+        for place, part in enumerate(self._parts):
+            values = self._values({term: total[place] for term, total in totals.items()}, part.count)
+            yield from ((name, values[metric]) for metric, name in part.names.items() if metric in values)
+
+    def _values(self, totals: dict[str, torch.Tensor], count: int) -> dict[str, float]:
+        """Metrics by name, the loss first."""
+        means = {name: total.item() / max(1, count) for name, total in totals.items() if total.dim() == 0}
+        values = {"loss": means["loss"]}
         if self._perplexity:
-            yield f"{self._prefix}/perplexity", math.exp(min(values["loss"], 700.0))
-        yield f"{self._prefix}/accuracy", values["accuracy"]
-        yield from ((f"{self._prefix}/{name}", values[name]) for name in values if name not in ("loss", "accuracy"))
+            values["perplexity"] = math.exp(min(means["loss"], 700.0))
+        values |= {"accuracy": means["accuracy"], **{name: means[name] for name in means if name not in values}}
         if "confusion" in totals:
-            macro, micro = f1_scores(totals["confusion"])
-            yield f"{self._prefix}/f1_macro", macro
-            yield f"{self._prefix}/f1_micro", micro
+            values["f1_macro"], values["f1_micro"] = f1_scores(totals["confusion"])
+        return values
 
     def _check_stop(self) -> None:
         if self._stop_now():

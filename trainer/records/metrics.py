@@ -40,6 +40,8 @@ class StepRecord:
     result: StepResult
     local_tokens: int
     wait_s: float
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """See `StepBatch.source_tokens`."""
     balance: float = 1.0
     """See `StepBatch.balance`."""
 
@@ -117,6 +119,7 @@ class Meter:
             "data_wait_s": wait / world,
             "balance": r.balance,
         }
+        row |= {f"step_tokens/{name}": tokens for name, tokens in r.source_tokens.items()}
         row |= {name: sums[name] / max(1, r.counts["loss"]) for name in self.metrics}
         if self.reference_tflops:
             achieved = self.flops_per_token * r.tokens / seconds / world

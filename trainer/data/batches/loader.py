@@ -43,6 +43,8 @@ class StepBatch:
     """Seconds the trainer waited for this batch."""
     ahead: list[dict[str, Any]] = field(default_factory=list)
     """Micro-batches looked at before the first backward pass; mostly none."""
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens of the global batch by source, where the training data has several."""
     balance: float = 1.0
     """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
 
@@ -88,6 +90,7 @@ class StepLoader:
         self.accumulation = share.accumulation
         self.collator, self.ahead = collator, ahead
         self.device = torch.device(device)
+        self.sources = sources_of(dataset)
         self.unit_tokens: np.ndarray = (
             dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
         )
@@ -168,8 +171,15 @@ class StepLoader:
             local_tokens=int(self.dataset.lengths[mine].sum()),
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.share.global_batch,
+            source_tokens=self._source_tokens(everyone),
             balance=self._balance(plan),
         )
+
+    def _source_tokens(self, sequences: np.ndarray) -> dict[str, int]:
+        if len(self.sources) < 2 or self.dataset.sources is None:
+            return {}
+        tokens = np.bincount(self.dataset.sources[sequences], self.dataset.lengths[sequences])
+        return {name: int(tokens[n]) if n < len(tokens) else 0 for n, name in self.sources.items()}
 
     def _collated(self, samples: list[Sample]) -> dict[str, Any]:
         batch = self.collator(samples)
@@ -189,24 +199,50 @@ class EvalShare:
     dp_rank: int
     dp_size: int
     max_documents: int | None = None
-    """The first ones; None for all."""
+    """The first ones (of each source, where they are told apart); None for all."""
     sequences_per_document: int = 1
+    by_source: bool = False
+    """Whether a micro-batch holds documents of one source only."""
 
-    def sequences(self, dataset: TokenDataset) -> int:
-        """How many sequences the pass covers, all ranks together."""
-        return len(dataset) if self.max_documents is None else self.max_documents * self.sequences_per_document
+    def groups(self, dataset: TokenDataset) -> np.ndarray:
+        """int64 [documents]: the source of each document, where sources are told apart; else 0."""
+        per = self.sequences_per_document
+        sources = dataset.sources if self.by_source else None
+        return (
+            np.zeros(len(dataset) // per, np.int64) if sources is None else sources[: len(sources) // per * per : per]
+        )
+
+    def documents(self, dataset: TokenDataset) -> np.ndarray:
+        """int64: the documents that the pass covers, all ranks together, in their order."""
+        groups = self.groups(dataset)
+        parts = [np.flatnonzero(groups == group)[: self.max_documents] for group in np.unique(groups)]
+        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+    def sequences(self, dataset: TokenDataset) -> np.ndarray:
+        """int64: the sequences of these documents."""
+        per = self.sequences_per_document
+        return (self.documents(dataset)[:, None] * per + np.arange(per)).ravel()
+
+
+def sources_of(dataset: TokenDataset) -> dict[int, str]:
+    """The sources of which a data set has sequences, by number."""
+    if dataset.sources is None:
+        return {}
+    return {number: dataset.source_names[number] for number in np.unique(dataset.sources).tolist()}
 
 
 def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     """Sequences of each of this rank's micro-batches, as `eval_batches` says; none where the rank has run out."""
-    per, most = share.sequences_per_document, share.max_documents
-    num = len(dataset) // per if most is None else min(most, len(dataset) // per)
-    by_length = np.argsort(-dataset.lengths[: num * per].reshape(num, per).sum(axis=1), kind="stable")
-    batches = [by_length[start : start + share.batch].tolist() for start in range(0, num, share.batch)]
+    per, documents = share.sequences_per_document, share.documents(dataset)
+    tokens, groups = dataset.lengths[share.sequences(dataset)].reshape(-1, per).sum(axis=1), share.groups(dataset)
+    ordered = documents[np.lexsort((-tokens, groups[documents]))]  # longest first within a source
+    parts = np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1)
+    size = share.batch
+    batches = [part[start : start + size].tolist() for part in parts for start in range(0, len(part), size)]
     for turn in range(-(-len(batches) // share.dp_size)):
         number = turn * share.dp_size + share.dp_rank
-        documents = batches[number] if number < len(batches) else []
-        yield [document * per + place for document in documents for place in range(per)]
+        chosen = batches[number] if number < len(batches) else []
+        yield [document * per + place for document in chosen for place in range(per)]
 
 
 def eval_batches(
@@ -220,9 +256,11 @@ def eval_batches(
 
     Every rank gets the same number of micro-batches; one that runs out gets document 0 with nothing to score (targets
     and labels -100). Documents are sorted by length, so that ranks work alike; a sum over them does not depend on it.
-    With `ahead`, what it gives for each sequence in its place.
+    With `ahead`, what it gives for each sequence in its place. Where sources are told apart, `source` is the number of
+    the one that the micro-batch holds.
     """
-    totals = {term: int(counts[: share.sequences(dataset)].sum()) for term, counts in dataset.counts.items()}
+    covered = share.sequences(dataset)
+    totals = {term: int(counts[covered].sum()) for term, counts in dataset.counts.items()}
     for sequences in eval_plan(dataset, share):
         if ahead is not None and sequences:
             samples = [ahead(dataset, number) for number in sequences]
@@ -230,4 +268,6 @@ def eval_batches(
             samples = [dataset.sample(number) for number in sequences]
         samples = samples or collator.fillers(dataset, share.sequences_per_document)
         made = {**collator(samples), "totals": totals}
+        if share.by_source and dataset.sources is not None:
+            made["source"] = int(dataset.sources[sequences[0] if sequences else 0])
         yield to_device({**made, "ahead_of": True} if ahead is not None else made, torch.device(device))

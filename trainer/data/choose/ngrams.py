@@ -46,6 +46,11 @@ def digest64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
+def group_digest(name: str | None) -> int:
+    """64 bits that stand for a group; 0 for none."""
+    return 0 if name is None else digest64(name.encode("utf-8", "surrogatepass")) or 1
+
+
 @functools.cache
 def _ascii_table() -> bytes:
     table = bytearray(range(256))

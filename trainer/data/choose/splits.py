@@ -5,7 +5,7 @@ Decisions are made from columns of numbers; a text is read again only to verify 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from trainer.data.choose.balance import resample
 from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.choose.ngrams import mix
-from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy
+from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.inputs import HELD_OUT
 from trainer.data.store.documents import DocumentTable
@@ -60,7 +60,7 @@ class Selection:
     """Document numbers of each split, int64, in input order; a repeated document stands several times."""
     tally: Tally = field(default_factory=Tally)
     report: dict[str, Any] = field(default_factory=dict)
-    """Parts of the audit: duplicates, leakage, labels, balance."""
+    """Parts of the audit: duplicates, leakage, groups, labels, balance."""
 
 
 class _Chooser:
@@ -71,6 +71,8 @@ class _Chooser:
         self.alive = np.ones(len(columns), bool)
         self.content = columns.signatures["digest"].copy()
         """What draws go by: near copies take the digest of the one they copy."""
+        self.groups = columns.signatures.get("group")
+        """uint64 [D]: digest of each document's group; 0 where it has none."""
         self.selection = Selection({})
 
     def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
@@ -119,14 +121,18 @@ class _Chooser:
         self.selection.report["duplicates"] = report
 
     def hold_out(self) -> None:
-        """Split the training documents by content: copies fall on the same side, their place in the files is no matter."""
+        """Split the training documents by content: copies fall on the same side, their place in the files is no matter.
+
+        With groups it goes by group, and copies in two groups may fall apart, which the search for leaks then tells.
+        """
         columns, splits = self.columns, self.selection.splits
         for split in HELD_OUT:
             if split in columns.splits:
                 splits[split] = columns.of_split(split)
         train = columns.of_split("train")
         train = train[self.alive[train]]
-        draws = mix(self.content[train] + np.uint64((self.seed * STEP + OFFSET) % 2**64))
+        drawn_by = self.content if self.groups is None else self.groups
+        draws = mix(drawn_by[train] + np.uint64((self.seed * STEP + OFFSET) % 2**64))
         taken = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -136,25 +142,31 @@ class _Chooser:
             if not len(free):
                 break
             wanted = min(len(free), max(1, round(share * len(train))))
-            chosen = free[draws[free] <= np.partition(draws[free], wanted - 1)[wanted - 1]]
+            if self.groups is None:
+                chosen = free[draws[free] <= np.partition(draws[free], wanted - 1)[wanted - 1]]
+            else:
+                chosen = free[whole_groups(draws[free], wanted)]
             taken[chosen] = True
             splits[split] = train[chosen]
         if len(train) and taken.all():
             shares = [(f"data.{s}_share", getattr(self.config, f"{s}_share")) for s in HELD_OUT]
             named = " and ".join(f"{key}={share:g}" for key, share in shares if share)
+            different = (
+                "of them different" if self.groups is None else f"groups by data.group_by={self.config.group_by}"
+            )
             raise DataError(
-                f"{named} leaves no training document: {len(train)} documents, {len(np.unique(draws))} of them "
-                "different; add data, or set it to 0"
+                f"{named} leaves no training document: {len(train)} documents, {len(np.unique(draws))} {different}; "
+                "add data, or set it to 0"
             )
         splits["train"] = train[~taken]
 
     def leaks(self) -> None:
         """Training documents that are in a held-out split too."""
         config, splits, report = self.config.leakage, self.selection.splits, dict[str, Any]()
-        for split in HELD_OUT:
-            if split not in splits or not len(splits["train"]) or not len(splits[split]):
+        for split, held_out in self._sets():
+            if not len(splits["train"]) or not len(held_out):
                 continue
-            train, held_out = splits["train"], splits[split]
+            train = splits["train"]
             found = find_leaks(
                 {name: column[train] for name, column in self.columns.signatures.items()},
                 {name: column[held_out] for name, column in self.columns.signatures.items()},
@@ -176,6 +188,42 @@ class _Chooser:
             splits["train"] = train[kept]
         if report:
             self.selection.report["leakage"] = report
+
+    def shared_groups(self) -> None:
+        """Training documents whose group is in a held-out split too, which only files of held-out rows can bring about."""
+        if self.groups is None:
+            return
+        splits, policy, report = self.selection.splits, self.config.leakage.policy, dict[str, Any]()
+        held_out_sets = dict(self._sets())
+        for split, held_out in held_out_sets.items():
+            train = splits["train"]
+            shared = np.isin(self.groups[train], self.groups[held_out]) & (self.groups[train] != 0)
+            report[split] = {"in_training": int(shared.sum())}
+            if policy is LeakagePolicy.fail and shared.any():
+                raise DataError(
+                    f"{int(shared.sum())} of {len(train)} training documents are of groups (data.group_by="
+                    f"{self.config.group_by}) that the {split} split has too: {self.where(int(train[shared][0]))} and others; "
+                    "take them out of one of the two, or set data.leakage.policy=drop_train, or report to go on"
+                )
+            if policy is LeakagePolicy.drop_train:
+                self.drop(train[shared], "leakage", f"group_in_{split}")
+                splits["train"] = train[~shared]
+        for split, documents in {"train": splits["train"], **held_out_sets}.items():
+            groups = self.groups[np.unique(documents)]
+            counts = {"documents": len(groups), "groups": len(np.unique(groups[groups != 0]))}
+            report[split] = counts | report.get(split, {"in_training": 0})
+        self.selection.report["groups"] = report
+
+    def _sets(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The held-out splits with their documents, that of evaluation by its sets where these have names."""
+        columns, splits, named = self.columns, self.selection.splits, self.config.eval_path
+        for split in [split for split in HELD_OUT if split in splits]:
+            if split != "eval" or not isinstance(named, Mapping):
+                yield split, splits[split]
+                continue
+            sources = columns.source[splits[split]]
+            for name in [name for name in named if name in columns.sources]:
+                yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
 
     def _text_in(self, documents: np.ndarray, number: int) -> str:
         return self.text(int(documents[number]))
@@ -214,10 +262,28 @@ def choose(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: 
     chooser.copies()
     chooser.hold_out()
     chooser.leaks()
+    chooser.shared_groups()
     chooser.balance()
     selection = chooser.selection
     selection.splits = {name: selection.splits[name] for name in ("train", *HELD_OUT) if name in selection.splits}
     return selection
+
+
+def whole_groups(draws: np.ndarray, wanted: int) -> np.ndarray:
+    """Which documents to take, as bool [n], so that about `wanted` are: those of one draw (uint64 [n]) all or none.
+
+    Groups are taken in the order of their draws, one that would be too much passed over; at least one is taken.
+    """
+    _, group, sizes = np.unique(draws, return_inverse=True, return_counts=True)
+    taken, left = np.zeros(len(sizes), bool), wanted
+    for place, size in enumerate(sizes.tolist()):
+        if size <= left:
+            taken[place], left = True, left - size
+        if not left:
+            break
+    if not taken.any():
+        taken[sizes.argmin()] = True
+    return taken[group]
 
 
 def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:

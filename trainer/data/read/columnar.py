@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected
+from trainer.data.fields import Fault
 from trainer.data.read.opening import File, identify, local, open_binary, unreadable
 from trainer.data.read.remote import Remote
 from trainer.data.read.row import Row
-from trainer.data.read.strict import MAX_ROW_BYTES, Fault, Refused, decode_utf8
+from trainer.data.read.strict import MAX_ROW_BYTES, Refused, decode_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,6 +62,21 @@ def read_arrow(path: File, wanted: Collection[str] | None = None) -> Iterator[Ro
             yield from table_rows(slices, str(path), others=_rest(names, taken))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, "Arrow", error) from error
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a Parquet or Arrow file, of which only the outline is read. Raises DataError where it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+    try:
+        if kind == "Parquet":
+            return int(pq.read_metadata(path).num_rows)
+        with pa.memory_map(str(path)) as source:
+            return sum(batch.num_rows for batch in _arrow_batches(path, source)[1])
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, kind, error) from error
 
 
 def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:

@@ -15,7 +15,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -144,6 +144,25 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str | None) 
     else:
         raw = _Members(file, bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor)
     return io.BufferedReader(raw, BUFFER)
+
+
+def expansion(path: Path) -> float:
+    """Decompressed bytes for each byte of the file, judged by its first MiB; 1 for what is not compressed. Raises DataError."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSION:
+        return 1.0
+    made = 0
+    try:
+        with open_binary(path) as file:
+            if suffix == ".zip":  # whose outline stands at its end
+                return sum(part.file_size for part in zipfile.ZipFile(file).infolist()) / max(1, path.stat().st_size)
+            head = file.read(BUFFER)
+        with suppress(*_UNREADABLE), _decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
+            while part := stream.read1(1 << 16):
+                made += len(part)
+    except _UNREADABLE as error:
+        raise unreadable(path, error) from error
+    return max(1.0, made / max(1, len(head)))
 
 
 class _Members(io.RawIOBase):

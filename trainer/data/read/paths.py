@@ -12,11 +12,11 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import DataError
+from strategies.errors import ConfigError, DataError
 from trainer.data.read.hub import PREFIX, check_name
 from trainer.data.read.opening import COMPRESSION, File, require_regular
 from trainer.data.read.remote import is_address, remote_files
@@ -82,6 +82,24 @@ def expand(path_value: Any, key: str, *, remote: bool = False) -> list[File]:
         for found in _expand_one(str(value).removeprefix("file://"), key):
             files.setdefault(found.resolve(), found)
     return list(files.values())
+
+
+def sets_of(value: Any, split: str) -> dict[str, tuple[str, Any]]:
+    """The sets of a held-out split by name, as (the setting that names it, its files): one named like the split, or several.
+
+    `value` is that of `data.<split>_path`. Raises ConfigError for a name that cannot be one.
+    """
+    key = f"data.{split}_path"
+    if not isinstance(value, Mapping):
+        return {} if value is None else {split: (key, value)}
+    if split != "eval" or not value:
+        raise ConfigError(f"{key}={dict(value)}: name files{'' if value else ', or sets of them as {name: file}'}")
+    for name in value:
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name == split:
+            raise ConfigError(
+                f"{key}.{name}: is no name of a set; take letters, digits, dots and dashes, and not {split}"
+            )
+    return {str(name): (f"{key}.{name}", files) for name, files in value.items()}
 
 
 def _expand_one(value: str, key: str) -> list[Path]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.data.document import Rejected
-from trainer.data.read.strict import Fault, Refused, decode_line
+from trainer.data.fields import Fault
+from trainer.data.read.strict import Refused, decode_line
 
 EXCERPT = 200
 """Length of an excerpt in characters."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
+
+from trainer.data.fields import Fault
 
 MAX_ROW_BYTES = 64 * 2**20
 """Longest row in bytes; a longer one is a mistake of whoever wrote the file, and would not fit a context anyway."""
@@ -32,17 +33,6 @@ class Refused(ValueError):
         self.reason = reason
         self.message = message
         super().__init__(message)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why a column's value cannot be taken; it stands where the value would."""
-
-    reason: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"<{self.message}>"
 
 
 class _Doubled(dict[str, Any]):

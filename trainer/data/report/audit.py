@@ -19,7 +19,7 @@ from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
 
-SCHEMA = 2
+SCHEMA = 3
 AUDIT = "audit.json"
 TELLING = ("exact", "normalized", "near")
 """Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
@@ -127,6 +127,15 @@ class Leaks(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
+class Groups(_Strict):
+    """Groups (`data.group_by`) of a split; `in_training` documents of the training data were of groups of this held-out split."""
+
+    documents: int
+    groups: int
+    in_training: int
+
+
+@dataclass(kw_only=True, slots=True)
 class PersonalType(_Strict):
     """Findings of one type of personal data, with place and mask of the first few."""
 
@@ -208,6 +217,8 @@ class Audit(_Strict):
     duplicates: dict[str, Copies]
     leakage: dict[str, Leaks]
     """By held-out split."""
+    groups: dict[str, Groups]
+    """By split; empty without `data.group_by`."""
     privacy: PersonalData | None
     languages: dict[str, int]
     samples: list[DecodedSample]
@@ -248,7 +259,7 @@ class Audit(_Strict):
             name: {key: value for key, value in part.items() if not key.endswith("_histogram")}
             for name, part in whole["splits"].items()
         }
-        names = ("conserved", "flow", "duplicates", "leakage", "privacy", "unread_columns", "samples")
+        names = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
         return {**splits, **{name: whole[name] for name in names if whole[name]}}
 
 

@@ -69,6 +69,12 @@ class Description:
         made = self.audit(totals, columns, selection)
         for split, part in made.splits.items():
             self._check(split, part, made.flow)
+        for source in made.sources:
+            if source.split != "train" and not source.kept:
+                raise DataError(
+                    f"data.{source.split}_path.{source.name}: of {source.rows} rows none could be kept; mend the files, or "
+                    "loosen what drops them"
+                )
         made.write(self.directory)
         # Page and card are made of what the file says, so that the three cannot differ.
         audit = form.Audit.read(self.directory)
@@ -102,6 +108,7 @@ class Description:
             balance=found.get("balance", {}),
             duplicates={kind: form.Copies(**part) for kind, part in found.get("duplicates", {}).items()},
             leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
+            groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
             privacy=self._privacy(totals),
             languages=share(judged, max_documents=MOST_JUDGED) if self.config.languages else {},
             samples=self._samples(data["train"]),

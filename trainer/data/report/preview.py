@@ -144,6 +144,16 @@ def summary(report: dict[str, Any]) -> str:
                 f"{kind} duplicates: {found['documents']:,} documents, kept (data.duplicates.{kind}=drop removes them; "
                 f"first: {places})"
             )
+    lines += _leakage(report)
+    for source, names in report.get("unread_columns", {}).items():
+        lines.append(
+            f"columns of {visible(source)} that nobody read: {visible(', '.join(names))} (data.ignore_columns says it is meant)"
+        )
+    return "\n".join(lines)
+
+
+def _leakage(report: dict[str, Any]) -> list[str]:
+    lines = []
     for split, found in report.get("leakage", {}).items():
         count, prompts = sum(found["train"].values()) - found["train"]["prompt"], found["train"]["prompt"]
         if count and found["policy"] == "report":
@@ -155,8 +165,9 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(
                 f"leakage: {prompts:,} training documents have a prompt of the {split} split, with another answer"
             )
-    for source, names in report.get("unread_columns", {}).items():
+    for split, part in report.get("groups", {}).items():
+        shared = f"; {part['in_training']:,} training documents were of them" if part["in_training"] else ""
         lines.append(
-            f"columns of {visible(source)} that nobody read: {visible(', '.join(names))} (data.ignore_columns says it is meant)"
+            f"groups (data.group_by), {split}: {part['groups']:,} with {part['documents']:,} documents{shared}"
         )
-    return "\n".join(lines)
+    return lines

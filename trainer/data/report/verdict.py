@@ -121,6 +121,11 @@ def _leakage(audit: Audit) -> Tile:
         return Tile("Leakage", NOTHING, "no held-out split to compare with", Level.none, "leakage")
     documents = sum(found.documents for found in audit.leakage.values())
     prompts = sum(found.train["prompt"] for found in audit.leakage.values())
+    shared = sum(part.in_training for part in audit.groups.values())
+    if shared and all(found.policy in LEFT_IN for found in audit.leakage.values()):
+        note = f"training documents of a {audit.words['data.group_by']} that is held out too"
+        advice = "data.leakage.policy=drop_train takes them out"
+        return Tile("Leakage", f"{shared:,}", note, Level.act, "leakage", advice)
     if documents and all(found.policy in LEFT_IN for found in audit.leakage.values()):
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"

@@ -1,0 +1,99 @@
+"""Room on the disk: what is estimated before the work, against what is written; refusals with the numbers."""
+
+import bz2
+import gzip
+import lzma
+import random
+import shutil
+from collections import namedtuple
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from strategies.errors import StorageError
+from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
+from trainer.data import space
+from trainer.data.config import DataConfig
+from trainer.data.prepare import Preparation
+from trainer.data.read.opening import expansion
+from trainer.data.reading import Reading
+
+Usage = namedtuple("Usage", "total used free")
+ROWS = [row for seed in range(4) for row in chat_rows(1500, seed=seed)]
+STORE = ("tokens.bin", "supervised.bin", "offsets.npy", "columns.npz", "documents.arrow")
+
+
+def written_as(path, kind):
+    name = {"arrow": "x.arrow", "parquet": "x.parquet"}.get(kind, f"x.jsonl{kind}")
+    if kind in ("arrow", "parquet"):
+        table = pa.Table.from_pylist([{**row, "picture": bytes(5000)} for row in ROWS])
+        if kind == "parquet":
+            pq.write_table(table, path / name)
+        else:
+            with pa.ipc.new_file(path / name, table.schema) as file:
+                file.write_table(table, max_chunksize=1000)
+        return path / name
+    write_jsonl(path / "x.jsonl", ROWS)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(kind)
+    if pack:
+        (path / name).write_bytes(pack((path / "x.jsonl").read_bytes()))
+    return path / name
+
+
+def preparation(path, **settings):
+    settings = {"ignore_columns": ["picture"], **settings}
+    config = DataConfig(path=str(path), cache_dir=str(path.parent / "cache"), workers=1, **settings)
+    return Preparation(config, tiny_tokenizer(), Reading(), seed=0)
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Sets the bytes that seem to be free."""
+    return lambda free: monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
+
+
+@pytest.mark.parametrize("kind", ["", ".gz", ".bz2", ".xz", "parquet", "arrow"])
+def test_the_estimate_is_what_is_written(tmp_path, room, kind):
+    path = written_as(tmp_path, kind)
+    data = preparation(path).open_or_make()
+    written = sum((data.directory / name).stat().st_size for name in STORE)
+    shutil.rmtree(tmp_path / "cache")
+    room(int(0.8 * written))
+    with pytest.raises(
+        StorageError, match=r"data\.cache_dir=.* GiB will be written, and .* GiB are free .*data\.max_documents"
+    ):
+        preparation(path).open_or_make()
+    assert not list((tmp_path / "cache").rglob("tokens.bin")), "nothing was begun"
+    room(int(1.2 * written))
+    assert len(preparation(path).open_or_make().train) == len(data.train)
+
+
+def test_fewer_documents_and_shards_need_less(tmp_path, room):
+    path = written_as(tmp_path, "")
+    data = preparation(path).open_or_make()
+    written = sum((data.directory / name).stat().st_size for name in STORE)
+    room(int(0.3 * written))
+    preparation(path, max_documents=len(ROWS) // 5, max_length=99).open_or_make()
+    other = preparation(path, max_length=98)
+    with pytest.raises(StorageError, match="will be written by this shard"):
+        other.make_shard(0, 2)
+    other.make_shard(0, 5)
+
+
+def test_nothing_is_measured_where_there_is_plenty(tmp_path, monkeypatch):
+    path = written_as(tmp_path, "")
+    monkeypatch.setattr(space, "_measured", lambda *_: pytest.fail("measured"))
+    assert len(preparation(path, max_documents=10).open_or_make().train)
+
+
+def test_expansion_of_a_large_file_is_judged_by_its_start(tmp_path):
+    draw = random.Random(3)
+    text = b"".join(f"{draw.getrandbits(64)} some words\n".encode() for number in range(250_000))
+    zstd = partial(pa.compress, codec="zstd", asbytes=True)
+    for suffix, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstd)):
+        path = tmp_path / f"x.txt{suffix}"
+        path.write_bytes(pack(text))
+        assert path.stat().st_size > 1.3 * 2**20, "only a part of it is looked at"
+        assert expansion(path) == pytest.approx(len(text) / path.stat().st_size, rel=0.1)
