@@ -270,6 +270,9 @@ def test_a_thought_before_a_call_is_learned_with_it_or_shown():
     assert spans(encoder("qwen3"), doc)[0] == THOUGHTS + QWEN_CALL + "<|im_end|>"
     assert spans(encoder("qwen3", Reasoning.context), doc)[0] == QWEN_CALL + "<|im_end|>"
     assert THOUGHT not in rendered(encoder("qwen3", Reasoning.drop), doc)
+    bare = document(talk(call(id="abcdefgh1"))[:2])  # as the last turn it gets an empty thought, which is not learned
+    assert "<think>\n\n</think>" in rendered(encoder("qwen3"), bare)
+    assert spans(encoder("qwen3"), bare) == [QWEN_CALL + "<|im_end|>"]
     inline = document([turns[0], {**turns[1], "content": THOUGHTS, "reasoning_content": None}, *turns[2:]])
     assert spans(encoder("qwen3"), inline)[0] == THOUGHTS + QWEN_CALL + "<|im_end|>"
 
