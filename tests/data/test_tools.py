@@ -270,6 +270,9 @@ def test_a_thought_before_a_call_is_learned_with_it_or_shown():
     assert spans(encoder("qwen3"), doc)[0] == THOUGHTS + QWEN_CALL + "<|im_end|>"
     assert spans(encoder("qwen3", Reasoning.context), doc)[0] == QWEN_CALL + "<|im_end|>"
     assert THOUGHT not in rendered(encoder("qwen3", Reasoning.drop), doc)
+    bare = document(talk(call(id="abcdefgh1"))[:2])  # as the last turn it gets an empty thought, which is not learned
+    assert "<think>\n\n</think>" in rendered(encoder("qwen3"), bare)
+    assert spans(encoder("qwen3"), bare) == [QWEN_CALL + "<|im_end|>"]
     inline = document([turns[0], {**turns[1], "content": THOUGHTS, "reasoning_content": None}, *turns[2:]])
     assert spans(encoder("qwen3"), inline)[0] == THOUGHTS + QWEN_CALL + "<|im_end|>"
 
@@ -383,3 +386,22 @@ def test_two_sided_models_refuse_what_only_a_template_can_write():
     for doc in (document([USER, {"role": "assistant", "content": "a"}]), document([USER, FIELD], None)):
         with pytest.raises(DataError, match=r"f\.jsonl:3: .*objective=seq2seq has none"):
             source_and_target(doc)
+
+
+def test_a_run_prepares_and_shows_tools(tmp_path, monkeypatch, capsys):
+    from launch.main import main
+    from tests.helpers.models import tiny_model_dir
+
+    make.tiny_tokenizer(QWEN25).save_pretrained(tiny_model_dir(tmp_path / "model"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path)
+    rows = [{"messages": talk(call({"city": f"Köln {n}"}, id="abcdefgh1")), "tools": TOOLS} for n in range(6)]
+    make.write_jsonl(tmp_path / "train.jsonl", rows)
+    words = ["model.path=model", "data.cache_dir=cache", "data.path=train.jsonl"]
+    assert main(["prepare", *words]) == 0
+    said = capsys.readouterr().out
+    assert '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Köln 0"}}\n</tool_call><|im_end|>⟧' in said
+    (entry,) = (tmp_path / "cache").glob("*/manifest.json")
+    assert main(["data", "inspect", str(entry.parent), "--documents", "--lines", "99", "--find", "Köln 3"]) == 0
+    said = capsys.readouterr().out
+    assert "tool_calls" in said and '"city": "Köln 3"' in said and "# Tools" in said and "Köln 2" not in said

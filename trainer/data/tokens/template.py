@@ -5,6 +5,7 @@ and with marks around every learned content. The spans count only if the second 
 one, character by character; a template that rewrites what it is given ends in a DataError, never in a wrong mask.
 Templates with `{% generation %}` blocks are taken at their word. Conversations of a shape that was seen before are
 checked against its skeleton (`trainer/data/tokens/skeleton.py`) instead of being rendered a second time.
+Conversations with tools, calls or thoughts are marked turn by turn (`trainer/data/tokens/turnwise.py`).
 """
 
 from __future__ import annotations
