@@ -123,7 +123,7 @@ def table_rows(
     for batch in batches:
         large = batch.nbytes > MAX_ROW_BYTES
         names = _names(batch.schema, name)
-        columns = [_values(batch.column(label), f'{name}: column "{label}"') for label in names]
+        columns = [_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
             number += 1
             row = Row(name, number, dict(zip(names, values, strict=True)), others=others)
@@ -161,17 +161,16 @@ def _names(schema: pa.Schema, name: str) -> list[str]:
     return list(schema.names)
 
 
-def _values(column: pa.Array, where: str) -> list[Any]:
-    """A column as JSON's values, with a `Fault` where there is none. Raises DataError for a type without a rule."""
+def _values(column: pa.Array) -> list[Any]:
+    """A column as JSON's values, with a `Fault` where there is none."""
     import pyarrow as pa
 
     try:
         wanted = _plain(column.type)
         column = column if column.type == wanted else column.cast(wanted)
     except (TypeError, pa.ArrowException) as error:
-        raise DataError(
-            f"{where} of type {column.type} cannot be turned into text ({error}); store it as text"
-        ) from error
+        fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
+        return [fault if valid else None for valid in column.is_valid().to_pylist()]
     ready = _ready(wanted)
     try:
         values = column.to_pylist(maps_as_pydicts="strict")
