@@ -10,7 +10,7 @@ from launch.compose import compose
 from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
-from strategies.memory import estimate
+from strategies.memory import Pass, estimate
 from strategies.parameters import element_counts, named_parameters
 from tests.export.test_export import export, logits_of, trained
 from tests.helpers.methods import ADAPTERS
@@ -246,8 +246,8 @@ def test_the_memory_estimate_counts_bytes(base, runtime):
     for kind, settings in (("plain", {}), ("nf4", settings_of(SCHEMES["nf4"]))):
         engine, _, _ = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings)
         for strategy in (SingleConfig(), Fsdp2Config()):
-            sizes = {"world_size": 2, "replicate": 1, "micro_tokens": 8, "width": 32, "blocks": 2}
-            estimated = estimate(engine.step_module, strategy, Precision.fp32, **sizes)
+            load = Pass(micro_tokens=8, width=32, blocks=2)
+            estimated = estimate(engine.step_module, strategy, Precision.fp32, world_size=2, replicate=1, load=load)
             held = sum(p.nbytes for _, p in named_parameters(engine.step_module))
             assert estimated.parameters == held / (2 if strategy.name == "fsdp2" else 1)
             found[kind, strategy.name] = estimated.gathered

@@ -20,7 +20,6 @@ from rich.text import Text
 
 from trainer.data.report.audit import distribution, sizes
 from trainer.data.report.located import Entry, raw_document
-from trainer.data.report.preview import preview
 from trainer.data.report.wording import percent, visible
 from trainer.data.store.sequences import LABEL
 
@@ -96,6 +95,8 @@ def sample(
     max_lines: int = 40,
 ) -> RenderableType:
     """Sequence `index` decoded, what is learned in green on a terminal or between ⟦ and ⟧; `document`: and its row."""
+    from trainer.data.report.preview import preview  # needs torch and pyarrow, and the sizes of a data set do not
+
     data = prepared.split(split)
     raw = raw_document(prepared, split, index) if document or data.documents is not None else None
     beside = document and console.width >= SIDE_BY_SIDE
