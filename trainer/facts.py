@@ -227,9 +227,10 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | None) -> str:
     """The last lines of a run: what came of it and where everything is."""
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens"]
+    width = max([22, *map(len, outcome.after)])
     for name, value in outcome.after.items():
         before = outcome.before.get(name)
-        lines.append(f"  {name:<22} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
+        lines.append(f"  {name:<{width}} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]

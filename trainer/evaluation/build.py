@@ -38,10 +38,11 @@ def build_evaluators(
     parts = parts_of(held_out)
     told_apart = [name for names in parts.values() for name in names.values()]
     if config.watch.count("/") > 1 and config.watch not in told_apart:
-        raise ConfigError(
-            f"evaluation.watch={config.watch}: the evaluation documents have no such part; "
-            f"{'of their parts there are ' + ', '.join(told_apart) if told_apart else 'all are of one source'}"
-        )
+        there = f"of their parts there are {', '.join(told_apart)}"
+        if not told_apart:
+            there = f"all {len(held_out)} are of one source ({', '.join(sources_of(held_out).values())}); "
+            there += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
+        raise ConfigError(f"evaluation.watch={config.watch}: the evaluation documents have no such part; {there}")
     share = EvalShare(
         config.batch,
         engine.dp_rank,
