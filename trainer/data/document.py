@@ -62,6 +62,15 @@ class Document:
         """`file:line`, as every message about a row begins."""
         return f"{self.file}:{self.line}"
 
+    def take_turns(self) -> list[Message]:
+        """Prompt and completion, taken from the document, as two turns."""
+        turns: list[Message] = [
+            {"role": "user", "content": self.prompt},
+            {"role": "assistant", "content": self.completion},
+        ]
+        self.prompt, self.completion, self.separator = None, None, ""
+        return turns
+
     def turns(self) -> list[Message]:
         """All messages of the row: shared ones, then chosen, then rejected."""
         return [*(self.messages or []), *(self.chosen or []), *(self.rejected or [])]

@@ -85,8 +85,8 @@ def recognise(
     """The format whose columns the row has; a null, or an `ignored` column, counts as one that is not there.
 
     Renamed columns decide: a format that does not use all of them is not considered. Where several fit, the first of those
-    that are `meant` does. Raises DataError, with the row,
-    where no format or more than one fits; ConfigError where `columns` names a column that no format has.
+    that are `meant` does. Raises DataError, with the row, where no format or more than one fits; ConfigError where `columns`
+    names a column that no format has.
     """
     setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
     _check_columns(columns, [*SPELLINGS], setting)
@@ -220,7 +220,7 @@ class RowReader:
             if fields.get("system") not in (None, "") and self.format not in _WITHOUT_SYSTEM:
                 _add_system(document, text_of(fields, "system"))
             if self.format not in _WITHOUT_SYSTEM and (tools := tools_of(fields.get("tools"))):
-                document.messages = document.messages or _as_turns(document)
+                document.messages = document.messages or document.take_turns()
                 document.tools = None if are_told(document.messages[0]["content"], tools) else tools
         except Refusal as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
@@ -282,7 +282,7 @@ def _read_prompt(document: Document, fields: dict[str, Any], spelling: Spelling,
                 document.prompt += "\n\n" + text_of(fields, extra)
         if not is_nothing(fields.get("history")):
             earlier = history_of(fields["history"])
-            document.messages = [*earlier, *_as_turns(document)]
+            document.messages = [*earlier, *document.take_turns()]
 
 
 def _is_turns(value: Any) -> bool:
@@ -308,18 +308,10 @@ def _read_preference(document: Document, fields: dict[str, Any], spelling: Spell
     document.messages, document.chosen, document.rejected = parted(before, *sides)
 
 
-def _as_turns(document: Document) -> list[Message]:
-    """The prompt and the completion of a document, taken from it, as two turns."""
-    answer = {"role": "assistant", "content": document.completion}
-    turns: list[Message] = [{"role": "user", "content": document.prompt}, answer]
-    document.prompt, document.completion, document.separator = None, None, ""
-    return turns
-
-
 def _add_system(document: Document, system: str) -> None:
     """Put the text of a "system" column before the conversation; a prompt and its completion become one."""
     if document.prompt is not None:
-        document.messages = _as_turns(document)
+        document.messages = document.take_turns()
     messages = document.messages or []
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != system:
