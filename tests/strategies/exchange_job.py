@@ -101,9 +101,9 @@ def left_to_deepspeed(memory: HostMemory) -> list[str]:
     return backend.asked
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    here = processes.start("cpu", timeout_s=60, threads=1)
+def compared(here: processes.Runtime, directory: Path) -> None:
+    """Write what this rank found. Memory and groups go with it: a group that outlives `stop` is torn down with the interpreter,
+    and now and then a thread of gloo ends the process then (pytorch/pytorch issue 190489)."""
     before = len(list(Path("/proc/self/fd").iterdir()))
     standard = open_host_memory(here)
     assert standard is not None
@@ -128,5 +128,11 @@ if __name__ == "__main__":
     (directory / f"rank{here.rank}.json").write_text(json.dumps(report))
     if here.is_main:
         (directory / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    here = processes.start("cpu", timeout_s=60, threads=1)
+    compared(here, directory)
     processes.barrier(here)
     processes.stop()
