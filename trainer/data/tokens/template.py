@@ -20,7 +20,7 @@ from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import Message, Refused, texts_in
 from trainer.data.tokens.marking import BEGIN, END, Marker
 from trainer.data.tokens.skeleton import RESERVED, Skeletons
-from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, without_thought
+from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused, without_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -171,9 +171,7 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
-            raise Refused(
-                where, "refused_by_template", f"the chat template refuses the conversation: {error}"
-            ) from error
+            raise refused(where, f"the chat template refuses the conversation: {error}") from error
 
     def _called(self, chat: Chat, learned: list[int]) -> Rendered:
         """Text and spans of a conversation with tools, calls or thoughts."""
@@ -221,14 +219,13 @@ class ChatTemplate:
         spans = [(int(begin), int(end)) for begin, end in found[0]]
         if not spans or any(begin >= end for begin, end in spans):
             message = "the {% generation %} blocks of the chat template are empty here"
-            raise Refused(where, "refused_by_template", message)
+            raise refused(where, message)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         roles = ["assistant"] * len(spans)
         if assistants != learned:
             if len(spans) != len(assistants):
-                raise Refused(
+                raise refused(
                     where,
-                    "refused_by_template",
                     f"only some assistant turns are to be learned, but the chat template has {len(spans)} "
                     f"{{% generation %}} blocks for {len(assistants)} turns; learn all turns or give another template "
                     "in model.chat_template",

@@ -30,6 +30,11 @@ _SHUT = re.compile(r"\s*</think>\s*")
 _REMEDY = "give a template that does in model.chat_template, or leave it out with data.ignore_columns"
 
 
+def refused(where: str, message: str) -> Refused:
+    """The error of a conversation that its template cannot render."""
+    return Refused(where, "refused_by_template", message)
+
+
 @dataclass(slots=True)
 class Chat:
     """A conversation as its template gets it."""
@@ -59,9 +64,8 @@ class Turnwise:
         """The text of a conversation. Raises Refused for tools, calls or results that the template leaves out."""
         text = chat.apply(chat.messages)
         if chat.tools and self._same(text, self._apply, chat.messages):
-            raise Refused(
+            raise refused(
                 chat.where,
-                "refused_by_template",
                 f"the chat template does not write the tools of the row; {_REMEDY}=[tools]",
             )
         marked: list[Message] = []
@@ -80,16 +84,14 @@ class Turnwise:
         shown = chat.apply(marked) if calls or results else ""
         if any(mark not in shown for mark in calls):
             what = "leaves out calls of tools"
-            raise Refused(
+            raise refused(
                 chat.where,
-                "refused_by_template",
                 f"the chat template {what}; {_REMEDY}=[tool_calls] where calls are a key",
             )
         if any(mark not in shown for mark in results):
             what = "leaves out the results of tools"
-            raise Refused(
+            raise refused(
                 chat.where,
-                "refused_by_template",
                 f"the chat template {what} (role tool); give another in model.chat_template",
             )
         return text
@@ -119,9 +121,8 @@ class Turnwise:
                 text = text[:last] + text[last:].rstrip() + eos
                 last = len(text)
             elif called:
-                raise Refused(
+                raise refused(
                     chat.where,
-                    "refused_by_template",
                     f"cannot tell where the call of turn {index + 1} ends in the chat template",
                 )
             spans.append((begin, last))
@@ -139,9 +140,8 @@ class Turnwise:
                 content = [at for kind, at in found if kind in (BEGIN, END)]
                 thoughts = [at for kind, at in found if kind == THOUGHT]
                 if _THINK.sub("", message["content"] or "", count=1).strip() and not content:
-                    raise Refused(
+                    raise refused(
                         chat.where,
-                        "refused_by_template",
                         f"the chat template leaves out what turn {index + 1} says beside its calls; "
                         "remove it from the data or give another template in model.chat_template",
                     )
@@ -153,9 +153,8 @@ class Turnwise:
                 bound = next((at for at in edges if at > own[-1]), len(text))
                 before = next((at for at in reversed(edges) if at <= min([*thoughts, *own])), None)
                 return self._begin(chat, index, text, content, thoughts, own[0], before), own[-1], bound
-        raise Refused(
+        raise refused(
             chat.where,
-            "refused_by_template",
             f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what "
             "is to be learned cannot be told; give a template with {% generation %} blocks in model.chat_template",
         )
@@ -189,9 +188,8 @@ class Turnwise:
         for header in (prompt, _OPENED.sub("", prompt)):  # a prompt may open a thought where the template writes none
             if text.startswith(header) and len(header) <= first:
                 return len(header)
-        raise Refused(
+        raise refused(
             chat.where,
-            "refused_by_template",
             f"cannot tell where assistant turn {index + 1} begins in the chat template",
         )
 
@@ -230,16 +228,11 @@ class Turnwise:
         """Raise Refused where the template has thrown away the thought of a turn, the last one."""
         thought = thought_of(chat.messages[index])
         if thought and thought.strip() not in text:
-            raise Refused(
+            raise refused(
                 chat.where,
-                "refused_by_template",
                 "the chat template throws away the thought (<think> or reasoning_content) of the last "
                 "assistant turn; set data.learn.reasoning=drop or give another template in model.chat_template",
             )
-
-
-def _refused(where: str, message: str) -> Refused:
-    return Refused(where, "refused_by_template", message)
 
 
 def thought_of(message: Message) -> str | None:
@@ -254,9 +247,8 @@ def without_thought(message: Message, where: str) -> Message:
         return message
     content = _THINK.sub("", message["content"], count=1) if _THINK.match(message["content"]) else message["content"]
     if not content.strip() and "tool_calls" not in message:
-        raise Refused(
+        raise refused(
             where,
-            "refused_by_template",
             "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing",
         )
     return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}
