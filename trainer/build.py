@@ -188,9 +188,10 @@ def build_step(
         model = architecture(family.kind, model_config, config, attention, family.name)
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
+    plain = copy.deepcopy(model)
     if not classifier:
         fuse_head(model, model_config)
-    vocabulary, prefix = vocabulary_names(model), model.base_model_prefix
+    vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()
     blocks = encoder_decoder.block_classes(model) if seq2seq else set(getattr(model, "_no_split_modules", None) or ())
     folded, head = fold_adapters(model, config.adapters), model.get_output_embeddings()
@@ -204,7 +205,7 @@ def build_step(
     reading = family.reading(objective_config)
     collator = reading.collator(layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
     built = Built(
-        step, tuning, reading, collator, layout, attention, new_ids, vocabulary, prefix, heads, model_config, notes
+        step, tuning, reading, collator, layout, attention, new_ids, vocabulary, plain, heads, model_config, notes
     )
     built.two_sides, built.folded = two_sides, folded
     _quantise(built, config, head)

@@ -70,8 +70,8 @@ class Built:
     new_token_ids: list[int]
     vocabulary: frozenset[str]
     """Base names of the parameters that have a row for each token."""
-    base_prefix: str
-    """Name under which the architecture holds its base model; checkpoints may omit it."""
+    plain: Any
+    """The architecture as transformers builds it, on meta and untouched: what checkpoints are read into."""
     head_prefixes: tuple[str, ...]
     """Top-level names of a head that the checkpoint need not have (classification)."""
     config: Any
@@ -91,7 +91,7 @@ class Built:
         """The values of the base as it is trained on, read from the model in `directory`."""
         return BaseWeights(
             directory,
-            self.base_prefix,
+            self.plain,
             tied_names(self.step_module.model, self.tuning.base_name),
             folded=self.folded,
             scheme=self.scheme,

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from strategies import runtime as processes
+from strategies.parameters import meta_context
 from tests.helpers.building import data_set, model_dir, run_config, trainer_for
 from trainer.model.weights import Checkpoint
 
@@ -25,7 +28,9 @@ def test_the_files_are_unmapped_once_the_model_is_filled(tmp_path):
 
 def test_a_closed_checkpoint_is_read_again(tmp_path):
     path = model_dir(tmp_path)
-    checkpoint = Checkpoint(path, "model")
+    with meta_context():
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    checkpoint = Checkpoint(path, plain)
     name = "model.layers.0.mlp.up_proj.weight"
     first = checkpoint.whole(name).clone()
     assert mapped(path)

@@ -19,9 +19,12 @@ def hub_name(base_path: str) -> tuple[str, str | None]:
 
 
 def stored_type(directory: Path) -> torch.dtype:
-    """The floating-point type that most tensors of a checkpoint's first file have."""
+    """The floating-point type that most tensors of a checkpoint's first file have; bfloat16 where those are quantised."""
     from safetensors import safe_open
 
+    settings = directory / "config.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("quantization_config"):
+        return torch.bfloat16
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     with safe_open(str(min(directory.glob("*.safetensors"))), framework="pt") as handle:
         types = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping

@@ -60,7 +60,7 @@ def write_export(
             if adapter:
                 _write_adapter(built, tensors.trained(), aside, base_path)
             else:
-                _write_model(built, tensors.whole(), aside, base_path, config, card)
+                _write_model(built, tensors.as_stored(), aside, base_path, config, card)
             tokenizer.save_pretrained(str(aside))
             _with_added_tokens_note(built, tokenizer, card, adapter)
             (aside / "README.md").write_text(render_card(card, adapter=adapter, base_path=base_path), encoding="utf-8")
@@ -127,13 +127,20 @@ class _Gathered:
         """Full trainable tensors of an adapter method, by plain name."""
         return {name: tensor for name, tensor in self._trained if tensor is not None}
 
-    def whole(self) -> Iterator[tuple[str, Tensor]]:
+    def as_stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole model as the base's files name and shape it, with the weights that its architecture ignores."""
+        base = self.built.base_weights(Path(self.base_path))
+        conversions = base.conversions
+        yield from conversions.stored_again(self._whole(base))
+        for name in conversions.carried():
+            yield name, conversions.files.rows(name)
+
+    def _whole(self, base: BaseWeights) -> Iterator[tuple[str, Tensor]]:
         """The whole model under its base names, adapters folded in; frozen values exact, from the base checkpoint."""
         from trainer.tuning.adapter_files import Folding
 
         tuning, model = self.built.tuning, self.built.step_module.model
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
-        base = self.built.base_weights(Path(self.base_path))
         folding = Folding(tuning, model, self.trained(), base) if tuning.adapter else None  # type: ignore[arg-type]
         for name, tensor in self._all:
             assert tensor is not None
@@ -162,10 +169,9 @@ def _base_or(base: BaseWeights, name: str, live: Tensor) -> Tensor:
     """The base's own value, or the live one of a parameter that it does not have (a new head)."""
     if name in base.quantised:
         return base.whole(name)
-    stored = base.resolve(name)
-    if stored is None or base.shape(stored) != tuple(live.shape):
+    if base.resolve(name) is None or base.shape(name) != tuple(live.shape):
         return live
-    return base.run(stored, 0, math.prod(live.shape)).view(live.shape)
+    return base.run(name, 0, math.prod(live.shape)).view(live.shape)
 
 
 def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -213,6 +219,8 @@ def _write_model(
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     settings = copy.deepcopy(built.config)
     settings.architectures, settings.dtype = [type(plain).__name__], dtype
+    if getattr(settings, "quantization_config", None) is not None:  # what is written are the numbers that it stood for
+        del settings.quantization_config
     if labels := card.facts.get("label_names"):
         settings.id2label = dict(enumerate(labels))
         settings.label2id = {label: number for number, label in enumerate(labels)}

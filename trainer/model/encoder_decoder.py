@@ -106,7 +106,7 @@ def start_token(config: Any, directory: Path) -> int:
 
 def finish(model: Any, directory: Path) -> EncoderDecoder:
     """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices."""
-    checkpoint = Checkpoint(directory, model.base_model_prefix)
+    checkpoint = Checkpoint(directory, model)
     untie(model, checkpoint)
     return EncoderDecoder(start_token(model.config, directory), fixed_values(model))
 
@@ -124,11 +124,9 @@ def untie(model: Any, checkpoint: Checkpoint) -> list[str]:
     """
     found = []
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        one, other = checkpoint.resolve(target), checkpoint.resolve(source)
-        if one is None or other is None:
+        if checkpoint.resolve(target) is None or checkpoint.resolve(source) is None:
             continue
-        size = model.get_parameter(target).numel()
-        if torch.equal(checkpoint.run(one, 0, size), checkpoint.run(other, 0, size)):
+        if torch.equal(checkpoint.whole(target), checkpoint.whole(source)):
             continue
         owner, _, key = target.rpartition(".")
         parameter = nn.Parameter(torch.empty_like(model.get_parameter(target).data))

@@ -1,4 +1,4 @@
-"""Initial parameter values, read run by run: from safetensors files, from the tuning method, or drawn.
+"""Initial parameter values, read run by run: from a checkpoint, from the tuning method, or drawn.
 
 A rank asks only for the elements it holds; nothing here communicates. What the base checkpoint does not have (a new
 classification head, new vocabulary) is drawn from (seed, name), so that it is the same everywhere, and is reported.
@@ -6,7 +6,6 @@ classification head, new vocabulary) is drawn from (seed, name), so that it is t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import ConfigError
 from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
+from trainer.model.conversions import Conversions
+from trainer.model.files import Files
 from trainer.model.quantisation import Scheme
 from trainer.tuning.base import Tuning
 
@@ -26,90 +27,46 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-    """The safetensors files of a model directory, memory-mapped, with the names a model may know them by."""
+    """The weights of a model directory by their names in the model, whatever the files call and make of them."""
 
-    def __init__(self, directory: Path, base_prefix: str, tied: dict[str, list[str]] | None = None) -> None:
+    def __init__(self, directory: Path, plain: Any, tied: dict[str, list[str]] | None = None) -> None:
+        """`plain`: the architecture on meta, as transformers builds it; `tied`: other names of shared parameters."""
         self.directory = directory
+        self.conversions = Conversions(plain, Files(directory))
         self._tied = tied or {}
-        """Other names of parameters that are shared, under which the files may hold them."""
-        self._files = self._index()
-        self._open: dict[Path, Any] = {}
-        self._prefix = base_prefix + "." if base_prefix else ""
-
-    def _index(self) -> dict[str, Path]:
-        from safetensors import safe_open
-
-        listing = self.directory / "model.safetensors.index.json"
-        if listing.exists():
-            weight_map = json.loads(listing.read_text())["weight_map"]
-            root = self.directory.resolve()
-            files = {name: self.directory / file for name, file in weight_map.items()}
-            for file in set(files.values()):
-                if root not in file.absolute().parents or ".." in file.parts:
-                    raise DataError(f"{listing}: names a file outside the model directory: {file}")
-                if not file.exists():
-                    raise DataError(f"{listing}: names {file.name}, which is missing; download the model again")
-            return files
-        found: dict[str, Path] = {}
-        for file in sorted(self.directory.glob("*.safetensors")):
-            with safe_open(str(file), framework="pt") as handle:
-                found.update(dict.fromkeys(handle.keys(), file))
-        if not found:
-            raise ConfigError(
-                f"model.path={self.directory}: holds no .safetensors weights; convert them once with "
-                "transformers' save_pretrained"
-            )
-        return found
 
     def resolve(self, name: str) -> str | None:
-        """The name under which the files hold a parameter: as it is, or with the base model's prefix added or dropped."""
-        known = [name, *self._tied.get(name, ())]
-        candidates = [c for n in known for c in (n, self._prefix + n, n.removeprefix(self._prefix))]
-        # LayerNorm parameters of checkpoints from before 2020 are called gamma and beta.
-        candidates += [c.replace(".weight", ".gamma").replace(".bias", ".beta") for c in candidates]
-        return next((c for c in candidates if c in self._files), None)
+        """The name by which the checkpoint knows a parameter: its own, or another of a shared one; None: not there."""
+        return next((n for n in (name, *self._tied.get(name, ())) if n in self.conversions.groups), None)
 
-    def _slice(self, stored: str) -> Any:
-        from safetensors import safe_open
-
-        file = self._files[stored]
-        if file not in self._open:
-            self._open[file] = safe_open(str(file), framework="pt").__enter__()
-        return self._open[file].get_slice(stored)
+    def _found(self, name: str) -> str:
+        found = self.resolve(name)
+        if found is None:
+            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
+        return found
 
     def close(self) -> None:
-        """Unmap the files, whose pages count as this process's memory; they are mapped again when something is asked."""
-        self._open.clear()
+        """Let go of the files, which are opened again when something is asked."""
+        self.conversions.close()
 
-    def shape(self, stored: str) -> tuple[int, ...]:
-        """Shape of a stored tensor."""
-        return tuple(self._slice(stored).get_shape())
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape that the checkpoint's tensors make a parameter of; raises ConfigError where it is not there."""
+        found = self._found(name)
+        return self.conversions.groups[found].shapes[found]
 
-    def run(self, stored: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened tensor; reads only the rows they lie in."""
-        view = self._slice(stored)
-        shape = view.get_shape()
-        if not shape:
-            return view[...].reshape(-1)[start:stop]
-        row = math.prod(shape[1:])
-        first, last = start // row, -(-stop // row)
-        return view[first:last].reshape(-1)[start - first * row : stop - first * row]
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened parameter; reads only the rows they lie in, where that can be."""
+        return self.conversions.run(self._found(name), start, stop)
 
     def whole(self, name: str) -> Tensor:
-        """A full parameter by its name in the model; raises ConfigError where the files do not have it."""
-        stored = self.resolve(name)
-        if stored is None:
-            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
-        shape = self.shape(stored)
-        return self.run(stored, 0, math.prod(shape)).view(shape)
+        """A full parameter; raises ConfigError where the checkpoint does not have it."""
+        shape = self.shape(name)
+        return self.run(name, 0, math.prod(shape)).view(shape)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
-        """Rows of a matrix by its name in the model, float32; raises ConfigError where the files do not have it."""
-        stored = self.resolve(name)
-        if stored is None:
-            raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
-        columns = self.shape(stored)[1]
-        return torch.stack([self.run(stored, i * columns, (i + 1) * columns).float() for i in indices])
+        """Rows of a matrix, float32; raises ConfigError where the checkpoint does not have it."""
+        columns = self.shape(name)[1]
+        return torch.stack([self.run(name, i * columns, (i + 1) * columns).float() for i in indices])
 
 
 def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, list[str]]:
@@ -126,9 +83,9 @@ def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[
         for key, buffer in owner._buffers.items():
             if buffer is None or key in owner._non_persistent_buffers_set:
                 continue
-            stored = checkpoint.resolve(base_name(f"{owner_name}.{key}".removeprefix(".")))
-            if stored is not None:
-                values = checkpoint.run(stored, 0, math.prod(checkpoint.shape(stored)))
+            name = base_name(f"{owner_name}.{key}".removeprefix("."))
+            if checkpoint.resolve(name) is not None:
+                values = checkpoint.run(name, 0, math.prod(checkpoint.shape(name)))
                 buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
 
@@ -138,14 +95,14 @@ class BaseWeights(Checkpoint):
     def __init__(
         self,
         directory: Path,
-        base_prefix: str,
+        plain: Any,
         tied: dict[str, list[str]] | None = None,
         *,
         folded: Folded | None = None,
         scheme: Scheme | None = None,
         quantised: dict[str, tuple[int, int]] | None = None,
     ) -> None:
-        super().__init__(directory, base_prefix, tied)
+        super().__init__(directory, plain, tied)
         self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
         changed = folded.changed() if folded is not None else set()
         if missing := sorted(name for name in changed if self.resolve(name) is None):
@@ -153,16 +110,16 @@ class BaseWeights(Checkpoint):
                 f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
                 "merged model as model.path"
             )
-        self._changed = {stored: name for name in changed if (stored := self.resolve(name)) is not None}
-        self._plain = Checkpoint(directory, base_prefix, tied)
+        self._changed = {self._found(name): name for name in changed}
         self._last: tuple[str, Tensor] | None = None
 
-    def run(self, stored: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened tensor, adapters folded in, not rounded."""
-        if stored not in self._changed:
-            return super().run(stored, start, stop)
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened parameter, adapters folded in, not rounded."""
+        found = self._found(name)
+        if found not in self._changed:
+            return super().run(found, start, stop)
         assert self.folded is not None
-        return self.folded.whole(self._changed[stored], self._plain).reshape(-1)[start:stop]
+        return self.folded.whole(self._changed[found], _Unchanged(self)).reshape(-1)[start:stop]
 
     def whole(self, name: str) -> Tensor:
         """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
@@ -171,7 +128,6 @@ class BaseWeights(Checkpoint):
 
     def close(self) -> None:
         super().close()
-        self._plain.close()
         self._last = None
 
     def packed(self, name: str) -> Tensor:
@@ -180,6 +136,20 @@ class BaseWeights(Checkpoint):
         if self._last is None or self._last[0] != name:
             self._last = name, self.scheme.pack(super().whole(name))
         return self._last[1]
+
+
+class _Unchanged:
+    """A checkpoint without the adapters that are folded into it, as a base."""
+
+    def __init__(self, checkpoint: BaseWeights) -> None:
+        self.checkpoint = checkpoint
+
+    def whole(self, name: str) -> Tensor:
+        shape = self.checkpoint.shape(name)
+        return Checkpoint.run(self.checkpoint, name, 0, math.prod(shape)).view(shape)
+
+    def rows(self, name: str, indices: list[int]) -> Tensor:
+        return torch.stack([self.whole(name)[i].float() for i in indices])
 
 
 class WeightSource:
@@ -227,8 +197,8 @@ class WeightSource:
                         self.initialised.append(base)
                     continue
                 problems.append(f"{base} is not in the checkpoint")
-            elif self.checkpoint.shape(stored) != shape and not (base in self.vocabulary and self.new_ids):
-                problems.append(f"{base} has shape {self.checkpoint.shape(stored)}, the architecture wants {shape}")
+            elif self.checkpoint.shape(base) != shape and not (base in self.vocabulary and self.new_ids):
+                problems.append(f"{base} has shape {self.checkpoint.shape(base)}, the architecture wants {shape}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise ConfigError(

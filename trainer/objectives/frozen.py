@@ -77,7 +77,7 @@ def frozen_model(
         check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
         model = _architecture(teacher, load_model_config(teacher), attention)
         weights = WeightSource(
-            BaseWeights(weights_directory(teacher), model.base_model_prefix), Full(), seed=own.seed, init_std=0.0
+            BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
         )
         weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
     model.requires_grad_(False)

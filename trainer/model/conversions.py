@@ -1,0 +1,250 @@
+"""What the tensors of a checkpoint become in a model, by transformers' own rules, and the way back.
+
+Checkpoints and models of one architecture need not agree: experts stored one by one are one 3-d parameter, heads are
+renamed, projections joined or parted, blocks of 8 or 4 bits stand for numbers. transformers keeps these rules as
+transforms of names and operations on tensors; this module alone asks for them. Where an operation leaves rows apart, a
+rank's rows are made of the sources' rows; any other is done on one parameter's sources whole.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from strategies.errors import ConfigError
+from trainer.model.files import Files
+
+RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|version)$")
+"""Stored tensors that are no weights: every loader computes them anew."""
+READABLE = ("fp8", "mxfp4")
+"""Published kinds of quantised weights that are read (and trained on as the numbers they stand for)."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Stored tensors that become one parameter, or several at once."""
+
+    first: str
+    """The parameter under which transformers files the group."""
+    converter: Any = None
+    """transformers' own `WeightConverter`; None where a tensor is only renamed."""
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    """Stored names by the pattern that collected them, in the order in which they are joined."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of what the group makes, by name in the model."""
+    rows: str = "whole"
+    """What rows of the result are made of: `direct` the tensor's own rows, `list` as many of its tensors, `rows` the same
+    rows of each source, `whole` everything."""
+
+
+class Conversions:
+    """The names and shapes of a model in terms of a checkpoint's files."""
+
+    def __init__(self, plain: Any, files: Files) -> None:
+        """`plain`: the architecture as transformers builds it, on the meta device, not tuned and never changed after."""
+        self.plain, self.files = plain, files
+        self.quantizer = dequantizer(plain.config, str(files.directory))
+        self._transforms, firsts, self.unused = self._places(self.quantizer)
+        """Of these transforms some were used, which they note; `unused`: stored names without a place in the model."""
+        self.groups: dict[str, Group] = {}
+        """By the name of each parameter and buffer that the files hold."""
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        for group in firsts.values():
+            self._settle(group)
+            for name in group.shapes:
+                self.groups.setdefault(name, group)
+
+    # -- from the files ------------------------------------------------------------------------------------------
+
+    def _places(self, quantizer: Any) -> tuple[list[Any], dict[str, Group], list[str]]:
+        """Every stored tensor's place, as transformers' loader finds it: (transforms, groups by first name, the rest)."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        transforms = get_model_conversion_mapping(self.plain, hf_quantizer=quantizer)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        state, prefix = self.plain.state_dict(), self.plain.base_model_prefix
+        firsts: dict[str, Group] = {}
+        unused: list[str] = []
+        for stored in sorted(self.files.names(), key=dot_natural_key):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
+            if name not in state and stored in state:
+                name, pattern = rename_source_key(stored, [], [], prefix, state)
+            if name not in state:
+                unused.append(stored)
+            elif pattern is not None:
+                group = firsts.setdefault(name, Group(name, by_pattern[pattern]))
+                group.sources.setdefault(pattern, []).append(stored)
+            elif name not in firsts:
+                firsts[name] = Group(name, None, {"": [stored]})
+        return transforms, firsts, unused
+
+    def _settle(self, group: Group) -> None:
+        """Find out what a group makes and how its rows can be read."""
+        if group.converter is None:
+            group.shapes, group.rows = {group.first: self.files.shape(group.sources[""][0])}, "direct"
+            return
+        meta = {p: [self.files.on_meta(s) for s in stored] for p, stored in group.sources.items()}
+        alone = [t for tensors in meta.values() for t in tensors]
+        dequantises = self.quantizer is not None and len(group.converter.operations) == 1
+        if dequantises and len(alone) == 1 and alone[0].is_floating_point():  # stored as it is among quantised ones
+            group.shapes, group.rows = {group.first: tuple(alone[0].shape)}, "direct"
+            return
+        made = self._convert(group, meta)
+        group.shapes = {name: tuple(t.shape) for name, t in made.items()}
+        if len(made) == 1 and group.first in made:
+            group.rows = _rows_of(group.converter.operations, [list(m) for m in meta.values()], made[group.first].dim())
+
+    def _convert(self, group: Group, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """transformers' own conversion of a group's tensors, by pattern; results by name in the model."""
+        for pattern, found in tensors.items():
+            group.converter.collected_tensors[pattern] = list(found)
+        try:
+            made = group.converter.convert(group.first, model=self.plain, config=self.plain.config)
+        except Exception as error:
+            group.converter.collected_tensors.clear()
+            stored = ", ".join(name for names in group.sources.values() for name in names[:1])
+            raise ConfigError(
+                f"model.path={self.files.directory}: {group.first} cannot be made of {stored} ...: {str(error)[:300]}"
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows `[first, last)` along dimension 0 of a parameter."""
+        group, read = self.groups[name], self.files.rows
+        if group.rows == "direct":
+            return read(next(iter(group.sources.values()))[0], first, last)
+        if group.rows == "list":
+            some = {p: [read(s) for s in stored[first:last]] for p, stored in group.sources.items()}
+            return self._convert(group, some)[name]
+        if group.rows == "rows":
+            some = {p: [read(s, first, last) for s in stored] for p, stored in group.sources.items()}
+            return self._convert(group, some)[name]
+        if self._last[0] != group.first:
+            self._last = ("", {})  # not two groups at once
+            whole = {p: [read(s) for s in stored] for p, stored in group.sources.items()}
+            self._last = group.first, self._convert(group, whole)
+        return self._last[1][name][first:last]
+
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of a flattened parameter."""
+        group = self.groups[name]
+        if group.rows == "direct":
+            return self.files.run(next(iter(group.sources.values()))[0], start, stop)
+        row = math.prod(group.shapes[name][1:])
+        first, last = start // row, -(-stop // row)
+        return self.rows(name, first, last).reshape(-1)[start - first * row : stop - first * row]
+
+    def close(self) -> None:
+        """Let go of files and of what was made last."""
+        self._last = ("", {})
+        self.files.close()
+
+    # -- and back ------------------------------------------------------------------------------------------------
+
+    def stored_again(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters under the names and in the shapes that the files have, full precision where those were quantised.
+
+        A group is held until it is whole. Only transforms that were used on the way in are taken back.
+        """
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            apply_converters,
+            apply_renamings,
+            dot_natural_key,
+        )
+
+        transforms = self._transforms if self.quantizer is None else self._places(None)[0]
+        back = [t.reverse_transform() for t in reversed(transforms) if t.was_used()]
+        renamings = [t for t in back if isinstance(t, WeightRenaming)]
+        converters = [t for t in back if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        places: dict[str, tuple[str, str | None]] = {}
+        waiting: dict[str, set[str]] = {}
+        for name in sorted(self.plain.state_dict(), key=dot_natural_key):
+            key, pattern = apply_converters(name, converters)
+            if pattern is None:
+                key = apply_renamings(name, renamings)
+            else:
+                waiting.setdefault(key, set()).add(name)
+            places[name] = key, pattern
+        held: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors:
+            key, pattern = places.get(name, (name, None))
+            if pattern is None:
+                yield key, tensor
+                continue
+            held.setdefault(key, {})[name] = tensor
+            if held[key].keys() < waiting[key]:
+                continue
+            group = Group(key, by_pattern[pattern])
+            members = held.pop(key)
+            collected: dict[str, list[Tensor]] = {}
+            for member in sorted(members, key=dot_natural_key):
+                collected.setdefault(str(places[member][1]), []).append(members[member])
+            for stored, value in self._convert(group, collected).items():
+                yield apply_renamings(stored, renamings), value
+
+    def carried(self) -> list[str]:
+        """Stored weights that the architecture ignores on purpose (`mtp.*`), and that a whole export keeps untouched."""
+        if self.quantizer is not None:  # their neighbours' scales would be read without a quantisation to go by
+            return []
+        ignored = [re.compile(p) for p in self.plain._keys_to_ignore_on_load_unexpected or ()]
+        return [s for s in self.left_out() if any(p.search(s) for p in ignored)]
+
+    def left_out(self) -> list[str]:
+        """Stored weights that do not take part in training."""
+        return [stored for stored in self.unused if not RECOMPUTED.search(stored)]
+
+
+def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
+    """How rows of a result can be made: see `Group.rows`."""
+    from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
+
+    operations = list(operations)
+    if type(operations[0]).__name__ == "Fp8Dequantize":  # tensor by tensor
+        if not any(isinstance(op, MergeModulelist) for op in operations):
+            return "whole"
+        operations = operations[1:]
+    merged = bool(operations) and isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
+    for op in operations[1:] if merged else operations:
+        if isinstance(op, Concatenate | Interleave):
+            apart = op.dim % dimensions != 0
+        elif isinstance(op, Transpose):
+            apart = not op.check_dims and op.dim0 % dimensions != 0 and op.dim1 % dimensions != 0
+        else:
+            apart = False
+        if not apart:
+            return "whole"
+    if merged:
+        return "list"
+    return "rows" if all(len(tensors) == 1 and tensors[0].dim() == dimensions for tensors in sources) else "whole"
+
+
+def dequantizer(config: Any, path: str) -> Any:
+    """transformers' quantizer that turns a published checkpoint's blocks into numbers; None where it holds numbers.
+
+    Raises ConfigError for kinds that cannot be trained on as numbers.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    settings = AutoQuantizationConfig.from_dict(dict(settings)) if isinstance(settings, dict) else settings
+    kind = str(getattr(settings.quant_method, "value", settings.quant_method))
+    if kind not in READABLE:
+        raise ConfigError(
+            f"model.path={path}: its weights are stored as {kind}; {' and '.join(READABLE)} checkpoints are read as the numbers "
+            "they stand for, others are not: take the model's unquantised checkpoint (with model.quantisation=nf4 for QLoRA)"
+        )
+    settings.dequantize = True
+    return AutoHfQuantizer.from_config(settings, pre_quantized=True)

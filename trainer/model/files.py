@@ -1,0 +1,145 @@
+"""The safetensors files of a model directory: which tensors they hold, and rows of them, read as they are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.errors import ConfigError, DataError
+
+INDEX = "model.safetensors.index.json"
+LFS = b"version https://git-lfs"
+"""How a file begins that git left in the place of the one it stands for."""
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Names of types in headers of safetensors files."""
+
+
+class Files:
+    """Stored tensors by their stored names. Nothing is read before it is asked for, and what is read is counted."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.bytes_read = 0
+        """Bytes of tensors read so far, by this process."""
+        self._open: dict[Path, Any] = {}
+        self._files = self._index()
+
+    def __contains__(self, stored: str) -> bool:
+        return stored in self._files
+
+    def names(self) -> list[str]:
+        """Every stored tensor's name."""
+        return list(self._files)
+
+    def _index(self) -> dict[str, Path]:
+        listing = self.directory / INDEX
+        if listing.exists():
+            weight_map = json.loads(listing.read_text())["weight_map"]
+            root = self.directory.resolve()
+            files = {name: self.directory / file for name, file in weight_map.items()}
+            for file in set(files.values()):
+                if root not in file.absolute().parents or ".." in file.parts:
+                    raise DataError(f"{listing}: names a file outside the model directory: {file}")
+                if not file.exists():
+                    raise DataError(f"{listing}: names {file.name}, which is missing; download the model again")
+            return files
+        found: dict[str, Path] = {}
+        for file in sorted(self.directory.glob("*.safetensors")):
+            found.update(dict.fromkeys(self._handle(file).keys(), file))
+        if not found:
+            raise ConfigError(f"model.path={self.directory}: holds no .safetensors weights; {_instead(self.directory)}")
+        return found
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = _opened(file)
+        return self._open[file]
+
+    def _slice(self, stored: str) -> Any:
+        from safetensors import SafetensorError
+
+        file = self._files[stored]
+        try:
+            return self._handle(file).get_slice(stored)
+        except SafetensorError as error:
+            raise DataError(
+                f"{file}: does not hold {stored}, which {INDEX} places there ({str(error)[:120]}); download the model again"
+            ) from error
+
+    def close(self) -> None:
+        """Unmap the files, whose pages count as this process's memory; they are mapped again when something is asked."""
+        self._open.clear()
+
+    def shape(self, stored: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return tuple(self._slice(stored).get_shape())
+
+    def on_meta(self, stored: str) -> Tensor:
+        """A tensor of the same shape and type, without values."""
+        view = self._slice(stored)
+        return torch.empty(view.get_shape(), dtype=TYPES.get(view.get_dtype(), torch.float32), device="meta")
+
+    def rows(self, stored: str, first: int | None = None, last: int | None = None) -> Tensor:
+        """Rows `[first, last)` along dimension 0, or the whole tensor."""
+        view = self._slice(stored)
+        tensor: Tensor = view[first:last] if view.get_shape() else view[...]
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def run(self, stored: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened tensor; reads only the rows they lie in."""
+        shape = self.shape(stored)
+        if not shape:
+            return self.rows(stored).reshape(-1)[start:stop]
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-stop // row)
+        return self.rows(stored, first, last).reshape(-1)[start - first * row : stop - first * row]
+
+
+def _opened(file: Path) -> Any:
+    """A file ready to be read from; raises DataError that says what is wrong with it."""
+    from safetensors import safe_open
+
+    try:
+        return safe_open(str(file), framework="pt").__enter__()
+    except Exception as error:
+        with file.open("rb") as raw:
+            begins = raw.read(len(LFS))
+        if begins == LFS:
+            raise DataError(
+                f"{file}: is a pointer that git-lfs left in the place of the weights; run `git lfs pull` in the model's "
+                "directory, or download the model again"
+            ) from error
+        if "mmap" in str(error):  # no room for so large a file among this process's addresses
+            return safe_open(str(file), framework="pt", backend="pread").__enter__()
+        raise DataError(
+            f"{file}: is no whole safetensors file ({str(error)[:160]}); it was cut off or changed: download it again"
+        ) from error
+
+
+def _instead(directory: Path) -> str:
+    """What to do about a directory without weights that can be read."""
+    if (directory / "adapter_model.safetensors").exists() or (directory / "adapter_config.json").exists():
+        return "it is an adapter: give its base as model.path, and this directory as tuning.from or in model.adapters"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        return "its weights are pickles, which are not read; convert them once with transformers' save_pretrained"
+    return "download them, or convert them once with transformers' save_pretrained"
