@@ -16,6 +16,7 @@ from launch.choices import CONF_DIR, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
+from strategies.gpu import Gpu, best_precision
 from trainer.config.run import Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
@@ -173,12 +174,16 @@ def _resolve(config: RunConfig) -> None:
 
 
 def _best_precision(device: Device) -> Precision:
-    """bf16 where every visible GPU has it. Asks the driver's tool: asking torch would claim GPU memory for the run."""
+    """What the GPUs of this host have in hardware. Asks the driver's tool: asking torch would claim GPU memory for the run."""
     if device is Device.cpu:
         return Precision.fp32
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return Precision.bf16 if min(float(capability) for capability in answer) >= 8.0 else Precision.fp32
+        best = {
+            best_precision(Gpu("", (int(major), int(minor)))) for major, minor in (line.split(".") for line in answer)
+        }
     except (OSError, ValueError, subprocess.SubprocessError):
-        return Precision.auto  # settled by the worker, which holds the device
+        best = set()
+    # Where they differ, or the tool says nothing (AMD's cards), the workers settle it, which hold the devices.
+    return best.pop() if len(best) == 1 else Precision.auto

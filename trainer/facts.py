@@ -124,6 +124,8 @@ def _substitutions(
     substitutions = {**config.substitutions, **of_model}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
+        substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
     as_asked = runtime.matmul is None or runtime.matmul.endswith("(as asked)")
     if not as_asked:  # also where onednn was asked and refused
         substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"

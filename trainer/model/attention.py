@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.gpu import gpu_of
 from strategies.matmul import LONG, as_chosen, in_blas
 
 NAME = "shardtune_varlen"
@@ -158,7 +159,13 @@ def _soft_capped(
 def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return softcap is None and dropout == 0.0
+    return softcap is None and dropout == 0.0 and _has_flash(query.device)
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(device: torch.device) -> bool:
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.has_flash
 
 
 def _varlen_kernel(

@@ -1,0 +1,59 @@
+"""What a GPU can do, by its capability: torch's own answers count what is emulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from strategies.base import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+AMPERE, VOLTA = (8, 0), (7, 0)
+"""CUDA capabilities of the first GPUs with matrix units for bf16, and for fp16."""
+AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""AMD's architectures with matrix units for bf16: MI100 and later, RDNA 3 and later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device as its driver describes it."""
+
+    name: str
+    capability: tuple[int, int]
+    architecture: str | None = None
+    """AMD's name of it, such as gfx90a; None on NVIDIA's."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether matrix products in bf16 are done by the hardware."""
+        if self.architecture is not None:
+            return self.architecture.startswith(AMD_BF16)
+        return self.capability >= AMPERE
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether flash attention, torch's variable-length kernel included, is built for it: where bf16 is too."""
+        return self.has_bf16
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU behind a device, None for a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    architecture = properties.gcnArchName if torch.version.hip else None
+    return Gpu(properties.name, (properties.major, properties.minor), architecture)
+
+
+def best_precision(gpu: Gpu | None) -> Precision:
+    """What `auto` means: bf16 where the hardware has it, else fp16 where it has that, else (and on CPUs) fp32."""
+    if gpu is None:
+        return Precision.fp32
+    if gpu.has_bf16:
+        return Precision.bf16
+    # AMD's older cards have fast fp16, though no matrix units for it.
+    return Precision.fp16 if gpu.architecture is not None or gpu.capability >= VOLTA else Precision.fp32
