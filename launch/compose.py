@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from launch import overrides
@@ -44,10 +45,9 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         config.substitutions |= settle_start(config.tuning, {key for key, _, _ in parsed.values})
         if check:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
+            found = [*problems_of(config, world_size=world_size_of(config)), *_devices(config)]
             problems += [
-                p
-                for p in problems_of(config, world_size=world_size_of(config))
-                if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
+                p for p in found if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
             ]
     if problems or config is None:
         raise ConfigError(problems)
@@ -171,6 +171,23 @@ def _resolve(config: RunConfig) -> None:
         local_world = os.environ.get("LOCAL_WORLD_SIZE")
         config.launcher.processes = int(local_world or 0) or (max(1, torch.cuda.device_count()) if spread else 1)
         settle("launcher.processes", config.launcher.processes)
+
+
+def _devices(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the devices asked for; a host that only submits to SLURM cannot tell."""
+    if config.launcher.name is not LauncherName.local or config.run.device is not Device.cuda:
+        return
+    import torch
+
+    from strategies.runtime import missing_cuda
+
+    if reason := missing_cuda():
+        yield f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU"
+        return
+    asked, there = config.launcher.processes or 1, torch.cuda.device_count()
+    # Ranks of a job that exists may each see their own device alone.
+    if "WORLD_SIZE" not in os.environ and asked > there:
+        yield f"launcher.processes={asked}: each needs a GPU of its own, and this host has {there}; set at most {there}"
 
 
 def _best_precision(device: Device) -> Precision:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from strategies.errors import ConfigError
 from strategies.matmul import Matmul, agree, choose, restore
 
 
@@ -45,8 +46,10 @@ def start(
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
     All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
-    on a CPU also the library of float32 products, the same on every rank.
+    on a CPU also the library of float32 products, the same on every rank. Raises ConfigError for `cuda` where there is none.
     """
+    if device == "cuda" and (reason := missing_cuda()):
+        raise ConfigError(f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -77,6 +80,17 @@ def start(
         dist.all_gather_object(heard, products, group=control)
         products = agree(heard, rank)
     return Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
+
+
+def missing_cuda() -> str | None:
+    """Why no CUDA device can be used here; None where one can."""
+    if torch.cuda.is_available():
+        return None
+    if not (torch.version.cuda or torch.version.hip):
+        return f"this torch ({torch.__version__}) is built for CPUs alone"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    return f"torch {torch.__version__} finds no device{hidden}; does nvidia-smi or rocm-smi show one?"
 
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from launch import compose
-from strategies import build
+from strategies import build, runtime
 from strategies.base import Precision
+from strategies.errors import ConfigError
 from strategies.gpu import Gpu, best_precision, gpu_of
-from strategies.runtime import Runtime
+from strategies.runtime import Runtime, missing_cuda
 from trainer.config.run import Device
 from trainer.model import attention
 
@@ -93,3 +94,23 @@ def test_compiled_blocks_know_the_device_too():
 
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2)), torch.zeros(2))
+
+
+def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    words = [f"model.path={tmp_path}", f"data.path={tmp_path}/train.jsonl", "budget.steps=1", "run.device=cuda"]
+    with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
+        compose.compose(words)
+    with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
+        runtime.start("cuda", timeout_s=60)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES=''" in missing_cuda()
+    compose.compose([*words, "launcher=slurm"])  # to be run on other hosts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    compose.compose([*words, "launcher.processes=2", "strategy=fsdp2"])
+    with pytest.raises(ConfigError, match=r"launcher.processes=4: each needs a GPU of its own, and this host has 2"):
+        compose.compose([*words, "launcher.processes=4", "strategy=fsdp2"])
