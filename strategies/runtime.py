@@ -180,10 +180,14 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derive_seed(seed, "step", step, rank))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated device memory on CUDA, resident set size of the process on CPU."""
+def peak_memory_gib(device: torch.device) -> dict[str, float]:
+    """Peaks of this rank in GiB; waits for nothing. On a CPU the process's resident set under `memory_gib`.
+
+    On CUDA what tensors took (`memory_gib`) and what the allocator held for them (`memory_reserved_gib`).
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

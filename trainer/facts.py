@@ -177,10 +177,8 @@ def start_text(facts: Mapping[str, Any]) -> str:
     ]
     if facts.get("quantisation"):
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
-    if facts["reference_tflops"]:
-        lines.append(
-            f"MFU against {facts['reference_tflops']:.2f} TFLOP/s a device ({facts['reference_tflops_source']})"
-        )
+    figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
+    lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
     if facts["initialised"]:
         lines.append(f"newly initialised (not in the checkpoint): {', '.join(facts['initialised'])}")
     lines += [f"substituted: {key}: {value}" for key, value in facts["substitutions"].items()]
@@ -210,6 +208,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "before": outcome.before,
         "after": outcome.after,
         "last_row": outcome.last_row,
+        "speed": outcome.speed,
         "stopped_early": outcome.stopped_early,
     }
 
@@ -228,7 +227,8 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
 
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | None) -> str:
     """The last lines of a run: what came of it and where everything is."""
-    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens"]
+    speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
+    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
     width = max([22, *map(len, outcome.after)])
     for name, value in outcome.after.items():
         before = outcome.before.get(name)
