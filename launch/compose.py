@@ -17,7 +17,7 @@ from launch.choices import CONF_DIR, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
-from strategies.gpu import Gpu, best_precision
+from strategies.hardware import Gpu, best_precision
 from trainer.config.run import Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from strategies.base import DdpConfig, Fsdp2Config, Precision, Strategy, StrategyConfig, StrategyName, ZeroConfig
 from strategies.errors import ConfigError
-from strategies.gpu import best_precision, gpu_of
+from strategies.hardware import best_precision, gpu_of
 from strategies.runtime import Runtime, gather_objects
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from strategies.audit import sharding_record
 from strategies.base import Engine, Precision
+from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config.run import RunConfig
@@ -84,6 +85,7 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "tuning": str(config.tuning.name),
         "objective": str(config.objective.name),
         "precision": str(precision),
+        "advice": advice(precision, runtime.device.type),
         "attention": built.attention,
         "layout": str(built.layout),
         "world_size": runtime.world_size,
@@ -175,6 +177,8 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
+    if facts.get("advice"):
+        lines.append(f"advice: {facts['advice']}")
     if facts.get("quantisation"):
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
     figure, source = facts["reference_tflops"], facts["reference_tflops_source"]

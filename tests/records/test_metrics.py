@@ -120,6 +120,8 @@ def test_an_unknown_card_is_named_once_at_the_start():
     facts |= {**numbers, "total_steps": 1, "precision": "bf16", "attention": "varlen", "layout": "padded"}
     facts |= {"sharding": sharding, "substitutions": {}, "reference_tflops": None}
     facts["reference_tflops_source"] = reference_tflops_of("NVIDIA Z9000")
+    facts["advice"] = "set precision=fp32"
+    assert "\nadvice: set precision=fp32" in start_text(facts)
     assert start_text(facts).count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.gpu import gpu_of
+from strategies.hardware import gpu_of
 from strategies.matmul import LONG, as_chosen, in_blas
 
 NAME = "shardtune_varlen"

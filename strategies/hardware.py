@@ -1,4 +1,4 @@
-"""What a GPU can do, by its capability: torch's own answers count what is emulated."""
+"""What the hardware itself can do, a GPU by its capability: torch's own answers count what is emulated."""
 
 from __future__ import annotations
 
@@ -57,3 +57,22 @@ def best_precision(gpu: Gpu | None) -> Precision:
         return Precision.bf16
     # AMD's older cards have fast fp16, though no matrix units for it.
     return Precision.fp16 if gpu.architecture is not None or gpu.capability >= VOLTA else Precision.fp32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies in bf16 (x86 with AVX512_BF16 or AMX, Arm with BF16) and oneDNN may let it."""
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    inside = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return inside and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def advice(precision: Precision, device_type: str) -> str | None:
+    """What a person should know of a precision on this hardware before waiting for it."""
+    if precision is Precision.bf16 and device_type == "cpu" and not cpu_has_bf16():
+        return (
+            "this processor has no bf16 instructions: each product is emulated, and fp32 is many times as fast here; set "
+            "precision=fp32"
+        )
+    return None

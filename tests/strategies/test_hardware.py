@@ -1,6 +1,8 @@
 """What is chosen for a GPU, without one: devices are described as their drivers would."""
 
+import os
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from launch import compose
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
-from strategies.gpu import Gpu, best_precision, gpu_of
+from strategies.hardware import Gpu, advice, best_precision, cpu_has_bf16, gpu_of
 from strategies.runtime import Runtime, missing_cuda
 from trainer.config.run import Device
 from trainer.model import attention
@@ -114,3 +116,38 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
     compose.compose([*words, "launcher.processes=2", "strategy=fsdp2"])
     with pytest.raises(ConfigError, match=r"launcher.processes=4: each needs a GPU of its own, and this host has 2"):
         compose.compose([*words, "launcher.processes=4", "strategy=fsdp2"])
+
+
+EMULATES = """
+from strategies.base import Precision
+from strategies.hardware import advice
+print(advice(Precision.bf16, "cpu"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("known", "runs"),
+    [
+        ({"avx512_f": True}, False),  # AVX-512 alone: oneDNN says that it has bf16, and emulates it
+        ({"avx2": True, "amx_tile": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+    ],
+)
+def test_bf16_that_a_processor_emulates_is_told(known, runs, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert cpu_has_bf16() == runs
+    said = advice(Precision.bf16, "cpu")
+    assert (said is None) == runs and (runs or "set precision=fp32" in said)
+    assert advice(Precision.fp32, "cpu") is None
+    assert advice(Precision.bf16, "cuda") is None
+
+
+def test_instructions_that_onednn_may_not_use_do_not_count():
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    shown = subprocess.run(
+        [sys.executable, "-c", EMULATES], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "precision=fp32" in shown
