@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 AMPERE, VOLTA = (8, 0), (7, 0)
 """CUDA capabilities of the first GPUs with matrix units for bf16, and for fp16."""
+FLASH_HEAD = 256
+"""Largest head that flash attention has, in torch and in the package flash-attn; sizes are multiples of 8."""
 AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD's architectures with matrix units for bf16: MI100 and later, RDNA 3 and later."""
 
@@ -36,6 +38,14 @@ class Gpu:
     def has_flash(self) -> bool:
         """Whether flash attention, torch's variable-length kernel included, is built for it: where bf16 is too."""
         return self.has_bf16
+
+    def trains_heads(self, size: int, dropout: float = 0.0) -> bool:
+        """Whether flash attention's backward pass has heads of this size here: small multiprocessors lack shared memory.
+
+        torch's own rule: capabilities 8.6, 8.9 and 12.0 miss 200 to 224, and all above 192 with dropout.
+        """
+        small = self.architecture is None and self.capability in ((8, 6), (8, 9), (12, 0))
+        return not small or size <= 192 or (size > 224 and dropout == 0.0)
 
 
 def gpu_of(device: torch.device) -> Gpu | None:

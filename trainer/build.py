@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import torch
+
 from strategies import runtime as processes
 from strategies.base import Engine, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
+from strategies.hardware import gpu_of
 from strategies.parameters import named_parameters
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import Share, StepLoader
@@ -24,6 +27,7 @@ from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder
 from trainer.model.architecture import architecture, describe_head, grow_vocabulary, head_names, vocabulary_names
 from trainer.model.config import Kind, ModelConfig
+from trainer.model.flash import why_not_flash
 from trainer.model.layout import resolve_layout
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, quantise_layers
@@ -177,8 +181,10 @@ def build_step(
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     encoder_decoder.check(model_config.to_dict(), config.path, family.kind, family.name, {})
     padded = family.kind is not Kind.causal or needs_own_rows(tuning_config)
+    gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
+    no_flash = why_not_flash(model_config, gpu, half=half_on_gpu, dropout=config.dropout)
     layout, attention, notes = resolve_layout(
-        config, layout, model_config.model_type, needs_padding=padded, half_on_gpu=half_on_gpu
+        config, layout, model_config.model_type, needs_padding=padded, no_flash=no_flash
     )
     classifier, seq2seq = family.kind is Kind.classifier, family.kind is Kind.encoder_decoder
     if classifier:

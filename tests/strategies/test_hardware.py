@@ -55,7 +55,7 @@ def test_auto_asks_for_the_capability_and_not_for_emulation(card, precision, des
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # what torch says of all of them
     assert gpu_of(torch.device("cuda:0")) == card
     assert build.resolve_precision(Precision.auto, rank()) is precision
-    assert attention._has_flash(torch.device("cuda:0")) == (precision is Precision.bf16)
+    assert attention._has_flash(torch.device("cuda:0"), 128) == (precision is Precision.bf16)
 
 
 def test_what_was_asked_stays_and_cpus_compute_in_fp32():
@@ -92,7 +92,7 @@ def test_compiled_blocks_know_the_device_too():
     """The question must not break a compiled block apart."""
 
     def block(x):
-        return x + 1 if attention._has_flash(x.device) else x - 1
+        return x + 1 if attention._has_flash(x.device, x.shape[-1]) else x - 1
 
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2)), torch.zeros(2))

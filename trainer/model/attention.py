@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.hardware import gpu_of
+from strategies.hardware import FLASH_HEAD, gpu_of
 from strategies.matmul import LONG, as_chosen, in_blas
 
 NAME = "shardtune_varlen"
@@ -159,13 +159,14 @@ def _soft_capped(
 def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return softcap is None and dropout == 0.0 and _has_flash(query.device)
+    return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
 
 
 @torch.compiler.assume_constant_result
-def _has_flash(device: torch.device) -> bool:
+def _has_flash(device: torch.device, head: int) -> bool:
+    """Whether flash attention on `device` has forward and backward passes for heads of this size."""
     gpu = gpu_of(device)
-    return gpu is not None and gpu.has_flash
+    return gpu is not None and gpu.has_flash and head % 8 == 0 and head <= FLASH_HEAD and gpu.trains_heads(head)
 
 
 def _varlen_kernel(

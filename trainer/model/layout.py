@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from strategies.errors import ConfigError
 from trainer.data.config import Layout
 from trainer.model.attention import NAME, PADDING_FREE
@@ -11,9 +9,9 @@ from trainer.model.config import Attention, ModelConfig
 
 
 def resolve_layout(
-    model: ModelConfig, layout: Layout, model_type: str, *, needs_padding: bool, half_on_gpu: bool
+    model: ModelConfig, layout: Layout, model_type: str, *, needs_padding: bool, no_flash: str | None
 ) -> tuple[Layout, str, dict[str, str]]:
-    """(layout, transformers attention name, substitutions made).
+    """(layout, transformers attention name, substitutions made). `no_flash`: why FlashAttention cannot be used, if so.
 
     Raises ConfigError for a combination that would silently mix documents.
     """
@@ -30,6 +28,8 @@ def resolve_layout(
             f"data.layout=padding_free: {model_type} with this objective and tuning is not proven to keep documents apart; "
             f"use data.layout=padded (proven: {', '.join(sorted(PADDING_FREE))})"
         )
+    if model.attention is Attention.flash_attention_2 and no_flash is not None:
+        raise ConfigError(f"model.attention=flash_attention_2: {no_flash}; use model.attention=auto")
     if layout is Layout.padded:
         if model.attention is Attention.varlen:
             raise ConfigError(
@@ -41,14 +41,8 @@ def resolve_layout(
             f"model.attention={model.attention} with data.layout=padding_free: would let documents see each other; use "
             "model.attention=varlen or data.layout=padded"
         )
-    has_flash = half_on_gpu and find_spec("flash_attn") is not None
-    if model.attention is Attention.flash_attention_2 and not has_flash:
-        raise ConfigError(
-            "model.attention=flash_attention_2: needs a CUDA device, precision=bf16 or fp16, and the package flash-attn "
-            "(pip install 'shardtune[gpu]'); use model.attention=auto"
-        )
-    if has_flash and model.attention in (Attention.auto, Attention.flash_attention_2):
+    if no_flash is None and model.attention in (Attention.auto, Attention.flash_attention_2):
         return layout, "flash_attention_2", notes
     if model.attention is Attention.auto:
-        notes["model.attention"] = "varlen (built in; FlashAttention needs a GPU, half precision and flash-attn)"
+        notes["model.attention"] = f"varlen (built in; not FlashAttention: {no_flash})"
     return layout, NAME, notes
