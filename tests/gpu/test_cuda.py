@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
@@ -70,6 +71,22 @@ def test_flash_attention_trains_like_varlen(tmp_path, runtime):
     expected = curve(tmp_path, runtime, precision=Precision.bf16, model=varlen)
     for (loss, _), (right, _) in zip(found, expected, strict=True):
         assert loss == pytest.approx(right, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_grouped_heads_and_windows_build_no_square(dtype):
+    """torch's math kernel, which would, is not even allowed; memory shows the rest: T x T alone would be 1 GiB."""
+    length, window = 16384, 512
+    q = torch.randn(1, 8, length, 64, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(1, 2, length, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    for seen in (None, window):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+            out = attention._one_document(q, k, v, None, 0.0, seen, None, True)
+            out.sum().backward()
+        assert torch.cuda.max_memory_allocated() - before < 2**29
+        q.grad = k.grad = v.grad = None
 
 
 @pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, 8)])

@@ -37,6 +37,10 @@ PADDING_FREE = frozenset(
 """`model_type`s that a test has shown to give the same result concatenated and apart (tests/model/test_attention.py)."""
 
 
+STRETCH = 1024
+"""Queries that at least go together where a window is computed in stretches: fewer would be many small kernels."""
+
+
 def register() -> None:
     """Make the function known to transformers under `NAME`. Idempotent."""
     from transformers import AttentionInterface
@@ -114,6 +118,8 @@ def _one_document(
     softcap: float | None,
     causal: bool,
 ) -> Tensor:
+    if q.device.type == "cuda":
+        return _on_gpu(q, k, v, scaling, dropout, window, softcap, causal)
     length = q.shape[2]
     mask = None
     if window is not None and length > window:
@@ -132,6 +138,45 @@ def _one_document(
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    causal: bool,
+) -> Tensor:
+    """As `_one_document`, for the kernels of a GPU: heads repeated, and a window in stretches of at least `STRETCH` queries.
+
+    The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
+    T x T is as large as that for one head.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if softcap is not None:
+            return _soft_capped(q, k, v, scaling, dropout, softcap, mask, causal)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling
+        )
+
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    if softcap is None and groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if window is None or length <= window:
+        return attend(q, k, v, None)
+    position = torch.arange(length, device=q.device)
+    pieces = []
+    for start in range(0, length, max(window, STRETCH)):
+        stop = min(length, start + max(window, STRETCH))
+        seen = slice(max(0, start - window + 1), stop if causal else min(length, stop + window - 1))
+        distance = position[start:stop, None] - position[None, seen]
+        mask = (distance >= 0) & (distance < window) if causal else distance.abs() < window
+        pieces.append(attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask))
+    return torch.cat(pieces, dim=2)
 
 
 def _soft_capped(
