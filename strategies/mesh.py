@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from strategies.base import Fsdp2Config, StrategyConfig, StrategyName
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 
@@ -20,6 +21,13 @@ def replicate_degree(requested: int, runtime: Runtime) -> int:
             f"{', '.join(map(str, legal))}"
         )
     return degree
+
+
+def replicas(config: StrategyConfig, runtime: Runtime) -> int:
+    """The number of replicas of a strategy that shards with `fully_shard`; 1 for any other."""
+    if not isinstance(config, Fsdp2Config) or (config.name is not StrategyName.hsdp and config.replicate == 1):
+        return 1
+    return replicate_degree(0 if config.replicate == 1 else config.replicate, runtime)
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:

@@ -27,6 +27,8 @@ ZERO3_CPU = ZeroConfig(name=StrategyName.zero3, stage=3, offload_optimizer="cpu"
 VARIANTS = {
     "ddp, each micro-batch synchronised": DdpConfig(defer_sync=False),
     "fsdp2, each micro-batch synchronised": Fsdp2Config(defer_sync=False),
+    "fsdp2, each by memory": Fsdp2Config(memory_gib=1e-6),
+    "fsdp2, deferred": Fsdp2Config(defer_sync=True),
     "fsdp2, kept gathered": Fsdp2Config(reshard_after_forward=False),
     "fsdp2, full checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full),
     "fsdp2, selective checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.selective),
