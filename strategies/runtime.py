@@ -121,10 +121,14 @@ def _cgroup_limits(name: str) -> Iterator[str]:
             yield (place / name).read_text()
 
 
-def stop() -> None:
-    """Leave the job. No collective: a dead peer must not hold up the others."""
+def stop(*, failed: bool = False) -> None:
+    """Leave the job. No collective: a dead peer must not hold up the others.
+
+    After a failure in a job of several ranks the groups stay, since peers may sit in a collective, for which NCCL waits
+    before it destroys one; the process is to leave at once.
+    """
     restore()
-    if dist.is_initialized():
+    if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
         dist.destroy_process_group()
 
 

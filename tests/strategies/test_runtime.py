@@ -2,7 +2,9 @@
 
 import os
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from strategies import runtime
 from strategies.runtime import usable_cores
@@ -38,3 +40,14 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
     finally:
         runtime.stop()
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("world", "failed", "destroyed"), [(1, True, 1), (2, False, 1), (2, True, 0)])
+def test_groups_of_a_failed_rank_stay_for_its_peers(world, failed, destroyed, monkeypatch):
+    """NCCL would wait in destroy for the collective in which a peer sits."""
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+    runtime.stop(failed=failed)
+    assert len(calls) == destroyed
