@@ -16,6 +16,9 @@ import torch.distributed as dist
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul, agree, choose, restore
 
+MANY = 64
+"""Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -65,6 +68,8 @@ def start(
     products = None if use_cuda else choose(matmul)
     # DeepSpeed, which other libraries import when it is installed, would guess, and say so.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
+    if world >= MANY:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
@@ -74,7 +79,7 @@ def start(
             for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
                 os.environ.setdefault(key, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+    control = dist.group.WORLD  # its CPU half: a second group of all ranks would connect each of them with each again
     if products is not None and world > 1:
         heard: list[Any] = [None] * world
         dist.all_gather_object(heard, products, group=control)
@@ -119,6 +124,15 @@ def _cgroup_limits(name: str) -> Iterator[str]:
     for place in (here, *here.parents):
         if place.is_relative_to(_CGROUPS) and (place / name).is_file():
             yield (place / name).read_text()
+
+
+def bound_groups(runtime: Runtime) -> None:
+    """Give the groups that a library has made the run's timeout; half an hour is torch's own. No collective."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if dist.get_rank(group) >= 0:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=runtime.timeout_s), group)
 
 
 def stop(*, failed: bool = False) -> None:

@@ -24,7 +24,7 @@ from strategies.parameters import (
     set_dtypes,
     trainable_parameters,
 )
-from strategies.runtime import Runtime
+from strategies.runtime import Runtime, bound_groups
 from strategies.state import Run, StateHeader, load_state, save_state
 from strategies.zero_config import deepspeed_config
 
@@ -268,6 +268,7 @@ class ZeroStrategy:
         memory = open_host_memory(self.runtime)
         exchange_through(memory)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
+        bound_groups(self.runtime)
         if self.on_cpu and hasattr(engine.optimizer, "get_grad_norm_direct"):
             engine.optimizer.get_grad_norm_direct = norm_on_cpu
         result = ZeroEngine(step_module, engine, self.config, self.runtime)

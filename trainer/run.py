@@ -170,7 +170,7 @@ def evaluators_of(
         tokenizer,
         engine,
         place.runtime,
-        stop_now=place.agreement.asked,
+        watch_for_stop=lambda: place.agreement.another().asked,
     )
 
 
@@ -240,7 +240,7 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
         key=place.sha256 if start is None else f"{place.sha256}/{adapter_hash(start)}",
     )
     splits = {"train": data.train, "eval": data.evaluation}
-    record(splits, engine, how, place.runtime, place.agreement.asked)
+    record(splits, engine, how, place.runtime, place.agreement.another().asked)
 
 
 def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:

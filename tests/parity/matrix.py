@@ -5,6 +5,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
@@ -67,6 +68,18 @@ def reduced_each(job: Job) -> dict[str, Any]:
     groups = sum(isinstance(module, FSDPModule) for module in trainer.engine.step_module.modules())
     large = sum(numel > 1000 for numel in calls)  # norms and counts are small
     return {"found": steps, "deferred": trainer.engine.defer_sync, "reductions": large / STEPS, "groups": groups}
+
+
+def timeouts(job: Job) -> dict[str, list[float]]:
+    """Seconds after which each group of this process gives up, with those that strategies and DeepSpeed have made."""
+    found = {}
+    for strategy in ("hsdp", "zero2"):
+        trainer = job.trainer(config(job, strategy, "full", 1))
+        groups = [group for group in distributed_c10d._world.pg_map if torch.distributed.get_rank(group) >= 0]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        found[strategy] = [backend.options._timeout.total_seconds() for backend in backends]
+        del trainer
+    return {**found, "asked": [job.runtime.timeout_s]}
 
 
 def quantised_hsdp(job: Job) -> dict[str, Curve]:
