@@ -68,9 +68,9 @@ class Reading:
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
             yield document, fitted(encoder, document, sample, config, tally)
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""
-        return {"loss": int(sample.supervised[1:].sum())}
+        return {"loss": sample.learned()}
 
     def check_read(self, columns: Columns, table: DocumentTable) -> None:
         """Raise DataError where all that was read together is not what the objective learns from."""

@@ -12,7 +12,7 @@ from strategies.base import Engine
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 from trainer.data.batches.loader import EvalShare, eval_batches, sources_of
-from trainer.data.store.sequences import TokenDataset
+from trainer.data.store.sequences import TokenDataset, summed
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator, Part
@@ -55,7 +55,7 @@ def build_evaluators(
     covered = share.sequences(held_out)
     evaluator = LossEvaluator(
         batches,
-        count=int(counts[covered].sum()),
+        count=summed(counts[covered]),
         prefix="eval",
         perplexity=built.step_module.objective.perplexity,
         stop_now=stop_now,
@@ -96,6 +96,6 @@ def parts_of(held_out: TokenDataset) -> dict[int, dict[str, str]]:
     return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
 
 
-def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> int:
+def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> float:
     assert held_out.sources is not None
-    return int(held_out.counts["loss"][covered[held_out.sources[covered] == source]].sum())
+    return summed(held_out.counts["loss"][covered[held_out.sources[covered] == source]])

@@ -41,11 +41,17 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only)."""
+    """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only).
+
+    Where the batch has `target_weights`, a row counts as much in both.
+    """
     head, selected, targets = supervised_rows(model, batch)
+    weights = batch.get("target_weights")
     if computes_loss(head):
-        return head(selected, targets=targets)
-    return logits_loss(head(selected), targets)  # an adapter on the head adds to logits, so the logits are needed
+        return head(selected, targets=targets, weights=weights)
+    return logits_loss(
+        head(selected), targets, weights
+    )  # an adapter on the head adds to logits, so the logits are needed
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

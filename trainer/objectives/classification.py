@@ -91,7 +91,7 @@ class LabelReading(Reading):
             return None
         return "unknown_label", f"label {unknown!r} is none of {sorted(self.names)} (objective.labels)"
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """A document counts once, however many labels it has."""
         return {"loss": 1}
 

@@ -33,6 +33,7 @@ from trainer.objectives.base import (
     formats_of,
 )
 from trainer.objectives.causal import reference_logps, sequence_logps
+from trainer.objectives.pairs import weight_refusal
 from trainer.objectives.reference import REFERENCE_AHEAD
 
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
@@ -80,6 +81,9 @@ class RatedReading(UnlabelledReading):
     formats = (DataFormat.thumbs, DataFormat.preference)
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        return weight_refusal(document)
+
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
@@ -103,7 +107,7 @@ class RatedReading(UnlabelledReading):
                     sample.marks[DESIRABLE] = int(bool(verdict))
                 yield document, fitted
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """An answer counts once, under its verdict too."""
         good = int(sample.marks[DESIRABLE])
         return {"loss": 1, DESIRABLE: good, UNDESIRABLE: 1 - good}

@@ -26,6 +26,9 @@ class PairReading(UnlabelledReading):
     def __init__(self, *, uses_reference: bool = False) -> None:
         self.marks = {REJECTED: 0, **({REFERENCE: 0.0} if uses_reference else {})}
 
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        return weight_refusal(document)
+
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
@@ -42,12 +45,21 @@ class PairReading(UnlabelledReading):
                 sample.marks[REJECTED] = number
             yield document, made
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """A pair counts once, with its chosen answer."""
         return {"loss": 0 if sample.marks[REJECTED] else 1}
 
     def headings(self) -> list[str]:
         return ["chosen:\n", "rejected:\n"]
+
+
+def weight_refusal(document: Document) -> tuple[str, str] | None:
+    """(reason, message) where a turn has a weight, which no loss over whole answers knows."""
+    weight = next((turn["weight"] for turn in document.turns() if "weight" in turn), None)
+    if weight is None:
+        return None
+    said = f"a turn has the weight {weight:g}, and this objective compares whole answers, whose tokens weigh alike"
+    return "bad_weight", f"{said}; name weight in data.ignore_columns to train without it, or use objective=sft"
 
 
 def pair_problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:

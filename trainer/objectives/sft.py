@@ -76,9 +76,9 @@ class SftReading(UnlabelledReading):
         self.held = held
         self.marks = {REPLAY: 1} if held else {}
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """Supervised targets: a document's first token has none. Those of replayed documents are counted once more."""
-        learned = int(sample.supervised[1:].sum())
+        learned = sample.learned()
         return {"loss": learned, **({REPLAY: learned * int(sample.marks[REPLAY])} if REPLAY in sample.marks else {})}
 
     def check(self, train: TokenDataset) -> None:
@@ -139,8 +139,8 @@ class Replaying(Sft):
         head, selected, targets = supervised_rows(model, batch)
         learned, replayed = batch["totals"]["loss"], batch["totals"][REPLAY]
         # The loop divides by all learned tokens; these turn that into a division by their own number.
-        per_replayed = learned / max(1, replayed)
-        per_other = 1.0 if self.config.replay_loss else learned / max(1, learned - replayed)
+        per_replayed = learned / (replayed or 1)
+        per_other = 1.0 if self.config.replay_loss else learned / ((learned - replayed) or 1)
         total, replayed_nll, apart, _, nll = head(
             selected,
             targets=targets,
@@ -153,6 +153,7 @@ class Replaying(Sft):
                 rows=batch["replay_rows"],
                 others=batch["other_rows"],
                 others_weight=per_other,
+                weights=batch.get("target_weights"),
             ),
         )
         nll = nll + replayed_nll if self.config.replay_loss else nll * per_other

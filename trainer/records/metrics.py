@@ -35,7 +35,7 @@ class StepRecord:
     total_tokens: int
     """Tokens since the start of the run."""
     total_supervised_tokens: int
-    counts: dict[str, int]
+    counts: dict[str, float]
     local_sums: dict[str, Tensor]
     result: StepResult
     local_tokens: int
@@ -105,7 +105,7 @@ class Meter:
         world = self.runtime.world_size
         row: dict[str, Any] = {
             "step": r.step,
-            "loss": sums["loss"] / max(1, r.counts["loss"]),
+            "loss": sums["loss"] / (r.counts["loss"] or 1),
             "grad_norm": norm,
             "lr": r.lr,
             "tokens": r.total_tokens,
@@ -120,7 +120,7 @@ class Meter:
             "balance": r.balance,
         }
         row |= {f"step_tokens/{name}": tokens for name, tokens in r.source_tokens.items()}
-        row |= {name: sums[name] / max(1, r.counts["loss"]) for name in self.metrics}
+        row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
         if self.reference_tflops:
             achieved = self.flops_per_token * r.tokens / seconds / world
             row["mfu"] = achieved / (self.reference_tflops * 1e12)

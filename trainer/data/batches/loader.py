@@ -18,7 +18,7 @@ import torch
 
 from trainer.data.batches.collate import Collator, each_tensor, to_device
 from trainer.data.batches.order import Order
-from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.data.store.sequences import Sample, TokenDataset, summed
 
 PREFETCH = 2
 """Steps whose batches are made ahead."""
@@ -29,8 +29,9 @@ class StepBatch:
     """What one rank trains on in one optimizer step, and the sums over the whole global batch."""
 
     micro_batches: list[dict[str, Any]]
-    totals: dict[str, int]
-    """For each term of the objective, its count over the global batch, all ranks together."""
+    totals: dict[str, float]
+    """For each term of the objective, its count over the global batch, all ranks together; a sum of weights where the data
+    has some."""
     tokens: int
     """Tokens of the global batch."""
     local_tokens: int
@@ -154,7 +155,7 @@ class StepLoader:
         plan, rank = self.plan(first_sample), self.share.dp_rank
         everyone = np.array([doc for part in plan for slot in part for doc in slot], dtype=np.int64)
         mine = [doc for slot in plan[rank] for doc in slot]
-        totals = {term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()}
+        totals = {term: summed(counts[everyone]) for term, counts in self.dataset.counts.items()}
         batches = [
             {**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals} for slot in plan[rank]
         ]
@@ -260,7 +261,7 @@ def eval_batches(
     the one that the micro-batch holds.
     """
     covered = share.sequences(dataset)
-    totals = {term: int(counts[covered].sum()) for term, counts in dataset.counts.items()}
+    totals = {term: summed(counts[covered]) for term, counts in dataset.counts.items()}
     for sequences in eval_plan(dataset, share):
         if ahead is not None and sequences:
             samples = [ahead(dataset, number) for number in sequences]

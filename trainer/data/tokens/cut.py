@@ -131,10 +131,7 @@ def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
     """The last `max_length` tokens, of which the first `head` are the sample's own first ones, as far as they fit."""
     head = min(head, max_length - 1)
     begin = len(sample.input_ids) - (max_length - head)
-    ids = np.concatenate([sample.input_ids[:head], sample.input_ids[begin:]])
-    supervised = np.concatenate([sample.supervised[:head], sample.supervised[begin:]])
-    supervised[:1] = False
-    return Sample(ids, supervised, dict(sample.marks))
+    return sample.cut(slice(head), slice(begin, None))
 
 
 def _keep_end(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
@@ -227,17 +224,11 @@ def _pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
     room = max_length - bos
     if room < 2:
         return [truncate(sample, max_length, 0)]
-    body, supervised = sample.input_ids[bos:], sample.supervised[bos:]
-    cuts = list(range(0, len(body), room))
-    if len(body) - cuts[-1] == 1:  # EOS alone would teach that texts are empty
+    length = len(sample.input_ids)
+    cuts = list(range(bos, length, room))
+    if length - cuts[-1] == 1:  # EOS alone would teach that texts are empty
         cuts[-1] -= 1
-    samples = []
-    for begin, end in zip(cuts, [*cuts[1:], len(body)], strict=True):
-        ids = np.concatenate([sample.input_ids[:bos], body[begin:end]])
-        learned = np.concatenate([np.zeros(bos, np.bool_), supervised[begin:end]])
-        learned[:1] = False
-        samples.append(Sample(ids, learned))
-    return samples
+    return [sample.cut(slice(bos), slice(begin, end)) for begin, end in zip(cuts, [*cuts[1:], length], strict=True)]
 
 
 def _has_bos(encoder: Encoder, sample: Sample) -> int:
