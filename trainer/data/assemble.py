@@ -138,10 +138,12 @@ class Assembly:
         """Raise DataError where there are too many bad rows; their list survives the refused data set."""
         self._quarantine.flush()
         totals = self.totals
-        if totals.num_bad / max(totals.num_rows, 1) > self.max_bad_share:
+        try:
+            refuse_bad(totals.bad, totals.bad_reasons, totals.num_rows, self.max_bad_share, str(self.rejected))
+        except DataError:
             self.rejected.parent.mkdir(parents=True, exist_ok=True)
             self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())
-        refuse_bad(totals.bad, totals.bad_reasons, totals.num_rows, self.max_bad_share, str(self.rejected))
+            raise
 
     def columns(self) -> Columns:
         """Everything known of the documents; raises DataError where too many rows were bad. Call once, after the last block."""

@@ -19,6 +19,9 @@ from trainer.data.tools import texts_of, with_texts
 EXAMPLES = 5
 """How many file:line examples are kept of each kind of trouble."""
 
+WRONG_KIND = "wrong_kind"
+"""Why a row is bad from which an objective cannot learn, whatever it says: text where it compares answers, and so on."""
+
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}, and optionally "train": whether the turn is learned, and
 beside it "weight", above 0 and below 1: what its tokens count for in the loss.

@@ -139,7 +139,6 @@ class Preparation:
             if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
-            self.reading.check_read(columns, table)
             names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)

@@ -51,7 +51,8 @@ class Reading:
         return label_of(value)
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        """(reason, message) where a document that was read cannot be used; it then goes to quarantine."""
+        """(reason, message) where a document that was read cannot be used, `WRONG_KIND` where its whole kind cannot; it then
+        goes to quarantine."""
         return None
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
@@ -61,19 +62,13 @@ class Reading:
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left.
-
-        Raises DataError for a document of another kind than the objective learns from.
-        """
+        """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
             yield document, fitted(encoder, document, sample, config, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""
         return {"loss": sample.learned()}
-
-    def check_read(self, columns: Columns, table: DocumentTable) -> None:
-        """Raise DataError where all that was read together is not what the objective learns from."""
 
     def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
         """(label names in the order of their ids, id of each text in `columns.labels`); None without labels."""

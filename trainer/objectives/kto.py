@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
-from trainer.data.document import Document, Message, Tally
+from trainer.data.document import WRONG_KIND, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.data.tokens.cut import fitted_answers
 from trainer.data.tokens.encode import BATCH, Encoder, share_prompt
@@ -82,17 +82,16 @@ class RatedReading(UnlabelledReading):
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        return weight_refusal(document)
+        if document.desirable is not None or (document.chosen and document.rejected):
+            return weight_refusal(document)
+        return WRONG_KIND, (
+            "has no verdict, which objective=kto learns from; give rows with thumbs up or down (data.format=thumbs) or pairs "
+            "(data.format=preference), or use objective=sft"
+        )
 
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        for document in documents:
-            if document.desirable is None and (not document.chosen or not document.rejected):
-                raise DataError(
-                    f"{document.where}: has no verdict, which objective=kto learns from; give rows with thumbs up or down "
-                    "(data.format=thumbs) or pairs (data.format=preference), or use objective=sft"
-                )
         for start in range(0, len(documents), BATCH):
             batch = documents[start : start + BATCH]
             answers = [(document, turns) for document in batch for turns in _answers(document)]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from strategies.errors import DataError
 from trainer.data.config import DataConfig, DataFormat, OverLength
-from trainer.data.document import Document, Tally
-from trainer.data.reading import imitable
+from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.cut import fitted_answers
 from trainer.data.tokens.encode import Encoder
@@ -27,19 +25,17 @@ class PairReading(UnlabelledReading):
         self.marks = {REJECTED: 0, **({REFERENCE: 0.0} if uses_reference else {})}
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        return weight_refusal(document)
+        if document.chosen and document.rejected:
+            return weight_refusal(document)
+        return WRONG_KIND, (
+            "has no preferred and rejected answer, which this objective compares; give rows of prompt, chosen and rejected "
+            "(data.format=preference), or use objective=sft"
+        )
 
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        usable = [document for document in documents if imitable(document, tally)]
-        for document in usable:
-            if not document.chosen or not document.rejected:
-                raise DataError(
-                    f"{document.where}: has no preferred and rejected answer, which this objective compares; give rows "
-                    "of prompt, chosen and rejected (data.format=preference), or use objective=sft"
-                )
-        for document, chosen, rejected in encoder.encode_pairs(usable):
+        for document, chosen, rejected in encoder.encode_pairs(documents):
             made = fitted_answers(encoder, document, [chosen, rejected], config, tally)
             for number, sample in enumerate(made):
                 sample.marks[REJECTED] = number

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
-from trainer.data.document import Document, Refused, Tally
+from trainer.data.document import WRONG_KIND, Document, Refused, Tally
 from trainer.data.reading import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import kept
@@ -190,14 +190,16 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
         what = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
         raise Refused(
             document.where,
-            "not_two_sided",
+            "not_two_sided" if turns else WRONG_KIND,
             f"{what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
-        raise DataError(
-            f"{document.where}: tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; "
-            "name them in data.ignore_columns to train without them, or use objective=sft with a causal model"
+        raise Refused(
+            document.where,
+            "not_two_sided",
+            "tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; name them in "
+            "data.ignore_columns to train without them, or use objective=sft with a causal model",
         )
     prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     if any("weight" in turn for turn in turns[:-1]):
