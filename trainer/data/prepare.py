@@ -19,9 +19,9 @@ import numpy as np
 
 from strategies.errors import Preempted
 from trainer.data.assemble import Assembly
-from trainer.data.block import Block, Job, jobs
+from trainer.data.block import Block, Job, jobs, knobs
 from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
-from trainer.data.config import BalanceBy, DataConfig, DataFormat, PrivacyMode
+from trainer.data.config import BalanceBy, DataConfig, DataFormat, OverLength, PrivacyMode
 from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, readers_of, rows_of
 from trainer.data.maker import BlockMaker
@@ -130,7 +130,8 @@ class Preparation:
         shards = Shards.finished(self.directory)
         self._require_room()
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
-        assembly = Assembly(target, self.config.max_bad_share, rejected)
+        splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
+        assembly = Assembly(target, self.config.max_bad_share, rejected, knobs(splits=splits))
         with closing(assembly):
             for block in self._blocks(shards):
                 self.check_stop()

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.data.batches.collate import Collator
 from trainer.data.choose.splits import Columns
-from trainer.data.config import DataConfig, DataFormat, Layout
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import Document, Tally
 from trainer.data.fields import label_of
 from trainer.data.store.documents import DocumentTable
@@ -35,6 +35,8 @@ class Reading:
     """The formats that it can learn from, the one that is meant first; empty: whatever a row looks like."""
     sequences_per_document = 1
     """How many sequences of the prepared data make one document, one after another: 2 for pairs of answers."""
+    over_length: tuple[OverLength, ...] = tuple(OverLength)
+    """What it lets become of documents longer than `data.max_length`."""
     marks: dict[str, float] = {}  # noqa: RUF012 - never changed
     """Marks that every sequence carries while training, each with a value that it may have."""
     ahead: AheadOf | None = None

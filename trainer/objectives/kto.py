@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
-from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
+from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import WRONG_KIND, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.data.tokens.cut import fitted_answers
@@ -33,7 +33,7 @@ from trainer.objectives.base import (
     formats_of,
 )
 from trainer.objectives.causal import reference_logps, sequence_logps
-from trainer.objectives.pairs import weight_refusal
+from trainer.objectives.pairs import WHOLE, weight_refusal
 from trainer.objectives.reference import REFERENCE_AHEAD
 
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
@@ -60,7 +60,7 @@ def problems(config: KtoConfig, around: Around) -> Iterator[str]:
     data = around.data
     if data.packing:
         yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
-    if data.over_length in (OverLength.truncate_left, OverLength.split):
+    if data.over_length not in WHOLE:
         yield (
             f"data.over_length={data.over_length.value}: would part an answer from its prompt; set "
             "data.over_length=truncate or data.over_length=drop"
@@ -79,6 +79,7 @@ class RatedReading(UnlabelledReading):
     """
 
     formats = (DataFormat.thumbs, DataFormat.preference)
+    over_length = WHOLE
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
     def refuses(self, document: Document) -> tuple[str, str] | None:

@@ -11,6 +11,8 @@ from trainer.data.tokens.cut import fitted_answers
 from trainer.data.tokens.encode import Encoder
 from trainer.objectives.base import Around, ObjectiveConfig, UnlabelledReading, formats_of
 
+WHOLE = (OverLength.truncate, OverLength.drop, OverLength.fail)
+"""What may become of answers that are too long where prompt and answer must not be parted."""
 REJECTED = "rejected"
 """Mark of a sequence: 1 for the answer that was not preferred."""
 
@@ -20,6 +22,7 @@ class PairReading(UnlabelledReading):
 
     formats = (DataFormat.preference,)
     sequences_per_document = 2
+    over_length = WHOLE
 
     def __init__(self, *, uses_reference: bool = False) -> None:
         self.marks = {REJECTED: 0, **({REFERENCE: 0.0} if uses_reference else {})}
@@ -63,7 +66,7 @@ def pair_problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
     data = around.data
     if data.packing:
         yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
-    if data.over_length in (OverLength.truncate_left, OverLength.split):
+    if data.over_length not in WHOLE:
         yield (
             f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
             "data.over_length=truncate or data.over_length=drop"

@@ -30,6 +30,7 @@ from trainer.heads.loss import computes_loss, logits_loss
 from trainer.model.config import Kind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
 from trainer.objectives.causal import plain_model
+from trainer.objectives.pairs import WHOLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +54,7 @@ def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
         yield "data.packing=true: prompts and answers are rows of their own, padded; set data.packing=false"
     if data.layout is Layout.padding_free:
         yield "data.layout=padding_free: encoder-decoder models are trained with padded rows; set data.layout=auto"
-    if data.over_length in (OverLength.truncate_left, OverLength.split):
+    if data.over_length not in WHOLE:
         yield (
             f"data.over_length={data.over_length.value}: would part a prompt from its answer; set data.over_length=truncate, "
             "drop or fail"
@@ -83,6 +84,7 @@ def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
 class TwoSidedReading(UnlabelledReading):
     """A prompt and its answer, tokenised apart."""
 
+    over_length = WHOLE
     formats = (
         DataFormat.prompt_completion,
         DataFormat.pair,

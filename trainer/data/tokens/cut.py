@@ -44,11 +44,8 @@ def fitted_answers(
 
     None, with a reason counted, where one of them has nothing left to learn, or both are the same.
     """
-    limit, policy = config.max_length, config.over_length
-    if len(answers) == 2:
-        made = fit_pair(document, answers[0], answers[1], limit, policy)
-    else:
-        made = fit(encoder, document, answers[0], limit, policy)
+    limit = config.max_length
+    made = fit_answers(document, answers, limit, config.over_length)
     if not made:
         tally.drop("tokenise", "too_long", document.where)
         return []
@@ -101,23 +98,22 @@ def fit(
     return [truncate(sample, max_length, encoder.tail(document))]
 
 
-def fit_pair(
-    document: Document, chosen: Sample, rejected: Sample, max_length: int, policy: OverLength
-) -> list[Sample] | None:
-    """The two answers of a pair, both cut to their first `max_length` tokens where `policy` says so; None: drop them.
+def fit_answers(document: Document, answers: list[Sample], max_length: int, policy: OverLength) -> list[Sample] | None:
+    """The one or two answers of a document, cut to their first `max_length` tokens where `policy` says so; None: drop them.
 
-    Raises DataError where the policy is `fail`. The other ways to cut would part what the two have in common.
+    Raises DataError where the policy is `fail`. The other ways to cut would part an answer from its prompt, or what two have
+    in common.
     """
-    length = max(len(chosen.input_ids), len(rejected.input_ids))
+    length = max(len(sample.input_ids) for sample in answers)
     if length <= max_length:
-        return [chosen, rejected]
+        return answers
     if policy is OverLength.drop:
         return None
     if policy is OverLength.fail:
         raise _too_long(document, length, max_length, "truncate or drop")
     if policy is not OverLength.truncate:
-        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for pairs")
-    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in (chosen, rejected)]
+        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for answers")
+    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in answers]
 
 
 def _too_long(document: Document, length: int, max_length: int, others: str) -> DataError:
