@@ -35,7 +35,7 @@ def build_evaluators(
     if held_out is None or len(held_out) == 0:
         return []
     reading, collator = built.reading, built.collator
-    parts = parts_of(held_out)
+    parts = parts_of(held_out, generates=config.generate.samples > 0)
     told_apart = [name for names in parts.values() for name in names.values()]
     if config.watch.count("/") > 1 and config.watch not in told_apart:
         there = f"of their parts there are {', '.join(told_apart)}"
@@ -65,7 +65,8 @@ def build_evaluators(
     found: list[Evaluator] = [evaluator]
     if config.generate.samples:
         start = built.two_sides.decoder_start if built.two_sides else None
-        asked = EvalShare(config.batch, engine.dp_rank, engine.dp_size, config.generate.samples)
+        named = bool(held_out.manifest.get("sets"))
+        asked = EvalShare(config.batch, engine.dp_rank, engine.dp_size, config.generate.samples, by_source=named)
         found.append(
             GenerationEvaluator(
                 held_out,
@@ -80,19 +81,15 @@ def build_evaluators(
     return found
 
 
-def parts_of(held_out: TokenDataset) -> dict[int, dict[str, str]]:
+def parts_of(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
     """What of the evaluation documents is told apart, by number of the source: metric -> its name; nothing of a single source.
 
     Not among them are metrics whose terms depend on counts of the whole set.
     """
     sources = sources_of(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path, even a single one
-        return {
-            number: {
-                metric: f"eval/{name}/{metric}" for metric in ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro")
-            }
-            for number, name in sources.items()
-        }
+        metrics = ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro", *(("bleu", "rougeL") if generates else ()))
+        return {number: {metric: f"eval/{name}/{metric}" for metric in metrics} for number, name in sources.items()}
     return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
 
 
