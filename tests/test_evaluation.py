@@ -68,6 +68,10 @@ def held_out_loss(data: TokenDataset, numbers: list[int], export: Path) -> float
 
 def test_loss_by_source_is_that_of_the_source_alone(site):
     *steps, last = train("one", "evaluation.batch=3")
+    for row in steps:
+        if "loss" in row:
+            parts = [row["loss/ward"], row["loss/web"]]
+            assert min(parts) < row["loss"] < max(parts)
     data = TokenDataset.open(prepared("one") / "eval")
     for number, name in enumerate(data.source_names):
         mine = [place for place, source in enumerate(data.sources.tolist()) if source == number]

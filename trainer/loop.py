@@ -175,6 +175,7 @@ class Trainer:
             local_tokens=batch.local_tokens,
             wait_s=batch.wait_s,
             source_tokens=batch.source_tokens,
+            source_counts=batch.source_counts,
             balance=batch.balance,
         )
 

@@ -11,7 +11,7 @@ from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps, trainer_for
 from tests.helpers.tokenizers import WORDS, write_jsonl
 from trainer.data.batches.loader import EvalShare, eval_batches
-from trainer.data.config import DataConfig, Layout
+from trainer.data.config import DataConfig, Layout, SourceConfig
 from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import summed
 from trainer.evaluation.loss import LossEvaluator
@@ -168,3 +168,30 @@ def test_weight_1_is_no_weight_to_the_last_bit(tmp_path, runtime, model):
         assert batch.supervised_tokens == sum(len(micro["target_rows"]) for micro in batch.micro_batches)
         curves.append(take_steps(trainer, 3))
     assert curves[0] == curves[1] != curves[2]
+
+
+@pytest.mark.parametrize("weighted", [None, True])
+def test_the_loss_of_each_source_is_that_of_transformers(tmp_path, runtime, model, weighted):
+    """In every step, out of the same pass, and without moving the loss by a bit."""
+    made = {"ward": rows(30, weighted=weighted), "web": rows(12, weighted=weighted)}
+    sources = {name: SourceConfig(path=str(write_jsonl(tmp_path / f"{name}.jsonl", own))) for name, own in made.items()}
+    config = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"))
+    data = Preparation(config, load_tokenizer(ModelConfig(path=str(model))), SftReading(), seed=1).open_or_make()
+    settings = run_config(model, "single", "full", micro=4, steps=3, optim=AdamwConfig(lr=0.0))
+    trainer, told = trainer_for(settings, data, runtime), Plain(model)
+    plans = [trainer.loader.plan(step * GLOBAL_BATCH) for step in range(3)]
+    for batch in trainer.loader.steps(0, 3):
+        trainer.meter.add(trainer.train_step(batch))
+    found = trainer.meter.flush()
+    for plan, row in zip(plans, found, strict=True):
+        chosen = [int(data.train.documents[number]) for slot in plan[0] for number in slot]
+        parts = {"ward": [n for n in chosen if n < 30], "web": [n - 30 for n in chosen if n >= 30]}
+        assert all(parts.values())
+        for name, numbers in parts.items():
+            sums = [told.sums(made[name][number]) for number in numbers]
+            expected = sum(float(total.detach()) for total, _, _ in sums) / sum(weight for _, _, weight in sums)
+            assert row[f"loss/{name}"] == pytest.approx(expected, rel=1e-5)
+    again = trainer_for(settings, data, runtime)
+    again.loader.sources = {}
+    assert take_steps(again, 3) == [(row["loss"], row["grad_norm"]) for row in found]
+    assert not any("row_source" in micro for batch in again.loader.steps(0, 1) for micro in batch.micro_batches)

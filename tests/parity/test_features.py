@@ -34,6 +34,14 @@ def test_setting_does_not_change_the_result(ask, name):
     assert_close(ask("features", "variant", name))
 
 
+@pytest.mark.parametrize("strategy", chosen(product(STRATEGIES), values))
+def test_the_loss_by_source_is_alike(ask, strategy):
+    curves = ask("features", "sources", *strategy)
+    assert len(curves["found"]) == len(curves["expected"]) == 3
+    for found, expected in zip(curves["found"], curves["expected"], strict=True):
+        assert found == pytest.approx(expected, rel=EXACT) and len(found) == 2 and found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("architecture", "strategy"),
     chosen(product(("llama_tied", "qwen2", "qwen3", "gemma2", "gpt2", "falcon", "distilbert"), SHARDED), values),

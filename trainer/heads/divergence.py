@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.heads.loss import CHUNK_LOGITS, LossHead, _LinearCrossEntropy, _logits, _weighed
+from trainer.heads.loss import CHUNK_LOGITS, Counting, LossHead, _LinearCrossEntropy, _logits, _weighed
 
 
 class Divergence(StrEnum):
@@ -195,12 +195,12 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: Against) -
     total, nll, apart, correct = measured(own) if against.head is None else lend(against.head, measured)
     if against.others is None:
         return total, nll, apart, correct, torch.zeros_like(nll)
-    plain, _ = _LinearCrossEntropy.apply(
+    plain, *_ = _LinearCrossEntropy.apply(
         hidden[against.others],
         head.weight,
         head.bias,
         targets[against.others],
-        weights(against.others),
+        Counting(weights(against.others)),
         (head.softcap, head.logit_scale, training),
     )
     return total + against.others_weight * plain, nll, apart, correct, plain.detach()

@@ -29,7 +29,7 @@ from trainer.data.tokens.template import Rendered
 from trainer.heads.loss import computes_loss, logits_loss
 from trainer.model.config import Kind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
-from trainer.objectives.causal import plain_model
+from trainer.objectives.causal import counted, counting_of, plain_model
 from trainer.objectives.pairs import WHOLE
 
 if TYPE_CHECKING:
@@ -283,18 +283,18 @@ class Seq2seq(Objective):
             encoder_attention_mask=batch["attention_mask"],
             use_cache=False,
         ).last_hidden_state
-        rows, weights = batch["target_rows"], batch.get("target_weights")
+        rows, counting = batch["target_rows"], counting_of(batch)
         hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
         if getattr(whole.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
             hidden = hidden * whole.config.d_model**-0.5
         bias = getattr(whole, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
         head = whole.get_output_embeddings()
         if computes_loss(head):
-            loss, correct = head(hidden, targets=targets, weights=weights, added_bias=None if bias is None else bias[0])
+            found = head(hidden, targets=targets, counting=counting, added_bias=None if bias is None else bias[0])
         else:  # an adapter on the head adds to logits, so the logits are needed
             logits = head(hidden)
-            loss, correct = logits_loss(logits if bias is None else logits + bias, targets, weights)
-        return {"loss": loss, "accuracy": correct.detach()}
+            found = logits_loss(logits if bias is None else logits + bias, targets, counting)
+        return counted(batch, *found)
 
 
 SEQ2SEQ = Family(

@@ -16,7 +16,7 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.heads.divergence import Against, Divergence, Measure
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, UnlabelledReading
-from trainer.objectives.causal import summed_loss, supervised_rows
+from trainer.objectives.causal import counted, summed_loss, supervised_rows
 from trainer.objectives.teacher import Teacher, teacher_of
 
 
@@ -109,14 +109,14 @@ class ReplayCollator(Collator):
 
 
 class Sft(Objective):
-    """Terms: `loss` (summed cross-entropy, carries the gradient) and `accuracy` (correct argmaxes, evaluation only)."""
+    """Terms: `loss` (summed cross-entropy, carries the gradient), its parts by source where there are several, and `accuracy`
+    (correct argmaxes, evaluation only)."""
 
     perplexity = True
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder on all tokens and the head on supervised rows only."""
-        loss, correct = summed_loss(model, batch)
-        return {"loss": loss, "accuracy": correct.detach()}
+        return counted(batch, *summed_loss(model, batch))
 
 
 class Replaying(Sft):

@@ -42,6 +42,8 @@ class StepRecord:
     wait_s: float
     source_tokens: dict[str, int] = field(default_factory=dict)
     """See `StepBatch.source_tokens`."""
+    source_counts: dict[str, float] = field(default_factory=dict)
+    """See `StepBatch.source_counts`."""
     balance: float = 1.0
     """See `StepBatch.balance`."""
 
@@ -120,6 +122,8 @@ class Meter:
             "balance": r.balance,
         }
         row |= {f"step_tokens/{name}": tokens for name, tokens in r.source_tokens.items()}
+        apart = {f"loss/{name}": count for name, count in r.source_counts.items() if count}
+        row |= {name: sums[name] / count for name, count in apart.items() if name in sums}
         row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
         if self.reference_tflops:
             achieved = self.flops_per_token * r.tokens / seconds / world

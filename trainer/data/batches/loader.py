@@ -46,6 +46,8 @@ class StepBatch:
     """Micro-batches looked at before the first backward pass; mostly none."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of the global batch by source, where the training data has several."""
+    source_counts: dict[str, float] = field(default_factory=dict)
+    """The count of `loss` by source, likewise."""
     balance: float = 1.0
     """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
 
@@ -157,7 +159,8 @@ class StepLoader:
         mine = [doc for slot in plan[rank] for doc in slot]
         totals = {term: summed(counts[everyone]) for term, counts in self.dataset.counts.items()}
         batches = [
-            {**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals} for slot in plan[rank]
+            {**self._collated([self.dataset.sample(doc) for doc in slot], slot), "totals": totals}
+            for slot in plan[rank]
         ]
         ahead: list[dict[str, Any]] = []
         if (look := self.ahead) is not None:
@@ -173,6 +176,7 @@ class StepLoader:
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.share.global_batch,
             source_tokens=self._source_tokens(everyone),
+            source_counts=self._source_counts(everyone),
             balance=self._balance(plan),
         )
 
@@ -182,8 +186,20 @@ class StepLoader:
         tokens = np.bincount(self.dataset.sources[sequences], self.dataset.lengths[sequences])
         return {name: int(tokens[n]) if n < len(tokens) else 0 for n, name in self.sources.items()}
 
-    def _collated(self, samples: list[Sample]) -> dict[str, Any]:
+    def _source_counts(self, sequences: np.ndarray) -> dict[str, float]:
+        if len(self.sources) < 2 or self.dataset.sources is None:
+            return {}
+        counts, sources = self.dataset.counts["loss"][sequences], self.dataset.sources[sequences]
+        return {name: summed(counts[sources == number]) for number, name in self.sources.items()}
+
+    def _collated(self, samples: list[Sample], numbers: list[int] | None = None) -> dict[str, Any]:
+        """Samples as a micro-batch; of the sequences `numbers`, with whose source each supervised row is: `row_source`
+        (int64, a place in `source_names`), where there are several."""
         batch = self.collator(samples)
+        if numbers is not None and len(self.sources) > 1 and self.dataset.sources is not None:
+            places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[numbers])
+            batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[numbers]))
+            batch["source_names"] = [*self.sources.values()]
         return each_tensor(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
 
     def _balance(self, plan: list[list[list[int]]]) -> float:
