@@ -8,7 +8,8 @@ Every strategy averages gradients over the data-parallel ranks. The trainer ther
 
 for each term of the objective, so that the gradient of an optimizer step is the gradient of
 `sum over the global batch / count over the global batch`, whatever the number of ranks, the micro-batch or the
-accumulation. Counts are known before the first backward and need no communication.
+accumulation. Counts are known before the first backward and need no communication. Where tokens have weights, the sum
+is one of weighted losses and the count is the sum of the weights.
 """
 
 from __future__ import annotations
