@@ -67,7 +67,7 @@ class StrategyConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """Recompute in the backward pass: `none`, `selective` (keeps matrix products), `full`, or `auto`, as memory asks."""
     memory_gib: float | None = None
-    """Memory of one rank in GiB that `activation_checkpointing=auto` plans for; default: the device's."""
+    """Memory of one rank in GiB that `activation_checkpointing=auto` and `defer_sync=null` plan for; default: the device's."""
     compile: bool = False
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
     defer_sync: bool | None = None

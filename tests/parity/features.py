@@ -119,13 +119,15 @@ def zero2_on_device(job: Job) -> dict:
     after = values_of(trainer)
     same = all(torch.equal(before[name], after[name]) for name in before)
     told = [float(skipped.skipped), same, int(engine._updates) - updates]  # type: ignore[attr-defined]
-    going_on = take_steps(trainer, 1)[0][0]
+    path = job.saved(trainer)
+    going_on, resumed = take_steps(trainer, 2), job.go_on(config, path, 2)
     return {
         "reads": reads,
         "ours": ours,
         "theirs": theirs,
         "skipped": told,
         "going on": going_on,
+        "resumed": resumed,
     }
 
 
