@@ -35,11 +35,9 @@ from trainer.data.config import (
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.audit import Audit
-from trainer.data.report.card import datacard
-from trainer.data.report.page import page
+from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import summary
-from trainer.data.report.verdict import Level, known_gaps, overall, tiles
-from trainer.data.report.wording import percent
+from trainer.data.report.wording import Level, known_gaps, overall, percent, tiles
 from trainer.objectives.classification import LabelReading
 
 ROOT = Path(__file__).parents[2]

