@@ -10,11 +10,6 @@ from pathlib import Path
 from strategies.errors import StorageError
 from trainer.data.block import Block, Job, jobs
 from trainer.data.inputs import Input
-from trainer.data.read.columnar import count_rows
-from trainer.data.read.hub import check_name, load
-from trainer.data.read.opening import expansion, local
-from trainer.data.read.origin import Origin
-from trainer.data.read.paths import COLUMN_KINDS, is_hub, kind_of
 from trainer.data.read.row import Row
 
 PLENTY = 64
@@ -45,7 +40,7 @@ def require_room(
     make, total, train = maker(), 0.0, 0.0
     for item in inputs:
         read, rows, written = _measured(item, make)
-        size, num_rows = extent(item.origin)
+        size, num_rows = item.origin.extent()
         need = written * (size / max(read, 1) + num_rows / max(rows, 1))
         if item.split == "train" and max_documents is not None:
             need = min(need, written / max(rows, 1) * max_documents)
@@ -57,21 +52,6 @@ def require_room(
             f"(judged by the first rows of each input; {_gib(train / parts)} GiB of it is training data); set "
             "data.cache_dir to a larger disk, or read fewer rows with data.max_documents"
         )
-
-
-def extent(origin: Origin) -> tuple[float, int]:
-    """How much there is to read: bytes of text, decompressed (an estimate), and rows of tables, whose bytes tell little."""
-    size, rows = 0.0, 0
-    for path in origin.paths:
-        if is_hub(path):
-            rows += load(check_name(str(path), origin.key), origin.subset, origin.split, origin.revision).num_rows
-        elif (here := local(path)) is None:
-            size += Origin(origin.key, [path]).size()
-        elif kind_of(here) in COLUMN_KINDS:
-            rows += count_rows(here)
-        else:
-            size += here.stat().st_size * expansion(here)
-    return size, rows
 
 
 def _measured(item: Input, make: Callable[[Job], Block]) -> tuple[int, int, int]:
