@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
+HELD_OUT = ("eval", "test")
+"""Splits that are never trained on."""
+
 
 class DataFormat(StrEnum):
     """How a row is read. `auto` recognises it from the first row's columns."""

@@ -18,23 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import Preempted
-from trainer.data.assemble import Assembly
-from trainer.data.block import Block, Job, jobs
+from trainer.data.blocks import Assembly, Block, Job, jobs
+from trainer.data.cache import DONE, DigestCache, Shards, build_once, fingerprint
 from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
 from trainer.data.config import BalanceBy, DataConfig, DataFormat, PrivacyMode
 from trainer.data.formats import RowReader
-from trainer.data.inputs import inputs_of, readers_of, rows_of
-from trainer.data.maker import BlockMaker
-from trainer.data.parallel import cores, ordered_map
+from trainer.data.inputs import inputs_of, readers_of, require_room, rows_of
+from trainer.data.maker import BlockMaker, cores, ordered_map
 from trainer.data.read.origin import Origin
 from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
-from trainer.data.shards import Shards
-from trainer.data.space import require_room
-from trainer.data.stages.chain import stages_of
 from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
-from trainer.data.store.cache import DONE, DigestCache, build_once, fingerprint
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 
@@ -174,13 +169,7 @@ class Preparation:
         return jobs(rows_of(self.inputs, self.config.max_documents))
 
     def _maker(self) -> BlockMaker:
-        return BlockMaker(
-            self.config,
-            self.reading,
-            readers=self._readers(),
-            stages=stages_of(self.config),
-            encoder=self.reading.encoder(self.tokenizer, self.config),
-        )
+        return BlockMaker(self.config, self.reading, readers=self._readers(), tokenizer=self.tokenizer)
 
     def _readers(self) -> dict[tuple[str, str], RowReader]:
         return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)

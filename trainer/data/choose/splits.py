@@ -17,9 +17,8 @@ from trainer.data.choose.balance import resample
 from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.choose.ngrams import mix
-from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy, LeakagePolicy
+from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
-from trainer.data.inputs import HELD_OUT
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]

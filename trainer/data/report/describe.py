@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import QUARANTINE, Totals
 from trainer.data.batches.mixing import quotas, realised
 from trainer.data.batches.units import source_weights
+from trainer.data.blocks import QUARANTINE, Totals
 from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import Document, Tally
+from trainer.data.fields import shown_names
 from trainer.data.inputs import Input
 from trainer.data.report import audit as form
 from trainer.data.report.pages import datacard, page
@@ -27,7 +28,6 @@ from trainer.data.stages.language import share
 from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
-from trainer.data.unread import shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
