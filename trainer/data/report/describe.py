@@ -24,7 +24,7 @@ from trainer.data.report import audit as form
 from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
 from trainer.data.report.wording import KNOBS
-from trainer.data.stages.language import share
+from trainer.data.stages.filters import share
 from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset

@@ -88,7 +88,7 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
 
 
 KNOBS = {
-    "checks": "data.checks",
+    "checks": "data.checks.quarantine",
     "filters": "data.filters",
     "privacy": "data.privacy.mode",
     "decontamination": "data.decontamination.policy",

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 
-from trainer.data.config import ChecksConfig, Policy
+from trainer.data.config import ChecksConfig
 from trainer.data.document import Document, Message, Tally
 
-KINDS = tuple(field.name for field in fields(ChecksConfig) if field.name not in ("max_chars", "repeat_chars"))
+KINDS = {
+    "system_late": "a system turn that is not the first turn",
+    "assistant_before_user": "the assistant speaks before any user does",
+    "same_role_twice": "two user turns, or two assistant turns, in a row",
+    "trailing_turns": "the last turn is not the assistant's, and teaches nothing",
+    "repeated_turn": "one role says the same text twice",
+    "empty_text": "a text that is empty or only whitespace, as earlier stages may leave it",
+    "encoding_damage": "replacement characters, or text that was decoded with the wrong encoding (mojibake)",
+    "control_characters": "control characters other than tab and line ends, or characters that Unicode bars",
+    "over_long": "a text of more than `max_chars` characters",
+}
 """What documents are checked for, in the order of verdicts."""
+REPEATED = 40
+"""Shortest text in characters that counts as said twice; people do say yes twice."""
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 # The first and a further byte of a UTF-8 character, read in another encoding. Cyrillic has such pairs of its own.
 _LEADS, _FOLLOWERS = bytes(range(0xC2, 0xF5)), bytes(range(0x80, 0xC0))
@@ -21,6 +32,16 @@ _LATIN_LEADS = _LEADS.decode("cp1252") + _LEADS.decode("cp1250")
 _LATIN = "".join(_FOLLOWERS.decode(name, "ignore") for name in ("latin-1", "cp1252", "cp1250"))
 _CYRILLIC_LEADS, _CYRILLIC = b"\xd0\xd1\xe2".decode("cp1251"), _FOLLOWERS.decode("cp1251", "ignore")
 _SUSPECT = re.compile(f"[{_LATIN_LEADS}][{_LATIN}]|(?:[{_CYRILLIC_LEADS}][{_CYRILLIC}]){{2}}|\u0432\u0402")
+
+
+def problems(config: ChecksConfig) -> list[str]:
+    """One line for each name in `quarantine` that is no kind of trouble."""
+    known = ", ".join(KINDS)
+    return [
+        f"data.checks.quarantine: {name!r} is not looked for; known are {known}"
+        for name in config.quarantine
+        if name not in KINDS
+    ]
 
 
 class Checks:
@@ -38,7 +59,7 @@ class Checks:
         """The document, each trouble noted; None, under its first trouble, where one of them means quarantine."""
         found = self._found(document)
         for kind, place in found.items():
-            if getattr(self.config, kind) == Policy.quarantine:
+            if kind in self.config.quarantine:
                 tally.drop(self.name, kind, f"{document.where} ({place})")
                 return None
         for kind, place in found.items():
@@ -60,9 +81,9 @@ class Checks:
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
             for name in ("chosen", "rejected"):
-                yield from _order([*prompt, *(getattr(document, name) or [])], f" of {name}", self.config.repeat_chars)
+                yield from _order([*prompt, *(getattr(document, name) or [])], f" of {name}")
         elif document.messages is not None:
-            yield from _order(prompt, "", self.config.repeat_chars)
+            yield from _order(prompt, "")
         for number, text in enumerate(document.texts(), 1):
             yield from self._text(text, f"text {number}")
 
@@ -82,7 +103,7 @@ class Checks:
             yield "encoding_damage", f"{name}, {match.group()!r} at character {match.start() + 1}"
 
 
-def _order(turns: list[Message], suffix: str, repeat_chars: int) -> Iterator[tuple[str, str]]:
+def _order(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
     roles = [turn["role"] for turn in turns]
     said: set[tuple[str, str]] = set()
     for number, (turn, role) in enumerate(zip(turns, roles, strict=True), 1):
@@ -93,7 +114,7 @@ def _order(turns: list[Message], suffix: str, repeat_chars: int) -> Iterator[tup
             yield "assistant_before_user", where
         if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
             yield "same_role_twice", where
-        if len(turn["content"]) >= repeat_chars and (role, turn["content"]) in said:
+        if len(turn["content"]) >= REPEATED and (role, turn["content"]) in said:
             yield "repeated_turn", where
         said.add((role, turn["content"]))
     if roles and roles[-1] != "assistant":

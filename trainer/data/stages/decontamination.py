@@ -19,6 +19,10 @@ from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import EXAMPLES, Document, Tally
 
 BATCH_TEXTS = 512
+MIN_WORDS = 5
+"""Evaluation texts of fewer words are not looked for (they are counted): many documents hold them by chance."""
+MAX_SHARED = 10
+"""Runs in more evaluation texts than this are the set's own wording, and ignored."""
 MAX_FILTER_BITS = 27
 
 
@@ -99,7 +103,7 @@ class Decontaminator:
             for row, (where, _) in enumerate(batch):
                 made.report["texts"] += 1
                 own = words[offsets[row] : offsets[row + 1]]
-                if len(own) < config.min_words:
+                if len(own) < MIN_WORDS:
                     made._skip("too_short", where)
                     continue
                 digest = normal_digest(normalized[row]) or 0
@@ -124,10 +128,10 @@ class Decontaminator:
         for length, found in sorted(parts.items()):
             hashes = np.concatenate([runs for runs, _ in found])
             owners = np.repeat(np.array([owner for _, owner in found], np.int32), [len(runs) for runs, _ in found])
-            if self.config.max_shared is not None and length == self.config.ngram:
+            if length == self.config.ngram:
                 _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-                common = counts[inverse] > self.config.max_shared
-                self.report["ignored_runs"] += int((counts > self.config.max_shared).sum())
+                common = counts[inverse] > MAX_SHARED
+                self.report["ignored_runs"] += int((counts > MAX_SHARED).sum())
                 hashes, owners = hashes[~common], owners[~common]
             self._sizes += np.bincount(owners, minlength=len(self._sizes))
             self._tables.append(_Runs.of(length, hashes, owners))
@@ -137,9 +141,8 @@ class Decontaminator:
         if not self.report["checked"]:
             raise DataError(
                 f"none of the {self.report['texts']} evaluation texts for decontamination can be looked for: "
-                f"{self.report['too_short']} have fewer than min_words={self.config.min_words} words and "
-                f"{self.report['only_shared_wording']} only runs that are in more than "
-                f"max_shared={self.config.max_shared} texts; check the files, or lower min_words"
+                f"{self.report['too_short']} have fewer than {MIN_WORDS} words and "
+                f"{self.report['only_shared_wording']} only runs that are in more than {MAX_SHARED} texts; check the files"
             )
 
     def match(self, text: str) -> tuple[str, float] | None:
