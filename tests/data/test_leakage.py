@@ -9,7 +9,7 @@ import pytest
 
 from strategies.errors import DataError
 from trainer.data.choose import leakage
-from trainer.data.choose.duplicates import Signer, compared_text
+from trainer.data.choose.copies import Signer, compared_text
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.config import (
     ComparedText,

@@ -7,8 +7,7 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.choose.duplicates import Signer
-from trainer.data.choose.near import SEED, choose_bands, recall
+from trainer.data.choose.copies import SEED, Signer, choose_bands, recall
 from trainer.data.choose.ngrams import LONGEST_WORD, ngrams, normal_digest, normalize, word_hashes
 
 

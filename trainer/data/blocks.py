@@ -170,8 +170,7 @@ class Assembly:
         self._table = TableWriter(directory)
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
-        self._splits, self._sources = Names(), Names()
-        self._labels = Names()
+        self._splits, self._sources, self._labels = dict[str, int](), dict[str, int](), dict[str, int]()
         self._columns: dict[str, list[np.ndarray]] = {}
 
     def append(self, block: Block) -> None:
@@ -189,15 +188,17 @@ class Assembly:
         self._log(block)
         if totals.num_bad > GIVE_UP and totals.num_bad > self.max_bad_share * max(totals.num_rows, 10 * GIVE_UP):
             self.refuse()
-        self._count(block)
+        if block.findings is not None:
+            totals.findings = totals.findings or Findings()
+            totals.findings.merge(block.findings)
         assert block.sequences is not None and block.documents is not None
         columns = block.sequences.columns
         if LABELS in columns:
-            local = np.array([self._labels.number(name) for name in block.labels], np.int64)
+            local = np.array([_number(self._labels, name) for name in block.labels], np.int64)
             columns[LABELS] = local[columns[LABELS]]
         first = sum(len(part) for part in self._columns.get("pieces", ()))
         columns["document"] = np.repeat(np.arange(first, first + number), block.pieces)
-        columns["source"] = np.full(len(block.sequences.lengths), self._sources.number(block.source), np.int64)
+        columns["source"] = np.full(len(block.sequences.lengths), _number(self._sources, block.source), np.int64)
         self.store.append(block.sequences)
         self._table.append(block.documents)
         self._keep(block, number, columns)
@@ -206,21 +207,14 @@ class Assembly:
         starts = np.concatenate([[0], np.cumsum(block.pieces)[:-1]]).astype(np.int64) if number else np.zeros(0, int)
         label = columns[LABELS][starts] if LABELS in columns else np.full(number, -1, np.int64)
         values = {
-            "split": np.full(number, self._splits.number(block.split), np.int16),
-            "source": np.full(number, self._sources.number(block.source), np.int16),
+            "split": np.full(number, _number(self._splits, block.split), np.int16),
+            "source": np.full(number, _number(self._sources, block.source), np.int16),
             "pieces": block.pieces,
             "label": label,
             **{f"signature.{name}": column for name, column in block.signatures.items()},
         }
         for name, column in values.items():
             self._columns.setdefault(name, []).append(column)
-
-    def _count(self, block: Block) -> None:
-        totals = self.totals
-        if totals.findings is None:
-            totals.findings = block.findings
-        elif block.findings is not None:
-            totals.findings.merge(block.findings)
 
     def _log(self, block: Block) -> None:
         for bad in block.bad:
@@ -257,9 +251,9 @@ class Assembly:
             pieces=joined["pieces"],
             label=joined["label"],
             signatures=signatures,
-            splits=self._splits.names,
-            sources=self._sources.names,
-            labels=self._labels.names,
+            splits=list(self._splits),
+            sources=list(self._sources),
+            labels=list(self._labels),
         )
 
     def finish(self, label_ids: np.ndarray | None) -> None:
@@ -280,16 +274,6 @@ class Assembly:
         self._dropped.close()
 
 
-class Names:
-    """Names by number, in the order of their first appearance."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._numbers: dict[str, int] = {}
-
-    def number(self, name: str) -> int:
-        """The number of a name, a new one if need be."""
-        if name not in self._numbers:
-            self._numbers[name] = len(self.names)
-            self.names.append(name)
-        return self._numbers[name]
+def _number(names: dict[str, int], name: str) -> int:
+    """The number of a name in the order of their first appearance."""
+    return names.setdefault(name, len(names))

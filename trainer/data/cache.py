@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,8 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None]) -> Iterator[Non
 
 
 COMPLETE = "complete"
+PLAIN = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
+"""What JSON can have of a block as it is."""
 
 
 class Shards:
@@ -211,23 +213,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 def save(block: Block, path: Path) -> None:
     """Write a block to a file. Raises OSError."""
     assert block.sequences is not None and block.documents is not None
-    about = {
-        "number": block.number,
-        "split": block.split,
-        "source": block.source,
-        "rows": block.rows,
-        "rows_of_file": block.rows_of_file,
-        "bad": [asdict(bad) for bad in block.bad],
-        "tally": {
-            "dropped": block.tally.dropped,
-            "noted": block.tally.noted,
-            "examples": block.tally.examples,
-            "drops": block.tally.drops,
-        },
-        "unread": block.unread,
-        "labels": block.labels,
-        "findings": None if block.findings is None else block.findings.state(),
-    }
+    about = {name: getattr(block, name) for name in PLAIN}
+    about |= {"bad": [_fields(bad) for bad in block.bad], "tally": _fields(block.tally)}
+    about["findings"] = block.findings and _fields(block.findings)
     arrays: dict[str, Any] = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "documents": np.frombuffer(batch_to_bytes(block.documents), np.uint8),
@@ -246,24 +234,20 @@ def load(path: Path) -> Block:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     about = json.loads(arrays["about"].tobytes())
-    tally = Tally(examples=about["tally"]["examples"], drops=[tuple(drop) for drop in about["tally"]["drops"]])
-    tally.add_counts(about["tally"]["dropped"], about["tally"]["noted"])
     return Block(
-        number=about["number"],
-        split=about["split"],
-        source=about["source"],
-        rows=about["rows"],
-        rows_of_file=about["rows_of_file"],
+        **{name: about[name] for name in PLAIN},
         bad=[Bad(**bad) for bad in about["bad"]],
-        tally=tally,
+        tally=Tally(**about["tally"]),
+        findings=about["findings"] and Findings(**about["findings"]),
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(arrays["tokens"], arrays["supervised"], arrays["lengths"], _named(arrays, "column.")),
-        unread=about["unread"],
-        labels=about["labels"],
         signatures=_named(arrays, "signature."),
-        findings=None if about["findings"] is None else Findings.of_state(about["findings"]),
     )
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    return {field.name: getattr(part, field.name) for field in fields(part)}
 
 
 def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.near import NearIndex
+from trainer.data.choose.copies import NearIndex
 from trainer.data.config import LeakageConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.choose.balance import resample
-from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
+from trainer.data.choose.copies import KINDS, compared_text, find_duplicates
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.choose.ngrams import mix
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, LeakagePolicy

@@ -171,10 +171,10 @@ class Description:
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
         """What the weights ask for, and what an epoch of unpacked documents makes of them."""
+        if train.sources is None or all(source.weight is None for source in self.config.sources.values()):
+            return {}
         names = train.source_names
         weights = source_weights(self.config, names)
-        if train.sources is None or all(weight is None for weight in weights):
-            return {}
         units = np.bincount(train.sources, minlength=len(names))
         tokens = np.bincount(train.sources, train.lengths, minlength=len(names)).astype(np.int64)
         over, epoch = self.config.mixing.over, self.config.mixing.epoch

@@ -149,16 +149,6 @@ class Findings:
             kept = self.examples.setdefault(type_, [])
             kept.extend(places[: EXAMPLES - len(kept)])
 
-    def state(self) -> dict[str, Any]:
-        """Everything as plain tables, for a file."""
-        return {name: dict(getattr(self, name)) for name in self.__slots__}
-
-    @classmethod
-    def of_state(cls, state: dict[str, Any]) -> Findings:
-        """What `state` was taken of."""
-        examples = state.pop("examples")
-        return cls(**{name: Counter(counts) for name, counts in state.items()}, examples=examples)
-
     def total(self) -> int:
         """All findings."""
         return sum(self.counts.values())
