@@ -168,14 +168,14 @@ NUMBERS = 8
 def require_room(
     directory: Path,
     inputs: list[Input],
-    maker: Callable[[], Callable[[Job], Block]],
-    *,
+    make: Callable[[Job], Block],
     max_documents: int | None,
+    *,
     parts: int = 1,
 ) -> None:
     """Raise StorageError where the disk of `directory` has less room than 1/`parts` of the data is going to take.
 
-    What is written for each byte (of tables: each row) is measured on the first block of every input, made by `maker()`.
+    What is written for each byte (of tables: each row) is measured on the first block of every input, made by `make`.
     Nothing is measured where there is plenty of room.
     """
     place = directory
@@ -184,7 +184,7 @@ def require_room(
     free = shutil.disk_usage(place).free
     if PLENTY * sum(item.origin.size() for item in inputs) <= free * parts:
         return
-    make, total, train = maker(), 0.0, 0.0
+    total, train = 0.0, 0.0
     for item in inputs:
         read, rows, written = _measured(item, make)
         size, num_rows = item.origin.extent()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -50,7 +50,7 @@ class Description:
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
         inputs: list[Input],
-        formats: dict[tuple[str, str], DataFormat],
+        formats: Mapping[tuple[str, str], DataFormat],
         fingerprint: str,
         directory: Path,
         *,
