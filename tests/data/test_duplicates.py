@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainer.data.choose.compare import MAX_CHECKED, jaccard, ngrams, normalize
 from trainer.data.choose.copies import (
-    MAX_CHECKED,
     Signer,
     compared_text,
     exact_groups,
     find_duplicates,
-    jaccard,
     prompt_of,
 )
-from trainer.data.choose.ngrams import ngrams, normalize
 from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 

@@ -18,7 +18,7 @@ from trainer.data.document import Document, Tally
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.privacy import context, libraries, patterns
+from trainer.data.stages.privacy import context, patterns, rule
 from trainer.data.stages.privacy.config import (
     FOUND_BY_NONE,
     HIPAA,
@@ -454,7 +454,7 @@ def test_presidio_adds_names_without_a_network(caplog, monkeypatch):
 
 
 def test_presidio_that_is_missing_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(libraries, "_analyzer", libraries._analyzer.__wrapped__)  # another test may have loaded it
+    monkeypatch.setattr(rule, "_analyzer", rule._analyzer.__wrapped__)  # another test may have loaded it
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(ConfigError, match=r"shardtune\[pii\]"):
         Finder(config(engine="presidio", types=["EMAIL"]))

@@ -18,8 +18,8 @@ import numpy as np
 
 from strategies.errors import ShardtuneError
 from trainer.data.blocks import Bad, Block, Job
+from trainer.data.choose.compare import group_digest
 from trainer.data.choose.copies import Signer
-from trainer.data.choose.ngrams import group_digest
 from trainer.data.config import CleaningConfig, DataConfig, DuplicatePolicy, FilterConfig, PrivacyMode
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader

@@ -1,9 +1,9 @@
-"""Copies: columns of signatures made block by block, and one global decision over these columns.
+"""Copies among the training documents, and of held-out documents (leakage), from columns of signatures made block by block.
 
 Three kinds, each including the stricter ones: exact copies, the same words in the same order (normal form), and near copies
-(Jaccard similarity of word n-grams; candidates from rensa's index of MinHash bands, each truly compared). Of each group the
-first document in the order of input is kept, and every near copy was compared with the very document that stands for it:
-likeness is not passed on along chains. Near copies are a function of the texts and their order; one process finds them.
+(Jaccard similarity of word n-grams). Of each group the first document in the order of input is kept, and every near copy was
+compared with the very document that stands for it: likeness is not passed on along chains. Leakage has a fourth kind, the same
+prompt with another answer, which is told only.
 """
 
 from __future__ import annotations
@@ -11,123 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from trainer.data.choose.ngrams import digest64, mix, ngrams, normal_digest, normalize
-from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
-from trainer.data.document import Document, texts_in
-
-SEED, VALUES = 1, 128
-"""Of MinHash: the seed, and most values a document."""
-MIN_RECALL = 0.97
-"""Share of the pairs exactly at the threshold that the bands must find, in theory."""
-DOUBT = 0.15
-"""How far below the threshold an estimate may lie for a candidate to be verified: four standard deviations of it."""
-MAX_CHECKED = 64
-"""Documents that one document is truly compared with at most, the likest by estimate first."""
-MAX_SKETCHES = 4096
-"""Sketches kept in memory, 0.6 kB each; others are made anew of their text where they are compared."""
-MAX_CANDIDATES = 512
-"""A document that shares a band with as many is not kept for later ones: text that thousands share costs their square."""
-
-
-class NearIndex:
-    """Documents that others may be near copies of. `text_of(row)` gives the text of one that was added.
-
-    A document takes about 1.6 kB, most of it for its place in each band.
-    """
-
-    def __init__(self, text_of: Callable[[int], str], *, threshold: float, ngram: int) -> None:
-        from rensa import RMinHash, RMinHashLSH
-
-        bands, rows = choose_bands(threshold)
-        self._threshold, self._ngram, self._text_of = threshold, ngram, text_of
-        self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, SEED)
-        self._index = RMinHashLSH(threshold, bands * rows, bands)
-        self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, apart: self._sketch(text_of(row), apart)[1])
-        self.report = dict.fromkeys(("candidates", "comparisons", "refused", "incomplete"), 0)
-        """Documents with candidates, true comparisons, those of them that were none, and documents cut short."""
-
-    def find(self, text: str, apart: int = 0) -> int | None:
-        """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
-
-        Documents with another `apart` (a label, a source) are never near copies, nor are those without words.
-        """
-        return self._find(*self._sketch(text, apart), apart)
-
-    def add(self, row: int, text: str, apart: int = 0, *, unless_found: bool = False) -> int | None:
-        """Keep a document for later ones; with `unless_found` only where none is found, which is given back else."""
-        runs, sketch = self._sketch(text, apart)
-        found = self._find(runs, sketch, apart) if unless_found else None
-        if found is None and runs:
-            if len(self._index.query(sketch)) < MAX_CANDIDATES:
-                self._index.insert(row, sketch)
-            else:
-                self.report["incomplete"] += 1
-        return found
-
-    def _sketch(self, text: str, apart: int) -> tuple[list[bytes], Any]:
-        runs, sketch = ngrams(normalize(text), self._ngram, apart), self._empty()
-        sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
-        return runs, sketch
-
-    def _find(self, runs: list[bytes], sketch: Any, apart: int) -> int | None:
-        rows = self._index.query(sketch) if runs else []
-        estimates = [(sketch.jaccard(self._sketch_of(row, apart)), row) for row in rows]
-        likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - DOUBT]
-        self.report["candidates"] += bool(likely)
-        for _, row in sorted(likely)[:MAX_CHECKED]:
-            other = ngrams(normalize(self._text_of(row)), self._ngram, apart)
-            self.report["comparisons"] += 1
-            if jaccard(set(runs), set(other)) >= self._threshold:
-                return row
-            self.report["refused"] += 1
-        self.report["incomplete"] += len(likely) > MAX_CHECKED
-        return None
-
-
-def near_copies(
-    alive: np.ndarray, text_of: Callable[[int], str], apart: np.ndarray, *, threshold: float, ngram: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
-
-    Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared. `incomplete` in the report counts
-    the documents whose comparisons were cut short: among them, copies may be left.
-    """
-    index, stands = NearIndex(text_of, threshold=threshold, ngram=ngram), np.arange(len(alive), dtype=np.int64)
-    for row in np.flatnonzero(alive).tolist():
-        leader = index.add(row, text_of(row), int(apart[row]), unless_found=True)
-        stands[row] = row if leader is None else leader
-    copies = stands[stands != np.arange(len(stands))]
-    return stands, {**index.report, "duplicates": len(copies), "groups": len(np.unique(copies))}
-
-
-def jaccard(first: set[bytes], second: set[bytes]) -> float:
-    """Shared elements over all elements; 0 where both sets are empty."""
-    shared = len(first & second)
-    return shared / (len(first) + len(second) - shared or 1)
-
-
-def recall(similarity: float, bands: int, rows: int) -> float:
-    """Probability that two texts of this Jaccard similarity share at least one band: 1 - (1 - s**rows)**bands."""
-    return 1 - (1 - similarity**rows) ** bands
-
-
-def choose_bands(threshold: float) -> tuple[int, int]:
-    """(bands, rows of a band) with the most rows, so the fewest useless candidates, that still find enough.
-
-    A MinHash value agrees with probability equal to the Jaccard similarity s (Broder 1997); a pair becomes a candidate
-    with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). The
-    rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
-    rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
-    """
-    for rows in range(VALUES, 0, -1):
-        if recall(threshold, VALUES // rows, rows) >= MIN_RECALL:
-            return VALUES // rows, rows
-    return VALUES, 1
+from strategies.errors import DataError
+from trainer.data.choose.compare import NearIndex, digest64, mix, near_copies, normal_digest, normalize
+from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig, LeakageConfig, LeakagePolicy
+from trainer.data.document import EXAMPLES, Document, texts_in
 
 
 def compared_text(document: Document, which: ComparedText) -> str:
@@ -279,3 +171,119 @@ def find_duplicates(
     for _ in KINDS[1:]:
         result.stands = result.stands[result.stands]
     return result
+
+
+LEAKS = ("exact", "normalized", "near", "prompt")
+"""From the strictest: the same row; the same words; overlapping n-grams; the same prompt with another answer."""
+
+
+@dataclass(slots=True)
+class Leaks:
+    """k training documents that leak, each once, in the order of training input."""
+
+    train: np.ndarray
+    """int64[k]: training document."""
+    held_out: np.ndarray
+    """int64[k]: the first held-out document it agrees with (for near ones: the likest found)."""
+    kind: np.ndarray
+    """uint8[k]: place in `LEAKS`, the strictest that holds."""
+    incomplete: int = 0
+    """Training documents whose comparisons for near leaks were cut short: among them, leaks may be unseen."""
+
+    def report(self, where_train: Callable[[int], str], where_held_out: Callable[[int], str]) -> dict[str, Any]:
+        """Counts by kind on both sides, and the first places of each kind as "file:line = file:line"."""
+        result: dict[str, Any] = {"train": {}, "held_out": {}, "examples": {}, "incomplete": self.incomplete}
+        for place, kind in enumerate(LEAKS):
+            rows = np.flatnonzero(self.kind == place)
+            result["train"][kind] = len(rows)
+            result["held_out"][kind] = len(np.unique(self.held_out[rows]))
+            pairs = [(int(self.train[row]), int(self.held_out[row])) for row in rows[:EXAMPLES]]
+            result["examples"][kind] = [f"{where_train(one)} = {where_held_out(other)}" for one, other in pairs]
+        return result
+
+
+def find_leaks(
+    train: Mapping[str, np.ndarray],
+    held_out: Mapping[str, np.ndarray],
+    *,
+    config: LeakageConfig,
+    threshold: float,
+    ngram: int,
+    train_text: Callable[[int], str],
+    held_out_text: Callable[[int], str],
+    alive: np.ndarray | None = None,
+) -> Leaks:
+    """Compare the columns of `duplicates.Signer.sign` of both parts, which must come from the same settings.
+
+    The texts are asked for only where near leaks are looked for (Jaccard similarity of at least `threshold` over word
+    n-grams), which needs the column "verdict". Training rows not `alive`, dropped before, are left out. Sources do not
+    matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each held-out one.
+    """
+    number = len(train["digest"])
+    partner = np.full(number, -1, dtype=np.int64)
+    kind = np.zeros(number, dtype=np.uint8)
+    open_rows = np.ones(number, dtype=bool) if alive is None else alive.copy()
+    incomplete = 0
+    for place, name in enumerate(LEAKS):
+        found = np.full(number, -1, dtype=np.int64)
+        rows = np.flatnonzero(open_rows)
+        if name == "near":
+            if config.near:
+                index = NearIndex(held_out_text, threshold=threshold, ngram=ngram)
+                for row, apart in enumerate(held_out["verdict"].tolist()):
+                    index.add(row, held_out_text(row), apart)
+                for row in rows.tolist():
+                    likest = index.find(train_text(row), int(train["verdict"][row]))
+                    found[row] = -1 if likest is None else likest
+                incomplete = index.report["incomplete"]
+        elif name != "prompt":
+            column = "digest" if name == "exact" else "normal"
+            found[rows] = _first_equal(train[column][rows], held_out[column])
+        elif config.prompts:
+            found[rows] = _first_equal(train["prompt"][rows], held_out["prompt"])
+            found[train["prompt"] == 0] = -1
+        hit = found >= 0
+        partner[hit], kind[hit] = found[hit], place
+        open_rows &= ~hit
+    leaking = np.flatnonzero(partner >= 0)
+    return Leaks(leaking, partner[leaking], kind[leaking], incomplete)
+
+
+def settle(
+    leaks: Leaks,
+    config: LeakageConfig,
+    number: int,
+    *,
+    where_train: Callable[[int], str],
+    where_held_out: Callable[[int], str],
+    setting: str = "data.leakage.policy",
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Carry out the policy for `number` training documents: (bool[number] kept, report).
+
+    Raises DataError where the policy is `fail` and there are leaks, with the counts and the first places.
+    """
+    report = leaks.report(where_train, where_held_out)
+    kept = np.ones(number, dtype=bool)
+    # A task's fixed instruction, or one that redaction made equal, is a prompt of every document: no leak by itself.
+    telling = leaks.train[leaks.kind != LEAKS.index("prompt")]
+    if len(telling) and config.policy is LeakagePolicy.fail:
+        counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
+        places = [place for kind in LEAKS[:-1] for place in report["examples"][kind]][:EXAMPLES]
+        raise DataError(
+            f"{len(telling)} of {number} training documents are in the held-out data too ({counts}): "
+            f"{'; '.join(places)}. Take them out of one of the two, or set {setting}=drop_train, "
+            f"or {setting}=report to train nevertheless"
+        )
+    if config.policy is LeakagePolicy.drop_train:
+        kept[telling] = False
+    return kept, report
+
+
+def _first_equal(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """For each value the first place of an equal one in `others`, -1 where there is none: int64."""
+    if not len(others):
+        return np.full(len(values), -1, dtype=np.int64)
+    order = np.argsort(others, kind="stable")
+    ordered = others[order]
+    place = np.minimum(np.searchsorted(ordered, values), len(others) - 1)
+    return np.where(ordered[place] == values, order[place], -1)

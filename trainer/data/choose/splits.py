@@ -14,9 +14,8 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.choose.balance import resample
-from trainer.data.choose.copies import KINDS, compared_text, find_duplicates
-from trainer.data.choose.leakage import find_leaks, settle
-from trainer.data.choose.ngrams import mix
+from trainer.data.choose.compare import mix
+from trainer.data.choose.copies import KINDS, compared_text, find_duplicates, find_leaks, settle
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.store.documents import DocumentTable

@@ -21,9 +21,8 @@ from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode
 from trainer.data.document import EXAMPLES, Document, Tally
 from trainer.data.stages.privacy import context, patterns
 from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, TYPES, active_types, problems
-from trainer.data.stages.privacy.libraries import Presidio, canonical, phones
 from trainer.data.stages.privacy.patterns import compact
-from trainer.data.stages.privacy.rule import Finding
+from trainer.data.stages.privacy.rule import Finding, Presidio, canonical, phones
 
 NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
 DIGIT = re.compile(r"\d")
