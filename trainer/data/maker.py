@@ -26,8 +26,7 @@ from trainer.data.formats import RowReader
 from trainer.data.inputs import evaluation_documents
 from trainer.data.read.row import Row
 from trainer.data.reading import Reading
-from trainer.data.stages.checks import Checks
-from trainer.data.stages.cleaning import Cleaner
+from trainer.data.stages.checks import Checks, Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
 from trainer.data.stages.filters import Filters
 from trainer.data.stages.privacy.stage import Privacy
