@@ -131,6 +131,8 @@ class Duplicates:
     """int64[n]: the earlier document it duplicates; its own index where it is none."""
     kind: np.ndarray
     """uint8[n]: 0 none, else 1 + the place in `KINDS`."""
+    policies: dict[str, DuplicatePolicy] = field(default_factory=dict)
+    """What is done about each kind that was looked for."""
     report: dict[str, Any] = field(default_factory=dict)
     """Documents by kind, and what the search for near duplicates did."""
 
@@ -164,6 +166,7 @@ def find_duplicates(
         found = stands != np.arange(number)
         result.stands[found], result.kind[found] = stands[found], place + 1
         alive &= ~found
+        result.policies[kind] = policy
         if policy is DuplicatePolicy.drop:
             result.kept &= ~found
         result.report[kind] = int(found.sum())

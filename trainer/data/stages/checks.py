@@ -69,10 +69,6 @@ class Checks:
             tally.note(self.name, kind, f"{document.where} ({place})")
         return document
 
-    def verdicts(self, document: Document) -> list[str]:
-        """The kinds of trouble in a document, in the order of `KINDS`; a pure function of it and the limits."""
-        return list(self._found(document))
-
     def _found(self, document: Document) -> dict[str, str]:
         """Kinds of trouble, in the order of `KINDS`, each with its first place in the document."""
         places: dict[str, str] = {}
