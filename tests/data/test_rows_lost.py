@@ -11,7 +11,7 @@ from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, Dupl
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.tokens.skeleton import RESERVED
+from trainer.data.tokens.probing import RESERVED
 from trainer.objectives.seq2seq import TwoSidedReading
 
 

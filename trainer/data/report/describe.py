@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.batches.mixing import quotas, realised
-from trainer.data.batches.units import source_weights
+from trainer.data.batches.mixing import quotas, realised, source_weights
 from trainer.data.blocks import QUARANTINE, Totals
 from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat
