@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
+from strategies.simulation import real_tensors
 
 
 def replicate_degree(requested: int, runtime: Runtime) -> int:
@@ -24,7 +25,9 @@ def replicate_degree(requested: int, runtime: Runtime) -> int:
 
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:
     """A mesh of (`replicate`, `shard`), or of `shard` alone where there is one replica. All ranks must call."""
-    if replicate == 1:
-        return init_device_mesh(device.type, (runtime.world_size,), mesh_dim_names=("shard",))
-    shape = (replicate, runtime.world_size // replicate)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    shape: tuple[int, ...] = (runtime.world_size,)
+    names: tuple[str, ...] = ("shard",)
+    if replicate > 1:
+        shape, names = (replicate, runtime.world_size // replicate), ("replicate", "shard")
+    with real_tensors():
+        return init_device_mesh(device.type, shape, mesh_dim_names=names)

@@ -228,7 +228,7 @@ class ZeroStrategy:
 
     def __init__(self, config: ZeroConfig, precision: Precision, runtime: Runtime) -> None:
         self.config, self.precision, self.runtime = config, precision, runtime
-        self.on_cpu = runtime.device.type == "cpu"
+        self.on_cpu = runtime.kind == "cpu"
         if self.on_cpu and precision is Precision.fp16:
             raise ConfigError(
                 f"precision=fp16 with strategy={config.name}: DeepSpeed has no fp16 on CPUs; use bf16 or fp32"
