@@ -7,6 +7,7 @@ by the type of device is chosen here as on a GPU: attention kernels, the types t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -32,12 +33,18 @@ def simulated_rank(
 
     if dist.is_initialized():
         raise RuntimeError("a rank is simulated in a process that is part of no job")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which other libraries import, would guess, and say so
     local = min(local_world_size, world_size)
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(rank % local)  # DeepSpeed looks there
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield Runtime(rank, world_size, rank % local, local, device, dist.group.WORLD, simulated=True)
     finally:
         dist.destroy_process_group()
+        os.environ.pop("LOCAL_RANK")
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 @contextmanager
@@ -113,6 +120,8 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is Tensor.backward or func is torch.autograd.backward:
+            return self._backward(*args, **kwargs)
         if func is Tensor.pin_memory:
             return args[0]
         if func is Tensor.is_pinned:
@@ -121,6 +130,19 @@ class AsOnGpu(TorchFunctionMode):
             args = [a.float() if torch.is_tensor(a) and a.dtype in _LOW else a for a in args]
             kwargs = {k: v.float() if torch.is_tensor(v) and v.dtype in _LOW else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _backward(
+        self, root: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+    ) -> None:
+        """What is recomputed on the way is chosen likewise: torch's own entry would leave this mode behind."""
+        assert inputs is None, "no engine asks for the gradients of some tensors alone"
+        roots = (root,) if isinstance(root, Tensor) else tuple(root)
+        given = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
+        made = tuple(torch.ones_like(r) if g is None else g for r, g in zip(roots, given, strict=True))
+        with self:
+            torch.autograd.graph._engine_run_backward(
+                roots, made, bool(retain_graph), create_graph, (), allow_unreachable=True, accumulate_grad=True
+            )
 
 
 def _attention(

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
 from strategies.base import OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
-from strategies.deepspeed_library import exchange_through, import_deepspeed, norm_on_cpu, restore_linear
+from strategies.deepspeed_library import (
+    exchange_through,
+    import_deepspeed,
+    norm_on_cpu,
+    restore_linear,
+    settle_accelerator,
+    stay_in_place,
+)
 from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
@@ -246,7 +253,8 @@ class ZeroStrategy:
         max_grad_norm: float,
     ) -> ZeroEngine:
         """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
-        deepspeed = import_deepspeed(on_cpu=self.on_cpu)
+        deepspeed = import_deepspeed(on_cpu=self.on_cpu or self.runtime.simulated)
+        settle_accelerator(self.runtime)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=compute, frozen=compute)
@@ -267,6 +275,8 @@ class ZeroStrategy:
         optimizer = make_optimizer(trainable_parameters(step_module))
         memory = open_host_memory(self.runtime)
         exchange_through(memory)
+        if self.runtime.simulated:
+            stay_in_place(step_module)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
         if self.on_cpu and hasattr(engine.optimizer, "get_grad_norm_direct"):
             engine.optimizer.get_grad_norm_direct = norm_on_cpu

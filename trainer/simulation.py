@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from strategies.base import Precision
 from strategies.parameters import meta_context, named_parameters
@@ -15,6 +20,7 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import micro_batch_of
+from trainer.planning.depth import Extended, at_depth
 from trainer.planning.simulate import Parts, ShapesOnly, Simulated, simulate
 
 
@@ -45,6 +51,54 @@ def simulate_run(
     """
     with simulated_rank(rank, world_size, local_world_size=local_world_size) as runtime:
         return simulate(parts_of(config, lengths, runtime), runtime)
+
+
+def simulate_depth(
+    config: RunConfig,
+    lengths: list[int],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    local_world_size: int = 8,
+    exact: bool = False,
+) -> Extended:
+    """`simulate_run` of the whole model, from two models of few blocks; with `exact`, from the model itself.
+
+    Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
+    """
+    settings = load_model_config(config.model)
+    text = settings.get_text_config()
+    blocks, period = text.num_hidden_layers, _period(text)
+
+    def take(depth: int) -> Simulated:
+        with TemporaryDirectory() as place:
+            shallow = (
+                config if depth == blocks else replace(config, model=_with_blocks(config.model, depth, Path(place)))
+            )
+            return simulate_run(shallow, lengths, rank=rank, world_size=world_size, local_world_size=local_world_size)
+
+    exact = exact or period is None or getattr(settings, "is_encoder_decoder", False)
+    return at_depth(take, blocks, period or 1, exact=exact)
+
+
+def _period(text: Any) -> int | None:
+    """After how many blocks their kinds repeat; None where they do not."""
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return 1
+    fits = (n for n in range(1, len(kinds) // 2 + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return next(fits, None)
+
+
+def _with_blocks(config: ModelConfig, depth: int, place: Path) -> ModelConfig:
+    """The model with `depth` blocks, as a directory with a config.json."""
+    settings = copy.deepcopy(load_model_config(config))
+    text = settings.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    settings.save_pretrained(place)
+    return replace(config, path=str(place))
 
 
 def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> Parts:

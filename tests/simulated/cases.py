@@ -1,6 +1,6 @@
 """A step of a tiny model, simulated or real, and what of it can be compared."""
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,11 +10,13 @@ from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import simulated_rank
 from tests.helpers import building
 from tests.helpers.building import run_config
+from tests.helpers.covering import chosen, values
 from trainer.config.run import RunConfig
-from trainer.planning.simulate import Simulated, simulate, watch
+from trainer.planning.simulate import ShapesOnly, Simulated, simulate, watch
 from trainer.simulation import parts_of
 
-STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+NATIVE = STRATEGIES[:4]
 CHECKPOINTING = ("none", "selective", "full")
 LENGTHS = [40, 24]
 """Tokens of the documents of a micro-batch."""
@@ -60,9 +62,17 @@ def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> Simulated:
         return watch(parts_of(case.config(model, world), LENGTHS, runtime), runtime)
 
 
+class Zeros(ShapesOnly):
+    """Values with which every step is finite."""
+
+    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+        return torch.zeros(stop - start, dtype=torch.bfloat16)
+
+
 def real(case: Case, model: Path, runtime: Runtime) -> Simulated:
     """The case on this rank's CPU. All ranks must call."""
-    return watch(parts_of(case.config(model, runtime.world_size), LENGTHS, runtime), runtime, warm=2, repeat=4)
+    parts = parts_of(case.config(model, runtime.world_size), LENGTHS, runtime, source=Zeros())
+    return watch(parts, runtime, warm=2, repeat=4)
 
 
 def comparable(found: Simulated) -> dict:
@@ -76,3 +86,23 @@ def comparable(found: Simulated) -> dict:
         "host_reads": sum(found.host_reads.values()),
         "flops": found.flops,
     }
+
+
+def matrix() -> list[tuple[Case, int]]:
+    """Every (case, number of ranks) that is simulated as on GPUs."""
+    return [
+        (Case(strategy, tuning, precision, checkpointing, offload, accumulation), world)
+        for strategy in STRATEGIES
+        for tuning in ("full", "lora")
+        for precision in ("bf16", "fp16", "fp32")
+        for checkpointing in CHECKPOINTING
+        for offload in (False, True)
+        if not offload or strategy not in ("single", "ddp")
+        for accumulation in (1, 4)
+        for world in ((1,) if strategy == "single" else (8, 64, 512))
+    ]
+
+
+def chosen_cases() -> list[tuple[Case, int]]:
+    """Those of them that `make test` takes: every value, and every strategy with and without adapters."""
+    return chosen(matrix(), lambda one: {*values((*astuple(one[0]), one[1])), (one[0].strategy, one[0].tuning)})

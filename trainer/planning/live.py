@@ -75,6 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self._explain: dict[int, list[Moment]] = {}
         self._owned: Callable[[], Iterable[tuple[Kind, Tensor]]] = lambda: ()
         self._resize: Any = None
+        self._counts = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -128,7 +129,10 @@ class LiveBytes(TorchDispatchMode):
 
     def tally(self) -> dict[Kind, int]:
         """Live bytes by kind, now."""
-        for kind, tensor in self._owned():
+        at, self._counts = self.operation, False  # asking for a tensor can be an operation
+        found = list(self._owned())
+        self.operation, self._counts = at, True
+        for kind, tensor in found:
             if tensor.device == self.device and tensor.untyped_storage()._cdata in self._held:
                 self.see(tensor, kind)
         out: dict[Kind, int] = {}
@@ -137,6 +141,8 @@ class LiveBytes(TorchDispatchMode):
         return {kind: size for kind, size in out.items() if size}
 
     def _note(self) -> None:
+        if not self._counts:
+            return
         self.operation += 1
         highest = self.highest.get(self.moment)
         if highest is None:

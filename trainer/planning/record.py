@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from trainer.planning.live import LiveBytes, Moment
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_FILES = ("strategies", "trainer")
+_FILES, _OWN = ("strategies", "trainer"), ("strategies/simulation.py", "trainer/planning/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,9 @@ class Recorder(LiveBytes):
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in collective_ops and func not in sync_ops:
             self._collective(func, args)
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device == self.device:
-            self.record.host_reads[_caller()] += 1
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].device == self.device:
+                self.record.host_reads[_caller()] += 1
             if hasattr(args[0], "fake_device"):  # there is no value: one that lets a run go on
                 return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
         out = func(*args, **kwargs)
@@ -128,7 +129,9 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _FILES and "planning" not in path.parts:
-            return f"{path.relative_to(_ROOT)}:{frame.f_lineno}"
+        if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _FILES:
+            name = path.relative_to(_ROOT).as_posix()
+            if not name.startswith(_OWN):
+                return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
