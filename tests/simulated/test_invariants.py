@@ -2,7 +2,6 @@
 
 import pytest
 
-from strategies.base import Fsdp2Config
 from strategies.owned import Kind
 from tests.helpers.building import model_dir
 from tests.simulated.cases import NATIVE, chosen_cases, simulated
@@ -29,8 +28,7 @@ def test_step(model, case, world):
         assert found.to_host == 0 and found.host < 4096, "only what counts, such as steps, lies on the host"
     assert found.resting[Kind.parameters] > 0
     assert sum(found.resting.values()) <= found.peak[1].total == max(h.total for h in found.moments.values())
-    offloaded = case.offload and isinstance(case.strategy_config(), Fsdp2Config)
-    assert (Kind.optimizer in found.resting) != offloaded
+    assert (Kind.optimizer in found.resting) != case.offload
     if (row := golden(case, world)) is not None:
         assert summary(found) == row, "numbers moved: see tests/simulated/goldens.py"
 
