@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast check format bench bench-scaling bench-gpu bench-data clean
+.PHONY: install demo test test-all test-fast check format bench bench-scaling bench-gpu bench-data gpu-proof clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -52,6 +52,9 @@ bench-gpu: $(STAMP)
 
 bench-data: $(STAMP)
 	@$(BIN)/python benchmarks/data_preparation.py
+
+gpu-proof: $(STAMP)
+	@$(BIN)/python benchmarks/gpu_proof.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
+from strategies.runtime import Runtime
 
 _CPU = torch.device("cpu")
 _SMALLEST = 2**12
@@ -42,6 +44,19 @@ def restore_linear() -> None:
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
 
     torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
+
+
+def settle_accelerator(runtime: Runtime) -> None:
+    """Let DeepSpeed see the device of `runtime`, one that is simulated too."""
+    if runtime.simulated or "strategies.simulated_deepspeed" in sys.modules:
+        from strategies.simulated_deepspeed import settle
+
+        settle(runtime)
+
+
+def stay_in_place(step_module: nn.Module) -> None:
+    """DeepSpeed moves the module to where it is already, which fake parameters do not suffer."""
+    step_module._apply = lambda fn, recurse=True: step_module  # type: ignore[method-assign, assignment]
 
 
 class _Done:

@@ -23,11 +23,13 @@ from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
+from strategies.simulation import compute_on, real_tensors
 
 
 def dtensor_start(tensor: DTensor) -> int:
     """Index, in the flattened whole, of the first element of a dim-0 shard."""
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    with real_tensors():
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     row = 1
     for size in tensor.shape[1:]:
         row *= size
@@ -88,6 +90,8 @@ class Fsdp2Engine(NativeEngine):
     replicated = False
     defer_sync = True
     wrapped: FSDPModule  # type: ignore[assignment]
+    shard_group: dist.ProcessGroup
+    """The ranks that hold one replica together."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         sync = last or not self.defer_sync
@@ -111,8 +115,7 @@ class Fsdp2Engine(NativeEngine):
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def _reduce_norm(self, squared: Tensor) -> Tensor:
-        mesh = self._mesh
-        dist.all_reduce(squared, group=mesh["shard"].get_group() if mesh.ndim > 1 else mesh.get_group())
+        dist.all_reduce(squared, group=self.shard_group)
         return squared
 
     @property
@@ -159,7 +162,8 @@ class Fsdp2Strategy:
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=torch.float32, frozen=compute)
         apply_to_blocks(step_module, self.config)
-        memory = self._shard(step_module, compute)
+        group = self._shard(step_module, compute)
+        memory = self._exchange(step_module, group)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
         materialize(step_module, device)
         if self.config.cpu_offload:
@@ -179,15 +183,16 @@ class Fsdp2Strategy:
         )
         planned = getattr(step_module, "defer_sync", None)
         engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
-        engine.host_memory = memory
+        engine.shard_group, engine.host_memory = group, memory
         return engine
 
-    def _shard(self, step_module: nn.Module, compute: torch.dtype) -> HostMemory | None:
+    def _shard(self, step_module: nn.Module, compute: torch.dtype) -> dist.ProcessGroup:
+        """Wrap blocks and root; the ranks that hold one replica together."""
         check_experts(step_module, self.runtime.world_size // self.replicate, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
         offload: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:
-            offload = CPUOffloadPolicy(pin_memory=self.runtime.device.type == "cuda")
+            offload = CPUOffloadPolicy(pin_memory=self.runtime.kind == "cuda")
         if self.precision is Precision.fp32:
             policy = MixedPrecisionPolicy()
         else:
@@ -197,7 +202,13 @@ class Fsdp2Strategy:
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **kwargs)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
         fully_shard(step_module, reshard_after_forward=False, **kwargs)
-        memory = open_host_memory(self.runtime, mesh["shard"].get_group())
+        if self.runtime.simulated:
+            compute_on(step_module, self.runtime.device)
+        with real_tensors():
+            return mesh["shard"].get_group()
+
+    def _exchange(self, step_module: nn.Module, group: dist.ProcessGroup) -> HostMemory | None:
+        memory = open_host_memory(self.runtime, group)
         for module in step_module.modules():
             if memory is not None and isinstance(module, FSDPModule):
                 module.set_custom_all_gather(_AllGather(memory))

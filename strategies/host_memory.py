@@ -147,7 +147,7 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
     where any rank cannot reach all the others'. All ranks of the group must call.
     """
     size = dist.get_world_size(group)
-    if size == 1 or runtime.device.type != "cpu" or not runtime.shared_memory:
+    if size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
         return None
     descriptor = _create()
     offers: list[tuple[str | None, int, int] | None] = [None] * size

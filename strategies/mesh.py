@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from strategies.base import Fsdp2Config, StrategyConfig, StrategyName
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
+from strategies.simulation import real_tensors
 
 
 def replicate_degree(requested: int, runtime: Runtime) -> int:
@@ -42,13 +43,15 @@ def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> Device
     """
     if replicate == 1:
         assert dist.group.WORLD is not None
-        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
-    ranks = torch.arange(runtime.world_size).view(replicate, -1)
-    row, column = divmod(runtime.rank, ranks.shape[1])
+        with real_tensors():
+            return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
     settings: dict[str, Any] = {
         "timeout": timedelta(seconds=runtime.timeout_s),
         "backend": "nccl" if device.type == "cuda" else None,  # without a second, unused one for CPUs
         "use_local_synchronization": True,
     }
-    groups = [dist.new_group(members.tolist(), **settings) for members in (ranks[:, column], ranks[row])]
-    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+    with real_tensors():
+        ranks = torch.arange(runtime.world_size).view(replicate, -1)
+        row, column = divmod(runtime.rank, ranks.shape[1])
+        groups = [dist.new_group(members.tolist(), **settings) for members in (ranks[:, column], ranks[row])]
+        return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))

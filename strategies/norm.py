@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from strategies.runtime import device_kind
+
 _PIECE = 2**14
 
 
@@ -17,6 +19,6 @@ def squared_norm(grads: Sequence[Tensor]) -> Tensor:
     an eighth of the time of squares summed pairwise.
     """
     pieces = [g.detach().float() for g in grads]
-    if pieces[0].device.type == "cpu":
+    if device_kind(pieces[0].device) == "cpu":
         pieces = [piece for g in pieces for piece in g.reshape(-1).split(_PIECE)]
     return torch.stack(torch._foreach_norm(pieces)).square().sum()

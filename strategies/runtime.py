@@ -19,6 +19,14 @@ from strategies.matmul import Matmul, agree, choose, restore
 MANY = 64
 """Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
 
+SIMULATED = torch.device("cpu", 0)
+"""Stands for a GPU in a simulation (`strategies/simulation.py`); the host is the device "cpu", without an index."""
+
+
+def device_kind(device: torch.device) -> str:
+    """The type of device whose kernels and settings are chosen: that of `device`, or of the GPU that it stands for."""
+    return "cuda" if device == SIMULATED else device.type
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -36,6 +44,13 @@ class Runtime:
     """Whether CPU ranks on one host may exchange through shared memory."""
     timeout_s: float = 600
     """Seconds after which a collective that makes no progress fails."""
+    simulated: bool = False
+    """Whether the other ranks are made up: then they answer what this one says."""
+
+    @property
+    def kind(self) -> str:
+        """The type of device that the run is for."""
+        return device_kind(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -155,7 +170,7 @@ def dist_sum(values: torch.Tensor) -> torch.Tensor:
 
 def broadcast_object(value: Any, runtime: Runtime) -> Any:
     """Rank 0's `value`, on every rank. All ranks must call."""
-    if runtime.world_size == 1:
+    if runtime.world_size == 1 or runtime.simulated:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, group=runtime.control_group)
@@ -164,8 +179,8 @@ def broadcast_object(value: Any, runtime: Runtime) -> Any:
 
 def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. All ranks must call."""
-    if runtime.world_size == 1:
-        return [value]
+    if runtime.world_size == 1 or runtime.simulated:
+        return [value] * runtime.world_size
     box: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(box, value, group=runtime.control_group)
     return box
@@ -183,7 +198,7 @@ def first_error(error: BaseException | None, runtime: Runtime) -> str | None:
 
 def barrier(runtime: Runtime) -> None:
     """Wait for every rank. All ranks must call."""
-    if runtime.world_size > 1:
+    if runtime.world_size > 1 and not runtime.simulated:
         dist.barrier(group=runtime.control_group)
 
 

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
 from strategies.base import OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
-from strategies.deepspeed_library import ClipsOnDevice, exchange_through, import_deepspeed, norm_of, restore_linear
+from strategies.deepspeed_library import (
+    ClipsOnDevice,
+    exchange_through,
+    import_deepspeed,
+    norm_of,
+    restore_linear,
+    settle_accelerator,
+    stay_in_place,
+)
 from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
@@ -233,7 +241,7 @@ class ZeroStrategy:
 
     def __init__(self, config: ZeroConfig, precision: Precision, runtime: Runtime) -> None:
         self.config, self.precision, self.runtime = config, precision, runtime
-        self.on_cpu = runtime.device.type == "cpu"
+        self.on_cpu = runtime.kind == "cpu"
         if self.on_cpu and precision is Precision.fp16:
             raise ConfigError(
                 f"precision=fp16 with strategy={config.name}: DeepSpeed has no fp16 on CPUs; use bf16 or fp32"
@@ -251,7 +259,8 @@ class ZeroStrategy:
         max_grad_norm: float,
     ) -> ZeroEngine:
         """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
-        deepspeed = import_deepspeed(on_cpu=self.on_cpu)
+        deepspeed = import_deepspeed(on_cpu=self.on_cpu or self.runtime.simulated)
+        settle_accelerator(self.runtime)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=compute, frozen=compute)
@@ -281,6 +290,8 @@ class ZeroStrategy:
         settings = settings_for(on_device=on_device)
         memory = open_host_memory(self.runtime)
         exchange_through(memory)
+        if self.runtime.simulated:
+            stay_in_place(step_module)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
         bound_groups(self.runtime)
         if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):

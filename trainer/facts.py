@@ -24,6 +24,7 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
 from trainer.loop import Outcome
+from trainer.model.architecture import text_settings
 from trainer.model.weights import WeightSource
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.status import write_text_atomic
@@ -145,7 +146,12 @@ def _substitutions(
 
 
 def _flops(built: Built, mean_length: float, answer_share: float) -> float:
-    """Of an encoder-decoder model each side is passed by its own tokens only; `answer_share` of them are the decoder's."""
+    """Of an encoder-decoder model each side is passed by its own tokens only; `answer_share` of them are the decoder's.
+
+    Of experts a token meets those that are chosen for it.
+    """
+    text = text_settings(built.config)
+    met = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
     total = trained = 0.0
     counts = element_counts(built.step_module)
     for name, p in named_parameters(built.step_module):
@@ -155,11 +161,12 @@ def _flops(built: Built, mean_length: float, answer_share: float) -> float:
         lookup = built.tuning.base_name(name) in built.vocabulary and not _is_head(built, name)
         if len(shape) < 2 or lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
+        if len(shape) == 3 and isinstance(met, int):
+            numel *= min(met, shape[0]) / shape[0]
         if built.two_sides is not None:
             numel *= 1 - answer_share if ".encoder." in f".{name}" else answer_share
         total += numel
         trained += numel if p.requires_grad else 0
-    text = built.config.get_text_config() if hasattr(built.config, "get_text_config") else built.config
     return flops_per_token(
         matmul_parameters=round(total),
         trainable_matmul_parameters=round(trained),

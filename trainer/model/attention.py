@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from strategies.hardware import FLASH_HEAD, gpu_of
 from strategies.matmul import LONG, as_chosen, in_blas
+from strategies.runtime import device_kind
 
 NAME = "shardtune_varlen"
 
@@ -65,14 +66,14 @@ def varlen_attention(
             raise ValueError(f"attention '{NAME}' does not implement {unknown}; set data.layout=padded")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     computes_in = value.dtype  # under autocast, rotary embeddings leave the other two in float32
-    if query.is_cuda:
+    if device_kind(query.device) == "cuda":
         query, key = query.to(computes_in), key.to(computes_in)
     if sinks is None and _has_varlen_kernel(query, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
     # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one, so that casting pays.
-    wide = torch.promote_types(computes_in, torch.float32) if query.device.type == "cpu" else computes_in
+    wide = torch.promote_types(computes_in, torch.float32) if device_kind(query.device) == "cpu" else computes_in
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
         rule = Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
@@ -185,7 +186,7 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: Rule, mask: Tensor | None)
 
 
 def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+    if device_kind(query.device) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
 

@@ -46,6 +46,11 @@ def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
     lengths = np.sort(np.asarray(work.train.lengths))[::-1][:number].tolist()
     if work.row_tokens is not None:
         lengths = [work.row_tokens] * work.micro_batch
+    return micro_batch_of(built, lengths)
+
+
+def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
+    """A micro-batch of sequences of these lengths in tokens, all supervised, on the CPU; their values mean nothing."""
     # Shapes do not depend on the values of marks, counts and means.
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, dtype=bool), built.reading.marks) for n in lengths]
     batch = built.collator(samples)

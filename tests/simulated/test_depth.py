@@ -1,0 +1,74 @@
+"""A model's step out of two shallow ones is that of the model itself: bytes, kinds, moment, exchanges and arithmetic."""
+
+from dataclasses import asdict, astuple
+
+import pytest
+import transformers
+
+from tests.helpers.covering import EVERYTHING, chosen, values
+from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
+from trainer.planning.depth import shallow
+from trainer.planning.live import GRAIN
+from trainer.simulation import simulate_depth
+
+SIZES = {
+    "moderate": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "vocab_size": 4096},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256},
+}
+FLAT = 16
+"""Flat buffers of ZeRO at most: parameters, gradients, masters, moments, by group."""
+HEADS = {"moderate": 8, "8B": 32, "70B": 64}
+MATRIX = [
+    Case(strategy, tuning, precision, checkpointing, False, accumulation)
+    for strategy in STRATEGIES
+    for tuning in ("full", "lora")
+    for precision in ("bf16", "fp32")
+    for checkpointing in CHECKPOINTING
+    for accumulation in (1, 2)
+]
+LARGE = [
+    ("8B", Case("fsdp2", "full", "bf16", "full", False, 2), 8),
+    ("8B", Case("zero3", "lora", "bf16", "none"), 8),
+    ("70B", Case("fsdp2", "full", "bf16", "full"), 64),
+]
+
+
+def model(place, size):
+    heads = {"num_attention_heads": HEADS[size], "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(**SIZES[size], **heads, pad_token_id=0)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(place / size)
+    return place / size
+
+
+def agree(path, case, world, lengths):
+    config = case.config(path, world)
+    options = {"world_size": world, "rank": world - 1}
+    found, exact = (asdict(simulate_depth(config, lengths, exact=e, **options)) for e in (False, True))
+    # ZeRO joins parameters into a few flat buffers, each of which is rounded once, whatever the depth.
+    slack = FLAT * GRAIN if case.strategy.startswith("zero") else 0
+    for part in ("kinds", "resting"):
+        one, other = found.pop(part), exact.pop(part)
+        assert one.keys() == other.keys()
+        assert all(abs(one[kind] - other[kind]) <= slack for kind in one), part
+    assert abs(found.pop("total") - exact.pop("total")) <= slack
+    assert found == exact
+
+
+@pytest.mark.parametrize("case", chosen(MATRIX, lambda case: values(astuple(case))), ids=str)
+def test_moderate(tmp_path, case):
+    agree(model(tmp_path, "moderate"), case, 1 if case.strategy == "single" else 8, [256, 100])
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes minutes: SHARDTUNE_TEST_ALL=1")
+@pytest.mark.parametrize(("size", "case", "world"), LARGE, ids=str)
+def test_large(tmp_path, size, case, world):
+    agree(model(tmp_path, size), case, world, [2048, 2048])
+
+
+def test_two_depths_are_of_the_remainder():
+    assert shallow(32) == (4, 5)
+    assert shallow(5) is None
+    assert shallow(62, 6) == (26, 32)
+    assert shallow(20, 6) is None

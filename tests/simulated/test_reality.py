@@ -1,0 +1,79 @@
+"""What is simulated is what happens: live bytes, exchanges and arithmetic of fake CPU tensors and of real ones are equal."""
+
+import json
+from dataclasses import astuple
+
+import pytest
+import torch
+
+from tests.helpers.building import model_dir
+from tests.helpers.covering import chosen, values
+from tests.helpers.ranks import Ranks
+from tests.simulated.cases import CHECKPOINTING, NATIVE, Case, comparable, real_alone, simulated
+
+CPU = torch.device("cpu")
+MATRIX = [
+    (Case(strategy, tuning, precision, checkpointing, False, accumulation), world, architecture)
+    for strategy in NATIVE  # ZeRO looks whether gradients are finite, which made-up ones are not
+    for world in ((1,) if strategy == "single" else (8,))
+    for tuning in ("full", "lora")
+    for precision in ("fp32", "bf16")
+    for checkpointing in CHECKPOINTING
+    for accumulation in (1, 4)
+    for architecture in ("llama", "gemma2", "gpt2")
+]
+HELD_LATE = 1.1
+"""How much more than it holds a real rank may seem to hold, while gloo's threads still have what they exchanged."""
+TOGETHER = [
+    Case("ddp", "full", "bf16", "none", False, 2),
+    Case("fsdp2", "full", "bf16", "selective", False, 2),
+    Case("fsdp2", "lora", "fp32", "full"),
+    Case("hsdp", "full", "bf16", "none"),
+    Case("zero1", "full", "fp32", "full"),
+    Case("zero2", "lora", "bf16", "none", False, 2),
+    Case("zero2", "full", "bf16", "selective"),
+    Case("zero3", "lora", "fp32", "full"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("simulated")
+    model_dir(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(place):
+    two = Ranks("tests.simulated.job", 2, place)
+    yield two
+    two.stop()
+
+
+def as_json(found):
+    return json.loads(json.dumps(comparable(found)))
+
+
+@pytest.mark.parametrize(
+    ("case", "world", "architecture"),
+    chosen(MATRIX, lambda case: values((*astuple(case[0]), *case[1:]))),
+    ids=str,
+)
+def test_on_real_tensors_of_one_rank(place, case, world, architecture):
+    """To the byte, in every moment and by kind; and every exchange. Only the other ranks are made up."""
+    model = model_dir(place, architecture)
+    found = as_json(simulated(case, model, world, world - 1, device=CPU))
+    assert found == as_json(real_alone(case, model, world, world - 1))
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=str)
+def test_on_two_real_ranks(place, ranks, case):
+    """With gloo between them: live bytes in every moment, but for what gloo lets go of late, by its threads' own time.
+
+    DDP's reducer calls the process group unseen.
+    """
+    found, measured = as_json(simulated(case, place / "llama", 2, device=CPU)), ranks.ask(*astuple(case))
+    exchanged = [each for each in measured["collectives"] if each[0] != "broadcast"]
+    assert found["collectives"] == exchanged or (case.strategy == "ddp" and not exchanged)
+    for moment, (total, _) in found["moments"].items():
+        assert total <= measured["moments"][moment][0] <= HELD_LATE * total, moment

@@ -1,0 +1,130 @@
+"""From models of few blocks to the whole one: what a step takes is a straight line in the number of blocks, moment by moment.
+
+Blocks of a kind do the same. So in a moment counted from either end (the second block, the last but one) live bytes grow by
+the same amount with each further block, and so do exchanges and arithmetic; between the ends they lie on a line. A peak is the
+highest of the lines at the full depth, which may be that of another moment than in the shallow models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from strategies.owned import Kind
+from trainer.planning.live import Highest, Moment
+from trainer.planning.record import Collective
+from trainer.planning.simulate import Simulated
+
+ENDS = 2
+"""Blocks at either end that may do otherwise than those between, which gather ahead and are gathered ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """A step of a model of `blocks` blocks, out of two simulations of fewer."""
+
+    blocks: int
+    peak: Moment
+    total: int
+    """Live bytes on the device at the peak."""
+    kinds: dict[Kind, int]
+    """Of these by kind."""
+    resting: dict[Kind, int]
+    exchanged: dict[tuple[str, int, str], tuple[int, int]]
+    """By collective, ranks and type: calls, and bytes together."""
+    host_reads: int
+    flops: float
+    host: int
+    """Bytes that the engine keeps on the host."""
+
+
+def shallow(blocks: int, period: int = 1) -> tuple[int, int] | None:
+    """Numbers of blocks to simulate for a model of `blocks`, whose kinds of blocks repeat after `period`; None: the whole.
+
+    Both leave the remainder of `blocks`, so that the last block is of the same kind.
+    """
+    fewest = 2 * ENDS * period
+    first = fewest + (blocks - fewest) % period
+    return (first, first + period) if first + period < blocks else None
+
+
+def extend(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int) -> Extended:
+    """The step of a model of `blocks` blocks, from those of `depths` blocks."""
+    steps = (blocks - depths[1]) / (depths[1] - depths[0])
+
+    def line(first: float, second: float) -> int:
+        return round(second + (second - first) * steps)
+
+    def lines(first: dict[Any, int], second: dict[Any, int]) -> dict[Any, int]:
+        keys = dict.fromkeys((*second, *first))
+        made = {key: line(first.get(key, 0), second.get(key, 0)) for key in keys}
+        return {key: value for key, value in made.items() if value}
+
+    ends, more = _from_ends(low, depths[0]), _from_ends(high, depths[1])
+    found = {m: Highest(line(ends[m].total, h.total), 0, lines(ends[m].kinds, h.kinds)) for m, h in more.items()}
+    peak, highest = max(found.items(), key=lambda item: item[1].total)
+    calls, size = _exchanged(low.collectives), _exchanged(high.collectives)
+    exchanged = {
+        key: (line(calls[key][0], size[key][0]), line(calls[key][1], size[key][1])) for key in {**size, **calls}
+    }
+    return Extended(
+        blocks=blocks,
+        peak=peak if not isinstance(peak.place, int) or peak.place >= 0 else replace(peak, place=blocks + peak.place),
+        total=highest.total,
+        kinds=highest.kinds,
+        resting=lines(low.resting, high.resting),
+        exchanged=exchanged,
+        host_reads=line(sum(low.host_reads.values()), sum(high.host_reads.values())),
+        flops=high.flops + (high.flops - low.flops) * steps,
+        host=line(low.host, high.host),
+    )
+
+
+def whole(found: Simulated, blocks: int) -> Extended:
+    """What was simulated at its full depth, in the same words."""
+    peak, highest = found.peak
+    return Extended(
+        blocks=blocks,
+        peak=peak,
+        total=highest.total,
+        kinds=highest.kinds,
+        resting=found.resting,
+        exchanged=dict(_exchanged(found.collectives)),
+        host_reads=sum(found.host_reads.values()),
+        flops=found.flops,
+        host=found.host,
+    )
+
+
+def at_depth(simulate: Callable[[int], Simulated], blocks: int, period: int = 1, *, exact: bool = False) -> Extended:
+    """The step of a model of `blocks` blocks; `simulate` takes that of one with so many as it is told."""
+    depths = None if exact else shallow(blocks, period)
+    if depths is None:
+        return whole(simulate(blocks), blocks)
+    return extend(simulate(depths[0]), simulate(depths[1]), depths, blocks)
+
+
+def _from_ends(found: Simulated, depth: int) -> dict[Moment, Highest]:
+    """Moments of blocks counted from the nearer end; those in the middle lie between."""
+    out: dict[Moment, Highest] = {}
+    for moment, highest in found.moments.items():
+        place = moment.place
+        if isinstance(place, int):
+            if place >= depth - ENDS:
+                moment = replace(moment, place=place - depth)
+            elif place >= ENDS:
+                continue
+        out[moment] = highest
+    return out
+
+
+def _exchanged(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
+    calls: Counter[tuple[str, int, str]] = Counter()
+    size: Counter[tuple[str, int, str]] = Counter()
+    for each in collectives:
+        key = each.name, len(each.ranks), each.dtype
+        calls[key] += 1
+        size[key] += each.bytes
+    return {key: (calls[key], size[key]) for key in calls}

@@ -1,0 +1,207 @@
+"""Live bytes through a step: counted by storage, as they come and go, on real tensors as on fake ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from strategies.owned import Kind
+
+GRAIN = 512
+"""Bytes that an allocation is a multiple of, as torch's allocator for GPUs hands them out."""
+
+
+def rounded(size: int) -> int:
+    """Bytes that an allocation of `size` takes."""
+    return -(-size // GRAIN) * GRAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A stretch of a step in which a rank does one thing."""
+
+    phase: str
+    """`forward`, `backward`, `update`, or `between` steps."""
+    micro: int
+    """The micro-batch, from 0."""
+    place: int | str
+    """The block at work, from 0; or `before`, `head`, `after`."""
+
+    def __str__(self) -> str:
+        where = f"block {self.place}" if isinstance(self.place, int) else self.place
+        return self.phase if self.phase in ("update", "between") else f"{self.phase} {self.micro}: {where}"
+
+
+@dataclass(slots=True)
+class Highest:
+    """The most bytes that were live at once in a moment, and after which operation of the step that was."""
+
+    total: int = 0
+    operation: int = -1
+    kinds: dict[Kind, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Held:
+    size: int
+    kind: Kind
+    reference: Any
+    """Of the storage: ends the count when that is freed."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
+
+    `moment` is set by whoever knows; the highest of each is in `highest`. With `explain`, a tally by kind is taken after
+    the operations listed there, which a step before this one has found to be the highest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.now = self.operation = 0
+        self.moment = Moment("between", 0, "before")
+        self.highest: dict[Moment, Highest] = {}
+        self.made = Kind.other
+        """The kind of what is made now, unless more is known."""
+        self._held: dict[int, _Held] = {}
+        self._explain: dict[int, list[Moment]] = {}
+        self._owned: Callable[[], Iterable[tuple[Kind, Tensor]]] = lambda: ()
+        self._resize: Any = None
+        self._counts = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It changes nothing: other modes need not know of it."""
+        return True
+
+    # -- what lives ----------------------------------------------------------------------------------------------
+
+    def see(self, tensor: Tensor, kind: Kind | None = None) -> None:
+        """Count a tensor's storage from now on; with `kind`, it is known what it holds."""
+        if tensor.device != self.device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        held = self._held.get(key)
+        if held is None:
+            size = rounded(storage.nbytes())
+            self._held[key] = _Held(size, kind or self.made, weakref.ref(storage, self._freed(key)))
+            self.now += size
+        elif kind is not None:
+            held.kind = kind
+
+    def _freed(self, key: int) -> Callable[[Any], None]:
+        def free(_reference: Any) -> None:
+            held = self._held.pop(key, None)
+            if held is not None:
+                self.now -= held.size
+
+        return free
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        held = self._held.get(storage._cdata)
+        if held is not None:
+            size = rounded(storage.nbytes())
+            self.now += size - held.size
+            held.size, held.kind = size, Kind.gathered
+            self._note()
+
+    # -- through a step ------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A step begins: operations are counted from here."""
+        self.operation, self.highest, self._explain = 0, {}, {}
+
+    def explain(self, found: dict[Moment, Highest], owned: Callable[[], Iterable[tuple[Kind, Tensor]]]) -> None:
+        """A step begins that repeats one: tally what is live by kind where `found` says that it was highest."""
+        self.begin()
+        self._owned = owned
+        for moment, highest in found.items():
+            self._explain.setdefault(highest.operation, []).append(moment)
+
+    def tally(self) -> dict[Kind, int]:
+        """Live bytes by kind, now."""
+        at, self._counts = self.operation, False  # asking for a tensor can be an operation
+        found = list(self._owned())
+        self.operation, self._counts = at, True
+        for kind, tensor in found:
+            if tensor.device == self.device and tensor.untyped_storage()._cdata in self._held:
+                self.see(tensor, kind)
+        out: dict[Kind, int] = {}
+        for held in self._held.values():
+            out[held.kind] = out.get(held.kind, 0) + held.size
+        return {kind: size for kind, size in out.items() if size}
+
+    def _note(self) -> None:
+        if not self._counts:
+            return
+        self.operation += 1
+        highest = self.highest.get(self.moment)
+        if highest is None:
+            highest = self.highest[self.moment] = Highest()
+        if self.now > highest.total or highest.operation < 0:
+            highest.total, highest.operation = self.now, self.operation
+        if self.operation in self._explain:
+            kinds = self.tally()
+            for moment in self._explain[self.operation]:
+                self.highest.setdefault(moment, Highest()).kinds = kinds
+
+    def __enter__(self) -> Any:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:
+            out = resize(storage, size)
+            self._resized(storage)
+            return out
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign,assignment]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its local operations come by themselves
+        out = self.run(func, args, kwargs or {})
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._exchanged(args)
+        self._seen(func, args, out)
+        self._note()
+        return out
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operation itself."""
+        return func(*args, **kwargs)
+
+    def _seen(self, func: Any, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self.see(out)
+            if func is torch.ops.aten._to_copy.default and self._is_parameter(args[0]):
+                self.see(out, Kind.gathered)
+        elif isinstance(out, tuple | list):
+            for each in out:
+                self._seen(None, (), each)
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        held = self._held.get(tensor.untyped_storage()._cdata)
+        return held is not None and held.kind is Kind.parameters
+
+    def _exchanged(self, value: Any) -> None:
+        """What a collective reads and writes is a buffer, unless it has an owner."""
+        if isinstance(value, Tensor):
+            held = self._held.get(value.untyped_storage()._cdata)
+            if held is not None and held.kind in (Kind.activations, Kind.other):
+                held.kind = Kind.communication
+        elif isinstance(value, tuple | list):
+            for each in value:
+                self._exchanged(each)

@@ -1,0 +1,291 @@
+"""The real step on tensors without memory: what a run would take, hold and exchange, found by running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from strategies.base import Engine, OptimizerFactory, Precision, Progress, StepResult, StrategyConfig
+from strategies.build import build_strategy
+from strategies.owned import Kind, owned
+from strategies.runtime import Runtime
+from strategies.simulation import fake_tensors
+from trainer.data.batches.collate import each_tensor, to_device
+from trainer.data.batches.loader import StepBatch, StepLoader
+from trainer.evaluation.base import EvaluationConfig
+from trainer.loop import LoopSettings, Output, Trainer
+from trainer.optim.schedule import ScheduleConfig
+from trainer.planning.live import Highest, Moment
+from trainer.planning.record import Collective, Record, Recorder
+from trainer.step import Built
+
+
+class ShapesOnly:
+    """A `ParameterSource` without values."""
+
+    def run(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """As many elements as are asked for, on the host."""
+        return torch.empty(stop - start, dtype=torch.bfloat16)
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a step is made of."""
+
+    built: Built
+    strategy: StrategyConfig
+    precision: Precision
+    make_optimizer: OptimizerFactory
+    max_grad_norm: float
+    batches: list[dict[str, Any]]
+    """One rank's micro-batches of a step, on the CPU."""
+    source: Any = field(default_factory=ShapesOnly)
+    """A `ParameterSource`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """One rank's step, from the second on: the optimizer has its state."""
+
+    moments: dict[Moment, Highest]
+    """The most live bytes on the device in each moment, in order."""
+    resting: dict[Kind, int]
+    """Bytes between steps."""
+    collectives: list[Collective]
+    host_reads: Counter[str]
+    flops: float
+    to_host: int
+    to_device: int
+    host: int
+    """Bytes that the engine keeps on the host."""
+
+    @property
+    def peak(self) -> tuple[Moment, Highest]:
+        """The moment with the most live bytes."""
+        return max(self.moments.items(), key=lambda item: item[1].total)
+
+
+def simulate(parts: Parts, runtime: Runtime) -> Simulated:
+    """Take three steps on fake tensors as the rank that `runtime` says, on its device, and report the last.
+
+    The model is on meta, and is used up. Raises what the engine raises, and ConfigError for what it refuses.
+    """
+    with fake_tensors(runtime.device):
+        shape_of = _Shapes()
+        for module in parts.built.step_module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = shape_of(buffer)
+        return watch(replace(parts, batches=[each_tensor(batch, shape_of) for batch in parts.batches]), runtime)
+
+
+class _Shapes:
+    """Fake tensors in place of real ones, the same for the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self._made.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))[1]
+
+
+def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> Simulated:
+    """`simulate` on whatever tensors there are: real ones too. All ranks must call.
+
+    `warm` steps go before; the least of 1 + `repeat` more counts, since real process groups let go of tensors in threads of
+    their own, sometimes late.
+    """
+    recorder = Recorder(runtime.device)
+    with recorder:
+        strategy = build_strategy(parts.strategy, parts.precision, runtime)
+        blocks = parts.built.step_module.shard_units()  # sharding may give their classes other names
+        engine = strategy.prepare(
+            parts.built.step_module,
+            source=parts.source,
+            make_optimizer=parts.make_optimizer,
+            max_grad_norm=parts.max_grad_norm,
+        )
+        for kind, tensor in owned(engine):
+            recorder.see(tensor, kind)
+        watched = Watched(engine, recorder, blocks)
+        with watched.places():
+            return _steps(parts, watched, recorder, warm, repeat)
+
+
+def _steps(parts: Parts, watched: Watched, recorder: Recorder, warm: int, repeat: int) -> Simulated:
+    trainer = _trainer(watched)
+
+    def step() -> Record:
+        watched.start()
+        batch = _batch(parts, recorder.device)
+        trainer.train_step(batch)
+        del batch
+        watched.at("between")
+        recorder._note()
+        return recorder.record
+
+    for _ in range(warm):
+        recorder.begin()
+        step()
+    recorder.begin()
+    record = step()
+    found = recorder.highest
+    for _ in range(repeat):
+        recorder.explain(found, lambda: owned(watched.engine))
+        step()
+        again = recorder.highest
+        if watched.runtime.simulated and (differ := [m for m, h in found.items() if h.total != again[m].total]):
+            raise RuntimeError(f"two steps of one run hold different amounts of memory: {', '.join(map(str, differ))}")
+        for moment, highest in again.items():
+            highest.total = min(highest.total, found[moment].total)
+        found = again
+    resting = recorder.tally()
+    host = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for _, t in owned(watched.engine)
+        if t.device != recorder.device
+    }
+    return Simulated(
+        moments=found,
+        resting=resting,
+        collectives=record.collectives,
+        host_reads=record.host_reads,
+        flops=record.flops,
+        to_host=record.to_host,
+        to_device=record.to_device,
+        host=sum(host.values()),
+    )
+
+
+def _batch(parts: Parts, device: torch.device) -> StepBatch:
+    made = [to_device(batch, device) for batch in parts.batches]
+    tokens = sum(int(batch["input_ids"].numel()) for batch in parts.batches)
+    return StepBatch(
+        micro_batches=made,
+        totals=parts.batches[0]["totals"],
+        tokens=tokens,
+        local_tokens=tokens,
+        supervised_tokens=tokens,
+        samples=1,
+    )
+
+
+def _trainer(engine: Watched) -> Trainer:
+    """The loop's own step, with nothing around it."""
+    settings = LoopSettings(
+        total_steps=3,
+        seed=0,
+        lr=1.0,
+        schedule=ScheduleConfig(),
+        evaluation=EvaluationConfig(),
+        max_skipped_steps=1,
+        log_every=1,
+        save_final=False,
+    )
+    nothing = cast(Any, None)
+    return Trainer(
+        settings,
+        engine=cast(Engine, engine),
+        loader=cast(StepLoader, None),
+        progress=Progress(),
+        evaluators=[],
+        output=Output(nothing, nothing, nothing, nothing),
+        agreement=nothing,
+    )
+
+
+class Watched:
+    """An engine that tells a recorder what it is at."""
+
+    def __init__(self, engine: Any, recorder: Recorder, blocks: list[nn.Module]) -> None:
+        self.engine, self.recorder, self.blocks = engine, recorder, blocks
+        self.runtime: Runtime = engine.runtime
+        self.dp_rank, self.dp_size = engine.dp_rank, engine.dp_size
+        self.step_module = engine.step_module
+        self._micro = 0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._micro = 0
+        self.at("forward", "before")
+
+    def at(self, phase: str, place: int | str = "before") -> None:
+        """What is at work from now on."""
+        self.recorder.moment = Moment(phase, self._micro, place)
+        made = Kind.logits if place == "head" and phase == "forward" else Kind.activations
+        self.recorder.made = Kind.other if phase == "between" else made
+
+    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+        self.at("forward")
+        self.recorder.squares = _squares(batch)
+        return self.engine.forward(batch, last=last)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.at("backward")
+        self.engine.backward(loss, last=last)
+        self._micro += 1
+
+    def step(self, lr_factor: float) -> StepResult:
+        self._micro -= 1
+        self.at("update")
+        return self.engine.step(lr_factor)
+
+    @contextmanager
+    def places(self) -> Iterator[None]:
+        """Tells blocks and head apart while entered; the hooks that do so keep nothing alive."""
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                self._hook(stack, block, index)
+            model = self.step_module.model
+            plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+            head = plain.get_output_embeddings()
+            if head is not None:
+                self._hook(stack, head, "head")
+            yield
+
+    def _hook(self, stack: ExitStack, module: nn.Module, place: int | str) -> None:
+        def phase() -> str:
+            return self.recorder.moment.phase
+
+        def enter(*_: Any) -> None:
+            self.at(phase(), place)
+
+        def leave(_module: nn.Module, _given: Any, out: Any) -> None:
+            if phase() != "forward":  # a block that is recomputed stays at work
+                return
+            self.at("forward", "after" if place == "head" else place)
+            first = next((t for t in _first(out) if t.requires_grad), None)
+            if first is not None:
+                first.register_hook(lambda _grad: self.at("backward", place))
+
+        for handle in (
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave),
+        ):
+            stack.callback(handle.remove)
+
+
+def _first(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, tuple | list):
+        for each in out:
+            yield from _first(each)
+
+
+def _squares(batch: dict[str, Any]) -> int:
+    bounds = batch.get("document_bounds")
+    if bounds is None:
+        rows, width = batch["input_ids"].shape
+        return rows * width * width
+    return sum((stop - start) ** 2 for start, stop in pairwise(bounds))
