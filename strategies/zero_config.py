@@ -50,6 +50,9 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
         # would be added again with every recomputation. What it saves is small beside that of checkpointing.
         zero["memory_efficient_linear"] = config.activation_checkpointing is not ActivationCheckpointing.selective
         zero["stage3_gather_16bit_weights_on_model_save"] = False
+        # By default some blocks of experts are gathered whole, and reduced by a hook that fires before there are gradients
+        # where nothing below them trains. A layer's experts are one module here: no expert's weights are left ungathered.
+        zero["leaf_module"] = {"classes": []}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -39,6 +39,7 @@ from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import around_update, build_tuning, fold_adapters
 from trainer.tuning.check import check_room
+from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.table import needs_own_rows
 
@@ -212,6 +213,7 @@ def build_step(
     built.two_sides, built.folded = two_sides, folded
     _quantise(built, config, head)
     fuse_lora(step.model)
+    use_low_rank(step.model)
     return built
 
 
