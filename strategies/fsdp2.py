@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from strategies.activation import apply_to_blocks
-from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, StrategyName
+from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision
+from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
-from strategies.mesh import replicate_degree, shard_mesh
+from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
@@ -31,6 +32,23 @@ def dtensor_start(tensor: DTensor) -> int:
     for size in tensor.shape[1:]:
         row *= size
     return (offsets[0] if offsets else 0) * row
+
+
+def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
+    """Raise ConfigError where experts would be dealt to more `ranks` than there are of them.
+
+    A parameter is sharded along its first dimension. With more ranks than experts some would hold a whole expert of each
+    layer, others nothing, and every gather would move the padding of those.
+    """
+    for name, parameter in named_parameters(step_module):
+        experts = parameter.shape[0] if parameter.dim() == 3 else ranks
+        if experts < ranks:
+            fitting = max(d for d in range(1, experts + 1) if ranks % d == 0)
+            raise ConfigError(
+                f"strategy={strategy}: {name} holds {experts} experts, and {ranks} ranks would share them, so that "
+                f"{ranks - experts} ranks held none of them and the others a whole one each; use strategy=hsdp "
+                f"strategy.replicate={ranks // fitting}, which shards over {fitting}, or strategy=zero3, which cuts anywhere"
+            )
 
 
 class _AllGather(DefaultAllocMixin, AllGather):
@@ -75,6 +93,8 @@ class Fsdp2Engine(NativeEngine):
         sync = last or not self.defer_sync
         self.wrapped.set_is_last_backward(last)
         self.wrapped.set_requires_gradient_sync(sync)
+        # Between replicas sums of shards can wait: they take no more memory than the shards.
+        self.wrapped.set_requires_all_reduce(last)
         super().backward(loss, last=last)
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -122,10 +142,7 @@ class Fsdp2Strategy:
 
     def __init__(self, config: Fsdp2Config, precision: Precision, runtime: Runtime) -> None:
         self.config, self.precision, self.runtime = config, precision, runtime
-        replicate = config.replicate
-        if config.name is StrategyName.hsdp or replicate != 1:
-            replicate = replicate_degree(0 if replicate == 1 else replicate, runtime)
-        self.replicate = replicate
+        self.replicate = replicas(config, runtime)
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()
@@ -160,11 +177,13 @@ class Fsdp2Strategy:
             runtime=self.runtime,
             strategy=self.config.name,
         )
-        engine.defer_sync = self.config.defer_sync
+        planned = getattr(step_module, "defer_sync", None)
+        engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
         engine.host_memory = memory
         return engine
 
     def _shard(self, step_module: nn.Module, compute: torch.dtype) -> HostMemory | None:
+        check_experts(step_module, self.runtime.world_size // self.replicate, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
         offload: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:

@@ -16,13 +16,15 @@ from typing import Any
 
 from strategies.audit import sharding_record
 from strategies.base import Engine, Precision
+from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
-from strategies.runtime import Runtime
+from strategies.runtime import Runtime, gather_objects
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
 from trainer.loop import Outcome
+from trainer.model.weights import WeightSource
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.status import write_text_atomic
 from trainer.step import Built
@@ -64,8 +66,8 @@ class Started:
     data: Prepared
     engine: Engine
     built: Built
-    initialised: list[str]
-    """Parameters that the checkpoint does not have."""
+    source: WeightSource
+    """Where the initial values came from."""
     loader: StepLoader
     total_steps: int
     resumed_from: Path | None
@@ -84,6 +86,7 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "tuning": str(config.tuning.name),
         "objective": str(config.objective.name),
         "precision": str(precision),
+        "advice": advice(precision, runtime.device.type),
         "attention": built.attention,
         "layout": str(built.layout),
         "world_size": runtime.world_size,
@@ -104,7 +107,9 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "data_report": data.report,
         "label_names": data.label_names,
         "sharding": sharding_record(started.engine, runtime),
-        "initialised": started.initialised,
+        "initialised": started.source.initialised,
+        "weights_read_bytes": gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
+        "weights_left_out": _left_out(started.source),
         "substitutions": _substitutions(config, built.substitutions, precision, runtime),
         "flops_per_token": _flops(
             built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
@@ -117,6 +122,13 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
     }
 
 
+def _left_out(source: WeightSource) -> dict[str, Any] | None:
+    """Stored weights that do not take part in training: how many, the first of them, and how many a whole export keeps."""
+    conversions = source.checkpoint.conversions
+    left = conversions.left_out()
+    return {"weights": len(left), "first": left[:5], "kept_in_export": len(conversions.carried())} if left else None
+
+
 def _substitutions(
     config: RunConfig, of_model: Mapping[str, str], precision: Precision, runtime: Runtime
 ) -> dict[str, str]:
@@ -124,6 +136,8 @@ def _substitutions(
     substitutions = {**config.substitutions, **of_model}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
+        substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
     as_asked = runtime.matmul is None or runtime.matmul.endswith("(as asked)")
     if not as_asked:  # also where onednn was asked and refused
         substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
@@ -173,11 +187,16 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
+    if facts.get("advice"):
+        lines.append(f"advice: {facts['advice']}")
     if facts.get("quantisation"):
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
-    if facts["reference_tflops"]:
+    figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
+    lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
+    if left := facts["weights_left_out"]:
         lines.append(
-            f"MFU against {facts['reference_tflops']:.2f} TFLOP/s a device ({facts['reference_tflops_source']})"
+            f"not trained, since the architecture has no place for them: {left['weights']} stored weights "
+            f"({', '.join(left['first'][:3])} ...), of which a whole export keeps {left['kept_in_export']}"
         )
     if facts["initialised"]:
         lines.append(f"newly initialised (not in the checkpoint): {', '.join(facts['initialised'])}")
@@ -208,6 +227,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "before": outcome.before,
         "after": outcome.after,
         "last_row": outcome.last_row,
+        "speed": outcome.speed,
         "stopped_early": outcome.stopped_early,
     }
 
@@ -226,7 +246,8 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
 
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | None) -> str:
     """The last lines of a run: what came of it and where everything is."""
-    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens"]
+    speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
+    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
     width = max([22, *map(len, outcome.after)])
     for name, value in outcome.after.items():
         before = outcome.before.get(name)

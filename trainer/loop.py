@@ -38,6 +38,8 @@ class Outcome:
     after: dict[str, float] = field(default_factory=dict)
     """Held-out metrics at the last evaluation."""
     last_row: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    """`Meter.speed` of the whole run."""
     stopped_early: bool = False
 
 
@@ -134,7 +136,8 @@ class Trainer:
         self._flush()
         if self.settings.save_final:
             self._save()
-        self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.after))
+        self.outcome.speed = self.meter.speed()
+        self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
         return self.outcome
 
     def train_step(self, batch: StepBatch) -> StepRecord:
@@ -146,7 +149,7 @@ class Trainer:
         step, settings = self.progress.step, self.settings
         self.at_step(step + 1)
         seed_step(settings.seed, step, self.engine.dp_rank)
-        scale = self.engine.dp_size / max(1, batch.totals["loss"])
+        scale = self.engine.dp_size / (batch.totals["loss"] or 1)
         sums: dict[str, torch.Tensor] = {}
         means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
         for index, micro_batch in enumerate(batch.micro_batches):
@@ -175,6 +178,7 @@ class Trainer:
             local_tokens=batch.local_tokens,
             wait_s=batch.wait_s,
             source_tokens=batch.source_tokens,
+            source_counts=batch.source_counts,
             balance=batch.balance,
         )
 

@@ -9,12 +9,11 @@ from tests.helpers.learning import LEAST_LEARNED, learned
 from tests.parity.matrix import names_for
 
 TOLERANCE = 1e-5
+MASKS = ("even", "uneven", "weighted")
 CASES = [
     (world, strategy, tuning, masks, accumulation)
     for world in (2, 4)
-    for strategy, tuning, masks, accumulation in itertools.product(
-        names_for(world), ("full", "lora"), ("even", "uneven"), (1, 4)
-    )
+    for strategy, tuning, masks, accumulation in itertools.product(names_for(world), ("full", "lora"), MASKS, (1, 4))
 ]
 
 
@@ -46,12 +45,27 @@ def test_through_sockets_too(ranks, world, strategy):
     assert_close(ranks[world].ask("matrix", "sockets", strategy), expected)
 
 
-@pytest.mark.parametrize(("tuning", "masks"), list(itertools.product(("full", "lora"), ("even", "uneven"))))
+@pytest.mark.parametrize(("tuning", "masks"), list(itertools.product(("full", "lora"), MASKS)))
 def test_the_oracle_learns_and_is_clipped(ranks, tuning, masks):
     """A matrix of runs that stand still, or that clipping never touches, would prove little."""
     lone = ranks[2].ask("matrix", "lone", tuning, masks)
     assert learned(lone["curve"], lone["still"]) > LEAST_LEARNED
     assert any(norm > 0.5 for _, norm in lone["curve"])
+
+
+def test_shards_are_summed_in_each_micro_batch_and_replicas_once_a_step(ranks):
+    found = ranks[4].ask("matrix", "reduced_each")
+    assert_close(found["found"], ranks[4].ask("matrix", "lone", "full", "uneven")["curve"])
+    assert found["deferred"] is False
+    assert found["reductions"] == found["groups"] > 1
+
+
+def test_every_group_keeps_to_the_timeout_of_the_run(ranks):
+    """torch's own would be half an hour."""
+    found = ranks[4].ask("matrix", "timeouts")
+    (asked,) = found.pop("asked")
+    assert asked != 1800 and {value for values in found.values() for value in values} == {asked}
+    assert len(found["zero2"]) > 2 and len(found["hsdp"]) > 2  # of all, of a replica, between replicas; DeepSpeed's
 
 
 def test_a_quantised_base_trains_alike_under_hsdp(ranks):
