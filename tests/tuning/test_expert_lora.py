@@ -218,3 +218,13 @@ def test_what_does_not_go_together_is_refused_when_composing(tmp_path, typed, pa
 def test_experts_alone_compose(tmp_path):
     words = [f"data.path={tmp_path}", "model.path=x", "tuning=lora", "tuning.experts=true", "tuning.targets=[]"]
     assert compose([*words, "run.device=cpu"], check=False).config.tuning.targets == []
+
+
+def test_adapters_of_experts_are_merged_unless_it_is_said(tmp_path):
+    words = [f"data.path={tmp_path}", "model.path=x", "tuning=lora", "run.device=cpu"]
+    plain = compose(words, check=False).config
+    merged = compose([*words, "tuning.experts=true"], check=False).config
+    asked = compose([*words, "tuning.router=true", "export.merge=false"], check=False).config
+    assert plain.export.merge is False and "export.merge" not in plain.substitutions
+    assert merged.export.merge is True and "serving engines" in merged.substitutions["export.merge"]
+    assert asked.export.merge is False and "export.merge" not in asked.substitutions
