@@ -21,6 +21,7 @@ from strategies.hardware import Gpu, best_precision
 from trainer.config.run import Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
+from trainer.export.config import settle_merge
 from trainer.optim.config import GroupRule
 from trainer.tuning.start import settle as settle_start
 
@@ -43,6 +44,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
     if config is not None:
         _resolve(config)
         config.substitutions |= settle_start(config.tuning, {key for key, _, _ in parsed.values})
+        config.substitutions |= settle_merge(config.export, config.tuning)
         if check:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
             found = [*problems_of(config, world_size=world_size_of(config)), *_devices(config)]

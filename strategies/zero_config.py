@@ -33,6 +33,11 @@ def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) ->
     return fused and config.stage == 2 and precision is Precision.bf16 and config.offload_optimizer == "none"
 
 
+NO_LEAVES: dict[str, Any] = {"classes": []}
+"""By default some blocks of experts are gathered whole, and reduced by a hook that fires before there are gradients where
+nothing below them trains. A layer's experts are one module here: none is left ungathered."""
+
+
 def deepspeed_config(
     config: ZeroConfig,
     *,
@@ -73,6 +78,7 @@ def deepspeed_config(
         # would be added again with every recomputation. What it saves is small beside that of checkpointing.
         zero["memory_efficient_linear"] = config.activation_checkpointing is not ActivationCheckpointing.selective
         zero["stage3_gather_16bit_weights_on_model_save"] = False
+        zero["leaf_module"] = NO_LEAVES
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -40,6 +40,8 @@ from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import around_update, build_tuning, fold_adapters
 from trainer.tuning.check import check_room
+from trainer.tuning.expert_lora import use_low_rank
+from trainer.tuning.expert_parts import expert_weights
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.table import needs_own_rows
 
@@ -217,6 +219,7 @@ def build_step(
     built.two_sides, built.folded = two_sides, folded
     _quantise(built, config, head)
     fuse_lora(step.model)
+    use_low_rank(step.model)
     return built
 
 
@@ -234,6 +237,12 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
         built.quantised = quantise_layers(
             built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
         )
+        experts = sum(weight.numel() for weight in expert_weights(built.plain))
+        if experts:
+            built.substitutions["model.quantisation"] = (
+                f"{scheme} -> linear layers only: the experts stay as they are, {experts:,} parameters or "
+                f"{experts * 2 / 2**30:.2f} GiB in 16 bits"
+            )
 
 
 def attach_frozen(

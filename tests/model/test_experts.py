@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from trainer.model import experts
+from trainer.tuning.expert_parts import routers
 
 SIZES = {
     "vocab_size": 96,
@@ -70,6 +71,6 @@ def test_under_autocast_the_products_run_in_its_type_and_gradients_stay_with_the
 
 
 def test_routers_are_found(pair):
-    names = list(experts.routers(pair[1]))
+    names = list(routers(pair[1]))
     assert len(names) == 2
     assert all(name.rsplit(".", 1)[1] in ("gate", "router") for name in names)

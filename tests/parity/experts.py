@@ -6,13 +6,13 @@ anything: the routers are made decided, the gap is measured, and what the expert
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config
@@ -23,8 +23,9 @@ from tests.parity.methods import STEPS, released_at_once
 from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.loop import Trainer
-from trainer.model.experts import routers
 from trainer.model.files import Files
+from trainer.tuning.base import FullConfig, LoraConfig
+from trainer.tuning.expert_parts import routers
 
 EXPERTS = 5
 """Of each layer: ranks hold an uneven number of them."""
@@ -34,7 +35,13 @@ ARCHITECTURES = {
     "qwen3_moe": {"num_experts": EXPERTS},
 }
 STRATEGIES = {**SHARDING, "fsdp2, checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full)}
-CASES = [(a, "full", s) for a in ARCHITECTURES for s in STRATEGIES]
+TUNINGS = {
+    "full": FullConfig(),
+    "lora": LoraConfig(rank=4),
+    "lora on all parts": LoraConfig(rank=4, experts=True, router=True),
+    "lora on experts": LoraConfig(rank=3, experts=True, targets=[]),
+}
+CASES = [(a, t, s) for a in ARCHITECTURES for t in TUNINGS for s in STRATEGIES]
 DECIDED = 10.0
 """Factor on the routers' weights; more would make gradients grow with every layer, and roundings with them."""
 CLEAR = 1e-3
@@ -61,7 +68,8 @@ def _made(job: Job, architecture: str, seed: int) -> Path:
 def _config(job: Job, case: tuple[str, str, str], seed: int) -> RunConfig:
     architecture, tuning, strategy = case
     chosen = STRATEGIES.get(strategy, strategy)
-    return run_config(_made(job, architecture, seed), chosen, tuning, micro=4, steps=STEPS)
+    config = run_config(_made(job, architecture, seed), chosen, "lora", micro=4, steps=STEPS)
+    return replace(config, tuning=TUNINGS[tuning])
 
 
 class _Watch:
@@ -77,11 +85,8 @@ class _Watch:
     def _see(self, name: str, router: Any, args: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
         (chosen,) = (made for made in output if not made.is_floating_point())
         self.counts[name] += torch.bincount(chosen.reshape(-1), minlength=EXPERTS)
-        with torch.no_grad():
-            hidden = args[0].reshape(-1, args[0].shape[-1])
-            logits = F.linear(hidden, router.weight, getattr(router, "bias", None))
-            ordered = logits.float().sort(dim=-1, descending=True).values
-            self.gap = min(self.gap, float((ordered[:, chosen.shape[-1] - 1] - ordered[:, chosen.shape[-1]]).min()))
+        ordered = output[0].detach().float().sort(dim=-1, descending=True).values  # of the logits
+        self.gap = min(self.gap, float((ordered[:, chosen.shape[-1] - 1] - ordered[:, chosen.shape[-1]]).min()))
 
 
 @contextmanager

@@ -253,7 +253,7 @@ def _tuning(config: RunConfig) -> Iterator[str]:
             strategy=config.strategy,
             precision=config.precision,
             data=config.data,
-            merge=config.export.merge,
+            merge=bool(config.export.merge),
             new_head=kind is Kind.classifier,
             two_sides=kind is Kind.encoder_decoder,
             new_tokens=bool(config.model.add_tokens),

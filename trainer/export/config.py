@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from trainer.tuning.base import LoraConfig, TuningConfig
+
 
 class ExportType(StrEnum):
     """Stored type of a whole model; `auto` is that of the base checkpoint."""
@@ -21,11 +23,20 @@ class ExportConfig:
 
     at_end: bool = True
     """Write `export/` in the run directory after training."""
-    merge: bool = False
-    """LoRA: fold the adapter into the base and write a whole model instead of an adapter."""
+    merge: bool | None = None
+    """Fold the adapter into the base and write a whole model; `null` does so where experts or routers are adapted."""
     dtype: ExportType = ExportType.auto
     """Stored type of a whole model: `float32`, `bfloat16`, `float16`, or `auto` (that of the base checkpoint)."""
     max_shard_gib: float = 5.0
     """Largest safetensors file in GiB."""
     verify: bool = False
     """Reload the export afresh and compare its logits with the trained model's; a drift fails the run."""
+
+
+def settle_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:
+    """Choose `merge` where it was left open; what was chosen and why, if it is not an adapter's usual export."""
+    if export.merge is not None:
+        return {}
+    export.merge = isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router)
+    why = "serving engines leave out or reject adapters of experts and routers; false exports the adapter"
+    return {"export.merge": f"null -> true ({why})"} if export.merge else {}

@@ -3,6 +3,7 @@
 transformers keeps a layer's experts as parameters of three dimensions and lets a function compute with them. Its grouped
 products know nothing of autocast: where master weights are kept in float32 they would run in float32, at a fraction of the
 speed, and round unlike strategies that store weights in bf16. The function here hands them the weights as autocast would.
+What low-rank adapters add to the experts is computed in `trainer.tuning.low_rank`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trainer.tuning.low_rank import LowRank, adapted_experts
 
 NAME = "shardtune_experts"
 
@@ -33,25 +36,19 @@ class _Typed:
         return value.to(self._dtype) if isinstance(value, nn.Parameter) and value.is_floating_point() else value
 
 
-def experts_forward(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What the `chosen [T, k]` experts make of `hidden [T, H]`, weighted by `weights [T, k]`: `[T, H]`."""
+def experts_forward(
+    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None = None
+) -> Tensor:
+    """What the `chosen [T, k]` experts make of `hidden [T, H]`, weighted by `weights [T, k]`: `[T, H]`.
+
+    `low_rank`: what adapters add to the module's frozen parameters, by their name; all of its weights or none.
+    """
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     kind = hidden.device.type
     if not hidden.is_meta and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        return grouped_mm_experts_forward(_Typed(module, dtype), hidden.to(dtype), chosen, weights)
+        module, hidden = _Typed(module, dtype), hidden.to(dtype)
+    if low_rank is not None:
+        return adapted_experts(module, hidden, chosen, weights, low_rank)
     return grouped_mm_experts_forward(module, hidden, chosen, weights)
-
-
-def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that choose experts, by name: those that stand beside a module of experts and give its choice."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if "experts" not in children:
-            continue
-        for key in ("gate", "router"):
-            if key in children:
-                found[f"{name}.{key}"] = children[key]
-    return found

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
+from trainer.tuning.expert_lora import as_named, choose
 from trainer.tuning.peft_configs import peft_config
-from trainer.tuning.replica import ADAPTER, Replicas
+from trainer.tuning.replica import ADAPTER, Lone, Replicas
 from trainer.tuning.stored import StoredAdapter, check_settings
 from trainer.tuning.table import method_of, rewrites_base
 from trainer.tuning.targets import left_alone
@@ -53,9 +54,11 @@ class Adapter:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel; raises ConfigError that lists what exists when a target matches nothing."""
-        check_targets(model, self.config.targets)
+        if self.config.targets != []:
+            check_targets(model, self.config.targets)
         settings = self._settings(model)
-        tuned = self.wrap(model, settings)
+        with as_named():
+            tuned = self.wrap(model, settings)
         if self.config.from_ is not None:
             check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
             self._stored = StoredAdapter(self.config.from_, "tuning.from")
@@ -115,18 +118,26 @@ class Adapter:
         if hasattr(settings, "exclude_modules"):
             settings.exclude_modules = left_alone(model, every_linear=targets == "all-linear")
         settings.task_type = _task_type(model)
+        if isinstance(self.config, LoraConfig):
+            choose(settings, model, self.config)
         return settings
 
     def _take_stock(self, tuned: nn.Module, settings: Any) -> None:
         """Note what peft added, layer by layer, and make its buffers real."""
+        from peft.tuners.lora.layer import ParamWrapper
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         bases: dict[str, nn.Module] = {}
         for name, module in tuned.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
-            layer = name.removeprefix(PREFIX)
-            bases[layer] = copy.deepcopy(module.get_base_layer())
+            layer, base = name.removeprefix(PREFIX), module.get_base_layer()
+            if isinstance(module, ParamWrapper):  # of a module with several adapted parameters one lies in the other
+                layer = f"{self.base_name(name)}.{module.parameter_name}"
+                flipped = getattr(base, "is_transposed", False)
+                bases[layer] = Lone(module.parameter_name, module.get_param(), is_transposed=flipped)
+            else:
+                bases[layer] = copy.deepcopy(base)
             for key, _ in module.named_parameters():
                 if not key.startswith("base_layer."):
                     self._owned[f"{name}.{key}"] = layer, key
@@ -205,16 +216,31 @@ class Adapter:
         assert tuple(value.shape) == shape or tuple(value.shape) == (), (name, value.shape, shape)
         return value
 
-    def layers(self) -> dict[str, list[str]]:
-        """The base parameters of each adapted layer, by the layer's name in the base model."""
-        return {name: [key for key, _ in base.named_parameters()] for name, base in self.replicas.bases.items()}
+    def changed(self) -> set[str]:
+        """Base names of the parameters that the adapters change."""
+        bases = self.replicas.bases.items()
+        alone = {name for name, base in bases if isinstance(base, Lone)}
+        return alone | {
+            f"{name}.{key}" for name, base in bases if name not in alone for key, _ in base.named_parameters()
+        }
+
+    def layer_of(self, name: str) -> tuple[str, str]:
+        """The adapted layer that would change a base parameter, and the parameter's name in it; it need not be there."""
+        layer, _, key = name.rpartition(".")
+        return (name if name in self.replicas.bases else layer), key
+
+    def names_of(self, layer: str) -> list[str]:
+        """What peft added for an adapted layer, by full name."""
+        return [name for name, (owner, _) in self._owned.items() if owner == layer]
 
     def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `Replicas.merged`."""
         of_layer = {
             key: trained[full] for full, (layer, key) in self._owned.items() if layer == name and full in trained
         }
-        return self.replicas.merged(name, base, self.seed, of_layer, model.get_submodule(PREFIX + name))
+        alone = isinstance(self.replicas.bases[name], Lone)
+        live = model if alone else model.get_submodule(PREFIX + name)
+        return self.replicas.merged(name, base, self.seed, of_layer, live)
 
     def starts(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
         """The initial values of the parameters in `trained` that peft added."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
 from trainer.tuning.base import BaseReader
+from trainer.tuning.expert_lora import settle_names
 from trainer.tuning.replica import ADAPTER
 
 _BASE_WEIGHT = ".base_layer.weight"
@@ -49,6 +50,7 @@ def write_adapter(
     if double_rank:
         _double_rank(settings)
     settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True
+    settle_names(settings, model)
     settings.save_pretrained(str(directory))
 
 
@@ -109,6 +111,8 @@ class Folding:
         if ".original_module." in name:
             return None
         layer, wrapped, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
+        if (base := self.tuning.base_name(name)) in self.tuning.replicas.bases:  # a parameter adapted by itself
+            layer = base
         if not wrapped or layer not in self.tuning.replicas.bases:
             return value
         if self._last[0] != layer:
@@ -121,7 +125,7 @@ def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
     names = {name for name, _ in model.named_parameters()}
     for name in trained_names:
         layer = name.split(".lora_")[0]
-        if ".lora_" not in name:
+        if ".lora_" not in name or hasattr(model.get_submodule(layer), "parameter_name"):  # of experts or a router
             continue
         if layer + _BASE_WEIGHT not in names:
             raise ConfigError(

@@ -81,6 +81,10 @@ class LoraConfig(AdapterConfig):
     """Other ranks for some modules, as pairs of name (or regular expression) and rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some modules, as pairs of name (or regular expression) and alpha."""
+    experts: bool = False
+    """Adapt the experts of a mixture too, each with a rank of its own; `tuning.targets=[]` leaves the other layers out."""
+    router: bool = False
+    """Adapt the routers that choose experts too."""
 
 
 class BaseReader(Protocol):

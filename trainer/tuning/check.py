@@ -141,6 +141,8 @@ def _quantised(tuning: TuningConfig, method: Method, shown: str, quantisation: s
 
 def _targets(tuning: AdapterConfig) -> Iterator[str]:
     targets = tuning.targets
+    if targets == [] and isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router):
+        return
     if not (isinstance(targets, str) and targets) and not (isinstance(targets, list) and targets):
         yield f"tuning.targets={targets}: must be all-linear, a regular expression or a list of module names"
     elif isinstance(targets, str):
@@ -179,12 +181,30 @@ def _lora(tuning: LoraConfig) -> Iterator[str]:
             f"tuning.init={tuning.init} with tuning.dora=true: the export could not be turned back into an adapter of the "
             "unchanged base; use tuning.init=default, or tuning.dora=false"
         )
+    if tuning.experts or tuning.router:
+        yield from _parts(tuning)
     for key, table, least in (("rank_pattern", tuning.rank_pattern, 1.0), ("alpha_pattern", tuning.alpha_pattern, 0.0)):
         for name, value in table.items():
             yield from _expression(f"tuning.{key}.{name}", name, "name a module, such as q_proj")
             if not value >= least or value == 0:
                 bound = "at least 1" if least else "above 0"
                 yield f"tuning.{key}.{name}={value:g}: must be {bound}; leave the module out for tuning.{key[:-8]}"
+
+
+def _parts(tuning: LoraConfig) -> Iterator[str]:
+    word = "tuning.experts=true" if tuning.experts else "tuning.router=true"
+    if tuning.dropout:
+        yield (
+            f"{word} with tuning.dropout={tuning.dropout:g}: an update that is part of the weights has no input of its own to "
+            "drop from, and peft refuses it; set tuning.dropout=0"
+        )
+    if tuning.dora:
+        yield f"{word} with tuning.dora=true: peft has no DoRA for parameters without a layer of their own; set it false"
+    if rewrites_base(tuning.init):
+        yield (
+            f"{word} with tuning.init={tuning.init}: peft splits only the weights of layers; use tuning.init=default or "
+            "gaussian"
+        )
 
 
 def _adalora(tuning: AdaLoraConfig) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.tuning.adapter import PREFIX, Adapter
+from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import AdapterConfig, BaseReader
 from trainer.tuning.replica import ADAPTER
 from trainer.tuning.stored import StoredAdapter
@@ -57,11 +57,10 @@ class _Fold:
         self.stored = StoredAdapter(path, key)
         self.stored.match(self.model)
         self.stored.fill_buffers(self.model)
-        layers = self.tuning.layers()
         self.replaced = {
             self.tuning.base_name(name): name for name in self.stored.names if f".modules_to_save.{ADAPTER}." in name
         }
-        self.changed = {f"{layer}.{key}" for layer, keys in layers.items() for key in keys} | set(self.replaced)
+        self.changed = self.tuning.changed() | set(self.replaced)
         self._refuse(directory)
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -89,8 +88,8 @@ class _Fold:
             return self.stored.tensor(self.replaced[name])
         if name not in self.changed:
             return below.whole(name)
-        layer, _, key = name.rpartition(".")
+        layer, key = self.tuning.layer_of(name)
         if self._last[0] != layer:
-            trained = {n: self.stored.tensor(n) for n in self.stored.names if n.startswith(f"{PREFIX}{layer}.")}
+            trained = {n: self.stored.tensor(n) for n in self.tuning.names_of(layer) if n in self.stored.names}
             self._last = layer, self.tuning.merged(layer, below, trained, self.model)
         return self._last[1][key]

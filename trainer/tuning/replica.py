@@ -21,12 +21,25 @@ from trainer.tuning.base import BaseReader
 ADAPTER = "default"
 
 
+class Lone(nn.Module):
+    """One parameter of a module that peft adapts by itself, apart from the rest: a layer of its own."""
+
+    def __init__(self, key: str, parameter: Tensor, *, is_transposed: bool) -> None:
+        super().__init__()
+        self.register_parameter(key, nn.Parameter(parameter.detach(), requires_grad=False))
+        self.is_transposed = is_transposed
+        """Whether matrices lie as `[in, out]`; peft reads it."""
+
+
 class Replicas:
     """Copies of the adapted layers of one model, made when asked for; keeps the last one."""
 
     def __init__(self, settings: Any, bases: dict[str, nn.Module], *, reads_base: bool) -> None:
         self.settings, self.bases, self.reads_base = settings, bases, reads_base
-        """peft's config; the base layers, on meta, by their name in the base model; whether values depend on weights."""
+        """peft's config; the base layers, on meta, by their name in the base model; whether values depend on weights.
+
+        A `Lone` parameter has its own name, that of its module included.
+        """
         self._last: tuple[tuple[str, int], nn.Module] | None = None
 
     def initial(self, name: str, base: BaseReader, seed: int) -> nn.Module:
@@ -58,13 +71,19 @@ class Replicas:
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """What peft keeps beside parameters, by name in peft's wrapper of the whole model."""
-        tuner = self._wrap(list(self.bases), None, seed=0)
+        layers = [name for name, base in self.bases.items() if not isinstance(base, Lone)]
+        if not layers:
+            return
+        tuner = self._wrap(layers, None, seed=0)
         for name, buffer in tuner.named_buffers():
             if ".base_layer." not in name:
                 yield name, buffer
 
     def _layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
-        return self._wrap([name], base, seed).model.get_submodule(name)  # type: ignore[union-attr]
+        return self._wrap([name], base, seed).model.get_submodule(self._place_of(name))  # type: ignore[union-attr]
+
+    def _place_of(self, name: str) -> str:
+        return name.rpartition(".")[0] if isinstance(self.bases[name], Lone) else name
 
     def _wrap(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
         """peft's wrapper of a model that has only the layers `names`, under their own names."""
@@ -72,9 +91,14 @@ class Replicas:
 
         holder = nn.Module()
         for name in names:
-            _place(holder, name, _filled(self.bases[name], name, base))
+            place = self._place_of(name)
+            _place(holder, place, _filled(self.bases[name], place, base))
         settings = copy.deepcopy(self.settings)
-        settings.target_modules, settings.exclude_modules, settings.modules_to_save = list(names), None, None
+        alone = [name for name in names if isinstance(self.bases[name], Lone)]
+        settings.target_modules = [name for name in names if name not in alone]
+        settings.exclude_modules, settings.modules_to_save = None, None
+        if hasattr(settings, "target_parameters"):
+            settings.target_parameters = alone or None
         # The names are already those that were chosen; nothing else is here that could be tied or trained in full.
         for key in ("layers_to_transform", "layers_pattern", "modules_to_tie", "trainable_token_indices"):
             if hasattr(settings, key):

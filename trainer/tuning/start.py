@@ -21,6 +21,8 @@ KEYS: dict[type, dict[str, str]] = {
         "dora": "use_dora",
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
+        "experts": "experts",
+        "router": "router",
     },
     Ia3Config: {"feedforward": "feedforward_modules"},
     VeraConfig: {"rank": "r", "projection_seed": "projection_prng_key", "save_projection": "save_projection"},
@@ -34,6 +36,7 @@ KEYS: dict[type, dict[str, str]] = {
 _FREE = (
     *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "target_modules"),
     *("modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "corda_config", "eva_config"),
+    "target_parameters",
 )
 """Fields of peft's settings that do not decide what the same tensors compute."""
 
@@ -71,6 +74,8 @@ def settle(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
     file = read_settings(tuning.from_)
     if isinstance(file, str) or not _same_method(tuning, file):
         return {}
+    if isinstance(tuning, LoraConfig):
+        file = _with_parts(file)
     taken = {}
     defaults = type(tuning)()
     wanted = {**KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
@@ -102,6 +107,8 @@ def problems(tuning: AdapterConfig) -> Iterator[str]:
         mine = tuning.type if isinstance(tuning, PeftConfig) else tuning.name
         yield f"{word}: was made by {kind}, not by {mine}; choose the same method"
         return
+    if isinstance(tuning, LoraConfig):
+        file = _with_parts(file)
     for ours, theirs in KEYS.get(type(tuning), {}).items():
         value, found = getattr(tuning, ours), file.get(theirs)
         if found is not None and _plain(found) != _plain(value):
@@ -124,6 +131,17 @@ def fold_problems(directory: str) -> Iterator[str]:
         if method is not None:
             reason = f"which cannot be folded: {method.no_merge or method.no_start}"
         yield f"{word}: was made by {kind}, {reason}; leave it out, or merge it with peft and give that as model.path"
+
+
+def _with_parts(file: dict[str, Any]) -> dict[str, Any]:
+    """LoRA's settings with `experts` and `router` as here; linear layers among peft's parameters are modules again."""
+    parameters, modules = file.get("target_parameters") or [], file.get("target_modules")
+    owners = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+    linear = [name for name in owners if name.rsplit(".", 1)[-1] not in ("gate", "router")]
+    if parameters and not isinstance(modules, str):
+        modules = [*(modules or ()), *linear]
+    experts, router = len(owners) < len(parameters), len(linear) < len(owners)
+    return {**file, "target_modules": modules, "experts": experts, "router": router}
 
 
 def _same_method(tuning: AdapterConfig, file: dict[str, Any]) -> bool:

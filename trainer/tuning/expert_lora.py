@@ -1,0 +1,183 @@
+"""LoRA on experts and routers: which parameters get it, and a forward pass of low-rank products.
+
+Parameters, names and files are peft's (`target_parameters`); its own forward pass adds the whole update to the weights
+first. A layer's adapters are asked for their matrices as modules, and its weights are read within their own module's
+forward pass: engines that gather parameters module by module see both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from strategies.errors import ConfigError
+from trainer.tuning.base import LoraConfig
+from trainer.tuning.expert_parts import expert_modules, linear_routers, router_weights, unreachable, weight_names
+from trainer.tuning.low_rank import LowRank
+from trainer.tuning.replica import ADAPTER
+
+
+def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the parameters that get adapters of their own kind. Raises ConfigError where there are none of those asked for."""
+    found: list[str] = []
+    if config.experts:
+        modules = expert_modules(model)
+        if foreign := unreachable(model):
+            raise ConfigError(
+                f"tuning.experts=true: {foreign[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
+                "low-rank products cannot follow; set tuning.experts=false"
+            )
+        if not modules:
+            raise ConfigError(f"tuning.experts=true: {type(model).__name__} has no experts; set tuning.experts=false")
+        found += [f"{name}.{key}" for name, module in modules.items() for key in weight_names(module)]
+    if config.router:
+        names = router_weights(model)
+        if not names:
+            raise ConfigError(
+                f"tuning.router=true: {type(model).__name__} has no router beside its experts that is known here; set "
+                "tuning.router=false"
+            )
+        linear = {f"{name}.weight" for name in linear_routers(model)}
+        found += [name for name in names if name not in linear]
+    return found
+
+
+def choose(settings: Any, model: nn.Module, config: LoraConfig) -> None:
+    """Write into peft's `settings` which experts and routers get adapters, and which must not. Errors: ConfigError."""
+    settings.target_parameters = parameter_targets(model, config) or None
+    linear = linear_routers(model)
+    if not config.router:
+        if linear and config.targets == "all-linear":
+            excluded = [settings.exclude_modules] if settings.exclude_modules else []
+            settings.exclude_modules = "|".join([*excluded, *map(re.escape, linear)])
+    elif isinstance(settings.target_modules, set):
+        settings.target_modules |= set(linear)
+    elif linear and settings.target_modules != "all-linear":
+        settings.target_modules = "|".join([f"({settings.target_modules})", *map(re.escape, linear)])
+
+
+@contextmanager
+def as_named() -> Iterator[None]:
+    """Let peft adapt what its settings name, and nothing else.
+
+    For models whose experts were linear layers in transformers 4, peft takes `gate_proj` and the like, also of a dense layer
+    or a shared expert, for the experts' parameters of today. What is chosen here is chosen by today's names.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    before = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = before
+
+
+def settle_names(settings: Any, model: Any) -> None:
+    """Write into peft's `settings` names that plain peft, when it loads them, takes for what is adapted in `model`.
+
+    Where peft would take a linear layer for experts of old, its weight is named as a parameter instead: the same tensors
+    under the same keys.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    taken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, kind))
+    if not taken or str(settings.peft_type.value) != "LORA":
+        return
+    named = model.get_base_model().named_modules()
+    layers = [name for name, layer in named if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)]
+    misread = {name for name in layers if name.rsplit(".", 1)[-1] in taken}
+    settings.target_modules = set(layers) - misread
+    settings.target_parameters = sorted({*(settings.target_parameters or ()), *(f"{name}.weight" for name in misread)})
+
+
+class _Matrix(nn.Linear):
+    """A matrix of an adapter, as a module that gives it away."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """A copy: the parameter itself may be freed when this returns."""
+        return self.weight.clone()
+
+
+def _low_rank(wrapper: Any) -> LowRank:
+    """The matrices of one adapted parameter, of peft's layout: A `[E * r, in]`, B `[out, r * E]`."""
+    count = wrapper.num_experts
+    down, up = wrapper.lora_A[ADAPTER](), wrapper.lora_B[ADAPTER]()
+    down = down.view(count, -1, down.shape[-1])
+    up = up.view(up.shape[0], -1, count).permute(2, 0, 1)
+    return LowRank(down, up, wrapper.scaling[ADAPTER])
+
+
+@cache
+def _with_update(kind: Any) -> type[nn.Module]:
+    """A router's class whose forward pass takes what is added to one of its matrices."""
+
+    class Router(kind):  # type: ignore[misc]
+        def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
+            if update is None:
+                return super().forward(*args, **kwargs)
+            name, value = update
+            weight = self._parameters[name]
+            self.__dict__[name] = weight + value.to(weight.dtype)  # read before the parameter of the same name
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                del self.__dict__[name]
+
+    Router.__name__ = kind.__name__
+    return Router
+
+
+@cache
+def _wrapper_class() -> type:
+    """peft's wrapper of a parameter with another forward pass; made on first use, since peft is a heavy import."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    class LowRankWrapper(ParamWrapper):
+        """As peft's, without a copy of the adapted weights."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.disable_adapters or self.merged:
+                return super().forward(x, *args, **kwargs)
+            wrappers, base = [self], self.base_layer
+            while isinstance(base, ParamWrapper):
+                wrappers.append(base)
+                base = base.base_layer
+            if weight_names(base):
+                parts = {wrapper.parameter_name: _low_rank(wrapper) for wrapper in wrappers}
+                return base(x, *args, low_rank=parts, **kwargs)
+            part = _low_rank(self)
+            return base(x, *args, update=(self.parameter_name, part.scaling * (part.up @ part.down)[0]), **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            held = self.__dict__.get("_modules", {}).get("base_layer")
+            if held is not None and name in held._buffers:  # some models read those of a router
+                return held._buffers[name]
+            return super().__getattr__(name)
+
+    return LowRankWrapper
+
+
+def use_low_rank(model: nn.Module) -> int:
+    """Give every adapted parameter of a PeftModel that forward pass, in place; how many there are."""
+    if not hasattr(model, "peft_config"):
+        return 0
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers: list[Any] = [m for m in model.modules() if type(m) is ParamWrapper]
+    for wrapper in wrappers:
+        wrapper.__class__ = _wrapper_class()
+        for matrix in (wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER]):
+            matrix.__class__ = _Matrix
+        base = wrapper.get_base_layer()
+        if not weight_names(base):
+            kind: Any = type(base)
+            base.__class__ = _with_update(kind)
+    return len(wrappers)

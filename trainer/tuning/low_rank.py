@@ -1,0 +1,123 @@
+"""Experts with low-rank adapters: products grouped by expert, and never a weight with its update added.
+
+Adding the update to the weights first, as peft does, makes one more copy of all experts of a layer in every forward pass
+and keeps it for the backward pass; of the experts that no token chose too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+"""Bytes of which the rows of grouped products must be a multiple."""
+
+
+@dataclass(slots=True)
+class LowRank:
+    """The update `scaling * up @ down` of each expert's weight `[out, in]`."""
+
+    down: Tensor
+    """`[E, r, in]`."""
+    up: Tensor
+    """`[E, out, r]`."""
+    scaling: float
+
+    def aligned(self, dtype: torch.dtype) -> LowRank:
+        """The same update in `dtype`, with a rank (filled with zeros) that grouped products take."""
+        rank, step = self.down.shape[1], ALIGNMENT // dtype.itemsize
+        missing = -rank % step
+        down = torch.nn.functional.pad(self.down.to(dtype), (0, 0, 0, missing))
+        up = torch.nn.functional.pad(self.up.to(dtype), (0, missing))
+        return LowRank(down.contiguous(), up.contiguous(), self.scaling)
+
+
+def adapted_experts(
+    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank]
+) -> Tensor:
+    """As transformers' grouped experts, whose settings `module` has, with `low_rank` updates of its frozen weights.
+
+    hidden `[T, H]`, chosen and weights `[T, k]`; returns `[T, H]` in the type of `hidden`.
+    """
+    assert not getattr(module, "_is_expert_parallel", False), "experts are not split over ranks here"
+    top = chosen.shape[-1]
+    # One row for each pair of token and expert, those of one expert together.
+    ids, order = torch.sort(chosen.reshape(-1))
+    rows = hidden[order // top]
+    offsets = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True).to(torch.int32)
+
+    def product(rows: Tensor, name: str) -> Tensor:
+        weight = getattr(module, name)
+        part = low_rank[name].aligned(weight.dtype)
+        made = _GroupedLowRank.apply(
+            rows.to(weight.dtype), weight, part.down, part.up, offsets, part.scaling, module.is_transposed
+        )
+        return made + getattr(module, f"{name}_bias")[ids] if module.has_bias else made
+
+    if module.has_gate:
+        inner = module._apply_gate(product(rows, "gate_up_proj"))
+    else:
+        inner = module.act_fn(product(rows, "up_proj"))
+    out = product(inner, "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    out = out * weights.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return out[back].view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+class _GroupedLowRank(torch.autograd.Function):
+    """`x @ W.T + scaling * (x @ A.T) @ B.T`, each row with its expert's frozen W and its A and B; all of one data type.
+
+    x `[S, in]` in groups that end at `offsets [E]`, W `[E, out, in]` (`[E, in, out]` if transposed), A `[E, r, in]`,
+    B `[E, out, r]`. W is kept as the parameter it is: an engine that frees it after the forward pass gathers it again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, offsets: Tensor, scaling: float, transposed: bool
+    ) -> Tensor:
+        low = _grouped(x, down.mT, offsets)
+        out = _grouped(x, weight if transposed else weight.mT, offsets)
+        ctx.save_for_backward(x, weight, down, up, low, offsets)
+        ctx.scaling, ctx.transposed = scaling, transposed
+        return torch.add(out, _grouped(low, up.mT, offsets), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, down, up, low, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_low = _grouped(grad, up, offsets) * ctx.scaling
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _grouped(grad, weight.mT if ctx.transposed else weight, offsets)
+            grad_x = torch.add(grad_x, _grouped(grad_low, down, offsets))
+        grad_down = _outer(grad_low, x, offsets)
+        grad_up = _outer(grad, low, offsets) * ctx.scaling
+        return grad_x, None, grad_down, grad_up, None, None, None
+
+
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`x [S, a]` times `weight [E, a, b]`, each group of rows with its own: `[S, b]`."""
+    from transformers.integrations.moe import _grouped_mm
+
+    return _grouped_mm(x, weight, offsets)  # type: ignore[no-any-return]
+
+
+def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """`left[group].T @ right[group]` for each group of rows: `[E, a, b]` of `[S, a]` and `[S, b]`."""
+    from transformers.integrations.moe import _can_use_grouped_mm
+
+    if _can_use_grouped_mm(left, right, offsets):
+        return torch.nn.functional.grouped_mm(left.mT, right, offs=offsets)
+    made = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(left[start:end].T, right[start:end], out=made[expert])
+        start = end
+    return made
