@@ -49,8 +49,8 @@ computes with the same weights (but `bottleneck`, which `peft` does not have). V
 time, from (seed, layer name). What the families change, cost and are good for: [peft.md](peft.md). The column *quantised* is
 that of `model.quantisation` ([qlora.md](qlora.md)), under which DoRA, PiSSA and OLoRA are refused.
 
-In a mixture of experts `tuning=lora` adapts linear layers; `tuning.experts=true` and `tuning.router=true` add experts and routers, also
-alone (`tuning.targets=[]`), under every strategy (`tests/parity/test_experts.py`), and are exported merged by default.
+In a mixture of experts `tuning=lora` adapts linear layers; `tuning.experts=true` and `tuning.router=true` add experts and routers
+(also alone: `tuning.targets=[]`) under every strategy (`tests/parity/test_experts.py`), and are exported merged by default.
 
 A cell says *tested* (a tiny run takes the same steps as `single`; in bf16 within 1e-2), *refused* (when the run is composed,
 before any process starts, with the reason below and the nearest legal choice), or *GPU only*. `make test` runs a covering

@@ -43,7 +43,7 @@ def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
     layer, others nothing, and every gather would move the padding of those.
     """
     for name, parameter in named_parameters(step_module):
-        experts = parameter.shape[0] if parameter.dim() == 3 else ranks
+        experts = parameter.shape[0] if parameter.dim() == 3 and ".experts." in name else ranks
         if experts < ranks:
             fitting = max(d for d in range(1, experts + 1) if ranks % d == 0)
             raise ConfigError(

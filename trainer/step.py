@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,23 @@ class TrainStep(nn.Module):
         self._block_classes = self._block_classes | classes
 
     def shard_units(self) -> list[nn.Module]:
-        """The architecture's repeated blocks, in forward order; outermost only."""
+        """The architecture's repeated blocks, in forward order; outermost only.
+
+        Not among them are those that share a parameter with what is outside (embeddings that the head is tied to, a block
+        that several layers use): it can be sharded once only, with the whole.
+        """
         found: list[nn.Module] = []
         inside: set[int] = set()
         for module in self.modules():
             if id(module) not in inside and type(module).__name__ in self._block_classes:
                 found.append(module)
                 inside.update(id(m) for m in module.modules())
-        return found
+        uses = Counter(id(p) for _, p in self.named_parameters(remove_duplicate=False))
+        return [block for block in found if all(n == uses[p] for p, n in _uses(block).items())]
+
+
+def _uses(block: nn.Module) -> Counter[int]:
+    return Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
 
 
 @dataclass(slots=True)

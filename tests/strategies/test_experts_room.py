@@ -10,8 +10,9 @@ from strategies.fsdp2 import check_experts
 
 def step(*shape):
     model = nn.Module()
-    model.experts = nn.Module()
-    model.experts.gate_up_proj = nn.Parameter(torch.empty(*shape, device="meta"))
+    model.mlp = nn.Module()
+    model.mlp.experts = nn.Module()
+    model.mlp.experts.gate_up_proj = nn.Parameter(torch.empty(*shape, device="meta"))
     return model
 
 
@@ -22,6 +23,12 @@ def test_more_ranks_than_experts_are_refused_with_the_replicas_that_fit():
         check_experts(step(8, 4, 4), 64, "fsdp2")
     with pytest.raises(ConfigError, match=r"5 experts, and 6 ranks.*strategy.replicate=2, which shards over 3"):
         check_experts(step(5, 4, 4), 6, "fsdp2")
+
+
+def test_what_has_three_dimensions_and_is_no_expert_is_dealt():
+    model = nn.Module()
+    model.probe = nn.Parameter(torch.empty(1, 1, 8, device="meta"))
+    check_experts(model, 8, "fsdp2")
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 4), (128, 4, 4), (4, 4)])

@@ -6,6 +6,9 @@ import re
 
 from torch import nn
 
+CHOOSES = re.compile(r"Router|Gate|Grouped")
+"""In the names of classes of linear layers that compute more than a product."""
+
 
 def left_alone(model: nn.Module, *, every_linear: bool) -> str | None:
     """A regular expression of the names of modules that get no adapter; None where there are none.
@@ -22,7 +25,7 @@ def left_alone(model: nn.Module, *, every_linear: bool) -> str | None:
             for name, child in owner.named_children():
                 if child is head or not isinstance(child, nn.Linear):
                     continue
-                if type(child).forward is not nn.Linear.forward or (mixer and name != "in_proj"):
+                if CHOOSES.search(type(child).__name__) or (mixer and name != "in_proj"):
                     names.append(
                         re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(f"{owner_name}.{name}".lstrip(".")))
                     )
