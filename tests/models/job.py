@@ -27,6 +27,7 @@ from tests.helpers.building import alone, built_trainer, run_config
 from tests.helpers.ranks import serve
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import stock, tiny
+from tests.models.gradients import Differs, compare, compare_gradients
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import TokenDataset, write
@@ -37,7 +38,6 @@ from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 
-TOLERANCE = 1e-5
 GAP = 1e-4
 """Least relative distance between what a router chooses and what it passes over: twice the rounding of its scores by far."""
 SEEDS = 6
@@ -49,16 +49,13 @@ class Tie(AssertionError):
     """A router decides too closely to compare what follows from it."""
 
 
-class Differs(AssertionError):
-    """The product computes something else than plain transformers, or than `single`."""
-
-
 class Job:
     """One rank, the data, and the models that were made in it."""
 
     def __init__(self, root: Path, runtime: processes.Runtime) -> None:
         self.root, self.runtime = root, runtime
         self.samples = stock.documents()
+        self._curves: dict[str, tuple[list[tuple[float, float]], float]] = {}
         if runtime.is_main and not (root / "data" / "manifest.json").exists():
             write(
                 root / "data", self.samples, lambda s: {"loss": int(s.supervised[1:].sum())}, {"fingerprint": "models"}
@@ -117,7 +114,7 @@ class Job:
         trainer.engine.step = look  # type: ignore[method-assign]
         values = {name: p.detach().clone() for name, p in named_parameters(built.step_module)}
         losses = [loss for loss, _ in _steps(trainer, 2)]
-        _compare("loss", losses[0], oracle.loss)
+        compare("loss", losses[0], oracle.loss)
         worst = compare_gradients(gradients, values, oracle, built)
         if not all(map(_is_finite, losses)):
             raise Differs(f"losses {losses}")
@@ -144,38 +141,46 @@ class Job:
                 raise
 
     def ranks(self, model_type: str, strategy: str, tuning: str) -> dict[str, Any]:
-        """Two steps under a strategy on all ranks, against `single` in each of them. All ranks must call."""
-        directory = self.root / f"{model_type}-ranks"
+        """Two steps under a strategy on all ranks, against `single` in the first of them. All ranks must call."""
+        answer: dict[str, Any] = {}
         for seed in range(SEEDS):
-            if self.runtime.is_main:
+            directory = self.root / f"{model_type}-{seed}"
+            if self.runtime.is_main and not directory.exists():
+                for other in self.root.glob("*-[0-9]"):
+                    shutil.rmtree(other)
                 made(model_type, directory, seed)
             processes.barrier(self.runtime)
             try:
-                answer = outcome_of(partial(self._together, directory, strategy, tuning))
+                return outcome_of(partial(self._together, directory, strategy, tuning))
             except Tie as tie:  # on every rank: each compares the same numbers
                 answer = {"outcome": "tie", "reason": f"in each of {SEEDS} models: {tie}"}
-            processes.barrier(self.runtime)
-            if answer["outcome"] != "tie":
-                break
-        if self.runtime.is_main:
-            shutil.rmtree(directory)
         return answer
 
     def _together(self, directory: Path, strategy: str, tuning: str) -> dict[str, Any]:
         trainer, built = built_trainer(self._config(directory, strategy, tuning), self.data, self.runtime)
         found = _steps(trainer, 2)
-        lone = self._config(directory, "single", tuning)
-        with stock.Choices() as choices:
-            expected = _steps(built_trainer(lone, self.data, alone(self.runtime))[0], 2)
+        expected, gap = processes.broadcast_object(
+            self._lone(directory, tuning) if self.runtime.is_main else None, self.runtime
+        )
         try:
             for step, ((loss, norm), (right_loss, right_norm)) in enumerate(zip(found, expected, strict=True), 1):
-                _compare(f"step {step}: loss", loss, right_loss)
-                _compare(f"step {step}: norm of the gradient", norm, right_norm)
+                compare(f"step {step}: loss", loss, right_loss)
+                compare(f"step {step}: norm of the gradient", norm, right_norm)
         except Differs as error:
-            if choices.gap < GAP:
-                raise Tie(f"decides by {choices.gap:.1e}, at least {GAP} is clear") from error
+            if gap < GAP:
+                raise Tie(f"decides by {gap:.1e}, at least {GAP} is clear") from error
             raise
         return {"layout": str(built.layout), "attention": built.attention}
+
+    def _lone(self, directory: Path, tuning: str) -> tuple[list[tuple[float, float]], float]:
+        """The curve of `single`, and how clearly it chose; asked again, the same."""
+        key = f"{directory} {tuning}"
+        if key not in self._curves:
+            lone = self._config(directory, "single", tuning)
+            with stock.Choices() as choices:
+                curve = _steps(built_trainer(lone, self.data, alone(self.runtime))[0], 2)
+            self._curves = {key: (curve, choices.gap)}
+        return self._curves[key]
 
 
 def made(model_type: str, directory: Path, seed: int) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def made(model_type: str, directory: Path, seed: int) -> dict[str, Any]:
 
 
 def _steps(trainer: Any, num: int) -> list[tuple[float, float]]:
-    """(loss, norm of the gradient) of `num` steps, of all ranks or of a lone one."""
+    """(loss, norm of the gradient) of `num` steps, of all ranks or of a lone one, without any communication."""
     rows = []
     for batch in trainer.loader.steps(trainer.progress.samples, num):
         record = trainer.train_step(batch)
@@ -201,65 +206,6 @@ def _steps(trainer: Any, num: int) -> list[tuple[float, float]]:
 
 def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _compare(what: str, found: float, right: float) -> None:
-    if not abs(found - right) <= TOLERANCE * abs(right):
-        raise Differs(f"{what} is {found:.8g}, should be {right:.8g}")
-
-
-def compare_gradients(
-    found: dict[str, torch.Tensor], values: dict[str, torch.Tensor], oracle: stock.Stock, built: Any
-) -> float:
-    """The largest relative distance of a gradient from plain transformers' own; raises `Differs` where it is too large."""
-    expected = expected_gradients(found, values, oracle, built)
-    scale = max((float(g.norm()) / g.numel() ** 0.5 for g in expected.values()), default=0.0)
-    apart = {}
-    for name, gradient in expected.items():
-        floor = 1e-2 * scale * gradient.numel() ** 0.5
-        apart[name] = float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor, 1e-30)
-    if not expected:
-        raise Differs("nothing is trained")
-    worst = max(apart, key=lambda name: apart[name])
-    if not apart[worst] <= TOLERANCE:
-        raise Differs(
-            f"gradient of {worst} is apart by {apart[worst]:.1e} of its norm {float(expected[worst].norm()):.1e}"
-        )
-    return apart[worst]
-
-
-def expected_gradients(
-    found: dict[str, torch.Tensor], values: dict[str, torch.Tensor], oracle: stock.Stock, built: Any
-) -> dict[str, torch.Tensor]:
-    """What the trainable parameters' gradients must be, by their names here.
-
-    Of an adapter that still adds nothing: B's is the weight's own times A, scaled, and A's is zero.
-    """
-    expected = {}
-    for name in found:
-        base = built.tuning.base_name(name)
-        if ".lora_A." in name:
-            expected[name] = torch.zeros_like(found[name])
-        elif ".lora_B." in name:
-            expected[name] = _of_adapter(name, values, oracle, built)
-        elif base in oracle.gradients:
-            places = [base, *oracle.shared.get(base, ())]
-            expected[name] = torch.stack([oracle.gradients[place] for place in places]).sum(0)
-        else:
-            raise Differs(f"{name} is trained, and plain transformers has no {base}")
-    return expected
-
-
-def _of_adapter(name: str, values: dict[str, torch.Tensor], oracle: stock.Stock, built: Any) -> torch.Tensor:
-    layer = built.step_module.model.get_submodule(name.split(".lora_B.")[0])
-    base = built.tuning.base_name(name.split(".lora_B.")[0] + ".base_layer.weight")
-    scaling, a = layer.scaling["default"], values[name.replace("lora_B", "lora_A")]
-    weight = oracle.gradients[base]
-    if weight.dim() != 2:
-        raise Differs(f"{name}: no rule says what its gradient must be")
-    if type(layer.get_base_layer()).__name__ == "Conv1D":
-        weight = weight.T
-    return scaling * weight @ a.T
 
 
 def outcome_of(run: Any) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Numbers of the product against those of plain transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.models.stock import Stock
+
+TOLERANCE = 1e-5
+
+
+class Differs(AssertionError):
+    """The product computes something else than plain transformers, or than `single`."""
+
+
+def compare(what: str, found: float, right: float) -> None:
+    """Raise `Differs` where two numbers are not the same to `TOLERANCE`."""
+    if not abs(found - right) <= TOLERANCE * abs(right):
+        raise Differs(f"{what} is {found:.8g}, should be {right:.8g}")
+
+
+def compare_gradients(
+    found: dict[str, torch.Tensor], values: dict[str, torch.Tensor], oracle: Stock, built: Any
+) -> float:
+    """The largest relative distance of a gradient from plain transformers' own; raises `Differs` where it is too large."""
+    expected = expected_gradients(found, values, oracle, built)
+    scale = max((float(g.norm()) / g.numel() ** 0.5 for g in expected.values()), default=0.0)
+    apart = {}
+    for name, gradient in expected.items():
+        floor = 1e-2 * scale * gradient.numel() ** 0.5
+        apart[name] = float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor, 1e-30)
+    if not expected:
+        raise Differs("nothing is trained")
+    worst = max(apart, key=lambda name: apart[name])
+    if not apart[worst] <= TOLERANCE:
+        raise Differs(
+            f"gradient of {worst} is apart by {apart[worst]:.1e} of its norm {float(expected[worst].norm()):.1e}"
+        )
+    return apart[worst]
+
+
+def expected_gradients(
+    found: dict[str, torch.Tensor], values: dict[str, torch.Tensor], oracle: Stock, built: Any
+) -> dict[str, torch.Tensor]:
+    """What the trainable parameters' gradients must be, by their names here.
+
+    Of an adapter that still adds nothing: B's is the weight's own times A, scaled, and A's is zero.
+    """
+    expected = {}
+    for name in found:
+        base = built.tuning.base_name(name)
+        if ".lora_A." in name:
+            expected[name] = torch.zeros_like(found[name])
+        elif ".lora_B." in name:
+            expected[name] = _of_adapter(name, values, oracle, built)
+        elif base in oracle.gradients:
+            places = [base, *oracle.shared.get(base, ())]
+            expected[name] = torch.stack([oracle.gradients[place] for place in places]).sum(0)
+        else:
+            raise Differs(f"{name} is trained, and plain transformers has no {base}")
+    return expected
+
+
+def _of_adapter(name: str, values: dict[str, torch.Tensor], oracle: Stock, built: Any) -> torch.Tensor:
+    layer = built.step_module.model.get_submodule(name.split(".lora_B.")[0])
+    base = built.tuning.base_name(name.split(".lora_B.")[0] + ".base_layer.weight")
+    scaling, a = layer.scaling["default"], values[name.replace("lora_B", "lora_A")]
+    weight = oracle.gradients[base]
+    if weight.dim() != 2:
+        raise Differs(f"{name}: no rule says what its gradient must be")
+    if type(layer.get_base_layer()).__name__ == "Conv1D":
+        weight = weight.T
+    return scaling * weight @ a.T
