@@ -22,12 +22,12 @@ from trainer.heads.loss import fuse_head
 from trainer.loop import steps_from_budget
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder
-from trainer.model.architecture import architecture, describe_head, grow_vocabulary, head_names, vocabulary_names
+from trainer.model.architecture import describe_head, grow_vocabulary, head_names, text_settings, vocabulary_names
 from trainer.model.config import Kind, ModelConfig
-from trainer.model.layout import resolve_layout
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, quantise_layers
 from trainer.model.weights import WeightSource, fill_buffers
+from trainer.objectives.arranged import causal_model, padded_model
 from trainer.objectives.base import Beside, ObjectiveConfig
 from trainer.objectives.frozen import common_layout, frozen_model, teacher_model
 from trainer.objectives.registry import build_objective, family_of, reading_of
@@ -36,7 +36,7 @@ from trainer.optim.build import build_optimizer
 from trainer.planning.activations import Workload, plan_checkpointing
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
-from trainer.tuning.base import TuningConfig
+from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import around_update, build_tuning, fold_adapters
 from trainer.tuning.check import check_room
 from trainer.tuning.fast_lora import fuse_lora
@@ -113,7 +113,7 @@ def build_model(
 ) -> tuple[Built, WeightSource]:
     """The tuned architecture on meta and where its values come from, checked against each other; reads only headers."""
     objective, settled = family_of(config.objective).settle(config.objective, data.train, data.label_names)
-    layout, noted = common_layout(config.data.layout, teacher_model(config.model, objective))
+    layout, noted = common_layout(config.data.layout, teacher_model(config.model, objective), half_on_gpu=half_on_gpu)
     built = build_step(
         config.model,
         objective_config=objective,
@@ -145,8 +145,9 @@ def build_model(
 
 def _check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
     """Raise ConfigError where documents or packs do not fit the model that was built."""
-    positions = getattr(built.config, "max_position_embeddings", None)
-    check_room(config.tuning, int(data.train.lengths.max(initial=0)), positions)
+    positions = getattr(text_settings(built.config), "max_position_embeddings", None)
+    if family_of(config.objective).kind is not Kind.encoder_decoder:  # whose sides have positions each of their own
+        check_room(config.tuning, int(data.train.lengths.max(initial=0)), positions)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
@@ -176,20 +177,21 @@ def build_step(
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     encoder_decoder.check(model_config.to_dict(), config.path, family.kind, family.name, {})
-    padded = family.kind is not Kind.causal or needs_own_rows(tuning_config)
-    layout, attention, notes = resolve_layout(
-        config, layout, model_config.model_type, needs_padding=padded, half_on_gpu=half_on_gpu
-    )
     classifier, seq2seq = family.kind is Kind.classifier, family.kind is Kind.encoder_decoder
     if classifier:
         outputs = family.outputs or num_labels
         describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.several(objective_config))
-    with context:
-        model = architecture(family.kind, model_config, config, attention, family.name)
+    own_rows = needs_own_rows(tuning_config)
+    if family.kind is Kind.causal:
+        model, arranged = causal_model(
+            config, model_config, layout, own_rows=own_rows, half_on_gpu=half_on_gpu, context=context
+        )
+    else:
+        model, arranged = padded_model(family.kind, config, model_config, layout, context, family.name)
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
     plain = copy.deepcopy(model)
-    if not classifier:
+    if seq2seq or (not classifier and model.way.fused):
         fuse_head(model, model_config)
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()
@@ -198,19 +200,25 @@ def build_step(
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
     encoder_decoder.freeze_fixed(model)
+    freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
     model.train()
     objective = build_objective(objective_config, Beside(tuning.reference if tuning.keeps_base else None))
     step = TrainStep(model, objective, blocks)
     step.around_update = around_update(tuning)
     reading = family.reading(objective_config)
-    collator = reading.collator(layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
-    built = Built(
-        step, tuning, reading, collator, layout, attention, new_ids, vocabulary, plain, heads, model_config, notes
-    )
+    collator = reading.collator(arranged.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
+    built = Built(step, tuning, reading, collator, arranged, new_ids, vocabulary, plain, heads, model_config)
     built.two_sides, built.folded = two_sides, folded
     _quantise(built, config, head)
     fuse_lora(step.model)
     return built
+
+
+def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> None:
+    """Keep towers for images and sound from training: texts give them no gradient."""
+    for name, parameter in model.named_parameters():
+        if names and tuning.base_name(name).startswith(tuple(f"{n}." for n in names)):
+            parameter.requires_grad_(False)
 
 
 def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
@@ -236,7 +244,7 @@ def attach_frozen(
     check_head(step.model, f"objective={family.name}")
     if family.teacher(objective) is None and tuning.keeps_base:
         return
-    frozen = frozen_model(config, objective, built.config, built.attention, source, tokenizer)
+    frozen = frozen_model(config, objective, built.config, built.arrangement, source, tokenizer)
     step.teacher, source.teacher = frozen.model, frozen.weights
     step.objective = build_objective(objective, Beside(tuning.reference if tuning.keeps_base else None, frozen.model))
     step.add_block_classes(frozen.block_classes)

@@ -13,6 +13,7 @@ from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.reading import Reading
 from trainer.model.encoder_decoder import EncoderDecoder
+from trainer.model.layout import Arrangement
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
@@ -65,8 +66,8 @@ class Built:
     """How the objective reads data."""
     collator: Collator
     """What makes micro-batches in this layout."""
-    layout: Layout
-    attention: str
+    arrangement: Arrangement
+    """How documents lie in a row, and the attention kernel."""
     new_token_ids: list[int]
     vocabulary: frozenset[str]
     """Base names of the parameters that have a row for each token."""
@@ -76,8 +77,6 @@ class Built:
     """Top-level names of a head that the checkpoint need not have (classification)."""
     config: Any
     """The transformers config of the model."""
-    substitutions: dict[str, str]
-    """What was chosen for the user, and why."""
     two_sides: EncoderDecoder | None = None
     """Set for encoder-decoder models trained as such."""
     scheme: Scheme | None = None
@@ -86,6 +85,21 @@ class Built:
     """Shapes of the weights that are stored packed, by base name."""
     folded: Folded | None = None
     """Adapters that are folded into the base as it is loaded."""
+
+    @property
+    def layout(self) -> Layout:
+        """How documents lie in a row."""
+        return self.arrangement.layout
+
+    @property
+    def attention(self) -> str:
+        """transformers' name of the attention kernel."""
+        return self.arrangement.attention
+
+    @property
+    def substitutions(self) -> dict[str, str]:
+        """What was chosen for the user, and why; grows while the run is built."""
+        return self.arrangement.notes
 
     def base_weights(self, directory: Path) -> BaseWeights:
         """The values of the base as it is trained on, read from the model in `directory`."""

@@ -35,6 +35,17 @@ CONFIGS = {
     "phi3": ("Phi3Config", {"num_key_value_heads": 2, "pad_token_id": 0}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "gpt_neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "falcon": ("FalconConfig", {"multi_query": True, "alibi": False}),
     "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
 }

@@ -93,17 +93,20 @@ def combine(
     `dtype`: stored type of a merged model; default: that of the base. Reloads what it wrote and compares logits.
     Errors: ConfigError, DriftError, OSError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from trainer.export.tensors import stored_type
     from trainer.export.verify import probe_ids, verify_export
+    from trainer.model.architecture import auto_class
+    from trainer.model.config import Kind
 
     if wrong := problems(settings):
         raise ConfigError(wrong)
     first = json.loads((Path(settings.adapters[0]).expanduser() / SETTINGS).read_text(encoding="utf-8"))
     base = str(settings.base or first["base_model_name_or_path"])
     try:
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+        auto = auto_class(Kind.causal, AutoConfig.from_pretrained(base, local_files_only=True))
+        plain = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)

@@ -14,6 +14,8 @@ from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
 from trainer.export.tensors import stored_type
+from trainer.model.architecture import auto_class
+from trainer.model.config import Kind
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
@@ -138,7 +140,8 @@ def _load(directory: Path, base_path: str | None, transformers: Any, rounded: Ba
     elif settings["task_type"] == "SEQ_2_SEQ_LM":
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+        auto = auto_class(Kind.causal, transformers.AutoConfig.from_pretrained(base, local_files_only=True))
+        model = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -158,11 +161,10 @@ def _head_rows(safe_open: Any, directory: Path) -> int:
 def _auto_class(directory: Path) -> Any:
     import transformers
 
-    settings = json.loads((directory / "config.json").read_text())
-    classifier = "ForSequenceClassification" in settings["architectures"][0]
-    if settings.get("is_encoder_decoder") and not classifier:
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+    settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    classifier = "ForSequenceClassification" in settings.architectures[0]
+    kind = Kind.encoder_decoder if getattr(settings, "is_encoder_decoder", False) else Kind.causal
+    return auto_class(Kind.classifier if classifier else kind, settings)
 
 
 def verify_export(

@@ -23,6 +23,7 @@ from trainer.export.card import CardFacts, render_card
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
+from trainer.model.architecture import text_settings
 from trainer.model.weights import BaseWeights
 
 if TYPE_CHECKING:
@@ -232,5 +233,7 @@ def _write_model(
 
 def _with_added_tokens_note(built: Built, tokenizer: Any, card: CardFacts, adapter: bool) -> None:
     """Tell the card when loaders of an adapter must first give the base rows for the new vocabulary."""
-    grown = bool(built.new_token_ids) and built.config.vocab_size == len(tokenizer)  # spare rows need no resize
+    grown = bool(built.new_token_ids) and text_settings(built.config).vocab_size == len(
+        tokenizer
+    )  # spare rows need no resize
     card.resize_to = len(tokenizer) if adapter and grown else None

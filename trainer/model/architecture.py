@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from strategies.errors import ConfigError
-from trainer.model.config import Kind, ModelConfig
-from trainer.model.encoder_decoder import DROPOUTS, LAYER_DROP
+from trainer.model.config import Attention, Kind, ModelConfig
 
-FIELDS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "dropout",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "seq_classif_dropout",
-)
-"""Names that architectures give to their dropouts."""
+DROPOUT = re.compile(r"dropout|_pdrop$")
+"""What the names of dropout probabilities have in common, whatever an architecture calls them."""
+NOISE = re.compile(r"layerdrop|input_jitter")
+"""Of settings that leave out whole layers, or disturb them, at random: ranks would draw different ones, and sharding
+strategies would hang or part."""
+
+TEXT_ALONE = frozenset({"llama4"})
+"""Models that see, of which only the text model can be built: in transformers 5.24 the whole one fails on texts."""
 
 
-def architecture(kind: Kind, model_config: Any, config: ModelConfig, attention: str, objective: str) -> Any:
-    """The plain model of a kind, with the run's dropout; raises ConfigError, for the objective named, where there is none."""
-    original_dropout = set_dropout(model_config, config.dropout)
-    options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
+def architecture(kind: Kind, model_config: Any, config: ModelConfig, attention: str, objective: str) -> tuple[Any, str]:
+    """The plain model of a kind, with the run's dropout, and its attention: eager where it has no SDPA.
+
+    Raises ConfigError, for the objective named, where there is none.
+    """
+    before = set_dropout(model_config, config.dropout)
     try:
-        model = kind.auto_class().from_config(model_config, attn_implementation=attention, **options)
+        model, attention = _built(kind, model_config, config, attention)
     except ValueError as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
         raise ConfigError(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {reason[:300]}"
         ) from error
-    for name, value in original_dropout.items():  # layers have read theirs; an export keeps the base's values
-        setattr(model_config, name, value)
-    return model
+    for owner, name, value in before:  # layers have read theirs; an export keeps the base's values
+        setattr(owner, name, value)
+    return model, attention
+
+
+def auto_class(kind: Kind, model_config: Any) -> Any:
+    """The class of transformers that picks the architecture. A model that also sees or hears is built whole."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    names = {
+        Kind.causal: "AutoModelForCausalLM",
+        Kind.classifier: "AutoModelForSequenceClassification",
+        Kind.encoder_decoder: "AutoModelForSeq2SeqLM",
+    }
+    whole = type(model_config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and model_config.model_type not in TEXT_ALONE
+    if kind is Kind.causal and whole:
+        return transformers.AutoModelForMultimodalLM
+    return getattr(transformers, names[kind])
+
+
+def beside_text(model: Any) -> tuple[str, ...]:
+    """Names of the modules that a causal model has beside its text model and head: towers for images and sound, projectors."""
+    if text_settings(model.config) is model.config:
+        return ()
+    kept = {id(m) for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None}
+
+    def outside(module: Any, prefix: str) -> Iterator[str]:
+        for name, child in module.named_children():
+            if id(child) in kept:
+                continue
+            if kept & {id(m) for m in child.modules()}:
+                yield from outside(child, f"{prefix}{name}.")
+            elif next(child.parameters(), None) is not None:
+                yield f"{prefix}{name}"
+
+    return tuple(outside(model, ""))
+
+
+def _built(kind: Kind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+    options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
+    auto = auto_class(kind, model_config)
+    try:
+        model = auto.from_config(model_config, attn_implementation=attention, **options)
+    except ValueError as error:
+        if attention != "sdpa" or config.attention is not Attention.auto or "scaled_dot_product" not in str(error):
+            raise
+        attention = "eager"
+        model = auto.from_config(model_config, attn_implementation=attention, **options)
+    if model_config.model_type in TEXT_ALONE:  # what it has no place for goes into the export as it is
+        model._keys_to_ignore_on_load_unexpected = {"."}
+    return model, attention
 
 
 def describe_head(model_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:
@@ -52,22 +100,35 @@ def describe_head(model_config: Any, outputs: int | None, pad_token_id: int, *, 
 
 def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:
     """Make room for added tokens: built at its final size, the model needs no resizing after sharding."""
-    rows = model_config.vocab_size
+    text = text_settings(model_config)
+    rows = text.vocab_size
     if size - num_new > rows:
         raise ConfigError(
             f"model.path={config.path}: its tokenizer has {size - num_new} entries, its embeddings {rows} rows: they do "
             "not belong together. Use the tokenizer of this model and list further tokens in model.add_tokens"
         )
-    model_config.vocab_size = max(rows, size)
+    text.vocab_size = max(rows, size)
 
 
-def set_dropout(model_config: Any, probability: float) -> dict[str, float]:
-    """Set every dropout the architecture has, whatever its fields are called; returns the values that were there."""
-    before = {name: getattr(model_config, name, None) for name in (*FIELDS, *DROPOUTS)}
-    found = {name: value for name, value in before.items() if isinstance(value, float | int)}
-    for name in found:
-        setattr(model_config, name, 0.0 if name in LAYER_DROP else probability)
-    return found
+def text_settings(model_config: Any) -> Any:
+    """The part of a configuration that speaks of text: itself, but for models that also see or hear."""
+    return model_config if hasattr(model_config, "vocab_size") else model_config.get_text_config()
+
+
+def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:
+    """Set every dropout the architecture has, and still what is drawn otherwise; returns (owner, name, value before)."""
+    before = []
+    parts = [getattr(model_config, name, None) for name in (getattr(model_config, "sub_configs", None) or {})]
+    for owner in (model_config, *(part for part in parts if part is not None)):
+        for name, value in list(vars(owner).items()):
+            if not isinstance(value, float | int) or isinstance(value, bool):
+                continue
+            noise = NOISE.search(name)
+            if noise or DROPOUT.search(name):
+                before.append((owner, name, value))
+                chosen = 0.0 if noise else probability
+                setattr(owner, name, int(chosen) if isinstance(value, int) and chosen in (0, 1) else chosen)
+    return before
 
 
 def head_names(model: Any) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Attention over concatenated documents: one registered function that never lets a token see another document.
 
-It honours causality, sliding windows, logit soft-capping and grouped heads, or raises. It takes the boundaries that
+It honours causality, sliding windows, logit soft-capping, sinks and grouped heads, or raises. It takes the boundaries that
 travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole row.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,22 +19,6 @@ from torch import Tensor, nn
 from strategies.matmul import LONG, as_chosen, in_blas
 
 NAME = "shardtune_varlen"
-
-PADDING_FREE = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi3",
-        "gpt2",
-        "gpt_neox",
-    }
-)
-"""`model_type`s that a test has shown to give the same result concatenated and apart (tests/model/test_attention.py)."""
 
 
 def register() -> None:
@@ -69,14 +54,15 @@ def varlen_attention(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
-    for unknown in ("s_aux", "sinks", "head_mask", "position_bias"):
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+    for unknown in ("head_mask", "position_bias"):
         if kwargs.get(unknown) is not None:
             raise ValueError(f"attention '{NAME}' does not implement {unknown}; set data.layout=padded")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     computes_in = value.dtype  # under autocast, rotary embeddings leave the other two in float32
     if query.is_cuda:
         query, key = query.to(computes_in), key.to(computes_in)
-    if _has_varlen_kernel(query, softcap, dropout):
+    if sinks is None and _has_varlen_kernel(query, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
@@ -84,8 +70,8 @@ def varlen_attention(
     wide = torch.promote_types(computes_in, torch.float32) if query.device.type == "cpu" else computes_in
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
-        rest = scaling, dropout, sliding_window, softcap, causal
-        out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, *rest))
+        rule = _Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
+        out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, rule))
     return out.to(computes_in).transpose(1, 2).contiguous(), None
 
 
@@ -103,56 +89,60 @@ def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tens
     return as_chosen(joined) if all_short else joined
 
 
-def _one_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool,
-) -> Tensor:
-    length = q.shape[2]
-    mask = None
-    if window is not None and length > window:
-        position = torch.arange(length, device=q.device)
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How a layer attends within a document."""
+
+    scaling: float | None
+    dropout: float
+    window: int | None
+    softcap: float | None
+    causal: bool
+    sinks: Tensor | None
+    """`[H]`: logits that take a part of each row and give nothing."""
+
+    def mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Which keys a query sees, `[T, T]`, where a window says so."""
+        if self.window is None or length <= self.window:
+            return None
+        position = torch.arange(length, device=device)
         distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < window) if causal else distance.abs() < window
-    if softcap is not None:
-        return _soft_capped(q, k, v, scaling, dropout, softcap, mask, causal)
+        return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
+
+
+def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+    mask = rule.mask(q.shape[2], q.device)
+    if rule.softcap is not None or rule.sinks is not None:
+        return _by_scores(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None,
-        scale=scaling,
+        dropout_p=rule.dropout,
+        is_causal=rule.causal and mask is None,
+        scale=rule.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def _soft_capped(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
-    mask: Tensor | None,
-    causal: bool,
-) -> Tensor:
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: _Rule, mask: Tensor | None) -> Tensor:
+    """What no kernel has: scores that are capped, and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and causal:
+    scores = (q @ k.transpose(-1, -2)) * (rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if mask is None and rule.causal:
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
-    return weights @ v
+    if rule.sinks is not None:
+        sinks = rule.sinks.to(scores.dtype).view(1, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide)[..., : k.shape[2]]
+    return F.dropout(weights.to(q.dtype), rule.dropout) @ v
 
 
 def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from trainer.model.quantisation import Quantisation
 
@@ -17,17 +16,6 @@ class Kind(StrEnum):
     causal = "causal"
     classifier = "classifier"
     encoder_decoder = "encoder_decoder"
-
-    def auto_class(self) -> Any:
-        """The class of transformers that picks the architecture."""
-        import transformers
-
-        names = {
-            Kind.causal: "AutoModelForCausalLM",
-            Kind.classifier: "AutoModelForSequenceClassification",
-            Kind.encoder_decoder: "AutoModelForSeq2SeqLM",
-        }
-        return getattr(transformers, names[self])
 
 
 class Attention(StrEnum):

@@ -20,10 +20,6 @@ from trainer.model.weights import Checkpoint
 
 KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
 """`model_type`s whose loss a test has shown to be that of transformers (tests/objectives/test_seq2seq.py)."""
-LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop")
-"""Whole layers left out at random: ranks would leave out different ones, and sharding strategies would hang."""
-DROPOUTS = ("dropout_rate", "activation_dropout", *LAYER_DROP)
-"""Dropout of the config under names that other architectures do not have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,53 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from strategies.errors import ConfigError
 from trainer.data.config import Layout
-from trainer.model.attention import NAME, PADDING_FREE
+from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig
 
 
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How documents lie in a row, and what computes attention over them."""
+
+    layout: Layout
+    attention: str
+    """transformers' name of the kernel."""
+    notes: dict[str, str]
+    """Substitutions made, and why."""
+
+
 def resolve_layout(
-    model: ModelConfig, layout: Layout, model_type: str, *, needs_padding: bool, half_on_gpu: bool
-) -> tuple[Layout, str, dict[str, str]]:
-    """(layout, transformers attention name, substitutions made).
+    model: ModelConfig,
+    layout: Layout,
+    model_type: str,
+    *,
+    unproven: Callable[[str], str],
+    needs_padding: bool,
+    half_on_gpu: bool,
+) -> Arrangement:
+    """The arrangement of a run. `unproven(attention)`: why documents cannot lie in one row there; empty where they can.
 
     Raises ConfigError for a combination that would silently mix documents.
     """
-    known = model_type in PADDING_FREE
-    notes: dict[str, str] = {}
-    if layout is Layout.auto:
-        wants_stock = model.attention in (Attention.sdpa, Attention.eager)
-        layout = Layout.padding_free if known and not needs_padding and not wants_stock else Layout.padded
-        if layout is Layout.padded and not needs_padding:
-            reason = f"attention={model.attention}" if wants_stock else f"{model_type} is not proven padding-free"
-            notes["data.layout"] = f"padded ({reason})"
-    elif layout is Layout.padding_free and (needs_padding or not known):
+    if layout is Layout.padding_free and needs_padding:
         raise ConfigError(
-            f"data.layout=padding_free: {model_type} with this objective and tuning is not proven to keep documents apart; "
-            f"use data.layout=padded (proven: {', '.join(sorted(PADDING_FREE))})"
+            "data.layout=padding_free: this objective or tuning needs a row for each document; use data.layout=padded"
         )
-    if layout is Layout.padded:
-        if model.attention is Attention.varlen:
-            raise ConfigError(
-                "model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones"
-            )
-        return layout, "sdpa" if model.attention is Attention.auto else str(model.attention), notes
-    if model.attention in (Attention.sdpa, Attention.eager):
+    stock = model.attention in (Attention.sdpa, Attention.eager)
+    if layout is Layout.padding_free and stock:
         raise ConfigError(
             f"model.attention={model.attention} with data.layout=padding_free: would let documents see each other; use "
             "model.attention=varlen or data.layout=padded"
         )
+    if layout is Layout.padded or needs_padding or stock:
+        noted = layout is Layout.auto and not needs_padding
+        return _padded(model, {"data.layout": f"padded (attention={model.attention})"} if noted else {})
+    attention = _for_rows(model, half_on_gpu=half_on_gpu)
+    reason = unproven(attention)
+    if reason and attention != NAME and model.attention is Attention.auto:
+        attention = NAME
+        reason = unproven(attention)
+    if reason:
+        if layout is Layout.padding_free or model.attention is Attention.varlen:
+            word = "data.layout=padding_free" if layout is Layout.padding_free else f"model.attention={model.attention}"
+            raise ConfigError(
+                f"{word}: {model_type} is not proven to keep documents of one row apart ({reason}); use "
+                "data.layout=padded and model.attention=auto"
+            )
+        return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
+    notes = {}
+    if model.attention is Attention.auto and attention == NAME:
+        notes["model.attention"] = "varlen (built in; FlashAttention needs a GPU, half precision and flash-attn)"
+    return Arrangement(Layout.padding_free, attention, notes)
+
+
+def _padded(model: ModelConfig, notes: dict[str, str]) -> Arrangement:
+    if model.attention is Attention.varlen:
+        raise ConfigError("model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones")
+    stock = "sdpa" if model.attention is Attention.auto else str(model.attention)
+    return Arrangement(Layout.padded, stock, notes)
+
+
+def _for_rows(model: ModelConfig, *, half_on_gpu: bool) -> str:
+    """The kernel for documents one after another in a row."""
     has_flash = half_on_gpu and find_spec("flash_attn") is not None
     if model.attention is Attention.flash_attention_2 and not has_flash:
         raise ConfigError(
             "model.attention=flash_attention_2: needs a CUDA device, precision=bf16 or fp16, and the package flash-attn "
             "(pip install 'shardtune[gpu]'); use model.attention=auto"
         )
-    if has_flash and model.attention in (Attention.auto, Attention.flash_attention_2):
-        return layout, "flash_attention_2", notes
-    if model.attention is Attention.auto:
-        notes["model.attention"] = "varlen (built in; FlashAttention needs a GPU, half precision and flash-attn)"
-    return layout, NAME, notes
+    return "flash_attention_2" if has_flash and model.attention is not Attention.varlen else NAME

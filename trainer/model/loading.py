@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,26 @@ def load_model_config(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise _hub_error("model.path", path, error) from error
+        raise _config_error(path, error) from error
+
+
+def _config_error(path: str, error: Exception) -> ConfigError:
+    """What is wrong with a model directory whose config.json could not be read."""
+    directory = Path(path)
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        return ConfigError(
+            f"model.path={path}: is an adapter; give its base as model.path, and this directory as tuning.from to go on "
+            "training it, or in model.adapters to fold it into the base"
+        )
+    if "does not recognize this architecture" in str(error):
+        import transformers
+
+        kind = json.loads((directory / "config.json").read_text()).get("model_type") if directory.is_dir() else "its"
+        return ConfigError(
+            f"model.path={path}: transformers {transformers.__version__} does not know the model_type {kind!r}; install a newer "
+            "transformers, or set model.trust_remote_code=true where the model brings code that you trust"
+        )
+    return _hub_error("model.path", path, error)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -74,6 +94,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
+        if Path(path).is_dir():
+            raise ConfigError(
+                f"{'model.tokenizer' if config.tokenizer else 'model.path'}={path}: holds no tokenizer that can be loaded "
+                f"({str(error).splitlines()[0][:160]}); put tokenizer.json and tokenizer_config.json there, or give "
+                "model.tokenizer=<directory or hub id>"
+            ) from error
         raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer={path}: has no fast tokenizer (tokenizer.json); convert it first")

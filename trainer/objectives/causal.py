@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,19 +26,59 @@ MODEL_INPUTS = (
 """What of a batch the model itself is given."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a batch goes through a causal model (`trainer/objectives/passage.py` proves which way is right for which)."""
+
+    fused: bool
+    """The decoder gives hidden states, of which the head itself makes the loss; else the model's own forward pass gives
+    logits, at supervised rows only."""
+    positions: bool
+    """The model is told each token's position; else it counts them itself."""
+
+
+FUSED = Way(fused=True, positions=True)
+WAYS = (FUSED, Way(fused=False, positions=True), Way(fused=False, positions=False))
+"""Every way, the fastest first."""
+
+
 def plain_model(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside an adapter wrapper; adapters stay in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
-    """The output head, the hidden states `[N, H]` that it is given, and the targets `[N]` of these rows."""
+    """The output head, the hidden states `[N, H]` that it is given, and the targets `[N]` of these rows.
+
+    Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
+    """
     causal_lm = plain_model(model)
-    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    way: Way = getattr(causal_lm, "way", FUSED)
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch and (way.positions or key != "position_ids")}
+    rows, targets = batch["target_rows"], batch["targets"].view(-1)
+    if not way.fused:
+        return nn.Identity(), _own_logits(causal_lm, inputs, rows), targets[rows]
     hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
-    rows = batch["target_rows"]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
-    return head, hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
+    return head, hidden.reshape(-1, hidden.shape[-1])[rows], targets[rows]
+
+
+def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
+    """Logits `[N, V]` at `rows`, of the model's own forward pass, in which its head sees these rows alone."""
+    head = causal_lm.get_output_embeddings()
+
+    def select(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, rows], *rest)
+
+    hook = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        logits = causal_lm(**inputs, use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits = logits.reshape(-1, logits.shape[-1])
+    return logits if len(logits) == len(rows) else logits[rows]
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

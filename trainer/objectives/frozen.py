@@ -10,11 +10,13 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.heads.loss import fuse_head
-from trainer.model import attention as attention_module
-from trainer.model.architecture import set_dropout
-from trainer.model.config import ModelConfig
+from trainer.model.architecture import auto_class, set_dropout
+from trainer.model.attention import NAME
+from trainer.model.config import Kind, ModelConfig
+from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.weights import BaseWeights, WeightSource
+from trainer.objectives.arranged import Proofs
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.registry import family_of
 from trainer.objectives.teacher import check_head
@@ -39,16 +41,19 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
     )
 
 
-def common_layout(layout: Layout, teacher: ModelConfig | None) -> tuple[Layout, dict[str, str]]:
+def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
     """(layout, substitution made): padded rows where the teacher is not proven to keep documents apart otherwise."""
     if teacher is None or layout is Layout.padded:
         return layout, {}
-    kind = load_model_config(teacher).model_type
-    if kind in attention_module.PADDING_FREE:
+    settings = load_model_config(teacher)
+    reason, kind = Proofs(teacher, settings, half_on_gpu=half_on_gpu).unproven(NAME), settings.model_type
+    if not reason:
         return layout, {}
     if layout is Layout.padding_free:
-        raise ConfigError(f"data.layout=padding_free: the teacher ({kind}) needs padded rows; set data.layout=auto")
-    return Layout.padded, {"data.layout": f"padded (the teacher, {kind}, is not proven padding-free)"}
+        raise ConfigError(
+            f"data.layout=padding_free: the teacher ({kind}) needs padded rows ({reason}); set data.layout=auto"
+        )
+    return Layout.padded, {"data.layout": f"padded (the teacher, {kind}, is not proven padding-free: {reason})"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,12 @@ class Frozen:
 
 
 def frozen_model(
-    config: ModelConfig, objective: ObjectiveConfig, settings: Any, attention: str, own: WeightSource, tokenizer: Any
+    config: ModelConfig,
+    objective: ObjectiveConfig,
+    settings: Any,
+    arrangement: Arrangement,
+    own: WeightSource,
+    tokenizer: Any,
 ) -> Frozen:
     """The teacher that is imitated, or else the model before training once more, out of its `own` weights.
 
@@ -72,10 +82,10 @@ def frozen_model(
     """
     teacher = teacher_model(config, objective)
     if teacher is None:
-        model, weights = _architecture(config, settings, attention), own
+        model, weights = _architecture(config, settings, arrangement), own
     else:
         check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
-        model = _architecture(teacher, load_model_config(teacher), attention)
+        model = _architecture(teacher, load_model_config(teacher), arrangement)
         weights = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
         )
@@ -85,13 +95,11 @@ def frozen_model(
     return Frozen(model, weights, set(getattr(model, "_no_split_modules", None) or ()))
 
 
-def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
+def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:
     """A causal model on meta, without dropout, its head ready to lend its weight; raises ConfigError where it is none."""
-    import transformers
-
-    settings = copy.deepcopy(settings)
+    settings, attention = copy.deepcopy(settings), arrangement.attention
     set_dropout(settings, 0.0)
-    auto: Any = transformers.AutoModelForCausalLM
+    auto = auto_class(Kind.causal, settings)
     remedy = "take a causal model of the student's family"
     if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
         raise ConfigError(
@@ -109,7 +117,10 @@ def _architecture(config: ModelConfig, settings: Any, attention: str) -> Any:
             f"attention {attention}: {reason}; {remedy}"
         ) from error
     model.tie_weights()
-    fuse_head(model, settings)
+    noted = Arrangement(arrangement.layout, attention, {})
+    model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).way(noted)
+    if model.way.fused:
+        fuse_head(model, settings)
     return model
 
 

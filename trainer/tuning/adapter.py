@@ -111,6 +111,8 @@ class Adapter:
             else:
                 settings.ensure_weight_tying = True
         settings.modules_to_save = full or None
+        if (beside := getattr(model, "beside_text", ())) and hasattr(settings, "exclude_modules"):
+            settings.exclude_modules = "|".join(rf"{re.escape(name)}(\..*)?" for name in beside)
         settings.task_type = _task_type(model)
         return settings
 

@@ -100,8 +100,16 @@ def problems(tuning: TuningConfig, run: Run) -> Iterator[str]:
 
 
 def check_room(tuning: TuningConfig, longest: int, positions: int | None) -> None:
-    """Raise ConfigError where documents of `longest` tokens fit the model's `positions`, but not behind virtual tokens."""
-    if not isinstance(tuning, VirtualConfig) or positions is None or longest > positions:
+    """Raise ConfigError where documents of `longest` tokens do not fit the model's `positions`, virtual tokens before them."""
+    if positions is None:
+        return
+    if longest > positions:
+        raise ConfigError(
+            f"data: the longest document takes {longest} tokens, and the model has {positions} positions "
+            f"(max_position_embeddings): what lies beyond was never learned, or is not there. Set data.max_length={positions}; "
+            "for a longer context, set rope scaling and max_position_embeddings in the model's config.json"
+        )
+    if not isinstance(tuning, VirtualConfig):
         return
     if longest + tuning.num_virtual_tokens > positions:
         raise ConfigError(

@@ -1,0 +1,113 @@
+"""What is proven of an architecture, and that the proof can fail."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+
+from strategies.errors import ConfigError
+from strategies.parameters import meta_context
+from trainer.data.config import Layout
+from trainer.model import attention
+from trainer.model.config import Attention, ModelConfig
+from trainer.objectives import passage
+from trainer.objectives.arranged import causal_model
+from trainer.objectives.causal import FUSED, WAYS, Way
+
+SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+WINDOWED = {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4096, "intermediate_size": 11008}
+ENCODER = {**SIZES, "intermediate_size": 64}
+CONFIGS = {
+    "mistral": lambda: transformers.MistralConfig(**SIZES, **WINDOWED),
+    "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **WINDOWED, num_local_experts=8),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_key_value_heads=2),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=96, hidden_size=48, n_layer=2, n_head=4),
+    "bert": lambda: transformers.BertConfig(**ENCODER, is_decoder=True),
+    "roberta": lambda: transformers.RobertaConfig(**ENCODER, is_decoder=True, pad_token_id=1),
+    "encoder": lambda: transformers.BertConfig(**ENCODER),
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Findings of this test alone."""
+    attention.register()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def arranged(kind, **settings):
+    model = ModelConfig(path=kind, **settings)
+    return causal_model(model, CONFIGS[kind](), Layout.auto, own_rows=False, half_on_gpu=False, context=meta_context())
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "mixtral"])
+def test_windows_sinks_and_experts_are_proven_in_one_row(kind):
+    model, found = arranged(kind)
+    assert (found.layout, found.attention, model.way) == (Layout.padding_free, attention.NAME, FUSED)
+
+
+def test_distances_that_run_through_a_row_need_padded_rows():
+    _, found = arranged("bloom")
+    assert found.layout is Layout.padded
+    assert "bloom is not proven padding-free: the loss differs by" in found.notes["data.layout"]
+
+
+@pytest.mark.parametrize(("kind", "way"), [("bert", WAYS[1]), ("roberta", WAYS[2])])
+def test_a_head_of_several_layers_and_positions_of_its_own_are_left_to_the_model(kind, way):
+    model, found = arranged(kind)
+    assert model.way == way
+    assert "own forward pass" in found.notes["model.head"]
+
+
+def test_a_model_whose_tokens_see_ahead_is_refused():
+    with pytest.raises(ConfigError, match=r"see what follows.*is_decoder.*classification"):
+        arranged("encoder")
+
+
+def test_an_attention_that_ignores_the_window_is_found_out(monkeypatch):
+    real = attention.varlen_attention
+
+    def blind(*args, sliding_window=None, **rest):
+        return real(*args, **rest)
+
+    monkeypatch.setattr(attention, "varlen_attention", blind)
+    attention.register()
+    try:
+        assert arranged("mistral")[1].layout is Layout.padded
+        with pytest.raises(ConfigError, match=r"model.attention=varlen.*not proven"):
+            arranged("mistral", attention=Attention.varlen)
+    finally:
+        monkeypatch.undo()
+        attention.register()
+
+
+def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
+    config = transformers.GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0)
+    with meta_context():
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+    assert passage._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED
+    monkeypatch.setattr("trainer.heads.loss.head_transform", lambda _config: (None, 1.0))
+    found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+    assert found.padding_free == Way(fused=False, positions=True)
+
+
+def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeypatch):
+    first = arranged("mistral")[1]
+    (file,) = (home / ".cache" / "shardtune" / "proofs").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(passage, "_prove", None)
+        assert arranged("mistral")[1] == first
+    file.write_text(json.dumps({"padding_free": {"unknown": 1}}))
+    assert arranged("mistral")[1] == first
+
+
+def test_what_cannot_be_shrunk_is_not_proven_and_said(monkeypatch):
+    config = transformers.MistralConfig(**SIZES, **WINDOWED)
+    assert passage._prove(config, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False).causal
+    broken = copy.deepcopy(config)
+    monkeypatch.setattr(type(broken), "from_dict", classmethod(lambda *_: 1 / 0))
+    found = passage._prove(broken, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False)
+    assert found.padding_free is None and "takes no small sizes" in found.reason

@@ -1,0 +1,122 @@
+"""The plain causal model of a run, arranged: its attention, how documents lie in a row, and its way from batch to loss."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from strategies.errors import ConfigError
+from strategies.parameters import meta_context
+from trainer.data.config import Layout
+from trainer.model.architecture import architecture, beside_text
+from trainer.model.attention import NAME
+from trainer.model.config import Attention, Kind, ModelConfig
+from trainer.model.layout import Arrangement, resolve_layout
+from trainer.objectives.causal import WAYS, Way
+from trainer.objectives.passage import Passage, passage_of
+
+
+class Proofs:
+    """What is proven of one architecture, by attention; found out where it is not yet known on this host."""
+
+    def __init__(self, config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> None:
+        """`settings`: transformers' configuration of the model; it is not changed."""
+        self.config, self.settings, self.half_on_gpu = config, settings, half_on_gpu
+
+    def of(self, attention: str) -> Passage:
+        """What is proven with this kernel for documents in one row."""
+        return passage_of(self.settings, self._plain, attention, on_gpu=self.half_on_gpu)
+
+    def unproven(self, attention: str) -> str:
+        """Why documents cannot lie in one row; empty where they can."""
+        found = self.of(attention)
+        return "" if found.padding_free is not None else found.reason or "it was not found right"
+
+    def _plain(self) -> Any:
+        with meta_context():
+            return architecture(Kind.causal, copy.deepcopy(self.settings), self.config, "sdpa", "sft")[0]
+
+    def way(self, arrangement: Arrangement) -> Way:
+        """The way from batch to loss, noted where it is not the fast one. Raises ConfigError where tokens see ahead."""
+        layout = arrangement.layout
+        found = self.of(arrangement.attention if layout is Layout.padding_free else NAME)
+        if not found.causal:
+            raise ConfigError(
+                f"model.path={self.config.path}: tokens of this {self.settings.model_type} see what follows them, so that "
+                "predicting it would teach nothing; take a causal model, set is_decoder in its config.json, or use "
+                "objective=classification"
+            )
+        if found.tried and found.of(layout) is None:
+            raise ConfigError(
+                f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained here: on a small copy of it "
+                f"{found.reason}; take a model of another architecture (docs/models.md lists those that train)"
+            )
+        if found.random:
+            arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
+        way = found.of(layout) or WAYS[-1]
+        if found.of(layout) is None:
+            arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({found.reason})"
+        elif not way.fused:
+            arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
+        return way
+
+
+def causal_model(
+    config: ModelConfig,
+    settings: Any,
+    layout: Layout,
+    *,
+    own_rows: bool,
+    half_on_gpu: bool,
+    context: AbstractContextManager[None],
+) -> tuple[Any, Arrangement]:
+    """The plain model on meta, with its way set, and its arrangement.
+
+    `own_rows`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
+    """
+    proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
+    arrangement = resolve_layout(
+        config,
+        layout,
+        settings.model_type,
+        unproven=proofs.unproven,
+        needs_padding=own_rows,
+        half_on_gpu=half_on_gpu,
+    )
+    if arrangement.layout is Layout.padded and config.attention is Attention.auto:
+        arrangement = replace(arrangement, attention=proofs.of(NAME).stock)
+        if arrangement.attention != "sdpa":
+            arrangement.notes["model.attention"] = f"{arrangement.attention} (SDPA is not there, or not right)"
+    way = proofs.way(arrangement)
+    if own_rows and not way.fused:
+        raise ConfigError(
+            f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "
+            "own forward pass; use tuning=lora"
+        )
+    with context:
+        model, attention = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
+    model.way, model.beside_text = way, beside_text(model)
+    if model.beside_text:
+        arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
+    return model, replace(arrangement, attention=attention)
+
+
+def padded_model(
+    kind: Kind,
+    config: ModelConfig,
+    settings: Any,
+    layout: Layout,
+    context: AbstractContextManager[None],
+    objective: str,
+) -> tuple[Any, Arrangement]:
+    """The plain model of another kind on meta, for one document a row. Raises ConfigError."""
+    arrangement = resolve_layout(
+        config, layout, settings.model_type, unproven=lambda _: "", needs_padding=True, half_on_gpu=False
+    )
+    with context:
+        model, attention = architecture(kind, settings, config, arrangement.attention, objective)
+    if attention != arrangement.attention:
+        arrangement.notes["model.attention"] = f"{attention} (this architecture has no {arrangement.attention})"
+    return model, replace(arrangement, attention=attention)
