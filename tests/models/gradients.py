@@ -55,19 +55,26 @@ def expected_gradients(
             expected[name] = torch.zeros_like(found[name])
         elif ".lora_B." in name:
             expected[name] = _of_adapter(name, values, oracle, built)
-        elif base in oracle.gradients:
-            places = [base, *oracle.shared.get(base, ())]
-            expected[name] = torch.stack([oracle.gradients[place] for place in places]).sum(0)
         else:
-            raise Differs(f"{name} is trained, and plain transformers has no {base}")
+            first = _plain(base, oracle)
+            places = [first, *oracle.shared.get(first, ())]
+            expected[name] = torch.stack([oracle.gradients[place] for place in places]).sum(0)
     return expected
+
+
+def _plain(name: str, oracle: Stock) -> str:
+    """What the causal class calls a parameter of the whole model: without the part that it is."""
+    for plain in (name, name.replace("language_model.", "", 1)):
+        if plain in oracle.gradients:
+            return plain
+    raise Differs(f"{name} is trained, and the causal class of plain transformers has no such parameter")
 
 
 def _of_adapter(name: str, values: dict[str, torch.Tensor], oracle: Stock, built: Any) -> torch.Tensor:
     layer = built.step_module.model.get_submodule(name.split(".lora_B.")[0])
     base = built.tuning.base_name(name.split(".lora_B.")[0] + ".base_layer.weight")
     scaling, a = layer.scaling["default"], values[name.replace("lora_B", "lora_A")]
-    weight = oracle.gradients[base]
+    weight = oracle.gradients[_plain(base, oracle)]
     if weight.dim() != 2:
         raise Differs(f"{name}: no rule says what its gradient must be")
     if type(layer.get_base_layer()).__name__ == "Conv1D":

@@ -29,6 +29,7 @@ TOGETHER = (("fsdp2", "full"), ("zero3", "full"))
 IN_TURNS = (("fsdp2", "lora"), ("zero2", "full"), ("zero3", "lora"))
 """What is tried on two ranks: of each architecture the former, and one of the latter."""
 LIMIT_S = 60
+"""Seconds that one case may take on the machine that `tests/helpers/speed.py` measures by."""
 SAID = ("outcome", "reason", "layout", "attention")
 """What of an answer is kept: not the digits, which belong to one machine."""
 TRAINS = ("padding-free", "padded")
