@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from strategies.errors import ConfigError
+from trainer.model import experts
 from trainer.model.config import Attention, Kind, ModelConfig
 
 DROPOUT = re.compile(r"dropout|_pdrop$")
@@ -72,9 +73,16 @@ def beside_text(model: Any) -> tuple[str, ...]:
     return tuple(outside(model, ""))
 
 
-def _built(kind: Kind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+def build_options(config: ModelConfig) -> dict[str, Any]:
+    """What transformers is told whenever it builds a model, beside its attention."""
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
-    auto = auto_class(kind, model_config)
+    if not config.trust_remote_code:  # code of its own need not know the word
+        options["experts_implementation"] = experts.NAME
+    return options
+
+
+def _built(kind: Kind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+    options, auto = build_options(config), auto_class(kind, model_config)
     try:
         model = auto.from_config(model_config, attn_implementation=attention, **options)
     except ValueError as error:

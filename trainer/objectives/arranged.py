@@ -10,6 +10,7 @@ from typing import Any
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
+from trainer.model import attention, experts
 from trainer.model.architecture import architecture, beside_text
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
@@ -23,15 +24,17 @@ class Proofs:
 
     def __init__(self, config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> None:
         """`settings`: transformers' configuration of the model; it is not changed."""
+        attention.register()
+        experts.register()
         self.config, self.settings, self.half_on_gpu = config, settings, half_on_gpu
 
-    def of(self, attention: str) -> Passage:
+    def of(self, kernel: str) -> Passage:
         """What is proven with this kernel for documents in one row."""
-        return passage_of(self.settings, self._plain, attention, on_gpu=self.half_on_gpu)
+        return passage_of(self.settings, self._plain, kernel, on_gpu=self.half_on_gpu)
 
-    def unproven(self, attention: str) -> str:
+    def unproven(self, kernel: str) -> str:
         """Why documents cannot lie in one row; empty where they can."""
-        found = self.of(attention)
+        found = self.of(kernel)
         return "" if found.padding_free is not None else found.reason or "it was not found right"
 
     def _plain(self) -> Any:
@@ -96,11 +99,11 @@ def causal_model(
             "own forward pass; use tuning=lora"
         )
     with context:
-        model, attention = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
+        model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
     model.way, model.beside_text = way, beside_text(model)
     if model.beside_text:
         arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
-    return model, replace(arrangement, attention=attention)
+    return model, replace(arrangement, attention=kernel)
 
 
 def padded_model(
@@ -116,7 +119,7 @@ def padded_model(
         config, layout, settings.model_type, unproven=lambda _: "", needs_padding=True, half_on_gpu=False
     )
     with context:
-        model, attention = architecture(kind, settings, config, arrangement.attention, objective)
-    if attention != arrangement.attention:
-        arrangement.notes["model.attention"] = f"{attention} (this architecture has no {arrangement.attention})"
-    return model, replace(arrangement, attention=attention)
+        model, kernel = architecture(kind, settings, config, arrangement.attention, objective)
+    if kernel != arrangement.attention:
+        arrangement.notes["model.attention"] = f"{kernel} (this architecture has no {arrangement.attention})"
+    return model, replace(arrangement, attention=kernel)

@@ -10,7 +10,7 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.heads.loss import fuse_head
-from trainer.model.architecture import auto_class, set_dropout
+from trainer.model.architecture import auto_class, build_options, set_dropout
 from trainer.model.attention import NAME
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.layout import Arrangement
@@ -107,9 +107,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
         )
     try:
         with meta_context():
-            model = auto.from_config(
-                settings, attn_implementation=attention, trust_remote_code=config.trust_remote_code, dtype="float32"
-            )
+            model = auto.from_config(settings, attn_implementation=attention, **build_options(config))
     except ValueError as error:
         reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
         raise ConfigError(

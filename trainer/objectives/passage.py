@@ -79,6 +79,8 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
         return _read(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, KeyError):
         found = _prove(config, build, attention, on_gpu=on_gpu)
+    if not found.tried:  # for a reason that may pass
+        return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f"{file.name}.{os.getpid()}")
