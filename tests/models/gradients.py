@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.models.stock import Stock
+from tests.models.stock import Stock, compute
+from trainer.data.store.sequences import Sample
 
 TOLERANCE = 1e-5
 
@@ -26,11 +28,7 @@ def compare_gradients(
 ) -> float:
     """The largest relative distance of a gradient from plain transformers' own; raises `Differs` where it is too large."""
     expected = expected_gradients(found, values, oracle, built)
-    scale = max((float(g.norm()) / g.numel() ** 0.5 for g in expected.values()), default=0.0)
-    apart = {}
-    for name, gradient in expected.items():
-        floor = 1e-2 * scale * gradient.numel() ** 0.5
-        apart[name] = float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor, 1e-30)
+    apart = distances(found, expected)
     if not expected:
         raise Differs("nothing is trained")
     worst = max(apart, key=lambda name: apart[name])
@@ -39,6 +37,25 @@ def compare_gradients(
             f"gradient of {worst} is apart by {apart[worst]:.1e} of its norm {float(expected[worst].norm()):.1e}"
         )
     return apart[worst]
+
+
+def distances(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far each is from what it should be, relative to its norm; of the smallest, to a hundredth of the largest's size."""
+    scale = max((float(g.norm()) / g.numel() ** 0.5 for g in right.values()), default=0.0)
+    apart = {}
+    for name, gradient in right.items():
+        floor = 1e-2 * scale * gradient.numel() ** 0.5
+        apart[name] = float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor, 1e-30)
+    return apart
+
+
+def rounding(directory: Path, samples: list[Sample], oracle: Stock) -> float:
+    """How far plain transformers' own gradients are from those in float64, the largest; 0: not known."""
+    try:
+        exact = compute(directory, samples, torch.float64)
+    except RuntimeError:  # a model that mixes types
+        return 0.0
+    return max(distances(oracle.gradients, exact.gradients).values())
 
 
 def expected_gradients(

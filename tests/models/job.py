@@ -27,7 +27,7 @@ from tests.helpers.building import alone, built_trainer, run_config
 from tests.helpers.ranks import serve
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import stock, tiny
-from tests.models.gradients import Differs, compare, compare_gradients
+from tests.models.gradients import TOLERANCE, Differs, compare, compare_gradients, rounding
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import TokenDataset, write
@@ -46,7 +46,7 @@ ROOMS = ("/trainer/", "/strategies/")
 
 
 class Tie(AssertionError):
-    """A router decides too closely to compare what follows from it."""
+    """A router decides too closely, or gradients cancel too nearly, to compare what follows: another model can tell."""
 
 
 class Job:
@@ -115,7 +115,13 @@ class Job:
         values = {name: p.detach().clone() for name, p in named_parameters(built.step_module)}
         losses = [loss for loss, _ in _steps(trainer, 2)]
         compare("loss", losses[0], oracle.loss)
-        worst = compare_gradients(gradients, values, oracle, built)
+        try:
+            worst = compare_gradients(gradients, values, oracle, built)
+        except Differs as error:
+            own = rounding(directory, self.samples, oracle)
+            if own > TOLERANCE / 2:
+                raise Tie(f"{error}; plain transformers itself rounds by {own:.1e}") from error
+            raise
         if not all(map(_is_finite, losses)):
             raise Differs(f"losses {losses}")
         self._export(trainer, built, directory, tuning)

@@ -81,9 +81,11 @@ def stock_model(directory: Path) -> Any:
     return model
 
 
-def compute(directory: Path, samples: list[Sample]) -> Stock:
+def compute(directory: Path, samples: list[Sample], dtype: torch.dtype = torch.float32) -> Stock:
     """Loss and gradients in training mode, one document at a time."""
-    model = stock_model(directory).train()
+    model = stock_model(directory).train().to(dtype)
+    if dtype is torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products know no float64
     shared = untie(model)
     count = sum(int(sample.supervised[1:].sum()) for sample in samples)
     total, notes = 0.0, set()
