@@ -40,6 +40,13 @@ def read() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
+def write(path: Path, rows: dict[str, Any]) -> None:
+    """Write the table, with the versions that it is of."""
+    versions = {name: version(name) for name in ("transformers", "torch", "peft", "deepspeed")}
+    table = {"versions": versions, "types": dict(sorted(rows.items()))}
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
 def together(model_type: str) -> tuple[tuple[str, str], ...]:
     """(strategy, tuning) of the cases on two ranks."""
     return (*TOGETHER, IN_TURNS[crc32(model_type.encode()) % len(IN_TURNS)])
@@ -90,8 +97,8 @@ def main() -> int:
     parser.add_argument("--problems", type=Path, help="a file for one line a case that is not well")
     parser.add_argument("--alone", action="store_true", help="without the cases on two ranks")
     asked = parser.parse_args()
-    table: dict[str, Any] = json.loads(asked.table.read_text()) if asked.table.exists() and asked.types else {}
-    rows, wrong = table.get("types", {}), []
+    rows = json.loads(asked.table.read_text())["types"] if asked.table.exists() and asked.types else {}
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as made:
         ranks = {world: Ranks(JOB, world, Path(made, str(world))) for world in (1, 2)}
         for world in ranks:
@@ -103,14 +110,12 @@ def main() -> int:
                 wrong += lines(model_type, found)
                 cases = {case: answer["outcome"] for case, answer in found.items() if isinstance(answer, dict)}
                 print(model_type, cases or found["outcome"], flush=True)
+                write(asked.table, rows)
                 if asked.problems:
                     asked.problems.write_text("\n".join(wrong) + "\n")
         finally:
             for each in ranks.values():
                 each.stop()
-    versions = {name: version(name) for name in ("transformers", "torch", "peft", "deepspeed")}
-    table = {"versions": versions, "types": dict(sorted(rows.items()))}
-    asked.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
