@@ -46,6 +46,10 @@ CONFIGS = {
         },
     ),
     "mixtral": ("MixtralConfig", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
     "falcon": ("FalconConfig", {"multi_query": True, "alibi": False}),
     "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
 }

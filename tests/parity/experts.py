@@ -1,0 +1,120 @@
+"""Mixtures of experts under every strategy: part of the parity job (`job.py`).
+
+A token that is almost as fond of one expert as of another goes elsewhere by a rounding, and no comparison would mean
+anything: the routers are made decided, the gap is measured, and what the experts got is compared as numbers of tokens.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from strategies.base import ActivationCheckpointing, Fsdp2Config
+from strategies.runtime import dist_sum
+from tests.helpers.building import model_dir, run_config, take_steps
+from tests.parity.base import Job, lone_steps
+from tests.parity.methods import STEPS, released_at_once
+from tests.parity.plan import SHARDING
+from trainer.config.run import RunConfig
+from trainer.loop import Trainer
+from trainer.model.experts import routers
+
+EXPERTS = 5
+"""Of each layer: ranks hold an uneven number of them."""
+ARCHITECTURES = {
+    "mixtral": {"num_local_experts": EXPERTS},
+    "gpt_oss": {"num_local_experts": EXPERTS},
+    "qwen3_moe": {"num_experts": EXPERTS},
+}
+STRATEGIES = {**SHARDING, "fsdp2, checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full)}
+CASES = [
+    (a, t, s) for a in ARCHITECTURES for t in ("full", "lora") for s in STRATEGIES if (a, t) != ("mixtral", "lora")
+]
+DECIDED = 10.0
+"""Factor on the routers' weights; more would make gradients grow with every layer, and roundings with them."""
+CLEAR = 1e-3
+"""How much fonder a router must be of the last expert it takes than of the next: below, a rounding might decide."""
+SEEDS = 24
+
+
+def _made(job: Job, architecture: str, seed: int) -> Path:
+    def made():
+        path = model_dir(job.root / f"seed-{seed}", architecture, seed=seed, **ARCHITECTURES[architecture])
+        file = path / "model.safetensors"
+        if not (path / "decided").exists():
+            tensors = load_file(file)
+            for name in tensors:
+                if name.endswith((".gate.weight", ".router.weight")):
+                    tensors[name] = tensors[name] * DECIDED
+            save_file(tensors, file, {"format": "pt"})
+            (path / "decided").touch()
+        return path
+
+    return job.first_here(made)
+
+
+def _config(job: Job, case: tuple[str, str, str], seed: int) -> RunConfig:
+    architecture, tuning, strategy = case
+    chosen = STRATEGIES.get(strategy, strategy)
+    return run_config(_made(job, architecture, seed), chosen, tuning, micro=4, steps=STEPS)
+
+
+class _Watch:
+    """Counts, by router, how many tokens each expert got, and the smallest gap between the last chosen and the next."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.gap = float("inf")
+        self.counts: dict[str, torch.Tensor] = {}
+        for name, module in routers(trainer.engine.step_module).items():
+            self.counts[name] = torch.zeros(EXPERTS, dtype=torch.int64)
+            module.register_forward_hook(partial(self._see, name))
+
+    def _see(self, name: str, router: Any, args: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
+        (chosen,) = (made for made in output if not made.is_floating_point())
+        self.counts[name] += torch.bincount(chosen.reshape(-1), minlength=EXPERTS)
+        with torch.no_grad():
+            hidden = args[0].reshape(-1, args[0].shape[-1])
+            logits = F.linear(hidden, router.weight, getattr(router, "bias", None))
+            ordered = logits.float().sort(dim=-1, descending=True).values
+            self.gap = min(self.gap, float((ordered[:, chosen.shape[-1] - 1] - ordered[:, chosen.shape[-1]]).min()))
+
+
+def _watched(job: Job, config: RunConfig) -> dict[str, Any]:
+    trainer = job.lone_trainer(config)
+    watch = _Watch(trainer)
+    steps = lone_steps(trainer, STEPS)
+    return {"curve": steps, "gap": watch.gap, "counts": {n: c.tolist() for n, c in watch.counts.items()}}
+
+
+def _decided(job: Job, architecture: str, tuning: str) -> tuple[int, dict[str, Any]]:
+    """The first seed of a model whose routers never waver, and what a lone process does with it."""
+
+    def found():
+        for seed in range(SEEDS):
+            run = _watched(job, _config(job, (architecture, tuning, "single"), seed))
+            if run["gap"] > CLEAR:
+                break
+        return seed, run
+
+    return job.once(("experts", architecture, tuning), found)
+
+
+def lone(job: Job, architecture: str, tuning: str) -> dict[str, Any]:
+    """The lone process's curve, its narrowest choice, what its experts got, and its curve at a rate of zero."""
+    seed, run = _decided(job, architecture, tuning)
+    config = _config(job, (architecture, tuning, "single"), seed)
+    return {**run, "still": job.once(("experts, still", architecture, tuning), lambda: job.still(config, STEPS))}
+
+
+def curve(job: Job, *case: str) -> dict[str, Any]:
+    """Loss and grad norm of every step, and how many tokens each expert got on all ranks together."""
+    with released_at_once():
+        trainer = job.trainer(_config(job, case, _decided(job, *case[:2])[0]))  # type: ignore[arg-type]
+        watch = _Watch(trainer)
+        steps = take_steps(trainer, STEPS)
+        again = 2 if "checkpointing" in case[2] else 1  # blocks that are computed again ask their router again
+        counts = {name: dist_sum(count) // again for name, count in watch.counts.items()}
+        return {"curve": steps, "counts": {name: count.tolist() for name, count in counts.items()}}
