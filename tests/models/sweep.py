@@ -67,7 +67,10 @@ def ask(ranks: Ranks, *question: str) -> dict[str, Any]:
     try:
         return ranks.ask(*question, limit_s=LIMIT_S)
     except pytest.fail.Exception as error:
-        return {"outcome": "traceback", "reason": " ".join(str(error).split())[-400:], "frame": "the process ended"}
+        said = " ".join(str(error).split())
+        if "no answer within" in said:
+            return {"outcome": "hangs", "reason": "the ranks wait for each other"}
+        return {"outcome": "traceback", "reason": said[-400:], "frame": "a process ended"}
 
 
 def kept(found: dict[str, Any]) -> dict[str, Any]:
