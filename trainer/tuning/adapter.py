@@ -20,6 +20,7 @@ from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, Replicas
 from trainer.tuning.stored import StoredAdapter, check_settings
 from trainer.tuning.table import method_of, rewrites_base
+from trainer.tuning.targets import left_alone
 
 PREFIX = "base_model.model."
 """Under which peft's wrapper holds the base model."""
@@ -111,8 +112,8 @@ class Adapter:
             else:
                 settings.ensure_weight_tying = True
         settings.modules_to_save = full or None
-        if (beside := getattr(model, "beside_text", ())) and hasattr(settings, "exclude_modules"):
-            settings.exclude_modules = "|".join(rf"{re.escape(name)}(\..*)?" for name in beside)
+        if hasattr(settings, "exclude_modules"):
+            settings.exclude_modules = left_alone(model, every_linear=targets == "all-linear")
         settings.task_type = _task_type(model)
         return settings
 

@@ -46,7 +46,8 @@ class _LowRankLinears(torch.autograd.Function):
                 out.addmm_(part, typed, alpha=scaling)
             else:
                 out = torch.addmm(out, part, typed, alpha=scaling)
-            outs.append(out.view(*x.shape[:-1], out.shape[-1]))
+            # No view: a model may change what it is given in place.
+            outs.append(torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]]))
         ctx.save_for_backward(rows, low, *weights, *downs, *ups)
         ctx.scalings = scalings
         return tuple(outs)

@@ -1,0 +1,48 @@
+"""Linear layers that an adapter must leave alone."""
+
+import re
+
+import pytest
+import transformers
+
+from strategies.parameters import meta_context
+from trainer.model.architecture import auto_class, beside_text
+from trainer.model.config import Kind
+from trainer.tuning.adapter import Adapter
+from trainer.tuning.base import LoraConfig
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}
+JAMBA = transformers.JambaConfig(
+    **SIZES, num_attention_heads=4, num_key_value_heads=2, num_experts=2, attn_layer_period=2, attn_layer_offset=1
+)
+MAMBA = transformers.MambaConfig(**SIZES, state_size=8)
+GEMMA = transformers.Gemma3Config(
+    text_config={**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48},
+    vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48},
+)
+
+
+def adapted(config):
+    """Names of the layers that LoRA on every linear layer adapts."""
+    with meta_context():
+        model = auto_class(Kind.causal, config).from_config(config)
+    model.beside_text = beside_text(model)
+    tuned = Adapter(LoraConfig(rank=2)).apply(model)
+    return {
+        re.sub(r"^.*?layers\.", "", name.split(".lora_A")[0])
+        for name, p in tuned.named_parameters()
+        if ".lora_A." in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"), [(MAMBA, {"0.mixer.in_proj", "1.mixer.in_proj"}), (JAMBA, {"0.mamba.in_proj"})]
+)
+def test_of_a_state_space_mixer_only_the_input_projection_is_adapted(config, kept):
+    assert {name for name in adapted(config) if ".mamba." in name or ".mixer." in name} == kept
+
+
+def test_towers_beside_the_text_model_are_not_adapted():
+    names = adapted(GEMMA)
+    assert "1.self_attn.q_proj" in names
+    assert not any("vision" in name or "projector" in name for name in names)
