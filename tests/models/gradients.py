@@ -88,12 +88,16 @@ def _plain(name: str, oracle: Stock) -> str:
 
 
 def _of_adapter(name: str, values: dict[str, torch.Tensor], oracle: Stock, built: Any) -> torch.Tensor:
-    layer = built.step_module.model.get_submodule(name.split(".lora_B.")[0])
-    base = built.tuning.base_name(name.split(".lora_B.")[0] + ".base_layer.weight")
+    place = name.split(".lora_B.")[0]
+    layer = built.step_module.model.get_submodule(place)
+    # peft wraps parameters that are no layer's `weight`, such as the experts of a block, one around the other.
+    own = getattr(layer, "parameter_name", None)
+    inner = place.replace(".base_layer", "") if own else f"{place}.base_layer"
+    weight = oracle.gradients[_plain(built.tuning.base_name(f"{inner}.{own or 'weight'}"), oracle)]
     scaling, a = layer.scaling["default"], values[name.replace("lora_B", "lora_A")]
-    weight = oracle.gradients[_plain(base, oracle)]
-    if weight.dim() != 2:
-        raise Differs(f"{name}: no rule says what its gradient must be")
-    if type(layer.get_base_layer()).__name__ == "Conv1D":
-        weight = weight.T
-    return scaling * weight @ a.T
+    if weight.dim() == 2:
+        weight = weight.T if type(layer.get_base_layer()).__name__ == "Conv1D" else weight
+        return scaling * weight @ a.T
+    a = a.view(len(weight), -1, a.shape[-1])
+    wide = "eoi" if layer._did_swap_in_out_features else "eio"
+    return scaling * torch.einsum(f"{wide},eri->ore", weight, a).flatten(1)
