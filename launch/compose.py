@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from launch import overrides
@@ -16,6 +17,7 @@ from launch.choices import CONF_DIR, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
+from strategies.hardware import Gpu, best_precision
 from trainer.config.run import Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
@@ -43,10 +45,9 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         config.substitutions |= settle_start(config.tuning, {key for key, _, _ in parsed.values})
         if check:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
+            found = [*problems_of(config, world_size=world_size_of(config)), *_devices(config)]
             problems += [
-                p
-                for p in problems_of(config, world_size=world_size_of(config))
-                if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
+                p for p in found if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
             ]
     if problems or config is None:
         raise ConfigError(problems)
@@ -172,13 +173,34 @@ def _resolve(config: RunConfig) -> None:
         settle("launcher.processes", config.launcher.processes)
 
 
+def _devices(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the devices asked for; a host that only submits to SLURM cannot tell."""
+    if config.launcher.name is not LauncherName.local or config.run.device is not Device.cuda:
+        return
+    import torch
+
+    from strategies.runtime import missing_cuda
+
+    if reason := missing_cuda():
+        yield f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU"
+        return
+    asked, there = config.launcher.processes or 1, torch.cuda.device_count()
+    # Ranks of a job that exists may each see their own device alone.
+    if "WORLD_SIZE" not in os.environ and asked > there:
+        yield f"launcher.processes={asked}: each needs a GPU of its own, and this host has {there}; set at most {there}"
+
+
 def _best_precision(device: Device) -> Precision:
-    """bf16 where every visible GPU has it. Asks the driver's tool: asking torch would claim GPU memory for the run."""
+    """What the GPUs of this host have in hardware. Asks the driver's tool: asking torch would claim GPU memory for the run."""
     if device is Device.cpu:
         return Precision.fp32
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return Precision.bf16 if min(float(capability) for capability in answer) >= 8.0 else Precision.fp32
+        best = {
+            best_precision(Gpu("", (int(major), int(minor)))) for major, minor in (line.split(".") for line in answer)
+        }
     except (OSError, ValueError, subprocess.SubprocessError):
-        return Precision.auto  # settled by the worker, which holds the device
+        best = set()
+    # Where they differ, or the tool says nothing (AMD's cards), the workers settle it, which hold the devices.
+    return best.pop() if len(best) == 1 else Precision.auto

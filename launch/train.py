@@ -6,6 +6,7 @@ same words itself) and trains. How a run ended is read from its directory, where
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -229,8 +230,15 @@ def usage() -> str:
 
 
 def end(code: int) -> NoReturn:
-    """Leave the process. A rank that failed leaves at once: threads of a broken process group abort an orderly exit."""
-    if code and is_worker(os.environ):
+    """Leave the process; a rank of several, and any that failed, at once.
+
+    The threads of process groups, destroyed or broken, can abort an interpreter that takes itself apart. What was registered
+    to be done at its end is done before, after a success.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if (not code and several) or (code and is_worker(os.environ)):
+        if not code:
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -94,7 +94,7 @@ def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
         )
     if mode is ActivationCheckpointing.selective:
         _keep_outputs(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpoint_arguments(mode))
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=_checkpoint_arguments(mode))
 
 
 def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:

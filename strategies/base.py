@@ -69,8 +69,8 @@ class StrategyConfig:
     """Memory of one rank in GiB that `activation_checkpointing=auto` plans for; default: the device's."""
     compile: bool = False
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
-    defer_sync: bool = True
-    """Reduce gradients only on the last micro-batch; costs memory under sharding. ZeRO decides by its stage and ignores it."""
+    defer_sync: bool | None = None
+    """Reduce gradients on the last micro-batch alone; null: where whole gradients fit (fsdp2, hsdp). ZeRO goes by its stage."""
 
 
 @dataclass(kw_only=True, slots=True)

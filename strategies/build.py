@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from strategies.base import DdpConfig, Fsdp2Config, Precision, Strategy, StrategyConfig, StrategyName, ZeroConfig
 from strategies.errors import ConfigError
-from strategies.runtime import Runtime
+from strategies.hardware import best_precision, gpu_of
+from strategies.runtime import Runtime, gather_objects
 
 
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
@@ -34,8 +33,9 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
 
 
 def resolve_precision(asked: Precision, runtime: Runtime) -> Precision:
-    """What `auto` means on this device: bf16 on GPUs that have it, else fp32."""
+    """What `auto` means on the GPUs of this job: the best that all of them have. All ranks must call."""
     if asked is not Precision.auto:
         return asked
-    on_gpu = runtime.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return Precision.bf16 if on_gpu else Precision.fp32
+    found = gather_objects(best_precision(gpu_of(runtime.device)), runtime)
+    # A job with several kinds of GPU takes what the least of them has.
+    return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p in found)

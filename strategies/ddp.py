@@ -73,6 +73,6 @@ class DdpStrategy(SingleStrategy):
             runtime=self.runtime,
             strategy=self.config.name,
         )
-        engine.defer_sync = self.config.defer_sync
+        engine.defer_sync = self.config.defer_sync is not False  # its gradients are whole anyway
         engine.host_memory = memory
         return engine

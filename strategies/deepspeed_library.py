@@ -13,6 +13,7 @@ from torch import Tensor
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 
+_CPU = torch.device("cpu")
 _SMALLEST = 2**12
 """Elements below which a collective stays with the process group: flags and norms."""
 _AVERAGES = {"SUM": False, "AVG": True}
@@ -100,13 +101,38 @@ def exchange_through(memory: HostMemory | None) -> None:
     comm.cdb = backend if memory is None else HostExchange(backend, memory)
 
 
-def norm_on_cpu(gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0) -> Tensor:
-    """What DeepSpeed asks its optimizer for: the norm over all ranks' `gradients`, -1 where it is not finite.
+def norm_of(
+    gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0, *, device: torch.device = _CPU
+) -> Tensor:
+    """What DeepSpeed asks its optimizer for: the norm over all ranks' `gradients` on `device`, -1 where it is not finite.
 
-    Its own copies everything to float64 first, a tenth of a step on a CPU. All ranks must call.
+    Its own copies everything to float64 first, a tenth of a step on a CPU, and a GPU is waited for. All ranks must call.
     """
     assert norm_type == 2.0
-    squared = squared_norm(gradients) if gradients else torch.zeros(())
+    squared = squared_norm(gradients) if gradients else torch.zeros((), device=device)
     dist.all_reduce(squared)
     norm = squared.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)
+
+
+class ClipsOnDevice:
+    """Clips, and leaves out what is not finite, where the gradients are: a hook before each step of the inner optimizer.
+
+    DeepSpeed reads the norm on the host to decide both, several times a step. For torch's fused optimizers, which look at
+    `found_inf`, in bf16, with DeepSpeed's own clipping and its check of overflow switched off.
+    """
+
+    def __init__(self, zero: Any, max_norm: float, device: torch.device) -> None:
+        self.zero, self.max_norm, self.device = zero, max_norm, device
+        zero.optimizer.register_step_pre_hook(self._before_step)
+
+    def norm(self) -> Tensor:
+        """Of the gradients of this step before clipping, 0-d float32, infinite where one is not finite; waits for nothing."""
+        return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
+
+    def _before_step(self, inner: Any, *_: Any) -> None:
+        norm = self.norm()
+        inner.found_inf = (~norm.isfinite()).float()
+        if self.max_norm > 0:
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None], factor)

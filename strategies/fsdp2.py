@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from strategies.activation import apply_to_blocks
-from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, StrategyName
+from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision
 from strategies.host_memory import HostMemory, open_host_memory
-from strategies.mesh import replicate_degree, shard_mesh
+from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
@@ -75,6 +75,8 @@ class Fsdp2Engine(NativeEngine):
         sync = last or not self.defer_sync
         self.wrapped.set_is_last_backward(last)
         self.wrapped.set_requires_gradient_sync(sync)
+        # Between replicas sums of shards can wait: they take no more memory than the shards.
+        self.wrapped.set_requires_all_reduce(last)
         super().backward(loss, last=last)
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -122,10 +124,7 @@ class Fsdp2Strategy:
 
     def __init__(self, config: Fsdp2Config, precision: Precision, runtime: Runtime) -> None:
         self.config, self.precision, self.runtime = config, precision, runtime
-        replicate = config.replicate
-        if config.name is StrategyName.hsdp or replicate != 1:
-            replicate = replicate_degree(0 if replicate == 1 else replicate, runtime)
-        self.replicate = replicate
+        self.replicate = replicas(config, runtime)
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()
@@ -160,7 +159,8 @@ class Fsdp2Strategy:
             runtime=self.runtime,
             strategy=self.config.name,
         )
-        engine.defer_sync = self.config.defer_sync
+        planned = getattr(step_module, "defer_sync", None)
+        engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
         engine.host_memory = memory
         return engine
 

@@ -87,7 +87,9 @@ def estimate(
         masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4
         parameters = whole / (shards if config.stage == 3 else 1)
         optimizer = trained * (8 + masters) / shards
-        gradients = trained * (compute if config.stage == 1 else 4 / shards)
+        gradients = trained * 4 / shards
+        if config.stage == 1:  # whole on every rank, summed in fp32 (in fp16 as they come)
+            gradients = trained * (compute if precision is Precision.fp16 else 4.0)
         if config.offload_optimizer != "none":
             optimizer = 0.0
         if config.offload_parameters != "none":

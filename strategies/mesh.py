@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from datetime import timedelta
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from strategies.base import Fsdp2Config, StrategyConfig, StrategyName
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 
@@ -22,9 +27,28 @@ def replicate_degree(requested: int, runtime: Runtime) -> int:
     return degree
 
 
+def replicas(config: StrategyConfig, runtime: Runtime) -> int:
+    """The number of replicas of a strategy that shards with `fully_shard`; 1 for any other."""
+    if not isinstance(config, Fsdp2Config) or (config.name is not StrategyName.hsdp and config.replicate == 1):
+        return 1
+    return replicate_degree(0 if config.replicate == 1 else config.replicate, runtime)
+
+
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:
-    """A mesh of (`replicate`, `shard`), or of `shard` alone where there is one replica. All ranks must call."""
+    """A mesh of (`replicate`, `shard`), or of `shard` alone where there is one replica. All ranks must call.
+
+    Its groups keep to the run's timeout; torch's own would take half an hour. Each rank makes its own two groups and meets
+    their members alone, where torch makes all groups on every rank.
+    """
     if replicate == 1:
-        return init_device_mesh(device.type, (runtime.world_size,), mesh_dim_names=("shard",))
-    shape = (replicate, runtime.world_size // replicate)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+    ranks = torch.arange(runtime.world_size).view(replicate, -1)
+    row, column = divmod(runtime.rank, ranks.shape[1])
+    settings: dict[str, Any] = {
+        "timeout": timedelta(seconds=runtime.timeout_s),
+        "backend": "nccl" if device.type == "cuda" else None,  # without a second, unused one for CPUs
+        "use_local_synchronization": True,
+    }
+    groups = [dist.new_group(members.tolist(), **settings) for members in (ranks[:, column], ranks[row])]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))

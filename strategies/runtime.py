@@ -13,7 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from strategies.errors import ConfigError
 from strategies.matmul import Matmul, agree, choose, restore
+
+MANY = 64
+"""Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,10 @@ def start(
     """Join the job described by the environment (torchrun's variables), or form a job of one.
 
     All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
-    on a CPU also the library of float32 products, the same on every rank.
+    on a CPU also the library of float32 products, the same on every rank. Raises ConfigError for `cuda` where there is none.
     """
+    if device == "cuda" and (reason := missing_cuda()):
+        raise ConfigError(f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -62,6 +68,8 @@ def start(
     products = None if use_cuda else choose(matmul)
     # DeepSpeed, which other libraries import when it is installed, would guess, and say so.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
+    if world >= MANY:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
@@ -71,12 +79,23 @@ def start(
             for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
                 os.environ.setdefault(key, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+    control = dist.group.WORLD  # its CPU half: a second group of all ranks would connect each of them with each again
     if products is not None and world > 1:
         heard: list[Any] = [None] * world
         dist.all_gather_object(heard, products, group=control)
         products = agree(heard, rank)
     return Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
+
+
+def missing_cuda() -> str | None:
+    """Why no CUDA device can be used here; None where one can."""
+    if torch.cuda.is_available():
+        return None
+    if not (torch.version.cuda or torch.version.hip):
+        return f"this torch ({torch.__version__}) is built for CPUs alone"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    return f"torch {torch.__version__} finds no device{hidden}; does nvidia-smi or rocm-smi show one?"
 
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -107,10 +126,23 @@ def _cgroup_limits(name: str) -> Iterator[str]:
             yield (place / name).read_text()
 
 
-def stop() -> None:
-    """Leave the job. No collective: a dead peer must not hold up the others."""
+def bound_groups(runtime: Runtime) -> None:
+    """Give the groups that a library has made the run's timeout; half an hour is torch's own. No collective."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if dist.get_rank(group) >= 0:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=runtime.timeout_s), group)
+
+
+def stop(*, failed: bool = False) -> None:
+    """Leave the job. No collective: a dead peer must not hold up the others.
+
+    After a failure in a job of several ranks the groups stay, since peers may sit in a collective, for which NCCL waits
+    before it destroys one; the process is to leave at once.
+    """
     restore()
-    if dist.is_initialized():
+    if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
         dist.destroy_process_group()
 
 
@@ -166,10 +198,14 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derive_seed(seed, "step", step, rank))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated device memory on CUDA, resident set size of the process on CPU."""
+def peak_memory_gib(device: torch.device) -> dict[str, float]:
+    """Peaks of this rank in GiB; waits for nothing. On a CPU the process's resident set under `memory_gib`.
+
+    On CUDA what tensors took (`memory_gib`) and what the allocator held for them (`memory_reserved_gib`).
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

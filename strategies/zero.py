@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
 from strategies.base import OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
-from strategies.deepspeed_library import exchange_through, import_deepspeed, norm_on_cpu, restore_linear
+from strategies.deepspeed_library import ClipsOnDevice, exchange_through, import_deepspeed, norm_of, restore_linear
 from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
@@ -24,9 +25,9 @@ from strategies.parameters import (
     set_dtypes,
     trainable_parameters,
 )
-from strategies.runtime import Runtime
+from strategies.runtime import Runtime, bound_groups
 from strategies.state import Run, StateHeader, load_state, save_state
-from strategies.zero_config import deepspeed_config
+from strategies.zero_config import deepspeed_config, steps_on_device
 
 
 class ZeroEngine:
@@ -39,7 +40,9 @@ class ZeroEngine:
         self.dp_rank, self.dp_size = runtime.rank, runtime.world_size
         self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
-        self._updates = 0
+        self.clips: ClipsOnDevice | None = None
+        """Set where DeepSpeed leaves clipping and skipping to us."""
+        self._updates = torch.zeros((), device=runtime.device)
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -50,18 +53,19 @@ class ZeroEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> StepResult:
-        """Clip, update and zero. DeepSpeed decides on skipping itself and waits for the device to do so."""
+        """Clip, update and zero. Where it decides on skipping, DeepSpeed waits for the device to do so."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         self.engine.step()
+        if self.clips is not None:
+            norm = self.clips.norm()
+            self._updates += norm.isfinite()
+            return StepResult(grad_norm=norm, skipped=(~norm.isfinite()).float())
         skipped = bool(self.engine.optimizer.overflow)
         self._updates += not skipped
-        norm = self.engine.get_global_grad_norm()
-        device = self.runtime.device
-        return StepResult(
-            grad_norm=torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=device),
-            skipped=torch.tensor(float(skipped), device=device),
-        )
+        found, device = self.engine.get_global_grad_norm(), self.runtime.device
+        norm = torch.as_tensor(float("nan") if found is None else found, dtype=torch.float32, device=device)
+        return StepResult(grad_norm=norm, skipped=torch.tensor(float(skipped), device=device))
 
     @contextmanager
     def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
@@ -159,7 +163,7 @@ class ZeroEngine:
         scaler = self._scaler()
         header = StateHeader(
             progress=progress,
-            optimizer_steps=self._updates,
+            optimizer_steps=int(self._updates),
             world_size=self.runtime.world_size,
             strategy=str(self.config.name),
             loss_scale=None if scaler is None else float(scaler.cur_scale),
@@ -171,7 +175,7 @@ class ZeroEngine:
         """Read the training state written by any strategy at any world size, before the first step. All ranks must call."""
         self._ensure_moments()
         header = load_state(path, self._runs())
-        self._updates = header.optimizer_steps
+        self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
         scaler = self._scaler()
         if header.loss_scale is not None and scaler is not None:
@@ -251,9 +255,15 @@ class ZeroStrategy:
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=compute, frozen=compute)
         apply_to_blocks(step_module, self.config)
-        settings = deepspeed_config(
-            self.config, precision=self.precision, max_grad_norm=max_grad_norm, on_cpu=self.on_cpu
+        settings_for = partial(
+            deepspeed_config,
+            self.config,
+            precision=self.precision,
+            max_grad_norm=max_grad_norm,
+            on_cpu=self.on_cpu,
+            part=sum(p.numel() for _, p in trainable_parameters(step_module)) // self.runtime.world_size,
         )
+        settings = settings_for()
         if self.config.stage == 3:
             if not settings["zero_optimization"]["memory_efficient_linear"]:
                 restore_linear()
@@ -265,12 +275,17 @@ class ZeroStrategy:
             materialize(step_module, self.runtime.device)
             fill_whole(step_module, source)
         optimizer = make_optimizer(trainable_parameters(step_module))
+        on_device = steps_on_device(self.config, self.precision, optimizer)
+        settings = settings_for(on_device=on_device)
         memory = open_host_memory(self.runtime)
         exchange_through(memory)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
-        if self.on_cpu and hasattr(engine.optimizer, "get_grad_norm_direct"):
-            engine.optimizer.get_grad_norm_direct = norm_on_cpu
+        bound_groups(self.runtime)
+        if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
+            engine.optimizer.get_grad_norm_direct = partial(norm_of, device=self.runtime.device)
         result = ZeroEngine(step_module, engine, self.config, self.runtime)
+        if on_device:
+            result.clips = ClipsOnDevice(engine.optimizer, max_grad_norm, self.runtime.device)
         result.host_memory = memory
         if self.precision is not Precision.fp32:
             result.set_masters(source)

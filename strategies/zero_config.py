@@ -18,8 +18,33 @@ def _offload(target: str, nvme_path: str | None) -> dict[str, Any] | None:
     return section
 
 
-def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm: float, on_cpu: bool) -> dict[str, Any]:
-    """The dictionary given to `deepspeed.initialize`.
+def _offloads(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
+    sections = {
+        "offload_optimizer": _offload(config.offload_optimizer, config.nvme_path),
+        "offload_param": _offload(config.offload_parameters, config.nvme_path),
+    }
+    found = {key: section for key, section in sections.items() if section is not None}
+    return {key: {**section, "pin_memory": not on_cpu} for key, section in found.items()}
+
+
+def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) -> bool:
+    """Whether clipping and skipping can be decided without the host (`ClipsOnDevice`)."""
+    fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return fused and config.stage == 2 and precision is Precision.bf16 and config.offload_optimizer == "none"
+
+
+def deepspeed_config(
+    config: ZeroConfig,
+    *,
+    precision: Precision,
+    max_grad_norm: float,
+    on_cpu: bool,
+    part: int = 0,
+    on_device: bool = False,
+) -> dict[str, Any]:
+    """The dictionary given to `deepspeed.initialize`; `part` is the number of trained elements of one rank.
+
+    `on_device`: DeepSpeed leaves clipping and skipping to us.
 
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
     (`set_gradient_accumulation_boundary`), and losses arrive already divided.
@@ -34,13 +59,11 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
         "contiguous_gradients": not on_cpu or config.offload_optimizer != "none",
         "reduce_bucket_size": numel,
         "allgather_bucket_size": numel,
+        # Each part of a bucket to the rank that keeps it is half of an all-reduce's traffic, in as many calls as a bucket has
+        # owners: where those are few. Through host memory all ranks read the same bucket anyway.
+        "use_multi_rank_bucket_allreduce": on_cpu or part < numel // 4,
     }
-    for key, target in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
-        section = _offload(target, config.nvme_path)
-        if section is not None:
-            if on_cpu:
-                section["pin_memory"] = False
-            zero[key] = section
+    zero |= _offloads(config, on_cpu=on_cpu)
     if config.stage == 3:
         zero["stage3_param_persistence_threshold"] = config.persistence_threshold
         zero["stage3_prefetch_bucket_size"] = config.prefetch_mib * MIB // 2
@@ -53,7 +76,7 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": 0.0 if on_device else max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's fused CPU AdamW steps offloaded state; DeepSpeed's own would need a C++ compiler.
@@ -62,7 +85,8 @@ def deepspeed_config(config: ZeroConfig, *, precision: Precision, max_grad_norm:
         "wall_clock_breakdown": False,
     }
     if precision is Precision.bf16:
-        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # Stage 1 adds each gradient to an fp32 sum, whole on every rank, and would keep those in bf16 beside it.
+        result["bf16"] = {"enabled": True, "check_grad_overflow": not on_device, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
         result["communication_data_type"] = "fp32"
     elif precision is Precision.fp16:

@@ -21,8 +21,8 @@ from tests.helpers.tokenizers import WORDS, chat_rows, pair_rows, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {
-    *("tokens_per_s", "supervised_tokens_per_s", "tokens_per_s_per_rank", "mfu", "memory_gib", "data_wait_s"),
-    *("step_s", "time"),
+    *("tokens_per_s", "supervised_tokens_per_s", "tokens_per_s_per_rank", "mfu", "memory_gib", "memory_reserved_gib"),
+    *("data_wait_s", "step_s", "time"),
 }
 """What of a row depends on the hour."""
 CHAT = "data.path=chat.jsonl data.eval_path=chat_eval.jsonl"

@@ -34,6 +34,7 @@ from trainer.objectives.registry import build_objective, family_of, reading_of
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import Workload, plan_checkpointing
+from trainer.planning.reduction import plan_reduction
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
@@ -91,7 +92,9 @@ def build_engine(
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
-    plan_checkpointing(built, workload(config, data), config.strategy, precision, runtime)
+    work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
+    plan_checkpointing(built, work, config.strategy, precision, runtime)
+    plan_reduction(built, work, config.strategy, precision, runtime, steps=per_step)
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,
@@ -188,7 +191,9 @@ def build_step(
             config, model_config, layout, own_rows=own_rows, half_on_gpu=half_on_gpu, context=context
         )
     else:
-        model, arranged = padded_model(family.kind, config, model_config, layout, context, family.name)
+        model, arranged = padded_model(
+            family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
+        )
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
     plain = copy.deepcopy(model)

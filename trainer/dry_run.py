@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from strategies.base import Fsdp2Config, Precision, StrategyName
+from strategies.hardware import advice
 from strategies.memory import Pass, estimate
 from strategies.parameters import element_counts, meta_context, named_parameters
 from trainer.build import build_model, prepare_data, workload
@@ -43,6 +44,7 @@ def describe(config: RunConfig) -> str:
         f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // per:,}",
         "memory per rank, estimated (model state by arithmetic, activations counted for the longest micro-batch):",
         *_memory(config, built, data, world, round(mean_tokens * micro)),
+        *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]

@@ -16,6 +16,7 @@ from typing import Any
 
 from strategies.audit import sharding_record
 from strategies.base import Engine, Precision
+from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime
 from trainer.config.run import RunConfig
@@ -84,6 +85,7 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "tuning": str(config.tuning.name),
         "objective": str(config.objective.name),
         "precision": str(precision),
+        "advice": advice(precision, runtime.device.type),
         "attention": built.attention,
         "layout": str(built.layout),
         "world_size": runtime.world_size,
@@ -124,6 +126,8 @@ def _substitutions(
     substitutions = {**config.substitutions, **of_model}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
+        substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
     as_asked = runtime.matmul is None or runtime.matmul.endswith("(as asked)")
     if not as_asked:  # also where onednn was asked and refused
         substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
@@ -173,12 +177,12 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
+    if facts.get("advice"):
+        lines.append(f"advice: {facts['advice']}")
     if facts.get("quantisation"):
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
-    if facts["reference_tflops"]:
-        lines.append(
-            f"MFU against {facts['reference_tflops']:.2f} TFLOP/s a device ({facts['reference_tflops_source']})"
-        )
+    figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
+    lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
     if facts["initialised"]:
         lines.append(f"newly initialised (not in the checkpoint): {', '.join(facts['initialised'])}")
     lines += [f"substituted: {key}: {value}" for key, value in facts["substitutions"].items()]
@@ -208,6 +212,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "before": outcome.before,
         "after": outcome.after,
         "last_row": outcome.last_row,
+        "speed": outcome.speed,
         "stopped_early": outcome.stopped_early,
     }
 
@@ -226,7 +231,8 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
 
 def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | None) -> str:
     """The last lines of a run: what came of it and where everything is."""
-    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens"]
+    speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
+    lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
     width = max([22, *map(len, outcome.after)])
     for name, value in outcome.after.items():
         before = outcome.before.get(name)

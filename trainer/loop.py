@@ -38,6 +38,8 @@ class Outcome:
     after: dict[str, float] = field(default_factory=dict)
     """Held-out metrics at the last evaluation."""
     last_row: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    """`Meter.speed` of the whole run."""
     stopped_early: bool = False
 
 
@@ -134,7 +136,8 @@ class Trainer:
         self._flush()
         if self.settings.save_final:
             self._save()
-        self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.after))
+        self.outcome.speed = self.meter.speed()
+        self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
         return self.outcome
 
     def train_step(self, batch: StepBatch) -> StepRecord:

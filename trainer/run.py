@@ -65,6 +65,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
     tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    failed = False
     try:
         with StopRequest() as request:
             _run(config, run_dir, sha256, request, where)
@@ -75,12 +76,13 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
             write_status(run_dir, State.preempted, step=where.step, reason=str(stop))
         raise
     except BaseException as error:
+        failed = True
         if where.run_dir is not None and record_failure(where.run_dir, rank, error, where.phase, where.step):
             reason = f"rank {rank}, {where.phase}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             write_status(where.run_dir, State.failed, step=where.step, reason=reason)
         raise
     finally:
-        processes.stop()
+        processes.stop(failed=failed)
 
 
 @dataclass(slots=True)
@@ -168,7 +170,7 @@ def evaluators_of(
         tokenizer,
         engine,
         place.runtime,
-        stop_now=place.agreement.asked,
+        watch_for_stop=lambda: place.agreement.another().asked,
     )
 
 
@@ -238,7 +240,7 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
         key=place.sha256 if start is None else f"{place.sha256}/{adapter_hash(start)}",
     )
     splits = {"train": data.train, "eval": data.evaluation}
-    record(splits, engine, how, place.runtime, place.agreement.asked)
+    record(splits, engine, how, place.runtime, place.agreement.another().asked)
 
 
 def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:

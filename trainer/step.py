@@ -35,6 +35,8 @@ class TrainStep(nn.Module):
         self._block_classes = block_classes
         self.checkpointing: list[ActivationCheckpointing] | None = None
         """What each block recomputes, where that was planned."""
+        self.defer_sync: bool | None = None
+        """Whether gradients wait whole for the last micro-batch of a step, where that was planned."""
         self.around_update: AroundUpdate | None = None
         """What the tuning method does around each optimizer step, where it does anything."""
 

@@ -135,7 +135,7 @@ def test_resume_in_the_middle_gives_the_same_batches(dataset):
 
 
 def running():
-    return [t for t in threading.enumerate() if t.name == "step-loader"]
+    return [t for t in threading.enumerate() if t.name == "loader"]
 
 
 def test_closing_stops_the_thread(dataset):
@@ -203,3 +203,33 @@ def test_balance_is_the_share_of_ranks_time_that_is_work(dataset, size):
     busiest = sum(max(rank[m] for rank in loads) for m in range(made.accumulation))
     assert batch.balance == pytest.approx(batch.tokens / size / busiest)
     assert (batch.balance == 1.0) == (size == 1)
+
+
+def test_evaluation_is_collated_by_a_thread_into_pinned_memory(dataset, monkeypatch):
+    """As training is; on a GPU, which only the two calls that reach for it would need."""
+    threads, pinned = set(), []
+
+    class Noting(Collator):
+        def __call__(self, samples):
+            threads.add(threading.current_thread().name)
+            return super().__call__(samples)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr("trainer.data.batches.loader.to_device", lambda batch, device: batch)
+    batches = eval_batches(dataset, EvalShare(3, 0, 1), Noting(Layout.padding_free, 0), "cuda")
+    first = next(batches)
+    assert threads == {"loader"}
+    assert {name for name, value in first.items() if torch.is_tensor(value)} >= {"input_ids", "targets"}
+    assert not any(value is tensor for value in first.values() for tensor in pinned) and pinned
+    batches.close()
+    assert not running()
+
+
+def test_errors_of_an_evaluation_reach_its_consumer(dataset):
+    class Failing(Collator):
+        def __call__(self, samples):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(eval_batches(dataset, EvalShare(3, 0, 1), Failing(Layout.padding_free, 0), "cpu"))
+    assert not running()

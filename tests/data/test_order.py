@@ -48,6 +48,21 @@ def test_deal_fills_every_slot_and_loses_nothing(lengths, slots):
     assert dealt == deal(np.array(lengths), slots, capacity)
 
 
+@given(lengths=st.lists(st.integers(0, 9), min_size=12, max_size=12), capacity=st.sampled_from([1, 2, 3, 4, 6]))
+def test_deal_gives_each_document_to_the_lightest_slot_with_room(lengths, capacity):
+    """Against the rule written out, with many ties: the lowest number wins."""
+    slots = [[] for _ in range(12 // capacity)]
+
+    def load(slot):
+        return sum(lengths[position] for position in slots[slot])
+
+    for position in sorted(range(12), key=lambda p: (-lengths[p], p)):
+        room = [slot for slot in range(len(slots)) if len(slots[slot]) < capacity]
+        slots[min(room, key=lambda slot: (load(slot), slot))].append(position)
+    heaviest = sorted(range(len(slots)), key=lambda slot: (-load(slot), slot))
+    assert deal(np.array(lengths), len(slots), capacity) == [sorted(slots[slot]) for slot in heaviest]
+
+
 def test_deal_balances_tokens():
     lengths = np.random.default_rng(0).integers(10, 1000, 64 * 4)
     loads = [lengths[slot].sum() for slot in deal(lengths, 64, 4)]

@@ -1,14 +1,18 @@
 """Paths that only a GPU has; every test here skips itself where there is none."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import is_flash_attn_2_available
 
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
+from strategies.build import resolve_precision
+from strategies.hardware import best_precision, gpu_of
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
+from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 
@@ -45,6 +49,44 @@ def test_half_precision_tracks_fp32(tmp_path, runtime, precision):
         assert loss == pytest.approx(right, rel=1e-2)
 
 
+def test_this_gpu_is_what_its_driver_says(runtime):
+    gpu = gpu_of(runtime.device)
+    assert gpu.capability == torch.cuda.get_device_capability(runtime.device)
+    assert resolve_precision(Precision.auto, runtime) is best_precision(gpu)
+    attend = attention._has_flash(runtime.device, 64)
+    assert attend == gpu.has_flash
+
+
+def test_control_goes_over_the_host_and_memory_is_told(tmp_path, runtime):
+    """One group for both: objects and flags of a job must not wait for the device."""
+    assert torch.device("cpu") in runtime.control_group._device_types
+    config = run_config(model_dir(tmp_path), "single", "full", micro=GLOBAL_BATCH // 2, steps=2)
+    trainer = trainer_for(config, data_set(tmp_path, uneven=True), runtime)
+    for batch in trainer.loader.steps(0, 2):
+        trainer.meter.add(trainer.train_step(batch))
+    row = trainer.meter.flush()[-1]
+    assert row["memory_reserved_gib"] >= row["memory_gib"] > 0
+
+
+@pytest.mark.parametrize("made", ["training", "evaluation"])
+def test_batches_arrive_whole_from_pinned_memory(tmp_path, runtime, made):
+    config = run_config(model_dir(tmp_path), "single", "full", micro=GLOBAL_BATCH)
+    data = data_set(tmp_path, uneven=True)
+    trainer = trainer_for(config, data, runtime)
+    host = trainer_for(config, data, replace(runtime, device=torch.device("cpu")))
+    pairs = []
+    for each in (trainer, host):
+        if made == "training":
+            pairs.append([micro for step in each.loader.steps(0, 3) for micro in step.micro_batches])
+        else:
+            share = EvalShare(5, 0, 1)
+            pairs.append(list(eval_batches(data.evaluation, share, each.loader.collator, each.loader.device)))
+    for device, expected in zip(*pairs, strict=True):
+        assert device["input_ids"].is_cuda
+        for name, value in expected.items():
+            assert not torch.is_tensor(value) or torch.equal(device[name].cpu(), value), name
+
+
 def test_compiled_blocks_train_alike(tmp_path, runtime):
     plain, compiled = curve(tmp_path, runtime), curve(tmp_path, runtime, strategy=SingleConfig(compile=True))
     for (loss, _), (right, _) in zip(compiled, plain, strict=True):
@@ -61,7 +103,7 @@ def test_recomputed_blocks_train_alike(tmp_path, runtime, mode):
         assert loss == pytest.approx(right, rel=1e-3)
 
 
-@pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn 2")
 def test_flash_attention_trains_like_varlen(tmp_path, runtime):
     path = str(model_dir(tmp_path))
     flash = ModelConfig(path=path, attention=Attention.flash_attention_2)
@@ -70,6 +112,22 @@ def test_flash_attention_trains_like_varlen(tmp_path, runtime):
     expected = curve(tmp_path, runtime, precision=Precision.bf16, model=varlen)
     for (loss, _), (right, _) in zip(found, expected, strict=True):
         assert loss == pytest.approx(right, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_grouped_heads_and_windows_build_no_square(dtype):
+    """torch's math kernel, which would, is not even allowed; memory shows the rest: T x T alone would be 1 GiB."""
+    length, window = 16384, 512
+    q = torch.randn(1, 8, length, 64, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(1, 2, length, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    for seen in (None, window):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+            out = attention._one_document(q, k, v, attention.Rule(None, 0.0, seen, None, True, None))
+            out.sum().backward()
+        assert torch.cuda.max_memory_allocated() - before < 2**29
+        q.grad = k.grad = v.grad = None
 
 
 @pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, 8)])

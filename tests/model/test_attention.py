@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import tiny_model_dir
 from trainer.heads.loss import LossHead, head_transform
@@ -125,3 +126,55 @@ def test_half_precision_is_computed_in_float32_on_cpus():
     ]
     assert found.dtype is torch.bfloat16
     assert torch.equal(found, torch.cat(pieces, dim=2).transpose(1, 2).to(torch.bfloat16))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if torch.is_tensor(tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (5.0, False), (None, True)])
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 70])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_what_gpus_compute_equals_one_mask_over_the_document(kv_heads, window, softcap, sinks, causal, monkeypatch):
+    """The stretches of a window and the repeated heads, forward and backward, in float64 against the path of CPUs."""
+    monkeypatch.setattr(attention, "STRETCH", 12)
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(1, 4, 70, 8), (1, kv_heads, 70, 8), (1, kv_heads, 70, 8)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    weights = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    given = torch.randn(4, generator=generator, dtype=torch.float64) if sinks else None
+    rule = attention.Rule(0.3, 0.0, window, softcap, causal, given)
+    found = []
+    for out in (attention._one_document(*inputs, rule), attention._on_gpu(*inputs, rule)):
+        found.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
+    for expected, got in zip(*found, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
+    """Grouped heads in float32 go to the kernel that builds every score; a window's mask must not be T x T."""
+    asked, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def note(q, k, v, **options):
+        asked.append(options.get("enable_gqa", False) or q.shape[1] != k.shape[1])
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "STRETCH", 128)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", note)
+    length = 2048
+    q, (k, v) = torch.randn(1, 4, length, 8), torch.randn(2, 1, 2, length, 8)
+    for window in (None, 64):
+        with Largest() as largest:
+            attention._on_gpu(q, k, v, attention.Rule(None, 0.0, window, None, True, None))
+        assert largest.numel <= 128 * (128 + 64) + q.numel()
+    assert len(asked) == 1 + length // 128 and not any(asked)

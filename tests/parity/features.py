@@ -5,11 +5,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from strategies import matmul
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.parameters import named_parameters
+from strategies.zero_config import deepspeed_config
 from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, samples, take_steps, trainer_for
 from tests.parity.base import Job, lone_steps, values_of
 from trainer.config.run import RunConfig
@@ -27,6 +29,8 @@ ZERO3_CPU = ZeroConfig(name=StrategyName.zero3, stage=3, offload_optimizer="cpu"
 VARIANTS = {
     "ddp, each micro-batch synchronised": DdpConfig(defer_sync=False),
     "fsdp2, each micro-batch synchronised": Fsdp2Config(defer_sync=False),
+    "fsdp2, each by memory": Fsdp2Config(memory_gib=1e-6),
+    "fsdp2, deferred": Fsdp2Config(defer_sync=True),
     "fsdp2, kept gathered": Fsdp2Config(reshard_after_forward=False),
     "fsdp2, full checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.full),
     "fsdp2, selective checkpointing": Fsdp2Config(activation_checkpointing=ActivationCheckpointing.selective),
@@ -36,6 +40,20 @@ VARIANTS = {
     "zero3, everything offloaded": ZERO3_CPU,
     "zero3, nothing kept gathered": ZeroConfig(name=StrategyName.zero3, stage=3, persistence_threshold=0),
 }
+
+
+def _owners(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    settings = deepspeed_config(*args, **kwargs)
+    settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
+    return settings
+
+
+def _kept(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    settings = deepspeed_config(*args, **kwargs)
+    settings["bf16"]["immediate_grad_update"] = False
+    return settings
+
+
 TUNINGS = ("dora", "rslora", "new tokens, lora", "new tokens, full")
 ELSEWHERE = {"ddp": "zero3", "fsdp2": "zero1", "hsdp": "zero2", "zero1": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
 EVALUATED = [(1, 2), (3, 2), (48, 2), (1, 1), (7, 1)]
@@ -57,6 +75,69 @@ def against_lone(job: Job, config: RunConfig, oracle: Any, data: Prepared | None
 def variant(job: Job, name: str) -> dict:
     """A setting that must not change the result."""
     return against_lone(job, plain(job, VARIANTS[name], "full"), "full")
+
+
+def reduced_to_owners(job: Job) -> dict:
+    """ZeRO-2 as on GPUs, where each part of a bucket goes to the rank that keeps it."""
+    with mock.patch("strategies.zero.deepspeed_config", _owners):
+        return against_lone(job, plain(job, "zero2", "full"), "full")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that are read on the host, for each of which a GPU would be waited for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def zero2_on_device(job: Job) -> dict:
+    """Host reads of a step in bf16, a step with a gradient that is not finite, and DeepSpeed's own way of both."""
+    config = plain(job, "zero2", "full", precision=Precision.bf16)
+    with mock.patch("strategies.zero.steps_on_device", lambda *_: False):
+        theirs = job.curve(config, STEPS)
+    trainer = job.trainer(config)
+    engine, real = trainer.engine, trainer.engine.step
+    reads = []
+
+    def counted(factor: float) -> Any:
+        with HostReads() as mode:
+            result = real(factor)
+        reads.append(mode.number)
+        return result
+
+    engine.step = counted  # type: ignore[method-assign]
+    ours = [list(row) for row in take_steps(trainer, STEPS)]
+    before, updates = values_of(trainer), int(engine._updates)  # type: ignore[attr-defined]
+    batch = next(trainer.loader.steps(0, 1)).micro_batches[0]
+    engine.backward(engine.forward({**batch, "ahead": {}}, last=True)["loss"] * float("inf"), last=True)
+    skipped = engine.step(1.0)
+    after = values_of(trainer)
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    told = [float(skipped.skipped), same, int(engine._updates) - updates]  # type: ignore[attr-defined]
+    going_on = take_steps(trainer, 1)[0][0]
+    return {
+        "reads": reads,
+        "ours": ours,
+        "theirs": theirs,
+        "skipped": told,
+        "going on": going_on,
+    }
+
+
+def zero1_gradients(job: Job) -> dict:
+    """ZeRO-1 in bf16: what is left of gradients in bf16 after a backward pass, and the curve with them kept."""
+    config = plain(job, "zero1", "full", precision=Precision.bf16)
+    with mock.patch("strategies.zero.deepspeed_config", _kept):
+        kept = job.curve(config, STEPS)
+    trainer = job.trainer(config)
+    found = [list(row) for row in take_steps(trainer, STEPS)]
+    batch = next(trainer.loader.steps(0, 1)).micro_batches[0]
+    trainer.engine.backward(trainer.engine.forward({**batch, "ahead": {}}, last=False)["loss"], last=False)
+    left = sum(p.grad is not None for p in trainer.engine.step_module.parameters())
+    return {"found": found, "kept": kept, "left": left}
 
 
 def architecture(job: Job, name: str, strategy: str) -> dict:

@@ -1,6 +1,13 @@
 """Every strategy against `single`: part of the parity job (`job.py`), on two ranks and on four."""
 
 from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed import distributed_c10d
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.base import Curve, Job
@@ -42,6 +49,37 @@ def sockets(job: Job, strategy: str) -> Curve:
     trainer = trainer_for(settings, job.data, replace(job.runtime, shared_memory=False))
     assert trainer.engine.host_memory is None
     return [list(row) for row in take_steps(trainer, STEPS)]
+
+
+def reduced_each(job: Job) -> dict[str, Any]:
+    """Replicas of two shards that have no room for whole gradients, four micro-batches a step."""
+    settings = config(job, "hsdp", "full", 4)
+    settings = replace(settings, strategy=replace(settings.strategy, memory_gib=1e-6))
+    calls: list[int] = []
+    real = torch.distributed.all_reduce
+
+    def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    trainer = job.trainer(settings)
+    with mock.patch.object(_fsdp_collectives.dist, "all_reduce", counted):
+        steps = [list(row) for row in take_steps(trainer, STEPS)]
+    groups = sum(isinstance(module, FSDPModule) for module in trainer.engine.step_module.modules())
+    large = sum(numel > 1000 for numel in calls)  # norms and counts are small
+    return {"found": steps, "deferred": trainer.engine.defer_sync, "reductions": large / STEPS, "groups": groups}
+
+
+def timeouts(job: Job) -> dict[str, list[float]]:
+    """Seconds after which each group of this process gives up, with those that strategies and DeepSpeed have made."""
+    found = {}
+    for strategy in ("hsdp", "zero2"):
+        trainer = job.trainer(config(job, strategy, "full", 1))
+        groups = [group for group in distributed_c10d._world.pg_map if torch.distributed.get_rank(group) >= 0]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        found[strategy] = [backend.options._timeout.total_seconds() for backend in backends]
+        del trainer
+    return {**found, "asked": [job.runtime.timeout_s]}
 
 
 def quantised_hsdp(job: Job) -> dict[str, Curve]:

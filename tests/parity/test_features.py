@@ -34,6 +34,23 @@ def test_setting_does_not_change_the_result(ask, name):
     assert_close(ask("features", "variant", name))
 
 
+def test_gradients_reduced_to_their_owners_train_alike(ask):
+    assert_close(ask("features", "reduced_to_owners"))
+
+
+def test_zero2_in_bf16_clips_and_skips_without_the_host(ask):
+    found = ask("features", "zero2_on_device")
+    assert found["reads"] == [0] * len(found["reads"]) and found["reads"]
+    assert_close({"found": found["ours"], "expected": found["theirs"]}, 1e-3)
+    assert found["skipped"] == [1.0, True, 0]  # nothing moved, nothing counted
+    assert math.isfinite(found["going on"])
+
+
+def test_zero1_in_bf16_keeps_no_gradient_twice(ask):
+    found = ask("features", "zero1_gradients")
+    assert found["left"] == 0 and found["found"] == found["kept"]
+
+
 @pytest.mark.parametrize(
     ("architecture", "strategy"),
     chosen(product(("llama_tied", "qwen2", "qwen3", "gemma2", "gpt2", "falcon", "distilbert"), SHARDED), values),

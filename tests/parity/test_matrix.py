@@ -54,6 +54,21 @@ def test_the_oracle_learns_and_is_clipped(ranks, tuning, masks):
     assert any(norm > 0.5 for _, norm in lone["curve"])
 
 
+def test_shards_are_summed_in_each_micro_batch_and_replicas_once_a_step(ranks):
+    found = ranks[4].ask("matrix", "reduced_each")
+    assert_close(found["found"], ranks[4].ask("matrix", "lone", "full", "uneven")["curve"])
+    assert found["deferred"] is False
+    assert found["reductions"] == found["groups"] > 1
+
+
+def test_every_group_keeps_to_the_timeout_of_the_run(ranks):
+    """torch's own would be half an hour."""
+    found = ranks[4].ask("matrix", "timeouts")
+    (asked,) = found.pop("asked")
+    assert asked != 1800 and {value for values in found.values() for value in values} == {asked}
+    assert len(found["zero2"]) > 2 and len(found["hsdp"]) > 2  # of all, of a replica, between replicas; DeepSpeed's
+
+
 def test_a_quantised_base_trains_alike_under_hsdp(ranks):
     pytest.importorskip("bitsandbytes")
     found = ranks[4].ask("matrix", "quantised_hsdp")

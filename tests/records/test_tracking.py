@@ -39,7 +39,7 @@ def test_wandb_offline_keeps_its_id_and_flat_config(tmp_path):
     settings = {"strategy": "fsdp2", "tuning": "lora", "world_size": 2, "global_batch": 8, "precision": "fp32"}
     trackers, run_id, note = build_trackers(config, tmp_path, wandb_id=None, resume_step=0, settings=settings)
     trackers.log({"loss": 1.5, "tokens": 100}, step=1)
-    trackers.summarise(summary_of({"tokens_per_s": 12.0, "loss": 1.5}, {"eval/loss": 1.25}))
+    trackers.summarise(summary_of({"tokens_per_s": 12.0, "loss": 1.5}, {"tokens_per_s": 14.0}, {"eval/loss": 1.25}))
     trackers.close()
     assert note is None and trackers.sync_line is not None and "offline-run" in trackers.sync_line
     again, same_id, _ = build_trackers(config, tmp_path, wandb_id=run_id, resume_step=1, settings=settings)
@@ -50,6 +50,8 @@ def test_wandb_offline_keeps_its_id_and_flat_config(tmp_path):
     shown = records(next(runs[0].glob("*.wandb")))
     for text in ("fsdp2", "sweep", "final/eval/loss", "train_step"):
         assert text in shown
+    summary = summary_of({"tokens_per_s": 12.0, "loss": 1.5, "memory_gib": 2.0}, {"tokens_per_s": 14.0, "mfu": 0.5}, {})
+    assert summary == {"final/tokens_per_s": 14.0, "final/memory_gib": 2.0, "final/mfu": 0.5, "final/loss": 1.5}
 
 
 def test_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import os
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from strategies import runtime
 from strategies.runtime import usable_cores
@@ -38,3 +40,34 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
     finally:
         runtime.stop()
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("world", "failed", "destroyed"), [(1, True, 1), (2, False, 1), (2, True, 0)])
+def test_groups_of_a_failed_rank_stay_for_its_peers(world, failed, destroyed, monkeypatch):
+    """NCCL would wait in destroy for the collective in which a peer sits."""
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+    runtime.stop(failed=failed)
+    assert len(calls) == destroyed
+
+
+def test_many_ranks_connect_when_they_first_talk(monkeypatch):
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda heard, mine, group: heard.__setitem__(slice(None), [mine] * 64)
+    )
+    before = torch.get_num_threads()
+    try:
+        for world, lazy in (("63", None), ("64", "1")):
+            monkeypatch.setenv("WORLD_SIZE", world)
+            monkeypatch.setattr(runtime, "agree", lambda heard, rank: heard[0])
+            runtime.start("cpu", timeout_s=30, threads=1)
+            assert os.environ.get("TORCH_GLOO_LAZY_INIT") == lazy
+    finally:
+        monkeypatch.undo()
+        runtime.stop()
+        torch.set_num_threads(before)
+        os.environ.pop("TORCH_GLOO_LAZY_INIT", None)

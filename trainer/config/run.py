@@ -126,7 +126,7 @@ class RunConfig:
     """`global`: documents (packs) an optimizer step; `micro`: most of them in one forward pass of one rank."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     precision: Precision = Precision.auto
-    """`fp32`, `bf16`, `fp16` or `auto` (bf16 on GPUs that have it, else fp32)."""
+    """`fp32`, `bf16`, `fp16` or `auto` (on GPUs bf16 where the hardware has it, else fp16; on CPUs fp32)."""
     tuning: TuningConfig = field(default_factory=TuningConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -17,10 +17,12 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: CPUs do not train in it; set precision=bf16 or precision=fp32"
-    if strategy.memory_gib is not None and strategy.activation_checkpointing is not ActivationCheckpointing.auto:
+    plans = strategy.activation_checkpointing is ActivationCheckpointing.auto
+    plans |= isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
+    if strategy.memory_gib is not None and not plans:
         yield (
-            f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto plans for; set "
-            "that, or strategy.memory_gib=null"
+            f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto, and "
+            "strategy.defer_sync=null under fsdp2 and hsdp, plan for; set one of them, or strategy.memory_gib=null"
         )
     if isinstance(strategy, Fsdp2Config):
         yield from _replicas(strategy, config, world_size)

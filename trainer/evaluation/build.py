@@ -29,9 +29,12 @@ def build_evaluators(
     tokenizer: Any,
     engine: Engine,
     runtime: Runtime,
-    stop_now: Callable[[], bool],
+    watch_for_stop: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
-    """Loss and, where asked for, generated answers; none without held-out data. `stop_now` is asked by all ranks alike."""
+    """Loss and, where asked for, generated answers; none without held-out data.
+
+    `watch_for_stop` makes for each of them what all ranks ask alike.
+    """
     if held_out is None or len(held_out) == 0:
         return []
     reading, collator = built.reading, built.collator
@@ -58,7 +61,7 @@ def build_evaluators(
         count=int(counts[covered].sum()),
         prefix="eval",
         perplexity=built.step_module.objective.perplexity,
-        stop_now=stop_now,
+        stop_now=watch_for_stop(),
         ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
         parts=[Part(n, _count(held_out, covered, n), names) for n, names in parts.items()],
     )
@@ -74,7 +77,7 @@ def build_evaluators(
                 config.generate,
                 generation_config=generation_config(model, built.config, start),
                 runtime=runtime,
-                stop_now=stop_now,
+                stop_now=watch_for_stop(),
             )
         )
     return found

@@ -16,9 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.hardware import FLASH_HEAD, gpu_of
 from strategies.matmul import LONG, as_chosen, in_blas
 
 NAME = "shardtune_varlen"
+
+
+STRETCH = 1024
+"""Queries that at least go together where a window is computed in stretches: fewer would be many small kernels."""
 
 
 def register() -> None:
@@ -70,7 +75,7 @@ def varlen_attention(
     wide = torch.promote_types(computes_in, torch.float32) if query.device.type == "cpu" else computes_in
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
-        rule = _Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
+        rule = Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
         out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, rule))
     return out.to(computes_in).transpose(1, 2).contiguous(), None
 
@@ -90,7 +95,7 @@ def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tens
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class Rule:
     """How a layer attends within a document."""
 
     scaling: float | None
@@ -110,7 +115,9 @@ class _Rule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    if q.device.type == "cuda":
+        return _on_gpu(q, k, v, rule)
     mask = rule.mask(q.shape[2], q.device)
     if rule.softcap is not None or rule.sinks is not None:
         return _by_scores(q, k, v, rule, mask)
@@ -126,7 +133,39 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
     )
 
 
-def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: _Rule, mask: Tensor | None) -> Tensor:
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """As `_one_document`, for the kernels of a GPU: heads repeated, and a window in stretches of at least `STRETCH` queries.
+
+    The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
+    T x T is as large as that for one head.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if by_scores:
+            return _by_scores(q, k, v, rule, mask)
+        causal = rule.causal and mask is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=rule.dropout, is_causal=causal, scale=rule.scaling
+        )
+
+    by_scores = rule.softcap is not None or rule.sinks is not None
+    groups, length, window = q.shape[1] // k.shape[1], q.shape[2], rule.window
+    if not by_scores and groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if window is None or length <= window:
+        return attend(q, k, v, None)
+    position = torch.arange(length, device=q.device)
+    pieces = []
+    for start in range(0, length, max(window, STRETCH)):
+        stop = min(length, start + max(window, STRETCH))
+        seen = slice(max(0, start - window + 1), stop if rule.causal else min(length, stop + window - 1))
+        distance = position[start:stop, None] - position[None, seen]
+        mask = (distance >= 0) & (distance < window) if rule.causal else distance.abs() < window
+        pieces.append(attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask))
+    return torch.cat(pieces, dim=2)
+
+
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: Rule, mask: Tensor | None) -> Tensor:
     """What no kernel has: scores that are capped, and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -148,7 +187,14 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: _Rule, mask: Tensor | None
 def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return softcap is None and dropout == 0.0
+    return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(device: torch.device, head: int) -> bool:
+    """Whether flash attention on `device` has forward and backward passes for heads of this size."""
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.has_flash and head % 8 == 0 and head <= FLASH_HEAD and gpu.trains_heads(head)
 
 
 def _varlen_kernel(

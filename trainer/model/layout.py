@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from strategies.errors import ConfigError
 from trainer.data.config import Layout
@@ -30,9 +29,10 @@ def resolve_layout(
     *,
     unproven: Callable[[str], str],
     needs_padding: bool,
-    half_on_gpu: bool,
+    no_flash: str | None,
 ) -> Arrangement:
     """The arrangement of a run. `unproven(attention)`: why documents cannot lie in one row there; empty where they can.
+    `no_flash`: why FlashAttention cannot be used, if so.
 
     Raises ConfigError for a combination that would silently mix documents.
     """
@@ -40,6 +40,8 @@ def resolve_layout(
         raise ConfigError(
             "data.layout=padding_free: this objective or tuning needs a row for each document; use data.layout=padded"
         )
+    if model.attention is Attention.flash_attention_2 and no_flash is not None:
+        raise ConfigError(f"model.attention=flash_attention_2: {no_flash}; use model.attention=auto")
     stock = model.attention in (Attention.sdpa, Attention.eager)
     if layout is Layout.padding_free and stock:
         raise ConfigError(
@@ -49,7 +51,8 @@ def resolve_layout(
     if layout is Layout.padded or needs_padding or stock:
         noted = layout is Layout.auto and not needs_padding
         return _padded(model, {"data.layout": f"padded (attention={model.attention})"} if noted else {})
-    attention = _for_rows(model, half_on_gpu=half_on_gpu)
+    flash = no_flash is None and model.attention is not Attention.varlen
+    attention = "flash_attention_2" if flash else NAME
     reason = unproven(attention)
     if reason and attention != NAME and model.attention is Attention.auto:
         attention = NAME
@@ -64,7 +67,7 @@ def resolve_layout(
         return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
     notes = {}
     if model.attention is Attention.auto and attention == NAME:
-        notes["model.attention"] = "varlen (built in; FlashAttention needs a GPU, half precision and flash-attn)"
+        notes["model.attention"] = f"varlen (built in; not FlashAttention: {no_flash or 'not proven right here'})"
     return Arrangement(Layout.padding_free, attention, notes)
 
 
@@ -73,14 +76,3 @@ def _padded(model: ModelConfig, notes: dict[str, str]) -> Arrangement:
         raise ConfigError("model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones")
     stock = "sdpa" if model.attention is Attention.auto else str(model.attention)
     return Arrangement(Layout.padded, stock, notes)
-
-
-def _for_rows(model: ModelConfig, *, half_on_gpu: bool) -> str:
-    """The kernel for documents one after another in a row."""
-    has_flash = half_on_gpu and find_spec("flash_attn") is not None
-    if model.attention is Attention.flash_attention_2 and not has_flash:
-        raise ConfigError(
-            "model.attention=flash_attention_2: needs a CUDA device, precision=bf16 or fp16, and the package flash-attn "
-            "(pip install 'shardtune[gpu]'); use model.attention=auto"
-        )
-    return "flash_attention_2" if has_flash and model.attention is not Attention.varlen else NAME

@@ -7,13 +7,17 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from strategies.errors import ConfigError
+from strategies.hardware import gpu_of
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts
 from trainer.model.architecture import architecture, beside_text
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
+from trainer.model.flash import why_not_flash
 from trainer.model.layout import Arrangement, resolve_layout
 from trainer.objectives.causal import WAYS, Way
 from trainer.objectives.passage import Passage, passage_of
@@ -66,6 +70,12 @@ class Proofs:
         return way
 
 
+def _no_flash(config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> str | None:
+    """Why FlashAttention cannot compute this model's attention on this machine; None where it can."""
+    gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
+    return why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
+
+
 def causal_model(
     config: ModelConfig,
     settings: Any,
@@ -86,7 +96,7 @@ def causal_model(
         settings.model_type,
         unproven=proofs.unproven,
         needs_padding=own_rows,
-        half_on_gpu=half_on_gpu,
+        no_flash=_no_flash(config, settings, half_on_gpu=half_on_gpu),
     )
     if arrangement.layout is Layout.padded and config.attention is Attention.auto:
         arrangement = replace(arrangement, attention=proofs.of(NAME).stock)
@@ -113,10 +123,17 @@ def padded_model(
     layout: Layout,
     context: AbstractContextManager[None],
     objective: str,
+    *,
+    half_on_gpu: bool,
 ) -> tuple[Any, Arrangement]:
     """The plain model of another kind on meta, for one document a row. Raises ConfigError."""
     arrangement = resolve_layout(
-        config, layout, settings.model_type, unproven=lambda _: "", needs_padding=True, half_on_gpu=False
+        config,
+        layout,
+        settings.model_type,
+        unproven=lambda _: "",
+        needs_padding=True,
+        no_flash=_no_flash(config, settings, half_on_gpu=half_on_gpu),
     )
     with context:
         model, kernel = architecture(kind, settings, config, arrangement.attention, objective)

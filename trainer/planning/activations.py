@@ -14,15 +14,13 @@ from strategies.activation_plan import Activations, choose, measure
 from strategies.base import (
     ActivationCheckpointing,
     DdpConfig,
-    Fsdp2Config,
     Precision,
     SingleConfig,
     StrategyConfig,
-    StrategyName,
 )
 from strategies.errors import ConfigError
 from strategies.memory import Pass, estimate
-from strategies.mesh import replicate_degree
+from strategies.mesh import replicas
 from strategies.parameters import named_parameters
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.step import Built
@@ -75,17 +73,23 @@ def measured(built: Built, work: Workload, precision: Precision) -> Activations:
         ) from error
 
 
-def expected(built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision) -> float | None:
+def expected(
+    built: Built,
+    work: Workload,
+    mode: ActivationCheckpointing,
+    precision: Precision,
+    modes: list[ActivationCheckpointing] | None = None,
+) -> float | None:
     """Bytes of activations at the peak of the longest micro-batch under a mode, before memory has a say in it.
 
-    None where they cannot be counted.
+    `modes`: what was planned for each block, where it was. None where they cannot be counted.
     """
     mode = ActivationCheckpointing.none if mode is ActivationCheckpointing.auto else mode
     try:
         activations = measured(built, work, precision)
     except ConfigError:
         return None
-    return activations.total([mode] * len(activations.none))
+    return activations.total(modes or [mode] * len(activations.none))
 
 
 def plan_checkpointing(
@@ -113,9 +117,7 @@ def plan_checkpointing(
 
 def model_state(built: Built, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
-    replicate = 1
-    if isinstance(strategy, Fsdp2Config) and (strategy.name is StrategyName.hsdp or strategy.replicate != 1):
-        replicate = replicate_degree(0 if strategy.replicate == 1 else strategy.replicate, runtime)
+    replicate = replicas(strategy, runtime)
     state = Pass(activations=0.0)
     world = runtime.world_size
     total = estimate(built.step_module, strategy, precision, world_size=world, replicate=replicate, load=state).total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,17 +12,7 @@ from torch import Tensor
 
 from strategies.base import StepResult
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
-
-# Dense bf16/fp16 peak TFLOP/s of one device, from the makers' data sheets (no sparsity).
-KNOWN_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "A10": 125.0,
-    "V100": 125.0,
-}
+from trainer.records.cards import peak_tflops
 
 
 @dataclass(slots=True)
@@ -57,6 +48,7 @@ class Meter:
     """Terms of the objective that are logged beside the loss, each divided by the loss's count."""
     _records: list[StepRecord] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
+    _intervals: list[tuple[float, float]] = field(default_factory=list)
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
@@ -80,29 +72,48 @@ class Meter:
         table = torch.stack([torch.stack([r.local_sums[t].double() for t in terms]) for r in records])
         waits = torch.tensor([[r.wait_s, float(r.local_tokens)] for r in records], dtype=torch.float64)
         table = torch.cat([table, waits.to(table.device)], dim=1)
-        table = dist_sum(table).cpu()
+        table, memory = self._over_ranks(table)
         norms = torch.stack([r.result.grad_norm for r in records]).tolist()
         skipped = torch.stack([r.result.skipped for r in records]).tolist()
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
         seconds = (time.perf_counter() - self._clock) / len(records)
         self._clock = time.perf_counter()
-        memory = peak_memory_gib(self.runtime.device)
-        return [
-            self._row(r, dict(zip(terms, sums, strict=False)), sums[-2], norm, skip, seconds, memory)
-            for r, sums, norm, skip in zip(records, table.tolist(), norms, skipped, strict=True)
+        self._intervals.append((sum(r.tokens for r in records) / len(records), seconds))
+        rows = [
+            self._row(r, dict(zip(terms, sums, strict=False)), sums[-2], norm, seconds)
+            for r, sums, norm in zip(records, table.tolist(), norms, strict=True)
         ]
+        for row, skip in zip(rows, skipped, strict=True):
+            row |= memory | ({"skipped": 1} if skip else {})
+        return rows
 
-    def _row(
-        self,
-        r: StepRecord,
-        sums: dict[str, float],
-        wait: float,
-        norm: float,
-        skip: float,
-        seconds: float,
-        memory: float,
-    ) -> dict[str, Any]:
+    def _over_ranks(self, table: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The sum of all ranks' `table`, on the host, and the largest of their peaks of memory, in one reduction."""
+        peaks = peak_memory_gib(self.runtime.device)
+        places = torch.zeros(self.runtime.world_size, len(peaks), dtype=table.dtype)
+        places[self.runtime.rank] = torch.tensor(list(peaks.values()), dtype=table.dtype)
+        both = dist_sum(torch.cat([table.view(-1), places.view(-1).to(table.device)])).cpu()
+        summed, found = both.split([table.numel(), places.numel()])
+        largest = found.view_as(places).amax(0).tolist()
+        return summed.view(table.shape), dict(zip(peaks, largest, strict=True))
+
+    def speed(self) -> dict[str, float]:
+        """What the run did in a second: the median of its logging intervals, without the first where there are others."""
+        usual = self._intervals[1:] or self._intervals
+        if not usual:
+            return {}
+        found = [self._speed(tokens, seconds) for tokens, seconds in usual]
+        return {"intervals": len(usual), **{key: median(each[key] for each in found) for key in found[0]}}
+
+    def _speed(self, tokens: float, seconds: float) -> dict[str, float]:
+        """Of a step of `tokens`, all ranks together, that took `seconds`."""
         world = self.runtime.world_size
+        values = {"tokens_per_s": tokens / seconds, "tokens_per_s_per_rank": tokens / seconds / world}
+        if self.reference_tflops:
+            values["mfu"] = self.flops_per_token * tokens / seconds / world / (self.reference_tflops * 1e12)
+        return values
+
+    def _row(self, r: StepRecord, sums: dict[str, float], wait: float, norm: float, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {
             "step": r.step,
             "loss": sums["loss"] / max(1, r.counts["loss"]),
@@ -111,21 +122,14 @@ class Meter:
             "tokens": r.total_tokens,
             "step_tokens": r.tokens,
             "supervised_tokens": r.total_supervised_tokens,
-            "tokens_per_s": r.tokens / seconds,
-            "tokens_per_s_per_rank": r.tokens / seconds / world,
+            **self._speed(r.tokens, seconds),
             "supervised_tokens_per_s": r.supervised_tokens / seconds,
             "step_s": seconds,
-            "memory_gib": memory,
-            "data_wait_s": wait / world,
+            "data_wait_s": wait / self.runtime.world_size,
             "balance": r.balance,
         }
         row |= {f"step_tokens/{name}": tokens for name, tokens in r.source_tokens.items()}
         row |= {name: sums[name] / max(1, r.counts["loss"]) for name in self.metrics}
-        if self.reference_tflops:
-            achieved = self.flops_per_token * r.tokens / seconds / world
-            row["mfu"] = achieved / (self.reference_tflops * 1e12)
-        if skip:
-            row["skipped"] = 1
         return row
 
 
@@ -135,11 +139,9 @@ def reference_tflops(configured: float | None, device: torch.device) -> tuple[fl
         return configured, "logging.reference_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        match = next((v for k, v in KNOWN_TFLOPS.items() if k in name), None)
-        return (
-            match,
-            f"data sheet, dense bf16, {name}" if match else f"unknown for {name}: set logging.reference_tflops",
-        )
+        figure = peak_tflops(name)
+        known = f"data sheet, dense bf16 or fp16, {name}"
+        return figure, known if figure else f"the peak of {name} is not known: set logging.reference_tflops"
     return measured_matmul_tflops(), f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
 
 

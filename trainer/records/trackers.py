@@ -184,10 +184,10 @@ class Trackers:
             tracker.close()
 
 
-def summary_of(last_row: dict[str, Any], evaluated: dict[str, float]) -> dict[str, Any]:
-    """The W&B summary that the run table compares: speed, memory and final held-out metrics."""
-    keys = ("tokens_per_s", "memory_gib", "mfu", "loss")
-    summary = {f"final/{key}": last_row[key] for key in keys if key in last_row}
+def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dict[str, float]) -> dict[str, Any]:
+    """The W&B summary that the run table compares: median speed, memory, the last loss and final held-out metrics."""
+    final = {**last_row, **speed}
+    summary = {f"final/{key}": final[key] for key in ("tokens_per_s", "memory_gib", "mfu", "loss") if key in final}
     return {**summary, **{f"final/{key}": value for key, value in evaluated.items()}}
 
 

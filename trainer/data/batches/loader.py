@@ -6,8 +6,6 @@ the next steps are made by one background thread.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.batches.collate import Collator, each_tensor, to_device
+from trainer.data.batches.collate import Collator, to_device
 from trainer.data.batches.order import Order
+from trainer.data.batches.prefetch import pinned, prefetched
 from trainer.data.store.sequences import Sample, TokenDataset
-
-PREFETCH = 2
-"""Steps whose batches are made ahead."""
 
 
 @dataclass(slots=True)
@@ -94,75 +90,65 @@ class StepLoader:
         self.unit_tokens: np.ndarray = (
             dataset.lengths if units is None else np.array([dataset.lengths[unit].sum() for unit in units], np.int64)
         )
+        # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
+        sizes = [] if units is None else [len(unit) for unit in units]
+        self._begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._members = np.array([doc for unit in units or [] for doc in unit], dtype=np.int64)
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
-        """Documents of the step that begins at `first_sample`, as [rank][micro-batch][document]; no tensors are made.
+        """Documents of the step that begins at `first_sample`, as [rank][micro-batch][document]; no tensors are made."""
+        slots = self._slots(first_sample)
+        return [self._part(slots, rank) for rank in range(self.share.dp_size)]
+
+    def _slots(self, first_sample: int) -> np.ndarray:
+        """Units of the step, int64 [slots, units a slot]; slot m * ranks + r is the m-th micro-batch of rank r.
 
         The slots come sorted by load, so that the ranks' m-th micro-batches weigh about the same and none waits long.
         """
         share = self.share
         chosen = self.order.units(first_sample, share.global_batch)
         shape = share.global_batch // share.micro_batch, share.micro_batch
-        slots = self.collator.deal(self.dataset, chosen, self.unit_tokens[chosen], shape)
-        filled = [[doc for position in slot for doc in self._documents(int(chosen[position]))] for slot in slots]
-        return [[filled[m * share.dp_size + r] for m in range(self.accumulation)] for r in range(share.dp_size)]
+        dealt = self.collator.deal(self.dataset, chosen, self.unit_tokens[chosen], shape)
+        return chosen[np.array(dealt, dtype=np.int64)]
 
-    def _documents(self, unit: int) -> list[int]:
-        return [unit] if self.units is None else self.units[unit]
+    def _part(self, slots: np.ndarray, rank: int) -> list[list[int]]:
+        """Sequences of each micro-batch of one rank."""
+        return [self._sequences(slot).tolist() for slot in slots[rank :: self.share.dp_size]]
+
+    def _sequences(self, units: np.ndarray) -> np.ndarray:
+        """int64: the sequences of `units` (int64 [U]), one unit after another."""
+        if self.units is None:
+            return units
+        begins, sizes = self._begins[units], self._begins[units + 1] - self._begins[units]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self._members[np.repeat(begins, sizes) + within]
 
     def steps(self, first_sample: int, num_steps: int) -> Iterator[StepBatch]:
         """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
 
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
         """
-        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=PREFETCH)
-        stop = threading.Event()
-
-        def produce() -> None:
-            for step in range(num_steps):
-                item: StepBatch | BaseException
-                try:
-                    item = self._step(first_sample + step * self.share.global_batch)
-                except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-                    item = error
-                while not stop.is_set():
-                    try:
-                        ready.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set() or isinstance(item, BaseException):
-                    return
-
-        thread = threading.Thread(target=produce, name="step-loader", daemon=True)
-        thread.start()
+        made = prefetched(self._step(first_sample + step * self.share.global_batch) for step in range(num_steps))
         try:
             for _ in range(num_steps):
                 began = time.perf_counter()
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
+                item = next(made)
                 item.micro_batches = [to_device(batch, self.device) for batch in item.micro_batches]
                 item.ahead = [to_device(batch, self.device) for batch in item.ahead]
                 item.wait_s = time.perf_counter() - began
                 yield item
         finally:
-            stop.set()
-            thread.join()
+            made.close()
 
     def _step(self, first_sample: int) -> StepBatch:
-        plan, rank = self.plan(first_sample), self.share.dp_rank
-        everyone = np.array([doc for part in plan for slot in part for doc in slot], dtype=np.int64)
-        mine = [doc for slot in plan[rank] for doc in slot]
+        slots = self._slots(first_sample)
+        part, everyone = self._part(slots, self.share.dp_rank), self._sequences(slots.ravel())
+        mine = [doc for slot in part for doc in slot]
         totals = {term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()}
-        batches = [
-            {**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals} for slot in plan[rank]
-        ]
+        batches = [{**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals} for slot in part]
         ahead: list[dict[str, Any]] = []
         if (look := self.ahead) is not None:
-            ahead = [
-                {**self._collated([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in plan[rank]
-            ]
+            ahead = [{**self._collated([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in part]
         return StepBatch(
             micro_batches=batches,
             ahead=ahead,
@@ -172,7 +158,7 @@ class StepLoader:
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.share.global_batch,
             source_tokens=self._source_tokens(everyone),
-            balance=self._balance(plan),
+            balance=self._balance(slots),
         )
 
     def _source_tokens(self, sequences: np.ndarray) -> dict[str, int]:
@@ -182,13 +168,12 @@ class StepLoader:
         return {name: int(tokens[n]) if n < len(tokens) else 0 for n, name in self.sources.items()}
 
     def _collated(self, samples: list[Sample]) -> dict[str, Any]:
-        batch = self.collator(samples)
-        return each_tensor(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
+        return pinned(self.collator(samples), self.device)
 
-    def _balance(self, plan: list[list[list[int]]]) -> float:
+    def _balance(self, slots: np.ndarray) -> float:
         """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
-        tokens = np.array([[self.dataset.lengths[slot].sum() for slot in rank] for rank in plan])
-        return float(tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
+        tokens = self.unit_tokens[slots].sum(axis=1).reshape(self.accumulation, self.share.dp_size)
+        return float(tokens.mean(axis=1).sum() / tokens.max(axis=1).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +239,28 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
 
-    Every rank gets the same number of micro-batches; one that runs out gets document 0 with nothing to score (targets
-    and labels -100). Documents are sorted by length, so that ranks work alike; a sum over them does not depend on it.
-    With `ahead`, what it gives for each sequence in its place. Where sources are told apart, `source` is the number of
-    the one that the micro-batch holds.
+    A background thread makes them, as it does in training. Every rank gets the same number of micro-batches; one that runs
+    out gets document 0 with nothing to score (targets and labels -100). Documents are sorted by length, so that ranks work
+    alike; a sum over them does not depend on it. With `ahead`, what it gives for each sequence in its place. Where sources
+    are told apart, `source` is the number of the one that the micro-batch holds.
     """
+    device = torch.device(device)
+    made = prefetched(_evaluated(dataset, share, collator, device, ahead))
+    try:
+        for batch in made:
+            yield to_device(batch, device)
+    finally:
+        made.close()
+
+
+def _evaluated(
+    dataset: TokenDataset,
+    share: EvalShare,
+    collator: Collator,
+    device: torch.device,
+    ahead: Callable[[TokenDataset, int], Sample] | None,
+) -> Iterator[dict[str, Any]]:
+    """The batches of `eval_batches` on the host."""
     covered = share.sequences(dataset)
     totals = {term: int(counts[covered].sum()) for term, counts in dataset.counts.items()}
     for sequences in eval_plan(dataset, share):
@@ -270,4 +272,4 @@ def eval_batches(
         made = {**collator(samples), "totals": totals}
         if share.by_source and dataset.sources is not None:
             made["source"] = int(dataset.sources[sequences[0] if sequences else 0])
-        yield to_device({**made, "ahead_of": True} if ahead is not None else made, torch.device(device))
+        yield pinned({**made, "ahead_of": True} if ahead is not None else made, device)

@@ -161,13 +161,19 @@ def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
     if len(lengths) != num_slots * capacity:
         raise ValueError(f"{len(lengths)} positions do not fill {num_slots} slots of {capacity}")
     slots: list[list[int]] = [[] for _ in range(num_slots)]
-    heap = [(0, slot) for slot in range(num_slots)]
-    for position in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        load, slot = heapq.heappop(heap)
-        slots[slot].append(position)
-        if len(slots[slot]) < capacity:  # a full slot leaves the heap
-            heapq.heappush(heap, (load + int(lengths[position]), slot))
-    loads = [sum(int(lengths[p]) for p in slot) for slot in slots]
+    tokens = np.asarray(lengths, dtype=np.int64)
+    weights = tokens.tolist()
+    # One number for a slot and its load, in the order of (load, slot): of every rank's documents each rank deals all.
+    heap, loads = list(range(num_slots)), [0] * num_slots
+    for position in np.argsort(-tokens, kind="stable").tolist():
+        slot = heap[0] % num_slots
+        held = slots[slot]
+        held.append(position)
+        loads[slot] += weights[position]
+        if len(held) < capacity:
+            heapq.heapreplace(heap, loads[slot] * num_slots + slot)
+        else:  # a full slot leaves the heap
+            heapq.heappop(heap)
     by_load = sorted(range(num_slots), key=lambda slot: (-loads[slot], slot))
     return [sorted(slots[slot]) for slot in by_load]
 

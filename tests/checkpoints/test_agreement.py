@@ -1,0 +1,84 @@
+"""Ranks agree on stopping every few steps, in the same ones, and soon enough for what SLURM gives them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from strategies.runtime import Runtime
+from trainer import preempt
+from trainer.preempt import Agreement
+
+
+class Job:
+    """Ranks in one process: a reduction is done when all have joined it; a rank that waits for less would wait for ever."""
+
+    def __init__(self, world, monkeypatch):
+        self.now, self.rounds, self.joined = 0.0, 0, []
+        self.requests = [SimpleNamespace(signal_name=None) for _ in range(world)]
+        monkeypatch.setattr(preempt.dist, "all_reduce", self.all_reduce)
+        monkeypatch.setattr(preempt.time, "monotonic", lambda: self.now)
+        runtimes = [Runtime(n, world, n, world, torch.device("cpu"), None) for n in range(world)]
+        self.agreements = [Agreement(*pair) for pair in zip(self.requests, runtimes, strict=True)]
+
+    def all_reduce(self, tensor, **_):
+        self.joined.append(tensor)
+        return SimpleNamespace(wait=self.wait)
+
+    def wait(self):
+        assert len(self.joined) in (0, len(self.agreements)), "not all ranks ask in this step"
+        if self.joined:
+            largest = torch.stack(self.joined).amax(0)
+            for tensor in self.joined:
+                tensor.copy_(largest)
+            self.joined, self.rounds = [], self.rounds + 1
+
+    def step(self, seconds):
+        """One step, of which rank i has taken `seconds[i]` when it asks; what each rank then knows."""
+        began = self.now
+        for agreement, took in zip(self.agreements, seconds, strict=True):
+            self.now = began + took
+            agreement.ask()
+        self.now = began + max(seconds)
+        return {agreement.stop_now() for agreement in self.agreements}
+
+
+def test_few_steps_are_asked_about_and_every_rank_asks_in_the_same(monkeypatch):
+    job = Job(3, monkeypatch)
+    for _ in range(60):
+        assert job.step([0.1, 0.4, 0.2]) == {False}
+    assert 60 / preempt.AT_MOST <= job.rounds <= 60 / 4
+    job.requests[2].signal_name = "SIGUSR2"
+    steps = next(n for n in range(1, 20) if job.step([0.1, 0.4, 0.2]) == {True})
+    assert steps <= preempt.AT_MOST
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.001, 8), (0.3, 8), (3.0, 1), (90.0, 1)])
+def test_a_request_is_heard_in_time(seconds, steps, monkeypatch):
+    """Of the three minutes that SLURM gives by default, next to nothing is lost."""
+    job = Job(2, monkeypatch)
+    for _ in range(40):
+        assert job.step([seconds, seconds]) == {False}
+    job.requests[0].signal_name = "SIGTERM"
+    heard = next(n for n in range(1, 20) if job.step([seconds, seconds]) == {True})
+    assert heard <= steps and (heard - 1) * seconds <= 2 * preempt.ASK_EVERY_S
+
+
+def test_slow_steps_after_fast_ones_are_asked_about_each(monkeypatch):
+    job = Job(2, monkeypatch)
+    for _ in range(40):
+        job.step([0.01, 0.01])
+    for _ in range(preempt.AT_MOST):
+        job.step([20.0, 20.0])
+    before = job.rounds
+    for _ in range(5):
+        job.step([20.0, 20.0])
+    assert job.rounds == before + 5
+
+
+def test_one_process_hears_at_once():
+    request = SimpleNamespace(signal_name=None)
+    agreement = Agreement(request, Runtime(0, 1, 0, 1, torch.device("cpu"), None))
+    assert not agreement.asked()
+    request.signal_name = "SIGTERM"
+    assert agreement.asked() and agreement.another().asked()

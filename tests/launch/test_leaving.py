@@ -1,0 +1,64 @@
+"""How a process leaves: several ranks before their interpreter takes itself apart, one alone in the ordinary way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from strategies.errors import Preempted
+from trainer import run
+
+LEAVE = """
+import atexit, sys
+from launch.train import end
+
+class Aborts:  # as threads of a process group may, when their objects are taken apart
+    def __del__(self, abort=__import__("os").abort):
+        abort()
+
+kept = sys.modules["kept"] = Aborts()
+atexit.register(lambda: print("what was registered"))
+print("said before", end="")
+end(int(sys.argv[1]))
+"""
+
+
+def leave(code, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE") and not k.startswith("SLURM_")}
+    return subprocess.run(
+        [sys.executable, "-c", LEAVE, str(code)],
+        env={**env, **environment},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_rank_of_several_cannot_be_aborted_at_its_end():
+    done = leave(0, RANK="0", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout) == (0, "said beforewhat was registered\n")
+    failed = leave(70, RANK="1", WORLD_SIZE="2")
+    assert (failed.returncode, failed.stdout) == (70, "said before")
+    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}):  # alone: the ordinary end, with all that is in it
+        assert leave(0, **environment).returncode < 0
+
+
+@pytest.mark.parametrize(("error", "failed"), [(RuntimeError("x"), True), (Preempted("x"), False), (None, False)])
+def test_a_run_tells_whether_it_failed_when_it_leaves_its_groups(error, failed, tmp_path, monkeypatch):
+    told = []
+
+    def ended(*_):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(run, "_run", ended)
+    monkeypatch.setattr(run.processes, "stop", lambda *, failed: told.append(failed))
+    if error is None:
+        run.run_worker(None, tmp_path, "x")
+    else:
+        with pytest.raises(type(error)):
+            run.run_worker(None, tmp_path, "x")
+    assert told == [failed]

@@ -1,0 +1,131 @@
+"""What a meter makes of steps: sums and maxima over ranks in one reduction, medians over intervals, and known cards."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from strategies.base import StepResult
+from strategies.runtime import Runtime, peak_memory_gib
+from trainer.facts import start_text
+from trainer.records import metrics
+from trainer.records.cards import PEAK_TFLOPS
+from trainer.records.metrics import Meter, StepRecord, reference_tflops
+
+
+def rank(number=0, world=1, device="cpu"):
+    return Runtime(number, world, number, world, torch.device(device), None)
+
+
+def step(number, *, loss=8.0, tokens=100, wait=0.5):
+    result = StepResult(grad_norm=torch.tensor(1.0), skipped=torch.tensor(float(number == 2)))
+    sums = {"loss": torch.tensor(loss), "accuracy": torch.tensor(3.0)}
+    return StepRecord(number, 1e-3, tokens, 50, tokens * number, 50, {"loss": 16}, sums, result, 60, wait)
+
+
+def flushed(number, peaks, monkeypatch, reduce):
+    monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: peaks)
+    monkeypatch.setattr(metrics, "dist_sum", reduce)
+    meter = Meter(rank(number, 2), 1.0, None, ("accuracy",))
+    meter.add(step(1, loss=8.0 + number, wait=0.5 + number))
+    meter.add(step(2))
+    return meter.flush()
+
+
+def test_memory_is_the_largest_of_all_ranks_and_costs_no_second_reduction(monkeypatch):
+    sent = []
+    peaks = [{"memory_gib": 3.0, "memory_reserved_gib": 9.0}, {"memory_gib": 5.0, "memory_reserved_gib": 6.0}]
+
+    def note(values):
+        sent.append(values.clone())
+        return values
+
+    for number in (0, 1):
+        flushed(number, peaks[number], monkeypatch, note)
+    assert len(sent) == 2
+    for number in (0, 1):  # now as both would hear it
+        first, second = flushed(number, peaks[number], monkeypatch, lambda _: sent[0] + sent[1])
+        for row in (first, second):
+            assert (row["memory_gib"], row["memory_reserved_gib"]) == (5.0, 9.0)
+        assert first["loss"] == 17.0 / 16 and first["accuracy"] == 6.0 / 16
+        assert first["data_wait_s"] == 1.0 and second["data_wait_s"] == 0.5
+        assert "skipped" not in first and second["skipped"] == 1
+
+
+def test_peaks_on_a_gpu_tell_allocated_from_reserved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**32)
+    assert peak_memory_gib(torch.device("cuda:0")) == {"memory_gib": 2.0, "memory_reserved_gib": 4.0}
+    assert peak_memory_gib(torch.device("cpu")).keys() == {"memory_gib"}
+
+
+def test_the_speed_of_a_run_is_a_median_that_forgets_the_first_interval(monkeypatch):
+    clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0, 12.0, 16.0, 16.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    meter = Meter(rank(), 2e9, 1.0)
+    assert meter.speed() == {}
+    meter._clock = 0.0
+    meter.restart_clock()
+    seen = []
+    for number, tokens in enumerate([100, 100, 120, 100], 1):
+        meter.add(step(number, tokens=tokens))
+        seen.append(meter.flush()[0]["tokens_per_s"])
+        if number == 1:
+            assert meter.speed()["tokens_per_s"] == 10.0  # all there is
+    assert seen == [10.0, 100.0, 120.0, 25.0]
+    speed = meter.speed()
+    assert speed == {"intervals": 3, "tokens_per_s": 100.0, "tokens_per_s_per_rank": 100.0, "mfu": pytest.approx(0.2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H20", 148.0),  # not a H200, whose name begins with its own
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A10G", 70.0),  # not an A10
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),  # a part of a card
+        ("NVIDIA Z9000", None),
+    ],
+)
+def test_cards_go_by_their_exact_names(name, figure, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found, source = reference_tflops(None, torch.device("cuda:0"))
+    assert found == figure and name in source
+    assert reference_tflops(5.0, torch.device("cuda:0")) == (5.0, "logging.reference_tflops")
+    if figure is None:
+        assert "set logging.reference_tflops" in source
+        meter = Meter(rank(), 1.0, found)
+        meter.add(step(1))
+        assert "mfu" not in meter.flush()[0]
+
+
+def test_geforce_figures_are_twice_the_plain_ones():
+    """Independent of the table: cores x 2 x boost clock (GHz) x 2, from the cards' own pages."""
+    cards = {"5090": (21760, 2.407), "4090": (16384, 2.52), "4070": (5888, 2.475), "3090": (10496, 1.695)}
+    for card, (cores, clock) in cards.items():
+        assert PEAK_TFLOPS[f"NVIDIA GeForce RTX {card}"] == pytest.approx(cores * 2 * clock * 2 / 1000, rel=0.01)
+
+
+def test_an_unknown_card_is_named_once_at_the_start():
+    facts = dict.fromkeys(("quantisation", "initialised", "resumed_from"))
+    sharding = {"held_per_rank": [10], "trainable_parameters": 5, "parameters": 10, "exchange": "nccl"}
+    numbers = dict.fromkeys(("global_batch", "micro_batch", "accumulation", "world_size", "tokens_per_step"), 1)
+    facts |= {**numbers, "total_steps": 1, "precision": "bf16", "attention": "varlen", "layout": "padded"}
+    facts |= {"sharding": sharding, "substitutions": {}, "reference_tflops": None}
+    facts["reference_tflops_source"] = reference_tflops_of("NVIDIA Z9000")
+    facts["advice"] = "set precision=fp32"
+    assert "\nadvice: set precision=fp32" in start_text(facts)
+    assert start_text(facts).count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
+
+
+def reference_tflops_of(name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return reference_tflops(None, SimpleNamespace(type="cuda"))[1]

@@ -1,0 +1,153 @@
+"""What is chosen for a GPU, without one: devices are described as their drivers would."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from launch import compose
+from strategies import build, runtime
+from strategies.base import Precision
+from strategies.errors import ConfigError
+from strategies.hardware import Gpu, advice, best_precision, cpu_has_bf16, gpu_of
+from strategies.runtime import Runtime, missing_cuda
+from trainer.config.run import Device
+from trainer.model import attention
+
+CARDS = [
+    (Gpu("Tesla P100-PCIE-16GB", (6, 0)), Precision.fp32),
+    (Gpu("Tesla V100-SXM2-32GB", (7, 0)), Precision.fp16),
+    (Gpu("Tesla T4", (7, 5)), Precision.fp16),
+    (Gpu("NVIDIA A100-SXM4-80GB", (8, 0)), Precision.bf16),
+    (Gpu("NVIDIA GeForce RTX 4090", (8, 9)), Precision.bf16),
+    (Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Precision.bf16),
+    (Gpu("NVIDIA B200", (10, 0)), Precision.bf16),
+    (Gpu("AMD Radeon VII", (9, 0), "gfx906:sramecc-:xnack-"), Precision.fp16),
+    (Gpu("AMD Instinct MI250X", (9, 0), "gfx90a:sramecc+:xnack-"), Precision.bf16),
+    (Gpu("AMD Instinct MI300X", (9, 4), "gfx942:sramecc+:xnack-"), Precision.bf16),
+]
+
+
+def rank(device="cuda:0"):
+    return Runtime(0, 1, 0, 1, torch.device(device), None)
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Let torch describe a GPU that is not there."""
+
+    def describe(gpu):
+        found = SimpleNamespace(
+            name=gpu.name, major=gpu.capability[0], minor=gpu.capability[1], gcnArchName=gpu.architecture
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        monkeypatch.setattr(torch.version, "hip", None if gpu.architecture is None else "6.4")
+
+    return describe
+
+
+@pytest.mark.parametrize(("card", "precision"), CARDS, ids=lambda value: getattr(value, "name", ""))
+def test_auto_asks_for_the_capability_and_not_for_emulation(card, precision, described, monkeypatch):
+    described(card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # what torch says of all of them
+    assert gpu_of(torch.device("cuda:0")) == card
+    assert build.resolve_precision(Precision.auto, rank()) is precision
+    assert attention._has_flash(torch.device("cuda:0"), 128) == (precision is Precision.bf16)
+
+
+def test_what_was_asked_stays_and_cpus_compute_in_fp32():
+    assert build.resolve_precision(Precision.bf16, rank("cpu")) is Precision.bf16
+    assert build.resolve_precision(Precision.auto, rank("cpu")) is Precision.fp32
+    assert best_precision(gpu_of(torch.device("cpu"))) is Precision.fp32
+
+
+def test_all_ranks_take_what_the_least_of_them_has(described, monkeypatch):
+    described(Gpu("NVIDIA H100 80GB HBM3", (9, 0)))
+    monkeypatch.setattr(build, "gather_objects", lambda mine, runtime: [mine, Precision.fp16])
+    assert build.resolve_precision(Precision.auto, rank()) is Precision.fp16
+
+
+@pytest.mark.parametrize(
+    ("said", "precision"),
+    [
+        ("7.5\n", Precision.fp16),
+        ("9.0\n9.0\n", Precision.bf16),
+        ("10.0\n8.0\n", Precision.bf16),
+        ("8.0\n7.5\n", Precision.auto),
+        ("", Precision.auto),
+        ("[N/A]\n", Precision.auto),
+    ],
+)
+def test_the_launcher_asks_the_driver(said, precision, monkeypatch):
+    answer = subprocess.CompletedProcess([], 0, stdout=said)
+    monkeypatch.setattr(compose.subprocess, "run", lambda *_, **__: answer)
+    assert compose._best_precision(Device.cuda) is precision
+    assert compose._best_precision(Device.cpu) is Precision.fp32
+
+
+def test_compiled_blocks_know_the_device_too():
+    """The question must not break a compiled block apart."""
+
+    def block(x):
+        return x + 1 if attention._has_flash(x.device, x.shape[-1]) else x - 1
+
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.zeros(2))
+
+
+def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    words = [f"model.path={tmp_path}", f"data.path={tmp_path}/train.jsonl", "budget.steps=1", "run.device=cuda"]
+    with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
+        compose.compose(words)
+    with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
+        runtime.start("cuda", timeout_s=60)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES=''" in missing_cuda()
+    compose.compose([*words, "launcher=slurm"])  # to be run on other hosts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    compose.compose([*words, "launcher.processes=2", "strategy=fsdp2"])
+    with pytest.raises(ConfigError, match=r"launcher.processes=4: each needs a GPU of its own, and this host has 2"):
+        compose.compose([*words, "launcher.processes=4", "strategy=fsdp2"])
+
+
+EMULATES = """
+from strategies.base import Precision
+from strategies.hardware import advice
+print(advice(Precision.bf16, "cpu"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("known", "runs"),
+    [
+        ({"avx512_f": True}, False),  # AVX-512 alone: oneDNN says that it has bf16, and emulates it
+        ({"avx2": True, "amx_tile": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+    ],
+)
+def test_bf16_that_a_processor_emulates_is_told(known, runs, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert cpu_has_bf16() == runs
+    said = advice(Precision.bf16, "cpu")
+    assert (said is None) == runs and (runs or "set precision=fp32" in said)
+    assert advice(Precision.fp32, "cpu") is None
+    assert advice(Precision.bf16, "cuda") is None
+
+
+def test_instructions_that_onednn_may_not_use_do_not_count():
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    shown = subprocess.run(
+        [sys.executable, "-c", EMULATES], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "precision=fp32" in shown

@@ -1,0 +1,45 @@
+"""Whether FlashAttention can be used: the package, the GPU, and the sizes of a model's heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from strategies.hardware import FLASH_HEAD, Gpu
+
+HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
+"""Names under which configurations have sizes of heads."""
+
+
+def head_sizes(model_config: Any) -> list[int]:
+    """The sizes of attention heads that a transformers config tells of, ascending; none where it tells nothing."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    found = {getattr(text, name, None) for name in HEAD_SIZES}
+    parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(isinstance(part, int) for part in parts):
+        found.add(sum(part for part in parts if part))
+    width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    if isinstance(width, int) and isinstance(heads, int) and heads and not found - {None}:
+        found.add(width // heads)
+    return sorted(size for size in found if isinstance(size, int) and size > 0)
+
+
+def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: float = 0.0) -> str | None:
+    """Why FlashAttention 2 cannot compute this model's attention on this GPU; None where it can.
+
+    `half`: whether the run computes in bf16 or fp16. The package is asked for last, through transformers: FlashAttention 4
+    goes by the same import name.
+    """
+    if gpu is None or not half:
+        return "it needs a GPU and precision=bf16 or fp16"
+    if not gpu.has_flash:
+        return f"it is not built for {gpu.name}"
+    sizes = head_sizes(model_config)
+    if odd := [size for size in sizes if size > FLASH_HEAD or size % 8]:
+        return f"heads of {odd[-1]} are none of the sizes it has: multiples of 8 up to {FLASH_HEAD}"
+    if bad := [size for size in sizes if not gpu.trains_heads(size, dropout)]:
+        return f"its backward pass has no heads of {bad[-1]} on {gpu.name}" + (" with dropout" if dropout else "")
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        return "FlashAttention 2 is not installed (flash-attn 2.3.3 or later: pip install 'shardtune[gpu]')"
+    return None
