@@ -63,7 +63,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA2, "attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False, "vocab_size": 352},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False, "vocab_size": 352, "patching_threshold": 5.4},
     **{part: {"vocab_size": 352} for part in ("blt_patcher", "blt_local_encoder", "blt_local_decoder")},
     "cohere2_moe": {"num_shared_experts": 1},
     "cohere_compass_text": {

@@ -93,7 +93,7 @@ def compute(directory: Path, samples: list[Sample], dtype: torch.dtype = torch.f
         for sample in samples:
             summed, note = _summed_loss(model, sample)
             (summed / count).backward()
-            total += float(summed)
+            total += float(summed.detach())
             notes |= note
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach()
@@ -133,6 +133,6 @@ def _summed_loss(model: Any, sample: Sample) -> tuple[Tensor, set[str]]:
     out = model(input_ids=ids, labels=labels, use_cache=False)
     logits = out.logits[:, -ids.shape[1] :].detach().float().transpose(1, 2)
     same, following = (float(F.cross_entropy(logits, target)) for target in (labels, moved))
-    if abs(float(out.loss) - same) < abs(float(out.loss) - following):
+    if abs(float(out.loss.detach()) - same) < abs(float(out.loss.detach()) - following):
         return model(input_ids=ids, labels=moved, use_cache=False).loss * count, {"does not move labels"}
     return out.loss * count, set()
