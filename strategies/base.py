@@ -8,7 +8,8 @@ Every strategy averages gradients over the data-parallel ranks. The trainer ther
 
 for each term of the objective, so that the gradient of an optimizer step is the gradient of
 `sum over the global batch / count over the global batch`, whatever the number of ranks, the micro-batch or the
-accumulation. Counts are known before the first backward and need no communication.
+accumulation. Counts are known before the first backward and need no communication. Where tokens have weights, the sum
+is one of weighted losses and the count is the sum of the weights.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class StrategyConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """Recompute in the backward pass: `none`, `selective` (keeps matrix products), `full`, or `auto`, as memory asks."""
     memory_gib: float | None = None
-    """Memory of one rank in GiB that `activation_checkpointing=auto` plans for; default: the device's."""
+    """Memory of one rank in GiB that `activation_checkpointing=auto` and `defer_sync=null` plan for; default: the device's."""
     compile: bool = False
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
     defer_sync: bool | None = None

@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from strategies.activation import apply_to_blocks
 from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision
+from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replicas, shard_mesh
 from strategies.native import NativeEngine
@@ -31,6 +32,23 @@ def dtensor_start(tensor: DTensor) -> int:
     for size in tensor.shape[1:]:
         row *= size
     return (offsets[0] if offsets else 0) * row
+
+
+def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
+    """Raise ConfigError where experts would be dealt to more `ranks` than there are of them.
+
+    A parameter is sharded along its first dimension. With more ranks than experts some would hold a whole expert of each
+    layer, others nothing, and every gather would move the padding of those.
+    """
+    for name, parameter in named_parameters(step_module):
+        experts = parameter.shape[0] if parameter.dim() == 3 else ranks
+        if experts < ranks:
+            fitting = max(d for d in range(1, experts + 1) if ranks % d == 0)
+            raise ConfigError(
+                f"strategy={strategy}: {name} holds {experts} experts, and {ranks} ranks would share them, so that "
+                f"{ranks - experts} ranks held none of them and the others a whole one each; use strategy=hsdp "
+                f"strategy.replicate={ranks // fitting}, which shards over {fitting}, or strategy=zero3, which cuts anywhere"
+            )
 
 
 class _AllGather(DefaultAllocMixin, AllGather):
@@ -165,6 +183,7 @@ class Fsdp2Strategy:
         return engine
 
     def _shard(self, step_module: nn.Module, compute: torch.dtype) -> HostMemory | None:
+        check_experts(step_module, self.runtime.world_size // self.replicate, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
         offload: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:

@@ -39,13 +39,14 @@ class Gpu:
         """Whether flash attention, torch's variable-length kernel included, is built for it: where bf16 is too."""
         return self.has_bf16
 
-    def trains_heads(self, size: int, dropout: float = 0.0) -> bool:
-        """Whether flash attention's backward pass has heads of this size here: small multiprocessors lack shared memory.
+    def lacking_heads(self, dropout: float = 0.0) -> tuple[int, int] | None:
+        """Sizes of heads (from, to) that flash attention's backward pass has not: small multiprocessors lack shared memory.
 
         torch's own rule: capabilities 8.6, 8.9 and 12.0 miss 200 to 224, and all above 192 with dropout.
         """
-        small = self.architecture is None and self.capability in ((8, 6), (8, 9), (12, 0))
-        return not small or size <= 192 or (size > 224 and dropout == 0.0)
+        if self.architecture is not None or self.capability not in ((8, 6), (8, 9), (12, 0)):
+            return None
+        return 193, 224 if dropout == 0.0 else FLASH_HEAD
 
 
 def gpu_of(device: torch.device) -> Gpu | None:

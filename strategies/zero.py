@@ -28,6 +28,7 @@ from strategies.parameters import (
 from strategies.runtime import Runtime, bound_groups
 from strategies.state import Run, StateHeader, load_state, save_state
 from strategies.zero_config import deepspeed_config, steps_on_device
+from strategies.zero_load import load_partitioned
 
 
 class ZeroEngine:
@@ -270,7 +271,8 @@ class ZeroStrategy:
             for module in step_module.modules():  # parameters are gathered when their own module runs, and only then
                 if getattr(module, "fused", False):
                     module.fused = False  # type: ignore[assignment]
-            self._load_partitioned(deepspeed, step_module, source, settings)
+            to_drive = self.config.offload_parameters == "nvme"
+            load_partitioned(step_module, source, settings, compute, self.runtime, to_drive=to_drive)
         else:
             materialize(step_module, self.runtime.device)
             fill_whole(step_module, source)
@@ -290,29 +292,3 @@ class ZeroStrategy:
         if self.precision is not Precision.fp32:
             result.set_masters(source)
         return result
-
-    def _load_partitioned(
-        self, deepspeed: Any, step_module: nn.Module, source: ParameterSource, settings: dict
-    ) -> None:
-        """Block by block: allocate, fill on rank 0, and let `zero.Init` broadcast and partition."""
-        names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
-        for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
-            fresh: dict[int, str] = {}
-            owners = [(o, key, p) for o in module.modules() for key, p in o._parameters.items() if p is not None]
-            made: dict[int, nn.Parameter] = {}
-            for owner, key, p in owners:
-                if not p.is_meta or hasattr(p, "ds_id"):
-                    continue
-                if id(p) not in made:
-                    whole = nn.Parameter(torch.empty_like(p.data, device=self.runtime.device), p.requires_grad)
-                    made[id(p)], fresh[id(p)] = whole, names[id(p)]
-                    if self.runtime.is_main:
-                        values = source.run(names[id(p)], p.shape, 0, p.numel())
-                        whole.data.view(-1).copy_(values)
-                owner._parameters[key] = made[id(p)]
-            if made:
-                deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=COMPUTE_DTYPE[self.precision])
-        for owner in step_module.modules():
-            for key, buffer in owner._buffers.items():
-                if buffer is not None:
-                    owner._buffers[key] = buffer.to(self.runtime.device)

@@ -68,6 +68,10 @@ def held_out_loss(data: TokenDataset, numbers: list[int], export: Path) -> float
 
 def test_loss_by_source_is_that_of_the_source_alone(site):
     *steps, last = train("one", "evaluation.batch=3")
+    for row in steps:
+        if "loss" in row:
+            parts = [row["loss/ward"], row["loss/web"]]
+            assert min(parts) < row["loss"] < max(parts)
     data = TokenDataset.open(prepared("one") / "eval")
     for number, name in enumerate(data.source_names):
         mine = [place for place, source in enumerate(data.sources.tolist()) if source == number]
@@ -125,14 +129,17 @@ NAMED = "data.path=ward.jsonl data.eval_path={ward:other.jsonl,general:web.jsonl
 def test_sets_by_name(site, capsys):
     """Each set's metrics are those of a run that evaluates it alone; a set may have the name of a source."""
     write_chat_data(site / "other.jsonl", 10, seed=7)
-    rows = train("named", data=NAMED)
+    written = "evaluation.generate.samples=3", "evaluation.generate.max_new_tokens=8"
+    rows = train("named", *written, data=NAMED)
     alone = {
-        name: train(f"only-{name}", data=f"data.path=ward.jsonl data.eval_path={file}.jsonl")
+        name: train(f"only-{name}", *written, data=f"data.path=ward.jsonl data.eval_path={file}.jsonl")
         for name, file in (("ward", "other"), ("general", "web"))
     }
     for name, other in alone.items():
         for metric in ("loss", "perplexity", "accuracy"):
             assert rows[-1][f"eval/{name}/{metric}"] == pytest.approx(other[-1][f"eval/{metric}"], rel=1e-5)
+        for metric in ("bleu", "rougeL"):
+            assert rows[-1][f"eval/{name}/{metric}"] == pytest.approx(other[-1][f"eval/{metric}"])
     assert min(rows[-1]["eval/ward/loss"], rows[-1]["eval/general/loss"]) < rows[-1]["eval/loss"]
     assert "eval/loss/ward" not in rows[-1]
     words = "model.path=llama data.cache_dir=cache run.device=cpu run.dir=unknown budget.steps=1"

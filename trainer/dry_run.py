@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from strategies.base import Fsdp2Config, Precision, StrategyName
+from strategies.base import Fsdp2Config, Precision, StrategyConfig, StrategyName
 from strategies.hardware import advice
 from strategies.memory import Pass, estimate
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -44,11 +44,20 @@ def describe(config: RunConfig) -> str:
         f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // per:,}",
         "memory per rank, estimated (model state by arithmetic, activations counted for the longest micro-batch):",
         *_memory(config, built, data, world, round(mean_tokens * micro)),
+        *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]
     return "\n".join(lines)
+
+
+def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation: int) -> list[str]:
+    """What gradients that wait for the last micro-batch would add to the estimate."""
+    if not isinstance(strategy, Fsdp2Config) or accumulation == 1 or strategy.defer_sync is False:
+        return []
+    when = "wait" if strategy.defer_sync else "wait only where they fit"
+    return [f"  gradients, whole until the last micro-batch: {4 * trained / 2**30:.2f} GiB more at most; they {when}"]
 
 
 def _memory(config: RunConfig, built: Built, data: Prepared, world: int, micro_tokens: int) -> list[str]:

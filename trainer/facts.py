@@ -18,12 +18,13 @@ from strategies.audit import sharding_record
 from strategies.base import Engine, Precision
 from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
-from strategies.runtime import Runtime
+from strategies.runtime import Runtime, gather_objects
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
 from trainer.loop import Outcome
+from trainer.model.weights import WeightSource
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.status import write_text_atomic
 from trainer.step import Built
@@ -65,8 +66,8 @@ class Started:
     data: Prepared
     engine: Engine
     built: Built
-    initialised: list[str]
-    """Parameters that the checkpoint does not have."""
+    source: WeightSource
+    """Where the initial values came from."""
     loader: StepLoader
     total_steps: int
     resumed_from: Path | None
@@ -106,7 +107,9 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "data_report": data.report,
         "label_names": data.label_names,
         "sharding": sharding_record(started.engine, runtime),
-        "initialised": started.initialised,
+        "initialised": started.source.initialised,
+        "weights_read_bytes": gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
+        "weights_left_out": _left_out(started.source),
         "substitutions": _substitutions(config, built.substitutions, precision, runtime),
         "flops_per_token": _flops(
             built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
@@ -117,6 +120,13 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "git_revision": git_revision(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def _left_out(source: WeightSource) -> dict[str, Any] | None:
+    """Stored weights that do not take part in training: how many, the first of them, and how many a whole export keeps."""
+    conversions = source.checkpoint.conversions
+    left = conversions.left_out()
+    return {"weights": len(left), "first": left[:5], "kept_in_export": len(conversions.carried())} if left else None
 
 
 def _substitutions(
@@ -183,6 +193,11 @@ def start_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
     figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
     lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
+    if left := facts["weights_left_out"]:
+        lines.append(
+            f"not trained, since the architecture has no place for them: {left['weights']} stored weights "
+            f"({', '.join(left['first'][:3])} ...), of which a whole export keeps {left['kept_in_export']}"
+        )
     if facts["initialised"]:
         lines.append(f"newly initialised (not in the checkpoint): {', '.join(facts['initialised'])}")
     lines += [f"substituted: {key}: {value}" for key, value in facts["substitutions"].items()]

@@ -149,7 +149,7 @@ class Trainer:
         step, settings = self.progress.step, self.settings
         self.at_step(step + 1)
         seed_step(settings.seed, step, self.engine.dp_rank)
-        scale = self.engine.dp_size / max(1, batch.totals["loss"])
+        scale = self.engine.dp_size / (batch.totals["loss"] or 1)
         sums: dict[str, torch.Tensor] = {}
         means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
         for index, micro_batch in enumerate(batch.micro_batches):
@@ -178,6 +178,7 @@ class Trainer:
             local_tokens=batch.local_tokens,
             wait_s=batch.wait_s,
             source_tokens=batch.source_tokens,
+            source_counts=batch.source_counts,
             balance=batch.balance,
         )
 

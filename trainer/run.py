@@ -129,7 +129,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
             data=data,
             engine=engine,
             built=built,
-            initialised=source.initialised,
+            source=source,
             loader=loader,
             total_steps=total_steps,
             resumed_from=resumed_from,

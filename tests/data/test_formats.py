@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import re
 
 import pytest
@@ -177,6 +178,25 @@ def test_turns_say_whether_they_are_learned(extra, train):
     assert turns[2] == {**USER, "train": False} and turns[3] == REPLY
 
 
+@pytest.mark.parametrize(
+    ("extra", "weight"),
+    [
+        ({"weight": 0.5}, 0.5),
+        ({"loss_weight": 0.25}, 0.25),
+        ({"weight": 0.5, "train": True, "masked": False}, 0.5),
+        ({"weight": 0.5, "loss_weight": None}, 0.5),
+        ({"weight": 1e-6}, 1e-6),
+        ({"weight": 1}, None),
+        ({"loss_weight": 0}, None),
+    ],
+)
+def test_turns_say_how_much_they_are_learned(extra, weight):
+    (_, turn, *_) = good({"messages": [USER, {**REPLY, **extra}, USER, REPLY]}).messages
+    assert turn.get("weight") == weight
+    assert turn["train"] is (extra.get("loss_weight") != 0)
+    assert {key: turn[key] for key in REPLY} == REPLY and turn.keys() <= {*REPLY, "train", "weight"}
+
+
 def test_prompts_and_completions():
     plain = good({"q": "a ", "r": " b"}, columns={"prompt": "q", "completion": "r"})
     assert (plain.prompt, plain.completion, plain.separator) == ("a ", " b", "")
@@ -281,7 +301,20 @@ BAD = [
     ({"messages": [USER]}, "no_assistant_turn", r"no assistant turn"),
     ({"messages": [REPLY, USER, REPLY]}, "assistant_first", r"begins with a turn of the assistant"),
     ({"messages": [USER, {**REPLY, "weight": 0}]}, "no_learned_turn", r"nothing to learn"),
-    ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "bad_train", r"messages\[2\]\.weight is 0\.5; it must be 0 or 1"),
+    ({"messages": [USER, {**REPLY, "weight": 1.5}]}, "bad_weight", r"messages\[2\]\.weight is 1\.5; .* from 0 to 1"),
+    ({"messages": [USER, {**REPLY, "weight": -0.1}]}, "bad_weight", r"weight is -0\.1; .* from 0 to 1"),
+    ({"messages": [USER, {**REPLY, "weight": 1e-9}]}, "bad_weight", r"weight is 1e-09; .* at least 1e-06"),
+    ({"messages": [USER, {**REPLY, "weight": math.nan}]}, "bad_weight", r"weight is nan; .* from 0 to 1"),
+    ({"messages": [USER, {**REPLY, "loss_weight": "0.5"}]}, "bad_weight", r"loss_weight is '0\.5'; .* from 0 to 1"),
+    ({"messages": [USER, {**REPLY, "weight": [1]}]}, "bad_weight", r"weight is \[1\]; it must be a number"),
+    (
+        {"messages": [USER, {**REPLY, "weight": 0.5, "loss_weight": 0.4}]},
+        "bad_train",
+        r"weight, loss_weight contradict",
+    ),
+    ({"messages": [USER, {**REPLY, "weight": 0.5, "train": False}]}, "bad_train", r"weight, train contradict"),
+    ({"messages": [USER, {**REPLY, "weight": 0.5, "masked": True}]}, "bad_train", r"weight, masked contradict"),
+    ({"messages": [USER, {**REPLY, "weight": 0, "train": True}]}, "bad_train", r"weight, train contradict"),
     ({"messages": [USER, {**REPLY, "train": "yes"}]}, "bad_train", r"train is 'yes'; it must be true or false"),
     ({"messages": [USER, {**REPLY, "train": True, "masked": True}]}, "bad_train", r"contradict"),
     ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "bad_tool_calls", r"tool_calls\[1\] is 1; a call must be"),

@@ -131,8 +131,8 @@ def test_a_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, r
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"loss_weight": 0.5}, "messages[2] has loss_weight (0.5)"),
-        ({"loss_weight": 0}, "messages[2] has loss_weight (0)"),
+        ({"loss_mask": 0.5}, "messages[2] has loss_mask (0.5)"),
+        ({"loss": 0}, "messages[2] has loss (0)"),
         ({"mask": 0}, 'messages[2] has mask (0), which nothing reads: say whether the turn is learned by "train"'),
         ({"tool_calls": [{"name": "f"}]}, "the chat template leaves out calls of tools"),
         ({"images": ["a.png"]}, "messages[2] has images"),

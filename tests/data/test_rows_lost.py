@@ -1,9 +1,11 @@
 """Rows lost for any cause count against one bound, and every one of them can be read in the quarantine file."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from strategies.base import SingleConfig
 from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
@@ -12,7 +14,15 @@ from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
 from trainer.data.tokens.skeleton import RESERVED
+from trainer.model.config import ModelConfig
+from trainer.objectives.kto import RatedReading
+from trainer.objectives.pairs import PairReading
+from trainer.objectives.registry import FAMILIES
 from trainer.objectives.seq2seq import TwoSidedReading
+from trainer.objectives.sft import SftReading
+from trainer.tuning.base import FullConfig
+
+AROUND = SimpleNamespace(model=ModelConfig(path="m"), tuning=FullConfig(), strategy=SingleConfig())
 
 
 def talk(question, answer, *, system=None):
@@ -20,10 +30,10 @@ def talk(question, answer, *, system=None):
     return {"messages": [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def prepare(tmp_path, rows, tokenizer=None, **settings):
+def prepare(tmp_path, rows, tokenizer=None, reading=None, **settings):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tokenizer or tiny_tokenizer(), Reading(), seed=1).open_or_make()
+    return Preparation(config, tokenizer or tiny_tokenizer(), reading or Reading(), seed=1).open_or_make()
 
 
 def quarantined(made):
@@ -85,6 +95,39 @@ def test_many_documents_with_nothing_left_to_learn_are_no_quiet_line(tmp_path):
     assert "no supervised token is left to learn within data.max_length=100" in said and "... and 8 more" in said
     assert "data.over_length=split" in said and said.endswith("data.max_bad_share=0.3")
     assert quarantined(prepare(tmp_path, rows, max_length=100, max_bad_share=0.3)) == 13
+
+
+@pytest.mark.parametrize(
+    "reading", [Reading(), SftReading(), PairReading(), RatedReading()], ids=lambda r: type(r).__name__
+)
+def test_advice_names_what_the_objective_takes(tmp_path, reading):
+    long = "fox " * 100
+    rows = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("q", long)]
+    if isinstance(reading, RatedReading):
+        rows = [
+            {"prompt": p, "completion": "a", "label": good} for p, good in (("q", True), ("q", False), (long, True))
+        ]
+    with pytest.raises(DataError, match="nothing_to_learn 1") as caught:
+        prepare(tmp_path, rows, reading=reading, max_length=100)
+    assert ("set data.over_length=split" in str(caught.value)) is (OverLength.split in reading.over_length)
+    assert "; raise data.max_length" in str(caught.value)
+    with pytest.raises(DataError, match="nothing_to_learn 1") as caught:
+        prepare(tmp_path, rows, max_length=100, over_length=OverLength.split)
+    assert "set data.over_length=split" not in str(caught.value), "it is set"
+    with pytest.raises(DataError, match=r"more than data\.max_length=100") as caught:
+        prepare(tmp_path, rows, reading=reading, max_length=100, over_length=OverLength.fail)
+    named = str(caught.value).rpartition("data.over_length to ")[2]
+    assert {*named.replace(" or ", ", ").split(", ")} == {policy.value for policy in reading.over_length} - {"fail"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_objectives_take_the_policies_that_their_rules_allow(name):
+    """The one list says what is advised and what is refused."""
+    config = FAMILIES[name].settings()
+    for policy in OverLength:
+        around = SimpleNamespace(**{**vars(AROUND), "data": DataConfig(over_length=policy)})
+        refused = any(line.startswith("data.over_length") for line in FAMILIES[name].problems(config, around))
+        assert refused is (policy not in FAMILIES[name].reading(config).over_length), policy
 
 
 def test_what_was_asked_for_does_not_count(tmp_path):

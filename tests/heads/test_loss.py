@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from trainer.heads import loss
-from trainer.heads.loss import LossHead
+from trainer.heads.loss import Counting, LossHead
 
 
 def reference(hidden, head, targets, softcap, scale):
@@ -116,3 +116,57 @@ def test_rows_of_a_frozen_head_keep_nothing_but_their_gradient():
     assert head.weight.grad is None and hidden.grad is not None
     with torch.no_grad():
         assert torch.equal(head(hidden, targets=torch.zeros(5, dtype=torch.long), by_row=True), value)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 3.0)])
+def test_weighed_rows(monkeypatch, bias, softcap, scale):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 31 * 7)  # several chunks, the last one short
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 31, bias=bias)
+    head = LossHead.replace(plain, softcap=softcap, logit_scale=scale)
+    targets, weights = torch.randint(0, 31, (50,)), torch.rand(50)
+    a = torch.randn(50, 16, requires_grad=True)
+    b = a.detach().clone().requires_grad_()
+    found, _ = head(a, targets=targets, counting=Counting(weights))
+    (found * 0.37).backward()
+    grads = [p.grad.clone() for p in plain.parameters()]
+    plain.zero_grad()
+    _, logits = reference(b, plain, targets, softcap, scale)
+    expected = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    (expected * 0.37).backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for grad, right in zip([a.grad, *grads], [b.grad, *(p.grad for p in plain.parameters())], strict=True):
+        assert torch.allclose(grad, right, atol=1e-5) and right.abs().max() > 1e-3
+    with torch.no_grad():
+        _, correct = head(a, targets=logits.argmax(-1), counting=Counting(weights))
+        assert float(correct) == pytest.approx(float(weights.sum()), rel=1e-6)
+        again, _ = loss.logits_loss(logits, targets, Counting(weights))
+        assert float(again) == pytest.approx(float(expected), rel=1e-6)
+        assert float(loss.logits_loss(logits, logits.argmax(-1), Counting(weights))[1]) == pytest.approx(
+            float(correct), rel=1e-6
+        )
+    ones, none = (head(a, targets=targets, counting=Counting(w))[0].detach() for w in (torch.ones(50), None))
+    assert torch.equal(ones, none) and not torch.equal(ones, found.detach())
+
+
+def test_the_loss_by_group(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 31 * 7)
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 31)
+    head = LossHead.replace(plain, softcap=None, logit_scale=1.0)
+    hidden, targets = torch.randn(50, 16), torch.randint(0, 31, (50,))
+    groups, logits = torch.randint(0, 3, (50,)), plain(hidden).detach()
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    for weights in (None, torch.rand(50)):
+        mine = each if weights is None else each * weights
+        expected = [float(mine[groups == group].sum()) for group in range(4)]
+        for found in (
+            head(hidden, targets=targets, counting=Counting(weights, groups, 4)),
+            loss.logits_loss(logits, targets, Counting(weights, groups, 4)),
+        ):
+            assert found[2].tolist() == pytest.approx(expected, rel=1e-5) and expected[3] == 0
+            assert float(found[0].detach()) == pytest.approx(sum(expected), rel=1e-5)
+        without = head(hidden, targets=targets, counting=Counting(weights))
+        assert len(without) == 2
+        assert torch.equal(without[0], head(hidden, targets=targets, counting=Counting(weights, groups, 4))[0])

@@ -80,16 +80,22 @@ def samples(num: int, *, uneven: bool, vocab: int = 300) -> list[Sample]:
     return made
 
 
-def data_set(root: Path, *, uneven: bool, num: int = 48) -> Prepared:
+def weighed(made: list[Sample]) -> list[Sample]:
+    """The samples with weights between 0.05 and 1 on their targets; every fourth keeps the weight 1."""
+    generator = np.random.default_rng(4)
+    for index, sample in enumerate(made):
+        if index % 4:
+            weights = generator.uniform(0.05, 1, len(sample.input_ids)).astype(np.float32)
+            sample.weights = np.where(sample.supervised, weights, np.float32(0))
+    return made
+
+
+def data_set(root: Path, *, uneven: bool, num: int = 48, weighted: bool = False) -> Prepared:
     """A prepared data set of `samples`, serving as training and evaluation set."""
-    directory = root / f"data-{uneven}-{num}"
+    directory = root / f"data-{uneven}-{num}-{weighted}"
     if not (directory / "manifest.json").exists():
-        write(
-            directory,
-            samples(num, uneven=uneven),
-            lambda s: {"loss": int(s.supervised[1:].sum())},
-            {"fingerprint": "x"},
-        )
+        made = samples(num, uneven=uneven)
+        write(directory, weighed(made) if weighted else made, SftReading().counts, {"fingerprint": "x"})
     opened = TokenDataset.open(directory)
     return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
 
@@ -155,11 +161,11 @@ def rated_set(root: Path, *, num: int = 48) -> Prepared:
     return Prepared(train=train, evaluation=held_out, directory=directory, report={}, label_names=None)
 
 
-def replay_set(root: Path, *, num: int = 48) -> Prepared:
+def replay_set(root: Path, *, num: int = 48, weighted: bool = False) -> Prepared:
     """`samples` of uneven masks, of which the first of each four are replayed, so that some micro-batches have none."""
-    directory = root / f"replay-{num}"
+    directory = root / f"replay-{num}-{weighted}"
     if not (directory / "manifest.json").exists():
-        made = samples(num, uneven=True)
+        made = weighed(samples(num, uneven=True)) if weighted else samples(num, uneven=True)
         for index, sample in enumerate(made):
             sample.marks[REPLAY] = int(index % 4 == 0)
         write(directory, made, SftReading().counts, {"fingerprint": "replay"})

@@ -196,3 +196,19 @@ def test_files_that_are_no_weights_are_named_for_what_they_are(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"an adapter.*model.adapters"):
         read(tmp_path)
+
+
+def test_a_file_too_large_to_be_mapped_is_read_all_the_same(tmp_path, monkeypatch):
+    import safetensors
+
+    saved(CONFIGS["llama"], tmp_path)
+    real = safetensors.safe_open
+
+    def small(name, framework, backend=None):
+        if backend != "pread":
+            raise RuntimeError("unable to mmap 141107505424 bytes from file <...>: Cannot allocate memory (12)")
+        return real(name, framework=framework, backend=backend)
+
+    monkeypatch.setattr(safetensors, "safe_open", small)
+    whole = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(read(tmp_path).whole("model.norm.weight"), whole)

@@ -105,7 +105,8 @@ def plainly(measure: Measure, student: torch.Tensor, teacher: torch.Tensor) -> t
 
 @pytest.mark.parametrize("divergence", list(Divergence))
 @pytest.mark.parametrize("kind", ["plain", "capped, scaled, biased"])
-def test_gradients_are_those_of_the_definition(divergence, kind):
+@pytest.mark.parametrize("weighed", [False, True])
+def test_gradients_are_those_of_the_definition(divergence, kind, weighed):
     """By autograd in float64: states, weight and bias; a teacher of another width and with more rows of padding."""
     torch.manual_seed(0)
     capped = kind != "plain"
@@ -116,6 +117,7 @@ def test_gradients_are_those_of_the_definition(divergence, kind):
     states = torch.randn(7, 6, requires_grad=True)
     theirs, targets = torch.randn(7, 4), torch.arange(7)
     measure = Measure(divergence, temperature=1.7, interpolation=0.3)
+    weights = torch.rand(5) if weighed else torch.ones(5)
     total, nll, apart, _, others = head(
         states,
         targets=targets[:5],
@@ -128,6 +130,7 @@ def test_gradients_are_those_of_the_definition(divergence, kind):
             rows=torch.tensor([0, 2, 4]),
             others=torch.tensor([1, 3]),
             others_weight=1.5,
+            weights=weights if weighed else None,
         ),
     )
     total.backward()
@@ -138,9 +141,9 @@ def test_gradients_are_those_of_the_definition(divergence, kind):
     logits = 3.0 * torch.tanh(logits / 3.0) if capped else logits
     wanted = (theirs[:3].double() @ other.weight.detach().double().T)[:, :11]
     compared = logits[[0, 2, 4]]
-    d = plainly(measure, compared, wanted).sum()
-    ce = nn.functional.cross_entropy(compared, targets[[0, 2, 4]], reduction="sum")
-    plain = nn.functional.cross_entropy(logits[[1, 3]], targets[[1, 3]], reduction="sum")
+    d = plainly(measure, compared, wanted) @ weights[[0, 2, 4]].double()
+    each = nn.functional.cross_entropy(logits[:5], targets[:5], reduction="none") * weights
+    ce, plain = each[[0, 2, 4]].sum(), each[[1, 3]].sum()
     expected = 0.8 * d + 0.25 * ce + 1.5 * plain
     expected.backward()
     for a, b in ((total, expected), (nll, ce), (apart, d), (others, plain)):

@@ -1,10 +1,16 @@
 """BLEU and ROUGE-L of written answers, against the libraries' own numbers for known texts."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from trainer.data.batches.loader import EvalShare
 from trainer.data.store.sequences import Sample
-from trainer.evaluation.generation import Generated, first_answer, scores
+from trainer.evaluation import generation
+from trainer.evaluation.base import GenerateConfig
+from trainer.evaluation.generation import Generated, GenerationEvaluator, first_answer, scores
 
 PAIRS = [
     ("the cat sat on the mat", "the cat sat on the mat today"),
@@ -37,3 +43,39 @@ def test_the_reference_is_the_first_run_of_learned_tokens():
     learned = np.array([0, 0, 1, 1, 0, 0, 1, 0], dtype=bool)
     assert first_answer(Sample(ids, learned)).tolist() == [2, 3]
     assert first_answer(Sample(ids, ids >= 3)).tolist() == [3, 4, 5, 6, 7]
+
+
+class Held:
+    """Evaluation documents of two sets: two of one, five of the other, and the first again."""
+
+    sources = np.array([0, 0, 1, 1, 1, 1, 1, 0])
+    source_names = ("ward", "web")
+    lengths = np.arange(8) + 2
+
+    def __len__(self):
+        return 8
+
+
+def test_named_sets_are_scored_each(monkeypatch):
+    share = EvalShare(2, 0, 1, 2, by_source=True)
+    assert share.documents(Held()).tolist() == [0, 1, 2, 3], "two of each"
+    settings, runtime = GenerateConfig(samples=2), SimpleNamespace(is_main=True, world_size=1)
+    monkeypatch.setattr(generation, "decoding", lambda *parts: None)
+    monkeypatch.setattr(generation, "broadcast_object", lambda value, runtime: value)
+    answers = [
+        Generated(number, answer, right)
+        for number, (answer, right) in zip((0, 1, 2, 3), [*PAIRS, PAIRS[2]], strict=True)
+    ]
+    monkeypatch.setattr(GenerationEvaluator, "answers", lambda self, engine: answers)
+    expected = {
+        "eval/bleu": scores(answers)["bleu"],
+        "eval/rougeL": scores(answers)["rougeL"],
+        **{f"eval/ward/{name}": value for name, value in scores(answers[:2]).items()},
+        **{f"eval/web/{name}": value for name, value in scores(answers[2:]).items()},
+    }
+    made = partial(
+        GenerationEvaluator, Held(), tokenizer=None, settings=settings, generation_config=None, runtime=runtime
+    )
+    assert len(answers) == 4 and expected["eval/ward/bleu"] != expected["eval/web/bleu"]
+    assert dict(made(share).run(None)) == expected
+    assert dict(made(EvalShare(2, 0, 1, 2)).run(None)).keys() == {"eval/bleu", "eval/rougeL"}

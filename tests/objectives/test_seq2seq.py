@@ -87,6 +87,21 @@ def test_the_loss_is_that_of_transformers(root, runtime, architecture):
     assert found == pytest.approx(plain_loss(model, samples), rel=1e-5)
 
 
+def test_weights_are_those_of_the_answers(root, runtime):
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(seq2seq_dir(root, "t5"), dtype=torch.float32).eval()
+    here = trainer(root, "t5", runtime)
+    samples = two_sided_samples(6)
+    expected = sum(plain_loss(model, [s]) * (0.3 if n % 2 else 1) for n, s in enumerate(samples))
+    for sample in samples[1::2]:
+        sample.weights = np.where(sample.supervised, np.float32(0.3), np.float32(0))
+    batch = {**here.loader.collator(samples), "totals": {}}
+    with here.engine.inference() as module:
+        found = module(batch)
+    assert float(found["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_sharded_parameter_keeps_its_values_and_computed_positions_stay(root, runtime):
     """Sinusoids are not in Marian's file; they are computed, and do not train."""
     here = trainer(root, "marian", runtime)
@@ -147,7 +162,7 @@ def test_both_sides_are_written_as_the_tokenizer_writes_a_text():
 def test_a_conversation_is_one_exchange():
     turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
     assert source_and_target(Document("f", 1, messages=turns)) == ("s\n\nu", "a", True)
-    assert source_and_target(Document("f", 1, messages=[*turns[:2], {**turns[2], "train": False}]))[2] is False
+    assert source_and_target(Document("f", 1, messages=[*turns[:2], {**turns[2], "train": False}]))[2] == 0
     for messages in (turns + turns[1:], turns[1:2], turns[::-1]):
         with pytest.raises(DataError, match=r"f:3: a conversation of .* one prompt and one answer"):
             source_and_target(Document("f", 3, messages=messages))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,13 +13,14 @@ from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from strategies.parameters import named_parameters
 from strategies.zero_config import deepspeed_config
-from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, samples, take_steps, trainer_for
+from tests.helpers.building import STRATEGIES, alone, data_set, model_dir, run_config, samples, take_steps, trainer_for
 from tests.parity.base import Job, lone_steps, values_of
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
 from trainer.evaluation.loss import LossEvaluator
+from trainer.loop import Trainer
 from trainer.model.config import ModelConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.optim.config import AdamwConfig
@@ -117,13 +119,15 @@ def zero2_on_device(job: Job) -> dict:
     after = values_of(trainer)
     same = all(torch.equal(before[name], after[name]) for name in before)
     told = [float(skipped.skipped), same, int(engine._updates) - updates]  # type: ignore[attr-defined]
-    going_on = take_steps(trainer, 1)[0][0]
+    path = job.saved(trainer)
+    going_on, resumed = take_steps(trainer, 2), job.go_on(config, path, 2)
     return {
         "reads": reads,
         "ours": ours,
         "theirs": theirs,
         "skipped": told,
         "going on": going_on,
+        "resumed": resumed,
     }
 
 
@@ -138,6 +142,30 @@ def zero1_gradients(job: Job) -> dict:
     trainer.engine.backward(trainer.engine.forward({**batch, "ahead": {}}, last=False)["loss"], last=False)
     left = sum(p.grad is not None for p in trainer.engine.step_module.parameters())
     return {"found": found, "kept": kept, "left": left}
+
+
+def sources(job: Job, strategy: str) -> dict:
+    """The training loss of each of two sources, with weights, in every step."""
+    config = plain(job, strategy, "full")
+
+    def made() -> Prepared:
+        data = data_set(job.root, uneven=True, weighted=True)
+        data.train.sources = np.arange(len(data.train)) // 2 % 2
+        data.train.manifest["sources"] = ["a", "b"]
+        return data
+
+    def curve(trainer: Trainer, world: int) -> list[list[float]]:
+        rows = []
+        for batch in trainer.loader.steps(0, STEPS):
+            record = trainer.train_step(batch)
+            parts = [record.local_sums[f"loss/{name}"].double() for name in record.source_counts]
+            parts = [processes.dist_sum(part) if world > 1 else part for part in parts]
+            rows.append([float(p) / count for p, count in zip(parts, record.source_counts.values(), strict=True)])
+        return rows
+
+    data = job.first_here(made)
+    expected = job.once(("features", "sources"), lambda: curve(job.lone_trainer(config, data), 1))
+    return {"found": curve(job.trainer(config, data), job.runtime.world_size), "expected": expected}
 
 
 def architecture(job: Job, name: str, strategy: str) -> dict:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.parity.base import Curve, Job
+from trainer.data.prepare import Prepared
 from trainer.model.quantisation import Quantisation
 
 STEPS = 5
@@ -27,9 +28,14 @@ def config(job: Job, strategy: str, tuning: str, accumulation: int):
     return run_config(model, strategy, tuning, micro=micro, steps=STEPS)
 
 
+def masked(job: Job, masks: str) -> Prepared:
+    """Documents with even or uneven masks, or with uneven ones and weights."""
+    return job.first_here(lambda: data_set(job.root, uneven=masks != "even", weighted=masks == "weighted"))
+
+
 def curve(job: Job, strategy: str, tuning: str, masks: str, accumulation: int) -> Curve:
     """Loss and grad norm of each step."""
-    data = job.first_here(lambda: data_set(job.root, uneven=masks == "uneven"))
+    data = masked(job, masks)
     trainer = job.trainer(config(job, strategy, tuning, accumulation), data)
     assert trainer.loader.accumulation == accumulation
     return [list(row) for row in take_steps(trainer, STEPS)]
@@ -37,7 +43,7 @@ def curve(job: Job, strategy: str, tuning: str, masks: str, accumulation: int) -
 
 def lone(job: Job, tuning: str, masks: str) -> dict[str, Curve]:
     """The same under `single`, and at a rate of zero."""
-    data = job.first_here(lambda: data_set(job.root, uneven=masks == "uneven"))
+    data = masked(job, masks)
     plain = config(job, "single", tuning, 1)
     return {"curve": job.lone(plain, STEPS, data), "still": job.still(plain, STEPS, data)}
 

@@ -1,5 +1,6 @@
 """Objectives that look ahead or compare with a teacher, under every strategy: part of the parity job (`job.py`)."""
 
+from functools import partial
 from pathlib import Path
 
 from strategies import runtime as processes
@@ -45,7 +46,7 @@ def objective_of(name: str, root: Path):
         "jensen": lambda: distillation(root, divergence=Divergence.jensen_shannon, interpolation=0.3),
         "replay": lambda: SftConfig(forgetting=ForgettingConfig(kl_weight=0.7)),
         "held": lambda: SftConfig(forgetting=ForgettingConfig(kl_weight=2.0, replay_loss=False)),
-    }[name]()
+    }[name.removeprefix("weighed_")]()
 
 
 CASES = [
@@ -53,6 +54,7 @@ CASES = [
     *(("distil", tuning, "llama", strategy) for tuning in ("lora", "full") for strategy in EVERYWHERE),
     *(("replay", tuning, "llama", strategy) for tuning in ("lora", "full") for strategy in EVERYWHERE),
     *((name, "full", "llama", strategy) for name in ("reverse", "jensen", "held") for strategy in SHARDED),
+    *((f"weighed_{name}", "full", "llama", strategy) for name in ("distil", "replay", "held") for strategy in SHARDED),
     *(("held", tuning, "llama", strategy) for tuning in ("lora", "lora with head") for strategy in SHARDED),
     *((name, "full", "llama_tied", strategy) for name in ("distil", "replay") for strategy in SHARDED),
     *(("distil", "full", "llama", strategy) for strategy in SPECIAL),
@@ -70,8 +72,10 @@ def compare(job: Job, name: str) -> dict[str, Curve]:
 
     def made():
         model_dir(job.root, "qwen3")
+        name, weighted = objective.removeprefix("weighed_"), {"weighted": True} if "weighed" in objective else {}
         sets = {"kto": rated_set, "replay": replay_set, "held": replay_set}
-        data = sets[objective](job.root) if objective in sets else data_set(job.root, uneven=True)
+        make = sets.get(name, partial(data_set, uneven=True))
+        data = make(job.root, **weighted)
         return model_dir(job.root, architecture), data
 
     model, data = job.first_here(made)

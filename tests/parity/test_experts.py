@@ -19,4 +19,6 @@ def test_experts_take_the_steps_of_one_process(ask, architecture, tuning, strate
     for (loss, norm), (right_loss, right_norm) in zip(found["curve"], expected["curve"], strict=True):
         assert loss == pytest.approx(right_loss, rel=EXACT)
         assert norm == pytest.approx(right_norm, rel=EXACT)
+    if strategy in ("fsdp2", "zero3"):  # three of five experts at most, and half of the rest
+        assert max(found["read"]) < 0.65 * expected["read"], "a rank reads more of the model than it holds"
     assert learned(expected["curve"], expected["still"]) > LEAST_LEARNED, "it learns nothing: the comparison is blind"

@@ -43,12 +43,20 @@ def test_zero2_in_bf16_clips_and_skips_without_the_host(ask):
     assert found["reads"] == [0] * len(found["reads"]) and found["reads"]
     assert_close({"found": found["ours"], "expected": found["theirs"]}, 1e-3)
     assert found["skipped"] == [1.0, True, 0]  # nothing moved, nothing counted
-    assert math.isfinite(found["going on"])
+    assert all(map(math.isfinite, found["going on"][-1])) and found["resumed"] == found["going on"]
 
 
 def test_zero1_in_bf16_keeps_no_gradient_twice(ask):
     found = ask("features", "zero1_gradients")
     assert found["left"] == 0 and found["found"] == found["kept"]
+
+
+@pytest.mark.parametrize("strategy", chosen(product(STRATEGIES), values))
+def test_the_loss_by_source_is_alike(ask, strategy):
+    curves = ask("features", "sources", *strategy)
+    assert len(curves["found"]) == len(curves["expected"]) == 3
+    for found, expected in zip(curves["found"], curves["expected"], strict=True):
+        assert found == pytest.approx(expected, rel=EXACT) and len(found) == 2 and found[0] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +206,7 @@ def test_what_teachers_and_reference_points_add_is_there(ask, tuning):
 def test_objectives_with_a_teacher_differ(ask):
     named = [case for case in teachers.NAMES if case.endswith(" full llama fsdp2")]
     losses = {round(ask("teachers", "compare", case)["expected"][0][0], 4) for case in named}
-    assert len(named) == len(losses) == 6
+    assert len(named) == len(losses) == 9
 
 
 def test_ranks_take_the_same_library_of_products_whatever_each_measures(ask):

@@ -9,12 +9,11 @@ from tests.helpers.learning import LEAST_LEARNED, learned
 from tests.parity.matrix import names_for
 
 TOLERANCE = 1e-5
+MASKS = ("even", "uneven", "weighted")
 CASES = [
     (world, strategy, tuning, masks, accumulation)
     for world in (2, 4)
-    for strategy, tuning, masks, accumulation in itertools.product(
-        names_for(world), ("full", "lora"), ("even", "uneven"), (1, 4)
-    )
+    for strategy, tuning, masks, accumulation in itertools.product(names_for(world), ("full", "lora"), MASKS, (1, 4))
 ]
 
 
@@ -46,7 +45,7 @@ def test_through_sockets_too(ranks, world, strategy):
     assert_close(ranks[world].ask("matrix", "sockets", strategy), expected)
 
 
-@pytest.mark.parametrize(("tuning", "masks"), list(itertools.product(("full", "lora"), ("even", "uneven"))))
+@pytest.mark.parametrize(("tuning", "masks"), list(itertools.product(("full", "lora"), MASKS)))
 def test_the_oracle_learns_and_is_clipped(ranks, tuning, masks):
     """A matrix of runs that stand still, or that clipping never touches, would prove little."""
     lone = ranks[2].ask("matrix", "lone", tuning, masks)

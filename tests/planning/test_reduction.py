@@ -11,6 +11,7 @@ from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import build_model, workload
 from trainer.config.validate import problems_of
+from trainer.dry_run import _waiting
 from trainer.model.loading import load_tokenizer
 from trainer.planning import reduction
 from trainer.planning.activations import measured, model_state
@@ -87,3 +88,12 @@ def test_memory_is_accepted_where_something_plans_with_it(tmp_path):
 
     assert not said(Fsdp2Config(memory_gib=4.0))
     assert said(Fsdp2Config(memory_gib=4.0, defer_sync=True)) and said(DdpConfig(memory_gib=4.0))
+
+
+def test_a_dry_run_tells_what_waiting_gradients_would_add():
+    def said(strategy, accumulation=4):
+        return "".join(_waiting(strategy, 2**28, 8, accumulation=accumulation))
+
+    assert "1.00 GiB more at most; they wait only where they fit" in said(FSDP2)
+    assert said(Fsdp2Config(defer_sync=True)).endswith("they wait")
+    assert said(FSDP2, 1) == said(Fsdp2Config(defer_sync=False)) == said(DdpConfig()) == ""

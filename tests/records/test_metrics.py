@@ -114,7 +114,7 @@ def test_geforce_figures_are_twice_the_plain_ones():
 
 
 def test_an_unknown_card_is_named_once_at_the_start():
-    facts = dict.fromkeys(("quantisation", "initialised", "resumed_from"))
+    facts = dict.fromkeys(("quantisation", "initialised", "weights_left_out", "resumed_from"))
     sharding = {"held_per_rank": [10], "trainable_parameters": 5, "parameters": 10, "exchange": "nccl"}
     numbers = dict.fromkeys(("global_batch", "micro_batch", "accumulation", "world_size", "tokens_per_step"), 1)
     facts |= {**numbers, "total_steps": 1, "precision": "bf16", "attention": "varlen", "layout": "padded"}

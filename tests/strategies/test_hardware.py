@@ -88,14 +88,18 @@ def test_the_launcher_asks_the_driver(said, precision, monkeypatch):
     assert compose._best_precision(Device.cpu) is Precision.fp32
 
 
-def test_compiled_blocks_know_the_device_too():
-    """The question must not break a compiled block apart."""
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_blocks_know_the_device_too(dynamic, monkeypatch):
+    """The question must not break a compiled block apart, whose sizes may be symbols."""
+    monkeypatch.setattr(attention, "gpu_of", lambda device: Gpu("NVIDIA GeForce RTX 4090", (8, 9)))
 
     def block(x):
         return x + 1 if attention._has_flash(x.device, x.shape[-1]) else x - 1
 
-    compiled = torch.compile(block, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.ones(2)), torch.zeros(2))
+    compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=dynamic)
+    found = [float(compiled(torch.ones(3, head))[0, 0]) for head in (64, 128, 100, 208, 256)]
+    assert found == [2, 2, 0, 0, 2]
+    torch.compiler.reset()
 
 
 def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):

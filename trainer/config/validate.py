@@ -204,7 +204,7 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 def _more_is_better(metric: str) -> bool:
     name = metric.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
-    return metric in GENERATED or any(name in family.better_when_larger for family in FAMILIES.values())
+    return f"eval/{name}" in GENERATED or any(name in family.better_when_larger for family in FAMILIES.values())
 
 
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:

@@ -60,12 +60,14 @@ class Totals:
 class Assembly:
     """Writes blocks into a directory. `close` gives the columns; no more blocks after it."""
 
-    def __init__(self, directory: Path, max_bad_share: float, rejected: Path) -> None:
+    def __init__(self, directory: Path, max_bad_share: float, rejected: Path, remedies: dict[str, str]) -> None:
         self.directory = directory
         self.totals = Totals()
         self.max_bad_share = max_bad_share
         self.rejected = rejected
         """Where the quarantine file is kept when the run is refused."""
+        self.remedies = remedies
+        """What keeps lost rows, see `knobs`."""
         self.store = StoreWriter(directory)
         self._table = TableWriter(directory)
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
@@ -137,11 +139,13 @@ class Assembly:
     def refuse(self) -> None:
         """Raise DataError where there are too many bad rows; their list survives the refused data set."""
         self._quarantine.flush()
-        totals = self.totals
-        if totals.num_bad / max(totals.num_rows, 1) > self.max_bad_share:
+        totals, kept_in = self.totals, str(self.rejected)
+        try:
+            refuse_bad(totals.bad, totals.bad_reasons, totals.num_rows, self.max_bad_share, kept_in, self.remedies)
+        except DataError:
             self.rejected.parent.mkdir(parents=True, exist_ok=True)
             self.rejected.write_bytes((self.directory / QUARANTINE).read_bytes())
-        refuse_bad(totals.bad, totals.bad_reasons, totals.num_rows, self.max_bad_share, str(self.rejected))
+            raise
 
     def columns(self) -> Columns:
         """Everything known of the documents; raises DataError where too many rows were bad. Call once, after the last block."""

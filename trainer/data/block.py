@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected, Tally
+from trainer.data.document import WRONG_KIND, Rejected, Tally
 from trainer.data.read.row import Row
 from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.sequences import Sequences
@@ -91,26 +91,31 @@ def jobs(
         yield current
 
 
-KNOBS = {
-    "nothing_to_learn": "raise data.max_length or set data.over_length=split",
-    "same_answers": "raise data.max_length",
-    "control_tokens": "set data.control_tokens=text",
-}
-"""What keeps rows that were lost for a reason, where a setting does."""
+def knobs(*, splits: bool) -> dict[str, str]:
+    """What keeps rows that were lost for a reason, where a setting does; `splits`: long documents may be split, and are not."""
+    return {
+        "nothing_to_learn": "raise data.max_length" + (" or set data.over_length=split" if splits else ""),
+        "same_answers": "raise data.max_length",
+        "control_tokens": "set data.control_tokens=text",
+    }
 
 
-def refuse_bad(bad: list[Bad], reasons: Counter[str], num_rows: int, limit: float, quarantine: str) -> None:
-    """Raise DataError where more than the share `limit` of the rows is in quarantine; `bad` holds the first of them."""
-    if not num_rows or (num_bad := reasons.total()) / num_rows <= limit:
+def refuse_bad(
+    bad: list[Bad], reasons: Counter[str], num_rows: int, limit: float, quarantine: str, remedies: dict[str, str]
+) -> None:
+    """Raise DataError where more than the share `limit` of the rows is in quarantine; `bad` holds the first of them.
+
+    `remedies` are `knobs`. Whatever the limit, also where all rows are of a kind that the objective cannot learn from.
+    """
+    if not num_rows or ((num_bad := reasons.total()) / num_rows <= limit and reasons[WRONG_KIND] < num_rows):
         return
     shown = "\n".join(f"  {b.file}:{b.line}: {b.message}" for b in bad)
     more = f"\n  ... and {num_bad - len(bad)} more" if num_bad > len(bad) else ""
     counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
-    knobs = "".join(f"{knob}, " for reason, knob in KNOBS.items() if reason in reasons)
+    advice = "".join(f"{knob}, " for knob in dict.fromkeys(remedies[r] for r in remedies if r in reasons))
     share = math.ceil(100 * num_bad / num_rows) / 100
-    raise DataError(
-        f"{num_bad} of {num_rows} rows cannot be used ({counts}), more than data.max_bad_share={limit:g} allows:\n"
-        f"{shown}{more}\n"
-        f"all of them are listed in {quarantine}; {knobs}mend the data, or go on without them with "
-        f"data.max_bad_share={share:g}"
-    )
+    more += f"\nall of them are listed in {quarantine}; {advice}mend the data"
+    if num_bad < num_rows:
+        more += f", or go on without them with data.max_bad_share={share:g}"
+    allowed = f", more than data.max_bad_share={limit:g} allows" if num_bad / num_rows > limit else ""
+    raise DataError(f"{num_bad} of {num_rows} rows cannot be used ({counts}){allowed}:\n{shown}{more}")

@@ -19,8 +19,12 @@ from trainer.data.tools import texts_of, with_texts
 EXAMPLES = 5
 """How many file:line examples are kept of each kind of trouble."""
 
+WRONG_KIND = "wrong_kind"
+"""Why a row is bad from which an objective cannot learn, whatever it says: text where it compares answers, and so on."""
+
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and optionally "train": whether the turn is learned.
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and optionally "train": whether the turn is learned, and
+beside it "weight", above 0 and below 1: what its tokens count for in the loss.
 
 An assistant turn may have "reasoning_content", a text, and "tool_calls" (`trainer/data/tools.py`), and then an empty
 content; the result of a tool may have "name" and "tool_call_id".

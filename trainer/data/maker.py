@@ -79,7 +79,7 @@ class BlockMaker:
         parsed = row.parse()
         found = parsed if isinstance(parsed, Rejected) else self.readers[job.split, job.source](parsed)
         if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
-            found = Rejected(found.file, found.line, *refusal, found.text or "")
+            found = Rejected(found.file, found.line, *refusal, found.text or found.content())
         if isinstance(found, Rejected):
             self._quarantine(block, found)
             return None

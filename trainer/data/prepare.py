@@ -19,9 +19,9 @@ import numpy as np
 
 from strategies.errors import Preempted
 from trainer.data.assemble import Assembly
-from trainer.data.block import Block, Job, jobs
+from trainer.data.block import Block, Job, jobs, knobs
 from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
-from trainer.data.config import BalanceBy, DataConfig, DataFormat, PrivacyMode
+from trainer.data.config import BalanceBy, DataConfig, DataFormat, OverLength, PrivacyMode
 from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, readers_of, rows_of
 from trainer.data.maker import BlockMaker
@@ -41,7 +41,7 @@ from trainer.data.store.sequences import TokenDataset
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 5
+VERSION = 6
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
@@ -130,7 +130,8 @@ class Preparation:
         shards = Shards.finished(self.directory)
         self._require_room()
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
-        assembly = Assembly(target, self.config.max_bad_share, rejected)
+        splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
+        assembly = Assembly(target, self.config.max_bad_share, rejected, knobs(splits=splits))
         with closing(assembly):
             for block in self._blocks(shards):
                 self.check_stop()
@@ -139,7 +140,6 @@ class Preparation:
             if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
-            self.reading.check_read(columns, table)
             names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)

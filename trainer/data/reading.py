@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.data.batches.collate import Collator
 from trainer.data.choose.splits import Columns
-from trainer.data.config import DataConfig, DataFormat, Layout
+from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import Document, Tally
 from trainer.data.fields import label_of
 from trainer.data.store.documents import DocumentTable
@@ -35,6 +35,8 @@ class Reading:
     """The formats that it can learn from, the one that is meant first; empty: whatever a row looks like."""
     sequences_per_document = 1
     """How many sequences of the prepared data make one document, one after another: 2 for pairs of answers."""
+    over_length: tuple[OverLength, ...] = tuple(OverLength)
+    """What it lets become of documents longer than `data.max_length`."""
     marks: dict[str, float] = {}  # noqa: RUF012 - never changed
     """Marks that every sequence carries while training, each with a value that it may have."""
     ahead: AheadOf | None = None
@@ -51,7 +53,8 @@ class Reading:
         return label_of(value)
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        """(reason, message) where a document that was read cannot be used; it then goes to quarantine."""
+        """(reason, message) where a document that was read cannot be used, `WRONG_KIND` where its whole kind cannot; it then
+        goes to quarantine."""
         return None
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, config: DataConfig) -> Encoder:
@@ -61,19 +64,13 @@ class Reading:
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left.
-
-        Raises DataError for a document of another kind than the objective learns from.
-        """
+        """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
             yield document, fitted(encoder, document, sample, config, tally)
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""
-        return {"loss": int(sample.supervised[1:].sum())}
-
-    def check_read(self, columns: Columns, table: DocumentTable) -> None:
-        """Raise DataError where all that was read together is not what the objective learns from."""
+        return {"loss": sample.learned()}
 
     def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
         """(label names in the order of their ids, id of each text in `columns.labels`); None without labels."""

@@ -84,7 +84,8 @@ def _measured(item: Input, make: Callable[[Job], Block]) -> tuple[int, int, int]
     assert block.sequences is not None and block.documents is not None
     made = block.sequences
     numbers = len(made.lengths) * (len(made.columns) + 3) * NUMBERS
-    return read, len(first.rows), block.documents.nbytes + 5 * len(made.tokens) + numbers
+    a_token = 5 if made.weights is None else 9
+    return read, len(first.rows), block.documents.nbytes + a_token * len(made.tokens) + numbers
 
 
 def _size(row: Row) -> int:

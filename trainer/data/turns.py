@@ -27,9 +27,12 @@ ROLES = {  # what rows may say -> what chat templates know
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns, and keys of turns, that hold what is no text."""
 _CALLS = ("tool_calls", "function_call")
-_WEIGHTS = ("loss_weight", "loss_mask", "loss", "mask")
+_WEIGHT_KEYS = ("weight", "loss_weight")
+_MASKS = ("loss_mask", "loss", "mask")
+LEAST_WEIGHT = 1e-6
+"""Smallest weight of a turn that is learned."""
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-_CARRIERS = frozenset((*MEDIA, *_WEIGHTS))
+_CARRIERS = frozenset((*MEDIA, *_MASKS))
 """Keys of turns that nothing reads, and without which a turn means something else."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -72,10 +75,12 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
         message["content"] = ""
     else:
         message["content"] = _content(turn, text_key, f"{name}.{text_key}")
-    train = _train(turn, name)
-    if train is not None:
-        message["train"] = train
-    if train and message["role"] == "tool":
+    weight = _weight(turn, name, ignored)
+    if weight is not None:
+        message["train"] = weight > 0
+    if weight and weight < 1:
+        message["weight"] = weight
+    if weight and message["role"] == "tool":
         raise Refusal("bad_train", f"{name} is the result of a tool and marked as learned; results are context")
     return {**message, **extra}
 
@@ -104,13 +109,11 @@ def _refuse_carriers(turn: dict[str, Any], name: str, ignored: Collection[str]) 
     """Raise Refusal for a key that carries meaning and that nothing reads."""
     for key in sorted(_CARRIERS.intersection(turn) - {*ignored}):
         value = turn[key]
-        if value is None if key in _WEIGHTS else is_nothing(value):
+        if value is None if key in _MASKS else is_nothing(value):
             continue
-        if key == "loss_weight" and value == 1:
-            continue  # what every turn has anyway
         remedy = "write what counts into its content"
-        if key in _WEIGHTS:
-            remedy = 'say whether the turn is learned by "train": true or false'
+        if key in _MASKS:
+            remedy = 'say whether the turn is learned by "train": true or false, or by "weight": 0 to 1'
         what = f"{name} has {key} ({shown(value)}), which nothing reads"
         raise Refusal(f"turn_{key}", f"{what}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
@@ -130,20 +133,27 @@ def _content(turn: dict[str, Any], key: str, name: str) -> str:
     return text_of({key: "".join(texts)}, key, name)
 
 
-def _train(turn: dict[str, Any], name: str) -> bool | None:
-    """Whether the turn is learned, by `train`, `weight` or `masked`; None where none of them is given."""
+def _weight(turn: dict[str, Any], name: str, ignored: Collection[str]) -> float | None:
+    """How much the turn is learned, from 0 (not at all) to 1, by `weight`, `train` or `masked`; None where none is given."""
     found = set()
-    for key, wanted in (("train", True), ("weight", True), ("masked", False)):
-        value = turn.get(key)
-        if value is None:
+    said = {key: turn[key] for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None}
+    for key, value in said.items():
+        if key in ignored:
             continue
-        if not isinstance(value, bool) and not (key == "weight" and isinstance(value, int | float) and value in (0, 1)):
-            allowed = "0 or 1" if key == "weight" else "true or false"
-            raise Refusal("bad_train", f"{name}.{key} is {shown(value)}; it must be {allowed}")
-        found.add(bool(value) is wanted)
-    if len(found) > 1:
-        raise Refusal("bad_train", f'{name}: "train", "weight" and "masked" contradict each other')
-    return found.pop() if found else None
+        if key in _WEIGHT_KEYS and isinstance(value, int | float):
+            if not (value == 0 or LEAST_WEIGHT <= value <= 1):  # nor is NaN
+                allowed = f"a number from 0 to 1 (what is not 0 at least {LEAST_WEIGHT:g})"
+                raise Refusal("bad_weight", f"{name}.{key} is {shown(value)}; it must be {allowed}")
+            found.add(float(value))
+        elif not isinstance(value, bool):
+            what = ("bad_weight", "a number from 0 to 1") if key in _WEIGHT_KEYS else ("bad_train", "true or false")
+            raise Refusal(what[0], f"{name}.{key} is {shown(value)}; it must be {what[1]}")
+        else:
+            found.add(float(value is not (key == "masked")))
+    least = min(found, default=None)
+    if found - {least} - ({1.0} if least else set()):  # "train": true beside a weight takes nothing from it
+        raise Refusal("bad_train", f"{name}: {', '.join(said)} contradict each other")
+    return least
 
 
 def conversation(turns: list[Message]) -> list[Message]:

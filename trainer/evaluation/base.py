@@ -15,7 +15,7 @@ class GenerateConfig:
     """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
 
     samples: int = 0
-    """Documents answered in each evaluation (the first ones of the evaluation set); 0 generates nothing."""
+    """Documents answered in each evaluation (the first ones, of several named sets those of each); 0 generates nothing."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
     beams: int = 1
@@ -43,7 +43,7 @@ class EvaluationConfig:
     min_delta: float = 0.0
     """Smallest change of the watched metric that counts as improvement."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """Answers written and scored: `eval/bleu` and `eval/rougeL`."""
+    """Answers written and scored: `eval/bleu` and `eval/rougeL`, and those of each set named in `data.eval_path`."""
 
 
 class Evaluator(Protocol):

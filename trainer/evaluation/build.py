@@ -12,7 +12,7 @@ from strategies.base import Engine
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 from trainer.data.batches.loader import EvalShare, eval_batches, sources_of
-from trainer.data.store.sequences import TokenDataset
+from trainer.data.store.sequences import TokenDataset, summed
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator, Part
@@ -37,8 +37,8 @@ def build_evaluators(
     """
     if held_out is None or len(held_out) == 0:
         return []
-    reading, collator = built.reading, built.collator
-    parts = parts_of(held_out)
+    reading = built.reading
+    parts = parts_of(held_out, generates=config.generate.samples > 0)
     told_apart = [name for names in parts.values() for name in names.values()]
     if config.watch.count("/") > 1 and config.watch not in told_apart:
         there = f"of their parts there are {', '.join(told_apart)}"
@@ -54,11 +54,11 @@ def build_evaluators(
         reading.sequences_per_document,
         by_source=bool(parts),
     )
-    batches, counts = partial(eval_batches, held_out, share, collator, runtime.device), held_out.counts["loss"]
+    batches, counts = partial(eval_batches, held_out, share, built.collator, runtime.device), held_out.counts["loss"]
     covered = share.sequences(held_out)
     evaluator = LossEvaluator(
         batches,
-        count=int(counts[covered].sum()),
+        count=summed(counts[covered]),
         prefix="eval",
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
@@ -67,15 +67,15 @@ def build_evaluators(
     )
     found: list[Evaluator] = [evaluator]
     if config.generate.samples:
-        start = built.two_sides.decoder_start if built.two_sides else None
-        asked = EvalShare(config.batch, engine.dp_rank, engine.dp_size, config.generate.samples)
+        named, sides = bool(held_out.manifest.get("sets")), built.two_sides
+        asked = EvalShare(config.batch, engine.dp_rank, engine.dp_size, config.generate.samples, by_source=named)
         found.append(
             GenerationEvaluator(
                 held_out,
                 asked,
                 tokenizer,
                 config.generate,
-                generation_config=generation_config(model, built.config, start),
+                generation_config=generation_config(model, built.config, sides.decoder_start if sides else None),
                 runtime=runtime,
                 stop_now=watch_for_stop(),
             )
@@ -83,22 +83,18 @@ def build_evaluators(
     return found
 
 
-def parts_of(held_out: TokenDataset) -> dict[int, dict[str, str]]:
+def parts_of(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
     """What of the evaluation documents is told apart, by number of the source: metric -> its name; nothing of a single source.
 
     Not among them are metrics whose terms depend on counts of the whole set.
     """
     sources = sources_of(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path, even a single one
-        return {
-            number: {
-                metric: f"eval/{name}/{metric}" for metric in ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro")
-            }
-            for number, name in sources.items()
-        }
+        metrics = ("loss", "perplexity", "accuracy", "f1_macro", "f1_micro", *(("bleu", "rougeL") if generates else ()))
+        return {number: {metric: f"eval/{name}/{metric}" for metric in metrics} for number, name in sources.items()}
     return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()} if len(sources) > 1 else {}
 
 
-def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> int:
+def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> float:
     assert held_out.sources is not None
-    return int(held_out.counts["loss"][covered[held_out.sources[covered] == source]].sum())
+    return summed(held_out.counts["loss"][covered[held_out.sources[covered] == source]])

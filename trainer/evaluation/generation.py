@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.data.batches.loader import EvalShare, eval_plan
+from trainer.data.batches.loader import EvalShare, eval_plan, sources_of
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import Interrupted
 from trainer.objectives.causal import plain_model
@@ -42,7 +42,8 @@ class Generated:
 
 
 class GenerationEvaluator:
-    """Yields `bleu` and `rougeL` of the first documents of a data set."""
+    """Yields `bleu` and `rougeL` of the first documents of a data set; of sets named in `data.eval_path`, those of each too,
+    if `share` tells them apart."""
 
     def __init__(
         self,
@@ -58,13 +59,22 @@ class GenerationEvaluator:
         self.dataset, self.share, self.tokenizer, self.settings = dataset, share, tokenizer, settings
         self.generation_config = decoding(generation_config, settings, tokenizer)
         self.runtime, self._stop_now = runtime, stop_now
+        self._sets = sources_of(dataset) if share.by_source else {}
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
         found = self.answers(engine)
-        values = scores(found) if self.runtime.is_main else None
-        for name, value in broadcast_object(values, self.runtime).items():
-            yield f"eval/{name}", value
+        values = self._values(found) if self.runtime.is_main else None
+        yield from broadcast_object(values, self.runtime).items()
+
+    def _values(self, found: list[Generated]) -> dict[str, float]:
+        """Scores by the name of their metric: of all answers, and of those to each set."""
+        values = {f"eval/{name}": value for name, value in scores(found).items()}
+        for number, name in self._sets.items():
+            assert self.dataset.sources is not None
+            mine = [one for one in found if self.dataset.sources[one.document] == number]
+            values |= {f"eval/{name}/{metric}": value for metric, value in scores(mine).items()}
+        return values
 
     def answers(self, engine: Engine) -> list[Generated]:
         """What the model answers, by document, the same list on every rank. All ranks must call."""

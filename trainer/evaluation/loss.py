@@ -24,7 +24,7 @@ class Part:
 
     source: int
     """Its number: the `source` of its micro-batches."""
-    count: int
+    count: float
     """Denominator of the part, all ranks together."""
     names: dict[str, str]
     """What of it is yielded: metric -> name."""
@@ -41,7 +41,7 @@ class LossEvaluator:
         self,
         batches: Callable[[], Iterable[dict[str, Any]]],
         *,
-        count: int,
+        count: float,
         prefix: str,
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
@@ -83,9 +83,9 @@ class LossEvaluator:
             values = self._values({term: total[place] for term, total in totals.items()}, part.count)
             yield from ((name, values[metric]) for metric, name in part.names.items() if metric in values)
 
-    def _values(self, totals: dict[str, torch.Tensor], count: int) -> dict[str, float]:
+    def _values(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
         """Metrics by name, the loss first."""
-        means = {name: total.item() / max(1, count) for name, total in totals.items() if total.dim() == 0}
+        means = {name: total.item() / (count or 1) for name, total in totals.items() if total.dim() == 0}
         values = {"loss": means["loss"]}
         if self._perplexity:
             values["perplexity"] = math.exp(min(means["loss"], 700.0))

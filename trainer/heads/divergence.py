@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.heads.loss import CHUNK_LOGITS, LossHead, _LinearCrossEntropy, _logits
+from trainer.heads.loss import CHUNK_LOGITS, Counting, LossHead, _LinearCrossEntropy, _logits, _weighed
 
 
 class Divergence(StrEnum):
@@ -79,6 +79,8 @@ class Against:
     others: Tensor | None = None
     """int64: the rows that have their plain loss only."""
     others_weight: float = 1.0
+    weights: Tensor | None = None
+    """`[N]`: what each of the student's rows counts for, in every part; None where each counts as 1."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """What the student's head returns when it is called with this, see `compare`."""
@@ -99,11 +101,20 @@ class _Head:
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Weighted sum of plain loss and divergence of rows; gradients are made in the forward pass, chunk by chunk."""
+    """Weighted sum of plain loss and divergence of rows; gradients are made in the forward pass, chunk by chunk.
+
+    `row_weight [N]`, where given, is what each row counts for.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weight: Tensor | None,
+        settings: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         student, teacher, against, training = settings
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
@@ -119,12 +130,13 @@ class _LinearDivergence(torch.autograd.Function):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits, other = student.logits(chunk), teacher.logits(against.hidden[start : start + rows])
             log_total = logits.logsumexp(dim=-1)
-            nll += (log_total - logits.gather(1, target[:, None])[:, 0]).sum()
+            counted = None if row_weight is None else row_weight[start : start + rows]
+            nll += _weighed(log_total - logits.gather(1, target[:, None])[:, 0], counted).sum()
             size = min(logits.shape[1], other.shape[1])  # rows beyond the tokenizer's are padding of either matrix
             value, slope = against.measure(logits[:, :size], other[:, :size])
-            apart += value.sum()
+            apart += _weighed(value, counted).sum()
             if not training:
-                correct += (logits.argmax(dim=-1) == target).sum()
+                correct += _weighed(logits.argmax(dim=-1) == target, counted).sum()
                 continue
             grad = torch.zeros_like(logits)
             if against.loss_weight:
@@ -134,7 +146,8 @@ class _LinearDivergence(torch.autograd.Function):
             grad[:, :size] += against.divergence_weight * slope
             if student.softcap is not None:
                 grad = grad * (1.0 - (logits / student.softcap).square())
-            grad = (grad * student.scale if student.scale != 1.0 else grad).to(chunk.dtype)
+            grad = grad * student.scale if student.scale != 1.0 else grad
+            grad = (grad if counted is None else grad.mul_(counted[:, None])).to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
             if grad_weight is not None:
@@ -156,6 +169,7 @@ class _LinearDivergence(torch.autograd.Function):
             None if grad_bias is None else (grad_bias * grad_total).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
@@ -168,23 +182,26 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: Against) -
     training = torch.is_grad_enabled()
     own = _Head(head.weight, head.bias, head.softcap, head.logit_scale)
 
+    def weights(rows: Tensor | None) -> Tensor | None:
+        return against.weights if rows is None or against.weights is None else against.weights[rows]
+
     def measured(lent: _Head) -> tuple[Tensor, ...]:
         compared, wanted = hidden, targets
         if against.rows is not None:
             compared, wanted = hidden[against.rows], targets[against.rows]
-        return _LinearDivergence.apply(compared, head.weight, head.bias, wanted, (own, lent, against, training))
+        settings = own, lent, against, training
+        return _LinearDivergence.apply(compared, head.weight, head.bias, wanted, weights(against.rows), settings)
 
     total, nll, apart, correct = measured(own) if against.head is None else lend(against.head, measured)
     if against.others is None:
         return total, nll, apart, correct, torch.zeros_like(nll)
-    plain, _ = _LinearCrossEntropy.apply(
+    plain, *_ = _LinearCrossEntropy.apply(
         hidden[against.others],
         head.weight,
         head.bias,
         targets[against.others],
-        head.softcap,
-        head.logit_scale,
-        training,
+        Counting(weights(against.others)),
+        (head.softcap, head.logit_scale, training),
     )
     return total + against.others_weight * plain, nll, apart, correct, plain.detach()
 

@@ -7,12 +7,25 @@ ZeRO-3 sees an empty one), so the loss is computed by *calling the head as a mod
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """How rows are counted: by `weights [N]` (None: each as 1), and apart by `groups` (int64 `[N]`, `num` of them)."""
+
+    weights: Tensor | None = None
+    groups: Tensor | None = None
+    num: int = 0
+
+
+Settings = tuple[float | None, float, bool]
+"""Soft cap and factor of the logits, and whether gradients are made."""
 CHUNK_LOGITS = 2**25
 """Most logits held at once (rows times vocabulary); 128 MiB in float32."""
 
@@ -49,8 +62,16 @@ def _sum_of_products(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tenso
     return total.add_(grad.T @ chunk)
 
 
+def _weighed(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows times their weights."""
+    return rows if weight is None else rows * weight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`; gradients are made in the forward pass, chunk by chunk."""
+    """Summed cross-entropy of `hidden @ weight.T`; gradients are made in the forward pass, chunk by chunk.
+
+    The third result is the loss of each group of rows, `[num]`.
+    """
 
     @staticmethod
     def forward(
@@ -59,15 +80,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        softcap: float | None,
-        scale: float,
-        training: bool,
-    ) -> tuple[Tensor, Tensor]:
+        counting: Counting,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        softcap, scale, training = settings
+        row_weight, groups = counting.weights, counting.groups
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
         need_bias = training and bias is not None and ctx.needs_input_grad[2]
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
+        apart = hidden.new_zeros(counting.num, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
@@ -75,11 +98,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
             log_probabilities = F.log_softmax(logits, dim=-1)
-            total -= log_probabilities.gather(1, target[:, None]).sum()
+            counted = None if row_weight is None else row_weight[start : start + rows, None]
+            likely = _weighed(log_probabilities.gather(1, target[:, None]), counted)
+            total -= likely.sum()
+            if groups is not None:
+                apart.index_add_(0, groups[start : start + rows], -likely[:, 0].float())
             if not training:
-                correct += (logits.argmax(dim=-1) == target).sum()
+                correct += _weighed((logits.argmax(dim=-1) == target)[:, None], counted).sum()
                 continue
-            grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
+            grad = _product_gradient(logits, log_probabilities, target, softcap, scale)
+            grad = (grad if counted is None else grad.mul_(counted)).to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
             if need_weight:
@@ -92,18 +120,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(correct)
-        return total, correct
+        ctx.mark_non_differentiable(correct, apart)
+        return total, correct, apart
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _grad_correct: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # Scaled in place, of which autograd keeps count: a second backward pass fails instead of scaling twice.
         return (
             None if grad_hidden is None else grad_hidden.mul_(grad_total.to(grad_hidden.dtype)),
             None if grad_weight is None else grad_weight.mul_(grad_total).to(ctx.weight_dtype),
             None if grad_bias is None else grad_bias.mul_(grad_total).to(ctx.weight_dtype),
-            None,
             None,
             None,
             None,
@@ -120,15 +147,9 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        softcap: float | None,
-        scale: float,
-        training: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings
     ) -> Tensor:
+        softcap, scale, training = settings
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
@@ -150,7 +171,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         grad_hidden, *again = ctx.saved_tensors
         for_hidden = None if grad_hidden is None else grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
         if not again:
-            return for_hidden, None, None, None, None, None, None
+            return for_hidden, None, None, None, None
         hidden, weight, bias, targets = again
         softcap, scale, rows = ctx.settings
         wide = row_weight.dtype
@@ -169,8 +190,6 @@ class _RowCrossEntropy(torch.autograd.Function):
             for_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
             None,
             None,
         )
@@ -202,6 +221,7 @@ class LossHead(nn.Linear):
         hidden: Tensor,
         targets: Tensor | None = None,
         *,
+        counting: Counting | None = None,
         by_row: bool = False,
         added_bias: Tensor | None = None,
         against: Comparison | None = None,
@@ -210,9 +230,10 @@ class LossHead(nn.Linear):
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
 
         The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
-        With `by_row` the result is the negative log-likelihood of each row, `[N]`, float32; with `against` what
-        that returns; with `lend` what that returns, called while the weight is whole. `added_bias [V]` is
-        what the model adds to this layer's logits (it counts with targets only: without them the model adds it itself).
+        With `counting` rows have weights in both, and with groups the loss of each, `[num]`, is the third. With `by_row` the
+        result is the negative log-likelihood of each row, `[N]`, float32; with `against` what that returns; with `lend` what
+        that returns, called while the weight is whole. `added_bias [V]` is what the model adds to this layer's logits (it
+        counts with targets only: without them the model adds it itself).
         """
         if lend is not None:
             return lend()
@@ -223,11 +244,15 @@ class LossHead(nn.Linear):
         if against is not None:
             return against(self, hidden, targets)
         training = torch.is_grad_enabled()  # inside the function it is always off
-        function = _RowCrossEntropy if by_row else _LinearCrossEntropy
+        settings = self.softcap, self.logit_scale, training
         bias: Tensor | None = self.bias
         if added_bias is not None:
             bias = added_bias if bias is None else bias + added_bias
-        return function.apply(hidden, self.weight, bias, targets, self.softcap, self.logit_scale, training)
+        if by_row:
+            return _RowCrossEntropy.apply(hidden, self.weight, bias, targets, settings)
+        counting = counting or Counting()
+        found = _LinearCrossEntropy.apply(hidden, self.weight, bias, targets, counting, settings)
+        return found if counting.groups is not None else found[:2]
 
 
 def computes_loss(head: nn.Module) -> bool:
@@ -238,10 +263,20 @@ def computes_loss(head: nn.Module) -> bool:
     return wrapped is not None and all(isinstance(m, LossHead) for m in wrapped.values())  # type: ignore[operator]
 
 
-def logits_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of correct argmaxes of `logits [N, V]`, for heads that are not a plain linear layer."""
+def logits_loss(logits: Tensor, targets: Tensor, counting: Counting | None = None) -> tuple[Tensor, ...]:
+    """Summed loss and number of correct argmaxes of `logits [N, V]`, for heads that are not a plain linear layer.
+
+    With `counting` as `LossHead` has them.
+    """
     logits = logits.float()
-    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum().float()
+    counting, right = counting or Counting(), (logits.argmax(-1) == targets).float()
+    if counting.weights is None and counting.groups is None:
+        return F.cross_entropy(logits, targets, reduction="sum"), right.sum()
+    nll = _weighed(F.cross_entropy(logits, targets, reduction="none"), counting.weights)
+    found = nll.sum(), _weighed(right, counting.weights).sum()
+    if counting.groups is None:
+        return found
+    return *found, nll.new_zeros(counting.num).index_add(0, counting.groups, nll.detach())
 
 
 def head_transform(config: Any) -> tuple[float | None, float]:

@@ -190,11 +190,20 @@ def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> 
     return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
 
 
-@torch.compiler.assume_constant_result
 def _has_flash(device: torch.device, head: int) -> bool:
     """Whether flash attention on `device` has forward and backward passes for heads of this size."""
+    built, lacking = _flash_of(device)
+    return built and head % 8 == 0 and head <= FLASH_HEAD and not (lacking and lacking[0] <= head <= lacking[1])
+
+
+@torch.compiler.assume_constant_result
+def _flash_of(device: torch.device) -> tuple[bool, tuple[int, int] | None]:
+    """Whether there is flash attention on `device`, and sizes of heads (from, to) that its backward pass lacks.
+
+    A compiled block takes the answer as it is; sizes it may know as symbols alone.
+    """
     gpu = gpu_of(device)
-    return gpu is not None and gpu.has_flash and head % 8 == 0 and head <= FLASH_HEAD and gpu.trains_heads(head)
+    return (False, None) if gpu is None else (gpu.has_flash, gpu.lacking_heads())
 
 
 def _varlen_kernel(

@@ -36,7 +36,8 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
     sizes = head_sizes(model_config)
     if odd := [size for size in sizes if size > FLASH_HEAD or size % 8]:
         return f"heads of {odd[-1]} are none of the sizes it has: multiples of 8 up to {FLASH_HEAD}"
-    if bad := [size for size in sizes if not gpu.trains_heads(size, dropout)]:
+    first, last = gpu.lacking_heads(dropout) or (0, 0)
+    if bad := [size for size in sizes if first <= size <= last]:
         return f"its backward pass has no heads of {bad[-1]} on {gpu.name}" + (" with dropout" if dropout else "")
     from transformers.utils import is_flash_attn_2_available
 

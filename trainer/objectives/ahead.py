@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def look_ahead(
     engine: Engine,
     batches: Iterable[dict[str, Any]],
-    count: int,
+    count: float,
     *,
     averaged: bool,
     check_stop: Callable[[], None] = lambda: None,
@@ -38,4 +38,4 @@ def look_ahead(
     table = torch.stack([sums[name] for name in names])
     if engine.dp_size > 1:
         table = dist_sum(table)
-    return {name: (total / max(1, count)).float() for name, total in zip(names, table, strict=True)}
+    return {name: (total / (count or 1)).float() for name, total in zip(names, table, strict=True)}

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from strategies.errors import DataError
-from trainer.data.choose.splits import Columns
 from trainer.data.config import DataConfig, DataFormat
+from trainer.data.document import WRONG_KIND, Document
 from trainer.data.reading import Reading
-from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.config import Kind
 
@@ -139,14 +137,13 @@ class Family:
 
 
 class UnlabelledReading(Reading):
-    """Documents without labels, of which this objective would learn nothing."""
+    """Documents without labels: of labelled texts this objective would learn nothing."""
 
-    def check_read(self, columns: Columns, table: DocumentTable) -> None:
-        if columns.labels:
-            raise DataError(
-                "data.path: the rows are labelled texts, of which this objective would learn nothing; set "
-                "objective=classification, or data.format=text to learn the texts themselves"
-            )
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        if document.label is None:
+            return None
+        said = "is a labelled text, of which this objective would learn nothing; set objective=classification, or "
+        return WRONG_KIND, f"{said}data.format=text to learn the texts themselves"
 
 
 def formats_of(data: DataConfig) -> dict[str, DataFormat]:

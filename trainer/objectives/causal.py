@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.heads.loss import computes_loss, logits_loss
+from trainer.heads.loss import Counting, computes_loss, logits_loss
 from trainer.objectives.base import Reference
 
 MODEL_INPUTS = (
@@ -81,12 +81,30 @@ def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
     return logits if len(logits) == len(rows) else logits[rows]
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only)."""
+def counting_of(batch: dict[str, Any]) -> Counting:
+    """The weights of the supervised rows, and whose source each is, where the batch says so."""
+    return Counting(batch.get("target_weights"), batch.get("row_source"), len(batch.get("source_names", ())))
+
+
+def counted(batch: dict[str, Any], loss: Tensor, correct: Tensor, *apart: Tensor) -> dict[str, Tensor]:
+    """The terms of a next-token loss; `loss/NAME` of each source where the batch tells them apart."""
+    terms = {"loss": loss, "accuracy": correct.detach()}
+    for parts in apart:
+        terms |= {f"loss/{name}": part for name, part in zip(batch["source_names"], parts.unbind(), strict=True)}
+    return terms
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only).
+
+    Where the batch has `target_weights`, a row counts as much in both; with `row_source` the third is the loss by source.
+    """
     head, selected, targets = supervised_rows(model, batch)
     if computes_loss(head):
-        return head(selected, targets=targets)
-    return logits_loss(head(selected), targets)  # an adapter on the head adds to logits, so the logits are needed
+        return head(selected, targets=targets, counting=counting_of(batch))
+    return logits_loss(
+        head(selected), targets, counting_of(batch)
+    )  # an adapter on the head adds to logits, so the logits are needed
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

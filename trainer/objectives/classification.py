@@ -16,7 +16,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.choose.splits import Columns
 from trainer.data.config import DataFormat, Layout
-from trainer.data.document import Document
+from trainer.data.document import WRONG_KIND, Document
 from trainer.data.fields import Refusal, label_of
 from trainer.data.reading import Reading
 from trainer.data.store.documents import DocumentTable
@@ -83,7 +83,10 @@ class LabelReading(Reading):
         return labels_of(value) if self.several else label_of(value)
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
-        if document.label is None or self.names is None:
+        if document.label is None:
+            said = "has no label, which objective=classification learns and evaluates; it"
+            return WRONG_KIND, f"{said} needs rows with a text and a label (data.format=labelled)"
+        if self.names is None:
             return None
         labels = split_labels(document.label) if self.several else [document.label]
         unknown = next((label for label in labels if label not in self.names), None)
@@ -91,19 +94,9 @@ class LabelReading(Reading):
             return None
         return "unknown_label", f"label {unknown!r} is none of {sorted(self.names)} (objective.labels)"
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """A document counts once, however many labels it has."""
         return {"loss": 1}
-
-    def check_read(self, columns: Columns, table: DocumentTable) -> None:
-        if not columns.labels:
-            raise DataError("data.path: objective=classification needs rows with a text and a label; none has a label")
-        if (bare := np.flatnonzero(columns.label < 0)).size:
-            row = table.row(int(bare[0]))
-            raise DataError(
-                f"{row['file']}:{row['line']}: has no label, which objective=classification learns and evaluates, and other "
-                f"rows have one ({len(bare)} without); give it rows with a text and a label, or leave it out"
-            )
 
     def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
         return number_labels(columns, table, self.names, several=self.several)

@@ -90,6 +90,7 @@ class Distillation(Objective):
                 head=teacher_head,
                 divergence_weight=1.0,
                 loss_weight=config.sft_weight,
+                weights=batch.get("target_weights"),
             ),
         )
         parts = {"divergence": apart, "sft_loss": nll, "accuracy": correct}

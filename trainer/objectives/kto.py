@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from strategies.errors import DataError
 from trainer.data.batches.collate import Collator
-from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
-from trainer.data.document import Document, Message, Tally
+from trainer.data.config import DataConfig, DataFormat, Layout
+from trainer.data.document import WRONG_KIND, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.data.tokens.cut import fitted_answers
 from trainer.data.tokens.encode import BATCH, Encoder, share_prompt
@@ -33,6 +33,7 @@ from trainer.objectives.base import (
     formats_of,
 )
 from trainer.objectives.causal import reference_logps, sequence_logps
+from trainer.objectives.pairs import WHOLE, weight_refusal
 from trainer.objectives.reference import REFERENCE_AHEAD
 
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
@@ -59,7 +60,7 @@ def problems(config: KtoConfig, around: Around) -> Iterator[str]:
     data = around.data
     if data.packing:
         yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
-    if data.over_length in (OverLength.truncate_left, OverLength.split):
+    if data.over_length not in WHOLE:
         yield (
             f"data.over_length={data.over_length.value}: would part an answer from its prompt; set "
             "data.over_length=truncate or data.over_length=drop"
@@ -78,17 +79,20 @@ class RatedReading(UnlabelledReading):
     """
 
     formats = (DataFormat.thumbs, DataFormat.preference)
+    over_length = WHOLE
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
+
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        if document.desirable is not None or (document.chosen and document.rejected):
+            return weight_refusal(document)
+        return WRONG_KIND, (
+            "has no verdict, which objective=kto learns from; give rows with thumbs up or down (data.format=thumbs) or pairs "
+            "(data.format=preference), or use objective=sft"
+        )
 
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        for document in documents:
-            if document.desirable is None and (not document.chosen or not document.rejected):
-                raise DataError(
-                    f"{document.where}: has no verdict, which objective=kto learns from; give rows with thumbs up or down "
-                    "(data.format=thumbs) or pairs (data.format=preference), or use objective=sft"
-                )
         for start in range(0, len(documents), BATCH):
             batch = documents[start : start + BATCH]
             answers = [(document, turns) for document in batch for turns in _answers(document)]
@@ -103,7 +107,7 @@ class RatedReading(UnlabelledReading):
                     sample.marks[DESIRABLE] = int(bool(verdict))
                 yield document, fitted
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """An answer counts once, under its verdict too."""
         good = int(sample.marks[DESIRABLE])
         return {"loss": 1, DESIRABLE: good, UNDESIRABLE: 1 - good}

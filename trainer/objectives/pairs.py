@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from strategies.errors import DataError
 from trainer.data.config import DataConfig, DataFormat, OverLength
-from trainer.data.document import Document, Tally
-from trainer.data.reading import imitable
+from trainer.data.document import WRONG_KIND, Document, Tally
 from trainer.data.store.sequences import REFERENCE, Sample
 from trainer.data.tokens.cut import fitted_answers
 from trainer.data.tokens.encode import Encoder
 from trainer.objectives.base import Around, ObjectiveConfig, UnlabelledReading, formats_of
 
+WHOLE = (OverLength.truncate, OverLength.drop, OverLength.fail)
+"""What may become of answers that are too long where prompt and answer must not be parted."""
 REJECTED = "rejected"
 """Mark of a sequence: 1 for the answer that was not preferred."""
 
@@ -22,27 +22,29 @@ class PairReading(UnlabelledReading):
 
     formats = (DataFormat.preference,)
     sequences_per_document = 2
+    over_length = WHOLE
 
     def __init__(self, *, uses_reference: bool = False) -> None:
         self.marks = {REJECTED: 0, **({REFERENCE: 0.0} if uses_reference else {})}
 
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        if document.chosen and document.rejected:
+            return weight_refusal(document)
+        return WRONG_KIND, (
+            "has no preferred and rejected answer, which this objective compares; give rows of prompt, chosen and rejected "
+            "(data.format=preference), or use objective=sft"
+        )
+
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        usable = [document for document in documents if imitable(document, tally)]
-        for document in usable:
-            if not document.chosen or not document.rejected:
-                raise DataError(
-                    f"{document.where}: has no preferred and rejected answer, which this objective compares; give rows "
-                    "of prompt, chosen and rejected (data.format=preference), or use objective=sft"
-                )
-        for document, chosen, rejected in encoder.encode_pairs(usable):
+        for document, chosen, rejected in encoder.encode_pairs(documents):
             made = fitted_answers(encoder, document, [chosen, rejected], config, tally)
             for number, sample in enumerate(made):
                 sample.marks[REJECTED] = number
             yield document, made
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """A pair counts once, with its chosen answer."""
         return {"loss": 0 if sample.marks[REJECTED] else 1}
 
@@ -50,12 +52,21 @@ class PairReading(UnlabelledReading):
         return ["chosen:\n", "rejected:\n"]
 
 
+def weight_refusal(document: Document) -> tuple[str, str] | None:
+    """(reason, message) where a turn has a weight, which no loss over whole answers knows."""
+    weight = next((turn["weight"] for turn in document.turns() if "weight" in turn), None)
+    if weight is None:
+        return None
+    said = f"a turn has the weight {weight:g}, and this objective compares whole answers, whose tokens weigh alike"
+    return "bad_weight", f"{said}; name weight in data.ignore_columns to train without it, or use objective=sft"
+
+
 def pair_problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
     """What pairs of answers ask of the data, one line each."""
     data = around.data
     if data.packing:
         yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
-    if data.over_length in (OverLength.truncate_left, OverLength.split):
+    if data.over_length not in WHOLE:
         yield (
             f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
             "data.over_length=truncate or data.over_length=drop"

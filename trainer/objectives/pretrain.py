@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from strategies.errors import DataError
-from trainer.data.config import DataConfig, DataFormat, LearnConfig
-from trainer.data.document import Document, Tally
-from trainer.data.store.sequences import Sample
-from trainer.data.tokens.encode import Encoder
+from trainer.data.config import DataFormat, LearnConfig
+from trainer.data.document import WRONG_KIND, Document
 from trainer.objectives import sft
 from trainer.objectives.base import Around, formats_of
 
@@ -26,15 +23,13 @@ class TextReading(sft.SftReading):
 
     formats = (DataFormat.text,)
 
-    def sequences(
-        self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
-    ) -> Iterator[tuple[Document, list[Sample]]]:
-        if (other := next((d for d in documents if d.text is None), None)) is not None:
-            raise DataError(
-                f"{other.where}: is no plain text, which objective=pretrain learns; give rows of text or text files, or "
-                "use objective=sft"
-            )
-        yield from super().sequences(encoder, documents, config, tally)
+    def refuses(self, document: Document) -> tuple[str, str] | None:
+        if document.text is not None:
+            return super().refuses(document)
+        said = (
+            "is no plain text, which objective=pretrain learns; give rows of text or text files, or use objective=sft"
+        )
+        return WRONG_KIND, said
 
 
 def problems(config: PretrainConfig, around: Around) -> Iterator[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
-from trainer.data.document import Document, Refused, Tally
+from trainer.data.document import WRONG_KIND, Document, Refused, Tally
 from trainer.data.reading import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import kept
@@ -29,7 +29,8 @@ from trainer.data.tokens.template import Rendered
 from trainer.heads.loss import computes_loss, logits_loss
 from trainer.model.config import Kind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
-from trainer.objectives.causal import plain_model
+from trainer.objectives.causal import counted, counting_of, plain_model
+from trainer.objectives.pairs import WHOLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +54,7 @@ def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
         yield "data.packing=true: prompts and answers are rows of their own, padded; set data.packing=false"
     if data.layout is Layout.padding_free:
         yield "data.layout=padding_free: encoder-decoder models are trained with padded rows; set data.layout=auto"
-    if data.over_length in (OverLength.truncate_left, OverLength.split):
+    if data.over_length not in WHOLE:
         yield (
             f"data.over_length={data.over_length.value}: would part a prompt from its answer; set data.over_length=truncate, "
             "drop or fail"
@@ -83,6 +84,7 @@ def problems(config: Seq2seqConfig, around: Around) -> Iterator[str]:
 class TwoSidedReading(UnlabelledReading):
     """A prompt and its answer, tokenised apart."""
 
+    over_length = WHOLE
     formats = (
         DataFormat.prompt_completion,
         DataFormat.pair,
@@ -142,9 +144,11 @@ class SourceTargetEncoder(Encoder):
                 [Rendered(self.prefix + told, [], told != side[0]) for told, side in zip(asked, sides, strict=True)]
             )
             answers = self._texts([Rendered(answer, []) for _, answer, _ in sides])
-            for document, prompt, answer, (_, _, learned) in zip(batch, prompts, answers, sides, strict=True):
+            for document, prompt, answer, (_, _, weight) in zip(batch, prompts, answers, sides, strict=True):
                 supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
-                yield document, Sample(np.concatenate([prompt, answer]), supervised & learned)
+                weights = supervised.astype(np.float32) * np.float32(weight) if 0 < weight < 1 else None
+                sample = Sample(np.concatenate([prompt, answer]), supervised & (weight > 0), weights=weights)
+                yield document, sample
 
     def _texts(self, texts: list[Rendered]) -> Iterator[np.ndarray]:
         for encoding in self.encodings(texts)[0]:
@@ -169,22 +173,18 @@ class SourceTargetEncoder(Encoder):
             )
         if policy is not OverLength.truncate:
             raise AssertionError(f"the config layer refuses data.over_length={policy.value} here")
-        prompt = sample.input_ids[:cut]
-        if cut > max_source:
-            tail = min(len(self.closing), max_source - 1)
-            prompt = np.concatenate([prompt[: max_source - tail], prompt[cut - tail :]])
-        ids = np.concatenate([prompt, answer[:most]])
-        return [Sample(ids, (np.arange(len(ids)) >= len(prompt)) & sample.supervised.any())]
+        tail = min(len(self.closing), max_source - 1) if cut > max_source else 0
+        return [sample.cut(slice(min(cut, max_source) - tail), slice(cut - tail, cut), slice(cut, cut + most))]
 
 
-def source_and_target(document: Document) -> tuple[str, str, bool]:
-    """The prompt, the answer, and whether it is learned. Raises Refused for what has none.
+def source_and_target(document: Document) -> tuple[str, str, float]:
+    """The prompt, the answer, and its weight, 0 where it is not learned. Raises Refused for what has none.
 
     Of a conversation: an optional system turn, one user turn and one assistant turn; the prompt is the system turn, an
     empty line, and the user turn. The separator of prompt/completion rows is left out: the two sides stand apart.
     """
     if document.prompt is not None:
-        return document.prompt, document.completion or "", True
+        return document.prompt, document.completion or "", 1.0
     turns = [*(document.messages or []), *(document.chosen or [])]
     *system, user, assistant = turns if len(turns) > 1 else [{"role": ""}, {"role": ""}]
     roles = [turn["role"] for turn in turns]
@@ -192,17 +192,25 @@ def source_and_target(document: Document) -> tuple[str, str, bool]:
         what = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
         raise Refused(
             document.where,
-            "not_two_sided",
+            "not_two_sided" if turns else WRONG_KIND,
             f"{what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
-        raise DataError(
-            f"{document.where}: tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; "
-            "name them in data.ignore_columns to train without them, or use objective=sft with a causal model"
+        raise Refused(
+            document.where,
+            "not_two_sided",
+            "tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; name them in "
+            "data.ignore_columns to train without them, or use objective=sft with a causal model",
         )
     prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
-    return prompt, assistant["content"], bool(assistant.get("train", True))
+    if any("weight" in turn for turn in turns[:-1]):
+        said = (
+            "a turn before the answer has a weight, and objective=seq2seq learns the answer alone; leave the weight out"
+        )
+        raise Refused(document.where, "bad_weight", f"{said}, or name weight in data.ignore_columns")
+    weight = float(assistant.get("weight", assistant.get("train", True)))
+    return prompt, str(assistant["content"]), weight
 
 
 class TwoSidedCollator(Collator):
@@ -275,18 +283,18 @@ class Seq2seq(Objective):
             encoder_attention_mask=batch["attention_mask"],
             use_cache=False,
         ).last_hidden_state
-        rows = batch["target_rows"]
+        rows, counting = batch["target_rows"], counting_of(batch)
         hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
         if getattr(whole.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
             hidden = hidden * whole.config.d_model**-0.5
         bias = getattr(whole, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
         head = whole.get_output_embeddings()
         if computes_loss(head):
-            loss, correct = head(hidden, targets=targets, added_bias=None if bias is None else bias[0])
+            found = head(hidden, targets=targets, counting=counting, added_bias=None if bias is None else bias[0])
         else:  # an adapter on the head adds to logits, so the logits are needed
             logits = head(hidden)
-            loss, correct = logits_loss(logits if bias is None else logits + bias, targets)
-        return {"loss": loss, "accuracy": correct.detach()}
+            found = logits_loss(logits if bias is None else logits + bias, targets, counting)
+        return counted(batch, *found)
 
 
 SEQ2SEQ = Family(

@@ -16,7 +16,7 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.heads.divergence import Against, Divergence, Measure
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig, UnlabelledReading
-from trainer.objectives.causal import summed_loss, supervised_rows
+from trainer.objectives.causal import counted, summed_loss, supervised_rows
 from trainer.objectives.teacher import Teacher, teacher_of
 
 
@@ -76,9 +76,9 @@ class SftReading(UnlabelledReading):
         self.held = held
         self.marks = {REPLAY: 1} if held else {}
 
-    def counts(self, sample: Sample) -> dict[str, int]:
+    def counts(self, sample: Sample) -> dict[str, float]:
         """Supervised targets: a document's first token has none. Those of replayed documents are counted once more."""
-        learned = int(sample.supervised[1:].sum())
+        learned = sample.learned()
         return {"loss": learned, **({REPLAY: learned * int(sample.marks[REPLAY])} if REPLAY in sample.marks else {})}
 
     def check(self, train: TokenDataset) -> None:
@@ -109,14 +109,14 @@ class ReplayCollator(Collator):
 
 
 class Sft(Objective):
-    """Terms: `loss` (summed cross-entropy, carries the gradient) and `accuracy` (correct argmaxes, evaluation only)."""
+    """Terms: `loss` (summed cross-entropy, carries the gradient), its parts by source where there are several, and `accuracy`
+    (correct argmaxes, evaluation only)."""
 
     perplexity = True
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder on all tokens and the head on supervised rows only."""
-        loss, correct = summed_loss(model, batch)
-        return {"loss": loss, "accuracy": correct.detach()}
+        return counted(batch, *summed_loss(model, batch))
 
 
 class Replaying(Sft):
@@ -139,8 +139,8 @@ class Replaying(Sft):
         head, selected, targets = supervised_rows(model, batch)
         learned, replayed = batch["totals"]["loss"], batch["totals"][REPLAY]
         # The loop divides by all learned tokens; these turn that into a division by their own number.
-        per_replayed = learned / max(1, replayed)
-        per_other = 1.0 if self.config.replay_loss else learned / max(1, learned - replayed)
+        per_replayed = learned / (replayed or 1)
+        per_other = 1.0 if self.config.replay_loss else learned / ((learned - replayed) or 1)
         total, replayed_nll, apart, _, nll = head(
             selected,
             targets=targets,
@@ -153,6 +153,7 @@ class Replaying(Sft):
                 rows=batch["replay_rows"],
                 others=batch["other_rows"],
                 others_weight=per_other,
+                weights=batch.get("target_weights"),
             ),
         )
         nll = nll + replayed_nll if self.config.replay_loss else nll * per_other

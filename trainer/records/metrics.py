@@ -26,13 +26,15 @@ class StepRecord:
     total_tokens: int
     """Tokens since the start of the run."""
     total_supervised_tokens: int
-    counts: dict[str, int]
+    counts: dict[str, float]
     local_sums: dict[str, Tensor]
     result: StepResult
     local_tokens: int
     wait_s: float
     source_tokens: dict[str, int] = field(default_factory=dict)
     """See `StepBatch.source_tokens`."""
+    source_counts: dict[str, float] = field(default_factory=dict)
+    """See `StepBatch.source_counts`."""
     balance: float = 1.0
     """See `StepBatch.balance`."""
 
@@ -116,7 +118,7 @@ class Meter:
     def _row(self, r: StepRecord, sums: dict[str, float], wait: float, norm: float, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {
             "step": r.step,
-            "loss": sums["loss"] / max(1, r.counts["loss"]),
+            "loss": sums["loss"] / (r.counts["loss"] or 1),
             "grad_norm": norm,
             "lr": r.lr,
             "tokens": r.total_tokens,
@@ -129,7 +131,9 @@ class Meter:
             "balance": r.balance,
         }
         row |= {f"step_tokens/{name}": tokens for name, tokens in r.source_tokens.items()}
-        row |= {name: sums[name] / max(1, r.counts["loss"]) for name in self.metrics}
+        apart = {f"loss/{name}": count for name, count in r.source_counts.items() if count}
+        row |= {name: sums[name] / count for name, count in apart.items() if name in sums}
+        row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
         return row
 
 

@@ -40,7 +40,8 @@ class Collator:
         """Samples as one micro-batch on the CPU.
 
         Beside the rows: `target_rows` (int64, which flattened positions have a target), `row_sequence` (int64, whose each
-        of them is), `num_sequences`; `reference_logps` float32 `[S]` where they were recorded; what `add` adds.
+        of them is), `num_sequences`; `target_weights` (float32, what each of them counts for) where some weigh less than 1;
+        `reference_logps` float32 `[S]` where they were recorded; what `add` adds.
         """
         batch = self.rows(samples)
         # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
@@ -48,6 +49,10 @@ class Collator:
         learned = [int(np.count_nonzero(sample.supervised[1:])) for sample in samples]
         batch["row_sequence"] = torch.from_numpy(np.repeat(np.arange(len(samples)), learned))
         batch["num_sequences"] = len(samples)
+        weights = [sample.target_weights() for sample in samples]
+        if any(own is not None for own in weights):
+            found = [np.ones(n, np.float32) if own is None else own for n, own in zip(learned, weights, strict=True)]
+            batch["target_weights"] = torch.from_numpy(np.concatenate(found))
         if all(REFERENCE in sample.marks for sample in samples):
             batch["reference_logps"] = torch.tensor([s.marks[REFERENCE] for s in samples], dtype=torch.float32)
         self.add(batch, samples)

@@ -17,7 +17,7 @@ import torch
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.batches.order import Order
 from trainer.data.batches.prefetch import pinned, prefetched
-from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.data.store.sequences import Sample, TokenDataset, summed
 
 
 @dataclass(slots=True)
@@ -25,8 +25,9 @@ class StepBatch:
     """What one rank trains on in one optimizer step, and the sums over the whole global batch."""
 
     micro_batches: list[dict[str, Any]]
-    totals: dict[str, int]
-    """For each term of the objective, its count over the global batch, all ranks together."""
+    totals: dict[str, float]
+    """For each term of the objective, its count over the global batch, all ranks together; a sum of weights where the data
+    has some."""
     tokens: int
     """Tokens of the global batch."""
     local_tokens: int
@@ -41,6 +42,8 @@ class StepBatch:
     """Micro-batches looked at before the first backward pass; mostly none."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of the global batch by source, where the training data has several."""
+    source_counts: dict[str, float] = field(default_factory=dict)
+    """The count of `loss` by source, likewise."""
     balance: float = 1.0
     """Mean over the ranks' tokens as a share of the busiest rank's, micro-batch by micro-batch; 1 where none waits."""
 
@@ -144,8 +147,10 @@ class StepLoader:
         slots = self._slots(first_sample)
         part, everyone = self._part(slots, self.share.dp_rank), self._sequences(slots.ravel())
         mine = [doc for slot in part for doc in slot]
-        totals = {term: int(counts[everyone].sum()) for term, counts in self.dataset.counts.items()}
-        batches = [{**self._collated([self.dataset.sample(doc) for doc in slot]), "totals": totals} for slot in part]
+        totals = {term: summed(counts[everyone]) for term, counts in self.dataset.counts.items()}
+        batches = [
+            {**self._collated([self.dataset.sample(doc) for doc in slot], slot), "totals": totals} for slot in part
+        ]
         ahead: list[dict[str, Any]] = []
         if (look := self.ahead) is not None:
             ahead = [{**self._collated([look(self.dataset, doc) for doc in slot]), "ahead_of": True} for slot in part]
@@ -158,6 +163,7 @@ class StepLoader:
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.share.global_batch,
             source_tokens=self._source_tokens(everyone),
+            source_counts=self._source_counts(everyone),
             balance=self._balance(slots),
         )
 
@@ -167,8 +173,21 @@ class StepLoader:
         tokens = np.bincount(self.dataset.sources[sequences], self.dataset.lengths[sequences])
         return {name: int(tokens[n]) if n < len(tokens) else 0 for n, name in self.sources.items()}
 
-    def _collated(self, samples: list[Sample]) -> dict[str, Any]:
-        return pinned(self.collator(samples), self.device)
+    def _source_counts(self, sequences: np.ndarray) -> dict[str, float]:
+        if len(self.sources) < 2 or self.dataset.sources is None:
+            return {}
+        counts, sources = self.dataset.counts["loss"][sequences], self.dataset.sources[sequences]
+        return {name: summed(counts[sources == number]) for number, name in self.sources.items()}
+
+    def _collated(self, samples: list[Sample], numbers: list[int] | None = None) -> dict[str, Any]:
+        """Samples as a micro-batch; of the sequences `numbers`, with whose source each supervised row is: `row_source`
+        (int64, a place in `source_names`), where there are several."""
+        batch = self.collator(samples)
+        if numbers is not None and len(self.sources) > 1 and self.dataset.sources is not None:
+            places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[numbers])
+            batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[numbers]))
+            batch["source_names"] = [*self.sources.values()]
+        return pinned(batch, self.device)
 
     def _balance(self, slots: np.ndarray) -> float:
         """The share of all ranks' time that is work, if time goes with tokens and every micro-batch waits for all."""
@@ -262,7 +281,7 @@ def _evaluated(
 ) -> Iterator[dict[str, Any]]:
     """The batches of `eval_batches` on the host."""
     covered = share.sequences(dataset)
-    totals = {term: int(counts[covered].sum()) for term, counts in dataset.counts.items()}
+    totals = {term: summed(counts[covered]) for term, counts in dataset.counts.items()}
     for sequences in eval_plan(dataset, share):
         if ahead is not None and sequences:
             samples = [ahead(dataset, number) for number in sequences]

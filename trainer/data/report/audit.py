@@ -15,6 +15,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
+from trainer.data.store.sequences import summed
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
@@ -80,7 +81,8 @@ class Histogram(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class Split(_Strict):
-    """One split, lengths in tokens; `ends_supervised` counts the sequences whose end of turn is learned."""
+    """One split, lengths in tokens; `ends_supervised` counts the sequences whose end of turn is learned. `weighted_tokens` is
+    the sum of the supervised tokens' weights; null where each weighs 1."""
 
     documents: int
     sequences: int
@@ -96,6 +98,7 @@ class Split(_Strict):
     length_histogram: Histogram
     supervised_histogram: Histogram
     turns_histogram: Histogram | None
+    weighted_tokens: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,7 +185,8 @@ class PersonalData(_Strict):
 
 @dataclass(kw_only=True, slots=True)
 class DecodedSample(_Strict):
-    """A training sequence as text, in pieces {"text": text, "learned": whether it is learned}."""
+    """A training sequence as text, in pieces {"text": text, "learned": whether it is learned}; with the "weight" of those that
+    count for less than 1."""
 
     where: str
     label: str | None
@@ -267,6 +271,7 @@ def sizes(data: TokenDataset) -> dict[str, Any]:
     """Sizes and lengths of a split, counted from its arrays: the first fields of `Split`."""
     lengths = data.lengths
     tokens, supervised = int(lengths.sum()), int(data.num_supervised.sum())
+    weighing = supervised if data.weights is None else summed(data.counts["loss"])
     middle, most = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist() if len(data) else (0, 0)
     return {
         "documents": len(data) if data.documents is None else len(np.unique(data.documents)),
@@ -274,6 +279,7 @@ def sizes(data: TokenDataset) -> dict[str, Any]:
         "tokens": tokens,
         "supervised_tokens": supervised,
         "supervised_share": supervised / max(tokens, 1),
+        "weighted_tokens": None if weighing == supervised else weighing,
         "labelled": data.labels is not None,
         "length_p50": middle,
         "length_p90": most,

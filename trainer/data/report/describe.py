@@ -211,7 +211,7 @@ class Description:
                 form.DecodedSample(
                     where=document.where if document else "",
                     label=document.label if document else None,
-                    pieces=[{"text": text, "learned": learned} for text, learned in runs],
+                    pieces=[_piece(text, weight) for text, weight in runs],
                 )
             )
         return samples
@@ -232,6 +232,10 @@ def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
     unknown = {*first.dropped, *second.dropped} - {*FIRST_PASS, *SECOND_PASS}
     assert not unknown, f"stages without a place in the flow: {unknown}"
     return flow
+
+
+def _piece(text: str, weight: float) -> dict[str, Any]:
+    return {"text": text, "learned": weight > 0, **({"weight": weight} if 0 < weight < 1 else {})}
 
 
 def _words(value: Any, key: str) -> dict[str, Any]:

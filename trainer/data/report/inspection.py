@@ -105,6 +105,8 @@ def sample(
     shown = preview(data, tokenizer, width=width, index=index, colour=colour, max_lines=max_lines)
     decoded = Text.from_ansi(shown, no_wrap=True, overflow="fold")
     words = f"{split} {index} · {data.lengths[index]:,} tokens, {int(data.num_supervised[index]):,} learned"
+    if (weighing := data.sample(index).learned()) != data.num_supervised[index]:
+        words += f" (weighing {weighing:g})"
     if raw is not None:
         words += f" · {visible(raw['file'])}:{raw['line']}"
     if data.labels is not None:

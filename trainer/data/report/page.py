@@ -47,5 +47,7 @@ def runs(sample: DecodedSample, room: int = MOST_SAMPLE) -> list[tuple[Any, str]
             out.append((f"… {tail - head:,} characters …", "cut"))
         if last := text[max(tail - at, 0) :]:
             out.append((escape(visible(last)), kind))
+        if "weight" in piece and out[-1][1] == "learned":
+            out.append((f"*{piece['weight']:g}", "cut"))
         at += len(text)
     return out

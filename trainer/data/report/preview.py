@@ -44,17 +44,18 @@ def preview(
     return "\n".join(parts)
 
 
-def render(runs: list[tuple[str, bool]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
-    """Text of `pieces`, the learned part in green on a terminal, else between ⟦ and ⟧.
+def render(runs: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
+    """Text of `pieces`, the learned part in green on a terminal, else between ⟦ and ⟧; after it its weight, if not 1.
 
     `width` is the longest line in characters; of a long document the middle is left out.
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     cells: list[tuple[str, bool]] = []
-    for text, learned in runs:
-        marked = f"⟦{text}⟧" if learned and not colour else text
-        cells += [(character, learned) for character in marked]
+    for text, weight in runs:
+        marked = f"⟦{text}⟧" if weight and not colour else text
+        marked += f"*{weight:g}" if 0 < weight < 1 else ""
+        cells += [(character, weight > 0) for character in marked]
     lines = _wrap(cells, max(width, 1))
     if len(lines) > max_lines:
         head, left_out = max_lines - max_lines // 2, len(lines) - max_lines
@@ -63,19 +64,18 @@ def render(runs: list[tuple[str, bool]], *, width: int, colour: bool | None = No
     return "\n".join(_paint(line) if colour else "".join(c for c, _ in line) for line in lines)
 
 
-def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
-    """The decoded text of a sample in runs of tokens that are all supervised (True) or all context (False).
+def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
+    """The decoded text of a sample in runs of tokens that are all context (0) or all learned, with the same weight.
 
     Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
     """
-    edges = np.flatnonzero(np.diff(sample.supervised.astype(np.int8))) + 1
-    learned = bool(len(sample.supervised)) and bool(sample.supervised[0])
+    weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
+    edges = np.flatnonzero(np.diff(weights)) + 1
     out = []
-    for ids in np.split(sample.input_ids, edges):
+    for ids, weighing in zip(np.split(sample.input_ids, edges), np.split(weights, edges), strict=True):
         part = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         visible = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in part)  # no escape codes
-        out.append((visible, learned))
-        learned = not learned
+        out.append((visible, float(f"{weighing[0]:.6g}") if len(weighing) else 0.0))
     return out
 
 
@@ -121,8 +121,9 @@ def summary(report: dict[str, Any]) -> str:
         )
         if not part["labelled"]:
             lines.append(
-                f"  supervised: {part['supervised_tokens']:,} tokens ({part['supervised_share']:.1%}); end of turn "
-                f"supervised in {part['ends_supervised']:,} of {part['sequences']:,} sequences; doubled BOS 0"
+                f"  supervised: {part['supervised_tokens']:,} tokens ({part['supervised_share']:.1%})"
+                f"{_weighing(part)}; end of turn supervised in "
+                f"{part['ends_supervised']:,} of {part['sequences']:,} sequences; doubled BOS 0"
             )
     for stage in report.get("flow", ()):
         mode = report.get("privacy", {}).get("mode") if stage["stage"] == "privacy" else None
@@ -150,6 +151,11 @@ def summary(report: dict[str, Any]) -> str:
             f"columns of {visible(source)} that nobody read: {visible(', '.join(names))} (data.ignore_columns says it is meant)"
         )
     return "\n".join(lines)
+
+
+def _weighing(part: dict[str, Any]) -> str:
+    weight = part.get("weighted_tokens")
+    return "" if weight is None else f", weighing {weight:,.10g}"
 
 
 def _leakage(report: dict[str, Any]) -> list[str]:

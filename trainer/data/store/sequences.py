@@ -3,10 +3,11 @@
 A store holds every tokenised sequence once, in the order of the input:
 tokens.bin      int32, all sequences one after another
 supervised.bin  uint8, the same length; 1 where the token is a training target
+weights.bin     float32, the same length, only where some target weighs less than 1: what each token counts for in the loss
 offsets.npy     int64 [S + 1], where each sequence begins
-columns.npz     int64 [S] each: `supervised` (targets), `term.<name>` (counts of the objective), `mark.<name>` (what else the
-                objective must know of a sequence, such as its label), `document` (row of documents.arrow), `source` (its
-                number), `ended` (1 where the last target is an end token)
+columns.npz     int64 [S] each: `supervised` (targets), `term.<name>` (counts of the objective; float64 sums of weights where
+                there are some), `mark.<name>` (what else the objective must know of a sequence, such as its label),
+                `document` (row of documents.arrow), `source` (its number), `ended` (1 where the last target is an end token)
 A split is a directory inside it with `index.npy` (int64 [N]: which sequences, in order, repeats allowed) and its
 manifest. A directory with both is a store read whole.
 """
@@ -14,6 +15,7 @@ manifest. A directory with both is a store read whole.
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +27,9 @@ import numpy as np
 
 from strategies.errors import DataError, StorageError
 
+WEIGHTS = "weights.bin"
+CHUNK = 1 << 22
+"""Tokens whose weights are written at a time."""
 TERM_PREFIX, MARK_PREFIX = "term.", "mark."
 LABEL, REPLAY, REFERENCE = "label", "replay", "reference"
 """Marks that preparation itself knows of: the number of a labelled text's label, whether a source is marked `replay`; and the
@@ -41,6 +46,25 @@ class Sample:
     """bool [n]: token i is a training target. Position 0 never counts, since nothing predicts it."""
     marks: dict[str, float] = field(default_factory=dict)
     """What else the objective must know of it, by name: whole numbers where they come from the prepared data."""
+    weights: np.ndarray | None = None
+    """float32 [n], above 0 where a token is a target: what it counts for in the loss. None: each target counts as 1."""
+
+    def target_weights(self) -> np.ndarray | None:
+        """float32 [targets]; None where each is 1."""
+        found = None if self.weights is None else self.weights[1:][self.supervised[1:]]
+        return None if found is None or (found == 1).all() else found
+
+    def learned(self) -> float:
+        """The targets, as they are counted for the loss: their number, or the sum of their weights where they have some."""
+        weights = self.target_weights()
+        return int(self.supervised[1:].sum()) if weights is None else math.fsum(weights.tolist())
+
+    def cut(self, *parts: slice) -> Sample:
+        """The tokens of these parts, one after another."""
+        ids, supervised = (np.concatenate([row[part] for part in parts]) for row in (self.input_ids, self.supervised))
+        supervised[:1] = False
+        weights = None if self.weights is None else np.concatenate([self.weights[part] for part in parts])
+        return Sample(ids, supervised, dict(self.marks), weights)
 
     def answer_begin(self) -> int:
         """Where the first token is learned; the end of the sequence where none is (a filler)."""
@@ -61,6 +85,8 @@ class TokenDataset:
             columns = {name: table[name] for name in table.files}
         self.tokens = _map(store / "tokens.bin", np.int32, int(offsets[-1]))
         self.supervised = _map(store / "supervised.bin", np.uint8, int(offsets[-1]))
+        there = (store / WEIGHTS).exists()
+        self.weights = _map(store / WEIGHTS, np.float32, int(offsets[-1])) if there else None
         index = np.load(directory / "index.npy") if is_split else np.arange(len(offsets) - 1)
         self.starts: np.ndarray = offsets[:-1][index]
         """int64 [N]: where each sequence begins in `tokens`."""
@@ -72,6 +98,7 @@ class TokenDataset:
             for name, column in columns.items()
             if name.startswith(TERM_PREFIX)
         }
+        """[N] each, by term: int64, or float64 where they are sums of weights."""
         self.marks: dict[str, np.ndarray] = {
             name.removeprefix(MARK_PREFIX): column[index]
             for name, column in columns.items()
@@ -115,7 +142,8 @@ class TokenDataset:
         begin = int(self.starts[index])
         end = begin + int(self.lengths[index])
         marks = {name: column[index].item() for name, column in self.marks.items()}
-        return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), marks)
+        weights = None if self.weights is None else self.weights[begin:end]
+        return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), marks, weights)
 
     def attach(self, name: str, column: np.ndarray) -> None:
         """Give every sequence a further mark, float32 [N], that was computed since the data was prepared."""
@@ -126,6 +154,11 @@ class TokenDataset:
     def labels(self) -> np.ndarray | None:
         """int64 [N]: number of each sequence's label; None where the data has none."""
         return self.marks.get(LABEL)
+
+
+def summed(counts: np.ndarray) -> float:
+    """The sum of counts. That of weights is rounded once, so that it is the same in any order."""
+    return int(counts.sum()) if counts.dtype.kind == "i" else math.fsum(counts.tolist())
 
 
 def _map(path: Path, dtype: type, count: int) -> np.ndarray:
@@ -146,17 +179,23 @@ class Sequences:
     lengths: np.ndarray
     """int64 [s]."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """int64 [s] each, as in `columns.npz`."""
+    """int64 [s] each (counts may be float64), as in `columns.npz`."""
+    weights: np.ndarray | None = None
+    """float32 [T]; None where each target weighs 1."""
 
     @classmethod
-    def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, int]]) -> Sequences:
+    def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, float]]) -> Sequences:
         """Samples, one after another, with the counts of the objective; the first token of none is a target."""
         for sample in samples:
             sample.supervised[:1] = False
-        terms: dict[str, np.ndarray] = {}
+        counted: dict[str, list[float]] = {}
         for number, sample in enumerate(samples):
             for term, count in counts(sample).items():
-                terms.setdefault(TERM_PREFIX + term, np.zeros(len(samples), np.int64))[number] = count
+                counted.setdefault(TERM_PREFIX + term, [0] * len(samples))[number] = count
+        terms = {
+            term: np.array(column, np.int64 if all(isinstance(count, int) for count in column) else np.float64)
+            for term, column in counted.items()
+        }
         for name in {name for sample in samples for name in sample.marks}:
             if any(name not in sample.marks for sample in samples):
                 raise ValueError(f"some samples have a {name} and some have none")
@@ -166,7 +205,16 @@ class Sequences:
             supervised=_joined([sample.supervised for sample in samples], np.uint8),
             lengths=np.array([len(sample.input_ids) for sample in samples], np.int64),
             columns={"supervised": np.array([int(s.supervised.sum()) for s in samples], np.int64), **terms},
+            weights=_weights(samples),
         )
+
+
+def _weights(samples: list[Sample]) -> np.ndarray | None:
+    """float32 [T]: 0 where a token is no target; None where each target weighs 1."""
+    if all(sample.target_weights() is None for sample in samples):
+        return None
+    rows = [sample.supervised * (1 if sample.weights is None else sample.weights) for sample in samples]
+    return _joined(rows, np.float32)
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -179,17 +227,19 @@ class StoreWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.lengths = array("q")
-        self.columns: dict[str, array[int]] = {}
+        self.columns: dict[str, array[int] | array[float]] = {}
         self._tokens: IO[bytes] = (directory / "tokens.bin").open("wb")
         self._mask: IO[bytes] = (directory / "supervised.bin").open("wb")
+        self._weights: IO[bytes] | None = None
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            self._tokens.close()
-            self._mask.close()
+            for file in (self._tokens, self._mask, self._weights):
+                if file is not None:
+                    file.close()
         except OSError as failure:
             if error is None:
                 raise storage_error(self.directory, failure) from failure
@@ -200,17 +250,35 @@ class StoreWriter:
         try:
             self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
             self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
+            self._weigh(sequences)
         except OSError as error:
             raise storage_error(self.directory, error) from error
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, values in sequences.columns.items():
             column = self.columns.setdefault(name, array("q", bytes(8 * before)))
-            column.frombytes(bytes(8 * (before - len(column))) + values.astype(np.int64).tobytes())
+            if values.dtype.kind == "f" and column.typecode == "q":
+                column = self.columns[name] = array("d", column)
+            kind = np.int64 if column.typecode == "q" else np.float64
+            column.frombytes(bytes(8 * (before - len(column))) + values.astype(kind).tobytes())
+
+    def _weigh(self, sequences: Sequences) -> None:
+        """Write the weights of a block: from the first that has some on, and those of all before it, which weigh 1."""
+        if self._weights is None:
+            if sequences.weights is None:
+                return
+            self._mask.flush()
+            self._weights = (self.directory / WEIGHTS).open("wb")
+            before = int(sum(self.lengths))
+            mask = np.memmap(self._mask.name, np.uint8, "r")[:before] if before else np.zeros(0, np.uint8)
+            for start in range(0, before, CHUNK):
+                self._weights.write(mask[start : start + CHUNK].astype(np.float32).tobytes())
+        weights = sequences.supervised if sequences.weights is None else sequences.weights
+        self._weights.write(weights.astype(np.float32).tobytes())
 
     def column(self, name: str) -> np.ndarray:
-        """int64 [S] of what was appended so far; zeros where no block had it."""
-        made = np.frombuffer(self.columns.get(name, array("q")), dtype=np.int64)
-        return np.concatenate([made, np.zeros(len(self.lengths) - len(made), np.int64)])
+        """int64 or float64 [S] of what was appended so far; zeros where no block had it."""
+        made = np.array(self.columns.get(name, array("q")))
+        return np.concatenate([made, np.zeros(len(self.lengths) - len(made), made.dtype)])
 
     def finish(self, **replaced: np.ndarray) -> None:
         """Write the tables; `replaced` columns (int64 [S]) take the place of those appended."""
@@ -219,6 +287,8 @@ class StoreWriter:
         try:
             self._tokens.flush()
             self._mask.flush()
+            if self._weights is not None:
+                self._weights.flush()
             np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
             np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]
         except OSError as error:
@@ -235,7 +305,7 @@ def storage_error(directory: Path, error: OSError) -> StorageError:
 def write(
     directory: Path,
     samples: Iterable[Sample],
-    counts: Callable[[Sample], dict[str, int]],
+    counts: Callable[[Sample], dict[str, float]],
     manifest: dict[str, Any],
 ) -> None:
     """Write samples as a store of their own into `directory`, which must not exist. Raises StorageError."""

@@ -44,11 +44,8 @@ def fitted_answers(
 
     None, with a reason counted, where one of them has nothing left to learn, or both are the same.
     """
-    limit, policy = config.max_length, config.over_length
-    if len(answers) == 2:
-        made = fit_pair(document, answers[0], answers[1], limit, policy)
-    else:
-        made = fit(encoder, document, answers[0], limit, policy)
+    limit = config.max_length
+    made = fit_answers(document, answers, limit, config.over_length)
     if not made:
         tally.drop("tokenise", "too_long", document.where)
         return []
@@ -101,23 +98,22 @@ def fit(
     return [truncate(sample, max_length, encoder.tail(document))]
 
 
-def fit_pair(
-    document: Document, chosen: Sample, rejected: Sample, max_length: int, policy: OverLength
-) -> list[Sample] | None:
-    """The two answers of a pair, both cut to their first `max_length` tokens where `policy` says so; None: drop them.
+def fit_answers(document: Document, answers: list[Sample], max_length: int, policy: OverLength) -> list[Sample] | None:
+    """The one or two answers of a document, cut to their first `max_length` tokens where `policy` says so; None: drop them.
 
-    Raises DataError where the policy is `fail`. The other ways to cut would part what the two have in common.
+    Raises DataError where the policy is `fail`. The other ways to cut would part an answer from its prompt, or what two have
+    in common.
     """
-    length = max(len(chosen.input_ids), len(rejected.input_ids))
+    length = max(len(sample.input_ids) for sample in answers)
     if length <= max_length:
-        return [chosen, rejected]
+        return answers
     if policy is OverLength.drop:
         return None
     if policy is OverLength.fail:
         raise _too_long(document, length, max_length, "truncate or drop")
     if policy is not OverLength.truncate:
-        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for pairs")
-    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in (chosen, rejected)]
+        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for answers")
+    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in answers]
 
 
 def _too_long(document: Document, length: int, max_length: int, others: str) -> DataError:
@@ -131,10 +127,7 @@ def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
     """The last `max_length` tokens, of which the first `head` are the sample's own first ones, as far as they fit."""
     head = min(head, max_length - 1)
     begin = len(sample.input_ids) - (max_length - head)
-    ids = np.concatenate([sample.input_ids[:head], sample.input_ids[begin:]])
-    supervised = np.concatenate([sample.supervised[:head], sample.supervised[begin:]])
-    supervised[:1] = False
-    return Sample(ids, supervised, dict(sample.marks))
+    return sample.cut(slice(head), slice(begin, None))
 
 
 def _keep_end(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
@@ -227,17 +220,11 @@ def _pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
     room = max_length - bos
     if room < 2:
         return [truncate(sample, max_length, 0)]
-    body, supervised = sample.input_ids[bos:], sample.supervised[bos:]
-    cuts = list(range(0, len(body), room))
-    if len(body) - cuts[-1] == 1:  # EOS alone would teach that texts are empty
+    length = len(sample.input_ids)
+    cuts = list(range(bos, length, room))
+    if length - cuts[-1] == 1:  # EOS alone would teach that texts are empty
         cuts[-1] -= 1
-    samples = []
-    for begin, end in zip(cuts, [*cuts[1:], len(body)], strict=True):
-        ids = np.concatenate([sample.input_ids[:bos], body[begin:end]])
-        learned = np.concatenate([np.zeros(bos, np.bool_), supervised[begin:end]])
-        learned[:1] = False
-        samples.append(Sample(ids, learned))
-    return samples
+    return [sample.cut(slice(bos), slice(begin, end)) for begin, end in zip(cuts, [*cuts[1:], length], strict=True)]
 
 
 def _has_bos(encoder: Encoder, sample: Sample) -> int:

@@ -18,7 +18,7 @@ from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.control import MARK, Control
-from trainer.data.tokens.learned import learned_tokens
+from trainer.data.tokens.learned import learned_tokens, span_weights
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Encoder:
         meant = list(rendered)
         for number, text in enumerate(rendered):
             if text.apart:
-                meant[number] = Rendered(*self.control.told(text.text, text.spans))
+                meant[number] = Rendered(*self.control.told(text.text, text.spans), weights=text.weights)
                 encodings[number] = self.control.backend.encode(meant[number].text, add_special_tokens=False)
         return encodings, meant
 
@@ -196,6 +196,9 @@ class Encoder:
             self._plain(document) if messages is None else next(found)
             for messages, (document, _) in zip(chats, batch, strict=True)
         ]
+        for text, messages, (document, _) in zip(rendered, chats, batch, strict=True):
+            if messages is not None and template is not None and any("weight" in message for message in messages):
+                text.weights = span_weights(template.learned(messages), messages, text, document.where)
         for text, messages, (document, _) in zip(rendered, apart, batch, strict=True):
             if messages is not None and template is not None:
                 text.apart = True
@@ -237,7 +240,9 @@ class Encoder:
             for document, encoding, text in zip(documents, encodings, rendered, strict=True)
         ]
 
-    def _sample(self, document: Document, input_ids: np.ndarray, supervised: np.ndarray) -> Sample:
+    def _sample(
+        self, document: Document, input_ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
+    ) -> Sample:
         marks: dict[str, float] = {}
         if document.label is not None:
             marks[LABEL] = self._label(document)
@@ -258,7 +263,7 @@ class Encoder:
                 "template in model.chat_template",
             )
         supervised[:1] = False
-        return Sample(input_ids, supervised, marks)
+        return Sample(input_ids, supervised, marks, weights)
 
     def _label(self, document: Document) -> int:
         if document.label not in self.label_ids:
@@ -305,6 +310,4 @@ def _affix(
 
 def truncate(sample: Sample, max_length: int, tail: int) -> Sample:
     """The first `max_length` tokens, of which the last `tail` are the sample's own last ones."""
-    keep, end = max_length - tail, len(sample.input_ids) - tail
-    ids = np.concatenate([sample.input_ids[:keep], sample.input_ids[end:]])
-    return Sample(ids, np.concatenate([sample.supervised[:keep], sample.supervised[end:]]), dict(sample.marks))
+    return sample.cut(slice(max_length - tail), slice(len(sample.input_ids) - tail, None))

@@ -6,21 +6,49 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.data.document import Message, Refused
 from trainer.data.tokens.template import Rendered
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 
-def learned_tokens(encoding: Encoding, rendered: Rendered, *, fast: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a text, and which of its tokens are learned."""
+def learned_tokens(
+    encoding: Encoding, rendered: Rendered, *, fast: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids of a text, which of its tokens are learned, and where spans have weights those of their tokens."""
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
+    weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
     if rendered.spans and len(input_ids):
-        runs = _runs(encoding, rendered.spans, len(rendered.text)) if fast else None
-        for first, last in _runs_by_offsets(encoding, rendered.spans) if runs is None else runs:
+        for first, last in _found(encoding, rendered, rendered.spans, fast=fast):
             supervised[first : last + 1] = True
-    return input_ids, supervised
+        for span, weight in zip(rendered.spans, rendered.weights or (), strict=False):
+            assert weights is not None
+            for first, last in _found(encoding, rendered, [span], fast=fast):
+                weights[first : last + 1] = weight
+    return input_ids, supervised, weights
+
+
+def span_weights(learned: list[int], messages: list[Message], rendered: Rendered, where: str) -> list[float] | None:
+    """The weight of each span of a rendered conversation, whose turns `learned` are learned; None where each is 1."""
+    weights = [messages[number].get("weight", 1.0) for number in learned]
+    if all(weight == 1 for weight in weights):
+        return None
+    if len(rendered.spans) != len(weights):
+        said = (
+            f"the chat template has {len(rendered.spans)} {{% generation %}} blocks for {len(weights)} turns with weights "
+            "of their own; give another in model.chat_template, or leave the weights out with data.ignore_columns=[weight]"
+        )
+        raise Refused(where, "refused_by_template", said)
+    return weights
+
+
+def _found(
+    encoding: Encoding, rendered: Rendered, spans: list[tuple[int, int]], *, fast: bool
+) -> list[tuple[int, int]]:
+    runs = _runs(encoding, spans, len(rendered.text)) if fast else None
+    return _runs_by_offsets(encoding, spans) if runs is None else runs
 
 
 def _runs_by_offsets(encoding: Encoding, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -7,8 +7,10 @@ learned turn shows its marks once, in order.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from strategies.errors import DataError
@@ -95,15 +97,26 @@ class Marker:
         return turns if begin is None and thought is None and len(turns) == len(learned) else None
 
     def _widen(self, messages: list[Message], learned: list[int], text: str, turns: list[_Turn]) -> None:
-        """A template may trim some turns only: where it keeps the outer whitespace of one, that is learned too."""
+        """A template may trim some turns only, or line ends only: what it keeps of the outer whitespace of one is learned too."""
         for number, index in enumerate(learned):
             content = messages[index]["content"]
-            if content != content.strip():
+            before = len(content) - len(content.lstrip())
+            after = before + len(content.strip())
+
+            def found(first: int, last: int, number: int = number, index: int = index) -> bool:
                 marks: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
-                marks[index] = mark_whole
+                marks[index] = partial(mark_between, first=first, last=last)
                 wider = self._marked(messages, learned, text, marks)
                 if wider is not None:
                     turns[number] = wider[number]
+                return wider is not None
+
+            if content == content.strip() or found(0, len(content)):
+                continue
+            # What is trimmed is a beginning or an end: a mark within it keeps it from being trimmed, and the text differs.
+            first = bisect_left(range(before), True, key=lambda at: found(at, after))
+            last = len(content)
+            last -= bisect_left(range(last - after), True, key=lambda rest: found(first, last - rest))
 
     def _begin(
         self, messages: list[Message], learned: list[int], text: str, number: int, turn: _Turn, where: str
@@ -131,6 +144,11 @@ def mark_whole(content: str) -> str:
     return f"{BEGIN}{content}{END}"
 
 
+def mark_between(content: str, first: int, last: int) -> str:
+    """Marks around a part."""
+    return f"{content[:first]}{BEGIN}{content[first:last]}{END}{content[last:]}"
+
+
 def mark_trimmed(content: str) -> str:
     """Marks inside the outer whitespace, so that the template still trims it, if it trims."""
     core = content.strip()
@@ -143,5 +161,9 @@ def mark_thought(content: str) -> str:
     match = _THOUGHT.fullmatch(content)
     if match is None:
         return mark_trimmed(content)
-    answer = mark_trimmed(match.group(3)) if match.group(3).strip() else ""
-    return f"{match.group(1) or ''}{THOUGHT}{match.group(2)}{answer}"
+    return f"{match.group(1) or ''}{THOUGHT}{match.group(2)}{mark_trimmed(match.group(3))}"
+
+
+def mark_thought_alone(content: str) -> str:
+    """The same without marks around a blank answer, which templates may ask for beside calls."""
+    return mark_thought(content).removesuffix(BEGIN + END)

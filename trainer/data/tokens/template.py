@@ -36,12 +36,14 @@ Job = tuple[list[Message], list[int], str, Chat | None]
 class Rendered:
     """A conversation as text, and the [begin, end) character spans of it that are learned, ascending.
 
-    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/control.py`.
+    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/control.py`. `weights`: what each span
+    counts for in the loss; None where all count as 1.
     """
 
     text: str
     spans: list[tuple[int, int]]
     apart: bool = False
+    weights: list[float] | None = None
 
 
 class ChatTemplate:
@@ -312,4 +314,4 @@ def _leading(tokens: Any) -> re.Pattern[str]:
 
 
 def _bare(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "train"}
+    return {key: value for key, value in message.items() if key not in ("train", "weight")}

@@ -18,7 +18,7 @@ from typing import Any
 from trainer.data.config import Reasoning
 from trainer.data.document import Message, Refused
 from trainer.data.tokens.dialect import CALL, EDGE, Apply, Dialect, in_dialect, probed
-from trainer.data.tokens.marking import BEGIN, END, THOUGHT, mark_thought, mark_trimmed, mark_whole
+from trainer.data.tokens.marking import BEGIN, END, THOUGHT, mark_thought, mark_thought_alone, mark_trimmed, mark_whole
 from trainer.data.tokens.skeleton import RESERVED
 from trainer.data.tools import with_texts
 
@@ -131,7 +131,7 @@ class Turnwise:
     def _turn(self, chat: Chat, index: int, text: str, *, final: bool) -> tuple[int, int, int]:
         """Where a learned turn begins and where its last own text ends; and the end of what may close it."""
         message = chat.messages[index]
-        for mark in (mark_whole, mark_trimmed, mark_thought):
+        for mark in (mark_whole, mark_trimmed, mark_thought_alone, mark_thought):
             for level in range(3 if "tool_calls" in message else 1):
                 found = self._marks(chat, index, text, mark, level)
                 if found is None or [kind for kind, _ in found if kind in (BEGIN, END)] not in ([], [BEGIN, END]):

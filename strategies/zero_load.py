@@ -1,0 +1,62 @@
+"""Initial values under ZeRO-3, where each rank holds a part of every parameter and reads no more than that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from strategies.base import ParameterSource
+from strategies.parameters import named_parameters
+from strategies.runtime import Runtime
+
+
+def load_partitioned(
+    step_module: nn.Module,
+    source: ParameterSource,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    runtime: Runtime,
+    *,
+    to_drive: bool,
+) -> None:
+    """Block by block: allocate, let `zero.Init` partition, and read what this rank holds. All ranks must call.
+
+    What moves to a drive while it is partitioned (`to_drive`) is filled before, on rank 0, and broadcast. `settings` are
+    DeepSpeed's, `dtype` is the type of the run.
+    """
+    import deepspeed
+
+    names = {id(p): name for name, p in named_parameters(step_module, teacher=True)}
+    for module in [*step_module.shard_units(), step_module]:  # type: ignore[operator]
+        fresh: dict[int, str] = {}
+        owners = [(o, key, p) for o in module.modules() for key, p in o._parameters.items() if p is not None]
+        made: dict[int, nn.Parameter] = {}
+        for owner, key, p in owners:
+            if not p.is_meta or hasattr(p, "ds_id"):
+                continue
+            if id(p) not in made:
+                whole = nn.Parameter(torch.empty_like(p.data, device=runtime.device), p.requires_grad)
+                made[id(p)], fresh[id(p)] = whole, names[id(p)]
+                if to_drive and runtime.is_main:
+                    whole.data.view(-1).copy_(source.run(names[id(p)], p.shape, 0, p.numel()))
+            owner._parameters[key] = made[id(p)]
+        if made:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+        for key, parameter in made.items() if not to_drive else ():
+            _fill(parameter, fresh[key], source, runtime.rank)
+    for owner in step_module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(runtime.device)
+
+
+@torch.no_grad()
+def _fill(parameter: Any, name: str, source: ParameterSource, rank: int) -> None:
+    """Read this rank's part of a partitioned parameter; the last part may end in padding."""
+    part = parameter.ds_tensor
+    start = part.ds_numel * rank
+    stop = min(start + part.ds_numel, parameter.ds_numel)
+    if start < stop:
+        part.data.view(-1)[: stop - start].copy_(source.run(name, parameter.ds_shape, start, stop))
