@@ -91,7 +91,7 @@ def pack_many(count: int) -> dict[str, float]:
     sys.path.insert(0, str(HERE.parent))
     import numpy as np
 
-    from trainer.data.batches.pack import best_fit_decreasing
+    from trainer.data.batches.mixing import best_fit_decreasing
 
     drawn = np.random.default_rng(1).lognormal(4.8, 0.55, count)
     lengths = np.clip(drawn, 8, LENGTH).astype(np.int64)

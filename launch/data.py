@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.data.report.located import Entry
+    from trainer.data.report.inspection import Entry
 
 WORDS = ("inspect",)
 MOST_ROWS = 1000
@@ -91,7 +91,7 @@ def show(options: argparse.Namespace) -> int:
     from rich.text import Text
 
     from trainer.data.report import inspection
-    from trainer.data.report.located import load_tokenizer, locate
+    from trainer.data.report.inspection import load_tokenizer, locate
 
     prepared = locate(options.directory)
     split = options.split or prepared.asked or next(iter(prepared.splits))
@@ -121,7 +121,7 @@ def show(options: argparse.Namespace) -> int:
 
 def _chosen(prepared: Entry, split: str, options: argparse.Namespace) -> tuple[list[int], int | None]:
     """The sequences to decode; and for --find how many there are in all."""
-    from trainer.data.report.located import find
+    from trainer.data.report.inspection import find
 
     data = prepared.split(split)
     if options.rows is not None:

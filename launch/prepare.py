@@ -70,7 +70,7 @@ def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
 
 def _shard(argv: list[str]) -> tuple[list[str], tuple[int, int] | None]:
     """The words without `--shard i/n` (or `--shard=i/n`), and its numbers. Raises ConfigError."""
-    from trainer.data.shards import parse_shard
+    from trainer.data.cache import parse_shard
 
     words, shard = [], None
     rest = iter(argv)

@@ -15,7 +15,7 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import Share, StepLoader
-from trainer.data.batches.units import build_order
+from trainer.data.batches.mixing import build_order
 from trainer.data.config import Layout
 from trainer.data.prepare import Preparation, Prepared
 from trainer.heads.loss import fuse_head

@@ -10,7 +10,7 @@ from strategies.memory import Pass, estimate
 from strategies.parameters import element_counts, meta_context, named_parameters
 from trainer.build import build_model, prepare_data, workload
 from trainer.config.run import RunConfig
-from trainer.data.batches.units import build_order
+from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
 from trainer.loop import steps_from_budget

@@ -11,7 +11,7 @@ def main() -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from trainer.data.batches.pack import best_fit_decreasing
+    from trainer.data.batches.mixing import best_fit_decreasing
     from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig, PrivacyConfig, PrivacyMode
     from trainer.data.prepare import Preparation
     from trainer.objectives.sft import SftReading

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from trainer.data.document import Rejected
 from trainer.data.fields import Fault
-from trainer.data.read import Row
+from trainer.data.read.row import Row
 
 GOOD = b'{"text": "a"}\n'
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 4

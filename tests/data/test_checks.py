@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.config import ChecksConfig, Policy
+from trainer.data.config import ChecksConfig
 from trainer.data.document import Document, Tally
-from trainer.data.stages.checks import KINDS, Checks
+from trainer.data.stages.checks import KINDS, REPEATED, Checks, problems
 
 LONG = "a sentence that is long enough to count as said twice"
 SENTENCES = [
@@ -42,7 +42,7 @@ def turns(roles):
 
 
 def verdicts(document, **config):
-    return Checks(ChecksConfig(**config)).verdicts(document)
+    return list(Checks(ChecksConfig(**config))._found(document))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,10 @@ def test_repeated_turns():
     echoed = chat(("user", LONG), ("assistant", LONG))
     short = chat(("user", "yes"), ("assistant", "a"), ("user", "yes"), ("assistant", "a"))
     assert verdicts(repeated) == ["repeated_turn"]
-    assert verdicts(echoed) == verdicts(short) == verdicts(repeated, repeat_chars=len(LONG) + 1) == []
-    assert verdicts(short, repeat_chars=0) == ["repeated_turn"]
+    assert verdicts(echoed) == verdicts(short) == []
+    for length, found in ((REPEATED, ["repeated_turn"]), (REPEATED - 1, [])):
+        said = "a" * length
+        assert verdicts(chat(("user", said), ("assistant", "a"), ("user", said), ("assistant", "b"))) == found
 
 
 def test_texts_of_every_kind_of_document_are_looked_at():
@@ -140,7 +142,7 @@ def test_policies_count_or_quarantine_under_the_first_reason():
     assert Checks(ChecksConfig())(document, kept) is document
     assert kept.noted == {"checks": {"same_role_twice": 1, "trailing_turns": 1}} and not kept.dropped
     assert kept.examples["checks/same_role_twice"] == ["f.jsonl:7 (turn 2)"]
-    strict = ChecksConfig(trailing_turns=Policy.quarantine, encoding_damage=Policy.quarantine)
+    strict = ChecksConfig(quarantine=["trailing_turns", "encoding_damage"])
     assert Checks(strict)(document, dropped) is None
     assert dropped.dropped == {"checks": {"trailing_turns": 1}} and not dropped.noted
     assert dropped.examples == {"checks/trailing_turns": ["f.jsonl:7 (turn 5)"]}
@@ -151,7 +153,7 @@ def test_policies_count_or_quarantine_under_the_first_reason():
 def test_every_kind_can_be_found_and_quarantined(kind):
     document = chat(("assistant", LONG), ("system", ""), ("user", "\0\ufffd"), ("assistant", LONG), ("assistant", "a"))
     document.messages.append({"role": "user", "content": "b" * 90})
-    config = ChecksConfig(max_chars=80, **{kind: Policy.quarantine})
+    config = ChecksConfig(max_chars=80, quarantine=[kind])
     assert verdicts(document, max_chars=80) == list(KINDS)
     tally = Tally()
     assert Checks(config)(document, tally) is None
@@ -169,3 +171,8 @@ def test_any_conversation_is_left_as_it_is_and_its_kinds_are_known(said):
     found = verdicts(document)
     assert found == [kind for kind in KINDS if kind in found]
     assert tally.noted.get("checks", {}) == dict.fromkeys(found, 1)
+
+
+def test_a_kind_that_does_not_exist_is_a_problem():
+    (line,) = problems(ChecksConfig(quarantine=["empty_text", "empty_texts"]))
+    assert "'empty_texts'" in line and "encoding_damage" in line

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainer.data.config import CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Tally
-from trainer.data.stages.cleaning import Cleaner, fixer, remove_controls
+from trainer.data.stages.checks import Cleaner, fixer, remove_controls
 
 EVERYTHING = CleaningConfig(fix_encoding=True, control_characters=True, unicode=UnicodeForm.NFC)
 fix_encoding = fixer(encoding=True)

@@ -12,10 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.choose import near
-from trainer.data.choose.duplicates import Signer, compared_text, exact_groups, find_duplicates, prompt_of
-from trainer.data.choose.near import jaccard
-from trainer.data.choose.ngrams import ngrams, normalize
+from trainer.data.choose.compare import MAX_CHECKED, jaccard, ngrams, normalize
+from trainer.data.choose.copies import (
+    Signer,
+    compared_text,
+    exact_groups,
+    find_duplicates,
+    prompt_of,
+)
 from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 
@@ -183,7 +187,7 @@ def test_a_bucket_of_unlike_documents_is_cut_and_said():
     copies = [text.rsplit(" ", 1)[0] for text in texts[80:120]]
     result = decide([text_document(text) for text in texts + copies])
     search = result.report["near_search"]
-    assert search["comparisons"] <= near.MAX_CHECKED * len(texts + copies) and search["incomplete"] > 100
+    assert search["comparisons"] <= MAX_CHECKED * len(texts + copies) and search["incomplete"] > 100
     assert result.kept[:600].all() and (~result.kept[600:]).sum() >= 38, "the likest are compared first"
 
 

@@ -3,7 +3,7 @@ import pytest
 from strategies.errors import ConfigError
 from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally
-from trainer.data.stages import language
+from trainer.data.stages import filters
 from trainer.data.stages.filters import Filters, words
 
 PROSE = (
@@ -101,8 +101,8 @@ def test_words_of_scripts_without_spaces():
 
 def test_code_parts_are_the_text():
     text = "a\n```py\nb\n```\nc\n   ~~~\nd"
-    assert [part for code, part in language.split_code(text) if code] == ["```py\nb\n```", "   ~~~\nd"]
-    assert "".join(part for _, part in language.split_code(text)) == text
+    assert [part for code, part in filters.split_code(text) if code] == ["```py\nb\n```", "   ~~~\nd"]
+    assert "".join(part for _, part in filters.split_code(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -120,20 +120,21 @@ def test_unusable_settings_are_refused(config, message):
 
 
 def test_the_list_of_languages_is_the_detectors():
-    labels = set(language._identifier().labels)
-    assert labels - {language.NO_LANGUAGE} == language.LANGUAGES
+    labels = set(filters._identifier().labels)
+    assert labels - {filters.NO_LANGUAGE} == filters.LANGUAGES
 
 
-def test_language_counts_of_a_sample():
+def test_language_counts_of_a_sample(monkeypatch):
+    monkeypatch.setattr(filters, "SHORTEST", 50)
     texts = [PROSE, GERMAN, GERMAN, FRENCH, CHINESE, THAI, "ok", CODE, FRENCH]
     documents = [plain(text) for text in texts]
-    counts = language.share(documents, min_characters=50)
+    counts = filters.share(documents)
     assert counts == {"de": 2, "fr": 2, "unjudged": 2, "en": 1, "th": 1, "zh": 1}
     assert list(counts) == ["de", "fr", "unjudged", "en", "th", "zh"]
-    assert language.share(documents, max_documents=3) == {"de": 2, "en": 1}
+    assert filters.share(documents, max_documents=3) == {"de": 2, "en": 1}
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(language, "find_spec", lambda name: None)
+    monkeypatch.setattr(filters, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install py3langid"):
         Filters(FilterConfig(languages=["en"]))

@@ -21,7 +21,7 @@ from trainer.data.report.preview import summary
 KEYS = ("the first secret key", "the second secret key")
 SLOW = """
 import os, signal, time
-from trainer.data.parallel import ordered_map
+from trainer.data.maker import ordered_map
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trainer.preempt.StopRequest does
 def slow(item):
     time.sleep(0.05 if item < 3 else 2)

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches import mixing
-from trainer.data.batches.mixing import pack_by_source, quotas, realised
+from trainer.data.batches.mixing import best_fit_decreasing, pack_by_source, quotas, realised
 from trainer.data.batches.order import MixedOrder
-from trainer.data.batches.pack import best_fit_decreasing
 from trainer.data.config import EpochEnd, MixOver
 
 SOURCES = st.integers(1, 4).flatmap(

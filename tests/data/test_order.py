@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder, MixedOrder, deal, steps_for_tokens
-from trainer.data.batches.pack import best_fit_decreasing
 
 
 @given(num=st.integers(1, 40), seed=st.integers(0, 2**40), start=st.integers(0, 200), count=st.integers(0, 100))

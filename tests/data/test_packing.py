@@ -7,8 +7,8 @@ import torch
 from tests.helpers.building import model_dir, samples
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.loader import Share, StepLoader
+from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
-from trainer.data.batches.pack import best_fit_decreasing
 from trainer.data.config import Layout
 from trainer.data.reading import Reading
 from trainer.data.store.sequences import TokenDataset, write

@@ -14,7 +14,7 @@ from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data import prepare as module
-from trainer.data.batches.units import build_order
+from trainer.data.batches.mixing import build_order
 from trainer.data.config import (
     BalanceBy,
     BalanceConfig,

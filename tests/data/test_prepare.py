@@ -11,11 +11,11 @@ import pytest
 from strategies.errors import ConfigError, DataError, StorageError
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
+from trainer.data import cache
 from trainer.data.config import DataConfig, OverLength
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import preview, summary
-from trainer.data.store import cache
 from trainer.data.store import sequences as dataset
 from trainer.objectives.classification import LabelReading
 
@@ -197,7 +197,7 @@ def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
 BUILDER = """
 import os, sys, time
 from pathlib import Path
-from trainer.data.store.cache import build_once
+from trainer.data.cache import build_once
 how = sys.argv[2]
 def build(target):
     (target / "half").write_text("x")

@@ -13,28 +13,24 @@ import pytest
 from strategies.errors import ConfigError, DataError
 from tests.data.pii.synthetic import synthetic
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.data.config import DataConfig, PrivacyPreset
+from trainer.data.config import DataConfig, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 from trainer.data.document import Document, Tally
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.stages.privacy import (
-    Finder,
-    Findings,
-    Privacy,
-    PrivacyConfig,
-    PrivacyEngine,
-    PrivacyMode,
-    check,
-    checksums,
+from trainer.data.stages.privacy import context, patterns, rule
+from trainer.data.stages.privacy.config import (
+    FOUND_BY_NONE,
+    HIPAA,
+    NATIONAL_IDS,
+    NEEDS_PRESIDIO,
+    TYPES,
     coverage,
-    engine,
     problems,
+    types_of,
 )
-from trainer.data.stages.privacy.config import FOUND_BY_NONE, HIPAA, NATIONAL_IDS, NEEDS_PRESIDIO, TYPES, types_of
-from trainer.data.stages.privacy.engine import RULES, resolve
 from trainer.data.stages.privacy.rule import Finding
-from trainer.data.stages.privacy.stage import mask, normalise
+from trainer.data.stages.privacy.stage import RULES, Finder, Findings, Privacy, check, mask, normalise, resolve
 
 KEY = "a key of more than sixteen characters"
 EVERY = [name for name in TYPES if name not in NEEDS_PRESIDIO | FOUND_BY_NONE]
@@ -61,30 +57,30 @@ def redacted(text: str, mode: str = "redact", **settings) -> str:
 # Check digits: numbers printed by their issuers or standards as samples, and what one changed digit does to them.
 
 PUBLISHED = {
-    checksums.luhn: ["79927398713", "49-015420-323751-8"],
-    checksums.card: [
+    patterns.luhn: ["79927398713", "49-015420-323751-8"],
+    patterns.card: [
         "4111 1111 1111 1111",
         "5555555555554444",
         "378282246310005",
         "6011111111111117",
         "3530111333300000",
     ],
-    checksums.iban: [
+    patterns.iban: [
         "GB29 NWBK 6016 1331 9268 19",
         "DE89370400440532013000",
         "FR1420041010050500013M02606",
         "NO9386011117947",
     ],
-    checksums.nhs: ["943 476 5919"],
-    checksums.nir: ["2 95 10 99 126 111 93"],
-    checksums.tax_id_de: ["86095742719", "47036892816", "65929970489"],
-    checksums.nif_es: ["12345678Z", "X1234567L", "Y1234567X"],
-    checksums.bsn: ["111222333", "123456782"],
-    checksums.pesel: ["44051401359"],
-    checksums.aadhaar: ["234123412346"],
-    checksums.cpf: ["111.444.777-35", "529.982.247-25"],
-    checksums.vin: ["1M8GDM9AXKP042788"],
-    checksums.npi: ["1234567893"],
+    patterns.nhs: ["943 476 5919"],
+    patterns.nir: ["2 95 10 99 126 111 93"],
+    patterns.tax_id_de: ["86095742719", "47036892816", "65929970489"],
+    patterns.nif_es: ["12345678Z", "X1234567L", "Y1234567X"],
+    patterns.bsn: ["111222333", "123456782"],
+    patterns.pesel: ["44051401359"],
+    patterns.aadhaar: ["234123412346"],
+    patterns.cpf: ["111.444.777-35", "529.982.247-25"],
+    context.vin: ["1M8GDM9AXKP042788"],
+    patterns.npi: ["1234567893"],
 }
 
 
@@ -265,7 +261,8 @@ def test_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monk
     monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
     here = redacted("jane@example.com", "pseudonymise")
     script = (
-        "from trainer.data.document import Document, Tally; from trainer.data.stages.privacy import *;"
+        "from trainer.data.document import Document, Tally; from trainer.data.config import *;"
+        "from trainer.data.stages.privacy.stage import *;"
         "d = Document('d', 1, text='jane@example.com');"
         "Privacy(PrivacyConfig(mode=PrivacyMode.pseudonymise))(d, Tally()); print(d.text)"
     )
@@ -457,7 +454,7 @@ def test_presidio_adds_names_without_a_network(caplog, monkeypatch):
 
 
 def test_presidio_that_is_missing_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(engine, "_analyzer", engine._analyzer.__wrapped__)  # another test may have loaded it
+    monkeypatch.setattr(rule, "_analyzer", rule._analyzer.__wrapped__)  # another test may have loaded it
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(ConfigError, match=r"shardtune\[pii\]"):
         Finder(config(engine="presidio", types=["EMAIL"]))

@@ -35,11 +35,9 @@ from trainer.data.config import (
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.audit import Audit
-from trainer.data.report.card import datacard
-from trainer.data.report.page import page
+from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import summary
-from trainer.data.report.verdict import Level, known_gaps, overall, tiles
-from trainer.data.report.wording import percent
+from trainer.data.report.wording import Level, known_gaps, overall, percent, tiles
 from trainer.objectives.classification import LabelReading
 
 ROOT = Path(__file__).parents[2]
@@ -396,3 +394,11 @@ def test_templates_are_shipped(tmp_path):
     subprocess.run(code, cwd=ROOT, check=True, capture_output=True)
     built, here = tmp_path / "trainer/data/report", ROOT / "trainer/data/report"
     assert {path.name for path in built.iterdir()} == {path.name for path in here.iterdir() if path.is_file()}
+
+
+def test_what_a_repeated_preparation_shows_is_made_without_torch():
+    code = (
+        "import sys, launch.recall, trainer.data.read.paths, trainer.data.report.preview;"
+        "assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, Dupl
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.tokens.skeleton import RESERVED
+from trainer.data.tokens.probing import RESERVED
 from trainer.model.config import ModelConfig
 from trainer.objectives.kto import RatedReading
 from trainer.objectives.pairs import PairReading

@@ -11,6 +11,7 @@ import json
 import lzma
 import pickle
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,22 +23,20 @@ from strategies.errors import DataError
 from tests.data.broken_files import arrow, parquet, whole, zst
 from tests.helpers.covering import EVERYTHING
 from trainer.data.document import Rejected
-from trainer.data.read import (
-    Row,
-    csv_rows,
-    expand,
-    hub,
-    identities_of,
-    json_rows,
-    open_hub,
-    read,
-    text_files,
-)
+from trainer.data.read import json_rows
+from trainer.data.read import text as text_files
 from trainer.data.read.opening import open_text
+from trainer.data.read.origin import Origin
+from trainer.data.read.paths import PREFIX, expand
+from trainer.data.read.row import Row
+
+
+def read(paths, **hub):
+    return Origin("data.path", paths, **hub).rows()
 
 
 def parsed(*paths):
-    return [whole(row) for row in read(paths, key="data.path")]
+    return [whole(row) for row in read(paths)]
 
 
 def fields(*paths):
@@ -74,7 +73,7 @@ def test_good_files_give_rows_with_their_first_line(tmp_path):
 
 def test_json_lines_are_parsed_where_they_are_wanted(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": }\n')
-    first, second = read([tmp_path / "x.jsonl"], key="data.path")
+    first, second = read([tmp_path / "x.jsonl"])
     assert first.fields == {}
     assert first.raw == b'{"a": 1}\n'
     assert pickle.loads(pickle.dumps(first)).parse().fields == {"a": 1}
@@ -224,7 +223,7 @@ def test_a_line_above_the_limit_is_one_bad_row_and_the_next_is_read(tmp_path, mo
 
 
 def test_other_rows_above_the_limit(tmp_path, monkeypatch):
-    for module in (json_rows, text_files, csv_rows):
+    for module in (json_rows, text_files):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 100)
     (tmp_path / "x.json").write_text(json.dumps([{"a": "x" * 150}, {"a": "y"}]))
     assert [getattr(row, "reason", None) for row in parsed(tmp_path / "x.json")] == ["too_long", None]
@@ -243,7 +242,7 @@ def test_rows_come_before_the_file_is_read_to_its_end(tmp_path, name):
         lines = b"[" + b",".join(lines.splitlines()) + b"]"
     packed = {"gz": gzip.compress, "zst": zst}.get(name[-3:].strip("."), bytes)(lines)
     (tmp_path / name).write_bytes(packed[: len(packed) // 2])
-    rows = read([tmp_path / name], key="data.path")
+    rows = read([tmp_path / name])
     assert next(rows).parse().fields["text"].endswith(" 0")
 
 
@@ -284,7 +283,7 @@ def test_a_ragged_record_names_the_columns(tmp_path):
 def test_csv_readers_may_run_side_by_side(tmp_path):
     for name in ("x.csv", "y.csv"):
         (tmp_path / name).write_text("text\n" + ("a" * 200_000 + "\n") * 3)
-    first, second = (read([tmp_path / name], key="data.path") for name in ("x.csv", "y.csv"))
+    first, second = (read([tmp_path / name]) for name in ("x.csv", "y.csv"))
     assert next(first).line == next(second).line == 2
     assert len(list(second)) == len(list(first)) == 2
 
@@ -529,7 +528,7 @@ def test_inputs_name_what_decides_over_the_rows(tmp_path):
     names = ["A.JSONL.GZ", "b.parquet", "c one.txt", "d.md.zst"]
     paths = [tmp_path / name for name in names]
     kinds = [".jsonl.gz", ".parquet", "c one.txt", "d.md.zst"]
-    assert identities_of(paths) == list(zip(kinds, paths, strict=True))
+    assert Origin("data.path", paths).identity(lambda path: path) == list(zip(kinds, paths, strict=True))
 
 
 # ---- the hub ----
@@ -557,26 +556,26 @@ def hub_data(monkeypatch, tmp_path):
 
 def test_hub_rows(hub_data):
     (path,) = expand("hub:org/name", "data.path")
-    rows = list(read([path], key="data.path", config="en", split="train", revision="abc"))
+    rows = list(read([path], subset="en", split="train", revision="abc"))
     assert hub_data["call"] == ("org/name", "en", {"split": "train", "revision": "abc", "streaming": False})
     assert [row.fields["text"] for row in rows] == [f"{n}" for n in range(699, -1, -1)]
     assert rows[0].fields["x"] is None
     assert (rows[-1].file, rows[-1].line) == ("hub:org/name/en/train", 700)
-    ((kind, text),) = identities_of([path], split="train")
+    ((kind, text),) = Origin("data.path", [path], split="train").identity(str)
     assert kind == "hub"
     assert text.startswith("org/name:")
     hub_data["result"] = hub_data["result"].select(range(5))
-    assert identities_of([path], split="train") != [(kind, text)]
+    assert Origin("data.path", [path], split="train").identity(str) != [(kind, text)]
 
 
 def test_hub_splits(hub_data):
     datasets = pytest.importorskip("datasets")
     one = hub_data["result"]
     hub_data["result"] = datasets.DatasetDict(train=one)
-    assert len(list(open_hub("org/name"))) == 700
+    assert len(list(read([Path("hub:org/name")]))) == 700
     hub_data["result"] = datasets.DatasetDict(train=one, test=one)
     with pytest.raises(DataError, match="hub:org/name has the splits train, test; name one"):
-        list(open_hub("org/name"))
+        list(read([Path("hub:org/name")]))
 
 
 def hub_error(name, base, text):
@@ -600,7 +599,7 @@ def hub_error(name, base, text):
 def test_hub_failures_say_what_to_do(hub_data, error, message):
     hub_data["result"] = error
     with pytest.raises(DataError, match=message) as caught:
-        list(open_hub("org/name", split="x"))
+        list(read([Path("hub:org/name")], split="x"))
     assert "hub:org/name (split 'x')" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -608,7 +607,7 @@ def test_hub_failures_say_what_to_do(hub_data, error, message):
 def test_a_local_folder_is_not_taken_for_the_hub(hub_data, tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
     with pytest.raises(DataError, match=r"a local org/name exists here"):
-        list(open_hub("org/name"))
+        list(read([Path("hub:org/name")]))
     assert hub_data["call"] is None
 
 
@@ -622,4 +621,4 @@ def test_an_offline_machine_gets_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match=r"hub:org/no-such-data cannot be loaded: .*load it once on a machine"):
-        list(read(expand(f"{hub.PREFIX}org/no-such-data", "data.path"), key="data.path"))
+        list(read(expand(f"{PREFIX}org/no-such-data", "data.path")))

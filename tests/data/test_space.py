@@ -14,7 +14,7 @@ import pytest
 
 from strategies.errors import StorageError
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
-from trainer.data import space
+from trainer.data import inputs
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Preparation
 from trainer.data.read.opening import expansion
@@ -51,7 +51,7 @@ def preparation(path, **settings):
 @pytest.fixture
 def room(monkeypatch):
     """Sets the bytes that seem to be free."""
-    return lambda free: monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
+    return lambda free: monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
 
 
 @pytest.mark.parametrize("kind", ["", ".gz", ".bz2", ".xz", "parquet", "arrow"])
@@ -84,7 +84,7 @@ def test_fewer_documents_and_shards_need_less(tmp_path, room):
 
 def test_nothing_is_measured_where_there_is_plenty(tmp_path, monkeypatch):
     path = written_as(tmp_path, "")
-    monkeypatch.setattr(space, "_measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(inputs, "_measured", lambda *_: pytest.fail("measured"))
     assert len(preparation(path, max_documents=10).open_or_make().train)
 
 

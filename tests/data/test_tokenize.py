@@ -11,7 +11,7 @@ from trainer.data.document import Document
 from trainer.data.store.sequences import Sample
 from trainer.data.tokens.cut import fit
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.skeleton import RESERVED
+from trainer.data.tokens.probing import RESERVED
 
 CHAT = Encoder(make.tiny_tokenizer())
 BOS = Encoder(make.tiny_tokenizer(None, adds_bos=True))

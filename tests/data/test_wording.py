@@ -7,9 +7,9 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.choose.duplicates import Signer
-from trainer.data.choose.near import SEED, choose_bands, recall
-from trainer.data.choose.ngrams import LONGEST_WORD, ngrams, normal_digest, normalize, word_hashes
+from trainer.data.choose.compare import SEED, choose_bands, ngrams, normal_digest, normalize, recall
+from trainer.data.choose.copies import Signer
+from trainer.data.stages.decontamination import LONGEST_WORD, word_hashes
 
 
 @pytest.fixture(scope="module")

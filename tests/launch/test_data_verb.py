@@ -13,7 +13,7 @@ from launch.data import main, parse_rows
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
-from trainer.data.report.located import find, locate
+from trainer.data.report.inspection import find, locate
 from trainer.data.store.documents import TableWriter, to_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 

@@ -20,8 +20,8 @@ from trainer.config.run import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.choose.balance import check as check_balance
 from trainer.data.config import Layout
-from trainer.data.read.paths import expand, is_hub, sets_of
-from trainer.data.read.remote import is_address
+from trainer.data.read.paths import expand, is_address, is_hub, sets_of
+from trainer.data.stages.checks import problems as check_problems
 from trainer.data.stages.filters import problems as filter_problems
 from trainer.data.stages.privacy.config import problems as privacy_problems
 from trainer.model import encoder_decoder
@@ -170,6 +170,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))
         yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
+    yield from check_problems(data.checks)
     yield from privacy_problems(data.privacy)
     yield from filter_problems(data.filters)
     try:

@@ -6,89 +6,37 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
-
-class DataFormat(StrEnum):
-    """How a row is read. `auto` recognises it from the first row's columns."""
-
-    auto = "auto"
-    messages = "messages"
-    sharegpt = "sharegpt"
-    alpaca = "alpaca"
-    prompt_completion = "prompt_completion"
-    pair = "pair"
-    text = "text"
-    labelled = "labelled"
-    preference = "preference"
-    thumbs = "thumbs"
-
-
-class OverLength(Enum):  # no StrEnum: a member `split` would hide the method of strings
-    """What happens to a document longer than `data.max_length`."""
-
-    drop = "drop"
-    truncate = "truncate"
-    truncate_left = "truncate_left"
-    split = "split"
-    fail = "fail"
-
-
-class ControlTokens(StrEnum):
-    """What happens to a control token, such as `<|im_end|>`, that a text spells."""
-
-    text = "text"
-    refuse = "refuse"
-    keep = "keep"
-
-
-class Layout(StrEnum):
-    """How the documents of a micro-batch lie in memory."""
-
-    auto = "auto"
-    padding_free = "padding_free"
-    padded = "padded"
-
-
-class Policy(StrEnum):
-    """What happens to a document in which something looks wrong."""
-
-    keep = "keep"
-    quarantine = "quarantine"
+HELD_OUT = ("eval", "test")
+"""Splits that are never trained on."""
+DataFormat = StrEnum(
+    "DataFormat",
+    ["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pair", "text", "labelled", "preference", "thumbs"],
+)
+"""How a row is read. `auto` recognises it from the first row's columns."""
+OverLength = Enum(  # no StrEnum: a member `split` would hide the method of strings
+    "OverLength",
+    {"drop": "drop", "truncate": "truncate", "truncate_left": "truncate_left", "split": "split", "fail": "fail"},
+)
+"""What happens to a document longer than `data.max_length`."""
+ControlTokens = StrEnum("ControlTokens", ["text", "refuse", "keep"])
+"""What happens to a control token, such as `<|im_end|>`, that a text spells."""
+Layout = StrEnum("Layout", ["auto", "padding_free", "padded"])
+"""How the documents of a micro-batch lie in memory."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ChecksConfig:
     """What is looked for in documents, and what happens to those in which it is found."""
 
-    system_late: Policy = Policy.keep
-    """Conversations with a system turn that is not the first turn."""
-    assistant_before_user: Policy = Policy.keep
-    """Conversations in which the assistant speaks before any user does."""
-    same_role_twice: Policy = Policy.keep
-    """Conversations with two user turns, or two assistant turns, in a row."""
-    trailing_turns: Policy = Policy.keep
-    """Conversations that end with another turn than the assistant's, which teaches nothing."""
-    repeated_turn: Policy = Policy.keep
-    """Conversations in which one role says the same text twice."""
-    empty_text: Policy = Policy.keep
-    """Documents with a text that is empty or only whitespace, as earlier stages may leave it."""
-    encoding_damage: Policy = Policy.keep
-    """Documents with replacement characters, or with text that was decoded with the wrong encoding (mojibake)."""
-    control_characters: Policy = Policy.keep
-    """Documents with control characters other than tab and line ends, or with characters that Unicode bars."""
-    over_long: Policy = Policy.keep
-    """Documents with a text of more than `max_chars` characters."""
+    quarantine: list[str] = field(default_factory=list)
+    """Kinds that make a document a bad row, where others are counted: `system_late`, `assistant_before_user`, `same_role_twice`,
+    `trailing_turns`, `repeated_turn`, `empty_text`, `encoding_damage`, `control_characters`, `over_long`."""
     max_chars: int | None = 1_000_000
     """Longest text in characters for `over_long`; null sets no limit."""
-    repeat_chars: int = 40
-    """Shortest text in characters that counts for `repeated_turn`; people do say yes twice."""
 
 
-class UnicodeForm(StrEnum):
-    """Normalisation forms of Unicode Standard Annex 15."""
-
-    none = "none"
-    NFC = "NFC"
-    NFKC = "NFKC"
+UnicodeForm = StrEnum("UnicodeForm", {"none": "none", "NFC": "NFC", "NFKC": "NFKC"})
+"""Normalisation forms of Unicode Standard Annex 15."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,15 +73,10 @@ class FilterConfig:
     """Keep rows in these languages, as ISO 639 codes such as `en`; an empty list keeps all."""
     min_language_probability: float = 0.0
     """Drop rows whose language, one of `languages`, is less probable than this, 0 to 1."""
-    min_language_chars: int = 60
-    """Rows with fewer characters outside code are kept without judging their language."""
 
 
-class DecontaminationPolicy(StrEnum):
-    """What is done about a training document that holds evaluation text."""
-
-    report = "report"
-    drop = "drop"
+DecontaminationPolicy = StrEnum("DecontaminationPolicy", ["report", "drop"])
+"""What is done about a training document that holds evaluation text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,43 +89,20 @@ class DecontaminationConfig:
     """`report` counts such training documents, `drop` takes them out."""
     ngram: int = 13
     """Words in a run that counts as evaluation text; 13 as in Brown et al. (2020)."""
-    min_words: int = 5
-    """Evaluation texts of fewer words than this are not looked for (they are counted)."""
     min_overlap: float = 0.0
     """Least share of the runs of one evaluation text that a training document must hold; at 0 a single run is enough."""
-    max_shared: int | None = 10
-    """Runs in more evaluation texts than this are the set's own wording, and ignored; null ignores none."""
 
 
-class PrivacyPreset(StrEnum):
-    """A named set of types."""
-
-    none = "none"
-    general = "general"
-    hipaa = "hipaa"
-    gdpr = "gdpr"
+PrivacyPreset = StrEnum("PrivacyPreset", ["none", "general", "hipaa", "gdpr"])
+"""A named set of types."""
 
 
 REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "IN", "BR")
 """Countries whose own identity numbers are known, ISO 3166-1 alpha-2. Telephone numbers: any country."""
-
-
-class PrivacyMode(StrEnum):
-    """What is done about personal data that is found."""
-
-    none = "none"
-    report = "report"
-    redact = "redact"
-    pseudonymise = "pseudonymise"
-    drop = "drop"
-    fail = "fail"
-
-
-class PrivacyEngine(StrEnum):
-    """What looks for personal data: patterns with checks, or these and Presidio with its name recognition."""
-
-    patterns = "patterns"
-    presidio = "presidio"
+PrivacyMode = StrEnum("PrivacyMode", ["none", "report", "redact", "pseudonymise", "drop", "fail"])
+"""What is done about personal data that is found."""
+PrivacyEngine = StrEnum("PrivacyEngine", ["patterns", "presidio"])
+"""What looks for personal data: patterns with checks, or these and Presidio with its name recognition."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,27 +131,12 @@ class PrivacyConfig:
     """Regular expressions; what one of them matches as a whole is never a finding, e.g. `support@example\\.com`."""
 
 
-class DuplicatePolicy(StrEnum):
-    """What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
-
-    none = "none"
-    report = "report"
-    drop = "drop"
-
-
-class Across(StrEnum):
-    """Among which documents duplicates are looked for."""
-
-    all = "all"
-    source = "source"
-
-
-class ComparedText(StrEnum):
-    """Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
-
-    document = "document"
-    prompt = "prompt"
-    completion = "completion"
+DuplicatePolicy = StrEnum("DuplicatePolicy", ["none", "report", "drop"])
+"""What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
+Across = StrEnum("Across", ["all", "source"])
+"""Among which documents duplicates are looked for."""
+ComparedText = StrEnum("ComparedText", ["document", "prompt", "completion"])
+"""Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -254,12 +159,8 @@ class DuplicatesConfig:
     """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
 
 
-class LeakagePolicy(StrEnum):
-    """What is done about training documents that are in the held-out data too."""
-
-    report = "report"
-    drop_train = "drop_train"
-    fail = "fail"
+LeakagePolicy = StrEnum("LeakagePolicy", ["report", "drop_train", "fail"])
+"""What is done about training documents that are in the held-out data too."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -274,21 +175,10 @@ class LeakageConfig:
     """Report prompts that are also in the held-out data with another answer; they are never dropped nor fail a run."""
 
 
-class BalanceBy(StrEnum):
-    """What makes a group."""
-
-    none = "none"
-    label = "label"
-    source = "source"
-
-
-class BalanceTarget(StrEnum):
-    """Which shares the groups are to have."""
-
-    natural = "natural"
-    temperature = "temperature"
-    uniform = "uniform"
-    shares = "shares"
+BalanceBy = StrEnum("BalanceBy", ["none", "label", "source"])
+"""What makes a group."""
+BalanceTarget = StrEnum("BalanceTarget", ["natural", "temperature", "uniform", "shares"])
+"""Which shares the groups are to have."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -313,18 +203,10 @@ class BalanceConfig:
     """Most times one document is used (1 repeats none); a group that would need more stays short of its share."""
 
 
-class MixOver(StrEnum):
-    """What the weights are shares of."""
-
-    documents = "documents"
-    tokens = "tokens"
-
-
-class EpochEnd(StrEnum):
-    """When an epoch of mixed sources ends."""
-
-    first = "first"
-    all = "all"
+MixOver = StrEnum("MixOver", ["documents", "tokens"])
+"""What the weights are shares of."""
+EpochEnd = StrEnum("EpochEnd", ["first", "all"])
+"""When an epoch of mixed sources ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -337,19 +219,10 @@ class MixingConfig:
     """An epoch ends when the `first` source has been seen once, or when `all` sources have been seen at least once."""
 
 
-class LearnTurns(StrEnum):
-    """Which of the turns that may be learned are."""
-
-    all = "all"
-    last = "last"
-
-
-class Reasoning(StrEnum):
-    """What becomes of the thoughts of assistant turns."""
-
-    learn = "learn"
-    context = "context"
-    drop = "drop"
+LearnTurns = StrEnum("LearnTurns", ["all", "last"])
+"""Which of the turns that may be learned are."""
+Reasoning = StrEnum("Reasoning", ["learn", "context", "drop"])
+"""What becomes of the thoughts of assistant turns."""
 
 
 @dataclass(kw_only=True, slots=True)

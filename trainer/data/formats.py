@@ -17,6 +17,7 @@ from trainer.data.document import Document, Message, Rejected
 from trainer.data.fields import (
     Fault,
     Refusal,
+    Unread,
     group_of,
     is_nothing,
     is_texts,
@@ -29,7 +30,6 @@ from trainer.data.fields import (
 from trainer.data.read.row import Row
 from trainer.data.tools import are_told, tools_of
 from trainer.data.turns import conversation, history_of, parted, turns_of
-from trainer.data.unread import CARRIERS, Unread
 
 NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
@@ -198,8 +198,8 @@ class RowReader:
         asked = [*columns.values(), *([group] if group else ())]
         named = {*asked, *(name.split(".")[0] for name in asked)}
         self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
-        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
-        self.wanted = frozenset({*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)})
+        self.unread = Unread(format, self.ignored, self._setting, refuses=refuses)
+        self.wanted = frozenset({*self.unread.carriers, *(name for reads in self._reads.values() for name in reads)})
         """Columns that decide over a document: of a table no others need be read."""
 
     def __call__(self, row: Row) -> Document | Rejected:

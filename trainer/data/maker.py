@@ -1,23 +1,40 @@
-"""A job on its way through every step that looks at one document at a time, up to its tokens."""
+"""A job on its way through every step that looks at one document at a time, up to its tokens; many at once, in one order."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from trainer.data.block import Bad, Block, Job
-from trainer.data.choose.duplicates import Signer
-from trainer.data.choose.ngrams import group_digest
-from trainer.data.config import DataConfig, DuplicatePolicy
+from strategies.errors import ShardtuneError
+from trainer.data.blocks import Bad, Block, Job
+from trainer.data.choose.compare import group_digest
+from trainer.data.choose.copies import Signer
+from trainer.data.config import CleaningConfig, DataConfig, DuplicatePolicy, FilterConfig, PrivacyMode
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
+from trainer.data.inputs import evaluation_documents
 from trainer.data.read.row import Row
 from trainer.data.reading import Reading
+from trainer.data.stages.checks import Checks, Cleaner
+from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
+from trainer.data.stages.filters import Filters
+from trainer.data.stages.privacy.stage import Privacy
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
-from trainer.data.tokens.encode import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LOST = {
     "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
@@ -35,11 +52,11 @@ class BlockMaker:
         reading: Reading,
         *,
         readers: dict[tuple[str, str], RowReader],
-        stages: Callable[[], list[Stage]],
-        encoder: Encoder,
+        tokenizer: PreTrainedTokenizerFast,
     ) -> None:
-        self.config, self.reading = config, reading
-        self.readers, self.stages, self.encoder = readers, stages, encoder
+        self.config, self.reading, self.readers = config, reading, readers
+        self.encoder = reading.encoder(tokenizer, config)
+        self.decontaminator = _decontaminator(config) if config.decontamination.paths is not None else None
         self.replays = any(source.replay for source in config.sources.values())
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
@@ -49,7 +66,7 @@ class BlockMaker:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
         files = Counter(row.file for row in job.rows)
         block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
-        stages = self.stages()  # anew for each block: what they count is the block's
+        stages = self._stages()
         unread = self.readers[job.split, job.source].unread.names
         unread.clear()
         documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
@@ -69,6 +86,18 @@ class BlockMaker:
             if (findings := getattr(stage, "findings", None)) is not None:
                 block.findings = findings
         return block
+
+    def _stages(self) -> list[Stage]:
+        """What the configuration asks for, in its order; anew for each block, whose own counts they keep."""
+        config = self.config
+        made: list[Stage] = [Checks(config.checks)]
+        if config.cleaning != CleaningConfig():
+            made.append(Cleaner(config.cleaning))
+        if config.filters != FilterConfig():
+            made.append(Filters(config.filters))
+        if config.privacy.mode is not PrivacyMode.none:
+            made.append(Privacy(config.privacy))
+        return made if self.decontaminator is None else [*made, self.decontaminator]
 
     def _scanned_enough(self, job: Job) -> bool:
         """Whether a report on personal data has seen its share of the source, in whole jobs."""
@@ -144,3 +173,86 @@ class BlockMaker:
             elif (message := LOST.get(reasons[document.where])) is not None:
                 lost = (document.file, document.line, reasons[document.where], message.format(self.config.max_length))
                 block.bad.append(Bad(block.source, *lost, document.content()[:200]))
+
+
+def _decontaminator(config: DataConfig) -> Decontaminator:
+    """Built from the evaluation files; raises DataError for files that do not exist or hold a row that cannot be read."""
+    settings = config.decontamination
+    texts = (text for d in evaluation_documents(settings.paths, config) for text in evaluation_texts(d, settings.ngram))
+    return Decontaminator.build(texts, settings)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_function: Callable[[Any], Any] | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+    """Results of `function` in the order of `items`, of which few more are taken than there are workers.
+
+    `workers` processes are forked from this one, so that `function` may hold anything; with fewer than 2 it runs here.
+    An exception of the function is raised here, and ends the workers; a worker that dies raises ShardtuneError.
+    """
+    if workers < 2:
+        yield from map(function, items)
+        return
+    global _function
+    _function = function
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        # The pool's own SIGTERM does nothing where a stop may be asked for: such processes hold it back.
+        for worker in set(active_children()) - others:
+            worker.kill()
+        raise ShardtuneError(
+            "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
+            "set data.workers lower"
+        ) from error
+    finally:
+        _function = None
+        with _uninterrupted():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C does nothing for these seconds: a pool interrupted while it ends waits for its workers for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _begin(parent: int) -> None:
+    """In a new worker: end with the parent, who alone is interrupted, and leave the cores to the other workers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call above
+            os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None, "set before the workers were forked"
+    return _function(item)

@@ -18,23 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import Preempted
-from trainer.data.assemble import Assembly
-from trainer.data.block import Block, Job, jobs, knobs
+from trainer.data.blocks import Assembly, Block, Job, jobs, knobs
+from trainer.data.cache import DONE, DigestCache, Shards, build_once, fingerprint
 from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
-from trainer.data.config import BalanceBy, DataConfig, DataFormat, OverLength, PrivacyMode
-from trainer.data.formats import RowReader
-from trainer.data.inputs import inputs_of, readers_of, rows_of
-from trainer.data.maker import BlockMaker
-from trainer.data.parallel import cores, ordered_map
+from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode
+from trainer.data.inputs import inputs_of, readers_of, require_room, rows_of
+from trainer.data.maker import BlockMaker, cores, ordered_map
 from trainer.data.read.origin import Origin
 from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
-from trainer.data.shards import Shards
-from trainer.data.space import require_room
-from trainer.data.stages.chain import stages_of
 from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
-from trainer.data.store.cache import DONE, DigestCache, build_once, fingerprint
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 
@@ -84,7 +78,7 @@ class Preparation:
         options = {
             "version": VERSION,
             "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
-            "seed": seed if self._draws() else None,
+            "seed": seed if config.eval_share or config.test_share or config.balance.by is not BalanceBy.none else None,
             "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
         }
         self.digests = DigestCache(Path(config.cache_dir).expanduser())
@@ -92,15 +86,10 @@ class Preparation:
         if config.decontamination.paths is not None:
             against = Origin.of(config.decontamination.paths, "data.decontamination.paths", remote=config.remote)
             identities.append(("decontamination", against.identity(self.digests)))
-        if (key := key_identity(config.privacy)) is not None:
-            identities.append(("key of the pseudonyms", key))
+        if config.privacy.mode is PrivacyMode.pseudonymise:
+            identities.append(("key of the pseudonyms", key_identity(config.privacy)))
         self.fingerprint = fingerprint(identities, tokenizer, options)
         self.directory = Path(config.cache_dir).expanduser() / self.fingerprint[:32]
-
-    def _draws(self) -> bool:
-        """Whether anything is drawn by the seed."""
-        config = self.config
-        return bool(config.eval_share or config.test_share) or config.balance.by is not BalanceBy.none
 
     def open_or_make(self) -> Prepared:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
@@ -112,11 +101,10 @@ class Preparation:
         """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
         if (self.directory / DONE).exists():
             return
-        shards = Shards(self.directory, count)
-        self._require_room(parts=count)
-        every = (job for job in self._jobs() if job.number % count == number)
+        shards, maker = Shards(self.directory, count), self._maker()
+        require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=count)
         with shards.writing(number) as keep:
-            for block in ordered_map(self._maker(), every, workers=self._workers()):
+            for block in self._blocks(maker, lambda job: job.number % count == number):
                 self.check_stop()
                 keep(block)
 
@@ -127,13 +115,13 @@ class Preparation:
 
     def run(self, target: Path) -> None:
         """Both passes, and the reports."""
-        shards = Shards.finished(self.directory)
-        self._require_room()
+        shards, maker = Shards.finished(self.directory), self._maker()
+        require_room(self.directory.parent, self.inputs, maker, self.config.max_documents)
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
         splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
         assembly = Assembly(target, self.config.max_bad_share, rejected, knobs(splits=splits))
         with closing(assembly):
-            for block in self._blocks(shards):
+            for block in self._blocks(maker) if shards is None else shards.blocks():
                 self.check_stop()
                 assembly.append(block)
             columns = assembly.columns()
@@ -144,8 +132,9 @@ class Preparation:
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
         self._write_splits(target, columns, selection)
+        formats = {key: reader.format for key, reader in maker.readers.items()}
         about = Description(
-            self.config, self.tokenizer, self.inputs, self._formats(), self.fingerprint, target, digest=self.digests
+            self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digests
         )
         report = about.write(assembly.totals, columns, selection, names)
         manifest = {
@@ -160,37 +149,16 @@ class Preparation:
         if shards is not None:
             shards.remove()
 
-    def _require_room(self, parts: int = 1) -> None:
-        require_room(
-            self.directory.parent, self.inputs, self._maker, max_documents=self.config.max_documents, parts=parts
-        )
-
-    def _blocks(self, shards: Shards | None) -> Iterator[Block]:
-        if shards is not None:
-            return shards.blocks()
-        return ordered_map(self._maker(), self._jobs(), workers=self._workers())
-
-    def _jobs(self) -> Iterator[Job]:
-        return jobs(rows_of(self.inputs, self.config.max_documents))
-
     def _maker(self) -> BlockMaker:
-        return BlockMaker(
-            self.config,
-            self.reading,
-            readers=self._readers(),
-            stages=stages_of(self.config),
-            encoder=self.reading.encoder(self.tokenizer, self.config),
-        )
+        readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+        return BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer)
 
-    def _readers(self) -> dict[tuple[str, str], RowReader]:
-        return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-
-    def _formats(self) -> dict[tuple[str, str], DataFormat]:
-        return {key: reader.format for key, reader in self._readers().items()}
-
-    def _workers(self) -> int:
+    def _blocks(self, maker: BlockMaker, mine: Callable[[Job], bool] = lambda job: True) -> Iterator[Block]:
+        """The blocks of the jobs that are `mine`, in input order."""
         small = sum(item.origin.size() for item in self.inputs) <= SMALL
-        return 1 if small else self.config.workers or cores()
+        workers = 1 if small else self.config.workers or cores()
+        every = filter(mine, jobs(rows_of(self.inputs, self.config.max_documents)))
+        return ordered_map(maker, every, workers=workers)
 
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
         for split, documents in selection.splits.items():

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from trainer.data.document import Message
-from trainer.data.fields import Refusal, is_nothing, is_texts, shown, text_of
+from trainer.data.fields import MEDIA, Refusal, is_nothing, is_texts, shown, text_of
 from trainer.data.tools import calls_of
 
 ROLES = {  # what rows may say -> what chat templates know
@@ -24,8 +24,6 @@ ROLES = {  # what rows may say -> what chat templates know
     "observation": "tool",
     "ipython": "tool",
 }
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns, and keys of turns, that hold what is no text."""
 _CALLS = ("tool_calls", "function_call")
 _WEIGHT_KEYS = ("weight", "loss_weight")
 _MASKS = ("loss_mask", "loss", "mask")

@@ -12,7 +12,7 @@ import random
 import string
 from collections.abc import Callable
 
-from trainer.data.stages.privacy import checksums
+from trainer.data.stages.privacy import context, patterns
 from trainer.data.stages.privacy.config import TYPES
 
 Item = tuple[str, list[tuple[int, int, str]]]
@@ -47,13 +47,13 @@ def iban(rng: random.Random) -> str:
     country, length = rng.choice((("DE", 22), ("FR", 27), ("NL", 18), ("GB", 22)))
     rest = {"NL": "ABNA", "GB": "WEST"}.get(country, "")
     rest += "".join(rng.choice(string.digits) for _ in range(length - 4 - len(rest)))
-    value = next(v for k in range(2, 99) if checksums.iban(v := f"{country}{k:02d}{rest}"))
+    value = next(v for k in range(2, 99) if patterns.iban(v := f"{country}{k:02d}{rest}"))
     return " ".join(value[i : i + 4] for i in range(0, length, 4)) if rng.random() < 0.5 else value
 
 
 def fiscal_code(rng: random.Random) -> str:
     head = digits(rng, "@@@@@@##") + rng.choice("ABCDEHLMPRST") + f"{rng.randint(1, 28):02d}" + digits(rng, "@###")
-    return next(v for c in string.ascii_uppercase if checksums.fiscal_code(v := head + c))
+    return next(v for c in string.ascii_uppercase if patterns.fiscal_code(v := head + c))
 
 
 def nir(rng: random.Random) -> str:
@@ -67,12 +67,12 @@ def nir(rng: random.Random) -> str:
 
 def nif(rng: random.Random) -> str:
     shape = digits(rng, rng.choice(("########", "X#######", "Y#######")))
-    return next(v for c in string.ascii_uppercase if checksums.nif_es(v := shape + c))
+    return next(v for c in string.ascii_uppercase if patterns.nif_es(v := shape + c))
 
 
 def vin(rng: random.Random) -> str:
     head, tail = digits(rng, "1@@@@##@"), digits(rng, "@@######")
-    return next(v for c in "0123456789X" if checksums.vin(v := head + c + tail))
+    return next(v for c in "0123456789X" if context.vin(v := head + c + tail))
 
 
 def name(rng: random.Random) -> str:
@@ -166,19 +166,19 @@ def mac(rng: random.Random) -> str:
 
 VALUES: dict[str, Callable[[random.Random], str]] = {
     "SECRET": secret,
-    "US_SSN": valid(checksums.ssn, "###-##-####"),
-    "US_ITIN": valid(checksums.itin, "9##-##-####"),
-    "UK_NHS": valid(checksums.nhs, "### ### ####", "##########"),
+    "US_SSN": valid(patterns.ssn, "###-##-####"),
+    "US_ITIN": valid(patterns.itin, "9##-##-####"),
+    "UK_NHS": valid(patterns.nhs, "### ### ####", "##########"),
     "UK_NINO": lambda rng: digits(rng, rng.choice(("AB ## ## ## C", "JG######A", "SE ## ## ## D"))),
-    "DE_TAX_ID": valid(checksums.tax_id_de, "###########", "## ### ### ###"),
+    "DE_TAX_ID": valid(patterns.tax_id_de, "###########", "## ### ### ###"),
     "FR_NIR": nir,
     "ES_NIF": nif,
     "IT_FISCAL_CODE": fiscal_code,
-    "NL_BSN": valid(checksums.bsn, "#########"),
-    "PL_PESEL": valid(checksums.pesel, "###########"),
-    "IN_AADHAAR": valid(checksums.aadhaar, "3### #### ####", "7### #### ####"),
-    "BR_CPF": valid(checksums.cpf, "###.###.###-##"),
-    "CREDIT_CARD": valid(checksums.card, "4### #### #### ####", "51##############", "37## ###### #####"),
+    "NL_BSN": valid(patterns.bsn, "#########"),
+    "PL_PESEL": valid(patterns.pesel, "###########"),
+    "IN_AADHAAR": valid(patterns.aadhaar, "3### #### ####", "7### #### ####"),
+    "BR_CPF": valid(patterns.cpf, "###.###.###-##"),
+    "CREDIT_CARD": valid(patterns.card, "4### #### #### ####", "51##############", "37## ###### #####"),
     "IBAN": iban,
     "MEDICAL_RECORD": lambda rng: digits(rng, rng.choice(("########", "C-######", "@@#####"))),
     "HEALTH_PLAN": lambda rng: digits(rng, rng.choice(("@@@#########", "HX-#######-0#", "########"))),

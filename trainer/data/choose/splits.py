@@ -14,12 +14,10 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.choose.balance import resample
-from trainer.data.choose.duplicates import KINDS, compared_text, find_duplicates
-from trainer.data.choose.leakage import find_leaks, settle
-from trainer.data.choose.ngrams import mix
-from trainer.data.config import BalanceBy, DataConfig, DuplicatePolicy, LeakagePolicy
+from trainer.data.choose.compare import mix
+from trainer.data.choose.copies import KINDS, compared_text, find_duplicates, find_leaks, settle
+from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
-from trainer.data.inputs import HELD_OUT
 from trainer.data.store.documents import DocumentTable
 
 Log = Callable[[str, str, str], None]
@@ -99,13 +97,8 @@ class _Chooser:
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
         found = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
         report: dict[str, Any] = {}
-        strictness = list(DuplicatePolicy)
-        for place, kind in enumerate(KINDS):
-            # A kind is treated at least as strictly as the looser ones after it.
-            policy = max((getattr(config, looser) for looser in KINDS[place:]), key=strictness.index)
-            copies = np.flatnonzero(found.kind == place + 1)
-            if policy is DuplicatePolicy.none and not len(copies):
-                continue
+        for kind, policy in found.policies.items():
+            copies = np.flatnonzero(found.kind == 1 + KINDS.index(kind))
             pairs = [(int(train[found.stands[copy]]), int(train[copy])) for copy in copies[:EXAMPLES].tolist()]
             report[kind] = {
                 "policy": str(policy),

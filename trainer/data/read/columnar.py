@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import DataError
 from trainer.data.document import Rejected
 from trainer.data.fields import Fault
-from trainer.data.read.opening import File, identify, local, open_binary, unreadable
+from trainer.data.read.opening import File, identify, open_binary, unreadable
 from trainer.data.read.remote import Remote
-from trainer.data.read.row import Row
-from trainer.data.read.strict import MAX_ROW_BYTES, Refused, decode_utf8
+from trainer.data.read.row import MAX_ROW_BYTES, Refused, Row, decode_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,9 +50,8 @@ def read_arrow(path: File, wanted: Collection[str] | None = None) -> Iterator[Ro
     import pyarrow as pa
 
     _require_head(path, (b"ARROW1", b"\xff\xff\xff\xff"), "Arrow")
-    here = local(path)
     try:
-        with pa.memory_map(str(here)) if here else open_binary(path) as source:
+        with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
             schema, batches = _arrow_batches(path, source)
             names = _names(schema, str(path))
             taken = _taken(names, wanted)

@@ -11,8 +11,7 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import Rejected
 from trainer.data.read.opening import BUFFER, File, open_text
-from trainer.data.read.row import Row, excerpt
-from trainer.data.read.strict import DECODER, MAX_ROW_BYTES, Refused, checked, hint
+from trainer.data.read.row import DECODER, MAX_ROW_BYTES, Refused, Row, checked, excerpt, hint
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _TAIL = 12

@@ -84,11 +84,6 @@ def identify(head: bytes) -> str | None:
     return None
 
 
-def local(path: File) -> Path | None:
-    """The path of a file on this machine."""
-    return path if isinstance(path, Path) else None
-
-
 def open_binary(path: File) -> io.BufferedReader:
     """The file's bytes as they are. Raises DataError and OSError."""
     if isinstance(path, Remote):

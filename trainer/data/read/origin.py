@@ -1,21 +1,50 @@
-"""One origin of rows: the files that a setting names, or a data set of the hub."""
+"""One origin of rows: the files that a setting names, or data sets of the Hugging Face hub, from the hub or from its cache."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from strategies.errors import DataError
 from trainer.data.document import Rejected
-from trainer.data.read.dispatch import identities_of, read
-from trainer.data.read.opening import File
-from trainer.data.read.paths import expand, is_hub
+from trainer.data.read.columnar import BATCH, count_rows, read_arrow, read_parquet, table_rows
+from trainer.data.read.json_rows import read_json, read_json_lines
+from trainer.data.read.opening import COMPRESSION, File, expansion
+from trainer.data.read.paths import (
+    COLUMN_KINDS,
+    PREFIX,
+    SUPPORTED,
+    TEXT_KINDS,
+    check_name,
+    expand,
+    is_hub,
+    kind_of,
+)
 from trainer.data.read.remote import Remote
 from trainer.data.read.row import Row
+from trainer.data.read.text import read_csv, read_text_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BIG = 1 << 30
 """Size in bytes that stands for a hub data set."""
+_READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".txt": read_text_file,
+    ".md": read_text_file,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(slots=True)
@@ -23,9 +52,11 @@ class Origin:
     """Files and hub data sets in reading order, with what a hub data set needs to be told."""
 
     key: str
+    """The setting that names them, for messages."""
     paths: list[File]
     subset: str | None = None
     split: str | None = None
+    """May be left out where a hub data set has only one."""
     revision: str | None = None
 
     @classmethod
@@ -34,18 +65,62 @@ class Origin:
         return cls(key, expand(value, key, remote=remote), **hub)
 
     def rows(self, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-        """All rows, from the first, streamed; of tables the columns `wanted`. Raises DataError for broken files."""
-        hub = {"config": self.subset, "split": self.split, "revision": self.revision}
-        return read(self.paths, key=self.key, wanted=wanted, **hub)
+        """All rows, in order, streamed; of tables the columns `wanted` (None: all). Rows of JSON lines come unparsed.
+
+        Raises DataError, naming the file, for whatever concerns a file as a whole or leaves its further rows unknown.
+        """
+        for path in self.paths:
+            kind = kind_of(path)
+            if is_hub(path):
+                rows = self._hub_rows(path, wanted)
+            elif kind is None:
+                raise DataError(f"{self.key}: cannot read {path}; files must end in {SUPPORTED}")
+            else:
+                rows = _READERS[kind](path, wanted) if kind in COLUMN_KINDS else _READERS[kind](path)
+            count = 0
+            for row in rows:
+                count += 1
+                yield row
+            if not count:
+                raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
 
     def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
-        """What the fingerprint covers: kinds and contents, not names. `digest` gives the SHA-256 of a file."""
-        found = identities_of(self.paths, config=self.subset, split=self.split, revision=self.revision)
-        return [(kind, digest(content) if isinstance(content, Path) else content) for kind, content in found]
+        """What the fingerprint covers: kinds and contents, not names. `digest` gives the SHA-256 of a file.
+
+        The kind is the suffix with that of the compression; of a text file the whole name, which becomes the title. A file
+        elsewhere gives a text that changes with its content, a hub data set its name, the version loaded and its size.
+        """
+        found = []
+        for path in self.paths:
+            if is_hub(path):
+                data = self._dataset(path)
+                version = data.version if data.version is not None else ""
+                about = (data.split or self.split, self.revision, version, data._fingerprint, data.num_rows)
+                parts = (str(path).removeprefix(PREFIX), self.subset, *about)
+                found.append(("hub", ":".join("" if part is None else str(part) for part in parts)))
+                continue
+            content = path.identity() if isinstance(path, Remote) else digest(path)
+            compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else ""
+            found.append((path.name if kind_of(path) in TEXT_KINDS else f"{kind_of(path)}{compression}", content))
+        return found
 
     def size(self) -> int:
         """Bytes, roughly."""
         return sum(BIG if is_hub(path) else _size(path) for path in self.paths)
+
+    def extent(self) -> tuple[float, int]:
+        """How much there is to read: bytes of text, decompressed (an estimate), and rows of tables, whose bytes tell little."""
+        size, rows = 0.0, 0
+        for path in self.paths:
+            if is_hub(path):
+                rows += self._dataset(path).num_rows
+            elif isinstance(path, Remote):
+                size += path.size()
+            elif kind_of(path) in COLUMN_KINDS:
+                rows += count_rows(path)
+            else:
+                size += _size(path) * expansion(path)
+        return size, rows
 
     def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
         """Names, sizes and digests, for the records."""
@@ -57,6 +132,71 @@ class Origin:
             found.append({"path": str(path), **about})
         return found
 
+    def _hub_rows(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
+        """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
+        data = self._dataset(path)
+        place = "/".join(part for part in (str(path), self.subset, str(data.split or self.split or "")) if part)
+        taken = [name for name in data.column_names if wanted is None or name in wanted] or data.column_names
+        others = tuple(name for name in data.column_names if name not in taken)
+        tables = data.select_columns(taken).with_format("arrow").iter(BATCH)
+        batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+        return table_rows(batches, place, others=others)
+
+    def _dataset(self, path: File) -> Dataset:
+        """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it."""
+        import datasets
+
+        name = check_name(str(path), self.key)
+        if Path(name).exists():
+            raise DataError(
+                f"{path}: a local {name} exists here and would be read instead; to read it, write ./{name} as the path, "
+                "otherwise start in another directory"
+            )
+        quiet = datasets.utils.logging.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            loaded: Any = datasets.load_dataset(
+                name, self.subset, split=self.split, revision=self.revision, streaming=False
+            )
+        except Exception as error:
+            asked = {"config": self.subset, "split": self.split, "revision": self.revision}
+            words = ", ".join(f"{word} {value!r}" for word, value in asked.items() if value)
+            raise _failed(f"{path}{f' ({words})' if words else ''}", error) from error
+        finally:
+            if quiet:
+                datasets.enable_progress_bars()
+        if not isinstance(loaded, dict):
+            return loaded
+        if len(loaded) != 1:
+            raise DataError(f"{path} has the splits {', '.join(loaded)}; name one of them")
+        return next(iter(loaded.values()))
+
 
 def _size(path: File) -> int:
     return path.size() if isinstance(path, Remote) else path.stat().st_size
+
+
+def _failed(what: str, error: Exception) -> DataError:
+    """The cause in a line, and what to do about it."""
+    text = str(error).strip()
+    cause = text.splitlines()[0][:300] if text else type(error).__name__
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
+    if "DatasetNotFoundError" in kinds and not offline:
+        remedy = "check the name; for a private or gated data set, log in with a token that has access (HF_TOKEN)"
+    elif "onfig" in cause and "ValueError" in kinds and "ConnectionError" not in kinds:
+        remedy = f"name one of its configs; the message says which there are: {' '.join(text.split())[:600]}"
+    elif "split" in cause.lower():
+        remedy = "name a split that it has"
+    elif "scripts are no longer supported" in text:
+        remedy = (
+            "it needs code from the hub, which is not run; use a copy converted to Parquet (often refs/convert/parquet)"
+        )
+    elif offline or kinds & {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}:
+        remedy = (
+            "no hub was reached and the data set is not in the local cache; load it once on a machine with internet "
+            "(the cache is HF_HOME), or download its files and give their path"
+        )
+    else:
+        remedy = "download its files and give their path if this goes on"
+    return DataError(f"{what} cannot be loaded: {cause}; {remedy}")

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.read.hub import PREFIX, check_name
 from trainer.data.read.opening import COMPRESSION, File, require_regular
-from trainer.data.read.remote import is_address, remote_files
+from trainer.data.read.remote import remote_files
 
 TEXT_KINDS = (".txt", ".md")
 LINE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -28,6 +27,12 @@ SUPPORTED = (
     f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with {', '.join(COMPRESSION)}), {' and '.join(COLUMN_KINDS)}"
 )
 """For messages: the names that can be read."""
+PREFIX = "hub:"
+"""What a data path begins with that names a data set of the hub."""
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
 _PACKED = "|".join(map(re.escape, COMPRESSION))
 _READABLE = (
@@ -43,6 +48,19 @@ def kind_of(path: File) -> str | None:
         return inner if inner in LINE_KINDS + TEXT_KINDS else None
     last = suffixes[-1] if suffixes else ""
     return last if last in LINE_KINDS + TEXT_KINDS + COLUMN_KINDS else None
+
+
+def is_address(value: str) -> bool:
+    """Whether a path value names a file on another machine."""
+    return _ADDRESS.match(value) is not None
+
+
+def check_name(value: str, key: str) -> str:
+    """The name after `hub:`. Raises DataError where it cannot be one."""
+    name = value.removeprefix(PREFIX)
+    if not _NAME.fullmatch(name):
+        raise DataError(f"{key}={value!r} is no name of a hub data set; write hub:NAME or hub:ORGANISATION/NAME")
+    return name
 
 
 def is_hub(path: File | str) -> bool:

@@ -17,18 +17,12 @@ from urllib.parse import urlsplit
 
 from strategies.errors import DataError
 
-_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _TAGS = ("ETag", "Content-MD5", "Digest")
 """What a web server may say about a file's content."""
 BLOCK = 8 << 20
 """Bytes asked for at a time."""
 HEAD = 4096
 """Bytes that tell what a file is."""
-
-
-def is_address(value: str) -> bool:
-    """Whether a path value names a file on another machine."""
-    return _ADDRESS.match(value) is not None
 
 
 @dataclass(frozen=True, slots=True)

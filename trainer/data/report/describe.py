@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,23 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.assemble import QUARANTINE, Totals
-from trainer.data.batches.mixing import quotas, realised
-from trainer.data.batches.units import source_weights
+from trainer.data.batches.mixing import quotas, realised, source_weights
+from trainer.data.blocks import QUARANTINE, Totals
 from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import Document, Tally
+from trainer.data.fields import shown_names
 from trainer.data.inputs import Input
 from trainer.data.report import audit as form
-from trainer.data.report.card import datacard
-from trainer.data.report.page import page
+from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
-from trainer.data.report.verdict import KNOBS
-from trainer.data.stages.language import share
+from trainer.data.report.wording import KNOBS
+from trainer.data.stages.filters import share
 from trainer.data.stages.privacy.config import coverage
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
-from trainer.data.unread import shown_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +49,7 @@ class Description:
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
         inputs: list[Input],
-        formats: dict[tuple[str, str], DataFormat],
+        formats: Mapping[tuple[str, str], DataFormat],
         fingerprint: str,
         directory: Path,
         *,
@@ -172,10 +170,10 @@ class Description:
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
         """What the weights ask for, and what an epoch of unpacked documents makes of them."""
+        if train.sources is None or all(source.weight is None for source in self.config.sources.values()):
+            return {}
         names = train.source_names
         weights = source_weights(self.config, names)
-        if train.sources is None or all(weight is None for weight in weights):
-            return {}
         units = np.bincount(train.sources, minlength=len(names))
         tokens = np.bincount(train.sources, train.lengths, minlength=len(names)).astype(np.int64)
         over, epoch = self.config.mixing.over, self.config.mixing.epoch

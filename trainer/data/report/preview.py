@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.reading import Reading
 from trainer.data.report.wording import SAID, percent, plural, visible
 from trainer.data.stages.privacy.config import NOT_ASKED
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from trainer.data.reading import Reading
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -35,10 +36,10 @@ def preview(
 
     See `render`; without a reading, that one sequence alone.
     """
-    parts, reading = [], reading or Reading()
-    for place, head in enumerate(reading.headings()):
+    parts = []
+    for place, head in enumerate(reading.headings() if reading is not None else [""]):
         sample = dataset.sample(index + place)
-        note = reading.note(sample, label_names)
+        note = reading.note(sample, label_names) if reading is not None else ""
         shown = render(pieces(sample, tokenizer), width=width, colour=colour, max_lines=max_lines)
         parts.append(head + shown + (f"\n{note}" if note else ""))
     return "\n".join(parts)

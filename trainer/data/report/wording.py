@@ -1,13 +1,25 @@
-"""How the terminal, the page and the card write numbers, and text that comes from the data."""
+"""In which words the terminal, the page and the card tell what was counted: numbers, reasons, the verdict, the gaps.
+
+The verdict's rules are thresholds on what preparation counted. They point a reader to what to look at first; they are no gate.
+Text that comes from the data is made visible before it is shown.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.report.audit import Audit
+
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from trainer.data.config import CardConfig
+
 
 JOINERS = "\u200c\u200d"
 """Invisible, but part of how words (Persian, Hindi) and emoji are spelled."""
@@ -73,3 +85,198 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
     made.filters |= {"count": lambda value: f"{value:,.0f}", "number": lambda value: f"{value:,.4g}"}
     made.globals |= {"plural": plural}
     return made
+
+
+KNOBS = {
+    "checks": "data.checks.quarantine",
+    "filters": "data.filters",
+    "privacy": "data.privacy.mode",
+    "decontamination": "data.decontamination.policy",
+    "duplicates": "data.duplicates",
+    "leakage": "data.leakage.policy",
+    "balance": "data.balance",
+}
+"""The setting behind what a stage drops."""
+UNASKED = frozenset({"read", "checks", "cleaning", "tokenise"})
+"""Stages whose drops nobody asked for by a setting."""
+NOTHING = "\N{EN DASH}"
+"""Value of a tile that was not measured."""
+LEFT_IN = frozenset({"report", "none"})
+"""Policies that leave what was found where it is."""
+GRAVE = re.compile(
+    "SECRET|PASSWORD|KEY|SSN|ITIN|NHS|NINO|TAX|NIR|NIF|FISCAL|BSN|PESEL|AADHAAR|CPF|CREDIT_CARD|IBAN|MEDICAL|HEALTH"
+)
+"""Parts of the names of types whose leaking does direct harm: left in the data, they call for action."""
+
+
+class Level(StrEnum):
+    """How a finding is to be taken."""
+
+    good = "good"
+    look = "look"
+    act = "act"
+    none = "none"
+
+
+@dataclass(slots=True)
+class Tile:
+    """One finding in a few words; `anchor` is the section that has more, `advice` what can be done about it."""
+
+    what: str
+    value: str
+    note: str
+    level: Level
+    anchor: str
+    advice: str = ""
+
+
+def tiles(audit: Audit) -> list[Tile]:
+    """The findings in reading order; what was not measured says so."""
+    return [_lost(audit), _learned(audit), _truncated(audit), _leakage(audit), _duplicates(audit), _personal(audit)]
+
+
+def overall(found: list[Tile]) -> tuple[Level, str]:
+    """The level of the whole and a sentence on it."""
+    for level, words in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
+        names = [tile.what.lower() for tile in found if tile.level is level]
+        if names:
+            return level, f"{words}: {', '.join(names)}"
+    return Level.good, "Nothing stands out"
+
+
+def _level(share: float, look: float, act: float) -> Level:
+    return Level.act if share > act else Level.look if share > look else Level.good
+
+
+def _lost(audit: Audit) -> Tile:
+    rows, dropped = audit.conserved["rows_in"], audit.conserved["dropped"]
+    unasked = sum(sum(stage.dropped.values()) for stage in audit.flow if stage.stage in UNASKED)
+    level = _level(unasked / max(rows, 1), 0.01, 0.1)
+    if level is Level.good and audit.lost_share > 0.5:
+        level = Level.look
+    note, advice = f"{dropped:,} of {plural(rows, 'row')}", ""
+    if dropped:
+        # Where rows went that nobody asked to drop, these are what has to be looked at.
+        stages = [stage for stage in audit.flow if stage.stage in UNASKED or not unasked]
+        number, code, stage = max((n, code, stage.stage) for stage in stages for code, n in stage.dropped.items())
+        note += f"; most: {reason(code) if stage in UNASKED else f'{stage}, {reason(code)}'} ({number:,})"
+        advice = f"see the places below, and {KNOBS.get(stage, 'quarantine.jsonl and dropped.jsonl')}"
+        if code == "too_long":
+            advice = "raise data.max_length, or set data.over_length=truncate or split"
+    return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
+
+
+def _learned(audit: Audit) -> Tile:
+    train = audit.splits["train"]
+    if train.labelled:
+        return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
+    share = percent(train.supervised_share)
+    if train.doubled_bos:
+        advice = "check model.chat_template"
+        return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
+    level = Level.good if train.supervised_share >= 0.05 else Level.look if train.supervised_share else Level.act
+    return Tile("Learned tokens", share, f"of {train.tokens:,} in training", level, "splits", "read the samples below")
+
+
+def _truncated(audit: Audit) -> Tile:
+    number, kept = audit.truncated, max(audit.conserved["kept"], 1)
+    if not number:
+        return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
+    note = f"{plural(number, 'document')} cut to data.max_length={audit.words['data.max_length']}"
+    advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
+    return Tile("Truncated", percent(number / kept), note, _level(number / kept, 0, 0.1), "splits", advice)
+
+
+def _leakage(audit: Audit) -> Tile:
+    if not audit.leakage:
+        return Tile("Leakage", NOTHING, "no held-out split to compare with", Level.none, "leakage")
+    documents = sum(found.documents for found in audit.leakage.values())
+    prompts = sum(found.train["prompt"] for found in audit.leakage.values())
+    shared = sum(part.in_training for part in audit.groups.values())
+    if shared and all(found.policy in LEFT_IN for found in audit.leakage.values()):
+        note = f"training documents of a {audit.words['data.group_by']} that is held out too"
+        advice = "data.leakage.policy=drop_train takes them out"
+        return Tile("Leakage", f"{shared:,}", note, Level.act, "leakage", advice)
+    if documents and all(found.policy in LEFT_IN for found in audit.leakage.values()):
+        advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
+        note = f"training documents are in {' and '.join(audit.leakage)} too"
+        return Tile("Leakage", f"{documents:,}", note, Level.act, "leakage", advice)
+    if prompts:
+        note = f"no shared document; {plural(prompts, 'prompt')} with other answers"
+        note = f"taken out; {plural(prompts, 'shared prompt')} left" if documents else note
+        return Tile("Leakage", f"{documents:,}", note, Level.look, "leakage", "read them: is it a fixed instruction?")
+    note = "taken out of training" if documents else "no held-out document in training"
+    return Tile("Leakage", f"{documents:,}", note, Level.good, "leakage")
+
+
+def _duplicates(audit: Audit) -> Tile:
+    if not audit.duplicates:
+        return Tile("Duplicates", NOTHING, "not looked for", Level.none, "duplicates")
+    found = sum(kind.documents for kind in audit.duplicates.values())
+    left = {
+        name: kind.documents for name, kind in audit.duplicates.items() if kind.policy in LEFT_IN and kind.documents
+    }
+    if not left:
+        note = "taken out" if found else "none found"
+        return Tile("Duplicates", f"{found:,}", note, Level.good, "duplicates")
+    part = sum(left.values()) / max(audit.conserved["rows_in"], 1)
+    advice = ", ".join(f"data.duplicates.{name}=drop" for name in left) + " takes them out"
+    note = f"still in the data, {percent(part)} of the rows"
+    return Tile("Duplicates", f"{sum(left.values()):,}", note, _level(part, 0.01, 0.1), "duplicates", advice)
+
+
+def _personal(audit: Audit) -> Tile:
+    found = audit.privacy
+    if found is None or not found.scanned:
+        return Tile("Personal data", NOTHING, "not looked for", Level.none, "privacy", "set data.privacy.mode=report")
+    limits = "" if found.people_and_places else "; people and places were not looked for"
+    where = f"in {plural(found.scanned, 'document')} searched"
+    if not found.documents:
+        return Tile("Personal data", "0", f"none found {where}{limits}", Level.good, "privacy")
+    done = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(found.mode)
+    value, grave = f"{found.documents:,}", [name for name in found.types if GRAVE.search(name)]
+    if done:
+        return Tile("Personal data", value, f"documents with findings, {done}{limits}", Level.good, "privacy")
+    words = f"left in, with {', '.join(grave[:3])}" if grave else f"with findings {where}"
+    level, advice = Level.act if grave else Level.look, "data.privacy.mode=redact replaces what was found"
+    return Tile("Personal data", value, f"documents {words}{limits}", level, "privacy", advice)
+
+
+def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
+    """What is not known about the data set, as short sentences, what its owner alone can tell first."""
+    asked = {
+        "description": "what it was made for",
+        "source_description": "how the data was collected",
+        "intended_use": "what it may be used for",
+        "contact": "who answers questions and requests for removal",
+        "licence": "the licence of the whole",
+    }
+    gaps = [
+        f"not stated: {words} (data.card.{name})"
+        for name, words in asked.items()
+        if not (getattr(stated, name) or "").strip()
+    ]
+    if open_ones := [source.name for source in audit.sources if not source.licence]:
+        gaps.append(f"not stated: the licence of {', '.join(open_ones[:10])}{' and others' if open_ones[10:] else ''}")
+    if not stated.languages and not audit.languages:
+        gaps.append("languages neither stated nor detected (data.languages=true)")
+    if "eval" not in audit.splits:
+        gaps.append("there is no evaluation split")
+    if bad := audit.quarantine["rows"]:
+        gaps.append(f"{plural(bad, 'row')} could not be used, listed in {audit.quarantine['file']}")
+    documents, found = sum(split.documents for split in audit.splits.values()), audit.privacy
+    if found is None or not found.scanned:
+        gaps.append("personal data was not looked for")
+    elif found.scanned < documents:
+        gaps.append(f"personal data was looked for in {found.scanned:,} of {plural(documents, 'document')}")
+    if found is not None and not found.people_and_places:
+        gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
+    for tile in (_leakage(audit), _duplicates(audit), _truncated(audit)):
+        if tile.level is not Level.good:
+            gaps.append(f"{tile.what.lower()}: {tile.value if tile.level is not Level.none else ''} {tile.note}")
+    for part, key in ((audit.leakage, "data.leakage.near"), (audit.duplicates, "data.duplicates.near")):
+        if part and audit.words[key] in (False, "none"):
+            gaps.append(f"near {'leaks' if part is audit.leakage else 'copies'} were not looked for ({key})")
+    for source, names in audit.unread_columns.items():
+        gaps.append(f"columns of {source} that nobody read: {', '.join(names)}")
+    return gaps

@@ -1,19 +1,33 @@
-"""What looks wrong in a document, which a policy decides: counted, or put into quarantine where the settings say so.
+"""What looks wrong in a document: counted, or put into quarantine where the settings say so; and what of it can be mended.
 
-Turns out of order or said twice, trailing turns, empty texts, damaged encoding, control characters, texts beyond a length.
+Looked for are turns out of order or said twice, trailing turns, empty texts, damaged encoding, control characters, texts beyond
+a length. Cleaning (encoding damage, invisible characters, Unicode form) owns every change of wording; each kind is a switch of
+its own. It is idempotent: a text goes through the steps until none of them changes it any more, and a text that does not come
+to rest is left exactly as it was.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 
-from trainer.data.config import ChecksConfig, Policy
+from trainer.data.config import ChecksConfig, CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Message, Tally
 
-KINDS = tuple(field.name for field in fields(ChecksConfig) if field.name not in ("max_chars", "repeat_chars"))
+KINDS = {
+    "system_late": "a system turn that is not the first turn",
+    "assistant_before_user": "the assistant speaks before any user does",
+    "same_role_twice": "two user turns, or two assistant turns, in a row",
+    "trailing_turns": "the last turn is not the assistant's, and teaches nothing",
+    "repeated_turn": "one role says the same text twice",
+    "empty_text": "a text that is empty or only whitespace, as earlier stages may leave it",
+    "encoding_damage": "replacement characters, or text that was decoded with the wrong encoding (mojibake)",
+    "control_characters": "control characters other than tab and line ends, or characters that Unicode bars",
+    "over_long": "a text of more than `max_chars` characters",
+}
 """What documents are checked for, in the order of verdicts."""
+REPEATED = 40
+"""Shortest text in characters that counts as said twice; people do say yes twice."""
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 # The first and a further byte of a UTF-8 character, read in another encoding. Cyrillic has such pairs of its own.
 _LEADS, _FOLLOWERS = bytes(range(0xC2, 0xF5)), bytes(range(0x80, 0xC0))
@@ -21,6 +35,16 @@ _LATIN_LEADS = _LEADS.decode("cp1252") + _LEADS.decode("cp1250")
 _LATIN = "".join(_FOLLOWERS.decode(name, "ignore") for name in ("latin-1", "cp1252", "cp1250"))
 _CYRILLIC_LEADS, _CYRILLIC = b"\xd0\xd1\xe2".decode("cp1251"), _FOLLOWERS.decode("cp1251", "ignore")
 _SUSPECT = re.compile(f"[{_LATIN_LEADS}][{_LATIN}]|(?:[{_CYRILLIC_LEADS}][{_CYRILLIC}]){{2}}|\u0432\u0402")
+
+
+def problems(config: ChecksConfig) -> list[str]:
+    """One line for each name in `quarantine` that is no kind of trouble."""
+    known = ", ".join(KINDS)
+    return [
+        f"data.checks.quarantine: {name!r} is not looked for; known are {known}"
+        for name in config.quarantine
+        if name not in KINDS
+    ]
 
 
 class Checks:
@@ -38,16 +62,12 @@ class Checks:
         """The document, each trouble noted; None, under its first trouble, where one of them means quarantine."""
         found = self._found(document)
         for kind, place in found.items():
-            if getattr(self.config, kind) == Policy.quarantine:
+            if kind in self.config.quarantine:
                 tally.drop(self.name, kind, f"{document.where} ({place})")
                 return None
         for kind, place in found.items():
             tally.note(self.name, kind, f"{document.where} ({place})")
         return document
-
-    def verdicts(self, document: Document) -> list[str]:
-        """The kinds of trouble in a document, in the order of `KINDS`; a pure function of it and the limits."""
-        return list(self._found(document))
 
     def _found(self, document: Document) -> dict[str, str]:
         """Kinds of trouble, in the order of `KINDS`, each with its first place in the document."""
@@ -60,9 +80,9 @@ class Checks:
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
             for name in ("chosen", "rejected"):
-                yield from _order([*prompt, *(getattr(document, name) or [])], f" of {name}", self.config.repeat_chars)
+                yield from _order([*prompt, *(getattr(document, name) or [])], f" of {name}")
         elif document.messages is not None:
-            yield from _order(prompt, "", self.config.repeat_chars)
+            yield from _order(prompt, "")
         for number, text in enumerate(document.texts(), 1):
             yield from self._text(text, f"text {number}")
 
@@ -82,7 +102,7 @@ class Checks:
             yield "encoding_damage", f"{name}, {match.group()!r} at character {match.start() + 1}"
 
 
-def _order(turns: list[Message], suffix: str, repeat_chars: int) -> Iterator[tuple[str, str]]:
+def _order(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
     roles = [turn["role"] for turn in turns]
     said: set[tuple[str, str]] = set()
     for number, (turn, role) in enumerate(zip(turns, roles, strict=True), 1):
@@ -93,8 +113,113 @@ def _order(turns: list[Message], suffix: str, repeat_chars: int) -> Iterator[tup
             yield "assistant_before_user", where
         if number > 1 and role == roles[number - 2] and role not in ("system", "tool"):
             yield "same_role_twice", where
-        if len(turn["content"]) >= repeat_chars and (role, turn["content"]) in said:
+        if len(turn["content"]) >= REPEATED and (role, turn["content"]) in said:
             yield "repeated_turn", where
         said.add((role, turn["content"]))
     if roles and roles[-1] != "assistant":
         yield "trailing_turns", f"turn {len(turns)}{suffix}"
+
+
+ROUNDS = 8
+"""Passes a text may take to come to rest; two are usual, the second being the proof."""
+
+
+def fixer(*, encoding: bool = False, form: UnicodeForm = UnicodeForm.none) -> Callable[[str], str]:
+    """ftfy (R. Speer, 2019) with nothing switched on but the repair of mojibake, or a normalisation form."""
+    import ftfy
+
+    config = ftfy.TextFixerConfig(
+        unescape_html=False,
+        remove_terminal_escapes=False,
+        fix_encoding=encoding,
+        fix_c1_controls=encoding,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        fix_surrogates=False,
+        remove_control_chars=False,
+        normalization=None if form is UnicodeForm.none else form.value,  # type: ignore[arg-type]  # one of its literals
+    )
+    return lambda text: text if text.isascii() else ftfy.fix_text(text, config)
+
+
+# Joiners shape words in Arabic, Syriac, N'Ko, Mongolian and the Indic scripts; a zero-width space parts words in Thai,
+# Lao, Khmer, Myanmar and Tibetan, which write no other.
+JOINED = "\u0600-\u08ff\ufb50-\ufdff\ufe70-\ufefc\u0900-\u0dff\u1000-\u109f\u1780-\u18af\u1b00-\u1b7f\ua840-\ua87f\ua8e0-\ua9df"
+UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f"
+PICTURES = "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+HAN = "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+BREAKS = re.compile("[\x0b\x0c\x85]")
+ALWAYS = (
+    "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
+    "\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
+)
+CANDIDATE = re.compile(f"[{ALWAYS}\x0b\x0c\x85\u180e\u200b-\u200d\U000e0000-\U000e01ef]")
+INVISIBLE = re.compile(
+    f"\x1b\\[[0-?]*[ -/]*[@-~]|[{ALWAYS}]"  # a terminal's colour code goes whole: without its escape it would be text
+    f"|(?<![{UNSPACED}])\u200b|(?<![\u1800-\u18af])\u180e|(?<![{JOINED}])\u200c"
+    f"|(?<![{JOINED}{PICTURES}\ufe0f])\u200d|(?<=[{PICTURES}\ufe0f])\u200d(?![{PICTURES}])"
+    # Tags spell the flags of regions after a black flag, selectors choose a glyph of an ideograph; elsewhere both are
+    # a known way to hide text.
+    f"|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+|(?<![{HAN}])[\U000e0100-\U000e01ef]+"
+)
+
+
+def remove_controls(text: str) -> str:
+    """Remove characters nobody sees, but not tabs, line ends, and joiners between emoji or in scripts that need them.
+
+    Vertical tab, form feed and NEL become line ends. Carriage returns stay.
+    """
+    if CANDIDATE.search(text) is None:
+        return text
+    return INVISIBLE.sub("", BREAKS.sub("\n", text))
+
+
+class Cleaner:
+    """The cleaning stage: changes texts in place, notes each switch that changed a row, drops rows left without text."""
+
+    name = "cleaning"
+
+    def __init__(self, config: CleaningConfig) -> None:
+        self.steps: list[tuple[str, Callable[[str], str]]] = []
+        if config.fix_encoding:
+            self.steps.append(("fix_encoding", fixer(encoding=True)))
+        if config.control_characters:
+            self.steps.append(("control_characters", remove_controls))
+        if config.unicode is not UnicodeForm.none:
+            self.steps.append(("unicode", fixer(form=config.unicode)))
+
+    def __call__(self, document: Document, tally: Tally) -> Document | None:
+        changed: set[str] = set()
+        emptied = False
+
+        def change(text: str) -> str:
+            nonlocal emptied
+            new, kinds = self.clean(text)
+            changed.update(kinds)
+            emptied |= bool(text) and not new.strip()
+            return new
+
+        document.map_texts(change)
+        if emptied:
+            tally.drop(self.name, "empty_after_cleaning", document.where)
+            return None
+        for kind in sorted(changed):
+            tally.note(self.name, kind, document.where)
+        return document
+
+    def clean(self, text: str) -> tuple[str, set[str]]:
+        """The cleaned text and the switches that changed it; `unsettled` alone where it was left as it was."""
+        kinds: set[str] = set()
+        now = text
+        for _ in range(ROUNDS):
+            before = now
+            for kind, step in self.steps:
+                new = step(now)
+                if new != now:
+                    kinds.add(kind)
+                    now = new
+            if now == before:
+                return now, kinds
+        return text, {"unsettled"}

@@ -6,7 +6,8 @@ common, compared without case and punctuation. Evaluation texts of fewer words a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,12 +15,72 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.ngrams import normal_digest, normalize, roll, word_hashes
+from trainer.data.choose.compare import mix, normal_digest, normalize
 from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import EXAMPLES, Document, Tally
 
 BATCH_TEXTS = 512
+MIN_WORDS = 5
+"""Evaluation texts of fewer words are not looked for (they are counted): many documents hold them by chance."""
+MAX_SHARED = 10
+"""Runs in more evaluation texts than this are the set's own wording, and ignored."""
 MAX_FILTER_BITS = 27
+
+
+LONGEST_WORD = 256
+"""Bytes. A longer run without a separator (base64, sequences) counts as single bytes, so that an edit stays local."""
+
+
+def _fixed_random(name: str, number: int) -> np.ndarray:
+    """`number` odd 64-bit constants that never change."""
+    raw = hashlib.shake_128(name.encode()).digest(8 * number)
+    return np.frombuffer(raw, dtype="<u8").astype(np.uint64) | np.uint64(1)
+
+
+_BYTE = _fixed_random("byte", 256)
+_POWER = np.cumprod(np.full(LONGEST_WORD + 1, 0x9E3779B97F4A7C15, dtype=np.uint64), dtype=np.uint64)
+_STEP = _fixed_random("step", 256)
+
+
+def word_hashes(normalized: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit hash of every word of some normalised texts: (uint64[words], int64[texts + 1] offsets into it).
+
+    A polynomial over the bytes modulo 2**64 with random byte values, then `mix`; one pass over all texts at once.
+    """
+    joined = np.frombuffer(b" ".join((*normalized, b"")), dtype=np.uint8)
+    if not len(joined):
+        return np.empty(0, dtype=np.uint64), np.zeros(len(normalized) + 1, dtype=np.int64)
+    inside = np.zeros(len(joined) + 1, dtype=np.int8)
+    inside[1:] = joined != 32
+    edges = np.diff(inside)
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    long = ends - starts > LONGEST_WORD
+    if long.any():
+        pieces = [np.arange(start, end) for start, end in zip(starts[long], ends[long], strict=True)]
+        split = np.concatenate(pieces)
+        starts, ends = np.concatenate([starts[~long], split]), np.concatenate([ends[~long], split + 1])
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], ends[order]
+    begins = np.cumsum([0, *(len(data) + 1 for data in normalized)])
+    offsets = np.searchsorted(starts, begins)
+    if not len(starts):
+        return np.empty(0, dtype=np.uint64), offsets
+    lengths = ends - starts
+    bytes_of_words = joined[inside[1:].view(bool)]
+    first = np.cumsum(lengths) - lengths
+    place = np.arange(len(bytes_of_words)) - np.repeat(first, lengths)
+    return mix(np.add.reduceat(_BYTE[bytes_of_words] * _POWER[place], first)), offsets
+
+
+def roll(words: np.ndarray, ngram: int) -> np.ndarray:
+    """Hashes of all runs of `ngram` words, given the words' hashes: uint64[max(0, words - ngram + 1)], not mixed."""
+    number = len(words) - ngram + 1
+    if number <= 0:
+        return np.empty(0, dtype=np.uint64)
+    total = words[:number] * _STEP[0]
+    for step in range(1, ngram):
+        total += words[step : step + number] * _STEP[step]
+    return total
 
 
 def evaluation_texts(document: Document, ngram: int) -> Iterator[tuple[str, str]]:
@@ -99,7 +160,7 @@ class Decontaminator:
             for row, (where, _) in enumerate(batch):
                 made.report["texts"] += 1
                 own = words[offsets[row] : offsets[row + 1]]
-                if len(own) < config.min_words:
+                if len(own) < MIN_WORDS:
                     made._skip("too_short", where)
                     continue
                 digest = normal_digest(normalized[row]) or 0
@@ -124,10 +185,10 @@ class Decontaminator:
         for length, found in sorted(parts.items()):
             hashes = np.concatenate([runs for runs, _ in found])
             owners = np.repeat(np.array([owner for _, owner in found], np.int32), [len(runs) for runs, _ in found])
-            if self.config.max_shared is not None and length == self.config.ngram:
+            if length == self.config.ngram:
                 _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-                common = counts[inverse] > self.config.max_shared
-                self.report["ignored_runs"] += int((counts > self.config.max_shared).sum())
+                common = counts[inverse] > MAX_SHARED
+                self.report["ignored_runs"] += int((counts > MAX_SHARED).sum())
                 hashes, owners = hashes[~common], owners[~common]
             self._sizes += np.bincount(owners, minlength=len(self._sizes))
             self._tables.append(_Runs.of(length, hashes, owners))
@@ -137,9 +198,8 @@ class Decontaminator:
         if not self.report["checked"]:
             raise DataError(
                 f"none of the {self.report['texts']} evaluation texts for decontamination can be looked for: "
-                f"{self.report['too_short']} have fewer than min_words={self.config.min_words} words and "
-                f"{self.report['only_shared_wording']} only runs that are in more than "
-                f"max_shared={self.config.max_shared} texts; check the files, or lower min_words"
+                f"{self.report['too_short']} have fewer than {MIN_WORDS} words and "
+                f"{self.report['only_shared_wording']} only runs that are in more than {MAX_SHARED} texts; check the files"
             )
 
     def match(self, text: str) -> tuple[str, float] | None:

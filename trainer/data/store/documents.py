@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
 from trainer.data.document import Document
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "documents.arrow"
+TURNS = ("messages", "chosen", "rejected")
 
 
 @cache
@@ -26,69 +29,40 @@ def schema() -> pa.Schema:
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("train", pa.bool_()), *said]))
     text = [(name, pa.string()) for name in ("prompt", "completion", "text", "label", "separator", "tools")]
     place = [("source", pa.string()), ("file", pa.string()), ("line", pa.int64())]
-    lists = [("messages", turns), ("chosen", turns), ("rejected", turns)]
+    lists = [(name, turns) for name in TURNS]
     return pa.schema([*place, *lists, *text, ("desirable", pa.bool_())])
 
 
 def to_batch(documents: list[Document]) -> pa.RecordBatch:
     """Documents as rows, in order.
 
-    Put together from buffers, because `pa.array` imports pandas to see whether it is given pandas' own values.
+    By way of JSON, because `pa.array` imports pandas to see whether it is given pandas' own values.
     """
-    import pyarrow as pa
+    from pyarrow import json as reader
 
-    columns = []
-    for field in schema():
-        values = [getattr(document, field.name) for document in documents]
-        columns.append(_column(field.type, values))
-    return pa.RecordBatch.from_arrays(columns, schema=schema())
+    data = b"\n".join(orjson.dumps(_row(document)) for document in documents) or b"{}"
+    read = reader.ReadOptions(use_threads=False, block_size=len(data) + 1)  # one block is one batch
+    parse = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
+    (batch,) = reader.read_json(io.BytesIO(data), read, parse).to_batches()
+    return batch.slice(0, len(documents))
 
 
-def _column(kind: pa.DataType, values: list[Any]) -> pa.Array:
-    """Values of one type, None where there is none, as an array."""
-    import pyarrow as pa
+def _row(document: Document) -> dict[str, Any]:
+    row = {name: value for name in schema().names if (value := getattr(document, name)) is not None}
+    for name in TURNS:
+        if name in row:
+            row[name] = [_stored(turn) for turn in row[name]]
+    return {**row, "tools": _json(row["tools"])} if "tools" in row else row
 
-    if pa.types.is_list(kind):
-        turns = [turn for value in values if value is not None for turn in value]
-        fields = [kind.value_type.field(number) for number in range(kind.value_type.num_fields)]
-        parts = [_column(field.type, [turn.get(field.name) for turn in turns]) for field in fields]
-        inner = pa.StructArray.from_arrays(parts, fields=fields)
-        lengths = [0 if value is None else len(value) for value in values]
-        return pa.Array.from_buffers(kind, len(values), [_validity(values), _offsets(lengths)], children=[inner])
-    if pa.types.is_string(kind):
-        texts = [b"" if v is None else (v if isinstance(v, str) else _json(v)).encode("utf-8") for v in values]
-        buffers = [_validity(values), _offsets([len(text) for text in texts]), pa.py_buffer(b"".join(texts))]
-        return pa.Array.from_buffers(kind, len(values), buffers)
-    if pa.types.is_boolean(kind):
-        data = _bits([value is True for value in values])
-    else:
-        data = np.array([0 if value is None else value for value in values], kind.to_pandas_dtype())
-    return pa.Array.from_buffers(kind, len(values), [_validity(values), pa.py_buffer(data)])
+
+def _stored(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without its weight, which is stored beside its tokens."""
+    stored = {name: value for name, value in turn.items() if name != "weight"}
+    return {**stored, "tool_calls": _json(turn["tool_calls"])} if "tool_calls" in turn else stored
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _offsets(lengths: list[int]) -> pa.Buffer:
-    import pyarrow as pa
-
-    total = np.cumsum([0, *lengths], dtype=np.int64)
-    if total[-1] > np.iinfo(np.int32).max:
-        raise AssertionError(f"{total[-1]} bytes of one column are too much for one batch")
-    return pa.py_buffer(total.astype(np.int32))
-
-
-def _validity(values: list[Any]) -> pa.Buffer | None:
-    """One bit for each value that is there; None where all are."""
-    import pyarrow as pa
-
-    there = [value is not None for value in values]
-    return None if all(there) else pa.py_buffer(_bits(there))
-
-
-def _bits(values: list[bool]) -> np.ndarray:
-    return np.packbits(np.array(values, dtype=np.bool_), bitorder="little")
 
 
 class TableWriter:
@@ -134,7 +108,7 @@ class DocumentTable:
     def document(self, index: int) -> Document:
         """Row `index` as a document."""
         fields = self.row(index)
-        for name in ("messages", "chosen", "rejected"):
+        for name in TURNS:
             if fields[name] is not None:
                 fields[name] = [_turn(turn) for turn in fields[name]]
         tools = fields["tools"] and json.loads(fields["tools"])

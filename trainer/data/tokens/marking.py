@@ -15,7 +15,7 @@ from typing import Protocol
 
 from strategies.errors import DataError
 from trainer.data.document import Message, Refused
-from trainer.data.tokens.skeleton import RESERVED
+from trainer.data.tokens.probing import RESERVED
 
 # Private-use characters of the last plane: no font uses them and no template looks for them.
 BEGIN, END, THOUGHT = RESERVED[0], RESERVED[1], RESERVED[2]

@@ -4,7 +4,7 @@ Stock chat templates do not say which text the assistant wrote. A conversation i
 and with marks around every learned content. The spans count only if the second text without its marks is the first
 one, character by character; a template that rewrites what it is given ends in a DataError, never in a wrong mask.
 Templates with `{% generation %}` blocks are taken at their word. Conversations of a shape that was seen before are
-checked against its skeleton (`trainer/data/tokens/skeleton.py`) instead of being rendered a second time.
+checked against its skeleton (`trainer/data/tokens/probing.py`) instead of being rendered a second time.
 Conversations with tools, calls or thoughts are marked turn by turn (`trainer/data/tokens/turnwise.py`).
 """
 
@@ -19,7 +19,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import Message, Refused, texts_in
 from trainer.data.tokens.marking import BEGIN, END, Marker
-from trainer.data.tokens.skeleton import RESERVED, Skeletons
+from trainer.data.tokens.probing import RESERVED, Skeletons
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused, without_thought
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from typing import Any
 
 from trainer.data.config import Reasoning
 from trainer.data.document import Message, Refused
-from trainer.data.tokens.dialect import CALL, EDGE, Apply, Dialect, in_dialect, probed
 from trainer.data.tokens.marking import BEGIN, END, THOUGHT, mark_thought, mark_thought_alone, mark_trimmed, mark_whole
-from trainer.data.tokens.skeleton import RESERVED
+from trainer.data.tokens.probing import CALL, EDGE, RESERVED, Apply, Dialect, in_dialect, probed
 from trainer.data.tools import with_texts
 
 _MARKS = re.compile(f"([{RESERVED}])")

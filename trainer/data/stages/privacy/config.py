@@ -165,10 +165,8 @@ def _unfindable(config: PrivacyConfig, prefix: str) -> list[str]:
     ]
 
 
-def key_identity(config: PrivacyConfig) -> str | None:
-    """What tells one secret key from another without giving it away; None where the mode uses none."""
-    if config.mode != PrivacyMode.pseudonymise:
-        return None
+def key_identity(config: PrivacyConfig) -> str:
+    """What tells one secret key of pseudonyms from another without giving it away."""
     return hmac.new(os.environ.get(config.key_env, "").encode(), b"identity of the key", hashlib.sha256).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Rules for data that the words beside it give away: record, policy, account and licence numbers, user names; and for dates.
+"""Rules for data that the words beside it give away: records, policies, accounts, licences, vehicles, user names; for dates.
 
 Dates, ages and postcodes are known as they are written in the US, the UK, Germany and France.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from trainer.data.stages.privacy import checksums
+from trainer.data.stages.privacy.patterns import compact, npi
 from trainer.data.stages.privacy.rule import NOT_PERSONAL, Rule, rule, words
 
 CODE = r"(?=[\w./-]*\d)[A-Za-z0-9](?:[\w./-]{1,28}[A-Za-z0-9])(?![\w-])"
@@ -25,6 +25,21 @@ IS = (
 
 def _after(type_: str, names: str, value: str, score: float, hints: str) -> Rule:
     return rule(type_, rf"(?i)(?<!\w)(?:{names}){IS}({value})", score, hints=hints, needs="digit")
+
+
+VIN_VALUES = dict(
+    zip("ABCDEFGHJKLMNPRSTUVWXYZ", (1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 7, 9, 2, 3, 4, 5, 6, 7, 8, 9), strict=True)
+)
+VIN_WEIGHTS = (8, 7, 6, 5, 4, 3, 2, 10, 0, 9, 8, 7, 6, 5, 4, 3, 2)
+
+
+def vin(text: str) -> bool:
+    """Vehicle identification number with the check digit of 49 CFR 565 (ninth place)."""
+    value = compact(text)
+    if len(value) != 17 or len(set(value)) < 5 or any(not (c.isdecimal() or c in VIN_VALUES) for c in value):
+        return False
+    total = sum(w * (int(c) if c.isdecimal() else VIN_VALUES[c]) for c, w in zip(value, VIN_WEIGHTS, strict=True))
+    return value[8] == "0123456789X"[total % 11]
 
 
 ANNOUNCED = (
@@ -68,12 +83,12 @@ ANNOUNCED = (
         0.8,
         "licen|dl|passport|certificate|dea|führerschein|pass|ausweis|permis",
     ),
+    rule("LICENSE", rf"(?i)(?<!\w)npi{IS}(\d{{10}})(?!\d)", 0.95, check=npi, hints="npi", needs="digit"),
     rule(
-        "LICENSE",
-        rf"(?i)(?<!\w)npi{IS}(\d{{10}})(?!\d)",
-        0.95,
-        check=checksums.npi,
-        hints="npi",
+        "VEHICLE",
+        r"(?<![\w-])([A-HJ-NPR-Z0-9]{8}[0-9X][A-HJ-NPR-Z0-9]{8})(?![\w-])",
+        0.85,
+        check=lambda text: vin(text) and not text.isdecimal(),
         needs="digit",
     ),
     _after("VEHICLE", r"vin|vehicle identification", r"[A-HJ-NPR-Z0-9]{11,17}(?!\w)", 0.85, "vin|vehicle"),
@@ -175,11 +190,7 @@ DATES = [
         hints="old|yo|y/o|ans|jahre",
     ),
     rule(
-        "AGE",
-        rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)",
-        0.85,
-        needs="digit",
-        hints="age",
+        "AGE", rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)", 0.85, needs="digit", hints="age"
     ),
 ]
 

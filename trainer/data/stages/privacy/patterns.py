@@ -1,14 +1,109 @@
-"""Rules for data with a shape of its own: addresses of the net, cards, accounts, identity numbers, secrets.
+"""Rules for data with a shape of its own: addresses of the net, cards, accounts, identity numbers, secrets; their check digits.
 
-Shapes follow the standards named in `checksums`; those of API keys are what their issuers document.
+Shapes follow the standards that are named here, those of API keys what their issuers document. A check takes the text as
+found and says whether it holds; a false answer means that the number cannot have been issued. python-stdnum knows most; here
+are separators it does not bear, and numbers that it does not know.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Callable
 
-from trainer.data.stages.privacy import checksums
+from stdnum import iban as _iban
+from stdnum import luhn as _luhn
+from stdnum import numdb
+from stdnum.br import cpf as _cpf
+from stdnum.de import idnr
+from stdnum.es import dni, nie
+from stdnum.fr import nir as _nir
+from stdnum.gb import nhs as _nhs
+from stdnum.in_ import aadhaar as _aadhaar
+from stdnum.it import codicefiscale
+from stdnum.nl import bsn as _bsn
+from stdnum.pl import pesel as _pesel
+from stdnum.us import ssn as _ssn
+
 from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule, words
+
+CARD_LENGTHS = (
+    ("34", "34", {15}),
+    ("37", "37", {15}),
+    ("300", "305", {14}),
+    ("36", "36", {14}),
+    ("38", "39", {14}),
+    ("3528", "3589", {16}),
+    ("4", "4", {13, 16, 19}),
+    ("50", "55", {16}),
+    ("2221", "2720", {16}),
+    ("56", "59", {*range(12, 20)}),
+    ("60", "60", {16, 19}),
+    ("62", "62", {16, 17, 18, 19}),
+    ("63", "65", {16, 19}),
+)
+"""First digits (from, to) of card numbers and the lengths issued (ISO/IEC 7812 ranges of the large networks)."""
+IBAN_LENGTHS: dict[str, int] = {
+    country: 4 + sum(map(int, re.findall(r"(\d+)!", about["bban"])))
+    for _, country, _, about, _ in numdb.get("iban").prefixes
+    if "bban" in about
+}
+"""Length of an IBAN by country (ISO 13616 registry, as stdnum has it)."""
+
+
+def compact(text: str) -> str:
+    """The letters and digits of a text, in capitals."""
+    return "".join(character for character in text if character.isalnum()).upper()
+
+
+def _checked(is_valid: Callable[[str], bool]) -> Callable[[str], bool]:
+    """A check of stdnum for numbers written with any separators; one repeated digit is nobody's number."""
+
+    def holds(text: str) -> bool:
+        number = compact(text)
+        return number.isascii() and len(set(number)) > 1 and is_valid(number)
+
+    return holds
+
+
+luhn = _checked(_luhn.is_valid)
+iban = _checked(lambda number: _iban.is_valid(number, check_country=False))
+nhs = _checked(_nhs.is_valid)
+ssn = _checked(_ssn.is_valid)
+tax_id_de = _checked(idnr.is_valid)
+nir = _checked(_nir.is_valid)
+nif_es = _checked(lambda number: nie.is_valid(number) or dni.is_valid(number.rjust(9, "0")))
+fiscal_code = _checked(codicefiscale.is_valid)
+bsn = _checked(_bsn.is_valid)
+pesel = _checked(_pesel.is_valid)
+aadhaar = _checked(_aadhaar.is_valid)
+cpf = _checked(_cpf.is_valid)
+
+
+def card(text: str) -> bool:
+    """A payment card number: a known first range, a length issued there, and the Luhn digit."""
+    number = compact(text)
+    return any(
+        low <= number[: len(low)] <= high and len(number) in lengths for low, high, lengths in CARD_LENGTHS
+    ) and luhn(number)
+
+
+def nino(text: str) -> bool:
+    """UK national insurance number: the prefix is one that is allocated."""
+    return compact(text)[:2] not in {"BG", "GB", "NK", "KN", "TN", "NT", "ZZ"}
+
+
+def itin(text: str) -> bool:
+    """US ITIN: starts with 9, group 50-65, 70-88, 90-92 or 94-99; stdnum knows the groups before 2011 only."""
+    number = compact(text)
+    group = int(number[3:5])
+    return number[0] == "9" and (50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99)
+
+
+def npi(text: str) -> bool:
+    """US National Provider Identifier: Luhn over 80840 and its ten digits."""
+    return luhn("80840" + compact(text))
+
 
 OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
 """Bounds of a number: not part of a longer word, decimal or hyphenated code."""
@@ -89,7 +184,7 @@ NETWORK = [
 def _ibans() -> str:
     """The shape of an IBAN of each length: with it, a word that follows a number is not taken for a part of it."""
     countries: dict[int, list[str]] = {}
-    for country, length in checksums.IBAN_LENGTHS.items():
+    for country, length in IBAN_LENGTHS.items():
         countries.setdefault(length, []).append(country)
     return "|".join(
         rf"(?:{'|'.join(some)})\d{{2}}(?:[ -]?[0-9a-z]){{{length - 4}}}" for length, some in sorted(countries.items())
@@ -97,43 +192,33 @@ def _ibans() -> str:
 
 
 MONEY = [
-    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, checksums.card, "card", "visa", "mastercard", "amex"),
-    rule(
-        "IBAN",
-        rf"(?i)(?<![\w-])({_ibans()})(?!\w)",
-        0.95,
-        check=checksums.iban,
-        needs="number",
-    ),
+    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, card, "card", "visa", "mastercard", "amex"),
+    rule("IBAN", rf"(?i)(?<![\w-])({_ibans()})(?!\w)", 0.95, check=iban, needs="number"),
 ]
 
 NATIONAL = [
-    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, checksums.ssn, "ssn", "social security"),
-    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, checksums.ssn, "ssn", "social security"),
-    _number("US_SSN", r"\d{9}", 0.2, checksums.ssn, "ssn", r"social security(?: number| no\.?)?", boosted=0.9),
-    _number(
-        "US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, checksums.itin, "itin", r"taxpayer (?:id|identification)\w*"
-    ),
-    _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, checksums.itin),
-    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, checksums.nhs, "nhs"),
-    _number("UK_NHS", r"\d{10}", 0.3, checksums.nhs, "nhs"),
+    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, ssn, "ssn", "social security"),
+    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, ssn, "ssn", "social security"),
+    _number("US_SSN", r"\d{9}", 0.2, ssn, "ssn", r"social security(?: number| no\.?)?", boosted=0.9),
+    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, "itin", r"taxpayer (?:id|identification)\w*"),
+    _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, itin),
+    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, nhs, "nhs"),
+    _number("UK_NHS", r"\d{10}", 0.3, nhs, "nhs"),
     rule(
         "UK_NINO",
         r"(?i)(?<![\w-])([a-ceghj-pr-tw-z][a-ceghj-npr-tw-z] ?(?:\d{2} ?){3}[a-d])(?![\w-])",
         0.75,
-        check=checksums.nino,
+        check=nino,
         near=words("national insurance", r"ni (?:number|no)", "nino"),
         needs="digit",
     ),
-    _number(
-        "DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, checksums.tax_id_de, r"steuer\S*", "idnr", "tax id", "tin"
-    ),
-    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, checksums.nir),
+    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, tax_id_de, r"steuer\S*", "idnr", "tax id", "tin"),
+    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, nir),
     _number(
         "ES_NIF",
         r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]",
         0.65,
-        checksums.nif_es,
+        nif_es,
         "dni",
         "nie",
         "nif",
@@ -142,24 +227,24 @@ NATIONAL = [
         "IT_FISCAL_CODE",
         r"(?i)(?<!\w)([a-z]{3} ?[a-z]{3} ?[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2} ?[a-z][0-9lmnp-v]{3}[a-z])(?!\w)",
         0.95,
-        check=checksums.fiscal_code,
+        check=fiscal_code,
         needs="digit",
     ),
     _number(
         "NL_BSN",
         r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
         0.3,
-        checksums.bsn,
+        bsn,
         "bsn",
         "burgerservicenummer",
         "sofinummer",
         r"sofi\S*",
     ),
-    _number("PL_PESEL", r"\d{11}", 0.55, checksums.pesel, "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, checksums.aadhaar, "aadhaar", "aadhar", "uidai"),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, checksums.aadhaar, "aadhaar", "aadhar", "uidai"),
-    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, checksums.cpf),
-    _number("BR_CPF", r"\d{11}", 0.4, checksums.cpf, "cpf"),
+    _number("PL_PESEL", r"\d{11}", 0.55, pesel, "pesel"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, aadhaar, "aadhaar", "aadhar", "uidai"),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, aadhaar, "aadhaar", "aadhar", "uidai"),
+    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, cpf),
+    _number("BR_CPF", r"\d{11}", 0.4, cpf, "cpf"),
 ]
 
 MBI = "[AC-HJKMNP-RT-Y]"
@@ -170,14 +255,7 @@ THINGS = [
         0.75,
         needs="digit",
     ),
-    rule(
-        "VEHICLE",
-        r"(?<![\w-])([A-HJ-NPR-Z0-9]{8}[0-9X][A-HJ-NPR-Z0-9]{8})(?![\w-])",
-        0.85,
-        check=lambda text: checksums.vin(text) and not text.isdecimal(),
-        needs="digit",
-    ),
-    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, checksums.luhn, "imei", "device", "handset", "phone serial"),
+    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, luhn, "imei", "device", "handset", "phone serial"),
 ]
 
 TOKEN = r"[A-Za-z0-9_-]"

@@ -9,19 +9,102 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from strategies.errors import DataError
-from trainer.data.config import PrivacyConfig, PrivacyMode
+from strategies.errors import ConfigError, DataError
+from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode
 from trainer.data.document import EXAMPLES, Document, Tally
-from trainer.data.stages.privacy.checksums import compact
-from trainer.data.stages.privacy.engine import Finder
-from trainer.data.stages.privacy.phones import canonical
-from trainer.data.stages.privacy.rule import Finding
+from trainer.data.stages.privacy import context, patterns
+from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, TYPES, active_types, problems
+from trainer.data.stages.privacy.patterns import compact
+from trainer.data.stages.privacy.rule import Finding, Presidio, canonical, phones
+
+NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
+DIGIT = re.compile(r"\d")
+PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
+"""What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
+ORDER = {name: place for place, name in enumerate(TYPES)}
+RULES = (*patterns.RULES, *context.RULES)
+
+
+class Finder:
+    """Finds personal data as the settings ask. Raises ConfigError where they cannot be used."""
+
+    def __init__(self, config: PrivacyConfig) -> None:
+        wrong = problems(config)
+        if wrong:
+            raise ConfigError(wrong)
+        self.types = frozenset(active_types(config))
+        self.min_score = config.min_score
+        self.regions = tuple(config.regions)
+        self.allow = [re.compile(pattern) for pattern in config.allow]
+        self.rules = [rule for rule in RULES if rule.type in self.types]
+        self.presidio: Presidio | None = None
+        if config.engine == PrivacyEngine.presidio:
+            self.presidio = Presidio(self.types, self.min_score)
+
+    def find(self, text: str) -> list[Finding]:
+        """Personal data in a text, in order; no two findings overlap."""
+        return self._settle(text, self._candidates(text))
+
+    def _candidates(self, text: str) -> list[Finding]:
+        """What the rules say, overlaps and doubtful ones included."""
+        digit = DIGIT.search(text) is not None
+        there = {"": True, "digit": digit, "number": digit and NUMBER.search(text) is not None, "at": "@" in text}
+        lower = text.lower()
+        found: list[Finding] = []
+        for rule in self.rules:
+            if there[rule.needs] and (not rule.hints or any(hint in lower for hint in rule.hints)):
+                found += rule.findings(text)
+        if there["number"] and self.types & {"PHONE", "FAX"}:
+            found += [f for f in phones(text, self.regions) if f.type in self.types]
+        if self.presidio:
+            found += self.presidio.find(text)
+        return found
+
+    def _settle(self, text: str, found: list[Finding]) -> list[Finding]:
+        """Findings that count: certain enough, not allowed, outside placeholders, and cut so that none overlaps."""
+        found = [
+            f
+            for f in found
+            if f.score >= self.min_score and not any(p.fullmatch(text[f.start : f.end]) for p in self.allow)
+        ]
+        if not found:
+            return []
+        done = [match.span() for match in PLACEHOLDER.finditer(text)] if "[" in text else []
+        found = [f for f in found if not any(f.start < end and start < f.end for start, end in done)]
+        return resolve(text, found)
+
+
+def resolve(text: str, found: list[Finding]) -> list[Finding]:
+    """Names last, whose ends are uncertain; longer findings first, then surer ones, then the order of `TYPES`.
+
+    What a later one adds stays, so every character that any finding covers is covered by exactly one finding of the result.
+    """
+    taken: list[Finding] = []
+    for finding in sorted(
+        found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, ORDER[f.type], f.start)
+    ):
+        pieces = [(finding.start, finding.end)]
+        for other in taken:
+            pieces = [piece for start, end in pieces for piece in _without(start, end, other.start, other.end)]
+        for start, end in pieces:
+            if any(c.isalnum() for c in text[start:end]):
+                taken.append(Finding(finding.type, start, end, finding.score))
+    return sorted(taken, key=lambda f: f.start)
+
+
+def _without(start: int, end: int, cut_start: int, cut_end: int) -> list[tuple[int, int]]:
+    """The parts of start:end outside cut_start:cut_end."""
+    if end <= cut_start or cut_end <= start:
+        return [(start, end)]
+    return [(a, b) for a, b in ((start, cut_start), (cut_end, end)) if a < b]
+
 
 HEX_DIGITS = 8
 """Length of a pseudonym's tail: 32 bits; of 9,000 different values two share one with a probability of about 1 %."""
@@ -64,16 +147,6 @@ class Findings:
         for type_, places in other.examples.items():
             kept = self.examples.setdefault(type_, [])
             kept.extend(places[: EXAMPLES - len(kept)])
-
-    def state(self) -> dict[str, Any]:
-        """Everything as plain tables, for a file."""
-        return {name: dict(getattr(self, name)) for name in self.__slots__}
-
-    @classmethod
-    def of_state(cls, state: dict[str, Any]) -> Findings:
-        """What `state` was taken of."""
-        examples = state.pop("examples")
-        return cls(**{name: Counter(counts) for name, counts in state.items()}, examples=examples)
 
     def total(self) -> int:
         """All findings."""

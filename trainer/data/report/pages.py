@@ -1,19 +1,65 @@
-"""The data card: a datasheet of the prepared data set in Markdown, in the form of the Hugging Face hub (`card.md.j2`).
+"""The audit page, one HTML file that needs no network (`page.html.j2`), and the data card in Markdown (`card.md.j2`).
 
-Follows the questions of Gebru et al., "Datasheets for Datasets" (2021, arXiv:1803.09010). States what preparation counted
-and what its settings say; what nobody stated or measured is listed under known gaps. No paths, only names of files: the
-card travels, the machine's layout does not.
+The card is in the form of the Hugging Face hub and follows the questions of Gebru et al., "Datasheets for Datasets" (2021,
+arXiv:1803.09010). Both say what preparation counted and what its settings say; what nobody stated or measured is listed
+under known gaps. The card has no paths, only names of files: it travels, the machine's layout does not.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.config import CardConfig
-from trainer.data.report.audit import Audit
-from trainer.data.report.verdict import known_gaps
-from trainer.data.report.wording import templates, visible
+from trainer.data.report.audit import Audit, DecodedSample
+from trainer.data.report.wording import known_gaps, overall, templates, tiles, visible
+
+if TYPE_CHECKING:
+    from trainer.data.config import CardConfig
+
+
+MOST_WORDS = 200
+"""Characters of any text but a sample: what is longer is cut, and stands in audit.json."""
+MOST_SAMPLE = 3000
+"""Characters of one decoded sample."""
+
+
+def page(audit: Audit, stated: CardConfig) -> str:
+    """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out."""
+    found, gaps = tiles(audit), known_gaps(audit, stated)
+    level, words = overall(found)
+    made = templates(_shown, autoescape=True)
+    made.filters["runs"] = runs
+    template = made.get_template("page.html.j2")
+    return template.render(audit=audit, tiles=found, level=level, words=words, gaps=gaps, card=stated)
+
+
+def _shown(text: str) -> str:
+    """Any text of the page: nothing invisible, nothing endless."""
+    return visible(text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}… ({len(text):,} characters)")
+
+
+def runs(sample: DecodedSample, room: int = MOST_SAMPLE) -> list[tuple[Any, str]]:
+    """The sample's runs as (escaped text, "learned", "context" or "cut"), at most `room` characters: its head and tail."""
+    from markupsafe import escape
+
+    total = sum(len(piece["text"]) for piece in sample.pieces)
+    head, tail = (total, total) if total <= room else (room * 2 // 3, total - room // 3)
+    out, at = list[tuple[Any, str]](), 0
+    for piece in sample.pieces:
+        text, kind = piece["text"], "learned" if piece["learned"] else "context"
+        if first := text[: max(head - at, 0)]:
+            out.append((escape(visible(first)), kind))
+        if at <= head < at + len(text) and head < tail:
+            out.append((f"… {tail - head:,} characters …", "cut"))
+        if last := text[max(tail - at, 0) :]:
+            out.append((escape(visible(last)), kind))
+        if "weight" in piece and out[-1][1] == "learned":
+            out.append((f"*{piece['weight']:g}", "cut"))
+        at += len(text)
+    return out
+
 
 HUB_LICENCES = re.compile(
     r"(apache-2\.0|mit|openrail|bigscience-.*|creativeml-.*|bsd(-.*)?|cc(-.*)?|cc0-1\.0|[al]?gpl(-.*)?|mpl-2\.0|odc-by|"

@@ -1,0 +1,261 @@
+"""The cache of prepared data: the fingerprint that names an entry, the lock under which one process makes it, its shards.
+
+Shards are parts of a preparation made by the jobs of an array, one file a block, until a last call merges them. A block is
+stored as a `.npz` without pickles, so that merging reads what a worker would have handed over: a merged data set is the same,
+byte for byte, as one prepared in one go.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from strategies.errors import ConfigError, DataError, StorageError
+from trainer.data.blocks import Bad, Block
+from trainer.data.document import Tally
+from trainer.data.stages.privacy.stage import Findings
+from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
+from trainer.data.store.sequences import Sequences, storage_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+DONE = "manifest.json"
+"""The file whose presence under the final name makes an entry complete."""
+
+log = logging.getLogger(__name__)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class DigestCache:
+    """SHA-256 of files, remembered for big ones: by path, size, inode, and the times of the last change.
+
+    The inode's change time moves with every write and cannot be set back by a program.
+    """
+
+    def __init__(self, cache_dir: Path, big: int = 64 << 20) -> None:
+        self.directory = cache_dir / "digests"
+        self.big = big
+
+    def __call__(self, path: Path) -> str:
+        """The digest of a file. Raises DataError for one that cannot be read."""
+        try:
+            about = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        if about.st_size < self.big:
+            return file_digest(path)
+        identity = [str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
+        entry = self.directory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
+        with suppress(OSError):
+            return entry.read_text()
+        digest = file_digest(path)
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary = entry.with_suffix(f".{os.getpid()}")
+            temporary.write_text(digest)
+            temporary.replace(entry)
+        return digest
+
+
+def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
+    """SHA-256 over the inputs' identities (bytes, not names), the tokenizer with its template, and the options."""
+    identity = {
+        "inputs": inputs,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "options": options,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def build_once(directory: Path, build: Callable[[Path], None], *, stop: Callable[[], None] = lambda: None) -> bool:
+    """Make `directory` by `build(temporary directory)` unless it is there; True if this process made it.
+
+    One process builds, others wait for it. The result appears under its name by one rename; whatever a dead or failed
+    builder left is removed. `stop` is called while waiting, and may raise. Raises StorageError where the cache cannot
+    be written or locked.
+    """
+    if (directory / DONE).exists():
+        return False
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(directory.parent / f".{directory.name}.lock", directory, stop):
+            if (directory / DONE).exists():
+                return False
+            shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
+            temporary = directory.with_name(f".{directory.name}.partial")
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                build(temporary)
+                temporary.rename(directory)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise StorageError(
+            f"data.cache_dir={directory.parent}: {error.strerror or error}; free space or choose another directory"
+        ) from error
+    return True
+
+
+@contextmanager
+def _lock(path: Path, directory: Path, stop: Callable[[], None]) -> Iterator[None]:
+    """An exclusive lock between processes; the kernel releases it when its holder dies."""
+    with path.open("a") as file:
+        began, told = time.monotonic(), False
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if not told and time.monotonic() - began > 2:
+                log.warning("waiting for another process that prepares the data in %s", directory)
+                told = True
+            stop()
+            time.sleep(0.05)
+        yield
+
+
+COMPLETE = "complete"
+PLAIN = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
+"""What JSON can have of a block as it is."""
+
+
+class Shards:
+    """The shards of one entry of the cache, `count` of them, beside it."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self.home = directory.parent / f".{directory.name}.shards"
+        self.count = count
+
+    def path(self, number: int) -> Path:
+        """Directory of a finished shard."""
+        return self.home / f"{number}-of-{self.count}"
+
+    @contextmanager
+    def writing(self, number: int) -> Iterator[Callable[[Block], None]]:
+        """Gives a function that keeps a block; the shard appears under its name when all are kept."""
+        final = self.path(number)
+        temporary = final.with_name(final.name + ".partial")
+        if (final / COMPLETE).exists():
+            yield lambda block: None
+            return
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
+            (temporary / COMPLETE).touch()
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except OSError as error:
+            raise storage_error(self.home, error) from error
+
+    @classmethod
+    def finished(cls, directory: Path) -> Shards | None:
+        """The shards of an entry if there are any; raises DataError where some are missing."""
+        home = directory.parent / f".{directory.name}.shards"
+        found = [path.name for path in home.glob("*-of-*") if (path / COMPLETE).exists()]
+        if not found:
+            return None
+        counts = sorted({int(name.split("-of-")[1]) for name in found})
+        for count in counts:
+            shards = cls(directory, count)
+            missing = [n for n in range(count) if not (shards.path(n) / COMPLETE).exists()]
+            if not missing:
+                return shards
+        raise DataError(
+            f"{home}: shards {', '.join(map(str, missing))} of {counts[-1]} are missing; run them with "
+            f"`shardtune prepare --shard i/{counts[-1]}` (i from 0), or delete the directory to prepare in one go"
+        )
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in input order."""
+        files = [path for number in range(self.count) for path in self.path(number).glob("*.npz")]
+        for path in sorted(files, key=lambda path: path.name):
+            yield load(path)
+
+    def remove(self) -> None:
+        """Delete them, once merged."""
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` as numbers. Raises ConfigError."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError(f"--shard {text}: must be i/n with i from 0 to n-1, as in --shard 0/8")
+    return int(number), int(count)
+
+
+def save(block: Block, path: Path) -> None:
+    """Write a block to a file. Raises OSError."""
+    assert block.sequences is not None and block.documents is not None
+    about = {name: getattr(block, name) for name in PLAIN}
+    about |= {"bad": [_fields(bad) for bad in block.bad], "tally": _fields(block.tally)}
+    about["findings"] = block.findings and _fields(block.findings)
+    arrays: dict[str, Any] = {
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "documents": np.frombuffer(batch_to_bytes(block.documents), np.uint8),
+        "pieces": block.pieces,
+        "tokens": block.sequences.tokens,
+        "supervised": block.sequences.supervised,
+        **({} if block.sequences.weights is None else {"weights": block.sequences.weights}),
+        "lengths": block.sequences.lengths,
+        **{f"column.{name}": values for name, values in block.sequences.columns.items()},
+        **{f"signature.{name}": values for name, values in block.signatures.items()},
+    }
+    np.savez(path, **arrays)
+
+
+def load(path: Path) -> Block:
+    """Read a block that `save` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    about = json.loads(arrays["about"].tobytes())
+    return Block(
+        **{name: about[name] for name in PLAIN},
+        bad=[Bad(**bad) for bad in about["bad"]],
+        tally=Tally(**about["tally"]),
+        findings=about["findings"] and Findings(**about["findings"]),
+        documents=batch_from_bytes(arrays["documents"].tobytes()),
+        pieces=arrays["pieces"],
+        sequences=Sequences(
+            arrays["tokens"],
+            arrays["supervised"],
+            arrays["lengths"],
+            _named(arrays, "column."),
+            arrays.get("weights"),
+        ),
+        signatures=_named(arrays, "signature."),
+    )
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
+def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
