@@ -1,5 +1,6 @@
 """What `table.json` says of each architecture holds, and says enough. `make test` runs a covering choice of its rows."""
 
+import json
 from importlib.metadata import version
 
 import pytest
@@ -108,17 +109,45 @@ def test_the_oracle_is_the_mean_over_supervised_tokens(llama):
     assert stock.compute(llama, samples).loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
+class Tuning:
+    """Full tuning, as far as comparing asks for it."""
+
+    base_name = staticmethod(str)
+
+
+class Built:
+    tuning = Tuning()
+
+
 def test_a_difference_in_one_gradient_is_told(llama):
     oracle = stock.compute(llama, stock.documents()[:2])
-
-    class Tuning:
-        base_name = staticmethod(str)
-
-    class Built:
-        tuning = Tuning()
-
     found = {name: gradient.clone() for name, gradient in oracle.gradients.items()}
     assert gradients.compare_gradients(found, {}, oracle, Built()) == 0
     found["model.layers.0.self_attn.q_proj.weight"] *= 1 + 2e-5
     with pytest.raises(gradients.Differs, match=r"layers\.0\.self_attn\.q_proj"):
         gradients.compare_gradients(found, {}, oracle, Built())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "setting", "value"),
+    [
+        ("mistral", "sliding_window", tiny.WINDOW + 1),
+        ("llama4_text", "attention_chunk_size", tiny.WINDOW + 1),
+        ("gemma2", "attn_logit_softcapping", None),
+        ("granite", "logits_scaling", tiny.FACTOR + 0.1),
+        ("mixtral", "num_experts_per_tok", 1),
+        ("falcon_h1", "ssm_in_multiplier", 1.4),
+        ("mamba2", "time_step_limit", [0.0, 0.01]),
+    ],
+)
+def test_the_documents_show_each_setting(tmp_path, model_type, setting, value):
+    """What would be passed over unseen, if documents were short or weights near zero."""
+    tiny.tiny_model(model_type).save_pretrained(tmp_path)
+    oracle = stock.compute(tmp_path, stock.documents())
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    assert settings[setting] != value
+    file.write_text(json.dumps(settings | {setting: value}))
+    other = stock.compute(tmp_path, stock.documents())
+    with pytest.raises(gradients.Differs):
+        gradients.compare_gradients(other.gradients, {}, oracle, Built())

@@ -70,6 +70,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "rel_extent", "index_block_size"), WINDOW),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "time_step_rank", "mamba_dt_rank"), 8),
     **dict.fromkeys(("hidden_size_per_layer_input", "router_hidden_size", "adapter_rank", "d_rel"), 16),
+    **dict.fromkeys(("query_pre_attn_scalar",), 16),
+    **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), WINDOW),
     **dict.fromkeys(("image_size", "crop_size"), 32),
     **dict.fromkeys(("patch_size",), 8),
     **dict.fromkeys(("initializer_range", "init_std"), SPREAD),
