@@ -53,6 +53,14 @@ def test_the_configuration_reference_is_up_to_date():
         assert written.count(f"| `{key}` |") == 1, key
 
 
+def test_the_table_of_models_is_that_of_the_sweep():
+    written = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "make_models.py"))["page"](written) == written, (
+        "run: python docs/make_models.py"
+    )
+    assert written.count("| llama | LlamaForCausalLM |") == 1
+
+
 def test_the_table_of_optimizers_is_that_of_validation():
     written = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
     remade = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["optimizers_page"]

@@ -40,6 +40,7 @@ from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.trackers import Trackers
 from trainer.run import Place, Where, loop_settings, record_reference
+from trainer.step import Built
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {
@@ -194,6 +195,13 @@ def trainer_for(
     config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
 ) -> Trainer:
     """The product's trainer with its engine and loader, and nothing that writes."""
+    return built_trainer(config, data, runtime, progress=progress)[0]
+
+
+def built_trainer(
+    config: RunConfig, data: Prepared, runtime: processes.Runtime, *, progress: Progress | None = None
+) -> tuple[Trainer, Built]:
+    """The same, and what is known of its model."""
     if "deepspeed" in sys.modules:
         # A process of the product has one engine; this one may have had ZeRO-3's, which leaves a linear function behind
         # that selective checkpointing cannot take.
@@ -210,7 +218,7 @@ def trainer_for(
     )
     loader, total = build_loader(config, data, built, engine, runtime)
     meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)
-    return Trainer(
+    trainer = Trainer(
         loop_settings(config, total),
         engine=engine,
         loader=loader,
@@ -219,6 +227,7 @@ def trainer_for(
         output=Output(meter, Trackers([]), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
         agreement=agreement,
     )
+    return trainer, built
 
 
 def collate(

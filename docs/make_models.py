@@ -1,0 +1,83 @@
+"""Writes the table of `docs/models.md` from `tests/models/table.json`, which `python -m tests.models.sweep` makes.
+
+python docs/make_models.py
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.models.own import EXCLUDED  # noqa: E402
+from tests.models.sweep import TRAINS, read  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- made by docs/make_models.py from tests/models/table.json -->", "<!-- end -->"
+
+
+def word(answer: dict[str, Any]) -> str:
+    """What a cell says of one case."""
+    return answer["outcome"] if answer["outcome"] in TRAINS else f"**{answer['outcome']}**"
+
+
+def strategies(found: dict[str, Any]) -> str:
+    """The strategies that were compared with `single`, and those that failed."""
+    cases = [(case, found[case]["outcome"]) for case in found if " " in case]
+    return ", ".join(case if outcome in TRAINS else f"**{case}: {outcome}**" for case, outcome in cases) or "-"
+
+
+def why(found: dict[str, Any]) -> str:
+    """The first sentence of what is refused."""
+    reasons = [found.get("reason"), *(a.get("reason") for a in found.values() if isinstance(a, dict))]
+    said = list(dict.fromkeys(reason.removeprefix("ConfigError: ") for reason in reasons if reason))
+    return "; ".join(said).replace("|", "\\|")
+
+
+def rows(table: dict[str, Any]) -> list[str]:
+    """The table, a line for each architecture, and before it the counts."""
+    types = table["types"]
+    counts = {case: Counter(found.get(case, found)["outcome"] for found in types.values()) for case in ("full", "lora")}
+    versions = ", ".join(f"{name} {number}" for name, number in table["versions"].items())
+    lines = [f"Of {len(types)} architectures ({versions}):", ""]
+    for case, count in counts.items():
+        told = ", ".join(f"{number} {outcome}" for outcome, number in count.most_common())
+        lines.append(f"- `tuning={case}`: {told}")
+    lines += [
+        "",
+        "| model_type | class | full | LoRA | attention | on two ranks | why not |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in types.items():
+        if found["outcome"] != "made":
+            lines.append(f"| {name} | {found['class']} | **{found['outcome']}** | | | | {why(found)} |")
+            continue
+        attention = found["full"].get("attention", found["lora"].get("attention", "-"))
+        cells = [
+            name,
+            found["class"],
+            word(found["full"]),
+            word(found["lora"]),
+            attention,
+            strategies(found),
+            why(found),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Not tried, since they are no language models of text that plain transformers can train:", ""]
+    return [*lines, *(f"- `{name}`: {reason}" for name, reason in EXCLUDED.items())]
+
+
+def page(text: str) -> str:
+    """The page with its table made anew."""
+    made = "\n".join(rows(read()))
+    return re.sub(rf"({re.escape(BEGIN)}\n).*?({END})", lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

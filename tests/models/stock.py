@@ -1,0 +1,138 @@
+"""The oracle of the sweep: plain transformers in eager mode on each document apart, with the model's own loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tests.models.tiny import VOCABULARY
+from trainer.data.store.sequences import Sample
+
+DOCUMENTS = 8
+IGNORED = -100
+
+
+def documents() -> list[Sample]:
+    """Documents of 9 to 40 tokens, longer than every window, of which uneven shares are learned."""
+    draw = np.random.default_rng(11)
+    made = []
+    for index in range(DOCUMENTS):
+        length = 40 if index == 0 else int(draw.integers(9, 40))
+        learned = draw.random(length) < (index % 3 + 1) / 3
+        learned[0], learned[-1] = False, True
+        made.append(Sample(draw.integers(20, VOCABULARY - 20, length).astype(np.int32), learned))
+    return made
+
+
+@dataclass(slots=True)
+class Stock:
+    """What plain transformers computes over all documents."""
+
+    loss: float
+    """Mean over the supervised tokens."""
+    gradients: dict[str, Tensor] = field(repr=False)
+    """By every name in the plain model; zero where a parameter has none. Of a shared one, what each place adds."""
+    shared: dict[str, list[str]]
+    """The names of the other places, by each name of a shared parameter."""
+    gap: float
+    """The smallest distance between the last value chosen and the first not chosen, relative to the larger of them."""
+    notes: list[str] = field(default_factory=list)
+
+
+class Choices(TorchFunctionMode):
+    """Watches how clearly `topk` decides: routers, and attention that picks its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gap = float("inf")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk):
+            self._look(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _look(self, scores: Tensor, k: int, dim: int = -1, **_: Any) -> None:
+        if scores.shape[dim] <= k:
+            return
+        best = scores.detach().float().topk(k + 1, dim=dim).values.movedim(dim, -1)
+        chosen, passed = best[..., k - 1], best[..., k]
+        real = passed > torch.finfo(torch.float32).min / 2  # what a mask forbids is not passed over
+        if real.any():
+            gaps = (chosen - passed) / torch.maximum(chosen.abs(), passed.abs()).clamp_min(1e-30)
+            self.gap = min(self.gap, float(gaps[real].min()))
+
+
+def stock_model(directory: Path) -> Any:
+    """The model that plain transformers makes of a directory, in eager mode, fp32; every weight must be there."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"], f"plain transformers misses {sorted(info['missing_keys'])[:3]}"
+    return model
+
+
+def compute(directory: Path, samples: list[Sample], dtype: torch.dtype = torch.float32) -> Stock:
+    """Loss and gradients in training mode, one document at a time."""
+    model = stock_model(directory).train().to(dtype)
+    if dtype is torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    shared = untie(model)
+    count = sum(int(sample.supervised[1:].sum()) for sample in samples)
+    total, notes = 0.0, set()
+    with Choices() as choices:
+        for sample in samples:
+            summed, note = _summed_loss(model, sample)
+            (summed / count).backward()
+            total += float(summed.detach())
+            notes |= note
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach()
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    return Stock(total / count, gradients, shared, choices.gap, sorted(notes))
+
+
+def untie(model: nn.Module) -> dict[str, list[str]]:
+    """Give each place of a shared parameter its own copy; the names of the other places, by each name."""
+    places: dict[int, dict[tuple[int, str], list[str]]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, own = name.rpartition(".")
+        places.setdefault(id(parameter), {}).setdefault((id(modules[owner]), own), []).append(name)
+    shared = {}
+    for found in places.values():
+        first = [names[0] for names in found.values()]
+        for names in list(found.values())[1:]:
+            owner, _, own = names[0].rpartition(".")
+            setattr(modules[owner], own, nn.Parameter(getattr(modules[owner], own).detach().clone()))
+        for names in found.values():
+            shared |= {name: [other for other in first if other != names[0]] for name in names if len(first) > 1}
+    return shared
+
+
+def _summed_loss(model: Any, sample: Sample) -> tuple[Tensor, set[str]]:
+    """The model's own loss on one document, times the tokens that it is the mean of.
+
+    Some classes compare each output with the label at its own position: they are given labels moved by one.
+    """
+    ids = torch.tensor(sample.input_ids.astype(np.int64))[None]
+    labels = torch.where(torch.tensor(sample.supervised)[None], ids, IGNORED)
+    labels[:, 0] = IGNORED
+    moved = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    count = int((labels != IGNORED).sum())
+    out = model(input_ids=ids, labels=labels, use_cache=False)
+    logits = out.logits[:, -ids.shape[1] :].detach().float().transpose(1, 2)
+    same, following = (float(F.cross_entropy(logits, target)) for target in (labels, moved))
+    if abs(float(out.loss.detach()) - same) < abs(float(out.loss.detach()) - following):
+        return model(input_ids=ids, labels=moved, use_cache=False).loss * count, {"does not move labels"}
+    return out.loss * count, set()
