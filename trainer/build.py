@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Precision
+from strategies.base import Engine, Precision, StrategyName
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
@@ -44,6 +44,9 @@ from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.expert_parts import expert_weights
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.table import needs_own_rows
+
+UNEVEN_CALLS = frozenset({"qwen4_exp", "qwen4_exp_text"})
+"""`model_type`s whose ranks were seen to wait for each other under ZeRO-3, which gathers in every module's call."""
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
@@ -91,6 +94,12 @@ def build_engine(
 ) -> tuple[Engine, Built, WeightSource]:
     """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
     strategy = build_strategy(config.strategy, precision, runtime)
+    settings = load_model_config(config.model)
+    if config.strategy.name is StrategyName.zero3 and settings.model_type in UNEVEN_CALLS:
+        raise ConfigError(
+            f"strategy=zero3: a {settings.model_type} calls some modules as often as its tokens ask, so that ranks would wait "
+            "for each other for ever; use strategy=fsdp2"
+        )
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,7 +107,7 @@ def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> 
     their own, sometimes late.
     """
     recorder = Recorder(runtime.device)
-    with recorder:
+    with _uncollected(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
         blocks = parts.built.step_module.shard_units()  # sharding may give their classes other names
         engine = strategy.prepare(
@@ -120,6 +121,19 @@ def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> 
         watched = Watched(engine, recorder, blocks)
         with watched.places():
             return _steps(parts, watched, recorder, warm, repeat)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: when it comes depends on what ran before, and what it frees is live until then."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _steps(parts: Parts, watched: Watched, recorder: Recorder, warm: int, repeat: int) -> Simulated:
