@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,6 +107,12 @@ def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> 
     `warm` steps go before; the least of 1 + `repeat` more counts, since real process groups let go of tensors in threads of
     their own, sometimes late.
     """
+    if (
+        "deepspeed" in sys.modules
+    ):  # of ZeRO-3 simulated before, a linear function is left that casts weights anew each time
+        from strategies.deepspeed_library import restore_linear
+
+        restore_linear()
     recorder = Recorder(runtime.device)
     with _uncollected(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
