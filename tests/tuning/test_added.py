@@ -133,7 +133,7 @@ def test_virtual_tokens_refuse_a_row_of_several_documents(name, bases, runtime):
     packed = collate(samples(3, uneven=False), Layout.padding_free, 2)
     with pytest.raises(ValueError, match="a padding-free row holds several"):
         engine.forward(packed, last=True)
-    with pytest.raises(ConfigError, match="not proven to keep documents apart"):
+    with pytest.raises(ConfigError, match="needs a row for each document"):
         build("llama", ADDED[name], bases, layout=Layout.padding_free)
 
 
@@ -172,8 +172,10 @@ def test_what_an_architecture_cannot_have_is_refused_with_what_it_can(architectu
 
 def test_documents_that_leave_no_room_for_virtual_tokens_are_refused():
     check_room(PromptConfig(num_virtual_tokens=12), 500, 512)
-    check_room(PromptConfig(num_virtual_tokens=13), 513, 512)  # too long already, and none of its business
     check_room(FullConfig(), 512, 512)
+    check_room(FullConfig(), 513, None)  # positions without an end
+    with pytest.raises(ConfigError, match=r"longest document takes 513 tokens.*512 positions.*data\.max_length=512"):
+        check_room(FullConfig(), 513, 512)
     with pytest.raises(ConfigError, match=r"set data\.max_length=499"):
         check_room(PromptConfig(num_virtual_tokens=13), 500, 512)
 
