@@ -62,10 +62,14 @@ def load_model_config(config: ModelConfig) -> Any:
         raise _config_error(path, error) from error
 
 
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+
+
 def _config_error(path: str, error: Exception) -> ConfigError:
     """What is wrong with a model directory whose config.json could not be read."""
     directory = Path(path)
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+    if _is_adapter(directory):
         return ConfigError(
             f"model.path={path}: is an adapter; give its base as model.path, and this directory as tuning.from to go on "
             "training it, or in model.adapters to fold it into the base"
@@ -94,6 +98,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
+        if _is_adapter(Path(path)) and config.tokenizer is None:
+            raise _config_error(path, error) from error
         if Path(path).is_dir():
             raise ConfigError(
                 f"{'model.tokenizer' if config.tokenizer else 'model.path'}={path}: holds no tokenizer that can be loaded "

@@ -218,7 +218,7 @@ class _Proof:
             model, batch = model.to("cuda"), to_device(batch, torch.device("cuda"))
         loss, _ = summed_loss(model, batch)
         loss.backward()
-        off = abs(float(loss) - float(self.loss)) / float(self.loss)
+        off = abs(float(loss.detach()) - float(self.loss)) / float(self.loss)
         if not off <= tolerance:
             return f"the loss differs by {off:.1e} from that of documents apart"
         found = _gradients(plain_model(model))
