@@ -107,6 +107,10 @@ def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(passage, "_prove", None)
         assert arranged("mistral")[1] == first
+        elsewhere = CONFIGS["mistral"]()
+        elsewhere._name_or_path = "another/directory"
+        patched.setitem(CONFIGS, "mistral", lambda: elsewhere)
+        assert arranged("mistral")[1] == first
     file.write_text(json.dumps({"padding_free": {"unknown": 1}}))
     assert arranged("mistral")[1] == first
 

@@ -43,7 +43,7 @@ class Proofs:
 
     def _plain(self) -> Any:
         with meta_context():
-            return architecture(Kind.causal, copy.deepcopy(self.settings), self.config, "sdpa", "sft")[0]
+            return architecture(Kind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
 
     def way(self, arrangement: Arrangement) -> Way:
         """The way from batch to loss, noted where it is not the fast one. Raises ConfigError where tokens see ahead."""

@@ -71,7 +71,8 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
 
     `config`: transformers' configuration; `build` makes its model on meta; `attention`: the kernel for documents in one row.
     """
-    known = {"config": config.to_dict(), "attention": attention, "gpu": on_gpu, "edition": EDITION}
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    known = {"config": settings, "attention": attention, "gpu": on_gpu, "edition": EDITION}
     known |= {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = Path("~/.cache/shardtune/proofs").expanduser() / f"{key}.json"
@@ -99,7 +100,7 @@ def _read(stored: dict[str, Any]) -> Passage:
 def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> Passage:
     state = torch.random.get_rng_state(), torch.get_default_dtype()
     try:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU alone: a GPU's is not ours to change
         plain = build()
         try:
             proof = _Proof(config, plain, torch.float64)
