@@ -94,14 +94,13 @@ def build_engine(
 ) -> tuple[Engine, Built, WeightSource]:
     """Architecture on meta, tuned, sharded, filled, with its optimizer. All ranks must call."""
     strategy = build_strategy(config.strategy, precision, runtime)
-    settings = load_model_config(config.model)
-    if config.strategy.name is StrategyName.zero3 and settings.model_type in UNEVEN_CALLS:
-        raise ConfigError(
-            f"strategy=zero3: a {settings.model_type} calls some modules as often as its tokens ask, so that ranks would wait "
-            "for each other for ever; use strategy=fsdp2"
-        )
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
+    if config.strategy.name is StrategyName.zero3 and built.config.model_type in UNEVEN_CALLS:
+        raise ConfigError(
+            f"strategy=zero3: a {built.config.model_type} calls some modules as often as its tokens ask, so that ranks would "
+            "wait for each other for ever; use strategy=fsdp2"
+        )
     built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
     work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     plan_checkpointing(built, work, config.strategy, precision, runtime)

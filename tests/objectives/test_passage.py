@@ -34,7 +34,7 @@ CONFIGS = {
 def home(tmp_path, monkeypatch):
     """Findings of this test alone."""
     attention.register()
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -103,7 +103,7 @@ def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
 
 def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeypatch):
     first = arranged("mistral")[1]
-    (file,) = (home / ".cache" / "shardtune" / "proofs").iterdir()
+    (file,) = (home / "proofs").iterdir()
     with monkeypatch.context() as patched:
         patched.setattr(passage, "_prove", None)
         assert arranged("mistral")[1] == first

@@ -75,7 +75,7 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
     known = {"config": settings, "attention": attention, "gpu": on_gpu, "edition": EDITION}
     known |= {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    file = Path("~/.cache/shardtune/proofs").expanduser() / f"{key}.json"
+    file = Path(os.environ.get("SHARDTUNE_CACHE", "~/.cache/shardtune")).expanduser() / "proofs" / f"{key}.json"
     try:
         return _read(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, KeyError):
@@ -127,7 +127,6 @@ class _Proof:
 
     def __init__(self, config: Any, plain: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
-
         self.auto = auto_class(Kind.causal, config)
         self.config = shrunk(config, plain)
         set_dropout(self.config, 0.0)
