@@ -8,27 +8,8 @@ import torch
 from torch import nn
 
 from strategies.base import ParameterSource
-from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
-
-
-def check_shared(step_module: nn.Module) -> None:
-    """Raise ConfigError where modules other than embeddings share a parameter that trains.
-
-    ZeRO-3 gathers a parameter for one module at a time; of such ones its gradients were seen to differ.
-    """
-    owners: dict[int, tuple[str, nn.Module]] = {}
-    for owner_name, owner in step_module.named_modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is None or not parameter.requires_grad:
-                continue
-            first, module = owners.setdefault(id(parameter), (f"{owner_name}.{key}", owner))
-            if module is not owner and not isinstance(module, nn.Embedding) and not isinstance(owner, nn.Embedding):
-                raise ConfigError(
-                    f"strategy=zero3: {first} and {owner_name}.{key} are one parameter, which ZeRO-3 does not train rightly; "
-                    "use strategy=fsdp2 or zero2, or a tuning method that leaves it frozen"
-                )
 
 
 def load_partitioned(
