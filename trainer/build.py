@@ -29,6 +29,7 @@ from trainer.model.quantisation import Scheme, quantise_layers
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.arranged import causal_model, padded_model
 from trainer.objectives.base import Beside, ObjectiveConfig
+from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen import common_layout, frozen_model, teacher_model
 from trainer.objectives.registry import build_objective, family_of, reading_of
 from trainer.objectives.teacher import check_head
@@ -167,9 +168,29 @@ def _check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
             "padded rows here; set data.packing=false"
         )
     family = family_of(config.objective)
+    if family.kind is Kind.causal and plain_model(built.step_module.model).way.alone:  # type: ignore[union-attr]
+        _check_alone(config, built, data)
     if family.kind is Kind.encoder_decoder:
         lengths = family.longest(config.objective, config.data)
         encoder_decoder.check(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
+
+
+def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
+    """Raise ConfigError where a model that reads one document at a time would be given several."""
+    kind, several = built.config.model_type, built.reading.sequences_per_document > 1
+    if several:
+        raise ConfigError(
+            f"objective={config.objective.name}: compares documents of one batch, and a {kind} is right for one at a time only; "
+            "use objective=sft, or another model"
+        )
+    batches = {"batch.micro": config.batch["micro"]}
+    if data.evaluation is not None and len(data.evaluation):
+        batches["evaluation.batch"] = config.evaluation.batch
+    if wrong := {key: size for key, size in batches.items() if size > 1}:
+        raise ConfigError(
+            f"{' and '.join(f'{key}={size}' for key, size in wrong.items())}: a {kind} computes something else where rows are "
+            f"padded to one length; set {' '.join(f'{key}=1' for key in wrong)}"
+        )
 
 
 def build_step(

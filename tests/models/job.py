@@ -28,6 +28,7 @@ from tests.helpers.ranks import serve
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import stock, tiny
 from tests.models.gradients import TOLERANCE, Differs, compare, compare_gradients, rounding
+from tests.models.own import ONE_AT_A_TIME
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import TokenDataset, write
@@ -95,8 +96,11 @@ class Job:
 
     def _config(self, directory: Path, strategy: str, tuning: str) -> Any:
         micro = stock.DOCUMENTS // 2 // (1 if strategy == "single" else self.runtime.world_size)
+        if directory.name.rpartition("-")[0] in ONE_AT_A_TIME or directory.name in ONE_AT_A_TIME:
+            micro = 1
         config = run_config(directory, strategy, tuning, micro=micro, steps=2)
-        return replace(config, batch={"global": stock.DOCUMENTS, "micro": micro})
+        evaluation = replace(config.evaluation, batch=micro)
+        return replace(config, batch={"global": stock.DOCUMENTS, "micro": micro}, evaluation=evaluation)
 
     def _trained(self, directory: Path, tuning: str, oracle: stock.Stock) -> dict[str, Any]:
         """Two steps of `single` and an export, each compared with plain transformers; raises `Differs`."""

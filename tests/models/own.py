@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 EXCLUDED: dict[str, str] = {
-    "emu3": "AutoModelForCausalLM reads its weights from no directory that transformers writes",
     "gemma3n": "its vision tower needs the package timm (gemma3n_text is its language model)",
     "gemma4_assistant": "drafts for another model, whose states it reads",
     "gemma4_unified_assistant": "drafts for another model, whose states it reads",
-    "git": "reads text only after an image",
     "musicgen": "speaks codes of sound in several codebooks, not text",
     "musicgen_melody": "speaks codes of sound in several codebooks, not text",
     "reformer": "trains only on rows of a fixed length, a multiple of its chunks",
-    "rwkv": "torch refuses its backward pass: it changes its state in place",
 }
 """`model_type`s that have no causal language model of text to be trained, and why."""
+
+ONE_AT_A_TIME = frozenset({"prophetnet", "xlnet"})
+"""`model_type`s that are right for one document a batch only."""
 
 MINIMAL: dict[str, dict[str, Any]] = {}
 """What a configuration needs in order to be made at all."""
@@ -104,6 +104,7 @@ OWN: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
         "per_layer_config": {"1": {"num_local_experts": 4, "num_experts_per_tok": 2}},
     },
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4, "<|visual token 000000|>": 5}},
     "ernie4_5_moe": {"moe_layer_end_index": 1},
     "falcon_h1": {
         "mamba_d_ssm": 64,
@@ -157,6 +158,7 @@ OWN: dict[str, dict[str, Any]] = {
         "left_chunk": 4,
         "nemo_final_size": 10,
     },
+    "prophetnet": {"disable_ngram_loss": True},
     "qwen2": {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},

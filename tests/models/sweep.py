@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.helpers.ranks import Ranks
 from tests.models import tiny
+from tests.models.own import EXCLUDED
 
 TABLE = Path(__file__).with_name("table.json")
 JOB = "tests.models.job"
@@ -62,6 +63,15 @@ def row(ranks: dict[int, Ranks], model_type: str, *, alone: bool = False) -> dic
     return {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], **found}
 
 
+def excluded(model_type: str) -> dict[str, Any]:
+    """The row of an architecture that is not tried; it counts as one that does not train."""
+    return {
+        "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
+        "outcome": "not tried",
+        "reason": EXCLUDED[model_type],
+    }
+
+
 def ask(ranks: Ranks, *question: str) -> dict[str, Any]:
     """A rank's answer, or what became of the ranks."""
     try:
@@ -84,6 +94,8 @@ def kept(found: dict[str, Any]) -> dict[str, Any]:
 
 def lines(model_type: str, found: dict[str, Any]) -> list[str]:
     """What is not well with an architecture, a line for each case."""
+    if model_type in EXCLUDED:
+        return []
     if found["outcome"] != "made":
         return [f"{model_type} | {found['outcome']} | {found.get('reason', '')} | {found.get('frame', '')}"]
     return [
@@ -101,6 +113,7 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="without the cases on two ranks")
     asked = parser.parse_args()
     rows = json.loads(asked.table.read_text())["types"] if asked.table.exists() and asked.types else {}
+    rows |= {model_type: excluded(model_type) for model_type in EXCLUDED}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as made:
         ranks = {world: Ranks(JOB, world, Path(made, str(world))) for world in (1, 2)}

@@ -8,6 +8,7 @@ is dropped at random, and every parameter is drawn so that no part is without ef
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size_per_layer_input", "router_hidden_size", "adapter_rank", "d_rel"), 16),
     **dict.fromkeys(("query_pre_attn_scalar",), 16),
     **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), WINDOW),
-    **dict.fromkeys(("image_size", "crop_size"), 32),
+    **dict.fromkeys(("image_size", "crop_size", "base_channels", "codebook_size"), 32),
     **dict.fromkeys(("patch_size",), 8),
     **dict.fromkeys(("initializer_range", "init_std"), SPREAD),
 }
@@ -210,6 +211,8 @@ def kinds(model: Any) -> list[str]:
     config = model.config.get_text_config()
     settings = config.to_dict()
     parameters = dict(model.named_parameters())
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    embeddings = {id(model.get_input_embeddings().weight)}
     found = {str(kind) for name in KINDS for kind in settings.get(name) or ()}
     told = {
         "experts": any(is_router(name, parameter) for name, parameter in parameters.items()),
@@ -218,6 +221,7 @@ def kinds(model: Any) -> list[str]:
         "Conv1D": any(type(module).__name__ == "Conv1D" for module in model.modules()),
         "part of a larger model": config is not model.config,
         "an encoder's class": settings.get("is_decoder"),
+        "shared weights": any(n > 1 and key not in embeddings for key, n in places.items()),
         "state space": any(name.endswith("A_log") for name in parameters),
         "capped logits": any(value for name, value in settings.items() if name.endswith(CAPS)),
         "factors": any(value == FACTOR for name, value in settings.items() if name.endswith(FACTORS)),

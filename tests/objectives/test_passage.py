@@ -26,6 +26,9 @@ CONFIGS = {
     "bloom": lambda: transformers.BloomConfig(vocab_size=96, hidden_size=48, n_layer=2, n_head=4),
     "bert": lambda: transformers.BertConfig(**ENCODER, is_decoder=True),
     "roberta": lambda: transformers.RobertaConfig(**ENCODER, is_decoder=True, pad_token_id=1),
+    "prophetnet": lambda: transformers.ProphetNetConfig(
+        vocab_size=96, hidden_size=48, num_decoder_layers=2, num_decoder_attention_heads=4, decoder_ffn_dim=64
+    ),
     "encoder": lambda: transformers.BertConfig(**ENCODER),
 }
 
@@ -60,6 +63,13 @@ def test_a_head_of_several_layers_and_positions_of_its_own_are_left_to_the_model
     model, found = arranged(kind)
     assert model.way == way
     assert "own forward pass" in found.notes["model.head"]
+
+
+def test_a_model_that_padding_changes_reads_one_document_at_a_time():
+    """Its head makes several predictions of each token, of which one are the logits."""
+    model, found = arranged("prophetnet")
+    assert (found.layout, found.attention) == (Layout.padded, "eager")
+    assert model.way == Way(fused=False, positions=False, alone=True)
 
 
 def test_a_model_whose_tokens_see_ahead_is_refused():

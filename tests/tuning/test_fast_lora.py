@@ -76,6 +76,24 @@ def test_a_layer_called_on_another_input_computes_anew(tmp_path, widths):
     assert widths == [3] * 4  # q of x, then of y with its k, then again, and v of x with its k
 
 
+def test_layers_of_other_inputs_under_such_names_compute_one_by_one(widths):
+    """RWKV's feed-forward part has a `key` into its inner width and a `value` back."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    base = RwkvForCausalLM(RwkvConfig(vocab_size=500, context_length=64, **sizes))
+    stock = get_peft_model(
+        base, LoraConfig(r=2, target_modules=r".*feed_forward\.(key|value)", init_lora_weights=False)
+    )
+    fused = copy.deepcopy(stock.train())
+    assert fuse_lora(fused) == 4
+    (expected, right), (found, grads) = step(stock), step(fused)
+    assert widths == [1] * 4
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert all(torch.allclose(grad, right[name], rtol=1e-5, atol=1e-6) for name, grad in grads.items())
+
+
 def test_encoder_decoders_compute_one_by_one(tmp_path, widths):
     """Their keys and values may be of the other side."""
     from peft import LoraConfig, get_peft_model

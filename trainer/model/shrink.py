@@ -39,6 +39,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "seq_length"), 256),
     **dict.fromkeys(("sliding_window", "attention_window_size", "sliding_window_size"), WINDOW),
     **dict.fromkeys(("attention_chunk_size", "window_size", "local_attention"), WINDOW),
+    **dict.fromkeys(("base_channels", "codebook_size"), 32),
     "hidden_size_per_layer_input": 16,
 }
 """What a size becomes at most, by the name of its setting."""

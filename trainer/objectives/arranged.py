@@ -19,7 +19,7 @@ from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
 from trainer.model.flash import why_not_flash
 from trainer.model.layout import Arrangement, resolve_layout
-from trainer.objectives.causal import WAYS, Way
+from trainer.objectives.causal import PLAIN, Way
 from trainer.objectives.passage import Passage, passage_of
 
 
@@ -62,7 +62,7 @@ class Proofs:
             )
         if found.random:
             arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
-        way = found.of(layout) or WAYS[-1]
+        way = found.of(layout) or PLAIN
         if found.of(layout) is None:
             arrangement.notes["model.head"] = f"the model's own forward pass, not proven on a copy ({found.reason})"
         elif not way.fused:

@@ -35,10 +35,14 @@ class Way:
     logits, at supervised rows only."""
     positions: bool
     """The model is told each token's position; else it counts them itself."""
+    alone: bool = False
+    """A batch must be one document: beside another, padded to one length, the model computes something else, or nothing."""
 
 
 FUSED = Way(fused=True, positions=True)
-WAYS = (FUSED, Way(fused=False, positions=True), Way(fused=False, positions=False))
+PLAIN = Way(fused=False, positions=False)
+"""What the library itself does with padded rows."""
+WAYS = (FUSED, Way(fused=False, positions=True), PLAIN, Way(fused=False, positions=False, alone=True))
 """Every way, the fastest first."""
 
 
@@ -64,11 +68,16 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
 
 
 def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
-    """Logits `[N, V]` at `rows`, of the model's own forward pass, in which its head sees these rows alone."""
+    """Logits `[N, V]` at `rows`, of the model's own forward pass, in which its head sees these rows alone where it can."""
     head = causal_lm.get_output_embeddings()
+    positions = inputs["input_ids"].numel()
 
     def select(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
+        if (
+            hidden.numel() != positions * hidden.shape[-1]
+        ):  # several predictions of a token, of which one are its logits
+            return args
         return (hidden.reshape(1, -1, hidden.shape[-1])[:, rows], *rest)
 
     hook = None if head is None else head.register_forward_pre_hook(select)

@@ -168,7 +168,7 @@ def share_inputs(model: nn.Module) -> None:
         for names in SHARE_INPUT:
             children: list[Any] = [getattr(parent, name, None) for name in names]
             layers: list[Any] = [child for child in children if isinstance(child, _fused_class())]
-            if len(layers) > 1:
+            if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
                 together = _Together(layers)
                 for layer in layers:
                     layer.together = together
