@@ -1,4 +1,5 @@
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -7,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.choose.balance import check, resample
+from trainer.data.choose.balance import resample
 from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
+from trainer.data.rules import balance_problems
 
 LABEL = BalanceBy.label
 
@@ -38,8 +40,6 @@ CONFIGS = st.builds(
     target=st.sampled_from([BalanceTarget.natural, BalanceTarget.temperature, BalanceTarget.uniform]),
     temperature=st.floats(1, 10),
     cap=st.none() | st.integers(1, 30),
-    up_sample=st.just(True),
-    down_sample=st.booleans(),
     max_repeats=st.integers(1, 5),
 )
 
@@ -59,26 +59,22 @@ def test_what_always_holds(sizes, config, seed):
         assert of_group.size == 0 or of_group.max() - of_group.min() <= 1
         assert (row["after"] > 0) == (sizes[group] > 0)  # no group vanishes
         assert config.cap is None or row["after"] <= config.cap
-        if not config.down_sample:
+        if config.max_repeats > 1:
             assert row["after"] >= min(sizes[group], config.cap or sizes[group])
     if len(chosen):
         for share in ("share_before", "share_after", "share_target"):
             assert math.isclose(sum(row[share] for row in report.values()), 1)
 
 
-@given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=5), temperature=st.floats(1, 6), both=st.booleans())
-def test_shares_are_those_of_the_temperature_within_rounding(sizes, temperature, both):
-    _, _, report = run(
-        sizes, target=BalanceTarget.temperature, temperature=temperature, down_sample=both, max_repeats=100
-    )
+@given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=5), temperature=st.floats(1, 6))
+def test_shares_are_those_of_the_temperature_within_rounding(sizes, temperature):
+    _, _, report = run(sizes, target=BalanceTarget.temperature, temperature=temperature, max_repeats=100)
     powers = [size ** (1 / temperature) for size in sizes]
     for row, power in zip(report.values(), powers, strict=True):
         wanted = power / sum(powers)
         assert math.isclose(row["share_target"], wanted, rel_tol=1e-9)
         slack = (len(sizes) + 1) / sum(after(report))
         assert abs(row["share_after"] - wanted) <= slack
-    if both:
-        assert sum(after(report)) == sum(sizes)
 
 
 def test_nothing_changes_unless_asked():
@@ -87,11 +83,9 @@ def test_nothing_changes_unless_asked():
         assert chosen.tolist() == list(range(35)) and after(report) == [30, 5]
 
 
-def test_uniform_up_down_and_both():
-    uniform = {"target": BalanceTarget.uniform, "max_repeats": 100}
-    assert after(run([30, 5, 10], **uniform)[2]) == [30, 30, 30]
-    assert after(run([30, 5, 10], up_sample=False, down_sample=True, **uniform)[2]) == [5, 5, 5]
-    assert after(run([30, 5, 10], down_sample=True, **uniform)[2]) == [15, 15, 15]
+def test_uniform_by_repeating_and_by_leaving_out():
+    assert after(run([30, 5, 10], target=BalanceTarget.uniform, max_repeats=100)[2]) == [30, 30, 30]
+    assert after(run([30, 5, 10], target=BalanceTarget.uniform, max_repeats=1)[2]) == [5, 5, 5]
 
 
 def test_a_short_group_states_what_limits_it():
@@ -115,16 +109,15 @@ def test_set_shares_and_a_group_left_out():
         [40, 40, 9],
         target=BalanceTarget.shares,
         shares={"g0": 0.8, "g1": 0.2, "g2": 0},
-        down_sample=True,
-        up_sample=False,
+        max_repeats=1,
     )
     assert after(report) == [40, 10, 0] and report["g2"]["dropped"] == 9
     assert Counter(group_of[chosen].tolist()) == {0: 40, 1: 10}
 
 
 def test_a_group_with_a_tiny_share_keeps_a_document():
-    _, _, report = run([20, 20], target=BalanceTarget.shares, shares={"g0": 1, "g1": 1e-6}, down_sample=True)
-    assert after(report) == [40, 1]
+    _, _, report = run([20, 20], target=BalanceTarget.shares, shares={"g0": 1, "g1": 1e-6}, max_repeats=1)
+    assert after(report) == [20, 1]
     _, _, report = run([20, 20], target=BalanceTarget.shares, shares={"g0": 1, "g1": 1e-30}, max_repeats=1000)
     assert after(report) == [20_000, 20] and report["g0"]["limited_by"] == "max_repeats"
 
@@ -154,13 +147,6 @@ def test_the_draw_never_changes_between_versions():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": BalanceTarget.temperature, "temperature": 0.5}, r"data\.balance\.temperature=0\.5: must be"),
-        ({"cap": 0}, r"data\.balance\.cap=0: must be at least 1"),
-        ({"max_repeats": 0}, r"data\.balance\.max_repeats=0: must be at least 1"),
-        (
-            {"target": BalanceTarget.uniform, "up_sample": False},
-            r"data\.balance\.up_sample=false and data\.balance\.down_sample",
-        ),
         ({"target": BalanceTarget.shares}, r"data\.balance\.shares is empty"),
         ({"shares": {"g0": 1}}, r"set data\.balance\.target=shares to use it"),
         ({"target": BalanceTarget.shares, "shares": {"g0": -1, "g1": 1}}, r"data\.balance\.shares\.g0=-1: must be"),
@@ -173,14 +159,11 @@ def test_the_draw_never_changes_between_versions():
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(settings, message):
+    if found := [*balance_problems(BalanceConfig(by=LABEL, **settings))]:  # before any document is read
+        assert re.search(message, "\n".join(found))
+        return
     with pytest.raises(ConfigError, match=message):
         run([5, 6], **settings)
-
-
-def test_every_problem_is_named_at_once():
-    with pytest.raises(ConfigError) as error:
-        check(BalanceConfig(by=LABEL, cap=0, max_repeats=0, temperature=math.nan))
-    assert len(error.value.problems) == 3
 
 
 def test_a_share_for_a_group_without_documents_is_refused():

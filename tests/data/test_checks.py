@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.config import ChecksConfig
+from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
-from trainer.data.stages.checks import KINDS, REPEATED, Checks, problems
+from trainer.data.rules import problems
+from trainer.data.stages.checks import KINDS, REPEATED, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
 SENTENCES = [
@@ -174,5 +175,5 @@ def test_any_conversation_is_left_as_it_is_and_its_kinds_are_known(said):
 
 
 def test_a_kind_that_does_not_exist_is_a_problem():
-    (line,) = problems(ChecksConfig(quarantine=["empty_text", "empty_texts"]))
+    (line,) = problems(DataConfig(path="x", checks=ChecksConfig(quarantine=["empty_text", "empty_texts"])))
     assert "'empty_texts'" in line and "encoding_damage" in line

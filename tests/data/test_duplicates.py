@@ -20,7 +20,7 @@ from trainer.data.choose.copies import (
     find_duplicates,
     prompt_of,
 )
-from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig
+from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 
 ROOT = Path(__file__).parents[2]
@@ -226,15 +226,6 @@ def test_copies_of_a_near_duplicate_stand_for_the_kept_one():
     texts = [" ".join(WORDS[:80]), " ".join(WORDS[:79]), " ".join(WORDS[:79]), " ".join(WORDS[:79]).upper()]
     result = decide([text_document(text) for text in texts])
     assert result.stands.tolist() == [0, 0, 0, 0] and result.kind.tolist() == [0, 3, 1, 2]
-
-
-def test_within_a_source_only():
-    documents = [text_document("one two three", source=source) for source in ("a", "b", "a")]
-    assert decide(documents).stands.tolist() == [0, 0, 0]
-    assert decide(documents, DuplicatesConfig(across=Across.source)).stands.tolist() == [0, 1, 0]
-    near_only = [text_document(" ".join(WORDS[: 80 - row]), source="ab"[row % 2]) for row in range(3)]
-    config = DuplicatesConfig(across=Across.source, near=DuplicatePolicy.report)
-    assert decide(near_only, config).stands.tolist() == [0, 1, 0]
 
 
 def test_labels_and_verdicts_keep_documents_apart():

@@ -81,11 +81,7 @@ def test_every_kind_is_found_and_nothing_else(planted):
 
 def test_near_and_prompt_leaks_only_where_asked(planted):
     train, held_out, _ = planted
-    for config, kinds in (
-        (LeakageConfig(), [5, 5, 0, 5]),
-        (LeakageConfig(prompts=False), [5, 5, 0, 0]),
-        (LeakageConfig(near=True, prompts=False), [5, 5, 5, 0]),
-    ):
+    for config, kinds in ((LeakageConfig(), [5, 5, 0, 5]),):
         assert np.bincount(leaks_of(train, held_out, config).kind, minlength=4).tolist() == kinds
 
 
@@ -152,9 +148,7 @@ def runs(text, ngram=13):
 
 
 def build(texts, **settings):
-    return Decontaminator.build(
-        [(f"bench.jsonl:{line}", text) for line, text in texts], DecontaminationConfig(**settings)
-    )
+    return Decontaminator([(f"bench.jsonl:{line}", text) for line, text in texts], DecontaminationConfig(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +180,7 @@ def test_overlaps_agree_with_plain_sets_of_runs(bench, training):
     stage = build(bench)
     assert [stage.match(text) is not None for text in training] == expected
     assert 60 < sum(expected) < 200, "some plants must be shorter than a run"
-    assert stage.report["texts"] == stage.report["checked"] == 300
+    assert not stage.skipped.total()
 
 
 def test_share_of_an_evaluation_text(bench, training):
@@ -195,9 +189,10 @@ def test_share_of_an_evaluation_text(bench, training):
     for text in training:
         own = runs(text)
         best = max(len(own & found) / len(found) for found in sets.values())
-        got = stage.match(text)
-        assert (got is not None) is (best >= 0.4)
-        if got:
+        tally = Tally()
+        assert stage(Document(file="t", line=1, text=text), tally) is not None
+        assert bool(tally.noted) is (best >= 0.4)
+        if got := stage.match(text):
             assert got[1] == pytest.approx(best) and len(own & sets[got[0]]) / len(sets[got[0]]) == pytest.approx(best)
 
 
@@ -216,8 +211,7 @@ def test_stage_reports_or_drops_with_the_place(bench):
 
 def test_short_evaluation_texts_are_looked_for_whole():
     stage = build([(1, "What is the capital of France?"), (2, "Is it so?"), (3, "what is the capital of France")])
-    assert stage.report["checked"] == 1 and stage.report["too_short"] == 1 and stage.report["repeated"] == 1
-    assert stage.report["examples"] == {"too_short": ["bench.jsonl:2"], "repeated": ["bench.jsonl:3"]}
+    assert stage.skipped == {"too_short": 1, "repeated": 1, "only_shared_wording": 0}
     assert stage.match("Question: what is the CAPITAL of France? Answer: Paris.") == ("bench.jsonl:1", 1.0)
     assert stage.match("What is the capital of Spain? Is it so?") is None
     assert stage.match("What is the capital of France? " * 3) == ("bench.jsonl:1", 1.0)
@@ -230,7 +224,7 @@ def test_wording_shared_by_a_set_is_ignored():
     stage = build(texts)
     assert stage.match(f"{intro} {prose(draw, 30)}") is None
     assert stage.match(f"so {texts[5][1]}") == ("bench.jsonl:5", 1.0)
-    assert stage.report["only_shared_wording"] == 1 and stage.report["ignored_runs"] == len(runs(intro))
+    assert stage.skipped["only_shared_wording"] == 1
     assert build(texts[:10]).match(f"{intro} {prose(draw, 30)}") is not None
 
 

@@ -132,7 +132,7 @@ def test_objectives_take_the_policies_that_their_rules_allow(name):
 
 def test_what_was_asked_for_does_not_count(tmp_path):
     rows = [*chat_rows(5), *(talk("fox " * 100 + str(n), "a") for n in range(5))]
-    settings = {"max_length": 100, "over_length": OverLength.drop, "filters": FilterConfig(max_words=120)}
+    settings = {"max_length": 100, "over_length": OverLength.drop, "filters": FilterConfig(max_characters=700)}
     rows += [talk("word " * 150, "a"), rows[0]]
     settings["duplicates"] = DuplicatesConfig(exact=DuplicatePolicy.drop)
     made = prepare(tmp_path, rows, **settings)

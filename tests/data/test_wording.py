@@ -9,7 +9,6 @@ from rensa import RMinHash, RMinHashLSH
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
 from trainer.data.choose.compare import SEED, choose_bands, ngrams, normal_digest, normalize, recall
 from trainer.data.choose.copies import Signer
-from trainer.data.stages.decontamination import LONGEST_WORD, word_hashes
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,3 @@ def test_ngrams_by_counting():
     assert [len(one) for one in runs] == [4, 1, 0, 0, 5, 1] and len(set(runs[4])) == 1
     assert not set(runs[1]) & set(runs[5]), "the order of words counts"
     assert not set(runs[0]) & set(ngrams(normalize(texts[0]), 3, apart=7))
-
-
-def test_an_overlong_word_counts_as_its_bytes():
-    words, offsets = word_hashes([normalize(text) for text in ("z" * (LONGEST_WORD + 44) + "y", "a b")])
-    assert np.diff(offsets).tolist() == [LONGEST_WORD + 45, 2] and len(set(words.tolist())) == 4

@@ -41,8 +41,6 @@ RANGES: dict[str, tuple[Range, str]] = {
     "data.checks.max_chars": (POSITIVE, "null sets no limit; a million characters are about 250,000 tokens"),
     "data.filters.min_characters": (COUNT, "0 is no bound"),
     "data.filters.max_characters": (POSITIVE, "null is no bound"),
-    "data.filters.min_words": (COUNT, "0 is no bound"),
-    "data.filters.max_words": (POSITIVE, "null is no bound"),
     "data.filters.min_completion_characters": (COUNT, "0 is no bound"),
     "data.filters.min_language_probability": (SHARE, "0.5 as a rule"),
     "data.duplicates.threshold": (Range(least=0.3, most=1), "0.8 as a rule; lower finds looser copies and costs time"),

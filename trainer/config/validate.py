@@ -18,12 +18,8 @@ from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
 from trainer.config.run import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
-from trainer.data.choose.balance import check as check_balance
-from trainer.data.config import Layout
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
-from trainer.data.stages.checks import problems as check_problems
-from trainer.data.stages.filters import problems as filter_problems
-from trainer.data.stages.privacy.config import problems as privacy_problems
+from trainer.data.rules import problems as data_problems
 from trainer.model import encoder_decoder
 from trainer.model.config import Kind, may_be_hub_id
 from trainer.model.quantisation import Quantisation, missing_package
@@ -135,10 +131,6 @@ def _base(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.path is None and not data.sources:
-        yield "data.path: not set; give a file, a directory or a glob, as in data.path=train.jsonl"
-    if data.path is not None and data.sources:
-        yield f"data.path={data.path}: data.sources names the training data too; keep one of the two"
     named = {"data.path": data.path}
     for split in ("eval", "test"):
         try:
@@ -148,8 +140,6 @@ def _data(config: RunConfig) -> Iterator[str]:
     named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     named["data.decontamination.paths"] = data.decontamination.paths
     for key, value in named.items():
-        if value is None and ".sources." in key:
-            yield f"{key}: not set; give the source's files"
         for pattern in [] if value is None else value if isinstance(value, list) else [value]:
             path = Path(str(pattern)).expanduser()
             if data.remote and is_address(str(pattern)):
@@ -160,25 +150,7 @@ def _data(config: RunConfig) -> Iterator[str]:
                 except DataError as error:
                     reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
                     yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
-    for split in ("eval", "test"):
-        share = getattr(data, f"{split}_share")
-        if getattr(data, f"{split}_path") is not None and share:
-            yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
-    if data.group_by is not None and not any((data.eval_share, data.test_share, data.eval_path, data.test_path)):
-        yield f"data.group_by={data.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
-    weighted = [name for name, source in data.sources.items() if source.weight is not None]
-    if weighted and len(weighted) < len(data.sources):
-        without = ", ".join(sorted(data.sources.keys() - set(weighted)))
-        yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
-    yield from check_problems(data.checks)
-    yield from privacy_problems(data.privacy)
-    yield from filter_problems(data.filters)
-    try:
-        check_balance(data.balance)
-    except ConfigError as error:
-        yield from error.problems
-    if data.packing and data.layout is Layout.padded:
-        yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    yield from data_problems(data)
     yield from objective_problems(config.objective, config)
 
 

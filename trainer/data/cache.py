@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import ConfigError, DataError, StorageError
-from trainer.data.blocks import Bad, Block
-from trainer.data.document import Tally
+from trainer.data.blocks import Block
+from trainer.data.document import Rejected, Tally
 from trainer.data.stages.privacy.stage import Findings
 from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
 from trainer.data.store.sequences import Sequences, storage_error
@@ -215,7 +215,7 @@ def save(block: Block, path: Path) -> None:
     assert block.sequences is not None and block.documents is not None
     about = {name: getattr(block, name) for name in PLAIN}
     about |= {"bad": [_fields(bad) for bad in block.bad], "tally": _fields(block.tally)}
-    about["findings"] = block.findings and _fields(block.findings)
+    about["findings"] = _fields(block.findings)
     arrays: dict[str, Any] = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "documents": np.frombuffer(batch_to_bytes(block.documents), np.uint8),
@@ -237,9 +237,9 @@ def load(path: Path) -> Block:
     about = json.loads(arrays["about"].tobytes())
     return Block(
         **{name: about[name] for name in PLAIN},
-        bad=[Bad(**bad) for bad in about["bad"]],
+        bad=[Rejected(**bad) for bad in about["bad"]],
         tally=Tally(**about["tally"]),
-        findings=about["findings"] and Findings(**about["findings"]),
+        findings=Findings(**about["findings"]),
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(

@@ -59,14 +59,10 @@ class FilterConfig:
     """Drop rows with fewer characters, all texts of the row together."""
     max_characters: int | None = None
     """Drop rows with more characters, all texts of the row together; null is no bound."""
-    min_words: int = 0
-    """Drop rows with fewer words, all texts of the row together."""
-    max_words: int | None = None
-    """Drop rows with more words, all texts of the row together; null is no bound."""
     min_completion_characters: int = 0
     """Drop rows whose answers (completion, or learned turns together) have fewer characters."""
     drop_echoes: bool = False
-    """Drop rows with an answer of four words or more that only says the question again."""
+    """Drop rows with an answer of 12 letters or more that only says the question again."""
     drop_phrases: list[str] = field(default_factory=list)
     """Drop rows whose learned text contains one of these phrases, such as `as an AI language model`, in any case."""
     languages: list[str] = field(default_factory=list)
@@ -133,8 +129,6 @@ class PrivacyConfig:
 
 DuplicatePolicy = StrEnum("DuplicatePolicy", ["none", "report", "drop"])
 """What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
-Across = StrEnum("Across", ["all", "source"])
-"""Among which documents duplicates are looked for."""
 ComparedText = StrEnum("ComparedText", ["document", "prompt", "completion"])
 """Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
 
@@ -153,8 +147,6 @@ class DuplicatesConfig:
     """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
     ngram: int = 5
     """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
-    across: Across = Across.all
-    """Look for duplicates in `all` documents together, or only within each `source`."""
     text: ComparedText = ComparedText.document
     """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
 
@@ -168,11 +160,10 @@ class LeakageConfig:
     """Documents that training and held-out data share."""
 
     policy: LeakagePolicy = LeakagePolicy.report
-    """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run; see `prompts`."""
+    """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run. Prompts that both have, with
+    another answer, are only ever counted."""
     near: bool = False
     """Look for near duplicates too, with the threshold and n-grams of the search for duplicates."""
-    prompts: bool = True
-    """Report prompts that are also in the held-out data with another answer; they are never dropped nor fail a run."""
 
 
 BalanceBy = StrEnum("BalanceBy", ["none", "label", "source"])
@@ -195,12 +186,9 @@ class BalanceConfig:
     """With target `shares`, the share of every group, relative to the others; 0 leaves the group out."""
     cap: int | None = None
     """Most documents of a group; those beyond it are left out by a seeded draw."""
-    up_sample: bool = True
-    """Reach the shares by repeating documents of groups that are too small."""
-    down_sample: bool = False
-    """Reach the shares by leaving out documents of groups that are too large."""
     max_repeats: int = 4
-    """Most times one document is used (1 repeats none); a group that would need more stays short of its share."""
+    """Most times one document of a group that is too small is used; a group that would need more stays short of its share. At 1
+    none is repeated: documents of groups that are too large are left out instead."""
 
 
 MixOver = StrEnum("MixOver", ["documents", "tokens"])

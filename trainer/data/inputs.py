@@ -19,6 +19,7 @@ from trainer.data.formats import RowReader, recognise
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import sets_of
 from trainer.data.read.row import Row
+from trainer.data.rules import problems
 
 
 @dataclass(slots=True)
@@ -48,25 +49,12 @@ class Input:
 
 def inputs_of(config: DataConfig) -> list[Input]:
     """The inputs in the order in which they are read. Raises ConfigError, and DataError for files that do not exist."""
-    if config.path in (None, "") and not config.sources:
-        raise ConfigError(
-            "data.path is not set; name the training data: a file, a directory, a glob, or hub:<name>; "
-            "or several under data.sources"
-        )
-    if config.path not in (None, "") and config.sources:
-        raise ConfigError("data.path and data.sources are both set; keep one of them")
-    for split in HELD_OUT:
-        share = getattr(config, f"{split}_share")
-        if getattr(config, f"{split}_path") is not None and share:
-            raise ConfigError(f"data.{split}_share={share} and data.{split}_path are both set; keep one of them")
-        if not 0 <= share <= 0.5:
-            raise ConfigError(f"data.{split}_share={share} must lie between 0 and 0.5")
+    if wrong := [*problems(config)]:
+        raise ConfigError(wrong)
     found = []
     if config.sources:
         for name, source in config.sources.items():
             key = f"data.sources.{name}"
-            if source.path in (None, ""):
-                raise ConfigError(f"{key}.path is not set; name its files")
             origin = Origin.of(
                 source.path,
                 f"{key}.path",

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from strategies.errors import ShardtuneError
-from trainer.data.blocks import Bad, Block, Job
+from trainer.data.blocks import Block, Job
 from trainer.data.choose.compare import group_digest
 from trainer.data.choose.copies import Signer
 from trainer.data.config import CleaningConfig, DataConfig, DuplicatePolicy, FilterConfig, PrivacyMode
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.inputs import evaluation_documents
-from trainer.data.read.row import Row
 from trainer.data.reading import Reading
 from trainer.data.stages.checks import Checks, Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
@@ -44,7 +43,10 @@ LOST = {
 
 
 class BlockMaker:
-    """Turns jobs into blocks. Built once, before worker processes are forked from this one."""
+    """Turns jobs into blocks. Built once, before worker processes are forked from this one.
+
+    Raises DataError for evaluation files to decontaminate against that do not exist or hold a row that cannot be read.
+    """
 
     def __init__(
         self,
@@ -56,7 +58,11 @@ class BlockMaker:
     ) -> None:
         self.config, self.reading, self.readers = config, reading, readers
         self.encoder = reading.encoder(tokenizer, config)
-        self.decontaminator = _decontaminator(config) if config.decontamination.paths is not None else None
+        self.decontaminator: Decontaminator | None = None
+        if config.decontamination.paths is not None:
+            found = evaluation_documents(config.decontamination.paths, config)
+            texts = (text for document in found for text in evaluation_texts(document, config.decontamination.ngram))
+            self.decontaminator = Decontaminator(texts, config.decontamination)
         self.replays = any(source.replay for source in config.sources.values())
         near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
@@ -66,70 +72,54 @@ class BlockMaker:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
         files = Counter(row.file for row in job.rows)
         block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
-        stages = self._stages()
-        unread = self.readers[job.split, job.source].unread.names
-        unread.clear()
-        documents = [d for row in job.rows if (d := self._read(job, row, block)) is not None]
-        block.unread = list(unread)
-        for stage in stages:
-            if stage.name == "privacy" and self._scanned_enough(job):
-                continue
-            if stage.name == "decontamination" and job.split != "train":
-                continue  # held-out rows may well be the evaluation texts themselves
-            documents = [kept for d in documents if (kept := self._pass(stage, d, block)) is not None]
+        reader, documents = self.readers[job.split, job.source], list[Document]()
+        reader.unread.names.clear()
+        for row in job.rows:
+            parsed = row.parse()
+            found = parsed if isinstance(parsed, Rejected) else reader(parsed)
+            if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
+                found = Rejected(found.file, found.line, *refusal, found.text or found.content())
+            if isinstance(found, Document):
+                documents.append(found)
+            else:
+                self._quarantine(block, found, "read")
+        block.unread = list(reader.unread.names)
+        for stage in self._stages(job, block):
+            before, dropped = len(documents), len(block.tally.drops)
+            documents = [kept for document in documents if (kept := self._pass(stage, document, block)) is not None]
+            if before - len(documents) != len(block.tally.drops) - dropped:
+                raise AssertionError(f"{job.source}: stage {stage.name} lost count of a document")
         documents = self._tokenise(documents, block)
         block.documents = to_batch(documents)
         block.signatures = self.signer.sign(documents)
         if self.config.group_by is not None:
             block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
-        for stage in stages:
-            if (findings := getattr(stage, "findings", None)) is not None:
-                block.findings = findings
         return block
 
-    def _stages(self) -> list[Stage]:
-        """What the configuration asks for, in its order; anew for each block, whose own counts they keep."""
+    def _stages(self, job: Job, block: Block) -> Iterator[Stage]:
+        """What the configuration asks for, in its order, each made when the documents come to it."""
         config = self.config
-        made: list[Stage] = [Checks(config.checks)]
+        yield Checks(config.checks)
         if config.cleaning != CleaningConfig():
-            made.append(Cleaner(config.cleaning))
+            yield Cleaner(config.cleaning)
         if config.filters != FilterConfig():
-            made.append(Filters(config.filters))
+            yield Filters(config.filters)
         if config.privacy.mode is not PrivacyMode.none:
-            made.append(Privacy(config.privacy))
-        return made if self.decontaminator is None else [*made, self.decontaminator]
-
-    def _scanned_enough(self, job: Job) -> bool:
-        """Whether a report on personal data has seen its share of the source, in whole jobs."""
-        privacy = self.config.privacy
-        return privacy.mode == "report" and 0 < privacy.scan_documents <= job.offset
-
-    def _read(self, job: Job, row: Row | Rejected, block: Block) -> Document | None:
-        parsed = row.parse()
-        found = parsed if isinstance(parsed, Rejected) else self.readers[job.split, job.source](parsed)
-        if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
-            found = Rejected(found.file, found.line, *refusal, found.text or found.content())
-        if isinstance(found, Rejected):
-            self._quarantine(block, found)
-            return None
-        return found
-
-    def _quarantine(self, block: Block, row: Rejected, stage: str = "read") -> None:
-        block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
-        block.bad.append(Bad(block.source, row.file, row.line, row.reason, row.message, row.excerpt[:200]))
+            yield Privacy(config.privacy, block.findings, seen=job.offset)
+        if self.decontaminator is not None and job.split == "train":
+            yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 
     def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
-        before = len(block.tally.drops)
         kept = stage(document, block.tally)
-        if (kept is None) != (len(block.tally.drops) == before + 1):
-            raise AssertionError(f"{document.where}: stage {stage.name} lost count of a document")
         if kept is None and stage.name == "checks":
-            _, reason, _ = block.tally.drops[-1]
-            excerpt = document.content()[:200]
-            block.bad.append(
-                Bad(block.source, document.file, document.line, reason, "quarantined by data.checks", excerpt)
-            )
+            reason, excerpt = block.tally.drops[-1][1], document.content()[:200]
+            block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
         return kept
+
+    def _quarantine(self, block: Block, row: Rejected, stage: str) -> None:
+        block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
+        row.excerpt = row.excerpt[:200]
+        block.bad.append(row)
 
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
         """The documents of which something is left, their sequences now in the block."""
@@ -170,16 +160,9 @@ class BlockMaker:
         for document, made in found:
             if made:
                 yield document, made
-            elif (message := LOST.get(reasons[document.where])) is not None:
-                lost = (document.file, document.line, reasons[document.where], message.format(self.config.max_length))
-                block.bad.append(Bad(block.source, *lost, document.content()[:200]))
-
-
-def _decontaminator(config: DataConfig) -> Decontaminator:
-    """Built from the evaluation files; raises DataError for files that do not exist or hold a row that cannot be read."""
-    settings = config.decontamination
-    texts = (text for d in evaluation_documents(settings.paths, config) for text in evaluation_texts(d, settings.ngram))
-    return Decontaminator.build(texts, settings)
+            elif (message := LOST.get(reason := reasons[document.where])) is not None:
+                said = message.format(self.config.max_length)
+                block.bad.append(Rejected(document.file, document.line, reason, said, document.content()[:200]))
 
 
 Item = TypeVar("Item")

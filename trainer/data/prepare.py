@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import Preempted
-from trainer.data.blocks import Assembly, Block, Job, jobs, knobs
+from trainer.data.blocks import Assembly, Block, Job, jobs
 from trainer.data.cache import DONE, DigestCache, Shards, build_once, fingerprint
 from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
 from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode
@@ -119,13 +119,13 @@ class Preparation:
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents)
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
         splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
-        assembly = Assembly(target, self.config.max_bad_share, rejected, knobs(splits=splits))
+        assembly = Assembly(target, self.config.max_bad_share, rejected, splits=splits)
         with closing(assembly):
             for block in self._blocks(maker) if shards is None else shards.blocks():
                 self.check_stop()
                 assembly.append(block)
             columns = assembly.columns()
-            if assembly.totals.findings is not None and self.config.privacy.mode is PrivacyMode.fail:
+            if self.config.privacy.mode is PrivacyMode.fail:
                 check_findings(assembly.totals.findings, self.config.privacy)
             table = DocumentTable(target)
             names, label_ids = self.reading.numbered(columns, table)

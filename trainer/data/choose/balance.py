@@ -6,7 +6,6 @@ Nothing but numbers is looked at: the plan is a function of the groups, the sett
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -42,8 +41,8 @@ def resample(
     """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
 
     `group_of` is int [n], numbers into `groups`. Which documents are left out or repeated once more depends on the
-    seed and on their numbers alone. With both ways of sampling the total number stays; with one of them alone the
-    largest (smallest) group relative to its share stays whole and the others follow. `cap` bounds the sizes that the
+    seed and on their numbers alone. The largest group relative to its share stays whole and the others follow; where nothing
+    may be repeated, the smallest. `cap` bounds the sizes that the
     shares are computed from, as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2), and the result. A group with a
     share above 0 keeps at least one document. Raises ConfigError for settings that cannot be met, DataError where
     nothing would be left; a target missed because of `cap` or `max_repeats` is stated in the report.
@@ -57,7 +56,6 @@ def resample(
     if config.by is BalanceBy.none or not len(group_of):
         times = np.ones(len(group_of), dtype=np.int64)
         return np.arange(len(group_of), dtype=np.int64), _report(groups, group_of, times, _share(before), limited)
-    check(config)
     base = before if config.cap is None else np.minimum(before, config.cap)
     target = _targets(groups, base, config)
     after = _sizes(base, target, config)
@@ -69,40 +67,6 @@ def resample(
         raise DataError("data.balance: no document is left; give a group that has documents a share above 0")
     times = _times(group_of, before, after, seed)
     return np.repeat(np.arange(len(group_of)), times), _report(groups, group_of, times, target, limited)
-
-
-def check(config: BalanceConfig) -> None:
-    """Raise ConfigError, with a line for each problem, for settings that contradict each other."""
-    problems = []
-    if not (math.isfinite(config.temperature) and config.temperature >= 1):
-        problems.append(
-            f"data.balance.temperature={config.temperature:g}: must be a finite number of at least 1; 1 keeps the natural "
-            "shares, 2 to 5 flattens them; for equal shares set data.balance.target=uniform"
-        )
-    if config.cap is not None and config.cap < 1:
-        problems.append(f"data.balance.cap={config.cap}: must be at least 1, or null for no cap")
-    if config.max_repeats < 1:
-        problems.append(
-            f"data.balance.max_repeats={config.max_repeats}: must be at least 1; up to 4 loses little as a rule"
-        )
-    if config.target is not BalanceTarget.natural and not (config.up_sample or config.down_sample):
-        problems.append(
-            f"data.balance.target={config.target}: with data.balance.up_sample=false and "
-            "data.balance.down_sample=false the shares cannot change; set one of them to true or data.balance.target=natural"
-        )
-    if config.target is BalanceTarget.shares and not config.shares:
-        problems.append("data.balance.target=shares: data.balance.shares is empty; name every group with its share")
-    if config.target is not BalanceTarget.shares and config.shares:
-        problems.append(
-            f"data.balance.shares is set but data.balance.target={config.target}; set data.balance.target=shares to use it"
-        )
-    problems.extend(
-        f"data.balance.shares.{name}={share:g}: must be a finite number of at least 0"
-        for name, share in config.shares.items()
-        if not (math.isfinite(share) and share >= 0)
-    )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _targets(groups: list[str], base: np.ndarray, config: BalanceConfig) -> np.ndarray:
@@ -140,20 +104,14 @@ def _listed(names: Sequence[str], most: int = 10) -> str:
 
 def _sizes(base: np.ndarray, target: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """Documents wanted of each group, int64 [groups], before `cap` and `max_repeats` bound them."""
-    wanted = target > 0
-    if config.target is BalanceTarget.natural or not (config.up_sample or config.down_sample):
+    if config.target is BalanceTarget.natural:
         return base
+    wanted = target > 0
     per_share = base[wanted] / target[wanted]
-    if config.up_sample and config.down_sample:
-        ideal = target * float(base.sum())
-        sizes = np.floor(ideal).astype(np.int64)
-        missing = int(base.sum() - sizes.sum())  # by the largest remainder; equal remainders in the order of the names
-        sizes[np.argsort(sizes - ideal, kind="stable")[:missing]] += 1
-    else:
-        total = per_share.max() if config.up_sample else per_share.min()
-        sizes = np.rint(np.minimum(target * total, 2.0**53)).astype(np.int64)  # a tiny share asks for no more than that
-        # Rounding must not take from a group that is only to grow, nor add to one that is only to shrink.
-        sizes = np.maximum(sizes, base) if config.up_sample else np.minimum(sizes, base)
+    total = per_share.min() if config.max_repeats == 1 else per_share.max()
+    sizes = np.rint(np.minimum(target * total, 2.0**53)).astype(np.int64)  # a tiny share asks for no more than that
+    # Rounding must not take from a group that is only to grow, nor add to one that is only to shrink.
+    sizes = np.minimum(sizes, base) if config.max_repeats == 1 else np.maximum(sizes, base)
     return np.where(wanted, np.maximum(sizes, 1), 0)
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.compare import NearIndex, digest64, mix, near_copies, normal_digest, normalize
-from trainer.data.config import Across, ComparedText, DuplicatePolicy, DuplicatesConfig, LeakageConfig, LeakagePolicy
+from trainer.data.choose.compare import NearIndex, digest64, near_copies, normal_digest, normalize
+from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig, LeakageConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES, Document, texts_in
 
 
@@ -83,10 +82,10 @@ class Signer:
         """Columns of n documents, uint64[n] each.
 
         "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
-        "source" for the name of its source, and "verdict", where near copies are looked for, for its label (0: none).
+        and "verdict", where near copies are looked for, for its label (0: none).
         Whole documents differ in "normal" when their label does.
         """
-        digests, normals, prompts, sources = list[int](), list[int](), list[int](), list[int]()
+        digests, normals, prompts = list[int](), list[int](), list[int]()
         keys = np.zeros(len(documents), dtype=np.uint64)
         whole = self.config.text is ComparedText.document
         worded = self.held_out or self.near or self.config.normalized is not DuplicatePolicy.none
@@ -100,16 +99,10 @@ class Signer:
             normals.append(digests[-1] if normal is None else normal)
             prompt = prompt_of(document) if self.held_out else None
             prompts.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
-            sources.append(_source_digest(document.source))
-        found = {"digest": digests, "normal": normals, "prompt": prompts, "source": sources}
+        found = {"digest": digests, "normal": normals, "prompt": prompts}
         columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
         columns["normal"] ^= keys
         return {**columns, "verdict": keys} if self.near else columns
-
-
-@cache
-def _source_digest(name: str) -> int:
-    return digest64(name.encode("utf-8", "surrogatepass"))
 
 
 def exact_groups(digest: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:
@@ -148,7 +141,6 @@ def find_duplicates(
     `text_of(row)` gives `compared_text(document, config.text)`. A document counts under the strictest kind that holds.
     """
     number = len(columns["digest"])
-    scope = mix(columns["source"]) if config.across is Across.source else np.zeros(number, np.uint64)
     result = Duplicates(np.ones(number, bool), np.arange(number, dtype=np.int64), np.zeros(number, np.uint8))
     order = list(DuplicatePolicy)
     given = [order.index(policy) for policy in (config.exact, config.normalized, config.near)]
@@ -159,10 +151,10 @@ def find_duplicates(
             continue
         if kind == "near":
             stands, result.report["near_search"] = near_copies(
-                alive, text_of, columns["verdict"] ^ scope, threshold=config.threshold, ngram=config.ngram
+                alive, text_of, columns["verdict"], threshold=config.threshold, ngram=config.ngram
             )
         else:
-            stands = exact_groups(columns[("digest", "normal")[place]] ^ scope, alive)
+            stands = exact_groups(columns[("digest", "normal")[place]], alive)
         found = stands != np.arange(number)
         result.stands[found], result.kind[found] = stands[found], place + 1
         alive &= ~found
@@ -242,7 +234,7 @@ def find_leaks(
         elif name != "prompt":
             column = "digest" if name == "exact" else "normal"
             found[rows] = _first_equal(train[column][rows], held_out[column])
-        elif config.prompts:
+        else:
             found[rows] = _first_equal(train["prompt"][rows], held_out["prompt"])
             found[train["prompt"] == 0] = -1
         hit = found >= 0

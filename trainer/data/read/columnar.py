@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected
-from trainer.data.fields import Fault
+from trainer.data.fields import Fault, Refusal
 from trainer.data.read.opening import File, identify, open_binary, unreadable
 from trainer.data.read.remote import Remote
-from trainer.data.read.row import MAX_ROW_BYTES, Refused, Row, decode_utf8
+from trainer.data.read.row import MAX_ROW_BYTES, Row, decode_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -208,23 +208,23 @@ def _value(item: pa.Scalar, ready: bool) -> Any:
 def _faultless(value: Any) -> Any:
     try:
         return _json(value)
-    except Refused as refused:
+    except Refusal as refused:
         return Fault(refused.reason, refused.message)
 
 
 def _json(value: Any) -> Any:
-    """A Python value of Arrow's as JSON has it. Raises Refused."""
+    """A Python value of Arrow's as JSON has it. Raises Refusal."""
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value):
             return None
-        raise Refused("nan", f"{value} is not a JSON value; use null or a finite number")
+        raise Refusal("nan", f"{value} is not a JSON value; use null or a finite number")
     if isinstance(value, bytes):
         try:
             return decode_utf8(value)
-        except Refused:
+        except Refusal:
             found = identify(value[:4096])
             holds = f" but {found}" if found else ""
-            raise Refused("binary", f"{len(value)} bytes that are not UTF-8 text{holds}; store text") from None
+            raise Refusal("binary", f"{len(value)} bytes that are not UTF-8 text{holds}; store text") from None
     if isinstance(value, list):
         return [_json(item) for item in value]
     if isinstance(value, dict):

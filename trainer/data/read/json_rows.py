@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -11,11 +9,10 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import Rejected
 from trainer.data.read.opening import BUFFER, File, open_text
-from trainer.data.read.row import DECODER, MAX_ROW_BYTES, Refused, Row, checked, excerpt, hint
+from trainer.data.read.row import MAX_ROW_BYTES, Row, excerpt
 
-_BLANK = re.compile(r"[ \t\r\n]*")
-_TAIL = 12
-"""Longest start of a JSON token, in characters, that can be mistaken for an error while the rest is not read yet."""
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[][{},]', re.DOTALL)
+"""A text, whose last quote may still be to be read, or what nests and parts values."""
 
 
 def read_json_lines(path: File) -> Iterator[Row | Rejected]:
@@ -63,7 +60,7 @@ def read_json(path: File) -> Iterator[Row | Rejected]:
     """A list of objects; or, under the same name, one object a line. Raises DataError with the line."""
     number, start = _first_line(path)
     if start.startswith(b"["):
-        return _ListReader(path).rows()
+        return _list_rows(path)
     if start.startswith(b"{") and start.endswith(b"}"):
         return read_json_lines(path)
     if not start:
@@ -85,122 +82,59 @@ def _first_line(path: File) -> tuple[int, bytes]:
     return number, b""
 
 
-class _ListReader:
-    """Decodes a list element by element from a buffer that grows as needed and forgets what was read."""
+def _list_rows(path: File) -> Iterator[Row | Rejected]:
+    """One row an element of a list, unparsed: what stands between its commas. One that is no JSON is a bad row, as a line is.
 
-    def __init__(self, path: File) -> None:
-        self.path = path
-        self.text = ""
-        self.position = 0
-        self.line = 1
-        self.counted = 0
-        self.dropped = 0  # characters of the current line that the buffer no longer holds
-        self.ended = False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    Raises DataError where the elements cannot be told apart.
+    """
+    data, start, at, line, depth, empty = (
+        b"",
+        0,
+        0,
+        1,
+        -1,
+        True,
+    )  # `line` is that of data[start], where an element begins
 
-    def rows(self) -> Iterator[Row | Rejected]:
-        """Every element of the list, in order."""
-        with open_text(self.path) as self.stream:
-            self._blank()
-            self.position += 1  # the bracket that `read_json` saw
-            if self._blank() == "]":
-                return self._finish()
-            while True:
-                yield self._element()
-                separator = self._blank()
-                if separator == "]":
-                    return self._finish()
-                if separator != ",":
-                    raise self._broken("',' and an object, or ']' expected")
-                self.position += 1
-                if self._blank() == "]":
-                    raise self._broken("a comma before the closing bracket is not allowed")
+    def broken(before: bytes, message: str) -> DataError:
+        number = line + before.count(b"\n")
+        return DataError(f"{path}:{number}: not valid JSON: {message}; rows from here on cannot be told apart")
 
-    def _element(self) -> Row | Rejected:
-        line = self._line()
+    with open_text(path) as stream:
         while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.position)
-            except json.JSONDecodeError as error:
-                near_end = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _TAIL
-                if not (near_end and self._more()):
-                    raise self._malformed(error) from None
+            token = _TOKEN.search(data, at)
+            if token is None or token[1] == b"":
+                rest = data[start:]
+                lead = rest[: len(rest) - len(rest.lstrip())]
+                if len(rest) > 2 * MAX_ROW_BYTES:
+                    raise broken(
+                        lead, f"the element that starts here is longer than {MAX_ROW_BYTES >> 20} MiB or never ends"
+                    )
+                if not (part := stream.read(max(BUFFER, len(rest)))):  # a long element is looked at again: reads double
+                    raise broken(lead, "what starts here is cut off, or a quote or a bracket of it is never closed")
+                at, data, start = (token.start() if token else len(data)) - start, rest + part, 0
                 continue
-            except RecursionError:
-                raise DataError(
-                    f"{self.path}:{line}: not valid JSON: the object that starts here is nested too deep"
-                ) from None
-            if end < len(self.text) or not self._more():  # a number at the very end of the buffer may go on
+            what, at, own = token[0], token.end(), b"" if depth > 0 else data[start : token.start()]
+            if depth < 0:
+                depth = 0  # the bracket that `read_json` saw
+            elif depth or what not in (b",", b"]"):
+                if not depth and (own.strip() or what == b"}"):
+                    raise broken(own, "',' and an object, or ']' expected")
+                depth += (what in (b"[", b"{")) - (what in (b"]", b"}"))
+                continue
+            elif raw := own.strip():
+                empty, number = False, line + own[: own.index(raw)].count(b"\n")
+                whole = len(raw) <= MAX_ROW_BYTES
+                yield Row(str(path), number, raw=raw) if whole else _too_long(str(path), number, raw[:1000], len(raw))
+            elif what == b"," or not empty:
+                raise broken(
+                    own, f"a comma before {'another' if what == b',' else 'the closing bracket'} is not allowed"
+                )
+            start, line = at, line + own.count(b"\n")
+            if what == b"]":
                 break
-        source = self.text[self.position : end]
-        self.position = end
-        try:
-            _require_utf8(source)
-            fields = checked(value, source)
-        except Refused as refused:
-            return Rejected(str(self.path), line, refused.reason, refused.message, excerpt(source))
-        if len(source) > MAX_ROW_BYTES:
-            return _too_long(str(self.path), line, source[:1000].encode(), len(source))
-        return Row(str(self.path), line, fields)
-
-    def _more(self) -> bool:
-        """Read on; False at the end of the file. What was decoded is dropped, and counted into the line number."""
-        if self.ended:
-            return False
-        self._line()
-        newline = self.text.rfind("\n", 0, self.position)
-        self.dropped = self.position + self.dropped if newline < 0 else self.position - newline - 1
-        self.text = self.text[self.position :]
-        self.position = self.counted = 0
-        if len(self.text) > 2 * MAX_ROW_BYTES:
-            raise DataError(
-                f"{self.path}:{self.line}: the element that starts here is longer than {MAX_ROW_BYTES >> 20} MiB or "
-                "never ends; close its quotes and brackets"
-            )
-        # an element that outgrows the buffer is decoded again from its start, so reads double
-        raw = self.stream.read(max(BUFFER, len(self.text)))
-        self.ended = not raw
-        self.text += self.decoder.decode(raw, final=self.ended)
-        return True
-
-    def _blank(self) -> str:
-        """Skip blanks; the character that follows, or nothing at the end of the file."""
-        while True:
-            match = _BLANK.match(self.text, self.position)
-            self.position = match.end() if match else self.position
-            if self.position < len(self.text) or not self._more():
-                return self.text[self.position : self.position + 1]
-
-    def _line(self) -> int:
-        self.line += self.text.count("\n", self.counted, self.position)
-        self.counted = self.position
-        return self.line
-
-    def _finish(self) -> None:
-        self.position += 1
-        if self._blank():
-            raise self._broken("text after the end of the list")
-
-    def _broken(self, message: str) -> DataError:
-        return DataError(
-            f"{self.path}:{self._line()}: not valid JSON: {message}; rows from here on cannot be told apart"
-        )
-
-    def _malformed(self, error: json.JSONDecodeError) -> DataError:
-        line = self._line() + self.text.count("\n", self.position, error.pos)
-        newline = self.text.rfind("\n", 0, error.pos)
-        column = error.pos - newline + (self.dropped if newline < 0 else 0)
-        return DataError(
-            f"{self.path}:{line}: not valid JSON: {error.msg} (column {column}){hint(self.text, error)}; rows from here "
-            "on cannot be told apart"
-        )
-
-
-def _require_utf8(source: str) -> None:
-    try:
-        source.encode("utf-8")
-    except UnicodeEncodeError as error:
-        byte = ord(source[error.start]) - 0xDC00
-        raise Refused(
-            "not_utf8", f"byte 0x{byte:02x}, {error.start + 1} characters into the object, is not UTF-8"
-        ) from None
+        while not (rest := data[start:]).strip():
+            if not (data := stream.read(BUFFER)):
+                return
+            start, line = 0, line + rest.count(b"\n")
+        raise broken(rest[: len(rest) - len(rest.lstrip())], "text after the end of the list")

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from trainer.data.document import Rejected
-from trainer.data.fields import Fault
+from trainer.data.fields import Fault, Refusal
 
 EXCERPT = 200
 """Length of an excerpt in characters."""
@@ -48,7 +48,7 @@ class Row:
             return self
         try:
             self.fields = decode_line(self.raw)
-        except Refused as refused:
+        except Refusal as refused:
             return Rejected(self.file, self.line, refused.reason, refused.message, excerpt(self.raw))
         return self
 
@@ -85,15 +85,6 @@ _EXACT = 2.0**63
 """From here on `orjson` may have rounded a whole number to a float."""
 
 
-class Refused(ValueError):
-    """A row cannot be taken as it is. `reason` is a code for counting, `message` a sentence for a person."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        self.reason = reason
-        self.message = message
-        super().__init__(message)
-
-
 class _Doubled(dict[str, Any]):
     """An object with keys that are there twice."""
 
@@ -101,20 +92,20 @@ class _Doubled(dict[str, Any]):
 
 
 def decode_utf8(raw: bytes) -> str:
-    """The text of `raw`. Raises Refused (`nul_byte`, `not_utf8`) with the column and the byte."""
+    """The text of `raw`. Raises Refusal (`nul_byte`, `not_utf8`) with the column and the byte."""
     if b"\0" in raw:
-        raise Refused("nul_byte", f"NUL byte in column {raw.index(0) + 1}; the file is damaged or is not text")
+        raise Refusal("nul_byte", f"NUL byte in column {raw.index(0) + 1}; the file is damaged or is not text")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte, column = raw[error.start], error.start + 1
-        raise Refused(
+        raise Refusal(
             "not_utf8", f"byte 0x{byte:02x} in column {column} is not UTF-8; save the file as UTF-8"
         ) from None
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
-    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refused."""
+    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refusal."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -123,12 +114,14 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         return value
     text = decode_utf8(raw)
     try:
-        value = DECODER.decode(text)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise Refused("not_json", f"not valid JSON: {error.msg} (column {error.pos + 1}){hint(text, error)}") from None
+        line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+        where = f"{line}column {error.colno}"
+        raise Refusal("not_json", f"not valid JSON: {error.msg} ({where}){_hint(text, error)}") from None
     except RecursionError:
         raise _too_deep() from None
-    return checked(value, text)
+    return _checked(value, text)
 
 
 def _sure(fields: dict[str, Any], raw: bytes) -> bool:
@@ -156,10 +149,10 @@ def _sure(fields: dict[str, Any], raw: bytes) -> bool:
     return colons == raw.count(b":") and shallow and b"\\u003" not in raw
 
 
-def checked(value: Any, text: str) -> dict[str, Any]:
-    """What `DECODER` made of `text`, the row, with a `Fault` for each column that holds one. Raises Refused."""
+def _checked(value: Any, text: str) -> dict[str, Any]:
+    """What `_DECODER` made of `text`, the row, with a `Fault` for each column that holds one. Raises Refusal."""
     if not isinstance(value, dict):
-        raise Refused("not_an_object", f"a row must be an object with named fields, found {_kind(value)}")
+        raise Refusal("not_an_object", f"a row must be an object with named fields, found {_kind(value)}")
     halves = "\\ud" in text or "\\uD" in text
     if halves and _half("".join(value)):
         raise _half_refused()
@@ -198,7 +191,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def hint(text: str, error: json.JSONDecodeError) -> str:
+def _hint(text: str, error: json.JSONDecodeError) -> str:
     """What the writer probably did, where the place of the error tells."""
     position = error.pos
     if error.msg == "Extra data":
@@ -229,12 +222,12 @@ def _half(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _half_refused() -> Refused:
-    return Refused("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
+def _half_refused() -> Refusal:
+    return Refusal("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
 
 
-def _too_deep() -> Refused:
-    return Refused("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
+def _too_deep() -> Refusal:
+    return Refusal("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
 
 
 def _doubled(name: str) -> Fault:
@@ -278,6 +271,6 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _made: list[Any] = []
-"""What `DECODER` put in place of values since `checked` looked: mostly nothing, and nothing need be looked for."""
-DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
+"""What `_DECODER` put in place of values since `_checked` looked: mostly nothing, and nothing need be looked for."""
+_DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
 """Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_Doubled`."""

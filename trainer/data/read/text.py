@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected
+from trainer.data.fields import Refusal
 from trainer.data.read.opening import COMPRESSION, File, open_text
-from trainer.data.read.row import MAX_ROW_BYTES, Refused, Row, decode_utf8, excerpt
+from trainer.data.read.row import MAX_ROW_BYTES, Row, decode_utf8, excerpt
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
@@ -37,7 +38,7 @@ class _Lines:
         self.stream = stream
         self.number = 0
         self.first = b""
-        self.trouble: Refused | None = None
+        self.trouble: Refusal | None = None
 
     def __iter__(self) -> Iterator[str]:
         while raw := self.stream.readline(MAX_ROW_BYTES + 1):
@@ -49,7 +50,7 @@ class _Lines:
             self.first = self.first or raw
             try:
                 yield decode_utf8(raw)
-            except Refused as refused:
+            except Refusal as refused:
                 self.trouble = self.trouble or refused
                 yield raw.decode("utf-8", "surrogateescape")
 
@@ -107,7 +108,7 @@ def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataEr
     return DataError(f"{path}:{line}: not valid CSV: {what}; rows from here on cannot be told apart")
 
 
-def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Refused | None) -> list[str]:
+def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Refusal | None) -> list[str]:
     if trouble is not None:
         raise DataError(f"{path}:{line}: in the header: {trouble.message}")
     header = [name.strip() for name in cells]
@@ -139,7 +140,7 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
         return
     try:
         text = decode_utf8(raw)
-    except Refused as refused:
+    except Refusal as refused:
         yield Rejected(name, 1, refused.reason, _by_line(raw, refused), excerpt(raw))
         return
     if not text.strip():
@@ -155,11 +156,11 @@ def title(path: File) -> str:
     return PurePath(name).stem
 
 
-def _by_line(raw: bytes, refused: Refused) -> str:
+def _by_line(raw: bytes, refused: Refusal) -> str:
     """The message with the line of the first bad byte, which `decode_utf8` counts from the start of the file."""
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
             decode_utf8(line)
-        except Refused as here:
+        except Refusal as here:
             return f"line {number}: {here.message}"
     return refused.message

@@ -15,7 +15,7 @@ from strategies.errors import DataError
 from trainer.data.batches.mixing import quotas, realised, source_weights
 from trainer.data.blocks import QUARANTINE, Totals
 from trainer.data.choose.splits import Columns, Selection
-from trainer.data.config import DataConfig, DataFormat
+from trainer.data.config import DataConfig, DataFormat, PrivacyMode
 from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
 from trainer.data.inputs import Input
@@ -82,7 +82,7 @@ class Description:
 
     def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
         """The audit of the store. Raises AssertionError where a row is unaccounted for."""
-        rows, dropped = totals.num_rows, totals.tally.num_dropped() + selection.tally.num_dropped()
+        rows, dropped = totals.rows.total(), totals.tally.num_dropped() + selection.tally.num_dropped()
         chosen = np.unique(np.concatenate(list(selection.splits.values())))
         if rows != len(chosen) + dropped:
             raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
@@ -97,7 +97,7 @@ class Description:
             words=_words(asdict(self.config), "data"),
             conserved={"rows_in": rows, "kept": len(chosen), "dropped": dropped},
             flow=_flow(rows, totals.tally, selection.tally),
-            quarantine={"rows": totals.num_bad, "file": QUARANTINE},
+            quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
             splits={split: self._split(part, selection.splits[split]) for split, part in data.items()},
             sources=[self._source(item, totals, columns, data.get(item.split)) for item in self.inputs],
             unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
@@ -160,8 +160,8 @@ class Description:
             split=item.split,
             format=str(self.formats[item.id]),
             files=files,
-            rows=totals.rows.get(item.id, 0),
-            kept=totals.kept.get(item.id, 0),
+            rows=totals.rows[item.id],
+            kept=totals.kept[item.id],
             tokens=tokens,
             supervised_tokens=supervised,
             weight=item.weight,
@@ -182,17 +182,22 @@ class Description:
         return {name: part for name, part in told.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> form.PersonalData | None:
-        if totals.findings is None:
+        config, found = self.config.privacy, totals.findings
+        if config.mode is PrivacyMode.none:
             return None
-        config, found = self.config.privacy, totals.findings.as_dict()
         return form.PersonalData(
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
             **coverage(config),
-            documents_scanned=found["documents_scanned"],
-            documents_with_findings=found["documents_with_findings"],
-            types={name: form.PersonalType(**part) for name, part in found["types"].items()},
+            documents_scanned=dict(sorted(found.scanned.items())),
+            documents_with_findings=dict(sorted((k, v) for k, v in found.documents.items() if v)),
+            types={
+                name: form.PersonalType(
+                    findings=count, documents=found.documents_by_type[name], examples=found.examples.get(name, [])
+                )
+                for name, count in sorted(found.counts.items(), key=lambda item: (-item[1], item[0]))
+            },
         )
 
     def _documents(self, numbers: np.ndarray, most: int) -> Iterator[Document]:

@@ -37,16 +37,6 @@ _CYRILLIC_LEADS, _CYRILLIC = b"\xd0\xd1\xe2".decode("cp1251"), _FOLLOWERS.decode
 _SUSPECT = re.compile(f"[{_LATIN_LEADS}][{_LATIN}]|(?:[{_CYRILLIC_LEADS}][{_CYRILLIC}]){{2}}|\u0432\u0402")
 
 
-def problems(config: ChecksConfig) -> list[str]:
-    """One line for each name in `quarantine` that is no kind of trouble."""
-    known = ", ".join(KINDS)
-    return [
-        f"data.checks.quarantine: {name!r} is not looked for; known are {known}"
-        for name in config.quarantine
-        if name not in KINDS
-    ]
-
-
 class Checks:
     """The stage that looks at documents and changes nothing in them."""
 

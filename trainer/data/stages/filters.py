@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable
-from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
-from strategies.errors import ConfigError
 from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally, texts_in
 
@@ -24,6 +21,8 @@ NO_LANGUAGE = "zxx"
 """ISO 639-2: no linguistic content (code, numbers)."""
 FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})", re.MULTILINE)
 """The opening of a Markdown code fence."""
+SHORTEST_ECHO = 12
+"""Letters and digits of an answer that counts as an echo: people do answer hello with hello."""
 UNJUDGED = "unjudged"
 """How the count names documents too short to judge or without linguistic content."""
 
@@ -34,22 +33,6 @@ LANGUAGES = frozenset(
     "st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu".split()
 )
 """ISO 639 codes that the detector tells apart (py3langid 0.4)."""
-
-
-def _unknown(languages: list[str]) -> list[str]:
-    """One line for each code that the detector does not know, and one if there is no detector."""
-    lines = []
-    if languages and find_spec("py3langid") is None:
-        lines.append(
-            "data.filters.languages needs the package py3langid, which is not installed: pip install py3langid"
-        )
-    for code in languages:
-        if code not in LANGUAGES:
-            near = difflib.get_close_matches(code.lower(), sorted(LANGUAGES), n=1, cutoff=0.5)
-            near = [code[:2].lower()] if code[:2].lower() in LANGUAGES else near
-            hint = f"; did you mean {near[0]}?" if near else ""
-            lines.append(f"data.filters.languages: {code!r} is not an ISO 639 code the detector knows{hint}")
-    return lines
 
 
 @functools.cache
@@ -106,29 +89,6 @@ def share(documents: Iterable[Document], *, max_documents: int = 1000) -> dict[s
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-# Han and kana are written without spaces: each character counts as a word. So is each four of the scripts of South-East Asia.
-WIDE = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-RUN = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-WORD = re.compile(rf"[{WIDE}]|[{RUN}]{{1,4}}|[^\s{WIDE}{RUN}]+")
-
-
-def words(text: str) -> list[str]:
-    """Words between white space; in scripts without spaces one for a Han or kana character, one for four Thai ones."""
-    return text.split() if text.isascii() else WORD.findall(text)
-
-
-def problems(config: FilterConfig) -> list[str]:
-    """One line for each setting that contradicts another or cannot be used; ranges of single numbers aside."""
-    lines = _unknown(config.languages)
-    for unit in ("characters", "words"):
-        low, high = getattr(config, f"min_{unit}"), getattr(config, f"max_{unit}")
-        if high is not None and high < low:
-            lines.append(f"data.filters.max_{unit}={high} is below data.filters.min_{unit}={low}: every row would go")
-    if any(not phrase.strip() for phrase in config.drop_phrases):
-        lines.append("data.filters.drop_phrases has an empty phrase, which every text contains; remove it")
-    return lines
-
-
 def answers(document: Document) -> list[str]:
     """Texts that are learned as answers: the completion, or the assistant turns that are not masked; never rejected ones."""
     turns = document.messages if document.chosen is None else document.chosen
@@ -137,32 +97,27 @@ def answers(document: Document) -> list[str]:
     return texts if document.completion is None else [*texts, document.completion]
 
 
-def _folded(text: str) -> str:
-    return "".join(character for character in text.casefold() if character.isalnum())
-
-
 def echoes(document: Document) -> bool:
-    """Whether an answer of four words or more is its question again, but for case, punctuation and white space."""
+    """Whether an answer of some length is its question again, but for case, punctuation and white space."""
     pairs = [(document.prompt or "", document.completion or "")]
     turns = [*(document.messages or []), *(document.chosen or [])]
     for before, after in itertools.pairwise(turns):
         if before["role"] == "user" and after["role"] == "assistant" and after.get("train", True):
             pairs.append((before["content"], after["content"]))
-    return any(len(words(answer)) >= 4 and _folded(question) == _folded(answer) != "" for question, answer in pairs)
+    said = [["".join(filter(str.isalnum, text.casefold())) for text in pair] for pair in pairs]
+    return any(question == answer and len(answer) >= SHORTEST_ECHO for question, answer in said)
 
 
 class Filters:
     """The filter stage. Drops a row under the first reason it meets, cheap ones first.
 
     Length and language are judged on the whole row, phrases on what is learned. Rows marked undesirable are spared phrases
-    and echoes: they are learned as what not to say. Raises ConfigError.
+    and echoes: they are learned as what not to say.
     """
 
     name = "filters"
 
     def __init__(self, config: FilterConfig) -> None:
-        if found := problems(config):
-            raise ConfigError(found)
         self.config = config
         self.languages = frozenset(config.languages)
         phrases = sorted({re.sub(r"\s+", r" ", phrase.strip()) for phrase in config.drop_phrases})
@@ -187,12 +142,6 @@ class Filters:
             return "too_few_characters"
         if config.max_characters is not None and size > config.max_characters:
             return "too_many_characters"
-        if config.min_words or config.max_words is not None:
-            number = sum(len(words(text)) for text in texts)
-            if number < config.min_words:
-                return "too_few_words"
-            if config.max_words is not None and number > config.max_words:
-                return "too_many_words"
         return None
 
     def _learned(self, document: Document) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import re
 from typing import Any
 
-from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
+from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 
 TYPES: dict[str, str] = {
     "SECRET": "passwords, API keys, tokens, private keys",
@@ -96,11 +95,6 @@ def types_of(preset: PrivacyPreset) -> frozenset[str]:
     return sets.get(preset, frozenset())
 
 
-def active_types(config: PrivacyConfig) -> tuple[str, ...]:
-    """Types looked for, in the fixed order of `TYPES`; see `coverage` for the others."""
-    return tuple(coverage(config)["looked_for"])
-
-
 def coverage(config: PrivacyConfig) -> dict[str, Any]:
     """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason."""
     wanted = frozenset() if config.mode == PrivacyMode.none else frozenset(config.types) or types_of(config.preset)
@@ -120,64 +114,6 @@ def coverage(config: PrivacyConfig) -> dict[str, Any]:
     return {"looked_for": looked_for, "not_looked_for": left_out}
 
 
-def problems(config: PrivacyConfig, prefix: str = "data.privacy") -> list[str]:
-    """What makes the settings unusable, one line each: key and value, the constraint, what to do."""
-    if config.mode == PrivacyMode.none:
-        return []
-    out = [
-        f"{prefix}.types: {name!r} is not a type; the types are {', '.join(TYPES)}"
-        for name in config.types
-        if name not in TYPES
-    ]
-    if not config.types and config.preset == PrivacyPreset.none:
-        out.append(f"{prefix}.preset=none with an empty {prefix}.types looks for nothing; name types, or set mode=none")
-    out += _unfindable(config, prefix)
-    if not 0 <= config.min_score <= 1:
-        out.append(f"{prefix}.min_score={config.min_score}: must lie between 0 and 1; the default is 0.5")
-    for name in ("scan_documents", "max_findings"):
-        if getattr(config, name) < 0:
-            out.append(f"{prefix}.{name}={getattr(config, name)}: must be 0 or more")
-    out += _bad_regions(config, prefix)
-    for pattern in config.allow:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            out.append(f"{prefix}.allow: {pattern!r} is not a regular expression ({error})")
-    if config.mode == PrivacyMode.pseudonymise and len(os.environ.get(config.key_env, "")) < KEY_CHARACTERS:
-        out.append(
-            f"{prefix}.mode=pseudonymise needs a secret key of at least {KEY_CHARACTERS} characters in the environment "
-            f"variable {config.key_env} ({prefix}.key_env); make one with: openssl rand -hex 32"
-        )
-    return out
-
-
-def _unfindable(config: PrivacyConfig, prefix: str) -> list[str]:
-    """Types asked for by name that nothing would look for."""
-    remedies = {
-        "needs data.privacy.engine=presidio": "set it (pip install 'shardtune[pii]'), or leave the type out",
-        "found by no engine": f"leave it out; LOCATION finds places in addresses with {prefix}.engine=presidio",
-    }
-    reasons = coverage(config)["not_looked_for"]
-    return [
-        f"{prefix}.types: {name} {reasons[name]}; {remedies.get(reasons[name], 'add it, or leave the type out')}"
-        for name in config.types
-        if reasons.get(name, NOT_ASKED) != NOT_ASKED
-    ]
-
-
 def key_identity(config: PrivacyConfig) -> str:
     """What tells one secret key of pseudonyms from another without giving it away."""
     return hmac.new(os.environ.get(config.key_env, "").encode(), b"identity of the key", hashlib.sha256).hexdigest()
-
-
-def _bad_regions(config: PrivacyConfig, prefix: str) -> list[str]:
-    if set(config.regions) <= set(REGIONS):
-        return []
-    import phonenumbers
-
-    known = phonenumbers.SUPPORTED_REGIONS
-    return [
-        f"{prefix}.regions: {region!r} is not a two-letter ISO 3166 code in capitals, such as US, GB or DE"
-        for region in config.regions
-        if region not in known
-    ]

@@ -34,8 +34,9 @@ class Finding:
 class Rule:
     """One way in which a type shows itself.
 
-    The match counts `score`; where `near` matches close by, `boosted`; where `against` matches before it, `AGAINST`,
-    whatever else is near. A rule is tried only on texts that hold `needs` and one of `hints`: both spare time on clean text.
+    The first group of the expression is the finding. It counts `score`; where `near` matches close by, `boosted`; where
+    `against` matches before it, `AGAINST`, whatever else is near. A rule is tried only on texts that hold `needs` and one of
+    `hints`: both spare time on clean text.
     """
 
     type: str
@@ -43,8 +44,6 @@ class Rule:
     score: float
     check: Callable[[str], bool] | None = None
     """Called with the match; False rejects it."""
-    group: int = 1
-    """The group of the expression that is the finding."""
     near: re.Pattern[str] | None = None
     boosted: float = 0.95
     against: re.Pattern[str] | None = None
@@ -53,23 +52,12 @@ class Rule:
     hints: tuple[str, ...] = field(default=())
     """Lower-case pieces of text one of which has to be there; empty: none has to be."""
 
-    def findings(self, text: str) -> list[Finding]:
-        """All matches in a text, with their scores."""
-        out = []
-        for match in self.regex.finditer(text):
-            start, end = match.span(self.group)
-            if self.check is None or self.check(text[start:end]):
-                out.append(Finding(self.type, start, end, self._score(text, start, end)))
-        return out
-
-    def _score(self, text: str, start: int, end: int) -> float:
-        before = text[max(0, start - BEFORE) : start]
-        after = text[end : end + AFTER]
+    def score_of(self, text: str, start: int, end: int) -> float:
+        """How certain the match at `text[start:end]` is, by the words around it."""
+        before, after = text[max(0, start - BEFORE) : start], text[end : end + AFTER]
         if self.against and self.against.search(before):
             return AGAINST
-        if self.near and (self.near.search(before) or self.near.search(after)):
-            return self.boosted
-        return self.score
+        return self.boosted if self.near and (self.near.search(before) or self.near.search(after)) else self.score
 
 
 AGAINST = 0.2

@@ -14,13 +14,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import DataError
 from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode
 from trainer.data.document import EXAMPLES, Document, Tally
 from trainer.data.stages.privacy import context, patterns
-from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, TYPES, active_types, problems
+from trainer.data.stages.privacy.config import KEY_CHARACTERS, NEEDS_PRESIDIO, TYPES, coverage
 from trainer.data.stages.privacy.patterns import compact
 from trainer.data.stages.privacy.rule import Finding, Presidio, canonical, phones
 
@@ -33,13 +32,10 @@ RULES = (*patterns.RULES, *context.RULES)
 
 
 class Finder:
-    """Finds personal data as the settings ask. Raises ConfigError where they cannot be used."""
+    """Finds personal data as the settings ask. Raises ConfigError where packages are missing."""
 
     def __init__(self, config: PrivacyConfig) -> None:
-        wrong = problems(config)
-        if wrong:
-            raise ConfigError(wrong)
-        self.types = frozenset(active_types(config))
+        self.types = frozenset(coverage(config)["looked_for"])
         self.min_score = config.min_score
         self.regions = tuple(config.regions)
         self.allow = [re.compile(pattern) for pattern in config.allow]
@@ -49,36 +45,27 @@ class Finder:
             self.presidio = Presidio(self.types, self.min_score)
 
     def find(self, text: str) -> list[Finding]:
-        """Personal data in a text, in order; no two findings overlap."""
-        return self._settle(text, self._candidates(text))
-
-    def _candidates(self, text: str) -> list[Finding]:
-        """What the rules say, overlaps and doubtful ones included."""
+        """Personal data in a text that is certain enough, not allowed, and outside placeholders; no two findings overlap."""
         digit = DIGIT.search(text) is not None
         there = {"": True, "digit": digit, "number": digit and NUMBER.search(text) is not None, "at": "@" in text}
         lower = text.lower()
         found: list[Finding] = []
         for rule in self.rules:
             if there[rule.needs] and (not rule.hints or any(hint in lower for hint in rule.hints)):
-                found += rule.findings(text)
+                for match in rule.regex.finditer(text):
+                    start, end = match.span(1)
+                    if rule.check is None or rule.check(text[start:end]):
+                        found.append(Finding(rule.type, start, end, rule.score_of(text, start, end)))
         if there["number"] and self.types & {"PHONE", "FAX"}:
             found += [f for f in phones(text, self.regions) if f.type in self.types]
         if self.presidio:
             found += self.presidio.find(text)
-        return found
-
-    def _settle(self, text: str, found: list[Finding]) -> list[Finding]:
-        """Findings that count: certain enough, not allowed, outside placeholders, and cut so that none overlaps."""
-        found = [
-            f
-            for f in found
-            if f.score >= self.min_score and not any(p.fullmatch(text[f.start : f.end]) for p in self.allow)
-        ]
+        found = [f for f in found if f.score >= self.min_score]
+        found = [f for f in found if not any(p.fullmatch(text[f.start : f.end]) for p in self.allow)]
         if not found:
             return []
         done = [match.span() for match in PLACEHOLDER.finditer(text)] if "[" in text else []
-        found = [f for f in found if not any(f.start < end and start < f.end for start, end in done)]
-        return resolve(text, found)
+        return resolve(text, [f for f in found if not any(f.start < end and start < f.end for start, end in done)])
 
 
 def resolve(text: str, found: list[Finding]) -> list[Finding]:
@@ -129,17 +116,6 @@ class Findings:
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few of each type, as `file:line mask`."""
 
-    def add(self, source: str, where: str, seen: list[tuple[str, str]]) -> None:
-        """Count one document: (type, mask) of each of its findings."""
-        self.scanned[source] += 1
-        self.documents[source] += bool(seen)
-        self.counts.update(type_ for type_, _ in seen)
-        self.documents_by_type.update({type_ for type_, _ in seen})
-        for type_, shown in seen:
-            kept = self.examples.setdefault(type_, [])
-            if len(kept) < EXAMPLES:
-                kept.append(f"{where} {shown}")
-
     def merge(self, other: Findings) -> None:
         """Add a later block's findings."""
         for name in ("scanned", "documents", "counts", "documents_by_type"):
@@ -148,50 +124,48 @@ class Findings:
             kept = self.examples.setdefault(type_, [])
             kept.extend(places[: EXAMPLES - len(kept)])
 
-    def total(self) -> int:
-        """All findings."""
-        return sum(self.counts.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a report in JSON; types in order of how often they were found."""
-        return {
-            "documents_scanned": dict(sorted(self.scanned.items())),
-            "documents_with_findings": dict(sorted((k, v) for k, v in self.documents.items() if v)),
-            "types": {
-                type_: {
-                    "findings": count,
-                    "documents": self.documents_by_type[type_],
-                    "examples": self.examples.get(type_, []),
-                }
-                for type_, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-            },
-        }
-
 
 class Privacy:
-    """Report, redact, pseudonymise, drop or fail. Built from its settings in every worker process.
+    """Report, redact, pseudonymise, drop or fail. Built from its settings in every worker process, for rows of one source.
 
-    Raises ConfigError where the settings cannot be used (also: no key for pseudonyms). `findings` adds up what was seen.
+    `findings` adds up what was seen;
+    `seen` rows of the source came before, which count towards `scan_documents`.
     """
 
     name = "privacy"
 
-    def __init__(self, config: PrivacyConfig) -> None:
+    def __init__(self, config: PrivacyConfig, findings: Findings | None = None, *, seen: int = 0) -> None:
         self.config = config
-        self.findings = Findings()
-        self._finder = None if config.mode == PrivacyMode.none else Finder(config)
+        self.findings = Findings() if findings is None else findings
+        limit = config.scan_documents if config.mode == PrivacyMode.report else 0
+        self._left = max(limit - seen, 0) if limit else None
+        self._finder = None if config.mode == PrivacyMode.none or self._left == 0 else Finder(config)
         self._key = os.environ.get(config.key_env, "").encode()
+        pseudonyms = config.mode == PrivacyMode.pseudonymise
+        assert not pseudonyms or len(self._key) >= KEY_CHARACTERS, (
+            "the settings are checked before: see trainer/data/rules.py"
+        )
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `check`."""
-        if self._finder is None or self._past_sample(document.source):
+        if self._finder is None or self._left == 0:
             return document
-        texts = document.texts()
-        found = {text: self._finder.find(text) for text in texts}
-        seen = [(f.type, mask(f.type, text[f.start : f.end])) for text in texts for f in found[text]]
-        self.findings.add(document.source, document.where, seen)
+        self._left = None if self._left is None else self._left - 1
+        texts, found, findings = document.texts(), dict[str, list[Finding]](), self.findings
+        seen: list[tuple[str, str]] = []
+        for text in texts:
+            found[text] = self._finder.find(text)
+            seen += [(f.type, mask(f.type, text[f.start : f.end])) for f in found[text]]
+        findings.scanned[document.source] += 1
         if not seen:
             return document
+        findings.documents[document.source] += 1
+        findings.counts.update(type_ for type_, _ in seen)
+        findings.documents_by_type.update({type_ for type_, _ in seen})
+        for type_, shown in seen:
+            kept = findings.examples.setdefault(type_, [])
+            if len(kept) < EXAMPLES:
+                kept.append(f"{document.where} {shown}")
         if self.config.mode == PrivacyMode.drop:
             tally.drop(self.name, seen[0][0], document.where)
             return None
@@ -200,10 +174,6 @@ class Privacy:
         if self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
             document.map_texts(lambda text: self._rewrite(text, found[text]))
         return document
-
-    def _past_sample(self, source: str) -> bool:
-        limit = self.config.scan_documents
-        return self.config.mode == PrivacyMode.report and 0 < limit <= self.findings.scanned[source]
 
     def _rewrite(self, text: str, found: list[Finding]) -> str:
         """The text with every finding replaced by its placeholder."""
@@ -221,14 +191,14 @@ class Privacy:
 
 def check(findings: Findings, config: PrivacyConfig) -> None:
     """Raise DataError where mode=fail and more was found than allowed; call it once on the findings of all workers."""
-    if config.mode != PrivacyMode.fail or findings.total() <= config.max_findings:
+    if config.mode != PrivacyMode.fail or findings.counts.total() <= config.max_findings:
         return
     lines = [
         f"  {type_}: {count} in {findings.documents_by_type[type_]} documents, first at {findings.examples[type_][0]}"
         for type_, count in findings.counts.most_common()
     ]
     raise DataError(
-        f"{findings.total()} pieces of personal data found, at most {config.max_findings} allowed "
+        f"{findings.counts.total()} pieces of personal data found, at most {config.max_findings} allowed "
         f"(data.privacy.max_findings):\n" + "\n".join(lines) + "\nset data.privacy.mode=redact, pseudonymise or drop, "
         "name what is no personal data in data.privacy.allow, or raise data.privacy.max_findings"
     )
