@@ -20,14 +20,17 @@ install: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/python -m launch.main demo
 
+# One worker a core; the last lines say what is slow.
+TESTS = $(BIN)/python -m pytest tests -n auto --durations=15
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests
+	@$(TESTS)
 
 test-all: $(STAMP)
-	@SHARDTUNE_TEST_ALL=1 $(BIN)/python -m pytest tests
+	@SHARDTUNE_TEST_ALL=1 $(TESTS)
 
 test-fast: $(STAMP)
-	@$(BIN)/python -m pytest tests -m "not slurm" --ignore tests/parity
+	@$(TESTS) -m "not slurm" --ignore tests/parity
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

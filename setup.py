@@ -81,6 +81,7 @@ setup(
             "schedulefree>=1.4",
             "pytest>=9",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.170",
             "tensorboard>=2.21",
         ],

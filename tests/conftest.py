@@ -1,9 +1,11 @@
 """What holds for every test: repeatable examples, limits scaled to the machine, configurations composed once.
 
 The summary says which part of the matrices was run, by which seed, and how slow the machine was taken to be.
+With `-n auto` several workers share the tests: `tests/helpers/parallel.py`.
 """
 
 import copy
+import os
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,8 +19,16 @@ LIMIT_S = 300
 """Seconds that one test may take, its fixtures included, on the machine that `tests/helpers/speed.py` measures by."""
 
 
-def pytest_collection_modifyitems(items):
+_SLOWNESS: list[float] = []
+"""What each worker has measured."""
+
+
+def pytest_collection_modifyitems(config, items):
     """A limit for each test that has none of its own: pytest-timeout's option is a constant, and machines differ."""
+    if hasattr(config, "workerinput"):
+        from tests.helpers import parallel
+
+        items.sort(key=lambda item: parallel.place_of(item.nodeid))
     for item in items:
         marked = item.get_closest_marker("timeout")
         limit = marked.args[0] if marked else LIMIT_S
@@ -29,8 +39,35 @@ def pytest_terminal_summary(terminalreporter):
     """Say what was chosen, so that a failure can be repeated and a choice be changed."""
     runs = "the whole matrices" if covering.EVERYTHING else f"a covering choice of each matrix, seed {covering.SEED}"
     terminalreporter.write_line(
-        f"ran {runs} (SHARDTUNE_TEST_ALL, SHARDTUNE_TEST_SEED); limits for a machine {speed.slowness():.1f} times as slow"
+        f"ran {runs} (SHARDTUNE_TEST_ALL, SHARDTUNE_TEST_SEED); "
+        f"limits for a machine {max(_SLOWNESS, default=0.0) or speed.slowness():.1f} times as slow"
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """How many workers `-n auto` is: xdist counts cores without threads of their own, which are one on many rented machines."""
+    from tests.helpers import parallel
+
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") or parallel.num_workers())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from tests.helpers import parallel
+
+    return parallel.Rooms(config, log)
+
+
+def pytest_sessionfinish(session):
+    """In a worker: tell how slow the machine was taken to be."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slowness"] = speed.slowness()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _SLOWNESS.append(getattr(node, "workeroutput", {}).get("slowness", 0.0))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,3 +101,46 @@ def composed_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compose, "_base", base)
         yield
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """A job of this process alone; what joining it wrote to the environment goes with it."""
+    from strategies import runtime as processes
+
+    before = dict(os.environ)
+    yield processes.start("cpu", timeout_s=60, threads=1)
+    processes.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Directories of tiny models with a tokenizer, by architecture and type; each made once."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.helpers.models import tiny_model_dir
+    from tests.helpers.tokenizers import tiny_tokenizer
+
+    made = {}
+
+    def base(architecture, dtype=torch.float32):
+        if (architecture, dtype) not in made:
+            path = tmp_path_factory.mktemp("base") / f"{architecture}-{dtype}".replace("torch.", "")
+            tiny_model_dir(path, architecture, pad_token_id=2)
+            if dtype is not torch.float32:
+                tensors = load_file(path / "model.safetensors")
+                save_file({k: v.to(dtype) for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+            tiny_tokenizer().save_pretrained(path)
+            made[architecture, dtype] = path
+        return made[architecture, dtype]
+
+    return base
+
+
+@pytest.fixture(scope="module")
+def base(bases):
+    """A tiny llama."""
+    return bases("llama")

@@ -12,7 +12,6 @@ from torch import nn
 
 import trainer.heads.divergence as divergence_module
 from launch.main import main
-from strategies import runtime as processes
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from tests.golden.make_preference_vectors import fill, fingerprints, model_config
@@ -160,17 +159,6 @@ def test_distributions_that_share_nothing_stay_finite():
         value, slope = Measure(divergence)(student, teacher)
         assert torch.isfinite(value).all() and torch.isfinite(slope).all(), divergence
     assert float(Measure(Divergence.jensen_shannon)(student, teacher)[0]) == pytest.approx(math.log(2), rel=1e-6)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    import os
-
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def distilling(root: Path, teacher: Path, **changes):

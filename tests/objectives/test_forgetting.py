@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from launch.main import main
-from strategies import runtime as processes
 from tests.helpers.building import (
     GLOBAL_BATCH,
     collate,
@@ -37,17 +36,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    import os
-
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def kept(weight: float, *, replay_loss: bool = True) -> SftConfig:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from launch.main import main
-from strategies import runtime as processes
 from strategies.errors import DataError
 from tests.golden.make_preference_vectors import fill, fingerprints, model_config
 from tests.golden.make_teacher_vectors import FILE, KTO, answers
@@ -186,17 +185,6 @@ def test_answers_of_one_kind_are_refused(tmp_path, thumbs, said):
     rows.append({"prompt": "q", "completion": "a", "thumbs": "down" if thumbs == "up" else "up"})
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert len(prepare_data(config, tiny_tokenizer()).train) == 4
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    import os
-
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

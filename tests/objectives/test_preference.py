@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from strategies import runtime as processes
 from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints, model_config, pairs
 from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, run_config, take_steps, trainer_for
 from trainer.data.config import Layout
@@ -138,17 +137,6 @@ def test_odds_stay_finite_for_certain_answers():
     losses.sum().backward()
     for values in (losses, chosen.grad, rejected.grad):
         assert torch.isfinite(values).all()
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory):
-    import os
-
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("objective", [DpoConfig(beta=0.5), OrpoConfig(), SimpoConfig(), RewardConfig()])

@@ -1,6 +1,5 @@
 """Encoder-decoder models: the loss against transformers' own, the two sides of a batch, the data, the refusals."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from launch.compose import compose
-from strategies import runtime as processes
 from strategies.errors import ConfigError, DataError
 from tests.helpers.building import (
     GLOBAL_BATCH,
@@ -32,15 +30,6 @@ from trainer.objectives.seq2seq import (
     source_and_target,
 )
 from trainer.tuning.table import method_of
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """Weights of turns in the loss: against plain transformers, whose logits are made whole and whose rows are weighed by hand."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from strategies import runtime as processes
 from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps, trainer_for
 from tests.helpers.tokenizers import WORDS, write_jsonl
 from trainer.data.batches.loader import EvalShare, eval_batches
@@ -26,15 +23,6 @@ LAYOUTS = {
     "packed": DataConfig(packing=True, max_length=96),
 }
 WEIGHTS = (0.3, 1, 0, 0.001, 0.7)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,15 @@
 """AdaLoRA beside plain peft's own over a whole run, its state in checkpoints, and what its files say."""
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from strategies import runtime as processes
 from strategies.parameters import named_parameters
-from tests.export.test_export import export, logits_of, trained
-from tests.helpers.building import GLOBAL_BATCH, alone, data_set, model_dir, run_config, trainer_for
-from tests.helpers.models import tiny_model_dir
-from tests.helpers.tokenizers import tiny_tokenizer
-from tests.tuning.test_methods import assert_same_logits, plain_base
+from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, trainer_for
+from tests.helpers.exports import assert_same_logits, export, logits_of, plain_base, trained
 from trainer.data.config import DataConfig, Layout
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.optim.config import AdamwConfig
@@ -22,15 +17,6 @@ from trainer.tuning.config import AdaLoraConfig
 
 STEPS = 10
 TUNING = AdaLoraConfig(init_rank=4, target_rank=2, alpha=512.0, initial_share=0.25, final_share=0.25, delta_t=2)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield alone(processes.start("cpu", timeout_s=60, threads=1))
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +159,6 @@ def test_the_last_step_always_settles_the_ranks(root, runtime, steps):
     around.begin(steps)
     for step, _ in enumerate(steps_of(trainer, min(steps, 5)), 1):
         assert step < min(steps, 5) or sum(map(sum, kept(trainer).values())) == (2 * 14 if steps <= 5 else 4 * 14)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    tiny_model_dir(path, "llama", pad_token_id=2)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def test_the_files_have_the_ranks_that_are_left(base, runtime, tmp_path):

@@ -1,20 +1,15 @@
 """Virtual tokens, LLaMA-Adapter and bottleneck adapters: what they compute, document by document, and their exports."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from strategies import runtime as processes
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
-from tests.export.test_export import LABELS, export, logits_of, trained
 from tests.helpers.building import collate, samples
+from tests.helpers.exports import LABELS, export, logits_of, trained
 from tests.helpers.methods import ADDED
-from tests.helpers.models import tiny_model_dir
-from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.build import build_step
 from trainer.data.config import Layout
 from trainer.export.verify import probe_ids, reference_logits
@@ -41,29 +36,6 @@ CAUSAL = [
     *(("falcon", name) for name in ("prompt", "bottleneck")),
     *(("qwen2", name) for name in ("prefix", "bottleneck pfeiffer")),
 ]
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    made = {}
-
-    def base(architecture):
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp(architecture)
-            tiny_model_dir(made[architecture], architecture, pad_token_id=2)
-            tiny_tokenizer().save_pretrained(made[architecture])
-        return made[architecture]
-
-    return base
 
 
 def plain(base, directory=None, *, classify=False):

@@ -1,33 +1,21 @@
 """Adapters of experts and routers as files: plain peft loads them, and the merged model is what was trained."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
-from strategies import runtime as processes
 from strategies.parameters import named_parameters
-from tests.export.test_export import export, logits_of, trained
+from tests.helpers.exports import assert_same_logits, export, logits_of, plain_base, trained
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_expert_lora import CONFIGS
-from tests.tuning.test_methods import assert_same_logits, plain_base
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model.quantisation import Quantisation
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.start import problems, settle
 
 BOTH = {"rank": 4, "experts": True, "router": True}
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """P-tuning's LSTM where the processor has none in half precision: float32, and the run says so."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from strategies import runtime as processes
 from strategies.base import Precision
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 from tests.helpers.launching import ROOT, clean_environment
@@ -18,15 +16,6 @@ from trainer.model.loading import load_tokenizer
 from trainer.tuning import lstm
 
 LSTM = ADDED["p_tuning lstm"]
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def config(root, precision):

@@ -1,45 +1,15 @@
 """Every method computes what plain peft computes, and its export loads and merges to the same logits."""
 
-import os
-
 import pytest
 import torch
 
-from strategies import runtime as processes
 from strategies.parameters import named_parameters
-from tests.export.test_export import export, logits_of, trained
+from tests.helpers.exports import assert_same_logits, export, logits_of, plain_base, trained
 from tests.helpers.methods import ADAPTERS, FROZEN
-from tests.helpers.models import tiny_model_dir
-from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.export.config import ExportConfig
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
-
-EXACT = 1e-5
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    tiny_model_dir(path, "llama", pad_token_id=2)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
-def plain_base(base):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
 def plain_peft(base, name):
@@ -69,10 +39,6 @@ def exact_logits_of_trained(parts, ids, runtime):
     with engine.inference() as step:
         step.double()
     return reference_logits(engine, built, ids, runtime)
-
-
-def assert_same_logits(found, reference):
-    torch.testing.assert_close(found, reference, rtol=0, atol=EXACT * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

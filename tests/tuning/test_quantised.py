@@ -1,23 +1,20 @@
 """Quantised bases: bitsandbytes' own numbers, the same model as plain peft on rounded weights, and exports that say so."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
 from launch.compose import compose
-from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
 from strategies.memory import Pass, estimate
 from strategies.parameters import element_counts, named_parameters
-from tests.export.test_export import export, logits_of, trained
+from tests.helpers.exports import assert_same_logits, export, logits_of, trained
 from tests.helpers.methods import ADAPTERS
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from tests.tuning.test_methods import assert_same_logits
 from trainer.export.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
 from trainer.model.quantisation import Quantisation, QuantisedLinear, Scheme
 from trainer.objectives.seq2seq import Seq2seqConfig
@@ -33,23 +30,6 @@ SCHEMES = {
 }
 WORKING = [name for name in ADAPTERS if "quantised" not in method_of(ADAPTERS[name][0]).refused]
 WORKING = [name for name in WORKING if "pissa" not in name and "olora" not in name]
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    tiny_model_dir(path, "llama", pad_token_id=2)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def settings_of(scheme):

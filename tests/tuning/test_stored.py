@@ -1,7 +1,6 @@
 """Adapters that exist: going on from one, folding some into the base, and several as one; beside plain peft's numbers."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -10,38 +9,19 @@ from safetensors.torch import load_file
 from launch import combine as verb
 from launch.compose import compose
 from launch.main import main
-from strategies import runtime as processes
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
-from tests.export.test_export import export, logits_of, trained
 from tests.helpers.adapters import plain_adapter
+from tests.helpers.exports import assert_same_logits, export, logits_of, plain_base, trained
 from tests.helpers.methods import ADAPTERS
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
-from tests.tuning.test_methods import assert_same_logits, plain_base
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.tuning.config import Ia3Config
 from trainer.tuning.start import settle
 
 STARTS = ["lora", "lora patterns", "ia3", "vera", "oft", "loha", "lokr", "boft", "ln", "peft road", "peft miss"]
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "model"
-    tiny_model_dir(path, "llama", pad_token_id=2)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""A tiny model after a few steps, its export, and what plain transformers make of a directory."""
+
+import torch
+
+from strategies.base import Precision, SingleConfig
+from strategies.build import build_strategy
+from trainer.build import build_step
+from trainer.data.config import Layout
+from trainer.export.card import CardFacts
+from trainer.export.config import ExportConfig
+from trainer.export.write import write_export
+from trainer.model.config import ModelConfig
+from trainer.model.loading import load_tokenizer
+from trainer.model.weights import WeightSource
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.sft import SftConfig
+from trainer.optim.build import build_optimizer
+from trainer.optim.config import AdamwConfig
+
+LABELS = ["calm", "angry", "glad"]
+EXACT = 1e-5
+
+
+def trained(base, tuning, runtime, *, add_tokens=(), objective=None, precision=Precision.fp32, steps=2, **settings):
+    """An engine after a few steps at a rate that moves every trainable tensor; (engine, built, tokenizer).
+
+    `settings` are further settings of the model.
+    """
+    model = ModelConfig(path=str(base), add_tokens=list(add_tokens), **settings)
+    tokenizer = load_tokenizer(model)
+    objective = objective or SftConfig()
+    classify = isinstance(objective, ClassificationConfig)
+    strategy = build_strategy(SingleConfig(), precision, runtime)
+    built = build_step(
+        model,
+        objective_config=objective,
+        tuning_config=tuning,
+        layout=Layout.auto,
+        tokenizer=tokenizer,
+        num_labels=len(LABELS) if classify else None,
+        context=strategy.init_context(),
+        half_on_gpu=False,
+    )
+    source = WeightSource(
+        built.base_weights(base),
+        built.tuning,
+        seed=1,
+        init_std=0.02,
+        new_token_ids=built.new_token_ids,
+        vocabulary=built.vocabulary,
+    )
+    engine = strategy.prepare(
+        built.step_module,
+        source=source,
+        make_optimizer=lambda named: build_optimizer(AdamwConfig(lr=2e-2), named),
+        max_grad_norm=1.0,
+    )
+    if built.step_module.around_update is not None:
+        built.step_module.around_update.begin(max(1, steps))
+    for step in range(steps):
+        batch = label_batch(step) if classify else token_batch(len(tokenizer), built.layout, step)
+        terms = engine.forward(batch, last=True)
+        engine.backward(terms["loss"] / 10, last=True)
+        engine.step(1.0)
+    return engine, built, tokenizer
+
+
+def token_batch(vocabulary, layout, seed):
+    ids = torch.randint(3, vocabulary, (1, 20), generator=torch.Generator().manual_seed(seed))
+    ids[0, -1] = vocabulary - 1
+    targets = torch.full_like(ids, -100)
+    targets[0, :-1] = ids[0, 1:]
+    batch = {"input_ids": ids, "targets": targets, "target_rows": torch.arange(19)}
+    if layout is Layout.padded:
+        return batch | {"attention_mask": torch.ones_like(ids)}
+    bounds = torch.tensor([0, 20], dtype=torch.int32)
+    lengths = {"max_length_q": 20, "max_length_k": 20, "document_bounds": [0, 20]}
+    return batch | {"position_ids": torch.arange(20)[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds} | lengths
+
+
+def label_batch(seed):
+    ids = torch.randint(3, 380, (3, 9), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1])}
+
+
+def export(parts, base, destination, runtime, *, facts=None, **settings):
+    """Write what `trained` returned; the directory."""
+    engine, built, tokenizer = parts
+    card = CardFacts(facts={"tuning": "x", **(facts or {})})
+    return write_export(
+        engine,
+        built,
+        tokenizer,
+        base_path=str(base),
+        destination=destination,
+        config=ExportConfig(**settings),
+        card=card,
+        runtime=runtime,
+    )
+
+
+def logits_of(model, ids):
+    """Of one document, `[tokens, vocabulary]`, or of its labels, `[1, labels]`."""
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits
+    return out.reshape(-1, out.shape[-1]).float()
+
+
+def plain_base(base):
+    """The base under plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def assert_same_logits(found, reference):
+    torch.testing.assert_close(found, reference, rtol=0, atol=EXACT * float(reference.abs().max()))
