@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
+from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
 from trainer.records.status import State, in_use_by, read_status, write_text_atomic
 
@@ -42,7 +43,7 @@ def identity(config: RunConfig) -> str:
     Left out: `run.*` but the seed, `logging.*`, `launcher.*` and the record of substitutions: where a run is started,
     how it is called and what it reports may change when it is requeued or resumed.
     """
-    return _hash(_identifying(_plain(config)))
+    return _hash(_identifying(plain(config)))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -118,7 +119,7 @@ def load_frozen(path: Path | str) -> RunConfig:
 
 def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
     """The identifying keys in which two configurations differ, as `key: theirs there, ours here`."""
-    new, old = _flat(_identifying(_plain(ours))), _flat(_identifying(_plain(theirs)))
+    new, old = flat(_identifying(plain(ours))), flat(_identifying(plain(theirs)))
     missing = object()
     return [
         f"{key}: {'-' if old.get(key, missing) is missing else old[key]} there, "
@@ -144,12 +145,6 @@ def _same_or_refuse(composed: Composed, path: Path) -> None:
     )
 
 
-def _plain(config: RunConfig) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-
-
 def _identifying(tree: Any) -> dict[str, Any]:
     kept = {key: value for key, value in tree.items() if key not in ("logging", "launcher", "substitutions")}
     return kept | {"run": {"seed": tree["run"]["seed"]}}
@@ -157,13 +152,3 @@ def _identifying(tree: Any) -> dict[str, Any]:
 
 def _hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

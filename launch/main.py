@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 
+from trainer.signals import hold
+
 VERBS = {
     "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
     "prepare": "read, check, clean and tokenise the data of a run, report on it, and stop",
@@ -18,7 +20,11 @@ VERBS = {
     "submit": "hand a run to SLURM (--print shows the script)",
     "demo": "fine-tune a small real model on this machine, from nothing",
 }
-EXIT_CODES = "exit codes: 0 done, 64 setting, 65 data, 74 disk, 75 preempted and resumable, 70 anything else"
+SAVING = ("train", "prepare")
+"""Verbs that save, or undo, before a signal ends them."""
+EXIT_CODES = (
+    "exit codes: 0 done, 64 setting, 65 data, 74 disk, 75 preempted and resumable, 70 anything else, 130 Ctrl-C"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
         print(f"shardtune: there is no verb {verb}{hint}", file=sys.stderr)
         return 64
+    if verb in SAVING:
+        hold()
     return guarded(verb, words[1:])
 
 

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from trainer.config.run import LauncherConfig, RunConfig
-from trainer.preempt import SIGNALS
+from trainer.signals import SIGNALS, hold, release
 
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
@@ -64,7 +64,7 @@ def start(config: RunConfig, run_dir: Path, run_id: str) -> int:
     _adopt_orphans()
     with _signals_held() as pending:
         # A session of its own keeps the terminal's Ctrl-C for us alone.
-        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent)
+        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent)
         try:
             return _watch(agent, pending)
         finally:
@@ -75,6 +75,12 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def _begin_agent() -> None:
+    """In torchrun's process before it begins: the mask is inherited by the ranks, which are told of a request as it comes."""
+    die_with_parent()
+    hold()
 
 
 def _adopt_orphans() -> None:
@@ -92,9 +98,13 @@ def _signals_held() -> Iterator[list[int]]:
         pending.append(number)
 
     before = {number: signal.signal(number, note) for number in (*SIGNALS, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    release()
     try:
         yield pending
     finally:
+        # Held again first: how the run ended is still to be written down.
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -156,8 +166,6 @@ def wrapper(argv: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.CRITICAL)
-    # Ranks inherit the mask, so that a request to stop that comes while they still import is kept for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         torchrun(argv)
     except ChildFailedError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launch.choices import groups
 from launch.slurm_env import is_worker
+from trainer.signals import hold, release
 
 if TYPE_CHECKING:
     from launch.frozen import Composed
@@ -28,6 +28,8 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
     flags = {word for word in argv if word in FLAGS}
     words = [word for word in argv if word not in FLAGS]
+    if flags - {"-m", "--multirun"}:
+        release()
     if flags & {"-h", "--help"}:
         print(usage())
         return 0
@@ -80,6 +82,7 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     if config.launcher.name is LauncherName.slurm:
         from launch.slurm import submit
 
+        release()
         return submit(config, [run_dir], print_only=False)
     clear_failure(run_dir)
     write_status(run_dir, State.running, reason="starting")
@@ -93,7 +96,7 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
 
 def worker(words: list[str]) -> int:
     """Be one rank. Returns 0 also when preempted: another code would make torchrun or srun end the other ranks."""
-    _hold_signals()
+    hold()
     from launch.compose import compose, freeze, is_finished, load_frozen
     from launch.frozen import identity
     from launch.slurm_env import export
@@ -139,7 +142,9 @@ def outcome(run_dir: Path, code: int) -> int:
     if status.get("state") == State.done:
         return 0
     if status.get("state") == State.preempted:
-        print(f"{run_dir}: stopped at step {status.get('step')}, saved; the same command continues it", file=sys.stderr)
+        step = status.get("step")
+        reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
+        print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
         return 130 if code == 130 else 75
     reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
     if code != 130:
@@ -163,23 +168,18 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     from strategies.errors import Preempted
     from trainer.records.status import State, write_status
 
-    _hold_signals()
+    code = 0
     try:
         _train(config, run_dir, sha256, 0)
     except KeyboardInterrupt:
         write_status(run_dir, State.failed, reason="interrupted")
         raise
-    except Preempted:
-        pass
+    except Preempted as stop:
+        code = 130 if stop.signal_name == "SIGINT" else 0
     except BaseException as error:
         write_status(run_dir, State.failed, reason=str(error).split("\n")[0])
         raise  # the command line shows it
-    return outcome(run_dir, 0)
-
-
-def _hold_signals() -> None:
-    """Keep requests to stop until the trainer takes them: this process would die of one while it still imports."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+    return outcome(run_dir, code)
 
 
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
@@ -246,6 +246,7 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    hold()
     from launch.main import guarded
 
     end(guarded("train", sys.argv[1:]))

@@ -37,6 +37,8 @@ class Preempted(ShardtuneError):
     """The run was asked to stop, has saved its state and can be resumed."""
 
     exit_code = 75
+    signal_name: str | None = None
+    """Name of the signal that asked this process, where one did."""
 
 
 class Diverged(ShardtuneError):

@@ -59,9 +59,17 @@ class Runtime:
 
 
 def start(
-    device: str, *, timeout_s: int, threads: int = 0, matmul: Matmul = Matmul.auto, shared_memory: bool = True
+    device: str,
+    *,
+    timeout_s: int,
+    threads: int = 0,
+    matmul: Matmul = Matmul.auto,
+    shared_memory: bool = True,
+    store: Any = None,
 ) -> Runtime:
     """Join the job described by the environment (torchrun's variables), or form a job of one.
+
+    `store` is the one that the ranks have met by (`strategies/meeting.py`); without it they meet here.
 
     All ranks must call, once. Sets the CPU thread count: `threads`, or this job's cores divided by the ranks on the host;
     on a CPU also the library of float32 products, the same on every rank. Raises ConfigError for `cuda` where there is none.
@@ -88,7 +96,10 @@ def start(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        if "RANK" in os.environ:
+        if store is not None:
+            met = dist.PrefixStore("default_pg", store)
+            dist.init_process_group(backend, store=met, rank=rank, world_size=world, timeout=timeout)
+        elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():

@@ -210,6 +210,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
     lines += [f"substituted: {key}: {value}" for key, value in facts["substitutions"].items()]
     if facts["resumed_from"]:
         lines.append(f"resumed from {facts['resumed_from']}")
+    lines += [f"accepted: {line}" for line in facts.get("accepted", ())]
     return "\n".join(lines)
 
 

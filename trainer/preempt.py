@@ -1,45 +1,14 @@
-"""Stopping in good order: a signal on any rank becomes one decision of all ranks at the same step.
-
-Signals are blocked before anything forks and taken by one waiting thread, so that data workers and helpers do not die
-of a signal that was meant for the trainer, and so that no code runs inside a signal handler.
-"""
+"""Stopping in good order: a signal on any rank becomes one decision of all ranks at the same step."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 
 import torch
 import torch.distributed as dist
 
 from strategies.runtime import Runtime
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class StopRequest:
-    """Whether this process was asked to save and stop. Enter it in the main thread, before threads and forks."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._over = threading.Event()
-
-    def __enter__(self) -> StopRequest:
-        """Block the signals in this process and everything it starts; a daemon thread waits for them."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=self._wait, name="signals", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    def _wait(self) -> None:
-        while not self._over.is_set():
-            if (taken := signal.sigtimedwait(SIGNALS, 0.5)) is not None:
-                self.signal_name = signal.Signals(taken.si_signo).name
-
+from trainer.signals import StopRequest
 
 ASK_EVERY_S, AT_MOST = 2.0, 8
 """Ranks ask each other about every two seconds, and never leave out more than seven steps, so that of the time that SLURM

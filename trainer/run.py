@@ -11,6 +11,7 @@ from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
+from strategies.meeting import Meeting
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.kept import Checkpoints, choose
 from trainer.config.run import RunConfig
@@ -30,15 +31,17 @@ from trainer.facts import (
     tracker_settings,
     write_run_record,
 )
+from trainer.identity import establish
 from trainer.loop import LoopSettings, Outcome, Output, Trainer
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
-from trainer.preempt import Agreement, StopRequest
+from trainer.preempt import Agreement
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.status import State, record_failure, write_status
 from trainer.records.trackers import Trackers, build_trackers
+from trainer.signals import StopRequest
 from trainer.step import Built
 from trainer.tuning.start import adapter_hash
 
@@ -66,23 +69,27 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
     # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
     tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
     failed = False
-    try:
-        with StopRequest() as request:
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
+    with StopRequest(interrupts=alone) as request:  # over when everything is written down
+        try:
             _run(config, run_dir, sha256, request, where)
-        if tells and run_dir is not None:
-            write_status(run_dir, State.done, step=where.step)
-    except Preempted as stop:
-        if tells and run_dir is not None:
-            write_status(run_dir, State.preempted, step=where.step, reason=str(stop))
-        raise
-    except BaseException as error:
-        failed = True
-        if where.run_dir is not None and record_failure(where.run_dir, rank, error, where.phase, where.step):
-            reason = f"rank {rank}, {where.phase}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            write_status(where.run_dir, State.failed, step=where.step, reason=reason)
-        raise
-    finally:
-        processes.stop(failed=failed)
+            if tells and run_dir is not None:
+                write_status(run_dir, State.done, step=where.step)
+        except Preempted as stop:
+            stop.signal_name = request.signal_name
+            if tells and run_dir is not None:
+                write_status(run_dir, State.preempted, step=where.step, reason=str(stop))
+            raise
+        except BaseException as error:
+            failed = True
+            if where.run_dir is not None and record_failure(where.run_dir, rank, error, where.phase, where.step):
+                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+                write_status(
+                    where.run_dir, State.failed, step=where.step, reason=f"rank {rank}, {where.phase}: {first}"
+                )
+            raise
+        finally:
+            processes.stop(failed=failed)
 
 
 @dataclass(slots=True)
@@ -99,15 +106,14 @@ class Place:
 
 
 def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where) -> None:
-    # Data first: no collective can time out while documents are tokenised.
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config, tokenizer, stop=lambda: request.signal_name is not None)
-
-    where.phase = "start of the processes"
-    runtime = start_processes(config)
+    data, runtime = meet(config, tokenizer, request, where)
     run_dir = where.run_dir = agree_on_run(run_dir, sha256, runtime)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
+
+    where.phase = "comparing with the run that is gone on with"
+    identity = establish(config, data, run_dir, runtime)
 
     where.phase = "building the model"
     precision = resolve_precision(config.precision, runtime)
@@ -135,6 +141,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
             resumed_from=resumed_from,
         ),
     )
+    facts |= identity
     console.say(start_text(facts))
     trackers = open_records(config, facts, progress, place)
     objective = built.step_module.objective
@@ -156,6 +163,23 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     finally:
         trackers.close()
     close_records(facts, outcome, exported, trackers, place)
+
+
+def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) -> tuple[Prepared, processes.Runtime]:
+    """The data, and then this process as a rank of its job: no collective can time out while documents are tokenised.
+
+    All ranks must call. Raises Preempted on every rank when any was told to stop meanwhile.
+    """
+
+    def told() -> bool:
+        return request.signal_name is not None
+
+    meeting = Meeting.join(config.run.timeout_s)
+    data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
+    where.phase = "start of the processes"
+    if not meeting.go_on(told):
+        raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
+    return data, start_processes(config, meeting.store)
 
 
 def evaluators_of(
@@ -188,8 +212,8 @@ def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
     )
 
 
-def start_processes(config: RunConfig) -> processes.Runtime:
-    """This process as a rank of its job. All ranks must call."""
+def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
+    """This process as a rank of its job, whose ranks may have met in `store` before. All ranks must call."""
     run = config.run
     return processes.start(
         str(run.device),
@@ -197,6 +221,7 @@ def start_processes(config: RunConfig) -> processes.Runtime:
         threads=run.threads,
         matmul=run.matmul,
         shared_memory=run.shared_memory,
+        store=store,
     )
 
 

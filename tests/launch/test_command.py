@@ -1,6 +1,5 @@
 """The command line without a run: verbs, help, exit codes, torchrun's arguments, what the environment decides."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -192,13 +191,3 @@ def test_status_is_replaced_whole_and_failures_are_written_once(tmp_path):
     assert read_failure(tmp_path)["rank"] == 2
     clear_failure(tmp_path)
     assert read_failure(tmp_path) == {}
-
-
-def test_signals_held_by_a_worker_are_those_the_trainer_takes():
-    import inspect
-
-    from trainer.preempt import SIGNALS
-
-    train = importlib.import_module("launch.train")
-    held = inspect.getsource(train._hold_signals)
-    assert [signal.name for signal in SIGNALS] == [name for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if name in held]

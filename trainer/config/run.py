@@ -48,6 +48,8 @@ class RunSettings:
     """Directory of the run; its last part is the run id. Default: runs/<config hash>-<SLURM job id or start time>."""
     resume: str = "auto"
     """`auto` continues an unfinished directory with the same config, `never` refuses one, or a checkpoint directory."""
+    accept: list[str] = field(default_factory=list)
+    """Kinds of change with which a run is resumed all the same: data, base, tuning, order, precision, code, ..."""
     seed: int = 42
     """Seed of data order and of newly initialised parameters."""
     device: Device = Device.auto

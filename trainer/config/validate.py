@@ -6,6 +6,7 @@ configuration that may run. It reads the file system for paths and nothing else.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
+from trainer.config.resuming import KINDS
 from trainer.config.run import Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
@@ -197,6 +199,9 @@ def _run(config: RunConfig) -> Iterator[str]:
     resume = config.run.resume
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
         yield f"run.resume={resume}: must be auto, never or an existing checkpoint directory"
+    for kind in set(config.run.accept) - set(KINDS):
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        yield f"run.accept=[{kind}]: there is no such kind of change; {near[0] if near else 'one of ' + ', '.join(KINDS)}"
     if config.run.dir is not None and not config.run.dir.strip():
         yield "run.dir: is empty; name a directory, or null for the default"
     if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
+from trainer.data.verified import Verify
+
 HELD_OUT = ("eval", "test")
 """Splits that are never trained on."""
 DataFormat = StrEnum(
@@ -336,6 +338,8 @@ class DataConfig:
     """Draw a new order each epoch from the seed; `false` keeps the order of the files."""
     cache_dir: str = "~/.cache/shardtune/data"
     """Directory of prepared data sets, named by fingerprint."""
+    verify: Verify = Verify.sampled
+    """How prepared data is compared with its hashes when it is used again: sizes and blocks (`sampled`), or `all` bytes."""
     workers: int = 0
     """Processes that prepare data; 0 takes the cores this job may use. The result does not depend on it."""
     max_documents: int | None = None

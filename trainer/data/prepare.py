@@ -8,6 +8,7 @@ needs the whole: copies, held-out splits, leakage, balance. Tokens are written o
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import Preempted
+from strategies.errors import DataError, Preempted
 from trainer.data.blocks import Assembly, Block, Job, jobs
 from trainer.data.cache import DONE, DigestCache, Shards, build_once, fingerprint
 from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
@@ -31,15 +32,20 @@ from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
+from trainer.data.verified import Verify, hashes_of
+from trainer.data.verified import verify as compare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 6
+VERSION = 7
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
-NOT_CONTENT = ("path", "eval_path", "test_path", "cache_dir", "remote", "workers", "packing", "layout", "shuffle")
+NOT_CONTENT = (
+    *("path", "eval_path", "test_path", "cache_dir", "remote", "workers", "verify"),
+    *("packing", "layout", "shuffle"),
+)
 """Settings that change no prepared byte, or stand for files whose bytes are hashed."""
 
 
@@ -95,7 +101,11 @@ class Preparation:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
         began = time.perf_counter()
         made = build_once(self.directory, self.run, stop=self.check_stop)
-        return open_prepared(self.directory, cached=not made, seconds=time.perf_counter() - began)
+        verify = None if made else self.config.verify
+        if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:  # once a host
+            verify = Verify.sampled
+        seconds = time.perf_counter() - began
+        return open_prepared(self.directory, cached=not made, seconds=seconds, verify=verify)
 
     def make_shard(self, number: int, count: int) -> None:
         """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
@@ -144,6 +154,7 @@ class Preparation:
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": names,
             "report": report,
+            "hashes": hashes_of(target),
         }
         (target / DONE).write_text(json.dumps(manifest, indent=1))
         if shards is not None:
@@ -171,9 +182,19 @@ class Preparation:
             (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
-def open_prepared(directory: Path, *, cached: bool = True, seconds: float = 0.0) -> Prepared:
-    """Open a finished entry of the cache. Raises DataError for one that is torn."""
-    manifest = json.loads((directory / DONE).read_text())
+def open_prepared(
+    directory: Path, *, cached: bool = True, seconds: float = 0.0, verify: Verify | None = Verify.sampled
+) -> Prepared:
+    """Open a finished entry of the cache, compared with its hashes. Raises DataError for one that is torn or changed."""
+    try:
+        manifest = json.loads((directory / DONE).read_text())
+        hashes = manifest["hashes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{directory / DONE}: is no manifest of prepared data ({error}); delete {directory} to prepare it again"
+        ) from error
+    if verify is not None:
+        compare(directory, hashes, verify)
     report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
     evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
     return Prepared(TokenDataset.open(directory / "train"), evaluation, directory, report, manifest["label_names"])

@@ -1,0 +1,77 @@
+"""What ranks tell each other before there is a process group, through the store by which the group will be formed.
+
+While data is prepared, which may take hours, no collective may wait. A rank that is told to stop then must not leave the
+others behind: they would wait for it until a timeout. So the ranks make one decision, to go on or to stop, the first that
+is made; who has decided to go on tells a later signal to the group.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from strategies.errors import ShardtuneError
+
+DECISION, GO, STOP = "shardtune/decision", "go", "stop"
+LOOK_EVERY_S = 1.0
+
+
+class Meeting:
+    """The store of this job, where it has several ranks; a job of one decides alone."""
+
+    def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
+        self.store, self.rank, self.world = store, rank, world
+        self._timeout_s, self._looked_at, self._stopped = timeout_s, float("-inf"), False
+
+    @classmethod
+    def join(cls, timeout_s: float) -> Meeting:
+        """Meet the ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            return cls(None, rank, world, timeout_s)
+        import torch.distributed as dist
+
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        return cls(store, rank, world, timeout_s)
+
+    def stopping(self, told: bool) -> bool:
+        """Whether the ranks stop; `told`: whether this one was asked to. Looks about once a second; waits for nobody."""
+        if self.store is None or self._stopped:
+            self._stopped |= told
+        elif told:
+            self._stopped = self._decide(STOP) == STOP
+        elif time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            self._stopped = self._decided() == STOP
+        return self._stopped
+
+    def go_on(self, told: Callable[[], bool]) -> bool:
+        """Wait until every rank is ready to form the group; False where they stop instead. All ranks must call.
+
+        Raises ShardtuneError naming the ranks that did not come within the run's timeout.
+        """
+        if self.store is None:
+            return not told()
+        self.store.set(f"shardtune/ready/{self.rank}", "1")
+        if self.store.add("shardtune/ready", 1) == self.world:
+            return self._decide(GO) == GO
+        deadline = time.monotonic() + self._timeout_s
+        while (decision := self._decide(STOP) if told() else self._decided()) is None:
+            if time.monotonic() > deadline:
+                missing = [r for r in range(self.world) if not self.store.check([f"shardtune/ready/{r}"])]
+                raise ShardtuneError(
+                    f"rank {', '.join(map(str, missing[:8]))} has not finished preparing the data {self._timeout_s:.0f} s after "
+                    f"rank {self.rank} had; raise run.timeout_s, or prepare the data before (shardtune prepare)"
+                )
+            time.sleep(max(0.1, self.world / 1000))
+        return decision == GO
+
+    def _decide(self, wish: str) -> str:
+        """The decision, which is `wish` where none was made before."""
+        return self.store.compare_set(DECISION, "", wish).decode()
+
+    def _decided(self) -> str | None:
+        return self.store.get(DECISION).decode() if self.store.check([DECISION]) else None

@@ -1,0 +1,147 @@
+"""Real runs of tiny models, started as users start them: no setting of threads in the environment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.helpers.building import model_dir
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.speed import seconds
+from tests.helpers.tokenizers import write_chat_data
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a user's shell has."""
+    return {key: value for key, value in clean_environment().items() if key not in THREADS} | extra
+
+
+class Runs:
+    """A directory with a model and data, and the runs in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.started = root, []
+        self.model = model_dir(root)
+        write_chat_data(root / "train.jsonl", 48)
+        write_chat_data(root / "eval.jsonl", 8, seed=1)
+
+    def words(self, run: str, *words: str, verb: str = "train") -> list[str]:
+        settings = {
+            "model.path": self.model,
+            "data.path": self.root / "train.jsonl",
+            "data.cache_dir": self.root / "cache",
+            "run.dir": self.root / run,
+            "run.device": "cpu",
+            "run.matmul": "blas",
+            "strategy": "single",
+            "batch.global": 8,
+            "batch.micro": 2,
+            "budget.steps": 5000,
+            "tuning": "lora",
+            "optim.lr": 1e-3,
+            "logging.every_steps": 1,
+            "logging.wandb": "disabled",
+            "export.at_end": "false",
+        }
+        typed = {word.partition("=")[0] for word in words}
+        if verb == "prepare":
+            settings = {key: value for key, value in settings.items() if key.startswith(("model", "data"))}
+        given = [f"{key}={value}" for key, value in settings.items() if key not in typed]
+        return [sys.executable, "-m", "launch.main", verb, *given, *words]
+
+    def start(self, run: str, *words: str, **extra: str) -> subprocess.Popen:
+        """`shardtune train` in a session of its own; what it says goes to files."""
+        out = (self.root / f"{run}.out").open("w")
+        process = subprocess.Popen(
+            self.words(run, *words),
+            env=environment(**extra),
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        out.close()
+        self.started.append(process)
+        return process
+
+    def run(self, run: str, *words: str, **extra: str) -> tuple[int, str]:
+        """The whole of a run: its exit code and what it said."""
+        code = self.end(self.start(run, *words, **extra))
+        return code, self.said(run)
+
+    def end(self, process: subprocess.Popen, limit: float = 120) -> int:
+        return process.wait(timeout=seconds(limit))
+
+    def said(self, run: str) -> str:
+        return (self.root / f"{run}.out").read_text()
+
+    def status(self, run: str) -> dict:
+        return read(self.root / run / "status.json")
+
+    def rows(self, run: str) -> list[dict]:
+        path = self.root / run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def wait_for_step(self, run: str, step: int, process: subprocess.Popen) -> None:
+        wait(lambda: any(row["step"] >= step for row in self.rows(run)), f"step {step} of {run}", process)
+
+    def close(self) -> None:
+        for process in self.started:
+            for left in [*descendants(process.pid), process]:
+                try:
+                    left.send_signal(signal.SIGCONT)
+                    left.kill()
+                except (psutil.Error, ProcessLookupError):
+                    continue
+            process.wait()
+
+
+def read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wait(condition, what: str, process: subprocess.Popen | None = None, limit: float = 120) -> None:
+    deadline = time.monotonic() + seconds(limit)
+    while not condition():
+        assert process is None or process.poll() is None, f"ended with {process.returncode} before {what}"
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.01)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def rank_of(launcher: int, rank: int) -> psutil.Process | None:
+    """The process that is this rank of the run which `launcher` started."""
+    for process in descendants(launcher):
+        try:
+            environ = process.environ()
+        except psutil.Error:
+            continue
+        if environ.get("RANK") == str(rank) and process.ppid() != launcher:
+            return process
+    return None
+
+
+def flood(process: subprocess.Popen, number: int, every_s: float = 0.02) -> int:
+    """Send a signal again and again until the process is gone; its exit code."""
+    deadline = time.monotonic() + seconds(120)
+    while process.poll() is None and time.monotonic() < deadline:
+        os.kill(process.pid, number)
+        time.sleep(every_s)
+    return process.wait(timeout=seconds(10))

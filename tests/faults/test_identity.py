@@ -1,0 +1,122 @@
+"""A run is never silently another: what decides the result is compared when it is gone on with, and refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from strategies.errors import ConfigError
+from tests.helpers.tokenizers import write_chat_data
+from trainer.config.resuming import KINDS, flat, kind_of, plain
+from trainer.config.run import RunConfig
+from trainer.identity import _same_everywhere, differences, source_digest
+from trainer.records.sampled import BLOCK, BLOCKS, sampled_digest
+
+
+@pytest.fixture(scope="module")
+def own(site):
+    """A model and data that may be changed, and a run on them that stopped after four of its steps."""
+    model, data = site.root / "own-model", site.root / "own.jsonl"
+    shutil.copytree(site.model, model)
+    write_chat_data(data, 24)
+    words = [f"model.path={model}", f"data.path={data}", "budget.steps=4"]
+    code, said = site.run("whole", *words)
+    assert code == 0, said
+    return words
+
+
+def replace_weights(model):
+    path = model / "model.safetensors"
+    tensors = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs, own):
+    state = f"run.resume={runs.root / 'whole' / 'checkpoints' / 'step-000004'}"
+    longer = [word for word in own if not word.startswith("budget")] + ["budget.steps=6", state]
+    # Where and how fast it is computed, and how long, may change.
+    code, said = runs.run("elsewhere", *longer, "strategy=fsdp2", "launcher.processes=2", "batch.micro=1")
+    assert code == 0, said
+    assert "resumed from step-000004" in said
+
+    changed = [*longer, "run.seed=7", "batch.global=4", "tuning.alpha=3"]
+    write_chat_data(runs.root / "own.jsonl", 20, seed=5)
+    replace_weights(runs.root / "own-model")
+    code, said = runs.run("another", *changed)
+    assert code == 64, said
+    for line in (
+        "order: run.seed: 42 there, 7 here",
+        "order: batch.global: 8 there, 4 here",
+        "tuning: tuning.alpha: ",
+        "data: documents: 24 there, 20 here",
+        "base: base/model.safetensors: ",
+        "run.accept=[data,base,tuning,order]",
+    ):
+        assert line in said
+    assert "Traceback" not in said
+    code, said = runs.run("another", *changed, "run.accept=[data,base,tuning,order]")
+    assert code == 0, said
+    assert "accepted: order: run.seed: 42 there, 7 here" in said
+    accepted = json.loads((runs.root / "another" / "run.json").read_text())["accepted"]
+    assert any(line.startswith("base: base/model.safetensors: ") for line in accepted)
+
+
+def test_a_flipped_bit_in_prepared_tokens_is_found_before_training(runs):
+    words = ["budget.steps=2", f"data.cache_dir={runs.root / 'flipped'}"]
+    code, said = runs.run("before", *words)
+    assert code == 0, said
+    [tokens] = (runs.root / "flipped").glob("*/tokens.bin")
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    code, said = runs.run("after", *words)
+    assert (code, "tokens.bin: does not have the bytes that were prepared" in said) == (65, True), said
+
+
+def test_every_setting_is_in_the_table_of_what_may_change():
+    kinds = {key: kind_of(key) for key in flat(plain(RunConfig()))}
+    assert set(kinds.values()) - {None} <= set(KINDS)
+    assert kinds["run.seed"] == "order" and kinds["run.dir"] is None
+    with pytest.raises(KeyError):
+        kind_of("invented.setting")
+
+
+def test_ranks_with_another_version_or_clone_are_named():
+    here = {kind: {} for kind in KINDS} | {"versions": {"torch": "2.13"}, "base": {"model": "1"}}
+    other = here | {"versions": {"torch": "2.12"}, "base": {}}  # only one rank a host reads the base
+    with pytest.raises(ConfigError) as caught:
+        _same_everywhere([("a", here), ("b", other)], [])
+    assert caught.value.problems[0].startswith("rank 1 on b would train something else than rank 0 on a")
+    assert caught.value.problems[1] == "versions: torch: 2.13 there, 2.12 here"
+    _same_everywhere([("a", here), ("b", other)], ["versions"])
+    assert differences(here, here, accept=[]) == []
+
+
+def test_the_source_decides_its_digest(tmp_path, monkeypatch):
+    from trainer import identity
+
+    (tmp_path / "trainer").mkdir()
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "trainer" / "identity.py"))
+    digests = []
+    for text in ("a = 1\n", "a = 2\n", "a = 1\n"):
+        (tmp_path / "trainer" / "x.py").write_text(text)
+        digests.append(source_digest())
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_large_files_are_sampled_and_small_ones_read_whole(tmp_path):
+    path = tmp_path / "file"
+    small = bytearray(BLOCK * BLOCKS)
+    large = bytearray(3 * BLOCK * BLOCKS)
+    for content, places in ((small, [0, 77_777, len(small) - 1]), (large, [0, len(large) - 1])):
+        path.write_bytes(content)
+        whole = sampled_digest(path)
+        for place in places:
+            content[place] ^= 1
+            path.write_bytes(content)
+            assert sampled_digest(path) != whole
+            content[place] ^= 1
+    path.write_bytes(large + b"\0")
+    assert sampled_digest(path) != whole

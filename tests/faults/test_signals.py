@@ -1,0 +1,86 @@
+"""Signals in the environment a user has: whatever comes, and however often, the run saves, says so and is resumable."""
+
+import fcntl
+import signal
+import subprocess
+import threading
+import time
+
+import torch.distributed as dist
+
+from strategies.meeting import Meeting
+from tests.faults.runs import ROOT, environment, flood, rank_of, wait
+from tests.helpers.speed import seconds
+
+
+def test_one_process_saves_at_every_signal(runs):
+    flooded, interrupted, suspended = (runs.start(name) for name in ("flooded", "interrupted", "suspended"))
+    for name, process in (("flooded", flooded), ("interrupted", interrupted), ("suspended", suspended)):
+        runs.wait_for_step(name, 3, process)
+    interrupted.send_signal(signal.SIGINT)
+    # As `scontrol suspend` and resume do; longer than what waits for signals may look away.
+    suspended.send_signal(signal.SIGSTOP)
+    codes = {"flooded": flood(flooded, signal.SIGTERM)}
+    time.sleep(1)
+    suspended.send_signal(signal.SIGCONT)
+    time.sleep(0.2)
+    suspended.send_signal(signal.SIGUSR2)
+    codes |= {"interrupted": runs.end(interrupted), "suspended": runs.end(suspended)}
+    assert codes == {"flooded": 75, "interrupted": 130, "suspended": 75}
+    for name in codes:
+        status = runs.status(name)
+        assert (status["state"], status["step"] >= 3) == ("preempted", True)
+        assert (runs.root / name / "checkpoints" / f"step-{status['step']:06d}" / "manifest.json").exists()
+        assert f"stopped at step {status['step']}, saved" in runs.said(name)
+    assert "Once more ends the run at once" in runs.said("interrupted")
+
+
+def test_two_ranks_and_their_launcher_outlive_a_flood(runs):
+    process = runs.start("two", "strategy=ddp", "launcher.processes=2")
+    runs.wait_for_step("two", 3, process)
+    assert flood(process, signal.SIGTERM) == 75
+    assert runs.status("two")["state"] == "preempted"
+    assert "saved; the same command continues it" in runs.said("two")
+
+
+def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
+    words = [f"data.cache_dir={runs.root / 'held'}"]
+    subprocess.run(runs.words("", *words, verb="prepare"), env=environment(), cwd=ROOT, check=True)
+    [done] = (runs.root / "held").glob("*/manifest.json")
+    done.unlink()
+    lock = done.parent.with_name(f".{done.parent.name}.lock")
+    with lock.open("a") as held:  # as another process does that prepares the same data, for as long as it takes
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = runs.start("early", *words, "strategy=ddp", "launcher.processes=2")
+        wait(lambda: runs.said("early").count("waiting for another process") == 2, "both ranks wait", process)
+        begun = time.monotonic()
+        rank_of(process.pid, 1).send_signal(signal.SIGUSR2)
+        assert runs.end(process) == 75
+    assert time.monotonic() - begun < seconds(30)  # not the 600 of run.timeout_s
+    assert runs.status("early")["state"] == "preempted"
+    assert "stopped before training began, nothing lost" in runs.said("early")
+
+
+def test_ranks_decide_once_whether_they_go_on():
+    def meet(told, *, slow=lambda: None):
+        """What two ranks decide: rank 0 is ready and asks `told`; rank 1 prepares until `slow` returns."""
+        store, answers = dist.HashStore(), {}
+        first, second = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
+        thread = threading.Thread(target=lambda: answers.update(first=first.go_on(told)))
+        thread.start()
+        slow()
+        stops = second.stopping(False)
+        answers["second"] = not stops and second.go_on(lambda: False)
+        thread.join()
+        return answers
+
+    assert meet(lambda: False) == {"first": True, "second": True}
+    # Told while it waits for the other one, which hears of it between two blocks of its data.
+    assert meet(lambda: True, slow=lambda: time.sleep(0.5)) == {"first": False, "second": False}
+    # Told too late: the other has decided, and the group, which exists now, hears of it.
+    store = dist.HashStore()
+    both = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
+    store.set("shardtune/ready/0", "1")
+    store.add("shardtune/ready", 1)
+    assert both[1].go_on(lambda: False) and both[0].go_on(lambda: True)
+    assert not both[0].stopping(True)

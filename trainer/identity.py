@@ -1,0 +1,186 @@
+"""What a run is, so that it is not silently gone on with as another: compared between ranks, and with the run resumed from.
+
+`identity.json` lies in the run directory beside `checkpoints/`. It holds, by kind (`trainer/config/resuming.py`), the settings
+that decide the result and fingerprints of what settings only name: prepared data, files of the base, source and libraries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
+from trainer.config.resuming import KINDS, flat, kind_of, plain
+from trainer.config.run import RunConfig
+from trainer.data.prepare import Prepared
+from trainer.model.loading import weights_directory
+from trainer.objectives.frozen import teacher_model
+from trainer.records.sampled import sampled_digest
+from trainer.records.status import write_text_atomic
+
+IDENTITY = "identity.json"
+COMPUTING = (
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "bitsandbytes",
+    "flash-attn",
+)
+"""Packages whose version may change a result."""
+PACKAGES = ("strategies", "trainer")
+SHOWN = 8
+Kinds = dict[str, dict[str, Any]]
+
+
+def identity_of(config: RunConfig, data: Prepared, *, base: bool = True) -> Kinds:
+    """What decides the run's result, by kind. `base=False` leaves the files of models out. No collective."""
+    kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
+    for key, value in flat(plain(config)).items():
+        if kind := kind_of(key):
+            kinds[kind][key] = value
+    kinds["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
+    kinds["base"] = {**kinds["base"], **_files(config)} if base else {}
+    kinds["code"] = {"source": source_digest()}
+    kinds["versions"] = _versions()
+    settled: Kinds = json.loads(json.dumps(kinds, default=str))  # as it is read back
+    return settled
+
+
+def differences(there: Kinds, here: Kinds, *, accept: list[str]) -> list[str]:
+    """`kind: key: value there, value here` for everything that differs and is not accepted."""
+    lines = []
+    for kind in KINDS:
+        old, new = there.get(kind, {}), here.get(kind, {})
+        if kind not in accept:
+            lines += [
+                f"{kind}: {key}: {old.get(key, '-')} there, {new.get(key, '-')} here"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key, "-") != new.get(key, "-")
+            ]
+    return lines
+
+
+def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+    """Compare the ranks, and the run with the one whose state it goes on from; write `identity.json`. All ranks must call.
+
+    Returns what `run.json` says of it: the identity, and the differences that were accepted. Raises ConfigError on every
+    rank with each difference that `run.accept` does not name.
+    """
+    mine = identity_of(config, data, base=runtime.local_rank == 0)
+    accept = config.run.accept
+    error: ConfigError | None = None
+    record: dict[str, Any] = {}
+    everybody = gather_objects((socket.gethostname(), mine), runtime)
+    if runtime.is_main:
+        try:
+            _same_everywhere(everybody, accept)
+            accepted = _same_as_before(config, mine, run_dir)
+            record = {"identity": mine, "accepted": accepted}
+            write_text_atomic(run_dir / IDENTITY, json.dumps(mine, indent=1) + "\n")
+        except ConfigError as caught:
+            error = caught
+    if failed := first_error(error, runtime):
+        raise ConfigError(error.problems if error else failed.split(": ", 2)[-1])
+    return dict(broadcast_object(record, runtime))
+
+
+def _same_everywhere(everybody: list[tuple[str, Kinds]], accept: list[str]) -> None:
+    first_host, first = everybody[0]
+    for rank, (host, kinds) in enumerate(everybody):
+        compared = first if kinds["base"] else {**first, "base": {}}
+        if lines := differences(compared, kinds, accept=accept):
+            raise ConfigError(
+                [
+                    f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
+                    f"same, or accept it: {_word(lines)}",
+                    *_shown(lines),
+                ]
+            )
+
+
+def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
+    """The differences from the run whose state is gone on from, all of them accepted."""
+    home = _home_of_state(config, run_dir)
+    if home is None:
+        return []
+    try:
+        before: Kinds = json.loads((home / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if "unknown" in config.run.accept:
+            return [f"unknown: {home / IDENTITY} cannot be read"]
+        raise ConfigError(
+            f"run.resume: {home / IDENTITY} cannot be read ({error}), so that nobody knows what the checkpoints beside it were "
+            "trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
+        ) from error
+    if lines := differences(before, mine, accept=config.run.accept):
+        raise ConfigError(
+            [
+                f"run.resume: what is in {home} was trained with something else (there); undo it, start a new run.dir without "
+                f"run.resume, or go on with the change and have it recorded: {_word(lines, config.run.accept)}",
+                *_shown(lines),
+            ]
+        )
+    return differences(before, mine, accept=[])
+
+
+def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
+    """The run directory whose checkpoint will be loaded; None where the run starts afresh."""
+    if config.run.resume not in ("auto", "never"):
+        return Path(config.run.resume).expanduser().absolute().parent.parent
+    if config.run.resume == "auto" and any((run_dir / "checkpoints").glob("step-*")):
+        return run_dir
+    return None
+
+
+def _word(lines: list[str], accept: list[str] | None = None) -> str:
+    kinds = [*(accept or []), *dict.fromkeys(line.partition(":")[0] for line in lines)]
+    return f"run.accept=[{','.join(kinds)}]"
+
+
+def _shown(lines: list[str]) -> list[str]:
+    return [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
+
+
+def _files(config: RunConfig) -> dict[str, str]:
+    """Sizes and sampled blocks of the files of base, teacher and adapters, by their place."""
+    places = {"base": weights_directory(config.model)}
+    if teacher := teacher_model(config.model, config.objective):
+        places["teacher"] = weights_directory(teacher)
+    if start := getattr(config.tuning, "from_", None):
+        places["tuning.from"] = Path(start).expanduser()
+    places |= {f"adapter {number}": Path(path).expanduser() for number, path in enumerate(config.model.adapters)}
+    return {
+        f"{place}/{path.name}": sampled_digest(path)
+        for place, directory in places.items()
+        for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")])
+        if path.name not in ("tokenizer_config.json", "generation_config.json")  # no weight depends on them
+    }
+
+
+def source_digest() -> str:
+    """SHA-256 of the source that trains, of this installation. Reads a few MB."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for package in COMPUTING:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

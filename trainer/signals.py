@@ -1,0 +1,95 @@
+"""Signals that ask a run to save and stop: held from the first moment, then taken by one waiting thread.
+
+They are blocked before any import that starts a thread (libraries of matrix products start theirs when they are loaded, and a
+thread that does not block a signal takes it, and the process dies of it). What the process starts inherits the mask: data
+workers and helpers do not die of a signal that was meant for the trainer. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = (
+    b"\nCtrl-C: saving, then stopping. Once more ends the run at once, and what follows the last save is lost.\n"
+)
+
+
+def hold() -> None:
+    """Block the signals; they wait until `StopRequest` takes them. To be called before anything heavy is imported."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def release() -> None:
+    """Let the signals end this process again: for what has nothing to save."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+class StopRequest:
+    """Whether this process was asked to save and stop. Enter it in the main thread, before threads and forks.
+
+    With `interrupts` Ctrl-C asks for the same; the second raises KeyboardInterrupt. Where the signals were held before, they
+    still are afterwards: the end of a run is written down before anything can end the process.
+    """
+
+    def __init__(self, *, interrupts: bool = False) -> None:
+        self._name: str | None = None
+        self._over = threading.Event()
+        self._taken = {*SIGNALS, signal.SIGINT} if interrupts else set(SIGNALS)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def signal_name(self) -> str | None:
+        """The signal that asked; None as long as none did. Replaces the waiting thread, should it have died."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._listen()
+        return self._name
+
+    def __enter__(self) -> StopRequest:
+        """Block the signals in this process and everything it starts; a daemon thread waits for them."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
+        # A library that starts helpers may lift the mask (CPython's resource tracker does), or threads be older than it:
+        # then it is a handler that takes the signal.
+        self._handlers: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._interrupt if number is signal.SIGINT else self._note)
+            for number in self._taken
+        }
+        self._listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None and self._thread.is_alive() and self._thread.ident is not None:
+            signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
+            self._thread.join()
+        if self._name is None:  # else the process is about to end, and more of the same must not change how
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _listen(self) -> None:
+        self._thread = threading.Thread(target=self._wait, name="signals", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        # Not `sigtimedwait`: where the process was suspended past the deadline, CPython 3.11 hands out uninitialised memory.
+        while (number := signal.sigwait(self._taken)) and not self._over.is_set():
+            if number == signal.SIGINT:
+                _thread.interrupt_main(signal.SIGINT)
+            else:
+                self._note(number, None)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._name = self._name or signal.Signals(number).name
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._name == signal.Signals(signal.SIGINT).name:
+            raise KeyboardInterrupt
+        self._note(number, frame)
+        self._name = signal.Signals(signal.SIGINT).name
+        os.write(2, INTERRUPTED)
