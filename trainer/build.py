@@ -44,6 +44,7 @@ from trainer.tuning.check import check_room
 from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.expert_parts import expert_weights
 from trainer.tuning.fast_lora import fuse_lora
+from trainer.tuning.read_back import check_read_back
 from trainer.tuning.table import needs_own_rows
 
 UNEVEN_CALLS = frozenset({"qwen4_exp", "qwen4_exp_text"})
@@ -140,6 +141,8 @@ def build_model(
     )
     built.substitutions.update(noted | settled)
     _check_fit(config, built, data)
+    if config.export.at_end and not config.export.merge:
+        check_read_back(built.step_module.model)
     checkpoint = built.base_weights(weights_directory(config.model))
     fill_buffers(built.step_module.model, checkpoint, built.tuning.base_name)
     source = WeightSource(
@@ -246,6 +249,8 @@ def build_step(
     collator = reading.collator(arranged.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
     built = Built(step, tuning, reading, collator, arranged, new_ids, vocabulary, plain, heads, model_config)
     built.two_sides, built.folded = two_sides, folded
+    if note := getattr(tuning, "note", ""):
+        built.substitutions["tuning.targets"] = note
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank(step.model)

@@ -45,6 +45,8 @@ class Adapter:
         self.train_embeddings = train_embeddings
         """New vocabulary entries need trained embeddings: they (and an untied head) are then trained in full."""
         self.replicas = Replicas(None, {}, reads_base=False)
+        self.note = ""
+        """What to say of the targets: linear layers that get no adapter, and why."""
         self.seed = 0
         """Seed of the initial values, as given with the first question for one."""
         self._owned: dict[str, tuple[str, str]] = {}
@@ -116,7 +118,7 @@ class Adapter:
                 settings.ensure_weight_tying = True
         settings.modules_to_save = full or None
         if hasattr(settings, "exclude_modules"):
-            settings.exclude_modules = left_alone(model, every_linear=targets == "all-linear")
+            settings.exclude_modules, self.note = left_alone(model, settings, every_linear=targets == "all-linear")
         settings.task_type = _task_type(model)
         if isinstance(self.config, LoraConfig):
             choose(settings, model, self.config)

@@ -18,6 +18,7 @@ from strategies.errors import ConfigError
 from trainer.tuning.adapter import PREFIX, Adapter
 from trainer.tuning.base import BaseReader
 from trainer.tuning.expert_lora import settle_names
+from trainer.tuning.read_back import keys_in_file
 from trainer.tuning.replica import ADAPTER
 
 _BASE_WEIGHT = ".base_layer.weight"
@@ -45,8 +46,10 @@ def write_adapter(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    save_file({k: v.contiguous() for k, v in state.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
+    other = keys_in_file(model, settings, state)
+    stored = {other.get(key) or key: value.contiguous() for key, value in state.items()}
+    save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
     if double_rank:
         _double_rank(settings)
     settings.base_model_name_or_path, settings.revision, settings.inference_mode = base_name, revision, True

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
+from trainer.tuning.read_back import keys_in_file
+from trainer.tuning.replica import ADAPTER
 from trainer.tuning.start import WEIGHTS, difference
 
 _OURS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
@@ -17,7 +19,7 @@ _OURS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
 
 
 def file_names(tuned: nn.Module) -> dict[str, str]:
-    """The key that peft stores each parameter and buffer of a PeftModel under, by plain name; only of what it stores."""
+    """The key that each parameter and buffer of a PeftModel is stored under, by plain name; only of what peft stores."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     named: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))
@@ -28,7 +30,8 @@ def file_names(tuned: nn.Module) -> dict[str, str]:
         warnings.simplefilter("ignore")
         stored = get_peft_model_state_dict(tuned, state_dict=dict(marks), save_embedding_layers=False)
     names = {id(mark): name for name, mark in marks.items()}
-    return {names[id(mark)]: key for key, mark in stored.items()}
+    other = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored)  # type: ignore[index,union-attr]
+    return {names[id(mark)]: other.get(key) or key for key, mark in stored.items()}
 
 
 class StoredAdapter:

@@ -1,0 +1,78 @@
+"""Under which keys an adapter must be stored, so that plain peft finds each tensor's place again.
+
+peft passes the keys of a LoRA file through the renames by which transformers loads the base's checkpoint. Where a model's own
+name is renamed once more, the checkpoint's name is stored in its place; of some layers no name comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from strategies.errors import ConfigError
+from trainer.tuning.replica import ADAPTER
+
+_PREFIX = "base_model.model."
+
+
+def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
+    """The key to store, by peft's own key of a tensor, of those that plain peft would not find again; None: there is none.
+
+    `model`: wrapped or plain; `settings`: peft's config.
+    """
+    keys = list(keys)
+    back = _read_back(model, settings, keys)
+    lost = [key for key in keys if back[key] != key]
+    if not lost:
+        return {}
+    other = {key: _as_stored(model, key) for key in lost}
+    back = _read_back(model, settings, other.values())
+    return {key: stored if back[stored] == key else None for key, stored in other.items()}
+
+
+def lost_layers(model: nn.Module, settings: Any) -> list[str]:
+    """Names of the linear layers of a plain model whose adapters no stored key leads back to."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    keys = {f"{_PREFIX}{name}.lora_A.weight": name for name in names}
+    return [keys[key] for key, stored in keys_in_file(model, settings, keys).items() if stored is None]
+
+
+def check_read_back(model: Any) -> None:
+    """Raise ConfigError where plain peft would not find all of a tuned model's adapters in its export again."""
+    settings = getattr(model, "peft_config", {}).get(ADAPTER)
+    if settings is None:
+        return
+    keys = [
+        name.replace(f".{ADAPTER}", "") for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad
+    ]
+    if lost := [key for key, stored in keys_in_file(model, settings, keys).items() if stored is None]:
+        layer = lost[0].removeprefix(_PREFIX).split(".lora_")[0]
+        raise ConfigError(
+            f"tuning.targets: plain peft would not read the adapter of {layer} back, under whatever key it is stored (the base's "
+            "checkpoint has other names, which peft applies to adapters too); leave it out of tuning.targets, or set "
+            "export.merge=true"
+        )
+
+
+def _read_back(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
+    """What plain peft makes of each stored key."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    marks = {key: torch.empty(0, device="meta") for key in keys}
+    made = convert_peft_adapter_state_dict_for_transformers(model, settings, dict(marks), ADAPTER)
+    names = {id(value): key for key, value in made.items()}
+    return {key: names.get(id(mark)) for key, mark in marks.items()}
+
+
+def _as_stored(model: Any, key: str) -> str:
+    """The key with the checkpoint's name of the layer in place of the model's."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    renamings = [t for t in get_model_conversion_mapping(plain) if isinstance(t, WeightRenaming)]
+    back = [t.reverse_transform() for t in reversed(renamings)]
+    return _PREFIX + apply_renamings(key.removeprefix(_PREFIX), back)
