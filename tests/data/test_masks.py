@@ -205,7 +205,7 @@ def test_a_known_shape_is_not_rendered_a_second_time(name, monkeypatch):
         for n in range(10)
     ]
     list(encoder.encode(docs[:2]))
-    monkeypatch.setattr(encoder.template, "_exact", lambda *_: pytest.fail("rendered twice"))
+    monkeypatch.setattr(encoder.template._marker, "_exact", lambda *_: pytest.fail("rendered twice"))
     assert all(sample.supervised.any() for _, sample in encoder.encode(docs[2:]))
 
 

@@ -13,7 +13,7 @@ from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, Dupl
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.tokens.probing import RESERVED
+from trainer.data.tokens.marking import RESERVED
 from trainer.model.config import ModelConfig
 from trainer.objectives.kto import RatedReading
 from trainer.objectives.pairs import PairReading
@@ -254,7 +254,7 @@ def test_models_that_hold_control_tokens_themselves(model):
 
 
 def test_only_documents_that_spell_one_take_the_slow_way(tmp_path, monkeypatch):
-    from trainer.data.tokens.control import Control
+    from trainer.data.tokens.characters import Control
 
     def never(*args):
         raise AssertionError("no text spells a control token")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ content; the result of a tool may have "name" and "tool_call_id".
 """
 
 
+THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` would make one each time
 
 
@@ -125,6 +127,12 @@ def texts_in(message: Message) -> list[str]:
     calls = message.get("tool_calls")
     said += [message["content"]] if message["content"] or not (said or calls or message["role"] == "tool") else []
     return said if calls is None else [*said, *texts_of(calls)]
+
+
+def thought_of(message: Message) -> str | None:
+    """The thought of a turn: its own field, or <think>...</think> at the start of its content."""
+    match = THINK.match(message["content"] or "")
+    return message.get("reasoning_content") or (match.group(1) if match else None)
 
 
 @dataclass(slots=True)

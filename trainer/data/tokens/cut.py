@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.config import DataConfig, OverLength
+from trainer.data.config import ControlTokens, DataConfig, OverLength
 from trainer.data.document import Document, Message, Tally
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.encode import Encoder, truncate
@@ -62,10 +62,29 @@ def fitted_answers(
 
 
 def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, whole: bool) -> None:
-    """Count what is odd about a sample, see `Encoder.audit`; of one that was cut only what its texts spell."""
-    for code in encoder.audit(document, sample):
+    """Count what is odd about a sample, see `oddities`; of one that was cut only what its texts spell."""
+    for code in oddities(encoder, document, sample):
         if whole or code.startswith("control_tokens"):
             tally.note("tokenise", code, document.where)
+
+
+def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
+    """What is odd about a sample, as codes.
+
+    `no_supervised`: nothing is learned; `missing_eos`: the last learned token closes no turn, so that a model would not learn
+    to stop; `control_tokens_in_text`: the data spells control tokens; `control_tokens_as_text`: they became ordinary
+    characters, but for those of answers.
+    """
+    codes, learned, spelled = [], np.flatnonzero(sample.supervised), encoder.control.spelled
+    if LABEL not in sample.marks and not len(learned):
+        codes.append("no_supervised")
+    elif LABEL not in sample.marks and int(sample.input_ids[learned[-1]]) not in encoder.end_ids:
+        codes.append("missing_eos")
+    if any(map(spelled, document.texts())):
+        codes.append("control_tokens_in_text")
+        if encoder.control_tokens is ControlTokens.text and any(map(spelled, encoder.asked(document))):
+            codes.append("control_tokens_as_text")
+    return codes
 
 
 def fit(

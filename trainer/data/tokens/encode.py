@@ -17,8 +17,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.control import MARK, Control
-from trainer.data.tokens.learned import learned_tokens, span_weights
+from trainer.data.tokens.characters import MARK, Control, learned_tokens, span_weights
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -106,31 +105,6 @@ class Encoder:
                 share_prompt(document, chosen, rejected)
                 yield document, chosen, rejected
 
-    def audit(self, document: Document, sample: Sample) -> list[str]:
-        """What is odd about a sample, as codes.
-
-        `doubled_bos`: it begins with two BOS tokens; `no_supervised`: nothing is learned; `missing_eos`: the last
-        learned token closes no turn, so that a model would not learn to stop; `control_tokens_in_text`: the data
-        spells control tokens; `control_tokens_as_text`: they became ordinary characters, but for those of answers.
-        """
-        ids, bos, codes = sample.input_ids, self.bos_id, []
-        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
-            codes.append("doubled_bos")
-        if LABEL not in sample.marks:
-            learned = np.flatnonzero(sample.supervised)
-            if not len(learned):
-                codes.append("no_supervised")
-            elif int(ids[learned[-1]]) not in self.end_ids:
-                codes.append("missing_eos")
-        if self.has_control_tokens(document):
-            codes.append("control_tokens_in_text")
-            turns = _messages(document) or []
-            told = [turns[number]["content"] for number in self._asked(turns)]
-            told += [text for text in (document.prompt, document.text) if text is not None]
-            if self.control_tokens is ControlTokens.text and any(map(self.control.spelled, told)):
-                codes.append("control_tokens_as_text")
-        return codes
-
     def num_tokens_before_first(self, document: Document) -> int | None:
         """How many tokens of a conversation come before the content of its first turn that is no system turn; None if
         that is not to be told."""
@@ -144,10 +118,6 @@ class Encoder:
         (encoding,), (rendered,) = self.encodings([Rendered(rendered.text, [(0, begin)], rendered.apart)])
         ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
         return int(np.count_nonzero(ends <= rendered.spans[0][1]))
-
-    def has_control_tokens(self, document: Document) -> bool:
-        """Whether a text spells one of the tokenizer's control tokens."""
-        return any(map(self.control.spelled, document.texts()))
 
     def told(self, document: Document, text: str) -> str:
         """A text of a document with the control tokens that it spells broken; the same object where it spells none."""
@@ -171,6 +141,12 @@ class Encoder:
                 meant[number] = Rendered(*self.control.told(text.text, text.spans), weights=text.weights)
                 encodings[number] = self.control.backend.encode(meant[number].text, add_special_tokens=False)
         return encodings, meant
+
+    def asked(self, document: Document) -> list[str]:
+        """The texts of a document that are neither answers nor learned turns."""
+        turns = _messages(document) or []
+        texts = [turns[number]["content"] for number in self._asked(turns)]
+        return texts + [text for text in (document.prompt, document.text) if text is not None]
 
     def tail(self, document: Document) -> int:
         """How many tokens at the end of a sample must survive truncation."""
@@ -234,36 +210,27 @@ class Encoder:
         return Rendered(text, [] if document.label is not None else [(0, len(text))], text != (document.text or ""))
 
     def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
-        encodings, rendered = self.encodings(rendered)
-        return [
-            self._sample(document, *learned_tokens(encoding, text, fast=fast))
-            for document, encoding, text in zip(documents, encodings, rendered, strict=True)
-        ]
-
-    def _sample(
-        self, document: Document, input_ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
-    ) -> Sample:
-        marks: dict[str, float] = {}
-        if document.label is not None:
-            marks[LABEL] = self._label(document)
-            input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
-        elif document.text is not None or (document.prompt is not None and self.template is None):
-            eos = self.eos_id
-            if eos is None:
-                raise ConfigError("the tokenizer has no eos_token, so no text would ever end; set one in its config")
-            opening = self.opening[:1] if self.opening[:1] == [self.bos_id] else []
-            closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
-            input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
-        bos = self.bos_id
-        if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
-            raise Refused(
-                document.where,
-                "doubled_bos",
-                f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
-                "template in model.chat_template",
-            )
-        supervised[:1] = False
-        return Sample(input_ids, supervised, marks, weights)
+        samples, bos = [], self.bos_id
+        for document, encoding, text in zip(documents, *self.encodings(rendered), strict=True):
+            (input_ids, supervised, weights), marks = learned_tokens(encoding, text, fast=fast), dict[str, float]()
+            if document.label is not None:
+                marks[LABEL] = self._label(document)
+                input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
+            elif document.text is not None or (document.prompt is not None and self.template is None):
+                eos = self.eos_id
+                if eos is None:
+                    raise ConfigError(
+                        "the tokenizer has no eos_token, so no text would ever end; set one in its config"
+                    )
+                opening = self.opening[:1] if self.opening[:1] == [bos] else []
+                closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
+                input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
+            if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
+                said = f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
+                raise Refused(document.where, "doubled_bos", f"{said}template in model.chat_template")
+            supervised[:1] = False
+            samples.append(Sample(input_ids, supervised, marks, weights))
+        return samples
 
     def _label(self, document: Document) -> int:
         if document.label not in self.label_ids:

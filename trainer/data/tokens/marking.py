@@ -1,7 +1,9 @@
-"""Where the learned contents are in a rendered conversation, by rendering it again with marks around them.
+"""Which characters of a rendered conversation are learned, found by rendering it again with marks around the learned contents.
 
 A way of marking counts only if the marked text without its marks is the plain text, character by character, and every
-learned turn shows its marks once, in order.
+learned turn shows its marks once, in order. What a template puts around contents, its skeleton, is remembered for each
+shape of conversation: its roles, which turns are learned, and the whitespace around each content. A later one of the shape has
+its spans read off only if skeleton and contents put together are its own rendering, character by character.
 """
 
 from __future__ import annotations
@@ -11,22 +13,24 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from strategies.errors import DataError
 from trainer.data.document import Message, Refused
-from trainer.data.tokens.probing import RESERVED
 
-# Private-use characters of the last plane: no font uses them and no template looks for them.
+RESERVED = "\U0010fb01\U0010fb02\U0010fb03\U0010fb04\U0010fb05"
+"""Private-use characters of the last plane, which no font uses and no template looks for; data must not have them."""
 BEGIN, END, THOUGHT = RESERVED[0], RESERVED[1], RESERVED[2]
 _MARKS = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
 _THOUGHT = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
+_MAX_SHAPES = 4096
+_MAX_MISSES = 8
+_LEARN_AT = 2  # learning a shape costs a few renderings, which one that comes once does not pay back
 
-
-class Apply(Protocol):
-    """Renders messages, with the header of the turn to come if `prompt`."""
-
-    def __call__(self, messages: list[Message], *, prompt: bool = False) -> str: ...
+Apply = Callable[..., str]
+"""Renders messages, with the header of the turn to come if `prompt`."""
+Spans = list[tuple[int, int]]
+"""[begin, end) of each learned turn, ascending."""
+Shape = tuple[object, ...]
 
 
 @dataclass(slots=True)
@@ -38,63 +42,126 @@ class _Turn:
     end: int
 
 
+@dataclass(slots=True)
+class _Skeleton:
+    """Text around n contents, and spans in it."""
+
+    literals: list[str]
+    """n + 1 of them: before the first content, between the contents, after the last."""
+    ending: str
+    """What the last literal becomes once the last turn is closed."""
+    edges: list[tuple[int, int, int, int]]
+    """Per span: contents before its begin, characters of literals before it; the same for its end."""
+
+    def fit(self, cores: list[str], text: str) -> tuple[str, Spans] | None:
+        """The closed text and its spans, if `text` is the skeleton with these contents."""
+        pieces, before = [self.literals[0]], [0]
+        for core, literal in zip(cores, self.literals[1:], strict=True):
+            pieces += (core, literal)
+            before.append(before[-1] + len(core))
+        if "".join(pieces) != text:
+            return None
+        if self.ending != (last := self.literals[-1]):
+            text = text[: len(text) - len(last)] + self.ending
+        return text, [(before[i] + begin, before[j] + end) for i, begin, j, end in self.edges]
+
+
 class Marker:
-    """Finds contents with one template."""
+    """Finds and closes learned turns with one template.
 
-    def __init__(self, apply: Apply) -> None:
-        self._apply = apply
+    `added` are the tokenizer's added tokens, one of which closes the last turn where it follows; `ends` match what closes a
+    turn, by role, and `eos` closes the last where the template does not.
+    """
 
-    def content_begin(self, messages: list[Message], index: int, text: str) -> int | None:
-        """Where the content of one message begins in `text`; None if the template does not tell."""
-        for mark in (mark_whole, mark_trimmed):
-            turns = self._marked(messages, [index], text, [mark] * len(messages))
-            if turns is not None:
-                return turns[0].begin
+    def __init__(self, apply: Apply, added: list[str], ends: dict[str, re.Pattern[str]], eos: str) -> None:
+        self._apply, self._added, self._ends, self._eos = apply, added, ends, eos
+        self._any = leading(added)
+        self._known: dict[Shape, _Skeleton | None] = {}
+        self._seen: dict[Shape, int] = {}
+        self._misses: dict[Shape, int] = {}
+
+    def spans(
+        self, messages: list[Message], learned: list[int], text: str, where: str, *, fast: bool = True
+    ) -> tuple[str, Spans]:
+        """The closed text of a conversation that is rendered as `text`, and its spans. Raises DataError, also as Refused."""
+        found = self._by_skeleton(messages, learned, text) if fast else None
+        return self._exact(messages, learned, text, where) if found is None else found
+
+    def _by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
+        """The same by the skeleton of its shape; None where only the exact way tells."""
+        roles, cores, spaces = [], [], []
+        for number, message in enumerate(messages):
+            content = message["content"]
+            core = content.strip()
+            # empty contents may be left out by a template, thoughts moved or hidden, other fields written as well
+            if not core or "</think>" in core or len(message) > 2:
+                return None
+            if len(core) != len(content):
+                at = content.index(core)
+                spaces.append((number, content[:at], content[at + len(core) :]))
+            roles.append(message["role"])
+            cores.append(core)
+        shape = (*roles, tuple(learned), *spaces)
+        skeleton = self._known[shape] if shape in self._known else self._learn(shape, roles, learned, spaces)
+        if skeleton is None or (found := skeleton.fit(cores, text)) is not None:
+            return None if skeleton is None else found
+        # The template may write the time, and a skeleton learned anew fits; or it looks into contents, and none does.
+        self._misses[shape] = self._misses.get(shape, 0) + 1
+        if self._misses[shape] < _MAX_MISSES:
+            del self._known[shape]
+        else:
+            self._known[shape] = None
         return None
 
-    def contents(self, messages: list[Message], learned: list[int], text: str, where: str) -> list[tuple[int, int]]:
+    def _learn(
+        self, shape: Shape, roles: list[str], learned: list[int], spaces: list[tuple[int, str, str]]
+    ) -> _Skeleton | None:
+        """The skeleton of a shape that comes again, from the exact way with a conversation of placeholders."""
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] < _LEARN_AT:
+            if len(self._seen) > _MAX_SHAPES:
+                self._seen.clear()
+            return None
+        if len(self._known) >= _MAX_SHAPES:
+            self._known.clear()
+        around = {number: (before, after) for number, before, after in spaces}
+        marks = [f"{RESERVED[3]}{number}{RESERVED[4]}" for number in range(len(roles))]
+        contents = [mark.join(around.get(number, ("", ""))) for number, mark in enumerate(marks)]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        self._known[shape] = None
+        try:
+            text = self._apply(messages)
+            self._known[shape] = self._cut(marks, text, *self._exact(messages, learned, text, ""))
+        except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
+            return None
+        return self._known[shape]
+
+    def _exact(self, messages: list[Message], learned: list[int], text: str, where: str) -> tuple[str, Spans]:
+        try:
+            spans = self._contents(messages, learned, text, where)
+        except DataError:
+            fresh = self._apply(messages)
+            if fresh == text:
+                raise
+            text = fresh  # the template writes the date, and a day ended between the two renderings
+            spans = self._contents(messages, learned, text, where)
+        return self.close(text, spans, [messages[i]["role"] for i in learned])
+
+    def _contents(self, messages: list[Message], learned: list[int], text: str, where: str) -> Spans:
         """Spans of the learned contents in `text`, by the first way of marking that leaves the text unchanged."""
         for mark in (mark_whole, mark_trimmed, mark_thought):
-            turns = self._marked(messages, learned, text, [mark] * len(messages))
+            turns = marked(self._apply, messages, learned, text, [mark] * len(messages))
             if turns is None:
                 continue
             if mark is mark_trimmed:
                 self._widen(messages, learned, text, turns)
-            return [
-                (self._begin(messages, learned, text, number, turn, where), turn.end)
-                for number, turn in enumerate(turns)
-            ]
+            return [(self._begin(messages, learned, text, n, turn, where), turn.end) for n, turn in enumerate(turns)]
         role = messages[learned[-1]]["role"]
-        article = "an" if role == "assistant" else "a"
         raise DataError(
-            f"{where}: the chat template changes the text of {article} {role} turn (more than trimming it), so that "
-            "what is to be learned cannot be told; give a template with {% generation %} blocks in model.chat_template"
+            f"{where}: the chat template changes the text of {'an' if role == 'assistant' else 'a'} {role} turn (more than "
+            "trimming it), so that what is to be learned cannot be told; give a template with {% generation %} blocks in "
+            "model.chat_template"
         )
-
-    def _marked(
-        self, messages: list[Message], learned: list[int], text: str, marks: list[Callable[[str], str]]
-    ) -> list[_Turn] | None:
-        """Render with marks; None unless every learned turn shows them once, in order, and the text is the same."""
-        wrapped = list(messages)
-        for i in learned:
-            wrapped[i] = {**messages[i], "content": marks[i](messages[i]["content"])}
-        pieces = _MARKS.split(self._apply(wrapped))
-        if "".join(pieces[::2]) != text:
-            return None
-        turns: list[_Turn] = []
-        position, thought, begin = 0, None, None
-        for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
-            position += len(piece)
-            if mark == THOUGHT and thought is None and begin is None:
-                thought = position
-            elif mark == BEGIN and begin is None:
-                begin = position
-            elif mark == END and begin is not None:
-                turns.append(_Turn(thought, begin, position))
-                thought = begin = None
-            elif mark:
-                return None
-        return turns if begin is None and thought is None and len(turns) == len(learned) else None
 
     def _widen(self, messages: list[Message], learned: list[int], text: str, turns: list[_Turn]) -> None:
         """A template may trim some turns only, or line ends only: what it keeps of the outer whitespace of one is learned too."""
@@ -106,7 +173,7 @@ class Marker:
             def found(first: int, last: int, number: int = number, index: int = index) -> bool:
                 marks: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
                 marks[index] = partial(mark_between, first=first, last=last)
-                wider = self._marked(messages, learned, text, marks)
+                wider = marked(self._apply, messages, learned, text, marks)
                 if wider is not None:
                     turns[number] = wider[number]
                 return wider is not None
@@ -125,18 +192,90 @@ class Marker:
         has_thought = "</think>" in messages[learned[number]]["content"]
         if turn.thought is None:
             if has_thought and number == len(learned) - 1 and "</think>" not in text[turn.begin : turn.end]:
-                raise Refused(
-                    where,
-                    "thought_lost",
-                    "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
-                    "or give another template in model.chat_template",
-                )
+                said = "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
+                raise Refused(where, "thought_lost", f"{said}or give another template in model.chat_template")
             return turn.begin
         prompt = self._apply(messages[: learned[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
             raise Refused(where, "thought_lost", message)
         return len(prompt)
+
+    def close(self, text: str, spans: Spans, roles: list[str], done: tuple[str, ...] = ()) -> tuple[str, Spans]:
+        """The end-of-turn token added to every span, but to those that end with one of `done`; and to the text if it has none."""
+        closed = []
+        for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
+            final = number == len(spans) - 1
+            if not (done and text[begin:end].rstrip().endswith(done)):
+                if match := (self._any if final else self._ends[role]).match(text, end):
+                    end = match.end()
+                elif (
+                    final
+                ):  # nothing but words or whitespace follows: what words the template adds are learned, then eos
+                    text = text[:end] + text[end:].rstrip() + self._eos
+                    end = len(text)
+            closed.append((begin, end))
+        return text, closed
+
+    def _cut(self, marks: list[str], text: str, closed: str, spans: Spans) -> _Skeleton | None:
+        """Take the placeholders out of a text that has each of them once, in order."""
+        literals, starts, position = [], [], 0
+        for mark in marks:
+            at = text.find(mark, position)
+            if at < 0 or text.count(mark) != 1:
+                return None
+            literals.append(text[position:at])
+            starts.append(at)
+            position = at + len(mark)
+        if closed[:position] != text[:position]:
+            return None
+        literals.append(text[position:])
+        edges = []
+        for span in spans:
+            edge: list[int] = []
+            for at in span:  # as placeholders before it, and characters of literals before it
+                count = bisect_left(starts, at)
+                before = sum(map(len, marks[:count]))
+                if count and at < starts[count - 1] + len(marks[count - 1]):
+                    return None
+                edge += (count, at - before)
+            # A content that begins like a token must not be taken into the token that closes the turn before it.
+            rest = literals[edge[2]].lstrip()
+            if edge[2] < len(marks) and any(len(t) > len(rest) and t.startswith(rest) for t in self._added):
+                return None
+            edges.append((edge[0], edge[1], edge[2], edge[3]))
+        return _Skeleton(literals, closed[position:], edges)
+
+
+def marked(
+    apply: Apply, messages: list[Message], learned: list[int], text: str, marks: list[Callable[[str], str]]
+) -> list[_Turn] | None:
+    """Render with marks; None unless every learned turn shows them once, in order, and the text is the same."""
+    wrapped = list(messages)
+    for i in learned:
+        wrapped[i] = {**messages[i], "content": marks[i](messages[i]["content"])}
+    pieces = _MARKS.split(apply(wrapped))
+    if "".join(pieces[::2]) != text:
+        return None
+    turns: list[_Turn] = []
+    position, thought, begin = 0, None, None
+    for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+        position += len(piece)
+        if mark == THOUGHT and thought is None and begin is None:
+            thought = position
+        elif mark == BEGIN and begin is None:
+            begin = position
+        elif mark == END and begin is not None:
+            turns.append(_Turn(thought, begin, position))
+            thought = begin = None
+        elif mark:
+            return None
+    return turns if begin is None and thought is None and len(turns) == len(learned) else None
+
+
+def leading(tokens: list[str]) -> re.Pattern[str]:
+    """Matches one of the tokens, the longest first, after whitespace."""
+    return re.compile(r"\s*(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
 
 
 def mark_whole(content: str) -> str:
@@ -151,9 +290,8 @@ def mark_between(content: str, first: int, last: int) -> str:
 
 def mark_trimmed(content: str) -> str:
     """Marks inside the outer whitespace, so that the template still trims it, if it trims."""
-    core = content.strip()
     at = len(content) - len(content.lstrip())
-    return f"{content[:at]}{BEGIN}{core}{END}{content[at + len(core) :]}"
+    return mark_between(content, at, at + len(content.strip()))
 
 
 def mark_thought(content: str) -> str:

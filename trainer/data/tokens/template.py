@@ -1,11 +1,9 @@
 """What of a rendered conversation is learned: the character spans of the learned turns, found in its own output.
 
 Stock chat templates do not say which text the assistant wrote. A conversation is therefore rendered twice: as it is,
-and with marks around every learned content. The spans count only if the second text without its marks is the first
-one, character by character; a template that rewrites what it is given ends in a DataError, never in a wrong mask.
-Templates with `{% generation %}` blocks are taken at their word. Conversations of a shape that was seen before are
-checked against its skeleton (`trainer/data/tokens/probing.py`) instead of being rendered a second time.
-Conversations with tools, calls or thoughts are marked turn by turn (`trainer/data/tokens/turnwise.py`).
+and with marks around every learned content (`trainer/data/tokens/marking.py`); a template that rewrites what it is given ends in
+a DataError, never in a wrong mask. Templates with `{% generation %}` blocks are taken at their word. Conversations with tools,
+calls or thoughts are marked turn by turn (`trainer/data/tokens/turnwise.py`).
 """
 
 from __future__ import annotations
@@ -13,14 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
-from trainer.data.document import Message, Refused, texts_in
-from trainer.data.tokens.marking import BEGIN, END, Marker
-from trainer.data.tokens.probing import RESERVED, Skeletons
-from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused, without_thought
+from trainer.data.document import THINK, Message, Refused, texts_in, thought_of
+from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, leading, mark_trimmed, mark_whole, marked
+from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +34,7 @@ Job = tuple[list[Message], list[int], str, Chat | None]
 class Rendered:
     """A conversation as text, and the [begin, end) character spans of it that are learned, ascending.
 
-    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/control.py`. `weights`: what each span
+    `apart`: control tokens that its texts spell are broken, see `trainer/data/tokens/characters.py`. `weights`: what each span
     counts for in the loss; None where all count as 1.
     """
 
@@ -63,21 +61,19 @@ class ChatTemplate:
             raise ConfigError(f"data.learn.roles={list(self.learn.roles)} must name one or more of {', '.join(ROLES)}")
         self.tokenizer = tokenizer
         self.source: str = tokenizer.get_chat_template()
-        self._marker = Marker(self._apply)
         self.marks_generation = _GENERATION.search(self.source) is not None
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._any_token = _leading(added)
-        eos = {str(tokenizer.eos_token)}
-        parts = self._probe()
-        self.end_tokens = eos | self._assistant_ends(parts)
+        self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.end_tokens, users = self._ends()
         """Tokens that close assistant turns."""
-        self.all_end_tokens = self.end_tokens | self._user_ends(parts)
+        self.all_end_tokens = self.end_tokens | users
         """Tokens that close a turn of any role."""
-        self._end_token = {role: _leading(self.all_end_tokens) for role in ROLES}
-        self._end_token["assistant"] = _leading(self.end_tokens)
-        self._skeletons = Skeletons(added)
-        ends = {role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES}
-        self._turnwise = Turnwise(self._apply, self.learn.reasoning, added, ends)
+        self._ends_of = {role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES}
+        patterns = {role: leading([*ends]) for role, ends in self._ends_of.items()}
+        self._marker = Marker(self._apply, self._added, patterns, str(tokenizer.eos_token))
+
+    @cached_property
+    def _turnwise(self) -> Turnwise:
+        return Turnwise(self._apply, self.learn.reasoning, self._added, self._ends_of)
 
     def learned(self, messages: Sequence[Message]) -> list[int]:
         """Which messages are learned, ascending."""
@@ -87,10 +83,6 @@ class ChatTemplate:
             if own or (own is None and message["role"] in self.learn.roles):
                 found.append(number)
         return found[-1:] if self.learn.turns is LearnTurns.last else found
-
-    def render(self, messages: Sequence[Message], where: str, tools: Tools = None) -> Rendered:
-        """Text and spans of one conversation, as `render_all` gives them."""
-        return self.render_all([(messages, where, tools)])[0]
 
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
@@ -113,11 +105,8 @@ class ChatTemplate:
             elif self._by_blocks(messages, learned):
                 rendered.append(self._guard(self._blocks, messages, learned, where, where=where))
             else:
-                found = self._skeletons.match(messages, learned, text, self._place) if fast else None
-                if found is None:
-                    rendered.append(self._guard(self._exact, messages, learned, text, where, where=where))
-                else:
-                    rendered.append(Rendered(*found))
+                find = partial(self._marker.spans, fast=fast)
+                rendered.append(Rendered(*self._guard(find, messages, learned, text, where, where=where)))
         return rendered
 
     def text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
@@ -131,9 +120,16 @@ class ChatTemplate:
         index = next((i for i, message in enumerate(messages) if message["role"] != "system"), None)
         if index is None:
             return None
-        apply = self._apply if chat is None else chat.apply
-        find = Marker(apply).content_begin
-        return self._guard(lambda: find(messages, index, apply(messages)), where=where)
+
+        def find() -> int | None:
+            apply = self._apply if chat is None else chat.apply
+            text = apply(messages)
+            for mark in (mark_whole, mark_trimmed):
+                if (turns := marked(apply, messages, [index], text, [mark] * len(messages))) is not None:
+                    return turns[0].begin
+            return None
+
+        return self._guard(find, where=where)
 
     def _job(self, messages: Sequence[Message], where: str, tools: Tools) -> Job:
         """The messages as the template gets them, up to the last learned one; with a `Chat` where they are no plain turns."""
@@ -148,7 +144,7 @@ class ChatTemplate:
         bare = [_bare(message) if "train" in message else message for message in messages]
         thinks = self.learn.reasoning is not Reasoning.learn
         if thinks and self.learn.reasoning is Reasoning.drop:
-            bare = [without_thought(message, where) for message in bare]
+            bare = [_without_thought(message, where) for message in bare]
         context = thinks and any("</think>" in message["content"] for message in bare)
         if not (tools or context or any(len(message) > 2 or message["role"] == "tool" for message in bare)):
             return bare, learned, where, None
@@ -223,7 +219,6 @@ class ChatTemplate:
             message = "the {% generation %} blocks of the chat template are empty here"
             raise refused(where, message)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        roles = ["assistant"] * len(spans)
         if assistants != learned:
             if len(spans) != len(assistants):
                 raise refused(
@@ -233,84 +228,43 @@ class ChatTemplate:
                     "in model.chat_template",
                 )
             spans = [spans[assistants.index(i)] for i in learned]
-        return self._close(texts[0], spans, roles[: len(spans)], blocks=True)
+        return Rendered(*self._marker.close(texts[0], spans, ["assistant"] * len(spans), tuple(self.end_tokens)))
 
-    def _exact(self, messages: list[Message], learned: list[int], text: str, where: str) -> Rendered:
+    def _ends(self) -> tuple[set[str], set[str]]:
+        """Tokens with which the template closes assistant turns, in the middle and at the end; and user turns."""
+        found, any_token = {str(self.tokenizer.eos_token)}, leading(self._added)
+        roles = ("user", "assistant", "user", "assistant")
+        turn = [{"role": "user", "content": BEGIN}]
         try:
-            spans = self._marker.contents(messages, learned, text, where)
-        except DataError:
-            fresh = self._apply(messages)
-            if fresh == text:
-                raise
-            text = fresh  # the template writes the date, and a day ended between the two renderings
-            spans = self._marker.contents(messages, learned, text, where)
-        return self._close(text, spans, [messages[i]["role"] for i in learned])
-
-    def _place(self, messages: list[Message], learned: list[int]) -> tuple[str, str, list[tuple[int, int]]] | None:
-        """For skeletons: the text of a conversation of placeholders, as rendered and as closed, and its spans."""
-        try:
-            text = self._apply(messages)
-            rendered = self._exact(messages, learned, text, "")
-        except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
-            return None
-        return text, rendered.text, rendered.spans
-
-    def _close(self, text: str, spans: list[tuple[int, int]], roles: list[str], *, blocks: bool = False) -> Rendered:
-        """Add the end-of-turn token to every span."""
-        closed = []
-        for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
-            final = number == len(spans) - 1
-            if blocks and text[begin:end].rstrip().endswith(tuple(self.end_tokens)):
-                closed.append((begin, end))
-                continue
-            match = (self._any_token if final else self._end_token[role]).match(text, end)
-            if match:
-                end = match.end()
-            elif final:  # nothing but words or whitespace follows: what words the template adds are learned, then eos
-                text = text[:end] + text[end:].rstrip() + str(self.tokenizer.eos_token)
-                end = len(text)
-            closed.append((begin, end))
-        return Rendered(text, closed)
-
-    def _probe(self) -> list[str]:
-        """What the template writes around the contents of four turns: five parts, or none if it dislikes the probe."""
-        probe = [
-            {"role": role, "content": f"{BEGIN}{role}{END}"} for role in ("user", "assistant", "user", "assistant")
-        ]
-        try:
-            parts = re.split(f"{BEGIN}[^{END}]*{END}", self._apply(probe))
+            text = self._apply([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
         except Exception:  # noqa: BLE001 - a template that dislikes the probe is left to the conversations themselves
-            return []
-        return parts if len(parts) == 5 else []
-
-    def _assistant_ends(self, parts: list[str]) -> set[str]:
-        """Tokens with which the template closes assistant turns, in the middle and at the end of a conversation."""
-        if not parts:
-            return set()
-        header, middle, tail = parts[0], parts[2], parts[4]
+            return found, set()
+        parts = re.split(f"{BEGIN}[^{END}]*{END}", text)
+        if len(parts) != 5:
+            return found, set()
+        header, after_user, middle, _, tail = parts
         shared = 0  # what precedes the first user content, as far as it precedes the second too, opens a user turn
         while shared < min(len(header), len(middle)) and header[-shared - 1] == middle[-shared - 1]:
             shared += 1
-        found = [self._any_token.match(part) for part in (middle[: len(middle) - shared], tail)]
-        return {match.group(1) for match in found if match}
-
-    def _user_ends(self, parts: list[str]) -> set[str]:
-        """Tokens with which the template closes user turns: before what opens the assistant's."""
-        if not parts:
-            return set()
-        turn = [{"role": "user", "content": BEGIN}]
+        matches = [any_token.match(part) for part in (middle[: len(middle) - shared], tail)]
+        found |= {match.group(1) for match in matches if match}
         try:
             bare, prompt = self._apply(turn), self._apply(turn, prompt=True)
-        except Exception:  # noqa: BLE001 - as in `_probe`
-            return set()
+        except Exception:  # noqa: BLE001 - as above
+            return found, set()
         opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
-        match = self._any_token.match(parts[1].removesuffix(opening))
-        return {match.group(1)} if match else set()
+        user = any_token.match(after_user.removesuffix(opening))
+        return found, {user.group(1)} if user else set()
 
 
-def _leading(tokens: Any) -> re.Pattern[str]:
-    """Matches one of the tokens, the longest first, after whitespace."""
-    return re.compile(r"\s*(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+def _without_thought(message: Message, where: str) -> Message:
+    """An assistant turn without its thought. Raises Refused where nothing is left."""
+    if message["role"] != "assistant" or thought_of(message) is None:
+        return message
+    content = THINK.sub("", message["content"], count=1) if THINK.match(message["content"]) else message["content"]
+    if not content.strip() and "tool_calls" not in message:
+        raise refused(where, "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing")
+    return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}
 
 
 def _bare(message: Message) -> Message:

@@ -8,21 +8,23 @@ count only if the text without them is the plain one. What the template leaves o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from trainer.data.config import Reasoning
-from trainer.data.document import Message, Refused
-from trainer.data.tokens.marking import BEGIN, END, THOUGHT, mark_thought, mark_thought_alone, mark_trimmed, mark_whole
-from trainer.data.tokens.probing import CALL, EDGE, RESERVED, Apply, Dialect, in_dialect, probed
+from trainer.data.document import THINK, Message, Refused, thought_of
+from trainer.data.tokens import marking
+from trainer.data.tokens.marking import BEGIN, END, RESERVED, THOUGHT, Apply
 from trainer.data.tools import with_texts
 
+CALL, EDGE = RESERVED[3], RESERVED[4]
 _MARKS = re.compile(f"([{RESERVED}])")
-_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _EMPTY = re.compile(r"\s*<think>\s*</think>\s*")
 _OPENED = re.compile(r"<think>\s*\Z")
 _SHUT = re.compile(r"\s*</think>\s*")
@@ -32,6 +34,74 @@ _REMEDY = "give a template that does in model.chat_template, or leave it out wit
 def refused(where: str, message: str) -> Refused:
     """The error of a conversation that its template cannot render."""
     return Refused(where, "refused_by_template", message)
+
+
+@dataclass(slots=True)
+class Dialect:
+    """What a template wants."""
+
+    as_text: bool = False
+    """Arguments as a JSON text instead of an object."""
+    null: bool = False
+    """null for the content of a turn that only calls, instead of an empty text."""
+    wraps: bool = False
+    """Whether it writes `<tool_response>` around results itself."""
+    ends: frozenset[str] = frozenset()
+    """Tokens that close a turn with calls."""
+
+
+def probed(apply: Apply, added: list[str]) -> Dialect:
+    """The first way to give calls in which the template writes their name and their arguments as JSON or text."""
+    name, value, result = f"{CALL}name", f"{EDGE}value", f"{EDGE}result"
+    for as_text, null in ((False, False), (False, True), (True, False), (True, True)):
+        given: Any = {"key": value}
+        given = json.dumps(given, ensure_ascii=False) if as_text else given
+        calls = [{"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": given}}]
+        turn = {"role": "assistant", "content": None if null else "", "tool_calls": calls}
+        messages: list[Message] = [{"role": "user", "content": "q"}, turn]
+        try:
+            text = apply(messages)
+        except Exception:  # noqa: BLE001 - the next way may do; if none does, the conversation itself says why
+            continue
+        if name not in text or value not in text or f"{{'key': '{value}" in text:
+            continue
+        tail = text[text.rindex(value) + len(value) :]
+        ends = [token for token in added if token in tail]
+        end = max(ends, key=lambda token: tail.rindex(token) + len(token), default="")
+        answer = {"role": "tool", "content": result, "name": "name", "tool_call_id": "abcdefghi"}
+        try:
+            wraps = f"<tool_response>\n{result}" in apply([*messages, answer])
+        except Exception:  # noqa: BLE001 - as above
+            wraps = False
+        return Dialect(as_text, null, wraps, frozenset({end} - {""}))
+    return Dialect()
+
+
+def in_dialect(messages: list[Message], dialect: Dialect) -> Iterator[Message]:
+    """The messages as the template wants them; calls without an id get one, and results answer calls in order."""
+    waiting: list[str] = []
+    for number, message in enumerate(messages):
+        if "tool_calls" in message:
+            calls = []
+            for place, call in enumerate(message["tool_calls"]):
+                inner, given = call["function"], call["function"]["arguments"]
+                if dialect.as_text and not isinstance(given, str):
+                    given = json.dumps(given, ensure_ascii=False)
+                seed = f"{number} {place} {json.dumps(inner, ensure_ascii=False)}".encode()
+                own = call.get("id") or hashlib.blake2b(seed, digest_size=8).hexdigest()[:9]
+                calls.append({**call, "id": own, "function": {**inner, "arguments": given}})
+            waiting = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+            if dialect.null and not message["content"]:
+                message["content"] = None
+        elif message["role"] == "tool":
+            answers = waiting.pop(0) if waiting else None
+            if answers and "tool_call_id" not in message:
+                message = {**message, "tool_call_id": answers}
+            wrapped = _RESPONSE.fullmatch(message["content"]) if dialect.wraps else None
+            if wrapped and "<tool_response>" not in wrapped.group(1):
+                message = {**message, "content": wrapped.group(1)}
+        yield message
 
 
 @dataclass(slots=True)
@@ -61,45 +131,37 @@ class Turnwise:
 
     def checked(self, chat: Chat) -> str:
         """The text of a conversation. Raises Refused for tools, calls or results that the template leaves out."""
-        text = chat.apply(chat.messages)
-        if chat.tools and self._same(text, self._apply, chat.messages):
-            raise refused(
-                chat.where,
-                f"the chat template does not write the tools of the row; {_REMEDY}=[tools]",
-            )
-        marked: list[Message] = []
-        calls: list[str] = []
-        results: list[str] = []
+        text, marked = chat.apply(chat.messages), list[Message]()
+        if chat.tools:
+            try:
+                told = text != self._apply(chat.messages)
+            except Exception:  # noqa: BLE001 - a template that refuses calls without tools reads the tools
+                told = True
+            if not told:
+                raise refused(chat.where, f"the chat template does not write the tools of the row; {_REMEDY}=[tools]")
+        marks: dict[str, list[str]] = {CALL: [], EDGE: []}
+
+        def mark(text: str, kind: str) -> str:
+            marks[kind].append(f"{kind}{len(marks[kind])}{kind}")
+            return text + marks[kind][-1]
+
         for message in chat.messages:
             if message["role"] == "tool" and (message["content"] or "").strip():
-                results.append(f"{EDGE}{len(results)}{EDGE}")
-                message = {**message, "content": message["content"] + results[-1]}
-            for number, call in enumerate(message.get("tool_calls", ())):
-                calls.append(f"{CALL}{len(calls)}{CALL}")
-                named = {**call, "function": {**call["function"], "name": call["function"]["name"] + calls[-1]}}
-                others = message["tool_calls"]
-                message = {**message, "tool_calls": [*others[:number], named, *others[number + 1 :]]}
+                message = {**message, "content": mark(message["content"], EDGE)}
+            inner = [call["function"] for call in message.get("tool_calls", ())]
+            calls = [{**function, "name": mark(function["name"], CALL)} for function in inner]
+            if calls:
+                named = zip(message["tool_calls"], calls, strict=True)
+                message = {**message, "tool_calls": [{**call, "function": function} for call, function in named]}
             marked.append(message)
-        shown = chat.apply(marked) if calls or results else ""
-        if any(mark not in shown for mark in calls):
-            what = "leaves out calls of tools"
-            raise refused(
-                chat.where,
-                f"the chat template {what}; {_REMEDY}=[tool_calls] where calls are a key",
-            )
-        if any(mark not in shown for mark in results):
-            what = "leaves out the results of tools"
-            raise refused(
-                chat.where,
-                f"the chat template {what} (role tool); give another in model.chat_template",
-            )
+        shown = chat.apply(marked) if marks[CALL] or marks[EDGE] else ""
+        if any(one not in shown for one in marks[CALL]):
+            said = f"the chat template leaves out calls of tools; {_REMEDY}=[tool_calls] where calls are a key"
+            raise refused(chat.where, said)
+        if any(one not in shown for one in marks[EDGE]):
+            said = "the chat template leaves out the results of tools (role tool); give another in model.chat_template"
+            raise refused(chat.where, said)
         return text
-
-    def _same(self, text: str, apply: Callable[..., str], messages: list[Message]) -> bool:
-        try:
-            return text == apply(messages)
-        except Exception:  # noqa: BLE001 - a template that refuses calls without tools reads the tools
-            return False
 
     def spans(self, chat: Chat, learned: list[int], text: str, eos: str) -> tuple[str, list[tuple[int, int]]]:
         """The text, closed where the template does not close it, and the [begin, end) of each learned turn, ascending."""
@@ -120,17 +182,14 @@ class Turnwise:
                 text = text[:last] + text[last:].rstrip() + eos
                 last = len(text)
             elif called:
-                raise refused(
-                    chat.where,
-                    f"cannot tell where the call of turn {index + 1} ends in the chat template",
-                )
+                raise refused(chat.where, f"cannot tell where the call of turn {index + 1} ends in the chat template")
             spans.append((begin, last))
         return text, spans
 
     def _turn(self, chat: Chat, index: int, text: str, *, final: bool) -> tuple[int, int, int]:
         """Where a learned turn begins and where its last own text ends; and the end of what may close it."""
         message = chat.messages[index]
-        for mark in (mark_whole, mark_trimmed, mark_thought_alone, mark_thought):
+        for mark in (marking.mark_whole, marking.mark_trimmed, marking.mark_thought_alone, marking.mark_thought):
             for level in range(3 if "tool_calls" in message else 1):
                 found = self._marks(chat, index, text, mark, level)
                 if found is None or [kind for kind, _ in found if kind in (BEGIN, END)] not in ([], [BEGIN, END]):
@@ -138,7 +197,7 @@ class Turnwise:
                 own = [at for kind, at in found if kind in (BEGIN, END, CALL)]
                 content = [at for kind, at in found if kind in (BEGIN, END)]
                 thoughts = [at for kind, at in found if kind == THOUGHT]
-                if _THINK.sub("", message["content"] or "", count=1).strip() and not content:
+                if THINK.sub("", message["content"] or "", count=1).strip() and not content:
                     raise refused(
                         chat.where,
                         f"the chat template leaves out what turn {index + 1} says beside its calls; "
@@ -152,11 +211,9 @@ class Turnwise:
                 bound = next((at for at in edges if at > own[-1]), len(text))
                 before = next((at for at in reversed(edges) if at <= min([*thoughts, *own])), None)
                 return self._begin(chat, index, text, content, thoughts, own[0], before), own[-1], bound
-        raise refused(
-            chat.where,
-            f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what "
-            "is to be learned cannot be told; give a template with {% generation %} blocks in model.chat_template",
-        )
+        said = f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what is to be learned "
+        more = "cannot be told; give a template with {% generation %} blocks in model.chat_template"
+        raise refused(chat.where, said + more)
 
     def _begin(
         self, chat: Chat, index: int, text: str, content: list[int], thoughts: list[int], first: int, before: int | None
@@ -187,10 +244,7 @@ class Turnwise:
         for header in (prompt, _OPENED.sub("", prompt)):  # a prompt may open a thought where the template writes none
             if text.startswith(header) and len(header) <= first:
                 return len(header)
-        raise refused(
-            chat.where,
-            f"cannot tell where assistant turn {index + 1} begins in the chat template",
-        )
+        raise refused(chat.where, f"cannot tell where assistant turn {index + 1} begins in the chat template")
 
     def _marks(
         self, chat: Chat, index: int, text: str, mark: Callable[[str], str], level: int
@@ -201,7 +255,7 @@ class Turnwise:
         if (own["content"] or "").strip():
             own["content"] = mark(own["content"])
         if "reasoning_content" in own:
-            own["reasoning_content"] = mark_trimmed(own["reasoning_content"]).translate(
+            own["reasoning_content"] = marking.mark_trimmed(own["reasoning_content"]).translate(
                 {ord(BEGIN): THOUGHT, ord(END): THOUGHT}
             )
         if "tool_calls" in own:
@@ -232,25 +286,6 @@ class Turnwise:
                 "the chat template throws away the thought (<think> or reasoning_content) of the last "
                 "assistant turn; set data.learn.reasoning=drop or give another template in model.chat_template",
             )
-
-
-def thought_of(message: Message) -> str | None:
-    """The thought of a turn: its own field, or <think>...</think> at the start of its content."""
-    match = _THINK.match(message["content"] or "")
-    return message.get("reasoning_content") or (match.group(1) if match else None)
-
-
-def without_thought(message: Message, where: str) -> Message:
-    """An assistant turn without its thought. Raises Refused where nothing is left."""
-    if message["role"] != "assistant" or thought_of(message) is None:
-        return message
-    content = _THINK.sub("", message["content"], count=1) if _THINK.match(message["content"]) else message["content"]
-    if not content.strip() and "tool_calls" not in message:
-        raise refused(
-            where,
-            "an assistant turn is a thought alone, and data.learn.reasoning=drop leaves nothing",
-        )
-    return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}
 
 
 def after_thought(chat: Chat, index: int, text: str, begin: int, end: int) -> int:
