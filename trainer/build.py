@@ -32,6 +32,7 @@ from trainer.objectives.base import Beside, ObjectiveConfig
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen import common_layout, frozen_model, teacher_model
 from trainer.objectives.registry import build_objective, family_of, reading_of
+from trainer.objectives.routed import routed
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import Workload, plan_checkpointing
@@ -254,6 +255,8 @@ def build_step(
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank(step.model)
+    step.routed, noted = routed(config, model_config, plain, step.model, family.kind)
+    built.substitutions.update(noted)
     return built
 
 

@@ -111,6 +111,7 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "initialised": started.source.initialised,
         "weights_read_bytes": gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
         "weights_left_out": _left_out(started.source),
+        "routers": routed.said(loader.accumulation) if (routed := built.step_module.routed) else [],
         "substitutions": _substitutions(config, built.substitutions, precision, runtime),
         "flops_per_token": _flops(
             built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
@@ -198,6 +199,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"advice: {facts['advice']}")
     if facts.get("quantisation"):
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
+    lines += facts.get("routers", [])
     figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
     lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
     if left := facts["weights_left_out"]:
@@ -236,6 +238,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "after": outcome.after,
         "last_row": outcome.last_row,
         "speed": outcome.speed,
+        "experts": outcome.experts,
         "stopped_early": outcome.stopped_early,
     }
 

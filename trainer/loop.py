@@ -21,9 +21,11 @@ from trainer.data.batches.order import Order, steps_for_tokens
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.loss import Interrupted
 from trainer.objectives.ahead import look_ahead
+from trainer.objectives.routed import EXPERT_TOKENS, told
 from trainer.optim.schedule import ScheduleConfig, lr_factor_at
 from trainer.preempt import Agreement
 from trainer.records.console import Console
+from trainer.records.load import by_layer
 from trainer.records.metrics import Meter, StepRecord
 from trainer.records.trackers import Trackers, summary_of
 
@@ -40,6 +42,8 @@ class Outcome:
     last_row: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
     """`Meter.speed` of the whole run."""
+    experts: list[dict[str, float]] = field(default_factory=list)
+    """How even the experts of each layer were in the last logging interval (`trainer/records/load.py`)."""
     stopped_early: bool = False
 
 
@@ -137,6 +141,8 @@ class Trainer:
         if self.settings.save_final:
             self._save()
         self.outcome.speed = self.meter.speed()
+        if self.meter.expert_tokens is not None:
+            self.outcome.experts = by_layer(self.meter.expert_tokens)
         self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
         return self.outcome
 
@@ -152,10 +158,11 @@ class Trainer:
         scale = self.engine.dp_size / (batch.totals["loss"] or 1)
         sums: dict[str, torch.Tensor] = {}
         means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
+        given = {"ahead": means, **told(self.engine, batch)}
         for index, micro_batch in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            terms = self.engine.forward({**micro_batch, "ahead": means}, last=last)
-            self.engine.backward(terms["loss"] * scale, last=last)
+            terms = self.engine.forward({**micro_batch, **given}, last=last)
+            self.engine.backward(self._whole_loss(terms, scale), last=last)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         factor = lr_factor_at(settings.schedule, step, settings.total_steps)
@@ -173,6 +180,7 @@ class Trainer:
             total_tokens=self.progress.tokens,
             total_supervised_tokens=self.progress.supervised_tokens,
             counts=batch.totals,
+            expert_tokens=sums.pop(EXPERT_TOKENS, None),
             local_sums=sums,
             result=result,
             local_tokens=batch.local_tokens,
@@ -181,6 +189,11 @@ class Trainer:
             source_counts=batch.source_counts,
             balance=batch.balance,
         )
+
+    def _whole_loss(self, terms: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """What goes into the backward pass: the objective's part of the step's mean, and what routers add to that."""
+        loss, more = terms["loss"] * scale, terms.pop("router_loss", None)
+        return loss if more is None else loss + more * self.engine.dp_size
 
     # -- what happens between steps ------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from trainer.model.layout import Arrangement
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
+from trainer.objectives.routed import Routed
 from trainer.tuning.base import Tuning
 from trainer.tuning.folded import Folded
 
@@ -38,11 +39,18 @@ class TrainStep(nn.Module):
         """What each block recomputes, where that was planned."""
         self.defer_sync: bool | None = None
         """Whether gradients wait whole for the last micro-batch of a step, where that was planned."""
+        self.routed: Routed | None = None
+        """What is asked of routers and experts, where the model has some."""
         self.around_update: AroundUpdate | None = None
         """What the tuning method does around each optimizer step, where it does anything."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return self.objective.terms(self.model, batch)
+        seen = self.routed
+        if seen is None:
+            return self.objective.terms(self.model, batch)
+        if "choices_alone" in batch:
+            return seen.choices(self.model, batch)
+        return seen.terms(lambda: self.objective.terms(self.model, batch), batch)
 
     def add_block_classes(self, classes: set[str]) -> None:
         """Further classes of repeated blocks: the teacher's."""

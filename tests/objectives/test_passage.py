@@ -77,13 +77,6 @@ def test_a_model_whose_tokens_see_ahead_is_refused():
         arranged("encoder")
 
 
-def test_a_balancing_loss_that_is_not_added_is_said(monkeypatch):
-    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, output_router_logits=True)
-    monkeypatch.setitem(CONFIGS, "balanced", lambda: config)
-    assert "output_router_logits" in arranged("balanced")[1].notes["model.path"]
-    assert "model.path" not in arranged("mixtral")[1].notes
-
-
 def test_an_attention_that_ignores_the_window_is_found_out(monkeypatch):
     real = attention.varlen_attention
 

@@ -4,7 +4,7 @@ A token that is almost as fond of one expert as of another goes elsewhere by a r
 anything: the routers are made decided, the gap is measured, and what the experts got is compared as numbers of tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config
 from strategies.runtime import dist_sum, gather_objects
-from tests.helpers.building import model_dir, run_config, take_steps
-from tests.parity.base import Job, lone_steps
+from tests.helpers.building import model_dir, run_config
+from tests.parity.base import Job
 from tests.parity.methods import STEPS, released_at_once
 from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
@@ -41,7 +41,11 @@ TUNINGS = {
     "lora on all parts": LoraConfig(rank=4, experts=True, router=True),
     "lora on experts": LoraConfig(rank=3, experts=True, targets=[]),
 }
-CASES = [(a, t, s) for a in ARCHITECTURES for t in TUNINGS for s in STRATEGIES]
+LOSSES = {"none": {}, "ahead": {"router_aux_loss": 0.3, "router_z_loss": 0.02}}
+LOSSES["at once"] = LOSSES["ahead"]
+"""Words for what routers add to the loss. Ahead: in a step of two micro-batches, so that choices are found before them."""
+MICRO = {"none": 4, "ahead": 4, "at once": 8}
+CASES = [(a, t, s, r) for a in ARCHITECTURES for t in TUNINGS for s in STRATEGIES for r in LOSSES]
 DECIDED = 10.0
 """Factor on the routers' weights; more would make gradients grow with every layer, and roundings with them."""
 CLEAR = 1e-3
@@ -65,11 +69,16 @@ def _made(job: Job, architecture: str, seed: int) -> Path:
     return job.first_here(made)
 
 
-def _config(job: Job, case: tuple[str, str, str], seed: int) -> RunConfig:
-    architecture, tuning, strategy = case
+def marks(case: tuple[str, str, str, str]) -> set[Hashable]:
+    """Each value of each axis, and each strategy with losses of routers."""
+    return {*enumerate(case), *([("losses", case[2])] if LOSSES[case[3]] else [])}
+
+
+def _config(job: Job, case: tuple[str, str, str, str], seed: int) -> RunConfig:
+    architecture, tuning, strategy, losses = case
     chosen = STRATEGIES.get(strategy, strategy)
-    config = run_config(_made(job, architecture, seed), chosen, "lora", micro=4, steps=STEPS)
-    return replace(config, tuning=TUNINGS[tuning])
+    config = run_config(_made(job, architecture, seed), chosen, "lora", micro=MICRO[losses], steps=STEPS)
+    return replace(config, tuning=TUNINGS[tuning], model=replace(config.model, **LOSSES[losses]))
 
 
 class _Watch:
@@ -83,6 +92,8 @@ class _Watch:
             module.register_forward_hook(partial(self._see, name))
 
     def _see(self, name: str, router: Any, args: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> None:
+        if not torch.is_grad_enabled():  # a look ahead
+            return
         (chosen,) = (made for made in output if not made.is_floating_point())
         self.counts[name] += torch.bincount(chosen.reshape(-1), minlength=EXPERTS)
         ordered = output[0].detach().float().sort(dim=-1, descending=True).values  # of the logits
@@ -104,44 +115,57 @@ def _reading() -> Iterator[list[int]]:
         yield sizes
 
 
+def _steps(trainer: Trainer, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Loss, grad norm and the routers' losses of every step, and the tokens that the run itself counts by expert."""
+    rows, counted = [], torch.zeros((), dtype=torch.int64)
+    for batch in trainer.loader.steps(trainer.progress.samples, STEPS):
+        record = trainer.train_step(batch)
+        sums = {name: float(total(value.double())) for name, value in sorted(record.local_sums.items())}
+        rows.append([sums["loss"] / record.counts["loss"], float(record.result.grad_norm)])
+        rows[-1] += [value for name, value in sums.items() if name.startswith("router/")]
+        assert record.expert_tokens is not None
+        counted = counted + total(record.expert_tokens)
+    return {"curve": rows, "counted": counted.tolist()}
+
+
 def _watched(job: Job, config: RunConfig) -> dict[str, Any]:
     with _reading() as sizes:
         trainer = job.lone_trainer(config)
     watch = _Watch(trainer)
-    steps = lone_steps(trainer, STEPS)
+    found = _steps(trainer, lambda value: value)
     counts = {name: count.tolist() for name, count in watch.counts.items()}
-    return {"curve": steps, "gap": watch.gap, "counts": counts, "read": sum(sizes)}
+    return {**found, "gap": watch.gap, "counts": counts, "read": sum(sizes)}
 
 
-def _decided(job: Job, architecture: str, tuning: str) -> tuple[int, dict[str, Any]]:
+def _decided(job: Job, architecture: str, tuning: str, losses: str) -> tuple[int, dict[str, Any]]:
     """The first seed of a model whose routers never waver, and what a lone process does with it."""
 
     def found():
         for seed in range(SEEDS):
-            run = _watched(job, _config(job, (architecture, tuning, "single"), seed))
+            run = _watched(job, _config(job, (architecture, tuning, "single", losses), seed))
             if run["gap"] > CLEAR:
                 break
         return seed, run
 
-    return job.once(("experts", architecture, tuning), found)
+    return job.once(("experts", architecture, tuning, bool(LOSSES[losses])), found)
 
 
-def lone(job: Job, architecture: str, tuning: str) -> dict[str, Any]:
+def lone(job: Job, architecture: str, tuning: str, losses: str) -> dict[str, Any]:
     """The lone process's curve, its narrowest choice, what its experts got, and its curve at a rate of zero."""
-    seed, run = _decided(job, architecture, tuning)
-    config = _config(job, (architecture, tuning, "single"), seed)
-    return {**run, "still": job.once(("experts, still", architecture, tuning), lambda: job.still(config, STEPS))}
+    seed, run = _decided(job, architecture, tuning, losses)
+    config = _config(job, (architecture, tuning, "single", losses), seed)
+    key = ("experts, still", architecture, tuning, bool(LOSSES[losses]))
+    return {**run, "still": job.once(key, lambda: job.still(config, STEPS))}
 
 
 def curve(job: Job, *case: str) -> dict[str, Any]:
     """Loss and grad norm of every step, and how many tokens each expert got on all ranks together."""
     with released_at_once():
-        seed, _ = _decided(job, *case[:2])
+        seed, _ = _decided(job, case[0], case[1], case[3])
         with _reading() as sizes:
             trainer = job.trainer(_config(job, case, seed))  # type: ignore[arg-type]
         watch = _Watch(trainer)
-        steps = take_steps(trainer, STEPS)
+        found = _steps(trainer, dist_sum)
         again = 2 if "checkpointing" in case[2] else 1  # blocks that are computed again ask their router again
-        counts = {name: dist_sum(count) // again for name, count in watch.counts.items()}
-        read = gather_objects(sum(sizes), job.runtime)
-        return {"curve": steps, "counts": {name: count.tolist() for name, count in counts.items()}, "read": read}
+        counts = {name: (dist_sum(count) // again).tolist() for name, count in watch.counts.items()}
+        return {**found, "counts": counts, "read": gather_objects(sum(sizes), job.runtime)}

@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[Range, str]] = {
     "run.seed": (COUNT, "the default is 42"),
     "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
     "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
+    "model.router_aux_loss": (COUNT, "null follows the model's config; 0.001 to 0.01 as a rule"),
+    "model.router_z_loss": (COUNT, "0 leaves it out; 0.001 as a rule"),
     "model.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
     "data.eval_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
     "data.max_length": (Range(least=2), "a next-token target needs two tokens; 2048 is usual"),

@@ -48,6 +48,10 @@ class ModelConfig:
     """New vocabulary entries; their embeddings start at the mean of the existing ones."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
+    router_aux_loss: float | None = None
+    """Weight of the loss that balances experts; null: as the model's config says (`output_router_logits`), 0: none."""
+    router_z_loss: float = 0.0
+    """Weight of the z-loss, which keeps the routers' logits small; 0 leaves it out."""
     dropout: float = 0.0
     """Dropout probability set on the model's own dropout layers, 0 to 1."""
     quantisation: Quantisation = Quantisation.none

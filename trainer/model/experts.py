@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.model.routing import note_chosen
 from trainer.tuning.low_rank import LowRank, adapted_experts
 
 NAME = "shardtune_experts"
@@ -45,6 +46,7 @@ def experts_forward(
     """
     from transformers.integrations.moe import grouped_mm_experts_forward
 
+    note_chosen(module, chosen)
     kind = hidden.device.type
     if not hidden.is_meta and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

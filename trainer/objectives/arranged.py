@@ -14,7 +14,7 @@ from strategies.hardware import gpu_of
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts
-from trainer.model.architecture import architecture, beside_text, text_settings
+from trainer.model.architecture import architecture, beside_text
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
 from trainer.model.flash import why_not_flash
@@ -110,10 +110,6 @@ def causal_model(
         )
     with context:
         model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
-    if getattr(text_settings(settings), "output_router_logits", False):
-        arrangement.notes["model.path"] = (
-            "the balancing loss of its routers (output_router_logits) is not added to the loss"
-        )
     model.way, model.beside_text = way, beside_text(model)
     if model.beside_text:
         arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"

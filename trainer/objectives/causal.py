@@ -67,6 +67,14 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     return head, hidden.reshape(-1, hidden.shape[-1])[rows], targets[rows]
 
 
+def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
+    """A batch through a causal model or a classifier, for what happens on the way: no head and no loss of a causal one."""
+    if hasattr(plain_model(model), "way"):
+        supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
+    else:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
 def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
     """Logits `[N, V]` at `rows`, of the model's own forward pass, in which its head sees these rows alone where it can."""
     head = causal_lm.get_output_embeddings()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from strategies.base import StepResult
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
+from trainer.records import load
 from trainer.records.cards import peak_tflops
 
 
@@ -37,6 +38,8 @@ class StepRecord:
     """See `StepBatch.source_counts`."""
     balance: float = 1.0
     """See `StepBatch.balance`."""
+    expert_tokens: Tensor | None = None
+    """int64 `[layers, experts]`: how many tokens chose each expert on this rank."""
 
 
 @dataclass(slots=True)
@@ -48,6 +51,8 @@ class Meter:
     reference_tflops: float | None
     metrics: tuple[str, ...] = ()
     """Terms of the objective that are logged beside the loss, each divided by the loss's count."""
+    expert_tokens: Tensor | None = None
+    """`[layers, experts]`: how many tokens chose each expert in the last interval, all ranks together."""
     _records: list[StepRecord] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
     _intervals: list[tuple[float, float]] = field(default_factory=list)
@@ -72,6 +77,9 @@ class Meter:
             return []
         terms = sorted(records[0].local_sums)
         table = torch.stack([torch.stack([r.local_sums[t].double() for t in terms]) for r in records])
+        experts = [r.expert_tokens for r in records if r.expert_tokens is not None]
+        if experts:
+            table = torch.cat([table, torch.stack(experts).double().flatten(1)], dim=1)
         waits = torch.tensor([[r.wait_s, float(r.local_tokens)] for r in records], dtype=torch.float64)
         table = torch.cat([table, waits.to(table.device)], dim=1)
         table, memory = self._over_ranks(table)
@@ -82,9 +90,16 @@ class Meter:
         self._clock = time.perf_counter()
         self._intervals.append((sum(r.tokens for r in records) / len(records), seconds))
         rows = [
-            self._row(r, dict(zip(terms, sums, strict=False)), sums[-2], norm, seconds)
-            for r, sums, norm in zip(records, table.tolist(), norms, strict=True)
+            self._row(r, dict(zip(terms, sums, strict=True)), wait, norm, seconds)
+            for r, sums, wait, norm in zip(
+                records, table[:, : len(terms)].tolist(), table[:, -2].tolist(), norms, strict=True
+            )
         ]
+        if experts:
+            tokens = table[:, len(terms) : -2].view(len(records), *experts[0].shape)
+            self.expert_tokens = tokens.sum(0)
+            for row, each in zip(rows, tokens, strict=True):
+                row |= load.of_step(each)
         for row, skip in zip(rows, skipped, strict=True):
             row |= memory | ({"skipped": 1} if skip else {})
         return rows
@@ -134,6 +149,7 @@ class Meter:
         apart = {f"loss/{name}": count for name, count in r.source_counts.items() if count}
         row |= {name: sums[name] / count for name, count in apart.items() if name in sums}
         row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
+        row |= {name: value for name, value in sums.items() if name.startswith("router/")}  # parts of the step's value
         return row
 
 

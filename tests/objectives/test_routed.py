@@ -1,0 +1,278 @@
+"""What routers add to the loss is what plain transformers adds, over the whole step; and tokens of experts are counted."""
+
+import copy
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from strategies import runtime as processes
+from strategies.base import ActivationCheckpointing, SingleConfig
+from strategies.errors import ConfigError
+from strategies.parameters import named_parameters
+from tests.helpers.building import built_trainer, data_set, model_dir, run_config
+from tests.helpers.covering import EVERYTHING, chosen, values
+from tests.models.tiny import causal_types, tiny_model
+from trainer.data.config import Layout
+from trainer.model.balance import FUNCTION, RouterLosses, losses_of
+from trainer.model.config import Kind, ModelConfig
+from trainer.model.experts import NAME, register
+from trainer.model.routing import Seen, number_experts, record_logits, recorded_routers, watching
+from trainer.objectives.routed import Routed, routed
+from trainer.records.load import by_layer, of_step
+from trainer.tuning.full import Full
+
+GLOBAL = 8
+BALANCE, Z = 0.5, 0.05
+CLASSES = (
+    *(
+        "dbrx",
+        "deepseek_v4",
+        "ernie4_5_moe",
+        "flex_olmo",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+    ),
+    *("granitemoeshared", "jamba", "jetmoe", "laguna", "lara_mini", "mellum", "minimax", "minimax_m2", "mixtral"),
+    *(
+        "minimax_m3_vl_text",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_moe",
+        "qwen3_next",
+    ),
+    *("qwen4_exp", "qwen4_exp_text"),
+)
+"""Every causal architecture of transformers whose class has a balancing loss and whose tiny copy has experts."""
+SOME = ("jetmoe", "laguna", "granitemoehybrid")
+"""Of which attention is routed too; that chooses by a bias; whose experts stand beside a state-space layer."""
+MODELS = {
+    "mixtral": {"num_local_experts": 5},
+    "gpt_oss": {"num_local_experts": 5},
+    "qwen3_moe": {"num_experts": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("routed")
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return processes.start("cpu", timeout_s=60)
+
+
+def documents(data):
+    """The documents of the first step, in one padded batch."""
+    return [data.train.sample(number) for number in range(len(data.train))]
+
+
+def stock(path, samples, *, z):
+    """Loss and gradients of plain transformers on all documents at once."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
+    width = max(len(s.input_ids) for s in samples)
+    ids, mask, labels = (torch.full((len(samples), width), fill) for fill in (0, 0, -100))
+    for row, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        ids[row, :n], mask[row, :n] = torch.from_numpy(sample.input_ids.astype(np.int64)), 1
+        labels[row, :n] = torch.where(torch.from_numpy(sample.supervised.copy()), ids[row, :n], -100)
+    model.router_aux_loss_coef = BALANCE
+    seen = []
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(lambda _m, _a, out: seen.append((out[0], out[2])))
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, output_router_logits=True)
+    loss = out.loss
+    kept = mask.view(-1).bool()
+    z_loss = torch.stack([logits[kept].logsumexp(-1).square().mean() for logits, _ in seen]).mean()
+    if z:
+        loss = loss + Z * z_loss
+    loss.backward()
+    counts = torch.stack([torch.bincount(chosen[kept].view(-1), minlength=5) for _, chosen in seen])
+    return {
+        "plain": float(out.loss.detach() - BALANCE * out.aux_loss.detach()),
+        "balance": float(out.aux_loss.detach()),
+        "z": float(z_loss.detach()),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "counts": counts,
+    }
+
+
+def stepped(root, runtime, model, *, micro, layout, checkpointing="none", **words):
+    """One step: its row, its gradients, and what made it."""
+    data = data_set(root, uneven=True, num=GLOBAL)
+    strategy = SingleConfig(activation_checkpointing=ActivationCheckpointing(checkpointing))
+    config = run_config(model, strategy, "full", micro=micro, steps=1)
+    config = replace(
+        config,
+        model=ModelConfig(path=str(model), **words),
+        data=replace(config.data, layout=Layout(layout)),
+        batch={"global": GLOBAL, "micro": micro},
+    )
+    trainer, built = built_trainer(config, data, runtime)
+    gradients, update = {}, trainer.engine.step
+
+    def noted(factor):
+        gradients.update({name: p.grad.clone() for name, p in named_parameters(trainer.engine.step_module)})
+        return update(factor)
+
+    trainer.engine.step = noted
+    (batch,) = trainer.loader.steps(0, 1)
+    trainer.meter.add(trainer.train_step(batch))
+    (row,) = trainer.meter.flush()
+    return row, gradients, trainer, built
+
+
+CASES = [
+    (name, *way)
+    for name in MODELS
+    for way in ((GLOBAL, "padding_free", "none"), (2, "padded", "full"), (4, "padding_free", "selective"))
+]
+
+
+@pytest.mark.parametrize(("name", "micro", "layout", "checkpointing"), chosen(CASES, values))
+def test_a_step_is_that_of_plain_transformers_on_the_whole_batch(root, runtime, name, micro, layout, checkpointing):
+    model = model_dir(root, name, output_router_logits=True, router_aux_loss_coef=BALANCE, **MODELS[name])
+    data = data_set(root, uneven=True, num=GLOBAL)
+    expected = stock(model, documents(data), z=True)
+    row, gradients, trainer, _ = stepped(
+        root, runtime, model, micro=micro, layout=layout, checkpointing=checkpointing, router_z_loss=Z
+    )
+    assert row["loss"] == pytest.approx(expected["plain"], rel=1e-5)
+    assert row["router/balance_loss"] == pytest.approx(expected["balance"], rel=1e-5)
+    assert row["router/z_loss"] == pytest.approx(expected["z"], rel=1e-5)
+    for key, gradient in expected["gradients"].items():
+        found = gradients[key]
+        assert float((found - gradient).norm()) <= 1e-5 * float(gradient.norm()), key
+    assert torch.equal(trainer.meter.expert_tokens.long(), expected["counts"])
+    share = expected["counts"].double()
+    assert row["experts/max_over_mean"] == float((share.amax(1) / share.mean(1)).max())
+    assert row["experts/unused"] == float((share == 0).double().mean())
+
+
+def test_every_class_with_a_balancing_loss_is_known():
+    if not EVERYTHING:
+        pytest.skip("imports every model of transformers: SHARDTUNE_TEST_ALL")
+    having = set()
+    for model_type in causal_types():
+        model = tiny_model(model_type)
+        if hasattr(sys.modules[type(model).__module__], FUNCTION) and recorded_routers(model):
+            having.add(model_type)
+    assert having == set(CLASSES)
+
+
+@pytest.mark.parametrize("model_type", CLASSES if EVERYTHING else SOME)
+def test_the_loss_is_that_of_every_class(model_type):
+    model = tiny_model(model_type)
+    losses, routers, _ = losses_of(ModelConfig(path="m", router_aux_loss=1.0), model.config, model, Kind.causal)
+    record_logits(model, routers)
+    ids, mask = torch.randint(10, 300, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
+    mask[1, 7:] = mask[2, 4:] = 0
+    with watching(Seen(mask)) as seen:
+        expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+    found = losses.terms(seen, losses.choices(seen), int(mask.sum()))["router_loss"]
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_model_s_config_is_followed_and_the_word_goes_before_it(root, runtime):
+    asked = model_dir(root / "asked", "mixtral", output_router_logits=True, router_aux_loss_coef=BALANCE)
+    silent = model_dir(root / "silent", "mixtral", router_aux_loss_coef=BALANCE)
+
+    def weight(path, **words):
+        settings = transformers.AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            plain = transformers.AutoModelForCausalLM.from_config(settings)
+        return losses_of(ModelConfig(path=str(path), **words), settings, plain, Kind.causal)[0].balance
+
+    assert [weight(asked), weight(asked, router_aux_loss=0.0), weight(asked, router_aux_loss=0.2)] == [BALANCE, 0, 0.2]
+    assert [weight(silent), weight(silent, router_aux_loss=0.2)] == [0, 0.2]
+
+
+def refused(settings, **words):
+    with torch.device("meta"):
+        plain = transformers.AutoModelForCausalLM.from_config(settings)
+    return losses_of(ModelConfig(path="m", **words), settings, plain, Kind.causal)
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_what_has_no_such_loss_is_refused_or_noted():
+    dense = transformers.LlamaConfig(**SIZES)
+    with pytest.raises(ConfigError, match=r"model.router_z_loss=0.1: a llama has no router"):
+        refused(dense, router_z_loss=0.1)
+    biased = transformers.DeepseekV3Config(
+        **SIZES, n_routed_experts=8, first_k_dense_replace=1, n_group=1, topk_group=1, num_experts_per_tok=2
+    )
+    with pytest.raises(ConfigError, match=r"no balancing loss in transformers \(it is balanced by a bias"):
+        refused(biased, router_aux_loss=0.1)
+    assert refused(biased, router_z_loss=0.1)[0] == RouterLosses(z=0.1)
+    other = transformers.DogeConfig(**SIZES, is_moe=True, num_experts=16, output_router_logits=True)
+    losses, _, notes = refused(other)
+    assert not losses and "a doge has a balancing loss of its own" in notes["model.router_aux_loss"]
+    with pytest.raises(ConfigError, match=r"model.router_aux_loss=0.1: a doge has"):
+        refused(other, router_aux_loss=0.1)
+    bamba = transformers.BambaConfig(**SIZES, mamba_n_heads=8, z_loss_coefficient=1e-3)
+    assert "z_loss_coefficient=0.001" in refused(bamba)[2]["model.path"]
+
+
+def test_recomputed_blocks_references_and_evaluations_count_nothing():
+    """Only a pass with gradients, seen from its beginning to its end."""
+    register()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4), experts_implementation=NAME
+    ).train()
+    experts = number_experts(model)
+    record_logits(model, {"model.layers.0.mlp.gate": 0, "model.layers.1.mlp.gate": 0})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.arange(12)[None]
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    with watching(Seen(None, tokens)) as seen:
+        with torch.no_grad():
+            model(input_ids=ids)
+        out = model(input_ids=ids).logits
+    out.sum().backward()  # the blocks are computed again
+    assert experts == (4, 4) and len(seen.logits) == 2
+    assert tokens.sum(1).tolist() == [24, 24]
+    routed = Routed(RouterLosses(balance=1.0, top_k=2), experts)
+    with torch.no_grad():
+        assert routed.terms(lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}).keys() == {"loss"}
+
+
+def test_padding_and_virtual_tokens_are_no_tokens():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert Seen(mask).kept(6).tolist() == [True, True, False, True, False, False]
+    assert Seen(mask).kept(10).tolist() == [False, False, True, True, False, False, False, True, False, False]
+    assert Seen(None).kept(6) is None
+
+
+def test_load_of_layers_with_unlike_numbers_of_experts():
+    tokens = torch.tensor([[6, 2, 0, 4], [5, 1, -2, -2]])
+    assert by_layer(tokens) == [{"max_over_mean": 2.0, "unused": 0.25}, {"max_over_mean": 5 / 3, "unused": 0.0}]
+    assert of_step(tokens) == {"experts/max_over_mean": 2.0, "experts/unused": 1 / 6}
+
+
+def test_biases_that_balance_experts_stay_as_loaded_and_the_start_says_so():
+    model = tiny_model("laguna")  # which holds them as parameters
+    tuned = Full().apply(copy.deepcopy(model))
+    found, notes = routed(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, Kind.causal)
+    assert not notes and found is not None
+    free = {name for name, p in tuned.named_parameters() if p.requires_grad}
+    assert {name for name, _ in tuned.named_parameters()} - free == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    said = found.said(accumulation=2)
+    assert any("biases that balance their experts stay as they were loaded" in line for line in said)
+    assert any("z-loss times 0.1" in line for line in said) and not any("balancing loss" in line for line in said)
+    balanced = Routed(RouterLosses(balance=0.01, top_k=2), ())
+    assert "forward pass of its own" in balanced.said(2)[0] and "forward pass of its own" not in balanced.said(1)[0]

@@ -1,0 +1,142 @@
+"""What is seen of routers and experts in a forward pass: how many tokens each expert gets, and the routers' logits.
+
+Nothing here changes what a model computes. Outside `watching` nothing is noted, so that blocks which are computed again in a
+backward pass count once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.tuning.expert_parts import expert_modules
+
+BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+"""What models call the biases that their pre-training moved to balance experts, and that no gradient reaches."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one forward pass shows."""
+
+    mask: Tensor | None
+    """`[S, T]`, 1 at tokens and 0 at padding; None where every position is a token."""
+    tokens: Tensor | None = None
+    """int64 `[layers, experts]`: how many tokens chose each expert; None: not to be counted."""
+    logits: list[Tensor] = field(default_factory=list)
+    """Of each router that recorded them, in the order of their calls, `[positions, experts]`."""
+    without_gradients: bool = False
+    """Whether a pass without gradients is seen; else such a pass is another one (a reference), and is left out."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether what is computed now belongs to the pass that is seen."""
+        return self.without_gradients or torch.is_grad_enabled()
+
+    def kept(self, positions: int) -> Tensor | None:
+        """bool `[positions]`: which of them are tokens of documents; None: all of them.
+
+        Positions that were put before each row (virtual tokens) are none.
+        """
+        if self.mask is None:
+            return None
+        rows, width = self.mask.shape
+        before = positions // rows - width
+        return nn.functional.pad(self.mask.bool(), (before, 0), value=False).view(-1)
+
+
+class _Now:
+    """The pass that is seen at this moment."""
+
+    seen: Seen | None = None
+
+
+@contextmanager
+def watching(seen: Seen) -> Iterator[Seen]:
+    """Note in `seen` what routers and experts do while entered."""
+    before, _Now.seen = _Now.seen, seen
+    try:
+        yield seen
+    finally:
+        _Now.seen = before
+
+
+@torch.compiler.disable
+def note_chosen(module: Any, chosen: Tensor) -> None:
+    """Count the tokens of `chosen [positions, k]`, experts of `module`, where the pass is seen. Waits for no device."""
+    seen, row = _Now.seen, getattr(module, "row_of_load", None)
+    if seen is None or seen.tokens is None or row is None or not seen.looks:
+        return
+    experts, kept = seen.tokens.shape[1], seen.kept(len(chosen))
+    flat = chosen.reshape(-1).long()
+    counted = (flat < experts).long()  # beyond them lie experts that compute nothing, where a model has such
+    if kept is not None:
+        counted = counted * kept.repeat_interleave(chosen.shape[-1], output_size=len(flat))
+    seen.tokens[row].scatter_add_(0, flat.clamp(max=experts - 1), counted)
+
+
+def number_experts(model: nn.Module) -> tuple[int, ...]:
+    """Give each module of experts its row of `Seen.tokens`; how many experts each has."""
+    modules: list[Any] = list(expert_modules(model).values())
+    for row, module in enumerate(modules):
+        module.row_of_load = row
+    return tuple(int(module.num_experts) for module in modules)
+
+
+def recorded_routers(model: nn.Module) -> dict[str, int]:
+    """The modules whose output transformers records as router logits, by name, and which part of it they are."""
+    from transformers import PreTrainedModel
+    from transformers.utils.output_capturing import OutputRecorder
+
+    found: dict[str, int] = {}
+
+    def search(module: nn.Module, name: str, recorders: list[Any]) -> None:
+        if isinstance(module, PreTrainedModel):
+            asked = (module._can_record_outputs or {}).get("router_logits", [])
+            recorders = asked if isinstance(asked, list) else [asked]
+        for recorder in recorders:
+            if not isinstance(recorder, OutputRecorder):
+                continue
+            by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
+            by_name = recorder.class_name is not None and f".{name}".endswith(recorder.class_name)
+            placed = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
+            if (by_class or by_name) and placed:
+                found[name] = recorder.index
+        for key, child in module.named_children():
+            search(child, f"{name}.{key}".lstrip("."), recorders)
+
+    search(model, "", [])
+    return found
+
+
+def record_logits(root: nn.Module, routers: dict[str, int]) -> None:
+    """Let these modules of `root` note their logits in the pass that is seen; adapters on them are part of that."""
+    for name, index in routers.items():
+        root.get_submodule(name).register_forward_hook(_Note(index))
+
+
+class _Note:
+    """A hook that notes part of a router's output."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @torch.compiler.disable
+    def __call__(self, _router: nn.Module, _args: Any, output: Any) -> None:
+        seen = _Now.seen
+        if seen is None or not seen.looks:
+            return
+        logits = output[self.index] if isinstance(output, tuple) else output
+        if logits is not None:
+            seen.logits.append(logits.reshape(-1, logits.shape[-1]))
+
+
+def balancing_biases(model: nn.Module) -> list[str]:
+    """Names of the biases by which the model's pre-training balanced its experts."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, _ in tensors if name.rsplit(".", 1)[-1] in BIASES]

@@ -1,0 +1,128 @@
+"""A step of a mixture of experts: what its routers add to the loss, and how the tokens spread over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.runtime import dist_sum
+from trainer.model.balance import RouterLosses, losses_of
+from trainer.model.config import Kind, ModelConfig
+from trainer.model.routing import Seen, balancing_biases, number_experts, record_logits, watching
+from trainer.objectives.causal import forward_pass, plain_model
+
+if TYPE_CHECKING:
+    from strategies.base import Engine
+    from trainer.data.batches.loader import StepBatch
+
+EXPERT_TOKENS = "expert_tokens"
+"""The term with the tokens of each expert, int64 `[layers, experts]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What is asked of the routers and experts of a model."""
+
+    losses: RouterLosses
+    experts: tuple[int, ...]
+    """How many of them each layer has."""
+    biases: int = 0
+    """Biases that balance experts and stay as they were loaded."""
+
+    def terms(self, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The objective's terms, which `compute` gives, and in training `router_loss`, its parts, and `expert_tokens`.
+
+        With a balancing loss and several ranks, all ranks must call where the step's choices are not yet known.
+        """
+        if not torch.is_grad_enabled():
+            return compute()
+        ids = batch["input_ids"]
+        tokens = self._none(ids) if self.experts else None
+        with watching(Seen(batch.get("attention_mask"), tokens)) as seen:
+            found = compute()
+        if tokens is not None:
+            found[EXPERT_TOKENS] = tokens
+        if self.losses:
+            found |= self.losses.terms(seen, self._choices(seen, batch), batch.get("step_tokens", ids.numel()))
+        return found
+
+    def _none(self, ids: Tensor) -> Tensor:
+        """No token of any expert, on the device of `ids`; below zero where a layer has fewer experts than another."""
+        tokens = ids.new_zeros(len(self.experts), max(self.experts))
+        for row, number in enumerate(self.experts):
+            if number < tokens.shape[1]:
+                tokens[row, number:] = -1
+        return tokens
+
+    def _choices(self, seen: Seen, batch: dict[str, Any]) -> Tensor | None:
+        if not self.losses.balance:
+            return None
+        if "choices" in batch:
+            return batch["choices"]
+        own = self.losses.choices(seen)
+        return dist_sum(own) if batch.get("ranks", 1) > 1 else own
+
+    def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the routers choose for a micro-batch, and nothing else of it."""
+        with watching(Seen(batch.get("attention_mask"), without_gradients=True)) as seen:
+            forward_pass(model, batch)
+        return {"choices": self.losses.choices(seen)}
+
+    def said(self, accumulation: int) -> list[str]:
+        """What the start of a run says of this."""
+        lines = []
+        if self.losses.balance:
+            again = "; counted in a forward pass of its own, since a step has several micro-batches"
+            lines.append(
+                f"routers: balancing loss times {self.losses.balance:g}, over the tokens of a whole step"
+                + (again if accumulation > 1 else "")
+            )
+        if self.losses.z:
+            lines.append(f"routers: z-loss times {self.losses.z:g}, the mean over tokens and layers")
+        if self.biases:
+            lines.append("routers: the biases that balance their experts stay as they were loaded")
+        return lines
+
+
+def routed(
+    config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: Kind
+) -> tuple[Routed | None, dict[str, str]]:
+    """Prepare the tuned `model` to be seen, and what its configuration asks that is not done, by setting.
+
+    None where there is nothing to see, and of encoder-decoder models. `settings`: transformers' configuration; `plain`: its
+    model before tuning. Raises ConfigError where a word asks for what cannot be.
+    """
+    losses, routers, notes = losses_of(config, settings, plain, kind)
+    if kind is Kind.encoder_decoder:
+        return None, notes
+    root = plain_model(model)
+    if losses:
+        record_logits(root, routers)
+    biases = balancing_biases(root)
+    for name, parameter in root.named_parameters():
+        if name in biases:
+            parameter.requires_grad_(False)
+    experts = number_experts(root)
+    return Routed(losses, experts, len(biases)) if losses or experts or biases else None, notes
+
+
+def told(engine: Engine, batch: StepBatch) -> dict[str, Any]:
+    """What each micro-batch of a step is told for the losses of routers. All ranks must call.
+
+    What routers choose over the whole step must be known before the first backward pass: with several micro-batches it is
+    found in a pass of its own, without gradients and dropout.
+    """
+    seen: Routed | None = getattr(engine.step_module, "routed", None)
+    if seen is None or not seen.losses:
+        return {}
+    found: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}
+    if seen.losses.balance and len(batch.micro_batches) > 1:
+        with engine.inference(averaged=False) as module:
+            parts = [module({**each, "choices_alone": True})["choices"] for each in batch.micro_batches]
+        total = torch.stack(parts).sum(0)
+        found["choices"] = dist_sum(total) if engine.dp_size > 1 else total
+    return found
