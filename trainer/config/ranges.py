@@ -29,6 +29,7 @@ COUNT, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(least=0, most=1)
 RANGES: dict[str, tuple[Range, str]] = {
     "run.seed": (COUNT, "the default is 42"),
     "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
+    "run.lease_s": (POSITIVE, "a minute or more on network file systems; 120 is usual"),
     "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
     "model.dropout": (Range(least=0, below=1), "0 keeps every strategy on the same curve"),
     "data.eval_share": (Range(least=0, most=0.5), "0.05 holds out one document in twenty"),
