@@ -18,7 +18,8 @@ from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
 from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
-from trainer.records.status import State, in_use_by, read_status, write_text_atomic
+from trainer.records.lease import refuse_in_use
+from trainer.records.status import State, read_status, write_text_atomic
 
 HEADER = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 SHOWN_DIFFERENCES = 12
@@ -75,12 +76,9 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
         raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
     if composed.config.run.resume == "never" and any((run_dir / "checkpoints").glob("*")):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
-    if path.exists():
-        if any((run_dir / "checkpoints").glob("step-*")) or is_finished(run_dir):
-            _same_or_refuse(composed, path)  # else nothing was reached there: a corrected command may take its place
-        owner = in_use_by(run_dir)
-        if owner is not None:
-            raise ConfigError(f"run.dir={run_dir}: process {owner} is running it; stop it, or choose another run.dir")
+    if path.exists() and (any((run_dir / "checkpoints").glob("step-*")) or is_finished(run_dir)):
+        _same_or_refuse(composed, path)  # else nothing was reached there: a corrected command may take its place
+    refuse_in_use(run_dir, composed.config.run.lease_s)
     config = composed.config
     config.run.dir = str(run_dir)
     words = " ".join(json.dumps(word) for word in composed.overrides)

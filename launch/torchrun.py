@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,15 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from strategies.heartbeat import LOST_PEER
 from trainer.config.run import LauncherConfig, RunConfig
 from trainer.signals import SIGNALS, hold, release
 
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
-LOST_PEER = re.compile(
-    r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer", re.IGNORECASE
-)
-"""What the backends say in a rank whose peer has died."""
 
 
 def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
@@ -166,15 +162,25 @@ def wrapper(argv: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.CRITICAL)
+    before = out_of_memory_kills()
     try:
         torchrun(argv)
     except ChildFailedError as error:
-        _note_killed(error)
+        _note_killed(error, memory=(out_of_memory_kills() or 0) > (before or 0))
         return 1
     return 0
 
 
-def _note_killed(error: BaseException) -> None:
+def out_of_memory_kills() -> int | None:
+    """Processes that the kernel of this host has killed for memory since it started; None where it does not say."""
+    try:
+        counters = Path("/proc/vmstat").read_text().split("\n")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), None)
+
+
+def _note_killed(error: BaseException, *, memory: bool) -> None:
     from strategies.errors import ShardtuneError
     from trainer.records.status import read_failure, record_failure
 
@@ -188,12 +194,16 @@ def _note_killed(error: BaseException) -> None:
     rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
     failure = failures[rank]
     name = signal.Signals(-failure.exitcode).name
-    hint = "; SIGKILL often means that the host ran out of memory" if name == "SIGKILL" else ""
-    killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}")
+    why = ": the host ran out of memory (its kernel counted a kill for it)" if memory and name == "SIGKILL" else ""
+    killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {name}{why}")
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
-    # A rank that lost its peer could write first, but is not the cause; what any other rank wrote is.
-    replace = LOST_PEER.search(read_failure(run_dir).get("message", "")) is not None
-    record_failure(run_dir, rank, killed, "killed", replace=replace)
+    before = read_failure(run_dir)
+    # A rank that lost its peer could write first, but is not the cause; what any other rank wrote is, and so is a rank that
+    # was stopped: that one torchrun has killed since.
+    replace = before.get("gone", LOST_PEER.search(before.get("message", "")) is not None)
+    same = before.get("rank") == rank and before.get("gone")
+    phase, step = (before["phase"], before["step"]) if same else ("killed", None)
+    record_failure(run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid)
 
 
 if __name__ == "__main__":

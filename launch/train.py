@@ -9,9 +9,10 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.choices import groups
 from launch.slurm_env import is_worker
@@ -71,7 +72,7 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
     from launch.compose import freeze, is_finished
     from trainer.config.run import LauncherName
-    from trainer.records.status import State, clear_failure, write_status
+    from trainer.records.status import clear_failure
 
     finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
     config = composed.config
@@ -85,13 +86,13 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
         release()
         return submit(config, [run_dir], print_only=False)
     clear_failure(run_dir)
-    write_status(run_dir, State.running, reason="starting")
+    before = records(run_dir)
     if config.launcher.nodes == 1 and config.launcher.processes == 1 and not isolate:
-        return _run_here(config, run_dir, composed.sha256)
+        return _run_here(config, run_dir, composed.sha256, before)
     from launch.torchrun import start
 
     code = start(config, run_dir, composed.sha256[:8])
-    return outcome(run_dir, code)
+    return outcome(run_dir, code, before)
 
 
 def worker(words: list[str]) -> int:
@@ -104,6 +105,7 @@ def worker(words: list[str]) -> int:
 
     export()
     rank = int(os.environ["RANK"])
+    _refuse_restarts(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     frozen = os.environ.get("SHARDTUNE_CONFIG")
@@ -131,14 +133,33 @@ def worker(words: list[str]) -> int:
     return 0
 
 
-def outcome(run_dir: Path, code: int) -> int:
+def _refuse_restarts(env: Mapping[str, str]) -> None:
+    from strategies.errors import ConfigError
+
+    if int(env.get("TORCHELASTIC_MAX_RESTARTS") or 0):
+        raise ConfigError(
+            f"torchrun --max-restarts={env['TORCHELASTIC_MAX_RESTARTS']}: ranks that torchrun starts again may wait for each "
+            "other for ever (torch 2.13 with gloo); leave it out: the same command continues a run from its last checkpoint"
+        )
+
+
+def records(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `status.json` and `failure.json` say."""
+    from trainer.records.status import read_failure, read_status
+
+    return read_status(run_dir), read_failure(run_dir)
+
+
+def outcome(run_dir: Path, code: int, before: tuple[dict[str, Any], dict[str, Any]] = ({}, {})) -> int:
     """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
 
-    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more.
+    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `records` said
+    before the ranks started: what still says the same is of an earlier attempt.
     """
-    from trainer.records.status import State, read_failure, read_status, write_status
+    from trainer.records.lease import other_owner
+    from trainer.records.status import State, write_status
 
-    status, failure = read_status(run_dir), read_failure(run_dir)
+    status, failure = ({} if now == then else now for now, then in zip(records(run_dir), before, strict=True))
     if status.get("state") == State.done:
         return 0
     if status.get("state") == State.preempted:
@@ -146,6 +167,9 @@ def outcome(run_dir: Path, code: int) -> int:
         reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
         print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
         return 130 if code == 130 else 75
+    if (owner := other_owner(run_dir)) is not None:
+        print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
+        return 130 if code == 130 else 70
     reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
     if code != 130:
         # A run of which nobody reports an end has failed, also where torchrun is content.
@@ -164,27 +188,21 @@ def _explain(run_dir: Path, failure: dict) -> str:
     return f"{failure['traceback'].rstrip()}\nshardtune train: {where}; see {run_dir / 'failure.json'}"
 
 
-def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
+def _run_here(config: RunConfig, run_dir: Path, sha256: str, before: tuple[dict[str, Any], dict[str, Any]]) -> int:
     from strategies.errors import Preempted
-    from trainer.records.status import State, write_status
 
     code = 0
     try:
         _train(config, run_dir, sha256, 0)
-    except KeyboardInterrupt:
-        write_status(run_dir, State.failed, reason="interrupted")
-        raise
     except Preempted as stop:
         code = 130 if stop.signal_name == "SIGINT" else 0
-    except BaseException as error:
-        write_status(run_dir, State.failed, reason=str(error).split("\n")[0])
-        raise  # the command line shows it
-    return outcome(run_dir, code)
+    return outcome(run_dir, code, before)  # of any other error the command line says what it is
 
 
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train, and leave the error of the first failing rank in the run directory."""
     from strategies.errors import Preempted
+    from trainer.records.lease import NotOurs
     from trainer.records.status import record_failure
     from trainer.run import run_worker
 
@@ -193,6 +211,8 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
+    except NotOurs:
+        raise
     except Exception as error:
         if run_dir is not None:
             record_failure(run_dir, rank, error, "worker")  # no-op where the trainer has recorded it with its step

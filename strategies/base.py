@@ -192,6 +192,8 @@ class Progress:
     """Step at which `best_metric` was reached."""
     stale_evaluations: int = 0
     """Evaluations since the best one, for early stopping."""
+    owes_evaluation: bool = False
+    """Whether the evaluation that was due at this step was broken off, and is to be made up before the next step."""
     skipped_steps: int = 0
     """Steps whose update was skipped because a gradient was not finite."""
     wandb_id: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
@@ -28,6 +27,7 @@ from trainer.model.architecture import text_settings
 from trainer.model.weights import WeightSource
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.status import write_text_atomic
+from trainer.records.trackers import json_text
 from trainer.step import Built
 from trainer.tuning.start import adapter_hash
 
@@ -219,7 +219,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
 def write_run_record(run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Replace `run.json`."""
     write_text_atomic(
-        run_dir / "run.json", json.dumps({**facts, "command": Path(sys.argv[0]).name}, indent=1, default=str)
+        run_dir / "run.json", json_text({**facts, "command": Path(sys.argv[0]).name}, indent=1, default=str)
     )
 
 

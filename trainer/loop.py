@@ -88,6 +88,8 @@ class Output:
     checkpoints: Checkpoints
     at_step: Callable[[int], None] = lambda step: None
     """Told the step about to be taken, so that a failure can name it."""
+    still_ours: Callable[[], None] = lambda: None
+    """Asked by all ranks before a checkpoint is written; raises where another attempt owns the directory."""
 
 
 class Trainer:
@@ -107,7 +109,7 @@ class Trainer:
         self.settings, self.engine, self.loader, self.progress = settings, engine, loader, progress
         self.evaluators, self.agreement = evaluators, agreement
         self.meter, self.trackers, self.console = output.meter, output.trackers, output.console
-        self.checkpoints, self.at_step = output.checkpoints, output.at_step
+        self.checkpoints, self.at_step, self.still_ours = output.checkpoints, output.at_step, output.still_ours
         self.outcome = Outcome(progress)
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
@@ -123,7 +125,8 @@ class Trainer:
         self._began = time.perf_counter()
         self.meter.restart_clock()
         total = self.settings.total_steps
-        for batch in self.loader.steps(self.progress.samples, total - self.progress.step):
+        left = 0 if self._make_up_evaluation() else total - self.progress.step
+        for batch in self.loader.steps(self.progress.samples, left):
             self.agreement.ask()
             self.meter.add(self.train_step(batch))
             last = self.progress.step == total
@@ -223,10 +226,22 @@ class Trainer:
         if not self.evaluators or not (last or (every > 0 and self.progress.step % every == 0)):
             return False
         self._flush()
+        self.progress.owes_evaluation = True  # as a checkpoint says that is written where it is broken off
         self.outcome.after = self._evaluate()
+        self.progress.owes_evaluation = False
         improved = self._note_best(self.outcome.after)
         self.meter.restart_clock()
         return improved and every > 0
+
+    def _make_up_evaluation(self) -> bool:
+        """Do what a stop has broken off, before the next step; whether patience is at its end with it."""
+        if not self.progress.owes_evaluation or not self.evaluators:
+            return False
+        self._evaluate_if_due(last=True)
+        self._saved_step = -1  # of this step again: its checkpoint owes the evaluation
+        self._save()
+        self.outcome.stopped_early = self._out_of_patience()
+        return self.outcome.stopped_early
 
     def _evaluate(self) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -266,6 +281,7 @@ class Trainer:
     def _save(self) -> Path | None:
         if self._saved_step == self.progress.step:
             return None
+        self.still_ours()
         self._flush()
         path = self.checkpoints.save(self.engine, self.progress)
         self._saved_step = self.progress.step
@@ -273,6 +289,7 @@ class Trainer:
         return path
 
     def _stop_for_signal(self) -> None:
+        self.still_ours()
         self._flush()
         if self.progress.step:
             self._save()

@@ -12,6 +12,7 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
 from strategies.meeting import Meeting
+from trainer.attempt import Where, attempt
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.kept import Checkpoints, choose
 from trainer.config.run import RunConfig
@@ -39,54 +40,29 @@ from trainer.objectives.registry import reading_of
 from trainer.preempt import Agreement
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
-from trainer.records.status import State, record_failure, write_status
+from trainer.records.status import State, write_status
 from trainer.records.trackers import Trackers, build_trackers
 from trainer.signals import StopRequest
 from trainer.step import Built
 from trainer.tuning.start import adapter_hash
 
 
-@dataclass(slots=True)
-class Where:
-    """How far the run is, for the record of a failure."""
-
-    phase: str = "data preparation"
-    step: int | None = None
-    run_dir: Path | None = None
-
-    def at_step(self, step: int) -> None:
-        """Note the step that is being taken."""
-        self.step = step
-
-
 def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
     """Train as one rank of the job that the environment describes; raises what ended the run.
 
-    `run_dir` is needed on rank 0 only. The first failing rank leaves `failure.json`; rank 0 keeps `status.json`.
+    `run_dir` is needed on rank 0 only. How it ended is written down by `trainer/attempt.py`.
     """
-    where = Where(run_dir=run_dir)
-    rank = int(os.environ.get("RANK", 0))
-    # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
-    tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
     failed = False
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
     with StopRequest(interrupts=alone) as request:  # over when everything is written down
         try:
-            _run(config, run_dir, sha256, request, where)
-            if tells and run_dir is not None:
-                write_status(run_dir, State.done, step=where.step)
+            with attempt(run_dir, config.run.lease_s, request) as where:
+                _run(config, run_dir, sha256, request, where)
         except Preempted as stop:
             stop.signal_name = request.signal_name
-            if tells and run_dir is not None:
-                write_status(run_dir, State.preempted, step=where.step, reason=str(stop))
             raise
-        except BaseException as error:
+        except BaseException:
             failed = True
-            if where.run_dir is not None and record_failure(where.run_dir, rank, error, where.phase, where.step):
-                first = str(error).splitlines()[0] if str(error) else type(error).__name__
-                write_status(
-                    where.run_dir, State.failed, step=where.step, reason=f"rank {rank}, {where.phase}: {first}"
-                )
             raise
         finally:
             processes.stop(failed=failed)
@@ -152,16 +128,18 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         loader=loader,
         progress=progress,
         evaluators=evaluators_of(config, data, built, tokenizer, engine, place),
-        output=Output(meter, trackers, console, checkpoints, where.at_step),
+        output=Output(meter, trackers, console, checkpoints, where.at_step, lambda: where.still_ours(runtime)),
         agreement=place.agreement,
     )
     try:
         where.phase = "training"
         outcome = trainer.fit()
         where.phase = "export"
+        where.still_ours(runtime)
         exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)
     finally:
         trackers.close()
+    where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
 
 
@@ -175,6 +153,7 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
         return request.signal_name is not None
 
     meeting = Meeting.join(config.run.timeout_s)
+    where.meet(meeting.store, meeting.rank, meeting.world)
     data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
     where.phase = "start of the processes"
     if not meeting.go_on(told):

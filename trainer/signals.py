@@ -45,10 +45,14 @@ class StopRequest:
 
     @property
     def signal_name(self) -> str | None:
-        """The signal that asked; None as long as none did. Replaces the waiting thread, should it have died."""
+        """The signal (or other reason) that asked; None as long as none did. Replaces the waiting thread, should it have died."""
         if self._thread is not None and not self._thread.is_alive():
             self._listen()
         return self._name
+
+    def ask(self, reason: str) -> None:
+        """Ask the run to stop for another reason than a signal."""
+        self._name = self._name or reason
 
     def __enter__(self) -> StopRequest:
         """Block the signals in this process and everything it starts; a daemon thread waits for them."""

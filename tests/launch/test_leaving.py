@@ -9,6 +9,7 @@ import pytest
 
 from strategies.errors import Preempted
 from trainer import run
+from trainer.config.run import RunConfig
 
 LEAVE = """
 import atexit, sys
@@ -57,8 +58,8 @@ def test_a_run_tells_whether_it_failed_when_it_leaves_its_groups(error, failed, 
     monkeypatch.setattr(run, "_run", ended)
     monkeypatch.setattr(run.processes, "stop", lambda *, failed: told.append(failed))
     if error is None:
-        run.run_worker(None, tmp_path, "x")
+        run.run_worker(RunConfig(), tmp_path, "x")
     else:
         with pytest.raises(type(error)):
-            run.run_worker(None, tmp_path, "x")
+            run.run_worker(RunConfig(), tmp_path, "x")
     assert told == [failed]

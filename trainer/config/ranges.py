@@ -29,6 +29,7 @@ COUNT, POSITIVE, SHARE = Range(least=0), Range(least=1), Range(least=0, most=1)
 RANGES: dict[str, tuple[Range, str]] = {
     "run.seed": (COUNT, "the default is 42"),
     "run.threads": (COUNT, "0 divides the cores by the ranks of the host"),
+    "run.lease_s": (POSITIVE, "a minute or more on network file systems; 120 is usual"),
     "run.timeout_s": (POSITIVE, "minutes rather than seconds: 600 is usual"),
     "model.router_aux_loss": (COUNT, "null follows the model's config; 0.001 to 0.01 as a rule"),
     "model.router_z_loss": (COUNT, "0 leaves it out; 0.001 as a rule"),

@@ -60,6 +60,8 @@ class RunSettings:
     """Library of fp32 matrix products on CPUs: torch's `blas`, `onednn`, or `auto` (onednn where it is 1.5 times as fast)."""
     shared_memory: bool = True
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
+    lease_s: int = 120
+    """Seconds without a sign of life after which another host may take over the directory of a run that left no word."""
     timeout_s: int = 600
     """Seconds after which a collective that makes no progress ends the job."""
 

@@ -1,7 +1,8 @@
 """How a run stands and how it ended: two small files in its directory (exit codes do not survive torchrun or srun).
 
 `status.json` (state, reason, step, restart, pid, host, time) is replaced atomically by the launcher and by rank 0;
-`failure.json` is written once, by the first rank that fails. Nothing here communicates.
+`failure.json` is written once, by the first rank that fails, and removed by a success and by the next attempt. Nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ShardtuneError, StorageError
+from trainer.records.files import Files
+
+FILES = Files()
 
 
 class State(StrEnum):
@@ -67,11 +71,19 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def record_failure(
-    run_dir: Path, rank: int, error: BaseException, phase: str, step: int | None = None, *, replace: bool = False
+    run_dir: Path,
+    rank: int,
+    error: BaseException,
+    phase: str,
+    step: int | None = None,
+    *,
+    replace: bool = False,
+    **about: Any,
 ) -> bool:
     """Write `failure.json` unless another rank was first; returns whether it was written. Never raises for the disk.
 
-    `replace` overwrites: for the launcher, which knows of a killed rank where only its peers could write.
+    It appears whole or not at all. `replace` overwrites: for the launcher, which knows of a killed rank where only its peers
+    could write. `about` takes the place of what is known of this process, where another one is the cause.
     """
     record = {
         "rank": rank,
@@ -85,14 +97,15 @@ def record_failure(
         "exit_code": getattr(error, "exit_code", 70),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
+        **about,
     }
-    path = Path(run_dir) / "failure.json"
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL)
+    path, content = Path(run_dir) / "failure.json", json.dumps(record, indent=1).encode() + b"\n"
+    token = f"{socket.gethostname()}.{os.getpid()}"
     try:
-        descriptor = os.open(path, flags, 0o644)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-    except OSError:  # another rank was first, or the disk itself is the failure: the error goes to stderr anyway
+        if not replace:
+            return FILES.claim(path, content, token)
+        FILES.replace(path, content, token)
+    except OSError:  # the disk itself may be the failure: the error goes to stderr anyway
         return False
     return True
 
@@ -105,22 +118,6 @@ def read_failure(run_dir: Path) -> dict[str, Any]:
 def clear_failure(run_dir: Path) -> None:
     """Forget the failure of an earlier attempt."""
     (Path(run_dir) / "failure.json").unlink(missing_ok=True)
-
-
-def in_use_by(run_dir: Path) -> int | None:
-    """The process id of a live run that owns the directory, as far as this host can tell; else None."""
-    import psutil
-
-    status = read_status(run_dir)
-    if status.get("state") != State.running or status.get("host") != socket.gethostname():
-        return None
-    try:
-        process = psutil.Process(int(status["pid"]))
-        # A process younger than the record only inherited the number.
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= status["time"]
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return None
-    return process.pid if alive and process.pid != os.getpid() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

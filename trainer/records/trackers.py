@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import uuid
@@ -55,7 +56,7 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time."""
+    """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
@@ -68,11 +69,30 @@ class JsonlTracker:
         self._file = path.open("a")
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
+    """`{"not_finite": [names]}` where a number is NaN or infinite, which JSON cannot have: it stands as null. Else nothing."""
+    names = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {"not_finite": names} if names else {}
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: null where a number is not finite."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, float):
+            return part if math.isfinite(part) else None
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        return [plain(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    return json.dumps(plain(value), allow_nan=False, **how)
 
 
 def _step_of(line: str) -> float:

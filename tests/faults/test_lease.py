@@ -1,0 +1,179 @@
+"""A run directory has one owner, on whatever host and whatever the clocks and the file system do."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from strategies.errors import StorageError
+from tests.faults.runs import ROOT, descendants, environment, read, wait
+from trainer.records import lease as lease_module
+from trainer.records.files import Files
+from trainer.records.lease import InUse, Lease, LeaseLost, other_owner
+
+ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
+ELSEWHERE += ['hostname elsewhere && exec "$@"', "elsewhere"]
+"""Another host name and other process ids, as on another host that shares the disk."""
+
+
+def can_be_elsewhere() -> bool:
+    return subprocess.run([*ELSEWHERE, "true"], capture_output=True, check=False).returncode == 0
+
+
+def start_elsewhere(runs, out, run, *words):
+    with (runs.root / f"{out}.out").open("w") as file:
+        command = [*ELSEWHERE, *runs.words(run, *words)]
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    runs.started.append(process)
+    return process
+
+
+def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):
+    first = runs.start("clock")
+    runs.wait_for_step("clock", 1, first)
+    status = runs.root / "clock" / "status.json"
+    status.write_text(json.dumps({**read(status), "time": 0}))
+    written = status.read_text()
+    again = subprocess.run(
+        runs.words("clock"), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 64, again.stderr
+    assert f"process {first.pid} on " in again.stderr and "is running it; stop it" in again.stderr
+    assert status.read_text() == written
+    first.send_signal(signal.SIGTERM)
+    assert runs.end(first) == 75
+
+
+@pytest.mark.skipif(not can_be_elsewhere(), reason="needs the right to make namespaces")
+def test_another_host_is_refused_while_the_owner_lives_and_takes_over_when_it_is_silent(runs):
+    words = ["run.lease_s=5"]
+    first = runs.start("shared", *words)
+    runs.wait_for_step("shared", 1, first)
+    assert runs.end(start_elsewhere(runs, "refused", "shared", *words)) == 64
+    assert f"process {first.pid} on {os.uname().nodename}" in runs.said("refused")
+    assert "Traceback" not in runs.said("refused")
+
+    first.send_signal(signal.SIGSTOP)
+    second = start_elsewhere(runs, "taken", "shared", *words)
+    wait(lambda: "watching for a sign of life" in runs.said("taken"), "the other host watches", second)
+    wait(lambda: runs.status("shared").get("host") == "elsewhere", "the other host trains", second)
+    first.send_signal(signal.SIGCONT)
+    assert runs.end(first) == 74
+    assert "on elsewhere" in runs.said("shared") and "took it over" in runs.said("shared")
+    assert not (runs.root / "shared" / "failure.json").exists()
+    for process in descendants(second.pid):
+        process.send_signal(signal.SIGTERM)
+    assert runs.end(second) == 75
+    assert (runs.status("shared")["state"], runs.status("shared")["host"]) == ("preempted", "elsewhere")
+    steps = [row["step"] for row in runs.rows("shared")]
+    assert steps == list(range(1, len(steps) + 1)), "rows of two runs"
+
+
+@pytest.fixture
+def another_host(monkeypatch):
+    """Owners are judged by their signs of life alone, as between hosts."""
+    monkeypatch.setattr(lease_module, "process_identity", lambda pid: "")
+
+
+def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
+    owner = Lease.acquire(tmp_path, 1.0)
+    with pytest.raises(InUse, match="is running it"):
+        Lease.acquire(tmp_path, 1.0)
+    assert other_owner(tmp_path) is not None
+    owner.check()
+    owner.release()
+    assert other_owner(tmp_path) is None
+    begun = time.monotonic()
+    with Lease.acquire(tmp_path, 60):  # what is over is not waited for
+        assert time.monotonic() - begun < 30
+
+
+def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_stops(
+    tmp_path, another_host, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = threading.Event()
+    earlier = Lease.acquire(tmp_path, 60, on_loss=lost.set)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with Lease.acquire(tmp_path, 60) as later:
+        with pytest.raises(LeaseLost, match=r"job 7, since .* took it over"):
+            earlier.check()
+        earlier.release()
+        later.check()  # the end of the earlier one says nothing about the later
+        assert lost.wait(30)
+
+
+def test_of_many_at_once_one_gets_it(tmp_path, another_host):
+    got, barrier = [], threading.Barrier(6)
+
+    def want():
+        barrier.wait()
+        try:
+            got.append(Lease.acquire(tmp_path, 1.0))
+        except InUse:
+            return
+
+    threads = [threading.Thread(target=want) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+    got[0].check()
+    got[0].release()
+
+
+class Network(Files):
+    """What network file systems do: answers that get lost, old listings, stale handles, writes of a few bytes, errors."""
+
+    def __init__(self):
+        self.old_listing, self.stale, self.broken = True, 1, 0
+
+    def names(self, directory):
+        return [] if self.old_listing else super().names(directory)
+
+    def open(self, path, flags):
+        if flags == os.O_RDONLY and path.exists() and self.stale:
+            self.stale -= 1
+            raise OSError(errno.ESTALE, "stale file handle")
+        return super().open(path, flags)
+
+    def write(self, descriptor, content):
+        if self.broken:
+            self.broken -= 1
+            raise OSError(errno.EIO, "input/output error")
+        return super().write(descriptor, content[:7])
+
+    def link(self, source, target):
+        super().link(source, target)
+        raise OSError(errno.EIO, "the answer got lost")
+
+
+def test_it_holds_on_a_network_file_system(tmp_path, another_host, monkeypatch):
+    network = Network()
+    monkeypatch.setattr(lease_module, "FILES", network)
+    owner = Lease.acquire(tmp_path, 2.0)
+    network.stale = 1
+    with pytest.raises(InUse):  # the listing is empty, and the claim is there
+        Lease.acquire(tmp_path, 2.0)
+    network.stale, network.broken = 1, 3  # a few signs of life fail
+    time.sleep(1)
+    owner.check()
+    network.broken = 10**6
+    with pytest.raises(StorageError, match="input/output error"):
+        Lease.acquire(tmp_path / "other", 2.0)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # silent for so long that others may take it for dead: it stops by itself
+        try:
+            owner.check()
+        except LeaseLost as lost:
+            assert "no sign of life could be written" in str(lost)
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("never gave up")

@@ -1,0 +1,86 @@
+"""The cause of a failure is told by name: the rank that was killed or stopped, not the peer that lost it."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import torch.distributed as dist
+
+from strategies.heartbeat import Heartbeats
+from tests.faults.runs import ROOT, environment, rank_of, read
+from tests.helpers.speed import seconds
+from trainer.records.status import record_failure
+
+TWO = ("strategy=ddp", "launcher.processes=2", "run.timeout_s=15")
+
+
+def test_a_killed_and_a_stopped_rank_are_named(runs):
+    for name, number, said in (
+        ("killed", signal.SIGKILL, "was killed by SIGKILL"),
+        ("stopped", signal.SIGSTOP, "stopped"),
+    ):
+        process = runs.start(name, *TWO)
+        runs.wait_for_step(name, 2, process)
+        rank = rank_of(process.pid, 1)
+        rank.send_signal(number)
+        assert runs.end(process) == 70
+        failure = read(runs.root / name / "failure.json")
+        assert (failure["rank"], failure["phase"], failure["pid"]) == (1, "training", rank.pid), failure
+        assert failure["step"] is not None  # as of its last sign of life
+        assert str(rank.pid) in failure["message"] and said in failure["message"]
+        assert "memory" not in failure["message"]  # nothing says that it was
+        last = runs.said(name).strip().splitlines()[-2:]
+        assert "rank 1 on " in last[0] and said in last[1]
+        assert runs.status(name)["state"] == "failed"
+
+
+def torchrun(runs, run, *words, options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    command += ["-m", "launch.train", *runs.words(run, "strategy=ddp", *words)[4:]]
+    return subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=seconds(120), check=False
+    )
+
+
+def test_under_torchrun_a_success_removes_what_an_earlier_attempt_left(runs):
+    (runs.root / "plain").mkdir()
+    record_failure(runs.root / "plain", 1, RuntimeError("of an earlier attempt"), "training")
+    done = torchrun(runs, "plain", "budget.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert runs.status("plain")["state"] == "done"
+    assert not (runs.root / "plain" / "failure.json").exists()
+
+
+def test_restarts_by_torchrun_are_refused_with_the_reason(runs):
+    refused = torchrun(runs, "restarts", "budget.steps=2", options=["--max-restarts=1"])
+    assert refused.returncode != 0
+    assert "torchrun --max-restarts=1: ranks that torchrun starts again may wait for each other" in refused.stderr
+    assert not (runs.root / "restarts").exists()
+
+
+def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from trainer.records.files import Files
+
+    def full(self, descriptor, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "write", full)
+        assert not record_failure(tmp_path, 0, ValueError("first"), "training")
+    assert list(tmp_path.iterdir()) == []  # no empty file that would hide the cause
+    assert record_failure(tmp_path, 1, ValueError("second"), "training")
+    assert json.loads((tmp_path / "failure.json").read_text())["message"] == "second"
+
+
+def test_only_a_rank_that_does_not_count_on_is_the_cause():
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    beats = [Heartbeats(store, rank, 2, lambda: ("training", 7)) for rank in (0, 1)]
+    lost, other = RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("the batch is bad")
+    assert beats[0].cause(other) is None
+    assert beats[0].cause(lost) is None  # both live
+    beats[1].stop()
+    found = beats[0].cause(lost)
+    assert (found.seen.rank, found.seen.phase, found.seen.step, found.hung) == (1, "training", 7, False)
+    assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
+    beats[0].stop()

@@ -1,0 +1,117 @@
+"""One attempt at a run: that it owns the directory, how far it is, and what it leaves when it ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import Preempted
+from strategies.heartbeat import Heartbeats
+from strategies.runtime import Runtime, first_error
+from trainer.records.lease import Lease, LeaseLost, NotOurs
+from trainer.records.status import State, clear_failure, read_failure, record_failure, write_status
+from trainer.signals import StopRequest
+
+
+@dataclass(slots=True)
+class Where:
+    """How far the run is, for the record of a failure."""
+
+    phase: str = "data preparation"
+    step: int | None = None
+    run_dir: Path | None = None
+    lease: Lease | None = None
+    """Rank 0's."""
+    heartbeats: Heartbeats | None = None
+    """Signs of life of the ranks, where there are several and they have met."""
+
+    def meet(self, store: Any, rank: int, world: int) -> None:
+        """Let this rank be heard of through the ranks' store, and hear of the others."""
+        if store is not None:
+            self.heartbeats = Heartbeats(store, rank, world, lambda: (self.phase, self.step))
+
+    def at_step(self, step: int) -> None:
+        """Note the step that is being taken."""
+        self.step = step
+
+    def still_ours(self, runtime: Runtime) -> None:
+        """Before anything is published: raise LeaseLost on every rank where another attempt owns the directory. All call."""
+        error: LeaseLost | None = None
+        if self.lease is not None:
+            try:
+                self.lease.check()
+            except LeaseLost as caught:
+                error = caught
+        if failed := first_error(error, runtime):
+            raise LeaseLost(failed.split(": ", 2)[-1])
+
+
+@contextlib.contextmanager
+def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Where]:
+    """The life of this rank's attempt; `run_dir` is needed on rank 0 only, which owns it from here to the end.
+
+    The first failing rank leaves `failure.json`, which a success and the next attempt remove; rank 0 keeps `status.json`. Nothing
+    is written into a directory that is another attempt's. Raises what ended the run, InUse where it could not begin.
+    """
+    where = Where(run_dir=run_dir)
+    rank = int(os.environ.get("RANK", 0))
+    # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
+    teller = run_dir if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    with _owned(run_dir if rank == 0 else None, lease_s, request) as where.lease:
+        try:
+            if where.lease is not None and run_dir is not None:
+                clear_failure(run_dir)
+                write_status(run_dir, State.running, reason="starting")
+            yield where
+            if teller is not None:
+                write_status(teller, State.done, step=where.step)
+                clear_failure(teller)
+        except Preempted as stop:
+            if teller is not None:
+                write_status(teller, State.preempted, step=where.step, reason=str(stop))
+            raise
+        except NotOurs:
+            raise
+        except KeyboardInterrupt:
+            if teller is not None:
+                write_status(teller, State.failed, step=where.step, reason="interrupted")
+            raise
+        except BaseException as error:
+            if where.lease is not None:
+                where.lease.check()
+            _record(where, rank, error)
+            raise
+
+
+def _record(where: Where, rank: int, error: BaseException) -> None:
+    """The first cause into `failure.json` and `status.json`: the silent rank, where this one only lost its peer."""
+    if where.run_dir is None or read_failure(where.run_dir):
+        return
+    cause = None if where.heartbeats is None else where.heartbeats.cause(error)
+    phase, step = where.phase, where.step
+    about: dict[str, Any] = {}
+    if cause is not None:
+        seen, error = cause.seen, cause
+        rank, phase, step = seen.rank, seen.phase, seen.step
+        about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung}
+    if record_failure(where.run_dir, rank, error, phase, step, **about):
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        write_status(where.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {first}")
+
+
+@contextlib.contextmanager
+def _owned(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Lease | None]:
+    if run_dir is None:
+        yield None
+        return
+    with Lease.acquire(
+        run_dir,
+        lease_s,
+        stop=lambda: request.signal_name is not None,
+        on_loss=lambda: request.ask("the directory was taken over"),
+    ) as lease:
+        yield lease
