@@ -252,12 +252,18 @@ def build_step(
     built.two_sides, built.folded = two_sides, folded
     if note := getattr(tuning, "note", ""):
         built.substitutions["tuning.targets"] = note
+    _equip(built, config, head, family.kind)
+    return built
+
+
+def _equip(built: Built, config: ModelConfig, head: Any, kind: Kind) -> None:
+    """Pack the base, give adapters their fast forms, and let routers be seen: what follows once everything is in place."""
+    step = built.step_module
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank(step.model)
-    step.routed, noted = routed(config, model_config, plain, step.model, family.kind)
+    step.routed, noted = routed(config, built.config, built.plain, step.model, kind)
     built.substitutions.update(noted)
-    return built
 
 
 def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> None:
