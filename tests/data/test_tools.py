@@ -12,7 +12,7 @@ from trainer.data.config import DataFormat, LearnConfig, Reasoning
 from trainer.data.document import Document, Rejected
 from trainer.data.formats import RowReader
 from trainer.data.read.row import Row
-from trainer.data.store.documents import DocumentTable, TableWriter, to_batch
+from trainer.data.store.documents import DocumentTable, table_writer, to_batch
 from trainer.data.tokens.encode import Encoder
 
 TOOLS = [{"type": "function", "function": {
@@ -372,8 +372,8 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
         "cc": ["c at d.org", 3],
         "n": 1,
     }
-    writer = TableWriter(tmp_path)
-    writer.append(to_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
+    writer = table_writer(tmp_path)
+    writer.write_batch(to_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
     writer.close()
     back = DocumentTable(tmp_path)
     assert back.document(0) == doc and back.document(1).tools is None

@@ -96,7 +96,7 @@ def privacy_problems(config: PrivacyConfig, prefix: str = "data.privacy") -> Ite
     """Of the search for personal data: what is not known, what nothing would look for, a key that is missing."""
     if config.mode == PrivacyMode.none:
         return
-    reasons = coverage(config)["not_looked_for"]
+    reasons = coverage(config)["not_looked_for"] if config.types else {}
     for name in config.types:
         if name not in TYPES:
             yield f"{prefix}.types: {name!r} is not a type; the types are {', '.join(TYPES)}"

@@ -20,7 +20,6 @@ from trainer.data.read.paths import (
     SUPPORTED,
     TEXT_KINDS,
     check_name,
-    expand,
     is_hub,
     kind_of,
 )
@@ -58,11 +57,6 @@ class Origin:
     split: str | None = None
     """May be left out where a hub data set has only one."""
     revision: str | None = None
-
-    @classmethod
-    def of(cls, value: Any, key: str, *, remote: bool = False, **hub: str | None) -> Origin:
-        """What a path setting names; `remote`: addresses too. Raises DataError, naming `key`, for what does not exist."""
-        return cls(key, expand(value, key, remote=remote), **hub)
 
     def rows(self, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
         """All rows, in order, streamed; of tables the columns `wanted` (None: all). Rows of JSON lines come unparsed.
