@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from launch import data as verb
@@ -14,7 +15,7 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
 from trainer.data.report.inspection import find, locate
-from trainer.data.store.documents import table_writer, to_batch
+from trainer.data.store.documents import NAME, schema, to_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def prepared(tmp_path_factory):
         )
         for number, (q, a) in enumerate(TURNS)
     ]
-    table = table_writer(directory)
+    table = pa.ipc.new_stream(str(directory / NAME), schema())
     table.write_batch(to_batch(documents[:2]))  # two batches: rows must be numbered through
     table.write_batch(to_batch(documents[2:]))
     table.close()

@@ -20,7 +20,7 @@ from strategies.errors import DataError
 from trainer.data.choose.splits import Columns
 from trainer.data.document import EXAMPLES, WRONG_KIND, Rejected, Tally
 from trainer.data.fields import MOST_NAMES
-from trainer.data.store.documents import table_writer
+from trainer.data.store.documents import NAME, schema
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ class Assembly:
     def __init__(self, directory: Path, max_bad_share: float, rejected: Path, *, splits: bool) -> None:
         self.directory, self.max_bad_share, self.rejected, self.splits = directory, max_bad_share, rejected, splits
         self.totals = Totals()
+        import pyarrow as pa
+
         self.store = StoreWriter(directory)
-        self._table = table_writer(directory)
+        self._table = pa.ipc.new_stream(str(directory / NAME), schema())
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
         self._splits, self._sources, self._labels = dict[str, int](), dict[str, int](), dict[str, int]()

@@ -234,11 +234,7 @@ def load(path: Path) -> Block:
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(
-            arrays["tokens"],
-            arrays["supervised"],
-            arrays["lengths"],
-            _named(arrays, "column."),
-            arrays.get("weights"),
+            arrays["tokens"], arrays["supervised"], arrays["lengths"], _named(arrays, "column."), arrays.get("weights")
         ),
         signatures=_named(arrays, "signature."),
     )

@@ -179,12 +179,7 @@ NUMBERS = 8
 
 
 def require_room(
-    directory: Path,
-    inputs: list[Input],
-    make: Callable[[Job], Block],
-    max_documents: int | None,
-    *,
-    parts: int = 1,
+    directory: Path, inputs: list[Input], make: Callable[[Job], Block], max_documents: int | None, *, parts: int = 1
 ) -> None:
     """Raise StorageError where the disk of `directory` has less room than 1/`parts` of the data is going to take.
 

@@ -121,6 +121,7 @@ class Preparation:
 
     def run(self, target: Path, shards: Shards | None = None) -> None:
         """Both passes, and the reports."""
+        self.check_stop()
         readers = self._readers()
         made = self._blocks(readers)
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"

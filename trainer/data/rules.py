@@ -55,11 +55,11 @@ def problems(data: DataConfig) -> Iterator[str]:
     for kind in data.checks.quarantine:
         if kind not in KINDS:
             yield f"data.checks.quarantine: {kind!r} is not looked for; known are {known}"
-    yield from privacy_problems(data.privacy)
     yield from filter_problems(data.filters)
     yield from balance_problems(data.balance)
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    yield from privacy_problems(data.privacy)
 
 
 def filter_problems(config: FilterConfig) -> Iterator[str]:
@@ -96,7 +96,7 @@ def privacy_problems(config: PrivacyConfig, prefix: str = "data.privacy") -> Ite
     """Of the search for personal data: what is not known, what nothing would look for, a key that is missing."""
     if config.mode == PrivacyMode.none:
         return
-    reasons = coverage(config)["not_looked_for"] if config.types else {}
+    reasons = coverage(config)["not_looked_for"]
     for name in config.types:
         if name not in TYPES:
             yield f"{prefix}.types: {name!r} is not a type; the types are {', '.join(TYPES)}"

@@ -14,15 +14,7 @@ from trainer.data.document import Rejected
 from trainer.data.read.columnar import BATCH, count_rows, read_arrow, read_parquet, table_rows
 from trainer.data.read.json_rows import read_json, read_json_lines
 from trainer.data.read.opening import COMPRESSION, File, expansion
-from trainer.data.read.paths import (
-    COLUMN_KINDS,
-    PREFIX,
-    SUPPORTED,
-    TEXT_KINDS,
-    check_name,
-    is_hub,
-    kind_of,
-)
+from trainer.data.read.paths import COLUMN_KINDS, PREFIX, SUPPORTED, TEXT_KINDS, check_name, is_hub, kind_of
 from trainer.data.read.remote import Remote
 from trainer.data.read.row import Row
 from trainer.data.read.text import read_csv, read_text_file

@@ -65,13 +65,6 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def table_writer(directory: Path) -> pa.RecordBatchStreamWriter:
-    """What writes batches to `documents.arrow`; close it when all are written."""
-    import pyarrow as pa
-
-    return pa.ipc.new_stream(str(directory / NAME), schema())
-
-
 class DocumentTable:
     """The documents of a prepared data set by row number; of the file, only what is asked for is read."""
 

@@ -298,10 +298,7 @@ def storage_error(directory: Path, error: OSError) -> StorageError:
 
 
 def write(
-    directory: Path,
-    samples: Iterable[Sample],
-    counts: Callable[[Sample], dict[str, float]],
-    manifest: dict[str, Any],
+    directory: Path, samples: Iterable[Sample], counts: Callable[[Sample], dict[str, float]], manifest: dict[str, Any]
 ) -> None:
     """Write samples as a store of their own into `directory`, which must not exist. Raises StorageError."""
     try:
