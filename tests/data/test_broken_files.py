@@ -12,6 +12,7 @@ from strategies.errors import DataError
 from tests.data.broken_files import CASES, whole
 from trainer.data.document import Rejected
 from trainer.data.read.origin import Origin
+from trainer.data.read.paths import expand
 from trainer.data.read.row import Row
 
 KINDS = ("x.json", "x.jsonl", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow", "x.jsonl.gz", "x.jsonl.zst")
@@ -28,7 +29,7 @@ def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
     """What comes of reading a path value and all its columns: the rows in front of the error, and the error."""
     found: list[Row | Rejected] = []
     try:
-        for row in Origin.of(value, "data.path").rows():
+        for row in Origin("data.path", expand(value, "data.path")).rows():
             assert type(row) in (Row, Rejected)
             found.append(whole(row))
     except DataError as error:

@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from trainer.data.config import DataFormat, LearnConfig, Reasoning
 from trainer.data.document import Document, Rejected
 from trainer.data.formats import RowReader
 from trainer.data.read.row import Row
-from trainer.data.store.documents import DocumentTable, TableWriter, to_batch
+from trainer.data.store.documents import NAME, DocumentTable, schema, to_batch
 from trainer.data.tokens.encode import Encoder
 
 TOOLS = [{"type": "function", "function": {
@@ -372,8 +373,8 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
         "cc": ["c at d.org", 3],
         "n": 1,
     }
-    writer = TableWriter(tmp_path)
-    writer.append(to_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
+    writer = pa.ipc.new_stream(str(tmp_path / NAME), schema())
+    writer.write_batch(to_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
     writer.close()
     back = DocumentTable(tmp_path)
     assert back.document(0) == doc and back.document(1).tools is None

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from launch import data as verb
@@ -14,7 +15,7 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
 from trainer.data.report.inspection import find, locate
-from trainer.data.store.documents import TableWriter, to_batch
+from trainer.data.store.documents import NAME, schema, to_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 ROOT = Path(__file__).parents[2]
@@ -46,16 +47,16 @@ def prepared(tmp_path_factory):
         )
         for number, (q, a) in enumerate(TURNS)
     ]
-    table = TableWriter(directory)
-    table.append(to_batch(documents[:2]))  # two batches: rows must be numbered through
-    table.append(to_batch(documents[2:]))
+    table = pa.ipc.new_stream(str(directory / NAME), schema())
+    table.write_batch(to_batch(documents[:2]))  # two batches: rows must be numbered through
+    table.write_batch(to_batch(documents[2:]))
     table.close()
     of = [0, 1, 1, 2, 3]
     sequences = Sequences.of([sample_of(tokenizer, *TURNS[number]) for number in of], lambda s: {"loss": 1})
     sequences.columns["document"], sequences.columns["source"] = np.array(of), np.array([0, 0, 0, 1, 1])
-    with StoreWriter(directory) as store:
-        store.append(sequences)
-        store.finish()
+    store = StoreWriter(directory)
+    store.append(sequences)
+    store.finish()
     about = {"path": str(root / "tokenizer"), "vocab_size": len(tokenizer)}
     manifest = {"fingerprint": "f00", "tokenizer": about, "sources": ["chat", "web"], "label_names": None}
     (directory / "manifest.json").write_text(json.dumps(manifest))

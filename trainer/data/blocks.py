@@ -1,4 +1,4 @@
-"""Blocks of rows: jobs that rows are dealt into, what became of each, and the data set that blocks are put together to.
+"""Blocks of rows, and the data set that they are put together to.
 
 A block's result depends on its rows and the settings alone, so that any number of workers makes the same data set. Blocks
 arrive in input order. What each document is, and where it came from, is written to disk once; in memory are columns of
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,25 +20,11 @@ from strategies.errors import DataError
 from trainer.data.choose.splits import Columns
 from trainer.data.document import EXAMPLES, WRONG_KIND, Rejected, Tally
 from trainer.data.fields import MOST_NAMES
-from trainer.data.read.row import Row
-from trainer.data.stages.privacy.stage import Findings
-from trainer.data.store.documents import TableWriter
+from trainer.data.store.documents import NAME, schema
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-@dataclass(slots=True)
-class Job:
-    """Rows of one source and one split, in input order."""
-
-    number: int
-    split: str
-    source: str
-    offset: int
-    """Number of rows of the same split and source before this job."""
-    rows: list[Row | Rejected]
 
 
 @dataclass(slots=True)
@@ -65,26 +50,6 @@ class Block:
     """Label names in the block's own numbering."""
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
     """Per document, see `choose.copies.Signer`."""
-    findings: Findings = field(default_factory=Findings)
-
-
-def jobs(
-    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
-) -> Iterator[Job]:
-    """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
-    number, size, current = 0, 0, Job(0, "", "", 0, [])
-    for (split, source), row in rows:
-        same = (split, source) == (current.split, current.source)
-        if not same or len(current.rows) >= most_rows or size >= most_bytes:
-            if current.rows:
-                yield current
-                number += 1
-            current = Job(number, split, source, current.offset + len(current.rows) if same else 0, [])
-            size = 0
-        current.rows.append(row)
-        size += len(row.raw) if isinstance(row, Row) and row.raw is not None else 1024
-    if current.rows:
-        yield current
 
 
 LABELS = MARK_PREFIX + LABEL
@@ -114,7 +79,6 @@ class Totals:
     """All of them, by reason."""
     unread: dict[str, dict[str, None]] = field(default_factory=dict)
     """Columns that nothing read, by source, in order of appearance."""
-    findings: Findings = field(default_factory=Findings)
 
 
 class Assembly:
@@ -126,8 +90,10 @@ class Assembly:
     def __init__(self, directory: Path, max_bad_share: float, rejected: Path, *, splits: bool) -> None:
         self.directory, self.max_bad_share, self.rejected, self.splits = directory, max_bad_share, rejected, splits
         self.totals = Totals()
+        import pyarrow as pa
+
         self.store = StoreWriter(directory)
-        self._table = TableWriter(directory)
+        self._table = pa.ipc.new_stream(str(directory / NAME), schema())
         self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
         self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
         self._splits, self._sources, self._labels = dict[str, int](), dict[str, int](), dict[str, int]()
@@ -144,7 +110,6 @@ class Assembly:
             raise AssertionError(f"block {block.number}: {block.rows} rows in, {number} kept, the rest unaccounted for")
         totals.rows_of_file.update(block.rows_of_file)
         totals.tally.merge(block.tally)
-        totals.findings.merge(block.findings)
         if len(names := totals.unread.setdefault(block.source, {})) < MOST_NAMES:
             names.update(dict.fromkeys(block.unread))
         for bad in block.bad:
@@ -177,7 +142,8 @@ class Assembly:
         for name, column in values.items():
             self._columns.setdefault(name, []).append(column)
         self.store.append(block.sequences)
-        self._table.append(block.documents)
+        if number:
+            self._table.write_batch(block.documents)
 
     def log_drop(self, stage: str, reason: str, where: str) -> None:
         """Write one dropped document down."""
@@ -230,8 +196,8 @@ class Assembly:
     def finish(self, label_ids: np.ndarray | None) -> None:
         """Write the tables of the store; `label_ids` (int64 [L]) renumbers the labels. Empty logs are removed."""
         renumbered = {} if label_ids is None else {LABELS: label_ids[self.store.column(LABELS)]}
-        self.store.finish(**renumbered)
         self.close()
+        self.store.finish(**renumbered)
         for name in (QUARANTINE, DROPPED):
             if not (self.directory / name).stat().st_size:
                 (self.directory / name).unlink()

@@ -24,8 +24,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block
-from trainer.data.document import Rejected, Tally
-from trainer.data.stages.privacy.stage import Findings
+from trainer.data.document import Findings, Rejected, Tally
 from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
 from trainer.data.store.sequences import Sequences, storage_error
 
@@ -48,35 +47,28 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-class DigestCache:
-    """SHA-256 of files, remembered for big ones: by path, size, inode, and the times of the last change.
+def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
+    """SHA-256 of a file, remembered for big ones: by path, size, inode, and the times of the last change.
 
-    The inode's change time moves with every write and cannot be set back by a program.
+    The inode's change time moves with every write and cannot be set back by a program. Raises DataError.
     """
-
-    def __init__(self, cache_dir: Path, big: int = 64 << 20) -> None:
-        self.directory = cache_dir / "digests"
-        self.big = big
-
-    def __call__(self, path: Path) -> str:
-        """The digest of a file. Raises DataError for one that cannot be read."""
-        try:
-            about = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        if about.st_size < self.big:
-            return file_digest(path)
-        identity = [str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
-        entry = self.directory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
-        with suppress(OSError):
-            return entry.read_text()
-        digest = file_digest(path)
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            self.directory.mkdir(parents=True, exist_ok=True)
-            temporary = entry.with_suffix(f".{os.getpid()}")
-            temporary.write_text(digest)
-            temporary.replace(entry)
-        return digest
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if about.st_size < big:
+        return file_digest(path)
+    identity = [str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
+    entry = cache_dir / "digests" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
+    with suppress(OSError):
+        return entry.read_text()
+    digest = file_digest(path)
+    with suppress(OSError):  # a cache that cannot be written only costs time
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.replace(entry)
+    return digest
 
 
 def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
@@ -215,7 +207,7 @@ def save(block: Block, path: Path) -> None:
     assert block.sequences is not None and block.documents is not None
     about = {name: getattr(block, name) for name in PLAIN}
     about |= {"bad": [_fields(bad) for bad in block.bad], "tally": _fields(block.tally)}
-    about["findings"] = _fields(block.findings)
+    about["tally"]["findings"] = _fields(block.tally.findings)
     arrays: dict[str, Any] = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "documents": np.frombuffer(batch_to_bytes(block.documents), np.uint8),
@@ -238,16 +230,11 @@ def load(path: Path) -> Block:
     return Block(
         **{name: about[name] for name in PLAIN},
         bad=[Rejected(**bad) for bad in about["bad"]],
-        tally=Tally(**about["tally"]),
-        findings=Findings(**about["findings"]),
+        tally=Tally(**{**about["tally"], "findings": Findings(**about["tally"]["findings"])}),
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(
-            arrays["tokens"],
-            arrays["supervised"],
-            arrays["lengths"],
-            _named(arrays, "column."),
-            arrays.get("weights"),
+            arrays["tokens"], arrays["supervised"], arrays["lengths"], _named(arrays, "column."), arrays.get("weights")
         ),
         signatures=_named(arrays, "signature."),
     )

@@ -10,12 +10,11 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from strategies.errors import DataError
-from trainer.data.tools import texts_of, with_texts
 
 EXAMPLES = 5
 """How many file:line examples are kept of each kind of trouble."""
@@ -27,7 +26,7 @@ Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}, and optionally "train": whether the turn is learned, and
 beside it "weight", above 0 and below 1: what its tokens count for in the loss.
 
-An assistant turn may have "reasoning_content", a text, and "tool_calls" (`trainer/data/tools.py`), and then an empty
+An assistant turn may have "reasoning_content", a text, and "tool_calls" (`trainer/data/turns.py`), and then an empty
 content; the result of a tool may have "name" and "tool_call_id".
 """
 
@@ -119,6 +118,28 @@ class Document:
         return int.from_bytes(hashlib.blake2b(self.content().encode("utf-8"), digest_size=8).digest(), "big")
 
 
+def texts_of(value: Any) -> Iterator[str]:
+    """The texts in the arguments of calls (a list of calls, or anything inside), without names and keys."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value
+    elif isinstance(value, dict):
+        for inner in [value["function"]["arguments"]] if "function" in value else value.values():
+            yield from texts_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_of(inner)
+
+
+def with_texts(value: Any, change: Callable[[str], str], key: Callable[[str], str] = str) -> Any:
+    """Arguments of a call with every text changed, and every key by `key`."""
+    if isinstance(value, str):
+        return change(value) if value.strip() else value
+    if isinstance(value, dict):
+        return {key(name): with_texts(inner, change, key) for name, inner in value.items()}
+    return [with_texts(inner, change, key) for inner in value] if isinstance(value, list) else value
+
+
 def texts_in(message: Message) -> list[str]:
     """The texts of a turn, in the order in which they are said; an empty content is none where something else is."""
     if len(message) == 2:
@@ -168,6 +189,30 @@ class Refused(DataError):
 
 
 @dataclass(slots=True)
+class Findings:
+    """Personal data seen by the privacy stage. Holds no value that was found, only masks of a few."""
+
+    scanned: Counter[str] = field(default_factory=Counter)
+    """Documents looked into, by source."""
+    documents: Counter[str] = field(default_factory=Counter)
+    """Documents with at least one finding, by source."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Findings by type."""
+    documents_by_type: Counter[str] = field(default_factory=Counter)
+    """Documents with at least one finding of a type."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of each type, as `file:line mask`."""
+
+    def merge(self, other: Findings) -> None:
+        """Add a later block's findings."""
+        for name in ("scanned", "documents", "counts", "documents_by_type"):
+            getattr(self, name).update(getattr(other, name))
+        for type_, places in other.examples.items():
+            kept = self.examples.setdefault(type_, [])
+            kept.extend(places[: EXAMPLES - len(kept)])
+
+
+@dataclass(slots=True)
 class Tally:
     """What happened to documents, by stage and reason, with the first few places of each. Blocks add theirs up."""
 
@@ -177,6 +222,7 @@ class Tally:
     """Things seen or changed in documents that stay: stage -> what -> number."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """First places, by "stage/reason"."""
+    findings: Findings = field(default_factory=Findings)
     drops: list[tuple[str, str, str]] = field(default_factory=list)
     """Every drop since the tally was made, as (stage, reason, where); `merge` leaves them to who writes them down."""
 
@@ -191,20 +237,13 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add a later block's tally."""
-        self.add_counts(other.dropped, other.noted)
+        for mine, theirs in ((self.dropped, other.dropped), (self.noted, other.noted)):
+            for stage, counts in theirs.items():
+                mine.setdefault(stage, Counter()).update(counts)
         for key, places in other.examples.items():
             kept = self.examples.setdefault(key, [])
             kept.extend(places[: EXAMPLES - len(kept)])
-
-    def add_counts(self, dropped: Mapping[str, Mapping[str, int]], noted: Mapping[str, Mapping[str, int]]) -> None:
-        """Add plain tables of counts."""
-        for mine, theirs in ((self.dropped, dropped), (self.noted, noted)):
-            for stage, counts in theirs.items():
-                mine.setdefault(stage, Counter()).update(counts)
-
-    def num_dropped(self) -> int:
-        """Documents dropped by any stage."""
-        return sum(sum(counter.values()) for counter in self.dropped.values())
+        self.findings.merge(other.findings)
 
     def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str, number: int) -> None:
         table.setdefault(stage, Counter())[reason] += number

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.data.config import DataFormat
@@ -149,22 +149,25 @@ SHOWN = 20
 """Names that are shown."""
 
 
+@dataclass(slots=True)
 class Unread:
     """What one reader left unread. `names` grows, in order of appearance; whoever takes them may clear it."""
 
-    def __init__(self, format: DataFormat, ignored: Collection[str], setting: str, *, refuses: bool) -> None:
-        self.names: dict[str, None] = {}
-        self.carriers = CARRIERS[format]
-        self._refused, self._ignored, self._setting = self.carriers if refuses else (), ignored, setting
-        self._known: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}
+    refused: Collection[str]
+    """Columns that are refused unless they are read or ignored."""
+    ignored: Collection[str]
+    setting: str
+    """The setting that renames columns, for messages."""
+    names: dict[str, None] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
 
     def note(self, fields: Mapping[str, Any], others: tuple[str, ...], read: tuple[str, ...]) -> None:
         """Take in a row of which the columns `read` are read. Raises Refusal for a column that carries meaning."""
         shape = (read, others, *fields)
         found = self._known.get(shape)
         if found is None:
-            names = [name for name in (*fields, *others) if name not in read and name not in self._ignored]
-            found = names, [name for name in self._refused if name in names and name in fields]
+            names = [name for name in (*fields, *others) if name not in read and name not in self.ignored]
+            found = names, [name for name in self.refused if name in names and name in fields]
             if len(self._known) < MOST_NAMES:
                 self._known[shape] = found
         names, carriers = found
@@ -173,7 +176,7 @@ class Unread:
                 raise Refusal(
                     f"unread_{name}",
                     f'column "{name}" is not read, and it carries meaning ({shown(fields[name])}): rename it with '
-                    f"{self._setting} if it is what is to be read, or name it in data.ignore_columns to train without it",
+                    f"{self.setting} if it is what is to be read, or name it in data.ignore_columns to train without it",
                 )
         if len(self.names) < MOST_NAMES:
             self.names.update(dict.fromkeys(names))

@@ -15,6 +15,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Message, Rejected
 from trainer.data.fields import (
+    CARRIERS,
     Fault,
     Refusal,
     Unread,
@@ -28,8 +29,7 @@ from trainer.data.fields import (
     verdict_of,
 )
 from trainer.data.read.row import Row
-from trainer.data.tools import are_told, tools_of
-from trainer.data.turns import conversation, history_of, parted, turns_of
+from trainer.data.turns import are_told, conversation, history_of, parted, tools_of, turns_of
 
 NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
@@ -198,8 +198,8 @@ class RowReader:
         asked = [*columns.values(), *([group] if group else ())]
         named = {*asked, *(name.split(".")[0] for name in asked)}
         self._reads = {spelling: (*_read_with(spelling, format), *named) for spelling in self._spellings}
-        self.unread = Unread(format, self.ignored, self._setting, refuses=refuses)
-        self.wanted = frozenset({*self.unread.carriers, *(name for reads in self._reads.values() for name in reads)})
+        self.unread = Unread(CARRIERS[format] if refuses else (), self.ignored, self._setting)
+        self.wanted = frozenset({*CARRIERS[format], *(name for reads in self._reads.values() for name in reads)})
         """Columns that decide over a document: of a table no others need be read."""
 
     def __call__(self, row: Row) -> Document | Rejected:
@@ -215,13 +215,13 @@ class RowReader:
             for name in (reads := self._reads[spelling]):
                 if isinstance(value := fields.get(name), Fault):
                     raise Refusal(value.reason, f'column "{name}": {value.message}')
-            self.unread.note(fields, row.others, (*reads, *row.added) if row.added else reads)
             self._read(document, fields, spelling)
             if fields.get("system") not in (None, "") and self.format not in _WITHOUT_SYSTEM:
                 _add_system(document, text_of(fields, "system"))
             if self.format not in _WITHOUT_SYSTEM and (tools := tools_of(fields.get("tools"))):
                 document.messages = document.messages or document.take_turns()
                 document.tools = None if are_told(document.messages[0]["content"], tools) else tools
+            self.unread.note(fields, row.others, (*reads, *row.added) if row.added else reads)
         except Refusal as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
             return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)

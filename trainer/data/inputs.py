@@ -11,15 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError, StorageError
-from trainer.data.blocks import Block, Job, jobs
+from trainer.data.blocks import Block
 from trainer.data.config import HELD_OUT, DataConfig, DataFormat
 from trainer.data.document import Document, Rejected
 from trainer.data.fields import label_of
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import sets_of
+from trainer.data.read.paths import expand, sets_of
 from trainer.data.read.row import Row
 from trainer.data.rules import problems
+
+
+@dataclass(slots=True)
+class Job:
+    """Rows of one source and one split, in input order."""
+
+    number: int
+    split: str
+    source: str
+    offset: int
+    """Number of rows of the same split and source before this job."""
+    rows: list[Row | Rejected]
 
 
 @dataclass(slots=True)
@@ -55,23 +67,17 @@ def inputs_of(config: DataConfig) -> list[Input]:
     if config.sources:
         for name, source in config.sources.items():
             key = f"data.sources.{name}"
-            origin = Origin.of(
-                source.path,
-                f"{key}.path",
-                remote=config.remote,
-                subset=source.subset,
-                split=source.split,
-                revision=source.revision,
-            )
+            files = expand(source.path, f"{key}.path", remote=config.remote)
+            origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision)
             columns = dict(source.columns) or dict(config.columns)
             format = config.format if source.format is DataFormat.auto else source.format
             found.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))
     else:
-        origin = Origin.of(config.path, "data.path", remote=config.remote)
+        origin = Origin("data.path", expand(config.path, "data.path", remote=config.remote))
         found.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
     for split in HELD_OUT:
         for name, (key, value) in sets_of(getattr(config, f"{split}_path"), split).items():
-            origin = Origin.of(value, key, remote=config.remote)
+            origin = Origin(key, expand(value, key, remote=config.remote))
             found.append(Input(split, name, key, origin, config.format, dict(config.columns)))
     for item in found:
         item.ignored, item.group = frozenset(config.ignore_columns), config.group_by
@@ -97,7 +103,7 @@ def readers_of(
             format = recognise(first, item.columns, meant=meant, **options)
         if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
             options["group"] = item.group  # files of held-out rows need not say what these belong to
-        reader = made[item.id] = RowReader(format, item.columns, label=label, **options)
+        reader = made[item.split, item.source] = RowReader(format, item.columns, label=label, **options)
         item.wanted = reader.wanted
         found = first if isinstance(first, Rejected) else reader(first)
         if isinstance(found, Rejected) and found.reason.startswith("unread_"):
@@ -130,10 +136,29 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
             yield item.id, row
 
 
+def jobs(
+    rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
+) -> Iterator[Job]:
+    """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
+    number, size, current = 0, 0, Job(0, "", "", 0, [])
+    for (split, source), row in rows:
+        same = (split, source) == (current.split, current.source)
+        if not same or len(current.rows) >= most_rows or size >= most_bytes:
+            if current.rows:
+                yield current
+                number += 1
+            current = Job(number, split, source, current.offset + len(current.rows) if same else 0, [])
+            size = 0
+        current.rows.append(row)
+        size += len(row.raw) if isinstance(row, Row) and row.raw is not None else 1024
+    if current.rows:
+        yield current
+
+
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """Documents of the files against which training data is decontaminated. Raises DataError for a row that is none."""
     key = "data.decontamination.paths"
-    for path in Origin.of(paths, key, remote=config.remote).paths:  # each file in its own format
+    for path in expand(paths, key, remote=config.remote):  # each file in its own format
         item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {})
         ignored = config.ignore_columns
         format = recognise(_first_row(item), {}, source=item.source, ignored=ignored)
@@ -154,12 +179,7 @@ NUMBERS = 8
 
 
 def require_room(
-    directory: Path,
-    inputs: list[Input],
-    make: Callable[[Job], Block],
-    max_documents: int | None,
-    *,
-    parts: int = 1,
+    directory: Path, inputs: list[Input], make: Callable[[Job], Block], max_documents: int | None, *, parts: int = 1
 ) -> None:
     """Raise StorageError where the disk of `directory` has less room than 1/`parts` of the data is going to take.
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from strategies.errors import ShardtuneError
-from trainer.data.blocks import Block, Job
+from trainer.data.blocks import Block
 from trainer.data.choose.compare import group_digest
 from trainer.data.choose.copies import Signer
-from trainer.data.config import CleaningConfig, DataConfig, DuplicatePolicy, FilterConfig, PrivacyMode
+from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
-from trainer.data.inputs import evaluation_documents
+from trainer.data.inputs import Job, evaluation_documents
 from trainer.data.reading import Reading
 from trainer.data.stages.checks import Checks, Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
@@ -64,9 +64,8 @@ class BlockMaker:
             texts = (text for document in found for text in evaluation_texts(document, config.decontamination.ngram))
             self.decontaminator = Decontaminator(texts, config.decontamination)
         self.replays = any(source.replay for source in config.sources.values())
-        near = config.leakage.near or config.duplicates.near is not DuplicatePolicy.none
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
-        self.signer = Signer(config.duplicates, near=near, held_out=any(splits))
+        self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(splits))
 
     def __call__(self, job: Job) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
@@ -84,11 +83,18 @@ class BlockMaker:
             else:
                 self._quarantine(block, found, "read")
         block.unread = list(reader.unread.names)
-        for stage in self._stages(job, block):
-            before, dropped = len(documents), len(block.tally.drops)
-            documents = [kept for document in documents if (kept := self._pass(stage, document, block)) is not None]
-            if before - len(documents) != len(block.tally.drops) - dropped:
+        for stage in self._stages(job):
+            dropped, all_kept = len(block.tally.drops), list[Document]()
+            for document in documents:
+                if (kept := stage(document, block.tally)) is not None:
+                    all_kept.append(kept)
+                elif stage.name == "checks":
+                    reason, excerpt = block.tally.drops[-1][1], document.content()[:200]
+                    row = Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt)
+                    block.bad.append(row)
+            if len(documents) - len(all_kept) != len(block.tally.drops) - dropped:
                 raise AssertionError(f"{job.source}: stage {stage.name} lost count of a document")
+            documents = all_kept
         documents = self._tokenise(documents, block)
         block.documents = to_batch(documents)
         block.signatures = self.signer.sign(documents)
@@ -96,7 +102,7 @@ class BlockMaker:
             block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
         return block
 
-    def _stages(self, job: Job, block: Block) -> Iterator[Stage]:
+    def _stages(self, job: Job) -> Iterator[Stage]:
         """What the configuration asks for, in its order, each made when the documents come to it."""
         config = self.config
         yield Checks(config.checks)
@@ -105,16 +111,9 @@ class BlockMaker:
         if config.filters != FilterConfig():
             yield Filters(config.filters)
         if config.privacy.mode is not PrivacyMode.none:
-            yield Privacy(config.privacy, block.findings, seen=job.offset)
+            yield Privacy(config.privacy, seen=job.offset)
         if self.decontaminator is not None and job.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
-
-    def _pass(self, stage: Stage, document: Document, block: Block) -> Document | None:
-        kept = stage(document, block.tally)
-        if kept is None and stage.name == "checks":
-            reason, excerpt = block.tally.drops[-1][1], document.content()[:200]
-            block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
-        return kept
 
     def _quarantine(self, block: Block, row: Rejected, stage: str) -> None:
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
@@ -179,12 +178,9 @@ def cores() -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Results of `function` in the order of `items`, of which few more are taken than there are workers.
 
-    `workers` processes are forked from this one, so that `function` may hold anything; with fewer than 2 it runs here.
+    `workers` processes are forked from this one, so that `function` may hold anything.
     An exception of the function is raised here, and ends the workers; a worker that dies raises ShardtuneError.
     """
-    if workers < 2:
-        yield from map(function, items)
-        return
     global _function
     _function = function
     others = set(active_children())

@@ -13,25 +13,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from strategies.errors import DataError, Preempted
-from trainer.data.blocks import Assembly, Block, Job, jobs
-from trainer.data.cache import DONE, DigestCache, Shards, build_once, fingerprint
-from trainer.data.choose.splits import Columns, Selection, choose, sequences_of
+from trainer.data.blocks import Assembly, Block
+from trainer.data.cache import DONE, Shards, build_once, fingerprint, remembered_digest
+from trainer.data.choose.splits import choose
 from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode
-from trainer.data.inputs import inputs_of, readers_of, require_room, rows_of
+from trainer.data.formats import RowReader
+from trainer.data.inputs import Job, inputs_of, jobs, readers_of, require_room, rows_of
 from trainer.data.maker import BlockMaker, cores, ordered_map
 from trainer.data.read.origin import Origin
+from trainer.data.read.paths import expand
 from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
 from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
 from trainer.data.store.documents import DocumentTable
-from trainer.data.store.sequences import TokenDataset
+from trainer.data.store.sequences import TokenDataset, sequences_of
 from trainer.data.verified import Verify, hashes_of
 from trainer.data.verified import verify as compare
 
@@ -87,20 +90,24 @@ class Preparation:
             "seed": seed if config.eval_share or config.test_share or config.balance.by is not BalanceBy.none else None,
             "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
         }
-        self.digests = DigestCache(Path(config.cache_dir).expanduser())
-        identities: list[Any] = [(*item.id, item.origin.identity(self.digests)) for item in self.inputs]
+        cache = Path(config.cache_dir).expanduser()
+        self.digest = partial(remembered_digest, cache_dir=cache)
+        self.small = sum(item.origin.size() for item in self.inputs) <= SMALL
+        identities: list[Any] = [(i.split, i.source, i.origin.identity(self.digest)) for i in self.inputs]
         if config.decontamination.paths is not None:
-            against = Origin.of(config.decontamination.paths, "data.decontamination.paths", remote=config.remote)
-            identities.append(("decontamination", against.identity(self.digests)))
+            key = "data.decontamination.paths"
+            against = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
+            identities.append(("decontamination", against.identity(self.digest)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
             identities.append(("key of the pseudonyms", key_identity(config.privacy)))
         self.fingerprint = fingerprint(identities, tokenizer, options)
-        self.directory = Path(config.cache_dir).expanduser() / self.fingerprint[:32]
+        self.directory = cache / self.fingerprint[:32]
 
     def open_or_make(self) -> Prepared:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
         began = time.perf_counter()
-        made = build_once(self.directory, self.run, stop=self.check_stop)
+        shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
+        made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
         verify = None if made else self.config.verify
         if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:  # once a host
             verify = Verify.sampled
@@ -111,10 +118,9 @@ class Preparation:
         """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
         if (self.directory / DONE).exists():
             return
-        shards, maker = Shards(self.directory, count), self._maker()
-        require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=count)
-        with shards.writing(number) as keep:
-            for block in self._blocks(maker, lambda job: job.number % count == number):
+        blocks = self._blocks(self._readers(), parts=count, mine=lambda job: job.number % count == number)
+        with Shards(self.directory, count).writing(number) as keep:
+            for block in blocks:
                 self.check_stop()
                 keep(block)
 
@@ -123,63 +129,64 @@ class Preparation:
         if self.stop():
             raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
 
-    def run(self, target: Path) -> None:
+    def run(self, target: Path, shards: Shards | None = None) -> None:
         """Both passes, and the reports."""
-        shards, maker = Shards.finished(self.directory), self._maker()
-        require_room(self.directory.parent, self.inputs, maker, self.config.max_documents)
+        self.check_stop()
+        readers = self._readers()
+        made = self._blocks(readers)
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
         splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
         assembly = Assembly(target, self.config.max_bad_share, rejected, splits=splits)
         with closing(assembly):
-            for block in self._blocks(maker) if shards is None else shards.blocks():
+            for block in made if shards is None else shards.blocks():
                 self.check_stop()
                 assembly.append(block)
-            columns = assembly.columns()
+            columns, table = assembly.columns(), DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
-                check_findings(assembly.totals.findings, self.config.privacy)
-            table = DocumentTable(target)
+                check_findings(assembly.totals.tally.findings, self.config.privacy)
             names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
-        self._write_splits(target, columns, selection)
-        formats = {key: reader.format for key, reader in maker.readers.items()}
-        about = Description(
-            self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digests
+        sets = [item.source for item in self.inputs if item.split == "eval" != item.source]
+        for split, documents in selection.splits.items():
+            (target / split).mkdir()
+            np.save(target / split / "index.npy", sequences_of(documents, columns.pieces))
+            about = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
+            about |= {"sets": sets} if split == "eval" and sets else {}
+            (target / split / "manifest.json").write_text(json.dumps(about))
+        formats = {key: reader.format for key, reader in readers.items()}
+        about_it = Description(
+            self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digest
         )
-        report = about.write(assembly.totals, columns, selection, names)
         manifest = {
             "fingerprint": self.fingerprint,
             "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
             "sources": columns.sources,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": names,
-            "report": report,
+            "report": about_it.write(assembly.totals, columns, selection),
             "hashes": hashes_of(target),
         }
         (target / DONE).write_text(json.dumps(manifest, indent=1))
         if shards is not None:
             shards.remove()
 
-    def _maker(self) -> BlockMaker:
-        readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-        return BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer)
+    def _readers(self) -> dict[tuple[str, str], RowReader]:
+        return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
 
-    def _blocks(self, maker: BlockMaker, mine: Callable[[Job], bool] = lambda job: True) -> Iterator[Block]:
-        """The blocks of the jobs that are `mine`, in input order."""
-        small = sum(item.origin.size() for item in self.inputs) <= SMALL
-        workers = 1 if small else self.config.workers or cores()
+    def _blocks(
+        self,
+        readers: dict[tuple[str, str], RowReader],
+        *,
+        parts: int = 1,
+        mine: Callable[[Job], bool] = lambda job: True,
+    ) -> Iterator[Block]:
+        """The blocks of the jobs that are `mine`, one of `parts`, in input order. Raises StorageError for a disk too small."""
+        maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer)
+        require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
         every = filter(mine, jobs(rows_of(self.inputs, self.config.max_documents)))
-        return ordered_map(maker, every, workers=workers)
-
-    def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
-        for split, documents in selection.splits.items():
-            directory = target / split
-            directory.mkdir()
-            np.save(directory / "index.npy", sequences_of(documents, columns.pieces))
-            sets = [item.source for item in self.inputs if item.split == "eval" != item.source]
-            manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
-            manifest |= {"sets": sets} if split == "eval" and sets else {}
-            (directory / "manifest.json").write_text(json.dumps(manifest))
+        workers = 1 if self.small else self.config.workers or cores()
+        return ordered_map(maker, every, workers=workers) if workers > 1 else map(maker, every)
 
 
 def open_prepared(

@@ -55,11 +55,11 @@ def problems(data: DataConfig) -> Iterator[str]:
     for kind in data.checks.quarantine:
         if kind not in KINDS:
             yield f"data.checks.quarantine: {kind!r} is not looked for; known are {known}"
-    yield from privacy_problems(data.privacy)
     yield from filter_problems(data.filters)
     yield from balance_problems(data.balance)
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    yield from privacy_problems(data.privacy)
 
 
 def filter_problems(config: FilterConfig) -> Iterator[str]:

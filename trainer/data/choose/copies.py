@@ -65,18 +65,16 @@ def _completion_of(document: Document) -> str | None:
     return document.completion
 
 
+@dataclass(frozen=True, slots=True)
 class Signer:
-    """Makes the columns by which documents are compared. Pure: built in every worker, the same for every block."""
+    """Makes the columns by which documents are compared. Pure: the same for every block."""
 
-    def __init__(self, config: DuplicatesConfig, *, near: bool | None = None, held_out: bool = True) -> None:
-        """`near` says whether near copies are looked for; as a rule they are when `config.near` is not off.
-
-        `held_out`: there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact
-        copies are looked for, "normal" is "digest".
-        """
-        self.config = config
-        self.held_out = held_out
-        self.near = config.near is not DuplicatePolicy.none if near is None else near
+    config: DuplicatesConfig
+    near: bool = False
+    """Whether near leaks are looked for, too."""
+    held_out: bool = True
+    """Whether there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact copies are looked
+    for, "normal" is "digest"."""
 
     def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
         """Columns of n documents, uint64[n] each.
@@ -88,7 +86,8 @@ class Signer:
         digests, normals, prompts = list[int](), list[int](), list[int]()
         keys = np.zeros(len(documents), dtype=np.uint64)
         whole = self.config.text is ComparedText.document
-        worded = self.held_out or self.near or self.config.normalized is not DuplicatePolicy.none
+        near = self.near or self.config.near is not DuplicatePolicy.none
+        worded = self.held_out or near or self.config.normalized is not DuplicatePolicy.none
         for row, document in enumerate(documents):
             text = compared_text(document, self.config.text) if worded or not whole else ""
             digests.append(document.digest() if whole else digest64(text.encode("utf-8", "surrogatepass")))
@@ -102,7 +101,7 @@ class Signer:
         found = {"digest": digests, "normal": normals, "prompt": prompts}
         columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
         columns["normal"] ^= keys
-        return {**columns, "verdict": keys} if self.near else columns
+        return {**columns, "verdict": keys} if near else columns
 
 
 def exact_groups(digest: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:

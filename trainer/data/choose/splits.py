@@ -123,7 +123,9 @@ class _Chooser:
             if split in columns.splits:
                 splits[split] = columns.of_split(split)
         train = columns.of_split("train")
-        train = train[self.alive[train]]
+        train = splits["train"] = train[self.alive[train]]
+        if not (self.config.eval_share or self.config.test_share):
+            return
         drawn_by = self.content if self.groups is None else self.groups
         draws = mix(drawn_by[train] + np.uint64((self.seed * STEP + OFFSET) % 2**64))
         taken = np.zeros(len(train), bool)
@@ -277,12 +279,3 @@ def whole_groups(draws: np.ndarray, wanted: int) -> np.ndarray:
     if not taken.any():
         taken[sizes.argmin()] = True
     return taken[group]
-
-
-def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
-    first = np.cumsum(pieces) - pieces
-    counts = pieces[documents]
-    ends = np.cumsum(counts)
-    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return (np.repeat(first[documents], counts) + within).astype(np.int64)

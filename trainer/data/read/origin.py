@@ -14,16 +14,7 @@ from trainer.data.document import Rejected
 from trainer.data.read.columnar import BATCH, count_rows, read_arrow, read_parquet, table_rows
 from trainer.data.read.json_rows import read_json, read_json_lines
 from trainer.data.read.opening import COMPRESSION, File, expansion
-from trainer.data.read.paths import (
-    COLUMN_KINDS,
-    PREFIX,
-    SUPPORTED,
-    TEXT_KINDS,
-    check_name,
-    expand,
-    is_hub,
-    kind_of,
-)
+from trainer.data.read.paths import COLUMN_KINDS, PREFIX, SUPPORTED, TEXT_KINDS, check_name, is_hub, kind_of
 from trainer.data.read.remote import Remote
 from trainer.data.read.row import Row
 from trainer.data.read.text import read_csv, read_text_file
@@ -58,11 +49,6 @@ class Origin:
     split: str | None = None
     """May be left out where a hub data set has only one."""
     revision: str | None = None
-
-    @classmethod
-    def of(cls, value: Any, key: str, *, remote: bool = False, **hub: str | None) -> Origin:
-        """What a path setting names; `remote`: addresses too. Raises DataError, naming `key`, for what does not exist."""
-        return cls(key, expand(value, key, remote=remote), **hub)
 
     def rows(self, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
         """All rows, in order, streamed; of tables the columns `wanted` (None: all). Rows of JSON lines come unparsed.

@@ -15,7 +15,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
-from trainer.data.store.sequences import summed
+from trainer.data.store.sequences import LABEL, summed
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
@@ -280,7 +280,7 @@ def sizes(data: TokenDataset) -> dict[str, Any]:
         "supervised_tokens": supervised,
         "supervised_share": supervised / max(tokens, 1),
         "weighted_tokens": None if weighing == supervised else weighing,
-        "labelled": data.labels is not None,
+        "labelled": LABEL in data.marks,
         "length_p50": middle,
         "length_p90": most,
         "length_max": int(lengths.max()) if len(data) else 0,

@@ -60,9 +60,7 @@ class Description:
         """How the rows of each input were read, by its id."""
         self.fingerprint, self.directory = fingerprint, directory
 
-    def write(
-        self, totals: Totals, columns: Columns, selection: Selection, label_names: list[str] | None
-    ) -> dict[str, Any]:
+    def write(self, totals: Totals, columns: Columns, selection: Selection) -> dict[str, Any]:
         """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report. Raises DataError (law 5)."""
         made = self.audit(totals, columns, selection)
         for split, part in made.splits.items():
@@ -82,12 +80,15 @@ class Description:
 
     def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
         """The audit of the store. Raises AssertionError where a row is unaccounted for."""
-        rows, dropped = totals.rows.total(), totals.tally.num_dropped() + selection.tally.num_dropped()
+        rows, dropped = (
+            totals.rows.total(),
+            sum(c.total() for t in (totals.tally, selection.tally) for c in t.dropped.values()),
+        )
         chosen = np.unique(np.concatenate(list(selection.splits.values())))
         if rows != len(chosen) + dropped:
             raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
         data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        found = selection.report
+        found, samples = selection.report, self._samples(data["train"])
         judged = self._documents(selection.splits["train"], MOST_JUDGED)
         return form.Audit(
             schema=form.SCHEMA,
@@ -109,7 +110,7 @@ class Description:
             groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
             privacy=self._privacy(totals),
             languages=share(judged, max_documents=MOST_JUDGED) if self.config.languages else {},
-            samples=self._samples(data["train"]),
+            samples=samples,
         )
 
     def _split(self, data: TokenDataset, documents: np.ndarray) -> form.Split:
@@ -117,9 +118,10 @@ class Description:
         if bos is not None and len(data):
             starts = data.starts[lengths > 1]
             doubled = int(((data.tokens[starts] == bos) & (data.tokens[starts + 1] == bos)).sum())
+        sizes = form.sizes(data)
         turns = np.array([len(document.turns()) for document in self._documents(documents, MOST_TURNS)], np.int64)
         return form.Split(
-            **form.sizes(data),
+            **sizes,
             ends_supervised=data.num_ended,
             doubled_bos=doubled,
             length_histogram=form.distribution(lengths),
@@ -182,7 +184,7 @@ class Description:
         return {name: part for name, part in told.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> form.PersonalData | None:
-        config, found = self.config.privacy, totals.findings
+        config, found = self.config.privacy, totals.tally.findings
         if config.mode is PrivacyMode.none:
             return None
         return form.PersonalData(
@@ -208,8 +210,8 @@ class Description:
     def _samples(self, data: TokenDataset) -> list[form.DecodedSample]:
         table, samples = DocumentTable(self.directory), []
         for number in np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(int).tolist():
-            document = table.document(int(data.documents[number])) if data.documents is not None else None
             runs = pieces(data.sample(number), self.tokenizer)
+            document = table.document(int(data.documents[number])) if data.documents is not None else None
             samples.append(
                 form.DecodedSample(
                     where=document.where if document else "",

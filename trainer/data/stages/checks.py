@@ -74,22 +74,20 @@ class Checks:
         elif document.messages is not None:
             yield from _order(prompt, "")
         for number, text in enumerate(document.texts(), 1):
-            yield from self._text(text, f"text {number}")
-
-    def _text(self, text: str, name: str) -> Iterator[tuple[str, str]]:
-        if not text or text.isspace():
-            yield "empty_text", name
-        if self.config.max_chars is not None and len(text) > self.config.max_chars:
-            yield "over_long", f"{name}, {len(text)} characters"
-        if match := _CONTROL.search(text):
-            yield "control_characters", f"{name}, U+{ord(match.group()):04X} at character {match.start() + 1}"
-        if text.isascii():
-            return
-        at = text.find("\ufffd")
-        if at >= 0:
-            yield "encoding_damage", f"{name}, U+FFFD at character {at + 1}"
-        elif (match := _SUSPECT.search(text)) and self._is_bad(text):
-            yield "encoding_damage", f"{name}, {match.group()!r} at character {match.start() + 1}"
+            name = f"text {number}"
+            if not text or text.isspace():
+                yield "empty_text", name
+            if self.config.max_chars is not None and len(text) > self.config.max_chars:
+                yield "over_long", f"{name}, {len(text)} characters"
+            if match := _CONTROL.search(text):
+                yield "control_characters", f"{name}, U+{ord(match.group()):04X} at character {match.start() + 1}"
+            if text.isascii():
+                continue
+            at = text.find("\ufffd")
+            if at >= 0:
+                yield "encoding_damage", f"{name}, U+FFFD at character {at + 1}"
+            elif (match := _SUSPECT.search(text)) and self._is_bad(text):
+                yield "encoding_damage", f"{name}, {match.group()!r} at character {match.start() + 1}"
 
 
 def _order(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:

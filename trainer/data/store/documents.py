@@ -65,26 +65,6 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class TableWriter:
-    """Appends batches to `documents.arrow` in a directory. Raises OSError."""
-
-    def __init__(self, directory: Path) -> None:
-        import pyarrow as pa
-
-        self._sink = pa.OSFile(str(directory / NAME), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, schema())
-
-    def append(self, batch: pa.RecordBatch) -> None:
-        """Write one batch; an empty one leaves no trace."""
-        if batch.num_rows:
-            self._writer.write_batch(batch)
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._writer.close()
-        self._sink.close()
-
-
 class DocumentTable:
     """The documents of a prepared data set by row number; of the file, only what is asked for is read."""
 

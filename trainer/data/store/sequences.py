@@ -20,7 +20,6 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -161,6 +160,15 @@ def summed(counts: np.ndarray) -> float:
     return int(counts.sum()) if counts.dtype.kind == "i" else math.fsum(counts.tolist())
 
 
+def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
+    first = np.cumsum(pieces) - pieces
+    counts = pieces[documents]
+    ends = np.cumsum(counts)
+    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return (np.repeat(first[documents], counts) + within).astype(np.int64)
+
+
 def _map(path: Path, dtype: type, count: int) -> np.ndarray:
     wanted = count * np.dtype(dtype).itemsize
     if path.stat().st_size != wanted:
@@ -232,18 +240,6 @@ class StoreWriter:
         self._mask: IO[bytes] = (directory / "supervised.bin").open("wb")
         self._weights: IO[bytes] | None = None
 
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            for file in (self._tokens, self._mask, self._weights):
-                if file is not None:
-                    file.close()
-        except OSError as failure:
-            if error is None:
-                raise storage_error(self.directory, failure) from failure
-
     def append(self, sequences: Sequences) -> None:
         """Write one block; a column that first appears late is zero before."""
         before = len(self.lengths)
@@ -281,14 +277,13 @@ class StoreWriter:
         return np.concatenate([made, np.zeros(len(self.lengths) - len(made), made.dtype)])
 
     def finish(self, **replaced: np.ndarray) -> None:
-        """Write the tables; `replaced` columns (int64 [S]) take the place of those appended."""
+        """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
         columns = {name: self.column(name) for name in self.columns} | replaced
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.lengths, dtype=np.int64))])
         try:
-            self._tokens.flush()
-            self._mask.flush()
-            if self._weights is not None:
-                self._weights.flush()
+            for file in (self._tokens, self._mask, self._weights):
+                if file is not None:
+                    file.close()
             np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
             np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]
         except OSError as error:
@@ -303,18 +298,15 @@ def storage_error(directory: Path, error: OSError) -> StorageError:
 
 
 def write(
-    directory: Path,
-    samples: Iterable[Sample],
-    counts: Callable[[Sample], dict[str, float]],
-    manifest: dict[str, Any],
+    directory: Path, samples: Iterable[Sample], counts: Callable[[Sample], dict[str, float]], manifest: dict[str, Any]
 ) -> None:
     """Write samples as a store of their own into `directory`, which must not exist. Raises StorageError."""
     try:
         directory.mkdir(parents=True)
-        with StoreWriter(directory) as store:
-            store.append(Sequences.of(list(samples), counts))
-            store.finish()
-            count = len(store.lengths)
+        store = StoreWriter(directory)
+        store.append(Sequences.of(list(samples), counts))
+        store.finish()
+        count = len(store.lengths)
         (directory / "manifest.json").write_text(json.dumps({**manifest, "documents": count}, indent=1, default=str))
     except OSError as error:
         raise storage_error(directory, error) from error

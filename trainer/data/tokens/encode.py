@@ -47,7 +47,6 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # each look costs a search
-        self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         self.label_ids = {name: number for number, name in enumerate(label_names or [])}
         # A copy, because saved tokenizers may carry truncation and padding of their own.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -55,6 +54,7 @@ class Encoder:
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
+        self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
         self.control, self.control_tokens = Control(tokenizer, self._backend, ends), control_tokens

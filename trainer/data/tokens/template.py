@@ -232,13 +232,14 @@ class ChatTemplate:
 
     def _ends(self) -> tuple[set[str], set[str]]:
         """Tokens with which the template closes assistant turns, in the middle and at the end; and user turns."""
-        found, any_token = {str(self.tokenizer.eos_token)}, leading(self._added)
+        found = {str(self.tokenizer.eos_token)}
         roles = ("user", "assistant", "user", "assistant")
         turn = [{"role": "user", "content": BEGIN}]
         try:
             text = self._apply([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
         except Exception:  # noqa: BLE001 - a template that dislikes the probe is left to the conversations themselves
             return found, set()
+        any_token = leading(self._added)
         parts = re.split(f"{BEGIN}[^{END}]*{END}", text)
         if len(parts) != 5:
             return found, set()

@@ -17,10 +17,9 @@ from functools import partial
 from typing import Any
 
 from trainer.data.config import Reasoning
-from trainer.data.document import THINK, Message, Refused, thought_of
+from trainer.data.document import THINK, Message, Refused, thought_of, with_texts
 from trainer.data.tokens import marking
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, THOUGHT, Apply
-from trainer.data.tools import with_texts
 
 CALL, EDGE = RESERVED[3], RESERVED[4]
 _MARKS = re.compile(f"([{RESERVED}])")

@@ -11,13 +11,11 @@ import ipaddress
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from strategies.errors import DataError
 from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode
-from trainer.data.document import EXAMPLES, Document, Tally
+from trainer.data.document import EXAMPLES, Document, Findings, Tally
 from trainer.data.stages.privacy import context, patterns
 from trainer.data.stages.privacy.config import KEY_CHARACTERS, NEEDS_PRESIDIO, TYPES, coverage
 from trainer.data.stages.privacy.patterns import compact
@@ -101,42 +99,16 @@ LONGEST_MASK = 32
 SHOW_FIRST = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION"})
 
 
-@dataclass(slots=True)
-class Findings:
-    """Personal data seen by the privacy stage. Holds no value that was found, only masks of a few."""
-
-    scanned: Counter[str] = field(default_factory=Counter)
-    """Documents looked into, by source."""
-    documents: Counter[str] = field(default_factory=Counter)
-    """Documents with at least one finding, by source."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Findings by type."""
-    documents_by_type: Counter[str] = field(default_factory=Counter)
-    """Documents with at least one finding of a type."""
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of each type, as `file:line mask`."""
-
-    def merge(self, other: Findings) -> None:
-        """Add a later block's findings."""
-        for name in ("scanned", "documents", "counts", "documents_by_type"):
-            getattr(self, name).update(getattr(other, name))
-        for type_, places in other.examples.items():
-            kept = self.examples.setdefault(type_, [])
-            kept.extend(places[: EXAMPLES - len(kept)])
-
-
 class Privacy:
     """Report, redact, pseudonymise, drop or fail. Built from its settings in every worker process, for rows of one source.
 
-    `findings` adds up what was seen;
     `seen` rows of the source came before, which count towards `scan_documents`.
     """
 
     name = "privacy"
 
-    def __init__(self, config: PrivacyConfig, findings: Findings | None = None, *, seen: int = 0) -> None:
+    def __init__(self, config: PrivacyConfig, *, seen: int = 0) -> None:
         self.config = config
-        self.findings = Findings() if findings is None else findings
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
         self._left = max(limit - seen, 0) if limit else None
         self._finder = None if config.mode == PrivacyMode.none or self._left == 0 else Finder(config)
@@ -151,7 +123,7 @@ class Privacy:
         if self._finder is None or self._left == 0:
             return document
         self._left = None if self._left is None else self._left - 1
-        texts, found, findings = document.texts(), dict[str, list[Finding]](), self.findings
+        texts, found, findings = document.texts(), dict[str, list[Finding]](), tally.findings
         seen: list[tuple[str, str]] = []
         for text in texts:
             found[text] = self._finder.find(text)
