@@ -12,6 +12,8 @@ from typing import Any
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 WHOLE_RUN_GROUPS = ("experiment", "debug", "local")
 """Groups whose files may set any key; their choice may be `null`."""
+OF_PLANS = "hardware"
+"""A directory of conf/ whose files are no settings of a run: cards that `shardtune plan` plans for."""
 
 
 @cache
@@ -20,7 +22,7 @@ def groups() -> dict[str, list[str]]:
     found = {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONF_DIR.iterdir())
-        if directory.is_dir() and not directory.name.startswith(("_", "."))
+        if directory.is_dir() and not directory.name.startswith(("_", ".", OF_PLANS))
     }
     return {name: choices for name, choices in found.items() if choices or name == "local"}
 

@@ -14,6 +14,7 @@ from trainer.signals import hold
 
 VERBS = {
     "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
+    "plan": "say what a run would take: memory, time and price of each way to run it",
     "prepare": "read, check, clean and tokenise the data of a run, report on it, and stop",
     "data": "look at prepared data: `shardtune data inspect <dir>`",
     "export": "turn a checkpoint into a model directory that transformers loads",
@@ -23,7 +24,8 @@ VERBS = {
 SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
 EXIT_CODES = (
-    "exit codes: 0 done, 64 setting, 65 data, 74 disk, 75 preempted and resumable, 70 anything else, 130 Ctrl-C"
+    "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk, 75 preempted and resumable, 70 anything else,\n"
+    "130 Ctrl-C"
 )
 
 

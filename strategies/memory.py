@@ -1,7 +1,7 @@
-"""Estimated memory of one rank, from shapes alone: for planning, before anything is allocated.
+"""Estimated memory of one rank, from shapes alone: what a run chooses recomputation and waiting gradients by, as it starts.
 
 Model state follows from the strategy by arithmetic. Activations are counted on the meta device where the caller has done so
-(`strategies.activation_plan`), else a rule of thumb (stated below). Treat the sum as a guide, not a promise.
+(`strategies.activation_plan`), else a rule of thumb (stated below). What people are told is simulated (`trainer/simulation.py`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,6 @@ class MemoryEstimate:
     def total(self) -> float:
         """Sum of all kinds, in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.gathered + self.activations
-
-    def lines(self) -> list[str]:
-        """One line a kind, in GiB (MiB where the total is below one)."""
-        unit, name = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
-        kinds = ("parameters", "gradients", "optimizer", "gathered", "activations", "total")
-        return [f"  {kind:<12}{getattr(self, kind) / unit:8.2f} {name}" for kind in kinds]
 
 
 @dataclass(frozen=True, slots=True)

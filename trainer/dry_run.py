@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
-from strategies.base import Fsdp2Config, Precision, StrategyConfig, StrategyName
+import numpy as np
+import torch
+
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.hardware import advice
-from strategies.memory import Pass, estimate
 from strategies.parameters import element_counts, meta_context, named_parameters
+from strategies.runtime import SIMULATED
 from trainer.build import build_model, prepare_data, workload
 from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import build_order
@@ -15,7 +18,8 @@ from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
 from trainer.loop import steps_from_budget
 from trainer.model.loading import load_tokenizer
-from trainer.planning.activations import expected
+from trainer.planning.activations import longest_lengths
+from trainer.simulation import simulate_depth
 from trainer.step import Built
 
 
@@ -42,8 +46,7 @@ def describe(config: RunConfig) -> str:
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
         f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // per:,}",
-        "memory per rank, estimated (model state by arithmetic, activations counted for the longest micro-batch):",
-        *_memory(config, built, data, world, round(mean_tokens * micro)),
+        *_memory(config, built, data, world),
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
@@ -60,21 +63,36 @@ def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation
     return [f"  gradients, whole until the last micro-batch: {4 * trained / 2**30:.2f} GiB more at most; they {when}"]
 
 
-def _memory(config: RunConfig, built: Built, data: Prepared, world: int, micro_tokens: int) -> list[str]:
-    replicate = 1
-    if isinstance(config.strategy, Fsdp2Config) and (
-        config.strategy.name is StrategyName.hsdp or config.strategy.replicate != 1
-    ):
-        hosts = config.launcher.nodes
-        replicate = config.strategy.replicate if config.strategy.replicate > 1 else (hosts if hosts > 1 else 2)
-    precision = Precision.fp32 if config.precision is Precision.auto else config.precision
-    text = built.config.get_text_config()
-    activations = expected(built, workload(config, data), config.strategy.activation_checkpointing, precision)
-    return estimate(
-        built.step_module,
-        config.strategy,
-        precision,
-        world_size=world,
-        replicate=replicate,
-        load=Pass(micro_tokens, text.hidden_size, text.num_hidden_layers, activations),
-    ).lines()
+def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> list[str]:
+    """The run's own step, simulated with its longest micro-batch; or why that cannot be told."""
+    micro = config.batch["micro"]
+    work = workload(config, data)
+    strategy = replace(config.strategy, compile=False)
+    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
+        strategy = replace(strategy, defer_sync=False)  # what waiting gradients would add is told beside it
+    noted = ""
+    if strategy.activation_checkpointing is ActivationCheckpointing.auto:
+        strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.none)
+        noted = ", with nothing recomputed yet"
+    accumulation = min(2, config.batch["global"] // (micro * world))  # more micro-batches hold no more
+    batch = {"global": micro * world * max(1, accumulation), "micro": micro}
+    on_gpu = str(config.run.device) == "cuda"
+    try:
+        found = simulate_depth(
+            replace(config, strategy=strategy, batch=batch),
+            longest_lengths(built, work),
+            world_size=world,
+            local_world_size=max(1, world // config.launcher.nodes),
+            device=SIMULATED if on_gpu else torch.device("cpu"),
+        )
+    except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
+        said = (str(error).strip() or "no message").splitlines()[0][:160]
+        return [f"memory per rank: cannot be simulated yet ({type(error).__name__}: {said})"]
+    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
+    return [
+        f"memory per rank of the longest micro-batch{noted}, simulated: most in {found.peak}; libraries and what the allocator "
+        "reserves come on top",
+        *(f"  {kind:<14}{size / unit:8.2f} {name}" for kind, size in kinds if size >= 0.005 * unit),
+        f"  {'total':<14}{found.total / unit:8.2f} {name}",
+    ]

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from strategies.base import Precision
-from strategies.parameters import meta_context, named_parameters
+from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import simulated_rank
 from trainer.build import attach_frozen, build_step
 from trainer.config.run import RunConfig
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import family_of, reading_of
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import micro_batch_of
 from trainer.planning.depth import Extended, at_depth
+from trainer.planning.form import Form, Size, form_of, sizes_for, take_sizes
 from trainer.planning.simulate import Parts, ShapesOnly, Simulated, simulate
+from trainer.step import Built
 
 
 class NoTokenizer:
@@ -43,13 +49,14 @@ def simulate_run(
     rank: int = 0,
     world_size: int = 1,
     local_world_size: int = 8,
+    device: torch.device = SIMULATED,
 ) -> Simulated:
-    """One step of rank `rank` as on a GPU, each of its micro-batches of sequences of `lengths` tokens.
+    """One step of rank `rank` as on a GPU (or on `device` "cpu"), each of its micro-batches of sequences of `lengths` tokens.
 
     `model.path` needs a config.json alone. Raises ConfigError for what the run itself would refuse, RuntimeError in a
     process that is part of a job.
     """
-    with simulated_rank(rank, world_size, local_world_size=local_world_size) as runtime:
+    with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime:
         return simulate(parts_of(config, lengths, runtime), runtime)
 
 
@@ -61,24 +68,104 @@ def simulate_depth(
     world_size: int = 1,
     local_world_size: int = 8,
     exact: bool = False,
+    device: torch.device = SIMULATED,
 ) -> Extended:
     """`simulate_run` of the whole model, from two models of few blocks; with `exact`, from the model itself.
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
-    settings = load_model_config(config.model)
-    text = settings.get_text_config()
-    blocks, period = text.num_hidden_layers, _period(text)
+    blocks, period = _blocks(config.model)
+    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "local_world_size": local_world_size}
 
     def take(depth: int) -> Simulated:
-        with TemporaryDirectory() as place:
-            shallow = (
-                config if depth == blocks else replace(config, model=_with_blocks(config.model, depth, Path(place)))
-            )
-            return simulate_run(shallow, lengths, rank=rank, world_size=world_size, local_world_size=local_world_size)
+        with _at_depth(config, depth, blocks) as shallow:
+            return simulate_run(shallow, lengths, device=device, **ranks)
 
-    exact = exact or period is None or getattr(settings, "is_encoder_decoder", False)
-    return at_depth(take, blocks, period or 1, exact=exact)
+    return at_depth(take, blocks, period or 1, exact=exact or period is None)
+
+
+def simulate_form(
+    config: RunConfig,
+    length: int,
+    *,
+    accumulation: int,
+    rank: int = 0,
+    world_size: int = 1,
+    local_world_size: int = 8,
+    exact: bool = False,
+) -> Form:
+    """The step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
+
+    `accumulation` micro-batches are simulated. Errors: as `simulate_run`.
+    """
+    blocks, period = _blocks(config.model)
+    told: dict[str, Any] = {}
+    counts: dict[int, tuple[int, int]] = {}
+
+    def take(depth: int) -> tuple[list[Simulated], list[Size], bool]:
+        with (
+            simulated_rank(rank, world_size, local_world_size=local_world_size) as runtime,
+            _at_depth(config, depth, blocks) as shallow,
+        ):
+            parts = parts_of(shallow, [length] * per(shallow), runtime)
+            rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length)
+            told["notes"] = tuple(f"{key}: {value}" for key, value in parts.built.substitutions.items())
+            told["layout"] = str(parts.built.layout)
+            counts[depth] = _parameters(parts.built)
+            batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
+            squares = [sum(n * n for n in each) for each in lengths]
+            units = [len(each) // per(shallow) if rows else sum(each) for each in lengths]
+            return take_sizes(parts, batches, runtime), [Size(*one) for one in zip(units, squares, strict=True)], rows
+
+    def per(of: RunConfig) -> int:
+        return reading_of(of.objective).sequences_per_document
+
+    found = form_of(
+        take,
+        blocks,
+        period=None if exact else period,
+        accumulation=accumulation,
+        local_world_size=local_world_size,
+    )
+    (low, first), (high, second) = min(counts.items()), max(counts.items())
+    steps = (blocks - high) / max(1, high - low)
+    parameters, trained = (round(b + (b - a) * steps) for a, b in zip(first, second, strict=True))
+    return replace(
+        found,
+        parameters=parameters,
+        trained=trained,
+        per_document=per(config),
+        notes=told["notes"],
+        layout=told["layout"],
+    )
+
+
+def _parameters(built: Built) -> tuple[int, int]:
+    """(all, trained)."""
+    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    return sum(element_counts(built.step_module).values()), trained
+
+
+def vocabulary_of(config: ModelConfig) -> int:
+    """Rows of the model's vocabulary, before any is added."""
+    return int(load_model_config(config).get_text_config().vocab_size)
+
+
+def _blocks(config: ModelConfig) -> tuple[int, int | None]:
+    """How many blocks a model has, and after how many their kinds repeat; None where two depths do not say the rest."""
+    settings = load_model_config(config)
+    text = settings.get_text_config()
+    return text.num_hidden_layers, None if getattr(settings, "is_encoder_decoder", False) else _period(text)
+
+
+@contextmanager
+def _at_depth(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]:
+    """The run with a model of `depth` blocks of its `blocks`."""
+    if depth == blocks:
+        yield config
+        return
+    with TemporaryDirectory() as place:
+        yield replace(config, model=_with_blocks(config.model, depth, Path(place)))
 
 
 def _period(text: Any) -> int | None:
@@ -119,16 +206,23 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
     )
     attach_frozen(built, config.model, config.objective, source, tokenizer)  # type: ignore[arg-type]
     accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
-    batch = micro_batch_of(built, lengths)
-    tokens = sum(lengths) * accumulation * runtime.world_size
-    batch["totals"] = dict.fromkeys(batch["totals"], tokens)
     names = [name for name, _ in named_parameters(built.step_module)]
-    return Parts(
+    parts = Parts(
         built=built,
         strategy=config.strategy,
         precision=precision,
         make_optimizer=partial(build_optimizer, config.optim, model_names=names, rate_of=built.tuning.rate_of),
         max_grad_norm=config.optim.max_grad_norm,
-        batches=[batch] * max(1, accumulation),
+        batches=[],
         source=source,
     )
+    return replace(
+        parts, batches=[_micro_batch(parts, lengths, accumulation * runtime.world_size)] * max(1, accumulation)
+    )
+
+
+def _micro_batch(parts: Parts, lengths: list[int], of: int) -> dict[str, Any]:
+    """One of `of` alike micro-batches of a step, of sequences of these lengths."""
+    batch = micro_batch_of(parts.built, lengths)
+    batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * of)
+    return batch

@@ -34,7 +34,9 @@ class Proofs:
 
     def of(self, kernel: str) -> Passage:
         """What is proven with this kernel for documents in one row."""
-        return passage_of(self.settings, self._plain, kernel, on_gpu=self.half_on_gpu)
+        # Where a GPU is only meant, by a plan or a dry run, the CPU proves the same mathematics.
+        on_gpu = self.half_on_gpu and torch.cuda.is_available()
+        return passage_of(self.settings, self._plain, kernel, on_gpu=on_gpu)
 
     def unproven(self, kernel: str) -> str:
         """Why documents cannot lie in one row; empty where they can."""

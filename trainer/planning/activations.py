@@ -42,11 +42,16 @@ class Workload:
 
 def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
+    return micro_batch_of(built, longest_lengths(built, work))
+
+
+def longest_lengths(built: Built, work: Workload) -> list[int]:
+    """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
     number = work.micro_batch * built.reading.sequences_per_document
-    lengths = np.sort(np.asarray(work.train.lengths))[::-1][:number].tolist()
     if work.row_tokens is not None:
-        lengths = [work.row_tokens] * work.micro_batch
-    return micro_batch_of(built, lengths)
+        return [work.row_tokens] * work.micro_batch
+    lengths: list[int] = np.sort(np.asarray(work.train.lengths))[::-1][:number].tolist()
+    return lengths
 
 
 def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:

@@ -50,20 +50,31 @@ def shallow(blocks: int, period: int = 1) -> tuple[int, int] | None:
     return (first, first + period) if first + period < blocks else None
 
 
+def moments_at(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int) -> dict[Moment, Highest]:
+    """The moments of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
+    line, ends = line_of(depths, blocks), from_ends(low, depths[0])
+    return {
+        moment: Highest(line(ends[moment].total, highest.total), 0, lines(ends[moment].kinds, highest.kinds, line))
+        for moment, highest in from_ends(high, depths[1]).items()
+    }
+
+
+def line_of(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:
+    """From what two depths take to what `blocks` blocks take."""
+    steps = (blocks - depths[1]) / (depths[1] - depths[0])
+    return lambda first, second: round(second + (second - first) * steps)
+
+
+def lines(first: dict[Any, int], second: dict[Any, int], line: Callable[[int, int], int]) -> dict[Any, int]:
+    """`line` of what has the same key; what either lacks is 0."""
+    keys = dict.fromkeys((*second, *first))
+    made = {key: line(first.get(key, 0), second.get(key, 0)) for key in keys}
+    return {key: value for key, value in made.items() if value}
+
+
 def extend(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int) -> Extended:
     """The step of a model of `blocks` blocks, from those of `depths` blocks."""
-    steps = (blocks - depths[1]) / (depths[1] - depths[0])
-
-    def line(first: float, second: float) -> int:
-        return round(second + (second - first) * steps)
-
-    def lines(first: dict[Any, int], second: dict[Any, int]) -> dict[Any, int]:
-        keys = dict.fromkeys((*second, *first))
-        made = {key: line(first.get(key, 0), second.get(key, 0)) for key in keys}
-        return {key: value for key, value in made.items() if value}
-
-    ends, more = _from_ends(low, depths[0]), _from_ends(high, depths[1])
-    found = {m: Highest(line(ends[m].total, h.total), 0, lines(ends[m].kinds, h.kinds)) for m, h in more.items()}
+    found, line = moments_at(low, high, depths, blocks), line_of(depths, blocks)
     peak, highest = max(found.items(), key=lambda item: item[1].total)
     calls, size = _exchanged(low.collectives), _exchanged(high.collectives)
     exchanged = {
@@ -74,10 +85,10 @@ def extend(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int
         peak=peak if not isinstance(peak.place, int) or peak.place >= 0 else replace(peak, place=blocks + peak.place),
         total=highest.total,
         kinds=highest.kinds,
-        resting=lines(low.resting, high.resting),
+        resting=lines(low.resting, high.resting, line),
         exchanged=exchanged,
         host_reads=line(sum(low.host_reads.values()), sum(high.host_reads.values())),
-        flops=high.flops + (high.flops - low.flops) * steps,
+        flops=high.flops + (high.flops - low.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
         host=line(low.host, high.host),
     )
 
@@ -106,7 +117,7 @@ def at_depth(simulate: Callable[[int], Simulated], blocks: int, period: int = 1,
     return extend(simulate(depths[0]), simulate(depths[1]), depths, blocks)
 
 
-def _from_ends(found: Simulated, depth: int) -> dict[Moment, Highest]:
+def from_ends(found: Simulated, depth: int) -> dict[Moment, Highest]:
     """Moments of blocks counted from the nearer end; those in the middle lie between."""
     out: dict[Moment, Highest] = {}
     for moment, highest in found.moments.items():

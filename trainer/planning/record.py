@@ -46,6 +46,8 @@ class Record:
     """Bytes copied from the device to the host."""
     to_device: int = 0
     """Bytes copied from the host to the device."""
+    moved: Counter[str] = field(default_factory=Counter)
+    """Bytes that operations other than products, attention and collectives read and write on the device, by phase."""
     flops: float = 0.0
     """Floating-point operations of products and attention, those recomputed included."""
 
@@ -73,8 +75,17 @@ class Recorder(LiveBytes):
         out = func(*args, **kwargs)
         if func in _COPIES:
             self._move(func, args, out)
-        self.record.flops += self._flops(func, args, kwargs, out)
+        flops = self._flops(func, args, kwargs, out)
+        self.record.flops += flops
+        if not flops and not _free(func):
+            self.record.moved[self.moment.phase] += self._size(args) + self._size(out)
         return out
+
+    def _size(self, value: Any) -> int:
+        """Bytes on the device of a tensor, or of tensors in lists."""
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size() if value.device == self.device else 0
+        return sum(map(self._size, value)) if isinstance(value, tuple | list) else 0
 
     def _collective(self, func: Any, args: Any) -> None:
         tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
@@ -115,7 +126,15 @@ class Recorder(LiveBytes):
         return 0.0
 
 
+_FREE = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
+"""Operations that touch no value, beside views."""
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+def _free(func: Any) -> bool:
+    """Whether an operation reads and writes nothing on the device, or is counted as a collective."""
+    name = func._schema.name.partition("::")
+    return func.is_view or func in collective_ops or name[0] == "prim" or name[2] in _FREE
 
 
 def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:

@@ -19,11 +19,12 @@ from strategies.build import build_strategy
 from strategies.owned import Kind, owned
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
-from trainer.data.batches.collate import each_tensor, to_device
+from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import EvaluationConfig
 from trainer.loop import LoopSettings, Output, Trainer
 from trainer.optim.schedule import ScheduleConfig
+from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
 from trainer.planning.record import Collective, Record, Recorder
 from trainer.step import Built
@@ -66,6 +67,8 @@ class Simulated:
     collectives: list[Collective]
     host_reads: Counter[str]
     flops: float
+    moved: Counter[str]
+    """Bytes on the device that operations other than products and attention read and write, by phase."""
     to_host: int
     to_device: int
     host: int
@@ -83,22 +86,8 @@ def simulate(parts: Parts, runtime: Runtime) -> Simulated:
     The model is on meta, and is used up. Raises what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        shape_of = _Shapes()
-        for module in parts.built.step_module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = shape_of(buffer)
-        return watch(replace(parts, batches=[each_tensor(batch, shape_of) for batch in parts.batches]), runtime)
-
-
-class _Shapes:
-    """Fake tensors in place of real ones, the same for the same."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return self._made.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))[1]
+        (batches,) = faked(parts.built, [parts.batches])
+        return watch(replace(parts, batches=batches), runtime)
 
 
 def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> Simulated:
@@ -107,6 +96,13 @@ def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> 
     `warm` steps go before; the least of 1 + `repeat` more counts, since real process groups let go of tensors in threads of
     their own, sometimes late.
     """
+    with watching(parts, runtime) as watched:
+        return _steps(parts, watched, warm, repeat)
+
+
+@contextmanager
+def watching(parts: Parts, runtime: Runtime) -> Iterator[Watched]:
+    """The engine of `parts`, watched from its making on; `parts.built` is used up. All ranks must call."""
     if (
         "deepspeed" in sys.modules
     ):  # of ZeRO-3 simulated before, a linear function is left that casts weights anew each time
@@ -127,7 +123,7 @@ def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> 
             recorder.see(tensor, kind)
         watched = Watched(engine, recorder, blocks)
         with watched.places():
-            return _steps(parts, watched, recorder, warm, repeat)
+            yield watched
 
 
 @contextmanager
@@ -143,57 +139,29 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _steps(parts: Parts, watched: Watched, recorder: Recorder, warm: int, repeat: int) -> Simulated:
-    trainer = _trainer(watched)
-
-    def step() -> Record:
-        watched.start()
-        batch = _batch(parts, recorder.device)
-        trainer.train_step(batch)
-        del batch
-        watched.at("between")
-        recorder._note()
-        return recorder.record
-
+def _steps(parts: Parts, watched: Watched, warm: int, repeat: int) -> Simulated:
+    recorder = watched.recorder
     for _ in range(warm):
-        recorder.begin()
-        step()
-    recorder.begin()
-    record = step()
+        watched.take(parts.batches)
+    record = watched.take(parts.batches)
     found = recorder.highest
     for _ in range(repeat):
-        recorder.explain(found, lambda: owned(watched.engine))
-        step()
+        watched.take(parts.batches, explain=found)
         again = recorder.highest
         if watched.runtime.simulated and (differ := [m for m, h in found.items() if h.total != again[m].total]):
             raise RuntimeError(f"two steps of one run hold different amounts of memory: {', '.join(map(str, differ))}")
         for moment, highest in again.items():
             highest.total = min(highest.total, found[moment].total)
         found = again
-    resting = recorder.tally()
-    host = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for _, t in owned(watched.engine)
-        if t.device != recorder.device
-    }
-    return Simulated(
-        moments=found,
-        resting=resting,
-        collectives=record.collectives,
-        host_reads=record.host_reads,
-        flops=record.flops,
-        to_host=record.to_host,
-        to_device=record.to_device,
-        host=sum(host.values()),
-    )
+    return watched.report(found, record)
 
 
-def _batch(parts: Parts, device: torch.device) -> StepBatch:
-    made = [to_device(batch, device) for batch in parts.batches]
-    tokens = sum(int(batch["input_ids"].numel()) for batch in parts.batches)
+def _batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
+    made = [to_device(batch, device) for batch in batches]
+    tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
     return StepBatch(
         micro_batches=made,
-        totals=parts.batches[0]["totals"],
+        totals=batches[0]["totals"],
         tokens=tokens,
         local_tokens=tokens,
         supervised_tokens=tokens,
@@ -234,6 +202,37 @@ class Watched:
         self.dp_rank, self.dp_size = engine.dp_rank, engine.dp_size
         self.step_module = engine.step_module
         self._micro = 0
+        self._trainer = _trainer(self)
+
+    def take(self, batches: list[dict[str, Any]], explain: dict[Moment, Highest] | None = None) -> Record:
+        """One step of these micro-batches, with nothing else counted; `explain` names the operations to tally after."""
+        if explain is None:
+            self.recorder.begin()
+        else:
+            self.recorder.explain(explain, lambda: owned(self.engine))
+        self.start()
+        batch = _batch(batches, self.recorder.device)
+        self._trainer.train_step(batch)
+        del batch
+        self.at("between")
+        self.recorder._note()
+        return self.recorder.record
+
+    def report(self, moments: dict[Moment, Highest], record: Record) -> Simulated:
+        """What a step was found to take, with what rests now that it is over."""
+        resting, kept = self.recorder.tally(), [t for _, t in owned(self.engine) if t.device != self.recorder.device]
+        host = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+        return Simulated(
+            moments=moments,
+            resting=resting,
+            collectives=record.collectives,
+            host_reads=record.host_reads,
+            flops=record.flops,
+            moved=record.moved,
+            to_host=record.to_host,
+            to_device=record.to_device,
+            host=sum(host.values()),
+        )
 
     def start(self) -> None:
         """A step begins."""

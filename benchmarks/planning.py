@@ -1,0 +1,273 @@
+"""Plans against published measurements of GPU memory and speed: `python -m benchmarks.planning known.csv [--rows one-gpu]`.
+
+The table has a row a measurement, with its conditions in columns (id, model, method, strategy, gpus, gpu, seq, micro_batch,
+grad_accum, precision, act_ckpt, lora_rank, peak_gib, tokens_per_s_per_gpu, notes). Each is planned as this trainer would run
+it, and then with what other trainers hold beside: pure bf16 weights and states, copies of the logits. Those are arithmetic from
+the size of the model and the batch; nothing is fitted to the table. Writes benchmarks/results/planning.json, worst first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launch.compose import compose
+from launch.plan import read_own
+from strategies.base import Precision
+from strategies.owned import Kind
+from trainer.plan import Job, Lengths, PlanConfig, Way
+from trainer.planning.form import Form
+from trainer.planning.speed import Load, step_of
+from trainer.sweep import simulate_ways
+
+GIB = 2**30
+RESULTS = Path(__file__).parent / "results" / "planning.json"
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 8,
+}
+LLAMA |= {"torch_dtype": "bfloat16", "pad_token_id": 0, "rms_norm_eps": 1e-5}
+
+
+def _sizes(hidden: int, inner: int, blocks: int, heads: int, words: int, **more: Any) -> dict[str, Any]:
+    made = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+    }
+    return LLAMA | made | {"vocab_size": words} | more
+
+
+def _as(kind: str, cls: str, sizes: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return sizes | {"model_type": kind, "architectures": [cls]} | more
+
+
+_QWEN = ("qwen2", "Qwen2ForCausalLM")
+LLAMA_3 = _sizes(4096, 14336, 32, 32, 128256)
+MODELS: dict[str, dict[str, Any]] = {
+    "Meta-Llama-3-8B": LLAMA_3,
+    "Kempner-Llama-7B": LLAMA_3,
+    "Llama-2-70B": _sizes(8192, 28672, 80, 64, 32000),
+    "Mistral-7B-v0.1": _as("mistral", "MistralForCausalLM", _sizes(4096, 14336, 32, 32, 32000), sliding_window=4096),
+    "Mixtral-8x7B-Instruct-v0.1": _as(
+        "mixtral", "MixtralForCausalLM", _sizes(4096, 14336, 32, 32, 32000), num_local_experts=8, num_experts_per_tok=2
+    ),
+    "PowerLM-3b": _as(
+        "granite",
+        "GraniteForCausalLM",
+        _sizes(2304, 9216, 40, 36, 49152, num_key_value_heads=36, tie_word_embeddings=True),
+    ),
+    "gpt_bigcode-santacoder": {
+        "model_type": "gpt_bigcode",
+        "architectures": ["GPTBigCodeForCausalLM"],
+        "n_embd": 2048,
+        "n_head": 16,
+        "n_inner": 8192,
+        "n_layer": 24,
+        "n_positions": 2048,
+        "multi_query": True,
+        "vocab_size": 49280,
+        "pad_token_id": 0,
+    },
+    "Qwen2.5-0.5B": _as(*_QWEN, _sizes(896, 4864, 24, 14, 151936, num_key_value_heads=2, tie_word_embeddings=True)),
+    "Qwen2.5-1.5B": _as(*_QWEN, _sizes(1536, 8960, 28, 12, 151936, num_key_value_heads=2, tie_word_embeddings=True)),
+    "Qwen2.5-3B": _as(*_QWEN, _sizes(2048, 11008, 36, 16, 151936, num_key_value_heads=2, tie_word_embeddings=True)),
+    "Qwen2.5-7B": _as(*_QWEN, _sizes(3584, 18944, 28, 28, 152064, num_key_value_heads=4)),
+}
+CARDS = {"A100-80GB": "a100_80g", "H200-141GB": "h200", "RTX4080-16GB": "rtx4090"}
+"""The card of each row; an RTX 4080 has no file, and its memory is of no account here."""
+STRATEGY = {"single": "single", "FSDP1 FULL_SHARD": "fsdp2", "FSDP2": "fsdp2"}
+"""What stands in for the strategy of a row; rows of others (tensor and pipeline parallel) are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Rows that one simulation answers, at their micro-batches."""
+
+    model: str
+    strategy: str
+    ranks: int
+    tuning: str
+    quantised: str
+    recompute: str
+    length: int
+    accumulation: int
+    gpu: str
+
+
+def question(row: dict[str, str]) -> Question | None:
+    """What to simulate for a row; None where the plan has no equal for it."""
+    if row["model"] not in MODELS or row["strategy"] not in STRATEGY:
+        return None
+    quantised = "nf4" if row["method"] == "QLoRA" else "none"  # with double quantisation, as all rows' bytes say
+    tuning = "full" if row["method"].startswith("full") else "lora"
+    accumulation = min(2, int(row["grad_accum"] or 1))
+    return Question(
+        row["model"],
+        STRATEGY[row["strategy"]],
+        int(row["gpus"]),
+        tuning,
+        quantised,
+        row["act_ckpt"],
+        int(row["seq"]),
+        accumulation,
+        row["gpu"],
+    )
+
+
+def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Form | str, Job]]:
+    """Each with its form, or why there is none, as they are found."""
+    for asked in questions:
+        path = place / asked.model
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(MODELS[asked.model]))
+        card, settings = read_own([f"hardware={CARDS[asked.gpu]}"])
+        words = [f"model.path={path}", f"strategy={asked.strategy}", f"tuning={asked.tuning}", "precision=bf16"]
+        words += [f"strategy.activation_checkpointing={asked.recompute}", "launcher=slurm", "run.device=cuda"]
+        if asked.tuning == "lora":
+            targets = "c_attn,c_proj" if "santacoder" in asked.model else "q_proj,k_proj,v_proj,o_proj"
+            words += ["tuning.rank=16", f"tuning.targets=[{targets}]"]
+        if asked.quantised != "none":
+            words += ["model.quantisation=nf4"]
+        if asked.strategy == "fsdp2":
+            words += ["strategy.defer_sync=true"]
+        config = compose(words, check=False).config
+        config.batch |= {"global": asked.ranks * asked.accumulation, "micro": 1}
+        job = Job(card, Precision.bf16, 1, asked.ranks, config.batch["global"], Lengths.all_of(asked.length, 1))
+        settings = replace(settings, workers=1) if isinstance(settings, PlanConfig) else settings
+        (found,) = simulate_ways([Way(config, ())], job, asked.accumulation, settings, lambda *_: None)
+        yield asked, found, job
+
+
+def holds_logits(row: dict[str, str]) -> float:
+    """Bytes a token and word that the row's trainer holds in its loss."""
+    if "liger" in row["notes"]:
+        return 0.0
+    if "kbit" in row["notes"]:
+        return 16.0  # an fp32 head's logits, shifted, their softmax and gradient
+    return 8.0 if "foak" in row["notes"] or "compile" in row["notes"] else 12.0
+
+
+def answers(row: dict[str, str], form: Form, job: Job) -> dict[str, Any]:
+    """What is predicted for a row: as this trainer would run, and as the row's did."""
+    micro = int(row["micro_batch"] or 1)
+    tokens = micro * int(row["seq"])
+    units = micro if form.rows else tokens
+    taken = form.at(units)
+    own = taken.total / GIB
+    words = MODELS[row["model"]]["vocab_size"]
+    state, working = _parts(form, units)
+    other = max(taken.total, state + working + holds_logits(row) * words * tokens)
+    if "pure bf16" in row["precision"] and form.trained > form.parameters / 2:
+        # Weights and both moments in bf16, and with foreach at the step a copy of everything that is updated.
+        shards, whole = int(row["gpus"]), 2 * form.parameters
+        logits = holds_logits(row) * words * tokens
+        other = max(5 * whole / shards, 3 * whole / shards + working + logits)
+    step = step_of(
+        form, Load(units, micro * int(row["seq"]) ** 2, 1), job.card, job.precision, ranks_per_node=job.per_node
+    )
+    return {
+        "predicted_gib": own,
+        "as_theirs_gib": other / GIB,
+        "peak_at": str(taken.peak),
+        "tokens_per_s_per_gpu": tokens / step.total_s,
+    }
+
+
+def _parts(form: Form, units: float) -> tuple[float, float]:
+    """(what stays, activations without logits) at the end of a forward pass."""
+    large, place = form.moments[1], next(m for m in form.moments[1] if m.phase == "forward" and m.place == "head")
+    kinds = large[place].kinds
+    activations = kinds.get(Kind.activations, 0)
+    more = form.at(units).total - form.at(form.sizes[1].units).total
+    stays = sum(size for kind, size in kinds.items() if kind not in (Kind.activations, Kind.logits))
+    return float(stays), float(activations + max(more, 0.0))
+
+
+def own_kind(row: dict[str, str]) -> bool:
+    """Whether a row is of one GPU and of a trainer that, like this one, holds no logits and adapts a frozen base."""
+    return row["strategy"] == "single" and holds_logits(row) == 0.0 and "LoRA" in row["method"]
+
+
+def main(argv: list[str]) -> int:
+    """Plan every row, print the worst, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--rows", choices=["all", "one-gpu", "own"], default="all")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    rows = list(csv.DictReader(options.table.open()))
+    if options.rows != "all":
+        rows = [row for row in rows if row["strategy"] == "single" and (options.rows == "one-gpu" or own_kind(row))]
+    questions = dict.fromkeys(asked for row in rows if (asked := question(row)) is not None)
+    made, left_out, started = [], [], time.time()
+    with tempfile.TemporaryDirectory() as place:
+        for asked, form, job in forms(list(questions), Path(place)):
+            print(
+                f"{time.time() - started:6.0f} s {asked}: {form if isinstance(form, str) else 'done'}", file=sys.stderr
+            )
+            for row in rows:
+                if question(row) != asked:
+                    continue
+                if isinstance(form, str):
+                    left_out.append({"id": row["id"], "why": form})
+                else:
+                    made.append(_compared(row, answers(row, form, job)))
+    left_out += [{"id": row["id"], "why": "no equal strategy or model"} for row in rows if question(row) is None]
+    made.sort(key=lambda one: -abs(one["off_percent"]))
+    options.results.write_text(json.dumps({"rows": made, "left_out": left_out}, indent=1) + "\n")
+    print(*summary(made), sep="\n")
+    return 0
+
+
+def _compared(row: dict[str, str], answer: dict[str, Any]) -> dict[str, Any]:
+    measured = float(row["peak_gib"])
+    said = {
+        name: row[name] for name in ("id", "model", "method", "strategy", "gpus", "seq", "micro_batch", "precision")
+    }
+    speed = float(row["tokens_per_s_per_gpu"] or 0)
+    return said | {
+        "own_kind": own_kind(row),
+        "measured_gib": measured,
+        **{name: value if isinstance(value, str) else round(value, 2) for name, value in answer.items()},
+        "off_percent": round(100 * (answer["as_theirs_gib"] / measured - 1), 1),
+        "measured_tokens_per_s_per_gpu": speed or None,
+        "speed_off_percent": round(100 * (answer["tokens_per_s_per_gpu"] / speed - 1), 1) if speed else None,
+    }
+
+
+def summary(made: list[dict[str, Any]]) -> list[str]:
+    """Medians and worsts by group, as lines."""
+    groups = {
+        "adapters on one GPU, no logits held": [one for one in made if one["own_kind"]],
+        "others on one GPU": [one for one in made if one["strategy"] == "single" and not one["own_kind"]],
+        "several GPUs": [one for one in made if one["strategy"] != "single"],
+    }
+    lines = []
+    for name, of in groups.items():
+        if of:
+            off = [abs(one["off_percent"]) for one in of]
+            lines.append(f"{name}: {len(of)} rows, median {statistics.median(off):.1f} % off, worst {max(off):.1f} %")
+            lines[-1] += f" (signed median {statistics.median(one['off_percent'] for one in of):+.1f} %)"
+        speeds = [one["speed_off_percent"] for one in of if one["speed_off_percent"] is not None]
+        if speeds:
+            lines.append(
+                f"  tokens/s: signed median {statistics.median(speeds):+.1f} %, {min(speeds):+.1f} to {max(speeds):+.1f} %"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

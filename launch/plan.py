@@ -1,0 +1,232 @@
+"""`shardtune plan`: memory, time and price of a run before there is one, on a card that need not be there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+    from trainer.plan import Job, Lengths, PlanConfig
+    from trainer.planning.hardware import Card
+
+USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
+
+  shardtune plan model.path=models/llama3-8b data.max_length=4096 hardware=h100_80g \\
+      launcher.nodes=4 launcher.gpus_per_node=8
+  shardtune plan model.path=... data.path=train.jsonl hardware=a10g strategy=fsdp2 tuning=lora budget.epochs=3
+
+Takes the words of `train`. What is typed stays as it is; strategy, strategy.activation_checkpointing and batch.micro are
+looked at in all their values where they are not. The model needs its config.json alone; data only where data.path is given.
+
+  hardware=<card>            {cards}, or a YAML file like those of conf/hardware/
+  hardware.<key>=...         another figure for it, as hardware.price_per_hour=2.10 or hardware.memory_gib=40
+  launcher.nodes, launcher.gpus_per_node     the ranks; one card where nothing is said
+  plan.offload=true          look at states in host memory too
+  plan.quantisation=[none,nf4]               and at other ways to store a frozen base
+  plan.exact=true            simulate whole models in place of two shallow ones each
+  plan.workers=0             processes that simulate; 0 takes one a core
+
+Ends with 69 where nothing fits. docs/planning.md says what is counted, and how far it is from what was measured."""
+OWN = ("plan", "hardware")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE.format(cards=", ".join(cards())))
+        return 0
+    as_json = "--json" in argv
+    words = [word for word in argv if word != "--json"]
+    own = [word for word in words if word.split("=")[0].split(".")[0] in OWN]
+    words = [word for word in words if word not in own]
+    card, settings = read_own(own)
+    from launch.plan_answer import as_dict, text
+    from trainer.sweep import sweep
+
+    config, typed = composed(words, card)
+    job = job_of(config, card, typed)
+    answer = sweep(config, settings, typed, job, _progress())
+    print(json.dumps(as_dict(answer, words), indent=1) if as_json else text(answer, words), flush=True)
+    return 0 if answer.best is not None else 69
+
+
+def cards() -> list[str]:
+    """The cards of conf/hardware."""
+    from launch.choices import CONF_DIR
+
+    return sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
+
+
+def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
+    """The card and the settings of the plan. Raises ConfigError with every problem."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from strategies.errors import ConfigError
+    from trainer.plan import PlanConfig
+    from trainer.planning.hardware import Card
+
+    problems: list[str] = []
+    trees: dict[str, Any] = {"hardware": OmegaConf.structured(Card), "plan": OmegaConf.structured(PlanConfig)}
+    named = [word.partition("=")[2] for word in words if word.startswith("hardware=")]
+    if named:
+        try:
+            trees["hardware"] = OmegaConf.merge(trees["hardware"], OmegaConf.load(_card_file(named[-1])))
+        except (OmegaConfBaseException, OSError, ValueError) as error:
+            problems.append(f"hardware={named[-1]}: {str(error).splitlines()[0]}; one of {', '.join(cards())}")
+    else:
+        problems.append(f"hardware: not set; give the card to plan for, one of {', '.join(cards())}")
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "hardware":
+            continue
+        group, _, leaf = key.partition(".")
+        known = [each.name for each in fields(type(OmegaConf.to_object(trees[group])))]  # type: ignore[arg-type]
+        if leaf not in known:
+            problems.append(
+                f"{word}: there is no setting {key}; one of {', '.join(f'{group}.{name}' for name in known)}"
+            )
+            continue
+        try:
+            trees[group] = OmegaConf.merge(trees[group], OmegaConf.from_dotlist([f"{leaf}={value}"]))
+        except (OmegaConfBaseException, ValueError) as error:
+            problems.append(f"{word}: {str(error).splitlines()[0]}")
+    card, settings = OmegaConf.to_object(trees["hardware"]), OmegaConf.to_object(trees["plan"])
+    assert isinstance(card, Card) and isinstance(settings, PlanConfig)
+    problems = problems or _lacking(card)
+    if problems:
+        raise ConfigError(problems)
+    return card, settings
+
+
+def _card_file(name: str) -> Path:
+    from launch.choices import CONF_DIR
+
+    file = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else CONF_DIR / "hardware" / f"{name}.yaml"
+    if not file.is_file():
+        raise OSError("there is no such card")
+    return file
+
+
+def _lacking(card: Card) -> list[str]:
+    """What a card must say to be planned for."""
+    from strategies.base import Precision
+
+    rates = (
+        "memory_gib",
+        "fp32_tflops",
+        "memory_gb_s",
+        "link_gb_s",
+        "node_gb_s",
+        "host_gb_s",
+        "disk_gb_s",
+        "gpus_per_node",
+    )
+    problems = [
+        f"hardware.{name}={getattr(card, name):g}: must be above 0" for name in rates if getattr(card, name) <= 0
+    ]
+    if len(card.capability) != 2:
+        problems.append(f"hardware.capability={card.capability}: must be two numbers, such as [9,0]")
+    elif not card.tflops(card.precision(Precision.auto)):
+        problems.append(
+            f"hardware.name={card.name}: its speed is not known; give the driver's name of a card in docs/speed.md"
+        )
+    return problems
+
+
+def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
+    """The configuration of a run on GPUs that need not be here, and the keys and groups that were typed. Raises ConfigError."""
+    from launch.compose import compose
+    from launch.overrides import parse
+    from strategies.errors import ConfigError
+    from trainer.config.run import Device
+    from trainer.config.validate import problems_of
+
+    parsed = parse(words)
+    typed = set(parsed.choices) | {key for key, _, _ in parsed.values}
+    # The launcher of a cluster settles nothing by this machine, and knows gpus_per_node.
+    config = compose([*words, *([] if "launcher" in typed else ["launcher=slurm"])], check=False).config
+    config.run.device = Device.cuda
+    config = replace(config, precision=card.precision(config.precision))
+    if "batch.global" not in typed:
+        world = _world(config)
+        config.batch["global"] = -(-config.batch["global"] // world) * world
+    found = problems_of(config, world_size=_world(config))
+    problems = [
+        p for p in found if p.startswith(("model.path", "model.tokenizer", "launcher.nodes", "launcher.processes"))
+    ]
+    if config.data.path is not None or config.data.sources:
+        problems += [p for p in found if p.startswith("data")]
+    if problems:
+        raise ConfigError(problems)
+    return config, typed
+
+
+def _world(config: RunConfig) -> int:
+    return max(1, config.launcher.nodes) * per_node(config)
+
+
+def per_node(config: RunConfig) -> int:
+    """Cards of a node."""
+    return max(1, config.launcher.processes or getattr(config.launcher, "gpus_per_node", 0) or 1)
+
+
+def job_of(config: RunConfig, card: Card, typed: set[str]) -> Job:
+    """The ranks, and how long what they are given is. Prepares data where data.path says some."""
+    from trainer.objectives.registry import reading_of
+    from trainer.plan import Job, Lengths
+
+    per = reading_of(config.objective).sequences_per_document
+    lengths = Lengths.all_of(config.data.max_length, per)
+    if config.data.path is not None or config.data.sources:
+        lengths = _measured(config, per)
+    return Job(
+        card=card,
+        precision=config.precision,
+        nodes=max(1, config.launcher.nodes),
+        per_node=per_node(config),
+        global_batch=config.batch["global"],
+        lengths=lengths,
+    )
+
+
+def _measured(config: RunConfig, per: int) -> Lengths:
+    import numpy as np
+
+    from trainer.build import prepare_data
+    from trainer.data.batches.mixing import build_order
+    from trainer.model.loading import load_tokenizer
+    from trainer.plan import Lengths
+
+    data = prepare_data(config, load_tokenizer(config.model))
+    all_of = data.train.lengths.astype(np.int64)
+    units, order = build_order(config.data, data.train, sequences_per_document=per, seed=config.run.seed)
+    tokens = all_of if units is None else np.array([all_of[unit].sum() for unit in units])
+    squares = all_of**2 if units is None else np.array([(all_of[unit] ** 2).sum() for unit in units])
+    drawn = order.epoch(0)
+    longest = np.sort(tokens)[::-1]
+    if config.data.packing:
+        longest = np.array([config.data.max_length])
+    return Lengths(longest, float(tokens[drawn].mean()), float(squares[drawn].mean()), per, order.num_units)
+
+
+def _progress() -> Any:
+    """Tells on stderr what was done: one line that is written over in a terminal, else a line at the end."""
+    shown = sys.stderr.isatty()
+
+    def tell(done: int, of: int, what: str) -> None:
+        if shown:
+            print(
+                f"\r\033[Ksimulated {done} of {of}: {what}"[:100],
+                end="" if done < of else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif done == of:
+            print(f"simulated {of} ways to run", file=sys.stderr, flush=True)
+
+    return tell

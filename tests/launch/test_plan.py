@@ -1,0 +1,200 @@
+"""`shardtune plan`: words, cards, the table, JSON and exit codes; and what the answer is reckoned from."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+
+from launch import main as command
+from launch.compose import compose
+from launch.plan import cards, composed, read_own
+from strategies.base import Precision
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir
+from tests.helpers.tokenizers import write_chat_data
+from trainer.build import prepare_data
+from trainer.model.loading import load_tokenizer
+from trainer.plan import Job, Lengths, PlanConfig, micro_batches, ways
+from trainer.planning.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
+from trainer.records.cards import PEAK_TFLOPS
+from trainer.simulation import simulate_depth
+
+GPUS = ["launcher.nodes=2", "launcher.gpus_per_node=4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_dir(tmp_path_factory.mktemp("plan"))
+
+
+def plan(capsys, model, *words):
+    """(exit code, what was printed)."""
+    code = command.main(["plan", f"model.path={model}", "data.max_length=64", *words])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("name", cards())
+def test_a_card_says_all_that_a_plan_asks(name):
+    card, _ = read_own([f"hardware={name}"])
+    assert card.name in PEAK_TFLOPS
+    assert card.sources and card.date
+    assert card.tflops(card.precision(Precision.auto)) >= card.fp32_tflops
+    assert card.node_gb_s > 0 and card.host_gb_s <= card.memory_gb_s
+
+
+def test_a_figure_of_a_card_can_be_another(tmp_path):
+    card, settings = read_own(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
+    assert card.price_per_hour == 0.5 and settings.offload
+    (tmp_path / "mine.yaml").write_text("name: NVIDIA L4\ncapability: [8, 9]\nmemory_gib: 20\n")
+    with pytest.raises(ConfigError, match=r"hardware\.memory_gb_s=0: must be above 0"):
+        read_own([f"hardware={tmp_path / 'mine.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "hardware: not set; give the card to plan for, one of a100_40g"),
+        (["hardware=h1000"], "hardware=h1000: there is no such card; one of a100_40g"),
+        (["hardware=l4", "plan.exacct=true"], "there is no setting plan.exacct; one of plan.exact"),
+        (["hardware=l4", "hardware.memory_gib=much"], "hardware.memory_gib=much: "),
+        (["hardware=l4", "hardware.name=Voodoo"], "hardware.name=Voodoo: its speed is not known"),
+    ],
+)
+def test_what_is_wrong_with_a_card_is_said(capsys, model, words, said):
+    code, out = plan(capsys, model, *words)
+    assert code == 64 and said in out
+
+
+def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model):
+    assert command.main(["plan", "hardware=l4"]) == 64
+    assert "model.path: not set" in capsys.readouterr().err
+    code, out = plan(capsys, model, "hardware=l4", *GPUS, "batch.global=16", "batch.micro=4", "strategy=ddp")
+    assert code == 64 and "set batch.global to a multiple of 32" in out
+
+
+def test_the_words_to_paste_make_a_run(capsys, model):
+    """The table is narrow; the words that it ends with compose as they stand; JSON says the same."""
+    asked = [
+        "hardware=a10g",
+        *GPUS,
+        "strategy=fsdp2",
+        "strategy.activation_checkpointing=full",
+        "budget.tokens=1000000",
+    ]
+    code, out = plan(capsys, model, *asked)
+    assert code == 0, out
+    assert all(len(line) <= 80 for line in out.splitlines() if "model.path" not in line and "simulated" not in line)
+    start = out.index("shardtune submit")
+    pasted = shlex.split(out[start : out.index("\n(with", start)].replace("\\\n", ""))[2:]
+    own = [word for word in pasted if not word.startswith("hardware")]
+    config = compose([*own, "launcher=slurm"], check=False).config
+    assert config.batch["micro"] * 8 <= config.batch["global"] and config.strategy.name == "fsdp2"
+    code, out = plan(capsys, model, *asked, "--json")
+    answer = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert code == 0 and set(answer["best"]) <= set(pasted)
+    best = answer["ways"][0]
+    assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
+    assert best["hours"] > 0 and best["price"] == pytest.approx(best["hours"] * 8 * 1.006)
+    assert {one["micro"] for one in answer["all"]} == {1, 2, 4}
+
+
+def test_where_nothing_fits(capsys, model):
+    code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single")
+    assert code == 69, out
+    assert "Nothing fits" in out and "too large" in out
+
+
+def test_what_cannot_be_simulated_is_said_and_not_raised(capsys, tmp_path, model):
+    settings = json.loads((model / "config.json").read_text())
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text(json.dumps(settings | {"model_type": "nobodys"}))
+    code, out = plan(capsys, odd, "hardware=l4", "strategy=single")
+    assert code == 64 and "nobodys" in out and "Traceback" not in out
+
+
+def job(card, *, nodes=2, per_node=4, batch=32):
+    return Job(card, Precision.bf16, nodes, per_node, batch, Lengths.all_of(64, 1))
+
+
+def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
+    card, _ = read_own(["hardware=l4"])
+    config, typed = composed([f"model.path={model}", *GPUS, "tuning=lora"], card)
+    found, refused = ways(config, PlanConfig(), typed, 8)
+    assert {way.name for way in found} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
+    assert len(found) == 18
+    assert {way.name for way, _ in refused} == {"single"} and "runs in one process" in refused[0][1]
+    found, _ = ways(config, PlanConfig(offload=True), typed, 8)
+    assert {way.name for way in found if way.offload} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
+    config, typed = composed([f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card)
+    assert [way.name for way in ways(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
+
+
+def test_micro_batches_divide_the_part_of_a_rank():
+    card, _ = read_own(["hardware=l4"])
+    assert micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
+    assert micro_batches(job(card, batch=96), 4) == [4]
+    assert micro_batches(job(card, batch=96), 5) == []
+
+
+def test_rates_of_groups_within_and_between_nodes():
+    card = replace(read_own(["hardware=h100_80g"])[0], link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
+    assert rate(card, 8, 1) == 450e9 * LINKS
+    assert rate(card, 32, 4) == 400e9 * LINKS  # a ring leaves a node by all its ports
+    assert rate(card, 4, 4) == 50e9 * LINKS  # one rank a node has one of them
+
+
+class Form:
+    """As much of a form as speeds ask for."""
+
+    blocks, accumulation, updated, host = 4, 2, 0.0, 0
+    exchanged = {  # noqa: RUF012 - never changed
+        ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
+        ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
+        ("allreduce", 8, 1, "float32", "update"): (1, 8),
+    }
+
+    def __init__(self, flops):
+        self.flops = flops
+
+    def work(self, units, squares):
+        return self.flops, 0.0, 0.0
+
+
+def test_exchange_is_hidden_behind_arithmetic_where_there_is_enough():
+    card = replace(read_own(["hardware=h100_80g"])[0], link_gb_s=400.0)
+    one = 4 * CALL_S + 7 / 8 * 8e9 / (400e9 * LINKS)
+    inside, after = exchange_s(Form(0.0), 4, card)
+    assert inside == pytest.approx(4 * one) and after == pytest.approx(CALL_S, rel=1e-3)
+    slow = step_of(Form(1e15), Load(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    assert slow.exposed_s == pytest.approx(inside / 16 + after)
+    fast = step_of(Form(1e9), Load(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    assert fast.exposed_s == pytest.approx(inside + after, rel=0.02)
+    assert fast.total_s < slow.total_s
+
+
+def test_a_dry_run_tells_the_simulated_step(capsys, model, tmp_path):
+    """The longest documents of the data, in the micro-batch of the run, as the simulation has it."""
+    data = write_chat_data(tmp_path / "chats.jsonl")
+    words = [
+        f"model.path={model}",
+        f"data.path={data}",
+        f"data.cache_dir={tmp_path}",
+        "batch.global=4",
+        "batch.micro=2",
+    ]
+    words += ["budget.steps=1", "run.device=cpu", "tuning=lora"]
+    assert command.main(["train", "--dry-run", *words]) == 0
+    out = capsys.readouterr().out
+    told = re.search(r"memory per rank of the longest micro-batch, simulated: most in (.*?);", out)
+    total = re.search(r"  total +([\d.]+) MiB", out)
+    config = compose(words).config
+    config.batch["global"] = 4
+    lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
+    found = simulate_depth(config, lengths, device=torch.device("cpu"))
+    assert told is not None and told[1] == str(found.peak)
+    assert total is not None and float(total[1]) == pytest.approx(found.total / 2**20, abs=0.006)

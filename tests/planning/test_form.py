@@ -1,0 +1,123 @@
+"""One form of a step answers for every micro-batch as the simulation of that micro-batch does."""
+
+from dataclasses import astuple, replace
+
+import pytest
+import transformers
+
+from strategies.base import Fsdp2Config
+from strategies.owned import Kind
+from tests.helpers.building import model_dir
+from tests.helpers.covering import EVERYTHING, chosen, values
+from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
+from trainer.planning.live import GRAIN
+from trainer.simulation import simulate_depth, simulate_form
+
+WITHIN = 0.05
+"""Of what is simulated, at most; what the product promises."""
+MATRIX = [
+    (Case(strategy, tuning, "bf16", checkpointing, offload, accumulation), layout)
+    for strategy in STRATEGIES
+    for tuning in ("full", "lora")
+    for checkpointing in CHECKPOINTING
+    for offload in (False, True)
+    if not offload or strategy not in ("single", "ddp")
+    for accumulation in (1, 2)
+    for layout in ("padding_free", "padded")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Wide and with many words, so that blocks and chunks of logits both count."""
+    path = tmp_path_factory.mktemp("form") / "llama"
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=65536,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+def both(model, case, layout, rows, length):
+    """(form, its answer for `rows` sequences, the simulation of them)."""
+    world = 1 if case.strategy == "single" else 8
+    config = case.config(model, world)
+    config = replace(config, data=replace(config.data, layout=layout))
+    if isinstance(config.strategy, Fsdp2Config):
+        config = replace(config, strategy=replace(config.strategy, defer_sync=False))
+    config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
+    form = simulate_form(config, length, accumulation=case.accumulation, world_size=world)
+    found = simulate_depth(config, [length] * rows, world_size=world)
+    return form, form.at(rows if form.rows else rows * length), found
+
+
+@pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, lambda one: values((*astuple(one[0]), one[1]))), ids=str)
+def test_any_micro_batch(model, case, layout):
+    form, taken, found = both(model, case, layout, 4, 512)
+    assert form.layout == layout and form.rows == (layout == "padded")
+    assert taken.total == pytest.approx(found.total, rel=WITHIN)
+    assert sum(taken.kinds.values()) == pytest.approx(taken.total, rel=1e-3)
+    assert form.work(2048 if not form.rows else 4, 4 * 512**2)[0] * case.accumulation == pytest.approx(
+        found.flops, rel=WITHIN
+    )
+    calls = {name: 0 for name, *_ in found.exchanged}
+    for (name, *_), (number, _) in form.exchanged.items():
+        calls[name] += number
+    expected = dict.fromkeys(calls, 0)
+    for (name, *_), (number, _) in found.exchanged.items():
+        expected[name] += number
+    assert calls == expected
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes minutes: SHARDTUNE_TEST_ALL=1")
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "case", [Case("fsdp2", "full", "bf16", "full", False, 2), Case("zero2", "lora", "bf16")], ids=str
+)
+def test_a_large_model(tmp_path, case, rows):
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    _, taken, found = both(tmp_path, case, "padding_free", rows, 4096)
+    assert taken.total == pytest.approx(found.total, rel=0.01)
+
+
+def test_what_fits_is_where_the_line_meets_the_limit(model):
+    form, taken, _ = both(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
+    most = form.most(taken.total)
+    assert form.at(most).total <= taken.total + GRAIN
+    assert form.at(most + 64).total > taken.total
+    assert form.most(1) == 0
+
+
+def test_parameters_are_those_of_the_whole_model(model):
+    form, _, _ = both(model, Case("zero2", "lora", "bf16"), "padding_free", 1, 64)
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
+    adapters = 4 * 7 * 2 * (256 + 256)  # rank 4 beside each of the projections of width 256
+    assert form.parameters - form.trained == sum(p.numel() for p in made.parameters())
+    assert form.trained >= adapters
+    assert form.resting[Kind.parameters] > 0
+
+
+def test_a_model_of_few_blocks_is_simulated_whole(tmp_path):
+    path = model_dir(tmp_path)
+    form, taken, found = both(path, Case("fsdp2", "full", "fp32"), "padding_free", 2, 40)
+    assert form.blocks < 5
+    assert taken.total == pytest.approx(found.total, rel=WITHIN)

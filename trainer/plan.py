@@ -1,0 +1,282 @@
+"""What a run would take, before there is one: memory, time and price of each way to run it, found by simulating its step.
+
+A way is a strategy with what its blocks recompute, what is offloaded and how the base is stored. Each is simulated once
+(`trainer/simulation.py`), in processes of their own, and answers for every micro-batch (`trainer/planning/form.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+
+from strategies.base import (
+    ActivationCheckpointing,
+    DdpConfig,
+    Fsdp2Config,
+    Precision,
+    SingleConfig,
+    StrategyConfig,
+    StrategyName,
+    ZeroConfig,
+)
+from strategies.owned import Kind
+from trainer.config.run import RunConfig
+from trainer.config.validate import problems_of
+from trainer.model.quantisation import Quantisation
+from trainer.planning.form import Form, Taken
+from trainer.planning.hardware import Card, Fit, fit, host_gib, room
+from trainer.planning.speed import Load, Step, step_of
+
+MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
+MOST_MICRO = 1024
+"""Largest micro-batch that is looked at."""
+OWN_PROBLEMS = ("strategy", "tuning", "optim", "precision", "batch", "model.quantisation", "objective")
+"""Settings whose problems rule a way out; the others are those of a run, which needs data, or of every way."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """Settings of a plan."""
+
+    exact: bool = False
+    """Simulate whole models in place of two shallow ones: the same answer, as slow as the model is deep."""
+    offload: bool = False
+    """Look at optimizer state (zero) or parameters (fsdp2, hsdp) in host memory too."""
+    quantisation: list[Quantisation] = field(default_factory=list)
+    """Further ways to store a frozen base, as in [none,nf4]; empty takes model.quantisation."""
+    workers: int = 0
+    """Processes that simulate; 0 takes one for each core that this job may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of what is drawn as one: a document (of an objective over pairs, both), or a pack."""
+
+    longest: np.ndarray
+    """int64, descending; of one entry where all are as long as they may be."""
+    mean: float
+    mean_squares: float
+    per: int = 1
+    """Sequences of each."""
+    number: int | None = None
+    """How many an epoch has; None without data."""
+
+    @classmethod
+    def all_of(cls, length: int, per: int) -> Lengths:
+        """Without data: as long as `data.max_length` allows, `per` sequences each."""
+        return cls(np.array([length * per]), float(length * per), float(per * length**2), per)
+
+    def most(self, number: int) -> float:
+        """Tokens of the `number` longest."""
+        if len(self.longest) == 1:
+            return float(number * self.longest[0])
+        return float(self.longest[:number].sum())
+
+    def holding(self, tokens: float) -> int:
+        """How many of the longest are together at most so many tokens."""
+        if len(self.longest) == 1:
+            return int(min(tokens // float(self.longest[0]), MOST_MICRO))
+        return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), MOST_MICRO)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to run, to be simulated."""
+
+    config: RunConfig
+    words: tuple[str, ...]
+    """What to type for it, beside what was typed."""
+    offload: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its strategy."""
+        return str(self.config.strategy.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A way with a micro-batch, and what it takes."""
+
+    way: Way
+    words: tuple[str, ...]
+    micro: int
+    accumulation: int
+    largest_micro: int
+    """The largest micro-batch that fits; 0 where none does."""
+    taken: Taken
+    fit: Fit
+    step: Step
+    tokens_per_s: float
+    """Of all ranks."""
+    host_gib: float
+    """Of one node."""
+    hours: float | None
+    """For the budget."""
+    price: float | None
+    """US dollars for the budget, all cards."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card holds it."""
+        return self.fit.margin >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The ranks of a run, and what they are given."""
+
+    card: Card
+    precision: Precision
+    nodes: int
+    per_node: int
+    global_batch: int
+    lengths: Lengths
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.nodes * self.per_node
+
+
+def ways(
+    config: RunConfig, settings: PlanConfig, typed: set[str], world: int
+) -> tuple[list[Way], list[tuple[Way, str]]]:
+    """(ways to look at, those that are ruled out and why). What was typed stays; `typed` has the keys."""
+    found: list[Way] = []
+    refused: list[tuple[Way, str]] = []
+    for way in _all(config, settings, typed):
+        problems = [p for p in problems_of(way.config, world_size=world) if p.startswith(OWN_PROBLEMS)]
+        problems = [p for p in problems if not p.startswith("batch.global")]  # each micro-batch is asked for by itself
+        if problems:
+            refused.append((way, problems[0]))
+        else:
+            found.append(way)
+    return found, refused
+
+
+def _all(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[Way]:
+    asked = config.strategy.activation_checkpointing
+    open_ = asked is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in typed
+    modes = MODES if open_ else (asked,)
+    stores = settings.quantisation or [config.model.quantisation]
+    for strategy in _strategies(config.strategy, typed):
+        for store in stores:
+            for mode in modes:
+                for offload in (False, True) if settings.offload else (False,):
+                    chosen = _offloaded(strategy) if offload else strategy
+                    if chosen is None:
+                        continue
+                    chosen = replace(chosen, activation_checkpointing=mode)
+                    words = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
+                    words += _OFFLOAD[isinstance(strategy, ZeroConfig)] if offload else []
+                    words += [f"model.quantisation={store}"] if settings.quantisation else []
+                    model = replace(config.model, quantisation=store)
+                    yield Way(replace(config, strategy=chosen, model=model), tuple(words), offload)
+
+
+_OFFLOAD = (["strategy.cpu_offload=true"], ["strategy.offload_optimizer=cpu"])
+
+
+def _offloaded(strategy: StrategyConfig) -> StrategyConfig | None:
+    if isinstance(strategy, Fsdp2Config):
+        return replace(strategy, cpu_offload=True)
+    return replace(strategy, offload_optimizer="cpu") if isinstance(strategy, ZeroConfig) else None
+
+
+def _strategies(asked: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
+    """The strategy that was typed, or all of them with the common settings that were."""
+    if "strategy" in typed:
+        return [asked]
+    common = {each.name: getattr(asked, each.name) for each in fields(StrategyConfig) if each.name != "name"}
+    made: list[StrategyConfig] = [SingleConfig(**common), DdpConfig(**common), Fsdp2Config(**common)]
+    made.append(Fsdp2Config(name=StrategyName.hsdp, replicate=0, **common))
+    return made + [ZeroConfig(name=StrategyName(f"zero{n}"), stage=n, **common) for n in (1, 2, 3)]
+
+
+def micro_batches(job: Job, typed: int | None) -> list[int]:
+    """Micro-batches that divide the ranks' parts of a step: the one typed, or powers of two and the whole part."""
+    part = job.global_batch // job.world
+    if typed is not None:
+        return [typed] if part % typed == 0 else []
+    return [micro for micro in range(1, min(part, MOST_MICRO) + 1) if part % micro == 0]
+
+
+def choices(way: Way, form: Form, job: Job, micros: list[int]) -> list[Choice]:
+    """What a way takes with each micro-batch, the fastest that fits first; then those that do not, smallest first."""
+    made = [_choice(way, form, job, micro) for micro in micros]
+    return sorted(made, key=lambda one: (not one.fits, -one.tokens_per_s if one.fits else one.micro))
+
+
+def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
+    card, accumulation = job.card, job.global_batch // (job.world * micro)
+    units = float(micro) if form.rows else job.lengths.most(micro)
+    taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
+    if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
+        # The run would decide by an estimate; the plan knows, and says it.
+        waiting = round(4 * form.trained * (1 - 1 / max(1, shards(way.config.strategy, job))))
+        later = replace(taken, total=taken.total + waiting, kinds=_more(taken.kinds, Kind.gradients, waiting))
+        waits = fit(form, later, card).margin >= 0
+        taken, form = (later, deferred(form)) if waits else (taken, form)
+        words.append(f"strategy.defer_sync={str(waits).lower()}")
+    step = step_of(form, _load(form, job, micro, accumulation), card, job.precision, ranks_per_node=job.per_node)
+    tokens = job.lengths.mean * job.global_batch
+    hours = _hours(way.config, job, step, tokens)
+    cost = None if hours is None or card.price_per_hour is None else hours * job.world * card.price_per_hour
+    return Choice(
+        way=way,
+        words=tuple(words),
+        micro=micro,
+        accumulation=accumulation,
+        largest_micro=_largest(form, job),
+        taken=taken,
+        fit=fit(form, taken, card),
+        step=step,
+        tokens_per_s=tokens / step.total_s,
+        host_gib=host_gib(form, job.per_node),
+        hours=hours,
+        price=cost,
+    )
+
+
+def shards(strategy: StrategyConfig, job: Job) -> int:
+    """Ranks among which a parameter is split."""
+    if not isinstance(strategy, Fsdp2Config | ZeroConfig):
+        return 1
+    if isinstance(strategy, Fsdp2Config) and strategy.name is StrategyName.hsdp:
+        return job.world // (strategy.replicate or (job.nodes if job.nodes > 1 else 2))
+    return job.world
+
+
+def deferred(form: Form) -> Form:
+    """The form with gradients that are reduced in the last micro-batch alone."""
+    kept = {key: found for key, found in form.exchanged.items() if key[4] != "each" or "reduce" not in key[0]}
+    return replace(form, exchanged=kept)
+
+
+def _more(kinds: dict[Kind, int], kind: Kind, size: int) -> dict[Kind, int]:
+    return kinds | {kind: kinds.get(kind, 0) + size}
+
+
+def _load(form: Form, job: Job, micro: int, accumulation: int) -> Load:
+    units = float(micro) if form.rows else micro * job.lengths.mean
+    return Load(units, micro * job.lengths.mean_squares, accumulation)
+
+
+def _largest(form: Form, job: Job) -> int:
+    units = form.most(room(form, job.card))
+    return int(min(units, MOST_MICRO)) if form.rows else job.lengths.holding(units)
+
+
+def _hours(config: RunConfig, job: Job, step: Step, tokens: float) -> float | None:
+    """Hours of the budget; None where there is none, or where it is epochs of data that is not there."""
+    budget, steps = config.budget, None
+    if budget.steps is not None:
+        steps = float(budget.steps)
+    elif budget.tokens is not None:
+        steps = budget.tokens / tokens
+    elif budget.epochs is not None and job.lengths.number is not None:
+        steps = budget.epochs * job.lengths.number / job.global_batch
+    return None if steps is None else steps * step.total_s / 3600

@@ -1,0 +1,31 @@
+"""Fake tensors in place of the real ones that a model and its batches still hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.data.batches.collate import each_tensor
+from trainer.step import Built
+
+
+def faked(built: Built, sizes: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Fake tensors in place of the real ones in a model's buffers and in micro-batches; within `fake_tensors`."""
+    shape_of = _Shapes()
+    for module in built.step_module.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = shape_of(buffer)
+    return [[each_tensor(batch, shape_of) for batch in batches] for batches in sizes]
+
+
+class _Shapes:
+    """Fake tensors in place of real ones, the same for the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self._made.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))[1]

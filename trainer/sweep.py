@@ -1,0 +1,134 @@
+"""Ways to run, simulated side by side in processes of their own, and put in order."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+
+from strategies.base import Fsdp2Config
+from strategies.errors import ConfigError
+from trainer.config.run import RunConfig
+from trainer.plan import Choice, Job, PlanConfig, Way, choices, micro_batches, ways
+from trainer.planning.form import Form
+
+Tell = Callable[[int, int, str], None]
+"""Told (done, all, the way that was done)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Every way with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
+
+    job: Job
+    found: list[Choice]
+    """The best of each way."""
+    all: list[Choice]
+    """Of every way, every micro-batch."""
+    refused: list[tuple[Way, str]]
+    """Ways that were ruled out or could not be simulated, and why."""
+    form: Form | None
+    """Of the first in order: what is known of the model."""
+
+    @property
+    def best(self) -> Choice | None:
+        """The fastest that fits."""
+        return next((choice for choice in self.found if choice.fits), None)
+
+
+def sweep(config: RunConfig, settings: PlanConfig, typed: set[str], job: Job, tell: Tell) -> Answer:
+    """Simulate every way, each at all micro-batches that divide the batch. Raises ConfigError where none could be looked at."""
+    micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
+    if not micros:
+        raise ConfigError(
+            f"batch.global={job.global_batch}: {job.world} ranks take {job.global_batch / job.world:g} each, of which "
+            f"batch.micro={config.batch['micro']} is no divisor; set batch.global to a multiple of "
+            f"{job.world * config.batch['micro']}, or another batch.micro"
+        )
+    found, refused = ways(config, settings, typed, job.world)
+    forms = simulate_ways(found, job, 2 if job.global_batch // (job.world * micros[0]) > 1 else 1, settings, tell)
+    made: dict[int, list[Choice]] = {}
+    for index, way in enumerate(found):
+        form = forms[index]
+        if isinstance(form, str):
+            refused.append((way, form))
+        else:
+            made[index] = choices(way, form, job, micros)
+    if not made:
+        raise ConfigError([f"{' '.join(way.words)}: {why}" for way, why in refused] or ["nothing to plan"])
+    first = sorted((all_of[0] for all_of in made.values()), key=_order)
+    form = next(form for way, form in zip(found, forms, strict=True) if way is first[0].way)
+    assert isinstance(form, Form)
+    every = [choice for all_of in made.values() for choice in all_of]
+    return Answer(job, first, sorted(every, key=_order), refused, form)
+
+
+def _order(choice: Choice) -> tuple[bool, float]:
+    return not choice.fits, -choice.tokens_per_s if choice.fits else -choice.fit.margin
+
+
+def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanConfig, tell: Tell) -> list[Form | str]:
+    """The form of each way, or why it cannot be simulated."""
+    length = int(job.lengths.longest[0])
+    out: list[Form | str] = [""] * len(found)
+    workers = settings.workers or len(os.sched_getaffinity(0))
+    gc.freeze()  # what is there is looked through by no child's collections, which are many
+    # Forked, so that what takes seconds to import is there; ZeRO first, which takes longest.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(workers, max(1, len(found))), mp_context=context, initializer=_quiet) as pool:
+        order = sorted(range(len(found)), key=lambda i: -_cost(found[i]))
+        running: dict[Future[Form | str], int] = {
+            pool.submit(_simulate, found[i].config, length, accumulation, job, settings.exact): i for i in order
+        }
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                index = running[future]
+                out[index] = future.result()
+                tell(done, len(found), " ".join(found[index].words))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return out
+
+
+def _cost(way: Way) -> int:
+    return 2 if way.name == "zero3" else int(way.name.startswith("zero"))
+
+
+def _quiet() -> None:
+    """What libraries say while they are simulated concerns nobody."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _simulate(config: RunConfig, length: int, accumulation: int, job: Job, exact: bool) -> Form | str:
+    from trainer.simulation import simulate_form
+
+    strategy = config.strategy
+    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
+        strategy = replace(strategy, defer_sync=False)  # what whole gradients would add is known without
+    config = replace(config, strategy=replace(strategy, compile=False), precision=job.precision)
+    per = job.lengths.per
+    try:
+        return simulate_form(
+            config,
+            length // per,
+            accumulation=accumulation,
+            world_size=job.world,
+            local_world_size=job.per_node,
+            exact=exact,
+        )
+    except ConfigError as error:
+        return error.problems[0]
+    except Exception as error:  # noqa: BLE001 - whatever an architecture does that cannot be simulated is told, not raised
+        said = (str(error).strip() or "no message").splitlines()[0][:160]
+        return f"cannot be simulated yet ({type(error).__name__}: {said})"
