@@ -10,7 +10,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import covering, speed
+from tests.helpers import covering, garbage, speed
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
@@ -68,6 +68,12 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     _SLOWNESS.append(getattr(node, "workeroutput", {}).get("slowness", 0.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_set_aside():
+    """Before each file: all that was imported, and what the files before it left."""
+    garbage.set_aside()
 
 
 @pytest.fixture(scope="session", autouse=True)

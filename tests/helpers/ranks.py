@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.garbage import set_aside
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 
@@ -138,3 +139,4 @@ def serve(answer: Callable[..., Any]) -> None:
                 pipe.send((False, traceback.format_exc()[-6000:]))
                 raise
             pipe.send((True, found))
+            set_aside()

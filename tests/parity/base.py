@@ -35,8 +35,12 @@ class Job:
         processes.barrier(self.runtime)
         return make()
 
+    def oracle(self, key: Hashable, make: Callable[[], Made], elsewhere: Made) -> Made:
+        """What `make`, which must not be collective, gave rank 0 once; `elsewhere` on other ranks, whose answers nobody reads."""
+        return self.once(key, make) if self.runtime.is_main else elsewhere
+
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` returned when it was first asked for `key`: oracles are computed once."""
+        """What `make` returned when it was first asked for `key`."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -77,19 +77,21 @@ def _config(job: Job, model: dict, tuning: LoraConfig, strategy: Any, **changes:
 
 def _lone(job: Job, case: str) -> tuple[dict[str, torch.Tensor], Curve]:
     model, tuning, _ = CASES[case]
+    config = _config(job, model, tuning, "single")
 
     def computed():
-        trainer = job.lone_trainer(_config(job, model, tuning, "single"))
+        trainer = job.lone_trainer(config)
         start = values_of(trainer)
         return start, lone_steps(trainer, STEPS)
 
-    return job.once(("base", case), computed)
+    return job.oracle(("base", case), computed, elsewhere=({}, []))
 
 
 def lone(job: Job, case: str) -> dict[str, Curve]:
     """The curve of one process, and that of a rate of zero."""
     model, tuning, _ = CASES[case]
-    still = job.once(("base, still", case), lambda: job.still(_config(job, model, tuning, "single"), STEPS))
+    config = _config(job, model, tuning, "single")
+    still = job.oracle(("base, still", case), lambda: job.still(config, STEPS), elsewhere=[])
     return {"curve": _lone(job, case)[1], "still": still}
 
 
@@ -162,8 +164,8 @@ def preference(job: Job, case: str, name: str) -> dict[str, Curve]:
     data = job.first_here(lambda: pair_set(job.root))
     with released_at_once():
         config = _config(job, PREFERENCE[case], FIRST, STRATEGIES[name], objective=DpoConfig(beta=0.5))
-        expected = job.once(("preference", case), lambda: job.lone(config, STEPS, data))
-        still = job.once(("preference, still", case), lambda: job.still(config, STEPS, data))
+        expected = job.oracle(("preference", case), lambda: job.lone(config, STEPS, data), elsewhere=[])
+        still = job.oracle(("preference, still", case), lambda: job.still(config, STEPS, data), elsewhere=[])
         return {"found": job.curve(config, STEPS, data), "expected": expected, "still": still}
 
 

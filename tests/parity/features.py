@@ -70,7 +70,7 @@ def plain(job: Job, strategy: Any, tuning: str, architecture: str = "llama", **c
 
 def against_lone(job: Job, config: RunConfig, oracle: Any, data: Prepared | None = None, steps: int = STEPS) -> dict:
     """The curve of all ranks and that of the lone process, which is computed once for `oracle`."""
-    expected = job.once(("features", oracle), lambda: job.lone(config, steps, data))
+    expected = job.oracle(("features", oracle), lambda: job.lone(config, steps, data), elsewhere=[])
     return {"found": job.curve(config, steps, data), "expected": expected}
 
 
@@ -164,7 +164,7 @@ def sources(job: Job, strategy: str) -> dict:
         return rows
 
     data = job.first_here(made)
-    expected = job.once(("features", "sources"), lambda: curve(job.lone_trainer(config, data), 1))
+    expected = job.oracle(("features", "sources"), lambda: curve(job.lone_trainer(config, data), 1), elsewhere=[])
     return {"found": curve(job.trainer(config, data), job.runtime.world_size), "expected": expected}
 
 
@@ -252,7 +252,7 @@ def _evaluated(job: Job, trainers: dict, data: Prepared, batch: int, ranks: int)
 def half(job: Job, strategy: str, tuning: str, precision: str) -> dict:
     """A bf16 or fp16 curve beside the fp32 one."""
     config = plain(job, strategy, tuning, steps=6)
-    expected = job.once(("six steps", tuning), lambda: job.lone(config, 6))
+    expected = job.oracle(("six steps", tuning), lambda: job.lone(config, 6), elsewhere=[])
     return {"found": job.curve(replace(config, precision=Precision(precision)), 6), "expected": expected}
 
 
@@ -274,7 +274,7 @@ def gathered(job: Job, strategy: str, tuning: str) -> dict[str, float]:
         lone_steps(trainer, 2)
         return start, values_of(trainer)
 
-    start, end = job.once(("gathered", tuning), lone_values)
+    start, end = job.oracle(("gathered", tuning), lone_values, elsewhere=({}, {}))
     trainer = job.trainer(config)
     trained = {name for name, p in named_parameters(trainer.engine.step_module) if p.requires_grad}
     before = job.gathered_apart(trainer, start, of=set(start))

@@ -75,7 +75,7 @@ def curves(job: Job, case: str, strategy: str, feature: str, optim: str) -> dict
 
 
 def _lone(job: Job, run: Run) -> tuple[Curve, dict[str, torch.Tensor], Curve]:
-    """The curve of this process alone, the values at its start, and the curve of a rate of zero."""
+    """The curve of rank 0 alone, the values at its start, and the curve of a rate of zero."""
     feature = run.feature if run.feature in OTHERWISE else "plain"
     settings = Run(run.case, "single", feature, run.optim).config(config(job, CASES[run.case], "single"))
 
@@ -84,8 +84,8 @@ def _lone(job: Job, run: Run) -> tuple[Curve, dict[str, torch.Tensor], Curve]:
         start = values_of(trainer)
         return lone_steps(trainer, STEPS), start
 
-    curve, start = job.once(("lone", run.oracle), computed)
-    still = job.once(("still", run.still), lambda: job.still(settings, STEPS))
+    curve, start = job.oracle(("lone", run.oracle), computed, elsewhere=([], {}))
+    still = job.oracle(("still", run.still), lambda: job.still(settings, STEPS), elsewhere=[])
     return curve, start, still
 
 

@@ -65,7 +65,8 @@ def _config(job: Job, strategy: Any, tuning: str, name: str, *, micro: int = 4, 
 
 def lone(job: Job, name: str, tuning: str) -> Curve:
     """Five clipped steps of one process."""
-    return job.lone(_config(job, "single", tuning, name), STEPS)
+    config = _config(job, "single", tuning, name)
+    return job.oracle(("optimizers", name, tuning), lambda: job.lone(config, STEPS), elsewhere=[])
 
 
 def curve(job: Job, name: str, strategy: str, tuning: str) -> Curve:

@@ -50,8 +50,8 @@ def compare(job: Job, name: str) -> dict[str, Curve]:
     architecture, tuning, strategy = CASES[name]
     config, data = config_of(job, architecture, tuning, strategy)
     key = architecture, tuning
-    expected = job.once(("two sides", *key), lambda: job.lone(config, STEPS, data))
-    still = job.once(("two sides, still", *key), lambda: job.still(config, STEPS, data))
+    expected = job.oracle(("two sides", *key), lambda: job.lone(config, STEPS, data), elsewhere=[])
+    still = job.oracle(("two sides, still", *key), lambda: job.still(config, STEPS, data), elsewhere=[])
     return {"found": job.curve(config, STEPS, data), "expected": expected, "still": still}
 
 
@@ -95,7 +95,9 @@ def generate(job: Job, case: str) -> dict[str, Any]:
         runtime=job.runtime,
     )
     answers = [[one.document, one.answer] for one in evaluator.answers(engine)]
-    expected, lengths = job.once(("answers", architecture), lambda: plain_answers(config, data, tokenizer, settings))
+    expected, lengths = job.oracle(
+        ("answers", architecture), lambda: plain_answers(config, data, tokenizer, settings), elsewhere=([], [])
+    )
     return {"found": answers, "expected": expected, "lengths": lengths, "values": dict(evaluator.run(engine))}
 
 
