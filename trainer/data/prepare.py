@@ -38,7 +38,7 @@ from trainer.data.store.sequences import TokenDataset, sequences_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 6
+VERSION = 7
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
