@@ -15,6 +15,7 @@ from trainer.data.document import Document, Tally
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import pieces, preview, summary
+from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, summed
 from trainer.data.tokens.cut import fit
 from trainer.data.tokens.encode import Encoder
@@ -139,6 +140,10 @@ def test_the_store_has_weights_and_their_sums(tmp_path):
         targets = sample.weights[sample.supervised]
         assert train.counts["loss"][number] == math.fsum(targets.astype(np.float64))
         assert train.num_supervised[number] == len(targets) and not sample.weights[~sample.supervised].any()
+    table = DocumentTable(prepared.directory)
+    for number, row in enumerate(rows):
+        stored = [turn.get("weight", 1) for turn in table.document(number).messages]
+        assert stored == [turn.get("weight", 1) for turn in row["messages"]]
     total = summed(train.counts["loss"])
     assert total == summed(train.counts["loss"][::-1]) < train.num_supervised.sum()
     audit = json.loads((prepared.directory / "audit.json").read_text())

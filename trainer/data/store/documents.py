@@ -26,7 +26,8 @@ def schema() -> pa.Schema:
     import pyarrow as pa
 
     said = [(name, pa.string()) for name in ("reasoning_content", "tool_calls", "name", "tool_call_id")]
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("train", pa.bool_()), *said]))
+    own = [("role", pa.string()), ("content", pa.string()), ("train", pa.bool_()), ("weight", pa.float64())]
+    turns = pa.list_(pa.struct([*own, *said]))
     text = [(name, pa.string()) for name in ("prompt", "completion", "text", "label", "separator", "tools")]
     place = [("source", pa.string()), ("file", pa.string()), ("line", pa.int64())]
     lists = [(name, turns) for name in TURNS]
@@ -51,18 +52,13 @@ def _row(document: Document) -> dict[str, Any]:
     row = {name: value for name in schema().names if (value := getattr(document, name)) is not None}
     for name in TURNS:
         if name in row:
-            row[name] = [_stored(turn) for turn in row[name]]
-    return {**row, "tools": _json(row["tools"])} if "tools" in row else row
+            row[name] = [_stored(turn, "tool_calls") for turn in row[name]]
+    return _stored(row, "tools")
 
 
-def _stored(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn without its weight, which is stored beside its tokens."""
-    stored = {name: value for name, value in turn.items() if name != "weight"}
-    return {**stored, "tool_calls": _json(turn["tool_calls"])} if "tool_calls" in turn else stored
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _stored(part: dict[str, Any], name: str) -> dict[str, Any]:
+    """A row or a turn with its `name`, if it has that, as a JSON text."""
+    return {**part, name: json.dumps(part[name], ensure_ascii=False)} if name in part else part
 
 
 class DocumentTable:
