@@ -25,7 +25,8 @@ from trainer.model import encoder_decoder, experts
 from trainer.model.architecture import describe_head, grow_vocabulary, head_names, text_settings, vocabulary_names
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.loading import load_model_config, weights_directory
-from trainer.model.quantisation import Scheme, quantise_layers
+from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
+from trainer.model.quantised_experts import quantise_experts
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.arranged import causal_model, padded_model
 from trainer.objectives.base import Beside, ObjectiveConfig
@@ -43,7 +44,6 @@ from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import around_update, build_tuning, fold_adapters
 from trainer.tuning.check import check_room
 from trainer.tuning.expert_lora import use_low_rank
-from trainer.tuning.expert_parts import expert_weights
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.read_back import check_read_back
 from trainer.tuning.table import needs_own_rows
@@ -280,12 +280,11 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
         built.quantised = quantise_layers(
             built.step_module.model, scheme, keep=head, heads=built.head_prefixes, base_name=built.tuning.base_name
         )
-        experts = sum(weight.numel() for weight in expert_weights(built.plain))
-        if experts:
-            built.substitutions["model.quantisation"] = (
-                f"{scheme} -> linear layers only: the experts stay as they are, {experts:,} parameters or "
-                f"{experts * 2 / 2**30:.2f} GiB in 16 bits"
-            )
+        model, named = built.step_module.model, built.tuning.base_name
+        built.quantised |= quantise_experts(model, scheme, plain=kept_in_float32(model), base_name=named)
+        trains = {named(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if (left := not_packed(built.plain, {*built.quantised, *built.vocabulary, *trains})) is not None:
+            built.substitutions["model.quantisation"] = f"{scheme} -> {left}"
 
 
 def attach_frozen(

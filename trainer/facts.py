@@ -101,6 +101,7 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "resumed_from": resumed_from.name if resumed_from else None,
         "base_model": config.model.path,
         "quantisation": None if built.scheme is None else str(built.scheme),
+        "quantised_experts": sum(len(shape) == 3 for shape in built.quantised.values()),
         "folded_adapters": {path: adapter_hash(path) for path in config.model.adapters},
         "tuning_from": None if start is None else {"path": start, "sha256": adapter_hash(start)},
         "data_fingerprint": data.train.fingerprint,
@@ -198,7 +199,8 @@ def start_text(facts: Mapping[str, Any]) -> str:
     if facts.get("advice"):
         lines.append(f"advice: {facts['advice']}")
     if facts.get("quantisation"):
-        lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head")
+        also = ", each expert" if facts.get("quantised_experts") else ""
+        lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head{also}")
     lines += facts.get("routers", [])
     figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
     lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")

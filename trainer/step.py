@@ -101,7 +101,7 @@ class Built:
     """Set for encoder-decoder models trained as such."""
     scheme: Scheme | None = None
     """How the weights in `quantised` are stored."""
-    quantised: dict[str, tuple[int, int]] = field(default_factory=dict)
+    quantised: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the weights that are stored packed, by base name."""
     folded: Folded | None = None
     """Adapters that are folded into the base as it is loaded."""

@@ -24,6 +24,7 @@ from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.loop import Trainer
 from trainer.model.files import Files
+from trainer.model.quantisation import Quantisation
 from trainer.tuning.base import FullConfig, LoraConfig
 from trainer.tuning.expert_parts import routers
 
@@ -39,8 +40,11 @@ TUNINGS = {
     "full": FullConfig(),
     "lora": LoraConfig(rank=4),
     "lora on all parts": LoraConfig(rank=4, experts=True, router=True),
+    "lora on all parts, nf4": LoraConfig(rank=4, experts=True, router=True),
     "lora on experts": LoraConfig(rank=3, experts=True, targets=[]),
 }
+WORDS = {"lora on all parts, nf4": {"quantisation": Quantisation.nf4}}
+"""Further settings of the model."""
 LOSSES = {"none": {}, "ahead": {"router_aux_loss": 0.3, "router_z_loss": 0.02}}
 LOSSES["at once"] = LOSSES["ahead"]
 """Words for what routers add to the loss. Ahead: in a step of two micro-batches, so that choices are found before them."""
@@ -70,15 +74,22 @@ def _made(job: Job, architecture: str, seed: int) -> Path:
 
 
 def marks(case: tuple[str, str, str, str]) -> set[Hashable]:
-    """Each value of each axis, and each strategy with losses of routers."""
-    return {*enumerate(case), *([("losses", case[2])] if LOSSES[case[3]] else [])}
+    """Each value of each axis; each strategy with losses of routers; quantised experts where parameters are gathered."""
+    found: set[Hashable] = set(enumerate(case))
+    if LOSSES[case[3]]:
+        found.add(("losses", case[2]))
+    if case[1] in WORDS and case[2] in ("fsdp2", "zero3"):
+        found.add(case[1:3])
+    return found
 
 
 def _config(job: Job, case: tuple[str, str, str, str], seed: int) -> RunConfig:
     architecture, tuning, strategy, losses = case
     chosen = STRATEGIES.get(strategy, strategy)
     config = run_config(_made(job, architecture, seed), chosen, "lora", micro=MICRO[losses], steps=STEPS)
-    return replace(config, tuning=TUNINGS[tuning], model=replace(config.model, **LOSSES[losses]))
+    return replace(
+        config, tuning=TUNINGS[tuning], model=replace(config.model, **LOSSES[losses], **WORDS.get(tuning, {}))
+    )
 
 
 class _Watch:

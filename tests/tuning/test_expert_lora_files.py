@@ -11,7 +11,6 @@ from tests.helpers.exports import assert_same_logits, export, logits_of, plain_b
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_expert_lora import CONFIGS
 from trainer.export.verify import probe_ids, reference_logits
-from trainer.model.quantisation import Quantisation
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.start import problems, settle
 
@@ -116,11 +115,3 @@ def test_values_at_the_start_are_of_the_kind_that_peft_draws_and_of_the_seed_alo
             assert ours[name].std().item() == pytest.approx(parameter.std().item(), rel=0.35), name
             seen += 1
     assert seen == 2 * 3 * 2
-
-
-def test_a_quantised_base_says_that_its_experts_are_not(bases, runtime):
-    pytest.importorskip("bitsandbytes")
-    _, built, _ = trained(bases("gpt_oss"), LoraConfig(**BOTH), runtime, quantisation=Quantisation.nf4)
-    said = built.substitutions["model.quantisation"]
-    assert f"{2 * 4 * (32 * 96 + 48 * 32):,} parameters" in said and "experts stay as they are" in said
-    assert not any("experts" in name for name in built.quantised)

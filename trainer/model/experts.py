@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.routing import note_chosen
-from trainer.tuning.low_rank import LowRank, adapted_experts
+from trainer.tuning.low_rank import LowRank, frozen_experts
 
 NAME = "shardtune_experts"
 
@@ -51,6 +51,6 @@ def experts_forward(
     if not hidden.is_meta and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         module, hidden = _Typed(module, dtype), hidden.to(dtype)
-    if low_rank is not None:
-        return adapted_experts(module, hidden, chosen, weights, low_rank)
+    if low_rank is not None or hasattr(module, "packed_experts"):
+        return frozen_experts(module, hidden, chosen, weights, low_rank)
     return grouped_mm_experts_forward(module, hidden, chosen, weights)

@@ -1,4 +1,4 @@
-"""Quantised bases: frozen linear layers stored in 4 or 8 bits, and computed with in the type of the run.
+"""Quantised bases: frozen layers in 4 or 8 bits, computed with in the type of the run (experts: `quantised_experts.py`).
 
 The numbers are bitsandbytes' own (its `quantize_4bit` and `int8_vectorwise_quant`), the layer is not: everything a weight
 consists of, codes and scales, lies in one flat tensor of bytes under the weight's own name. Strategies then load, shard,
@@ -31,6 +31,8 @@ SCALE_BLOCK = 256
 """Consecutive scales that share a scale, with double quantisation."""
 ALIGNMENT = 16
 """Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
+WORTH_A_WORD = 0.05
+"""Share of a model's parameters that are not stored packed, from which on it is said."""
 
 
 class Quantisation(StrEnum):
@@ -107,21 +109,21 @@ class Scheme:
             return torch.empty(shape, dtype=dtype, device=packed.device)
         codes, *scales = packed.detach()[: sum(self.parts(shape))].split(self.parts(shape))
         if self.kind is Quantisation.int8:
-            rows = _floats(scales[0])[:, None] * (1.0 / 127.0)
+            rows = floats(scales[0])[:, None] * (1.0 / 127.0)
             return (codes.view(torch.int8).view(shape) * rows).to(dtype)
         nested = None
         if self.double:
             nested = bnb.QuantState(
-                absmax=_floats(scales[0]), blocksize=SCALE_BLOCK, code=_codes("", packed.device), dtype=torch.float32
+                absmax=floats(scales[0]), blocksize=SCALE_BLOCK, code=codes_of("", packed.device), dtype=torch.float32
             )
         state = bnb.QuantState(
-            absmax=scales[2].contiguous() if self.double else _floats(scales[0]),
+            absmax=scales[2].contiguous() if self.double else floats(scales[0]),
             shape=torch.Size(shape),
-            code=_codes(str(self.kind), packed.device),
+            code=codes_of(str(self.kind), packed.device),
             blocksize=BLOCK,
             quant_type=str(self.kind),
             dtype=dtype,
-            offset=_floats(scales[1])[0] if self.double else None,
+            offset=floats(scales[1])[0] if self.double else None,
             state2=nested,
         )
         return bnb.dequantize_4bit(codes.contiguous()[:, None], state)
@@ -132,13 +134,14 @@ class Scheme:
         return self.unpack(self.pack(weight), shape, torch.float32)
 
 
-def _floats(piece: Tensor) -> Tensor:
+def floats(piece: Tensor) -> Tensor:
+    """Bytes as the float32 numbers that they hold."""
     # A copy: within a shared buffer the bytes may start anywhere.
     return piece.clone().view(torch.float32)
 
 
 @cache
-def _codes(kind: str, device: torch.device) -> Tensor:
+def codes_of(kind: str, device: torch.device) -> Tensor:
     """The values that codes stand for; without a kind those of scales."""
     from bitsandbytes import functional as bnb
 
@@ -198,7 +201,7 @@ class QuantisedLinear(nn.Linear):
 
 def quantise_layers(
     model: nn.Module, scheme: Scheme, *, keep: nn.Module | None, heads: tuple[str, ...], base_name: Callable[[str], str]
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, tuple[int, ...]]:
     """Replace the frozen linear layers of a tuned model on meta, but for the output head `keep` and modules in `heads`.
 
     Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
@@ -207,8 +210,8 @@ def quantise_layers(
     """
     if (missing := missing_package()) is not None:
         raise ConfigError(f"model.quantisation={scheme.kind}: {missing}, or set model.quantisation=none")
-    shapes: dict[str, tuple[int, int]] = {}
-    plain = {part for module in model.modules() for part in getattr(module, "_keep_in_fp32_modules", None) or ()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    plain = kept_in_float32(model)
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module is keep or _trains(name, module) or plain & set(name.split(".")):
             continue
@@ -225,6 +228,27 @@ def quantise_layers(
             "(GPT-2's are convolutions); set model.quantisation=none"
         )
     return shapes
+
+
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """Parts of the names of modules that the architecture keeps in float32."""
+    return {part for module in model.modules() for part in getattr(module, "_keep_in_fp32_modules", None) or ()}
+
+
+def not_packed(plain: nn.Module, other: set[str]) -> str | None:
+    """What is said of the matrices of a model that are stored as they are and not in `other`; None where they are few."""
+    sizes = {
+        name: p.numel()
+        for name, p in plain.named_parameters()
+        if p.dim() > 1 and name not in other and not name.endswith("bias")
+    }
+    left, share = sum(sizes.values()), sum(sizes.values()) / sum(p.numel() for p in plain.parameters())
+    if share < WORTH_A_WORD:
+        return None
+    return (
+        f"linear layers, and experts that compute by transformers' interface: {left:,} parameters ({share:.0%}) stay as they "
+        f"are, {left * 2 / 2**30:.2f} GiB in 16 bits ({max(sizes, key=lambda name: sizes[name])} the largest)"
+    )
 
 
 def _trains(name: str, module: nn.Module) -> bool:

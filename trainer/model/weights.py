@@ -20,6 +20,7 @@ from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import Files
 from trainer.model.quantisation import Scheme
+from trainer.model.quantised_experts import pack_run, rounded_stack
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class BaseWeights(Checkpoint):
         *,
         folded: Folded | None = None,
         scheme: Scheme | None = None,
-        quantised: dict[str, tuple[int, int]] | None = None,
+        quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(directory, plain, tied)
         self.folded, self.scheme, self.quantised = folded, scheme, quantised or {}
@@ -124,18 +125,28 @@ class BaseWeights(Checkpoint):
     def whole(self, name: str) -> Tensor:
         """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
         value = super().whole(name)
-        return value if name not in self.quantised or self.scheme is None else self.scheme.rounded(value)
+        if name not in self.quantised or self.scheme is None:
+            return value
+        return self.scheme.rounded(value) if value.dim() == 2 else rounded_stack(self.scheme, value)
 
     def close(self) -> None:
         super().close()
         self._last = None
 
-    def packed(self, name: str) -> Tensor:
-        """The bytes of a weight that is stored quantised, `[num_bytes]` uint8."""
+    def packed(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes `[start, stop)` of a weight that is stored quantised, uint8; of experts, only those in it are read."""
         assert self.scheme is not None
+        shape = self.quantised[name]
+        if len(shape) == 3:
+            size = shape[1] * shape[2]
+
+            def expert(number: int) -> Tensor:
+                return self.run(name, number * size, (number + 1) * size).view(shape[1:])
+
+            return pack_run(self.scheme, shape, start, stop, expert)
         if self._last is None or self._last[0] != name:
             self._last = name, self.scheme.pack(super().whole(name))
-        return self._last[1]
+        return self._last[1][start:stop]
 
 
 class _Unchanged:
@@ -215,7 +226,7 @@ class WeightSource:
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
         if base in self.checkpoint.quantised:
-            return self.checkpoint.packed(base)[start:stop]
+            return self.checkpoint.packed(base, start, stop)
         if stored is None:
             value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
             return value.reshape(-1)[start:stop]

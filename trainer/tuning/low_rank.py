@@ -1,4 +1,5 @@
-"""Experts with low-rank adapters: products grouped by expert, and never a weight with its update added.
+"""Experts with frozen weights, perhaps with low-rank adapters: products grouped by expert, and never a weight with its
+update added.
 
 Adding the update to the weights first, as peft does, makes one more copy of all experts of a layer in every forward pass
 and keeps it for the backward pass; of the experts that no token chose too.
@@ -6,7 +7,9 @@ and keeps it for the backward pass; of the experts that no token chose too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +38,13 @@ class LowRank:
         return LowRank(down.contiguous(), up.contiguous(), self.scaling)
 
 
-def adapted_experts(
-    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank]
+def frozen_experts(
+    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
     """As transformers' grouped experts, whose settings `module` has, with `low_rank` updates of its frozen weights.
 
-    hidden `[T, H]`, chosen and weights `[T, k]`; returns `[T, H]` in the type of `hidden`.
+    hidden `[T, H]`, chosen and weights `[T, k]`; returns `[T, H]` in the type of `hidden`. Weights may be stored packed
+    (`module.packed_experts`); they are then numbers of the type of `hidden` for the moment of each product.
     """
     assert not getattr(module, "_is_expert_parallel", False), "experts are not split over ranks here"
     top = chosen.shape[-1]
@@ -49,13 +53,19 @@ def adapted_experts(
     rows = hidden[order // top]
     offsets = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True).to(torch.int32)
 
+    packed = getattr(module, "packed_experts", None)
+
     def product(rows: Tensor, name: str) -> Tensor:
         weight = getattr(module, name)
-        part = low_rank[name].aligned(weight.dtype)
-        made = _GroupedLowRank.apply(
-            rows.to(weight.dtype), weight, part.down, part.up, offsets, part.scaling, module.is_transposed
-        )
-        return made + getattr(module, f"{name}_bias")[ids] if module.has_bias else made
+        dtype = weight.dtype if packed is None else hidden.dtype
+        read = _as_it_is if packed is None else partial(packed.whole, name, dtype=dtype)
+        frozen = Frozen(read, offsets, module.is_transposed)
+        if low_rank is None:
+            made = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
+        else:
+            part = low_rank[name].aligned(dtype)
+            made = _GroupedLowRank.apply(rows.to(dtype), weight, part.down, part.up, part.scaling, frozen)
+        return made + getattr(module, f"{name}_bias")[ids].to(dtype) if module.has_bias else made
 
     if module.has_gate:
         inner = module._apply_gate(product(rows, "gate_up_proj"))
@@ -70,35 +80,76 @@ def adapted_experts(
     return out[back].view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What a product with frozen weights goes by."""
+
+    read: Callable[[Tensor], Tensor]
+    """The weights `[E, ., .]` out of the parameter that holds them."""
+    offsets: Tensor
+    """`[E]`: where each expert's rows end."""
+    transposed: bool
+    """Whether weights are `[E, in, out]`, not `[E, out, in]`."""
+
+    def product(self, x: Tensor, parameter: Tensor) -> Tensor:
+        """`x @ W.T`, each row with its expert's W."""
+        weight = self.read(parameter)
+        return _grouped(x, weight if self.transposed else weight.mT, self.offsets)
+
+    def gradient(self, grad: Tensor, parameter: Tensor) -> Tensor:
+        """`grad @ W`."""
+        weight = self.read(parameter)
+        return _grouped(grad, weight.mT if self.transposed else weight, self.offsets)
+
+
+class _GroupedFrozen(torch.autograd.Function):
+    """The product alone; the parameter is kept as it is, and read again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, frozen: Frozen) -> Tensor:
+        ctx.save_for_backward(parameter)
+        ctx.frozen = frozen
+        return frozen.product(x, parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (parameter,) = ctx.saved_tensors
+        return ctx.frozen.gradient(grad.contiguous(), parameter), None, None
+
+
 class _GroupedLowRank(torch.autograd.Function):
     """`x @ W.T + scaling * (x @ A.T) @ B.T`, each row with its expert's frozen W and its A and B; all of one data type.
 
-    x `[S, in]` in groups that end at `offsets [E]`, W `[E, out, in]` (`[E, in, out]` if transposed), A `[E, r, in]`,
-    B `[E, out, r]`. W is kept as the parameter it is: an engine that frees it after the forward pass gathers it again.
+    x `[S, in]` in groups of experts, A `[E, r, in]`, B `[E, out, r]`. What holds W is kept as the parameter it is: an engine
+    that frees it after the forward pass gathers it again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, offsets: Tensor, scaling: float, transposed: bool
+        ctx: Any, x: Tensor, parameter: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: Frozen
     ) -> Tensor:
-        low = _grouped(x, down.mT, offsets)
-        out = _grouped(x, weight if transposed else weight.mT, offsets)
-        ctx.save_for_backward(x, weight, down, up, low, offsets)
-        ctx.scaling, ctx.transposed = scaling, transposed
-        return torch.add(out, _grouped(low, up.mT, offsets), alpha=scaling)
+        low = _grouped(x, down.mT, frozen.offsets)
+        out = frozen.product(x, parameter)
+        ctx.save_for_backward(x, parameter, down, up, low)
+        ctx.scaling, ctx.frozen = scaling, frozen
+        return torch.add(out, _grouped(low, up.mT, frozen.offsets), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weight, down, up, low, offsets = ctx.saved_tensors
-        grad = grad.contiguous()
+        x, parameter, down, up, low = ctx.saved_tensors
+        offsets, grad = ctx.frozen.offsets, grad.contiguous()
         grad_low = _grouped(grad, up, offsets) * ctx.scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _grouped(grad, weight.mT if ctx.transposed else weight, offsets)
+            grad_x = ctx.frozen.gradient(grad, parameter)
             grad_x = torch.add(grad_x, _grouped(grad_low, down, offsets))
         grad_down = _outer(grad_low, x, offsets)
         grad_up = _outer(grad, low, offsets) * ctx.scaling
-        return grad_x, None, grad_down, grad_up, None, None, None
+        return grad_x, None, grad_down, grad_up, None, None
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

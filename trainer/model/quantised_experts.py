@@ -1,0 +1,111 @@
+"""Quantised experts: the weights of a layer's experts, each expert's stored apart in 4 or 8 bits.
+
+A weight `[experts, ., .]` becomes one flat tensor of bytes, expert after expert as `Scheme.pack` writes a matrix of that shape.
+A rank therefore packs the experts it holds and no others, and reads no more than these. For the moment of a product a layer's
+experts are numbers of the run's type again; nothing of that is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Quantisation, Scheme, codes_of, floats
+from trainer.tuning.expert_parts import expert_modules, weight_names
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """How the weights of one module of experts are stored."""
+
+    scheme: Scheme
+    shapes: dict[str, Shape]
+    """By the parameter's name in the module."""
+
+    def whole(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight `[experts, ., .]` that the bytes of `name` stand for."""
+        return unpack_stack(self.scheme, packed, self.shapes[name], dtype)
+
+
+def num_bytes(scheme: Scheme, shape: Shape) -> int:
+    """Bytes of all experts."""
+    return shape[0] * scheme.num_bytes(shape[1:])
+
+
+def pack_run(scheme: Scheme, shape: Shape, start: int, stop: int, expert: Callable[[int], Tensor]) -> Tensor:
+    """Bytes `[start, stop)` of a packed weight; `expert(i)` gives the matrix of one that lies in them."""
+    each = scheme.num_bytes(shape[1:])
+    first, last = start // each, -(-stop // each)
+    made = [scheme.pack(expert(number)) for number in range(first, last)]
+    return torch.cat([torch.zeros(0, dtype=torch.uint8), *made])[start - first * each :][: stop - start]
+
+
+@torch.no_grad()
+def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The weight `[experts, ., .]`, on the device of `packed`; on meta its shape.
+
+    Equal to each expert's `Scheme.unpack`, without a call for each where rows are whole blocks.
+    """
+    count, matrix = shape[0], (shape[1], shape[2])
+    if packed.is_meta:
+        return torch.empty(shape, dtype=dtype, device=packed.device)
+    rows = packed.detach().view(count, -1)
+    sizes = scheme.parts(matrix)
+    pieces = rows[:, : sum(sizes)].split(sizes, dim=1)
+    if scheme.kind is Quantisation.int8:
+        scales = floats(pieces[1].contiguous()).view(count, -1, 1) * (1.0 / 127.0)
+        return (pieces[0].contiguous().view(torch.int8).view(shape) * scales).to(dtype)
+    if matrix[1] % BLOCK:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
+        return torch.stack([scheme.unpack(row, matrix, dtype) for row in rows])
+    from bitsandbytes import functional as bnb
+
+    if scheme.double:
+        wide = floats(pieces[1].contiguous()).view(count, -1).repeat_interleave(SCALE_BLOCK, dim=1)
+        coarse = codes_of("", packed.device)[pieces[3].long()]
+        scales = coarse * wide[:, : coarse.shape[1]] + floats(pieces[2].contiguous()).view(count, 1)
+    else:
+        scales = floats(pieces[1].contiguous())
+    state = bnb.QuantState(
+        absmax=scales.reshape(-1),
+        shape=torch.Size((count * matrix[0], matrix[1])),
+        code=codes_of(str(scheme.kind), packed.device),
+        blocksize=BLOCK,
+        quant_type=str(scheme.kind),
+        dtype=dtype,
+    )
+    return bnb.dequantize_4bit(pieces[0].reshape(-1, 1), state).view(shape)
+
+
+def rounded_stack(scheme: Scheme, weight: Tensor) -> Tensor:
+    """What the model computes with in the place of `weight [experts, ., .]`, float32."""
+    return torch.stack([scheme.rounded(expert) for expert in weight])
+
+
+def quantise_experts(
+    model: nn.Module, scheme: Scheme, *, plain: set[str], base_name: Callable[[str], str]
+) -> dict[str, Shape]:
+    """Store the frozen weights of experts packed, in place, on meta; their shapes by base name.
+
+    Modules whose name holds a part in `plain` stay as they are, as do experts that train, and those that compute in a way of
+    their own.
+    """
+    found: dict[str, Shape] = {}
+    modules: dict[str, Any] = dict(expert_modules(model))
+    for name, module in modules.items():
+        parameters = {key: getattr(module, key) for key in weight_names(module)}
+        if plain & set(name.split(".")) or any(p.requires_grad for p in parameters.values()):
+            continue
+        shapes: dict[str, Shape] = {key: tuple(p.shape) for key, p in parameters.items()}  # type: ignore[misc]
+        module.packed_experts = PackedExperts(scheme, shapes)
+        module.packed_elements = {key: p.numel() for key, p in parameters.items()}
+        for key, shape in shapes.items():
+            empty = torch.empty(num_bytes(scheme, shape), dtype=torch.uint8, device="meta")
+            setattr(module, key, nn.Parameter(empty, requires_grad=False))
+            found[base_name(f"{name}.{key}")] = shape
+    return found
