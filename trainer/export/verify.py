@@ -14,6 +14,7 @@ from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
 from trainer.export.tensors import stored_type
+from trainer.model import flex
 from trainer.model.architecture import auto_class
 from trainer.model.config import Kind
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
@@ -69,7 +70,8 @@ class _Logits:
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        return {"logits": plain_model(model)(**inputs).logits}
+        with flex.documents(inputs):
+            return {"logits": plain_model(model)(**inputs).logits}
 
 
 def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
