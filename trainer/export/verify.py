@@ -17,6 +17,7 @@ from trainer.export.tensors import stored_type
 from trainer.model import flex
 from trainer.model.architecture import auto_class
 from trainer.model.config import Kind
+from trainer.model.kernels import torch_alone
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def verify_export(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:
         inputs["decoder_input_ids"] = shifted(ids, decoder_start)
-    with torch.no_grad():
+    with torch.no_grad(), torch_alone():
         logits = model(**inputs).logits
     if logits.dim() == 3:
         logits = logits[:, -len(token_ids) :]  # virtual tokens come first

@@ -19,6 +19,7 @@ from trainer.model.architecture import architecture, beside_text, text_settings
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
 from trainer.model.flash import head_sizes, why_not_flash
+from trainer.model.kernels import missing_kernels
 from trainer.model.layout import Arrangement, Kernels, resolve_layout
 from trainer.objectives.causal import PLAIN, Way
 from trainer.objectives.passage import Passage, passage_of
@@ -124,6 +125,8 @@ def causal_model(
         arrangement.notes["model.path"] = (
             "the balancing loss of its routers (output_router_logits) is not added to the loss"
         )
+    if half_on_gpu and (lacking := missing_kernels(model)):
+        arrangement.notes["model.kernels"] = lacking
     model.way, model.beside_text = way, beside_text(model)
     if model.beside_text:
         arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
