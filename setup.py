@@ -69,6 +69,8 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],
+        "hybrid": ["flash-linear-attention>=0.3", "causal-conv1d>=1.5"],  # linear attention and short convolutions
+        "mamba": ["mamba-ssm>=2.2"],  # state-space layers
         "tensorboard": ["tensorboard>=2.21"],
         "pii": PII,
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none

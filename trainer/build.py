@@ -21,7 +21,7 @@ from trainer.data.prepare import Preparation, Prepared
 from trainer.heads.loss import fuse_head
 from trainer.loop import steps_from_budget
 from trainer.model import attention as attention_module
-from trainer.model import encoder_decoder, experts
+from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import describe_head, grow_vocabulary, head_names, text_settings, vocabulary_names
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.loading import load_model_config, weights_directory
@@ -210,6 +210,7 @@ def build_step(
 ) -> Built:
     """Architecture, added vocabulary and tuning, all on the meta device; raises ConfigError, touches no weights."""
     attention_module.register()
+    flex.register()
     experts.register()
     family = family_of(objective_config)
     model_config = copy.deepcopy(load_model_config(config))

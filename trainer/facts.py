@@ -31,7 +31,10 @@ from trainer.records.trackers import json_text
 from trainer.step import Built
 from trainer.tuning.start import adapter_hash
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn")
+PACKAGES = (
+    *("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn"),
+    *("flash-linear-attention", "causal-conv1d", "mamba-ssm"),
+)
 
 
 def versions() -> dict[str, str]:

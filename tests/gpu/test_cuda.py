@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
@@ -11,10 +12,13 @@ from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.build import resolve_precision
 from strategies.hardware import best_precision, gpu_of
+from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
+from tests.models import tiny
 from trainer.data.batches.loader import EvalShare, eval_batches
-from trainer.model import attention
+from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
+from trainer.objectives import passage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,3 +145,14 @@ def test_varlen_kernel_equals_one_call_a_document(kv_heads, window):
     kernel, _ = attention.varlen_attention(module, q, k, v, None, **options)
     exact, _ = attention.varlen_attention(module, q.float(), k.float(), v.float(), None, **options)
     assert torch.allclose(kernel.float(), exact, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "llama4_text"])
+def test_flex_attention_is_proven_here(kind):
+    """Sinks, soft caps and chunks, through the kernel itself, in bf16."""
+    flex.register()
+    config = tiny.tiny_config(kind)
+    with meta_context():
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+    found = passage._prove(config, lambda: plain, flex.NAME, on_gpu=True)
+    assert found.padding_free is not None, found.reason

@@ -14,8 +14,10 @@ from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
 from trainer.export.tensors import stored_type
+from trainer.model import flex
 from trainer.model.architecture import auto_class
 from trainer.model.config import Kind
+from trainer.model.kernels import torch_alone
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ class _Logits:
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        return {"logits": plain_model(model)(**inputs).logits}
+        with flex.documents(inputs):
+            return {"logits": plain_model(model)(**inputs).logits}
 
 
 def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
@@ -188,7 +191,7 @@ def verify_export(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:
         inputs["decoder_input_ids"] = shifted(ids, decoder_start)
-    with torch.no_grad():
+    with torch.no_grad(), torch_alone():
         logits = model(**inputs).logits
     if logits.dim() == 3:
         logits = logits[:, -len(token_ids) :]  # virtual tokens come first

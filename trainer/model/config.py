@@ -19,11 +19,13 @@ class Kind(StrEnum):
 
 
 class Attention(StrEnum):
-    """Attention kernel. `auto` takes FlashAttention where it is installed and usable, else the built-in varlen kernel."""
+    """Attention kernel. `auto` takes FlashAttention where it is installed and usable, flex for sinks, soft caps and chunks, else
+    the built-in varlen kernel."""
 
     auto = "auto"
     varlen = "varlen"
     flash_attention_2 = "flash_attention_2"
+    flex = "flex"
     sdpa = "sdpa"
     eager = "eager"
 
@@ -43,7 +45,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for sources you trust."""
     attention: Attention = Attention.auto
-    """Attention kernel: `auto`, `varlen`, `flash_attention_2`, `sdpa` or `eager`."""
+    """Attention kernel: `auto`, `varlen`, `flash_attention_2`, `flex`, `sdpa` or `eager`."""
     add_tokens: list[str] = field(default_factory=list)
     """New vocabulary entries; their embeddings start at the mean of the existing ones."""
     chat_template: str | None = None

@@ -9,6 +9,14 @@ from strategies.errors import ConfigError
 from trainer.data.config import Layout
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig
+from trainer.model.flex import NAME as FLEX
+
+ASKED = {
+    Attention.varlen: [NAME],
+    Attention.flex: [FLEX],
+    Attention.flash_attention_2: ["flash_attention_2"],
+}
+"""transformers' name of a kernel for documents in one row, by the setting that asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,24 @@ class Arrangement:
     """Substitutions made, and why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What else than the built-in kernel could compute attention over documents in one row here."""
+
+    no_flash: str | None
+    """Why FlashAttention cannot; None where it can."""
+    no_flex: str | None
+    """Why flex attention cannot; None where it can."""
+    flex_first: bool = False
+    """Whether the model has what the built-in kernel computes slowly."""
+
+    def in_order(self) -> list[str]:
+        """The kernels to try, by transformers' names, the best first."""
+        flash = [] if self.no_flash else ["flash_attention_2"]
+        flex = [] if self.no_flex else [FLEX]
+        return [*flash, *flex, NAME] if self.flex_first else [*flash, NAME, *flex]
+
+
 def resolve_layout(
     model: ModelConfig,
     layout: Layout,
@@ -29,10 +55,9 @@ def resolve_layout(
     *,
     unproven: Callable[[str], str],
     needs_padding: bool,
-    no_flash: str | None,
+    kernels: Kernels,
 ) -> Arrangement:
     """The arrangement of a run. `unproven(attention)`: why documents cannot lie in one row there; empty where they can.
-    `no_flash`: why FlashAttention cannot be used, if so.
 
     Raises ConfigError for a combination that would silently mix documents.
     """
@@ -40,8 +65,9 @@ def resolve_layout(
         raise ConfigError(
             "data.layout=padding_free: this objective or tuning needs a row for each document; use data.layout=padded"
         )
-    if model.attention is Attention.flash_attention_2 and no_flash is not None:
-        raise ConfigError(f"model.attention=flash_attention_2: {no_flash}; use model.attention=auto")
+    missing = {Attention.flash_attention_2: kernels.no_flash, Attention.flex: kernels.no_flex}.get(model.attention)
+    if missing is not None:
+        raise ConfigError(f"model.attention={model.attention}: {missing}; use model.attention=auto")
     stock = model.attention in (Attention.sdpa, Attention.eager)
     if layout is Layout.padding_free and stock:
         raise ConfigError(
@@ -51,28 +77,36 @@ def resolve_layout(
     if layout is Layout.padded or needs_padding or stock:
         noted = layout is Layout.auto and not needs_padding
         return _padded(model, {"data.layout": f"padded (attention={model.attention})"} if noted else {})
-    flash = no_flash is None and model.attention is not Attention.varlen
-    attention = "flash_attention_2" if flash else NAME
-    reason = unproven(attention)
-    if reason and attention != NAME and model.attention is Attention.auto:
-        attention = NAME
-        reason = unproven(attention)
-    if reason:
-        if layout is Layout.padding_free or model.attention is Attention.varlen:
-            word = "data.layout=padding_free" if layout is Layout.padding_free else f"model.attention={model.attention}"
-            raise ConfigError(
-                f"{word}: {model_type} is not proven to keep documents of one row apart ({reason}); use "
-                "data.layout=padded and model.attention=auto"
-            )
-        return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
-    notes = {}
-    if model.attention is Attention.auto and attention == NAME:
-        notes["model.attention"] = f"varlen (built in; not FlashAttention: {no_flash or 'not proven right here'})"
-    return Arrangement(Layout.padding_free, attention, notes)
+    reasons: dict[str, str] = {}
+    for attention in ASKED.get(model.attention) or kernels.in_order():
+        reasons[attention] = unproven(attention)
+        if not reasons[attention]:
+            return Arrangement(Layout.padding_free, attention, _noted(model, attention, kernels))
+    reason = reasons.get(NAME) or next(iter(reasons.values()))
+    asked = model.attention in (Attention.varlen, Attention.flex)
+    if layout is Layout.padding_free or asked:
+        word = "data.layout=padding_free" if layout is Layout.padding_free else f"model.attention={model.attention}"
+        raise ConfigError(
+            f"{word}: {model_type} is not proven to keep documents of one row apart ({reason}); use "
+            "data.layout=padded and model.attention=auto"
+        )
+    return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
+
+
+def _noted(model: ModelConfig, attention: str, kernels: Kernels) -> dict[str, str]:
+    """What to say of a kernel that `auto` chose."""
+    flash = kernels.no_flash or "not proven right here"
+    said = {
+        NAME: f"varlen (built in; not FlashAttention: {flash})",
+        FLEX: f"flex (torch's, compiled when it is first called; not FlashAttention: {flash})",
+    }
+    return {"model.attention": said[attention]} if model.attention is Attention.auto and attention in said else {}
 
 
 def _padded(model: ModelConfig, notes: dict[str, str]) -> Arrangement:
-    if model.attention is Attention.varlen:
-        raise ConfigError("model.attention=varlen: is for padding-free rows; use sdpa, eager or auto with padded ones")
+    if model.attention in (Attention.varlen, Attention.flex):
+        raise ConfigError(
+            f"model.attention={model.attention}: is for padding-free rows; use sdpa, eager or auto with padded ones"
+        )
     stock = "sdpa" if model.attention is Attention.auto else str(model.attention)
     return Arrangement(Layout.padded, stock, notes)

@@ -13,6 +13,8 @@ from torch import nn
 VOCABULARY = 128
 WINDOW = 8
 """Tokens that a sliding window or a chunk of attention is shrunk to."""
+CAPS, CAP = ("softcapping", "softcap", "soft_cap"), 0.1
+"""How settings end that bound scores and logits, and a bound that small random weights come near."""
 MOST_LAYERS = 12
 """Layers of a small copy at most."""
 
@@ -86,6 +88,8 @@ def _small(settings: dict[str, Any], cls: Any, layers: int) -> dict[str, Any]:
             made[name] = SIZES["num_attention_heads"]  # no groups
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             made[name] = min(SIZES[name], value)
+        elif name.endswith(CAPS) and isinstance(value, float) and value:
+            made[name] = min(CAP, value)
         elif name.endswith("_token_id") and isinstance(value, int):
             made[name] = min(value, 3)
     made.pop("quantization_config", None)

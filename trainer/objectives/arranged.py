@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ from strategies.errors import ConfigError
 from strategies.hardware import gpu_of
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
-from trainer.model import attention, experts
+from trainer.model import attention, experts, flex
 from trainer.model.architecture import architecture, beside_text
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
-from trainer.model.flash import why_not_flash
-from trainer.model.layout import Arrangement, resolve_layout
+from trainer.model.flash import head_sizes, why_not_flash
+from trainer.model.kernels import missing_kernels
+from trainer.model.layout import Arrangement, Kernels, resolve_layout
 from trainer.objectives.causal import PLAIN, Way
 from trainer.objectives.passage import Passage, passage_of
 
@@ -29,6 +31,7 @@ class Proofs:
     def __init__(self, config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> None:
         """`settings`: transformers' configuration of the model; it is not changed."""
         attention.register()
+        flex.register()
         experts.register()
         self.config, self.settings, self.half_on_gpu = config, settings, half_on_gpu
 
@@ -36,14 +39,15 @@ class Proofs:
         """What is proven with this kernel for documents in one row."""
         # Where a GPU is only meant, by a plan or a dry run, the CPU proves the same mathematics.
         on_gpu = self.half_on_gpu and torch.cuda.is_available()
-        return passage_of(self.settings, self._plain, kernel, on_gpu=on_gpu)
+        return passage_of(self.settings, self.plain, kernel, on_gpu=on_gpu)
 
     def unproven(self, kernel: str) -> str:
         """Why documents cannot lie in one row; empty where they can."""
         found = self.of(kernel)
         return "" if found.padding_free is not None else found.reason or "it was not found right"
 
-    def _plain(self) -> Any:
+    def plain(self) -> Any:
+        """The model on meta, with dropout as the run has it, in eager attention."""
         with meta_context():
             return architecture(Kind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
 
@@ -72,10 +76,17 @@ class Proofs:
         return way
 
 
-def _no_flash(config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> str | None:
-    """Why FlashAttention cannot compute this model's attention on this machine; None where it can."""
+def _kernels(config: ModelConfig, settings: Any, plain: Callable[[], Any] | None, *, half_on_gpu: bool) -> Kernels:
+    """What could compute this model's attention on this machine. `plain` builds a causal model on meta."""
     gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
-    return why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
+    no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
+    if plain is None:
+        return Kernels(no_flash, "it is for objectives over next tokens")
+    if gpu is None:  # without building the model
+        return Kernels(no_flash, flex.NEEDS)
+    model, text = plain(), text_settings(settings)
+    no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
+    return Kernels(no_flash, no_flex, flex_first=flex.gains_by_flex(model, text))
 
 
 def causal_model(
@@ -98,7 +109,7 @@ def causal_model(
         settings.model_type,
         unproven=proofs.unproven,
         needs_padding=own_rows,
-        no_flash=_no_flash(config, settings, half_on_gpu=half_on_gpu),
+        kernels=_kernels(config, settings, proofs.plain, half_on_gpu=half_on_gpu),
     )
     if arrangement.layout is Layout.padded and config.attention is Attention.auto:
         arrangement = replace(arrangement, attention=proofs.of(NAME).stock)
@@ -112,6 +123,8 @@ def causal_model(
         )
     with context:
         model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
+    if half_on_gpu and (lacking := missing_kernels(model)):
+        arrangement.notes["model.kernels"] = lacking
     model.way, model.beside_text = way, beside_text(model)
     if model.beside_text:
         arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
@@ -135,7 +148,7 @@ def padded_model(
         settings.model_type,
         unproven=lambda _: "",
         needs_padding=True,
-        no_flash=_no_flash(config, settings, half_on_gpu=half_on_gpu),
+        kernels=_kernels(config, settings, None, half_on_gpu=half_on_gpu),
     )
     with context:
         model, kernel = architecture(kind, settings, config, arrangement.attention, objective)

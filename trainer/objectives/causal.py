@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.heads.loss import Counting, computes_loss, logits_loss
+from trainer.model import flex
 from trainer.objectives.base import Reference
 
 MODEL_INPUTS = (
@@ -62,7 +63,8 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     rows, targets = batch["target_rows"], batch["targets"].view(-1)
     if not way.fused:
         return nn.Identity(), _own_logits(causal_lm, inputs, rows), targets[rows]
-    hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    with flex.documents(inputs):
+        hidden = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
     return head, hidden.reshape(-1, hidden.shape[-1])[rows], targets[rows]
 
@@ -90,7 +92,8 @@ def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
 
     hook = None if head is None else head.register_forward_pre_hook(select)
     try:
-        logits = causal_lm(**inputs, use_cache=False).logits
+        with flex.documents(inputs):
+            logits = causal_lm(**inputs, use_cache=False).logits
     finally:
         if hook is not None:
             hook.remove()

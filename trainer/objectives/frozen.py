@@ -13,6 +13,7 @@ from trainer.heads.loss import fuse_head
 from trainer.model.architecture import auto_class, build_options, set_dropout
 from trainer.model.attention import NAME
 from trainer.model.config import Kind, ModelConfig
+from trainer.model.flex import NAME as FLEX
 from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.weights import BaseWeights, WeightSource
@@ -98,6 +99,8 @@ def frozen_model(
 def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:
     """A causal model on meta, without dropout, its head ready to lend its weight; raises ConfigError where it is none."""
     settings, attention = copy.deepcopy(settings), arrangement.attention
+    if attention == FLEX and Proofs(config, settings, half_on_gpu=True).unproven(FLEX):
+        attention = NAME
     set_dropout(settings, 0.0)
     auto = auto_class(Kind.causal, settings)
     remedy = "take a causal model of the student's family"

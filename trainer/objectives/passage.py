@@ -29,6 +29,7 @@ from trainer.data.store.sequences import Sample
 from trainer.heads.loss import fuse_head
 from trainer.model.architecture import auto_class, set_dropout, text_settings
 from trainer.model.config import Kind
+from trainer.model.kernels import torch_alone
 from trainer.model.shrink import VOCABULARY, NotShrinkable, shrunk
 from trainer.objectives.causal import WAYS, Way, plain_model, summed_loss
 
@@ -102,12 +103,13 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
     try:
         torch.default_generator.manual_seed(0)  # of the CPU alone: a GPU's is not ours to change
         plain = build()
-        try:
-            proof = _Proof(config, plain, torch.float64)
-        except NotShrinkable:
-            raise
-        except Exception:  # noqa: BLE001 - of some the code fixes a type
-            proof = _Proof(config, plain, torch.float32)
+        with torch_alone():
+            try:
+                proof = _Proof(config, plain, torch.float64)
+            except NotShrinkable:
+                raise
+            except Exception:  # noqa: BLE001 - of some the code fixes a type
+                proof = _Proof(config, plain, torch.float32)
         return proof.passage(attention, on_gpu=on_gpu)
     except NotShrinkable as error:
         return Passage(tried=False, reason=str(error))
@@ -205,6 +207,12 @@ class _Proof:
 
     def _difference(self, layout: Layout, way: Way, attention: str, dtype: torch.dtype) -> str:
         """How our way differs from the stock model; empty where it does not."""
+        if dtype is not torch.bfloat16:
+            with torch_alone():
+                return self._found(layout, way, attention, dtype)
+        return self._found(layout, way, attention, dtype)
+
+    def _found(self, layout: Layout, way: Way, attention: str, dtype: torch.dtype) -> str:
         half = dtype is torch.bfloat16
         tolerance = HALF if half else TOLERANCE
         model = self._build(attention, dtype)

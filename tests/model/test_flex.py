@@ -1,0 +1,182 @@
+"""Flex attention: what is computed on CPUs is what torch's own operator computes, and the masks are those of the models."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from strategies import runtime as processes
+from strategies.base import ActivationCheckpointing, Precision, SingleConfig
+from strategies.errors import ConfigError
+from strategies.parameters import meta_context
+from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
+from tests.models import job
+from trainer.data.config import Layout
+from trainer.export.verify import reference_logits
+from trainer.model import attention, flex
+from trainer.model.config import Attention, ModelConfig
+from trainer.model.layout import Kernels, resolve_layout
+from trainer.objectives import arranged, passage
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+CONFIGS = {
+    "sinks": lambda: transformers.GptOssConfig(**SIZES, num_key_value_heads=2, intermediate_size=64),
+    "caps": lambda: transformers.Gemma2Config(**SIZES, num_key_value_heads=2, intermediate_size=64),
+    "chunks": lambda: transformers.Llama4TextConfig(
+        **SIZES, num_key_value_heads=2, intermediate_size=64, intermediate_size_mlp=64, num_local_experts=2
+    ),
+    "plain": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=64),
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Findings of this test alone."""
+    attention.register()
+    flex.register()
+    monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield alone(processes.start("cpu", timeout_s=60, threads=1))
+    processes.stop()
+
+
+def proven(kind):
+    config = CONFIGS[kind]()
+    with meta_context():
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+    return passage._prove(config, lambda: plain, flex.NAME, on_gpu=False), plain, config
+
+
+@pytest.mark.parametrize("kind", ["sinks", "caps", "chunks"])
+def test_documents_windows_sinks_caps_and_chunks_are_proven_in_one_row(kind):
+    """Loss and gradients against the stock model in eager attention on each document apart."""
+    found, plain, config = proven(kind)
+    assert found.padding_free is not None, found.reason
+    assert flex.gains_by_flex(plain, config) and flex.why_not_flex(plain, [16], dropout=0.0) is None
+
+
+def test_a_cap_that_is_left_out_is_found_out(monkeypatch):
+    monkeypatch.setattr(flex, "_capped", lambda _cap: lambda score, *_: score)
+    assert proven("caps")[0].padding_free is None
+
+
+def made_mask(bounds, function, **more):
+    with flex.documents({"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}):
+        return flex.block_mask(1, bounds[-1], bounds[-1], mask_function=function, **more)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 4)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_is_computed_over_pairs_is_what_the_operator_computes(heads, softcap, monkeypatch):
+    """torch's operator runs forward on CPUs: values, and the sums that sinks are put beside."""
+    mask = made_mask([0, 5, 28, 42], lambda _batch, _head, q, k: (q >= k) & (q - k < 8))
+    draw = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, h, 42, 16, generator=draw) for h in (heads[0], heads[1], heads[1]))
+    options = {"scaling": 0.3, "softcap": softcap, "s_aux": torch.randn(heads[0], generator=draw)}
+    found, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
+    monkeypatch.setattr(flex, "_by_pairs", flex._by_kernel)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.torch_flex)
+    expected, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
+    assert torch.allclose(found, expected, atol=1e-6)
+    without, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options | {"s_aux": None})
+    assert not torch.allclose(without, expected, atol=1e-3)
+
+
+def test_what_it_does_not_compute_is_said():
+    q = torch.randn(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="makes none"):
+        flex.flex_attention(torch.nn.Module(), q, q, q, None)
+    mask = made_mask([0, 4], lambda _batch, _head, q, k: q >= k)
+    with pytest.raises(ValueError, match="no dropout"):
+        flex.flex_attention(torch.nn.Module(), q, q, q, mask, dropout=0.1)
+    with pytest.raises(ValueError, match="document boundaries"):
+        flex.block_mask(1, 4, 4, mask_function=None)
+    with pytest.raises(ValueError, match="document boundaries"):
+        made_mask([0, 4], None, attention_mask=torch.ones(1, 4))
+
+
+def test_why_a_model_cannot_have_it_or_needs_it_not():
+    with meta_context():
+        llama = transformers.AutoModelForCausalLM.from_config(CONFIGS["plain"]())
+        gpt2 = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_layer=1))
+    assert not flex.gains_by_flex(llama, llama.config)
+    assert flex.why_not_flex(llama, [8], dropout=0.0) == "it has no heads of 8, 16 are the least"
+    assert flex.why_not_flex(llama, [64], dropout=0.1) == "it has no dropout"
+    assert flex.why_not_flex(gpt2, [64], dropout=0.0) == "transformers has none for GPT2LMHeadModel"
+
+
+def chosen(kernels, right, choice=Attention.auto, layout=Layout.auto):
+    found = resolve_layout(
+        ModelConfig(path="model", attention=choice),
+        layout,
+        "kind",
+        unproven=lambda kernel: "" if kernel in right else f"{kernel} is off",
+        needs_padding=False,
+        kernels=kernels,
+    )
+    return found.attention, found.notes
+
+
+FLASH, FLEX, OURS = "flash_attention_2", flex.NAME, attention.NAME
+EVERY = {FLASH, FLEX, OURS}
+
+
+def test_the_order_of_choice():
+    """FlashAttention, then flex where the model gains by it, the built-in kernel, flex where that one is not right."""
+    assert chosen(Kernels(None, None, flex_first=True), EVERY)[0] == FLASH
+    assert chosen(Kernels("no", None, flex_first=True), EVERY)[0] == FLEX
+    assert chosen(Kernels("no", None), EVERY)[0] == OURS
+    assert chosen(Kernels("no", None), {FLEX})[0] == FLEX
+    assert chosen(Kernels("no", None, flex_first=True), {OURS})[0] == OURS
+    assert chosen(Kernels("no", "no", flex_first=True), {FLEX, OURS})[0] == OURS
+    name, notes = chosen(Kernels("no", "no"), {FLEX})
+    assert name == "sdpa" and "shardtune_varlen is off" in notes["data.layout"]
+    notes = chosen(Kernels("it is not built for x", None, flex_first=True), EVERY)[1]
+    assert (
+        notes["model.attention"].startswith("flex (torch's, compiled") and "not built for x" in notes["model.attention"]
+    )
+
+
+def test_asked_for_it_is_taken_or_refused():
+    kernels = Kernels("no", None)
+    assert chosen(kernels, EVERY, Attention.flex) == (FLEX, {})
+    with pytest.raises(ConfigError, match=r"model.attention=flex: kind is not proven.*flex is off"):
+        chosen(kernels, {OURS}, Attention.flex)
+    with pytest.raises(ConfigError, match=r"model.attention=flex: is for padding-free rows"):
+        chosen(kernels, EVERY, Attention.flex, Layout.padded)
+    with pytest.raises(ConfigError, match=r"model.attention=flex: flex attention needs a GPU.*model.attention=auto"):
+        arranged.causal_model(
+            ModelConfig(path="x", attention=Attention.flex),
+            copy.deepcopy(CONFIGS["sinks"]()),
+            Layout.auto,
+            own_rows=False,
+            half_on_gpu=False,
+            context=meta_context(),
+        )
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run_takes_the_steps_of_the_built_in_kernel(tuning, tmp_path, runtime, monkeypatch):
+    """Sinks and windows, every block recomputed, the loss on held-out data, and the export's check."""
+    model = tmp_path / "gpt_oss"
+    job.made("gpt_oss", model, 0)
+    data = data_set(tmp_path, uneven=True)
+    full = SingleConfig(activation_checkpointing=ActivationCheckpointing.full)
+    config = replace(run_config(model, full, tuning, micro=GLOBAL_BATCH), precision=Precision.fp32)
+    monkeypatch.setattr(arranged, "_kernels", lambda *_, **__: Kernels("no", None))
+    found = {}
+    for kernel, name in ((Attention.flex, FLEX), (Attention.varlen, OURS)):
+        asked = replace(config, model=replace(config.model, attention=kernel))
+        trainer, built = built_trainer(asked, data, runtime)
+        assert (built.attention, built.layout) == (name, Layout.padding_free)
+        found[name] = take_steps(trainer, 2), reference_logits(trainer.engine, built, [5, 9, 30], runtime)
+    assert np.allclose(found[FLEX][0], found[OURS][0], rtol=1e-5)
+    assert torch.allclose(found[FLEX][1], found[OURS][1], atol=1e-4)

@@ -1,0 +1,134 @@
+"""Packages with kernels for hybrids: which models ask for which, and that on CPUs none of them is called."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from strategies.parameters import meta_context
+from tests.helpers.launching import ROOT, clean_environment
+from tests.models import tiny
+from trainer.data.config import Layout
+from trainer.model import kernels
+from trainer.model.config import ModelConfig
+from trainer.objectives import arranged, passage
+from trainer.objectives.causal import FUSED
+
+ASKED = {
+    "qwen3_next": ["causal_conv1d", "fla"],
+    "lfm2": ["causal_conv1d"],
+    "bamba": ["causal_conv1d", "mamba_ssm"],
+    "llama": [],
+}
+PROOF = """
+import sys
+import torch, transformers
+from tests.models import tiny
+from trainer.model import attention, kernels
+from trainer.objectives import passage
+from strategies.parameters import meta_context
+
+attention.register()
+config = tiny.tiny_config("qwen3_next")
+with meta_context():
+    plain = transformers.AutoModelForCausalLM.from_config(config)
+ids = torch.arange(9)[None]
+model = transformers.AutoModelForCausalLM.from_config(config)
+try:
+    model(input_ids=ids, use_cache=False)
+except RuntimeError as error:
+    assert "a kernel on a CPU" in str(error)
+else:
+    sys.exit("the stand-in was not called at all")
+with kernels.torch_alone():
+    model(input_ids=ids, use_cache=False)
+found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+print(found.padded, kernels.missing_kernels(plain))
+"""
+
+
+def model_of(kind):
+    with meta_context():
+        return transformers.AutoModelForCausalLM.from_config(tiny.tiny_config(kind))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Packages that are said to be there; the others are not."""
+    there: set[str] = set()
+    real = importlib.util.find_spec
+
+    def find(name, *rest):
+        return object() if name in there else None if name in kernels.EXTRAS else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    return there
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_each_model_asks_for_its_own(kind, installed):
+    model = model_of(kind)
+    assert kernels.packages(model) == ASKED[kind]
+    installed.update(ASKED[kind])
+    assert not kernels.missing_kernels(model)
+
+
+def test_what_is_missing_is_said_with_the_words_that_install_it(installed):
+    assert kernels.missing_kernels(model_of("qwen3_next")) == (
+        "loops in torch, right but slow, for what causal-conv1d and flash-linear-attention would compute "
+        "(pip install 'shardtune[hybrid]')"
+    )
+    assert "shardtune[hybrid,mamba]" in kernels.missing_kernels(model_of("bamba"))
+    installed.add("causal_conv1d")
+    assert "for what flash-linear-attention would" in kernels.missing_kernels(model_of("qwen3_next"))
+
+
+def test_it_is_on_the_start_screen_of_a_gpu_alone(installed, monkeypatch):
+    right = passage.Passage(padding_free=FUSED, padded=FUSED)
+    monkeypatch.setattr(arranged, "passage_of", lambda *_, **__: right)
+    for on_gpu in (False, True):
+        _, found = arranged.causal_model(
+            ModelConfig(path="x"),
+            tiny.tiny_config("qwen3_next"),
+            Layout.padded,
+            own_rows=False,
+            half_on_gpu=on_gpu,
+            context=meta_context(),
+        )
+        assert ("model.kernels" in found.notes) == on_gpu
+
+
+def test_on_a_cpu_the_packages_are_not_called(tmp_path):
+    """transformers takes what it can import for tensors on CPUs too: a proof there, and the check of an export, would fail."""
+    for package, name in (
+        ("causal_conv1d", "causal_conv1d_fn"),
+        ("fla/ops/gated_delta_rule", "chunk_gated_delta_rule"),
+    ):
+        directory = tmp_path
+        for part in package.split("/"):
+            directory = directory / part
+            directory.mkdir()
+            (directory / "__init__.py").touch()
+        body = 'raise RuntimeError("a kernel on a CPU")'
+        (directory / "__init__.py").write_text(f"def {name}(*args, cu_seqlens=None, seq_idx=None):\n    {body}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", PROOF],
+        env=clean_environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith("Way(fused=True, positions=True, alone=False)")
+
+
+def test_torch_is_let_go_of_again():
+    from transformers.integrations import hub_kernels
+
+    with kernels.torch_alone():
+        assert hub_kernels.is_torchdynamo_exporting()
+    assert not hub_kernels.is_torchdynamo_exporting() and not torch.compiler.is_compiling()

@@ -1,0 +1,178 @@
+"""Attention over concatenated documents through torch's flex attention: one fused kernel for masks, soft caps and sinks.
+
+transformers builds the mask of each kind of layer (windows, chunks) as a function of two positions, of which torch's blocks
+are made; so this covers what the kernel of `trainer/model/attention.py` is not told of. torch has no backward
+pass of it on CPUs: there the same functions are computed over all pairs of positions, for proofs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex
+
+from strategies.runtime import device_kind
+
+NAME = "shardtune_flex"
+LEAST_HEAD = 16
+"""Smallest head that the kernel's products take."""
+NEEDS = "flex attention needs a GPU and precision=bf16 or fp16"
+"""What a run must have: torch has no backward pass of it for CPUs, and one in float32 was not tried."""
+
+_BOUNDS: ContextVar[Tensor | None] = ContextVar("bounds", default=None)
+"""Where the documents of the row begin that a model is being called on, and where the last one ends."""
+
+
+def register() -> None:
+    """Make the function, and the blocks it needs, known to transformers under `NAME`. Idempotent."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, flex_attention)
+    AttentionMaskInterface.register(NAME, block_mask)
+
+
+@contextmanager
+def documents(inputs: dict[str, Any]) -> Iterator[None]:
+    """Within it the masks that a model makes keep apart the documents of its `inputs`, where these say so."""
+    token = _BOUNDS.set(inputs.get("cu_seq_lens_q"))
+    try:
+        yield
+    finally:
+        _BOUNDS.reset(token)
+
+
+def block_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> BlockMask:
+    """Which blocks of positions see each other, as transformers' mask interface asks for it; documents apart.
+
+    Not every architecture tells `mask_function` of documents, so they are asked of `documents`. Errors: ValueError for
+    padding, or without documents.
+    """
+    bounds = _BOUNDS.get()
+    if bounds is None or attention_mask is not None:
+        raise ValueError(
+            f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
+            "switch the model to 'sdpa' with set_attn_implementation"
+        )
+    whose = torch.bucketize(torch.arange(q_length, device=bounds.device), bounds, right=True)
+
+    def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(batch, head, query, key) & (whose[query] == whose[key])
+
+    compiled = device_kind(torch.device(device)) == "cuda"
+    return create_block_mask(within, batch_size, None, q_length, kv_length, device=str(device), _compile=compiled)
+
+
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention by the model's own mask; q `[B, H, T, D]`, k and v `[B, G, T, D]` -> `[B, T, H, D]`.
+
+    Raises ValueError for what it does not compute.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        raise ValueError(f"attention '{NAME}' needs a mask of blocks, and this architecture makes none")
+    if dropout or kwargs.get("position_bias") is not None:
+        raise ValueError(f"attention '{NAME}' has no {'dropout' if dropout else 'position_bias'}")
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave them wider under autocast
+    groups = query.shape[1] // key.shape[1]
+    if groups & (groups - 1):  # the kernel shares keys among powers of two
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attend = _by_kernel if device_kind(query.device) == "cuda" else _by_pairs
+    out, lse = attend(query, key, value, attention_mask, scaling, softcap, sinks is not None)
+    if sinks is not None:
+        # The sinks' share of each row: exp(sink) beside the sum of exp(score).
+        out = out * torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None]).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """The change of a score; one function for each cap, since a new one would be compiled anew."""
+
+    def change(score: Tensor, *_: Any) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return change
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(torch_flex)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    kernel = torch_flex if torch.compiler.is_compiling() else _compiled()
+    found = kernel(
+        q,
+        k,
+        v,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True) if with_lse else None,
+    )
+    return (found[0], found[1].lse) if with_lse else (found, q.new_zeros(()))
+
+
+def _by_pairs(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _: bool
+) -> tuple[Tensor, Tensor]:
+    """What the kernel computes, over all pairs of positions."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = _capped(softcap)(scores)
+    seen = create_mask(mask.mask_mod, q.shape[0], None, q.shape[2], k.shape[2], device=str(q.device))
+    scores = scores.masked_fill(~seen, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
+
+
+def why_not_flex(plain: Any, heads: list[int], *, dropout: float) -> str | None:
+    """Why flex attention cannot compute a model's attention on a GPU in half precision; None where it can.
+
+    `plain`: the model on meta; `heads`: sizes of its heads.
+    """
+    if not getattr(plain.get_decoder(), "_supports_flex_attn", False):
+        return f"transformers has none for {type(plain).__name__}"
+    if small := [size for size in heads if size < LEAST_HEAD]:
+        return f"it has no heads of {small[0]}, {LEAST_HEAD} are the least"
+    return "it has no dropout" if dropout else None
+
+
+def gains_by_flex(plain: Any, settings: Any) -> bool:
+    """Whether a model has what the built-in kernel computes over all pairs of positions, or not at all.
+
+    Soft caps on scores, sinks, chunks. `settings`: transformers' configuration of its text.
+    """
+    capped = getattr(settings, "attn_logit_softcapping", None) or getattr(settings, "attention_chunk_size", None)
+    return bool(capped) or any(name.endswith("sinks") for name, _ in plain.named_parameters())

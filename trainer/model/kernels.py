@@ -1,0 +1,60 @@
+"""Packages with GPU kernels that transformers takes for the layers of hybrids and state-space models where they are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+ASKS = re.compile(r'use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)"')
+"""How a modelling file of transformers names the package of a function that it has a slower version of."""
+EXTRAS = {"fla": "hybrid", "causal_conv1d": "hybrid", "mamba_ssm": "mamba"}
+"""The extra of this project that installs a package."""
+
+
+def packages(model: nn.Module) -> list[str]:
+    """Import names of the packages whose kernels transformers would take for layers of `model`."""
+    files = {type(module).__module__ for module in model.modules()}
+    found: set[str] = set()
+    for name in sorted(n for n in files if n.startswith("transformers.models.")):
+        found.update(ASKS.findall(inspect.getsource(sys.modules[name])))
+    return sorted(found)
+
+
+def missing_kernels(model: nn.Module) -> str:
+    """What to say where kernels are missing that would make `model` faster on a GPU; empty where none are."""
+    lacking = [name for name in packages(model) if importlib.util.find_spec(name) is None]
+    if not lacking:
+        return ""
+    extras = ",".join(dict.fromkeys(EXTRAS[name] for name in lacking if name in EXTRAS))
+    remedy = f"pip install 'shardtune[{extras}]'" if extras else "install them"
+    return (
+        f"loops in torch, right but slow, for what {' and '.join(map(_distribution, lacking))} would compute ({remedy})"
+    )
+
+
+def _distribution(package: str) -> str:
+    """What a package is called where it is installed from."""
+    return "flash-linear-attention" if package == "fla" else package.replace("_", "-")
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Within it transformers computes with torch alone, as a model on a CPU needs it where such packages are installed.
+
+    transformers takes a package's kernels wherever it can be imported, for tensors on CPUs too, which they fail on. It leaves
+    them out where a model is being exported, and asks that at each call.
+    """
+    from transformers.integrations import hub_kernels
+
+    before = hub_kernels.is_torchdynamo_exporting
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = before
