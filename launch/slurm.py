@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
-from trainer.config.run import RunConfig, SlurmConfig
+from trainer.config.run import RETRIES, RunConfig, SlurmConfig
 
 CLONE = Path(__file__).resolve().parent.parent
 """Where `launch` is imported from; the nodes see it through the shared file system."""
 
 # The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets run_dir, processes,
-# max_restarts, patience, python, the array `worker`, and defines the function `setup`.
+# retry_preempted, retry_node_fail, patience, python, the array `worker`, and defines the function `setup`.
 BODY = r"""
 # ---- From here on slurm/train.sbatch and launch/slurm.py are the same, line for line.
 set -e
@@ -31,7 +31,16 @@ restart=${SLURM_RESTART_COUNT:-0} # unset on the first start
 nodes=$SLURM_JOB_NUM_NODES
 logs=$run_dir/logs
 mkdir -p "$logs"
-: >"$logs/started" # an older status.json is that of an earlier start
+# A start that ended without a word was lost with its node or killed unsaved; SLURM has requeued the job by itself.
+lost() { # counts one more; fails past the limit
+  echo "$restart" >>"$logs/lost-$job"
+  [ "$(wc -l <"$logs/lost-$job")" -le "$retry_node_fail" ]
+}
+if [ "$restart" -gt 0 ] && grep -q '"state": *"running"' "$run_dir/status.json" 2>/dev/null && ! lost; then
+  echo "job $job: more than $retry_node_fail starts ended without a word (node lost, or killed unsaved); not started again"
+  exit 70
+fi
+: >"$logs/started" # an older status.json or failure.json is that of an earlier start
 
 # Every start derives its rendezvous anew: a requeued job may be given other nodes, and two jobs may share a node.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -64,16 +73,24 @@ while true; do
 done
 
 # Exit codes do not survive torchrun, so the run says in its status file that it saved and wants to go on.
-if [ "$run_dir/status.json" -nt "$logs/started" ] && grep -q '"state": *"preempted"' "$run_dir/status.json"; then
+says() { [ "$run_dir/$1" -nt "$logs/started" ] && grep -q "$2" "$run_dir/$1"; }
+if says status.json '"state": *"preempted"'; then
   if [ -n "$stopped" ] || scontrol show job "$job" | grep 'PreemptTime=[0-9]' >/dev/null; then
     # SLURM requeues a job that it preempts by itself; asking for it as well would run the job once too often.
     echo "job $job: stopped by SLURM or by scancel, state saved; not requeued from here"
-  elif [ "$restart" -ge "$max_restarts" ]; then
-    echo "job $job: state saved; not requeued, since it restarted $restart times already (limit $max_restarts)"
+  elif [ "$restart" -ge "$retry_preempted" ]; then
+    echo "job $job: state saved; not requeued, since it restarted $restart times already (limit $retry_preempted)"
     exit 75
   else
     echo "job $job: state saved; requeued"
     scontrol requeue "$job"
+  fi
+elif says failure.json '"retry": *"node_fail"'; then # never after an error of the run itself
+  if lost; then
+    echo "job $job: a rank was lost; requeued"
+    scontrol requeue "$job"
+  else
+    echo "job $job: a rank was lost; not requeued, since that happened more than $retry_node_fail times"
   fi
 fi
 exit "$rc"
@@ -103,7 +120,7 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd:
         f"runs=({' '.join(shlex.quote(run) for run in runs)})",
         "run_dir=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
         f"processes={processes} # on each node",
-        f"max_restarts={slurm.max_restarts}",
+        *(f"retry_{cause}={slurm.retry.get(cause, 0)}" for cause in RETRIES),
         f"patience={config.run.timeout_s} # seconds",
         f"python={shlex.quote(_line(slurm.python or sys.executable, 'launcher.python'))}",
         "worker=(launch.train)",

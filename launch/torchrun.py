@@ -43,8 +43,8 @@ def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
     return [*words, "-m", "launch.train"]
 
 
-def start(config: RunConfig, run_dir: Path, run_id: str) -> int:
-    """Run the frozen configuration of `run_dir` to its end; returns torchrun's exit code, or 130 after Ctrl-C.
+def start(config: RunConfig, run_dir: Path, run_id: str) -> tuple[int, set[int]]:
+    """Run the frozen configuration of `run_dir` to its end; returns torchrun's exit code, or 130 after Ctrl-C, and what came.
 
     Signals that ask to save are passed on to the ranks; Ctrl-C gives them a few seconds, then kills.
     """
@@ -58,11 +58,11 @@ def start(config: RunConfig, run_dir: Path, run_id: str) -> int:
     root = str(Path(__file__).resolve().parent.parent)  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     _adopt_orphans()
-    with _signals_held() as pending:
+    with _signals_held() as (pending, came):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent)
         try:
-            return _watch(agent, pending)
+            return _watch(agent, pending), came
         finally:
             _end_all(agent)
 
@@ -86,18 +86,20 @@ def _adopt_orphans() -> None:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[list[int]]:
-    """Collect signals in a list instead of acting on them."""
+def _signals_held() -> Iterator[tuple[list[int], set[int]]]:
+    """Collect signals instead of acting on them: those to be passed on, and all that came."""
     pending: list[int] = []
+    came: set[int] = set()
 
     def note(number: int, _: FrameType | None) -> None:
         pending.append(number)
+        came.add(number)
 
     before = {number: signal.signal(number, note) for number in (*SIGNALS, signal.SIGINT)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     release()
     try:
-        yield pending
+        yield pending, came
     finally:
         # Held again first: how the run ended is still to be written down.
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -203,7 +205,9 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     replace = before.get("gone", LOST_PEER.search(before.get("message", "")) is not None)
     same = before.get("rank") == rank and before.get("gone")
     phase, step = (before["phase"], before["step"]) if same else ("killed", None)
-    record_failure(run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid)
+    record_failure(
+        run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid, retry=None if memory else "node_fail"
+    )
 
 
 if __name__ == "__main__":

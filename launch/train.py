@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from launch.choices import groups
 from launch.slurm_env import is_worker
@@ -72,7 +72,6 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze and run (or submit) to the end; returns the exit code. `isolate` never trains in this process."""
     from launch.compose import freeze, is_finished
     from trainer.config.run import LauncherName
-    from trainer.records.status import clear_failure
 
     finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
     config = composed.config
@@ -85,14 +84,13 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
 
         release()
         return submit(config, [run_dir], print_only=False)
-    clear_failure(run_dir)
-    before = records(run_dir)
-    if config.launcher.nodes == 1 and config.launcher.processes == 1 and not isolate:
-        return _run_here(config, run_dir, composed.sha256, before)
-    from launch.torchrun import start
+    launcher = config.launcher
+    # What is started again by itself outlives its ranks.
+    if launcher.nodes == 1 and launcher.processes == 1 and not isolate and not any(launcher.retry.values()):
+        return _run_here(config, run_dir, composed.sha256)
+    from launch.outcome import supervised
 
-    code = start(config, run_dir, composed.sha256[:8])
-    return outcome(run_dir, code, before)
+    return supervised(config, run_dir, composed.sha256)
 
 
 def worker(words: list[str]) -> int:
@@ -143,55 +141,11 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
         )
 
 
-def records(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `status.json` and `failure.json` say."""
-    from trainer.records.status import read_failure, read_status
-
-    return read_status(run_dir), read_failure(run_dir)
-
-
-def outcome(run_dir: Path, code: int, before: tuple[dict[str, Any], dict[str, Any]] = ({}, {})) -> int:
-    """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
-
-    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `records` said
-    before the ranks started: what still says the same is of an earlier attempt.
-    """
-    from trainer.records.lease import other_owner
-    from trainer.records.status import State, write_status
-
-    status, failure = ({} if now == then else now for now, then in zip(records(run_dir), before, strict=True))
-    if status.get("state") == State.done:
-        return 0
-    if status.get("state") == State.preempted:
-        step = status.get("step")
-        reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
-        print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
-        return 130 if code == 130 else 75
-    if (owner := other_owner(run_dir)) is not None:
-        print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
-        return 130 if code == 130 else 70
-    reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
-    if code != 130:
-        # A run of which nobody reports an end has failed, also where torchrun is content.
-        code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
-        shown = _explain(run_dir, failure) if failure else f"{run_dir}: {reason}; see the output above"
-    write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
-    print(shown, file=sys.stderr, flush=True)
-    return code
-
-
-def _explain(run_dir: Path, failure: dict) -> str:
-    at = f", step {failure['step']}" if failure.get("step") is not None else ""
-    where = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{at})"
-    if failure["user_error"]:
-        return f"shardtune train: {where}:\n  " + failure["message"].replace("\n", "\n  ")
-    return f"{failure['traceback'].rstrip()}\nshardtune train: {where}; see {run_dir / 'failure.json'}"
-
-
-def _run_here(config: RunConfig, run_dir: Path, sha256: str, before: tuple[dict[str, Any], dict[str, Any]]) -> int:
+def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
+    from launch.outcome import begin, outcome
     from strategies.errors import Preempted
 
-    code = 0
+    code, before = 0, begin(run_dir)
     try:
         _train(config, run_dir, sha256, 0)
     except Preempted as stop:

@@ -1,20 +1,26 @@
 """Signs of life of every rank, in the store of the group: who is silent is the cause where its peers only lost it.
 
 A rank that was stopped or killed can say nothing, and the others see a broken connection or a timeout of their own. Each rank
-therefore counts in the store, with its phase and step; whoever fails for a lost peer looks who does not count on.
+therefore counts in the store, with its phase and step; whoever fails for a lost peer looks who does not count on. After a timeout
+every rank writes down where its threads are: those that live when the store asks them, a stopped one when a peer on its host
+wakes it and sends SIGQUIT.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from strategies.errors import ShardtuneError
 
@@ -22,6 +28,7 @@ LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer|has ended", re.IGNORECASE
 )
 """What the backends say in a rank whose peer has died or hangs."""
+STACKS = "shardtune/stacks"
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
@@ -61,7 +68,14 @@ class Heartbeats:
         self.rank, self.world, self._state = rank, world, state
         self.every_s = max(1.0, world / 200)
         self._over = threading.Event()
+        self._stacks: IO[str] | None = None
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def write_stacks_to(self, path: Path) -> None:
+        """Where this rank writes its threads' stacks when it is asked to, or is sent SIGQUIT. In the main thread."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stacks = path.open("a")
+        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
 
     def stop(self) -> None:
         """Count no more."""
@@ -91,6 +105,16 @@ class Heartbeats:
         hung = WAITED.search(str(error)) is not None
         return Silent(silent[0], hung=hung, since_s=2.5 * self.every_s, told=told) if silent else None
 
+    def ask_for_stacks(self, stopped: Seen | None) -> None:
+        """Let every rank write its stacks, and wake one that was `stopped` for it; takes two beats. Errors: none."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(STACKS, "1")
+        if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
+            for number in (signal.SIGCONT, signal.SIGQUIT):  # a stopped process takes no other signal
+                with contextlib.suppress(OSError):
+                    os.kill(stopped.pid, number)
+        time.sleep(2 * self.every_s)
+
     def _seen(self) -> list[Seen]:
         keys = [f"shardtune/beat/{rank}" for rank in range(self.world)]
         return [
@@ -105,6 +129,9 @@ class Heartbeats:
             about |= {"phase": phase, "step": step, "count": about["count"] + 1}
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(about))
+                if self._stacks is not None and self._store.check([STACKS]):
+                    faulthandler.dump_traceback(self._stacks, all_threads=True)
+                    self._stacks = None
             except RuntimeError:  # the store is gone, and with it the job
                 return
             if self._over.wait(self.every_s):

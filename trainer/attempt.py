@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import Preempted
-from strategies.heartbeat import Heartbeats
+from strategies.errors import Preempted, ShardtuneError
+from strategies.heartbeat import WAITED, Heartbeats
 from strategies.runtime import Runtime, first_error
 from trainer.records.lease import Lease, LeaseLost, NotOurs
 from trainer.records.status import State, clear_failure, read_failure, record_failure, write_status
@@ -37,6 +37,13 @@ class Where:
     def at_step(self, step: int) -> None:
         """Note the step that is being taken."""
         self.step = step
+
+    def settle(self, run_dir: Path, rank: int) -> Path:
+        """The directory of the run, now that this rank knows it; stacks of its threads go there when they are asked for."""
+        self.run_dir = run_dir
+        if self.heartbeats is not None:
+            self.heartbeats.write_stacks_to(run_dir / "logs" / f"rank-{rank}.stacks")
+        return run_dir
 
     def still_ours(self, runtime: Runtime) -> None:
         """Before anything is published: raise LeaseLost on every rank where another attempt owns the directory. All call."""
@@ -92,15 +99,19 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
     if where.run_dir is None or read_failure(where.run_dir):
         return
     cause = None if where.heartbeats is None else where.heartbeats.cause(error)
+    waited = not isinstance(error, ShardtuneError) and WAITED.search(str(error)) is not None
     phase, step = where.phase, where.step
     about: dict[str, Any] = {}
     if cause is not None:
+        cause.__cause__ = error  # so that the record has where this rank waited
         seen, error = cause.seen, cause
         rank, phase, step = seen.rank, seen.phase, seen.step
-        about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung}
+        about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung, "retry": "node_fail"}
     if record_failure(where.run_dir, rank, error, phase, step, **about):
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         write_status(where.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {first}")
+        if waited and where.heartbeats is not None:
+            where.heartbeats.ask_for_stacks(cause.seen if cause else None)
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ class Place:
 def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where) -> None:
     tokenizer = load_tokenizer(config.model)
     data, runtime = meet(config, tokenizer, request, where)
-    run_dir = where.run_dir = agree_on_run(run_dir, sha256, runtime)
+    run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
 

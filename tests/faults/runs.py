@@ -40,6 +40,7 @@ class Runs:
             "run.dir": self.root / run,
             "run.device": "cpu",
             "run.matmul": "blas",
+            "run.threads": 1,  # of torch, once it trains; those of other libraries start as they do for a user
             "strategy": "single",
             "batch.global": 8,
             "batch.micro": 2,

@@ -12,6 +12,7 @@ import pytest
 
 from strategies.errors import StorageError
 from tests.faults.runs import ROOT, descendants, environment, read, wait
+from tests.helpers.speed import seconds
 from trainer.records import lease as lease_module
 from trainer.records.files import Files
 from trainer.records.lease import InUse, Lease, LeaseLost, other_owner
@@ -103,9 +104,9 @@ def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_st
     with Lease.acquire(tmp_path, 60) as later:
         with pytest.raises(LeaseLost, match=r"job 7, since .* took it over"):
             earlier.check()
+        assert lost.wait(seconds(60))  # found out by itself, too
         earlier.release()
         later.check()  # the end of the earlier one says nothing about the later
-        assert lost.wait(30)
 
 
 def test_of_many_at_once_one_gets_it(tmp_path, another_host):
@@ -152,6 +153,17 @@ class Network(Files):
     def link(self, source, target):
         super().link(source, target)
         raise OSError(errno.EIO, "the answer got lost")
+
+
+def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
+    def refused(self, source, target):
+        raise OSError(errno.EPERM, "operation not permitted")
+
+    monkeypatch.setattr(Files, "link", refused)
+    with Lease.acquire(tmp_path, 1.0) as owner:
+        with pytest.raises(InUse):
+            Lease.acquire(tmp_path, 1.0)
+        owner.check()
 
 
 def test_it_holds_on_a_network_file_system(tmp_path, another_host, monkeypatch):

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch.distributed as dist
 
 from strategies.heartbeat import Heartbeats
 from tests.faults.runs import ROOT, environment, rank_of, read
+from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from trainer.records.status import record_failure
 
@@ -33,28 +35,38 @@ def test_a_killed_and_a_stopped_rank_are_named(runs):
         last = runs.said(name).strip().splitlines()[-2:]
         assert "rank 1 on " in last[0] and said in last[1]
         assert runs.status(name)["state"] == "failed"
+    # Where the other one waited for it, and where it was.
+    assert "train_step" in failure["traceback"]
+    assert " in fit" in (runs.root / "stopped" / "logs" / "rank-1.stacks").read_text()
 
 
-def torchrun(runs, run, *words, options=()):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    command += ["-m", "launch.train", *runs.words(run, "strategy=ddp", *words)[4:]]
-    return subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=seconds(120), check=False
-    )
-
-
+@pytest.mark.skipif(not EVERYTHING, reason="that a success removes it is shown by test_retry, too")
 def test_under_torchrun_a_success_removes_what_an_earlier_attempt_left(runs):
     (runs.root / "plain").mkdir()
     record_failure(runs.root / "plain", 1, RuntimeError("of an earlier attempt"), "training")
-    done = torchrun(runs, "plain", "budget.steps=2")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "launch.train",
+    ]
+    command += runs.words("plain", "strategy=ddp", "budget.steps=2")[4:]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert runs.status("plain")["state"] == "done"
     assert not (runs.root / "plain" / "failure.json").exists()
 
 
 def test_restarts_by_torchrun_are_refused_with_the_reason(runs):
-    refused = torchrun(runs, "restarts", "budget.steps=2", options=["--max-restarts=1"])
-    assert refused.returncode != 0
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "1"}  # as torchrun says it
+    command = [sys.executable, "-m", "launch.train", *runs.words("restarts", "strategy=ddp")[4:]]
+    refused = subprocess.run(
+        command, env=environment(**job), cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(60)
+    )
+    assert refused.returncode == 64
     assert "torchrun --max-restarts=1: ranks that torchrun starts again may wait for each other" in refused.stderr
     assert not (runs.root / "restarts").exists()
 

@@ -3,18 +3,23 @@
 import fcntl
 import signal
 import subprocess
+import sys
 import threading
 import time
 
+import pytest
 import torch.distributed as dist
 
 from strategies.meeting import Meeting
 from tests.faults.runs import ROOT, environment, flood, rank_of, wait
+from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 
 
 def test_one_process_saves_at_every_signal(runs):
-    flooded, interrupted, suspended = (runs.start(name) for name in ("flooded", "interrupted", "suspended"))
+    flooded, interrupted, suspended = (
+        runs.start(name, "run.threads=0") for name in ("flooded", "interrupted", "suspended")
+    )
     for name, process in (("flooded", flooded), ("interrupted", interrupted), ("suspended", suspended)):
         runs.wait_for_step(name, 3, process)
     interrupted.send_signal(signal.SIGINT)
@@ -35,12 +40,58 @@ def test_one_process_saves_at_every_signal(runs):
     assert "Once more ends the run at once" in runs.said("interrupted")
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="one process shows the same in fewer seconds")
 def test_two_ranks_and_their_launcher_outlive_a_flood(runs):
     process = runs.start("two", "strategy=ddp", "launcher.processes=2")
     runs.wait_for_step("two", 3, process)
     assert flood(process, signal.SIGTERM) == 75
     assert runs.status("two")["state"] == "preempted"
     assert "saved; the same command continues it" in runs.said("two")
+
+
+BY_ITSELF = """
+import os, signal, time
+from trainer.signals import StopRequest, hold
+
+def send(number, until):
+    os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+class Breaks(StopRequest):
+    broken = False
+    def _note(self, number, frame):
+        if not self.broken:
+            self.broken = True
+            raise RuntimeError("the waiting thread ends")
+        super()._note(number, frame)
+
+hold()
+with Breaks() as request:  # a thread that died is replaced
+    waiting = request._thread
+    send(signal.SIGUSR2, lambda: not waiting.is_alive())
+    assert request.signal_name is None
+    send(signal.SIGUSR2, lambda: request.signal_name == "SIGUSR2")
+with StopRequest() as request:  # as CPython's resource tracker does when it is started
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    send(signal.SIGTERM, lambda: request.signal_name == "SIGTERM")
+with StopRequest(interrupts=True) as request:
+    send(signal.SIGINT, lambda: request.signal_name == "SIGINT")
+    try:
+        send(signal.SIGINT, lambda: False)
+    except KeyboardInterrupt:
+        print("ended at once")
+assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # held to the end
+"""
+
+
+def test_what_waits_for_signals_cannot_be_lost_and_a_second_ctrl_c_ends_at_once():
+    done = subprocess.run(
+        [sys.executable, "-c", BY_ITSELF], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "ended at once\n"), done.stderr
 
 
 def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):

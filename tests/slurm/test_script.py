@@ -31,7 +31,7 @@ def full() -> SlurmConfig:
         exclusive=True,
         constraint="h100&ib",
         signal_lead_s=300,
-        max_restarts=3,
+        retry={"preempted": 3, "node_fail": 1},
         setup=["module load cuda", "export HF_HOME='/big disk/hf'"],
         python="/opt/env/bin/python",
         extra=["--reservation=week", "--mail-type=END"],

@@ -85,7 +85,7 @@ def test_rendered_array_saves_at_usr2_and_requeues_the_signalled_task_alone(clus
 
 
 def test_restart_limit_ends_with_75_and_scancel_is_final(cluster: Cluster, site: Path) -> None:
-    [limited] = submit(cluster, site, ["limited"], steps=600, max_restarts=0)
+    [limited] = submit(cluster, site, ["limited"], steps=600, retry={"preempted": 0})
     [cancelled] = submit(cluster, site, ["cancelled"], steps=600)
     limited.wait_step()
     limited.signal("--signal=USR2")
@@ -126,6 +126,17 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
     ended = cluster.wait(job.id)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     assert "broken" in job.logs()
+
+
+def test_a_lost_rank_is_requeued_as_often_as_asked(cluster: Cluster, site: Path) -> None:
+    lost = 'import os, pathlib; run = pathlib.Path(os.environ["SHARDTUNE_RUN_DIR"])\n'
+    lost += """(run / "failure.json").write_text('{"retry": "node_fail"}')\nraise SystemExit("lost")\n"""
+    (site / "launch" / "train.py").write_text(lost)
+    [job] = submit(cluster, site, ["lost"], retry={"node_fail": 1})
+    ended = cluster.wait(job.id)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), job.logs()
+    assert job.logs().count("a rank was lost; requeued") == 1
+    assert "not requeued, since that happened more than 1 times" in job.logs()
 
 
 def test_submit_passes_on_what_a_real_sbatch_refuses(cluster: Cluster, tmp_path: Path) -> None:

@@ -140,6 +140,5 @@ RANGES: dict[str, tuple[Range, str]] = {
     "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
     "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
     "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
-    "launcher.max_restarts": (COUNT, "0 never requeues"),
 }
 """Every numeric setting, with what to do about a value outside."""

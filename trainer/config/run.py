@@ -33,6 +33,10 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+RETRIES = ("preempted", "node_fail")
+"""Causes after which a run may be started again by itself; an error is none."""
+
+
 class LauncherName(StrEnum):
     """The names users type as `launcher=<name>`."""
 
@@ -82,6 +86,8 @@ class LauncherConfig:
     """Index of this host, 0 to nodes-1; only needed where host names do not tell (optional with c10d)."""
     address: str | None = None
     """Name or address under which the other hosts reach this one; default: its host name, which must then resolve there."""
+    retry: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RETRIES, 0))
+    """Times it is started again by itself: `preempted` (it was asked to save), `node_fail` (a rank was lost); SLURM: 20, 3."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +95,8 @@ class SlurmConfig(LauncherConfig):
     """What `sbatch` is asked for; the rendered script is kept in the run directory."""
 
     name: LauncherName = LauncherName.slurm
+    retry: dict[str, int] = field(default_factory=lambda: {"preempted": 20, "node_fail": 3})
+    """Times the job is requeued, by cause: `preempted` (it was asked to save), `node_fail` (a rank or its node was lost)."""
     partition: str | None = None
     """Partition; default: the cluster's."""
     account: str | None = None
@@ -109,8 +117,6 @@ class SlurmConfig(LauncherConfig):
     """Node features, such as `h100`."""
     signal_lead_s: int = 180
     """Seconds before the time limit at which the job is told to save and requeue; at least a step plus two saves."""
-    max_restarts: int = 20
-    """Most times the job requeues itself."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on every node before training, such as `module load cuda`."""
     python: str | None = None

@@ -18,7 +18,7 @@ from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
-from trainer.config.run import Device, LauncherName, RunConfig, SlurmConfig
+from trainer.config.run import RETRIES, Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
 from trainer.data.rules import problems as data_problems
@@ -241,6 +241,11 @@ def _tuning(config: RunConfig) -> Iterator[str]:
 
 def _launcher(config: RunConfig) -> Iterator[str]:
     launcher = config.launcher
+    for cause, times in launcher.retry.items():
+        if cause not in RETRIES:
+            yield f"launcher.retry={{{cause}: {times}}}: there is no such cause; it has {' and '.join(RETRIES)}"
+        elif times < 0:
+            yield f"launcher.retry={{{cause}: {times}}}: must be at least 0; 0 never starts the run again"
     if isinstance(launcher, SlurmConfig):
         if not SLURM_TIME.fullmatch(launcher.time):
             yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
@@ -250,6 +255,11 @@ def _launcher(config: RunConfig) -> Iterator[str]:
             yield f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere"
         if config.run.dir is None:
             yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
+        if any(launcher.retry.values()):
+            yield (
+                f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
+                "leave it out and start the command again on each, or use launcher=slurm"
+            )
     if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
         yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
     if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0:

@@ -7,6 +7,9 @@ import errno
 import os
 from pathlib import Path
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What a file system without hard links answers."""
+
 
 class Files:
     """Calls of the operating system that must hold on NFS and Lustre. Errors: OSError."""
@@ -53,17 +56,28 @@ class Files:
     def claim(self, path: Path, content: bytes, token: str) -> bool:
         """Whether the name is now this caller's; False where it is somebody's already. Exclusive, also on NFS.
 
-        NFS may report an error for a link that was made, and the reverse; the number of links tells.
+        NFS may report an error for a link that was made, and the reverse; the number of links tells. Where there are no links,
+        the name is created exclusively instead.
         """
         aside = path.with_name(f".{path.name}.{token}")
         self.create(aside, content)
         try:
-            with contextlib.suppress(OSError):
+            try:
                 self.link(aside, path)
+            except OSError as error:
+                if error.errno in NO_LINKS:
+                    return self._create_first(path, content)
             return aside.stat().st_nlink == 2
         finally:
             with contextlib.suppress(OSError):
                 aside.unlink()
+
+    def _create_first(self, path: Path, content: bytes) -> bool:
+        try:
+            self.create(path, content)
+        except FileExistsError:
+            return False
+        return True
 
     def names(self, directory: Path) -> list[str]:
         """What the directory lists, which on a network may be what it held a minute ago."""

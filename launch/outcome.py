@@ -1,0 +1,86 @@
+"""How a run ended, read from its directory (exit codes do not survive torchrun), and whether it is started again by itself."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer.config.run import RunConfig
+from trainer.records.lease import other_owner
+from trainer.records.status import State, clear_failure, read_failure, read_status, write_status
+
+Records = tuple[dict[str, Any], dict[str, Any]]
+FINAL = {signal.SIGTERM, signal.SIGINT}
+"""Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
+
+
+def supervised(config: RunConfig, run_dir: Path, sha256: str) -> int:
+    """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
+
+    Never again after an error of the user's or of ours, after TERM or Ctrl-C, or where the host ran out of memory.
+    """
+    from launch.torchrun import start
+
+    left = dict(config.launcher.retry)
+    for number in itertools.count():
+        before = begin(run_dir)
+        ended, signals = start(config, run_dir, f"{sha256[:8]}-{number}" if number else sha256[:8])
+        code = outcome(run_dir, ended, before)
+        cause = _cause(run_dir, code, signals)
+        if cause is None or left.get(cause, 0) < 1:
+            return code
+        left[cause] -= 1
+        print(f"{run_dir}: started again ({cause}; {left[cause]} more times)", file=sys.stderr, flush=True)
+    raise AssertionError("the loop returns")
+
+
+def begin(run_dir: Path) -> Records:
+    """Forget an earlier attempt's failure; what the records say before the ranks start."""
+    clear_failure(run_dir)
+    return read_status(run_dir), read_failure(run_dir)
+
+
+def outcome(run_dir: Path, code: int, before: Records) -> int:
+    """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
+
+    `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `begin` returned:
+    what still says the same is of an earlier attempt.
+    """
+    now = (read_status(run_dir), read_failure(run_dir))
+    status, failure = ({} if new == old else new for new, old in zip(now, before, strict=True))
+    if status.get("state") == State.done:
+        return 0
+    if status.get("state") == State.preempted:
+        step = status.get("step")
+        reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
+        print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
+        return 130 if code == 130 else 75
+    if (owner := other_owner(run_dir)) is not None:
+        print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
+        return 130 if code == 130 else 70
+    reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
+    if code != 130:
+        # A run of which nobody reports an end has failed, also where torchrun is content.
+        code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
+        shown = _explain(run_dir, failure) if failure else f"{run_dir}: {reason}; see the output above"
+    write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
+    print(shown, file=sys.stderr, flush=True)
+    return code
+
+
+def _cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
+    """Why a run may be started again: a key of `launcher.retry`; None where it may not."""
+    if code == 75:
+        return "preempted" if signals and not signals & FINAL else None
+    return read_failure(run_dir).get("retry") if code else None
+
+
+def _explain(run_dir: Path, failure: dict[str, Any]) -> str:
+    at = f", step {failure['step']}" if failure.get("step") is not None else ""
+    where = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{at})"
+    if failure["user_error"]:
+        return f"shardtune train: {where}:\n  " + failure["message"].replace("\n", "\n  ")
+    return f"{failure['traceback'].rstrip()}\nshardtune train: {where}; see {run_dir / 'failure.json'}"

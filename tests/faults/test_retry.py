@@ -1,0 +1,35 @@
+"""A run is started again by itself as often as asked, for the causes that were named, and never after an error."""
+
+import signal
+
+from tests.faults.runs import rank_of, wait
+
+STEPS = 50
+
+
+def test_a_run_goes_on_by_itself_after_usr2_and_after_a_killed_rank(runs):
+    words = ["launcher.retry={preempted: 1, node_fail: 1}", f"budget.steps={STEPS}", "checkpoint.every_steps=20"]
+    process = runs.start("again", *words)
+    runs.wait_for_step("again", 5, process)
+    first = rank_of(process.pid, 0).pid
+    process.send_signal(signal.SIGUSR2)
+    wait(lambda: "started again (preempted; 0 more times)" in runs.said("again"), "the second start", process)
+    reached = runs.status("again")["step"]
+    runs.wait_for_step("again", reached + 5, process)
+    second = rank_of(process.pid, 0)
+    assert second.pid != first
+    second.kill()
+    assert runs.end(process, 400) == 0, runs.said("again")
+    assert "started again (node_fail; 0 more times)" in runs.said("again")
+    assert runs.status("again")["state"] == "done"
+    assert not (runs.root / "again" / "failure.json").exists()
+    assert [row["step"] for row in runs.rows("again")] == list(range(1, STEPS + 1))
+
+
+def test_an_error_is_not_repeated(runs):
+    (runs.root / "broken.jsonl").write_text('{"messages": 3\n')
+    words = ["launcher.retry={preempted: 9, node_fail: 9}", f"data.path={runs.root / 'broken.jsonl'}"]
+    code, said = runs.run("error", *words)
+    assert code == 65, said
+    assert "started again" not in said
+    assert said.count("shardtune train:") == 1
