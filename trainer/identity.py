@@ -16,6 +16,8 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
+from trainer.checkpoints.chosen import published
+from trainer.checkpoints.kept import places_of
 from trainer.config.resuming import KINDS, flat, kind_of, plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
@@ -137,7 +139,7 @@ def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
     """The run directory whose checkpoint will be loaded; None where the run starts afresh."""
     if config.run.resume not in ("auto", "never"):
         return Path(config.run.resume).expanduser().absolute().parent.parent
-    if config.run.resume == "auto" and any((run_dir / "checkpoints").glob("step-*")):
+    if config.run.resume == "auto" and published(places_of(run_dir, config.checkpoint)):
         return run_dir
     return None
 

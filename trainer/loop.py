@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,7 +126,7 @@ class Trainer:
                 self._flush()
             improved = self._evaluate_if_due(last)
             if improved or self.checkpoints.due(self.progress.step):
-                self._save()
+                self._save(must=False)
             if self.agreement.stop_now():
                 self._stop_for_signal()
             if self._out_of_patience():
@@ -250,14 +249,13 @@ class Trainer:
         )
         return True
 
-    def _save(self) -> Path | None:
+    def _save(self, *, must: bool = True) -> None:
         if self._saved_step == self.progress.step:
-            return None
+            return
         self._flush()
-        path = self.checkpoints.save(self.engine, self.progress)
-        self._saved_step = self.progress.step
+        if self.checkpoints.save(self.engine, self.progress, must=must) is not None:
+            self._saved_step = self.progress.step
         self.meter.restart_clock()
-        return path
 
     def _stop_for_signal(self) -> None:
         self._flush()

@@ -13,7 +13,8 @@ from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
 from strategies.meeting import Meeting
 from trainer.build import build_engine, build_loader, prepare_data
-from trainer.checkpoints.kept import Checkpoints, choose
+from trainer.checkpoints.chosen import choose
+from trainer.checkpoints.kept import Checkpoints, places_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
@@ -121,9 +122,10 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     record_reference(config, data, engine, built, place)
 
     where.phase = "resuming"
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, runtime)
-    resumed_from = choose(checkpoints.directory, config.run.resume, runtime, config.checkpoint)
+    checkpoints = Checkpoints(places_of(run_dir, config.checkpoint), config.checkpoint, runtime, console.say)
+    resumed_from = choose(checkpoints.places, config.run.resume, runtime)
     progress = engine.load(resumed_from) if resumed_from else Progress()
+    checkpoints.begin(resumed_from)
     where.step = progress.step
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     facts = run_facts(

@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_said(words, said, run_dir, capsys):
 
 
 def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
-    file = next((run_dir / "checkpoints" / "step-000004").rglob("*.distcp"))
+    file = next((run_dir / "checkpoints" / "step-000004").glob("*.safetensors"))
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
