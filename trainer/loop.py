@@ -13,7 +13,7 @@ import torch
 
 from strategies.base import Engine, Progress
 from strategies.errors import Diverged, Preempted
-from strategies.runtime import seed_step
+from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.kept import Checkpoints
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.data.batches.order import Order, steps_for_tokens
@@ -110,6 +110,9 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
+        earlier = broadcast_object(self.trackers.earlier, self.meter.runtime)
+        self.outcome.before, self.outcome.after = earlier.before, earlier.after
+        self.outcome.last_row = earlier.last_row
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
@@ -135,7 +138,7 @@ class Trainer:
         self._flush()
         if self.settings.save_final:
             self._save()
-        self.outcome.speed = self.meter.speed()
+        self.outcome.speed = self.meter.speed() or earlier.speed
         self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
         return self.outcome
 
