@@ -20,6 +20,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
+    from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
 
 KEYS = ("run.dir", "checkpoint", "to", "merge", "dtype", "max_shard_gib", "verify")
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> int:
     config = load_frozen(run_dir / "config.yaml")
     settle(config, words)
     asked = Asked(
-        run_dir, find_checkpoint(run_dir, words.get("checkpoint", "last")), destination(run_dir, words.get("to"))
+        run_dir,
+        find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint),
+        destination(run_dir, words.get("to")),
     )
     print(f"exporting {asked.checkpoint} to {asked.to}", flush=True)
     export(config, asked)
@@ -92,34 +95,47 @@ def settle(config: RunConfig, words: dict[str, str]) -> None:
     config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied
 
 
-def find_checkpoint(run_dir: Path, asked: str) -> Path:
+def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path:
     """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged."""
-    from strategies.state import read_header
-    from trainer.checkpoints.kept import STEP_DIR, verify
+    from trainer.checkpoints.chosen import published
+    from trainer.checkpoints.kept import places_of
+    from trainer.checkpoints.seal import verify
 
-    directory = run_dir / "checkpoints"
-    steps = sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
-    if not steps:
+    there = dict(published(places_of(run_dir, config)))
+    if not there:
         raise ConfigError(
-            f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and every "
-            "checkpoint.every_steps"
+            f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and as "
+            "checkpoint.every_steps or checkpoint.every_minutes say"
         )
-    known = f"its checkpoints are {', '.join(map(str, steps))}"
+    known = f"its checkpoints are {', '.join(map(str, there))}"
     if asked == "best":
-        best = read_header(directory / STEP_DIR.format(steps[-1])).progress.best_step
-        if best not in steps:
+        step = best_step(there)
+        if step not in there:
             raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
-        step = best
     elif asked == "last":
-        step = steps[-1]
-    elif asked.isdigit() and int(asked) in steps:
+        step = max(there)
+    elif asked.isdigit() and int(asked) in there:
         step = int(asked)
     else:
         raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
-    path = directory / STEP_DIR.format(step)
+    path = there[step]
     if problem := verify(path):
         raise ConfigError(f"checkpoint={asked}: {path} {problem}; {known}")
     return path
+
+
+def best_step(there: dict[int, Path]) -> int | None:
+    """The best step, as the newest checkpoint says that can be read; a line for each newer one. Errors: ConfigError."""
+    from strategies.state import PROGRESS, read_header
+    from trainer.checkpoints.seal import verify
+
+    problems = []
+    for step in sorted(there, reverse=True):
+        if (problem := verify(there[step], only=PROGRESS)) is None:
+            return read_header(there[step]).progress.best_step
+        problems.append(f"{there[step].name} {problem}")
+        print(f"checkpoint=best: {problems[-1]}; asking the one before it", flush=True)
+    raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
 def export(config: RunConfig, asked: Asked) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from strategies.durable import Written
     from strategies.host_memory import HostMemory
 
 
@@ -228,11 +229,17 @@ class Engine(Protocol):
         Where the optimizer averages weights, the average computes; with `averaged=False`, what trains.
         """
 
-    def save(self, path: Path, progress: Progress) -> None:
-        """Write the training state into the existing empty directory `path`. All ranks must call."""
+    def save(self, path: Path, progress: Progress) -> list[Written]:
+        """Write the training state into the existing empty directory `path`, durably. All ranks must call.
+
+        Returns, on rank 0, every file that was written. Raises StorageError on every rank where one of them could not write.
+        """
 
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size. All ranks must call."""
+        """Read the training state written by any strategy at any world size. All ranks must call.
+
+        Raises, on every rank, StorageError for files that cannot be used, ConfigError for the state of another kind of run.
+        """
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0. All ranks must exhaust it."""

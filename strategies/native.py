@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from strategies.base import AroundUpdate, OptimizerFactory, Precision, Progress, StepResult
+from strategies.durable import Written
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
@@ -233,8 +234,8 @@ class NativeEngine:
             elif "step" in state:
                 state["step"] = updates
 
-    def save(self, path: Path, progress: Progress) -> None:
-        """Write the training state into the existing empty directory `path`. All ranks must call."""
+    def save(self, path: Path, progress: Progress) -> list[Written]:
+        """Write the training state into the existing empty directory `path`. All ranks must call. See `Engine.save`."""
         self._ensure_moments()
         header = StateHeader(
             progress=progress,
@@ -244,20 +245,20 @@ class NativeEngine:
             loss_scale=None if self.scale is None else float(self.scale),
             groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
         )
-        save_state(path, self._runs(writing=True), header, self.runtime.rank)
+        return save_state(path, self._runs(writing=True), header, self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
         """Read the training state written by any strategy at any world size. All ranks must call."""
         self._ensure_moments()
-        header = load_state(path, self._runs(writing=False))
+        header = load_state(path, self._runs(writing=False), self.runtime)
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
         self._steps = header.progress.step
         if self.around is not None:
             self.around.restored()
         for group, values in zip(self.optimizer.param_groups, header.groups, strict=False):
-            group.update(values)
+            group.update({key: values[key] for key in _GROUP_STATE if key in values})
         if self.scale is not None and header.loss_scale is not None:
             self.scale.fill_(header.loss_scale)
         self._weights_changed()

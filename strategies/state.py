@@ -3,28 +3,48 @@
 Per trainable parameter, under its plain name: the full-precision weight and each element-wise optimizer moment, all as
 the flattened parameter; and whole, where an optimizer has it, what is not element-wise (factored moments). FSDP2's dim-0
 shards and ZeRO's flat partitions are both contiguous runs of the flattened parameter, so a rank writes and reads runs, and
-`torch.distributed.checkpoint` matches them whatever the strategy or the world size was when they were written. Frozen
-parameters are not saved: they are the base model's.
+an index (`strategies/tensor_files.py`) matches them whatever the strategy or the world size was when they were written.
+Frozen parameters are not saved: they are the base model's. No pickle is written, and none is read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from strategies.base import Progress
-from strategies.errors import ConfigError
+from strategies.durable import Written, no_room, read_bytes, reason, sync_directory, write_new
+from strategies.errors import ConfigError, StorageError
+from strategies.runtime import Runtime, broadcast_object, gather_objects
+from strategies.tensor_files import (
+    FILE_NAME,
+    INDEX,
+    Held,
+    Index,
+    Malformed,
+    Part,
+    index_json,
+    layout,
+    numel,
+    parse_index,
+    parse_json,
+    read_tensors,
+    size_on_disk,
+    whole_number,
+    write_tensors,
+)
 
 PROGRESS = "progress.json"
-TENSORS = "state"
+MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
+"""Bytes of the two JSON files; more is not read."""
+SPARE = 2**20
+"""Bytes that the small files and the directory may take beside the tensors."""
 
 
 @dataclass(slots=True)
@@ -40,50 +60,14 @@ class Run:
     """`weight` and the moments (`exp_avg`, ...), each 1-d of equal length; or one tensor that is not element-wise."""
     write: bool = True
     """Whether this rank writes it (one of several replicas does)."""
-    put: Callable[[str, torch.Tensor], None] | None = None
-    """Stores a loaded tensor under its key, where `tensors` are not views into live memory."""
 
-
-class FlatRun(torch.Tensor):
-    """A run as `torch.distributed.checkpoint` sees it: one chunk of a 1-d tensor of `numel` elements."""
-
-    numel_whole: int
-    start: int
-    held: torch.Tensor
-
-    @staticmethod
-    def wrap(held: torch.Tensor, numel: int, start: int) -> FlatRun:
-        """Describe the plain 1-d tensor `held` as elements `[start, start + len)` of `numel`."""
-        run = held.as_subclass(FlatRun)
-        run.numel_whole, run.start, run.held = numel, start, held
-        return run
-
-    def size(self, dim: int | None = None) -> Any:
-        """The size of the whole, which the loader compares with what was saved."""
-        whole = torch.Size([self.numel_whole])
-        return whole if dim is None else whole[dim]
-
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.held.numel()]))
-
-    def __create_write_items__(self, fqn: str, _obj: Any) -> list[WriteItem]:
+    def held(self) -> list[Held]:
+        """What of it this rank has, by the names that are on the disk."""
         return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size([self.start])),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=self._chunk(),
-                    properties=TensorProperties.create_from_tensor(self.held),
-                    size=torch.Size([self.numel_whole]),
-                ),
-            )
+            Held(f"{self.name}/{key}", self.numel, self.start, tensor)
+            for key, tensor in self.tensors.items()
+            if tensor.numel()
         ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-    def __get_tensor_shard__(self, _index: MetadataIndex) -> torch.Tensor:
-        return self.held
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,59 +84,147 @@ class StateHeader:
     """What an optimizer counts per parameter group, in the order of its groups."""
 
 
-def save_state(path: Path, runs: Iterable[Run], header: StateHeader, rank: int) -> None:
-    """Write runs and header into the existing directory `path`. All ranks must call."""
-    tensors: dict[str, torch.Tensor] = {}
-    for run in runs:
-        if run.write:
-            for key, tensor in run.tensors.items():
-                if tensor.numel():
-                    flat = tensor.detach().to("cpu", torch.float32)
-                    tensors[f"{run.name}/{key}"] = FlatRun.wrap(flat, run.numel, run.start)
-    dcp.save(tensors, checkpoint_id=str(path / TENSORS))
-    if rank == 0:
-        (path / PROGRESS).write_text(json.dumps(asdict(header), indent=1))
+def save_state(path: Path, runs: Iterable[Run], header: StateHeader, runtime: Runtime) -> list[Written]:
+    """Write runs and header into the existing directory `path`, durably; every file of it, on rank 0. All ranks must call.
+
+    Raises StorageError on every rank where any of them could not write, before the first byte where there is no room.
+    """
+    held = [each for run in runs if run.write for each in run.held()]
+    file = FILE_NAME.format(runtime.rank)
+    head, parts = layout(held, file)
+    sizes = gather_objects(size_on_disk(head, held), runtime)
+    _agree(no_room(path, sum(sizes) + SPARE) if runtime.is_main else None, runtime)
+    problem, written = None, None
+    try:
+        if held:
+            written = write_tensors(path / file, head, held)
+    except Exception as error:  # noqa: BLE001 - also a device that is lost: all ranks are told
+        problem = reason(error)
+    told: list[tuple[dict[str, Part], Written | None]] = gather_objects((parts, written), runtime)
+    _agree(problem, runtime)
+    files = [each for _, each in told if each is not None]
+    try:
+        if runtime.is_main:
+            files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in told)))
+            files.append(write_new(path / PROGRESS, json.dumps(asdict(header), indent=1).encode()))
+        elif held:
+            sync_directory(path)  # where each host keeps a cache of its own
+    except OSError as error:
+        problem = reason(error)
+    _agree(problem, runtime)
+    return files if runtime.is_main else []
+
+
+def _agree(problem: str | None, runtime: Runtime) -> None:
+    """Raise the first rank's problem on every rank. All ranks must call."""
+    for rank, text in enumerate(gather_objects(problem, runtime)):
+        if text:
+            raise StorageError(text if runtime.world_size == 1 else f"{text} (rank {rank})")
 
 
 def read_header(path: Path) -> StateHeader:
-    """The header of a saved state. Reads a small JSON file, no tensors."""
-    raw = json.loads((path / PROGRESS).read_text())
+    """The header of a saved state. Reads a small JSON file, no tensors. Errors: StorageError."""
+    try:
+        raw = parse_json(read_bytes(path / PROGRESS, most=MOST_PROGRESS))
+        _check(StateHeader, raw, but="progress")
+        _check(Progress, raw.get("progress"))
+        if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
+            raise Malformed("has a loss_scale that is none")
+    except OSError as error:
+        raise StorageError(f"{path / PROGRESS}: {reason(error)}") from error
+    except Malformed as error:
+        raise StorageError(f"{path / PROGRESS}: {error}; it is damaged, or was not written by shardtune") from error
     raw["progress"] = Progress(**raw["progress"])
     return StateHeader(**raw)
 
 
+def _check(kind: type, raw: Any, *, but: str | None = None) -> None:
+    """Whether a JSON object has the fields of a data class, of their types. Errors: Malformed."""
+    if not isinstance(raw, dict):
+        raise Malformed("is no table")
+    hints, known = get_type_hints(kind), {each.name for each in fields(kind)}
+    needed = {"optimizer_steps", "world_size", "strategy", "progress"} & known
+    if odd := sorted((set(raw) - known) | (needed - set(raw))):
+        raise Malformed(f"has or lacks {odd[0][:80]}")
+    for key, value in raw.items():
+        if key != but and not _is(value, hints[key]):
+            raise Malformed(f"has a {key} that is none")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if hint is int:
+        return whole_number(value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is str:
+        return isinstance(value, str) and len(value) < 1000
+    if isinstance(hint, type(int | None)):
+        return any(_is(value, each) for each in get_args(hint))
+    if hint is type(None):
+        return value is None
+    return isinstance(value, list) and all(  # of groups
+        isinstance(each, dict) and all(type(number) in (int, float) for number in each.values()) for each in value
+    )
+
+
+def read_index(path: Path) -> Index:
+    """What tensors a saved state has, and where. Errors: StorageError."""
+    try:
+        return parse_index(read_bytes(path / INDEX, most=MOST_INDEX))
+    except OSError as error:
+        raise StorageError(f"{path / INDEX}: {reason(error)}") from error
+    except Malformed as error:
+        raise StorageError(f"{path / INDEX}: {error}; it is damaged, or was not written by shardtune") from error
+
+
 @torch.no_grad()
-def load_state(path: Path, runs: Iterable[Run]) -> StateHeader:
+def load_state(path: Path, runs: Iterable[Run], runtime: Runtime) -> StateHeader:
     """Read the part of a saved state that this rank holds into its runs. All ranks must call.
 
-    Raises ConfigError where the saved parameters or moments are not the ones this run trains.
+    Raises ConfigError where the saved parameters or moments are not the ones this run trains, StorageError where a file
+    cannot be read or does not hold what its index says; the same on every rank.
     """
     held = list(runs)
-    header = read_header(path)
-    reader = dcp.FileSystemReader(str(path / TENSORS))
-    saved = set(reader.read_metadata().state_dict_metadata)
-    wanted = {f"{run.name}/{key}" for run in held for key in run.tensors}
-    if wanted != saved and (missing := sorted(wanted - saved)[:3] or sorted(saved - wanted)[:3]):
-        side = "does not hold" if wanted - saved else "holds, beyond what this run trains,"
-        raise ConfigError(
-            f"run.resume: the state in {path} {side} {', '.join(missing)} ...: it was written by a run with another "
-            "model, tuning method or optimizer; start a new run.dir"
-        )
-    buffers: dict[str, torch.Tensor] = {}
-    for run in held:
-        for key, tensor in run.tensors.items():
-            if tensor.numel():
-                flat = torch.empty(tensor.numel(), dtype=torch.float32)
-                buffers[f"{run.name}/{key}"] = FlatRun.wrap(flat, run.numel, run.start)
-    # Every rank must join the plan, also one that holds nothing.
-    dcp.load(buffers, storage_reader=reader)
-    for run in held:
-        for key, tensor in run.tensors.items():
-            if not tensor.numel():
-                continue
-            value = buffers[f"{run.name}/{key}"].held  # type: ignore[attr-defined]
-            if run.put is not None:
-                run.put(key, value)
-            else:
-                tensor.copy_(value.to(tensor.device, tensor.dtype))
+    # What rank 0 sees is there, and another host may have to wait for it; what rank 0 does not see, nobody waits for.
+    seen: set[str] = broadcast_object({each.name for each in path.iterdir()} if path.is_dir() else set(), runtime)
+    error: ConfigError | StorageError | None = None
+    try:
+        header = read_header(path)
+        values = _read(path, held, seen)
+    except (ConfigError, StorageError) as caught:
+        error = caught
+    told = gather_objects(None if error is None else (type(error), str(error)), runtime)
+    for kind, text in filter(None, told):
+        raise error or kind(text)
+    for tensor, value in values:
+        tensor.copy_(value.to(tensor.device, tensor.dtype))
     return header
+
+
+def _read(path: Path, runs: list[Run], seen: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(live tensor, saved values) for all that this rank holds. Errors: ConfigError, StorageError."""
+    index = read_index(path)
+    wanted = {f"{run.name}/{key}": run.numel for run in runs for key in run.tensors if run.numel}
+    if set(wanted) != set(index):
+        missing = sorted(set(wanted) - set(index))[:3]
+        side = "does not hold" if missing else "holds, beyond what this run trains,"
+        names = ", ".join(missing or sorted(set(index) - set(wanted))[:3])
+        raise ConfigError(_other_run(path, f"{side} {names} ..."))
+    for name, size in wanted.items():
+        if numel(index[name]) != size:
+            raise ConfigError(_other_run(path, f"has {numel(index[name])} elements of {name}, this run {size}"))
+    if unseen := {part.file for parts in index.values() for part in parts} - seen:
+        raise StorageError(f"{path}: {min(unseen)[:80]}, which {INDEX} names, is missing")
+    held = [each for run in runs for each in run.held()]
+    try:
+        values = read_tensors(path, index, held)
+    except OSError as error:
+        raise StorageError(f"{path}: its tensors cannot be read ({reason(error)})") from error
+    return [(each.values, value) for each, value in zip(held, values, strict=True)]
+
+
+def _other_run(path: Path, difference: str) -> str:
+    return (
+        f"run.resume: the state in {path} {difference}: it was written by a run with another model, tuning method or "
+        "optimizer; start a new run.dir"
+    )

@@ -22,6 +22,7 @@ from strategies.deepspeed_library import (
     settle_accelerator,
     stay_in_place,
 )
+from strategies.durable import Written
 from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
@@ -166,8 +167,8 @@ class ZeroEngine:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
-    def save(self, path: Path, progress: Progress) -> None:
-        """Write the training state into the existing empty directory `path`. All ranks must call."""
+    def save(self, path: Path, progress: Progress) -> list[Written]:
+        """Write the training state into the existing empty directory `path`. All ranks must call. See `Engine.save`."""
         self._ensure_moments()
         scaler = self._scaler()
         header = StateHeader(
@@ -177,13 +178,13 @@ class ZeroEngine:
             strategy=str(self.config.name),
             loss_scale=None if scaler is None else float(scaler.cur_scale),
         )
-        save_state(path, self._runs(), header, self.runtime.rank)
+        return save_state(path, self._runs(), header, self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
         """Read the training state written by any strategy at any world size, before the first step. All ranks must call."""
         self._ensure_moments()
-        header = load_state(path, self._runs())
+        header = load_state(path, self._runs(), self.runtime)
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
         scaler = self._scaler()

@@ -16,6 +16,8 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
+from trainer.checkpoints.chosen import published
+from trainer.checkpoints.kept import places_of
 from trainer.config.resuming import KINDS, flat, kind_of, plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
@@ -135,11 +137,16 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
 
 def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
     """The run directory whose checkpoint will be loaded; None where the run starts afresh."""
-    if config.run.resume not in ("auto", "never"):
-        return Path(config.run.resume).expanduser().absolute().parent.parent
-    if config.run.resume == "auto" and any((run_dir / "checkpoints").glob("step-*")):
+    places = places_of(run_dir, config.checkpoint)
+    if config.run.resume == "never" or (config.run.resume == "auto" and not published(places)):
+        return None
+    if config.run.resume == "auto":
         return run_dir
-    return None
+    state = Path(config.run.resume).expanduser().absolute()
+    if state.parent in [place.absolute() for place in places]:
+        return run_dir
+    above = list(state.parents)[1:3] or [state]  # of checkpoints/step-000005, of checkpoints/given-up-1/step-000005
+    return next((run for run in above if (run / IDENTITY).is_file()), above[0])
 
 
 def _word(lines: list[str], accept: list[str] | None = None) -> str:

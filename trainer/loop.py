@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from strategies.base import Engine, Progress
 from strategies.errors import Diverged, Preempted
-from strategies.runtime import seed_step
+from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.kept import Checkpoints
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.data.batches.order import Order, steps_for_tokens
@@ -117,6 +116,9 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
+        earlier = broadcast_object(self.trackers.earlier, self.meter.runtime)
+        self.outcome.before, self.outcome.after = earlier.before, earlier.after
+        self.outcome.last_row = earlier.last_row
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
@@ -134,7 +136,7 @@ class Trainer:
                 self._flush()
             improved = self._evaluate_if_due(last)
             if improved or self.checkpoints.due(self.progress.step):
-                self._save()
+                self._save(must=False)
             if self.agreement.stop_now():
                 self._stop_for_signal()
             if self._out_of_patience():
@@ -143,7 +145,7 @@ class Trainer:
         self._flush()
         if self.settings.save_final:
             self._save()
-        self.outcome.speed = self.meter.speed()
+        self.outcome.speed = self.meter.speed() or earlier.speed
         if self.meter.expert_tokens is not None:
             self.outcome.experts = by_layer(self.meter.expert_tokens)
         self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
@@ -278,15 +280,14 @@ class Trainer:
         )
         return True
 
-    def _save(self) -> Path | None:
+    def _save(self, *, must: bool = True) -> None:
         if self._saved_step == self.progress.step:
-            return None
+            return
         self.still_ours()
         self._flush()
-        path = self.checkpoints.save(self.engine, self.progress)
-        self._saved_step = self.progress.step
+        if self.checkpoints.save(self.engine, self.progress, must=must) is not None:
+            self._saved_step = self.progress.step
         self.meter.restart_clock()
-        return path
 
     def _stop_for_signal(self) -> None:
         self.still_ours()

@@ -14,7 +14,8 @@ from strategies.errors import ConfigError, Preempted
 from strategies.meeting import Meeting
 from trainer.attempt import Where, attempt
 from trainer.build import build_engine, build_loader, prepare_data
-from trainer.checkpoints.kept import Checkpoints, choose
+from trainer.checkpoints.chosen import choose
+from trainer.checkpoints.kept import Checkpoints, places_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
@@ -97,9 +98,10 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     record_reference(config, data, engine, built, place)
 
     where.phase = "resuming"
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, runtime)
-    resumed_from = choose(checkpoints.directory, config.run.resume, runtime, config.checkpoint)
+    checkpoints = Checkpoints(places_of(run_dir, config.checkpoint), config.checkpoint, runtime, console.say)
+    resumed_from = choose(checkpoints.places, config.run.resume, runtime)
     progress = engine.load(resumed_from) if resumed_from else Progress()
+    checkpoints.begin(resumed_from)
     where.step = progress.step
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     facts = run_facts(
@@ -118,10 +120,9 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         ),
     )
     facts |= identity
-    console.say(start_text(facts))
     trackers = open_records(config, facts, progress, place)
-    objective = built.step_module.objective
-    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], objective.metrics)
+    metrics = built.step_module.objective.metrics
+    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], metrics)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=engine,
@@ -248,7 +249,8 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
 
 
 def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:
-    """Rank 0's trackers, with `run.json` and `status.json` begun; nothing on the other ranks."""
+    """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the other ranks."""
+    place.console.say(start_text(facts))
     if not place.runtime.is_main:
         return Trackers([])
     trackers, progress.wandb_id, note = build_trackers(

@@ -1,96 +1,275 @@
-"""Sealed checkpoints: damage is noticed before anything is read, retention keeps newest and best, torn ones are ignored."""
+"""Checkpoints of one branch: damage is noticed before anything is read, newest and best stay, what was given up is moved away."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from strategies import durable
 from strategies.base import Progress
+from strategies.durable import write_new
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime
-from trainer.checkpoints.kept import CheckpointConfig, Checkpoints, choose, verify
+from trainer.checkpoints.chosen import choose, published
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.kept import Checkpoints, places_of
+from trainer.checkpoints.seal import OLD, read_manifest, verify
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 
 
 class FakeEngine:
-    """Writes two files; fails when told to."""
+    """Writes two files; fails when told to, in the places told."""
 
-    error: Exception | None = None
+    def __init__(self, error: Exception | None = None, only_in: str = ""):
+        self.error, self.only_in = error, only_in
 
-    def save(self, path: Path, progress: Progress) -> None:
-        (path / "state").mkdir()
-        (path / "state" / "a.bin").write_bytes(bytes(range(256)) * 8)
-        if self.error:
+    def save(self, path: Path, progress: Progress):
+        files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
+        if self.error and self.only_in in str(path):
             raise self.error
-        (path / "progress.json").write_text(f'{{"step": {progress.step}}}')
+        return [*files, write_new(path / "progress.json", f'{{"step": {progress.step}}}'.encode())]
+
+
+class Made:
+    """The checkpoints of a run directory, and what was said."""
+
+    def __init__(self, root: Path, **settings):
+        self.config = CheckpointConfig(**settings)
+        self.said: list[str] = []
+        self.all = Checkpoints(places_of(root / "run", self.config), self.config, ALONE, self.said.append)
+        self.directory = self.all.places[0]
+
+    def save(self, *steps, engine=None, must=True, **progress):
+        for step in steps:
+            path = self.all.save(engine or FakeEngine(), Progress(step=step, **progress), must=must)
+        return path
+
+    def resume(self, asked="auto"):
+        path = choose(self.all.places, str(asked), ALONE)
+        self.all.begin(path)
+        return path
+
+    @property
+    def steps(self):
+        return [step for step, _ in published(self.all.places)]
 
 
 @pytest.fixture
-def checkpoints(tmp_path):
-    return Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2), ALONE)
+def made(tmp_path):
+    def make(**settings):
+        return Made(tmp_path, **{"keep": 2, **settings})
+
+    return make
 
 
-def saved(checkpoints, step, **progress):
-    return checkpoints.save(FakeEngine(), Progress(step=step, **progress))
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
 
 
-def test_newest_and_best_are_kept(checkpoints):
-    for step in (1, 2, 3, 4):
-        saved(checkpoints, step, best_step=1)
-    assert checkpoints.steps() == [1, 3, 4]
-    assert checkpoints.latest_valid() == (checkpoints.directory / "step-000004", [])
+def test_newest_and_best_are_kept(made):
+    run = made()
+    run.save(1, 2, 3, 4, best_step=1)
+    assert run.steps == [1, 3, 4] and run.resume().name == "step-000004"
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (
-            lambda p: (p / "state" / "a.bin").write_bytes(b"\x01" + bytes(range(256))[1:] + bytes(range(256)) * 7),
-            "bytes that",
-        ),
-        (lambda p: (p / "state" / "a.bin").write_bytes(b"short"), "5 bytes instead of 2048"),
-        (lambda p: (p / "progress.json").unlink(), "missing"),
-        (lambda p: (p / "manifest.json").unlink(), "no manifest"),
-        (lambda p: (p / "manifest.json").write_text("{"), "damaged manifest"),
-        (lambda p: (p / "state" / "planted.pkl").write_bytes(b"x"), "planted.pkl"),
-    ],
-)
-def test_a_damaged_one_is_named_and_passed_over(checkpoints, damage, said):
-    saved(checkpoints, 1)
-    damage(saved(checkpoints, 2))
-    path, notes = checkpoints.latest_valid()
-    assert path == checkpoints.directory / "step-000001"
-    assert len(notes) == 1 and "step-000002" in notes[0] and said in notes[0]
+DAMAGE = {
+    "a bit of the tensors": (lambda p: flip(p / "a.safetensors", 7), "bytes that were written"),
+    "too short": (lambda p: (p / "a.safetensors").write_bytes(b"short"), "5 bytes instead of 2048"),
+    "a file gone": (lambda p: (p / "progress.json").unlink(), "progress.json is missing"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest"),
+    "half a manifest": (lambda p: (p / "manifest.json").write_text("{"), "damaged manifest"),
+    "null": (lambda p: (p / "manifest.json").write_text("null"), "damaged manifest"),
+    "a list": (lambda p: (p / "manifest.json").write_text("[" * 100_000), "damaged manifest"),
+    "not text": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), "damaged manifest"),
+    "something planted": (lambda p: (p / "planted.pkl").write_bytes(b"x"), "planted.pkl"),
+    "a pipe": (
+        lambda p: ((p / "progress.json").unlink(), __import__("os").mkfifo(p / "progress.json")),
+        "no regular file",
+    ),
+    "a link": (
+        lambda p: ((p / "progress.json").unlink(), (p / "progress.json").symlink_to("/dev/zero")),
+        "progress.json cannot be read",
+    ),
+    "of an early version": (lambda p: (p / "state").mkdir() or (p / "state" / ".metadata").write_bytes(b""), OLD),
+    "only a file": (lambda p: (shutil.rmtree(p), p.write_text("")), "is not a directory"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_one_is_named_passed_over_and_moved_away(made, damage, said, capsys):
+    run = made()
+    newest = run.save(1, 2)
+    damage(newest)
     with pytest.raises(ConfigError, match=r"run\.resume=.*step-000002"):
-        choose(checkpoints.directory, str(checkpoints.directory / "step-000002"), ALONE, CheckpointConfig())
+        choose(run.all.places, str(newest), ALONE)
+    assert run.resume().name == "step-000001"
+    shown = capsys.readouterr().out
+    assert "step-000002" in shown and said in shown
+    assert run.steps == [1] and (run.directory / "given-up-1" / newest.name).exists()
+    run.save(2)
+    assert run.steps == [1, 2] and verify(newest) is None
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 576 vs 534")])
-def test_a_failed_write_leaves_nothing_and_the_earlier_one_intact(checkpoints, error):
-    saved(checkpoints, 1)
-    engine = FakeEngine()
-    engine.error = error
-    with pytest.raises(StorageError, match="free space"):
-        checkpoints.save(engine, Progress(step=2))
-    assert [p.name for p in checkpoints.directory.iterdir()] == ["step-000001"]
-    assert verify(checkpoints.directory / "step-000001") is None
+def test_every_bit_of_a_manifest_counts(made):
+    manifest = made().save(1) / "manifest.json"
+    whole = manifest.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8):
+            flip(manifest, position, bit)
+            assert verify(manifest.parent) == "has a damaged manifest", (position, bit)
+            manifest.write_bytes(whole)
+    assert verify(manifest.parent) is None
 
 
-def test_an_interrupted_write_is_no_checkpoint(checkpoints):
-    saved(checkpoints, 1)
-    shutil.copytree(checkpoints.directory / "step-000001", checkpoints.directory / ".step-000002.writing")
-    assert checkpoints.steps() == [1]
-    saved(checkpoints, 2)
-    assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["step-000001", "step-000002"]
+def test_where_all_are_damaged_nothing_is_begun(made):
+    run = made()
+    for path in (run.save(1), run.save(2)):
+        flip(path / "a.safetensors", 0)
+    before = sorted(run.directory.rglob("*"))
+    with pytest.raises(StorageError, match=r"none of the checkpoints.*step-000002.*step-000001.*nothing was changed"):
+        run.resume()
+    assert sorted(run.directory.rglob("*")) == before
 
 
-def test_resume_words(checkpoints):
-    assert choose(checkpoints.directory, "auto", ALONE, CheckpointConfig()) is None
-    first, second = saved(checkpoints, 1), saved(checkpoints, 2)
-    assert choose(checkpoints.directory, "auto", ALONE, CheckpointConfig()) == second
-    assert choose(checkpoints.directory, "never", ALONE, CheckpointConfig()) is None
-    assert choose(checkpoints.directory, str(first), ALONE, CheckpointConfig()) == first
+def test_a_way_back_in_the_same_directory_is_kept_and_so_is_the_way_left(made):
+    """keep=1: what was just saved used to be deleted, since the steps of the branch given up are higher."""
+    run = made(keep=1)
+    run.save(10, 20, 30, best_step=10)
+    (run.directory.parent / "metrics.jsonl").write_text('{"step": 30}\n')
+    again = made(keep=1)
+    assert again.resume(run.directory / "step-000010").name == "step-000010"
+    assert again.steps == [10]
+    aside = run.directory / "given-up-1"
+    assert sorted(p.name for p in aside.iterdir()) == ["metrics.jsonl", "step-000030"]
+    assert verify(aside / "step-000030") is None and any("given-up-1" in text for text in again.said)
+    assert again.save(15).exists() and again.steps == [15]
+    assert made(keep=1).resume().name == "step-000015"
+
+
+def test_garbage_with_a_high_number_pushes_nothing_out(made):
+    run = made(keep=1)
+    run.save(1)
+    (run.directory / "step-999999").mkdir()
+    assert run.save(2).exists() and run.steps == [2, 999999]
+    later = made(keep=1)
+    assert later.resume().name == "step-000002"
+    assert later.save(3).exists() and later.steps == [3]
+
+
+def test_the_state_of_another_run_begins_a_branch(made, tmp_path):
+    other = Made(tmp_path / "other").save(5)
+    run = made()
+    run.save(3, 9)
+    again = made()
+    assert again.resume(other) == other
+    assert again.steps == [] and again.save(6).exists()
+
+
+def test_what_was_not_looked_at_stays_until_enough_is_known_to_be_whole(made):
+    made(keep=2).save(1, 2)
+    flip(made().directory / "step-000001" / "a.safetensors", 0)
+    run = made(keep=3)
+    run.resume()
+    run.save(3)
+    assert run.steps == [1, 2, 3]
+    run.save(4)
+    assert run.steps == [2, 3, 4]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("CUDA error")])
+def test_a_failed_write_leaves_nothing_and_the_earlier_one_intact(made, error):
+    run = made()
+    run.save(1)
+    with pytest.raises(StorageError, match="free space") as raised:
+        run.save(2, engine=FakeEngine(error))
+    assert str(raised.value).startswith(("No space left", "RuntimeError: CUDA"))
+    assert [p.name for p in run.directory.iterdir()] == ["step-000001"] and verify(
+        run.directory / "step-000001"
+    ) is None
+
+
+def test_a_run_outlives_some_failed_saves(made):
+    full = FakeEngine(OSError(28, "No space left on device"))
+    run = made(max_failures=2)
+    assert run.save(1, 2, engine=full, must=False) is None
+    assert run.save(3) is not None  # counts from the start again
+    assert run.save(4, 5, engine=full, must=False) is None
+    assert sum(text.startswith("warning: No space left on device") for text in run.said) == 4
+    with pytest.raises(StorageError, match="3 checkpoints in a row failed"):
+        run.save(6, engine=full, must=False)
+    with pytest.raises(StorageError, match="No space left"):
+        made().save(7, engine=full)
+
+
+def test_another_disk_takes_what_the_first_cannot_and_is_looked_through(made, tmp_path):
+    settings = {"fallback_dir": str(tmp_path / "spare"), "keep": 1}
+    run = made(**settings)
+    run.save(1)
+    path = run.save(
+        2, engine=FakeEngine(OSError(28, "No space left on device"), only_in="/run/checkpoints/"), best_step=2
+    )
+    assert path.is_relative_to(tmp_path / "spare") and run.steps == [2]
+    later = made(**settings)
+    assert later.resume() == path and later.save(3).parent == later.directory
+    assert later.steps == [3]
+    elsewhere = Made(tmp_path / "two", fallback_dir=settings["fallback_dir"])
+    assert elsewhere.resume() is None, "another run's"
+
+
+def test_an_old_one_that_cannot_be_deleted_is_a_warning(made, monkeypatch):
+    class Stuck(durable.Disk):
+        def rename(self, source, target):
+            if target.name.endswith(".deleting"):
+                raise PermissionError(13, "Permission denied", str(source))
+            super().rename(source, target)
+
+    run = made(keep=1)
+    monkeypatch.setattr(durable, "disk", Stuck())
+    run.save(1, 2, 3)
+    assert run.steps == [1, 2, 3]
+    assert [text for text in run.said if "could not be deleted" in text and "Permission denied" in text].__len__() == 2
+
+
+def test_an_interrupted_write_is_no_checkpoint(made):
+    run = made()
+    run.save(1)
+    shutil.copytree(run.directory / "step-000001", run.directory / ".step-000002.writing")
+    assert run.steps == [1] and run.resume().name == "step-000001"
+    assert [p.name for p in run.directory.iterdir()] == ["step-000001"]
+    run.save(2)
+    assert sorted(p.name for p in run.directory.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_resume_words(made, tmp_path):
+    run = made()
+    assert run.resume() is None
+    first, second = run.save(1), run.save(2)
+    places = run.all.places
+    assert choose(places, "auto", ALONE) == second
+    assert choose(places, "never", ALONE) is None
+    assert choose(places, str(first), ALONE) == first
     with pytest.raises(ConfigError, match="not a directory"):
-        choose(checkpoints.directory, str(checkpoints.directory / "nope"), ALONE, CheckpointConfig())
+        choose(places, str(tmp_path / "nope"), ALONE)
+
+
+def test_a_manifest_says_what_was_meant_not_what_came_to_the_disk(made, monkeypatch):
+    """A disk that loses bytes on the way is found out; hashes of what lies there afterwards would seal the damage."""
+
+    class Forgetful(durable.Disk):
+        def write(self, descriptor, data):
+            return (
+                super().write(descriptor, memoryview(bytes(len(data))))
+                if len(data) == 2048
+                else super().write(descriptor, data)
+            )
+
+    monkeypatch.setattr(durable, "disk", Forgetful())
+    path = made().save(1)
+    assert verify(path) == "a.safetensors does not have the bytes that were written"
+    assert {each.name for each in read_manifest(path)} == {"a.safetensors", "progress.json"}
+    assert json.loads((path / "manifest.json").read_text())["format"] == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.main import main
+from strategies import durable
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
@@ -95,7 +96,7 @@ def test_what_cannot_be_used_is_said(words, said, run_dir, capsys):
 
 
 def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
-    file = next((run_dir / "checkpoints" / "step-000004").rglob("*.distcp"))
+    file = next((run_dir / "checkpoints" / "step-000004").glob("*.safetensors"))
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -103,3 +104,27 @@ def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
         assert "does not have the bytes" in capsys.readouterr().err
     finally:
         file.write_bytes(whole)
+
+
+def test_the_best_is_asked_of_the_newest_that_can_be_read(run_dir, tmp_path, capsys):
+    file = run_dir / "checkpoints" / "step-000006" / "progress.json"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:40])
+        assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'b'}") == 0
+        shown = capsys.readouterr()
+        assert "step-000006 progress.json has 40 bytes instead of" in shown.out and "the one before it" in shown.out
+        assert f"exporting {run_dir / 'checkpoints' / 'step-000004'}" in shown.out
+    finally:
+        file.write_bytes(whole)
+
+
+def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch):
+    class Full(durable.Disk):
+        def free(self, path):
+            return 2**20
+
+    monkeypatch.setattr(durable, "disk", Full())
+    assert run(f"run.dir={run_dir}", f"to={tmp_path / 'x'}", "merge=true") == 74
+    assert f"No space left on {tmp_path}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision
-from strategies.state import TENSORS
+from strategies.state import read_index
 from tests.helpers.adapters import plain_adapter
 from tests.helpers.building import model_dir, pair_set, run_config, take_steps
 from tests.parity.base import Curve, Job, lone_steps, values_of
@@ -155,7 +154,7 @@ def resumed(job: Job, case: str, name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"uninterrupted": take_steps(first, 2)}
         for key, strategy in (("resumed", name), ("elsewhere", ELSEWHERE[name])):
             row[key] = job.go_on(_config(job, model, tuning, STRATEGIES[strategy]), path, 2)
-        row["saved"] = sorted(FileSystemReader(str(path / TENSORS)).read_metadata().state_dict_metadata)
+        row["saved"] = sorted(read_index(path))
         return row
 
 

@@ -1,167 +1,219 @@
-"""Resumable training state on disk: when it is written, how it is sealed, which one is trusted."""
+"""Resumable training state on disk: written aside, sealed, published by a rename; and which of it stays."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from strategies import durable
 from strategies.base import Engine, Progress
-from strategies.errors import ConfigError, StorageError
-from strategies.runtime import Runtime, broadcast_object, first_error
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    """When training state is written and how much of it is kept."""
-
-    every_steps: int = 0
-    """Steps between checkpoints; 0 writes one at the end and when the run is preempted."""
-    keep: int = 2
-    """Newest checkpoints kept; the best one is kept besides."""
-    save_final: bool = True
-    """Write a checkpoint after the last step, so that the run can be extended."""
-
+from strategies.durable import make_directories, publish, reason, size_text, sync_directory
+from strategies.errors import StorageError
+from strategies.runtime import Runtime, first_error
+from trainer.checkpoints.chosen import published
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.schedule import Schedule
+from trainer.checkpoints.seal import seal
 
 STEP_DIR = "step-{:06d}"
-MANIFEST = "manifest.json"
+GIVEN_UP = "given-up-{}"
+
+
+def places_of(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+    """Where a run's checkpoints lie: `checkpoints/` of its directory, then its own part of `checkpoint.fallback_dir`."""
+    places = [run_dir / "checkpoints"]
+    if config.fallback_dir is not None:
+        whole = run_dir.absolute()
+        name = f"{whole.name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:8]}"
+        places.append(Path(config.fallback_dir).expanduser() / name)
+    return places
 
 
 class Checkpoints:
-    """The `checkpoints/` directory of a run: written aside, sealed by a manifest, published by rename."""
+    """The checkpoints of one run, in the order of its steps: one branch, of which the newest and the best stay."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig, runtime: Runtime) -> None:
-        self.directory, self.config, self.runtime = directory, config, runtime
+    def __init__(
+        self,
+        places: list[Path],
+        config: CheckpointConfig,
+        runtime: Runtime,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.places, self.config, self.runtime, self.say = places, config, runtime, say
+        self.schedule = Schedule(config, runtime)
+        self._good: set[Path] = set()
+        """Of this branch, and known to be whole: resumed from, or written by this process."""
+        self._failures = 0
+        self._warned: set[Path] = set()
+
+    # -- at the start ----------------------------------------------------------------------------------------------------
+
+    def begin(self, resumed: Path | None) -> None:
+        """Go on from `resumed`: what is newer is of a branch given up, or damaged, and is moved aside. All ranks must call.
+
+        Errors: StorageError on every rank, where something could not be moved: it would be taken for this run's newest.
+        """
+        error: BaseException | None = None
+        if self.runtime.is_main:
+            try:
+                self._begin(resumed)
+            except OSError as caught:
+                error = caught
+        if (message := first_error(error, self.runtime)) is not None:
+            raise StorageError(
+                f"checkpoint: what is newer than {resumed} could not be moved aside ({message}); move it away by hand"
+            )
+
+    def _begin(self, resumed: Path | None) -> None:
+        mine = resumed.resolve() if resumed else None
+        there = published(self.places)
+        reached = next((step for step, path in there if path.resolve() == mine), None)
+        given_up = [path for step, path in there if reached is None or step > reached]
+        given_up += [path for step, path in there if step == reached and path.resolve() != mine]
+        for place in self.places:
+            for left in [*place.glob(".step-*.writing"), *place.glob(".step-*.deleting")]:
+                with suppress(OSError):  # what a killed run had not finished; in nobody's way
+                    durable.disk.remove_tree(left)
+            if moved := [path for path in given_up if path.parent == place]:
+                self._move_aside(place, moved)
+        self._good = {path for step, path in there if path.resolve() == mine}
+
+    def _move_aside(self, place: Path, moved: list[Path]) -> None:
+        number = next(n for n in range(1, 10**6) if not (place / GIVEN_UP.format(n)).exists())
+        aside = place / GIVEN_UP.format(number)
+        durable.disk.make_directory(aside)
+        rows = place.parent / "metrics.jsonl"
+        if rows.is_file():  # its later rows are about to be taken again
+            shutil.copyfile(rows, aside / rows.name)
+        for path in moved:
+            durable.disk.rename(path, aside / path.name)
+        sync_directory(aside)
+        sync_directory(place)
+        self.say(
+            f"checkpoints that this run does not go on from ({', '.join(path.name for path in moved[:6])}) were moved to "
+            f"{aside}, with the metrics so far; delete it when you need them no more"
+        )
+
+    # -- on the way ------------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Whether the periodic schedule asks for a checkpoint after this step."""
-        return self.config.every_steps > 0 and step % self.config.every_steps == 0
+        """Whether the schedule asks for a checkpoint after this step. All ranks must call, after the same steps."""
+        return self.schedule.due(step)
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
-        """Write, seal and publish `step-<step>`; then drop the ones beyond `checkpoint.keep`. All ranks must call.
+    def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> Path | None:
+        """Write, seal and publish `step-<step>`; then drop what is beyond `checkpoint.keep`. All ranks must call.
 
-        Raises StorageError on every rank when any rank could not write; nothing is left under the final name.
+        Where the run's directory cannot take it, `checkpoint.fallback_dir` is tried. Raises StorageError on every rank when
+        neither could; nothing half-written stays. Unless it `must` be, the run goes on with a warning (and None is returned)
+        until `checkpoint.max_failures` in a row.
         """
-        from torch.distributed.checkpoint.api import CheckpointException  # heavy, and settings are read without it
+        began = time.monotonic()
+        problems = []
+        for place in self.places:
+            try:
+                path, size = self._write(place, engine, progress)
+            except StorageError as error:
+                problems.append(str(error))
+                self.say(f"warning: {error}")
+                continue
+            self._failures = 0
+            took = time.monotonic() - began
+            self.schedule.tried(progress.step, took)
+            self._tell(path, size, took)
+            if self.runtime.is_main:
+                self._good.add(path)
+                self._retain(progress)
+            return path
+        self._failures += 1
+        self.schedule.tried(progress.step, None)
+        if must or self._failures > self.config.max_failures:
+            again = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
+            raise StorageError(f"{'; '.join(problems)}.{again} Earlier checkpoints are intact.")
+        self.say(
+            f"the run goes on without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
+        )
+        return None
 
-        final = self.directory / STEP_DIR.format(progress.step)
-        aside = self.directory / f".{final.name}.writing"
+    def _write(self, place: Path, engine: Engine, progress: Progress) -> tuple[Path, int]:
+        final = place / STEP_DIR.format(progress.step)
+        aside = place / f".{final.name}.writing"
+        self._on_main(lambda: self._make_aside(aside), aside)
+        error: BaseException | None = None
+        try:
+            files = engine.save(aside, progress)
+        except (OSError, RuntimeError, StorageError) as caught:
+            error = caught
+        self._agree(error, aside)
+
+        def finish() -> None:
+            seal(aside, files)
+            if final.exists():  # of the same step, and not of this branch: `begin` has moved those of others
+                self._move_aside(place, [final])
+            publish(aside, final)
+
+        self._on_main(finish, aside)
+        return final, sum(each.size for each in files)
+
+    def _make_aside(self, aside: Path) -> None:
+        if aside.exists():
+            durable.disk.remove_tree(aside)
+        make_directories(aside)
+
+    def _on_main(self, do: Callable[[], None], aside: Path) -> None:
         error: BaseException | None = None
         try:
             if self.runtime.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
+                do()
         except OSError as caught:
             error = caught
         self._agree(error, aside)
-        try:
-            engine.save(aside, progress)
-        except (OSError, RuntimeError, CheckpointException) as caught:
-            error = caught
-        self._agree(error, aside)
-        try:
-            if self.runtime.is_main:
-                seal(aside)
-                if final.exists():  # the same step again, from a run that was resumed before it
-                    shutil.rmtree(final)
-                aside.rename(final)
-                self._retain(progress)
-        except OSError as caught:
-            error = caught
-        self._agree(error, aside)
-        return final
 
     def _agree(self, error: BaseException | None, aside: Path) -> None:
-        message = first_error(error, self.runtime)
+        """Raise on every rank, the cause first, what any rank met; nothing half-written stays. All ranks must call."""
+        told = None if error is None else str(error) if isinstance(error, StorageError) else reason(error)
+        message = first_error(None if told is None else StorageError(told), self.runtime)
         if message is None:
             return
         if self.runtime.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                durable.disk.remove_tree(aside)
+        cause = message.split("StorageError: ", 1)[1]
+        step = aside.name.removeprefix(".").removesuffix(".writing")
         raise StorageError(
-            f"checkpoint: writing {aside.name} in {self.directory} failed ({message[:300]}); free space or choose "
-            "another run.dir. Earlier checkpoints are intact."
+            f"{cause}; checkpoint {step} was not written in {aside.parent}; free space or choose another disk"
         )
 
+    def _tell(self, path: Path, size: int, took: float) -> None:
+        interval = self.schedule.interval_s
+        after = "" if interval is None else f"; the next in about {max(1, round(interval / 60))} minutes"
+        where = "" if path.parent == self.places[0] else f" in {path.parent}"
+        self.say(f"checkpoint {path.name}{where}: {size_text(size)} in {took:.1f} s{after}")
+
     def _retain(self, progress: Progress) -> None:
-        kept = set(self.steps()[-self.config.keep :])
-        if progress.best_step is not None:
-            kept.add(progress.best_step)
-        for step in self.steps():
-            if step not in kept:
-                shutil.rmtree(self.directory / STEP_DIR.format(step))
+        """Delete what `checkpoint.keep` newer ones, known to be whole, stand for; a warning where that is not possible."""
+        try:
+            there = published(self.places)
+        except OSError as error:
+            self.say(f"warning: old checkpoints could not be looked for ({reason(error)})")
+            return
+        whole = [step for step, path in there if path in self._good]
+        if len(whole) < self.config.keep:
+            return
+        for step, path in there:
+            if step < whole[-self.config.keep] and step != progress.best_step:
+                self._delete(path)
 
-    def steps(self) -> list[int]:
-        """Steps of the published checkpoints, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(p.name[5:]) for p in self.directory.glob("step-*") if p.name[5:].isdigit())
-
-    def latest_valid(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose files are what was written, and a line for each newer one that is not."""
-        skipped: list[str] = []
-        for step in reversed(self.steps()):
-            path = self.directory / STEP_DIR.format(step)
-            problem = verify(path)
-            if problem is None:
-                return path, skipped
-            skipped.append(f"{path.name}: {problem}")
-        return None, skipped
-
-
-def seal(directory: Path) -> None:
-    """Record size and SHA-256 of every file, so that a torn or flipped one is noticed before it is read."""
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    (directory / MANIFEST).write_text(json.dumps(files, indent=1))
-
-
-def verify(directory: Path) -> str | None:
-    """What is wrong with a sealed directory, or None. Nothing in it is unpickled before this has passed."""
-    manifest = directory / MANIFEST
-    if not manifest.exists():
-        return "has no manifest (its writing was interrupted)"
-    try:
-        files = json.loads(manifest.read_text())
-    except ValueError:
-        return "has a damaged manifest"
-    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
-    if present - set(files):
-        return f"holds files that are not in its manifest: {', '.join(sorted(present - set(files))[:3])}"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} does not have the bytes that were written"
-    return None
-
-
-def choose(directory: Path, resume: str, runtime: Runtime, config: CheckpointConfig) -> Path | None:
-    """The checkpoint to resume from, agreed by all ranks; None starts afresh. All ranks must call."""
-    found: Path | None = None
-    error: BaseException | None = None
-    notes: list[str] = []
-    if runtime.is_main:
-        if resume in ("auto", "never"):
-            found, notes = Checkpoints(directory, config, runtime).latest_valid()
-            if resume == "never":
-                found = None
-        else:
-            found = Path(resume).expanduser()
-            problem = verify(found) if found.is_dir() else "is not a directory"
-            if problem:
-                error = ConfigError(f"run.resume={resume}: {problem}; give a checkpoint directory (step-...), or auto")
-    for note in notes:
-        print(f"checkpoint ignored: {note}", flush=True)
-    failed = first_error(error, runtime)
-    if failed:
-        raise ConfigError(failed.split(": ", 2)[-1])
-    return broadcast_object(found, runtime)
+    def _delete(self, path: Path) -> None:
+        aside = path.with_name(f".{path.name}.deleting")
+        try:
+            durable.disk.rename(path, aside)  # at once, so that nobody meets half of it
+            self._good.discard(path)
+            durable.disk.remove_tree(aside)
+        except OSError as error:
+            if path not in self._warned:
+                self.say(f"warning: the old checkpoint {path} could not be deleted ({reason(error)})")
+            self._warned.add(path)

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from strategies.base import Precision, StrategyConfig
 from strategies.matmul import Matmul
-from trainer.checkpoints.kept import CheckpointConfig
+from trainer.checkpoints.config import CheckpointConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
 from trainer.export.config import ExportConfig

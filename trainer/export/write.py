@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from strategies import durable
+from strategies.durable import make_directories, no_room, publish, reason, sync_file
 from strategies.errors import ConfigError, ShardtuneError, StorageError
+from strategies.parameters import element_counts, trainable_parameters
 from strategies.runtime import Runtime, first_error
 from trainer.export.card import CardFacts, render_card
 from trainer.export.config import ExportConfig, ExportType
@@ -29,6 +32,10 @@ from trainer.model.weights import BaseWeights
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.step import Built
+
+SPARE = 2**22
+"""Bytes for the tokenizer, the card and settings."""
+_REMEDY = "free space and run `shardtune export`. The checkpoints of the run are intact."
 
 
 def write_export(
@@ -57,7 +64,9 @@ def write_export(
             _check_mergeable(built)
         if runtime.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            make_directories(aside)
+            if full := no_room(aside, bytes_needed(built, config, base_path, adapter=adapter)):
+                raise StorageError(f"{full}; {_REMEDY}")
             if adapter:
                 _write_adapter(built, tensors.trained(), aside, base_path)
             else:
@@ -84,12 +93,9 @@ def write_export(
 
 def _agree(error: BaseException | None, aside: Path, destination: Path, runtime: Runtime) -> None:
     """Raise on every rank what any rank met; nothing half-written stays."""
-    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+    if error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         cause = error
-        error = StorageError(
-            f"export: writing {destination} failed ({str(cause)[:300]}); free space and run `shardtune export`. "
-            "The checkpoints of the run are intact."
-        )
+        error = StorageError(f"{reason(cause)}; writing the export {destination} failed: {_REMEDY}")
         error.__cause__ = cause
     message = first_error(error, runtime)
     if message is None:
@@ -106,14 +112,26 @@ def _publish(aside: Path, destination: Path) -> None:
     mode = (aside / "README.md").stat().st_mode
     for file in aside.iterdir():
         file.chmod(mode)  # safetensors makes its files private, whatever the umask says
+        sync_file(file)
+    old = destination.with_name(f".{destination.name}.old")
     if destination.exists():
-        old = destination.with_name(f".{destination.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        destination.rename(old)
-        aside.rename(destination)
-        shutil.rmtree(old)
-    else:
-        aside.rename(destination)
+        durable.disk.rename(destination, old)
+    publish(aside, destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def bytes_needed(built: Built, config: ExportConfig, base_path: str, *, adapter: bool) -> int:
+    """About how many bytes an export takes: its tensors, and a little for all else."""
+    counts = element_counts(built.step_module)
+    if adapter:
+        trained = {name for name, _ in trainable_parameters(built.step_module)}
+        return SPARE + 4 * sum(count for name, count in counts.items() if name in trained)
+    return SPARE + _dtype(config, base_path).itemsize * sum(counts.values())
+
+
+def _dtype(config: ExportConfig, base_path: str) -> torch.dtype:
+    return stored_type(Path(base_path)) if config.dtype is ExportType.auto else getattr(torch, str(config.dtype))
 
 
 class _Gathered:
@@ -214,7 +232,7 @@ def _write_model(
     config: ExportConfig,
     card: CardFacts,
 ) -> None:
-    dtype = stored_type(Path(base_path)) if config.dtype is ExportType.auto else getattr(torch, str(config.dtype))
+    dtype = _dtype(config, base_path)
     write_tensors(tensors, directory, dtype=dtype, max_bytes=int(config.max_shard_gib * 2**30))
     plain: Any = built.step_module.model
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain

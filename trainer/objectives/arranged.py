@@ -15,7 +15,7 @@ from strategies.hardware import gpu_of
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts, flex
-from trainer.model.architecture import architecture, beside_text
+from trainer.model.architecture import architecture, beside_text, text_settings
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, Kind, ModelConfig
 from trainer.model.flash import head_sizes, why_not_flash

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from strategies.errors import ConfigError, StorageError
+from trainer.records.earlier import Earlier, earlier
 
 
 class WandbMode(StrEnum):
@@ -59,13 +60,14 @@ class JsonlTracker:
     """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        self.path = path
+        self.path, self.earlier = path, Earlier()
         if path.exists():  # rows after the checkpoint belong to a future that is now done again
             lines = path.read_text().splitlines() if resume_step else []
             kept = [line for line in lines if _step_of(line) <= resume_step]
             aside = path.with_suffix(".tmp")
             aside.write_text("".join(line + "\n" for line in kept))
             aside.replace(path)
+            self.earlier = earlier(kept)
         self._file = path.open("a")
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -189,6 +191,11 @@ class Trackers:
         for tracker in self._trackers:
             if isinstance(tracker, WandbTracker):
                 tracker.summarise(values)
+
+    @property
+    def earlier(self) -> Earlier:
+        """What the rows say that were there before this process; nothing on other ranks than 0."""
+        return next((each.earlier for each in self._trackers if isinstance(each, JsonlTracker)), Earlier())
 
     @property
     def sync_line(self) -> str | None:

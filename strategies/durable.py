@@ -1,0 +1,266 @@
+"""Files that a run depends on: the one place that writes, syncs, renames, links and reads them.
+
+What was written here survives a power cut once the call is back: the bytes of a file are synced before it gets its name,
+and the directory after. Calls to the operating system go through `disk`, in whose place tests put one that fails as disks
+and network file systems do. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+PATIENCE_S = 75.0
+"""How long a name that another host has made may stay invisible: NFS clients keep what they know of a directory for 60 s."""
+PIECE = 2**23
+"""Bytes that are read and hashed at a time."""
+
+Result = TypeVar("Result")
+
+
+class Disk:
+    """The calls to the operating system; each raises OSError as the system does."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """A file descriptor."""
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Bytes written, which may be less than `data` has."""
+        return os.write(descriptor, data)
+
+    def read(self, descriptor: int, into: memoryview, offset: int) -> int:
+        """Bytes read from `offset` on, which may be less than `into` has room for; 0 at the end."""
+        return os.preadv(descriptor, [into], offset)
+
+    def sync(self, descriptor: int) -> None:
+        """Back when all that was written is on the disk."""
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Replace `target`, of files at once, by `source`."""
+        source.rename(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name; fails where `target` exists."""
+        target.hardlink_to(source)
+
+    def make_directory(self, path: Path) -> None:
+        """A directory; fails where `path` exists."""
+        path.mkdir()
+
+    def remove_tree(self, path: Path) -> None:
+        """The directory and all in it."""
+        shutil.rmtree(path)
+
+    def free(self, path: Path) -> int:
+        """Bytes that this user may still write to the file system of `path`."""
+        about = os.statvfs(path)
+        return about.f_bavail * about.f_frsize
+
+    def sleep(self, seconds: float) -> None:
+        """Wait before trying again."""
+        time.sleep(seconds)
+
+
+disk = Disk()
+"""Asked for by name at each call (`durable.disk`), so that a test can put another in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file as it was meant to be on the disk: what it must be found to be."""
+
+    name: str
+    """Within its directory."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class NewFile:
+    """A file being written: hashed on the way, synced when the `with` block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> NewFile:
+        # The directory may have been made on another host a moment ago.
+        self._descriptor = patiently(lambda: disk.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                disk.sync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of `data` (bytes). Errors: OSError, after which the file is to be given up."""
+        rest = memoryview(data)
+        self._hash.update(rest)
+        self.size += len(rest)
+        while len(rest):
+            done = disk.write(self._descriptor, rest)
+            if done <= 0:
+                raise OSError(errno.EIO, "the disk took no more bytes", str(self.path))
+            rest = rest[done:]
+
+    @property
+    def written(self) -> Written:
+        """What was written so far."""
+        return Written(self.path.name, self.size, self._hash.hexdigest())
+
+
+def write_new(path: Path, data: bytes) -> Written:
+    """The file `path` with these bytes, synced. Its name is durable once its directory is synced. Errors: OSError."""
+    with NewFile(path) as file:
+        file.write(data)
+    return file.written
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Errors: OSError."""
+    descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        disk.sync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have nothing to sync there
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make what others wrote into a file durable. Errors: OSError."""
+    descriptor = disk.open(path, os.O_RDONLY)
+    try:
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(path: Path) -> None:
+    """The directory `path` with those above it, durably; nothing where it exists. Errors: OSError."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        with suppress(FileExistsError):
+            disk.make_directory(each)
+        sync_directory(each.parent)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give a finished directory its name: what it holds is durable before the name is. Errors: OSError."""
+    sync_directory(source)
+    disk.rename(source, target)
+    sync_directory(target.parent)
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """What `call` returns, tried again while a network file system has not heard of what another host wrote."""
+    waited, pause = 0.0, 0.05
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE) or waited >= PATIENCE_S:
+                raise
+        disk.sleep(pause)
+        waited, pause = waited + pause, min(2 * pause, 5.0)
+
+
+@contextmanager
+def opened(path: Path, *, patient: bool = False) -> Iterator[tuple[int, int]]:
+    """(descriptor, size in bytes) of a regular file, to be read. `patient` where another host may have just written it.
+
+    Errors: OSError, also for what is no regular file: links, pipes and devices of others are not followed.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = patiently(lambda: disk.open(path, flags)) if patient else disk.open(path, flags)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        yield descriptor, about.st_size
+    finally:
+        os.close(descriptor)
+
+
+def fill(descriptor: int, into: memoryview, offset: int) -> None:
+    """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also where the file ends before."""
+    while len(into):
+        done = disk.read(descriptor, into, offset)
+        if done <= 0:
+            raise OSError(errno.EIO, "the file ends too early")
+        into, offset = into[done:], offset + done
+
+
+def read_bytes(path: Path, *, most: int) -> bytes:
+    """All of a regular file of at most `most` bytes. Errors: OSError, also where it has more."""
+    with opened(path) as (descriptor, size):
+        if size > most:
+            raise OSError(errno.EFBIG, f"has {size} bytes, more than {most}", str(path))
+        data = bytearray(size)
+        fill(descriptor, memoryview(data), 0)
+    return bytes(data)
+
+
+def difference(directory: Path, expected: Written) -> str | None:
+    """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors."""
+    found = hashlib.sha256()
+    buffer = memoryview(bytearray(min(PIECE, max(1, expected.size))))
+    try:
+        with opened(directory / expected.name, patient=True) as (descriptor, size):
+            if size != expected.size:
+                return f"{expected.name} has {size} bytes instead of {expected.size}"
+            for offset in range(0, size, len(buffer)):
+                part = buffer[: min(len(buffer), size - offset)]
+                fill(descriptor, part, offset)
+                found.update(part)
+    except FileNotFoundError:
+        return f"{expected.name} is missing"
+    except OSError as error:
+        return f"{expected.name} cannot be read ({reason(error)})"
+    same = found.hexdigest() == expected.sha256
+    return None if same else f"{expected.name} does not have the bytes that were written"
+
+
+def no_room(directory: Path, needed: int) -> str | None:
+    """Why `needed` bytes do not fit into an existing directory; None where they do, or where nobody can say."""
+    try:
+        free = disk.free(directory)
+    except OSError:
+        return None
+    if free >= needed:
+        return None
+    return f"No space left on {directory}: {size_text(needed)} are needed and {size_text(free)} are free"
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people, in units of 1024."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, the cause first: what the system says, then where; else the error's first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if "No space left on device" in str(error):  # of libraries with errors of their own
+        return os.strerror(errno.ENOSPC)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

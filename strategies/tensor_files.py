@@ -1,0 +1,181 @@
+"""Tensors in safetensors files, one a rank, under one index that says where each element of each tensor lies.
+
+Nothing here can run code that a file brings along: an index is JSON, a file is numbers, and where they lie is taken from the
+index. Other tools can open the files, too: they are plain safetensors. An index is used only where its parts cover every
+tensor exactly once, so that no element is read twice or left as the memory happened to be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.durable import NewFile, Written, fill, opened
+
+INDEX = "index.json"
+ITEM = 4
+"""Bytes of an element: all is kept in float32."""
+FILE_NAME = "rank-{:05d}.safetensors"
+MOST = 2**53
+"""Larger whole numbers mean nothing here."""
+
+
+class Malformed(ValueError):
+    """A file that is not what this program writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements `[start, start + length)` of a flattened tensor, in a file."""
+
+    file: str
+    start: int
+    length: int
+    offset: int
+    """Bytes from the start of the file."""
+
+
+Index = dict[str, list[Part]]
+"""By tensor; parts in the order of their elements, together the whole tensor."""
+
+
+@dataclass(slots=True)
+class Held:
+    """Elements `[start, start + len)` of a flattened tensor of `numel` elements, in this rank's memory."""
+
+    name: str
+    numel: int
+    start: int
+    values: Tensor
+    """1-d, of any type and on any device."""
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON out of a file that anybody may have written. Errors: Malformed."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Malformed("is not JSON") from error
+
+
+def whole_number(value: Any) -> bool:
+    """Whether a JSON value counts something."""
+    return type(value) is int and 0 <= value < MOST
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def layout(held: Iterable[Held], file: str) -> tuple[bytes, dict[str, Part]]:
+    """(what stands before the data in a safetensors file of these, where each lies in it). Reads no values."""
+    places: dict[str, tuple[int, int, int]] = {}
+    end = 0
+    for each in held:
+        assert each.name not in places, each.name
+        places[each.name] = (each.start, each.values.numel(), end)
+        end += each.values.numel() * ITEM
+    table = {
+        name: {"dtype": "F32", "shape": [length], "data_offsets": [begin, begin + length * ITEM]}
+        for name, (_, length, begin) in places.items()
+    }
+    head = json.dumps(table, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    head = len(head).to_bytes(8, "little") + head
+    return head, {name: Part(file, start, length, len(head) + begin) for name, (start, length, begin) in places.items()}
+
+
+def write_tensors(path: Path, head: bytes, held: Iterable[Held]) -> Written:
+    """A safetensors file: `head` as `layout` made it of the same tensors, then their values. Errors: OSError."""
+    with NewFile(path) as file:
+        file.write(head)
+        for each in held:
+            values = each.values.detach().to("cpu", torch.float32).contiguous()
+            file.write(values.numpy().data.cast("B"))
+    return file.written
+
+
+def index_json(parts: Iterable[Mapping[str, Part]]) -> bytes:
+    """The index of what all ranks wrote."""
+    tensors: dict[str, list[list[Any]]] = {}
+    for of_rank in parts:
+        for name, part in of_rank.items():
+            tensors.setdefault(name, []).append([part.file, part.start, part.length, part.offset])
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(sorted(rows, key=lambda row: row[1]))}" for name, rows in tensors.items()
+    ]
+    return ("{" + ",\n".join(lines) + "}\n").encode()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def parse_index(data: bytes) -> Index:
+    """An index out of a file. Errors: Malformed, also where the parts of a tensor leave gaps or overlap."""
+    raw = parse_json(data)
+    if not isinstance(raw, dict):
+        raise Malformed("is no table of tensors")
+    return {name: _parts(name, rows) for name, rows in raw.items()}
+
+
+def _parts(name: str, rows: Any) -> list[Part]:
+    if not isinstance(rows, list) or not rows:
+        raise Malformed(f"has no parts of {name[:80]}")
+    parts, end = [], 0
+    for row in rows:
+        well = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(whole_number, row[1:]))
+        if not well or not plain_name(row[0]):
+            raise Malformed(f"has a part of {name[:80]} that is none")
+        part = Part(*row)
+        if part.start != end or part.length == 0:
+            raise Malformed(f"does not cover {name[:80]} once: its element {end} is missing or comes twice")
+        parts.append(part)
+        end += part.length
+    return parts
+
+
+def plain_name(name: str) -> bool:
+    """Whether a name stays in its directory."""
+    return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
+
+
+def numel(parts: list[Part]) -> int:
+    """Elements of a tensor."""
+    return parts[-1].start + parts[-1].length
+
+
+def read_tensors(directory: Path, index: Index, wanted: Iterable[Held]) -> list[Tensor]:
+    """The values of each of `wanted` out of the files: float32, 1-d, on the CPU, new.
+
+    The files are opened one after the other, each read in the order of its bytes. Errors: OSError, Malformed.
+    """
+    buffers: list[Tensor] = []
+    by_file: dict[str, list[tuple[int, Tensor]]] = {}
+    for held in wanted:
+        parts, size = index[held.name], held.values.numel()
+        buffer = torch.empty(size, dtype=torch.float32)
+        filled = 0
+        for part in parts:
+            low, high = max(part.start, held.start), min(part.start + part.length, held.start + size)
+            if low < high:
+                piece = buffer[low - held.start : high - held.start]
+                by_file.setdefault(part.file, []).append((part.offset + (low - part.start) * ITEM, piece))
+                filled += high - low
+        if filled != size:
+            raise Malformed(f"does not cover {held.name[:80]}")
+        buffers.append(buffer)
+    for file, pieces in by_file.items():
+        with opened(directory / file, patient=True) as (descriptor, _):
+            for offset, piece in sorted(pieces, key=lambda each: each[0]):
+                fill(descriptor, piece.numpy().data.cast("B"), offset)
+    return buffers
+
+
+def size_on_disk(head: bytes, held: Iterable[Held]) -> int:
+    """Bytes of the file that `write_tensors` makes."""
+    return len(head) + ITEM * sum(each.values.numel() for each in held)

@@ -1,0 +1,141 @@
+"""The power goes at every single call of a save: what was published before is whole, or what was being saved is."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from strategies import durable
+from strategies.base import Progress
+from strategies.durable import write_new
+from strategies.runtime import Runtime
+from trainer.checkpoints.chosen import choose, published
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.kept import Checkpoints
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+
+
+class PowerCut(BaseException):
+    pass
+
+
+class Cache(durable.Disk):
+    """Knows what a disk would have after a power cut: bytes that were synced, names of directories that were synced.
+
+    Inodes are followed, as a file system does: a renamed directory keeps what was synced in it under its old name.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.calls, self.cut_at = root, 0, -1
+        self.bytes: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, int]] = {root.stat().st_ino: {}}
+        self.kinds: dict[int, bool] = {root.stat().st_ino: True}
+        self.kept: list[int] = []
+        """Descriptors that keep inodes from being given to other files."""
+
+    def _call(self):
+        self.calls += 1
+        if self.calls == self.cut_at:
+            raise PowerCut
+
+    def open(self, path, flags):
+        self._call()
+        descriptor = super().open(path, flags)
+        self.kept.append(os.dup(descriptor))
+        self.kinds[os.fstat(descriptor).st_ino] = path.is_dir()
+        return descriptor
+
+    def write(self, descriptor, data):
+        self._call()
+        return super().write(descriptor, data)
+
+    def sync(self, descriptor):
+        self._call()
+        inode = os.fstat(descriptor).st_ino
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        if path.is_dir():
+            self.names[inode] = {each.name: each.stat().st_ino for each in path.iterdir()}
+        else:
+            self.bytes[inode] = path.read_bytes()
+
+    def make_directory(self, path):
+        self._call()
+        super().make_directory(path)
+        self.kept.append(os.open(path, os.O_RDONLY))
+        self.kinds[path.stat().st_ino] = True
+
+    def rename(self, source, target):
+        self._call()
+        super().rename(source, target)
+
+    def remove_tree(self, path):
+        self._call()
+        super().remove_tree(path)
+
+    def after_the_cut(self, target: Path, *, names_arrived: bool) -> None:
+        """What is found when the power is back. `names_arrived`: names and removals had reached the disk by themselves."""
+        if names_arrived:
+            for path in [self.root, *self.root.rglob("*")]:
+                place = target / path.relative_to(self.root)
+                if path.is_dir():
+                    place.mkdir(parents=True)
+                else:
+                    place.write_bytes(self.bytes.get(path.stat().st_ino, b""))
+            return
+        self._rebuild(self.root.stat().st_ino, target)
+
+    def _rebuild(self, inode: int, target: Path) -> None:
+        target.mkdir()
+        for name, child in self.names.get(inode, {}).items():
+            if self.kinds.get(child, False) or child in self.names:
+                self._rebuild(child, target / name)
+            else:
+                (target / name).write_bytes(self.bytes.get(child, b""))
+
+    def close(self):
+        for descriptor in self.kept:
+            os.close(descriptor)
+
+
+class Engine:
+    def save(self, path: Path, progress: Progress):
+        return [
+            write_new(path / "a.safetensors", bytes([progress.step]) * 999),
+            write_new(path / "progress.json", b"{}"),
+        ]
+
+
+@pytest.mark.parametrize("names_arrived", [False, True])
+def test_no_moment_loses_what_was_saved(tmp_path, monkeypatch, names_arrived):
+    cut, reached = 0, 0
+    while reached < 3:
+        cut += 1
+        root = tmp_path / f"cut-{cut}"
+        root.mkdir()
+        disk = Cache(root)
+        monkeypatch.setattr(durable, "disk", disk)
+        disk.cut_at = cut
+        checkpoints = Checkpoints([root / "checkpoints"], CheckpointConfig(keep=1), ALONE)
+        reached = 0
+        try:
+            for step in (1, 2, 3):
+                checkpoints.save(Engine(), Progress(step=step))
+                reached = step
+        except PowerCut:
+            pass
+        monkeypatch.setattr(durable, "disk", durable.Disk())
+        found = tmp_path / "found"
+        disk.after_the_cut(found, names_arrived=names_arrived)
+        disk.close()
+        places = [found / "checkpoints"]
+        best = choose(places, "auto", ALONE)
+        assert (int(best.name[5:]) if best else 0) in (reached, reached + 1), (cut, published(places))
+        later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
+        later.begin(best)
+        assert later.save(Engine(), Progress(step=9)).exists()
+        assert [step for step, _ in published(places)] == [9]
+        shutil.rmtree(found)
+    assert cut > 40

@@ -1,0 +1,31 @@
+"""Puts a disk that fails in the place of the real one, in every process of a run whose PYTHONPATH has this directory.
+
+FAULTY_DISK says how: `kill <name>` dies by SIGKILL before a directory gets this name; `full <n>` has no room for the first n
+files of tensors.
+"""
+
+import errno
+import os
+import signal
+
+from strategies import durable
+
+KIND, _, VALUE = os.environ.get("FAULTY_DISK", "").partition(" ")
+
+
+class Faulty(durable.Disk):
+    refused = 0
+
+    def open(self, path, flags):
+        if KIND == "full" and path.suffix == ".safetensors" and flags & os.O_WRONLY and self.refused < int(VALUE):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().open(path, flags)
+
+    def rename(self, source, target):
+        if KIND == "kill" and target.name == VALUE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().rename(source, target)
+
+
+durable.disk = Faulty()

@@ -1,0 +1,78 @@
+"""Runs that are killed while they save or export, or whose disk is full: nothing is lost that was said to be saved."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.faults.runs import read
+from tests.helpers.covering import EVERYTHING
+from tests.helpers.launching import ROOT
+
+STEPS = 12
+LENGTH = [f"budget.steps={STEPS}", "run.threads=1", "checkpoint.every_steps=1"]
+MEASURED = ("step", "loss", "grad_norm", "eval/loss", "eval/accuracy")
+
+
+def faulty(how: str) -> dict[str, str]:
+    return {"FAULTY_DISK": how, "PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'disk'}:{ROOT}"}
+
+
+def numbers(runs, run: str) -> list[tuple]:
+    return [tuple(row.get(key) for key in MEASURED) for row in runs.rows(run)]
+
+
+def results(runs, run: str) -> dict:
+    """What a run says of itself that does not depend on the clock."""
+    outcome = read(runs.root / run / "run.json")["outcome"]
+    kept = {key: outcome[key] for key in ("before", "after", "progress", "stopped_early")}
+    return {
+        **kept,
+        "last": [outcome["last_row"][key] for key in ("step", "loss", "grad_norm")],
+        "fast": set(outcome["speed"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def words(site):
+    return [*LENGTH, f"data.eval_path={site.root / 'eval.jsonl'}", "evaluation.every_steps=5", "export.at_end=true"]
+
+
+def test_killed_while_saving_and_before_its_export_has_a_name(runs, words):
+    code, said = runs.run("left-alone", *words)
+    assert code == 0, said
+    chance = random.Random(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
+    for kill in range(20 if EVERYTHING else 2):
+        process = runs.start("killed", *words)
+        runs.wait_for_step("killed", min(2 + kill, STEPS - 2), process)
+        time.sleep(chance.random() * 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if runs.status("killed")["state"] == "done":
+            break
+    code, said = runs.run("killed", *words, **faulty("kill export"))
+    assert code == -signal.SIGKILL and "exported" not in said, said
+    assert not (runs.root / "killed" / "export").exists()
+    code, said = runs.run("killed", *words)
+    assert code == 0 and f"resumed from step-{STEPS:06d}" in said, said
+    assert numbers(runs, "killed") == numbers(runs, "left-alone")
+    found, expected = results(runs, "killed"), results(runs, "left-alone")
+    assert found["fast"] == expected["fast"] - {"intervals"}
+    assert {**found, "fast": 0} == {**expected, "fast": 0} and found["before"] and found["after"]
+    cards = [(runs.root / run / "export" / "README.md").read_text() for run in ("killed", "left-alone")]
+    table = [[line for line in card.splitlines() if line.startswith("| eval/")] for card in cards]
+    assert table[0] == table[1] != []
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(runs):
+    """Two ranks that have no room for their first three files: the run's disk and the spare one at step 1, the run's at 2."""
+    spare = runs.root / "spare"
+    words = ["strategy=fsdp2", "launcher.processes=2", "budget.steps=4", "checkpoint.every_steps=1"]
+    code, said = runs.run("full", *words, f"checkpoint.fallback_dir={spare}", **faulty("full 3"))
+    assert code == 0 and "Traceback" not in said, said
+    assert said.count("warning: No space left on device") == 3 and "1 failed in a row, 3 may" in said
+    assert f"checkpoint step-000002 in {spare}" in said
+    there = sorted(path.name for path in (runs.root / "full" / "checkpoints").iterdir())
+    assert there == ["step-000003", "step-000004"] and [*spare.glob("*/*")] == []

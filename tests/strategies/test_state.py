@@ -1,0 +1,289 @@
+"""Training state on disk: any cut into runs reads what any other wrote; no file runs code or leaves memory unread."""
+
+import json
+import pickle
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from strategies import tensor_files
+from strategies.base import Progress
+from strategies.durable import Written, difference
+from strategies.errors import ConfigError, ShardtuneError, StorageError
+from strategies.runtime import Runtime
+from strategies.state import Run, StateHeader, load_state, read_header, save_state
+from strategies.tensor_files import FILE_NAME, Held, Malformed, index_json, layout, parse_index, write_tensors
+from tests.helpers.covering import EVERYTHING
+from trainer.checkpoints.seal import seal, verify
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+SIZES = {"embed.weight": 977, "norm.weight": 8, "head.bias": 1}
+KEYS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def whole(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"{name}/{key}": torch.randn(size, generator=generator) for name, size in SIZES.items() for key in KEYS}
+
+
+def cut(values: dict[str, torch.Tensor], world: int, rank: int, *, copies: bool = False) -> list[Run]:
+    """Contiguous runs of each parameter for one of `world` ranks; most of them hold nothing of the small ones."""
+    runs = []
+    for name, size in SIZES.items():
+        step = -(-size // world)
+        low, high = min(rank * step, size), min((rank + 1) * step, size)
+        part = {key: values[f"{name}/{key}"][low:high] for key in KEYS}
+        runs.append(Run(name, size, low, {key: p.clone() if copies else p for key, p in part.items()}))
+    return runs
+
+
+def header(**changes) -> StateHeader:
+    fields = {"progress": Progress(step=3), "optimizer_steps": 3, "world_size": 1, "strategy": "single", **changes}
+    return StateHeader(**fields)
+
+
+def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
+    """What `world` ranks write."""
+    save_state(path, [], header(world_size=world), ALONE)
+    parts = []
+    for rank in range(world):
+        held = [each for run in cut(values, world, rank) for each in run.held()]
+        head, places = layout(held, FILE_NAME.format(rank))
+        write_tensors(path / FILE_NAME.format(rank), head, held)
+        parts.append(places)
+    (path / "index.json").write_bytes(index_json(parts))
+
+
+@pytest.mark.parametrize("writers", [1, 3, 7])
+def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers):
+    values = whole()
+    save_as(tmp_path, writers, values)
+    for readers in (1, 2, 5):
+        for rank in range(readers):
+            runs = cut(whole(seed=1), readers, rank, copies=True)
+            assert load_state(tmp_path, runs, ALONE).progress.step == 3
+            for run, expected in zip(runs, cut(values, readers, rank), strict=True):
+                for key in KEYS:
+                    assert torch.equal(run.tensors[key], expected.tensors[key])
+
+
+def test_the_files_are_plain_safetensors(tmp_path):
+    """By the library's own reader, which knows nothing of the index."""
+    values = whole()
+    save_as(tmp_path, 2, values)
+    for name, expected in values.items():
+        parts = []
+        for path in sorted(tmp_path.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                parts += [file.get_tensor(name)] if name in file.keys() else []  # noqa: SIM118 - not a dict
+        assert torch.equal(torch.cat(parts), expected)
+
+
+def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp_path):
+    half = {"weight": torch.arange(6, dtype=torch.bfloat16), "step": torch.ones(6, dtype=torch.uint8)}
+    files = save_state(tmp_path, [Run("a", 6, 0, half), Run("b", 6, 0, half, write=False)], header(), ALONE)
+    assert {each.name for each in files} == {path.name for path in tmp_path.iterdir()}
+    assert all(difference(tmp_path, each) is None for each in files)
+    back = {key: torch.zeros_like(value) for key, value in half.items()}
+    load_state(tmp_path, [Run("a", 6, 0, back)], ALONE)
+    assert all(torch.equal(back[key], half[key]) for key in half)
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([Run("a", 4, 0, {"weight": torch.zeros(4), "exp_avg": torch.zeros(4)})], "does not hold a/exp_avg"),
+        ([], "beyond what this run trains, a/weight"),
+        ([Run("a", 5, 0, {"weight": torch.zeros(5)})], "has 4 elements of a/weight, this run 5"),
+    ],
+)
+def test_the_state_of_another_kind_of_run_is_refused(tmp_path, runs, said):
+    save_state(tmp_path, [Run("a", 4, 0, {"weight": torch.zeros(4)})], header(), ALONE)
+    with pytest.raises(ConfigError, match=said):
+        load_state(tmp_path, runs, ALONE)
+
+
+def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
+    file = FILE_NAME.format(0)
+    good = {"a/weight": [[file, 0, 3, 8], [file, 3, 2, 20]]}
+    assert parse_index(json.dumps(good).encode())["a/weight"][1].length == 2
+    for rows in (
+        [],
+        [[file, 1, 3, 8]],  # a gap at the start
+        [[file, 0, 3, 8], [file, 4, 2, 20]],  # a gap
+        [[file, 0, 3, 8], [file, 2, 3, 20]],  # twice
+        [[file, 0, 3, 8], [file, 0, 3, 8]],
+        [[file, 0, 0, 8]],
+        [[file, 0, -3, 8]],
+        [[file, 0, True, 8]],
+        [[file, 0, 3.0, 8]],
+        [[file, 0, 3]],
+        [["../" + file, 0, 3, 8]],
+        [["/etc/passwd", 0, 3, 8]],
+        [[".", 0, 3, 8]],
+        {"file": file},
+    ):
+        with pytest.raises(Malformed):
+            parse_index(json.dumps({"a/weight": rows}).encode())
+    for text in ("null", "[]", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
+        with pytest.raises(Malformed):
+            parse_index(text.encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer_steps": -1},
+        {"optimizer_steps": "3"},
+        {"optimizer_steps": True},
+        {"world_size": 1e9},
+        {"strategy": None},
+        {"loss_scale": 0},
+        {"loss_scale": float("nan")},
+        {"groups": {"lr": 1}},
+        {"groups": [{"params": []}]},
+        {"progress": None},
+        {"progress": {"step": "x"}},
+        {"progress": {"steps": 1}},
+        {"progress": {"wandb_id": 7}},
+        {"more": 1},
+    ],
+)
+def test_progress_that_is_none_is_refused(tmp_path, change):
+    save_state(tmp_path, [], header(), ALONE)
+    raw = json.loads((tmp_path / "progress.json").read_text())
+    (tmp_path / "progress.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(StorageError, match=r"progress\.json"):
+        read_header(tmp_path)
+
+
+def test_progress_that_never_improved_is_not_mistaken_for_damage(tmp_path):
+    save_state(tmp_path, [], header(progress=Progress(step=1, best_metric=float("inf"))), ALONE)
+    assert read_header(tmp_path).progress.best_metric == float("inf")
+
+
+def test_without_room_not_a_byte_is_written(tmp_path, monkeypatch):
+    from strategies import durable
+
+    class Full(durable.Disk):
+        def free(self, path):
+            return 2**20 + 15
+
+    monkeypatch.setattr(durable, "disk", Full())
+    with pytest.raises(StorageError, match=r"^No space left on .* 1 MiB are needed and 1 MiB are free"):
+        save_state(tmp_path, [Run("a", 4, 0, {"weight": torch.zeros(4)})], header(), ALONE)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- hostile files -----------------------------------------------------------------------------------------------------
+
+UNPICKLED: list[object] = []
+WATCHING = [False]
+sys.addaudithook(
+    lambda event, arguments: UNPICKLED.append(arguments) if WATCHING[0] and event == "pickle.find_class" else None
+)
+UNREAD = 0x7FAB_CDEF
+"""Bits of a number that no file here has: what memory holds before it was read."""
+
+
+class Runs:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """Bytes as damage, a careless hand or an attacker would leave them."""
+    at = chance.randrange(max(1, len(data)))
+    kind = chance.randrange(8)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return pickle.dumps(Runs())
+    if kind == 2:
+        return data[:at] + pickle.dumps(Runs()) + data[at:]
+    if kind == 3:
+        return data[:at] + data[at : at + 40] + data[at:]
+    if kind == 4:
+        return data[:at] + data[at + chance.randrange(1, 30) :]
+    if kind == 5:
+        digits = [place for place, byte in enumerate(data) if 48 <= byte <= 57] or [at]
+        place = chance.choice(digits)
+        return (
+            data[:place] + chance.choice([b"-1", b"99999999999", b"0", b"1e3", b"null", b"9" * 400]) + data[place + 1 :]
+        )
+    if kind == 6:
+        word = chance.choice([b"null", b"[]", b"{}", b"NaN", b"\x00", b"[" * 60_000, b'"../../x"', b"\xff"])
+        return data[:at] + word + data[at:]
+    return data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :] if data else b"\0"
+
+
+def test_no_file_runs_code_raises_what_nobody_expects_or_leaves_memory_unread(tmp_path, monkeypatch):
+    """Sealed anew, as an attacker would: the seal is no protection here, the format is."""
+    monkeypatch.chdir(tmp_path)
+    real = torch.empty
+    monkeypatch.setattr(
+        tensor_files.torch,
+        "empty",
+        lambda size, dtype: real(size, dtype=dtype).view(torch.int32).fill_(UNREAD).view(dtype),
+    )
+    good = tmp_path / "good"
+    good.mkdir()
+    save_as(good, 2, whole())
+    names = sorted(path.name for path in good.iterdir())
+    chance = random.Random(0)
+    count = {"used": 0, "refused": 0}
+    for _ in range(1000 if EVERYTHING else 200):
+        there = tmp_path / "changed"
+        there.mkdir()
+        contents = {name: (good / name).read_bytes() for name in names}
+        for name in {chance.choice([*names, "index.json", "progress.json"]) for _ in range(chance.randrange(1, 3))}:
+            contents[name] = mutated(contents[name], chance)
+        for name, data in contents.items():
+            (there / name).write_bytes(data)
+        if chance.random() < 0.8:
+            seal(there, [Written(path.name, path.stat().st_size, digest(path)) for path in there.iterdir()])
+            assert verify(there) is None
+        elif chance.random() < 0.9:
+            (there / "manifest.json").write_bytes(mutated(b'{"format": 2, "sha256": "x", "files": {}}', chance))
+            assert verify(there) is not None
+        runs = cut(whole(seed=1), 1, 0, copies=True)
+        WATCHING[0] = True
+        try:
+            load_state(there, runs, ALONE)
+            count["used"] += 1
+        except ShardtuneError as error:
+            count["refused"] += 1
+            assert len(str(error)) < 1000
+        finally:
+            WATCHING[0] = False
+        for run in runs:
+            assert not any((value.view(torch.int32) == UNREAD).any() for value in run.tensors.values())
+        for path in [*there.iterdir()]:
+            path.unlink()
+        there.rmdir()
+    assert not UNPICKLED and not Path("executed").exists()
+    assert min(count.values()) > 20, count
+
+
+def digest(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_alarm_of_the_test_above_rings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    WATCHING[0] = True
+    pickle.loads(pickle.dumps(Runs()))
+    WATCHING[0] = False
+    assert UNPICKLED and Path("executed").exists()
+    UNPICKLED.clear()
+
+
+def test_held_names_are_those_of_the_parameter_and_its_moment():
+    held = Run("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).held()
+    assert [(each.name, each.numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(held[0], Held)

@@ -1,0 +1,120 @@
+"""What a checkpoint's files must be: a manifest of sizes and SHA-256 that also seals itself.
+
+A directory is read only after every file in it was compared with its manifest, and the manifest with its own hash: a torn or
+flipped one is noticed, wherever it was hit. A seal does not say who made it: that reading is harmless is the format's doing
+(`strategies/tensor_files.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from strategies.durable import Written, difference, read_bytes, reason, write_new
+from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
+from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+MOST_MANIFEST = 2**26
+"""Bytes of a manifest; more is not read."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
+OLD = (
+    "was written by an early version, in a format that can run code when it is read, so it is not read; export it with the "
+    "version that wrote it, or train anew"
+)
+
+
+def seal(directory: Path, files: Iterable[Written]) -> None:
+    """Write the manifest of a directory's files, durably. Errors: OSError."""
+    write_new(directory / MANIFEST, _render({each.name: each for each in files}))
+
+
+def _render(files: dict[str, Written]) -> bytes:
+    rows = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
+    own = hashlib.sha256(json.dumps([FORMAT, rows]).encode()).hexdigest()
+    return (json.dumps({"format": FORMAT, "sha256": own, "files": rows}, indent=1) + "\n").encode()
+
+
+def read_manifest(directory: Path) -> list[Written]:
+    """What the files of a sealed directory must be. Errors: Malformed, with what is wrong with the directory."""
+    if not directory.is_dir():
+        raise Malformed("is not a directory")
+    if (directory / "state" / ".metadata").exists():
+        raise Malformed(OLD)
+    if not (directory / MANIFEST).exists():
+        raise Malformed("has no manifest (its writing was interrupted)")
+    try:
+        data = read_bytes(directory / MANIFEST, most=MOST_MANIFEST)
+        files = _parse(parse_json(data))
+        present = {entry.name for entry in os.scandir(directory)} - {MANIFEST}
+    except OSError as error:
+        raise Malformed(f"cannot be read ({reason(error)})") from error
+    except Malformed as error:
+        raise Malformed("has a damaged manifest") from error
+    if _render(files) != data:  # to the byte: what this program writes, and its own hash with it
+        raise Malformed("has a damaged manifest")
+    if beyond := sorted(present - set(files)):
+        raise Malformed(f"holds files that are not in its manifest: {', '.join(beyond[:3])}")
+    if missing := sorted(set(files) - present):
+        raise Malformed(f"{missing[0]} is missing")
+    return list(files.values())
+
+
+def _parse(raw: object) -> dict[str, Written]:
+    if not isinstance(raw, dict) or not isinstance(files := raw.get("files"), dict):
+        raise Malformed("is no manifest")
+    found = {}
+    for name, row in files.items():
+        known = isinstance(row, dict) and whole_number(row.get("bytes")) and isinstance(row.get("sha256"), str)
+        if not known or not plain_name(name) or not SHA256.fullmatch(row["sha256"]):
+            raise Malformed("is no manifest")
+        found[name] = Written(name, row["bytes"], row["sha256"])
+    return found
+
+
+def verify(directory: Path, *, only: str | None = None) -> str | None:
+    """What is wrong with a sealed directory (or with its file `only`), None where nothing is. Reads all of it."""
+    try:
+        files = read_manifest(directory)
+    except Malformed as error:
+        return str(error)
+    if only is not None:
+        files = [each for each in files if each.name == only]
+    return _first_difference(directory, files, usable_cores())
+
+
+def verify_together(directory: Path, runtime: Runtime) -> str | None:
+    """`verify`, with the files dealt to the ranks by size; the same answer on every rank. All ranks must call."""
+    found: tuple[str | None, list[Written]] = (None, [])
+    if runtime.is_main:
+        try:
+            found = (None, read_manifest(directory))
+        except Malformed as error:
+            found = (str(error), [])
+    problem, files = broadcast_object(found, runtime)
+    if problem is None:
+        problem = _first_difference(directory, _share(files, runtime), usable_cores() // runtime.local_world_size)
+    return next((each for each in gather_objects(problem, runtime) if each), None)
+
+
+def _share(files: list[Written], runtime: Runtime) -> list[Written]:
+    """This rank's files, of which every rank gets about as many bytes."""
+    loads = [0] * runtime.world_size
+    mine = []
+    for each in sorted(files, key=lambda file: (-file.size, file.name)):
+        rank = loads.index(min(loads))
+        loads[rank] += each.size
+        if rank == runtime.rank:
+            mine.append(each)
+    return mine
+
+
+def _first_difference(directory: Path, files: list[Written], threads: int) -> str | None:
+    with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
+        return next(filter(None, pool.map(lambda each: difference(directory, each), files)), None)

@@ -1,0 +1,44 @@
+"""What a run that goes on had measured before it was interrupted, out of its own rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+SPEED = ("tokens_per_s", "tokens_per_s_per_rank", "mfu")
+
+
+@dataclass(slots=True)
+class Earlier:
+    """Results of the steps before a resumed run's first."""
+
+    before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first step of all."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Those of the last evaluation."""
+    last_row: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    """As `Meter.speed`, over steps instead of logging intervals."""
+
+
+def earlier(lines: Iterable[str]) -> Earlier:
+    """The results in lines of `metrics.jsonl`, all of them whole rows."""
+    found = Earlier()
+    speeds: dict[str, list[float]] = {}
+    for line in lines:
+        row = json.loads(line)
+        if "loss" in row:
+            found.last_row = row
+            for key in SPEED:
+                if isinstance(row.get(key), int | float):
+                    speeds.setdefault(key, []).append(row[key])
+            continue
+        values = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+        if row["step"] == 0:
+            found.before = values
+        found.after = values
+    found.speed = {key: median(values) for key, values in speeds.items()}
+    return found
