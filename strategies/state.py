@@ -152,6 +152,8 @@ def _check(kind: type, raw: Any, *, but: str | None = None) -> None:
 
 
 def _is(value: Any, hint: Any) -> bool:
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is int:
         return whole_number(value)
     if hint is float:
