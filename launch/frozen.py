@@ -22,6 +22,7 @@ from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
 from trainer.records.lease import refuse_in_use
 from trainer.records.status import State, read_status, write_text_atomic
+from trainer.signals import pending
 
 HEADER = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 SHOWN_DIFFERENCES = 12
@@ -81,7 +82,7 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists() and (there or is_finished(run_dir)):
         _same_or_refuse(composed, path)  # else nothing was reached there: a corrected command may take its place
-    refuse_in_use(run_dir, composed.config.run.lease_s)
+    refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config
     config.run.dir = str(run_dir)
     words = " ".join(json.dumps(word) for word in composed.overrides)

@@ -81,10 +81,10 @@ class Heartbeats:
         """Count no more."""
         self._over.set()
 
-    def silent(self) -> list[Seen]:
-        """Ranks that do not count on while this one looks, for about two and a half beats."""
+    def silent(self, look_s: float) -> list[Seen]:
+        """Ranks that do not count on in `look_s`, while this one looks."""
         before = self._seen()
-        time.sleep(2.5 * self.every_s)
+        time.sleep(look_s)
         after = self._seen()
         return [
             now for now, then in zip(after, before, strict=True) if now.count == then.count and now.rank != self.rank
@@ -98,12 +98,14 @@ class Heartbeats:
         told = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if isinstance(error, ShardtuneError) or not LOST_PEER.search(str(error)):
             return None
+        hung = WAITED.search(str(error)) is not None
+        # Where a process is gone, its launcher ends this one in a few seconds; where one hangs there is time to be sure.
+        look_s = (6 if hung else 2.5) * self.every_s
         try:
-            silent = self.silent()
+            silent = self.silent(look_s)
         except RuntimeError:  # the store is gone with the process that had it
             return None
-        hung = WAITED.search(str(error)) is not None
-        return Silent(silent[0], hung=hung, since_s=2.5 * self.every_s, told=told) if silent else None
+        return Silent(silent[0], hung=hung, since_s=look_s, told=told) if silent else None
 
     def ask_for_stacks(self, stopped: Seen | None) -> None:
         """Let every rank write its stacks, and wake one that was `stopped` for it; takes two beats. Errors: none."""

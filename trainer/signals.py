@@ -30,6 +30,11 @@ def release() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def pending() -> bool:
+    """Whether one of the signals came and is still held."""
+    return not signal.sigpending().isdisjoint(SIGNALS)
+
+
 class StopRequest:
     """Whether this process was asked to save and stop. Enter it in the main thread, before threads and forks.
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from strategies.errors import StorageError
+from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, descendants, environment, read, wait
 from tests.helpers.speed import seconds
 from trainer.records import lease as lease_module
@@ -92,6 +92,13 @@ def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
     begun = time.monotonic()
     with Lease.acquire(tmp_path, 60):  # what is over is not waited for
         assert time.monotonic() - begun < 30
+
+
+def test_who_waits_for_a_silent_owner_can_be_told_to_stop(tmp_path, another_host):
+    silent = Lease.acquire(tmp_path, 60)
+    with pytest.raises(Preempted, match="nothing was begun"):
+        Lease.acquire(tmp_path, 60, stop=lambda: True)
+    silent.release()
 
 
 def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_stops(
