@@ -1,6 +1,7 @@
 """What routers add to the loss is what plain transformers adds, over the whole step; and tokens of experts are counted."""
 
 import copy
+import os
 import sys
 from dataclasses import replace
 
@@ -13,16 +14,23 @@ from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, SingleConfig
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
-from tests.helpers.building import built_trainer, data_set, model_dir, run_config
+from tests.helpers.building import built_trainer, data_set, model_dir, pair_set, run_config, samples
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.models.tiny import causal_types, tiny_model
 from trainer.data.config import Layout
+from trainer.data.prepare import Prepared
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
 from trainer.model.balance import FUNCTION, RouterLosses, losses_of
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.experts import NAME, register
 from trainer.model.routing import Seen, number_experts, record_logits, recorded_routers, watching
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.preference import DpoConfig
 from trainer.objectives.routed import Routed, routed
+from trainer.objectives.sft import SftConfig
 from trainer.records.load import by_layer, of_step
+from trainer.tuning.base import LoraConfig
+from trainer.tuning.config import PromptConfig
 from trainer.tuning.full import Full
 
 GLOBAL = 8
@@ -68,7 +76,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runtime():
-    return processes.start("cpu", timeout_s=60)
+    before = dict(os.environ)
+    yield processes.start("cpu", timeout_s=60)
+    processes.stop()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def documents(data):
@@ -159,6 +171,52 @@ def test_a_step_is_that_of_plain_transformers_on_the_whole_batch(root, runtime, 
     share = expected["counts"].double()
     assert row["experts/max_over_mean"] == float((share.amax(1) / share.mean(1)).max())
     assert row["experts/unused"] == float((share == 0).double().mean())
+
+
+def labelled(root):
+    """Documents with one of three labels."""
+    directory = root / "labelled"
+    if not (directory / "manifest.json").exists():
+        made = [Sample(s.input_ids, s.supervised, {LABEL: i % 3}) for i, s in enumerate(samples(GLOBAL, uneven=False))]
+        write(directory, made, lambda s: {"loss": 1}, {"fingerprint": "labelled"})
+    opened = TokenDataset.open(directory)
+    return Prepared(train=opened, evaluation=None, directory=directory, report={}, label_names=["a", "b", "c"])
+
+
+OTHERS = {
+    "labels": (ClassificationConfig(), LoraConfig(rank=4), labelled),
+    "pairs beside the adapter off": (DpoConfig(), LoraConfig(rank=4), lambda root: pair_set(root, num=GLOBAL)),
+    "virtual tokens": (
+        SftConfig(),
+        PromptConfig(num_virtual_tokens=3),
+        lambda root: data_set(root, uneven=True, num=GLOBAL),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_how_a_step_is_cut_does_not_matter_to_other_objectives_and_methods(root, runtime, case):
+    """Each of them runs the model in a way of its own, also in the pass that only looks at routers."""
+    objective, tuning, made = OTHERS[case]
+    model = model_dir(root / "others", "mixtral")
+    rows = []
+    for micro in (GLOBAL, 2):
+        config = run_config(model, SingleConfig(), "lora", micro=micro, steps=1)
+        config = replace(
+            config,
+            model=ModelConfig(path=str(model), router_aux_loss=BALANCE, router_z_loss=Z),
+            batch={"global": GLOBAL, "micro": micro},
+            objective=objective,
+            tuning=tuning,
+        )
+        data = made(root)
+        trainer, _ = built_trainer(config, data, runtime)
+        (batch,) = trainer.loader.steps(0, 1)
+        trainer.meter.add(trainer.train_step(batch))
+        (row,) = trainer.meter.flush()
+        rows.append([row[key] for key in ("loss", "grad_norm", "router/balance_loss", "router/z_loss")])
+        assert trainer.meter.expert_tokens.sum(1).tolist() == [2 * int(data.train.lengths.sum())] * 2
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
 def test_every_class_with_a_balancing_loss_is_known():

@@ -127,16 +127,16 @@ def _reading() -> Iterator[list[int]]:
 
 
 def _steps(trainer: Trainer, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """Loss, grad norm and the routers' losses of every step, and the tokens that the run itself counts by expert."""
-    rows, counted = [], torch.zeros((), dtype=torch.int64)
+    """Loss, grad norm and the routers' losses of every step, and the tokens by expert that the run itself counts in it."""
+    rows, counted = [], []
     for batch in trainer.loader.steps(trainer.progress.samples, STEPS):
         record = trainer.train_step(batch)
         sums = {name: float(total(value.double())) for name, value in sorted(record.local_sums.items())}
         rows.append([sums["loss"] / record.counts["loss"], float(record.result.grad_norm)])
         rows[-1] += [value for name, value in sums.items() if name.startswith("router/")]
         assert record.expert_tokens is not None
-        counted = counted + total(record.expert_tokens)
-    return {"curve": rows, "counted": counted.tolist()}
+        counted.append(total(record.expert_tokens).tolist())
+    return {"curve": rows, "counted": counted}
 
 
 def _watched(job: Job, config: RunConfig) -> dict[str, Any]:

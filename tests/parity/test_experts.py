@@ -1,6 +1,7 @@
 """Mixtures of experts: the same steps as `single`, by the same experts, under every strategy, full and LoRA."""
 
 import pytest
+import torch
 
 from tests.helpers.covering import chosen
 from tests.helpers.learning import LEAST_LEARNED, learned
@@ -15,7 +16,9 @@ def test_experts_take_the_steps_of_one_process(ask, architecture, tuning, strate
     assert expected["gap"] > CLEAR, "a tie: roundings choose the experts, and nothing can be compared"
     found = ask("experts", "curve", architecture, tuning, strategy, losses)
     assert found["counts"] == expected["counts"], "other experts were chosen"
-    assert found["counted"] == expected["counted"] == [*expected["counts"].values()], "the run counts otherwise"
+    assert found["counted"] == expected["counted"], "other experts were chosen in some step"
+    in_all = torch.tensor(found["counted"]).sum(0).tolist()
+    assert in_all == [*expected["counts"].values()], "the run counts otherwise"
     assert len(found["curve"]) == len(expected["curve"]) == STEPS
     for step, right in zip(found["curve"], expected["curve"], strict=True):
         assert len(step) == (2 if losses == "none" else 4)

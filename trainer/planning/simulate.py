@@ -250,6 +250,13 @@ class Watched:
         self.recorder.squares = _squares(batch)
         return self.engine.forward(batch, last=last)
 
+    @contextmanager
+    def inference(self, *, averaged: bool = True) -> Iterator[nn.Module]:
+        """A look ahead: counted with the first forward pass."""
+        self.at("forward")
+        with self.engine.inference(averaged=averaged) as module:
+            yield module
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.at("backward")
         self.engine.backward(loss, last=last)
