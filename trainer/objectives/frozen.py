@@ -16,6 +16,7 @@ from trainer.model.config import Kind, ModelConfig
 from trainer.model.flex import NAME as FLEX
 from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
+from trainer.model.still import still_rows
 from trainer.model.weights import BaseWeights, WeightSource
 from trainer.objectives.arranged import Proofs
 from trainer.objectives.base import ObjectiveConfig
@@ -90,6 +91,7 @@ def frozen_model(
         weights = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
         )
+        weights.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
         weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
