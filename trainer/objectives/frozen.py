@@ -17,6 +17,7 @@ from trainer.model.flex import NAME as FLEX
 from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.still import still_rows
+from trainer.model.tied import untied_as_stored
 from trainer.model.weights import BaseWeights, WeightSource
 from trainer.objectives.arranged import Proofs
 from trainer.objectives.base import ObjectiveConfig
@@ -110,15 +111,21 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
         raise ConfigError(
             f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
         )
-    try:
+
+    def build() -> Any:
         with meta_context():
-            model = auto.from_config(settings, attn_implementation=attention, **build_options(config))
+            return auto.from_config(settings, attn_implementation=attention, **build_options(config))
+
+    try:
+        model = build()
     except ValueError as error:
         reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
         raise ConfigError(
             f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
             f"attention {attention}: {reason}; {remedy}"
         ) from error
+    if untied_as_stored(config, settings, lambda: model):
+        model = build()
     model.tie_weights()
     noted = Arrangement(arrangement.layout, attention, {})
     model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).way(noted)
