@@ -103,6 +103,8 @@ class Built:
     """How the weights in `quantised` are stored."""
     quantised: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the weights that are stored packed, by base name."""
+    zeroed: dict[str, int] = field(default_factory=dict)
+    """The row that stays zero, by base name."""
     folded: Folded | None = None
     """Adapters that are folded into the base as it is loaded."""
 

@@ -175,6 +175,7 @@ OWN: dict[str, dict[str, Any]] = {
     "xlnet": {"attn_type": "uni"},
     "xlstm": {"chunk_size": 16, "use_cache": False},
     "xmod": {"default_language": "en_XX"},
+    "youtu": {"pad_token_id": 2},
     "zamba": {**ZAMBA, "mamba_dt_rank": 8},
     "zamba2": {**ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 16, "kv_channels": 16, "mamba_ngroups": 2},
 }

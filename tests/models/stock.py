@@ -91,6 +91,7 @@ def compute(directory: Path, samples: list[Sample], dtype: torch.dtype = torch.f
     model = stock_model(directory).train().to(dtype)
     if dtype is torch.float64 and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped products know no float64
+    still = still_row(model)
     shared = untie(model)
     count = sum(int(sample.supervised[1:].sum()) for sample in samples)
     total, notes = 0.0, set()
@@ -104,7 +105,21 @@ def compute(directory: Path, samples: list[Sample], dtype: torch.dtype = torch.f
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach()
         for name, p in model.named_parameters(remove_duplicate=False)
     }
+    if still is not None:
+        name, row = still
+        notes.add(f"row {row} of {name} is zero whenever it is loaded")
+        for place in (name, *shared.get(name, ())):
+            gradients[place][row] = 0
     return Stock(total / count, gradients, shared, choices.gap, sorted(notes))
+
+
+def still_row(model: Any) -> tuple[str, int] | None:
+    """(name, row) of the token embeddings that transformers has set to zero as it loaded: none is stored so."""
+    embeddings = model.get_input_embeddings()
+    row = getattr(embeddings, "padding_idx", None)
+    if row is None or embeddings.weight[row].any():
+        return None
+    return next(name for name, p in model.named_parameters() if p is embeddings.weight), row
 
 
 def untie(model: nn.Module) -> dict[str, list[str]]:

@@ -186,6 +186,9 @@ def tiny_model(model_type: str, *, seed: int = 0) -> Any:
                 parameter.add_(torch.randn_like(parameter) * SPREAD)
             if is_router(name, parameter):
                 parameter.normal_(0, 4 * SPREAD)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] += SPREAD  # a loader that leaves it zero is seen
         for name, buffer in model.named_buffers():
             if name.endswith("bias") and buffer.is_floating_point():
                 buffer.add_(torch.rand_like(buffer) * SPREAD)

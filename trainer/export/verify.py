@@ -211,8 +211,28 @@ def verify_export(
     )
     # Negated, so that a NaN is a drift.
     if not found.max_abs_difference <= tolerance * found.largest_logit:
-        raise DriftError(f"{directory}: the export does not compute what was trained: {found}")
+        raise DriftError(
+            f"{directory}: the export does not compute what was trained: {found}{_loaded_otherwise(directory, model)}"
+        )
     return found
+
+
+def _loaded_otherwise(directory: Path, model: Any) -> str:
+    """Which tensors of a whole model, and which of their rows, are others once loaded than they are stored."""
+    from trainer.model.weights import Checkpoint
+
+    if (directory / "adapter_config.json").exists():
+        return ""
+    checkpoint, told = Checkpoint(directory, model), []
+    for name, parameter in model.named_parameters():
+        if checkpoint.resolve(name) is None or checkpoint.shape(name) != tuple(parameter.shape):
+            continue
+        apart = (checkpoint.whole(name).to(parameter.dtype) != parameter.detach()).reshape(len(parameter), -1).any(1)
+        if rows := apart.nonzero()[:, 0].tolist():
+            shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+            told.append(f"{name} (rows {shown})")
+    checkpoint.close()
+    return f"; loaded otherwise than stored: {', '.join(told[:5])}" if told else ""
 
 
 def verify_written(

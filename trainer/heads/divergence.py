@@ -180,7 +180,7 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: Against) -
     Called inside the student's head's own forward.
     """
     training = torch.is_grad_enabled()
-    own = _Head(head.weight, head.bias, head.softcap, head.logit_scale)
+    own = _Head(head.training_weight, head.bias, head.softcap, head.logit_scale)
 
     def weights(rows: Tensor | None) -> Tensor | None:
         return against.weights if rows is None or against.weights is None else against.weights[rows]
@@ -190,14 +190,16 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: Against) -
         if against.rows is not None:
             compared, wanted = hidden[against.rows], targets[against.rows]
         settings = own, lent, against, training
-        return _LinearDivergence.apply(compared, head.weight, head.bias, wanted, weights(against.rows), settings)
+        return _LinearDivergence.apply(
+            compared, head.training_weight, head.bias, wanted, weights(against.rows), settings
+        )
 
     total, nll, apart, correct = measured(own) if against.head is None else lend(against.head, measured)
     if against.others is None:
         return total, nll, apart, correct, torch.zeros_like(nll)
     plain, *_ = _LinearCrossEntropy.apply(
         hidden[against.others],
-        head.weight,
+        head.training_weight,
         head.bias,
         targets[against.others],
         Counting(weights(against.others)),
@@ -208,4 +210,4 @@ def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: Against) -
 
 def lend(head: nn.Module, use: Callable[[_Head], Any]) -> Any:
     """`use` what makes the logits of another LossHead, inside the call of that head: only there its weight is whole."""
-    return head(None, lend=lambda: use(_Head(head.weight, head.bias, head.softcap, head.logit_scale)))  # type: ignore
+    return head(None, lend=lambda: use(_Head(head.training_weight, head.bias, head.softcap, head.logit_scale)))  # type: ignore

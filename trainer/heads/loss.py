@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.heads.still import without_row
+
 
 @dataclass(frozen=True, slots=True)
 class Counting:
@@ -207,6 +209,15 @@ class LossHead(nn.Linear):
 
     softcap: float | None = None
     logit_scale: float = 1.0
+    still: int | None = None
+    """The row that is not to train."""
+
+    @property
+    def training_weight(self) -> Tensor:
+        """The weight `[V, H]` as losses must use it."""
+        if self.still is None or not self.weight.requires_grad:
+            return self.weight
+        return without_row(self.weight, self.still)
 
     @classmethod
     def replace(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
@@ -249,9 +260,9 @@ class LossHead(nn.Linear):
         if added_bias is not None:
             bias = added_bias if bias is None else bias + added_bias
         if by_row:
-            return _RowCrossEntropy.apply(hidden, self.weight, bias, targets, settings)
+            return _RowCrossEntropy.apply(hidden, self.training_weight, bias, targets, settings)
         counting = counting or Counting()
-        found = _LinearCrossEntropy.apply(hidden, self.weight, bias, targets, counting, settings)
+        found = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, counting, settings)
         return found if counting.groups is not None else found[:2]
 
 
@@ -290,9 +301,12 @@ def head_transform(config: Any) -> tuple[float | None, float]:
     return softcap, scale
 
 
-def fuse_head(model: Any, model_config: Any) -> None:
-    """Let a model's plain output layer compute the loss itself."""
+def fuse_head(model: Any, model_config: Any, *, still: int | None = None) -> None:
+    """Let a model's plain output layer compute the loss itself. `still`: the row of a tied one that is not to train."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         softcap, scale = head_transform(model_config)
-        model.set_output_embeddings(LossHead.replace(head, softcap=softcap, logit_scale=scale))
+        fused = LossHead.replace(head, softcap=softcap, logit_scale=scale)
+        if still is not None and head.weight is model.get_input_embeddings().weight:
+            fused.still = still
+        model.set_output_embeddings(fused)

@@ -183,6 +183,8 @@ class WeightSource:
         """Base names of the parameters that have a row for each token."""
         self.fixed = fixed or {}
         """Values of base parameters that are computed and need not be in the checkpoint."""
+        self.zeroed: dict[str, int] = {}
+        """Row that is zero whatever the checkpoint has there, by base name."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
         self.teacher: WeightSource | None = None
@@ -232,7 +234,13 @@ class WeightSource:
             return value.reshape(-1)[start:stop]
         if self.new_ids and base in self.vocabulary:
             return self._with_new_rows(stored, tuple(shape), start, stop)
-        return self.checkpoint.run(stored, start, stop)
+        values = self.checkpoint.run(stored, start, stop)
+        if base in self.zeroed:
+            columns = math.prod(shape[1:])
+            first = self.zeroed[base] * columns
+            values = values.clone()
+            values[max(0, first - start) : max(0, first + columns - start)] = 0
+        return values
 
     def close(self) -> None:
         """Let go of what was read: the model is filled."""

@@ -21,6 +21,7 @@ from trainer.model.config import Attention, Kind, ModelConfig
 from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
 from trainer.model.layout import Arrangement, Kernels, resolve_layout
+from trainer.model.tied import untied_as_stored
 from trainer.objectives.causal import PLAIN, Way
 from trainer.objectives.passage import Passage, passage_of
 
@@ -121,6 +122,8 @@ def causal_model(
             f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "
             "own forward pass; use tuning=lora"
         )
+    if untied := untied_as_stored(config, settings, proofs.plain):
+        arrangement.notes["model.path"] = untied
     with context:
         model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
     if half_on_gpu and (lacking := missing_kernels(model)):

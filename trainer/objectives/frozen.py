@@ -16,6 +16,8 @@ from trainer.model.config import Kind, ModelConfig
 from trainer.model.flex import NAME as FLEX
 from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
+from trainer.model.still import still_rows
+from trainer.model.tied import untied_as_stored
 from trainer.model.weights import BaseWeights, WeightSource
 from trainer.objectives.arranged import Proofs
 from trainer.objectives.base import ObjectiveConfig
@@ -90,6 +92,7 @@ def frozen_model(
         weights = WeightSource(
             BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=own.seed, init_std=0.0
         )
+        weights.zeroed = still_rows(model, Arrangement(arrangement.layout, arrangement.attention, {}))
         weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
@@ -108,15 +111,21 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
         raise ConfigError(
             f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
         )
-    try:
+
+    def build() -> Any:
         with meta_context():
-            model = auto.from_config(settings, attn_implementation=attention, **build_options(config))
+            return auto.from_config(settings, attn_implementation=attention, **build_options(config))
+
+    try:
+        model = build()
     except ValueError as error:
         reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
         raise ConfigError(
             f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
             f"attention {attention}: {reason}; {remedy}"
         ) from error
+    if untied_as_stored(config, settings, lambda: model):
+        model = build()
     model.tie_weights()
     noted = Arrangement(arrangement.layout, attention, {})
     model.way = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).way(noted)
