@@ -285,6 +285,7 @@ class Trainer:
             return
         self.still_ours()
         self._flush()
+        self.trackers.sync()
         if self.checkpoints.save(self.engine, self.progress, must=must) is not None:
             self._saved_step = self.progress.step
         self.meter.restart_clock()

@@ -124,6 +124,8 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("evaluation.watch=eval/accuracy", "evaluation.greater_is_better=true"),
         ("evaluation.greater_is_better=true", "smaller is better"),
         ("run.resume=always", "must be auto, never or an existing checkpoint"),
+        ("checkpoint.every_steps=5 checkpoint.every_minutes=10", "says already when"),
+        ("checkpoint.fallback_dir=train.jsonl", "must be a directory on another disk"),
         ("schedule=wsd schedule.warmup_share=0.5 schedule.decay_share=0.6", "more than the whole run"),
         ("schedule.warmup_steps=11", "more than budget.steps=10"),
         ("precision=fp16", "CPUs do not train in it"),

@@ -1,12 +1,16 @@
 """Rows survive a resume, W&B keeps its run, TensorBoard can be read back."""
 
 import json
+import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
-from trainer.records.trackers import JsonlTracker, LoggingConfig, WandbMode, build_trackers, summary_of
+from strategies import durable
+from trainer.records.earlier import Earlier
+from trainer.records.trackers import JsonlTracker, LoggingConfig, Trackers, WandbMode, build_trackers, summary_of
 
 
 def test_rows_after_the_checkpoint_are_done_again(tmp_path):
@@ -75,3 +79,27 @@ def test_tensorboard_reads_back(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
+
+
+def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, monkeypatch):
+    class Seen(durable.Disk):
+        sizes: ClassVar[list[int]] = []
+
+        def sync(self, descriptor):
+            self.sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(durable, "disk", Seen())
+    path = tmp_path / "metrics.jsonl"
+    trackers = Trackers([JsonlTracker(path, 0)])
+    assert trackers.earlier == Earlier() == Trackers([]).earlier
+    trackers.log({"eval/loss": 5.0, "tokens": 0}, step=0)
+    for step, speed in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 99.0)):
+        trackers.log({"loss": 1 / step, "tokens_per_s": speed}, step=step)
+        if step == 2:
+            trackers.log({"eval/loss": 4.0, "tokens": 9}, step=step)
+    trackers.sync()
+    assert Seen.sizes == [path.stat().st_size]
+    trackers.close()
+    found = Trackers([JsonlTracker(path, 3)]).earlier
+    assert (found.before, found.after, found.last_row["step"]) == ({"eval/loss": 5.0}, {"eval/loss": 4.0}, 3)
+    assert found.speed == {"tokens_per_s": 20.0}, "of the steps that count, and not of step 4"

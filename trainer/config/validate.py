@@ -204,6 +204,15 @@ def _run(config: RunConfig) -> Iterator[str]:
         yield f"run.accept=[{kind}]: there is no such kind of change; {near[0] if near else 'one of ' + ', '.join(KINDS)}"
     if config.run.dir is not None and not config.run.dir.strip():
         yield "run.dir: is empty; name a directory, or null for the default"
+    checkpoint = config.checkpoint
+    if checkpoint.every_steps and checkpoint.every_minutes is not None:
+        yield (
+            f"checkpoint.every_minutes={checkpoint.every_minutes:g}: checkpoint.every_steps={checkpoint.every_steps} says "
+            "already when; set one of the two"
+        )
+    spare = checkpoint.fallback_dir
+    if spare is not None and (not spare.strip() or Path(spare).expanduser().is_file()):
+        yield f"checkpoint.fallback_dir={spare}: must be a directory on another disk, or null"
     if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
         import torch
 

@@ -7,11 +7,13 @@ import math
 import os
 import shlex
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from strategies import durable
 from strategies.errors import ConfigError, StorageError
 from trainer.records.earlier import Earlier, earlier
 
@@ -73,6 +75,11 @@ class JsonlTracker:
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Have the rows on the disk, as the checkpoint will be that they lead to; what fails there fails the checkpoint."""
+        with suppress(OSError):
+            durable.disk.sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -191,6 +198,12 @@ class Trackers:
         for tracker in self._trackers:
             if isinstance(tracker, WandbTracker):
                 tracker.summarise(values)
+
+    def sync(self) -> None:
+        """Make the rows so far outlive a power cut."""
+        for tracker in self._trackers:
+            if isinstance(tracker, JsonlTracker):
+                tracker.sync()
 
     @property
     def earlier(self) -> Earlier:
