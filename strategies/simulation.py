@@ -8,8 +8,9 @@ by the type of device is chosen here as on a GPU: attention kernels, the types t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -66,6 +67,21 @@ def real_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def kept_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`make(*key)`, whose tensor is kept for its key: a real one for good, one without memory as long as its simulation."""
+    real: dict[Any, Tensor] = {}
+
+    @wraps(make)
+    def kept(*key: Any) -> Tensor:
+        mode = torch._guards.active_fake_mode()
+        store = real if mode is None else vars(mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
+        if key not in store:
+            store[key] = make(*key)
+        return store[key]
+
+    return kept
 
 
 # -- what torch chooses by the type of device -------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from typing import Any
 from strategies.base import ActivationCheckpointing, Precision, ZeroConfig
 
 MIB = 2**20
+LIVE = int(1e9)
+"""Parameters that stage 3 keeps gathered at most beside those in use, and over how many to the next use it keeps them."""
 
 
 def _offload(target: str, nvme_path: str | None) -> dict[str, Any] | None:
@@ -72,8 +74,8 @@ def deepspeed_config(
     if config.stage == 3:
         zero["stage3_param_persistence_threshold"] = config.persistence_threshold
         zero["stage3_prefetch_bucket_size"] = config.prefetch_mib * MIB // 2
-        zero["stage3_max_live_parameters"] = int(1e9)
-        zero["stage3_max_reuse_distance"] = int(1e9)
+        zero["stage3_max_live_parameters"] = LIVE
+        zero["stage3_max_reuse_distance"] = LIVE
         # DeepSpeed's own linear function adds biases in place, into results that selective checkpointing keeps: they
         # would be added again with every recomputation. What it saves is small beside that of checkpointing.
         zero["memory_efficient_linear"] = config.activation_checkpointing is not ActivationCheckpointing.selective

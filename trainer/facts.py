@@ -114,6 +114,7 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "sharding": sharding_record(started.engine, runtime),
         "initialised": started.source.initialised,
         "weights_read_bytes": gather_objects(started.source.checkpoint.conversions.files.bytes_read, runtime),
+        "packed_weights": _packed(started.source, runtime),
         "weights_left_out": _left_out(started.source),
         "routers": routed.said(loader.accumulation) if (routed := built.step_module.routed) else [],
         "substitutions": _substitutions(config, built.substitutions, precision, runtime),
@@ -126,6 +127,17 @@ def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "git_revision": git_revision(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def _packed(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
+    """Where a quantised base is kept packed, its bytes, and how many weights each rank has packed just now; or why not."""
+    kept = source.checkpoint.kept
+    if kept is None:
+        return None
+    ranks = gather_objects((kept.packed, kept.reason), runtime)
+    reason = next((reason for _, reason in ranks if reason), "")
+    now = [packed for packed, _ in ranks]
+    return {"directory": str(kept.directory), "bytes": kept.total, "packed_now": now, "not_kept": reason}
 
 
 def _left_out(source: WeightSource) -> dict[str, Any] | None:
@@ -205,6 +217,14 @@ def start_text(facts: Mapping[str, Any]) -> str:
         also = ", each expert" if facts.get("quantised_experts") else ""
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head{also}")
     lines += facts.get("routers", [])
+    if kept := facts["packed_weights"]:
+        size = f"{kept['bytes'] / 2**30:.2f} GiB"
+        lines.append(
+            f"packed weights are not kept for later runs: {kept['not_kept']}"
+            if kept["not_kept"]
+            else f"packed weights are kept for later runs: {size} in {kept['directory']} ({sum(kept['packed_now'])} weights "
+            "packed now); delete it when you like, or set model.keep_packed=false"
+        )
     figure, source = facts["reference_tflops"], facts["reference_tflops_source"]
     lines.append(f"MFU against {figure:.2f} TFLOP/s a device ({source})" if figure else f"no MFU: {source}")
     if left := facts["weights_left_out"]:

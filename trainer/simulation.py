@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from strategies.base import Precision
+from strategies.base import Precision, ZeroConfig
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import simulated_rank
+from strategies.zero_config import LIVE
 from trainer.build import attach_frozen, build_step
 from trainer.config.run import RunConfig
 from trainer.model.config import ModelConfig
@@ -24,7 +25,7 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of, reading_of
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import micro_batch_of
-from trainer.planning.depth import Extended, at_depth
+from trainer.planning.depth import ENDS, Extended, at_depth
 from trainer.planning.form import Form, Size, form_of, sizes_for, take_sizes
 from trainer.planning.simulate import Parts, ShapesOnly, Simulated, simulate
 from trainer.step import Built
@@ -81,7 +82,8 @@ def simulate_depth(
         with _at_depth(config, depth, blocks) as shallow:
             return simulate_run(shallow, lengths, device=device, **ranks)
 
-    return at_depth(take, blocks, period or 1, exact=exact or period is None)
+    exact = exact or period is None
+    return at_depth(take, blocks, period or 1, ends=ENDS if exact else ends_of(config, period or 1), exact=exact)
 
 
 def simulate_form(
@@ -124,6 +126,7 @@ def simulate_form(
         take,
         blocks,
         period=None if exact else period,
+        ends=ends_of(config, period) if period and not exact else ENDS,
         accumulation=accumulation,
         local_world_size=local_world_size,
     )
@@ -138,6 +141,17 @@ def simulate_form(
         notes=told["notes"],
         layout=told["layout"],
     )
+
+
+def ends_of(config: RunConfig, period: int) -> int:
+    """Blocks at either end of a model that differ from those between: more under ZeRO-3, which keeps some of them gathered."""
+    if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
+        return ENDS
+    with TemporaryDirectory() as place, simulated_rank(0, 1) as runtime:
+        few = replace(config, model=_with_blocks(config.model, period, Path(place)))
+        units = parts_of(few, [1], runtime).built.step_module.shard_units()
+    smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
+    return ENDS + -(-LIVE // smallest)
 
 
 def _parameters(built: Built) -> tuple[int, int]:

@@ -25,13 +25,21 @@ def values(case: Sequence[Hashable]) -> set[Hashable]:
     return set(enumerate(case))
 
 
-def cover(cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], *, seed: int = SEED) -> list[Case]:
+def cover(
+    cases: Iterable[Case],
+    marks: Callable[[Case], set[Hashable]],
+    *,
+    seed: int = SEED,
+    cost: Callable[[Case], float] = lambda case: 0,
+) -> list[Case]:
     """A small part of `cases` with every mark that a case of them has, in their order; always the same for a seed.
 
-    Greedy: the case with the most marks that are still missing comes next. `marks` says what a case proves.
+    Greedy: the case with the most marks that are still missing comes next, of several the cheapest. `marks` says what a case
+    proves.
     """
     cases = list(cases)
     order = random.Random(seed).sample(range(len(cases)), len(cases))
+    order.sort(key=lambda index: cost(cases[index]))
     proves = {index: marks(cases[index]) for index in order}
     missing = set().union(*proves.values())
     heap = [(-len(proves[index]), place, index) for place, index in enumerate(order)]
@@ -50,6 +58,8 @@ def cover(cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], *, seed
     return [cases[index] for index in sorted(chosen)]
 
 
-def chosen(cases: Iterable[Case], marks: Callable[[Case], set[Hashable]]) -> list[Case]:
+def chosen(
+    cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], cost: Callable[[Case], float] = lambda case: 0
+) -> list[Case]:
     """What this session of tests runs of a matrix: a covering choice, or with SHARDTUNE_TEST_ALL all of it."""
-    return list(cases) if EVERYTHING else cover(cases, marks)
+    return list(cases) if EVERYTHING else cover(cases, marks, cost=cost)

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.building import model_dir
 from tests.simulated.cases import Case, chosen_cases, simulated
+from tests.simulated.experiments import MODELS, simulated_experiment
 from trainer.planning.depth import whole
 from trainer.planning.simulate import Simulated
 
@@ -47,12 +47,22 @@ def golden(case: Case, world: int) -> dict[str, Any] | None:
     return table["steps"].get(name_of(case, world)) if table["versions"] == versions() else None
 
 
+def golden_experiment(name: str) -> list[Any] | None:
+    """Moment and bytes of the peak of an experiment file; None where it was written with other versions."""
+    table = json.loads(TABLE.read_text())
+    return table["experiments"].get(name) if table["versions"] == versions() else None
+
+
 def main() -> None:
-    """Write the rows of the covering choice, on its first rank."""
+    """Write the rows of the covering choice, on its first rank, and of the experiments, on their last."""
     with tempfile.TemporaryDirectory() as place:
-        model = model_dir(Path(place))
-        steps = {name_of(case, world): summary(simulated(case, model, world)) for case, world in chosen_cases()}
-    TABLE.write_text(json.dumps({"versions": versions(), "steps": steps}, indent=1) + "\n")
+        steps = {
+            name_of(case, world): summary(simulated(case, case.model_in(Path(place)), world))
+            for case, world in chosen_cases()
+        }
+        found = {name: simulated_experiment(name, Path(place)) for name in MODELS}
+    experiments = {name: [str(step.peak), step.total] for name, step in found.items()}
+    TABLE.write_text(json.dumps({"versions": versions(), "steps": steps, "experiments": experiments}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

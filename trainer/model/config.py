@@ -60,6 +60,8 @@ class ModelConfig:
     """Storage of the frozen base under adapters: `none`, `nf4` or `fp4` (4 bits, QLoRA) or `int8`; needs bitsandbytes."""
     double_quantisation: bool = True
     """Quantise the scales of `nf4` and `fp4` too: 4.13 instead of 4.5 bits an element."""
+    keep_packed: bool = True
+    """Keep a quantised base packed on this host (`SHARDTUNE_CACHE`), where its ranks pack each weight once, for later runs."""
     adapters: list[str] = field(default_factory=list)
     """Directories of adapters folded into the base, in this order, as it is loaded; a new adapter then trains on top."""
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
+from strategies.simulation import kept_once
 
 BLOCK = 64
 """Consecutive elements of a 4-bit weight that share a scale."""
@@ -140,7 +140,7 @@ def floats(piece: Tensor) -> Tensor:
     return piece.clone().view(torch.float32)
 
 
-@cache
+@kept_once
 def codes_of(kind: str, device: torch.device) -> Tensor:
     """The values that codes stand for; without a kind those of scales."""
     from bitsandbytes import functional as bnb

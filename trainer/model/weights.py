@@ -19,6 +19,7 @@ from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import Files
+from trainer.model.packed import PackedWeights
 from trainer.model.quantisation import Scheme
 from trainer.model.quantised_experts import pack_run, rounded_stack
 from trainer.tuning.base import Tuning
@@ -113,6 +114,8 @@ class BaseWeights(Checkpoint):
             )
         self._changed = {self._found(name): name for name in changed}
         self._last: tuple[str, Tensor] | None = None
+        self.kept: PackedWeights | None = None
+        """Where packed weights are kept on this host, if they are."""
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter, adapters folded in, not rounded."""
@@ -144,9 +147,20 @@ class BaseWeights(Checkpoint):
                 return self.run(name, number * size, (number + 1) * size).view(shape[1:])
 
             return pack_run(self.scheme, shape, start, stop, expert)
+        return self.packed_whole(name)[start:stop]
+
+    def packed_whole(self, name: str) -> Tensor:
+        """The bytes of a matrix that is stored quantised, `[num_bytes]` uint8."""
+        assert self.scheme is not None
         if self._last is None or self._last[0] != name:
             self._last = name, self.scheme.pack(super().whole(name))
-        return self._last[1][start:stop]
+        return self._last[1]
+
+    def packed_run(self, name: str, start: int, stop: int) -> Tensor:
+        """As `packed`, of matrices read from what this host keeps; experts are packed by those who hold them."""
+        if self.kept is None or name not in self.kept.sizes:
+            return self.packed(name, start, stop)
+        return self.kept.run(name, start, stop)
 
 
 class _Unchanged:
@@ -228,7 +242,7 @@ class WeightSource:
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
         if base in self.checkpoint.quantised:
-            return self.checkpoint.packed(base, start, stop)
+            return self.checkpoint.packed_run(base, start, stop)
         if stored is None:
             value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
             return value.reshape(-1)[start:stop]

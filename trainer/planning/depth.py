@@ -18,7 +18,8 @@ from trainer.planning.record import Collective
 from trainer.planning.simulate import Simulated
 
 ENDS = 2
-"""Blocks at either end that may do otherwise than those between, which gather ahead and are gathered ahead."""
+"""Blocks at either end that may do otherwise than those between, which gather ahead and are gathered ahead; an engine that
+keeps more blocks gathered than these has more of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +41,25 @@ class Extended:
     """Bytes that the engine keeps on the host."""
 
 
-def shallow(blocks: int, period: int = 1) -> tuple[int, int] | None:
-    """Numbers of blocks to simulate for a model of `blocks`, whose kinds of blocks repeat after `period`; None: the whole.
+def shallow(blocks: int, period: int = 1, ends: int = ENDS) -> tuple[int, int] | None:
+    """Numbers of blocks to simulate for a model of `blocks`, whose kinds of blocks repeat after `period`; None: the whole,
+    which has no more blocks than the two together.
 
     Both leave the remainder of `blocks`, so that the last block is of the same kind.
     """
-    fewest = 2 * ENDS * period
+    fewest = 2 * ends * period
     first = fewest + (blocks - fewest) % period
-    return (first, first + period) if first + period < blocks else None
+    return (first, first + period) if 2 * first + period <= blocks else None
 
 
-def moments_at(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int) -> dict[Moment, Highest]:
+def moments_at(
+    low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int, ends: int = ENDS
+) -> dict[Moment, Highest]:
     """The moments of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
-    line, ends = line_of(depths, blocks), from_ends(low, depths[0])
+    line, fewer = line_of(depths, blocks), from_ends(low, depths[0], ends)
     return {
-        moment: Highest(line(ends[moment].total, highest.total), 0, lines(ends[moment].kinds, highest.kinds, line))
-        for moment, highest in from_ends(high, depths[1]).items()
+        moment: Highest(line(fewer[moment].total, highest.total), 0, lines(fewer[moment].kinds, highest.kinds, line))
+        for moment, highest in from_ends(high, depths[1], ends).items()
     }
 
 
@@ -72,9 +76,9 @@ def lines(first: dict[Any, int], second: dict[Any, int], line: Callable[[int, in
     return {key: value for key, value in made.items() if value}
 
 
-def extend(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int) -> Extended:
+def extend(low: Simulated, high: Simulated, depths: tuple[int, int], blocks: int, ends: int = ENDS) -> Extended:
     """The step of a model of `blocks` blocks, from those of `depths` blocks."""
-    found, line = moments_at(low, high, depths, blocks), line_of(depths, blocks)
+    found, line = moments_at(low, high, depths, blocks, ends), line_of(depths, blocks)
     peak, highest = max(found.items(), key=lambda item: item[1].total)
     calls, size = _exchanged(low.collectives), _exchanged(high.collectives)
     exchanged = {
@@ -109,23 +113,25 @@ def whole(found: Simulated, blocks: int) -> Extended:
     )
 
 
-def at_depth(simulate: Callable[[int], Simulated], blocks: int, period: int = 1, *, exact: bool = False) -> Extended:
+def at_depth(
+    simulate: Callable[[int], Simulated], blocks: int, period: int = 1, *, ends: int = ENDS, exact: bool = False
+) -> Extended:
     """The step of a model of `blocks` blocks; `simulate` takes that of one with so many as it is told."""
-    depths = None if exact else shallow(blocks, period)
+    depths = None if exact else shallow(blocks, period, ends)
     if depths is None:
         return whole(simulate(blocks), blocks)
-    return extend(simulate(depths[0]), simulate(depths[1]), depths, blocks)
+    return extend(simulate(depths[0]), simulate(depths[1]), depths, blocks, ends)
 
 
-def from_ends(found: Simulated, depth: int) -> dict[Moment, Highest]:
+def from_ends(found: Simulated, depth: int, ends: int = ENDS) -> dict[Moment, Highest]:
     """Moments of blocks counted from the nearer end; those in the middle lie between."""
     out: dict[Moment, Highest] = {}
     for moment, highest in found.moments.items():
         place = moment.place
         if isinstance(place, int):
-            if place >= depth - ENDS:
+            if place >= depth - ends:
                 moment = replace(moment, place=place - depth)
-            elif place >= ENDS:
+            elif place >= ends:
                 continue
         out[moment] = highest
     return out

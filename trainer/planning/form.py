@@ -16,7 +16,7 @@ from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from trainer.data.config import Layout
 from trainer.heads.loss import CHUNK_LOGITS
-from trainer.planning.depth import line_of, lines, moments_at, shallow
+from trainer.planning.depth import ENDS, line_of, lines, moments_at, shallow
 from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
 from trainer.planning.simulate import Parts, Simulated, watching
@@ -167,12 +167,14 @@ def form_of(
     period: int | None,
     accumulation: int,
     local_world_size: int,
+    ends: int = ENDS,
 ) -> Form:
     """The form of a model of `blocks` blocks; `take` simulates two sizes at the depth that it is told.
 
-    `period`: after how many blocks their kinds repeat; None simulates the whole model.
+    `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`: blocks at either end that
+    may do otherwise than those between.
     """
-    depths = shallow(blocks, period) if period else None
+    depths = shallow(blocks, period, ends) if period else None
     low, sizes, rows = take(depths[0] if depths else blocks)
     high = take(depths[1])[0] if depths else low
     steps = (blocks - depths[1]) / (depths[1] - depths[0]) if depths else 0.0
@@ -183,7 +185,7 @@ def form_of(
         one, two = (of(high[i]) + (of(high[i]) - of(low[i])) * steps for i in range(2))
         return one, two
 
-    moments = [moments_at(low[i], high[i], depths, blocks) if depths else high[i].moments for i in range(2)]
+    moments = [moments_at(low[i], high[i], depths, blocks, ends) if depths else high[i].moments for i in range(2)]
     first, second = (_exchanged(one[1], accumulation, local_world_size) for one in (low, high))
     calls, size = (
         lines({k: v[i] for k, v in first.items()}, {k: v[i] for k, v in second.items()}, line) for i in (0, 1)

@@ -80,14 +80,15 @@ class Simulated:
         return max(self.moments.items(), key=lambda item: item[1].total)
 
 
-def simulate(parts: Parts, runtime: Runtime) -> Simulated:
+def simulate(parts: Parts, runtime: Runtime, *, repeat: int = 1) -> Simulated:
     """Take three steps on fake tensors as the rank that `runtime` says, on its device, and report the last.
 
-    The model is on meta, and is used up. Raises what the engine raises, and ConfigError for what it refuses.
+    With `repeat=0` two, and bytes are told apart by kind between steps alone. The model is on meta, and is used up. Raises
+    what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
         (batches,) = faked(parts.built, [parts.batches])
-        return watch(replace(parts, batches=batches), runtime)
+        return watch(replace(parts, batches=batches), runtime, repeat=repeat)
 
 
 def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> Simulated:

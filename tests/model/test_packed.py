@@ -1,0 +1,133 @@
+"""A quantised base is packed once a host: by whichever rank comes first, with the bytes that each would have packed itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.speed import seconds
+from trainer.model import packed
+from trainer.model.packed import PackedWeights, fingerprint
+from trainer.model.quantisation import Quantisation, Scheme
+
+pytest.importorskip("bitsandbytes")
+SCHEME = Scheme(Quantisation.nf4)
+SHAPES = {f"layers.{index}.weight": (64, 128) for index in range(6)}
+SIZES = {name: SCHEME.num_bytes(shape) for name, shape in SHAPES.items()}
+
+
+def made(name):
+    """The bytes of a weight, as a rank without a cache packs them."""
+    generator = torch.Generator().manual_seed(list(SHAPES).index(name))
+    return SCHEME.pack(torch.randn(SHAPES[name], generator=generator))
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+
+
+RANK = """
+    import json, sys, time
+    from pathlib import Path
+    from tests.model.test_packed import SIZES, made
+    from trainer.model import packed
+
+    directory, index, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    packed.SMALLEST, log = 0, []
+
+    def pack(name):
+        log.append(name)
+        print("packs", name, flush=True)
+        time.sleep(float(sys.argv[4]))
+        return made(name)
+
+    weights = packed.PackedWeights(directory, SIZES, pack, share=(index, count))
+    same = all(weights.run(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
+    print(json.dumps({"packed": log, "same": same, "reason": weights.reason}))
+"""
+
+
+def start(directory, index, count, pause):
+    command = [sys.executable, "-c", textwrap.dedent(RANK), str(directory), str(index), str(count), str(pause)]
+    return subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+
+
+def answer(process):
+    out, _ = process.communicate(timeout=seconds(120))
+    return json.loads(out.splitlines()[-1])
+
+
+def test_two_ranks_pack_each_weight_once_and_a_dead_one_is_replaced(tmp_path):
+    """Real processes, the first of which dies while it packs; what it had locked is packed by another."""
+    dead = start(tmp_path, 0, 1, 600)
+    assert dead.stdout.readline().startswith("packs")
+    two = [start(tmp_path, index, 2, 0.2) for index in range(2)]
+    for process in two:
+        assert process.stdout.readline().startswith("packs")
+    os.kill(dead.pid, signal.SIGKILL)
+    dead.communicate()
+    found = [answer(process) for process in two]
+    assert all(one["same"] and not one["reason"] for one in found)
+    assert sorted(found[0]["packed"] + found[1]["packed"]) == sorted(SIZES)
+    later = answer(start(tmp_path, 0, 1, 0))
+    assert later == {"packed": [], "same": True, "reason": ""}
+
+
+def weights(directory, pack=made):
+    return PackedWeights(directory, SIZES, pack)
+
+
+def test_ranks_begin_with_different_weights(tmp_path):
+    order = []
+    second = PackedWeights(tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], share=(1, 2))
+    second.run("layers.0.weight", 0, 9)
+    assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.packed == 6
+
+
+def test_what_was_cut_off_is_packed_again(tmp_path):
+    name = next(iter(SIZES))
+    assert weights(tmp_path).run(name, 0, 9).equal(made(name)[:9])
+    file = tmp_path / f"{name}.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:40], b"\0" * len(whole)):
+        file.write_bytes(broken)
+        again = weights(tmp_path)
+        assert again.run(name, 5, 90).equal(made(name)[5:90])
+        assert (again.packed, again.reason) == (1, "") and file.read_bytes() == whole
+
+
+def test_without_room_or_right_every_rank_packs_for_itself_and_says_so(tmp_path, monkeypatch):
+    name = next(iter(SIZES))
+    (tmp_path / "file").write_text("")
+    hindered = weights(tmp_path / "file" / "below")
+    assert hindered.run(name, 0, 9).equal(made(name)[:9]) and "Not a directory" in hindered.reason
+    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**10}))
+    full = weights(tmp_path / "full")
+    assert full.run(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason
+    monkeypatch.setattr(packed, "SMALLEST", 2**30)
+    small = weights(tmp_path / "small")
+    assert small.run(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_fingerprint_tells_weights_and_settings_apart(tmp_path):
+    tiny_model_dir(tmp_path, "llama")
+    first = fingerprint([tmp_path], SCHEME)
+    assert fingerprint([tmp_path], SCHEME) == first
+    assert fingerprint([tmp_path], Scheme(Quantisation.nf4, double=False)) != first
+    file = Path(tmp_path) / "model.safetensors"
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fingerprint([tmp_path], SCHEME) != first

@@ -1,0 +1,51 @@
+"""Experiment files composed as a user types them, for models of the published sizes: a config.json without weights."""
+
+from pathlib import Path
+
+import transformers
+
+from launch.compose import compose
+from trainer.planning.depth import Extended
+from trainer.simulation import simulate_depth
+
+MODELS = {
+    "llama2_7b_lora_fsdp2": transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    ),
+    "qwen3_30b_a3b_lora_fsdp2": transformers.Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        pad_token_id=0,
+    ),
+}
+"""By the experiment that trains them, as their authors published them."""
+
+
+def simulated_experiment(name: str, place: Path) -> Extended:
+    """The last rank's step of one full micro-batch, the model at its full depth."""
+    MODELS[name].save_pretrained(place / name)
+    words = [f"experiment={name}", f"model.path={place / name}", "data.path=train.jsonl", "precision=bf16"]
+    config = compose(words, check=False).config
+    world = config.launcher.processes
+    config.batch["global"] = config.batch["micro"] * world
+    lengths = [config.data.max_length] * config.batch["micro"]
+    return simulate_depth(config, lengths, rank=world - 1, world_size=world, local_world_size=world)

@@ -1,0 +1,47 @@
+"""Live bytes as torch's own tracker counts them, where it can follow: FSDP2 without accumulation, from the second step on."""
+
+import pytest
+import torch
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+from strategies.owned import owned
+from tests.helpers.building import model_dir
+from tests.simulated.cases import Case, simulated
+from trainer.planning import live, simulate
+
+FEW = 64
+"""Bytes at most that an engine keeps beside what torch's tracker is told of: a frequency table, some numbers."""
+
+
+class Followed(simulate.Watched):
+    """Also counted by torch's tracker, in the second step; in the first it counts what is asked about shapes alone."""
+
+    peak = kept = steps = 0
+
+    def start(self):
+        self.steps += 1
+        if self.steps == 2:
+            known = {tensor.untyped_storage()._cdata for _, tensor in owned(self.engine)}
+            self.unknown = {key: held for key, held in self.recorder._held.items() if key not in known}
+            self.tracker = FSDPMemTracker(self.step_module, self.engine.optimizer)
+            self.tracker.__enter__()
+        super().start()
+
+    def at(self, phase, place="before"):
+        if phase == "between" and self.steps == 2:
+            self.tracker.__exit__(None, None, None)
+            Followed.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+            told = {storage._cdata for storage in self.tracker._WINFO}
+            Followed.kept = sum(held.size for key, held in self.unknown.items() if key not in told)
+        super().at(phase, place)
+
+
+@pytest.mark.parametrize(("tuning", "checkpointing"), [("full", "none"), ("full", "full"), ("lora", "selective")])
+def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpointing):
+    """Both watch the same step of one rank of 8, to the byte: torch's does not round what lies on a CPU."""
+    monkeypatch.setattr(live, "GRAIN", 1)
+    monkeypatch.setattr(simulate, "Watched", Followed)
+    case = Case("fsdp2", tuning, "bf16", checkpointing)
+    found = simulated(case, model_dir(tmp_path), 8, 7, device=torch.device("cpu"))
+    assert Followed.kept < FEW
+    assert found.peak[1].total == Followed.peak + Followed.kept
