@@ -10,6 +10,7 @@ from strategies.owned import Kind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
+from trainer.data.config import Layout
 from trainer.plan import waiting_bytes
 from trainer.planning.live import GRAIN
 from trainer.simulation import simulate_depth, simulate_form
@@ -51,7 +52,7 @@ def both(model, case, layout, rows, length):
     """(form, its answer for `rows` sequences, the simulation of them)."""
     world = 1 if case.strategy == "single" else 8
     config = case.config(model, world)
-    config = replace(config, data=replace(config.data, layout=layout))
+    config = replace(config, data=replace(config.data, layout=Layout(layout)))
     if isinstance(config.strategy, Fsdp2Config):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation

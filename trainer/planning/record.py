@@ -120,6 +120,10 @@ class Recorder(LiveBytes):
             return (10 if backward else 4) * windows * query.shape[1] * query.shape[2]
         if packet is torch.ops.aten.addmm_:
             return 2.0 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        if packet is torch.ops.aten._grouped_mm:  # rows by groups, each with a matrix of its own, or columns by groups
+            left, right = args[:2]
+            each = left.shape[0] if left.dim() == right.dim() == 3 else 1
+            return 2.0 * each * left.shape[-2] * left.shape[-1] * right.shape[-1]
         if packet in flop_registry:
             count = float(flop_registry[packet](*args, **kwargs, out_val=out))
             return count / 2 if _is_causal(func, args, kwargs) else count
