@@ -24,7 +24,7 @@ from launch.compose import compose
 from launch.plan import read_own
 from strategies.base import Precision
 from strategies.owned import Kind
-from trainer.plan import Job, Lengths, PlanConfig, Way
+from trainer.plan import Job, Lengths, Way
 from trainer.planning.form import Form
 from trainer.planning.speed import Load, step_of
 from trainer.sweep import simulate_ways
@@ -146,8 +146,9 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Fo
         config = compose(words, check=False).config
         config.batch |= {"global": asked.ranks * asked.accumulation, "micro": 1}
         job = Job(card, Precision.bf16, 1, asked.ranks, config.batch["global"], Lengths.all_of(asked.length, 1))
-        settings = replace(settings, workers=1) if isinstance(settings, PlanConfig) else settings
-        (found,) = simulate_ways([Way(config, ())], job, asked.accumulation, settings, lambda *_: None)
+        (found,) = simulate_ways(
+            [Way(config, ())], job, asked.accumulation, replace(settings, workers=1), lambda *_: None
+        )
         yield asked, found, job
 
 

@@ -27,10 +27,13 @@ def text(answer: Answer, words: list[str]) -> str:
     ]
     lines += [_row(choice, answer) for choice in answer.found]
     lines += ["", *_best(answer, words)]
+    if form.notes:
+        lines += ["", "chosen for you:"]
+        lines += [line for note in form.notes for line in _folded(f"  {note}")]
     if answer.refused:
         lines += ["", "left out:"]
-        for way, why in answer.refused:
-            lines += _folded(f"  {' '.join(way.words)}: {why}")
+        for reason, of in _by_reason(answer).items():
+            lines += _folded(f"  {of}: {reason}")
     lines += [
         "",
         *_folded(
@@ -39,6 +42,15 @@ def text(answer: Answer, words: list[str]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _by_reason(answer: Answer) -> dict[str, str]:
+    """Ways that were left out for the same reason, named together."""
+    found: dict[str, list[str]] = {}
+    for way, reason in answer.refused:
+        mode = str(way.config.strategy.activation_checkpointing)
+        found.setdefault(reason, []).append(f"{way.name}, {mode}{' offloaded' if way.offload else ''}")
+    return {reason: "; ".join(dict.fromkeys(of)) for reason, of in found.items()}
 
 
 def _row(choice: Choice, answer: Answer) -> str:
@@ -85,7 +97,8 @@ def _best(answer: Answer, words: list[str]) -> list[str]:
         f"  {'process':<14}{best.fit.context / GIB:8.2f} GiB   context and libraries",
         f"  {'allocator':<14}{best.fit.allocator / GIB:8.2f} GiB   reserved beyond what is allocated",
         f"  {'NCCL':<14}{best.fit.exchange / GIB:8.2f} GiB   buffers of its groups",
-        f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB",
+        f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
+        f"{checkpoint_s(answer, best):,.0f} s to write",
     ]
     step = best.step
     lines += [
@@ -125,6 +138,12 @@ def checkpoint_gib(answer: Answer, best: Choice) -> float:
     return answer.form.trained * (4 + STATE_BYTES[str(best.way.config.optim.name)]) / GIB
 
 
+def checkpoint_s(answer: Answer, best: Choice) -> float:
+    """Seconds to write one, at the rate that the card's file assumes of a node's disk."""
+    rate = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
+    return checkpoint_gib(answer, best) * GIB / rate
+
+
 def _folded(said: str, width: int = 80) -> list[str]:
     import textwrap
 
@@ -161,6 +180,7 @@ def as_dict(answer: Answer, words: list[str]) -> dict[str, Any]:
         "typed": words,
         "best": None if best is None else list(best.words),
         "checkpoint_gib": checkpoint_gib(answer, answer.found[0]),
+        "checkpoint_s": checkpoint_s(answer, answer.found[0]),
         "resting_gib": {str(kind): size / GIB for kind, size in resting(form).items()},
         "ways": [_choice(choice, answer) for choice in answer.found],
         "all": [_choice(choice, answer) for choice in answer.all],

@@ -216,7 +216,7 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
     taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
-        waiting = round(4 * form.trained * (1 - 1 / max(1, shards(way.config.strategy, job))))
+        waiting = waiting_bytes(form, shards(way.config.strategy, job))
         later = replace(taken, total=taken.total + waiting, kinds=_more(taken.kinds, Kind.gradients, waiting))
         waits = fit(form, later, card).margin >= 0
         taken, form = (later, deferred(form)) if waits else (taken, form)
@@ -239,6 +239,11 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
         hours=hours,
         price=cost,
     )
+
+
+def waiting_bytes(form: Form, among: int) -> int:
+    """What gradients take more that wait whole for the last micro-batch: in fp32, beside the shard that is there anyway."""
+    return round(4 * form.trained * (1 - 1 / among))
 
 
 def shards(strategy: StrategyConfig, job: Job) -> int:

@@ -111,7 +111,8 @@ def simulate_form(
         ):
             parts = parts_of(shallow, [length] * per(shallow), runtime)
             rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length)
-            told["notes"] = tuple(f"{key}: {value}" for key, value in parts.built.substitutions.items())
+            notes = parts.built.substitutions.items()  # kernels were asked of a machine that is not meant
+            told["notes"] = tuple(f"{key}: {value}" for key, value in notes if key != "model.attention")
             told["layout"] = str(parts.built.layout)
             counts[depth] = _parameters(parts.built)
             batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
@@ -137,7 +138,6 @@ def simulate_form(
         found,
         parameters=parameters,
         trained=trained,
-        per_document=per(config),
         notes=told["notes"],
         layout=told["layout"],
     )

@@ -10,6 +10,8 @@ from strategies.owned import Kind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
+from trainer.data.config import Layout
+from trainer.plan import waiting_bytes
 from trainer.planning.live import GRAIN
 from trainer.simulation import simulate_depth, simulate_form
 
@@ -50,7 +52,7 @@ def both(model, case, layout, rows, length):
     """(form, its answer for `rows` sequences, the simulation of them)."""
     world = 1 if case.strategy == "single" else 8
     config = case.config(model, world)
-    config = replace(config, data=replace(config.data, layout=layout))
+    config = replace(config, data=replace(config.data, layout=Layout(layout)))
     if isinstance(config.strategy, Fsdp2Config):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
@@ -97,6 +99,17 @@ def test_a_large_model(tmp_path, case, rows):
     config.save_pretrained(tmp_path)
     _, taken, found = both(tmp_path, case, "padding_free", rows, 4096)
     assert taken.total == pytest.approx(found.total, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
+    case = Case("fsdp2", "full", "bf16", checkpointing, False, 2)
+    form, taken, _ = both(model, case, "padding_free", 2, 512)
+    config = case.config(model, 8)
+    config = replace(config, strategy=replace(config.strategy, defer_sync=True))
+    found = simulate_depth(config, [512] * 2, world_size=8)
+    assert taken.total + waiting_bytes(form, 8) == pytest.approx(found.total, rel=WITHIN)
+    assert waiting_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
 
 
 def test_what_fits_is_where_the_line_meets_the_limit(model):

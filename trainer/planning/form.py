@@ -77,8 +77,6 @@ class Form:
     """Of the whole model."""
     trained: int = 0
     """Of these, what trains."""
-    per_document: int = 1
-    """Sequences that make one document."""
     layout: str = ""
     """How documents lie in a row."""
     notes: tuple[str, ...] = ()
