@@ -6,9 +6,10 @@ backward pass count once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ class Seen:
 
 
 class _Now:
-    """The pass that is seen at this moment."""
+    """The pass that is seen at this moment, and what notes in it: never part of a compiled graph, which would keep the pass."""
 
     seen: Seen | None = None
+    note: Callable[[Any, Tensor], None]
 
 
 @contextmanager
@@ -66,11 +68,15 @@ def watching(seen: Seen) -> Iterator[Seen]:
         _Now.seen = before
 
 
-@torch.compiler.disable
 def note_chosen(module: Any, chosen: Tensor) -> None:
     """Count the tokens of `chosen [positions, k]`, experts of `module`, where the pass is seen. Waits for no device."""
-    seen, row = _Now.seen, getattr(module, "row_of_load", None)
-    if seen is None or seen.tokens is None or row is None or not seen.looks:
+    if getattr(module, "row_of_load", None) is not None:
+        _Now.note(module, chosen)
+
+
+def _note(module: Any, chosen: Tensor) -> None:
+    seen, row = _Now.seen, module.row_of_load
+    if seen is None or seen.tokens is None or not seen.looks:
         return
     experts, kept = seen.tokens.shape[1], seen.kept(len(chosen))
     flat = chosen.reshape(-1).long()
@@ -83,6 +89,8 @@ def note_chosen(module: Any, chosen: Tensor) -> None:
 def number_experts(model: nn.Module) -> tuple[int, ...]:
     """Give each module of experts its row of `Seen.tokens`; how many experts each has."""
     modules: list[Any] = list(expert_modules(model).values())
+    if modules:
+        _Now.note = torch.compiler.disable(_note)  # here, since it imports what takes a second
     for row, module in enumerate(modules):
         module.row_of_load = row
     return tuple(int(module.num_experts) for module in modules)
@@ -117,23 +125,17 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
 def record_logits(root: nn.Module, routers: dict[str, int]) -> None:
     """Let these modules of `root` note their logits in the pass that is seen; adapters on them are part of that."""
     for name, index in routers.items():
-        root.get_submodule(name).register_forward_hook(_Note(index))
+        root.get_submodule(name).register_forward_hook(torch.compiler.disable(partial(_note_logits, index)))
 
 
-class _Note:
-    """A hook that notes part of a router's output."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    @torch.compiler.disable
-    def __call__(self, _router: nn.Module, _args: Any, output: Any) -> None:
-        seen = _Now.seen
-        if seen is None or not seen.looks:
-            return
-        logits = output[self.index] if isinstance(output, tuple) else output
-        if logits is not None:
-            seen.logits.append(logits.reshape(-1, logits.shape[-1]))
+def _note_logits(index: int, _router: nn.Module, _args: Any, output: Any) -> None:
+    """A hook that notes part `index` of a router's output."""
+    seen = _Now.seen
+    if seen is None or not seen.looks:
+        return
+    logits = output[index] if isinstance(output, tuple) else output
+    if logits is not None:
+        seen.logits.append(logits.reshape(-1, logits.shape[-1]))
 
 
 def balancing_biases(model: nn.Module) -> list[str]:
