@@ -169,14 +169,14 @@ def build_model(
 def _check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
     """Raise ConfigError where documents or packs do not fit the model that was built."""
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
-    if family_of(config.objective).kind is not Kind.encoder_decoder:  # whose sides have positions each of their own
+    family = family_of(config.objective)
+    if family.kind is not Kind.encoder_decoder:  # whose sides have positions each of their own
         check_room(config.tuning, int(data.train.lengths.max(initial=0)), positions)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
             "padded rows here; set data.packing=false"
         )
-    family = family_of(config.objective)
     if family.kind is Kind.causal and plain_model(built.step_module.model).way.alone:  # type: ignore[union-attr]
         _check_alone(config, built, data)
     if family.kind is Kind.encoder_decoder:
@@ -186,15 +186,12 @@ def _check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
 
 def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
     """Raise ConfigError where a model that reads one document at a time would be given several."""
-    kind, several = built.config.model_type, built.reading.sequences_per_document > 1
-    if several:
-        raise ConfigError(
-            f"objective={config.objective.name}: compares documents of one batch, and a {kind} is right for one at a time only; "
-            "use objective=sft, or another model"
-        )
+    kind, name = built.config.model_type, config.objective.name
+    if built.reading.sequences_per_document > 1:
+        word = f"objective={name}: compares documents of one batch, and a {kind} is right for one at a time only"
+        raise ConfigError(f"{word}; use objective=sft, or another model")
     batches = {"batch.micro": config.batch["micro"]}
-    if data.evaluation is not None and len(data.evaluation):
-        batches["evaluation.batch"] = config.evaluation.batch
+    batches |= {"evaluation.batch": config.evaluation.batch} if data.evaluation else {}
     if wrong := {key: size for key, size in batches.items() if size > 1}:
         raise ConfigError(
             f"{' and '.join(f'{key}={size}' for key, size in wrong.items())}: a {kind} computes something else where rows are "
