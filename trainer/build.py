@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
@@ -26,7 +25,6 @@ from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import describe_head, grow_vocabulary, head_names, text_settings, vocabulary_names
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.loading import load_model_config, weights_directory
-from trainer.model.packed import kept_weights
 from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.still import still_rows, zeroed_row
@@ -102,7 +100,8 @@ def build_engine(
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
-    _keep_packed(config.model, built, source, runtime)
+    if built.scheme is not None and config.model.keep_packed:
+        source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
     if config.strategy.name is StrategyName.zero3 and built.config.model_type in UNEVEN_CALLS:
         raise ConfigError(
             f"strategy=zero3: a {built.config.model_type} calls some modules as often as its tokens ask, so that ranks would "
@@ -288,15 +287,6 @@ def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
         trains = {named(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         if (left := not_packed(built.plain, {*built.quantised, *built.vocabulary, *trains})) is not None:
             built.substitutions["model.quantisation"] = f"{scheme} -> {left}"
-
-
-def _keep_packed(config: ModelConfig, built: Built, source: WeightSource, runtime: processes.Runtime) -> None:
-    """Let the ranks of a host pack each weight of a quantised base once, and keep it for later runs."""
-    if built.scheme is None or not config.keep_packed:
-        return
-    checkpoint, share = source.checkpoint, (runtime.local_rank, runtime.local_world_size)
-    places = [checkpoint.directory, *(Path(adapter).expanduser() for adapter in config.adapters)]
-    checkpoint.kept = kept_weights(places, built.scheme, built.quantised, checkpoint.packed_whole, share)
 
 
 def attach_frozen(

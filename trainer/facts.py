@@ -217,7 +217,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
         also = ", each expert" if facts.get("quantised_experts") else ""
         lines.append(f"base stored in {facts['quantisation']}: frozen linear layers but the head{also}")
     lines += facts.get("routers", [])
-    if kept := facts["packed_weights"]:
+    if kept := facts.get("packed_weights"):
         size = f"{kept['bytes'] / 2**30:.2f} GiB"
         lines.append(
             f"packed weights are not kept for later runs: {kept['not_kept']}"

@@ -19,7 +19,7 @@ from strategies.parameters import TEACHER
 from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import Files
-from trainer.model.packed import PackedWeights
+from trainer.model.packed import PackedWeights, kept_weights
 from trainer.model.quantisation import Scheme
 from trainer.model.quantised_experts import pack_run, rounded_stack
 from trainer.tuning.base import Tuning
@@ -155,6 +155,12 @@ class BaseWeights(Checkpoint):
         if self._last is None or self._last[0] != name:
             self._last = name, self.scheme.pack(super().whole(name))
         return self._last[1]
+
+    def keep(self, adapters: list[str], share: tuple[int, int]) -> None:
+        """Let the ranks of this host pack each matrix once between them, and keep it; `share` (i, n): this is rank i of n."""
+        assert self.scheme is not None
+        places = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
+        self.kept = kept_weights(places, self.scheme, self.quantised, self.packed_whole, share)
 
     def packed_run(self, name: str, start: int, stop: int) -> Tensor:
         """As `packed`, of matrices read from what this host keeps; experts are packed by those who hold them."""
