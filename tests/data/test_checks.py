@@ -147,7 +147,7 @@ def test_policies_count_or_quarantine_under_the_first_reason():
     assert Checks(strict)(document, dropped) is None
     assert dropped.dropped == {"checks": {"trailing_turns": 1}} and not dropped.noted
     assert dropped.examples == {"checks/trailing_turns": ["f.jsonl:7 (turn 5)"]}
-    assert Checks(strict)(turns("ua"), dropped) is not None and dropped.num_dropped() == 1
+    assert Checks(strict)(turns("ua"), dropped) is not None and len(dropped.drops) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

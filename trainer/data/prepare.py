@@ -118,9 +118,9 @@ class Preparation:
         """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
         if (self.directory / DONE).exists():
             return
-        blocks = self._blocks(self._readers(), parts=count, mine=lambda job: job.number % count == number)
+        maker = self._maker(self._readers(), parts=count)
         with Shards(self.directory, count).writing(number) as keep:
-            for block in blocks:
+            for block in self._blocks(maker, lambda job: job.number % count == number):
                 self.check_stop()
                 keep(block)
 
@@ -133,12 +133,12 @@ class Preparation:
         """Both passes, and the reports."""
         self.check_stop()
         readers = self._readers()
-        made = self._blocks(readers)
+        maker = self._maker(readers)
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
         splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
         assembly = Assembly(target, self.config.max_bad_share, rejected, splits=splits)
         with closing(assembly):
-            for block in made if shards is None else shards.blocks():
+            for block in self._blocks(maker) if shards is None else shards.blocks():
                 self.check_stop()
                 assembly.append(block)
             columns, table = assembly.columns(), DocumentTable(target)
@@ -174,16 +174,14 @@ class Preparation:
     def _readers(self) -> dict[tuple[str, str], RowReader]:
         return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
 
-    def _blocks(
-        self,
-        readers: dict[tuple[str, str], RowReader],
-        *,
-        parts: int = 1,
-        mine: Callable[[Job], bool] = lambda job: True,
-    ) -> Iterator[Block]:
-        """The blocks of the jobs that are `mine`, one of `parts`, in input order. Raises StorageError for a disk too small."""
+    def _maker(self, readers: dict[tuple[str, str], RowReader], *, parts: int = 1) -> BlockMaker:
+        """What makes blocks, of which one of `parts` is made here. Raises StorageError for a disk too small."""
         maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer)
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
+        return maker
+
+    def _blocks(self, maker: BlockMaker, mine: Callable[[Job], bool] = lambda job: True) -> Iterator[Block]:
+        """The blocks of the jobs that are `mine`, in input order."""
         every = filter(mine, jobs(rows_of(self.inputs, self.config.max_documents)))
         workers = 1 if self.small else self.config.workers or cores()
         return ordered_map(maker, every, workers=workers) if workers > 1 else map(maker, every)

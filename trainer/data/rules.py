@@ -33,7 +33,7 @@ def problems(data: DataConfig) -> Iterator[str]:
     """Everything that is wrong with the settings of data, whatever else is set."""
     if data.path in (None, "") and not data.sources:
         yield (
-            "data.path is not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
+            "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
             "data.sources"
         )
     if data.path not in (None, "") and data.sources:
