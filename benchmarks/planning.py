@@ -24,10 +24,10 @@ from launch.compose import compose
 from launch.plan import read_own
 from strategies.base import Precision
 from strategies.owned import Kind
-from trainer.plan import Job, Lengths, Way
+from trainer.forecast.plan import Job, Lengths, Way
+from trainer.forecast.sweep import simulate_ways
 from trainer.planning.form import Form
 from trainer.planning.speed import Load, step_of
-from trainer.sweep import simulate_ways
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "planning.json"

@@ -22,7 +22,7 @@ from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
 from trainer.records.lease import refuse_in_use
 from trainer.records.status import State, read_status, write_text_atomic
-from trainer.signals import pending
+from trainer.stopping.signals import pending
 
 HEADER = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 SHOWN_DIFFERENCES = 12

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from trainer.signals import hold
+from trainer.stopping.signals import hold
 
 VERBS = {
     "train": "fine-tune a model: in this process, over torchrun, or by SLURM",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
-    from trainer.plan import Job, Lengths, PlanConfig
+    from trainer.forecast.plan import Job, Lengths, PlanConfig
     from trainer.planning.hardware import Card
 
 USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     words = [word for word in words if word not in own]
     card, settings = read_own(own)
     from launch.plan_answer import as_dict, text
-    from trainer.sweep import sweep
+    from trainer.forecast.sweep import sweep
 
     config, typed = composed(words, card)
     job = job_of(config, card, typed)
@@ -67,7 +67,7 @@ def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
     from omegaconf.errors import OmegaConfBaseException
 
     from strategies.errors import ConfigError
-    from trainer.plan import PlanConfig
+    from trainer.forecast.plan import PlanConfig
     from trainer.planning.hardware import Card
 
     problems: list[str] = []
@@ -177,8 +177,8 @@ def per_node(config: RunConfig) -> int:
 
 def job_of(config: RunConfig, card: Card, typed: set[str]) -> Job:
     """The ranks, and how long what they are given is. Prepares data where data.path says some."""
+    from trainer.forecast.plan import Job, Lengths
     from trainer.objectives.registry import reading_of
-    from trainer.plan import Job, Lengths
 
     per = reading_of(config.objective).sequences_per_document
     lengths = Lengths.all_of(config.data.max_length, per)
@@ -199,8 +199,8 @@ def _measured(config: RunConfig, per: int) -> Lengths:
 
     from trainer.build import prepare_data
     from trainer.data.batches.mixing import build_order
+    from trainer.forecast.plan import Lengths
     from trainer.model.loading import load_tokenizer
-    from trainer.plan import Lengths
 
     data = prepare_data(config, load_tokenizer(config.model))
     all_of = data.train.lengths.astype(np.int64)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.plan import Choice
+from trainer.forecast.plan import Choice
+from trainer.forecast.sweep import Answer
 from trainer.planning.hardware import GIB, resting
-from trainer.sweep import Answer
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "sgd": 4, "muon": 4, "schedule_free": 8, "adafactor": 0}
 """Bytes of optimizer state that a checkpoint keeps for each trained parameter, beside its weight in fp32."""

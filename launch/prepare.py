@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(problems)
     from trainer.build import prepare_data, prepare_shard
     from trainer.model.loading import load_tokenizer
-    from trainer.signals import StopRequest
+    from trainer.stopping.signals import StopRequest
 
     tokenizer = load_tokenizer(config.model)
     with StopRequest() as request:

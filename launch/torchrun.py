@@ -21,7 +21,7 @@ from typing import Any
 
 from strategies.heartbeat import LOST_PEER
 from trainer.config.run import LauncherConfig, RunConfig
-from trainer.signals import SIGNALS, hold, release
+from trainer.stopping.signals import SIGNALS, hold, release
 
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""

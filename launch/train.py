@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launch.choices import groups
 from launch.slurm_env import is_worker
-from trainer.signals import hold, release
+from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
     from launch.frozen import Composed
@@ -55,7 +55,7 @@ def show(composed: Composed, *, dry_run: bool) -> None:
     if not dry_run:
         print(f"# sha256: {composed.sha256}\n{composed.yaml}", end="")
         return
-    from trainer.dry_run import describe
+    from trainer.forecast.dry_run import describe
 
     print(describe(composed.config))
 

@@ -1,7 +1,7 @@
 """Estimated memory of one rank, from shapes alone: what a run chooses recomputation and waiting gradients by, as it starts.
 
 Model state follows from the strategy by arithmetic. Activations are counted on the meta device where the caller has done so
-(`strategies.activation_plan`), else a rule of thumb (stated below). What people are told is simulated (`trainer/simulation.py`).
+(`strategies.activation_plan`), else a rule of thumb (stated below). What people are told is simulated (`trainer/forecast`).
 """
 
 from __future__ import annotations

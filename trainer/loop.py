@@ -22,11 +22,11 @@ from trainer.evaluation.loss import Interrupted
 from trainer.objectives.ahead import look_ahead
 from trainer.objectives.routed import EXPERT_TOKENS, told
 from trainer.optim.schedule import ScheduleConfig, lr_factor_at
-from trainer.preempt import Agreement
 from trainer.records.console import Console
 from trainer.records.load import by_layer
 from trainer.records.metrics import Meter, StepRecord
 from trainer.records.trackers import Trackers, summary_of
+from trainer.stopping.preempt import Agreement
 
 
 @dataclass(slots=True)

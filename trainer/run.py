@@ -12,7 +12,6 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted
 from strategies.meeting import Meeting
-from trainer.attempt import Where, attempt
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints, places_of
@@ -33,25 +32,26 @@ from trainer.facts import (
     tracker_settings,
     write_run_record,
 )
-from trainer.identity import establish
+from trainer.lifecycle.attempt import Where, attempt
+from trainer.lifecycle.identity import establish
 from trainer.loop import LoopSettings, Outcome, Output, Trainer
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
-from trainer.preempt import Agreement
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.status import State, write_status
 from trainer.records.trackers import Trackers, build_trackers
-from trainer.signals import StopRequest
 from trainer.step import Built
+from trainer.stopping.preempt import Agreement
+from trainer.stopping.signals import StopRequest
 from trainer.tuning.start import adapter_hash
 
 
 def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
     """Train as one rank of the job that the environment describes; raises what ended the run.
 
-    `run_dir` is needed on rank 0 only. How it ended is written down by `trainer/attempt.py`.
+    `run_dir` is needed on rank 0 only. How it ended is written down by `trainer/lifecycle/attempt.py`.
     """
     failed = False
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several

@@ -7,7 +7,7 @@ import torch
 
 from strategies.runtime import Runtime
 from trainer import preempt
-from trainer.preempt import Agreement
+from trainer.stopping.preempt import Agreement
 
 
 class Job:

@@ -22,7 +22,7 @@ KEYS = ("the first secret key", "the second secret key")
 SLOW = """
 import os, signal, time
 from trainer.data.maker import ordered_map
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trainer.signals.StopRequest does
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trainer.stopping.signals.StopRequest does
 def slow(item):
     time.sleep(0.05 if item < 3 else 2)
     return os.getpid(), bytes(1 << 20)

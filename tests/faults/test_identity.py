@@ -11,7 +11,7 @@ from strategies.errors import ConfigError
 from tests.helpers.tokenizers import write_chat_data
 from trainer.config.resuming import KINDS, flat, kind_of, plain
 from trainer.config.run import RunConfig
-from trainer.identity import _same_everywhere, differences, source_digest
+from trainer.lifecycle.identity import _same_everywhere, differences, source_digest
 from trainer.records.sampled import BLOCK, BLOCKS, sampled_digest
 
 

@@ -51,7 +51,7 @@ def test_two_ranks_and_their_launcher_outlive_a_flood(runs):
 
 BY_ITSELF = """
 import os, signal, time
-from trainer.signals import StopRequest, hold
+from trainer.stopping.signals import StopRequest, hold
 
 def send(number, until):
     os.kill(os.getpid(), number)

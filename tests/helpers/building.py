@@ -35,13 +35,13 @@ from trainer.objectives.registry import reading_of
 from trainer.objectives.sft import SftReading
 from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
-from trainer.preempt import Agreement
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.trackers import Trackers
 from trainer.run import Place, Where, loop_settings, record_reference
-from trainer.signals import StopRequest
 from trainer.step import Built
+from trainer.stopping.preempt import Agreement
+from trainer.stopping.signals import StopRequest
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {

@@ -6,7 +6,7 @@ import os, signal, sys, time, types
 def run_worker(config, run_dir, sha256):
     import torch, torch.distributed as dist
     from strategies.errors import ConfigError, Preempted
-    from trainer.signals import StopRequest
+    from trainer.stopping.signals import StopRequest
     from trainer.records.status import write_status
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     what = os.environ["STAND_IN"]

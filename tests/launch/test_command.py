@@ -87,7 +87,7 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     (tmp_path / "d.jsonl").write_text("{}")
     described = []
     plan = SimpleNamespace(describe=lambda config: described.append(config) or "the plan")
-    monkeypatch.setitem(sys.modules, "trainer.dry_run", plan)
+    monkeypatch.setitem(sys.modules, "trainer.forecast.dry_run", plan)
     assert command.main(["train", "--dry-run", "model.path=m", "data.path=d.jsonl", "budget.steps=1"]) == 0
     assert capsys.readouterr().out == "the plan\n"
     assert described[0].budget.steps == 1

@@ -16,11 +16,11 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.build import prepare_data
+from trainer.forecast.plan import Job, Lengths, PlanConfig, micro_batches, ways
+from trainer.forecast.simulation import simulate_depth
 from trainer.model.loading import load_tokenizer
-from trainer.plan import Job, Lengths, PlanConfig, micro_batches, ways
 from trainer.planning.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
 from trainer.records.cards import PEAK_TFLOPS
-from trainer.simulation import simulate_depth
 
 GPUS = ["launcher.nodes=2", "launcher.gpus_per_node=4"]
 

@@ -11,9 +11,9 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
 from trainer.data.config import Layout
-from trainer.plan import waiting_bytes
+from trainer.forecast.plan import waiting_bytes
+from trainer.forecast.simulation import simulate_depth, simulate_form
 from trainer.planning.live import GRAIN
-from trainer.simulation import simulate_depth, simulate_form
 
 WITHIN = 0.05
 """Of what is simulated, at most; what the product promises."""

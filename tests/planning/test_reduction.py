@@ -11,7 +11,7 @@ from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import build_model, workload
 from trainer.config.validate import problems_of
-from trainer.dry_run import _waiting
+from trainer.forecast.dry_run import _waiting
 from trainer.model.loading import load_tokenizer
 from trainer.planning import reduction
 from trainer.planning.activations import measured, model_state

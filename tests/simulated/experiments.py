@@ -5,8 +5,8 @@ from pathlib import Path
 import transformers
 
 from launch.compose import compose
+from trainer.forecast.simulation import simulate_depth
 from trainer.planning.depth import Extended
-from trainer.simulation import simulate_depth
 
 MODELS = {
     "llama2_7b_lora_fsdp2": transformers.LlamaConfig(

@@ -7,9 +7,9 @@ import transformers
 
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
+from trainer.forecast.simulation import ends_of, simulate_depth
 from trainer.planning.depth import ENDS, shallow
 from trainer.planning.live import GRAIN
-from trainer.simulation import ends_of, simulate_depth
 
 SIZES = {
     "moderate": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 7, "vocab_size": 4096},

@@ -14,7 +14,7 @@ from strategies.heartbeat import WAITED, Heartbeats
 from strategies.runtime import Runtime, first_error
 from trainer.records.lease import Lease, LeaseLost, NotOurs
 from trainer.records.status import State, clear_failure, read_failure, record_failure, write_status
-from trainer.signals import StopRequest
+from trainer.stopping.signals import StopRequest
 
 
 @dataclass(slots=True)

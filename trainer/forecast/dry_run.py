@@ -16,10 +16,10 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
+from trainer.forecast.simulation import simulate_depth
 from trainer.loop import steps_from_budget
 from trainer.model.loading import load_tokenizer
 from trainer.planning.activations import longest_lengths
-from trainer.simulation import simulate_depth
 from trainer.step import Built
 
 

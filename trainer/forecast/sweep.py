@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from strategies.base import Fsdp2Config
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
-from trainer.plan import Choice, Job, PlanConfig, Way, choices, micro_batches, ways
+from trainer.forecast.plan import Choice, Job, PlanConfig, Way, choices, micro_batches, ways
 from trainer.planning.form import Form
 
 Tell = Callable[[int, int, str], None]
@@ -111,7 +111,7 @@ def _quiet() -> None:
 
 
 def _simulate(config: RunConfig, length: int, accumulation: int, job: Job, exact: bool) -> Form | str:
-    from trainer.simulation import simulate_form
+    from trainer.forecast.simulation import simulate_form
 
     strategy = config.strategy
     if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:

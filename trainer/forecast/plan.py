@@ -1,7 +1,7 @@
 """What a run would take, before there is one: memory, time and price of each way to run it, found by simulating its step.
 
 A way is a strategy with what its blocks recompute, what is offloaded and how the base is stored. Each is simulated once
-(`trainer/simulation.py`), in processes of their own, and answers for every micro-batch (`trainer/planning/form.py`).
+(`trainer/forecast/simulation.py`), in processes of their own, and answers for every micro-batch (`trainer/planning/form.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from strategies.runtime import Runtime
-from trainer.signals import StopRequest
+from trainer.stopping.signals import StopRequest
 
 ASK_EVERY_S, AT_MOST = 2.0, 8
 """Ranks ask each other about every two seconds, and never leave out more than seven steps, so that of the time that SLURM

@@ -1,0 +1,1 @@
+"""Ending a run in good order: signals, and the decision of all ranks."""
