@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strategies.runtime import Runtime
-from trainer import preempt
+from trainer.stopping import preempt
 from trainer.stopping.preempt import Agreement
 
 
