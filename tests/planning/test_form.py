@@ -11,7 +11,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
 from trainer.data.config import Layout
-from trainer.forecast.plan import waiting_bytes
+from trainer.forecast.plan import deferred, waiting_bytes
 from trainer.forecast.simulation import simulate_depth, simulate_form
 from trainer.planning.live import GRAIN
 
@@ -104,11 +104,13 @@ def test_a_large_model(tmp_path, case, rows):
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
     case = Case("fsdp2", "full", "bf16", checkpointing, False, 2)
-    form, taken, _ = both(model, case, "padding_free", 2, 512)
+    form, _, _ = both(model, case, "padding_free", 2, 512)
     config = case.config(model, 8)
     config = replace(config, strategy=replace(config.strategy, defer_sync=True))
     found = simulate_depth(config, [512] * 2, world_size=8)
-    assert taken.total + waiting_bytes(form, 8) == pytest.approx(found.total, rel=WITHIN)
+    later = deferred(form, waiting_bytes(form, 8)).at(1024)
+    assert later.total == pytest.approx(found.total, rel=WITHIN)
+    assert sum(later.kinds.values()) == pytest.approx(later.total, rel=1e-3)
     assert waiting_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
 
 

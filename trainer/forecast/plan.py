@@ -27,6 +27,7 @@ from trainer.config.validate import problems_of
 from trainer.model.quantisation import Quantisation
 from trainer.planning.form import Form, Taken
 from trainer.planning.hardware import Card, Fit, fit, host_gib, room
+from trainer.planning.live import Highest, Moment
 from trainer.planning.speed import Load, Step, step_of
 
 MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
@@ -216,10 +217,9 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
     taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
-        waiting = waiting_bytes(form, shards(way.config.strategy, job))
-        later = replace(taken, total=taken.total + waiting, kinds=_more(taken.kinds, Kind.gradients, waiting))
-        waits = fit(form, later, card).margin >= 0
-        taken, form = (later, deferred(form)) if waits else (taken, form)
+        later = deferred(form, waiting_bytes(form, shards(way.config.strategy, job)))
+        waits = fit(later, later.at(units), card).margin >= 0
+        taken, form = (later.at(units), later) if waits else (taken, form)
         words.append(f"strategy.defer_sync={str(waits).lower()}")
     step = step_of(form, _load(form, job, micro, accumulation), card, job.precision, ranks_per_node=job.per_node)
     tokens = job.lengths.mean * job.global_batch
@@ -255,14 +255,26 @@ def shards(strategy: StrategyConfig, job: Job) -> int:
     return job.world
 
 
-def deferred(form: Form) -> Form:
-    """The form with gradients that are reduced in the last micro-batch alone."""
+def deferred(form: Form, waiting: int) -> Form:
+    """The form with gradients that are reduced in the last micro-batch alone, and are `waiting` bytes more until then.
+
+    What a reduction reads outlives its micro-batch, into the next forward pass: there it is not, then.
+    """
     kept = {key: found for key, found in form.exchanged.items() if key[4] != "each" or "reduce" not in key[0]}
-    return replace(form, exchanged=kept)
+    large = form.moments[1]
 
+    def later(moment: Moment, highest: Highest) -> Highest:
+        first = large.get(replace(moment, micro=0), large[moment])  # where only what is gathered is in buffers
+        over = large[moment].kinds.get(Kind.communication, 0) - first.kinds.get(Kind.communication, 0)
+        over = over if moment.phase == "forward" else 0
+        kinds = highest.kinds
+        if kinds:
+            kinds = kinds | {Kind.gradients: kinds.get(Kind.gradients, 0) + waiting}
+            kinds[Kind.communication] = kinds.get(Kind.communication, 0) - over
+        return Highest(highest.total + waiting - over, highest.operation, kinds)
 
-def _more(kinds: dict[Kind, int], kind: Kind, size: int) -> dict[Kind, int]:
-    return kinds | {kind: kinds.get(kind, 0) + size}
+    small, large_later = ({m: later(m, h) for m, h in of.items()} for of in form.moments)
+    return replace(form, exchanged=kept, moments=(small, large_later))
 
 
 def _load(form: Form, job: Job, micro: int, accumulation: int) -> Load:
