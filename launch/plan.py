@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
 Takes the words of `train`. What is typed stays as it is; strategy, strategy.activation_checkpointing and batch.micro are
 looked at in all their values where they are not. The model needs its config.json alone; data only where data.path is given.
 
-  hardware=<card>            {cards}, or a YAML file like those of conf/hardware/
+  hardware=<card>            one of these, or a YAML file like those of conf/hardware/:
+{cards}
   hardware.<key>=...         another figure for it, as hardware.price_per_hour=2.10 or hardware.memory_gib=40
   launcher.nodes, launcher.gpus_per_node     the ranks; one card where nothing is said
   plan.offload=true          look at states in host memory too
@@ -37,7 +39,8 @@ OWN = ("plan", "hardware")
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE.format(cards=", ".join(cards())))
+        indent = " " * 29
+        print(USAGE.format(cards=fill(", ".join(cards()), 110, initial_indent=indent, subsequent_indent=indent)))
         return 0
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 _SAME: dict[float, tuple[str, ...]] = {
     2500.0: ("NVIDIA GB200",),
-    2250.0: ("NVIDIA B200",),
-    989.4: ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H800", "NVIDIA GH200 480GB", "NVIDIA GH200 144G HBM3e"),
+    2250.0: ("NVIDIA B200", "NVIDIA B300 SXM6 AC"),
+    989.4: (
+        *("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H800"),
+        *("NVIDIA GH200 480GB", "NVIDIA GH200 120GB", "NVIDIA GH200 144G HBM3e"),
+    ),
     835.5: ("NVIDIA H100 NVL", "NVIDIA H200 NVL"),
     756.0: ("NVIDIA H100 PCIe", "NVIDIA H800 PCIe"),
     148.0: ("NVIDIA H20",),
@@ -20,6 +23,7 @@ _SAME: dict[float, tuple[str, ...]] = {
     362.1: ("NVIDIA L40S",),
     181.0: ("NVIDIA L40", "AMD Instinct MI210", "AMD Instinct MI250"),
     121.0: ("NVIDIA L4",),
+    119.5: ("NVIDIA L20",),
     130.0: ("Tesla V100S-PCIE-32GB",),
     112.0: ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"),
     65.0: ("Tesla T4",),
@@ -55,10 +59,12 @@ _SAME: dict[float, tuple[str, ...]] = {
 PEAK_TFLOPS = {name: figure for figure, names in _SAME.items() for name in names}
 """TFLOP/s of one device in dense bf16 (fp16 before Ampere), without sparsity and with sums in fp32, by the driver's name.
 
-NVIDIA: the data sheets of H100, H200, H20, GH200, HGX B200, GB200 NVL72, A100, A30, A40, A10, A10G, L4, L40, L40S, T4,
-V100, RTX A6000 and RTX 6000 Ada, halved where a sheet gives the sparse figure; the white papers "Ampere GA102", "Ada" and
-"RTX Blackwell" for GeForce, where sums in fp32 run at half the rate (twice the plain fp32 figure of the card).
+NVIDIA: the data sheets of H100, H200, H20, GH200, HGX B200, HGX B300, GB200 NVL72, A100, A30, A40, A10, A10G, L4, L20,
+L40, L40S, T4, V100, RTX A6000 and RTX 6000 Ada, halved where a sheet gives the sparse figure; the white papers "Ampere
+GA102", "Ada" and "RTX Blackwell" for GeForce, where sums in fp32 run at half the rate (twice the plain fp32 figure of the
+card). For L4, L40S and RTX 6000 Ada the sheets leave open whether sums are in fp32: their figures may be twice the truth.
 AMD: the data sheets of MI210, MI250, MI250X, MI300A, MI300X and MI325X; a MI250 or MI250X is two devices, with half each.
+The files of conf/hardware say for their cards what was looked up where; the others were not looked up again.
 """
 
 
