@@ -155,7 +155,7 @@ def test_data_that_would_teach_nothing_is_refused(tmp_path, data):
 
 
 def test_settings_that_cannot_be_used(tmp_path, data):
-    with pytest.raises(ConfigError, match=r"data\.path is not set"):
+    with pytest.raises(ConfigError, match=r"data\.path: not set"):
         run(DataConfig(cache_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"data\.eval_share"):
         run(config(tmp_path, eval_share=0.1, eval_path=str(data)))

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch.distributed as dist
@@ -24,6 +25,7 @@ def test_a_killed_and_a_stopped_rank_are_named(runs):
     ):
         process = runs.start(name, *TWO)
         runs.wait_for_step(name, 2, process)
+        time.sleep(seconds(3))  # a sign of life comes each second, and later on a busy machine
         rank = rank_of(process.pid, 1)
         rank.send_signal(number)
         assert runs.end(process) == 70

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 
-from tests.export.test_export import bases, export, logits_of, runtime, token_batch, trained  # noqa: F401 - fixtures too
+from tests.helpers.exports import assert_same_logits, export, logits_of, token_batch, trained
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_model
 from tests.tuning.test_expert_lora_files import BOTH
-from tests.tuning.test_methods import assert_same_logits
 from tests.tuning.test_quantised import SCHEMES, rounded_base, settings_of
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model.quantisation import Quantisation
@@ -91,7 +90,7 @@ def plain_rounded(base, scheme):
 @pytest.mark.parametrize(
     ("architecture", "name"), [("mixtral", "nf4"), ("gpt_oss", "nf4"), ("gpt_oss", "int8"), ("qwen3_moe", "fp4")]
 )
-def test_an_adapter_on_quantised_experts_is_plain_pefts_on_a_rounded_base(bases, runtime, tmp_path, architecture, name):  # noqa: F811
+def test_an_adapter_on_quantised_experts_is_plain_pefts_on_a_rounded_base(bases, runtime, tmp_path, architecture, name):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +107,7 @@ def test_an_adapter_on_quantised_experts_is_plain_pefts_on_a_rounded_base(bases,
     assert_same_logits(logits_of(AutoModelForCausalLM.from_pretrained(merged).eval(), ids), reference)
 
 
-def test_a_frozen_mixture_computes_and_differentiates_as_the_rounded_one(bases, runtime):  # noqa: F811
+def test_a_frozen_mixture_computes_and_differentiates_as_the_rounded_one(bases, runtime):
     """Attention alone is adapted: what reaches it has passed through the experts of the layers above."""
     import peft
 
@@ -131,7 +130,7 @@ def test_a_frozen_mixture_computes_and_differentiates_as_the_rounded_one(bases, 
             assert float((trains[name].grad - right).norm()) <= 1e-4 * float(right.norm()) > 0, name
 
 
-def test_experts_that_compute_in_a_way_of_their_own_are_named(bases, runtime, tmp_path):  # noqa: F811
+def test_experts_that_compute_in_a_way_of_their_own_are_named(bases, runtime, tmp_path):
     model = tiny_model("jetmoe")
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
