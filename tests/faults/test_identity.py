@@ -1,5 +1,6 @@
 """A run is never silently another: what decides the result is compared when it is gone on with, and refused by name."""
 
+import hashlib
 import json
 import shutil
 
@@ -95,10 +96,12 @@ def test_ranks_with_another_version_or_clone_are_named():
 
 
 def test_the_source_decides_its_digest(tmp_path, monkeypatch):
-    from trainer import identity
+    from trainer.lifecycle import identity
 
+    nothing = hashlib.sha256().hexdigest()
+    assert not nothing.startswith(source_digest()), "no source was read"  # where the module really lies
     (tmp_path / "trainer").mkdir()
-    monkeypatch.setattr(identity, "__file__", str(tmp_path / "trainer" / "identity.py"))
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "trainer" / "lifecycle" / "identity.py"))
     digests = []
     for text in ("a = 1\n", "a = 2\n", "a = 1\n"):
         (tmp_path / "trainer" / "x.py").write_text(text)

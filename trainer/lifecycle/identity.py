@@ -177,7 +177,7 @@ def _files(config: RunConfig) -> dict[str, str]:
 def source_digest() -> str:
     """SHA-256 of the source that trains, of this installation. Reads a few MB."""
     digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]

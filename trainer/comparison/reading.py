@@ -1,0 +1,193 @@
+"""What a run left in its directory, and the numbers of it that are compared."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from strategies.errors import ConfigError
+from trainer.config.resuming import flat
+from trainer.records.status import State, read_failure, read_status
+
+GIB = 2**30
+RATES = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run as its directory has it; what it never wrote is empty."""
+
+    directory: Path
+    config: dict[str, Any]
+    """Leaves of `config.yaml` by dotted key."""
+    identity: dict[str, dict[str, Any]]
+    """`identity.json`."""
+    facts: dict[str, Any]
+    """`run.json`."""
+    status: dict[str, Any]
+    failure: dict[str, Any]
+    steps: dict[int, dict[str, Any]]
+    """Rows of `metrics.jsonl` by step, in its order."""
+    evaluations: dict[int, dict[str, float]]
+    """Held-out metrics by step; 0 is before the first."""
+
+    @property
+    def state(self) -> str:
+        """`done`, `failed`, `preempted`, `running`, or `not started` where nothing says more."""
+        return str(self.status.get("state") or ("failed" if self.failure else "not started"))
+
+    @property
+    def ended(self) -> str | None:
+        """How far a run came that is not done, such as `failed at step 3`; None for one that is."""
+        if self.state == State.done:
+            return None
+        step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
+        return f"{self.state} at step {step}" if step else self.state
+
+    @property
+    def reason(self) -> str | None:
+        """The same with why, on one line."""
+        if self.state == State.running:
+            heard = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
+            return f"{self.ended}, as last heard of at {heard}"
+        why = self.status.get("reason") or self.failure.get("message")
+        return f"{self.ended}: {' '.join(str(why).split())}" if self.ended and why else self.ended
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Numbers of one run, None where it did not get so far. All ranks together; GiB, seconds."""
+
+    steps: int
+    loss: float | None
+    """Of the last step."""
+    tokens_per_s: float | None
+    """This and the next three: medians over the steps behind the first logging interval."""
+    supervised_tokens_per_s: float | None
+    mfu: float | None
+    step_s: float | None
+    tokens_per_s_quartiles: tuple[float, float] | None
+    """Between these lie half of the steps."""
+    warmup_steps: int
+    """Steps of the first logging interval, left out of the medians; 0 where there are no others."""
+    memory_gib: float | None
+    """The largest peak of all ranks and steps."""
+    memory_reserved_gib: float | None
+    """The same of what the allocator held; on GPUs only."""
+    checkpoint_gib: float | None
+    """The newest checkpoint that still lies in the directory."""
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run was frozen here."""
+    return (directory / "config.yaml").is_file()
+
+
+def read_point(directory: Path) -> Point:
+    """Read one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
+    if not is_run(directory):
+        raise ConfigError(f"{directory}: not a run directory (there is no config.yaml in it)")
+    steps, evaluations = _rows(directory / "metrics.jsonl")
+    return Point(
+        directory=directory,
+        config=_config(directory / "config.yaml"),
+        identity=_object(directory / "identity.json"),
+        facts=_object(directory / "run.json"),
+        status=read_status(directory),
+        failure=read_failure(directory),
+        steps=steps,
+        evaluations=evaluations,
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict) or "strategy" not in tree:
+        raise ConfigError(f"{path}: not the configuration of a run of shardtune")
+    return flat(tree)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
+    """(rows of steps, metrics of evaluations), each by step; the torn last line of a running run is left out."""
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, float]] = {}
+    if not path.exists():
+        return steps, evaluations
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ConfigError(f"{path}: line {number} is no row of metrics; leave this run out") from error
+        if "loss" in row:
+            steps[step] = row
+        else:
+            evaluations[step] = {
+                key: value
+                for key, value in row.items()
+                if key not in ("step", "tokens") and isinstance(value, int | float)
+            }
+    return steps, evaluations
+
+
+def measure(point: Point) -> Measured:
+    """The numbers that are compared."""
+    rows = list(point.steps.values())
+    every = int(point.config.get("logging.every_steps") or 1)
+    first = min(point.steps, default=0)
+    # As in the run's own medians: the first interval has caches to fill and kernels to choose.
+    ends = (first + every - 1) // every * every
+    usual = [row for step, row in point.steps.items() if step > ends]
+    rates = {key: _finite(usual or rows, key) for key in RATES}
+    speeds = rates["tokens_per_s"]
+    quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None
+    evaluated = sorted(point.evaluations)
+    losses = _finite(rows[-1:], "loss")
+    return Measured(
+        steps=len(rows),
+        loss=losses[0] if losses else None,
+        **{key: median(values) if values else None for key, values in rates.items()},
+        tokens_per_s_quartiles=(quartiles[0], quartiles[2]) if quartiles else None,
+        warmup_steps=len(rows) - len(usual) if usual else 0,
+        memory_gib=max(_finite(rows, "memory_gib"), default=None),
+        memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
+        checkpoint_gib=_checkpoint(point.directory),
+        before=point.evaluations.get(0, {}),
+        after=point.evaluations[evaluated[-1]] if evaluated and evaluated[-1] > 0 else {},
+    )
+
+
+def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """Numbers that are not finite are null in the rows."""
+    return [row[key] for row in rows if isinstance(row.get(key), int | float)]
+
+
+def _checkpoint(directory: Path) -> float | None:
+    found = sorted((directory / "checkpoints").glob("step-*"))
+    if not found:
+        return None
+    return sum(file.stat().st_size for file in found[-1].rglob("*") if file.is_file()) / GIB
