@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
-from strategies.errors import ConfigError, Preempted
+from strategies.errors import ConfigError, Preempted, ShardtuneError
 from strategies.meeting import Meeting
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.chosen import choose
@@ -38,6 +39,7 @@ from trainer.loop import LoopSettings, Outcome, Output, Trainer
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
+from trainer.planning.receipt import measured, predicted
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.status import State, write_status
@@ -104,8 +106,9 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     checkpoints.begin(resumed_from)
     where.step = progress.step
     loader, total_steps = build_loader(config, data, built, engine, runtime)
-    facts = run_facts(
+    facts = facts_of(
         config,
+        identity,
         Started(
             sha256=sha256,
             precision=precision,
@@ -119,10 +122,8 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
             resumed_from=resumed_from,
         ),
     )
-    facts |= identity
     trackers = open_records(config, facts, progress, place)
-    metrics = built.step_module.objective.metrics
-    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], metrics)
+    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=engine,
@@ -140,6 +141,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)
     finally:
         trackers.close()
+        note_measured(facts, meter, checkpoints, place)
     where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
 
@@ -160,6 +162,12 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
     if not meeting.go_on(told):
         raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     return data, start_processes(config, meeting.store)
+
+
+def facts_of(config: RunConfig, identity: dict[str, Any], started: Started) -> dict[str, Any]:
+    """What `run.json` says before the first step, with what the run is expected to take. All ranks must call."""
+    facts = run_facts(config, started) | identity
+    return facts | {"receipt": {"predicted": predicted(started.built, facts, str(config.optim.name)), "measured": None}}
 
 
 def evaluators_of(
@@ -266,6 +274,17 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
     write_run_record(place.run_dir, facts)
     write_status(place.run_dir, State.running, step=progress.step)
     return trackers
+
+
+def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
+    """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
+    if not place.runtime.is_main:
+        return
+    facts["receipt"]["measured"] = measured(meter, place.runtime.device.type, checkpoints.last)
+    with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
+        if place.where.lease is not None:
+            place.where.lease.check()
+        write_run_record(place.run_dir, facts)
 
 
 def close_records(

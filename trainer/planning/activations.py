@@ -22,7 +22,9 @@ from strategies.errors import ConfigError
 from strategies.memory import Pass, estimate
 from strategies.mesh import replicas
 from strategies.parameters import named_parameters
+from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.model.architecture import text_settings
 from trainer.step import Built
 
 USABLE = 0.9
@@ -50,8 +52,17 @@ def longest_lengths(built: Built, work: Workload) -> list[int]:
     number = work.micro_batch * built.reading.sequences_per_document
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
-    lengths: list[int] = np.sort(np.asarray(work.train.lengths))[::-1][:number].tolist()
-    return lengths
+    all_of = np.asarray(work.train.lengths)
+    number = min(number, len(all_of))
+    longest: list[int] = np.sort(np.partition(all_of, -number)[-number:])[::-1].tolist()
+    return longest
+
+
+def by_rule(built: Built, work: Workload) -> Pass:
+    """The longest micro-batch for the rule of thumb of `strategies/memory.py`."""
+    lengths, text = longest_lengths(built, work), text_settings(built.config)
+    tokens = sum(lengths) if built.layout is Layout.padding_free else len(lengths) * max(lengths, default=0)
+    return Pass(tokens, text.hidden_size, text.num_hidden_layers)
 
 
 def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
@@ -116,9 +127,9 @@ def plan_checkpointing(
     budget = strategy.memory_gib or device_gib(runtime) * USABLE
     modes, fits = choose(activations, budget * 2**30 - kept)
     modes = processes.broadcast_object(modes, runtime)
-    built.step_module.checkpointing = modes
+    built.step_module.checkpointing, built.activations = modes, activations.total(modes)
     parts = [f"{mode} in {n} of {len(modes)} blocks" for mode in ActivationCheckpointing if (n := modes.count(mode))]
-    peak = (kept + activations.total(modes)) / 2**30
+    peak = (kept + built.activations) / 2**30
     verdict = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
         f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak:.2f} of {budget:.2f} GiB{verdict})"
