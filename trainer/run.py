@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Progress
+from strategies.base import Engine, Precision, Progress
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Preempted, ShardtuneError
 from strategies.meeting import Meeting
@@ -33,13 +33,14 @@ from trainer.facts import (
     tracker_settings,
     write_run_record,
 )
+from trainer.forecast.fitting import must_fit
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.lifecycle.identity import establish
 from trainer.loop import LoopSettings, Outcome, Output, Trainer
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
-from trainer.planning.receipt import measured, predicted
+from trainer.planning.receipt import measured
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.status import State, write_status
@@ -91,11 +92,10 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
 
-    where.phase = "comparing with the run that is gone on with"
-    identity = establish(config, data, run_dir, runtime)
+    precision = resolve_precision(config.precision, runtime)
+    checked = check(config, data, precision, place)
 
     where.phase = "building the model"
-    precision = resolve_precision(config.precision, runtime)
     engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
     record_reference(config, data, engine, built, place)
 
@@ -106,9 +106,9 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     checkpoints.begin(resumed_from)
     where.step = progress.step
     loader, total_steps = build_loader(config, data, built, engine, runtime)
-    facts = facts_of(
+    facts = run_facts(
         config,
-        identity,
+        checked,
         Started(
             sha256=sha256,
             precision=precision,
@@ -164,10 +164,15 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
     return data, start_processes(config, meeting.store)
 
 
-def facts_of(config: RunConfig, identity: dict[str, Any], started: Started) -> dict[str, Any]:
-    """What `run.json` says before the first step, with what the run is expected to take. All ranks must call."""
-    facts = run_facts(config, started) | identity
-    return facts | {"receipt": {"predicted": predicted(started.built, facts, str(config.optim.name)), "measured": None}}
+def check(config: RunConfig, data: Prepared, precision: Precision, place: Place) -> dict[str, Any]:
+    """What `run.json` says of the run that is gone on with and, where that was asked for, of the memory there is.
+
+    All ranks must call. Raises ConfigError where it is another run, DoesNotFit where it takes more memory.
+    """
+    place.where.phase = "comparing with the run that is gone on with"
+    identity = establish(config, data, place.run_dir, place.runtime)
+    place.where.phase = "simulating whether the run fits"
+    return identity | must_fit(config, data, precision, place.runtime)
 
 
 def evaluators_of(
@@ -278,13 +283,12 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
 
 def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
     """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
-    if not place.runtime.is_main:
-        return
-    facts["receipt"]["measured"] = measured(meter, place.runtime.device.type, checkpoints.last)
-    with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
-        if place.where.lease is not None:
-            place.where.lease.check()
-        write_run_record(place.run_dir, facts)
+    if place.runtime.is_main:
+        facts["receipt"]["measured"] = measured(meter, place.runtime.device, checkpoints.last)
+        with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
+            if place.where.lease is not None:
+                place.where.lease.check()
+            write_run_record(place.run_dir, facts)
 
 
 def close_records(

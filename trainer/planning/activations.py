@@ -23,6 +23,7 @@ from strategies.memory import Pass, estimate
 from strategies.mesh import replicas
 from strategies.parameters import named_parameters
 from trainer.data.config import Layout
+from trainer.data.reading import Reading
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.architecture import text_settings
 from trainer.step import Built
@@ -44,12 +45,12 @@ class Workload:
 
 def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return micro_batch_of(built, longest_lengths(built, work))
+    return micro_batch_of(built, longest_lengths(built.reading, work))
 
 
-def longest_lengths(built: Built, work: Workload) -> list[int]:
+def longest_lengths(reading: Reading, work: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
-    number = work.micro_batch * built.reading.sequences_per_document
+    number = work.micro_batch * reading.sequences_per_document
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
     all_of = np.asarray(work.train.lengths)
@@ -60,7 +61,7 @@ def longest_lengths(built: Built, work: Workload) -> list[int]:
 
 def by_rule(built: Built, work: Workload) -> Pass:
     """The longest micro-batch for the rule of thumb of `strategies/memory.py`."""
-    lengths, text = longest_lengths(built, work), text_settings(built.config)
+    lengths, text = longest_lengths(built.reading, work), text_settings(built.config)
     tokens = sum(lengths) if built.layout is Layout.padding_free else len(lengths) * max(lengths, default=0)
     return Pass(tokens, text.hidden_size, text.num_hidden_layers)
 
