@@ -172,7 +172,7 @@ def check(config: RunConfig, data: Prepared, precision: Precision, place: Place)
     place.where.phase = "comparing with the run that is gone on with"
     identity = establish(config, data, place.run_dir, place.runtime)
     place.where.phase = "simulating whether the run fits"
-    return identity | must_fit(config, data, precision, place.runtime)
+    return identity | must_fit(config, data, precision, place.runtime, place.console.say)
 
 
 def evaluators_of(

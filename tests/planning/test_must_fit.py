@@ -46,7 +46,7 @@ def test_what_is_simulated_decides(made, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     card(monkeypatch, needed + 1e-6)
-    told = must_fit(config, data, Precision.bf16, rank())["must_fit"]
+    told = must_fit(config, data, Precision.bf16, rank(), print)["must_fit"]
     assert told["live_gib"] == found.total / GIB and told["when"] == str(found.peak)
     assert told["needed_gib"] == pytest.approx(needed, abs=1e-8)
     monkeypatch.setattr(fitting, "simulated_apart", lambda *_: Peak(found.total, str(found.peak), 0))
@@ -54,17 +54,18 @@ def test_what_is_simulated_decides(made, monkeypatch):
     with pytest.raises(
         DoesNotFit, match=f"needs {needed:.2f} GiB on a GPU of {needed:.2f} GiB.*batch.micro below 4"
     ) as no:
-        must_fit(config, data, Precision.bf16, rank())
+        must_fit(config, data, Precision.bf16, rank(), print)
     assert no.value.exit_code == 69 and str(found.peak) in str(no.value)
+    assert "model.quantisation=nf4" in str(no.value) and "tuning=lora" not in str(no.value)
 
 
 def test_groups_of_ranks_take_memory_too(made, monkeypatch):
     monkeypatch.setattr(fitting, "simulated_apart", lambda *_: Peak(2 * GIB, "forward", 2))
     card(monkeypatch, 2.1 + 0.75 + 0.81)
-    assert must_fit(*made, Precision.bf16, rank())["must_fit"]["needed_gib"] == pytest.approx(2.1 + 0.75 + 0.8)
+    assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"]["needed_gib"] == pytest.approx(2.1 + 0.75 + 0.8)
     card(monkeypatch, 2.1 + 0.75 + 0.79)
     with pytest.raises(DoesNotFit):
-        must_fit(*made, Precision.bf16, rank())
+        must_fit(*made, Precision.bf16, rank(), print)
 
 
 def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
@@ -72,11 +73,11 @@ def test_what_cannot_be_told_is_refused_with_the_reason(made, monkeypatch):
     card(monkeypatch, 80.0)
     monkeypatch.setattr(fitting, "simulated_apart", lambda *_: "its step cannot be simulated yet (KeyError: x)")
     with pytest.raises(DoesNotFit, match="cannot be told, since its step cannot be simulated yet"):
-        must_fit(config, data, Precision.bf16, rank())
+        must_fit(config, data, Precision.bf16, rank(), print)
     with pytest.raises(ConfigError, match=r"run.must_fit=true: asks for the memory of GPUs"):
-        must_fit(config, data, Precision.bf16, rank("cpu"))
+        must_fit(config, data, Precision.bf16, rank("cpu"), print)
     not_asked = replace(config, run=replace(config.run, must_fit=False))
-    assert must_fit(not_asked, data, Precision.bf16, rank("cpu")) == {}
+    assert must_fit(not_asked, data, Precision.bf16, rank("cpu"), print) == {}
 
 
 def test_a_run_that_may_still_choose_is_simulated_at_its_smallest(made):
@@ -98,7 +99,7 @@ def test_the_command_ends_with_69_before_the_model_is_built(monkeypatch, tmp_pat
     assert main(["train", *words, "run.must_fit=true"]) == 64
     assert "run.must_fit=true: asks for the memory of GPUs" in capfd.readouterr().err
 
-    def refuse(config, data, precision, runtime):
+    def refuse(config, data, precision, runtime, say):
         raise DoesNotFit("run.must_fit=true: the run needs 90.00 GiB")
 
     monkeypatch.setattr(trainer.run, "must_fit", refuse)

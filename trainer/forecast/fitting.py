@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,9 +16,11 @@ from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.build import workload
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
+from trainer.model.quantisation import Quantisation
 from trainer.objectives.registry import reading_of
 from trainer.planning.activations import device_gib, longest_lengths
 from trainer.planning.hardware import GIB, Fit, fit_of, groups_of
+from trainer.tuning.base import TuningName
 
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 0.8
@@ -51,7 +54,9 @@ def one_step(config: RunConfig, world: int, *, auto: ActivationCheckpointing) ->
     return replace(config, strategy=strategy, batch={"global": micro * world * max(1, accumulation), "micro": micro})
 
 
-def must_fit(config: RunConfig, data: Prepared, precision: Precision, runtime: Runtime) -> dict[str, Any]:
+def must_fit(
+    config: RunConfig, data: Prepared, precision: Precision, runtime: Runtime, say: Callable[[str], None]
+) -> dict[str, Any]:
     """What `run.json` says of memory, simulated for the longest micro-batch; nothing where `run.must_fit` does not ask.
 
     All ranks must call: rank 0 simulates in another process, and all go by the card with the least memory. Raises DoesNotFit
@@ -61,6 +66,7 @@ def must_fit(config: RunConfig, data: Prepared, precision: Precision, runtime: R
         return {}
     if runtime.kind != "cuda":
         raise ConfigError("run.must_fit=true: asks for the memory of GPUs, and this run has none; leave it out")
+    say("simulating whether the run fits its GPUs (run.must_fit)")
     least = min(gather_objects(device_gib(runtime), runtime))
     found: Peak | str = ""
     if runtime.is_main:
@@ -88,7 +94,11 @@ def refusal(fit: Fit, peak: Peak, config: RunConfig) -> str:
     knobs += [f"data.max_length below {config.data.max_length}"]
     if mode not in (ActivationCheckpointing.full, ActivationCheckpointing.auto):
         knobs += ["strategy.activation_checkpointing=full"]
-    knobs += ["a strategy that shards more, or more GPUs", "tuning=lora", "model.quantisation=nf4 with an adapter"]
+    knobs += ["a strategy that shards more, or more GPUs"]
+    if config.tuning.name is TuningName.full:
+        knobs += ["tuning=lora"]
+    elif config.model.quantisation is Quantisation.none:
+        knobs += ["model.quantisation=nf4"]
     return (
         f"run.must_fit=true: the run needs {fit.total / GIB:.2f} GiB on a GPU of {fit.limit / GIB:.2f} GiB: tensors take "
         f"{fit.live / GIB:.2f} GiB in {peak.when}, libraries, allocator and groups of ranks about {beside:.2f} GiB. What helps: "
