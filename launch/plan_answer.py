@@ -7,9 +7,7 @@ from typing import Any
 from trainer.forecast.plan import Choice
 from trainer.forecast.sweep import Answer
 from trainer.planning.hardware import GIB, resting
-
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "sgd": 4, "muon": 4, "schedule_free": 8, "adafactor": 0}
-"""Bytes of optimizer state that a checkpoint keeps for each trained parameter, beside its weight in fp32."""
+from trainer.planning.receipt import checkpoint_bytes
 
 
 def text(answer: Answer, words: list[str]) -> str:
@@ -135,7 +133,7 @@ def _pasted(words: list[str], best: Choice) -> list[str]:
 def checkpoint_gib(answer: Answer, best: Choice) -> float:
     """GiB of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
     assert answer.form is not None
-    return answer.form.trained * (4 + STATE_BYTES[str(best.way.config.optim.name)]) / GIB
+    return checkpoint_bytes(answer.form.trained, str(best.way.config.optim.name)) / GIB
 
 
 def checkpoint_s(answer: Answer, best: Choice) -> float:

@@ -27,6 +27,12 @@ class DataError(ShardtuneError):
     exit_code = 65
 
 
+class DoesNotFit(ShardtuneError):
+    """The run takes more memory than its devices have, as far as can be told before it starts."""
+
+    exit_code = 69
+
+
 class StorageError(ShardtuneError):
     """A write failed (full disk, no permission). Nothing half-written stays under a final name."""
 

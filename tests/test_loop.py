@@ -106,3 +106,6 @@ def test_gradients_that_are_not_finite_stop_the_run(root, tmp_path, capfd):
     skipped = [row["step"] for row in rows(tmp_path) if row.get("skipped")]
     assert 10 <= len(skipped) <= 12 and skipped == list(range(skipped[0], skipped[0] + len(skipped)))
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    took = json.loads((tmp_path / "run.json").read_text())["receipt"]["measured"]  # of a run that fails, too
+    assert took["step_s"] > 0 and took["memory_gib"] == rows(tmp_path)[-1]["memory_gib"]
+    assert took["checkpoint_bytes"] is None and took["checkpoint_s"] is None

@@ -38,6 +38,7 @@ from trainer.objectives.routed import routed
 from trainer.objectives.teacher import check_head
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import Workload, plan_checkpointing
+from trainer.planning.receipt import expect_memory
 from trainer.planning.reduction import plan_reduction
 from trainer.step import Built, TrainStep
 from trainer.tuning import lstm
@@ -111,6 +112,7 @@ def build_engine(
     work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     plan_checkpointing(built, work, config.strategy, precision, runtime)
     plan_reduction(built, work, config.strategy, precision, runtime, steps=per_step)
+    expect_memory(built, work, config.strategy, precision, runtime)
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
         built.step_module,

@@ -25,6 +25,8 @@ from trainer.export.card import CardFacts
 from trainer.loop import Outcome
 from trainer.model.architecture import text_settings
 from trainer.model.weights import WeightSource
+from trainer.planning.activations import device_gib
+from trainer.planning.receipt import memory_text, predicted
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.status import write_text_atomic
 from trainer.records.trackers import json_text
@@ -77,8 +79,14 @@ class Started:
     resumed_from: Path | None
 
 
-def run_facts(config: RunConfig, started: Started) -> dict[str, Any]:
-    """Everything `run.json` records before the first step. All ranks must call."""
+def run_facts(config: RunConfig, checked: Mapping[str, Any], started: Started) -> dict[str, Any]:
+    """Everything `run.json` records before the first step; `checked` is part of it. All ranks must call."""
+    facts = {**_facts(config, started), **checked}
+    expected = predicted(started.built, facts, str(config.optim.name), device_gib(started.runtime))
+    return facts | {"receipt": {"predicted": expected, "measured": None}}
+
+
+def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
     runtime, precision, built, data = started.runtime, started.precision, started.built, started.data
     loader, resumed_from = started.loader, started.resumed_from
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
@@ -211,6 +219,7 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
+    lines += memory_text(facts)
     if facts.get("advice"):
         lines.append(f"advice: {facts['advice']}")
     if facts.get("quantisation"):

@@ -119,13 +119,15 @@ class Trainer:
         earlier = broadcast_object(self.trackers.earlier, self.meter.runtime)
         self.outcome.before, self.outcome.after = earlier.before, earlier.after
         self.outcome.last_row = earlier.last_row
+        entered = time.perf_counter()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
+        evaluation_s = time.perf_counter() - entered
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()
         self._began = time.perf_counter()
-        self.meter.restart_clock()
+        self.meter.begin(evaluation_s)
         total = self.settings.total_steps
         left = 0 if self._make_up_evaluation() else total - self.progress.step
         for batch in self.loader.steps(self.progress.samples, left):

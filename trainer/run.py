@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Progress
+from strategies.base import Engine, Precision, Progress
 from strategies.build import resolve_precision
-from strategies.errors import ConfigError, Preempted
+from strategies.errors import ConfigError, Preempted, ShardtuneError
 from strategies.meeting import Meeting
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.chosen import choose
@@ -32,12 +33,14 @@ from trainer.facts import (
     tracker_settings,
     write_run_record,
 )
+from trainer.forecast.fitting import must_fit
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.lifecycle.identity import establish
 from trainer.loop import LoopSettings, Outcome, Output, Trainer
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
+from trainer.planning.receipt import measured
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.status import State, write_status
@@ -89,11 +92,10 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
 
-    where.phase = "comparing with the run that is gone on with"
-    identity = establish(config, data, run_dir, runtime)
+    precision = resolve_precision(config.precision, runtime)
+    checked = check(config, data, precision, place)
 
     where.phase = "building the model"
-    precision = resolve_precision(config.precision, runtime)
     engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
     record_reference(config, data, engine, built, place)
 
@@ -106,6 +108,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     facts = run_facts(
         config,
+        checked,
         Started(
             sha256=sha256,
             precision=precision,
@@ -119,10 +122,8 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
             resumed_from=resumed_from,
         ),
     )
-    facts |= identity
     trackers = open_records(config, facts, progress, place)
-    metrics = built.step_module.objective.metrics
-    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], metrics)
+    meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=engine,
@@ -140,6 +141,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)
     finally:
         trackers.close()
+        note_measured(facts, meter, checkpoints, place)
     where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
 
@@ -160,6 +162,17 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
     if not meeting.go_on(told):
         raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     return data, start_processes(config, meeting.store)
+
+
+def check(config: RunConfig, data: Prepared, precision: Precision, place: Place) -> dict[str, Any]:
+    """What `run.json` says of the run that is gone on with and, where that was asked for, of the memory there is.
+
+    All ranks must call. Raises ConfigError where it is another run, DoesNotFit where it takes more memory.
+    """
+    place.where.phase = "comparing with the run that is gone on with"
+    identity = establish(config, data, place.run_dir, place.runtime)
+    place.where.phase = "simulating whether the run fits"
+    return identity | must_fit(config, data, precision, place.runtime, place.console.say)
 
 
 def evaluators_of(
@@ -266,6 +279,16 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
     write_run_record(place.run_dir, facts)
     write_status(place.run_dir, State.running, step=progress.step)
     return trackers
+
+
+def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
+    """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
+    if place.runtime.is_main:
+        facts["receipt"]["measured"] = measured(meter, place.runtime.device, checkpoints.last)
+        with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
+            if place.where.lease is not None:
+                place.where.lease.check()
+            write_run_record(place.run_dir, facts)
 
 
 def close_records(

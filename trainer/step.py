@@ -105,6 +105,10 @@ class Built:
     """Shapes of the weights that are stored packed, by base name."""
     zeroed: dict[str, int] = field(default_factory=dict)
     """The row that stays zero, by base name."""
+    activations: float | None = None
+    """Bytes that the longest micro-batch holds at its peak on one rank, where they were counted."""
+    expected: tuple[float, float] | None = None
+    """(model state, activations) in bytes on one rank, as estimated before there are weights."""
     folded: Folded | None = None
     """Adapters that are folded into the base as it is loaded."""
 

@@ -113,7 +113,7 @@ def test_geforce_figures_are_twice_the_plain_ones():
         assert PEAK_TFLOPS[f"NVIDIA GeForce RTX {card}"] == pytest.approx(cores * 2 * clock * 2 / 1000, rel=0.01)
 
 
-def test_an_unknown_card_is_named_once_at_the_start():
+def test_an_unknown_card_and_too_little_memory_are_told_at_the_start():
     facts = dict.fromkeys(("quantisation", "initialised", "weights_left_out", "resumed_from"))
     sharding = {"held_per_rank": [10], "trainable_parameters": 5, "parameters": 10, "exchange": "nccl"}
     numbers = dict.fromkeys(("global_batch", "micro_batch", "accumulation", "world_size", "tokens_per_step"), 1)
@@ -121,6 +121,10 @@ def test_an_unknown_card_is_named_once_at_the_start():
     facts |= {"sharding": sharding, "substitutions": {}, "reference_tflops": None}
     facts["reference_tflops_source"] = reference_tflops_of("NVIDIA Z9000")
     facts["advice"] = "set precision=fp32"
+    facts["receipt"] = {"predicted": {"memory_gib": 79.5, "device_gib": 80.0}}
+    assert "warning" not in start_text(facts)
+    facts["receipt"] = {"predicted": {"memory_gib": 80.5, "device_gib": 80.0}}
+    assert "warning: a rank is estimated to need 80.50 GiB, and has 80.00" in start_text(facts)
     assert "\nadvice: set precision=fp32" in start_text(facts)
     assert start_text(facts).count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
 

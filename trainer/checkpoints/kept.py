@@ -45,6 +45,8 @@ class Checkpoints:
     ) -> None:
         self.places, self.config, self.runtime, self.say = places, config, runtime, say
         self.schedule = Schedule(config, runtime)
+        self.last: tuple[int, float] | None = None
+        """Bytes of the last checkpoint of this process, of all ranks, and the seconds it took; None before the first."""
         self._good: set[Path] = set()
         """Of this branch, and known to be whole: resumed from, or written by this process."""
         self._failures = 0
@@ -122,6 +124,7 @@ class Checkpoints:
                 continue
             self._failures = 0
             took = time.monotonic() - began
+            self.last = size, took
             self.schedule.tried(progress.step, took)
             self._tell(path, size, took)
             if self.runtime.is_main:

@@ -66,6 +66,8 @@ class RunSettings:
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
     lease_s: int = 120
     """Seconds without a sign of life after which another host may take over the directory of a run that left no word."""
+    must_fit: bool = False
+    """On GPUs simulate the step before the model is built, and end with exit code 69 where it takes more memory than there is."""
     timeout_s: int = 600
     """Seconds after which a collective that makes no progress ends the job."""
 

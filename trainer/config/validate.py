@@ -213,6 +213,8 @@ def _run(config: RunConfig) -> Iterator[str]:
     spare = checkpoint.fallback_dir
     if spare is not None and (not spare.strip() or Path(spare).expanduser().is_file()):
         yield f"checkpoint.fallback_dir={spare}: must be a directory on another disk, or null"
+    if config.run.must_fit and config.run.device is Device.cpu:
+        yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
     if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
         import torch
 

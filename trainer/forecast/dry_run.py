@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -16,6 +14,7 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
+from trainer.forecast.fitting import one_step
 from trainer.forecast.simulation import simulate_depth
 from trainer.loop import steps_from_budget
 from trainer.model.loading import load_tokenizer
@@ -65,22 +64,13 @@ def _waiting(strategy: StrategyConfig, trained: int, world: int, *, accumulation
 
 def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> list[str]:
     """The run's own step, simulated with its longest micro-batch; or why that cannot be told."""
-    micro = config.batch["micro"]
-    work = workload(config, data)
-    strategy = replace(config.strategy, compile=False)
-    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
-        strategy = replace(strategy, defer_sync=False)  # what waiting gradients would add is told beside it
-    noted = ""
-    if strategy.activation_checkpointing is ActivationCheckpointing.auto:
-        strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.none)
-        noted = ", with nothing recomputed yet"
-    accumulation = min(2, config.batch["global"] // (micro * world))  # more micro-batches hold no more
-    batch = {"global": micro * world * max(1, accumulation), "micro": micro}
+    auto = config.strategy.activation_checkpointing is ActivationCheckpointing.auto
+    noted = ", with nothing recomputed yet" if auto else ""
     on_gpu = str(config.run.device) == "cuda"
     try:
         found = simulate_depth(
-            replace(config, strategy=strategy, batch=batch),
-            longest_lengths(built, work),
+            one_step(config, world, auto=ActivationCheckpointing.none),
+            longest_lengths(built.reading, workload(config, data)),
             world_size=world,
             local_world_size=max(1, world // config.launcher.nodes),
             device=SIMULATED if on_gpu else torch.device("cpu"),

@@ -110,7 +110,8 @@ def simulate_form(
             _at_depth(config, depth, blocks) as shallow,
         ):
             parts = parts_of(shallow, [length] * per(shallow), runtime)
-            rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length)
+            straight = config.precision is not Precision.fp32  # whose attention keeps its scores
+            rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length, straight=straight)
             notes = parts.built.substitutions.items()  # kernels were asked of a machine that is not meant
             told["notes"] = tuple(f"{key}: {value}" for key, value in notes if key != "model.attention")
             told["layout"] = str(parts.built.layout)

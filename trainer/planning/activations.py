@@ -22,7 +22,10 @@ from strategies.errors import ConfigError
 from strategies.memory import Pass, estimate
 from strategies.mesh import replicas
 from strategies.parameters import named_parameters
+from trainer.data.config import Layout
+from trainer.data.reading import Reading
 from trainer.data.store.sequences import Sample, TokenDataset
+from trainer.model.architecture import text_settings
 from trainer.step import Built
 
 USABLE = 0.9
@@ -42,16 +45,25 @@ class Workload:
 
 def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return micro_batch_of(built, longest_lengths(built, work))
+    return micro_batch_of(built, longest_lengths(built.reading, work))
 
 
-def longest_lengths(built: Built, work: Workload) -> list[int]:
+def longest_lengths(reading: Reading, work: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
-    number = work.micro_batch * built.reading.sequences_per_document
+    number = work.micro_batch * reading.sequences_per_document
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
-    lengths: list[int] = np.sort(np.asarray(work.train.lengths))[::-1][:number].tolist()
-    return lengths
+    all_of = np.asarray(work.train.lengths)
+    number = min(number, len(all_of))
+    longest: list[int] = np.sort(np.partition(all_of, -number)[-number:])[::-1].tolist()
+    return longest
+
+
+def by_rule(built: Built, work: Workload) -> Pass:
+    """The longest micro-batch for the rule of thumb of `strategies/memory.py`."""
+    lengths, text = longest_lengths(built.reading, work), text_settings(built.config)
+    tokens = sum(lengths) if built.layout is Layout.padding_free else len(lengths) * max(lengths, default=0)
+    return Pass(tokens, text.hidden_size, text.num_hidden_layers)
 
 
 def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:
@@ -116,9 +128,9 @@ def plan_checkpointing(
     budget = strategy.memory_gib or device_gib(runtime) * USABLE
     modes, fits = choose(activations, budget * 2**30 - kept)
     modes = processes.broadcast_object(modes, runtime)
-    built.step_module.checkpointing = modes
+    built.step_module.checkpointing, built.activations = modes, activations.total(modes)
     parts = [f"{mode} in {n} of {len(modes)} blocks" for mode in ActivationCheckpointing if (n := modes.count(mode))]
-    peak = (kept + activations.total(modes)) / 2**30
+    peak = (kept + built.activations) / 2**30
     verdict = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
         f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak:.2f} of {budget:.2f} GiB{verdict})"

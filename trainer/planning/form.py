@@ -124,17 +124,20 @@ class Form:
         return second + (second - first) * (units - two) / (two - one)
 
 
-def sizes_for(built: Any, vocabulary: int, length: int) -> tuple[bool, list[list[int]]]:
+def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tuple[bool, list[list[int]]]:
     """(whether sizes are rows, lengths of the sequences of two micro-batches to simulate) for sequences of `length` tokens.
 
     Both fill several of the head's chunks of logits, the second of which is made while the first still lives. Without padding
-    short sequences say as much as long ones; else all are long.
+    short sequences say as much as long ones where attention's memory is `straight` in their length; else all are long.
     """
     per, chunk = built.reading.sequences_per_document, max(128, CHUNK_LOGITS // max(1, vocabulary))
     several = chunk <= 4 * length  # else no micro-batch of a few rows fills one
     if built.layout is not Layout.padding_free:
         rows = -(-2 * chunk // (per * length)) if several else 1
         return True, [[length] * per * rows, [length] * per * (rows + 1)]
+    if not straight:
+        number = -(-2 * chunk // (per * length)) if several else 1
+        return False, [[length] * per * number, [length] * per * (number + 1)]
     if several:
         return False, [[2 * chunk // per] * per, [3 * chunk // per] * per]
     return False, [[length] * per, [2 * length] * per]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from strategies.base import Precision
 from strategies.hardware import Gpu, best_precision
 from strategies.owned import Kind
+from trainer.planning.depth import Extended
 from trainer.planning.form import Form, Taken
 from trainer.records.cards import peak_tflops
 
@@ -99,12 +100,17 @@ class Fit:
 
 def fit(form: Form, taken: Taken, card: Card) -> Fit:
     """How a peak lies in the card's memory, with what is taken beside tensors."""
+    return fit_of(taken.total, groups_of(form), card.memory_gib)
+
+
+def fit_of(live: int, groups: int, memory_gib: float) -> Fit:
+    """How `live` bytes of tensors lie in so much memory, beside what the process and its groups of ranks take."""
     return Fit(
-        live=taken.total,
+        live=live,
         context=round(CONTEXT_GIB * GIB),
-        allocator=round(ALLOCATOR * taken.total),
-        exchange=round(GROUP_GIB * GIB * groups_of(form)),
-        limit=round(card.memory_gib * GIB),
+        allocator=round(ALLOCATOR * live),
+        exchange=round(GROUP_GIB * GIB * groups),
+        limit=round(memory_gib * GIB),
     )
 
 
@@ -114,7 +120,7 @@ def room(form: Form, card: Card) -> float:
     return max(0.0, (card.memory_gib - beside) * GIB / (1 + ALLOCATOR))
 
 
-def groups_of(form: Form) -> int:
+def groups_of(form: Form | Extended) -> int:
     """How many groups of ranks exchange something in a step."""
     return len({key[1] for key in form.exchanged if key[1] > 1})
 

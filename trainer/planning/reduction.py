@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from strategies import runtime as processes
 from strategies.base import Fsdp2Config, Precision, StrategyConfig
-from strategies.memory import Pass, estimate
+from strategies.memory import estimate
 from strategies.mesh import replicas
 from strategies.parameters import trainable_parameters
-from trainer.planning.activations import USABLE, Workload, device_gib, expected, model_state
+from trainer.planning.activations import USABLE, Workload, by_rule, device_gib, expected, model_state
 from trainer.step import Built
 
 SMALL = 0.01
@@ -49,11 +49,8 @@ def plan_reduction(
 def _activations(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
     """Bytes of the longest micro-batch: counted, under the plan where there is one, else by the rule of thumb."""
     modes = built.step_module.checkpointing
-    counted = expected(built, work, strategy.activation_checkpointing, precision, modes)
-    if counted is not None:
-        return counted
-    text = built.config.get_text_config() if hasattr(built.config, "get_text_config") else built.config
-    longest = sorted(work.train.lengths.tolist())[-work.micro_batch * built.reading.sequences_per_document :]
-    tokens = sum(longest) if work.row_tokens is None else work.row_tokens * work.micro_batch
-    load = Pass(tokens, text.hidden_size, text.num_hidden_layers)
+    built.activations = expected(built, work, strategy.activation_checkpointing, precision, modes)
+    if built.activations is not None:
+        return built.activations
+    load = by_rule(built, work)
     return estimate(built.step_module, strategy, precision, world_size=1, replicate=1, load=load).activations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -53,9 +55,20 @@ class Meter:
     """Terms of the objective that are logged beside the loss, each divided by the loss's count."""
     expert_tokens: Tensor | None = None
     """`[layers, experts]`: how many tokens chose each expert in the last interval, all ranks together."""
+    peaks: dict[str, float] = field(default_factory=dict)
+    """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib` names them."""
+    start_s: float | None = None
+    """Age of this process at the first step; None before it, and where the system does not tell."""
+    evaluation_s: float = 0.0
+    """Seconds of that for the evaluation before the first step."""
     _records: list[StepRecord] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
     _intervals: list[tuple[float, float]] = field(default_factory=list)
+
+    def begin(self, evaluation_s: float) -> None:
+        """The first step is about to be taken, after an evaluation of so many seconds."""
+        self.start_s, self.evaluation_s = process_age_s(), evaluation_s
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
@@ -111,16 +124,23 @@ class Meter:
         places[self.runtime.rank] = torch.tensor(list(peaks.values()), dtype=table.dtype)
         both = dist_sum(torch.cat([table.view(-1), places.view(-1).to(table.device)])).cpu()
         summed, found = both.split([table.numel(), places.numel()])
-        largest = found.view_as(places).amax(0).tolist()
-        return summed.view(table.shape), dict(zip(peaks, largest, strict=True))
+        self.peaks = dict(zip(peaks, found.view_as(places).amax(0).tolist(), strict=True))
+        return summed.view(table.shape), self.peaks
 
     def speed(self) -> dict[str, float]:
         """What the run did in a second: the median of its logging intervals, without the first where there are others."""
-        usual = self._intervals[1:] or self._intervals
+        usual = self._usual()
         if not usual:
             return {}
         found = [self._speed(tokens, seconds) for tokens, seconds in usual]
         return {"intervals": len(usual), **{key: median(each[key] for each in found) for key in found[0]}}
+
+    def step_s(self) -> float | None:
+        """Seconds of a step, as `speed` takes its median; None before the first flush."""
+        return median(seconds for _, seconds in usual) if (usual := self._usual()) else None
+
+    def _usual(self) -> list[tuple[float, float]]:
+        return self._intervals[1:] or self._intervals
 
     def _speed(self, tokens: float, seconds: float) -> dict[str, float]:
         """Of a step of `tokens`, all ranks together, that took `seconds`."""
@@ -151,6 +171,15 @@ class Meter:
         row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
         row |= {name: value for name, value in sums.items() if name.startswith("router/")}  # parts of the step's value
         return row
+
+
+def process_age_s() -> float | None:
+    """Seconds since this process was started, to a hundredth; None where the system does not tell (it does on Linux)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def reference_tflops(configured: float | None, device: torch.device) -> tuple[float | None, str]:
