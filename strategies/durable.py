@@ -46,6 +46,10 @@ class Disk:
         """Back when all that was written is on the disk."""
         os.fsync(descriptor)
 
+    def names(self, directory: Path) -> list[str]:
+        """What a directory lists, which on a network may be what it held a minute ago."""
+        return [entry.name for entry in directory.iterdir()]
+
     def rename(self, source: Path, target: Path) -> None:
         """Replace `target`, of files at once, by `source`."""
         source.rename(target)
@@ -88,23 +92,33 @@ class Written:
 
 
 class NewFile:
-    """A file being written: hashed on the way, synced when the `with` block ends well."""
+    """A file being written: hashed on the way, synced when the `with` block ends well.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
+    `exclusive`: it must not exist, nobody is waited for, and there is no file where the block, or its sync, ends badly.
+    """
+
+    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
+        self.path, self.size, self._exclusive = path, 0, exclusive
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> NewFile:
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if self._exclusive else os.O_TRUNC)
         # The directory may have been made on another host a moment ago.
-        self._descriptor = patiently(lambda: disk.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+        wait: Callable[[Callable[[], int]], int] = (lambda call: call()) if self._exclusive else patiently
+        self._descriptor = wait(lambda: disk.open(self.path, flags))
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        whole = False
         try:
             if kind is None:
                 disk.sync(self._descriptor)
+                whole = True
         finally:
             os.close(self._descriptor)
+            if self._exclusive and not whole:
+                with suppress(OSError):
+                    self.path.unlink()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of `data` (bytes). Errors: OSError, after which the file is to be given up."""

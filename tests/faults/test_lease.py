@@ -10,11 +10,11 @@ import time
 
 import pytest
 
+from strategies import durable
 from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, descendants, environment, read, wait
 from tests.helpers.speed import seconds
 from trainer.records import lease as lease_module
-from trainer.records.files import Files
 from trainer.records.lease import InUse, Lease, LeaseLost, other_owner
 
 ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
@@ -136,7 +136,7 @@ def test_of_many_at_once_one_gets_it(tmp_path, another_host):
     got[0].release()
 
 
-class Network(Files):
+class Network(durable.Disk):
     """What network file systems do: answers that get lost, old listings, stale handles, writes of a few bytes, errors."""
 
     def __init__(self):
@@ -146,7 +146,7 @@ class Network(Files):
         return [] if self.old_listing else super().names(directory)
 
     def open(self, path, flags):
-        if flags == os.O_RDONLY and path.exists() and self.stale:
+        if not flags & (os.O_CREAT | os.O_DIRECTORY) and path.exists() and self.stale:
             self.stale -= 1
             raise OSError(errno.ESTALE, "stale file handle")
         return super().open(path, flags)
@@ -166,7 +166,7 @@ def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
     def refused(self, source, target):
         raise OSError(errno.EPERM, "operation not permitted")
 
-    monkeypatch.setattr(Files, "link", refused)
+    monkeypatch.setattr(durable.Disk, "link", refused)
     with Lease.acquire(tmp_path, 1.0) as owner:
         with pytest.raises(InUse):
             Lease.acquire(tmp_path, 1.0)
@@ -175,7 +175,7 @@ def test_it_holds_where_there_are_no_links(tmp_path, another_host, monkeypatch):
 
 def test_it_holds_on_a_network_file_system(tmp_path, another_host, monkeypatch):
     network = Network()
-    monkeypatch.setattr(lease_module, "FILES", network)
+    monkeypatch.setattr(durable, "disk", network)
     owner = Lease.acquire(tmp_path, 2.0)
     network.stale = 1
     with pytest.raises(InUse):  # the listing is empty, and the claim is there

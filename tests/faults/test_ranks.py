@@ -9,6 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from strategies import durable
 from strategies.heartbeat import Heartbeats
 from tests.faults.runs import ROOT, environment, rank_of, read
 from tests.helpers.covering import EVERYTHING
@@ -74,13 +75,11 @@ def test_restarts_by_torchrun_are_refused_with_the_reason(runs):
 
 
 def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    from trainer.records.files import Files
-
     def full(self, descriptor, content):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Files, "write", full)
+        patch.setattr(durable.Disk, "write", full)
         assert not record_failure(tmp_path, 0, ValueError("first"), "training")
     assert list(tmp_path.iterdir()) == []  # no empty file that would hide the cause
     assert record_failure(tmp_path, 1, ValueError("second"), "training")

@@ -24,15 +24,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from strategies import durable
 from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError
-from trainer.records.files import Files
+from trainer.records import files
 
 CLAIM = re.compile(r"(\d{6})\.json")
 BEATS = 12
 """Signs of life within the time after which an owner is taken for dead."""
 SILENT = "SHARDTUNE_SILENT"
 """Environment variable with the last sign of life of an owner that was watched in vain: ranks need not watch it again."""
-FILES = Files()
 
 
 class NotOurs(ShardtuneError):
@@ -119,12 +119,12 @@ class Lease:
             while True:
                 refuse_in_use(run_dir, patience_s, stop)
                 number, _ = latest(directory)
-                if not FILES.claim(_claim(directory, number + 1), _bytes(asdict(mine)), mine.token):
+                if not files.claim(_claim(directory, number + 1), _bytes(asdict(mine)), mine.token):
                     continue  # somebody was faster, or this host's view of the directory is old: look again
                 if latest(directory)[0] == number + 1:
                     break
                 _claim(directory, number + 1).unlink(missing_ok=True)  # the name was free since a later claim is there
-            for name in FILES.names(directory):
+            for name in durable.disk.names(directory):
                 if name[:6].isdigit() and int(name[:6]) <= number:
                     (directory / name).unlink(missing_ok=True)
         except OSError as error:
@@ -146,7 +146,7 @@ class Lease:
         self._thread.join()
         if self._lost is None and self._look() is None:
             try:
-                FILES.replace(self.directory / f"{self.number:06d}.over", b"{}", self.owner.token)
+                files.replace(self.directory / f"{self.number:06d}.over", b"{}", self.owner.token)
             except OSError:  # the next attempt waits, or sees that this process is gone
                 return
 
@@ -162,7 +162,7 @@ class Lease:
             number, owner = latest(self.directory)
             if number > self.number and owner is not None:
                 return f"{owner.describe()} took it over"
-            claim = json.loads(FILES.read(_claim(self.directory, self.number)))
+            claim = json.loads(files.read(_claim(self.directory, self.number)))
             return None if claim.get("token") == self.owner.token else "another process claimed it"
         except (FileNotFoundError, ValueError):
             return "another attempt took it over"
@@ -176,7 +176,7 @@ class Lease:
         while True:
             count += 1
             try:
-                FILES.replace(_beats(self.directory, self.number), b"%d" % count, self.owner.token)
+                files.replace(_beats(self.directory, self.number), b"%d" % count, self.owner.token)
                 self._beaten_at = time.monotonic()
             except OSError as error:
                 # As long as others cannot take this attempt for dead, a file system that stumbles is waited for.
@@ -193,7 +193,7 @@ class Lease:
 def latest(directory: Path) -> tuple[int, Owner | None]:
     """The newest claim: its number (0 where there is none) and its owner, None where it is over or cannot be read."""
     try:
-        names = FILES.names(directory)
+        names = durable.disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
         return 0, None
     numbers = [int(found[1]) for name in names if (found := CLAIM.fullmatch(name))]
@@ -280,7 +280,7 @@ def _bytes(value: dict[str, Any]) -> bytes:
 
 def _read(directory: Path, number: int) -> Owner | None:
     try:
-        return Owner(**json.loads(FILES.read(_claim(directory, number))))
+        return Owner(**json.loads(files.read(_claim(directory, number))))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):  # torn by a crash of its host: nobody's
@@ -289,14 +289,14 @@ def _read(directory: Path, number: int) -> Owner | None:
 
 def _read_beat(directory: Path, number: int) -> str | None:
     try:
-        return FILES.read(_beats(directory, number)).decode()
+        return files.read(_beats(directory, number)).decode()
     except OSError:
         return None
 
 
 def _exists(path: Path) -> bool:
     try:
-        FILES.read(path)
+        files.read(path)
     except FileNotFoundError:
         return False
     return True

@@ -16,10 +16,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from strategies import durable
 from strategies.errors import ShardtuneError, StorageError
-from trainer.records.files import Files
-
-FILES = Files()
+from trainer.records import files
 
 
 class State(StrEnum):
@@ -33,16 +32,17 @@ class State(StrEnum):
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`, durably: readers see the old file or the new one. Errors: StorageError."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        durable.make_directories(path.parent)
+        files.replace(path, text.encode(), _token())
+        durable.sync_directory(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot write ({error.strerror or error}); free space, or set run.dir") from error
+
+
+def _token() -> str:
+    """Tells this process from others that write the same file."""
+    return f"{socket.gethostname()}.{os.getpid()}"
 
 
 def restart_count() -> int:
@@ -100,11 +100,10 @@ def record_failure(
         **about,
     }
     path, content = Path(run_dir) / "failure.json", json.dumps(record, indent=1).encode() + b"\n"
-    token = f"{socket.gethostname()}.{os.getpid()}"
     try:
         if not replace:
-            return FILES.claim(path, content, token)
-        FILES.replace(path, content, token)
+            return files.claim(path, content, _token())
+        files.replace(path, content, _token())
     except OSError:  # the disk itself may be the failure: the error goes to stderr anyway
         return False
     return True
