@@ -219,6 +219,13 @@ def json_files() -> list[Case]:
         listed("malformed", b'[\n{"a": 1},\n{"a": },\n{"b": 1}]', 2, "not_json"),
         listed("nul", b'[\n{"a": 1},\n{"a": "\0"}\n]', 1, "nul_byte"),
         listed("a text that is never closed", b'[\n{"a": 1},\n{"a": "x},\n{"a": "y"}]', 1, error=":3: .*never closed"),
+        listed(
+            "a quote too many, twice",
+            b'[\n{"a":"x"y"},\n{"a":2},\n{"a":"z"w"},\n{"a":5}]',
+            error=":2: .*a quote is never closed",
+        ),
+        listed("a quote missing", b'[\n{"a": "x"},\n{"b: "x"},\n{"a": "y"}]', 1, error=":3: .*a quote is never closed"),
+        listed("blanks after a text", b'[{"a" : "x" \n}, "y" ]', 1, "not_an_object"),
         listed("nothing between commas", b'[{"a": 1},,{"a": 2}]', 1, error=":1: .*a comma before another"),
         listed("brace too many", b'[{"a": 1}}, {"a": 2}]', 0, error=":1: .*expected"),
         listed("trailing comma", b'[\n{"a": 1},\n]', 1, error=":3: .*comma before"),

@@ -11,8 +11,10 @@ from trainer.data.document import Rejected
 from trainer.data.read.opening import BUFFER, File, open_text
 from trainer.data.read.row import MAX_ROW_BYTES, Row, excerpt
 
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[][{},]', re.DOTALL)
-"""A text, whose last quote may still be to be read, or what nests and parts values."""
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
+"""A text and the blanks after it, whose last quote may still be to be read, or what nests and parts values."""
+_AFTER_TEXT = b",:]}"
+"""What may follow a text. Anything else says that a quote is missing or one too many, which turns texts inside out."""
 
 
 def read_json_lines(path: File) -> Iterator[Row | Rejected]:
@@ -87,14 +89,8 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
 
     Raises DataError where the elements cannot be told apart.
     """
-    data, start, at, line, depth, empty = (
-        b"",
-        0,
-        0,
-        1,
-        -1,
-        True,
-    )  # `line` is that of data[start], where an element begins
+    data, start, at, depth, empty = b"", 0, 0, -1, True
+    line = 1  # of data[start], where an element begins
 
     def broken(before: bytes, message: str) -> DataError:
         number = line + before.count(b"\n")
@@ -103,7 +99,7 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
     with open_text(path) as stream:
         while True:
             token = _TOKEN.search(data, at)
-            if token is None or token[1] == b"":
+            if token is None or token[1] == b"" or (token[1] and token.end() == len(data)):
                 rest = data[start:]
                 lead = rest[: len(rest) - len(rest.lstrip())]
                 if len(rest) > 2 * MAX_ROW_BYTES:
@@ -114,6 +110,11 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
                     raise broken(lead, "what starts here is cut off, or a quote or a bracket of it is never closed")
                 at, data, start = (token.start() if token else len(data)) - start, rest + part, 0
                 continue
+            if token[1] and data[token.end()] not in _AFTER_TEXT:
+                raise broken(
+                    data[start : token.start()],
+                    "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one too many",
+                )
             what, at, own = token[0], token.end(), b"" if depth > 0 else data[start : token.start()]
             if depth < 0:
                 depth = 0  # the bracket that `read_json` saw
