@@ -37,12 +37,23 @@ NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 def recall(words: list[str]) -> dict[str, Any] | None:
-    """The manifest of the prepared data set that these words made, if it is still what they would make; else None."""
-    with suppress(OSError, ValueError, KeyError, ShardtuneError):
+    """The manifest of the prepared data set that these words made, if it is still what they would make; else None.
+
+    It is compared with its hashes as `data.verify` says, like any that is used again. Raises DataError where it differs.
+    """
+    from trainer.data.verified import Verify, verify
+
+    try:
         record = json.loads(_path(words).read_text())
-        if record["inputs"] == {key: _state(key, value) for key, value in record["values"].items()}:
-            return {**json.loads((Path(record["directory"]) / "manifest.json").read_text()), **record}
-    return None
+        if record["inputs"] != {key: _state(key, value) for key, value in record["values"].items()}:
+            return None
+        directory, how = Path(record["directory"]), Verify(record["verify"])
+        manifest = json.loads((directory / "manifest.json").read_text())
+        hashes = manifest["hashes"]
+    except (OSError, ValueError, KeyError, ShardtuneError):
+        return None
+    verify(directory, hashes, how)
+    return {**manifest, **record}
 
 
 def remember(words: list[str], config: RunConfig, directory: Path) -> None:
@@ -65,6 +76,7 @@ def remember(words: list[str], config: RunConfig, directory: Path) -> None:
         return
     record = {
         "directory": str(directory.absolute()),
+        "verify": str(config.data.verify),
         "values": values,
         "inputs": {key: _state(key, value) for key, value in values.items()},
     }
