@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
+from launch.removed import REMOVED
 
 PATH_KEYS = frozenset(
     {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
@@ -134,6 +135,8 @@ def expand(words: list[str]) -> list[list[str]]:
 
 def unknown_key(key: str, word: str, known: dict[str, Setting]) -> tuple[str, str | None]:
     """What to say about a key that does not exist, and the key that was probably meant."""
+    if key in REMOVED:
+        return f"{word}: there is no setting {key} any more: {REMOVED[key]}", None
     if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
         group = key.split(".")[0]
         return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None

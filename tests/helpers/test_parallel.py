@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("xdist", reason="needs pytest-xdist, as make test does")
+
 from tests.helpers import parallel
 
 ROOT = Path(__file__).parents[2]

@@ -1,9 +1,12 @@
 """What users type: kept as typed where it is a path, and explained, all at once, where it cannot be used."""
 
+import re
+
 import pytest
 
 from launch.compose import compose
-from launch.overrides import expand
+from launch.overrides import expand, settings
+from launch.removed import REMOVED
 from strategies.errors import ConfigError
 
 
@@ -148,3 +151,14 @@ def test_sweeps_are_the_cartesian_product_and_never_split_a_path():
     assert points[0][1:] == ["strategy=ddp", "optim.lr=0.001", "run.seed=0"]
     assert points[-1][1:] == ["strategy=fsdp2", "optim.lr=0.0001", "run.seed=1"]
     assert expand(["optim.lr=["]) == [["optim.lr=["]]
+
+
+def test_a_setting_that_is_gone_is_told_what_does_its_job():
+    known = settings()
+    assert not set(REMOVED) & set(known)
+    for key, instead in REMOVED.items():
+        with pytest.raises(ConfigError) as refused:
+            compose([f"{key}=1"], check=False)
+        assert f"there is no setting {key} any more: {instead}" in str(refused.value)
+        named = re.findall(r"(?:data|launcher)\.[a-z_.]*[a-z]", instead)
+        assert set(named) <= set(known), f"{key}: {named} are to be settings"

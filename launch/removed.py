@@ -1,0 +1,18 @@
+"""Settings that are gone, with what does their job now: a name that merely looks like theirs would mean something else."""
+
+from __future__ import annotations
+
+REMOVED = {
+    "launcher.max_restarts": "launcher.retry={preempted:20,node_fail:3} says how often, and after what",
+    "data.balance.up_sample": "documents are repeated up to data.balance.max_repeats times; 1 leaves out instead",
+    "data.balance.down_sample": "data.balance.max_repeats=1 leaves documents of the large groups out",
+    "data.duplicates.across": "copies are looked for in all sources together, and dropped where their kind says drop",
+    "data.leakage.prompts": "shared prompts with other answers are always counted, and never dropped",
+    "data.filters.min_words": "data.filters.min_characters does it",
+    "data.filters.max_words": "data.filters.max_characters does it",
+    "data.checks.repeat_chars": "it is always 40",
+    "data.filters.min_language_chars": "it is always 60",
+    "data.decontamination.min_words": "it is always 5",
+    "data.decontamination.max_shared": "it is always 10",
+    "data.duplicates.num_perm": "it is always 128",
+}
