@@ -14,7 +14,7 @@ from strategies.base import Engine, Progress
 from strategies.durable import make_directories, publish, reason, size_text, sync_directory
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
-from trainer.checkpoints.chosen import published
+from trainer.checkpoints.chosen import note_begun, published
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.seal import seal
@@ -54,21 +54,28 @@ class Checkpoints:
 
     # -- at the start ----------------------------------------------------------------------------------------------------
 
-    def begin(self, resumed: Path | None) -> None:
+    def begin(self, resumed: Path | None, asked: str = "auto") -> None:
         """Go on from `resumed`: what is newer is of a branch given up, or damaged, and is moved aside. All ranks must call.
 
-        Errors: StorageError on every rank, where something could not be moved: it would be taken for this run's newest.
+        Where it is what `asked` (`run.resume`) names, that is noted. Errors: StorageError on every rank, where something could
+        not be moved (it would be taken for this run's newest) or noted (a requeue would begin there again).
         """
-        error: BaseException | None = None
+        error: StorageError | None = None
         if self.runtime.is_main:
             try:
                 self._begin(resumed)
             except OSError as caught:
-                error = caught
+                error = StorageError(
+                    f"checkpoint: what is newer than {resumed} could not be moved aside ({reason(caught)}); move it away by "
+                    "hand"
+                )
+            try:  # last: a start that is cut short before goes back once more
+                if error is None and resumed is not None:
+                    note_begun(self.places, asked, resumed)
+            except OSError as caught:
+                error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
         if (message := first_error(error, self.runtime)) is not None:
-            raise StorageError(
-                f"checkpoint: what is newer than {resumed} could not be moved aside ({message}); move it away by hand"
-            )
+            raise StorageError(message.split(": ", 2)[-1])
 
     def _begin(self, resumed: Path | None) -> None:
         mine = resumed.resolve() if resumed else None
