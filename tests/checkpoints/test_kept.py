@@ -23,14 +23,14 @@ ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 class FakeEngine:
     """Writes two files; fails when told to, in the places told."""
 
-    def __init__(self, error: Exception | None = None, only_in: str = ""):
-        self.error, self.only_in = error, only_in
+    def __init__(self, error: Exception | None = None, only_in: str = "", **header):
+        self.error, self.only_in, self.header = error, only_in, header
 
     def save(self, path: Path, progress: Progress):
         files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
         if self.error and self.only_in in str(path):
             raise self.error
-        return [*files, write_new(path / "progress.json", f'{{"step": {progress.step}}}'.encode())]
+        return [*files, write_new(path / "progress.json", json.dumps({"step": progress.step, **self.header}).encode())]
 
 
 class Made:
@@ -149,6 +149,23 @@ def test_a_way_back_in_the_same_directory_is_kept_and_so_is_the_way_left(made):
     assert verify(aside / "step-000030") is None and any("given-up-1" in text for text in again.said)
     assert again.save(15).exists() and again.steps == [15]
     assert made(keep=1).resume().name == "step-000015"
+
+
+def test_a_step_written_again_takes_the_place_of_its_own_checkpoint(made, tmp_path):
+    """A made-up evaluation used to leave the very checkpoint resumed from in given-up, which nothing ever deletes."""
+    settings = {"fallback_dir": str(tmp_path / "spare"), "keep": 2}
+    made(**settings).save(1, 2)
+    run = made(**settings)
+    path = run.resume()
+    run.save(2, engine=FakeEngine(owed=False))
+    assert [p.name for p in sorted(run.directory.iterdir())] == ["step-000001", "step-000002"]
+    assert verify(path) is None and json.loads((path / "progress.json").read_text())["owed"] is False
+    full = FakeEngine(OSError(28, "No space left on device"), only_in="/run/checkpoints/")
+    spare = run.save(2, engine=full)
+    assert spare.is_relative_to(tmp_path / "spare") and run.steps == [1, 2], "of a step there is one"
+    later = made(**settings)
+    assert later.resume() == spare and later.save(2) == path and later.steps == [1, 2]
+    assert made(**settings).resume() == path
 
 
 def test_garbage_with_a_high_number_pushes_nothing_out(made):

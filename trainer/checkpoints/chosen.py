@@ -18,20 +18,37 @@ from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.seal import MANIFEST, MOST_MANIFEST, verify_together
 
 STEP_NAME = re.compile(r"step-(\d{1,15})")
+REPLACED = ".{}.replaced"
+"""What a checkpoint is called while one of the same step takes its name, where a file system cannot swap the two."""
+REPLACED_NAME = re.compile(r"\.(step-\d{1,15})\.replaced")
 RESUMED_FROM = "resumed-from.json"
 MOST_RECORD = 2**16
 """Bytes of that record; more is not read."""
 
 
 def published(places: list[Path]) -> list[tuple[int, Path]]:
-    """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last."""
+    """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last.
+
+    Also what lost its name to one that has never got it: the power went between the two (`put_back`).
+    """
     found = []
     for order, place in enumerate(places):
-        if place.is_dir():
-            for path in place.iterdir():
-                if name := STEP_NAME.fullmatch(path.name):
-                    found.append((int(name[1]), -order, path))
+        there = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
+        for name, path in there.items():
+            replaced = REPLACED_NAME.fullmatch(name)
+            if replaced and replaced[1] in there:
+                continue
+            if step := STEP_NAME.fullmatch(replaced[1] if replaced else name):
+                found.append((int(step[1]), -order, path))
     return [(step, path) for step, _, path in sorted(found)]
+
+
+def put_back(places: list[Path]) -> None:
+    """Give what lost its name to one that has never got it the name back, durably. Errors: OSError."""
+    for _, path in published(places):
+        if name := REPLACED_NAME.fullmatch(path.name):
+            durable.disk.rename(path, path.with_name(name[1]))
+            durable.sync_directory(path.parent)
 
 
 def settled(places: list[Path], resume: str) -> str:
@@ -98,6 +115,8 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
     """
     if resume == "never":
         return None
+    if runtime.is_main:
+        put_back(places)
     asked, resume = resume, broadcast_object(settled(places, resume) if runtime.is_main else "", runtime)
     if asked != resume and runtime.is_main:
         print(
