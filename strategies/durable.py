@@ -7,6 +7,7 @@ and network file systems do. Nothing here communicates.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -23,6 +24,9 @@ PATIENCE_S = 75.0
 """How long a name that another host has made may stay invisible: NFS clients keep what they know of a directory for 60 s."""
 PIECE = 2**23
 """Bytes that are read and hashed at a time."""
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 Result = TypeVar("Result")
 
@@ -53,6 +57,13 @@ class Disk:
     def rename(self, source: Path, target: Path) -> None:
         """Replace `target`, of files at once, by `source`."""
         source.rename(target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Swap two names at once; ENOSYS, EINVAL or ENOTSUP where the system or the file system cannot (NFS)."""
+        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if call is None or call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+            code = errno.ENOSYS if call is None else ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(one), None, str(other))
 
     def link(self, source: Path, target: Path) -> None:
         """A second name; fails where `target` exists."""
@@ -179,6 +190,33 @@ def publish(source: Path, target: Path) -> None:
     sync_directory(source)
     disk.rename(source, target)
     sync_directory(target.parent)
+
+
+def publish_again(source: Path, target: Path, replaced: Path) -> None:
+    """As `publish`, in the place of a directory that has the name already: a cut leaves one of the two, whole. Errors: OSError.
+
+    Both change names at once. Where the file system cannot do that, the old one is called `replaced` before the new one has the
+    name: a cut between the two leaves it to be put back.
+    """
+    sync_directory(source)
+    if replaced.exists():
+        disk.remove_tree(replaced)  # what an earlier call had not finished: `target` is there
+    try:
+        disk.exchange(source, target)
+    except OSError as error:
+        if error.errno not in NO_EXCHANGE:
+            raise
+        disk.rename(target, replaced)
+        try:
+            disk.rename(source, target)
+        except OSError:
+            disk.rename(replaced, target)
+            raise
+    else:
+        disk.rename(source, replaced)
+    sync_directory(target.parent)
+    with suppress(OSError):  # in nobody's way
+        disk.remove_tree(replaced)
 
 
 def patiently(call: Callable[[], Result]) -> Result:

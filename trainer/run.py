@@ -103,7 +103,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     checkpoints = Checkpoints(places_of(run_dir, config.checkpoint), config.checkpoint, runtime, console.say)
     resumed_from = choose(checkpoints.places, config.run.resume, runtime)
     progress = engine.load(resumed_from) if resumed_from else Progress()
-    checkpoints.begin(resumed_from)
+    checkpoints.begin(resumed_from, config.run.resume)
     where.step = progress.step
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     facts = run_facts(

@@ -15,7 +15,7 @@ from strategies.runtime import Runtime
 from trainer.checkpoints.chosen import choose, published
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints, places_of
-from trainer.checkpoints.seal import OLD, read_manifest, verify
+from trainer.checkpoints.seal import OLD, read_manifest, seal, verify
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -23,14 +23,14 @@ ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 class FakeEngine:
     """Writes two files; fails when told to, in the places told."""
 
-    def __init__(self, error: Exception | None = None, only_in: str = ""):
-        self.error, self.only_in = error, only_in
+    def __init__(self, error: Exception | None = None, only_in: str = "", **header):
+        self.error, self.only_in, self.header = error, only_in, header
 
     def save(self, path: Path, progress: Progress):
         files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
         if self.error and self.only_in in str(path):
             raise self.error
-        return [*files, write_new(path / "progress.json", f'{{"step": {progress.step}}}'.encode())]
+        return [*files, write_new(path / "progress.json", json.dumps({"step": progress.step, **self.header}).encode())]
 
 
 class Made:
@@ -49,7 +49,7 @@ class Made:
 
     def resume(self, asked="auto"):
         path = choose(self.all.places, str(asked), ALONE)
-        self.all.begin(path)
+        self.all.begin(path, str(asked))
         return path
 
     @property
@@ -151,6 +151,23 @@ def test_a_way_back_in_the_same_directory_is_kept_and_so_is_the_way_left(made):
     assert made(keep=1).resume().name == "step-000015"
 
 
+def test_a_step_written_again_takes_the_place_of_its_own_checkpoint(made, tmp_path):
+    """A made-up evaluation used to leave the very checkpoint resumed from in given-up, which nothing ever deletes."""
+    settings = {"fallback_dir": str(tmp_path / "spare"), "keep": 2}
+    made(**settings).save(1, 2)
+    run = made(**settings)
+    path = run.resume()
+    run.save(2, engine=FakeEngine(owed=False))
+    assert [p.name for p in sorted(run.directory.iterdir())] == ["step-000001", "step-000002"]
+    assert verify(path) is None and json.loads((path / "progress.json").read_text())["owed"] is False
+    full = FakeEngine(OSError(28, "No space left on device"), only_in="/run/checkpoints/")
+    spare = run.save(2, engine=full)
+    assert spare.is_relative_to(tmp_path / "spare") and run.steps == [1, 2], "of a step there is one"
+    later = made(**settings)
+    assert later.resume() == spare and later.save(2) == path and later.steps == [1, 2]
+    assert made(**settings).resume() == path
+
+
 def test_garbage_with_a_high_number_pushes_nothing_out(made):
     run = made(keep=1)
     run.save(1)
@@ -168,6 +185,52 @@ def test_the_state_of_another_run_begins_a_branch(made, tmp_path):
     again = made()
     assert again.resume(other) == other
     assert again.steps == [] and again.save(6).exists()
+
+
+def test_the_same_words_again_go_on_and_do_not_go_back_a_second_time(made, tmp_path, capsys):
+    """As a requeued job or a repeated command has them; what it had made used to be moved to given-up."""
+    other = Made(tmp_path / "other").save(5)
+    assert made().resume(other) == other  # stopped before it saved anything
+    run = made()
+    assert run.resume(other) == other
+    run.save(6, 7)
+    again = made()
+    assert again.resume(other).name == "step-000007" and again.steps == [6, 7]
+    assert "has begun from it already" in capsys.readouterr().out
+    shutil.move(other, tmp_path / "archive")
+    assert made().resume(other).name == "step-000007", "what it began from is needed no more"
+    replaced = Made(tmp_path / "other").save(5)
+    assert made().resume(replaced).name == "step-000007", "the same bytes"
+    shutil.rmtree(replaced)
+    replaced.mkdir()
+    seal(replaced, [write_new(replaced / "progress.json", b"{}")])
+    assert made().resume(replaced) == replaced and made().steps == [], "another one under the same name"
+
+
+def test_a_way_back_is_taken_once_and_again_on_demand(made, capsys):
+    run = made(keep=3)
+    first = run.save(10)
+    run.save(20, 30)
+    assert made(keep=3).resume(first) == first
+    back = made(keep=1)
+    assert back.resume(first) == first, "nothing was made since"
+    back.save(15)
+    assert back.steps == [15], "and what it went back to is deleted"
+    assert made().resume(first).name == "step-000015"
+    said = capsys.readouterr().out
+    record = run.directory.parent / "resumed-from.json"
+    assert f"delete {record}" in said
+    run = made(keep=3)
+    second = run.resume()
+    run.save(25)
+    assert made(keep=3).resume(second) == second and run.steps == [15], "another name is another way back"
+    run.save(35)
+    assert made().resume(second).name == "step-000035"
+    record.unlink()
+    assert made().resume(second) == second
+    record.write_text("[1]")
+    with pytest.raises(StorageError, match=r"resumed-from.json: cannot be read .*run\.resume=auto"):
+        made().resume(second)
 
 
 def test_what_was_not_looked_at_stays_until_enough_is_known_to_be_whole(made):

@@ -52,6 +52,8 @@ def test_an_evaluation_broken_off_by_a_signal_is_made_up(runs):
         return [(row["step"], row.get("loss"), row.get("eval/loss")) for row in runs.rows(run)]
 
     assert numbers("cut") == numbers("uncut")
+    kept = [sorted(path.name for path in (runs.root / run / "checkpoints").iterdir()) for run in ("cut", "uncut")]
+    assert kept[0] == kept[1]
     assert [row["step"] for row in runs.rows("cut") if "eval/loss" in row] == [2, 4]
 
     def progress(run):

@@ -76,3 +76,20 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(runs):
     assert f"checkpoint step-000002 in {spare}" in said
     there = sorted(path.name for path in (runs.root / "full" / "checkpoints").iterdir())
     assert there == ["step-000003", "step-000004"] and [*spare.glob("*/*")] == []
+
+
+def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_come_again(runs):
+    """As of a job that is requeued: it went back to the start of its branch and moved what it had made away."""
+    assert runs.run("origin", "budget.steps=2")[0] == 0
+    words = [f"run.resume={runs.root / 'origin' / 'checkpoints' / 'step-000002'}"]
+    stopped = 2
+    for _ in range(2):
+        process = runs.start("branch", *words)
+        runs.wait_for_step("branch", stopped + 2, process)
+        process.send_signal(signal.SIGTERM)
+        assert runs.end(process) == 75, runs.said("branch")
+        assert f"resumed from step-{stopped:06d}" in runs.said("branch")
+        stopped = runs.status("branch")["step"]
+    assert "has begun from it already" in runs.said("branch")
+    assert [row["step"] for row in runs.rows("branch")] == list(range(3, stopped + 1))
+    assert not [*(runs.root / "branch" / "checkpoints").glob("given-up*")]

@@ -1,26 +1,111 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from.
+
+A checkpoint that is named (`run.resume=<directory>`) is begun from once: the run notes in `resumed-from.json` of its directory
+that it did. The same words again, of a job that is requeued or of a command repeated after a stop, go on from what the run has
+made since, as `auto` would.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
+from strategies import durable
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object
-from trainer.checkpoints.seal import verify_together
+from trainer.checkpoints.seal import MANIFEST, MOST_MANIFEST, verify_together
 
 STEP_NAME = re.compile(r"step-(\d{1,15})")
+REPLACED = ".{}.replaced"
+"""What a checkpoint is called while one of the same step takes its name, where a file system cannot swap the two."""
+REPLACED_NAME = re.compile(r"\.(step-\d{1,15})\.replaced")
+RESUMED_FROM = "resumed-from.json"
+MOST_RECORD = 2**16
+"""Bytes of that record; more is not read."""
 
 
 def published(places: list[Path]) -> list[tuple[int, Path]]:
-    """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last."""
+    """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last.
+
+    Also what lost its name to one that has never got it: the power went between the two (`put_back`).
+    """
     found = []
     for order, place in enumerate(places):
-        if place.is_dir():
-            for path in place.iterdir():
-                if name := STEP_NAME.fullmatch(path.name):
-                    found.append((int(name[1]), -order, path))
+        there = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
+        for name, path in there.items():
+            replaced = REPLACED_NAME.fullmatch(name)
+            if replaced and replaced[1] in there:
+                continue
+            if step := STEP_NAME.fullmatch(replaced[1] if replaced else name):
+                found.append((int(step[1]), -order, path))
     return [(step, path) for step, _, path in sorted(found)]
+
+
+def put_back(places: list[Path]) -> None:
+    """Give what lost its name to one that has never got it the name back, durably. Errors: OSError."""
+    for _, path in published(places):
+        if name := REPLACED_NAME.fullmatch(path.name):
+            durable.disk.rename(path, path.with_name(name[1]))
+            durable.sync_directory(path.parent)
+
+
+def settled(places: list[Path], resume: str) -> str:
+    """`run.resume` as it is meant in these places: `auto` where the run began from the named one and has made newer ones since.
+
+    Errors: StorageError where that cannot be found out.
+    """
+    if resume in ("auto", "never"):
+        return resume
+    path = Path(resume).expanduser().resolve()
+    try:
+        record = _record(places[0].parent / RESUMED_FROM)
+        name = STEP_NAME.fullmatch(path.name)
+        if record is None or record["path"] != str(path):
+            return resume
+        if name is not None and path.parent in [place.resolve() for place in places]:
+            least = int(name[1]) + 1  # it may have been deleted since, or been written again by this branch
+        elif _manifest_sha256(path) in (None, record["manifest_sha256"]):
+            least = 0  # another run's: all that is here was made since
+        else:
+            return resume
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = places[0].parent / RESUMED_FROM
+        raise StorageError(
+            f"{where}: cannot be read ({durable.reason(error)}), so that nobody knows whether this run has begun from "
+            f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
+        ) from error
+    return "auto" if any(step >= least for step, _ in published(places)) else resume
+
+
+def note_begun(places: list[Path], resume: str, resumed: Path) -> None:
+    """Note that the run begins from `resumed`, durably, where that is what `run.resume` names. Errors: OSError."""
+    if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
+        return
+    path = places[0].parent / RESUMED_FROM
+    record = {"path": str(resumed.resolve()), "manifest_sha256": _manifest_sha256(resumed)}
+    aside = path.with_name(f".{path.name}.writing")
+    durable.make_directories(path.parent)
+    durable.write_new(aside, (json.dumps(record, indent=1) + "\n").encode())
+    durable.disk.rename(aside, path)
+    durable.sync_directory(path.parent)
+
+
+def _record(path: Path) -> dict[str, str] | None:
+    try:
+        raw: dict[str, str] = json.loads(durable.read_bytes(path, most=MOST_RECORD))
+    except FileNotFoundError:
+        return None
+    return raw
+
+
+def _manifest_sha256(directory: Path) -> str | None:
+    """None where there is no such checkpoint any more."""
+    try:
+        return hashlib.sha256(durable.read_bytes(directory / MANIFEST, most=MOST_MANIFEST)).hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
@@ -30,6 +115,15 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
     """
     if resume == "never":
         return None
+    if runtime.is_main:
+        put_back(places)
+    asked, resume = resume, broadcast_object(settled(places, resume) if runtime.is_main else "", runtime)
+    if asked != resume and runtime.is_main:
+        print(
+            f"run.resume={asked}: this run has begun from it already and goes on from what it has made since, as with "
+            f"run.resume=auto; to go back once more, delete {places[0].parent / RESUMED_FROM}",
+            flush=True,
+        )
     if resume != "auto":
         path = Path(resume).expanduser()
         problem = verify_together(path, runtime)

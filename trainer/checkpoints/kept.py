@@ -11,16 +11,17 @@ from pathlib import Path
 
 from strategies import durable
 from strategies.base import Engine, Progress
-from strategies.durable import make_directories, publish, reason, size_text, sync_directory
+from strategies.durable import make_directories, publish, publish_again, reason, size_text, sync_directory
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
-from trainer.checkpoints.chosen import published
+from trainer.checkpoints.chosen import REPLACED, note_begun, published, put_back
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.seal import seal
 
 STEP_DIR = "step-{:06d}"
 GIVEN_UP = "given-up-{}"
+UNFINISHED = (".step-*.writing", ".step-*.deleting", REPLACED.format("step-*"))
 
 
 def places_of(run_dir: Path, config: CheckpointConfig) -> list[Path]:
@@ -54,30 +55,38 @@ class Checkpoints:
 
     # -- at the start ----------------------------------------------------------------------------------------------------
 
-    def begin(self, resumed: Path | None) -> None:
+    def begin(self, resumed: Path | None, asked: str = "auto") -> None:
         """Go on from `resumed`: what is newer is of a branch given up, or damaged, and is moved aside. All ranks must call.
 
-        Errors: StorageError on every rank, where something could not be moved: it would be taken for this run's newest.
+        Where it is what `asked` (`run.resume`) names, that is noted. Errors: StorageError on every rank, where something could
+        not be moved (it would be taken for this run's newest) or noted (a requeue would begin there again).
         """
-        error: BaseException | None = None
+        error: StorageError | None = None
         if self.runtime.is_main:
             try:
                 self._begin(resumed)
             except OSError as caught:
-                error = caught
+                error = StorageError(
+                    f"checkpoint: what is newer than {resumed} could not be moved aside ({reason(caught)}); move it away by "
+                    "hand"
+                )
+            try:  # last: a start that is cut short before goes back once more
+                if error is None and resumed is not None:
+                    note_begun(self.places, asked, resumed)
+            except OSError as caught:
+                error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
         if (message := first_error(error, self.runtime)) is not None:
-            raise StorageError(
-                f"checkpoint: what is newer than {resumed} could not be moved aside ({message}); move it away by hand"
-            )
+            raise StorageError(message.split(": ", 2)[-1])
 
     def _begin(self, resumed: Path | None) -> None:
         mine = resumed.resolve() if resumed else None
+        put_back(self.places)
         there = published(self.places)
         reached = next((step for step, path in there if path.resolve() == mine), None)
         given_up = [path for step, path in there if reached is None or step > reached]
         given_up += [path for step, path in there if step == reached and path.resolve() != mine]
         for place in self.places:
-            for left in [*place.glob(".step-*.writing"), *place.glob(".step-*.deleting")]:
+            for left in [path for kind in UNFINISHED for path in place.glob(kind)]:
                 with suppress(OSError):  # what a killed run had not finished; in nobody's way
                     durable.disk.remove_tree(left)
             if moved := [path for path in given_up if path.parent == place]:
@@ -128,6 +137,8 @@ class Checkpoints:
             self.schedule.tried(progress.step, took)
             self._tell(path, size, took)
             if self.runtime.is_main:
+                for twin in [each for each in self._good if each.name == path.name and each != path]:
+                    self._delete(twin)  # written again in another place
                 self._good.add(path)
                 self._retain(progress)
             return path
@@ -154,7 +165,10 @@ class Checkpoints:
 
         def finish() -> None:
             seal(aside, files)
-            if final.exists():  # of the same step, and not of this branch: `begin` has moved those of others
+            if final in self._good and final.exists():  # this branch's own, of the same step: it owed an evaluation
+                publish_again(aside, final, final.with_name(REPLACED.format(final.name)))
+                return
+            if final.exists():  # not of this branch, and made since it began
                 self._move_aside(place, [final])
             publish(aside, final)
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import ConfigError, DataError, StorageError
+from trainer.checkpoints.chosen import settled
+from trainer.checkpoints.kept import places_of
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
@@ -195,10 +197,20 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
 
 
-def _run(config: RunConfig) -> Iterator[str]:
-    resume = config.run.resume
+def _resume(config: RunConfig) -> Iterator[str]:
+    resume, run_dir = config.run.resume, config.run.dir
+    try:
+        if run_dir is not None and run_dir.strip():
+            resume = settled(places_of(Path(run_dir).expanduser(), config.checkpoint), resume)
+    except StorageError as error:
+        yield str(error)
+        return
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
         yield f"run.resume={resume}: must be auto, never or an existing checkpoint directory"
+
+
+def _run(config: RunConfig) -> Iterator[str]:
+    yield from _resume(config)
     for kind in set(config.run.accept) - set(KINDS):
         near = difflib.get_close_matches(kind, KINDS, n=1)
         yield f"run.accept=[{kind}]: there is no such kind of change; {near[0] if near else 'one of ' + ', '.join(KINDS)}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
-from trainer.checkpoints.chosen import published
+from trainer.checkpoints.chosen import published, settled
 from trainer.checkpoints.kept import places_of
 from trainer.config.resuming import KINDS, flat, kind_of, plain
 from trainer.config.run import RunConfig
@@ -138,11 +138,12 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
 def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
     """The run directory whose checkpoint will be loaded; None where the run starts afresh."""
     places = places_of(run_dir, config.checkpoint)
-    if config.run.resume == "never" or (config.run.resume == "auto" and not published(places)):
+    resume = settled(places, config.run.resume)
+    if resume == "never" or (resume == "auto" and not published(places)):
         return None
-    if config.run.resume == "auto":
+    if resume == "auto":
         return run_dir
-    state = Path(config.run.resume).expanduser().absolute()
+    state = Path(resume).expanduser().absolute()
     if state.parent in [place.absolute() for place in places]:
         return run_dir
     above = list(state.parents)[1:3] or [state]  # of checkpoints/step-000005, of checkpoints/given-up-1/step-000005
