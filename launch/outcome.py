@@ -73,8 +73,10 @@ def outcome(run_dir: Path, code: int, before: Records) -> int:
 
 def _cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
     """Why a run may be started again: a key of `launcher.retry`; None where it may not."""
+    if code == 130 or signals & FINAL:  # also where a rank was lost meanwhile
+        return None
     if code == 75:
-        return "preempted" if signals and not signals & FINAL else None
+        return "preempted" if signals else None
     return read_failure(run_dir).get("retry") if code else None
 
 
