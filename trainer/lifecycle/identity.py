@@ -72,6 +72,21 @@ def differences(there: Kinds, here: Kinds, *, accept: list[str]) -> list[str]:
     return lines
 
 
+def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
+    """Rank 0's run directory, on every rank; raises ConfigError where ranks were given different configs."""
+    hashes = gather_objects(sha256, runtime)
+    if len(set(hashes)) > 1:
+        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+        raise ConfigError(
+            f"rank {odd} has another configuration than rank 0 ({hashes[odd][:8]} and {hashes[0][:8]}): start all ranks "
+            "with the same words and the same files"
+        )
+    agreed = broadcast_object(None if run_dir is None else str(run_dir), runtime)
+    if agreed is None:
+        raise ConfigError("run.dir: rank 0 has none; set run.dir")
+    return Path(agreed)
+
+
 def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     """Compare the ranks, and the run with the one whose state it goes on from; write `identity.json`. All ranks must call.
 
