@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import sys
@@ -58,7 +59,10 @@ def outcome(run_dir: Path, code: int, before: Records) -> int:
         reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
         print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
         return 130 if code == 130 else 75
-    if (owner := other_owner(run_dir)) is not None:
+    owner = None
+    with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
+        owner = other_owner(run_dir)
+    if owner is not None:
         print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
         return 130 if code == 130 else 70
     reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"

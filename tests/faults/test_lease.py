@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from launch.outcome import begin, outcome
 from strategies import durable
 from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, descendants, environment, read, wait
@@ -23,6 +24,7 @@ from trainer.config.run import RunConfig
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.records import lease as lease_module
 from trainer.records.lease import InUse, Lease, LeaseLost, Owner, other_owner
+from trainer.records.status import record_failure
 from trainer.stopping.signals import StopRequest
 
 ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
@@ -137,6 +139,17 @@ def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
     monkeypatch.setattr(run_module, "start_text", lambda facts: "")
     with pytest.raises(LeaseLost):
         run_module.open_records(RunConfig(), {}, MagicMock(), place)
+
+
+def test_a_directory_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):
+    def stale(directory):
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    before = begin(tmp_path)
+    record_failure(tmp_path, 1, StorageError("checkpoints/step-000005: no space left"), "training", 5)
+    monkeypatch.setattr(lease_module, "latest", stale)
+    assert outcome(tmp_path, 1, before) == 74
+    assert "checkpoints/step-000005: no space left" in capsys.readouterr().err
 
 
 @pytest.fixture
