@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import sys
@@ -58,7 +59,10 @@ def outcome(run_dir: Path, code: int, before: Records) -> int:
         reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
         print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
         return 130 if code == 130 else 75
-    if (owner := other_owner(run_dir)) is not None:
+    owner = None
+    with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
+        owner = other_owner(run_dir)
+    if owner is not None:
         print(f"{run_dir}: ended here; its records are left to {owner}", file=sys.stderr)
         return 130 if code == 130 else 70
     reason, shown = "interrupted", f"{run_dir}: interrupted; the same command continues from the last checkpoint"
@@ -73,8 +77,10 @@ def outcome(run_dir: Path, code: int, before: Records) -> int:
 
 def _cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
     """Why a run may be started again: a key of `launcher.retry`; None where it may not."""
+    if code == 130 or signals & FINAL:  # also where a rank was lost meanwhile
+        return None
     if code == 75:
-        return "preempted" if signals and not signals & FINAL else None
+        return "preempted" if signals else None
     return read_failure(run_dir).get("retry") if code else None
 
 

@@ -74,9 +74,10 @@ done
 
 # Exit codes do not survive torchrun, so the run says in its status file that it saved and wants to go on.
 says() { [ "$run_dir/$1" -nt "$logs/started" ] && grep -q "$2" "$run_dir/$1"; }
+# SLURM requeues a job that it preempts by itself; asking for it as well would run the job once too often.
+by_slurm() { [ -n "$stopped" ] || scontrol show job "$job" | grep 'PreemptTime=[0-9]' >/dev/null; }
 if says status.json '"state": *"preempted"'; then
-  if [ -n "$stopped" ] || scontrol show job "$job" | grep 'PreemptTime=[0-9]' >/dev/null; then
-    # SLURM requeues a job that it preempts by itself; asking for it as well would run the job once too often.
+  if by_slurm; then
     echo "job $job: stopped by SLURM or by scancel, state saved; not requeued from here"
   elif [ "$restart" -ge "$retry_preempted" ]; then
     echo "job $job: state saved; not requeued, since it restarted $restart times already (limit $retry_preempted)"
@@ -86,7 +87,9 @@ if says status.json '"state": *"preempted"'; then
     scontrol requeue "$job"
   fi
 elif says failure.json '"retry": *"node_fail"'; then # never after an error of the run itself
-  if lost; then
+  if by_slurm; then
+    echo "job $job: stopped by SLURM or by scancel, and a rank was lost; not requeued from here"
+  elif lost; then
     echo "job $job: a rank was lost; requeued"
     scontrol requeue "$job"
   else

@@ -2,11 +2,13 @@
 
 While data is prepared, which may take hours, no collective may wait. A rank that is told to stop then must not leave the
 others behind: they would wait for it until a timeout. So the ranks make one decision, to go on or to stop, the first that
-is made; who has decided to go on tells a later signal to the group.
+is made; who has decided to go on tells a later signal to the group. Where rank 0 stops since the directory of the run is no
+longer its own, all hear of that with the decision, and none writes there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -16,36 +18,41 @@ from typing import Any
 from strategies.errors import ShardtuneError
 
 DECISION, GO, STOP = "shardtune/decision", "go", "stop"
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S, LEAVE_S = 1.0, 10.0
 
 
 class Meeting:
-    """The store of this job, where it has several ranks; a job of one decides alone."""
+    """The store of this job, where it has several ranks; a job of one decides alone.
 
-    def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
+    `lost`, asked where this rank decides to stop, says why the directory of the run is not its own, None where it is.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, world: int, timeout_s: float, lost: Callable[[], str | None] = lambda: None
+    ) -> None:
         self.store, self.rank, self.world = store, rank, world
-        self._timeout_s, self._looked_at, self._stopped = timeout_s, float("-inf"), False
+        self._timeout_s, self._looked_at, self._stopped, self._lost = timeout_s, float("-inf"), False, lost
 
     @classmethod
-    def join(cls, timeout_s: float) -> Meeting:
+    def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Meeting:
         """Meet the ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world == 1:
-            return cls(None, rank, world, timeout_s)
+            return cls(None, rank, world, timeout_s, lost)
         import torch.distributed as dist
 
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        return cls(store, rank, world, timeout_s)
+        return cls(store, rank, world, timeout_s, lost)
 
     def stopping(self, told: bool) -> bool:
         """Whether the ranks stop; `told`: whether this one was asked to. Looks about once a second; waits for nobody."""
         if self.store is None or self._stopped:
             self._stopped |= told
         elif told:
-            self._stopped = self._decide(STOP) == STOP
+            self._stopped = self._decide_to_stop() != GO
         elif time.monotonic() - self._looked_at > LOOK_EVERY_S:
             self._looked_at = time.monotonic()
-            self._stopped = self._decided() == STOP
+            self._stopped = self._decided() not in (None, GO)
         return self._stopped
 
     def go_on(self, told: Callable[[], bool]) -> bool:
@@ -59,7 +66,7 @@ class Meeting:
         if self.store.add("shardtune/ready", 1) == self.world:
             return self._decide(GO) == GO
         deadline = time.monotonic() + self._timeout_s
-        while (decision := self._decide(STOP) if told() else self._decided()) is None:
+        while (decision := self._decide_to_stop() if told() else self._decided()) is None:
             if time.monotonic() > deadline:
                 missing = [r for r in range(self.world) if not self.store.check([f"shardtune/ready/{r}"])]
                 raise ShardtuneError(
@@ -68,6 +75,26 @@ class Meeting:
                 )
             time.sleep(max(0.1, self.world / 1000))
         return decision == GO
+
+    def part(self) -> str | None:
+        """After the decision to stop: why rank 0 lost the directory of the run, where it stopped for that. All ranks are to call.
+
+        Rank 0, whose process may have the store, leaves last: when all have heard of it, or after `LEAVE_S`.
+        """
+        if self.store is None:
+            return self._lost()
+        why = None
+        with contextlib.suppress(RuntimeError):  # the store is gone: they heard, or waited in vain
+            why = (self._decided() or STOP).removeprefix(STOP) or None
+            left = self.store.add("shardtune/left", 1)
+            deadline = time.monotonic() + LEAVE_S
+            while self.rank == 0 and left < self.world and time.monotonic() < deadline:
+                time.sleep(0.1)
+                left = self.store.add("shardtune/left", 0)
+        return why
+
+    def _decide_to_stop(self) -> str:
+        return self._decide(STOP + (self._lost() or ""))
 
     def _decide(self, wish: str) -> str:
         """The decision, which is `wish` where none was made before."""

@@ -11,8 +11,7 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.base import Engine, Precision, Progress
 from strategies.build import resolve_precision
-from strategies.errors import ConfigError, Preempted, ShardtuneError
-from strategies.meeting import Meeting
+from strategies.errors import Preempted, ShardtuneError
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints, places_of
@@ -35,7 +34,7 @@ from trainer.facts import (
 )
 from trainer.forecast.fitting import must_fit
 from trainer.lifecycle.attempt import Where, attempt
-from trainer.lifecycle.identity import establish
+from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.loop import LoopSettings, Outcome, Output, Trainer
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
@@ -149,18 +148,18 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
 def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) -> tuple[Prepared, processes.Runtime]:
     """The data, and then this process as a rank of its job: no collective can time out while documents are tokenised.
 
-    All ranks must call. Raises Preempted on every rank when any was told to stop meanwhile.
+    All ranks must call. Raises Preempted on every rank when any was told to stop meanwhile, LeaseLost on every rank when rank 0
+    stopped since another attempt had taken the directory over.
     """
 
     def told() -> bool:
         return request.signal_name is not None
 
-    meeting = Meeting.join(config.run.timeout_s)
-    where.meet(meeting.store, meeting.rank, meeting.world)
-    data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
-    where.phase = "start of the processes"
-    if not meeting.go_on(told):
-        raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
+    with where.meet(config.run.timeout_s) as meeting:
+        data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
+        where.phase = "start of the processes"
+        if not meeting.go_on(told):
+            raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     return data, start_processes(config, meeting.store)
 
 
@@ -170,6 +169,7 @@ def check(config: RunConfig, data: Prepared, precision: Precision, place: Place)
     All ranks must call. Raises ConfigError where it is another run, DoesNotFit where it takes more memory.
     """
     place.where.phase = "comparing with the run that is gone on with"
+    place.where.still_ours(place.runtime)
     identity = establish(config, data, place.run_dir, place.runtime)
     place.where.phase = "simulating whether the run fits"
     return identity | must_fit(config, data, precision, place.runtime, place.console.say)
@@ -218,21 +218,6 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     )
 
 
-def agree_on_run(run_dir: Path | None, sha256: str, runtime: processes.Runtime) -> Path:
-    """Rank 0's run directory, on every rank; raises ConfigError where ranks were given different configs."""
-    hashes = processes.gather_objects(sha256, runtime)
-    if len(set(hashes)) > 1:
-        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
-        raise ConfigError(
-            f"rank {odd} has another configuration than rank 0 ({hashes[odd][:8]} and {hashes[0][:8]}): start all ranks "
-            "with the same words and the same files"
-        )
-    agreed = processes.broadcast_object(None if run_dir is None else str(run_dir), runtime)
-    if agreed is None:
-        raise ConfigError("run.dir: rank 0 has none; set run.dir")
-    return Path(agreed)
-
-
 def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
     """The console of this rank, and on it what will be learned, before anything is."""
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
@@ -258,12 +243,17 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
         key=place.sha256 if start is None else f"{place.sha256}/{adapter_hash(start)}",
     )
     splits = {"train": data.train, "eval": data.evaluation}
-    record(splits, engine, how, place.runtime, place.agreement.another().asked)
+    try:
+        record(splits, engine, how, place.runtime, place.agreement.another().asked)
+    except Preempted:  # on all ranks alike
+        place.where.still_ours(place.runtime)
+        raise
 
 
 def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:
-    """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the other ranks."""
+    """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the others. All ranks call."""
     place.console.say(start_text(facts))
+    place.where.still_ours(place.runtime)
     if not place.runtime.is_main:
         return Trackers([])
     trackers, progress.wandb_id, note = build_trackers(

@@ -1,11 +1,16 @@
 """Real runs of tiny models, started as users start them: no setting of threads in the environment."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -59,18 +64,43 @@ class Runs:
 
     def start(self, run: str, *words: str, **extra: str) -> subprocess.Popen:
         """`shardtune train` in a session of its own; what it says goes to files."""
-        out = (self.root / f"{run}.out").open("w")
-        process = subprocess.Popen(
-            self.words(run, *words),
-            env=environment(**extra),
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        out.close()
+        return self._popen(self.words(run, *words), run, extra)
+
+    def start_ranks(self, run: str, *words: str) -> list[subprocess.Popen]:
+        """Two ranks without torchrun, as srun starts them, each the first one of its host; they say to `<run>.<rank>`."""
+        with socket.create_server(("localhost", 0)) as free:
+            job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+            job["MASTER_PORT"] = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "launch.train", *self.words(run, *words)[4:]]
+        return [self._popen(command, f"{run}.{rank}", {**job, "RANK": str(rank)}) for rank in range(2)]
+
+    def _popen(self, command: list[str], name: str, extra: dict[str, str]) -> subprocess.Popen:
+        with (self.root / f"{name}.out").open("w") as out:
+            process = subprocess.Popen(
+                command,
+                env=environment(**extra),
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.started.append(process)
         return process
+
+    @contextlib.contextmanager
+    def data_held(self) -> Iterator[str]:
+        """The word by which runs wait for their data, as where another process prepares the same, as long as this is entered."""
+        with self._data_lock.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield f"data.cache_dir={self._data_lock.parent}"
+
+    @cached_property
+    def _data_lock(self) -> Path:
+        words = self.words("", f"data.cache_dir={self.root / 'held'}", verb="prepare")
+        subprocess.run(words, env=environment(), cwd=ROOT, check=True)
+        [done] = (self.root / "held").glob("*/manifest.json")
+        done.unlink()
+        return done.parent.with_name(f".{done.parent.name}.lock")
 
     def run(self, run: str, *words: str, **extra: str) -> tuple[int, str]:
         """The whole of a run: its exit code and what it said."""

@@ -3,16 +3,22 @@
 import hashlib
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, ShardtuneError, StorageError
+from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from trainer.config.resuming import KINDS, flat, kind_of, plain
-from trainer.config.run import RunConfig
-from trainer.lifecycle.identity import _same_everywhere, differences, source_digest
+from trainer.config.run import RunConfig, RunSettings
+from trainer.lifecycle import identity
+from trainer.lifecycle.identity import _same_everywhere, differences, establish, source_digest
 from trainer.records.sampled import BLOCK, BLOCKS, sampled_digest
 
 
@@ -95,9 +101,72 @@ def test_ranks_with_another_version_or_clone_are_named():
     assert differences(here, here, accept=[]) == []
 
 
-def test_the_source_decides_its_digest(tmp_path, monkeypatch):
-    from trainer.lifecycle import identity
+class TwoRanks:
+    """Collectives between two threads, each of which is a rank and has its number in place of a group."""
 
+    def __init__(self, monkeypatch):
+        self.barrier, self.values = threading.Barrier(2), [None, None]
+        monkeypatch.setattr(dist, "all_gather_object", self.gather)
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda box, src, group: self.gather(box, box[0], group))
+
+    def gather(self, box, value, group):
+        self.values[group] = value
+        self.barrier.wait(seconds(30))
+        box[:] = self.values[: len(box)]
+        self.barrier.wait(seconds(30))
+
+    def __call__(self, function):
+        """What `function` returns or raises on each rank, given its place in the job."""
+
+        def ask(rank):
+            runtime = SimpleNamespace(
+                rank=rank, world_size=2, local_rank=rank, is_main=rank == 0, simulated=False, control_group=rank
+            )
+            try:
+                return function(runtime)
+            except (ShardtuneError, OSError, threading.BrokenBarrierError) as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(ask, range(2)))
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind", "said"),
+    [
+        ("base", StorageError, "model.safetensors: cannot be read"),
+        ("written", StorageError, "cannot write"),
+        ("read", ConfigError, "run.accept="),
+    ],
+)
+def test_what_fails_on_rank_0_alone_fails_alike_on_all(tmp_path, monkeypatch, broken, kind, said):
+    def found(*_, base):
+        if base and broken == "base":
+            raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
+        return {kind: {} for kind in KINDS} | {"base": {"model": "1"}}
+
+    monkeypatch.setattr(identity, "identity_of", found)
+    monkeypatch.setattr(identity, "_home_of_state", lambda *_: tmp_path if broken == "read" else None)
+    if broken == "written":
+        (tmp_path / "identity.json").mkdir()
+    errors = TwoRanks(monkeypatch)(lambda runtime: establish(RunConfig(), None, tmp_path, runtime))
+    assert [type(error) for error in errors] == [kind, kind], errors
+    assert all(said in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"data": 3}', "{", None])
+def test_an_identity_that_says_nothing_is_refused_or_accepted_as_unknown(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(identity, "_home_of_state", lambda *_: tmp_path)
+    if content is not None:
+        (tmp_path / "identity.json").write_text(content)
+    mine = {kind: {} for kind in KINDS}
+    with pytest.raises(ConfigError, match=r"cannot be read .* run.accept=\[unknown\]"):
+        identity._same_as_before(RunConfig(), mine, tmp_path)
+    config = RunConfig(run=RunSettings(accept=["unknown"]))
+    assert identity._same_as_before(config, mine, tmp_path) == [f"unknown: {tmp_path / 'identity.json'} cannot be read"]
+
+
+def test_the_source_decides_its_digest(tmp_path, monkeypatch):
     nothing = hashlib.sha256().hexdigest()
     assert not nothing.startswith(source_digest()), "no source was read"  # where the module really lies
     (tmp_path / "trainer").mkdir()

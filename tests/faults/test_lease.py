@@ -7,15 +7,25 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
+from launch.outcome import begin, outcome
 from strategies import durable
 from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, descendants, environment, read, wait
 from tests.helpers.speed import seconds
+from trainer import run as run_module
+from trainer.config.run import RunConfig
+from trainer.lifecycle.attempt import Where, attempt
 from trainer.records import lease as lease_module
-from trainer.records.lease import InUse, Lease, LeaseLost, other_owner
+from trainer.records.lease import InUse, Lease, LeaseLost, Owner, other_owner
+from trainer.records.status import record_failure
+from trainer.stopping.signals import StopRequest
 
 ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
 ELSEWHERE += ['hostname elsewhere && exec "$@"', "elsewhere"]
@@ -73,6 +83,73 @@ def test_another_host_is_refused_while_the_owner_lives_and_takes_over_when_it_is
     assert (runs.status("shared")["state"], runs.status("shared")["host"]) == ("preempted", "elsewhere")
     steps = [row["step"] for row in runs.rows("shared")]
     assert steps == list(range(1, len(steps) + 1)), "rows of two runs"
+
+
+def test_who_was_taken_over_while_data_is_prepared_leaves_the_records_to_the_new_owner(runs):
+    with runs.data_held() as word:
+        started = {"alone": runs.start("alone", word, "run.lease_s=5")}
+        started |= zip(
+            ("both.0", "both.1"), runs.start_ranks("both", word, "strategy=ddp", "run.lease_s=5"), strict=True
+        )
+        for name, process in started.items():
+            wait(lambda name=name: "waiting for another process" in runs.said(name), f"{name} waits", process)
+        for run in ("alone", "both"):
+            (runs.root / run / "status.json").write_text('{"state": "running", "host": "elsewhere"}')
+            taken = Owner(host="elsewhere", process="boot/namespace/1")
+            (runs.root / run / "lease" / "000002.json").write_text(json.dumps(asdict(taken)))
+        codes = {name: runs.end(process) for name, process in started.items()}
+    assert codes == dict.fromkeys(started, 74), {name: runs.said(name) for name in started}
+    for name in started:
+        assert "on elsewhere" in runs.said(name) and "took it over" in runs.said(name)
+        assert "Traceback" not in runs.said(name)
+    for run in ("alone", "both"):
+        assert runs.status(run) == {"state": "running", "host": "elsewhere"}
+        assert not (runs.root / run / "failure.json").exists()
+
+
+@pytest.mark.parametrize("end", [Preempted("asked to stop"), KeyboardInterrupt(), ValueError("x")], ids=repr)
+def test_however_an_attempt_ends_it_looks_whose_the_directory_is(tmp_path, another_host, end):
+    status = tmp_path / "status.json"
+    with pytest.raises(BaseException, match="on elsewhere") as caught, attempt(tmp_path, 60, StopRequest()):
+        (tmp_path / "lease" / "000002.json").write_text(json.dumps(asdict(Owner(host="elsewhere"))))
+        status.write_text("the other's")
+        raise end
+    assert isinstance(caught.value, LeaseLost)
+    assert status.read_text() == "the other's"
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
+    def stops(*_):
+        raise Preempted("asked to stop while the reference was computed")
+
+    def lost():
+        raise LeaseLost("run.dir=x: another took it over")
+
+    monkeypatch.setattr(run_module, "record", stops)
+    built = MagicMock()
+    built.tuning.keeps_base = False
+    where = Where(lease=SimpleNamespace(check=lost))
+    place = SimpleNamespace(where=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
+    place.console = place.agreement = MagicMock()
+    with pytest.raises(LeaseLost):
+        run_module.record_reference(RunConfig(), MagicMock(), MagicMock(), built, place)
+    with pytest.raises(LeaseLost):  # and so before what the run is, and that it runs, is written down
+        run_module.check(RunConfig(), MagicMock(), MagicMock(), place)
+    monkeypatch.setattr(run_module, "start_text", lambda facts: "")
+    with pytest.raises(LeaseLost):
+        run_module.open_records(RunConfig(), {}, MagicMock(), place)
+
+
+def test_a_directory_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):
+    def stale(directory):
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    before = begin(tmp_path)
+    record_failure(tmp_path, 1, StorageError("checkpoints/step-000005: no space left"), "training", 5)
+    monkeypatch.setattr(lease_module, "latest", stale)
+    assert outcome(tmp_path, 1, before) == 74
+    assert "checkpoints/step-000005: no space left" in capsys.readouterr().err
 
 
 @pytest.fixture

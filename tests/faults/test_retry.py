@@ -2,7 +2,11 @@
 
 import signal
 
+import pytest
+
+from launch.outcome import _cause
 from tests.faults.runs import rank_of, wait
+from trainer.records.status import record_failure
 
 STEPS = 50
 
@@ -33,3 +37,23 @@ def test_an_error_is_not_repeated(runs):
     assert code == 65, said
     assert "started again" not in said
     assert said.count("shardtune train:") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "signals", "lost", "cause"),
+    [
+        (75, {signal.SIGUSR2}, False, "preempted"),
+        (75, {signal.SIGUSR2, signal.SIGTERM}, False, None),
+        (75, set(), False, None),  # stopped for another reason than a signal to this command
+        (70, set(), True, "node_fail"),
+        (70, {signal.SIGUSR1}, True, "node_fail"),
+        (70, {signal.SIGTERM}, True, None),
+        (130, {signal.SIGINT}, True, None),
+        (130, set(), True, None),
+        (70, set(), False, None),
+        (0, set(), True, None),
+    ],
+)
+def test_a_cause_to_start_again_is_never_seen_after_term_or_ctrl_c(tmp_path, code, signals, lost, cause):
+    record_failure(tmp_path, 1, RuntimeError("x"), "training", **({"retry": "node_fail"} if lost else {}))
+    assert _cause(tmp_path, code, signals) == cause

@@ -1,6 +1,5 @@
 """Signals in the environment a user has: whatever comes, and however often, the run saves, says so and is resumable."""
 
-import fcntl
 import signal
 import subprocess
 import sys
@@ -95,14 +94,8 @@ def test_what_waits_for_signals_cannot_be_lost_and_a_second_ctrl_c_ends_at_once(
 
 
 def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
-    words = [f"data.cache_dir={runs.root / 'held'}"]
-    subprocess.run(runs.words("", *words, verb="prepare"), env=environment(), cwd=ROOT, check=True)
-    [done] = (runs.root / "held").glob("*/manifest.json")
-    done.unlink()
-    lock = done.parent.with_name(f".{done.parent.name}.lock")
-    with lock.open("a") as held:  # as another process does that prepares the same data, for as long as it takes
-        fcntl.flock(held, fcntl.LOCK_EX)
-        process = runs.start("early", *words, "strategy=ddp", "launcher.processes=2")
+    with runs.data_held() as word:
+        process = runs.start("early", word, "strategy=ddp", "launcher.processes=2")
         wait(lambda: runs.said("early").count("waiting for another process") == 2, "both ranks wait", process)
         begun = time.monotonic()
         rank_of(process.pid, 1).send_signal(signal.SIGUSR2)

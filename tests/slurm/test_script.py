@@ -98,6 +98,47 @@ def test_odd_characters_reach_the_shell_unharmed(tmp_path: Path) -> None:
     assert said.splitlines() == [str(odd), str(odd / "python"), str(odd / "config.yaml"), str(odd)]
 
 
+LOST = """#!/bin/bash
+[ -z "$TERM_COMES" ] || kill -TERM $PPID
+sleep 0.1 # later than the mark of the start, on any file system
+echo '{"retry": "node_fail"}' >"$SHARDTUNE_RUN_DIR/failure.json"
+exit 1
+"""
+SCONTROL = """#!/bin/bash
+case $1$2 in
+  showhostnames) echo n1 ;;
+  showjob) echo "PreemptTime=$PREEMPTED" ;;
+  *) echo "$*" >>"$SHARDTUNE_RUN_DIR/asked" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        ({"PREEMPTED": "None"}, ["requeue 7"]),
+        ({"PREEMPTED": "None", "TERM_COMES": "1"}, []),
+        ({"PREEMPTED": "2026-11-26T07:00:00"}, []),
+    ],
+    ids=["lost", "lost after TERM", "lost while SLURM preempts the job"],
+)
+def test_a_lost_rank_is_not_requeued_where_slurm_ends_the_job(
+    tmp_path: Path, environment: dict[str, str], asked: list[str]
+) -> None:
+    for name, text in (("srun", LOST), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    run = tmp_path / "run"
+    config = RunConfig(launcher=SlurmConfig(retry={"node_fail": 3}))
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **job, **environment}
+    done = subprocess.run(["bash", "-c", render(config, [run])], text=True, capture_output=True, env=env)
+    assert done.returncode == 1, done.stderr
+    assert ((run / "asked").read_text().splitlines() if (run / "asked").exists() else []) == asked, done.stdout
+    assert ("a rank was lost; requeued" in done.stdout) == bool(asked)
+    assert ("stopped by SLURM or by scancel, and a rank was lost" in done.stdout) != bool(asked)
+
+
 @pytest.mark.parametrize(
     ("launcher", "run", "said"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 
 from strategies.errors import Preempted, ShardtuneError
 from strategies.heartbeat import WAITED, Heartbeats
+from strategies.meeting import Meeting
 from strategies.runtime import Runtime, first_error
 from trainer.records.lease import Lease, LeaseLost, NotOurs
 from trainer.records.status import State, clear_failure, read_failure, record_failure, write_status
@@ -29,10 +30,21 @@ class Where:
     heartbeats: Heartbeats | None = None
     """Signs of life of the ranks, where there are several and they have met."""
 
-    def meet(self, store: Any, rank: int, world: int) -> None:
-        """Let this rank be heard of through the ranks' store, and hear of the others."""
-        if store is not None:
-            self.heartbeats = Heartbeats(store, rank, world, lambda: (self.phase, self.step))
+    @contextlib.contextmanager
+    def meet(self, timeout_s: float) -> Iterator[Meeting]:
+        """Until there is a process group: this rank is heard of through the ranks' store, and hears of the others.
+
+        All ranks must call, within `timeout_s`. Where they stop (Preempted) since rank 0 lost the directory, all raise LeaseLost.
+        """
+        meeting = Meeting.join(timeout_s, self.lost)
+        if meeting.store is not None:
+            self.heartbeats = Heartbeats(meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step))
+        try:
+            yield meeting
+        except Preempted as stop:
+            if (lost := meeting.part()) is not None:
+                raise LeaseLost(lost) from stop
+            raise
 
     def at_step(self, step: int) -> None:
         """Note the step that is being taken."""
@@ -45,15 +57,19 @@ class Where:
             self.heartbeats.write_stacks_to(run_dir / "logs" / f"rank-{rank}.stacks")
         return run_dir
 
-    def still_ours(self, runtime: Runtime) -> None:
-        """Before anything is published: raise LeaseLost on every rank where another attempt owns the directory. All call."""
-        error: LeaseLost | None = None
+    def lost(self) -> str | None:
+        """Why the directory is no longer this attempt's; None where it is, and on all ranks but 0."""
         if self.lease is not None:
             try:
                 self.lease.check()
             except LeaseLost as caught:
-                error = caught
-        if failed := first_error(error, runtime):
+                return str(caught)
+        return None
+
+    def still_ours(self, runtime: Runtime) -> None:
+        """Before anything is published: raise LeaseLost on every rank where another attempt owns the directory. All call."""
+        lost = self.lost()
+        if failed := first_error(LeaseLost(lost) if lost else None, runtime):
             raise LeaseLost(failed.split(": ", 2)[-1])
 
 
@@ -77,20 +93,17 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
             if teller is not None:
                 write_status(teller, State.done, step=where.step)
                 clear_failure(teller)
-        except Preempted as stop:
-            if teller is not None:
-                write_status(teller, State.preempted, step=where.step, reason=str(stop))
-            raise
         except NotOurs:
-            raise
-        except KeyboardInterrupt:
-            if teller is not None:
-                write_status(teller, State.failed, step=where.step, reason="interrupted")
             raise
         except BaseException as error:
             if where.lease is not None:
                 where.lease.check()
-            _record(where, rank, error)
+            if isinstance(error, Preempted | KeyboardInterrupt):
+                if teller is not None:
+                    state = State.preempted if isinstance(error, Preempted) else State.failed
+                    write_status(teller, state, step=where.step, reason=str(error) or "interrupted")
+            else:
+                _record(where, rank, error)
             raise
 
 

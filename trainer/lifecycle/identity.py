@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
 from trainer.checkpoints.chosen import published, settled
 from trainer.checkpoints.kept import places_of
@@ -72,15 +72,38 @@ def differences(there: Kinds, here: Kinds, *, accept: list[str]) -> list[str]:
     return lines
 
 
+def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
+    """Rank 0's run directory, on every rank; raises ConfigError where ranks were given different configs."""
+    hashes = gather_objects(sha256, runtime)
+    if len(set(hashes)) > 1:
+        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+        raise ConfigError(
+            f"rank {odd} has another configuration than rank 0 ({hashes[odd][:8]} and {hashes[0][:8]}): start all ranks "
+            "with the same words and the same files"
+        )
+    agreed = broadcast_object(None if run_dir is None else str(run_dir), runtime)
+    if agreed is None:
+        raise ConfigError("run.dir: rank 0 has none; set run.dir")
+    return Path(agreed)
+
+
 def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     """Compare the ranks, and the run with the one whose state it goes on from; write `identity.json`. All ranks must call.
 
     Returns what `run.json` says of it: the identity, and the differences that were accepted. Raises ConfigError on every
-    rank with each difference that `run.accept` does not name.
+    rank with each difference that `run.accept` does not name, StorageError on every rank where the file cannot be written
+    or what it tells of cannot be read.
     """
-    mine = identity_of(config, data, base=runtime.local_rank == 0)
+    mine: Kinds = {}
+    error: ConfigError | StorageError | None = None
+    try:
+        mine = identity_of(config, data, base=runtime.local_rank == 0)
+    except (ConfigError, StorageError) as caught:
+        error = caught
+    except OSError as caught:
+        error = StorageError(f"{caught.filename}: cannot be read ({caught.strerror or caught}); is it still there?")
+    _fail_alike(error, runtime)
     accept = config.run.accept
-    error: ConfigError | None = None
     record: dict[str, Any] = {}
     everybody = gather_objects((socket.gethostname(), mine), runtime)
     if runtime.is_main:
@@ -89,11 +112,19 @@ def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime
             accepted = _same_as_before(config, mine, run_dir)
             record = {"identity": mine, "accepted": accepted}
             write_text_atomic(run_dir / IDENTITY, json.dumps(mine, indent=1) + "\n")
-        except ConfigError as caught:
+        except (ConfigError, StorageError) as caught:
             error = caught
-    if failed := first_error(error, runtime):
-        raise ConfigError(error.problems if error else failed.split(": ", 2)[-1])
+    _fail_alike(error, runtime)
     return dict(broadcast_object(record, runtime))
+
+
+def _fail_alike(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
+    """Raise on every rank where there is an error on any. All ranks must call."""
+    if failed := first_error(error, runtime):
+        if error is not None:
+            raise error
+        _, kind, message = failed.split(": ", 2)
+        raise StorageError(message) if kind == StorageError.__name__ else ConfigError(message)
 
 
 def _same_everywhere(everybody: list[tuple[str, Kinds]], accept: list[str]) -> None:
@@ -116,7 +147,7 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
     if home is None:
         return []
     try:
-        before: Kinds = json.loads((home / IDENTITY).read_text(encoding="utf-8"))
+        before = _read(home / IDENTITY)
     except (OSError, ValueError) as error:
         if "unknown" in config.run.accept:
             return [f"unknown: {home / IDENTITY} cannot be read"]
@@ -133,6 +164,14 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
             ]
         )
     return differences(before, mine, accept=[])
+
+
+def _read(path: Path) -> Kinds:
+    """An `identity.json`. Raises OSError, and ValueError where it does not hold what `establish` writes."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not all(isinstance(found.get(kind, {}), dict) for kind in KINDS):
+        raise ValueError("it does not say what belongs to each kind")
+    return found
 
 
 def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
