@@ -11,12 +11,15 @@ import torch
 from launch import main as command
 from launch.compose import compose
 from launch.plan import cards, composed, read_own
-from strategies.base import Precision
+from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
+from tests.strategies.test_mesh import SHARDS
 from trainer.build import prepare_data
-from trainer.forecast.plan import Job, Lengths, PlanConfig, micro_batches, ways
+from trainer.config.run import RunConfig
+from trainer.forecast import plan as plan_module
+from trainer.forecast.plan import Job, Lengths, PlanConfig, Way, choices, micro_batches, ways
 from trainer.forecast.simulation import simulate_depth
 from trainer.model.loading import load_tokenizer
 from trainer.planning.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
@@ -136,6 +139,27 @@ def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
     assert {way.name for way in found if way.offload} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     config, typed = composed([f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card)
     assert [way.name for way in ways(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
+
+
+@pytest.mark.parametrize(("name", "asked", "shards"), SHARDS)
+def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name, asked, shards):
+    """As the mesh has it (tests/strategies/test_mesh.py): a plan that knew better would promise room that is not there."""
+
+    class RowsAlone:
+        rows = True
+
+        def at(self, units):
+            return None
+
+    def heard(form, among):
+        raise LookupError(among)
+
+    monkeypatch.setattr(plan_module, "waiting_bytes", heard)
+    strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
+    card, _ = read_own(["hardware=l4"])
+    with pytest.raises(LookupError) as found:
+        choices(Way(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
+    assert found.value.args == (shards,)
 
 
 def test_micro_batches_divide_the_part_of_a_rank():

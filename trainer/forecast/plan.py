@@ -21,6 +21,7 @@ from strategies.base import (
     StrategyName,
     ZeroConfig,
 )
+from strategies.mesh import replicas
 from strategies.owned import Kind
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
@@ -217,7 +218,7 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
     taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
-        later = deferred(form, waiting_bytes(form, shards(way.config.strategy, job)))
+        later = deferred(form, waiting_bytes(form, job.world // replicas(way.config.strategy, job.world, job.nodes)))
         waits = fit(later, later.at(units), card).margin >= 0
         taken, form = (later.at(units), later) if waits else (taken, form)
         words.append(f"strategy.defer_sync={str(waits).lower()}")
@@ -244,15 +245,6 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
 def waiting_bytes(form: Form, among: int) -> int:
     """What gradients take more that wait whole for the last micro-batch: in fp32, beside the shard that is there anyway."""
     return round(4 * form.trained * (1 - 1 / among))
-
-
-def shards(strategy: StrategyConfig, job: Job) -> int:
-    """Ranks among which a parameter is split."""
-    if not isinstance(strategy, Fsdp2Config | ZeroConfig):
-        return 1
-    if isinstance(strategy, Fsdp2Config) and strategy.name is StrategyName.hsdp:
-        return job.world // (strategy.replicate or (job.nodes if job.nodes > 1 else 2))
-    return job.world
 
 
 def deferred(form: Form, waiting: int) -> Form:
