@@ -24,7 +24,8 @@ from launch.compose import compose
 from launch.plan import read_own
 from strategies.base import Precision
 from strategies.owned import Kind
-from trainer.forecast.plan import Job, Lengths, Way
+from trainer.forecast.lengths import Lengths
+from trainer.forecast.plan import Job, Way
 from trainer.forecast.sweep import simulate_ways
 from trainer.planning.form import Form
 from trainer.planning.speed import Load, step_of

@@ -22,7 +22,7 @@ def groups() -> dict[str, list[str]]:
     found = {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONF_DIR.iterdir())
-        if directory.is_dir() and not directory.name.startswith(("_", ".", OF_PLANS))
+        if directory.is_dir() and not directory.name.startswith(("_", ".")) and directory.name != OF_PLANS
     }
     return {name: choices for name, choices in found.items() if choices or name == "local"}
 

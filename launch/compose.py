@@ -60,9 +60,18 @@ def world_size_of(config: RunConfig) -> int | None:
     """Ranks of the run: those of the job this process is part of, else as the launcher will start; None if unknown."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    launcher = config.launcher
-    processes = launcher.processes or getattr(launcher, "gpus_per_node", 0) or 1
-    return processes * launcher.nodes if processes > 0 and launcher.nodes > 0 else None
+    return ranks_of(config)
+
+
+def ranks_of(config: RunConfig) -> int | None:
+    """Ranks of the run as its launcher will start them; None where its settings say no number."""
+    nodes, processes = config.launcher.nodes, per_node_of(config)
+    return nodes * processes if nodes > 0 and processes > 0 else None
+
+
+def per_node_of(config: RunConfig) -> int:
+    """Ranks of each host, as the launcher will start them."""
+    return config.launcher.processes or getattr(config.launcher, "gpus_per_node", 0) or 1
 
 
 def _base(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
-    from trainer.forecast.plan import Job, Lengths, PlanConfig
+    from trainer.forecast.lengths import Lengths
+    from trainer.forecast.plan import Job, PlanConfig
     from trainer.planning.hardware import Card
 
 USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
@@ -47,12 +48,17 @@ def main(argv: list[str]) -> int:
     own = [word for word in words if word.split("=")[0].split(".")[0] in OWN]
     words = [word for word in words if word not in own]
     card, settings = read_own(own)
+    from launch.compose import ranks_of
     from launch.plan_answer import as_dict, text
+    from trainer.forecast.plan import micro_batches, ways
     from trainer.forecast.sweep import sweep
 
     config, typed = composed(words, card)
-    job = job_of(config, card, typed)
-    answer = sweep(config, settings, typed, job, _progress())
+    # What can be known to be wrong is said before data is prepared, which may take an hour.
+    found, refused = ways(config, settings, typed, ranks_of(config))
+    job = job_of(config, card)
+    micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
+    answer = sweep(found, refused, job, micros, settings, _progress())
     print(json.dumps(as_dict(answer, words), indent=1) if as_json else text(answer, words), flush=True)
     return 0 if answer.best is not None else 69
 
@@ -142,79 +148,58 @@ def _lacking(card: Card) -> list[str]:
 
 
 def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
-    """The configuration of a run on GPUs that need not be here, and the keys and groups that were typed. Raises ConfigError."""
-    from launch.compose import compose
+    """The configuration of a run on GPUs that need not be here, and the keys and groups that were typed. Raises ConfigError.
+
+    Where they are not typed, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. What is wrong
+    with the settings is looked for by `trainer.forecast.plan.ways`.
+    """
+    from launch.compose import compose, ranks_of
     from launch.overrides import parse
     from strategies.errors import ConfigError
     from trainer.config.run import Device
-    from trainer.config.validate import problems_of
 
     parsed = parse(words)
     typed = set(parsed.choices) | {key for key, _, _ in parsed.values}
     # The launcher of a cluster settles nothing by this machine, and knows gpus_per_node.
     config = compose([*words, *([] if "launcher" in typed else ["launcher=slurm"])], check=False).config
+    if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
+        raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda
     config = replace(config, precision=card.precision(config.precision))
-    if "batch.global" not in typed:
-        world = _world(config)
-        config.batch["global"] = -(-config.batch["global"] // world) * world
-    found = problems_of(config, world_size=_world(config))
-    problems = [
-        p for p in found if p.startswith(("model.path", "model.tokenizer", "launcher.nodes", "launcher.processes"))
-    ]
-    if config.data.path is not None or config.data.sources:
-        problems += [p for p in found if p.startswith("data")]
-    if problems:
-        raise ConfigError(problems)
+    if "batch.micro" not in typed:
+        config.batch["micro"] = 1
+    step = config.batch["micro"] * (ranks_of(config) or 0)
+    if "batch.global" not in typed and step > 0:
+        config.batch["global"] = -(-config.batch["global"] // step) * step
     return config, typed
 
 
-def _world(config: RunConfig) -> int:
-    return max(1, config.launcher.nodes) * per_node(config)
-
-
-def per_node(config: RunConfig) -> int:
-    """Cards of a node."""
-    return max(1, config.launcher.processes or getattr(config.launcher, "gpus_per_node", 0) or 1)
-
-
-def job_of(config: RunConfig, card: Card, typed: set[str]) -> Job:
+def job_of(config: RunConfig, card: Card) -> Job:
     """The ranks, and how long what they are given is. Prepares data where data.path says some."""
-    from trainer.forecast.plan import Job, Lengths
+    from launch.compose import per_node_of
+    from trainer.forecast.lengths import Lengths
+    from trainer.forecast.plan import Job
     from trainer.objectives.registry import reading_of
 
     per = reading_of(config.objective).sequences_per_document
-    lengths = Lengths.all_of(config.data.max_length, per)
-    if config.data.path is not None or config.data.sources:
-        lengths = _measured(config, per)
+    given = config.data.path or config.data.sources
     return Job(
         card=card,
         precision=config.precision,
-        nodes=max(1, config.launcher.nodes),
-        per_node=per_node(config),
+        nodes=config.launcher.nodes,
+        per_node=per_node_of(config),
         global_batch=config.batch["global"],
-        lengths=lengths,
+        lengths=_measured(config, per) if given else Lengths.all_of(config.data.max_length, per),
     )
 
 
 def _measured(config: RunConfig, per: int) -> Lengths:
-    import numpy as np
-
     from trainer.build import prepare_data
-    from trainer.data.batches.mixing import build_order
-    from trainer.forecast.plan import Lengths
+    from trainer.forecast.lengths import drawn
     from trainer.model.loading import load_tokenizer
 
     data = prepare_data(config, load_tokenizer(config.model))
-    all_of = data.train.lengths.astype(np.int64)
-    units, order = build_order(config.data, data.train, sequences_per_document=per, seed=config.run.seed)
-    tokens = all_of if units is None else np.array([all_of[unit].sum() for unit in units])
-    squares = all_of**2 if units is None else np.array([(all_of[unit] ** 2).sum() for unit in units])
-    drawn = order.epoch(0)
-    longest = np.sort(tokens)[::-1]
-    if config.data.packing:
-        longest = np.array([config.data.max_length])
-    return Lengths(longest, float(tokens[drawn].mean()), float(squares[drawn].mean()), per, order.num_units)
+    return drawn(config, data.train, per).lengths(config.data, per)
 
 
 def _progress() -> Any:

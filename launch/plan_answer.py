@@ -6,14 +6,13 @@ from typing import Any
 
 from trainer.forecast.plan import Choice
 from trainer.forecast.sweep import Answer
-from trainer.planning.hardware import GIB, resting
+from trainer.planning.hardware import GIB
 from trainer.planning.receipt import checkpoint_bytes
 
 
 def text(answer: Answer, words: list[str]) -> str:
     """What a person reads; `words` are those that were typed."""
     job, form = answer.job, answer.form
-    assert form is not None
     mean = job.lengths.mean
     lines = [
         f"{form.parameters / 1e9:.2f} billion parameters, {form.trained / 1e9:.3f} trained; {job.precision} on {job.world} x "
@@ -132,7 +131,6 @@ def _pasted(words: list[str], best: Choice) -> list[str]:
 
 def checkpoint_gib(answer: Answer, best: Choice) -> float:
     """GiB of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
-    assert answer.form is not None
     return checkpoint_bytes(answer.form.trained, str(best.way.config.optim.name)) / GIB
 
 
@@ -151,7 +149,6 @@ def _folded(said: str, width: int = 80) -> list[str]:
 def as_dict(answer: Answer, words: list[str]) -> dict[str, Any]:
     """The answer as JSON values; GiB, seconds, US dollars."""
     job, form, best = answer.job, answer.form, answer.best
-    assert form is not None
     return {
         "model": {
             "parameters": form.parameters,
@@ -179,7 +176,7 @@ def as_dict(answer: Answer, words: list[str]) -> dict[str, Any]:
         "best": None if best is None else list(best.words),
         "checkpoint_gib": checkpoint_gib(answer, answer.found[0]),
         "checkpoint_s": checkpoint_s(answer, answer.found[0]),
-        "resting_gib": {str(kind): size / GIB for kind, size in resting(form).items()},
+        "resting_gib": {str(kind): size / GIB for kind, size in form.resting.items()},
         "ways": [_choice(choice, answer) for choice in answer.found],
         "all": [_choice(choice, answer) for choice in answer.all],
         "left_out": [{"words": list(way.words), "why": reason} for way, reason in answer.refused],

@@ -145,7 +145,7 @@ class Fsdp2Strategy:
 
     def __init__(self, config: Fsdp2Config, precision: Precision, runtime: Runtime) -> None:
         self.config, self.precision, self.runtime = config, precision, runtime
-        self.replicate = replicas(config, runtime)
+        self.replicate = replicas(config, runtime.world_size, runtime.hosts)
 
     def init_context(self) -> AbstractContextManager[None]:
         return meta_context()

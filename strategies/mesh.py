@@ -15,24 +15,26 @@ from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
 
-def replicate_degree(requested: int, runtime: Runtime) -> int:
-    """The number of replicas: as requested, or (0) one per host, and 2 where there is only one host."""
-    hosts = runtime.world_size // runtime.local_world_size
+def replicate_degree(requested: int, world: int, hosts: int) -> int:
+    """The number of replicas among `world` ranks on `hosts` hosts: as requested, or (0) one per host, and 2 on one host.
+
+    Raises ConfigError where it does not divide the ranks.
+    """
     degree = requested or (hosts if hosts > 1 else 2)
-    if degree < 1 or runtime.world_size % degree:
-        legal = [d for d in range(1, runtime.world_size + 1) if runtime.world_size % d == 0]
+    if degree < 1 or world % degree:
+        legal = [d for d in range(1, world + 1) if world % d == 0]
         raise ConfigError(
-            f"strategy.replicate={degree}: must divide the world size {runtime.world_size}; legal values: "
+            f"strategy.replicate={degree}: must divide the world size {world}; legal values: "
             f"{', '.join(map(str, legal))}"
         )
     return degree
 
 
-def replicas(config: StrategyConfig, runtime: Runtime) -> int:
-    """The number of replicas of a strategy that shards with `fully_shard`; 1 for any other."""
+def replicas(config: StrategyConfig, world: int, hosts: int) -> int:
+    """The number of replicas of a strategy that shards with `fully_shard`; 1 for any other. Errors: as `replicate_degree`."""
     if not isinstance(config, Fsdp2Config) or (config.name is not StrategyName.hsdp and config.replicate == 1):
         return 1
-    return replicate_degree(0 if config.replicate == 1 else config.replicate, runtime)
+    return replicate_degree(0 if config.replicate == 1 else config.replicate, world, hosts)
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:

@@ -53,6 +53,11 @@ class Runtime:
         return device_kind(self.device)
 
     @property
+    def hosts(self) -> int:
+        """How many hosts the ranks are on."""
+        return self.world_size // self.local_world_size
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes shared files."""
         return self.rank == 0

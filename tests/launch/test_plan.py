@@ -11,12 +11,16 @@ import torch
 from launch import main as command
 from launch.compose import compose
 from launch.plan import cards, composed, read_own
-from strategies.base import Precision
+from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
+from tests.strategies.test_mesh import SHARDS
 from trainer.build import prepare_data
-from trainer.forecast.plan import Job, Lengths, PlanConfig, micro_batches, ways
+from trainer.config.run import RunConfig
+from trainer.forecast import plan as plan_module
+from trainer.forecast.lengths import Lengths
+from trainer.forecast.plan import Job, PlanConfig, Way, choices, micro_batches, ways
 from trainer.forecast.simulation import simulate_depth
 from trainer.model.loading import load_tokenizer
 from trainer.planning.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
@@ -76,7 +80,37 @@ def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model):
     assert command.main(["plan", "hardware=l4"]) == 64
     assert "model.path: not set" in capsys.readouterr().err
     code, out = plan(capsys, model, "hardware=l4", *GPUS, "batch.global=16", "batch.micro=4", "strategy=ddp")
-    assert code == 64 and "set batch.global to a multiple of 32" in out
+    assert code == 64 and "batch.micro=4 x 8 ranks = 32; set batch.global=32, or batch.micro=1 or 2" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["batch.global=10", "launcher.gpus_per_node=4"], "batch.global=10: must be a multiple of batch.micro=1 x 4"),
+        (["batch.global=1", "batch.micro=1", "launcher.gpus_per_node=4"], "batch.global=1: must be a multiple"),
+        (["batch.micro=0"], "batch.micro=0: must be at least 1"),
+        (["budget.steps=-5"], "budget.steps=-5: must be at least 1"),
+        (["budget.steps=5", "budget.epochs=1"], "exactly one of budget.steps, budget.epochs and budget.tokens"),
+        (["data.max_length=0"], "data.max_length=0: must be at least 2"),
+        (["launcher.gpus_per_node=0"], "launcher.gpus_per_node=0: asks for nodes without GPUs"),
+        (["launcher.gpus_per_node=-2"], "launcher.gpus_per_node=-2: must be at least 0"),
+        (["launcher.nodes=0"], "launcher.nodes=0: must be at least 1"),
+        (["tuning=lora", "tuning.rank=0"], "tuning.rank=0: must be at least 1"),
+        (["strategy=single", *GPUS], "strategy=single: runs in one process, not 8"),
+        (["run.must_fit=true", "run.resume=nowhere"], "run.resume=nowhere: must be auto, never"),
+        (["batch.micro=3", "batch.global=4", "data.path={data}"], "batch.global=4: must be a multiple"),
+    ],
+)
+def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
+    capsys, monkeypatch, tmp_path, model, words, said
+):
+    def prepared(*args, **kwargs):
+        raise AssertionError("data was prepared")
+
+    monkeypatch.setattr("trainer.build.prepare_data", prepared)
+    data = write_chat_data(tmp_path / "chats.jsonl")
+    code, out = plan(capsys, model, "hardware=l4", *[word.format(data=data) for word in words])
+    assert code == 64 and out.count(said) == 1
 
 
 def test_the_words_to_paste_make_a_run(capsys, model):
@@ -138,11 +172,33 @@ def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
     assert [way.name for way in ways(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
 
 
+@pytest.mark.parametrize(("name", "asked", "shards"), SHARDS)
+def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name, asked, shards):
+    """As the mesh has it (tests/strategies/test_mesh.py): a plan that knew better would promise room that is not there."""
+
+    class RowsAlone:
+        rows = True
+
+        def at(self, units):
+            return None
+
+    def heard(form, among):
+        raise LookupError(among)
+
+    monkeypatch.setattr(plan_module, "waiting_bytes", heard)
+    strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
+    card, _ = read_own(["hardware=l4"])
+    with pytest.raises(LookupError) as found:
+        choices(Way(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
+    assert found.value.args == (shards,)
+
+
 def test_micro_batches_divide_the_part_of_a_rank():
     card, _ = read_own(["hardware=l4"])
     assert micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
     assert micro_batches(job(card, batch=96), 4) == [4]
     assert micro_batches(job(card, batch=96), 5) == []
+    assert micro_batches(job(card, batch=10), None) == micro_batches(job(card, batch=4), 1) == []
 
 
 def test_rates_of_groups_within_and_between_nodes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
@@ -11,10 +10,10 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.build import build_model, prepare_data, workload
 from trainer.config.run import RunConfig
-from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.forecast.fitting import one_step
+from trainer.forecast.fitting import one_step, unsimulated
+from trainer.forecast.lengths import drawn
 from trainer.forecast.simulation import simulate_depth
 from trainer.loop import steps_from_budget
 from trainer.model.loading import load_tokenizer
@@ -28,13 +27,11 @@ def describe(config: RunConfig) -> str:
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
-    per, lengths = built.reading.sequences_per_document, data.train.lengths
-    units, order = build_order(config.data, data.train, sequences_per_document=per, seed=config.run.seed)
-    unit_tokens = lengths if units is None else np.array([lengths[unit].sum() for unit in units])
+    per = built.reading.sequences_per_document
+    read = drawn(config, data.train, per)
     size, micro = config.batch["global"], config.batch["micro"]
     world = max(1, (config.launcher.processes or 1) * config.launcher.nodes)
-    steps = steps_from_budget(config.budget, order, unit_tokens, size)
-    mean_tokens = float(unit_tokens[order.epoch(0)].mean())
+    steps = steps_from_budget(config.budget, read.order, read.tokens, size)
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     lines = [
@@ -44,7 +41,7 @@ def describe(config: RunConfig) -> str:
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
-        f"tokens per step: about {mean_tokens * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // per:,}",
+        f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // per:,}",
         *_memory(config, built, data, world),
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
@@ -76,8 +73,7 @@ def _memory(config: RunConfig, built: Built, data: Prepared, world: int) -> list
             device=SIMULATED if on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
-        said = (str(error).strip() or "no message").splitlines()[0][:160]
-        return [f"memory per rank: cannot be simulated yet ({type(error).__name__}: {said})"]
+        return [f"memory per rank: {unsimulated(error)}"]
     unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
     kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
     return [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.errors import ConfigError, DoesNotFit
 from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.build import workload
@@ -20,6 +20,7 @@ from trainer.model.quantisation import Quantisation
 from trainer.objectives.registry import reading_of
 from trainer.planning.activations import device_gib, longest_lengths
 from trainer.planning.hardware import GIB, Fit, fit_of, groups_of
+from trainer.stopping.signals import SIGNALS
 from trainer.tuning.base import TuningName
 
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -38,15 +39,26 @@ class Peak:
     """Of ranks, that exchange something."""
 
 
+def simulable(strategy: StrategyConfig) -> StrategyConfig:
+    """The strategy as it can be simulated: not compiled, and gradients that wait only where they fit do not."""
+    strategy = replace(strategy, compile=False)
+    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
+        strategy = replace(strategy, defer_sync=False)
+    return strategy
+
+
+def unsimulated(error: Exception) -> str:
+    """Why there is no answer, whatever an architecture did that cannot be simulated."""
+    said = (str(error).strip() or "no message").splitlines()[0][:160]
+    return f"cannot be simulated yet ({type(error).__name__}: {said})"
+
+
 def one_step(config: RunConfig, world: int, *, auto: ActivationCheckpointing) -> RunConfig:
     """The run with a step that says what any of its steps holds, and can be simulated.
 
-    Where the run would choose by memory what it recomputes, all blocks do as `auto` says; gradients that wait only where they
-    fit do not.
+    Where the run would choose by memory what it recomputes, all blocks do as `auto` says.
     """
-    strategy = replace(config.strategy, compile=False)
-    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
-        strategy = replace(strategy, defer_sync=False)
+    strategy = simulable(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         strategy = replace(strategy, activation_checkpointing=auto)
     micro = config.batch["micro"]
@@ -130,7 +142,7 @@ def simulated_apart(config: RunConfig, lengths: list[int], ranks: tuple[int, int
 
 
 def _answer(out: Connection, config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # meant for the run, which saves and ends
+    for number in (*SIGNALS, signal.SIGINT):  # meant for the run, which saves and ends
         signal.signal(number, signal.SIG_IGN)
     for name in OF_A_JOB:
         os.environ.pop(name, None)
@@ -144,6 +156,5 @@ def _simulate(config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> 
     try:
         found = simulate_depth(config, lengths, world_size=ranks[0], local_world_size=ranks[1])
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
-        said = (str(error).strip() or "no message").splitlines()[0][:160]
-        return f"its step cannot be simulated yet ({type(error).__name__}: {said})"
+        return f"its step {unsimulated(error)}"
     return Peak(found.total, str(found.peak), groups_of(found))

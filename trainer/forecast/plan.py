@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
-import numpy as np
-
 from strategies.base import (
     ActivationCheckpointing,
     DdpConfig,
@@ -21,9 +19,12 @@ from strategies.base import (
     StrategyName,
     ZeroConfig,
 )
+from strategies.errors import ConfigError
+from strategies.mesh import replicas
 from strategies.owned import Kind
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
+from trainer.forecast.lengths import MOST_MICRO, Lengths
 from trainer.model.quantisation import Quantisation
 from trainer.planning.form import Form, Taken
 from trainer.planning.hardware import Card, Fit, fit, host_gib, room
@@ -31,10 +32,8 @@ from trainer.planning.live import Highest, Moment
 from trainer.planning.speed import Load, Step, step_of
 
 MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
-MOST_MICRO = 1024
-"""Largest micro-batch that is looked at."""
-OWN_PROBLEMS = ("strategy", "tuning", "optim", "precision", "batch", "model.quantisation", "objective")
-"""Settings whose problems rule a way out; the others are those of a run, which needs data, or of every way."""
+ONLY_OF_A_RUN = ("budget: not set", "data.path: not set", "run.device=cuda: no CUDA device")
+"""What a run must have and a plan need not."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,37 +48,6 @@ class PlanConfig:
     """Further ways to store a frozen base, as in [none,nf4]; empty takes model.quantisation."""
     workers: int = 0
     """Processes that simulate; 0 takes one for each core that this job may use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of what is drawn as one: a document (of an objective over pairs, both), or a pack."""
-
-    longest: np.ndarray
-    """int64, descending; of one entry where all are as long as they may be."""
-    mean: float
-    mean_squares: float
-    per: int = 1
-    """Sequences of each."""
-    number: int | None = None
-    """How many an epoch has; None without data."""
-
-    @classmethod
-    def all_of(cls, length: int, per: int) -> Lengths:
-        """Without data: as long as `data.max_length` allows, `per` sequences each."""
-        return cls(np.array([length * per]), float(length * per), float(per * length**2), per)
-
-    def most(self, number: int) -> float:
-        """Tokens of the `number` longest."""
-        if len(self.longest) == 1:
-            return float(number * self.longest[0])
-        return float(self.longest[:number].sum())
-
-    def holding(self, tokens: float) -> int:
-        """How many of the longest are together at most so many tokens."""
-        if len(self.longest) == 1:
-            return int(min(tokens // float(self.longest[0]), MOST_MICRO))
-        return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), MOST_MICRO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +111,21 @@ class Job:
 
 
 def ways(
-    config: RunConfig, settings: PlanConfig, typed: set[str], world: int
+    config: RunConfig, settings: PlanConfig, typed: set[str], world: int | None
 ) -> tuple[list[Way], list[tuple[Way, str]]]:
-    """(ways to look at, those that are ruled out and why). What was typed stays; `typed` has the keys."""
-    found: list[Way] = []
-    refused: list[tuple[Way, str]] = []
-    for way in _all(config, settings, typed):
-        problems = [p for p in problems_of(way.config, world_size=world) if p.startswith(OWN_PROBLEMS)]
-        problems = [p for p in problems if not p.startswith("batch.global")]  # each micro-batch is asked for by itself
-        if problems:
-            refused.append((way, problems[0]))
-        else:
-            found.append(way)
-    return found, refused
+    """(ways to look at, those that are ruled out and why) on `world` ranks. What was typed stays; `typed` has the keys.
+
+    Raises ConfigError with all that a run of these words would be refused for in every way, or where no way is left.
+    """
+    asked = [(way, _problems(way.config, world)) for way in _all(config, settings, typed)]
+    always = [problem for problem in asked[0][1] if all(problem in problems for _, problems in asked)]
+    if always or all(problems for _, problems in asked):
+        raise ConfigError(always or [f"{' '.join(way.words)}: {problems[0]}" for way, problems in asked])
+    return [way for way, found in asked if not found], [(way, found[0]) for way, found in asked if found]
+
+
+def _problems(config: RunConfig, world: int | None) -> list[str]:
+    return [problem for problem in problems_of(config, world_size=world) if not problem.startswith(ONLY_OF_A_RUN)]
 
 
 def _all(config: RunConfig, settings: PlanConfig, typed: set[str]) -> Iterator[Way]:
@@ -198,8 +168,10 @@ def _strategies(asked: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
 
 
 def micro_batches(job: Job, typed: int | None) -> list[int]:
-    """Micro-batches that divide the ranks' parts of a step: the one typed, or powers of two and the whole part."""
-    part = job.global_batch // job.world
+    """Micro-batches that divide a rank's part of a step: the one typed, or all divisors; none where ranks have no equal parts."""
+    part, over = divmod(job.global_batch, job.world)
+    if over:
+        return []
     if typed is not None:
         return [typed] if part % typed == 0 else []
     return [micro for micro in range(1, min(part, MOST_MICRO) + 1) if part % micro == 0]
@@ -217,7 +189,7 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
     taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     if accumulation > 1 and isinstance(way.config.strategy, Fsdp2Config) and way.config.strategy.defer_sync is None:
         # The run would decide by an estimate; the plan knows, and says it.
-        later = deferred(form, waiting_bytes(form, shards(way.config.strategy, job)))
+        later = deferred(form, waiting_bytes(form, job.world // replicas(way.config.strategy, job.world, job.nodes)))
         waits = fit(later, later.at(units), card).margin >= 0
         taken, form = (later.at(units), later) if waits else (taken, form)
         words.append(f"strategy.defer_sync={str(waits).lower()}")
@@ -244,15 +216,6 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
 def waiting_bytes(form: Form, among: int) -> int:
     """What gradients take more that wait whole for the last micro-batch: in fp32, beside the shard that is there anyway."""
     return round(4 * form.trained * (1 - 1 / among))
-
-
-def shards(strategy: StrategyConfig, job: Job) -> int:
-    """Ranks among which a parameter is split."""
-    if not isinstance(strategy, Fsdp2Config | ZeroConfig):
-        return 1
-    if isinstance(strategy, Fsdp2Config) and strategy.name is StrategyName.hsdp:
-        return job.world // (strategy.replicate or (job.nodes if job.nodes > 1 else 2))
-    return job.world
 
 
 def deferred(form: Form, waiting: int) -> Form:

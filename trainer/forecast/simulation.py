@@ -91,12 +91,11 @@ def simulate_form(
     length: int,
     *,
     accumulation: int,
-    rank: int = 0,
     world_size: int = 1,
     local_world_size: int = 8,
     exact: bool = False,
 ) -> Form:
-    """The step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
+    """Rank 0's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
 
     `accumulation` micro-batches are simulated. Errors: as `simulate_run`.
     """
@@ -106,7 +105,7 @@ def simulate_form(
 
     def take(depth: int) -> tuple[list[Simulated], list[Size], bool]:
         with (
-            simulated_rank(rank, world_size, local_world_size=local_world_size) as runtime,
+            simulated_rank(0, world_size, local_world_size=local_world_size) as runtime,
             _at_depth(config, depth, blocks) as shallow,
         ):
             parts = parts_of(shallow, [length] * per(shallow), runtime)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
-from strategies.base import Fsdp2Config
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
-from trainer.forecast.plan import Choice, Job, PlanConfig, Way, choices, micro_batches, ways
+from trainer.forecast.fitting import simulable, unsimulated
+from trainer.forecast.plan import Choice, Job, PlanConfig, Way, choices
 from trainer.planning.form import Form
 
 Tell = Callable[[int, int, str], None]
@@ -31,7 +31,7 @@ class Answer:
     """Of every way, every micro-batch."""
     refused: list[tuple[Way, str]]
     """Ways that were ruled out or could not be simulated, and why."""
-    form: Form | None
+    form: Form
     """Of the first in order: what is known of the model."""
 
     @property
@@ -40,31 +40,29 @@ class Answer:
         return next((choice for choice in self.found if choice.fits), None)
 
 
-def sweep(config: RunConfig, settings: PlanConfig, typed: set[str], job: Job, tell: Tell) -> Answer:
-    """Simulate every way, each at all micro-batches that divide the batch. Raises ConfigError where none could be looked at."""
-    micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
-    if not micros:
-        raise ConfigError(
-            f"batch.global={job.global_batch}: {job.world} ranks take {job.global_batch / job.world:g} each, of which "
-            f"batch.micro={config.batch['micro']} is no divisor; set batch.global to a multiple of "
-            f"{job.world * config.batch['micro']}, or another batch.micro"
-        )
-    found, refused = ways(config, settings, typed, job.world)
+def sweep(
+    found: list[Way], refused: list[tuple[Way, str]], job: Job, micros: list[int], settings: PlanConfig, tell: Tell
+) -> Answer:
+    """Simulate each of `found`, for all of these micro-batches. Raises ConfigError where none could be simulated.
+
+    `refused`: ways that were ruled out before, and why.
+    """
     forms = simulate_ways(found, job, 2 if job.global_batch // (job.world * micros[0]) > 1 else 1, settings, tell)
+    refused = list(refused)
     made: dict[int, list[Choice]] = {}
+    simulated: dict[int, Form] = {}
     for index, way in enumerate(found):
         form = forms[index]
         if isinstance(form, str):
             refused.append((way, form))
         else:
+            simulated[index] = form
             made[index] = choices(way, form, job, micros)
     if not made:
-        raise ConfigError([f"{' '.join(way.words)}: {why}" for way, why in refused] or ["nothing to plan"])
-    first = sorted((all_of[0] for all_of in made.values()), key=_order)
-    form = next(form for way, form in zip(found, forms, strict=True) if way is first[0].way)
-    assert isinstance(form, Form)
+        raise ConfigError([f"{' '.join(way.words)}: {why}" for way, why in refused])
+    best = sorted(made, key=lambda index: _order(made[index][0]))
     every = [choice for all_of in made.values() for choice in all_of]
-    return Answer(job, first, sorted(every, key=_order), refused, form)
+    return Answer(job, [made[index][0] for index in best], sorted(every, key=_order), refused, simulated[best[0]])
 
 
 def _order(choice: Choice) -> tuple[bool, float]:
@@ -113,10 +111,8 @@ def _quiet() -> None:
 def _simulate(config: RunConfig, length: int, accumulation: int, job: Job, exact: bool) -> Form | str:
     from trainer.forecast.simulation import simulate_form
 
-    strategy = config.strategy
-    if isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
-        strategy = replace(strategy, defer_sync=False)  # what whole gradients would add is known without
-    config = replace(config, strategy=replace(strategy, compile=False), precision=job.precision)
+    # What gradients that wait whole would add is known without.
+    config = replace(config, strategy=simulable(config.strategy), precision=job.precision)
     per = job.lengths.per
     try:
         return simulate_form(
@@ -130,5 +126,4 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: Job, exact
     except ConfigError as error:
         return error.problems[0]
     except Exception as error:  # noqa: BLE001 - whatever an architecture does that cannot be simulated is told, not raised
-        said = (str(error).strip() or "no message").splitlines()[0][:160]
-        return f"cannot be simulated yet ({type(error).__name__}: {said})"
+        return unsimulated(error)

@@ -139,7 +139,7 @@ def plan_checkpointing(
 
 def model_state(built: Built, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
-    replicate = replicas(strategy, runtime)
+    replicate = replicas(strategy, runtime.world_size, runtime.hosts)
     state = Pass(activations=0.0)
     world = runtime.world_size
     total = estimate(built.step_module, strategy, precision, world_size=world, replicate=replicate, load=state).total

@@ -87,13 +87,14 @@ class Form:
         small, large = self.moments
         totals = {moment: self._on_line(small[moment].total, h.total, units) for moment, h in large.items()}
         peak = max(totals, key=lambda moment: totals[moment])
+        total = totals[peak]
         kinds = dict(large[peak].kinds)
-        more = totals[peak] - large[peak].total  # what grows with the tokens are activations: logits come in chunks
+        more = total - large[peak].total  # what grows with the tokens are activations: logits come in chunks
         kinds[Kind.activations] = kinds.get(Kind.activations, 0) + round(more)
         place = peak.place
         if isinstance(place, int) and place < 0:
             peak = replace(peak, place=self.blocks + place)
-        return Taken(round(totals[peak if peak in totals else replace(peak, place=place)]), peak, kinds)
+        return Taken(round(total), peak, kinds)
 
     def most(self, limit: float) -> float:
         """The largest units whose peak holds in `limit` bytes; 0 where even none does."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from strategies.base import Precision
 from strategies.hardware import Gpu, best_precision
-from strategies.owned import Kind
 from trainer.planning.depth import Extended
 from trainer.planning.form import Form, Taken
 from trainer.records.cards import peak_tflops
@@ -128,8 +127,3 @@ def groups_of(form: Form | Extended) -> int:
 def host_gib(form: Form, ranks: int) -> float:
     """GiB of a node's memory with so many ranks: what is offloaded, and the processes."""
     return ranks * (form.host / GIB + PROCESS_GIB)
-
-
-def resting(form: Form) -> dict[Kind, int]:
-    """What stays between steps, by kind."""
-    return {kind: size for kind, size in form.resting.items() if size}

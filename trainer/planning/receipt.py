@@ -41,7 +41,7 @@ def expect_memory(
     """Note in `built` what memory a rank is expected to take. Needs the model before it is sharded; no collective."""
     activations = built.activations
     if activations is None:
-        world, replicate = runtime.world_size, replicas(strategy, runtime)
+        world, replicate = runtime.world_size, replicas(strategy, runtime.world_size, runtime.hosts)
         load = by_rule(built, work)
         activations = estimate(
             built.step_module, strategy, precision, world_size=world, replicate=replicate, load=load

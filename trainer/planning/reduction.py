@@ -30,7 +30,7 @@ def plan_reduction(
     """
     if not isinstance(strategy, Fsdp2Config) or strategy.defer_sync is not None or steps == 1:
         return
-    shards = runtime.world_size // replicas(strategy, runtime)
+    shards = runtime.world_size // replicas(strategy, runtime.world_size, runtime.hosts)
     trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
     more = 4.0 * trained * (1 - 1 / shards)  # in fp32, beside the shard that is there anyway
     if shards == 1 or not trained:
