@@ -76,6 +76,8 @@ def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanC
     length = int(job.lengths.longest[0])
     out: list[Form | str] = [""] * len(found)
     workers = settings.workers or len(os.sched_getaffinity(0))
+    import trainer.forecast.simulation  # noqa: F401 - once, before there are processes that would each import it
+
     gc.freeze()  # what is there is looked through by no child's collections, which are many
     # Forked, so that what takes seconds to import is there; ZeRO first, which takes longest.
     context = multiprocessing.get_context("fork")
