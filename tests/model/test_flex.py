@@ -83,7 +83,7 @@ def test_what_is_computed_over_pairs_is_what_the_operator_computes(heads, softca
     options = {"scaling": 0.3, "softcap": softcap, "s_aux": torch.randn(heads[0], generator=draw)}
     found, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
     monkeypatch.setattr(flex, "_by_pairs", flex._by_kernel)
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.torch_flex)
+    monkeypatch.setattr(flex, "_compiled", lambda function: function)
     expected, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
     assert torch.allclose(found, expected, atol=1e-6)
     without, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options | {"s_aux": None})
@@ -101,6 +101,21 @@ def test_what_it_does_not_compute_is_said():
         flex.block_mask(1, 4, 4, mask_function=None)
     with pytest.raises(ValueError, match="document boundaries"):
         made_mask([0, 4], None, attention_mask=torch.ones(1, 4))
+
+
+def test_transformers_is_told_of_the_documents_that_it_would_look_for():
+    from transformers import masking_utils
+
+    looked_for = masking_utils.find_packed_sequence_indices
+    positions, one = torch.cat([torch.arange(n) for n in (5, 23, 14)])[None], torch.arange(42)[None]
+    with flex.documents({"cu_seq_lens_q": torch.tensor([0, 5, 28, 42], dtype=torch.int32)}):
+        told = masking_utils.find_packed_sequence_indices(positions)
+        with flex.documents({"attention_mask": torch.ones(1, 42)}):  # another model, on padded rows
+            assert masking_utils.find_packed_sequence_indices(one) is None
+    assert torch.equal(told - told[:, :1], looked_for(positions))
+    with flex.documents({"cu_seq_lens_q": torch.tensor([0, 42], dtype=torch.int32, device="meta")}):
+        assert masking_utils.find_packed_sequence_indices(one.to("meta")).shape == (1, 42), "no value is looked at"
+    assert masking_utils.find_packed_sequence_indices is looked_for
 
 
 def test_why_a_model_cannot_have_it_or_needs_it_not():
