@@ -14,12 +14,15 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
+from trainer.build import build_model, workload
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
 from trainer.model.layout import Kernels, resolve_layout
+from trainer.model.loading import load_tokenizer
 from trainer.objectives import arranged, passage
+from trainer.planning.activations import measured
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 CONFIGS = {
@@ -116,6 +119,28 @@ def test_transformers_is_told_of_the_documents_that_it_would_look_for():
     with flex.documents({"cu_seq_lens_q": torch.tensor([0, 42], dtype=torch.int32, device="meta")}):
         assert masking_utils.find_packed_sequence_indices(one.to("meta")).shape == (1, 42), "no value is looked at"
     assert masking_utils.find_packed_sequence_indices is looked_for
+
+
+def counted(tmp_path, monkeypatch, name, kernel, micro):
+    """What a step keeps, as `activation_checkpointing=auto` counts it."""
+    directory = tmp_path / name
+    if not directory.exists():
+        job.made(name, directory, 0)
+    data = data_set(tmp_path, uneven=False)
+    config = run_config(directory, "single", "full", micro=micro)
+    config = replace(config, model=replace(config.model, attention=Attention(kernel)))
+    monkeypatch.setattr(arranged, "_kernels", lambda *_, **__: Kernels("no", None))
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    return measured(built, workload(config, data), Precision.bf16)
+
+
+def test_what_the_kernel_keeps_is_counted_on_meta(tmp_path, monkeypatch):
+    """Of one document the same as what the built-in one keeps, which is counted of SDPA; with sinks, what these add."""
+    flexed, built_in = (counted(tmp_path, monkeypatch, "llama", kernel, 1) for kernel in ("flex", "varlen"))
+    assert flexed.none == built_in.none and flexed.outside == built_in.outside
+    for name in ("gpt_oss", "gemma2"):
+        found = counted(tmp_path, monkeypatch, name, "flex", 4)
+        assert all(0 < full < none for none, full in zip(found.none, found.full, strict=True))
 
 
 def test_why_a_model_cannot_have_it_or_needs_it_not():

@@ -2,7 +2,8 @@
 
 transformers builds the mask of each kind of layer (windows, chunks) as a function of two positions, of which torch's blocks
 are made; so this covers what the kernel of `trainer/model/attention.py` is not told of. torch has no backward
-pass of it on CPUs: there the same functions are computed over all pairs of positions, for proofs alone.
+pass of it on CPUs: there the same functions are computed over all pairs of positions, for proofs alone. Tensors that have
+shapes alone (on meta, or of a simulated GPU) get those of what the kernel makes and keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
-from strategies.runtime import device_kind
+from strategies.runtime import SIMULATED
+from trainer.model import flex_shapes
 
 NAME = "shardtune_flex"
 LEAST_HEAD = 16
@@ -65,6 +67,10 @@ def _numbers(bounds: Tensor, length: int) -> Tensor:
     return torch.bucketize(torch.arange(length, device=bounds.device), bounds, right=True)
 
 
+def _has_no_values(device: torch.device) -> bool:
+    return device.type == "meta" or device == SIMULATED
+
+
 def block_mask(
     batch_size: int,
     q_length: int,
@@ -90,7 +96,9 @@ def block_mask(
     def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, query, key) & (whose[query] == whose[key])
 
-    make = _compiled(create_block_mask) if device_kind(device) == "cuda" else create_block_mask
+    if _has_no_values(device):
+        return flex_shapes.block_mask(within, batch_size, q_length, kv_length, device)
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     return make(within, batch_size, None, q_length, kv_length, device=str(device))
 
 
@@ -119,7 +127,10 @@ def flex_attention(
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # the kernel shares keys among powers of two
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = _by_kernel if device_kind(query.device) == "cuda" else _by_pairs
+    if _has_no_values(query.device):
+        attend: Callable[..., tuple[Tensor, Tensor]] = _by_shapes
+    else:
+        attend = _by_kernel if query.device.type == "cuda" else _by_pairs
     out, lse = attend(query, key, value, attention_mask, scaling, softcap, sinks is not None)
     if sinks is not None:
         # The sinks' share of each row: exp(sink) beside the sum of exp(score).
@@ -158,6 +169,13 @@ def _by_kernel(
         return_aux=AuxRequest(lse=True) if with_lse else None,
     )
     return (found[0], found[1].lse) if with_lse else (found, q.new_zeros(()))
+
+
+def _by_shapes(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """What the kernel makes and keeps of tensors without values."""
+    return flex_shapes.attention(q, k, v)
 
 
 def _by_pairs(

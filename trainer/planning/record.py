@@ -14,6 +14,7 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from trainer.model import flex_shapes
 from trainer.planning.live import LiveBytes, Moment
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -113,11 +114,11 @@ class Recorder(LiveBytes):
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         packet = func._overloadpacket
-        if func._schema.name.startswith("torch_attn::_varlen_attn"):
+        if func._schema.name.startswith(("torch_attn::_varlen_attn", flex_shapes.FORWARD)):
             backward = "backward" in func._schema.name
             query = args[1] if backward else args[0]
             windows = self.squares / 2  # causal: half of each square
-            return (10 if backward else 4) * windows * query.shape[1] * query.shape[2]
+            return (10 if backward else 4) * windows * query.shape[1] * query.shape[-1]
         if packet is torch.ops.aten.addmm_:
             return 2.0 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
         if packet is torch.ops.aten._grouped_mm:  # rows by groups, each with a matrix of its own, or columns by groups
