@@ -15,6 +15,7 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from trainer.model import flex_shapes
 from trainer.planning.live import LiveBytes, Moment, device_of
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -115,11 +116,11 @@ class Recorder(LiveBytes):
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         packet = func._overloadpacket
-        if func._schema.name.startswith(_VARLEN):
+        if func._schema.name.startswith(_ATTENTION):
             backward = "backward" in func._schema.name
             query = args[1] if backward else args[0]
             windows = self.squares / 2  # causal: half of each square
-            return (10 if backward else 4) * windows * query.shape[1] * query.shape[2]
+            return (10 if backward else 4) * windows * query.shape[1] * query.shape[-1]
         if packet is torch.ops.aten.addmm_:
             return 2.0 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
         if packet is torch.ops.aten._grouped_mm:  # rows by groups, each with a matrix of its own, or columns by groups
@@ -134,7 +135,8 @@ class Recorder(LiveBytes):
 
 _FREE = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
 """Operations that touch no value, beside views."""
-_VARLEN, _PRODUCTS = "torch_attn::_varlen_attn", (torch.ops.aten.addmm_, torch.ops.aten._grouped_mm)
+_ATTENTION = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
+_PRODUCTS = (torch.ops.aten.addmm_, torch.ops.aten._grouped_mm)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -157,7 +159,7 @@ def _known(func: Any) -> _Known:
         exchanges=func in collective_ops and func not in sync_ops,
         reads=func is torch.ops.aten._local_scalar_dense.default,
         copies=func in _COPIES,
-        counted=func._schema.name.startswith(_VARLEN) or packet in _PRODUCTS or packet in flop_registry,
+        counted=func._schema.name.startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
         free=_free(func),
     )
 
