@@ -55,9 +55,14 @@ def read_words(words: list[str]) -> tuple[list[Path], Path | None]:
         key, assigned, value = word.partition("=")
         path = Path(word).expanduser()
         if key == "to" and assigned:
+            twice = to is not None
             to = Path(value).expanduser()
-            if not value or (to.exists() and not to.is_dir()):
-                problems.append(f"{word}: name a directory")
+            if twice:
+                problems.append(f"{word}: to is given twice; name one directory")
+            elif not value:
+                problems.append("to=: names no directory; write to=reports/sweep, or leave it out")
+            elif to.exists() and not to.is_dir():
+                problems.append(f"{word}: is a file; name a directory")
         elif is_run(path):
             found.append(path)
         elif inner := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
@@ -73,8 +78,8 @@ def read_words(words: list[str]) -> tuple[list[Path], Path | None]:
             problems.append(f"{word}: not a run directory (there is no config.yaml in it, and no runs below it)")
         else:
             problems.append(f"{word}: there is no such directory; name run directories")
-    twice = {path for path in found if sum(path.resolve() == other.resolve() for other in found) > 1}
-    problems += [f"{path}: named twice; name each run once" for path in sorted(twice)]
+    doubled = {path for path in found if sum(path.resolve() == other.resolve() for other in found) > 1}
+    problems += [f"{path}: named twice; name each run once" for path in sorted(doubled)]
     if not found and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")
     if problems:

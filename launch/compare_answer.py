@@ -55,7 +55,7 @@ def _sections(found: Comparison) -> list[tuple[str, list[str]]]:
         ("verdict", [run.verdict for run in found.runs]),
         (f"loss curves beside that of {found.runs[0].name}", _curves(found)),
         ("held-out metrics, before and after", _evaluations(found)),
-        ("newest checkpoint", [_checkpoint(run) for run in found.runs if run.measured.checkpoint_gib is not None]),
+        ("start, checkpoint and planned memory", [said for run in found.runs if (said := _besides(run))]),
         ("what differs", [f"{d.key}: {', '.join(short(value) for value in d.values)}" for d in found.differences]),
         ("to know", list(found.notes)),
     ]
@@ -88,9 +88,22 @@ def _evaluations(found: Comparison) -> list[str]:
     return lines
 
 
-def _checkpoint(run: Compared) -> str:
-    size = run.measured.checkpoint_gib or 0.0
-    return f"{run.name}: {size:.2f} GiB" if size >= 0.01 else f"{run.name}: {size * 1024:.2f} MiB"
+def _besides(run: Compared) -> str:
+    """What a run took beside its steps, and what memory it was expected to take; empty where it says nothing of them."""
+    m, parts = run.measured, []
+    if m.start_s is not None:
+        evaluated = f", of which {m.evaluation_before_s:.1f} the evaluation before it" if m.evaluation_before_s else ""
+        parts.append(f"{m.start_s:.1f} s from its start to the first step{evaluated}")
+    if m.checkpoint_gib is not None:
+        took = "" if m.checkpoint_s is None else f" (the last one written took {m.checkpoint_s:.1f} s)"
+        parts.append(f"newest checkpoint {_size(m.checkpoint_gib)}{took}")
+    if m.planned_gib is not None:
+        parts.append(f"planned {_size(m.planned_gib)} a rank, measured {_size(m.memory_gib)} ({m.planned_by})")
+    return f"{run.name}: {'; '.join(parts)}" if parts else ""
+
+
+def _size(gib: float | None) -> str:
+    return "-" if gib is None else f"{gib:.2f} GiB" if gib >= 0.01 else f"{gib * 1024:.2f} MiB"
 
 
 def _folded(said: str) -> list[str]:
