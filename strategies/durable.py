@@ -258,9 +258,9 @@ def fill(descriptor: int, into: memoryview, offset: int) -> None:
         into, offset = into[done:], offset + done
 
 
-def read_bytes(path: Path, *, most: int) -> bytes:
-    """All of a regular file of at most `most` bytes. Errors: OSError, also where it has more."""
-    with opened(path) as (descriptor, size):
+def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
+    """All of a regular file of at most `most` bytes; `patient` as in `opened`. Errors: OSError, also where it has more."""
+    with opened(path, patient=patient) as (descriptor, size):
         if size > most:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {most}", str(path))
         data = bytearray(size)

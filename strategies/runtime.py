@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from strategies.errors import ConfigError
+from strategies.durable import reason
+from strategies.errors import ConfigError, StorageError
 from strategies.matmul import Matmul, agree, choose, restore
 
 MANY = 64
 """Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
+
+Result = TypeVar("Result")
 
 SIMULATED = torch.device("cpu", 0)
 """Stands for a GPU in a simulation (`strategies/simulation.py`); the host is the device "cpu", without an index."""
@@ -191,6 +194,23 @@ def broadcast_object(value: Any, runtime: Runtime) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=runtime.control_group)
     return box[0]
+
+
+def found_on_main(look: Callable[[], Result], runtime: Runtime) -> Result:
+    """What `look` finds on rank 0, where alone it is called, on every rank. All ranks must call.
+
+    Raises StorageError on every rank where it raised that or OSError: nobody waits for a rank that has left.
+    """
+    found: tuple[Result | None, str | None] = (None, None)
+    if runtime.is_main:
+        try:
+            found = (look(), None)
+        except (OSError, StorageError) as error:
+            found = (None, reason(error) if isinstance(error, OSError) else str(error))
+    result, problem = broadcast_object(found, runtime)
+    if problem is not None:
+        raise StorageError(problem)
+    return result  # type: ignore[no-any-return]
 
 
 def gather_objects(value: Any, runtime: Runtime) -> list[Any]:

@@ -18,10 +18,11 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from strategies import durable
 from strategies.base import Progress
 from strategies.durable import Written, no_room, read_bytes, reason, sync_directory, write_new
 from strategies.errors import ConfigError, StorageError
-from strategies.runtime import Runtime, broadcast_object, gather_objects
+from strategies.runtime import Runtime, found_on_main, gather_objects
 from strategies.tensor_files import (
     FILE_NAME,
     INDEX,
@@ -122,10 +123,10 @@ def _agree(problem: str | None, runtime: Runtime) -> None:
             raise StorageError(text if runtime.world_size == 1 else f"{text} (rank {rank})")
 
 
-def read_header(path: Path) -> StateHeader:
-    """The header of a saved state. Reads a small JSON file, no tensors. Errors: StorageError."""
+def read_header(path: Path, *, patient: bool = False) -> StateHeader:
+    """The header of a saved state. Reads a small JSON file, no tensors; `patient` where it was seen. Errors: StorageError."""
     try:
-        raw = parse_json(read_bytes(path / PROGRESS, most=MOST_PROGRESS))
+        raw = parse_json(read_bytes(path / PROGRESS, most=MOST_PROGRESS, patient=patient))
         _check(StateHeader, raw, but="progress")
         _check(Progress, raw.get("progress"))
         if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
@@ -169,10 +170,10 @@ def _is(value: Any, hint: Any) -> bool:
     )
 
 
-def read_index(path: Path) -> Index:
-    """What tensors a saved state has, and where. Errors: StorageError."""
+def read_index(path: Path, *, patient: bool = False) -> Index:
+    """What tensors a saved state has, and where; `patient` where the file was seen. Errors: StorageError."""
     try:
-        return parse_index(read_bytes(path / INDEX, most=MOST_INDEX))
+        return parse_index(read_bytes(path / INDEX, most=MOST_INDEX, patient=patient))
     except OSError as error:
         raise StorageError(f"{path / INDEX}: {reason(error)}") from error
     except Malformed as error:
@@ -188,10 +189,10 @@ def load_state(path: Path, runs: Iterable[Run], runtime: Runtime) -> StateHeader
     """
     held = list(runs)
     # What rank 0 sees is there, and another host may have to wait for it; what rank 0 does not see, nobody waits for.
-    seen: set[str] = broadcast_object({each.name for each in path.iterdir()} if path.is_dir() else set(), runtime)
+    seen = found_on_main(lambda: set(durable.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
-        header = read_header(path)
+        header = read_header(path, patient=PROGRESS in seen)
         values = _read(path, held, seen)
     except (ConfigError, StorageError) as caught:
         error = caught
@@ -205,7 +206,7 @@ def load_state(path: Path, runs: Iterable[Run], runtime: Runtime) -> StateHeader
 
 def _read(path: Path, runs: list[Run], seen: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(live tensor, saved values) for all that this rank holds. Errors: ConfigError, StorageError."""
-    index = read_index(path)
+    index = read_index(path, patient=INDEX in seen)
     wanted = {f"{run.name}/{key}": run.numel for run in runs for key in run.tensors if run.numel}
     if set(wanted) != set(index):
         missing = sorted(set(wanted) - set(index))[:3]

@@ -1,6 +1,9 @@
 """Checkpoints of one branch: damage is noticed before anything is read, newest and best stay, what was given up is moved away."""
 
+import errno
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from strategies.base import Progress
 from strategies.durable import write_new
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime
-from trainer.checkpoints.chosen import choose
+from strategies.state import load_state
+from trainer.checkpoints.chosen import choose, refused
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.places import places_of, published
@@ -319,6 +323,90 @@ def test_resume_words(made, tmp_path):
     assert choose(places, str(first), ALONE) == first
     with pytest.raises(ConfigError, match="not a directory"):
         choose(places, str(tmp_path / "nope"), ALONE)
+
+
+NO_CHECKPOINTS = {
+    "a run directory": (
+        "run",
+        r"run: is a run directory, and no checkpoint; give its newest: run\.resume={0}/run/checkpoints/step-000002$",
+    ),
+    "its checkpoints": ("run/checkpoints", "is no checkpoint, but holds some; give its newest: .*step-000002$"),
+    "one that was given up": (
+        "run/checkpoints/given-up-1",
+        "but holds some; give its newest: .*given-up-1/step-000003$",
+    ),
+    "a run without any": (
+        "began",
+        "is a run directory, and no checkpoint; it has none that can be used; give a checkpoint dir",
+    ),
+    "an empty one": ("empty", r"empty: is empty; give a checkpoint directory \(step-\.\.\.\), auto or never"),
+    "something else": ("model", "is no checkpoint: it has no manifest.json"),
+    "nothing": ("nowhere", "is not a directory"),
+    "a file": ("model/config.json", "is not a directory"),
+    "of an early version": ("early/step-000004", OLD),
+    "its state": ("early/step-000004/state", OLD),
+    "a torn one": ("torn/step-000005", "has no manifest"),
+    "one without a file": ("run/checkpoints/step-000001", "a.safetensors is missing"),
+}
+
+
+def test_what_is_no_checkpoint_is_refused_at_once_with_what_it_is(made, tmp_path):
+    """It came to `run.accept=[unknown]`, or to an error after the data was prepared."""
+    run = made(keep=9)
+    run.save(1, 2, 3)
+    damaged = run.directory / "step-000003"
+    (damaged / "manifest.json").unlink()
+    (run.directory / "step-000001" / "a.safetensors").unlink()
+    shutil.copytree(run.directory / "step-000002", run.directory / "given-up-1" / "step-000003")
+    for name in ("began", "empty", "model", "early/step-000004/state", "torn/step-000005"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "began" / "config.yaml").touch()
+    (tmp_path / "model" / "config.json").touch()
+    (tmp_path / "torn" / "step-000005" / "a.safetensors").touch()
+    (tmp_path / "early" / "step-000004" / "state" / ".metadata").touch()
+    for name, said in NO_CHECKPOINTS.values():
+        found = refused(str(tmp_path / name), places_of(tmp_path / name, None))
+        assert re.search(said.format(tmp_path), found), found
+    assert refused(str(run.directory / "step-000002"), []) is None
+
+
+class Unlisted(durable.Disk):
+    """One directory of this name cannot be listed."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def names(self, directory):
+        if directory.name == self.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+        return super().names(directory)
+
+
+def test_what_cannot_be_listed_is_said_alike_on_every_rank(made, tmp_path, monkeypatch):
+    """Rank 0 alone looks, and what it met reaches the others: they used to wait for it."""
+    run = made()
+    newest = run.save(1)
+    heard = []
+
+    def broadcast(box, **_):
+        box[:] = heard if heard else box
+        heard[:] = box
+
+    ranks = [Runtime(rank, 2, rank, 2, torch.device("cpu"), None) for rank in range(2)]
+    monkeypatch.setattr("strategies.runtime.dist.broadcast_object_list", broadcast)
+    lists = {
+        "choose": lambda rank: choose(run.all.places, "auto", rank),
+        "load": lambda rank: load_state(newest, [], rank),
+    }
+    for name, call in (("checkpoints", lists["choose"]), (newest.name, lists["load"])):
+        heard.clear()
+        monkeypatch.setattr(durable, "disk", Unlisted(name))
+        for rank in ranks:
+            with pytest.raises(StorageError, match="Input/output error"):
+                call(rank)
+    assert verify(newest).startswith("cannot be read (Input/output error")
+    with pytest.raises(StorageError, match=r"cannot be listed \(Input/output error"):
+        refused(str(newest), [])
 
 
 def test_a_manifest_says_what_was_meant_not_what_came_to_the_disk(made, monkeypatch):

@@ -33,7 +33,7 @@ class Cache(durable.Disk):
     def __init__(self, root: Path, exchanges: bool):
         self.root, self.calls, self.cut_at, self.exchanges = root, 0, -1, exchanges
         self.bytes: dict[int, bytes] = {}
-        self.names: dict[int, dict[str, int]] = {root.stat().st_ino: {}}
+        self.listed: dict[int, dict[str, int]] = {root.stat().st_ino: {}}
         self.kinds: dict[int, bool] = {root.stat().st_ino: True}
         self.kept: list[int] = []
         """Descriptors that keep inodes from being given to other files."""
@@ -59,7 +59,7 @@ class Cache(durable.Disk):
         inode = os.fstat(descriptor).st_ino
         path = Path(f"/proc/self/fd/{descriptor}").resolve()
         if path.is_dir():
-            self.names[inode] = {each.name: each.stat().st_ino for each in path.iterdir()}
+            self.listed[inode] = {each.name: each.stat().st_ino for each in path.iterdir()}
         else:
             self.bytes[inode] = path.read_bytes()
 
@@ -81,7 +81,7 @@ class Cache(durable.Disk):
 
     def remove_tree(self, path):
         self._call()
-        self.names[path.stat().st_ino] = {}  # at once, also where the name that it had before is still on the disk
+        self.listed[path.stat().st_ino] = {}  # at once, also where the name that it had before is still on the disk
         super().remove_tree(path)
 
     def after_the_cut(self, target: Path, *, names_arrived: bool) -> None:
@@ -98,8 +98,8 @@ class Cache(durable.Disk):
 
     def _rebuild(self, inode: int, target: Path) -> None:
         target.mkdir()
-        for name, child in self.names.get(inode, {}).items():
-            if self.kinds.get(child, False) or child in self.names:
+        for name, child in self.listed.get(inode, {}).items():
+            if self.kinds.get(child, False) or child in self.listed:
                 self._rebuild(child, target / name)
             else:
                 (target / name).write_bytes(self.bytes.get(child, b""))

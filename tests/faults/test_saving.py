@@ -76,6 +76,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(runs):
     assert f"checkpoint step-000002 in {spare}" in said
     there = sorted(path.name for path in (runs.root / "full" / "checkpoints").iterdir())
     assert there == ["step-000003", "step-000004"] and [*spare.glob("*/*")] == []
+    code, said = runs.run("unlisted", *words, **faulty("unlisted checkpoints"))
+    assert code == 74 and "checkpoints: cannot be listed (Input/output error" in said and "Traceback" not in said, said
 
 
 def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_come_again(runs):

@@ -112,7 +112,7 @@ def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model):
         (["launcher.nodes=0"], "launcher.nodes=0: must be at least 1"),
         (["tuning=lora", "tuning.rank=0"], "tuning.rank=0: must be at least 1"),
         (["strategy=single", *GPUS], "strategy=single: runs in one process, not 8"),
-        (["run.must_fit=true", "run.resume=nowhere"], "run.resume=nowhere: must be auto, never"),
+        (["run.must_fit=true", "run.resume=nowhere"], "run.resume=nowhere: is not a directory"),
         (["batch.micro=3", "batch.global=4", "data.path={data}"], "batch.global=4: must be a multiple"),
     ],
 )

@@ -1,6 +1,8 @@
 """Training state on disk: any cut into runs reads what any other wrote; no file runs code or leaves memory unread."""
 
+import errno
 import json
+import os
 import pickle
 import random
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from strategies import tensor_files
+from strategies import durable, tensor_files
 from strategies.base import Progress
 from strategies.durable import Written, difference
 from strategies.errors import ConfigError, ShardtuneError, StorageError
@@ -69,6 +71,34 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, writers):
             for run, expected in zip(runs, cut(values, readers, rank), strict=True):
                 for key in KEYS:
                     assert torch.equal(run.tensors[key], expected.tensors[key])
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
+def test_what_rank_0_sees_is_waited_for_where_another_host_has_just_written_it(tmp_path, monkeypatch, code):
+    """Also progress and index, and not what nobody sees."""
+
+    class Late(durable.Disk):
+        def __init__(self):
+            self.failed, self.slept = [], 0.0
+
+        def open(self, path, flags):
+            if self.failed.count(path.name) < 3:
+                self.failed.append(path.name)
+                raise OSError(code, os.strerror(code), str(path))
+            return super().open(path, flags)
+
+        def sleep(self, seconds):
+            self.slept += seconds
+
+    save_as(tmp_path, 1, whole())
+    monkeypatch.setattr(durable, "disk", Late())
+    assert load_state(tmp_path, cut(whole(), 1, 0), ALONE).progress.step == 3
+    assert {*durable.disk.failed} == {"progress.json", "index.json", FILE_NAME.format(0)}
+    (tmp_path / "progress.json").unlink()
+    monkeypatch.setattr(durable, "disk", Late())
+    with pytest.raises(StorageError, match=r"progress\.json"):
+        load_state(tmp_path, cut(whole(), 1, 0), ALONE)
+    assert durable.disk.slept == 0
 
 
 def test_the_files_are_plain_safetensors(tmp_path):

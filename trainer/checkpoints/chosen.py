@@ -12,10 +12,12 @@ import json
 from pathlib import Path
 
 from strategies import durable
+from strategies.durable import reason
 from strategies.errors import ConfigError, StorageError
-from strategies.runtime import Runtime, broadcast_object
-from trainer.checkpoints.places import REPLACED_NAME, STEP_NAME, published
-from trainer.checkpoints.seal import MANIFEST, MOST_MANIFEST, verify_together
+from strategies.runtime import Runtime, found_on_main
+from strategies.tensor_files import Malformed
+from trainer.checkpoints.places import REPLACED_NAME, STEP_NAME, names_in, published
+from trainer.checkpoints.seal import MANIFEST, MOST_MANIFEST, NO_MANIFEST, read_manifest, verify_together
 
 RESUMED_FROM = "resumed-from.json"
 MOST_RECORD = 2**16
@@ -23,7 +25,7 @@ MOST_RECORD = 2**16
 
 
 def put_back(places: list[Path]) -> None:
-    """Give what lost its name to one that has never got it the name back, durably. Errors: OSError."""
+    """Give what lost its name to one that has never got it the name back, durably. Errors: OSError, StorageError."""
     for _, path in published(places):
         if name := REPLACED_NAME.fullmatch(path.name):
             durable.disk.rename(path, path.with_name(name[1]))
@@ -52,7 +54,7 @@ def settled(places: list[Path], resume: str) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = places[0].parent / RESUMED_FROM
         raise StorageError(
-            f"{where}: cannot be read ({durable.reason(error)}), so that nobody knows whether this run has begun from "
+            f"{where}: cannot be read ({reason(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
         ) from error
     return "auto" if any(step >= least for step, _ in published(places)) else resume
@@ -87,16 +89,54 @@ def _manifest_sha256(directory: Path) -> str | None:
         return None
 
 
+def refused(resume: str, places: list[Path]) -> str | None:
+    """Why the directory that `run.resume` names is none to go on from, and what to give; None where it may be one.
+
+    `places`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Errors: StorageError.
+    """
+    path = Path(resume).expanduser()
+    try:
+        read_manifest(path)
+        return None
+    except Malformed as error:
+        problem = str(error)
+    there = set(names_in(path))
+    advice = "give a checkpoint directory (step-...), auto or never"
+    if newest := next(filter(_reads_well, (each for _, each in reversed(published([path, *places])))), None):
+        advice = f"give its newest: run.resume={newest}"
+    if there & {"config.yaml", "checkpoints"}:
+        problem = "is a run directory, and no checkpoint" + ("" if newest else "; it has none that can be used")
+    elif newest:
+        problem = "is no checkpoint, but holds some"
+    elif problem == NO_MANIFEST and not STEP_NAME.search(path.name):
+        problem = f"is no checkpoint: it has no {MANIFEST}" if there else "is empty"
+    return f"run.resume={resume}: {problem}; {advice}"
+
+
+def _reads_well(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except Malformed:
+        return False
+    return True
+
+
+def _look(places: list[Path], resume: str) -> tuple[str, list[Path]]:
+    """(`run.resume` as it is meant, for `auto` all checkpoints from the newest on). Errors: OSError, StorageError."""
+    put_back(places)
+    meant = settled(places, resume)
+    return meant, [path for _, path in reversed(published(places))] if meant == "auto" else []
+
+
 def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
     """The checkpoint to resume from, the same on all ranks; None starts afresh. All ranks must call.
 
-    Errors: ConfigError for a named one that cannot be used; StorageError where there are checkpoints and none can be used.
+    Errors: ConfigError for a named one that cannot be used; StorageError where there are checkpoints and none can be used,
+    or where nobody can say which there are.
     """
     if resume == "never":
         return None
-    if runtime.is_main:
-        put_back(places)
-    asked, resume = resume, broadcast_object(settled(places, resume) if runtime.is_main else "", runtime)
+    asked, (resume, there) = resume, found_on_main(lambda: _look(places, resume), runtime)
     if asked != resume and runtime.is_main:
         print(
             f"run.resume={asked}: this run has begun from it already and goes on from what it has made since, as with "
@@ -109,7 +149,6 @@ def choose(places: list[Path], resume: str, runtime: Runtime) -> Path | None:
         if problem:
             raise ConfigError(f"run.resume={resume}: {problem}; give a checkpoint directory (step-...), or auto")
         return path
-    there: list[Path] = broadcast_object([path for _, path in reversed(published(places))], runtime)
     skipped = []
     for path in there:
         problem = verify_together(path, runtime)

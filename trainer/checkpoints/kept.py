@@ -54,7 +54,7 @@ class Checkpoints:
         if self.runtime.is_main:
             try:
                 self._begin(resumed)
-            except OSError as caught:
+            except (OSError, StorageError) as caught:
                 error = StorageError(
                     f"checkpoint: what is newer than {resumed} could not be moved aside ({reason(caught)}); move it away by "
                     "hand"
@@ -203,8 +203,8 @@ class Checkpoints:
         """Delete what `checkpoint.keep` newer ones, known to be whole, stand for; a warning where that is not possible."""
         try:
             there = published(self.places)
-        except OSError as error:
-            self.say(f"warning: old checkpoints could not be looked for ({reason(error)})")
+        except StorageError as error:
+            self.say(f"warning: old checkpoints could not be looked for ({error})")
             return
         whole = [step for step, path in there if path in self._good]
         if len(whole) < self.config.keep:

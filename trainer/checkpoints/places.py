@@ -6,6 +6,10 @@ import hashlib
 import re
 from pathlib import Path
 
+from strategies import durable
+from strategies.durable import reason
+from strategies.errors import StorageError
+
 STEP_DIR = "step-{:06d}"
 STEP_NAME = re.compile(r"step-(\d{1,15})")
 REPLACED = ".{}.replaced"
@@ -26,15 +30,29 @@ def places_of(run_dir: Path, fallback_dir: str | None) -> list[Path]:
 def published(places: list[Path]) -> list[tuple[int, Path]]:
     """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last.
 
-    Also what lost its name to one that has never got it: the power went between the two (`chosen.put_back`). Errors: OSError.
+    Also what lost its name to one that has never got it: the power went between the two (`chosen.put_back`). Errors: StorageError
+    where a directory is there and cannot be listed.
     """
     found = []
     for order, place in enumerate(places):
-        there = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
-        for name, path in there.items():
+        there = names_in(place)
+        for name in there:
             replaced = REPLACED_NAME.fullmatch(name)
             if replaced and replaced[1] in there:
                 continue
             if step := STEP_NAME.fullmatch(replaced[1] if replaced else name):
-                found.append((int(step[1]), -order, path))
+                found.append((int(step[1]), -order, place / name))
     return [(step, path) for step, _, path in sorted(found)]
+
+
+def names_in(directory: Path) -> list[str]:
+    """What is in a directory; nothing where there is none. Errors: StorageError where it is there and cannot be listed."""
+    try:
+        return durable.disk.names(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: cannot be listed ({reason(error)}), so that nobody knows which checkpoints it has; let this user "
+            "read it, or mend the disk"
+        ) from error

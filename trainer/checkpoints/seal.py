@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from strategies import durable
 from strategies.durable import Written, difference, read_bytes, reason, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
@@ -24,6 +24,8 @@ FORMAT = 2
 MOST_MANIFEST = 2**26
 """Bytes of a manifest; more is not read."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
+NO_MANIFEST = "has no manifest (its writing was interrupted)"
+OF_OLD = ".metadata"
 OLD = (
     "was written by an early version, in a format that can run code when it is read, so it is not read; export it with the "
     "version that wrote it, or train anew"
@@ -43,16 +45,20 @@ def _render(files: dict[str, Written]) -> bytes:
 
 def read_manifest(directory: Path) -> list[Written]:
     """What the files of a sealed directory must be. Errors: Malformed, with what is wrong with the directory."""
-    if not directory.is_dir():
-        raise Malformed("is not a directory")
-    if (directory / "state" / ".metadata").exists():
-        raise Malformed(OLD)
-    if not (directory / MANIFEST).exists():
-        raise Malformed("has no manifest (its writing was interrupted)")
     try:
-        data = read_bytes(directory / MANIFEST, most=MOST_MANIFEST)
+        present = set(durable.disk.names(directory))
+        if "state" in present and (directory / "state" / OF_OLD).exists():
+            raise Malformed(OLD)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Malformed("is not a directory") from error
+    except OSError as error:
+        raise Malformed(f"cannot be read ({reason(error)})") from error
+    if MANIFEST not in present:
+        raise Malformed(OLD if OF_OLD in present else NO_MANIFEST)
+    present.remove(MANIFEST)
+    try:
+        data = read_bytes(directory / MANIFEST, most=MOST_MANIFEST, patient=True)
         files = _parse(parse_json(data))
-        present = {entry.name for entry in os.scandir(directory)} - {MANIFEST}
     except OSError as error:
         raise Malformed(f"cannot be read ({reason(error)})") from error
     except Malformed as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import KINDS, flat
 from trainer.records.status import State, read_failure, read_status
@@ -221,5 +221,5 @@ def _checkpoint(point: Point) -> float | None:
     try:
         there = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))
         return sum(f.stat().st_size for f in there[-1][1].rglob("*") if f.is_file()) / GIB if there else None
-    except OSError:
+    except (OSError, StorageError):
         return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError, StorageError
-from trainer.checkpoints.chosen import settled
+from trainer.checkpoints.chosen import refused, settled
 from trainer.checkpoints.places import places_of
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
@@ -202,11 +202,12 @@ def _resume(config: RunConfig) -> Iterator[str]:
     try:
         if run_dir is not None and run_dir.strip():
             resume = settled(places_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume)
+        if resume in ("auto", "never"):
+            return
+        if problem := refused(resume, places_of(Path(resume).expanduser(), config.checkpoint.fallback_dir)):
+            yield problem
     except StorageError as error:
         yield str(error)
-        return
-    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
-        yield f"run.resume={resume}: must be auto, never or an existing checkpoint directory"
 
 
 def _run(config: RunConfig) -> Iterator[str]:

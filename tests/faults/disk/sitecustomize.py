@@ -1,7 +1,7 @@
 """Puts a disk that fails in the place of the real one, in every process of a run whose PYTHONPATH has this directory.
 
 FAULTY_DISK says how: `kill <name>` dies by SIGKILL before a directory gets this name; `full <n>` has no room for the first n
-files of tensors.
+files of tensors; `unlisted <name>` cannot list directories of this name on rank 0.
 """
 
 import errno
@@ -21,6 +21,11 @@ class Faulty(durable.Disk):
             self.refused += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return super().open(path, flags)
+
+    def names(self, directory):
+        if KIND == "unlisted" and directory.name == VALUE and os.environ.get("RANK") == "0":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+        return super().names(directory)
 
     def rename(self, source, target):
         if KIND == "kill" and target.name == VALUE:
