@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.config.run import RunConfig
 from trainer.records.lease import other_owner
-from trainer.records.status import State, clear_failure, read_failure, read_status, write_status
+from trainer.records.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
 
 Records = tuple[dict[str, Any], dict[str, Any]]
 FINAL = {signal.SIGTERM, signal.SIGINT}
@@ -25,17 +25,23 @@ def supervised(config: RunConfig, run_dir: Path, sha256: str) -> int:
     """
     from launch.torchrun import start
 
-    left = dict(config.launcher.retry)
-    for number in itertools.count():
-        before = begin(run_dir)
-        ended, signals = start(config, run_dir, f"{sha256[:8]}-{number}" if number else sha256[:8])
-        code = outcome(run_dir, ended, before)
-        cause = _cause(run_dir, code, signals)
-        if cause is None or left.get(cause, 0) < 1:
-            return code
-        left[cause] -= 1
-        print(f"{run_dir}: started again ({cause}; {left[cause]} more times)", file=sys.stderr, flush=True)
-    raise AssertionError("the loop returns")
+    left, number = dict(config.launcher.retry), 0
+    try:
+        while True:
+            os.environ[STARTED_AGAIN] = str(
+                number
+            )  # for what the ranks write into `status.json`, and for what is written here
+            before = begin(run_dir)
+            ended, signals = start(config, run_dir, f"{sha256[:8]}-{number}" if number else sha256[:8])
+            code = outcome(run_dir, ended, before)
+            cause = _cause(run_dir, code, signals)
+            if cause is None or left.get(cause, 0) < 1:
+                return code
+            left[cause] -= 1
+            number += 1
+            print(f"{run_dir}: started again ({cause}; {left[cause]} more times)", file=sys.stderr, flush=True)
+    finally:
+        os.environ.pop(STARTED_AGAIN, None)
 
 
 def begin(run_dir: Path) -> Records:

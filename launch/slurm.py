@@ -46,7 +46,7 @@ fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 rendezvous=${SHARDTUNE_RDZV:-${head:?scontrol names no host}:$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))}
 
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 SHARDTUNE_RUN_DIR=$run_dir
 if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun no longer takes it over
 threads=$((${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}} / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
@@ -56,12 +56,13 @@ trap 'stopped=1' TERM # time limit, scancel, end of a preemption: the steps get 
 echo "job $job, start $restart, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
 
 # SLURM sends USR2 and TERM to every process of the step. Either would end torchrun, so it is started with both ignored;
-# the workers have their own handling. After one node's end the others have $patience seconds to come to theirs.
+# the workers have their own handling. After one node's end the others have $patience seconds to come to theirs. Each node's
+# launch.torchrun writes down which of its ranks was killed, and whether for memory.
 export -f setup
 srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
   --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
   bash -c 'set -e; setup; trap "" USR2 TERM; exec "$@"' node \
-  "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 \
+  "$python" -m launch.torchrun --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 \
   --rdzv-backend=c10d --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT \
   -m "${worker[@]}" &
 step=$!
@@ -127,7 +128,7 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd:
         f"patience={config.run.timeout_s} # seconds",
         f"python={shlex.quote(_line(slurm.python or sys.executable, 'launcher.python'))}",
         "worker=(launch.train)",
-        "export SHARDTUNE_CONFIG=$run_dir/config.yaml SHARDTUNE_RUN_DIR=$run_dir",
+        "export SHARDTUNE_CONFIG=$run_dir/config.yaml",
         f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
     if config.run.threads:

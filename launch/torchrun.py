@@ -1,8 +1,8 @@
 """Several ranks on this host: torchrun's arguments (a pure function), its start, its supervision and its end.
 
-torchrun forgets exit codes and prints a wall of its own when a rank fails; so it runs here under a small wrapper
-(`python -m launch.torchrun <torchrun arguments>`), and how the run ended is read from its directory. Every process that
-was started is gone when `start` returns, within about ten seconds of a failure or of Ctrl-C.
+torchrun forgets exit codes and prints a wall of its own when a rank fails; so it runs under a small wrapper here and in the
+job scripts of SLURM (`python -m launch.torchrun <torchrun arguments>`), and how the run ended is read from its directory. Every
+process that was started is gone when `start` returns, within about ten seconds of a failure or of Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from types import FrameType
 from typing import Any
 
 from strategies.heartbeat import LOST_PEER
+from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
 from trainer.stopping.signals import SIGNALS, hold, release
 
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
+
+
+OUT_OF_MEMORY = (
+    ": out of memory (the kernel counted a kill for it); lower batch.micro or data.max_length, shard more of the model "
+    "(strategy=fsdp2 or zero3), or give the job more memory (launcher.mem under SLURM)"
+)
+"""Of a rank that the kernel killed: an error, which another start would meet again."""
 
 
 def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
@@ -173,18 +181,9 @@ def wrapper(argv: list[str]) -> int:
     return 0
 
 
-def out_of_memory_kills() -> int | None:
-    """Processes that the kernel of this host has killed for memory since it started; None where it does not say."""
-    try:
-        counters = Path("/proc/vmstat").read_text().split("\n")
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), None)
-
-
 def _note_killed(error: BaseException, *, memory: bool) -> None:
     from strategies.errors import ShardtuneError
-    from trainer.records.status import read_failure, record_failure
+    from trainer.records.status import State, read_failure, record_failure, write_status
 
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
     killed_ranks = [
@@ -196,8 +195,10 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
     failure = failures[rank]
     name = signal.Signals(-failure.exitcode).name
-    why = ": the host ran out of memory (its kernel counted a kill for it)" if memory and name == "SIGKILL" else ""
-    killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {name}{why}")
+    memory = memory and name == "SIGKILL"
+    killed = ShardtuneError(
+        f"rank {rank} (process {failure.pid}) was killed by {name}{OUT_OF_MEMORY if memory else ''}"
+    )
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     before = read_failure(run_dir)
     # A rank that lost its peer could write first, but is not the cause; what any other rank wrote is, and so is a rank that
@@ -205,9 +206,12 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     replace = before.get("gone", LOST_PEER.search(before.get("message", "")) is not None)
     same = before.get("rank") == rank and before.get("gone")
     phase, step = (before["phase"], before["step"]) if same else ("killed", None)
-    record_failure(
-        run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid, retry=None if memory else "node_fail"
-    )
+    retry = None if memory else "node_fail"
+    written = record_failure(run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid, retry=retry)
+    if written and "SHARDTUNE_LAUNCHER" not in os.environ:  # under SLURM nobody else shows it, or settles the status
+        print(killed, file=sys.stderr, flush=True)
+        with contextlib.suppress(ShardtuneError):
+            write_status(run_dir, State.failed, step=step, reason=str(killed))
 
 
 if __name__ == "__main__":

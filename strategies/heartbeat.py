@@ -67,7 +67,6 @@ class Heartbeats:
         self._store = store.clone()  # a connection of its own: nothing may wait behind a call of the group's
         self.rank, self.world, self._state = rank, world, state
         self.every_s = max(1.0, world / 200)
-        self._over = threading.Event()
         self._stacks: IO[str] | None = None
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -76,10 +75,6 @@ class Heartbeats:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a")
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
-
-    def stop(self) -> None:
-        """Count no more."""
-        self._over.set()
 
     def silent(self, look_s: float) -> list[Seen]:
         """Ranks that do not count on in `look_s`, while this one looks."""
@@ -136,5 +131,4 @@ class Heartbeats:
                     self._stacks = None
             except RuntimeError:  # the store is gone, and with it the job
                 return
-            if self._over.wait(self.every_s):
-                return
+            time.sleep(self.every_s)

@@ -132,23 +132,37 @@ def missing_cuda() -> str | None:
     return f"torch {torch.__version__} finds no device{hidden}; does nvidia-smi or rocm-smi show one?"
 
 
-_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUPS, _MEMBERSHIP, _HOST = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
 
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, or the CPU quota of its cgroup where that is less; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = (text.split() for text in _cgroup_limits("cpu.max"))
+    limits = (text.split() for text in _cgroup_files("cpu.max"))
     return max(1, min([allowed, *(int(quota) // int(period) for quota, period in limits if quota != "max")]))
 
 
 def cgroup_memory() -> int | None:
     """Bytes that the cgroups of this process allow, None where they set no limit."""
-    limits = (text.strip() for text in _cgroup_limits("memory.max"))
+    limits = (text.strip() for text in _cgroup_files("memory.max"))
     return min((int(limit) for limit in limits if limit != "max"), default=None)
 
 
-def _cgroup_limits(name: str) -> Iterator[str]:
+def out_of_memory_kills() -> int | None:
+    """Processes that the kernel has killed for memory so far; None where it does not say.
+
+    Of this process's cgroup and those below it (version 2), where its children are and no other job of the host; of the whole
+    host where that is not counted.
+    """
+    host = (path.read_text() for path in [_HOST] if path.is_file())
+    for text in (*_cgroup_files("memory.events"), *host):
+        for line in text.splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
+def _cgroup_files(name: str) -> Iterator[str]:
     """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
     try:
         own = next(line[3:] for line in _MEMBERSHIP.read_text().splitlines() if line.startswith("0::"))

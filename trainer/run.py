@@ -286,10 +286,9 @@ def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints,
 def close_records(
     facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: Place
 ) -> None:
-    """The outcome into `run.json` and `status.json`, and the last lines on the screen. All ranks must call."""
+    """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
     if place.runtime.is_main:
         write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
-        write_status(place.run_dir, State.done, step=outcome.progress.step)
         place.console.say(end_text(place.run_dir, outcome, exported, trackers.sync_line))
     processes.barrier(place.runtime)
 

@@ -68,6 +68,13 @@ def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs,
     assert "accepted: order: run.seed: 42 there, 7 here" in said
     accepted = json.loads((runs.root / "another" / "run.json").read_text())["accepted"]
     assert any(line.startswith("base: base/model.safetensors: ") for line in accepted)
+    # A later start has it on record too, with nothing left to accept.
+    (runs.root / "another" / "status.json").unlink()  # as of a run that was killed before it said that it was done
+    later = [word for word in changed if not word.startswith("run.resume")]
+    code, said = runs.run("another", *later, "run.resume=auto")
+    assert code == 0, said
+    assert "resumed from step-000006" in said and "accepted: order: run.seed: 42 there, 7 here" in said
+    assert json.loads((runs.root / "another" / "run.json").read_text())["accepted"] == accepted
 
 
 def test_a_flipped_bit_in_prepared_tokens_is_found_before_training(runs):
@@ -92,12 +99,15 @@ def test_every_setting_is_in_the_table_of_what_may_change():
 
 def test_ranks_with_another_version_or_clone_are_named():
     here = {kind: {} for kind in KINDS} | {"versions": {"torch": "2.13"}, "base": {"model": "1"}}
-    other = here | {"versions": {"torch": "2.12"}, "base": {}}  # only one rank a host reads the base
+    here["code"] = {"source": "1"}
+    other = here | {"versions": {"torch": "2.12"}, "base": {}, "code": {}}  # only one rank a host reads files
     with pytest.raises(ConfigError) as caught:
         _same_everywhere([("a", here), ("b", other)], [])
     assert caught.value.problems[0].startswith("rank 1 on b would train something else than rank 0 on a")
     assert caught.value.problems[1] == "versions: torch: 2.13 there, 2.12 here"
     _same_everywhere([("a", here), ("b", other)], ["versions"])
+    with pytest.raises(ConfigError, match="code: source: 1 there, 2 here"):
+        _same_everywhere([("a", here), ("b", here | {"code": {"source": "2"}})], [])
     assert differences(here, here, accept=[]) == []
 
 
@@ -140,10 +150,10 @@ class TwoRanks:
     ],
 )
 def test_what_fails_on_rank_0_alone_fails_alike_on_all(tmp_path, monkeypatch, broken, kind, said):
-    def found(*_, base):
-        if base and broken == "base":
+    def found(*_, files):
+        if files and broken == "base":
             raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
-        return {kind: {} for kind in KINDS} | {"base": {"model": "1"}}
+        return {kind: {} for kind in KINDS} | {"base": {"model": "1"}, "code": {"source": "1"}}
 
     monkeypatch.setattr(identity, "identity_of", found)
     monkeypatch.setattr(identity, "_home_of_state", lambda *_: tmp_path if broken == "read" else None)
@@ -154,7 +164,18 @@ def test_what_fails_on_rank_0_alone_fails_alike_on_all(tmp_path, monkeypatch, br
     assert all(said in str(error) for error in errors)
 
 
-@pytest.mark.parametrize("content", ["null", "[]", '{"data": 3}', "{", None])
+def test_source_and_base_are_read_once_a_host(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(identity, "_home_of_state", lambda *_: None)
+    monkeypatch.setattr(identity, "_files", lambda *_: read.append("base") or {"base/model.safetensors": "1"})
+    monkeypatch.setattr(identity, "source_digest", lambda: read.append("code") or "1")
+    data = SimpleNamespace(train=type("Rows", (list,), {"fingerprint": "f"})())
+    records = TwoRanks(monkeypatch)(lambda runtime: establish(RunConfig(), data, tmp_path, runtime))
+    assert sorted(read) == ["base", "code"]
+    assert records[0] == records[1] and records[0]["identity"]["code"] == {"source": "1"}
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"data": 3}', '{"accepted": 3}', "{", None])
 def test_an_identity_that_says_nothing_is_refused_or_accepted_as_unknown(tmp_path, monkeypatch, content):
     monkeypatch.setattr(identity, "_home_of_state", lambda *_: tmp_path)
     if content is not None:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -88,12 +89,18 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_only_a_rank_that_does_not_count_on_is_the_cause():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    beats = [Heartbeats(store, rank, 2, lambda: ("training", 7)) for rank in (0, 1)]
+    over = threading.Event()
+
+    def state():
+        while over.is_set():  # its thread counts no more, as where its process is gone
+            time.sleep(1)
+        return "training", 7
+
+    beats = [Heartbeats(store, 0, 2, lambda: ("training", 7)), Heartbeats(store, 1, 2, state)]
     lost, other = RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("the batch is bad")
     assert beats[0].cause(other) is None
     assert beats[0].cause(lost) is None  # both live
-    beats[1].stop()
+    over.set()
     found = beats[0].cause(lost)
     assert (found.seen.rank, found.seen.phase, found.seen.step, found.hung) == (1, "training", 7, False)
     assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
-    beats[0].stop()

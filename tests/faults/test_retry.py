@@ -25,7 +25,7 @@ def test_a_run_goes_on_by_itself_after_usr2_and_after_a_killed_rank(runs):
     second.kill()
     assert runs.end(process, 400) == 0, runs.said("again")
     assert "started again (node_fail; 0 more times)" in runs.said("again")
-    assert runs.status("again")["state"] == "done"
+    assert (runs.status("again")["state"], runs.status("again")["restart"]) == ("done", 2)
     assert not (runs.root / "again" / "failure.json").exists()
     assert [row["step"] for row in runs.rows("again")] == list(range(1, STEPS + 1))
 

@@ -41,10 +41,10 @@ class Job:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A directory to submit from, whose `launch` is the stand-in, with odd characters in its name."""
+    """A directory to submit from, whose `launch` is the stand-in, with odd characters in its name; the rest is the clone's."""
     site = tmp_path / 'it\'s a "site"'
     (site / "launch").mkdir(parents=True)
-    (site / "launch" / "__init__.py").touch()
+    (site / "launch" / "__init__.py").write_text("__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n")
     shutil.copy(Path(__file__).with_name("standin.py"), site / "launch" / "train.py")
     return site
 

@@ -1,7 +1,8 @@
 """What a run is, so that it is not silently gone on with as another: compared between ranks, and with the run resumed from.
 
 `identity.json` lies in the run directory beside `checkpoints/`. It holds, by kind (`trainer/config/resuming.py`), the settings
-that decide the result and fingerprints of what settings only name: prepared data, files of the base, source and libraries.
+that decide the result and fingerprints of what settings only name: prepared data, files of the base, source and libraries; and
+the differences that were accepted on the way here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from trainer.records.sampled import sampled_digest
 from trainer.records.status import write_text_atomic
 
 IDENTITY = "identity.json"
+ACCEPTED = "accepted"
 COMPUTING = (
     "torch",
     "transformers",
@@ -44,15 +46,15 @@ SHOWN = 8
 Kinds = dict[str, dict[str, Any]]
 
 
-def identity_of(config: RunConfig, data: Prepared, *, base: bool = True) -> Kinds:
-    """What decides the run's result, by kind. `base=False` leaves the files of models out. No collective."""
+def identity_of(config: RunConfig, data: Prepared, *, files: bool = True) -> Kinds:
+    """What decides the run's result, by kind. `files=False` reads none, so that base and code are empty. No collective."""
     kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
     for key, value in flat(plain(config)).items():
         if kind := kind_of(key):
             kinds[kind][key] = value
     kinds["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
-    kinds["base"] = {**kinds["base"], **_files(config)} if base else {}
-    kinds["code"] = {"source": source_digest()}
+    kinds["base"] = {**kinds["base"], **_files(config)} if files else {}
+    kinds["code"] = {"source": source_digest()} if files else {}
     kinds["versions"] = _versions()
     settled: Kinds = json.loads(json.dumps(kinds, default=str))  # as it is read back
     return settled
@@ -97,7 +99,7 @@ def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime
     mine: Kinds = {}
     error: ConfigError | StorageError | None = None
     try:
-        mine = identity_of(config, data, base=runtime.local_rank == 0)
+        mine = identity_of(config, data, files=runtime.local_rank == 0)  # once a host
     except (ConfigError, StorageError) as caught:
         error = caught
     except OSError as caught:
@@ -111,7 +113,7 @@ def establish(config: RunConfig, data: Prepared, run_dir: Path, runtime: Runtime
             _same_everywhere(everybody, accept)
             accepted = _same_as_before(config, mine, run_dir)
             record = {"identity": mine, "accepted": accepted}
-            write_text_atomic(run_dir / IDENTITY, json.dumps(mine, indent=1) + "\n")
+            write_text_atomic(run_dir / IDENTITY, json.dumps({**mine, ACCEPTED: accepted}, indent=1) + "\n")
         except (ConfigError, StorageError) as caught:
             error = caught
     _fail_alike(error, runtime)
@@ -130,7 +132,7 @@ def _fail_alike(error: ConfigError | StorageError | None, runtime: Runtime) -> N
 def _same_everywhere(everybody: list[tuple[str, Kinds]], accept: list[str]) -> None:
     first_host, first = everybody[0]
     for rank, (host, kinds) in enumerate(everybody):
-        compared = first if kinds["base"] else {**first, "base": {}}
+        compared = first if kinds["code"] else {**first, "base": {}, "code": {}}
         if lines := differences(compared, kinds, accept=accept):
             raise ConfigError(
                 [
@@ -142,12 +144,12 @@ def _same_everywhere(everybody: list[tuple[str, Kinds]], accept: list[str]) -> N
 
 
 def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
-    """The differences from the run whose state is gone on from, all of them accepted."""
+    """What was accepted before in the run whose state is gone on from, then the differences from it, all accepted now."""
     home = _home_of_state(config, run_dir)
     if home is None:
         return []
     try:
-        before = _read(home / IDENTITY)
+        before, accepted = _read(home / IDENTITY)
     except (OSError, ValueError) as error:
         if "unknown" in config.run.accept:
             return [f"unknown: {home / IDENTITY} cannot be read"]
@@ -163,15 +165,18 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
                 *_shown(lines),
             ]
         )
-    return differences(before, mine, accept=[])
+    return list(dict.fromkeys([*accepted, *differences(before, mine, accept=[])]))
 
 
-def _read(path: Path) -> Kinds:
-    """An `identity.json`. Raises OSError, and ValueError where it does not hold what `establish` writes."""
+def _read(path: Path) -> tuple[Kinds, list[str]]:
+    """An `identity.json`: the kinds, and what was accepted. Raises OSError, ValueError where `establish` does not write such."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not all(isinstance(found.get(kind, {}), dict) for kind in KINDS):
         raise ValueError("it does not say what belongs to each kind")
-    return found
+    accepted = found.pop(ACCEPTED, [])
+    if not isinstance(accepted, list) or not all(isinstance(line, str) for line in accepted):
+        raise ValueError("it does not list what was accepted")
+    return found, accepted
 
 
 def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:

@@ -45,9 +45,13 @@ def _token() -> str:
     return f"{socket.gethostname()}.{os.getpid()}"
 
 
+STARTED_AGAIN = "SHARDTUNE_STARTED_AGAIN"
+"""The variable by which a launcher tells its ranks how often it has started them again (`launcher.retry`)."""
+
+
 def restart_count() -> int:
-    """How often SLURM or torchrun has started this job again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    """How often SLURM and the launcher have started this run again."""
+    return sum(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", STARTED_AGAIN))
 
 
 def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:

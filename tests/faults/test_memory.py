@@ -1,0 +1,130 @@
+"""A rank that the kernel killed for memory is the user's to mend, under SLURM too: named as that, and never started again."""
+
+import os
+import signal
+import subprocess
+import types
+import uuid
+from pathlib import Path
+
+import pytest
+
+from launch import torchrun
+from strategies import runtime
+from strategies.heartbeat import Seen, Silent
+from tests.faults.runs import ROOT, environment, rank_of, read, wait
+from trainer.records.status import read_failure, read_status, record_failure
+
+SBATCH = "#!/bin/bash\necho 7\n"
+SRUN = '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
+SCONTROL = """#!/bin/bash
+case $1$2 in
+  showhostnames) echo localhost ;;
+  showjob) echo PreemptTime=None ;;
+  *) echo "$*" >>"$SHARDTUNE_RUN_DIR/asked" ;;
+esac
+"""
+GROWS = """
+import os, pathlib, threading, time
+
+def grow():
+    while not pathlib.Path(os.environ["GROW"]).exists():
+        time.sleep(0.1)
+    kept = []
+    while True:
+        kept.append(b"x" * 2**26)
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=grow, daemon=True).start()
+"""
+LIMIT = 3 * 2**30
+
+
+@pytest.fixture
+def group():
+    """A control group of little memory; skips where this process may make none."""
+    for parent, limits in (
+        (Path("/sys/fs/cgroup"), {"memory.max": LIMIT, "memory.swap.max": 0}),
+        (Path("/sys/fs/cgroup/memory"), {"memory.limit_in_bytes": LIMIT, "memory.memsw.limit_in_bytes": LIMIT}),
+    ):
+        made = parent / f"shardtune-{uuid.uuid4().hex[:8]}"
+        try:
+            made.mkdir()
+        except OSError:
+            continue
+        if (made / next(iter(limits))).exists():
+            for name, value in limits.items():
+                if (made / name).exists():
+                    (made / name).write_text(str(value))
+            yield made
+            processes = made / "cgroup.procs"
+            wait(lambda path=processes: not path.read_text(), "the end of all in the group")
+            made.rmdir()
+            return
+        made.rmdir()
+    pytest.skip("this process may not make a control group with a limit of memory")
+
+
+def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, group):
+    tools = runs.root / "slurm-tools"
+    tools.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tools / "sitecustomize.py").write_text(GROWS)
+    words = ["launcher=slurm", "launcher.processes=2", "launcher.retry={node_fail: 3}", "strategy=ddp"]
+    path = f"{tools}:{os.environ['PATH']}"
+    subprocess.run(runs.words("memory", *words, verb="submit"), env=environment(PATH=path), cwd=ROOT, check=True)
+
+    run = runs.root / "memory"
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost"}
+    grow = {"PYTHONPATH": str(tools), "GROW": str(run / "grow")}
+    command = ["bash", "-c", f"echo $$ >{group / 'cgroup.procs'} && exec bash {run / 'train.sbatch'}"]
+    process = runs._popen(command, "memory", {"PATH": path, **job, **grow})
+    runs.wait_for_step("memory", 2, process)
+    killed = rank_of(process.pid, 1).pid
+    (run / "grow").touch()
+    assert runs.end(process) != 0
+    failure = read(run / "failure.json")
+    assert (failure["rank"], failure["pid"], failure["retry"]) == (1, killed, None), failure
+    assert "out of memory" in failure["message"] and "batch.micro" in failure["message"]
+    assert runs.status("memory")["state"] == "failed"
+    assert not (run / "asked").exists(), (run / "asked").read_text()  # no requeue
+    assert f"rank 1 (process {killed}) was killed by SIGKILL: out of memory" in "".join(
+        log.read_text() for log in (run / "logs").glob("*") if log.is_file()
+    ) + runs.said("memory")
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("launcher", [None, "4711"])
+def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, capsys, memory, launcher):
+    seen = Seen(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
+    silent = Silent(seen, hung=False, since_s=3, told="Connection closed by peer")
+    record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
+    monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
+    monkeypatch.delenv("SHARDTUNE_LAUNCHER", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("SHARDTUNE_LAUNCHER", launcher)
+    killed = types.SimpleNamespace(exitcode=-signal.SIGKILL, pid=7, timestamp=5)
+    torchrun._note_killed(types.SimpleNamespace(failures={1: killed}), memory=memory)
+    failure = read_failure(tmp_path)
+    assert (failure["phase"], failure["step"]) == ("training", 9)
+    assert ("out of memory" in failure["message"], failure["retry"]) == (memory, None if memory else "node_fail")
+    # Where no launcher waits for it (SLURM), it is said at once, and the run does not stay `running`.
+    assert ("was killed by SIGKILL" in capsys.readouterr().err) == (launcher is None)
+    assert read_status(tmp_path).get("state") == ("failed" if launcher is None else None)
+
+
+def test_kills_are_counted_in_the_own_control_group_else_on_the_host(tmp_path, monkeypatch):
+    host, groups, membership = tmp_path / "vmstat", tmp_path / "cgroup", tmp_path / "membership"
+    for name, path in (("_HOST", host), ("_CGROUPS", groups), ("_MEMBERSHIP", membership)):
+        monkeypatch.setattr(runtime, name, path)
+    assert runtime.out_of_memory_kills() is None
+    host.write_text("nr_free_pages 17\noom_kill 5\n")
+    assert runtime.out_of_memory_kills() == 5
+    membership.write_text("4:memory:/job\n0::/job_7/step_0\n")
+    assert runtime.out_of_memory_kills() == 5  # version 2 is there for other things only
+    (groups / "job_7" / "step_0").mkdir(parents=True)
+    (groups / "job_7" / "step_0" / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
+    (groups / "job_7" / "memory.events").write_text("oom_kill 9\n")
+    assert runtime.out_of_memory_kills() == 2
