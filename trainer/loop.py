@@ -20,7 +20,7 @@ from trainer.data.batches.order import Order, steps_for_tokens
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.loss import Interrupted
 from trainer.objectives.ahead import look_ahead
-from trainer.objectives.routed import EXPERT_TOKENS, told
+from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
 from trainer.optim.schedule import ScheduleConfig, lr_factor_at
 from trainer.records.console import Console
 from trainer.records.load import by_layer
@@ -201,8 +201,8 @@ class Trainer:
         )
 
     def _whole_loss(self, terms: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """What goes into the backward pass: the objective's part of the step's mean, and what routers add to that."""
-        loss, more = terms["loss"] * scale, terms.pop("router_loss", None)
+        """What goes into the backward pass: the objective's part of the step's mean, and what the model adds to that."""
+        loss, more = terms["loss"] * scale, terms.pop(ADDED, None)
         return loss if more is None else loss + more * self.engine.dp_size
 
     # -- what happens between steps ------------------------------------------------------------------------------

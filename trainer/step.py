@@ -40,7 +40,7 @@ class TrainStep(nn.Module):
         self.defer_sync: bool | None = None
         """Whether gradients wait whole for the last micro-batch of a step, where that was planned."""
         self.routed: Routed | None = None
-        """What is asked of routers and experts, where the model has some."""
+        """What is asked of routers, experts and logits, where the model has such."""
         self.around_update: AroundUpdate | None = None
         """What the tuning method does around each optimizer step, where it does anything."""
 
@@ -50,7 +50,7 @@ class TrainStep(nn.Module):
             return self.objective.terms(self.model, batch)
         if "choices_alone" in batch:
             return seen.choices(self.model, batch)
-        return seen.terms(lambda: self.objective.terms(self.model, batch), batch)
+        return seen.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
 
     def add_block_classes(self, classes: set[str]) -> None:
         """Further classes of repeated blocks: the teacher's."""

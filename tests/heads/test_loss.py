@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from trainer.heads import loss
+from trainer.heads.logit_size import squared_logsumexp
 from trainer.heads.loss import Counting, LossHead
 
 
@@ -170,3 +171,27 @@ def test_the_loss_by_group(monkeypatch):
         without = head(hidden, targets=targets, counting=Counting(weights))
         assert len(without) == 2
         assert torch.equal(without[0], head(hidden, targets=targets, counting=Counting(weights, groups, 4))[0])
+
+
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (5.0, 3.0, True)])
+def test_the_size_of_logits_is_summed_over_kept_rows(monkeypatch, softcap, scale, bias):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 31 * 7)
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 31, bias=bias)
+    kept = torch.arange(50) % 3 > 0
+    hidden = torch.randn(50, 16)
+    found = {}
+    for name, head in {"fused": LossHead.replace(plain, softcap=softcap, logit_scale=scale), "plain": plain}.items():
+        states = hidden.clone().requires_grad_()
+        plain.zero_grad()
+        if name == "plain":
+            logits = reference(states, plain, torch.zeros(50, dtype=torch.int64), softcap, scale)[1]
+            total = (logits.logsumexp(-1).square() * kept).sum()
+        else:
+            total = squared_logsumexp(head, states, kept)
+        (total * 0.3).backward()
+        found[name] = [total.detach(), states.grad, *(p.grad.clone() for p in plain.parameters())]
+    for ours, expected in zip(found["fused"], found["plain"], strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-4)
+    if softcap is None:  # as an adapter on the head leaves it
+        assert torch.allclose(squared_logsumexp(plain, hidden, kept), found["plain"][0])

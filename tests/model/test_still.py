@@ -19,7 +19,7 @@ def test_of_whom_and_that_it_is_said():
     assert (zeroed_row(youtu), zeroed_row(bert), zeroed_row(tiny.tiny_model("llama"))) == (2, None, None)
     arranged = Arrangement(Layout.padded, "sdpa", {})
     assert still_rows(youtu, arranged) == {"model.embed_tokens.weight": 2}
-    assert "row 2 of model.embed_tokens (padding) stays zero" in arranged.notes["model.path"]
+    assert "row 2 of model.embed_tokens (padding) stays zero" in arranged.notes["model.embeddings"]
 
 
 @pytest.mark.parametrize("by_row", [False, True])

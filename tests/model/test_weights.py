@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies import runtime as processes
 from strategies.parameters import meta_context
 from tests.helpers.building import data_set, model_dir, run_config, trainer_for
-from trainer.model.weights import Checkpoint
+from trainer.model.weights import BaseWeights, Checkpoint, WeightSource
+from trainer.tuning.full import Full
 
 
 def mapped(directory: Path) -> bool:
@@ -24,6 +26,23 @@ def test_the_files_are_unmapped_once_the_model_is_filled(tmp_path):
         assert trainer.engine.step_module is not None and not mapped(path)
     finally:
         processes.stop()
+
+
+def test_a_row_that_is_zero_is_zero_beside_new_tokens_too(tmp_path):
+    path = model_dir(tmp_path)
+    with meta_context():
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    name, stored = "model.embed_tokens.weight", Checkpoint(path, plain).whole("model.embed_tokens.weight")
+    rows, columns = stored.shape
+    wanted = torch.cat([stored, stored.mean(0, keepdim=True)])
+    wanted[3] = 0
+    source = WeightSource(
+        BaseWeights(path, plain), Full(), seed=0, init_std=0.0, new_token_ids=[rows], vocabulary=frozenset({name})
+    )
+    source.zeroed = {name: 3}
+    for cut in (0, 2 * columns, 3 * columns + 1, rows * columns):  # as ranks hold it
+        parts = [source.run(name, wanted.shape, 0, cut), source.run(name, wanted.shape, cut, wanted.numel())]
+        assert torch.allclose(torch.cat(parts), wanted.view(-1))
 
 
 def test_a_closed_checkpoint_is_read_again(tmp_path):

@@ -60,7 +60,7 @@ DOTS3: dict[str, Any] = {
 }
 
 OWN: dict[str, dict[str, Any]] = {
-    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "bamba": {**MAMBA2, "attn_layer_indices": [1], "z_loss_coefficient": 0.02},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False, "vocab_size": 352, "patching_threshold": 5.4},

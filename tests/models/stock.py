@@ -38,7 +38,7 @@ class Stock:
     """What plain transformers computes over all documents."""
 
     loss: float
-    """Mean over the supervised tokens."""
+    """Mean over the supervised tokens, without what the class adds for the size of its logits."""
     gradients: dict[str, Tensor] = field(repr=False)
     """By every name in the plain model; zero where a parameter has none. Of a shared one, what each place adds."""
     shared: dict[str, list[str]]
@@ -94,11 +94,12 @@ def compute(directory: Path, samples: list[Sample], dtype: torch.dtype = torch.f
     still = still_row(model)
     shared = untie(model)
     count = sum(int(sample.supervised[1:].sum()) for sample in samples)
+    tokens = sum(len(sample.input_ids) for sample in samples)
     total, notes = 0.0, set()
     with Choices() as choices:
         for sample in samples:
-            summed, note = _summed_loss(model, sample)
-            (summed / count).backward()
+            summed, added, note = _summed_loss(model, sample)
+            (summed / count + added * len(sample.input_ids) / tokens).backward()
             total += float(summed.detach())
             notes |= note
     gradients = {
@@ -140,8 +141,8 @@ def untie(model: nn.Module) -> dict[str, list[str]]:
     return shared
 
 
-def _summed_loss(model: Any, sample: Sample) -> tuple[Tensor, set[str]]:
-    """The model's own loss on one document, times the tokens that it is the mean of.
+def _summed_loss(model: Any, sample: Sample) -> tuple[Tensor, Tensor, set[str]]:
+    """The model's own loss on one document times the tokens that it is the mean of, and what is added for its logits.
 
     Some classes compare each output with the label at its own position: they are given labels moved by one.
     """
@@ -152,10 +153,14 @@ def _summed_loss(model: Any, sample: Sample) -> tuple[Tensor, set[str]]:
     count = int((labels != IGNORED).sum())
     if model.config.model_type in COUNTS_IMAGE:
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        return F.cross_entropy(logits, moved[0], reduction="sum"), {"its own loss leaves out the places of an image"}
+        note = "its own loss leaves out the places of an image"
+        return F.cross_entropy(logits, moved[0], reduction="sum"), torch.zeros(()), {note}
     out = model(input_ids=ids, labels=labels, use_cache=False)
+    weight = getattr(model.config, "z_loss_coefficient", None) or 0.0
+    added = weight * out.logits.logsumexp(-1).square().mean() if weight else torch.zeros(())
+    loss = out.loss - added
     logits = out.logits[:, -ids.shape[1] :].detach().float().transpose(1, 2)
     same, following = (float(F.cross_entropy(logits, target)) for target in (labels, moved))
-    if abs(float(out.loss.detach()) - same) < abs(float(out.loss.detach()) - following):
-        return model(input_ids=ids, labels=moved, use_cache=False).loss * count, {"does not move labels"}
-    return out.loss * count, set()
+    if abs(float(loss.detach()) - same) < abs(float(loss.detach()) - following):
+        return model(input_ids=ids, labels=moved, use_cache=False).loss * count, added, {"does not move labels"}
+    return loss * count, added, set()

@@ -16,14 +16,19 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from tests.helpers.building import built_trainer, data_set, model_dir, pair_set, run_config, samples
 from tests.helpers.covering import EVERYTHING, chosen, values
+from tests.models import job
+from tests.models import stock as oracles
+from tests.models.gradients import Differs
 from tests.models.tiny import causal_types, tiny_model
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
-from trainer.model.balance import FUNCTION, RouterLosses, losses_of
+from trainer.model.balance import ADDED, FUNCTION, RouterLosses, losses_of
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.experts import NAME, register
 from trainer.model.routing import Seen, number_experts, record_logits, recorded_routers, watching
+from trainer.objectives import routed as routed_module
+from trainer.objectives.causal import PLAIN
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
 from trainer.objectives.routed import Routed, routed
@@ -239,7 +244,7 @@ def test_the_loss_is_that_of_every_class(model_type):
     mask[1, 7:] = mask[2, 4:] = 0
     with watching(Seen(mask)) as seen:
         expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    found = losses.terms(seen, losses.choices(seen), int(mask.sum()))["router_loss"]
+    found = losses.terms(seen, losses.choices(seen), int(mask.sum()))[ADDED]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -257,10 +262,11 @@ def test_the_model_s_config_is_followed_and_the_word_goes_before_it(root, runtim
     assert [weight(silent), weight(silent, router_aux_loss=0.2)] == [0, 0.2]
 
 
-def refused(settings, **words):
+def refused(settings, kind=Kind.causal, **words):
+    auto = transformers.AutoModelForCausalLM if kind is Kind.causal else transformers.AutoModelForSeq2SeqLM
     with torch.device("meta"):
-        plain = transformers.AutoModelForCausalLM.from_config(settings)
-    return losses_of(ModelConfig(path="m", **words), settings, plain, Kind.causal)
+        plain = auto.from_config(settings)
+    return losses_of(ModelConfig(path="m", **words), settings, plain, kind)
 
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -281,8 +287,41 @@ def test_what_has_no_such_loss_is_refused_or_noted():
     assert not losses and "a doge has a balancing loss of its own" in notes["model.router_aux_loss"]
     with pytest.raises(ConfigError, match=r"model.router_aux_loss=0.1: a doge has"):
         refused(other, router_aux_loss=0.1)
-    bamba = transformers.BambaConfig(**SIZES, mamba_n_heads=8, z_loss_coefficient=1e-3)
-    assert "z_loss_coefficient=0.001" in refused(bamba)[2]["model.path"]
+    with pytest.raises(
+        ConfigError, match=r"router_z_loss=0.1: .* in causal models and classifiers, and a t5 is an enc"
+    ):
+        refused(transformers.T5Config(**SIZES), kind=Kind.encoder_decoder, router_z_loss=0.1)
+    silent = transformers.LlamaConfig(**SIZES, output_router_logits=True)
+    assert "a llama has no router" in refused(silent)[2]["model.router_aux_loss"]
+    assert not refused(silent, router_aux_loss=0.0)[2] and not refused(dense)[2]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime, tuning, monkeypatch):
+    """Bamba's, of documents padded to one length, whole and with a frozen head; without it the gradients are others."""
+    made = job.Job(root, runtime)
+    directory = root / "bamba"
+    job.made("bamba", directory, 0)
+    oracle = oracles.compute(directory, made.samples)
+    made._trained(directory, tuning, oracle)
+    trainer, built = built_trainer(made._config(directory, "single", tuning), made.data, runtime)
+    assert built.step_module.routed.said(2) == [
+        "logits: z-loss times 0.02, the mean over tokens, as the model's configuration asks"
+    ]
+    (batch,) = trainer.loader.steps(0, 1)
+    trainer.meter.add(trainer.train_step(batch))
+    (row,) = trainer.meter.flush()
+    assert row["loss"] == pytest.approx(oracle.loss, rel=1e-5) and row["logits/z_loss"] > 0
+    monkeypatch.setattr(routed_module, "logit_z_weight", lambda _: 0.0)
+    with pytest.raises(Differs):
+        made._trained(directory, tuning, oracle)
+
+
+def test_a_z_loss_that_cannot_be_added_is_said():
+    model = tiny_model("bamba")
+    model.way = PLAIN
+    found, notes = routed(ModelConfig(path="m"), model.config, model, Full().apply(model), Kind.causal)
+    assert found is None and "0 instead of 0.02" in notes["model.z_loss_coefficient"]
 
 
 def test_recomputed_blocks_references_and_evaluations_count_nothing():
@@ -306,7 +345,9 @@ def test_recomputed_blocks_references_and_evaluations_count_nothing():
     assert tokens.sum(1).tolist() == [24, 24]
     routed = Routed(RouterLosses(balance=1.0, top_k=2), experts)
     with torch.no_grad():
-        assert routed.terms(lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}).keys() == {"loss"}
+        assert routed.terms(model, lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}).keys() == {
+            "loss"
+        }
 
 
 def test_padding_and_virtual_tokens_are_no_tokens():
@@ -314,6 +355,8 @@ def test_padding_and_virtual_tokens_are_no_tokens():
     assert Seen(mask).kept(6).tolist() == [True, True, False, True, False, False]
     assert Seen(mask).kept(10).tolist() == [False, False, True, True, False, False, False, True, False, False]
     assert Seen(None).kept(6) is None
+    seen = Seen(mask)
+    assert seen.kept(6) is seen.kept(6), "it is the same for every layer"
 
 
 def test_load_of_layers_with_unlike_numbers_of_experts():

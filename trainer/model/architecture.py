@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from strategies.errors import ConfigError
 from trainer.model import experts
 from trainer.model.config import Attention, Kind, ModelConfig
@@ -121,6 +123,22 @@ def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: 
 def text_settings(model_config: Any) -> Any:
     """The part of a configuration that speaks of text: itself, but for models that also see or hear."""
     return model_config if hasattr(model_config, "vocab_size") else model_config.get_text_config()
+
+
+def width_and_blocks(plain: Any) -> tuple[int, int]:
+    """How wide a model's hidden states are, and how many blocks it has.
+
+    Its configuration says it, but for models of several parts of their own sizes (BLT): there the largest width, and the
+    blocks of all.
+    """
+    text, modules = text_settings(plain.config), list(plain.modules())
+    width, blocks = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    if width is None:
+        width = max(module.embedding_dim for module in modules if isinstance(module, nn.Embedding))
+    if blocks is None:
+        kinds = set(plain._no_split_modules or ())
+        blocks = sum(type(module).__name__ in kinds for module in modules)
+    return width, blocks
 
 
 def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:

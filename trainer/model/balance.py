@@ -1,10 +1,10 @@
-"""The losses of routers: one that balances experts, and one that keeps logits small (the z-loss).
+"""What a model adds to its loss: for its routers, balance of experts and a z-loss, and a z-loss for the output's logits.
 
 Balance, as transformers computes it for the class (Fedus et al. 2021, arXiv:2101.03961): with f the share of the step's
 tokens that rank an expert among their first k, and P the mean of its probability, `experts * sum(f * P)`, over all layers
 together. f and P are taken over the whole global batch: P is a sum over tokens, and f, which has no gradient, is known
 before the first backward pass. z-loss: the mean over tokens and layers of the squared logsumexp of the router's
-logits (Zoph et al. 2022, arXiv:2202.08906).
+logits (Zoph et al. 2022, arXiv:2202.08906). The same of the output's logits, over tokens, is what Bamba's class adds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from trainer.model.routing import Seen, balancing_biases, recorded_routers
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What classes and configurations call the weight of the balancing loss."""
+ADDED = "added_loss"
+"""The term that is added to the objective's loss: the part of the whole step's, not to be divided by its tokens."""
 FUNCTION = "load_balancing_loss_func"
 """What modules of transformers call their balancing loss."""
 
@@ -53,7 +55,7 @@ class RouterLosses:
         return total
 
     def terms(self, seen: Seen, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
-        """What the pass adds to the step's `router_loss` (with the gradient), and to its parts without their weights.
+        """What the pass adds to the step's loss, `ADDED` (with the gradient), and to its parts without their weights.
 
         `choices [experts]` are those of the whole step, which has `tokens`; None where there is no balancing loss.
         """
@@ -72,7 +74,7 @@ class RouterLosses:
             ]
             z = torch.stack(parts).sum() / rows
             total, found["router/z_loss"] = total + self.z * z, z.detach()
-        return {"router_loss": total, **found}
+        return {ADDED: total, **found}
 
 
 def _summed(values: Tensor, kept: Tensor | None) -> Tensor:
@@ -90,13 +92,18 @@ def losses_of(
     `settings`: transformers' configuration; `plain`: its model. Raises ConfigError where a word asks for what cannot be.
     """
     text, words = text_settings(settings), (config.router_aux_loss, config.router_z_loss)
-    notes = _logit_z_loss(settings, text)
+    notes: dict[str, str] = {}
     asked = bool(getattr(settings, "output_router_logits", False) or getattr(text, "output_router_logits", False))
     if not asked and not any(words):
         return RouterLosses(), {}, notes
     routers = recorded_routers(plain) if kind is not Kind.encoder_decoder else {}
     if not routers:
-        _refuse(config, f"a {settings.model_type} has no router whose logits transformers records")
+        lacking = f"a {settings.model_type} has no router whose logits transformers records"
+        if kind is Kind.encoder_decoder:
+            lacking = f"routers are balanced in causal models and classifiers, and a {settings.model_type} is an encoder-decoder"
+        _refuse(config, lacking)
+        if config.router_aux_loss is None:
+            notes["model.router_aux_loss"] = f"0, although the model's configuration asks for it: {lacking}"
         return RouterLosses(), {}, notes
     weight, top_k = config.router_aux_loss, 1
     if weight is None:
@@ -127,12 +134,9 @@ def _refuse(config: ModelConfig, reason: str) -> None:
             raise ConfigError(f"model.{word}={value:g}: {reason}; leave it out")
 
 
-def _logit_z_loss(settings: Any, text: Any) -> dict[str, str]:
-    """A note on the z-loss of the output's logits (Bamba's), which is another one."""
-    weight = getattr(text, "z_loss_coefficient", None)
-    if not weight:
-        return {}
-    return {"model.path": f"the z-loss of its output's logits (z_loss_coefficient={weight:g}) is not added to the loss"}
+def logit_z_weight(settings: Any) -> float:
+    """Weight of the z-loss of the output's logits, where the model's class adds one (Bamba's); else 0."""
+    return float(getattr(text_settings(settings), "z_loss_coefficient", None) or 0.0)
 
 
 def _unusual(plain: nn.Module, top_k: int) -> str | None:
@@ -146,7 +150,7 @@ def _unusual(plain: nn.Module, top_k: int) -> str | None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     seen = Seen(mask, logits=logits)
     ours = RouterLosses(balance=1.0, top_k=top_k)
-    expected = ours.terms(seen, ours.choices(seen), int(mask.sum()))["router_loss"]
+    expected = ours.terms(seen, ours.choices(seen), int(mask.sum()))[ADDED]
     try:
         found = function(tuple(logits), experts, top_k, mask)
     except (TypeError, ValueError, RuntimeError, IndexError):

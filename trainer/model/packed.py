@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from strategies.cache import cache_directory
 from trainer.model.quantisation import Scheme
 
 EDITION = 1
@@ -48,7 +49,7 @@ def fingerprint(directories: list[Path], scheme: Scheme) -> str:
 
 def directory_of(key: str) -> Path:
     """Where what goes by a fingerprint is kept."""
-    return Path(os.environ.get("SHARDTUNE_CACHE", "~/.cache/shardtune")).expanduser() / "packed" / key
+    return cache_directory() / "packed" / key
 
 
 def kept_weights(

@@ -33,6 +33,9 @@ class Seen:
     """Of each router that recorded them, in the order of their calls, `[positions, experts]`."""
     without_gradients: bool = False
     """Whether a pass without gradients is seen; else such a pass is another one (a reference), and is left out."""
+    hidden: list[Tensor] = field(default_factory=list)
+    """What the head makes logits of, `[S, T, H]`, of each pass through a decoder that notes it."""
+    _kept: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def looks(self) -> bool:
@@ -46,9 +49,11 @@ class Seen:
         """
         if self.mask is None:
             return None
-        rows, width = self.mask.shape
-        before = positions // rows - width
-        return nn.functional.pad(self.mask.bool(), (before, 0), value=False).view(-1)
+        if positions not in self._kept:  # every layer asks for the same
+            rows, width = self.mask.shape
+            before = positions // rows - width
+            self._kept[positions] = nn.functional.pad(self.mask.bool(), (before, 0), value=False).view(-1)
+        return self._kept[positions]
 
 
 class _Now:
@@ -136,6 +141,17 @@ def _note_logits(index: int, _router: nn.Module, _args: Any, output: Any) -> Non
     logits = output[index] if isinstance(output, tuple) else output
     if logits is not None:
         seen.logits.append(logits.reshape(-1, logits.shape[-1]))
+
+
+def record_hidden(decoder: nn.Module) -> None:
+    """Let `decoder` note in the pass that is seen what it gives to the head."""
+    decoder.register_forward_hook(torch.compiler.disable(_note_hidden))
+
+
+def _note_hidden(_decoder: nn.Module, _args: Any, output: Any) -> None:
+    seen = _Now.seen
+    if seen is not None and seen.looks:
+        seen.hidden.append(output.last_hidden_state)
 
 
 def balancing_biases(model: nn.Module) -> list[str]:

@@ -31,7 +31,7 @@ def still_rows(plain: Any, arranged: Arrangement) -> dict[str, int]:
         return {}
     embeddings = plain.get_input_embeddings()
     name = next(name for name, module in plain.named_modules() if module is embeddings)
-    arranged.notes["model.path"] = (
+    arranged.notes["model.embeddings"] = (
         f"row {row} of {name} (padding) stays zero: transformers makes it so whenever it loads a {plain.config.model_type}"
     )
     return {f"{name}.weight": row}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +17,7 @@ CHUNK = 2**22
 
 
 def _stored_apart(config: ModelConfig, model: Any) -> bool:
-    """Whether the files of `model` (on meta) hold two different matrices for embeddings and head.
-
-    Reads both as far as they are equal.
-    """
+    """Whether the files of `model` (on meta) hold two different matrices for embeddings and head."""
     model.tie_weights()
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is not embeddings.weight:
@@ -34,23 +30,27 @@ def _stored_apart(config: ModelConfig, model: Any) -> bool:
         return False
     checkpoint = Checkpoint(directory, model)
     one, two = (next(f"{n}.weight" for n, m in model.named_modules() if m is module) for module in (embeddings, head))
-    if not {one, two} <= checkpoint.conversions.groups.keys():
-        return False
+    try:
+        return {one, two} <= checkpoint.conversions.groups.keys() and _differ(checkpoint, one, two)
+    finally:
+        checkpoint.close()
+
+
+def _differ(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """Whether two parameters have other shapes or values; reads both as far as they are equal."""
     if checkpoint.shape(one) != checkpoint.shape(two):
         return True
     size = math.prod(checkpoint.shape(one))
     parts = ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
-    apart = any(not torch.equal(checkpoint.run(one, *part), checkpoint.run(two, *part)) for part in parts)
-    checkpoint.close()
-    return apart
+    return any(not torch.equal(checkpoint.run(one, *part), checkpoint.run(two, *part)) for part in parts)
 
 
-def untied_as_stored(config: ModelConfig, settings: Any, build: Callable[[], Any]) -> str:
+def untied_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
     """Let `settings` say that the head is a matrix of its own where the files do, and what to say of it; else empty.
 
-    `settings`: transformers' configuration; `build` makes its model on meta.
+    `settings`: transformers' configuration; `model`: made of it on meta, to be made anew where the answer is not empty.
     """
-    if not getattr(settings.get_text_config(), "tie_word_embeddings", False) or not _stored_apart(config, build()):
+    if not getattr(settings.get_text_config(), "tie_word_embeddings", False) or not _stored_apart(config, model):
         return ""
     for owner in {id(owner): owner for owner in (settings, settings.get_text_config())}.values():
         if hasattr(owner, "tie_word_embeddings"):

@@ -253,8 +253,9 @@ class WeightSource:
             value = self.fixed[base] if base in self.fixed else self._drawn(base, tuple(shape))
             return value.reshape(-1)[start:stop]
         if self.new_ids and base in self.vocabulary:
-            return self._with_new_rows(stored, tuple(shape), start, stop)
-        values = self.checkpoint.run(stored, start, stop)
+            values = self._with_new_rows(stored, tuple(shape), start, stop)
+        else:
+            values = self.checkpoint.run(stored, start, stop)
         if base in self.zeroed:
             columns = math.prod(shape[1:])
             first = self.zeroed[base] * columns

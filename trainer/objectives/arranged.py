@@ -123,10 +123,12 @@ def causal_model(
             f"tuning: virtual tokens cannot be put before the inputs of a {settings.model_type}, whose logits are made by its "
             "own forward pass; use tuning=lora"
         )
-    if untied := untied_as_stored(config, settings, proofs.plain):
-        arrangement.notes["model.path"] = untied
     with context:
         model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
+    if untied := untied_as_stored(config, settings, model):
+        arrangement.notes["model.tied_head"] = untied
+        with meta_context():
+            model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
     if half_on_gpu and (lacking := missing_kernels(model)):
         arrangement.notes["model.kernels"] = lacking
     model.way, model.beside_text = way, beside_text(model)

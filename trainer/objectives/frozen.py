@@ -124,7 +124,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
             f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
             f"attention {attention}: {reason}; {remedy}"
         ) from error
-    if untied_as_stored(config, settings, lambda: model):
+    if untied_as_stored(config, settings, model):
         model = build()
     model.tie_weights()
     noted = Arrangement(arrangement.layout, attention, {})

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strategies.cache import cache_directory
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
@@ -76,7 +76,7 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
     known = {"config": settings, "attention": attention, "gpu": on_gpu, "edition": EDITION}
     known |= {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    file = Path(os.environ.get("SHARDTUNE_CACHE", "~/.cache/shardtune")).expanduser() / "proofs" / f"{key}.json"
+    file = cache_directory() / "proofs" / f"{key}.json"
     try:
         return _read(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""A step of a mixture of experts: what its routers add to the loss, and how the tokens spread over experts."""
+"""What a model adds to the loss of its step, for its routers and its logits, and how the tokens spread over experts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import dist_sum
-from trainer.model.balance import RouterLosses, losses_of
+from trainer.heads.logit_size import squared_logsumexp
+from trainer.model.balance import ADDED, RouterLosses, logit_z_weight, losses_of
 from trainer.model.config import Kind, ModelConfig
-from trainer.model.routing import Seen, balancing_biases, number_experts, record_logits, watching
+from trainer.model.routing import Seen, balancing_biases, number_experts, record_hidden, record_logits, watching
 from trainer.objectives.causal import forward_pass, plain_model
 
 if TYPE_CHECKING:
@@ -25,16 +26,25 @@ EXPERT_TOKENS = "expert_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What is asked of the routers and experts of a model."""
+    """What is asked of the routers, experts and logits of a model."""
 
     losses: RouterLosses
     experts: tuple[int, ...]
     """How many of them each layer has."""
     biases: int = 0
     """Biases that balance experts and stay as they were loaded."""
+    logit_z: float = 0.0
+    """Weight of the z-loss of the output's logits; 0: it is not added."""
 
-    def terms(self, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The objective's terms, which `compute` gives, and in training `router_loss`, its parts, and `expert_tokens`.
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added to the loss."""
+        return bool(self.losses or self.logit_z)
+
+    def terms(
+        self, model: nn.Module, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The objective's terms, which `compute` gives of `model`, and in training `ADDED`, its parts, and `expert_tokens`.
 
         With a balancing loss and several ranks, all ranks must call where the step's choices are not yet known.
         """
@@ -46,8 +56,16 @@ class Routed:
             found = compute()
         if tokens is not None:
             found[EXPERT_TOKENS] = tokens
+        step_tokens = batch.get("step_tokens", ids.numel())
         if self.losses:
-            found |= self.losses.terms(seen, self._choices(seen, batch), batch.get("step_tokens", ids.numel()))
+            found |= self.losses.terms(seen, self._choices(seen, batch), step_tokens)
+        if self.logit_z:
+            head: nn.Module = plain_model(model).get_output_embeddings()  # type: ignore[operator]
+            hidden = [states.reshape(-1, states.shape[-1]) for states in seen.hidden]
+            parts = [squared_logsumexp(head, rows, seen.kept(len(rows))) for rows in hidden]
+            z = torch.stack(parts).sum() / float(step_tokens)
+            found[ADDED] = self.logit_z * z + found.get(ADDED, 0.0)
+            found["logits/z_loss"] = z.detach()
         return found
 
     def _none(self, ids: Tensor) -> Tensor:
@@ -83,6 +101,10 @@ class Routed:
             )
         if self.losses.z:
             lines.append(f"routers: z-loss times {self.losses.z:g}, the mean over tokens and layers")
+        if self.logit_z:
+            lines.append(
+                f"logits: z-loss times {self.logit_z:g}, the mean over tokens, as the model's configuration asks"
+            )
         if self.biases:
             lines.append("routers: the biases that balance their experts stay as they were loaded")
         return lines
@@ -102,22 +124,29 @@ def routed(
     root = plain_model(model)
     if losses:
         record_logits(root, routers)
+    logit_z = logit_z_weight(settings) if kind is Kind.causal else 0.0
+    if logit_z and not root.way.fused:  # type: ignore[union-attr]
+        notes["model.z_loss_coefficient"] = f"0 instead of {logit_z:g}: the model's own forward pass makes its logits"
+        logit_z = 0.0
+    if logit_z:
+        record_hidden(root.get_decoder())  # type: ignore[operator]
     biases = balancing_biases(root)
     for name, parameter in root.named_parameters():
         if name in biases:
             parameter.requires_grad_(False)
     experts = number_experts(root)
-    return Routed(losses, experts, len(biases)) if losses or experts or biases else None, notes
+    found = Routed(losses, experts, len(biases), logit_z)
+    return found if found.adds or experts or biases else None, notes
 
 
 def told(engine: Engine, batch: StepBatch) -> dict[str, Any]:
-    """What each micro-batch of a step is told for the losses of routers. All ranks must call.
+    """What each micro-batch of a step is told for what is added to its loss. All ranks must call.
 
     What routers choose over the whole step must be known before the first backward pass: with several micro-batches it is
     found in a pass of its own, without gradients and dropout.
     """
     seen: Routed | None = getattr(engine.step_module, "routed", None)
-    if seen is None or not seen.losses:
+    if seen is None or not seen.adds:
         return {}
     found: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}
     if seen.losses.balance and len(batch.micro_batches) > 1:

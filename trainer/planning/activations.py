@@ -25,7 +25,7 @@ from strategies.parameters import named_parameters
 from trainer.data.config import Layout
 from trainer.data.reading import Reading
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import width_and_blocks
 from trainer.step import Built
 
 USABLE = 0.9
@@ -61,9 +61,9 @@ def longest_lengths(reading: Reading, work: Workload) -> list[int]:
 
 def by_rule(built: Built, work: Workload) -> Pass:
     """The longest micro-batch for the rule of thumb of `strategies/memory.py`."""
-    lengths, text = longest_lengths(built.reading, work), text_settings(built.config)
+    lengths = longest_lengths(built.reading, work)
     tokens = sum(lengths) if built.layout is Layout.padding_free else len(lengths) * max(lengths, default=0)
-    return Pass(tokens, text.hidden_size, text.num_hidden_layers)
+    return Pass(tokens, *width_and_blocks(built.plain))
 
 
 def micro_batch_of(built: Built, lengths: list[int]) -> dict[str, Any]:

@@ -169,7 +169,9 @@ class Meter:
         apart = {f"loss/{name}": count for name, count in r.source_counts.items() if count}
         row |= {name: sums[name] / count for name, count in apart.items() if name in sums}
         row |= {name: sums[name] / (r.counts["loss"] or 1) for name in self.metrics}
-        row |= {name: value for name, value in sums.items() if name.startswith("router/")}  # parts of the step's value
+        row |= {
+            name: value for name, value in sums.items() if name.startswith(("router/", "logits/"))
+        }  # parts of the whole
         return row
 
 

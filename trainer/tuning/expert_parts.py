@@ -32,12 +32,6 @@ def unreachable(model: nn.Module) -> list[str]:
     ]
 
 
-def expert_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices of all experts, whatever computes with them."""
-    modules = [*expert_modules(model).values(), *map(model.get_submodule, unreachable(model))]
-    return [p for module in modules for p in module.parameters(recurse=False) if p.dim() == 3]
-
-
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that choose experts, by name: those that stand beside a module of experts and give its choice."""
     found: dict[str, nn.Module] = {}
