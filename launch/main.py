@@ -25,6 +25,7 @@ GROUPS = {
     },
     "follow": {
         "status": "runs below a directory and the queue, or one run; --watch, --verify",
+        "logs": "what a run said: the last lines of the right file; --follow",
     },
     "judge": {
         "compare": "set runs side by side: `shardtune compare runs/a runs/b`",

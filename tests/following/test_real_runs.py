@@ -64,8 +64,25 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
     assert len(steps) > 1, said
     watched.stdout.close()
 
+    followed = subprocess.Popen(
+        command("logs", runs.root / "alive", "lines=0", "--follow"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert followed.stdout is not None and "| loss " in [followed.stdout.readline() for _ in range(2)][1]
     alive.send_signal(signal.SIGTERM)
     assert runs.end(alive) == 75
+    step = runs.status("alive")["step"]
+    rest, _ = followed.communicate(timeout=seconds(60))
+    assert followed.returncode == 0 and f"checkpoint step-{step:06d}: " in rest, rest
+    assert rest.endswith(
+        f"alive: preempted at step {step}: stopped at step {step} of 5000; start the same run again to go on\n"
+    )
+    assert main(["logs", str(runs.root / "failed")]) == 0
+    assert "fit no format" in capsys.readouterr().out
     found = states(capsys, runs.root)
     assert (found["alive"]["state"], found["alive"]["left_s"]) == ("preempted", None)
     for name, words in (("failed", "change what the message says"), ("killed", "the same command continues it")):

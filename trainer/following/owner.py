@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from trainer.records.lease import BEATS, Owner, latest, lives_here, this_process
+from trainer.records.lease import BEATS, Owner, latest, lives_here, process_identity, this_process
+
+LAUNCHER = b"SHARDTUNE_LAUNCHER="
+"""The variable that a launcher gives its ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,22 @@ def holder(run_dir: Path) -> Holder:
     if owner is None:
         return Holder(number, None, None, None)
     return Holder(number, owner, lives_here(owner, _here()), _silent_s(run_dir / "lease", number))
+
+
+def launcher(owner: Owner) -> tuple[int, str] | None:
+    """(number, identity) of the process of this host that started the owner's ranks and waits for them; None without one."""
+    if lives_here(owner, _here()) is not True:
+        return None
+    try:
+        words = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")
+        told = next(word for word in words if word.startswith(LAUNCHER))
+        pid, above = int(told.removeprefix(LAUNCHER)), owner.pid
+        while above > 1 and above != pid:  # the variable may be an older run's, handed down by a shell
+            above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, StopIteration, ValueError):
+        return None
+    identity = process_identity(pid) if above == pid else ""
+    return (pid, identity) if identity else None
 
 
 @cache

@@ -108,9 +108,15 @@ def _directory(job: Job) -> Path | None:
     if not task.isdigit() or not (script.parent / "config.yaml").exists():
         own = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"  # slurm/train.sbatch by hand
         return (own if own.is_dir() else script.parent).resolve()
+    runs = runs_of(script)
+    return runs[int(task)].resolve() if int(task) < len(runs) else None
+
+
+def runs_of(script: Path) -> list[Path]:
+    """The runs that a script of `shardtune submit` is for, in the order of an array's tasks; none where it cannot be read."""
     try:
         with script.open(encoding="utf-8", errors="replace") as file:
             found = RUNS.search(file.read(MOST_SCRIPT))
-        return Path(shlex.split(found[1])[int(task)]).resolve() if found else None
-    except (OSError, ValueError, IndexError):
-        return None
+        return [Path(run) for run in shlex.split(found[1])] if found else []
+    except (OSError, ValueError):
+        return []
