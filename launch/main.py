@@ -12,21 +12,34 @@ import traceback
 
 from trainer.stopping.signals import hold
 
-VERBS = {
-    "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
-    "plan": "say what a run would take: memory, time and price of each way to run it",
-    "prepare": "read, check, clean and tokenise the data of a run, report on it, and stop",
-    "data": "look at prepared data: `shardtune data inspect <dir>`",
-    "compare": "set runs side by side: `shardtune compare runs/a runs/b`",
-    "export": "turn a checkpoint into a model directory that transformers loads",
-    "submit": "hand a run to SLURM (--print shows the script)",
-    "demo": "fine-tune a small real model on this machine, from nothing",
+GROUPS = {
+    "start": {
+        "demo": "fine-tune a small real model on this machine, from nothing",
+    },
+    "train": {
+        "prepare": "read, check, clean and tokenise the data of a run, and report on it",
+        "data": "look at prepared data: `shardtune data inspect <dir>`",
+        "plan": "what a run would take: memory, time and price of each way to run it",
+        "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
+        "submit": "hand a run to SLURM (--print shows the script)",
+    },
+    "follow": {
+        "status": "runs below a directory and the queue, or one run; --watch, --verify",
+        "logs": "what a run said: the last lines of the right file; --follow",
+    },
+    "judge": {
+        "compare": "set runs side by side: `shardtune compare runs/a runs/b`",
+    },
+    "ship": {
+        "export": "turn a checkpoint into a model directory that transformers loads",
+    },
 }
+VERBS = {verb: what for group in GROUPS.values() for verb, what in group.items()}
 SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
 EXIT_CODES = (
-    "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk, 75 preempted and resumable, 70 anything else,\n"
-    "130 Ctrl-C"
+    "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk,\n"
+    "75 preempted and resumable, 70 anything else, 130 Ctrl-C"
 )
 
 
@@ -75,12 +88,16 @@ def guarded(verb: str, argv: list[str]) -> int:
 
 def usage() -> str:
     """The text of `shardtune --help`."""
-    verbs = "\n".join(f"  {verb:<9}{what}" for verb, what in VERBS.items())
+    verbs = "\n".join(
+        line
+        for name, group in GROUPS.items()
+        for line in (name, *(f"  {verb:<9}{what}" for verb, what in group.items()))
+    )
     return (
         "usage: shardtune <verb> [key=value ...]\n\n"
         f"{verbs}\n\n"
-        "  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora budget.epochs=3\n"
-        "  shardtune train --help lists the settings people use most, and the choices of every group.\n\n"
+        "  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora\n"
+        "  shardtune train --help lists the settings people use most, and all choices.\n\n"
         f"{EXIT_CODES}"
     )
 

@@ -1,6 +1,7 @@
 """The command line without a run: verbs, help, exit codes, torchrun's arguments, what the environment decides."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,22 @@ def test_composing_imports_torch_at_most():
     assert "hydra" in modules
     assert not {"transformers", "peft", "datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow"} & modules
     assert not {"torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "sympy"} & modules
+
+
+def test_a_wheel_carries_every_package():
+    listed = set(re.findall(r'^    "([\w.]+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    there = {
+        path.parent
+        for top in ("conf", "launch", "strategies", "trainer")
+        for path in ROOT.glob(f"{top}/**/__init__.py")
+    }
+    assert {path.relative_to(ROOT).as_posix().replace("/", ".") for path in there} <= listed
+
+
+def test_help_is_one_screen():
+    lines = command.usage().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert list(command.VERBS) == [verb for group in command.GROUPS.values() for verb in group]
 
 
 def test_help_lists_verbs_groups_and_choices(capsys):

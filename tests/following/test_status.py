@@ -1,0 +1,198 @@
+"""`shardtune status` over directories as runs leave them: what is said of each, from how few files, and that nothing raises."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
+from trainer.following.queue import Queue
+from trainer.following.reading import Seen, find, look
+
+
+@pytest.fixture(autouse=True)
+def no_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+def seen(run: Path) -> Seen:
+    return look(run, Queue())
+
+
+def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
+    lives = made(tmp_path, "lives")
+    owned(lives, silent_s=30)
+    assert (seen(lives).state, seen(lives).left_s) == ("running", 7 * 2.0)
+    assert 29 < seen(lives).heard_s < 100
+
+    silent = made(tmp_path, "silent")
+    owned(silent, 4, silent_s=3700)
+    found = seen(silent)
+    assert (found.state, found.restarts, found.left_s) == ("lost", 3, None)
+    assert found.why == "no sign of life for 62 min from process 7 on n1"
+
+    hangs = made(tmp_path, "hangs")
+    owned(hangs, silent_s=600, **here(os.getpid()))
+    assert seen(hangs).state == "lost" and "lives, but no sign of life for 10 min" in seen(hangs).why
+
+    reused = made(tmp_path, "reused")  # the number of its process is another one's now
+    owned(reused, **{**here(os.getpid()), "process": here(os.getpid())["process"] + "1"})
+    assert seen(reused).state == "lost" and "is gone without a word" in seen(reused).why
+
+    over = made(tmp_path, "over")
+    owned(over)
+    (over / "lease" / "000001.over").write_text("{}")
+    assert seen(over).state == "lost" and "nobody runs it" in seen(over).why
+
+
+def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, monkeypatch):
+    torn = made(tmp_path, "torn")
+    for name in ("status.json", "run.json", "metrics.jsonl"):
+        (torn / name).write_text((torn / name).read_text()[:-9])
+    owned(torn)
+    empty = made(tmp_path, "empty")
+    for path in empty.iterdir():
+        if path.is_file() and path.name != "config.yaml":
+            path.write_text("")
+    odd = made(tmp_path, "odd")
+    (odd / "status.json").write_text('{"state": "running", "step": "x", "restart": null, "time": "noon"}')
+    (odd / "run.json").write_text("[" * 100_000)
+    (odd / "metrics.jsonl").write_bytes(b'\xff\x00\n[1]\n{"step": 2, "loss": null, "tokens_per_s": "fast"}\n{"step": 3')
+    (odd / "lease" / "000002.json").write_text("{")
+    locked = made(tmp_path, "locked")
+    (locked / "lease").rmdir()
+    (locked / "lease").symlink_to("lease")
+    pipe = made(tmp_path, "pipe", state="done")
+    (pipe / "metrics.jsonl").unlink()
+    os.mkfifo(pipe / "metrics.jsonl")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.yaml").write_text("a: 1\n")  # of another program
+    (tmp_path / "shut").mkdir()
+    really = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    rows = {Path(row["directory"]).name: row for row in json.loads(capsys.readouterr().out)["runs"]}
+    assert {name: (row["state"], row["step"]) for name, row in rows.items()} == {
+        "torn": ("running", 2),
+        "empty": ("unknown", None),
+        "odd": ("running", 2),  # a torn claim of a moment ago
+        "locked": ("lost", 3),
+        "pipe": ("done", 3),
+        "shut": ("unknown", None),
+    }
+    assert rows["shut"]["why"] == "cannot be read: Permission denied"
+    assert main(["status", str(tmp_path)]) == 0
+    for name in rows:
+        assert main(["status", str(tmp_path / name)]) == 0 or name == "shut"
+    capsys.readouterr()
+
+
+def test_hundreds_of_runs_are_read_from_few_bytes_of_few_files(tmp_path):
+    for number in range(300):
+        run = made(tmp_path, f"sweep/{number}", state="failed" if number % 3 == 0 else "running")
+        owned(run, silent_s=number * 10)
+        if number % 3 == 0:
+            (run / "failure.json").write_text(json.dumps({"message": "no space\nleft", "rank": 1}))
+        rows = (run / "metrics.jsonl").read_text()
+        with (run / "metrics.jsonl").open("w") as file:  # as after weeks, without taking the space
+            file.seek(2**32)
+            file.write("\n" + rows)
+    count = "opened = []\nsys.addaudithook(lambda name, about: opened.append(about[0]) if name == 'open' else None)\n"
+    count += "import atexit, pathlib; read = lambda: int(pathlib.Path('/proc/self/io').read_text().split()[1])\n"
+    count += (
+        "began = read()\natexit.register(lambda: print(len([p for p in opened if 'sweep' in str(p)]), read() - began))"
+    )
+    done = without_torch("status", tmp_path, before=count)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, counted = done.stdout.splitlines()
+    files, read = map(int, counted.split())
+    assert files <= 300 * 7, "files opened"
+    assert read < 300 * 2**17 + 2**26, "bytes read"
+    assert max(len(line) for line in lines) <= 80
+    assert re.match(r"300 runs: 1\d\d running, |300 runs: 1\d\d lost, ", lines[-1]) and "100 failed" in lines[-1]
+    shown = [line for line in lines if line.startswith("sweep/")]
+    assert [line.split()[0] for line in shown] == [f"sweep/{number}" for number in range(300)], "not in their order"
+    assert shown[1].split()[1:6] == ["running", "3/10", "2.0000", "1,000", "0:00:14"]
+    assert lines.count("  no space left") == 100
+
+
+def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
+    waits, task = made(tmp_path, "waits", state=None), made(tmp_path, "sweep/1", state="preempted")
+    made(tmp_path, "sweep/0", state="done")
+    works = made(tmp_path, "works")
+    owned(works, job="31")
+    (tmp_path / "sweep/0/train.sbatch").write_text(f"#!/bin/bash\nruns=({tmp_path}/sweep/0 '{task}')\n")
+    tail = ["2026-11-26T09:00:00", "1:00:00", "n1", str(tmp_path)]
+    rows = [
+        ["17", "17", "PENDING", "Resources", *tail, "waits", f"{waits}/train.sbatch"],
+        ["20_1", "21", "PENDING", "BeginTime", *tail, "shardtune", f"{tmp_path}/sweep/0/train.sbatch"],
+        ["31", "31", "RUNNING", "None", *tail, "works", "(null)"],
+        ["32", "32", "PENDING", "Priority", *tail, "somebody's", "(null)"],
+    ]
+    monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", rows))
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    about = {
+        Path(run["directory"]).relative_to(tmp_path).as_posix(): (run["state"], run["job_id"]) for run in found["runs"]
+    }
+    assert about == {
+        "waits": ("queued", "17"),
+        "sweep/0": ("done", None),
+        "sweep/1": ("queued", "20_1"),
+        "works": ("running", "31"),
+    }
+    assert [job["id"] for job in found["other_jobs"]] == ["32"]
+    assert main(["status", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "  job 17 pending: waits for nodes to become free; expected at 2026-11-26" in out, out
+    assert "  job 20_1 pending: its time has not come (about two minutes after a requeue)" in out
+    assert "  job 32 pending: jobs of higher priority come first" in out
+    assert main(["status", str(works)]) == 0
+    assert "job 31 RUNNING, 1:00:00 left on n1" in capsys.readouterr().out
+
+    monkeypatch.setenv("SQUEUE_CODE", "1")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "queue: squeue failed" in capsys.readouterr().out
+    monkeypatch.setattr("trainer.following.queue.PATIENCE_S", 0.2)
+    monkeypatch.setenv("SQUEUE_WAITS", "60")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "queue: squeue gave no answer" in capsys.readouterr().out
+
+
+def test_links_into_the_directory_are_not_shown_twice_and_links_out_of_it_are_shown(tmp_path):
+    made(tmp_path / "runs", "a")
+    made(tmp_path / "far", "b")
+    (tmp_path / "runs" / "latest").symlink_to("a")
+    (tmp_path / "runs" / "b").symlink_to(tmp_path / "far" / "b")
+    (tmp_path / "runs" / "round").symlink_to("round")
+    found = find(tmp_path / "runs")
+    assert [run.name for run in found.runs] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere: there is no such directory"),
+        (["--quick"], "--quick: there is no such flag"),
+        (["a", "b"], "name one directory"),
+        (["--watch", "--verify"], "give one of the two"),
+    ],
+)
+def test_words_that_mean_nothing_are_named(words, said, capsys):
+    assert main(["status", *words]) == 64
+    assert said in capsys.readouterr().err
+
+
+def test_without_runs_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    assert capsys.readouterr().out == "no runs below runs\n"
