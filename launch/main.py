@@ -17,7 +17,7 @@ VERBS = {
     "plan": "say what a run would take: memory, time and price of each way to run it",
     "prepare": "read, check, clean and tokenise the data of a run, report on it, and stop",
     "data": "look at prepared data: `shardtune data inspect <dir>`",
-    "compare": "set runs side by side: `shardtune compare runs/a runs/b`",
+    "compare": "run points over axes and set them side by side, or runs that exist",
     "export": "turn a checkpoint into a model directory that transformers loads",
     "submit": "hand a run to SLURM (--print shows the script)",
     "demo": "fine-tune a small real model on this machine, from nothing",

@@ -163,7 +163,7 @@ def test_files_for_others(runs, tmp_path, capsys):
     [
         (["runs/0", "cache"], "cache: not a run directory (there is no config.yaml in it"),
         (["runs/0", "runs/7"], "runs/7: there is no such directory"),
-        (["strategy=ddp,fsdp2"], "strategy=ddp,fsdp2: compare reads runs that exist; run the points first"),
+        (["runs/0", "strategy=ddp,fsdp2"], "runs/0: not of the form key=value; name runs that exist, or settings"),
         (["runs", "runs/1"], "runs/1: named twice"),
         (["runs", "--jsn"], "--jsn: there is no such flag"),
         (["runs", "to=train.jsonl"], "to=train.jsonl: name a directory"),
