@@ -70,9 +70,11 @@ def _points(argv: list[str], as_json: bool) -> int:
     from trainer.stopping.signals import hold, release
 
     dry_run = "--dry-run" in argv
-    given = [word.partition("=")[2] for word in argv if word.startswith("to=")]
     words = [word for word in argv if word != "--dry-run" and not word.startswith("to=")]
-    problems = [f"to={value}: name a directory" for value in given if not value or Path(value).expanduser().is_file()]
+    problems: list[str] = []
+    given: Path | None = None
+    for word in argv:
+        given = _read_to(word, given, problems) if word.startswith("to=") else given
     problems += [
         f"{word}: there is no such flag; compare takes --dry-run, --json and --help"
         if word.startswith("-")
@@ -85,7 +87,7 @@ def _points(argv: list[str], as_json: bool) -> int:
     if not dry_run:
         hold()
     plan = plan_points(words)
-    to = Path(given[-1]).expanduser() if given else Path("runs") / plan.name
+    to = given or Path("runs") / plan.name
     if (to / "config.yaml").exists():
         raise ConfigError(f"to={to}: is the directory of a run; name another one")
     if dry_run:
@@ -96,6 +98,18 @@ def _points(argv: list[str], as_json: bool) -> int:
     release()
     answer(plan.rows(to), to, as_json)
     return code
+
+
+def _read_to(word: str, before: Path | None, problems: list[str]) -> Path:
+    value = word.partition("=")[2]
+    to = Path(value).expanduser()
+    if before is not None:
+        problems.append(f"{word}: to is given twice; name one directory")
+    elif not value:
+        problems.append("to=: names no directory; write to=reports/sweep, or leave it out")
+    elif to.exists() and not to.is_dir():
+        problems.append(f"{word}: is a file; name a directory")
+    return to
 
 
 def listing(plan: Plan, to: Path) -> str:
@@ -150,12 +164,9 @@ def read_words(words: list[str]) -> tuple[list[Row], Path | None]:
     found: list[Row] = []
     to: Path | None = None
     for word in words:
-        key, assigned, value = word.partition("=")
         path = Path(word).expanduser()
-        if key == "to" and assigned:
-            to = Path(value).expanduser()
-            if not value or (to.exists() and not to.is_dir()):
-                problems.append(f"{word}: name a directory")
+        if word.startswith("to="):
+            to = _read_to(word, to, problems)
         elif is_run(path):
             found.append(Row((path,)))
         elif rows := read_rows(path):
@@ -169,8 +180,8 @@ def read_words(words: list[str]) -> tuple[list[Row], Path | None]:
         else:
             problems.append(f"{word}: there is no such directory; name run directories")
     paths = [path for row in found for path in row.directories]
-    twice = {path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1}
-    problems += [f"{path}: named twice; name each run once" for path in sorted(twice)]
+    doubled = {path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1}
+    problems += [f"{path}: named twice; name each run once" for path in sorted(doubled)]
     if not found and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")
     if problems:

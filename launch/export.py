@@ -97,11 +97,10 @@ def settle(config: RunConfig, words: dict[str, str]) -> None:
 
 def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path:
     """The sealed directory of `last`, `best` or a step. Errors: ConfigError where there is none, or it is damaged."""
-    from trainer.checkpoints.chosen import published
-    from trainer.checkpoints.kept import places_of
+    from trainer.checkpoints.places import places_of, published
     from trainer.checkpoints.seal import verify
 
-    there = dict(published(places_of(run_dir, config)))
+    there = dict(published(places_of(run_dir, config.fallback_dir)))
     if not there:
         raise ConfigError(
             f"run.dir={run_dir}: has no checkpoints; they are written at the end (checkpoint.save_final=true) and as "

@@ -16,8 +16,7 @@ from typing import Any
 
 from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
-from trainer.checkpoints.chosen import published
-from trainer.checkpoints.kept import places_of
+from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
 from trainer.records.lease import refuse_in_use
@@ -77,7 +76,7 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
     path = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
-    there = published(places_of(run_dir, composed.config.checkpoint))
+    there = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
     if composed.config.run.resume == "never" and (there or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists() and (there or is_finished(run_dir)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,7 @@ def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
     """The card and the settings of the plan. Raises ConfigError with every problem."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from strategies.errors import ConfigError
     from trainer.forecast.plan import PlanConfig
@@ -84,9 +85,12 @@ def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
     named = [word.partition("=")[2] for word in words if word.startswith("hardware=")]
     if named:
         try:
-            trees["hardware"] = OmegaConf.merge(trees["hardware"], OmegaConf.load(_card_file(named[-1])))
-        except (OmegaConfBaseException, OSError, ValueError) as error:
+            trees["hardware"] = OmegaConf.merge(trees["hardware"], _keys_of(_card_file(named[-1])))
+        except OSError as error:
             problems.append(f"hardware={named[-1]}: {str(error).splitlines()[0]}; one of {', '.join(cards())}")
+        except (OmegaConfBaseException, ValueError, YAMLError) as error:
+            why = " ".join(str(error).split("\n    full_key")[0].split())
+            problems.append(f"hardware={named[-1]}: {why}; write it as those of conf/hardware/ are")
     else:
         problems.append(f"hardware: not set; give the card to plan for, one of {', '.join(cards())}")
     for word in words:
@@ -94,7 +98,7 @@ def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
         if key == "hardware":
             continue
         group, _, leaf = key.partition(".")
-        known = [each.name for each in fields(type(OmegaConf.to_object(trees[group])))]  # type: ignore[arg-type]
+        known = list(trees[group])
         if leaf not in known:
             problems.append(
                 f"{word}: there is no setting {key}; one of {', '.join(f'{group}.{name}' for name in known)}"
@@ -104,6 +108,10 @@ def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
             trees[group] = OmegaConf.merge(trees[group], OmegaConf.from_dotlist([f"{leaf}={value}"]))
         except (OmegaConfBaseException, ValueError) as error:
             problems.append(f"{word}: {str(error).splitlines()[0]}")
+            if word.startswith("plan.quantisation=") and not value.startswith("["):
+                problems[-1] = f"{word}: is a list; write plan.quantisation=[{value}]"
+    if trees["plan"].workers < 0:
+        problems.append(f"plan.workers={trees['plan'].workers}: must be at least 0; 0 takes one a core")
     card, settings = OmegaConf.to_object(trees["hardware"]), OmegaConf.to_object(trees["plan"])
     assert isinstance(card, Card) and isinstance(settings, PlanConfig)
     problems = problems or _lacking(card)
@@ -119,6 +127,15 @@ def _card_file(name: str) -> Path:
     if not file.is_file():
         raise OSError("there is no such card")
     return file
+
+
+def _keys_of(file: Path) -> Any:
+    from omegaconf import DictConfig, OmegaConf
+
+    read = OmegaConf.load(file)
+    if not isinstance(read, DictConfig):
+        raise ValueError("the file must hold keys, as in memory_gib: 80")
+    return read
 
 
 def _lacking(card: Card) -> list[str]:
@@ -155,6 +172,7 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     """
     from launch.compose import compose, ranks_of
     from launch.overrides import parse
+    from strategies.base import Precision
     from strategies.errors import ConfigError
     from trainer.config.run import Device
 
@@ -165,7 +183,9 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda
-    config = replace(config, precision=card.precision(config.precision))
+    # launcher=local settles it by this machine; what it found is of no account.
+    asked = Precision.auto if "precision" in config.substitutions else config.precision
+    config = replace(config, precision=card.precision(asked))
     if "batch.micro" not in typed:
         config.batch["micro"] = 1
     step = config.batch["micro"] * (ranks_of(config) or 0)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import textwrap
+from dataclasses import fields
 from typing import Any
 
-from trainer.forecast.plan import Choice
+from trainer.config.run import LauncherConfig
+from trainer.forecast.plan import Choice, Job, Way
 from trainer.forecast.sweep import Answer
+from trainer.model.quantisation import Quantisation
 from trainer.planning.hardware import GIB
 from trainer.planning.receipt import checkpoint_bytes
 
@@ -19,8 +24,8 @@ def text(answer: Answer, words: list[str]) -> str:
         f"{job.card.name}",
         f"({job.nodes} of {job.per_node}); a step is {job.global_batch} x {mean:,.0f} tokens; {form.layout} rows",
         "",
-        f"{'strategy':<9}{'recompute':<10}{'':<8}{'micro':>6}{'GiB':>8}{'of ' + format(job.card.memory_gib, '.1f'):>10}"
-        f"{'largest':>8}{'tokens/s':>10}  why",
+        f"{'strategy':<9}{'recompute':<10}{'stored':<12}{'micro':>5}{'GiB':>7}{'of ' + format(job.card.memory_gib, '.1f'):>9}"
+        f"{'largest':>8}{'tokens/s':>11}  why",
     ]
     lines += [_row(choice, answer) for choice in answer.found]
     lines += ["", *_best(answer, words)]
@@ -29,7 +34,7 @@ def text(answer: Answer, words: list[str]) -> str:
         lines += [line for note in form.notes for line in _folded(f"  {note}")]
     if answer.refused:
         lines += ["", "left out:"]
-        for reason, of in _by_reason(answer).items():
+        for reason, of in by_reason(answer).items():
             lines += _folded(f"  {of}: {reason}")
     lines += [
         "",
@@ -41,25 +46,28 @@ def text(answer: Answer, words: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _by_reason(answer: Answer) -> dict[str, str]:
+def by_reason(answer: Answer) -> dict[str, str]:
     """Ways that were left out for the same reason, named together."""
     found: dict[str, list[str]] = {}
     for way, reason in answer.refused:
         mode = str(way.config.strategy.activation_checkpointing)
-        found.setdefault(reason, []).append(f"{way.name}, {mode}{' offloaded' if way.offload else ''}")
+        found.setdefault(reason, []).append(", ".join(filter(None, (way.name, mode, stored(way)))))
     return {reason: "; ".join(dict.fromkeys(of)) for reason, of in found.items()}
 
 
+def stored(way: Way) -> str:
+    """What is stored otherwise than as numbers on the card: offload, the form of a quantised base, or both."""
+    store = way.config.model.quantisation
+    return "+".join(["offload"] * way.offload + [str(store)] * (store is not Quantisation.none))
+
+
 def _row(choice: Choice, answer: Answer) -> str:
-    extra = ("offload" if choice.way.offload else "") or (
-        str(choice.way.config.model.quantisation) if str(choice.way.config.model.quantisation) != "none" else ""
-    )
     mode = str(choice.way.config.strategy.activation_checkpointing)
     speed = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
     left = f"{choice.fit.margin / GIB:+.1f}"
     return (
-        f"{choice.way.name:<9}{mode:<10}{extra:<8}{choice.micro:>6}{choice.fit.total / GIB:>8.1f}{left:>10}"
-        f"{choice.largest_micro:>8}{speed:>10}  {why(choice, answer)}"
+        f"{choice.way.name:<9}{mode:<10}{stored(choice.way):<12}{choice.micro:>5}{choice.fit.total / GIB:>7.1f}{left:>9}"
+        f"{choice.largest_micro:>8}{speed:>11}  {why(choice, answer)}"
     )
 
 
@@ -86,7 +94,7 @@ def _best(answer: Answer, words: list[str]) -> list[str]:
             "at plan.offload=true."
         )
     parts = sorted(best.taken.kinds.items(), key=lambda item: -item[1])
-    lines = _pasted(words, best)
+    lines = command_of(words, best, job)
     lines += ["", f"its peak, {best.taken.total / GIB:.2f} GiB of tensors, in {best.taken.peak}:"]
     lines += [f"  {kind:<14}{size / GIB:8.2f} GiB" for kind, size in parts if size >= 0.005 * GIB]
     lines += [
@@ -103,30 +111,53 @@ def _best(answer: Answer, words: list[str]) -> list[str]:
         f"{step.exposed_s:.2f}",
         f"  (of {step.exchange_s:.2f}, the rest hidden), update {step.update_s:.2f}",
     ]
+    return [*lines, *(line for said in costs(best, job) for line in _folded(said))]
+
+
+def costs(best: Choice, job: Job) -> list[str]:
+    """Hours and price of the budget, as far as they are known, and what would make them known."""
+    epochs, rate, said = best.way.config.budget.epochs, job.card.price_per_hour, []
     if best.hours is not None:
-        cost = "no price is known" if best.price is None else f"${best.price:,.2f}"
-        lines.append(f"the budget takes {best.hours:,.2f} hours on {job.world} cards: {cost}")
-    elif job.card.price_per_hour is not None:
-        million = job.world * job.card.price_per_hour / best.tokens_per_s / 3600 * 1e6
-        lines.append(f"a million tokens cost ${million:.3f}; with a budget (budget.tokens=...) the whole is told")
-    return lines
+        cost = "" if best.price is None else f": ${best.price:,.2f}"
+        said.append(f"the budget takes {best.hours:,.2f} hours on {job.world} cards{cost}")
+    elif epochs is not None:
+        said.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
+    if rate is None:
+        said.append(f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour")
+    elif best.hours is None:
+        million = job.world * rate / best.tokens_per_s / 3600 * 1e6
+        more = "" if epochs is not None else "; with a budget (budget.tokens=...) the whole is told"
+        said.append(f"a million tokens cost ${million:.3f}{more}")
+    return said
 
 
-def _pasted(words: list[str], best: Choice) -> list[str]:
-    """The command, in lines of 80 columns where its words allow."""
-    typed = {word.split("=")[0] for word in words}
-    cluster = "launcher=slurm" in words or "launcher.gpus_per_node" in typed
-    chosen = {word.split("=")[0] for word in best.words}
-    kept = [word for word in words if word.split("=")[0] not in chosen]
+def command_of(words: list[str], best: Choice, job: Job) -> list[str]:
+    """The command for a shell, in lines of 80 columns where its words allow."""
+    typed, chosen = ({word.split("=")[0] for word in of} for of in (words, best.words))
+    cluster = _on_a_cluster(words, job)
+    ranks = "launcher.gpus_per_node" if cluster else "launcher.processes"
+    # Where nothing is said of them a run takes all GPUs there are, and under SLURM none.
+    said = [] if ranks in typed else [f"{ranks}={job.per_node}"]
     out, line = [], f"shardtune {'submit' if cluster else 'train'}"
-    for word in [*kept, *best.words]:
-        if len(line) + len(word) + 3 > 80:
+    for word in [*(word for word in words if word.split("=")[0] not in chosen), *said, *best.words]:
+        quoted = shlex.quote(word)
+        if len(line) + len(quoted) + 3 > 80:
             out.append(f"{line} \\")
             line = "   "
-        line += f" {word}"
-    lacking = [] if any(key.startswith("budget.") for key in typed) else ["a budget"]
-    lacking += [] if any(key == "data.path" or key.startswith("data.sources.") for key in typed) else ["data.path"]
+        line += f" {quoted}"
+    budget, data = best.way.config.budget, best.way.config.data
+    lacking = [] if any((budget.steps, budget.epochs, budget.tokens)) else ["a budget"]
+    lacking += [] if data.path or data.sources else ["data.path"]
     return [*out, line, *([f"(with {' and '.join(lacking)} of your own)"] if lacking else [])]
+
+
+def _on_a_cluster(words: list[str], job: Job) -> bool:
+    """Whether the command is for SLURM: on several nodes, or with settings that it alone has, where nothing else is said."""
+    if "launcher=local" in words or "launcher=slurm" in words:
+        return "launcher=slurm" in words
+    of_all = {f"launcher.{each.name}" for each in fields(LauncherConfig)}
+    keys = {word.split("=")[0] for word in words if word.startswith("launcher.")}
+    return job.nodes > 1 or not keys <= of_all
 
 
 def checkpoint_gib(answer: Answer, best: Choice) -> float:
@@ -141,8 +172,6 @@ def checkpoint_s(answer: Answer, best: Choice) -> float:
 
 
 def _folded(said: str, width: int = 80) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(said, width, subsequent_indent="    " if said.startswith(" ") else "", drop_whitespace=True)
 
 

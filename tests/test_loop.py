@@ -1,13 +1,17 @@
 """Whole runs in this process, through the command line: budgets, packing, early stopping, best checkpoint, divergence."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from launch.main import main
+from strategies import durable
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
+from trainer.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,25 @@ def test_early_stopping_keeps_the_best(root, tmp_path):
     assert record["stopped_early"] and record["progress"]["step"] == 8
     assert record["progress"]["best_step"] == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000008"]
+
+
+def test_the_best_stays_where_a_better_one_could_not_be_saved(root, tmp_path, monkeypatch):
+    """What was noted as best, and was not there, used to stand for the one that was: the next save deleted that."""
+
+    class Full(durable.Disk):
+        def open(self, path, flags):
+            if "step-000004" in str(path) and flags & os.O_WRONLY:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return super().open(path, flags)
+
+    measured = {2: 5.0, 4: 4.0, 6: 5.5}
+    monkeypatch.setattr(durable, "disk", Full())
+    monkeypatch.setattr(Trainer, "_evaluate", lambda trainer: {"eval/loss": measured[trainer.progress.step]})
+    settings = {"evaluation__every_steps": 2, "evaluation__at_start": "false", "checkpoint__every_steps": 5}
+    assert run(root, tmp_path, **settings, checkpoint__keep=1, budget__steps=6) == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000006"]
+    progress = json.loads((tmp_path / "run.json").read_text())["outcome"]["progress"]
+    assert (progress["best_step"], progress["best_metric"], progress["stale_evaluations"]) == (2, 5.0, 1)
 
 
 def test_evaluating_does_not_change_training(root, tmp_path):

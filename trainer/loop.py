@@ -136,9 +136,12 @@ class Trainer:
             last = self.progress.step == total
             if last or self.meter.pending >= self.settings.log_every:
                 self._flush()
+            best = self.progress.best_metric, self.progress.best_step
             improved = self._evaluate_if_due(last)
             if improved or self.checkpoints.due(self.progress.step):
-                self._save(must=False)
+                saved = self._save(must=False)
+                if improved and not saved:  # the best is one that there is: the one before stays it, and stays
+                    self.progress.best_metric, self.progress.best_step = best
             if self.agreement.stop_now():
                 self._stop_for_signal()
             if self._out_of_patience():
@@ -282,15 +285,17 @@ class Trainer:
         )
         return True
 
-    def _save(self, *, must: bool = True) -> None:
+    def _save(self, *, must: bool = True) -> bool:
+        """Whether there is a checkpoint of this step now."""
         if self._saved_step == self.progress.step:
-            return
+            return True
         self.still_ours()
         self._flush()
         self.trackers.sync()
         if self.checkpoints.save(self.engine, self.progress, must=must) is not None:
             self._saved_step = self.progress.step
         self.meter.restart_clock()
+        return self._saved_step == self.progress.step
 
     def _stop_for_signal(self) -> None:
         self.still_ours()

@@ -14,7 +14,8 @@ from strategies.build import resolve_precision
 from strategies.errors import Preempted, ShardtuneError
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.chosen import choose
-from trainer.checkpoints.kept import Checkpoints, places_of
+from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.places import places_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
@@ -99,7 +100,8 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     record_reference(config, data, engine, built, place)
 
     where.phase = "resuming"
-    checkpoints = Checkpoints(places_of(run_dir, config.checkpoint), config.checkpoint, runtime, console.say)
+    places = places_of(run_dir, config.checkpoint.fallback_dir)
+    checkpoints = Checkpoints(places, config.checkpoint, runtime, console.say)
     resumed_from = choose(checkpoints.places, config.run.resume, runtime)
     progress = engine.load(resumed_from) if resumed_from else Progress()
     checkpoints.begin(resumed_from, config.run.resume)

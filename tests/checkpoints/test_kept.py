@@ -12,9 +12,10 @@ from strategies.base import Progress
 from strategies.durable import write_new
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime
-from trainer.checkpoints.chosen import choose, published
+from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.kept import Checkpoints, places_of
+from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.places import places_of, published
 from trainer.checkpoints.seal import OLD, read_manifest, seal, verify
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -39,7 +40,7 @@ class Made:
     def __init__(self, root: Path, **settings):
         self.config = CheckpointConfig(**settings)
         self.said: list[str] = []
-        self.all = Checkpoints(places_of(root / "run", self.config), self.config, ALONE, self.said.append)
+        self.all = Checkpoints(places_of(root / "run", self.config.fallback_dir), self.config, ALONE, self.said.append)
         self.directory = self.all.places[0]
 
     def save(self, *steps, engine=None, must=True, **progress):

@@ -12,9 +12,10 @@ from strategies import durable
 from strategies.base import Progress
 from strategies.durable import write_new
 from strategies.runtime import Runtime
-from trainer.checkpoints.chosen import choose, published
+from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.places import published
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 

@@ -14,6 +14,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from trainer.checkpoints.places import places_of
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,9 @@ def test_files_for_others(runs, tmp_path, capsys):
         (["runs/0", "strategy=ddp,fsdp2"], "runs/0: not of the form key=value; name runs that exist, or settings"),
         (["runs", "runs/1"], "runs/1: named twice"),
         (["runs", "--jsn"], "--jsn: there is no such flag"),
-        (["runs", "to=train.jsonl"], "to=train.jsonl: name a directory"),
+        (["runs", "to=train.jsonl"], "to=train.jsonl: is a file; name a directory"),
+        (["runs", "to="], "to=: names no directory"),
+        (["runs", "to=report", "to=report"], "to=report: to is given twice"),
         (["to=report"], "no run directory is named"),
     ],
 )
@@ -184,6 +187,57 @@ def test_damaged_files_are_named(runs, tmp_path, capsys):
     (torn / "metrics.jsonl").write_text("\n".join([rows[0], rows[1][:20], *rows[2:]]) + "\n")
     code, _, err = compare(capsys, torn)
     assert code == 64 and f"{torn / 'metrics.jsonl'}: line 2 is no row" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("identity.json", '{"data": 3}', "data holds no keys"),
+        ("identity.json", "[]", "it holds no keys"),
+        ("run.json", '{"receipt": "none"}', "receipt holds no keys"),
+        ("metrics.jsonl", '{"step": 1, "loss": "high"}\n{"step": 2, "loss": 1.0}\n', "line 1 is no row"),
+    ],
+)
+def test_files_that_hold_something_else_are_named(runs, tmp_path, capsys, file, text, said):
+    odd = tmp_path / "odd"
+    shutil.copytree(runs / "runs/0", odd)
+    (odd / file).write_text(text)
+    code, _, err = compare(capsys, runs / "runs/0", odd)
+    assert code == 64 and f"{odd / file}: " in err and said in err
+
+
+def test_the_newest_checkpoint_wherever_it_lies(runs, tmp_path, capsys):
+    """The highest step, whatever its number of digits, and also one that only `checkpoint.fallback_dir` could take."""
+    far, other = tmp_path / "far", tmp_path / "disk"
+    shutil.copytree(runs / "runs/0", far)
+    for step, size in ((999999, 1), (1000000, 2)):
+        (far / f"checkpoints/step-{step}").mkdir()
+        (far / f"checkpoints/step-{step}/a.safetensors").write_bytes(bytes(size * 2**20))
+    _, found = compared(capsys, runs / "runs/0", far)
+    assert found["measured"]["checkpoint_gib"] == 2 / 1024
+    config = (far / "config.yaml").read_text()
+    assert "fallback_dir: null" in config
+    (far / "config.yaml").write_text(config.replace("fallback_dir: null", f"fallback_dir: {other}"))
+    newest = places_of(far, str(other))[1] / "step-1000001"
+    newest.mkdir(parents=True)
+    (newest / "a.safetensors").write_bytes(bytes(3 * 2**20))
+    _, found = compared(capsys, runs / "runs/0", far)
+    assert found["measured"]["checkpoint_gib"] == 3 / 1024
+
+
+def test_what_runs_noted_beside_their_steps(runs, capsys):
+    """Start, checkpoint and planned memory are those of the receipt in `run.json`."""
+    code, out, _ = compare(capsys, runs / "runs")
+    said = " ".join(out.split())
+    for found, run in zip(compared(capsys, runs / "runs"), (runs / "runs/0", runs / "runs/1"), strict=True):
+        receipt, measured = json.loads((run / "run.json").read_text())["receipt"], found["measured"]
+        for key in ("start_s", "evaluation_before_s", "checkpoint_s"):
+            assert measured[key] == receipt["measured"][key] > 0, key
+        assert measured["planned_gib"] == receipt["predicted"]["memory_gib"]
+        started = f"{measured['start_s'] - measured['evaluation_before_s']:.1f} {measured['checkpoint_s']:.2f} "
+        assert f"{found['name']} {measured['planned_gib']:.3g} {started}" in said
+        assert f"Planned memory: {receipt['predicted']['memory_by']}" in said
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
 
 
 def test_it_needs_no_torch(runs):

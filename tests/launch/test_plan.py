@@ -1,16 +1,20 @@
 """`shardtune plan`: words, cards, the table, JSON and exit codes; and what the answer is reckoned from."""
 
 import json
+import os
 import re
 import shlex
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launch import main as command
-from launch.compose import compose
-from launch.plan import cards, composed, read_own
+from launch.compose import compose, ranks_of
+from launch.plan import cards, composed, job_of, read_own
+from launch.plan_answer import by_reason, command_of, costs, stored
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
@@ -18,11 +22,15 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.strategies.test_mesh import SHARDS
 from trainer.build import prepare_data
 from trainer.config.run import RunConfig
+from trainer.config.validate import problems_of
 from trainer.forecast import plan as plan_module
+from trainer.forecast import sweep
 from trainer.forecast.lengths import Lengths
 from trainer.forecast.plan import Job, PlanConfig, Way, choices, micro_batches, ways
 from trainer.forecast.simulation import simulate_depth
+from trainer.forecast.sweep import Answer
 from trainer.model.loading import load_tokenizer
+from trainer.model.quantisation import Quantisation
 from trainer.planning.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
 from trainer.records.cards import PEAK_TFLOPS
 
@@ -69,9 +77,16 @@ def test_a_figure_of_a_card_can_be_another(tmp_path):
         (["hardware=l4", "plan.exacct=true"], "there is no setting plan.exacct; one of plan.exact"),
         (["hardware=l4", "hardware.memory_gib=much"], "hardware.memory_gib=much: "),
         (["hardware=l4", "hardware.name=Voodoo"], "hardware.name=Voodoo: its speed is not known"),
+        (["hardware=torn.yaml"], "hardware=torn.yaml: while parsing a flow sequence"),
+        (["hardware=list.yaml"], "hardware=list.yaml: the file must hold keys"),
+        (["hardware=l4", "plan.quantisation=nf4"], "plan.quantisation=nf4: is a list; write plan.quantisation=[nf4]"),
+        (["hardware=l4", "plan.workers=-1"], "plan.workers=-1: must be at least 0"),
     ],
 )
-def test_what_is_wrong_with_a_card_is_said(capsys, model, words, said):
+def test_what_is_wrong_with_a_card_or_a_plan_is_said(capsys, monkeypatch, tmp_path, model, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torn.yaml").write_text("name: [NVIDIA\nmemory_gib: {")
+    (tmp_path / "list.yaml").write_text("- memory_gib: 80\n")
     code, out = plan(capsys, model, *words)
     assert code == 64 and said in out
 
@@ -113,26 +128,39 @@ def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
     assert code == 64 and out.count(said) == 1
 
 
+def pasted(said):
+    """(verb, words) of the command that a plan ends with, as a shell reads them."""
+    command_line = re.search(r"^shardtune (?:train|submit) (?:.*\\\n)*.*$", said, re.MULTILINE)
+    return shlex.split(command_line[0].replace("\\\n", ""))[1:]
+
+
+def refused_by_train(verb, *words):
+    """(ranks, what its validation says of the words, but for data that is not there)."""
+    config = compose([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
+    world = ranks_of(config)
+    return world, [p for p in problems_of(config, world_size=world) if not p.startswith("data.path: not set")]
+
+
 def test_the_words_to_paste_make_a_run(capsys, model):
-    """The table is narrow; the words that it ends with compose as they stand; JSON says the same."""
+    """The table is narrow; the words that it ends with are a run of as many ranks; JSON says the same."""
     asked = [
         "hardware=a10g",
         *GPUS,
         "strategy=fsdp2",
         "strategy.activation_checkpointing=full",
+        "tuning=lora",
+        "tuning.targets=[q_proj,v_proj]",
         "budget.tokens=1000000",
     ]
     code, out = plan(capsys, model, *asked)
     assert code == 0, out
     assert all(len(line) <= 80 for line in out.splitlines() if "model.path" not in line and "simulated" not in line)
-    start = out.index("shardtune submit")
-    pasted = shlex.split(out[start : out.index("\n(with", start)].replace("\\\n", ""))[2:]
-    own = [word for word in pasted if not word.startswith("hardware")]
-    config = compose([*own, "launcher=slurm"], check=False).config
-    assert config.batch["micro"] * 8 <= config.batch["global"] and config.strategy.name == "fsdp2"
+    verb, *words = pasted(out)
+    assert verb == "submit" and "tuning.targets=[q_proj,v_proj]" in words and "(with data.path of your own)" in out
+    assert refused_by_train(verb, *words) == (8, [])
     code, out = plan(capsys, model, *asked, "--json")
     answer = json.loads(out[out.index("{") : out.rindex("}") + 1])
-    assert code == 0 and set(answer["best"]) <= set(pasted)
+    assert code == 0 and set(answer["best"]) <= set(words)
     best = answer["ways"][0]
     assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
     card, _ = read_own(["hardware=a10g"])
@@ -140,10 +168,54 @@ def test_the_words_to_paste_make_a_run(capsys, model):
     assert {one["micro"] for one in answer["all"]} == {1, 2, 4}
 
 
+@pytest.mark.parametrize(
+    ("asked", "verb", "ranks"),
+    [
+        ([], "train", 1),
+        (["launcher.processes=4"], "train", 4),
+        (["launcher=local", "launcher.processes=4"], "train", 4),
+        (["launcher=slurm"], "submit", 1),
+        (["launcher.gpus_per_node=2", "launcher.partition=fast"], "submit", 2),
+        (["launcher.partition=fast"], "submit", 1),
+        (["launcher.nodes=2", "launcher.processes=2"], "submit", 4),
+    ],
+)
+def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ranks):
+    """Wherever it is pasted: a host may have more GPUs, and jobs of SLURM get none that are not asked for."""
+    card, _ = read_own(["hardware=a10g"])
+    words = [f"model.path={model}", "budget.steps=1", "precision=bf16", *asked]
+    config, _ = composed(words, card)
+    best = SimpleNamespace(words=["strategy=ddp", "batch.global=32", "batch.micro=2"], way=Way(config, ()))
+    said = "\n".join(command_of(words, best, job_of(config, card)))
+    starts, *typed = pasted(said)
+    assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
+    assert verb == "train" or compose([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
+
+
 def test_where_nothing_fits(capsys, model):
     code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single")
     assert code == 69, out
     assert "Nothing fits" in out and "too large" in out
+
+
+def killed(config, *asked):
+    """What the kernel does to a process where memory is short."""
+    if config.strategy.name == "zero2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
+    """Those that were done by then stay; one after the other, so that it is known which."""
+    monkeypatch.setattr(sweep, "_simulate", killed)
+    card, settings = read_own(["hardware=l4", "plan.workers=1"])
+    config, typed = composed([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
+    found, _ = ways(config, settings, typed, 1)
+    told = []
+    forms = sweep.simulate_ways(found, job(card), 1, settings, lambda *said: told.append(said))
+    by_name = dict(zip([way.name for way in found], forms, strict=True))
+    assert by_name["zero3"] == "done" and by_name["zero2"] == by_name["fsdp2"] == sweep.KILLED
+    assert len(told) == len(found)
 
 
 def test_what_cannot_be_simulated_is_said_and_not_raised(capsys, tmp_path, model):
@@ -199,6 +271,52 @@ def test_micro_batches_divide_the_part_of_a_rank():
     assert micro_batches(job(card, batch=96), 4) == [4]
     assert micro_batches(job(card, batch=96), 5) == []
     assert micro_batches(job(card, batch=10), None) == micro_batches(job(card, batch=4), 1) == []
+
+
+def test_rows_say_all_that_is_stored_otherwise(model):
+    card, _ = read_own(["hardware=l4"])
+    config, typed = composed([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
+    settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
+    found, _ = ways(config, settings, typed, 1)
+    labels = {(way.offload, str(way.config.model.quantisation)): stored(way) for way in found}
+    assert labels == {
+        (False, "none"): "",
+        (True, "none"): "offload",
+        (False, "nf4"): "nf4",
+        (True, "nf4"): "offload+nf4",
+    }
+    form = SimpleNamespace(parameters=1, trained=1, layout="padded", notes=())
+    answer = Answer(job(card), [], [], [(way, "too odd") for way in found], form)
+    assert by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "card", "said"),
+    [
+        (
+            ["budget.epochs=3"],
+            [],
+            ["budget.epochs=3 takes depends on the data: give data.path", "a million tokens cost $"],
+        ),
+        (["budget.steps=3"], [], ["the budget takes 0.01 hours on 8 cards: $0."]),
+        (
+            ["budget.steps=3"],
+            ["hardware.price_per_hour=null"],
+            ["0.01 hours on 8 cards", "give hardware.price_per_hour"],
+        ),
+        ([], ["hardware.price_per_hour=null"], ["no price was found for NVIDIA A10G; give hardware.price_per_hour"]),
+        ([], [], ["a million tokens cost $", "with a budget (budget.tokens=...) the whole is told"]),
+    ],
+)
+def test_what_the_cost_of_a_run_lacks_is_said(model, words, card, said):
+    a10g, _ = read_own(["hardware=a10g", *card])
+    config, _ = composed([f"model.path={model}", *GPUS, *words], a10g)
+    hours = 0.0125 if "budget.steps=3" in words else None
+    price = None if hours is None or card else 0.1
+    found = SimpleNamespace(way=Way(config, ()), hours=hours, price=price, tokens_per_s=1e4)
+    told = " ".join(costs(found, job(a10g)))
+    assert all(part in told for part in said), told
+    assert told.count("price") == len(card) + ("give hardware.price_per_hour" in told)
 
 
 def test_rates_of_groups_within_and_between_nodes():

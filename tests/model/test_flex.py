@@ -14,12 +14,15 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
+from trainer.build import build_model, workload
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
 from trainer.model.layout import Kernels, resolve_layout
+from trainer.model.loading import load_tokenizer
 from trainer.objectives import arranged, passage
+from trainer.planning.activations import measured
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 CONFIGS = {
@@ -83,7 +86,7 @@ def test_what_is_computed_over_pairs_is_what_the_operator_computes(heads, softca
     options = {"scaling": 0.3, "softcap": softcap, "s_aux": torch.randn(heads[0], generator=draw)}
     found, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
     monkeypatch.setattr(flex, "_by_pairs", flex._by_kernel)
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.torch_flex)
+    monkeypatch.setattr(flex, "_compiled", lambda function: function)
     expected, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options)
     assert torch.allclose(found, expected, atol=1e-6)
     without, _ = flex.flex_attention(torch.nn.Module(), q, k, v, mask, **options | {"s_aux": None})
@@ -101,6 +104,43 @@ def test_what_it_does_not_compute_is_said():
         flex.block_mask(1, 4, 4, mask_function=None)
     with pytest.raises(ValueError, match="document boundaries"):
         made_mask([0, 4], None, attention_mask=torch.ones(1, 4))
+
+
+def test_transformers_is_told_of_the_documents_that_it_would_look_for():
+    from transformers import masking_utils
+
+    looked_for = masking_utils.find_packed_sequence_indices
+    positions, one = torch.cat([torch.arange(n) for n in (5, 23, 14)])[None], torch.arange(42)[None]
+    with flex.documents({"cu_seq_lens_q": torch.tensor([0, 5, 28, 42], dtype=torch.int32)}):
+        told = masking_utils.find_packed_sequence_indices(positions)
+        with flex.documents({"attention_mask": torch.ones(1, 42)}):  # another model, on padded rows
+            assert masking_utils.find_packed_sequence_indices(one) is None
+    assert torch.equal(told - told[:, :1], looked_for(positions))
+    with flex.documents({"cu_seq_lens_q": torch.tensor([0, 42], dtype=torch.int32, device="meta")}):
+        assert masking_utils.find_packed_sequence_indices(one.to("meta")).shape == (1, 42), "no value is looked at"
+    assert masking_utils.find_packed_sequence_indices is looked_for
+
+
+def counted(tmp_path, monkeypatch, name, kernel, micro):
+    """What a step keeps, as `activation_checkpointing=auto` counts it."""
+    directory = tmp_path / name
+    if not directory.exists():
+        job.made(name, directory, 0)
+    data = data_set(tmp_path, uneven=False)
+    config = run_config(directory, "single", "full", micro=micro)
+    config = replace(config, model=replace(config.model, attention=Attention(kernel)))
+    monkeypatch.setattr(arranged, "_kernels", lambda *_, **__: Kernels("no", None))
+    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    return measured(built, workload(config, data), Precision.bf16)
+
+
+def test_what_the_kernel_keeps_is_counted_on_meta(tmp_path, monkeypatch):
+    """Of one document the same as what the built-in one keeps, which is counted of SDPA; with sinks, what these add."""
+    flexed, built_in = (counted(tmp_path, monkeypatch, "llama", kernel, 1) for kernel in ("flex", "varlen"))
+    assert flexed.none == built_in.none and flexed.outside == built_in.outside
+    for name in ("gpt_oss", "gemma2"):
+        found = counted(tmp_path, monkeypatch, name, "flex", 4)
+        assert all(0 < full < none for none, full in zip(found.none, found.full, strict=True))
 
 
 def test_why_a_model_cannot_have_it_or_needs_it_not():

@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from tests.models.tiny import tiny_config
 from trainer.data.batches.loader import EvalShare
 from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
 from trainer.evaluation.base import GenerateConfig
-from trainer.evaluation.generation import Generated, GenerationEvaluator, first_answer, scores
+from trainer.evaluation.generation import Generated, GenerationEvaluator, decoding, first_answer, scores
+from trainer.model import attention, flex
 
 PAIRS = [
     ("the cat sat on the mat", "the cat sat on the mat today"),
@@ -79,3 +83,33 @@ def test_named_sets_are_scored_each(monkeypatch):
     assert len(answers) == 4 and expected["eval/ward/bleu"] != expected["eval/web/bleu"]
     assert dict(made(share).run(None)) == expected
     assert dict(made(EvalShare(2, 0, 1, 2)).run(None)).keys() == {"eval/bleu", "eval/rougeL"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("gpt_oss", flex), ("gpt_oss", attention), ("gemma2", flex), ("llama", flex)]
+)
+def test_what_is_written_is_what_plain_transformers_writes_in_eager_attention(kind, kernel):
+    """Sinks and soft caps after training in one row without padding, with prompts of unlike lengths in a batch."""
+    kernel.register()
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("sinks"):  # which take most of what is attended to
+                parameter.fill_(4.0)
+    trained = transformers.AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation=kernel.NAME).eval()
+    trained.load_state_dict(plain.state_dict())
+    ids = torch.randint(3, 300, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    settings = decoding(
+        plain.generation_config, GenerateConfig(max_new_tokens=12), SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    )
+    with torch.no_grad():
+        expected = plain.generate(**batch, generation_config=settings)[:, 9:]
+        found = generation._Generate(settings, synced=False).terms(trained, batch)["answers"]
+        assert torch.equal(found, expected)
+        with generation._stock_attention(trained):
+            assert torch.allclose(trained(**batch).logits[:, 4:], plain(**batch).logits[:, 4:], atol=1e-4)
+    assert trained.config._attn_implementation == kernel.NAME

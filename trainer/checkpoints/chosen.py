@@ -9,38 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from strategies import durable
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object
+from trainer.checkpoints.places import REPLACED_NAME, STEP_NAME, published
 from trainer.checkpoints.seal import MANIFEST, MOST_MANIFEST, verify_together
 
-STEP_NAME = re.compile(r"step-(\d{1,15})")
-REPLACED = ".{}.replaced"
-"""What a checkpoint is called while one of the same step takes its name, where a file system cannot swap the two."""
-REPLACED_NAME = re.compile(r"\.(step-\d{1,15})\.replaced")
 RESUMED_FROM = "resumed-from.json"
 MOST_RECORD = 2**16
 """Bytes of that record; more is not read."""
-
-
-def published(places: list[Path]) -> list[tuple[int, Path]]:
-    """(step, path) of all that has the name of a checkpoint in these directories, ascending; of a step the first place's last.
-
-    Also what lost its name to one that has never got it: the power went between the two (`put_back`).
-    """
-    found = []
-    for order, place in enumerate(places):
-        there = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
-        for name, path in there.items():
-            replaced = REPLACED_NAME.fullmatch(name)
-            if replaced and replaced[1] in there:
-                continue
-            if step := STEP_NAME.fullmatch(replaced[1] if replaced else name):
-                found.append((int(step[1]), -order, path))
-    return [(step, path) for step, _, path in sorted(found)]
 
 
 def put_back(places: list[Path]) -> None:

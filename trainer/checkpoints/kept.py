@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -14,24 +13,14 @@ from strategies.base import Engine, Progress
 from strategies.durable import make_directories, publish, publish_again, reason, size_text, sync_directory
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
-from trainer.checkpoints.chosen import REPLACED, note_begun, published, put_back
+from trainer.checkpoints.chosen import note_begun, put_back
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.places import REPLACED, STEP_DIR, published
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.seal import seal
 
-STEP_DIR = "step-{:06d}"
 GIVEN_UP = "given-up-{}"
 UNFINISHED = (".step-*.writing", ".step-*.deleting", REPLACED.format("step-*"))
-
-
-def places_of(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Where a run's checkpoints lie: `checkpoints/` of its directory, then its own part of `checkpoint.fallback_dir`."""
-    places = [run_dir / "checkpoints"]
-    if config.fallback_dir is not None:
-        whole = run_dir.absolute()
-        name = f"{whole.name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:8]}"
-        places.append(Path(config.fallback_dir).expanduser() / name)
-    return places
 
 
 class Checkpoints:

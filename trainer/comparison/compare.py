@@ -151,6 +151,7 @@ def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
         )
     if any(facts.get("device") == "cpu" for facts in told):
         found.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
+    found += [f"Planned memory: {by}" for by in sorted({m.planned_by for m in numbers if m.planned_by})]
     if len(points) > 1:
         found.append(
             f"Same loss: at most {SAME:g} apart, relatively, over the first {FIRST_STEPS} steps that both runs have"

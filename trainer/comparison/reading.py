@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from strategies.errors import ConfigError
-from trainer.config.resuming import flat
+from trainer.checkpoints.places import places_of, published
+from trainer.config.resuming import KINDS, flat
 from trainer.records.status import State, read_failure, read_status
 
 GIB = 2**30
@@ -79,7 +81,17 @@ class Measured:
     memory_reserved_gib: float | None
     """The same of what the allocator held; on GPUs only."""
     checkpoint_gib: float | None
-    """The newest checkpoint that still lies in the directory."""
+    """The newest checkpoint that still lies there, or in `checkpoint.fallback_dir`."""
+    checkpoint_s: float | None
+    """Until the last one of the last attempt was published. This and the next four: from the receipt in `run.json`."""
+    start_s: float | None
+    """From the start of the last attempt to its first step."""
+    evaluation_before_s: float | None
+    """Of these the evaluation before it."""
+    planned_gib: float | None
+    """What a rank was expected to take."""
+    planned_by: str | None
+    """How that was found."""
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
 
@@ -97,8 +109,8 @@ def read_point(directory: Path) -> Point:
     return Point(
         directory=directory,
         config=_config(directory / "config.yaml"),
-        identity=_object(directory / "identity.json"),
-        facts=_object(directory / "run.json"),
+        identity=_object(directory / "identity.json", KINDS),
+        facts=_object(directory / "run.json", ("receipt",)),
         status=read_status(directory),
         failure=read_failure(directory),
         steps=steps,
@@ -118,14 +130,19 @@ def _config(path: Path) -> dict[str, Any]:
     return flat(tree)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path, objects: Iterable[str] = ()) -> dict[str, Any]:
+    """A JSON object, empty where there is no file; what `objects` names is one, too, or null."""
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no keys")
+        if odd := [key for key in objects if not isinstance(value.get(key) or {}, dict)]:
+            raise ValueError(f"{odd[0]} holds no keys")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison") from error
-    return value if isinstance(value, dict) else {}
+    return value
 
 
 def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
@@ -139,6 +156,8 @@ def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, fl
         try:
             row = json.loads(line)
             step = int(row["step"])
+            if not isinstance(row.get("loss"), int | float | None):
+                raise TypeError("a loss is a number")
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
@@ -167,6 +186,8 @@ def measure(point: Point, warmup: int = 1) -> Measured:
     quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None
     evaluated = sorted(point.evaluations)
     losses = _finite(rows[-1:], "loss")
+    receipt = point.facts.get("receipt") or {}
+    planned, took = (part if isinstance(part := receipt.get(key), dict) else {} for key in ("predicted", "measured"))
     return Measured(
         steps=len(rows),
         loss=losses[0] if losses else None,
@@ -175,7 +196,12 @@ def measure(point: Point, warmup: int = 1) -> Measured:
         warmup_steps=len(rows) - len(usual) if usual else 0,
         memory_gib=max(_finite(rows, "memory_gib"), default=None),
         memory_reserved_gib=max(_finite(rows, "memory_reserved_gib"), default=None),
-        checkpoint_gib=_checkpoint(point.directory),
+        checkpoint_gib=_checkpoint(point),
+        checkpoint_s=_number(took, "checkpoint_s"),
+        start_s=_number(took, "start_s"),
+        evaluation_before_s=_number(took, "evaluation_before_s"),
+        planned_gib=_number(planned, "memory_gib"),
+        planned_by=planned.get("memory_by"),
         before=point.evaluations.get(0, {}),
         after=point.evaluations[evaluated[-1]] if evaluated and evaluated[-1] > 0 else {},
     )
@@ -186,8 +212,14 @@ def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
-def _checkpoint(directory: Path) -> float | None:
-    found = sorted((directory / "checkpoints").glob("step-*"))
-    if not found:
+def _number(found: dict[str, Any], key: str) -> float | None:
+    return next(iter(_finite([found], key)), None)
+
+
+def _checkpoint(point: Point) -> float | None:
+    """None where there is none, or a running run has just deleted it."""
+    try:
+        there = published(places_of(point.directory, point.config.get("checkpoint.fallback_dir")))
+        return sum(f.stat().st_size for f in there[-1][1].rglob("*") if f.is_file()) / GIB if there else None
+    except OSError:
         return None
-    return sum(file.stat().st_size for file in found[-1].rglob("*") if file.is_file()) / GIB

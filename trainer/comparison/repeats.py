@@ -12,22 +12,18 @@ from trainer.comparison.asked import Row
 from trainer.comparison.reading import RATES, Measured, Point, is_run, measure, read_point
 
 REFUSED = "refused"
+MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s")
+"""What is a median over the repeats; memory is the largest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a point took beside its steps, None where its runs do not say; medians over the repeats."""
+    """What is known of a point as a whole, None where its runs do not say."""
 
     repeats: int
     """Runs that took a step."""
     tokens_per_s_repeats: tuple[float, ...]
     """Each repeat's median."""
-    planned_gib: float | None
-    """Memory of a rank as it was expected when the run started."""
-    start_s: float | None
-    """Seconds from the start of the process to the first step, evaluation left out."""
-    checkpoint_s: float | None
-    """Seconds that the last checkpoint took to write."""
     dollars_per_million: float | None
     """US dollars for a million tokens at the median speed, all devices together."""
 
@@ -82,17 +78,12 @@ def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
     numbers = [measure(point, row.warmup) for point in points]
     begun = [each for each in numbers if each.steps] or numbers[:1]
     speeds = tuple(each.tokens_per_s for each in begun if each.tokens_per_s is not None)
-    over: dict[str, Any] = {key: _median([getattr(each, key) for each in begun]) for key in RATES}
+    over: dict[str, Any] = {key: _median([getattr(each, key) for each in begun]) for key in MEDIANS}
     over |= {key: _largest([getattr(each, key) for each in begun]) for key in ("memory_gib", "memory_reserved_gib")}
     measured = replace(numbers[0], **over)
-    receipts = [point.facts.get("receipt") or {} for point in points]
-    took = [receipt.get("measured") or {} for receipt in receipts]
     taken = Taken(
         repeats=sum(bool(each.steps) for each in numbers),
         tokens_per_s_repeats=speeds,
-        planned_gib=_median([(receipt.get("predicted") or {}).get("memory_gib") for receipt in receipts]),
-        start_s=_median([_without(each.get("start_s"), each.get("evaluation_before_s")) for each in took]),
-        checkpoint_s=_median([each.get("checkpoint_s") for each in took]),
         dollars_per_million=_price(row, points[0].facts, measured.tokens_per_s, price_of),
     )
     return Repeated(row, points, measured, taken)
@@ -129,7 +120,3 @@ def _median(values: list[Any]) -> float | None:
 
 def _largest(values: list[Any]) -> float | None:
     return max((value for value in values if isinstance(value, int | float)), default=None)
-
-
-def _without(whole: Any, part: Any) -> float | None:
-    return whole - (part or 0) if isinstance(whole, int | float) else None

@@ -15,7 +15,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.checkpoints.chosen import settled
-from trainer.checkpoints.kept import places_of
+from trainer.checkpoints.places import places_of
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
@@ -201,7 +201,7 @@ def _resume(config: RunConfig) -> Iterator[str]:
     resume, run_dir = config.run.resume, config.run.dir
     try:
         if run_dir is not None and run_dir.strip():
-            resume = settled(places_of(Path(run_dir).expanduser(), config.checkpoint), resume)
+            resume = settled(places_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume)
     except StorageError as error:
         yield str(error)
         return

@@ -21,14 +21,13 @@ from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.data.batches.loader import EvalShare, eval_plan, sources_of
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import Interrupted
+from trainer.model import attention, flex
+from trainer.model.architecture import text_settings
 from trainer.objectives.causal import plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.evaluation.base import GenerateConfig
-
-VARLEN = "shardtune_varlen"
-"""Attention of padding-free training rows, which cannot generate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +169,8 @@ class _Generate:
 def _stock_attention(model: Any) -> Iterator[None]:
     """Attention that can go on from what it has seen, in place of that of padding-free rows."""
     config, before = model.config, model.config._attn_implementation
-    if before == VARLEN:
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
-        config._attn_implementation = "eager" if capped else "sdpa"
+    if before in (attention.NAME, flex.NAME):
+        config._attn_implementation = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
     try:
         yield
     finally:

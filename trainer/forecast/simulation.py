@@ -144,14 +144,14 @@ def simulate_form(
 
 
 def ends_of(config: RunConfig, period: int) -> int:
-    """Blocks at either end of a model that differ from those between: more under ZeRO-3, which keeps some of them gathered."""
+    """Blocks at either end of a model that differ from those between: more under ZeRO-3, which keeps further ones gathered."""
     if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
         return ENDS
     with TemporaryDirectory() as place, simulated_rank(0, 1) as runtime:
         few = replace(config, model=_with_blocks(config.model, period, Path(place)))
         units = parts_of(few, [1], runtime).built.step_module.shard_units()
     smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
-    return ENDS + -(-LIVE // smallest)
+    return max(ENDS, LIVE // smallest + 1)
 
 
 def _parameters(built: Built) -> tuple[int, int]:

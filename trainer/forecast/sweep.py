@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 from strategies.errors import ConfigError
@@ -18,6 +19,7 @@ from trainer.planning.form import Form
 
 Tell = Callable[[int, int, str], None]
 """Told (done, all, the way that was done)."""
+KILLED = "its simulation was killed; the host may lack memory, set plan.workers=1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanC
     length = int(job.lengths.longest[0])
     out: list[Form | str] = [""] * len(found)
     workers = settings.workers or len(os.sched_getaffinity(0))
+    import trainer.forecast.simulation  # noqa: F401 - once, before there are processes that would each import it
+
     gc.freeze()  # what is there is looked through by no child's collections, which are many
     # Forked, so that what takes seconds to import is there; ZeRO first, which takes longest.
     context = multiprocessing.get_context("fork")
@@ -85,7 +89,10 @@ def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanC
         try:
             for done, future in enumerate(as_completed(running), 1):
                 index = running[future]
-                out[index] = future.result()
+                try:
+                    out[index] = future.result()
+                except BrokenProcessPool:  # one of its processes was killed: none of the others answers any more
+                    out[index] = KILLED
                 tell(done, len(found), " ".join(found[index].words))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

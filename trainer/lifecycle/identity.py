@@ -16,8 +16,8 @@ from typing import Any
 
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
-from trainer.checkpoints.chosen import published, settled
-from trainer.checkpoints.kept import places_of
+from trainer.checkpoints.chosen import settled
+from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import KINDS, flat, kind_of, plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
@@ -176,7 +176,7 @@ def _read(path: Path) -> Kinds:
 
 def _home_of_state(config: RunConfig, run_dir: Path) -> Path | None:
     """The run directory whose checkpoint will be loaded; None where the run starts afresh."""
-    places = places_of(run_dir, config.checkpoint)
+    places = places_of(run_dir, config.checkpoint.fallback_dir)
     resume = settled(places, config.run.resume)
     if resume == "never" or (resume == "auto" and not published(places)):
         return None

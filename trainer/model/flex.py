@@ -2,7 +2,8 @@
 
 transformers builds the mask of each kind of layer (windows, chunks) as a function of two positions, of which torch's blocks
 are made; so this covers what the kernel of `trainer/model/attention.py` is not told of. torch has no backward
-pass of it on CPUs: there the same functions are computed over all pairs of positions, for proofs alone.
+pass of it on CPUs: there the same functions are computed over all pairs of positions, for proofs alone. Tensors that have
+shapes alone (on meta, or of a simulated GPU) get those of what the kernel makes and keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
-from strategies.runtime import device_kind
+from strategies.runtime import SIMULATED
+from trainer.model import flex_shapes
 
 NAME = "shardtune_flex"
 LEAST_HEAD = 16
@@ -40,12 +42,33 @@ def register() -> None:
 
 @contextmanager
 def documents(inputs: dict[str, Any]) -> Iterator[None]:
-    """Within it the masks that a model makes keep apart the documents of its `inputs`, where these say so."""
-    token = _BOUNDS.set(inputs.get("cu_seq_lens_q"))
+    """Within it the masks that a model makes keep apart the documents of its `inputs`, where these say so.
+
+    transformers would find them by the positions, and read on the host whether there are several; it is told instead.
+    """
+    from transformers import masking_utils
+
+    looks = masking_utils.find_packed_sequence_indices
+
+    def told(positions: Tensor) -> Tensor | None:
+        bounds = _BOUNDS.get()
+        return looks(positions) if bounds is None else _numbers(bounds, positions.shape[1])[None]
+
+    token, masking_utils.find_packed_sequence_indices = _BOUNDS.set(inputs.get("cu_seq_lens_q")), told
     try:
         yield
     finally:
+        masking_utils.find_packed_sequence_indices = looks
         _BOUNDS.reset(token)
+
+
+def _numbers(bounds: Tensor, length: int) -> Tensor:
+    """The document of each position, int64 `[T]`."""
+    return torch.bucketize(torch.arange(length, device=bounds.device), bounds, right=True)
+
+
+def _has_no_values(device: torch.device) -> bool:
+    return device.type == "meta" or device == SIMULATED
 
 
 def block_mask(
@@ -68,13 +91,15 @@ def block_mask(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
-    whose = torch.bucketize(torch.arange(q_length, device=bounds.device), bounds, right=True)
+    device, whose = torch.device(device), _numbers(bounds, q_length)
 
     def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, query, key) & (whose[query] == whose[key])
 
-    compiled = device_kind(torch.device(device)) == "cuda"
-    return create_block_mask(within, batch_size, None, q_length, kv_length, device=str(device), _compile=compiled)
+    if _has_no_values(device):
+        return flex_shapes.block_mask(within, batch_size, q_length, kv_length, device)
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(within, batch_size, None, q_length, kv_length, device=str(device))
 
 
 def flex_attention(
@@ -102,7 +127,10 @@ def flex_attention(
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # the kernel shares keys among powers of two
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = _by_kernel if device_kind(query.device) == "cuda" else _by_pairs
+    if _has_no_values(query.device):
+        attend: Callable[..., tuple[Tensor, Tensor]] = _by_shapes
+    else:
+        attend = _by_kernel if query.device.type == "cuda" else _by_pairs
     out, lse = attend(query, key, value, attention_mask, scaling, softcap, sinks is not None)
     if sinks is not None:
         # The sinks' share of each row: exp(sink) beside the sum of exp(score).
@@ -121,14 +149,15 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(torch_flex)
+def _compiled(function: Callable[..., Any]) -> Any:
+    """A function of torch, compiled: one for all calls, which keeps what it was compiled to."""
+    return torch.compile(function)
 
 
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    kernel = torch_flex if torch.compiler.is_compiling() else _compiled()
+    kernel = torch_flex if torch.compiler.is_compiling() else _compiled(torch_flex)
     found = kernel(
         q,
         k,
@@ -140,6 +169,13 @@ def _by_kernel(
         return_aux=AuxRequest(lse=True) if with_lse else None,
     )
     return (found[0], found[1].lse) if with_lse else (found, q.new_zeros(()))
+
+
+def _by_shapes(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """What the kernel makes and keeps of tensors without values."""
+    return flex_shapes.attention(q, k, v)
 
 
 def _by_pairs(
@@ -169,10 +205,18 @@ def why_not_flex(plain: Any, heads: list[int], *, dropout: float) -> str | None:
     return "it has no dropout" if dropout else None
 
 
+def needs_eager(plain: Any, settings: Any) -> bool:
+    """Whether eager attention alone, of those that transformers has, computes a model's scores: soft caps on them, sinks.
+
+    SDPA refuses the ones and ignores the others. `settings`: transformers' configuration of its text.
+    """
+    capped = getattr(settings, "attn_logit_softcapping", None)
+    return bool(capped) or any(name.endswith("sinks") for name, _ in plain.named_parameters())
+
+
 def gains_by_flex(plain: Any, settings: Any) -> bool:
     """Whether a model has what the built-in kernel computes over all pairs of positions, or not at all.
 
-    Soft caps on scores, sinks, chunks. `settings`: transformers' configuration of its text.
+    Chunks, and what `needs_eager` asks for. `settings`: transformers' configuration of its text.
     """
-    capped = getattr(settings, "attn_logit_softcapping", None) or getattr(settings, "attention_chunk_size", None)
-    return bool(capped) or any(name.endswith("sinks") for name, _ in plain.named_parameters())
+    return bool(getattr(settings, "attention_chunk_size", None)) or needs_eager(plain, settings)

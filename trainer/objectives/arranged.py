@@ -78,12 +78,13 @@ class Proofs:
 
 
 def _kernels(config: ModelConfig, settings: Any, plain: Callable[[], Any] | None, *, half_on_gpu: bool) -> Kernels:
-    """What could compute this model's attention on this machine. `plain` builds a causal model on meta."""
+    """What could compute this model's attention on this machine, or on a GPU that is only meant. `plain` builds a causal
+    model on meta."""
     gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
     no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
     if plain is None:
         return Kernels(no_flash, "it is for objectives over next tokens")
-    if gpu is None:  # without building the model
+    if not half_on_gpu:  # without building the model
         return Kernels(no_flash, flex.NEEDS)
     model, text = plain(), text_settings(settings)
     no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)

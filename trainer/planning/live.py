@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from strategies.owned import Kind
 
+_DEVICE, _TO_COPY = torch.ops.prim.device.default, torch.ops.aten._to_copy.default
 GRAIN = 512
 """Bytes that an allocation is a multiple of, as torch's allocator for GPUs hands them out."""
 
@@ -21,6 +23,11 @@ GRAIN = 512
 def rounded(size: int) -> int:
     """Bytes that an allocation of `size` takes."""
     return -(-size // GRAIN) * GRAIN
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Where a tensor lies. To ask a fake one for its device is an operation, which takes as long as others."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +89,16 @@ class LiveBytes(TorchDispatchMode):
         """It changes nothing: other modes need not know of it."""
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in a simulation: to keep torch.compile out of each operation would only take time."""
+        return False
+
     # -- what lives ----------------------------------------------------------------------------------------------
 
     def see(self, tensor: Tensor, kind: Kind | None = None) -> None:
         """Count a tensor's storage from now on; with `kind`, it is known what it holds."""
-        if tensor.device != self.device:
+        if device_of(tensor) != self.device:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -133,7 +145,7 @@ class LiveBytes(TorchDispatchMode):
         found = list(self._owned())
         self.operation, self._counts = at, True
         for kind, tensor in found:
-            if tensor.device == self.device and tensor.untyped_storage()._cdata in self._held:
+            if device_of(tensor) == self.device and tensor.untyped_storage()._cdata in self._held:
                 self.see(tensor, kind)
         out: dict[Kind, int] = {}
         for held in self._held.values():
@@ -172,10 +184,14 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # its local operations come by themselves
-        out = self.run(func, args, kwargs or {})
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self._exchanged(args)
-        self._seen(func, args, out)
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # most of what is called
+            self._note()
+            return args[0].fake_device
+        with torch._C.DisableTorchFunction():  # what is asked of tensors on the way is no operation of the step
+            out = self.run(func, args, kwargs or {})
+            if func.namespace in ("c10d", "_c10d_functional"):
+                self._exchanged(args)
+            self._seen(func, args, out)
         self._note()
         return out
 
@@ -186,7 +202,7 @@ class LiveBytes(TorchDispatchMode):
     def _seen(self, func: Any, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
             self.see(out)
-            if func is torch.ops.aten._to_copy.default and self._is_parameter(args[0]):
+            if func is _TO_COPY and self._is_parameter(args[0]):
                 self.see(out, Kind.gathered)
         elif isinstance(out, tuple | list):
             for each in out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trainer.planning.live import LiveBytes, Moment
+from trainer.model import flex_shapes
+from trainer.planning.live import LiveBytes, Moment, device_of
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _FILES, _OWN = ("strategies", "trainer"), ("strategies/simulation.py", "trainer/planning/")
@@ -65,26 +67,27 @@ class Recorder(LiveBytes):
         self.record = Record()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in collective_ops and func not in sync_ops:
+        known = _known(func)
+        if known.exchanges:
             self._collective(func, args)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            if args[0].device == self.device:
+        if known.reads:
+            if device_of(args[0]) == self.device:
                 self.record.host_reads[_caller()] += 1
             if hasattr(args[0], "fake_device"):  # there is no value: one that lets a run go on
                 return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
         out = func(*args, **kwargs)
-        if func in _COPIES:
+        if known.copies:
             self._move(func, args, out)
-        flops = self._flops(func, args, kwargs, out)
+        flops = self._flops(func, args, kwargs, out) if known.counted else 0.0
         self.record.flops += flops
-        if not flops and not _free(func):
+        if not flops and not known.free:
             self.record.moved[self.moment.phase] += self._size(args) + self._size(out)
         return out
 
     def _size(self, value: Any) -> int:
         """Bytes on the device of a tensor, or of tensors in lists."""
         if isinstance(value, Tensor):
-            return value.numel() * value.element_size() if value.device == self.device else 0
+            return value.numel() * value.element_size() if device_of(value) == self.device else 0
         return sum(map(self._size, value)) if isinstance(value, tuple | list) else 0
 
     def _collective(self, func: Any, args: Any) -> None:
@@ -97,27 +100,27 @@ class Recorder(LiveBytes):
                 "/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
                 max((t.numel() * t.element_size() for t in tensors), default=0),
                 self.moment,
-                all(t.device == self.device for t in tensors),
+                all(device_of(t) == self.device for t in tensors),
             )
         )
 
     def _move(self, func: Any, args: Any, out: Tensor) -> None:
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
-        if not isinstance(source, Tensor) or source.device == out.device:
+        if not isinstance(source, Tensor) or device_of(source) == device_of(out):
             return
         size = out.numel() * out.element_size()
-        if source.device == self.device:
+        if device_of(source) == self.device:
             self.record.to_host += size
         else:
             self.record.to_device += size
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         packet = func._overloadpacket
-        if func._schema.name.startswith("torch_attn::_varlen_attn"):
+        if func._schema.name.startswith(_ATTENTION):
             backward = "backward" in func._schema.name
             query = args[1] if backward else args[0]
             windows = self.squares / 2  # causal: half of each square
-            return (10 if backward else 4) * windows * query.shape[1] * query.shape[2]
+            return (10 if backward else 4) * windows * query.shape[1] * query.shape[-1]
         if packet is torch.ops.aten.addmm_:
             return 2.0 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
         if packet is torch.ops.aten._grouped_mm:  # rows by groups, each with a matrix of its own, or columns by groups
@@ -132,7 +135,33 @@ class Recorder(LiveBytes):
 
 _FREE = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
 """Operations that touch no value, beside views."""
+_ATTENTION = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
+_PRODUCTS = (torch.ops.aten.addmm_, torch.ops.aten._grouped_mm)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of an operation, whatever it is given."""
+
+    exchanges: bool
+    reads: bool
+    copies: bool
+    counted: bool
+    """Whether it may be a product or attention."""
+    free: bool
+
+
+@cache
+def _known(func: Any) -> _Known:
+    packet = func._overloadpacket
+    return _Known(
+        exchanges=func in collective_ops and func not in sync_ops,
+        reads=func is torch.ops.aten._local_scalar_dense.default,
+        copies=func in _COPIES,
+        counted=func._schema.name.startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
+        free=_free(func),
+    )
 
 
 def _free(func: Any) -> bool:
