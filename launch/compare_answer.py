@@ -34,15 +34,44 @@ COLUMNS: tuple[Column, ...] = (
     ("MFU", 7, lambda run: _number(run.measured.mfu, ".1%")),
     ("GiB", 6, lambda run: _number(run.measured.memory_gib, ".3g")),
 )
+TAKEN: tuple[Column, ...] = (
+    ("repeats", 16, lambda run: _spread(run)),
+    ("planned", 9, lambda run: _number(run.measured.planned_gib, ".3g")),
+    ("start s", 8, lambda run: _number(_started(run), ".1f")),
+    ("save s", 7, lambda run: _number(run.measured.checkpoint_s, ".2f")),
+    ("GiB saved", 10, lambda run: _number(run.measured.checkpoint_gib, ".3g")),
+    ("$/M", 8, lambda run: _number(run.taken.dollars_per_million, ".3g")),
+)
+
+
+def _started(run: Compared) -> float | None:
+    """Seconds to the first step, without the evaluation before it."""
+    m = run.measured
+    return None if m.start_s is None else m.start_s - (m.evaluation_before_s or 0)
+
+
+def _spread(run: Compared) -> str:
+    spread = run.taken.spread
+    return "-" if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
+
+
+def tables(found: Comparison) -> list[tuple[str, list[Column]]]:
+    """(title, columns) of each table; of those behind the first, columns in which no row has anything are left out."""
+    begun = [run for run in found.runs if run.measured.steps]
+    more = [("what it took", TAKEN)]
+    kept = [(title, [c for c in columns if any(c[2](run) != "-" for run in begun)]) for title, columns in more]
+    return [("", list(COLUMNS)), *((title, columns) for title, columns in kept if columns)]
 
 
 def text(found: Comparison) -> str:
     """What a person reads in a terminal."""
-    lines = [f"{'':<{NAME}}" + "".join(f"{title:>{width}}" for title, width, _ in COLUMNS)]
-    for run in found.runs:
-        cells = "".join(f"{value(run):>{width}}" for _, width, value in COLUMNS)
-        lines += [f"{run.name:<{NAME}}{cells}"] if len(run.name) < NAME else [run.name, f"{'':<{NAME}}{cells}"]
-        lines += _folded(f"  {run.point.reason}") if run.point.reason else []
+    lines: list[str] = []
+    for title, columns in tables(found):
+        lines += ["", f"{title}:".ljust(NAME) + _titles(columns)] if lines else [" " * NAME + _titles(columns)]
+        for run in found.runs if not title else [run for run in found.runs if run.measured.steps]:
+            cells = "".join(f"{value(run):>{width}}" for _, width, value in columns)
+            lines += [f"{run.name:<{NAME}}{cells}"] if len(run.name) < NAME else [run.name, f"{'':<{NAME}}{cells}"]
+            lines += _folded(f"  {run.found.reason}") if run.found.reason and not title else []
     for title, told in _sections(found):
         if told:
             lines += ["", f"{title}:"]
@@ -50,12 +79,15 @@ def text(found: Comparison) -> str:
     return "\n".join(lines)
 
 
+def _titles(columns: list[Column]) -> str:
+    return "".join(f"{title:>{width}}" for title, width, _ in columns)
+
+
 def _sections(found: Comparison) -> list[tuple[str, list[str]]]:
     return [
         ("verdict", [run.verdict for run in found.runs]),
-        (f"loss curves beside that of {found.runs[0].name}", _curves(found)),
+        ("loss curves", _curves(found)),
         ("held-out metrics, before and after", _evaluations(found)),
-        ("start, checkpoint and planned memory", [said for run in found.runs if (said := _besides(run))]),
         ("what differs", [f"{d.key}: {', '.join(short(value) for value in d.values)}" for d in found.differences]),
         ("to know", list(found.notes)),
     ]
@@ -63,16 +95,18 @@ def _sections(found: Comparison) -> list[tuple[str, list[str]]]:
 
 def _curves(found: Comparison) -> list[str]:
     lines = []
-    for run in found.runs[1:]:
+    for run in found.runs:
+        if run.against is None:
+            continue
         if run.not_comparable:
-            lines.append(f"{run.name}: not comparable: {'; '.join(run.not_comparable)}")
+            lines.append(f"{run.name}: not comparable with {run.against}: {'; '.join(run.not_comparable)}")
         elif run.apart is None:
-            lines.append(f"{run.name}: no step with a loss in both")
+            lines.append(f"{run.name}: no step with a loss that {run.against} has too")
         else:
             a = run.apart
             lines.append(
-                f"{run.name}: largest relative difference {bound(a.early)} over the first five steps (step "
-                f"{a.early_step}), {bound(a.drift)} over all {a.steps} common ones (step {a.drift_step})"
+                f"{run.name} beside {run.against}: largest relative difference {bound(a.early)} over the first five steps "
+                f"(step {a.early_step}), {bound(a.drift)} over all {a.steps} common ones (step {a.drift_step})"
             )
     return lines
 
@@ -88,39 +122,29 @@ def _evaluations(found: Comparison) -> list[str]:
     return lines
 
 
-def _besides(run: Compared) -> str:
-    """What a run took beside its steps, and what memory it was expected to take; empty where it says nothing of them."""
-    m, parts = run.measured, []
-    if m.start_s is not None:
-        evaluated = f", of which {m.evaluation_before_s:.1f} the evaluation before it" if m.evaluation_before_s else ""
-        parts.append(f"{m.start_s:.1f} s from its start to the first step{evaluated}")
-    if m.checkpoint_gib is not None:
-        took = "" if m.checkpoint_s is None else f" (the last one written took {m.checkpoint_s:.1f} s)"
-        parts.append(f"newest checkpoint {_size(m.checkpoint_gib)}{took}")
-    if m.planned_gib is not None:
-        parts.append(f"planned {_size(m.planned_gib)} a rank, measured {_size(m.memory_gib)} ({m.planned_by})")
-    return f"{run.name}: {'; '.join(parts)}" if parts else ""
-
-
-def _size(gib: float | None) -> str:
-    return "-" if gib is None else f"{gib:.2f} GiB" if gib >= 0.01 else f"{gib * 1024:.2f} MiB"
-
-
 def _folded(said: str) -> list[str]:
     return textwrap.wrap(said, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def as_markdown(found: Comparison) -> str:
     """The same as a page."""
-    titles = ["run", *(title for title, _, _ in COLUMNS), "state"]
-    lines = ["# Comparison", "", _cells(titles), _cells(["---"] * len(titles))]
-    for run in found.runs:
-        state = run.point.reason or run.point.state
-        lines.append(_cells([f"`{run.name}`", *(value(run) for _, _, value in COLUMNS), state]))
+    lines = ["# Comparison"]
+    for title, columns in tables(found):
+        titles = ["run", *(name for name, _, _ in columns), *([] if title else ["state"])]
+        lines += ["", *([f"## {title[0].upper()}{title[1:]}", ""] if title else [])]
+        lines += [_cells(titles), _cells(["---"] * len(titles))]
+        for run in found.runs if not title else [run for run in found.runs if run.measured.steps]:
+            state = [] if title else [run.found.reason or run.found.state]
+            lines.append(_cells([f"`{run.name}`", *(value(run) for _, _, value in columns), *state]))
     for title, told in _sections(found):
         if told:
             lines += ["", f"## {title[0].upper()}{title[1:]}", "", *(f"- {said}" for said in told)]
-    lines += ["", "## Runs", "", *(f"- {run.name}: `{run.point.directory}`" for run in found.runs)]
+    lines += ["", "## Runs", ""]
+    lines += [
+        f"- {run.name}: {', '.join(f'`{point.directory}`' for point in run.found.points)}"
+        for run in found.runs
+        if run.found.row.directories
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -131,14 +155,16 @@ def _cells(values: list[str]) -> str:
 def as_dict(found: Comparison) -> dict[str, Any]:
     """The comparison as JSON values; GiB, seconds, tokens a second of all ranks together."""
     return {
-        "first": found.runs[0].name,
+        "first": found.first,
         "runs": [
             {
                 "name": run.name,
-                "directory": str(run.point.directory),
-                "state": run.point.state,
-                "reason": run.point.reason,
-                "measured": asdict(run.measured),
+                "directory": str(run.point.directory) if run.found.row.directories else None,
+                "repeats": [str(point.directory) for point in run.found.points if run.found.row.directories],
+                "state": run.found.state,
+                "reason": run.found.reason,
+                "measured": asdict(run.measured) | asdict(run.taken),
+                "against": run.against,
                 "apart": None if run.apart is None else {**asdict(run.apart), "same": run.apart.same},
                 "not_comparable": list(run.not_comparable),
                 "verdict": run.verdict,
@@ -158,16 +184,22 @@ def as_csv(found: Comparison) -> str:
         measured = asdict(run.measured)
         before, after, quartiles = (measured.pop(key) for key in ("before", "after", "tokens_per_s_quartiles"))
         low, high = quartiles or (None, None)
+        taken = {key: value for key, value in asdict(run.taken).items() if key != "tokens_per_s_repeats"}
+        slowest, fastest = run.taken.spread or (None, None)
         distance = asdict(run.apart) if run.apart else {}
         rows.append(
             {
                 "name": run.name,
-                "directory": str(run.point.directory),
-                "state": run.point.state,
-                "reason": run.point.reason,
+                "directory": str(run.point.directory) if run.found.row.directories else None,
+                "state": run.found.state,
+                "reason": run.found.reason,
                 **measured,
                 "tokens_per_s_low": low,
                 "tokens_per_s_high": high,
+                **taken,
+                "tokens_per_s_slowest": slowest,
+                "tokens_per_s_fastest": fastest,
+                "against": run.against,
                 "apart_early": distance.get("early"),
                 "apart_early_step": distance.get("early_step"),
                 "apart_drift": distance.get("drift"),

@@ -47,13 +47,19 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         config.substitutions |= settle_merge(config.export, config.tuning)
         if check:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
-            found = [*problems_of(config, world_size=world_size_of(config)), *_devices(config)]
             problems += [
-                p for p in found if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
+                p
+                for p in refusals(config)
+                if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
             ]
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, to_yaml(config), identity(config), list(argv))
+
+
+def refusals(config: RunConfig) -> list[str]:
+    """Why a run of this configuration would be refused before anything starts; empty where it would not."""
+    return [*problems_of(config, world_size=world_size_of(config)), *_devices(config)]
 
 
 def world_size_of(config: RunConfig) -> int | None:

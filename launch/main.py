@@ -28,7 +28,7 @@ GROUPS = {
         "logs": "what a run said: the last lines of the right file; --follow",
     },
     "judge": {
-        "compare": "set runs side by side: `shardtune compare runs/a runs/b`",
+        "compare": "run points over axes and set them side by side, or runs that exist",
     },
     "ship": {
         "export": "turn a checkpoint into a model directory that transformers loads",

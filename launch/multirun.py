@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from strategies.errors import ConfigError, ShardtuneError
+from trainer.config.resuming import flat, plain
 
 if TYPE_CHECKING:
     from launch.frozen import Composed
@@ -30,8 +31,8 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
     `check`: whether each point is validated, as running one needs.
     """
+    from launch.axes import expand
     from launch.compose import compose, default_run_dir
-    from launch.overrides import expand
 
     points, problems, composed = expand(words), [], []
     for number, point in enumerate(points):
@@ -52,17 +53,33 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
     run_dirs = [base / str(number) for number in range(len(points))]
     labels = [_changed(words, point) for point in points]
     if composed[0].config.launcher.name.value == "slurm":
-        return _submit(composed, run_dirs)
+        return submit_array(composed, run_dirs)
     return _one_by_one(composed, run_dirs, labels, launch)
 
 
-def _submit(composed: list[Composed], run_dirs: list[Path]) -> int:
+def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
+    """Freeze the runs and submit them as one job array; returns 0. Raises ConfigError as `refuse_unlike` does."""
     from launch.compose import freeze
     from launch.slurm import submit
 
+    refuse_unlike(composed)
     for one, run_dir in zip(composed, run_dirs, strict=True):
         freeze(one, run_dir)
     return submit(composed[0].config, run_dirs, print_only=False)
+
+
+def refuse_unlike(composed: list[Composed]) -> None:
+    """Raise ConfigError where the runs ask for different jobs: all tasks of an array are alike."""
+    jobs = [flat(plain(one.config)) for one in composed]
+    settings = [
+        {key: value for key, value in job.items() if key.startswith("launcher.") or key == "run.threads"}
+        for job in jobs
+    ]
+    if other := sorted({key for each in settings for key, value in each.items() if settings[0].get(key) != value}):
+        raise ConfigError(
+            f"{', '.join(other)}: the tasks of one job array have the same; submit one array for each value, each with a "
+            "directory of its own"
+        )
 
 
 def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:

@@ -7,18 +7,21 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.run import RunConfig
 from trainer.records.lease import other_owner
 from trainer.records.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
+
+if TYPE_CHECKING:
+    from launch.torchrun import Aside
 
 Records = tuple[dict[str, Any], dict[str, Any]]
 FINAL = {signal.SIGTERM, signal.SIGINT}
 """Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
 
 
-def supervised(config: RunConfig, run_dir: Path, sha256: str) -> int:
+def supervised(config: RunConfig, run_dir: Path, sha256: str, aside: Aside | None = None) -> int:
     """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
 
     Never again after an error of the user's or of ours, after TERM or Ctrl-C, or where the host ran out of memory.
@@ -28,11 +31,9 @@ def supervised(config: RunConfig, run_dir: Path, sha256: str) -> int:
     left, number = dict(config.launcher.retry), 0
     try:
         while True:
-            os.environ[STARTED_AGAIN] = str(
-                number
-            )  # for what the ranks write into `status.json`, and for what is written here
+            os.environ[STARTED_AGAIN] = str(number)  # for what the ranks, and this process, write into `status.json`
             before = begin(run_dir)
-            ended, signals = start(config, run_dir, f"{sha256[:8]}-{number}" if number else sha256[:8])
+            ended, signals = start(config, run_dir, f"{sha256[:8]}-{number}" if number else sha256[:8], aside)
             code = outcome(run_dir, ended, before)
             cause = _cause(run_dir, code, signals)
             if cause is None or left.get(cause, 0) < 1:

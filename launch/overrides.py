@@ -1,13 +1,12 @@
 """The words of the command line, `key=value`, read without stopping at the first mistake.
 
-Owns the grammar: group choices apart from values, paths and other text kept as typed, sweeps expanded, and for every
+Owns the grammar of one run's words: group choices apart from values, paths and other text kept as typed, and for every
 word that cannot be used a line that says what was probably meant. Hydra's own parser reads everything that is not text.
 """
 
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
@@ -16,13 +15,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
 from launch.removed import REMOVED
 
-PATH_KEYS = frozenset(
-    {"model.path", "model.tokenizer", "model.chat_template", "data.path", "data.eval_path", "data.test_path"}
-    | {"data.cache_dir", "data.decontamination.paths", "objective.teacher.path"}
-    | {"run.dir", "run.resume", "strategy.nvme_path", "launcher.python", "tuning.targets", "tuning.modules"}
-    | {"tuning.from", "tuning.from_"}
-)
-"""Keys whose value is never a sweep: a comma belongs to the path (or the regular expression)."""
 WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
@@ -112,25 +104,6 @@ def parse(words: list[str]) -> Parsed:
         else:
             _assign(parsed, known, key, text, word)
     return parsed
-
-
-def expand(words: list[str]) -> list[list[str]]:
-    """The points of a sweep: the cartesian product of every word that gives several values (last word fastest)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser, axes = OverridesParser.create(), []
-    for word in words:
-        points = [word]
-        if word.split("=")[0] not in PATH_KEYS:
-            try:
-                override = parser.parse_override(word)
-                if override.is_sweep_override():
-                    points = [f"{override.get_key_element()}={point}" for point in override.sweep_string_iterator()]
-            except (HydraException, NotImplementedError):
-                pass  # reported when the point is composed
-        axes.append(points)
-    return [list(point) for point in itertools.product(*axes)]
 
 
 def unknown_key(key: str, word: str, known: dict[str, Setting]) -> tuple[str, str | None]:

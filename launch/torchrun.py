@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,14 @@ OUT_OF_MEMORY = (
 """Of a rank that the kernel killed: an error, which another start would meet again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Where what the processes print is appended, in place of the terminal, and who is called a few times a second."""
+
+    output: Path
+    look: Callable[[], None]
+
+
 def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
     """torchrun's own arguments for these processes; `run_id` names the rendezvous of a multi-host run."""
     words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
@@ -51,7 +60,7 @@ def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
     return [*words, "-m", "launch.train"]
 
 
-def start(config: RunConfig, run_dir: Path, run_id: str) -> tuple[int, set[int]]:
+def start(config: RunConfig, run_dir: Path, run_id: str, aside: Aside | None = None) -> tuple[int, set[int]]:
     """Run the frozen configuration of `run_dir` to its end; returns torchrun's exit code, or 130 after Ctrl-C, and what came.
 
     Signals that ask to save are passed on to the ranks; Ctrl-C gives them a few seconds, then kills.
@@ -66,11 +75,11 @@ def start(config: RunConfig, run_dir: Path, run_id: str) -> tuple[int, set[int]]
     root = str(Path(__file__).resolve().parent.parent)  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     _adopt_orphans()
-    with _signals_held() as (pending, came):
+    with _signals_held() as (pending, came), _printed(aside) as printed:
         # A session of its own keeps the terminal's Ctrl-C for us alone.
-        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent)
+        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **printed)
         try:
-            return _watch(agent, pending), came
+            return _watch(agent, pending, aside), came
         finally:
             _end_all(agent)
 
@@ -115,9 +124,22 @@ def _signals_held() -> Iterator[tuple[list[int], set[int]]]:
             signal.signal(number, handler)
 
 
-def _watch(agent: subprocess.Popen[bytes], pending: list[int]) -> int:
+@contextlib.contextmanager
+def _printed(aside: Aside | None) -> Iterator[dict[str, Any]]:
+    """Where the processes print to, as `Popen` takes it."""
+    if aside is None:
+        yield {}
+        return
+    aside.output.parent.mkdir(parents=True, exist_ok=True)
+    with aside.output.open("ab") as file:
+        yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+
+
+def _watch(agent: subprocess.Popen[bytes], pending: list[int], aside: Aside | None) -> int:
     interrupted_at: float | None = None
     while True:
+        if aside is not None:
+            aside.look()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = agent.wait(timeout=0.2)
             return 130 if interrupted_at is not None else code

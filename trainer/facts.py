@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from strategies.audit import sharding_record
 from strategies.base import Engine, Precision
 from strategies.hardware import advice
@@ -109,6 +111,7 @@ def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "tokens_per_step": round(mean_tokens * config.batch["global"]),
         "host": socket.gethostname(),
         "device": str(runtime.device),
+        "device_name": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
         "resumed_from": resumed_from.name if resumed_from else None,
         "base_model": config.model.path,
         "quantisation": None if built.scheme is None else str(built.scheme),

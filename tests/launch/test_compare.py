@@ -164,7 +164,7 @@ def test_files_for_others(runs, tmp_path, capsys):
     [
         (["runs/0", "cache"], "cache: not a run directory (there is no config.yaml in it"),
         (["runs/0", "runs/7"], "runs/7: there is no such directory"),
-        (["strategy=ddp,fsdp2"], "strategy=ddp,fsdp2: compare reads runs that exist; run the points first"),
+        (["runs/0", "strategy=ddp,fsdp2"], "runs/0: not of the form key=value; name runs that exist, or settings"),
         (["runs", "runs/1"], "runs/1: named twice"),
         (["runs", "--jsn"], "--jsn: there is no such flag"),
         (["runs", "to=train.jsonl"], "to=train.jsonl: is a file; name a directory"),
@@ -234,8 +234,9 @@ def test_what_runs_noted_beside_their_steps(runs, capsys):
         for key in ("start_s", "evaluation_before_s", "checkpoint_s"):
             assert measured[key] == receipt["measured"][key] > 0, key
         assert measured["planned_gib"] == receipt["predicted"]["memory_gib"]
-        assert f"{found['name']}: {measured['start_s']:.1f} s from its start to the first step" in said
-        assert f"({receipt['predicted']['memory_by']})" in said
+        started = f"{measured['start_s'] - measured['evaluation_before_s']:.1f} {measured['checkpoint_s']:.2f} "
+        assert f"{found['name']} {measured['planned_gib']:.3g} {started}" in said
+        assert f"Planned memory: {receipt['predicted']['memory_by']}" in said
     assert code == 0 and max(map(len, out.splitlines())) <= 80
 
 

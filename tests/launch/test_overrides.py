@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from launch.axes import expand
 from launch.compose import compose
-from launch.overrides import expand, settings
+from launch.overrides import settings
 from launch.removed import REMOVED
 from strategies.errors import ConfigError
 
@@ -144,13 +145,41 @@ def test_a_typed_budget_replaces_that_of_an_experiment():
     assert (config.budget.steps, config.budget.epochs) == (7, None)
 
 
-def test_sweeps_are_the_cartesian_product_and_never_split_a_path():
-    points = expand(["data.path=a,b.jsonl", "strategy=ddp,fsdp2", "optim.lr=1e-3,1e-4", "run.seed=range(0,2)"])
+def test_sweeps_are_the_cartesian_product():
+    points = expand(["strategy=ddp,fsdp2", "optim.lr=1e-3,1e-4", "run.seed=range(0,2)"])
     assert len(points) == 8
-    assert {point[0] for point in points} == {"data.path=a,b.jsonl"}
-    assert points[0][1:] == ["strategy=ddp", "optim.lr=0.001", "run.seed=0"]
-    assert points[-1][1:] == ["strategy=fsdp2", "optim.lr=0.0001", "run.seed=1"]
+    assert points[0] == ["strategy=ddp", "optim.lr=1e-3", "run.seed=0"]
+    assert points[-1] == ["strategy=fsdp2", "optim.lr=1e-4", "run.seed=1"]
     assert expand(["optim.lr=["]) == [["optim.lr=["]]
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("data.path=a.jsonl,b/c d.jsonl", ["a.jsonl", "b/c d.jsonl"]),
+        ("data.path='a,b.jsonl'", ["'a,b.jsonl'"]),
+        ("data.path='a,b.jsonl',c.jsonl", ["'a,b.jsonl'", "c.jsonl"]),
+        ("data.path=data/{a,b}.jsonl", ["data/{a,b}.jsonl"]),
+        ("tuning.targets=[q_proj,v_proj],[q_proj]", ["[q_proj,v_proj]", "[q_proj]"]),
+        ("tuning.targets=.*(q,v),all", [".*(q,v)", "all"]),
+        ("data.path=it's.jsonl,b.jsonl", ["it's.jsonl", "b.jsonl"]),
+        ("run.seed=choice(1,2)", ["1", "2"]),
+        ("tuning.targets=.*(q|v)_proj", [".*(q|v)_proj"]),
+    ],
+)
+def test_a_comma_that_stands_free_is_an_axis(word, values):
+    key = word.partition("=")[0]
+    assert [point[0] for point in expand([word])] == [f"{key}={value}" for value in values]
+
+
+def test_a_quoted_comma_is_part_of_the_value():
+    (point,) = expand(["data.path='a,b.jsonl'"])
+    assert compose(point, check=False).config.data.path == "a,b.jsonl"
+
+
+def test_nothing_between_commas_is_an_error():
+    with pytest.raises(ConfigError, match="strategy=ddp,: nothing stands between two commas"):
+        expand(["strategy=ddp,"])
 
 
 def test_a_setting_that_is_gone_is_told_what_does_its_job():

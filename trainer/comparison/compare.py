@@ -2,59 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from trainer.comparison.curves import FIRST_STEPS, SAME, Apart, apart, not_finite, other_curves
+from trainer.comparison.asked import Row
+from trainer.comparison.curves import FIRST_STEPS, SAME, Apart, apart, leader, not_finite, other_curves
 from trainer.comparison.naming import Difference, differing, names
-from trainer.comparison.reading import Measured, Point, measure, read_point
+from trainer.comparison.reading import Measured, Point
+from trainer.comparison.repeats import REFUSED, Repeated, Taken, read_row
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One run of a comparison."""
+    """One row of a comparison."""
 
     name: str
-    point: Point
-    measured: Measured
+    found: Repeated
+    against: str | None
+    """Whose curve its own is set beside: the first run's, or that of the first one whose loss is promised to be the same."""
     apart: Apart | None
-    """From the first run's curve; None for the first, and where the curves cannot be compared."""
+    """From that curve; None for the first, and where the curves cannot be compared."""
     not_comparable: tuple[str, ...]
     """Why not, setting by setting."""
     verdict: str
 
+    @property
+    def point(self) -> Point:
+        """Its first repeat."""
+        return self.found.point
+
+    @property
+    def measured(self) -> Measured:
+        """Its numbers, over all repeats."""
+        return self.found.measured
+
+    @property
+    def taken(self) -> Taken:
+        """What else it took."""
+        return self.found.taken
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Runs in the order they were given; the first is what the others are compared with."""
+    """Rows in the order they were given."""
 
     runs: tuple[Compared, ...]
+    first: str
+    """What the others are compared with: the first that took a step."""
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
     """What to know before the numbers are used."""
 
 
-def compare(directories: list[Path]) -> Comparison:
-    """Read the runs and compare them with the first. Raises ConfigError where a directory holds no run."""
-    points = [read_point(directory) for directory in directories]
+def compare(rows: Sequence[Row], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
+    """Read the rows and compare them with the first. Raises ConfigError where a directory holds no run.
+
+    `price_of` a card, by its driver's name: US dollars an hour, or None.
+    """
+    found = [read_row(row, price_of) for row in rows]
+    points = [each.point for each in found]
     differences = differing(points)
-    named = names(points, differences)
-    numbers = [measure(point) for point in points]
+    made = names(points, differences)
+    named = [row.name or name for row, name in zip(rows, made, strict=True)]
+    first = next((number for number, point in enumerate(points) if point.steps), 0)
     runs = []
-    for name, point, measured in zip(named, points, numbers, strict=True):
-        is_first = point is points[0]
-        why_not = () if is_first else tuple(other_curves(points[0], point))
-        distance = None if is_first or why_not else apart(points[0], point)
-        parts = [] if is_first else [_loss(named[0], distance, why_not)]
-        parts += [] if is_first else _ratios(numbers[0], measured)
-        parts[:0] = [point.ended] if point.ended else []
-        if (broke := not_finite(point)) is not None:
+    for number, each in enumerate(found):
+        against = None if number == first or each.state == REFUSED else leader(points, number, first)
+        why_not: tuple[str, ...] = ()
+        distance = None
+        if against is not None:
+            why_not = tuple(other_curves(points[against], each.point))
+            distance = None if why_not else apart(points[against], each.point)
+        name = None if against is None else named[against]
+        parts = [each.ended] if each.ended else []
+        parts += [] if name is None else [_loss(name, distance, why_not)]
+        parts += [] if name is None else _ratios(found[first], each, None if against == first else named[first])
+        if (broke := not_finite(each.point)) is not None:
             parts.append(f"its loss is NaN or infinite from step {broke} on")
-        verdict = f"{name}: {'; '.join(parts[:-1]) + '; ' + parts[-1] if len(parts) > 1 else ''.join(parts)}"
-        if is_first:
-            verdict = f"{name} is what the others are compared with{'; ' + '; '.join(parts) if parts else ''}"
-        runs.append(Compared(name, point, measured, distance, why_not, verdict))
-    return Comparison(tuple(runs), tuple(differences), tuple(_notes(points, numbers)))
+        verdict = f"{named[number]}: {'; '.join(parts)}"
+        if number == first:
+            verdict = "; ".join([f"{named[number]} is what the others are compared with", *parts])
+        runs.append(Compared(named[number], each, name, distance, why_not, verdict))
+    return Comparison(tuple(runs), named[first], tuple(differences), tuple(_notes(found, named)))
 
 
 def _loss(first: str, distance: Apart | None, why_not: tuple[str, ...]) -> str:
@@ -64,10 +93,11 @@ def _loss(first: str, distance: Apart | None, why_not: tuple[str, ...]) -> str:
         return f"its losses cannot be compared with those of {first} (other {', '.join(settings[:3])}{more})"
     if distance is None:
         return f"no step to compare with {first}"
+    few = f" over {distance.steps} step{'s' if distance.steps > 1 else ''}" if distance.steps < FIRST_STEPS else ""
     if not distance.early:
-        return f"same loss as {first}, to the last digit"
+        return f"same loss as {first}, to the last digit{few}"
     if distance.same:
-        return f"same loss as {first} within {bound(distance.early)}"
+        return f"same loss as {first} within {bound(distance.early)}{few}"
     return f"not the loss of {first}: {bound(distance.early)} apart at step {distance.early_step}"
 
 
@@ -76,22 +106,30 @@ def bound(value: float) -> str:
     return f"{value:.1g}".replace("e-0", "e-") if value else "0"
 
 
-def _ratios(first: Measured, other: Measured) -> list[str]:
-    found = []
+def _ratios(first: Repeated, other: Repeated, whose: str | None) -> list[str]:
+    """Speed and memory beside the first row's; `whose` names it where the sentence has named another."""
+    found, whose_own = [], "its" if whose is None else "the"
     for what, a, b in (
-        ("tokens/s", first.tokens_per_s, other.tokens_per_s),
-        ("memory", first.memory_gib, other.memory_gib),
+        ("tokens/s", first.measured.tokens_per_s, other.measured.tokens_per_s),
+        ("memory", first.measured.memory_gib, other.measured.memory_gib),
     ):
         if a and b:
-            found.append(f"{_times(b / a)} x its {what}")
-    return [", ".join(found)] if found else []
+            noise = what == "tokens/s" and _overlap(first.taken.spread, other.taken.spread)
+            found.append(f"{_times(b / a)} x {whose_own} {what}{' (less than the repeats differ)' if noise else ''}")
+    return [", ".join(found) + ("" if whose is None else f" of {whose}")] if found else []
+
+
+def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 0.1 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def _notes(points: list[Point], numbers: list[Measured]) -> list[str]:
+def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
+    points = [point for row in rows for point in row.points]
+    numbers = [row.measured for row in rows]
     told = [point.facts for point in points if point.facts]
     found = []
     peaks = [float(facts["reference_tflops"]) for facts in told if facts.get("reference_tflops")]
@@ -113,8 +151,13 @@ def _notes(points: list[Point], numbers: list[Measured]) -> list[str]:
         )
     if any(facts.get("device") == "cpu" for facts in told):
         found.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
+    found += [f"Planned memory: {by}" for by in sorted({m.planned_by for m in numbers if m.planned_by})]
     if len(points) > 1:
         found.append(
             f"Same loss: at most {SAME:g} apart, relatively, over the first {FIRST_STEPS} steps that both runs have"
         )
+    for row, name in zip(rows, named, strict=True):
+        distances = [distance for other in row.points[1:] if (distance := apart(row.point, other))]
+        if drift := max((distance.drift for distance in distances), default=0.0):
+            found.append(f"The repeats of {name} are up to {bound(drift)} apart in their losses")
     return found

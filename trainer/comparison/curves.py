@@ -15,6 +15,13 @@ KINDS = ("data", "order", "objective")
 """What must be the same for losses of the same step to be of the same documents and of the same kind."""
 
 
+OF_SPEED = (
+    *("strategy", "launcher", "logging", "checkpoint", "export", "evaluation", "batch.micro", "substitutions"),
+    *("model.attention", "model.keep_packed", "data.layout", "data.cache_dir", "data.workers", "data.verify"),
+)
+"""Settings that decide where and how fast a step is computed, never which: the loss is promised to be the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Apart:
     """Relative differences of two curves over the steps that both have."""
@@ -50,6 +57,27 @@ def apart(first: Point, other: Point) -> Apart | None:
 
 def _relative(a: float, b: float) -> float:
     return abs(a - b) / abs(a) if a else abs(b - a) / (abs(b) or 1.0)
+
+
+def leader(points: list[Point], number: int, first: int) -> int | None:
+    """Which curve that of a point is set beside: the earliest whose loss is promised to be the same, else the first.
+
+    None for a point before the first that has steps.
+    """
+    if number < first:
+        return None
+    job = _job(points[number])
+    return next((n for n in range(number) if points[n].steps and _job(points[n]) == job), first)
+
+
+def _job(point: Point) -> dict[str, Any]:
+    """The settings that decide what the steps are."""
+    return {
+        key: value
+        for key, value in point.config.items()
+        if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in OF_SPEED)
+        and (key == "run.seed" or not key.startswith("run."))
+    }
 
 
 def not_finite(point: Point) -> int | None:

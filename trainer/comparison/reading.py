@@ -75,7 +75,7 @@ class Measured:
     tokens_per_s_quartiles: tuple[float, float] | None
     """Between these lie half of the steps."""
     warmup_steps: int
-    """Steps of the first logging interval, left out of the medians; 0 where there are no others."""
+    """Steps left out of the medians, the first logging interval's as a rule; 0 where there are no others."""
     memory_gib: float | None
     """The largest peak of all ranks and steps."""
     memory_reserved_gib: float | None
@@ -173,13 +173,13 @@ def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, fl
     return steps, evaluations
 
 
-def measure(point: Point) -> Measured:
-    """The numbers that are compared."""
+def measure(point: Point, warmup: int = 1) -> Measured:
+    """The numbers that are compared; the first `warmup` steps are left out of speeds, with the rest of their interval."""
     rows = list(point.steps.values())
     every = int(point.config.get("logging.every_steps") or 1)
     first = min(point.steps, default=0)
     # As in the run's own medians: the first interval has caches to fill and kernels to choose.
-    ends = (first + every - 1) // every * every
+    ends = (first - 1 + warmup + every - 1) // every * every
     usual = [row for step, row in point.steps.items() if step > ends]
     rates = {key: _finite(usual or rows, key) for key in RATES}
     speeds = rates["tokens_per_s"]

@@ -1,0 +1,122 @@
+"""Where a comparison is while its points run: point, step, and about how long it will take. On stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean
+
+from strategies.errors import ConfigError
+
+LOOK_S = 1.0
+"""Seconds between two looks at a run's files."""
+LINE_S = 60.0
+"""Seconds between two lines where they cannot be written over."""
+TAIL = 65536
+"""Bytes at the end of a file in which its last row is looked for."""
+
+
+class Progress:
+    """`of` runs, of which `done` were there before."""
+
+    def __init__(self, of: int, done: int) -> None:
+        self.of, self.number = of, done
+        self._out = sys.stderr
+        self._terminal = self._out.isatty()
+        self._took: list[float] = []
+        self._looked = self._told = 0.0
+        if done:
+            self._say(f"{done} of {of} runs are done already")
+
+    def begin(self, name: str, run_dir: Path, steps: int | None) -> None:
+        """A run starts."""
+        self.number += 1
+        self._name, self._run_dir, self._steps = name, run_dir, steps
+        self._before = _last_step(run_dir)
+        self._began = self._told = time.monotonic()
+        if not self._terminal:
+            self._say(f"[{self.number}/{self.of}] {name} -> {run_dir}")
+
+    def passed_over(self) -> None:
+        """A run is not started, since its point failed before."""
+        self.number += 1
+
+    def look(self) -> None:
+        """Tell where the run is, if it is time; called often."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        if self._terminal or now - self._told >= LINE_S:
+            self._told = now
+            self._say(self._state(now), over=True)
+
+    def end(self, code: int, output: Path) -> None:
+        """The run has ended with this exit code; what it printed is in `output`."""
+        from trainer.comparison.reading import read_point
+
+        took = time.monotonic() - self._began
+        facts, reason = {}, None
+        with suppress(ConfigError):  # of a file that cannot be read the answer will say so
+            point = read_point(self._run_dir)
+            facts, reason = point.facts, point.reason
+        if code == 0:
+            self._took.append(took)
+            speed = ((facts.get("outcome") or {}).get("speed") or {}).get("tokens_per_s")
+            said = f"done in {span(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        elif code in (75, 130):
+            said = f"{reason or 'stopped'}; the same command goes on here"
+        else:
+            said = f"{reason or f'ended with {code}'}; what it printed: {output}"
+        self._say(f"[{self.number}/{self.of}] {self._name}: {said}")
+
+    def _state(self, now: float) -> str:
+        step = _last_step(self._run_dir)
+        if self._steps is None:
+            with suppress(OSError, ValueError, TypeError):
+                self._steps = json.loads((self._run_dir / "run.json").read_text(encoding="utf-8")).get("total_steps")
+        told = f"[{self.number}/{self.of}] {self._name}: " + (
+            f"step {step}" + (f" of {self._steps}" if self._steps else "") if step else "starting"
+        )
+        left = self._left(now, step)
+        return told if left is None else f"{told}, about {span(left)} left"
+
+    def _left(self, now: float, step: int) -> float | None:
+        """Seconds to the end of all runs: each as long as those before it; of the first as its steps go."""
+        took, here = mean(self._took) if self._took else None, now - self._began
+        if took is None and self._steps and step > self._before:
+            took = here * (self._steps - self._before) / (step - self._before)
+        return None if took is None else max(0.0, took - here) + took * (self.of - self.number)
+
+    def _say(self, text: str, *, over: bool = False) -> None:
+        """A line; in a terminal the next one takes its place where it is `over`."""
+        with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
+            print(
+                f"\r\033[K{text[:110] if over else text}" if self._terminal else text,
+                end="" if self._terminal and over else "\n",
+                file=self._out,
+                flush=True,
+            )
+
+
+def span(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _last_step(run_dir: Path) -> int:
+    """The last step in `metrics.jsonl`; 0 before there is one."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return 0

@@ -1,0 +1,221 @@
+"""`shardtune compare` over axes: real points on two ranks, one refused, one that fails, stopped by Ctrl-C and gone on with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from launch.points import plan_points
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir
+from tests.helpers.launching import clean_environment
+from tests.helpers.speed import seconds
+from tests.helpers.tokenizers import write_chat_data
+from trainer.records.status import State, write_status
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    path = tmp_path_factory.mktemp("points")
+    write_chat_data(path / "train.jsonl", 32)
+    model_dir(path)
+    return path
+
+
+def words(site, *more: str) -> list[str]:
+    return [f"model.path={site / 'llama'}", f"data.path={site / 'train.jsonl'}", "debug=cpu2", *more]
+
+
+POINTS = ["optim.lr=1e-4,1e30", "strategy=ddp,fsdp2,single", "optim.max_skipped_steps=2", "compare.steps=6"]
+POINTS += ["compare.repeats=2", "compare.skip=[optim.lr=1e30+strategy=fsdp2,optim.lr=1e30+strategy=single]"]
+
+
+@pytest.fixture(scope="module")
+def compared(site):
+    """(what Ctrl-C left, the same command's answer, the time at which the first point was done)."""
+    command = [
+        sys.executable,
+        "-m",
+        "launch.main",
+        "compare",
+        *words(site, *POINTS),
+        f"data.cache_dir={site / 'cache'}",
+    ]
+    command += [f"to={site / 'to'}", "--json"]
+    env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
+    first = subprocess.Popen(
+        command, env=env, cwd=site, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    watch = threading.Timer(seconds(300), first.kill)
+    watch.start()
+    told = ""
+    for line in first.stderr:
+        told += line
+        if line.startswith("[2/6] lr1e-4-fsdp2 -> "):
+            os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+            break
+    out, rest = first.communicate()
+    watch.cancel()
+    assert first.returncode == 130, told + rest
+    status = site / "to/lr1e-4-ddp/status.json"
+    done_at = status.stat().st_mtime_ns
+    again = subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=seconds(600))
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    return json.loads(out), json.loads(again.stdout), told + rest, again.stderr, done_at
+
+
+def test_ctrl_c_keeps_what_was_measured(compared):
+    stopped, _, told, _, _ = compared
+    states = {run["name"]: run["state"] for run in stopped["runs"]}
+    assert states.pop("lr1e-4-fsdp2") in ("preempted", "failed")  # saved, or killed before it could
+    assert states == {
+        "lr1e-4-ddp": "not started",  # its second repeat
+        "lr1e-4-single": "refused",
+        "lr1e30-ddp": "not started",
+    }
+    assert stopped["runs"][0]["measured"]["steps"] == 6
+    assert "the same command goes on here" in told
+
+
+def test_the_same_command_goes_on(compared, site):
+    """What was done is not run again, and every second time the order is the other way round."""
+    _, found, _, told, done_at = compared
+    assert (site / "to/lr1e-4-ddp/status.json").stat().st_mtime_ns == done_at
+    assert "1 of 6 runs are done already" in told
+    started = re.findall(r"^\[(\d)/6\] (\S+) -> \S+/(\S+)$", told, re.MULTILINE)
+    assert [(int(number), run) for number, _, run in started] == [
+        (2, "lr1e-4-fsdp2"),
+        (3, "lr1e30-ddp"),
+        (5, "lr1e-4-fsdp2-repeat2"),  # what had failed was not tried twice by one command
+        (6, "lr1e-4-ddp-repeat2"),
+    ]
+    assert [run["measured"]["repeats"] for run in found["runs"]] == [2, 2, 0, 1]
+
+
+def test_the_answer(compared, site):
+    """Parity, a failed and a refused row with their reasons, repeats, and one preparation for all."""
+    _, found, _, told, _ = compared
+    ddp, fsdp2, single, failed = found["runs"]
+    assert found["first"] == "lr1e-4-ddp" and fsdp2["against"] == "lr1e-4-ddp"
+    assert fsdp2["apart"]["same"] and fsdp2["apart"]["early"] <= 1e-5 and fsdp2["apart"]["steps"] == 6
+    assert [ddp["state"], fsdp2["state"]] == ["done", "done"]
+    assert single["state"] == "refused" and "runs in one process, not 2" in single["reason"]
+    assert failed["state"] == "failed" and "gradients were not finite for 2 steps" in failed["reason"]
+    assert "lr1e30-ddp: failed at step 3" in told and "output.log" in told
+    assert "gradients were not finite" in (site / "to/lr1e30-ddp/logs/output.log").read_text()
+    for run in (ddp, fsdp2):
+        took = run["measured"]
+        speeds = [json.loads((site / name / "run.json").read_text())["outcome"]["speed"] for name in run["repeats"]]
+        assert took["tokens_per_s_repeats"] == [pytest.approx(speed["tokens_per_s"]) for speed in speeds]
+        assert took["tokens_per_s"] == pytest.approx(sum(took["tokens_per_s_repeats"]) / 2)
+        receipts = [json.loads((site / name / "run.json").read_text())["receipt"] for name in run["repeats"]]
+        assert took["planned_gib"] == receipts[0]["predicted"]["memory_gib"] > 0
+        assert took["memory_gib"] == max(receipt["measured"]["memory_gib"] for receipt in receipts)
+        assert took["start_s"] == pytest.approx(sum(r["measured"]["start_s"] for r in receipts) / 2)
+        assert min(r["measured"]["checkpoint_s"] for r in receipts) <= took["checkpoint_s"]
+    assert len({json.loads(p.read_text())["data_directory"] for p in (site / "to").glob("*/run.json")}) == 1
+
+
+def test_the_directory_gives_the_same_answer(compared, site, capsys, monkeypatch):
+    monkeypatch.chdir(site)
+    assert main(["compare", "to", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [run["verdict"] for run in again["runs"]] == [run["verdict"] for run in compared[1]["runs"]]
+    assert [run["measured"] for run in again["runs"]] == [run["measured"] for run in compared[1]["runs"]]
+    page = (site / "to/compare.md").read_text()
+    assert "## What it took" in page and "refused: strategy=single" in page
+
+
+def listed(site, *more: str) -> list[str]:
+    return [point.name for point in plan_points(words(site, "strategy=ddp", "compare.steps=2", *more)).points]
+
+
+def test_conditions(site):
+    axes = ("tuning=full,lora", "optim.lr=2e-5,2e-4")
+    assert listed(site, *axes) == ["full-lr2e-5", "full-lr2e-4", "lora-lr2e-5", "lora-lr2e-4"]
+    assert listed(site, *axes, "compare.skip=[tuning=full+optim.lr=2e-4]") == [
+        "full-lr2e-5",
+        "lora-lr2e-5",
+        "lora-lr2e-4",
+    ]
+    where = "compare.where=[tuning=full+optim.lr=2e-5, tuning=lora optim.lr=2e-4]"
+    assert listed(site, *axes, where) == ["full-lr2e-5", "lora-lr2e-4"]
+    lists = ("tuning=lora", "tuning.targets=[q_proj,v_proj],[q_proj]")
+    assert listed(site, *lists) == ["targets_q_proj_v_proj", "targets_q_proj"]
+    assert listed(site, *lists, "compare.repeats=2", "compare.skip=[tuning.targets=[q_proj,v_proj]]") == [
+        "targets_q_proj"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["strategy=ddp"], "nothing to compare: no word has several values"),
+        (["strategy=ddp,fsdp2", "compare.skip=[strategy=ddp]"], "the conditions leave no two points"),
+        (
+            ["strategy=ddp,fsdp2", "compare.skip=[strategy=zero2]"],
+            "compare.skip: strategy=zero2: strategy takes ddp, fsdp2",
+        ),
+        (["strategy=ddp,fsdp2", "compare.where=[tuning=lora+strategy=ddp]"], "tuning=lora: no axis of this comparison"),
+        (["strategy=ddp,fsdp2", "compare.where=[strategy=ddp]"], "says nothing more of such points"),
+        (["strategy=ddp,fspd2"], "fspd2: strategy=fspd2: no such choice"),
+        (["strategy=ddp,fsdp2", "optim.lrr=1"], "optim.lrr=1: there is no setting optim.lrr"),
+        (["strategy=ddp,ddp"], "ddp-2: the same as another point"),
+        (["strategy=ddp,fsdp2", "compare.repeat=2"], "compare.repeat=2: there is no setting compare.repeat"),
+        (["strategy=ddp,fsdp2", "compare.repeats=0"], "compare.repeats=0: must be at least 1"),
+        (["strategy=ddp,fsdp2", "budget.epochs=1"], "compare.steps=2: budget.epochs says how long too"),
+        (["strategy=ddp,fsdp2", "run.dir=x"], "run.dir: the points have directories of their own"),
+        (["strategy=single,single2"], "no such choice"),
+        (["strategy=ddp,fsdp2", "batch.micro=3"], "batch"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(site, more, said):
+    with pytest.raises(ConfigError) as refused:
+        plan_points(words(site, "compare.steps=2", *more))
+    assert said in str(refused.value)
+    assert str(refused.value).count("there is no setting optim.lrr") <= 1  # of all points, once
+
+
+def test_a_dry_run_lists_and_runs_nothing(site, capsys, monkeypatch):
+    monkeypatch.chdir(site)
+    assert main(["compare", *words(site, "strategy=ddp,single", "compare.steps=2"), "to=dry", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "2 points in dry" in out and "refused: strategy=single: runs in one process, not 2" in out
+    assert not (site / "dry").exists()
+    assert main(["compare", *words(site, "strategy=ddp,fsdp2"), "dry"]) == 64
+    assert "name runs that exist, or settings of new ones, not both" in capsys.readouterr().err
+
+
+def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, capsys, monkeypatch):
+    script = tmp_path / "sbatch"
+    script.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/asked\necho 7\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asked = [
+        f"model.path={site / 'llama'}",
+        f"data.path={site / 'train.jsonl'}",
+        "launcher=slurm",
+        "strategy=ddp,fsdp2,zero2",
+    ]
+    asked += ["launcher.gpus_per_node=2", "compare.steps=4", f"to={tmp_path / 'new'}"]
+    assert main(["compare", *asked]) == 0
+    (submitted,) = (tmp_path / "asked").read_text().splitlines()
+    assert submitted == str(tmp_path / "new/ddp/train.sbatch") and "--array=0-2" in Path(submitted).read_text()
+    said = capsys.readouterr()
+    assert "submitted job 7" in said.out and "not started" in said.out
+    write_status(tmp_path / "new/ddp", State.done, step=4)
+    assert main(["compare", *asked]) == 0
+    assert (tmp_path / "asked").read_text().splitlines()[1] == str(tmp_path / "new/fsdp2/train.sbatch")
+    assert "--array=0-1" in (tmp_path / "new/fsdp2/train.sbatch").read_text()
+    assert main(["compare", *asked, "launcher.nodes=1,2", f"to={tmp_path / 'other'}"]) == 64
+    assert "launcher.nodes: the tasks of one job array have the same" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main(["compare", *asked, "compare.steps=5"]) == 64
+    assert "budget.steps: 4 there, 5 here" in capsys.readouterr().err
