@@ -289,6 +289,31 @@ def test_another_disk_takes_what_the_first_cannot_and_is_looked_through(made, tm
     assert elsewhere.resume() is None, "another run's"
 
 
+def test_another_disk_that_takes_nothing_is_found_before_it_is_needed(made, tmp_path, monkeypatch):
+    class Sealed(durable.Disk):
+        code = errno.EROFS
+
+        def open(self, path, flags):
+            if path.is_relative_to(tmp_path / "spare") and flags & os.O_WRONLY:
+                raise OSError(self.code, os.strerror(self.code), str(path))
+            return super().open(path, flags)
+
+    monkeypatch.setattr(durable, "disk", Sealed())
+    run = made(fallback_dir=str(tmp_path / "spare"))
+    with pytest.raises(
+        StorageError, match=r"^checkpoint\.fallback_dir=.*spare: cannot be written \(Read-only file system"
+    ):
+        run.resume()
+    Sealed.code = errno.ENOSPC
+    run.resume()
+    assert [
+        text for text in run.said if "No space left" in text and text.startswith("warning: checkpoint.fallback_dir=")
+    ]
+    monkeypatch.undo()
+    made(fallback_dir=str(tmp_path / "spare")).resume()
+    assert [*(tmp_path / "spare").glob("*/*")] == []
+
+
 def test_an_old_one_that_cannot_be_deleted_is_a_warning(made, monkeypatch):
     class Stuck(durable.Disk):
         def rename(self, source, target):

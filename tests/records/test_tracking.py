@@ -1,14 +1,18 @@
 """Rows survive a resume, W&B keeps its run, TensorBoard can be read back."""
 
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from strategies import durable
+from strategies.errors import StorageError
 from trainer.records.earlier import Earlier
 from trainer.records.trackers import JsonlTracker, LoggingConfig, Trackers, WandbMode, build_trackers, summary_of
 
@@ -86,7 +90,8 @@ def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, 
         sizes: ClassVar[list[int]] = []
 
         def sync(self, descriptor):
-            self.sizes.append(os.fstat(descriptor).st_size)
+            if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                self.sizes.append(os.fstat(descriptor).st_size)
 
     monkeypatch.setattr(durable, "disk", Seen())
     path = tmp_path / "metrics.jsonl"
@@ -103,3 +108,40 @@ def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, 
     found = Trackers([JsonlTracker(path, 3)]).earlier
     assert (found.before, found.after, found.last_row["step"]) == ({"eval/loss": 5.0}, {"eval/loss": 4.0}, 3)
     assert found.speed == {"tokens_per_s": 20.0}, "of the steps that count, and not of step 4"
+
+
+def test_rows_that_a_checkpoint_counts_on_are_on_the_disk_also_after_a_resume(tmp_path, monkeypatch, capsys):
+    """What a resume leaves of them is written anew: it used to lie in memory alone, and a sync that failed was not told."""
+    done, broken = [], []
+
+    class Watched(durable.Disk):
+        def sync(self, descriptor):
+            name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+            if name in broken:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done.append(name)
+
+        def rename(self, source, target):
+            done.append(f"{source.name} is {target.name}")
+            super().rename(source, target)
+
+    monkeypatch.setattr(durable, "disk", Watched())
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlTracker(path, 0)
+    for step in (1, 2, 3):
+        first.log({"loss": 1.0}, step=step)
+    first.close()
+    assert done == [tmp_path.name]
+    rows = path.read_bytes()
+    broken.append("metrics.tmp")
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Input/output error"):
+        JsonlTracker(path, 2)
+    assert path.read_bytes() == rows, "rows that cannot be replaced safely stay"
+    broken[:] = done[:] = []
+    again = JsonlTracker(path, 2)
+    assert done == ["metrics.tmp", "metrics.tmp is metrics.jsonl", tmp_path.name]
+    broken.append("metrics.jsonl")
+    again.sync()
+    again.sync()
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and "could not be synced (Input/output error)" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from strategies import durable
 from strategies.base import Engine, Progress
-from strategies.durable import make_directories, publish, publish_again, reason, size_text, sync_directory
+from strategies.durable import make_directories, publish, publish_again, reason, size_text, sync_directory, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error
 from trainer.checkpoints.chosen import note_begun, put_back
@@ -48,12 +49,15 @@ class Checkpoints:
         """Go on from `resumed`: what is newer is of a branch given up, or damaged, and is moved aside. All ranks must call.
 
         Where it is what `asked` (`run.resume`) names, that is noted. Errors: StorageError on every rank, where something could
-        not be moved (it would be taken for this run's newest) or noted (a requeue would begin there again).
+        not be moved (it would be taken for this run's newest) or noted (a requeue would begin there again), or where
+        `checkpoint.fallback_dir` cannot be written.
         """
         error: StorageError | None = None
         if self.runtime.is_main:
+            error = self._fallback_problem()
             try:
-                self._begin(resumed)
+                if error is None:
+                    self._begin(resumed)
             except (OSError, StorageError) as caught:
                 error = StorageError(
                     f"checkpoint: what is newer than {resumed} could not be moved aside ({reason(caught)}); move it away by "
@@ -66,6 +70,23 @@ class Checkpoints:
                 error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
         if (message := first_error(error, self.runtime)) is not None:
             raise StorageError(message.split(": ", 2)[-1])
+
+    def _fallback_problem(self) -> StorageError | None:
+        """Why the other disk could take no checkpoint, found before one is needed there; one that is full may be emptied."""
+        for place in self.places[1:]:
+            trial = place / f".{place.name}.trial"
+            try:
+                make_directories(place)
+                write_new(trial, b"\n")
+                trial.unlink()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    return StorageError(
+                        f"checkpoint.fallback_dir={self.config.fallback_dir}: cannot be written ({reason(error)}); give a "
+                        "directory on another disk that this user can write, or null"
+                    )
+                self.say(f"warning: checkpoint.fallback_dir={self.config.fallback_dir}: {reason(error)}")
+        return None
 
     def _begin(self, resumed: Path | None) -> None:
         mine = resumed.resolve() if resumed else None
@@ -89,6 +110,7 @@ class Checkpoints:
         rows = place.parent / "metrics.jsonl"
         if rows.is_file():  # its later rows are about to be taken again
             shutil.copyfile(rows, aside / rows.name)
+            durable.sync_file(aside / rows.name)
         for path in moved:
             durable.disk.rename(path, aside / path.name)
         sync_directory(aside)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,9 +224,9 @@ def _run(config: RunConfig) -> Iterator[str]:
             f"checkpoint.every_minutes={checkpoint.every_minutes:g}: checkpoint.every_steps={checkpoint.every_steps} says "
             "already when; set one of the two"
         )
-    spare = checkpoint.fallback_dir
-    if spare is not None and (not spare.strip() or Path(spare).expanduser().is_file()):
-        yield f"checkpoint.fallback_dir={spare}: must be a directory on another disk, or null"
+    spare, here = checkpoint.fallback_dir, config.launcher.name is LauncherName.local
+    if spare is not None and not (spare.strip() and (not here or _writable(Path(spare).expanduser()))):
+        yield f"checkpoint.fallback_dir={spare}: must be a directory on another disk that this user can write, or null"
     if config.run.must_fit and config.run.device is Device.cpu:
         yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
     if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
@@ -233,6 +234,15 @@ def _run(config: RunConfig) -> Iterator[str]:
 
         if not torch.cuda.is_available():
             yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
+
+
+def _writable(directory: Path) -> bool:
+    """Whether it is a directory that can be written, or could be made."""
+    try:
+        there = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+        return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

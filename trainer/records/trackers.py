@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -62,24 +61,43 @@ class JsonlTracker:
     """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        self.path, self.earlier = path, Earlier()
-        if path.exists():  # rows after the checkpoint belong to a future that is now done again
-            lines = path.read_text().splitlines() if resume_step else []
-            kept = [line for line in lines if _step_of(line) <= resume_step]
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(line + "\n" for line in kept))
-            aside.replace(path)
-            self.earlier = earlier(kept)
-        self._file = path.open("a")
+        self.path, self.earlier, self._warned = path, Earlier(), False
+        try:
+            if path.exists():  # rows after the checkpoint belong to a future that is now done again
+                self._keep_up_to(resume_step)
+            self._file = path.open("a")
+            durable.sync_directory(path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot be written ({durable.reason(error)}); free space, or set run.dir"
+            ) from error
+
+    def _keep_up_to(self, step: int) -> None:
+        """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there."""
+        lines = self.path.read_text().splitlines() if step else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        durable.sync_file(aside)
+        durable.disk.rename(aside, self.path)
+        self.earlier = earlier(kept)
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Have the rows on the disk, as the checkpoint will be that they lead to; what fails there fails the checkpoint."""
-        with suppress(OSError):
+        """Have the rows on the disk, as the checkpoint will be that they lead to; one warning where that is not possible."""
+        try:
             durable.disk.sync(self._file.fileno())
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"warning: {self.path} could not be synced ({durable.reason(error)}): a power cut may lose rows that the "
+                    "checkpoints count on; the checkpoints themselves are synced apart",
+                    flush=True,
+                )
+            self._warned = True
 
     def close(self) -> None:
         self._file.close()
