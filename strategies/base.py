@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -123,6 +123,11 @@ class ZeroConfig(StrategyConfig):
     """Parameters gathered ahead of use in MiB (stage 3)."""
 
 
+Judge = Callable[["Tensor"], "Tensor"]
+"""Told the gradients' global norm before clipping (0-d, on the device), says whether the update is left out: a 0-d bool tensor on
+the same device, equal on all ranks. May communicate: all ranks call it, at most once a step, and alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one optimizer step reports. Tensors stay on the device; reading them is the caller's choice of a sync."""
@@ -130,7 +135,8 @@ class StepResult:
     grad_norm: Tensor
     """Global L2 norm of the gradients before clipping, a 0-d float32 tensor, equal on all ranks."""
     skipped: Tensor
-    """0-d float32 tensor, 1 where the gradients were not finite and the update was skipped, equal on all ranks."""
+    """0-d float32 tensor, 1 where the update was left out, since the gradients were not finite or a judge said so; equal on
+    all ranks."""
 
 
 class ParameterSource(Protocol):
@@ -196,7 +202,11 @@ class Progress:
     owes_evaluation: bool = False
     """Whether the evaluation that was due at this step was broken off, and is to be made up before the next step."""
     skipped_steps: int = 0
-    """Steps whose update was skipped because a gradient was not finite."""
+    """Steps whose update was left out, because a gradient was not finite or the step stood out."""
+    outliers: int = 0
+    """Steps whose loss or gradient norm stood out."""
+    recent: list[dict[str, float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps, with which the next ones are compared."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
 
@@ -220,8 +230,12 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of the step, which synchronises. All ranks must call."""
 
-    def step(self, lr_factor: float) -> StepResult:
-        """Clip, update and zero. Each parameter group's own base rate is multiplied by `lr_factor`. All ranks must call."""
+    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
+        """Clip, update and zero. Each parameter group's own base rate is multiplied by `lr_factor`. All ranks must call.
+
+        Where gradients are not finite, or `judge` says so, weights, moments and what counts updates stay as they are. A judge is
+        asked wherever the gradients are finite.
+        """
 
     def inference(self, *, averaged: bool = True) -> AbstractContextManager[nn.Module]:
         """The step module for forward passes without gradients, in eval mode; restores training mode. All ranks enter.

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from strategies.base import Judge
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 from strategies.runtime import Runtime
@@ -139,15 +140,55 @@ class ClipsOnDevice:
 
     def __init__(self, zero: Any, max_norm: float, device: torch.device) -> None:
         self.zero, self.max_norm, self.device = zero, max_norm, device
+        self._judge: Judge | None = None
+        self._kept: Tensor | None = None
         zero.optimizer.register_step_pre_hook(self._before_step)
+
+    def begin(self, judge: Judge | None) -> None:
+        """A step is about to be taken; `judge` may leave its update out."""
+        self._judge, self._kept = judge, None
 
     def norm(self) -> Tensor:
         """Of the gradients of this step before clipping, 0-d float32, infinite where one is not finite; waits for nothing."""
         return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
 
+    def kept(self) -> Tensor:
+        """Whether the update of this step is made, 0-d bool; the judge is asked once, all ranks alike."""
+        if self._kept is None:
+            norm = self.norm()
+            self._kept = norm.isfinite()
+            if self._judge is not None:
+                self._kept = self._kept & ~self._judge(norm)
+        return self._kept
+
     def _before_step(self, inner: Any, *_: Any) -> None:
-        norm = self.norm()
-        inner.found_inf = (~norm.isfinite()).float()
+        inner.found_inf = (~self.kept()).float()
         if self.max_norm > 0:
-            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = (self.max_norm / (self.norm() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None], factor)
+
+
+class AsksBeforeUpdate:
+    """Leaves an update out where a judge says so: before the first step of the inner optimizer, when the norm is known.
+
+    The rest of DeepSpeed's step goes on, with weights and moments as they were. The answer is read on the host, as DeepSpeed
+    reads the norm.
+    """
+
+    def __init__(self, zero: Any, device: torch.device) -> None:
+        self.zero, self.device = zero, device
+        self.left_out: bool | None = None
+        """Of this step; None where nobody was asked."""
+        self._judge: Judge | None = None
+        self._step = zero.optimizer.step
+        zero.optimizer.step = self._ask
+
+    def begin(self, judge: Judge | None) -> None:
+        """A step is about to be taken; `judge` may leave its update out."""
+        self._judge, self.left_out = judge, None
+
+    def _ask(self, *args: Any, **kwargs: Any) -> Any:
+        if self._judge is not None and self.left_out is None:  # of several parameter groups, with the first
+            norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device)
+            self.left_out = bool(self._judge(norm))
+        return None if self.left_out else self._step(*args, **kwargs)

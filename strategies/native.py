@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import AroundUpdate, OptimizerFactory, Precision, Progress, StepResult
+from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult
 from strategies.durable import Written
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
@@ -125,8 +125,8 @@ class NativeEngine:
         return self._reduce_norm(squared_norm(grads).to(self.runtime.device)).sqrt()
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> StepResult:
-        """Clip to the global norm and update, unless a gradient is not finite.
+    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
+        """Clip to the global norm and update, unless a gradient is not finite or `judge` leaves the update out.
 
         With torch's fused optimizers nothing here waits for the device; the others must know first whether to step.
         """
@@ -146,25 +146,26 @@ class NativeEngine:
         if grads and (self.max_grad_norm > 0 or self.scale is not None):
             by_device = factor.to(grads[0].device)
             torch._foreach_mul_(grads, by_device)
-        self._update(finite, lr_factor)
+        kept = finite if judge is None else finite & ~judge(norm)
+        self._update(kept, lr_factor)
         self._steps += 1
         if self.around is not None:
-            self.around.after_update(self._steps, finite=bool(finite))
+            self.around.after_update(self._steps, finite=bool(kept))
         self.optimizer.zero_grad(set_to_none=True)
-        self._updates += finite
+        self._updates += kept
         if self.scale is not None:
             self._adjust_scale(finite)
-        return StepResult(grad_norm=norm.float(), skipped=(~finite).float())
+        return StepResult(grad_norm=norm.float(), skipped=(~kept).float())
 
-    def _update(self, finite: Tensor, lr_factor: float) -> None:
+    def _update(self, kept: Tensor, lr_factor: float) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
         if self._skips_on_device():
             # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
             where = self._local(self.trainable[0][1]).device  # the host, where parameters are offloaded
-            self.optimizer.found_inf = (~finite).float().to(where)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~kept).float().to(where)  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif bool(finite):
+        elif bool(kept):
             self.optimizer.step()
 
     def _skips_on_device(self) -> bool:

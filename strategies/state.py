@@ -44,6 +44,8 @@ from strategies.tensor_files import (
 PROGRESS = "progress.json"
 MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
 """Bytes of the two JSON files; more is not read."""
+ROWS = {"recent": {"loss", "grad_norm"}}
+"""What each row has of the lists in `Progress`."""
 SPARE = 2**20
 """Bytes that the small files and the directory may take beside the tensors."""
 
@@ -131,6 +133,9 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
         _check(Progress, raw.get("progress"))
         if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
             raise Malformed("has a loss_scale that is none")
+        for key, names in ROWS.items():
+            if any(set(row) != names for row in raw["progress"].get(key, ())):
+                raise Malformed(f"has {key} steps that are none")
     except OSError as error:
         raise StorageError(f"{path / PROGRESS}: {reason(error)}") from error
     except Malformed as error:

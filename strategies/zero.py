@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
-from strategies.base import OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
+from strategies.base import Judge, OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
 from strategies.deepspeed_library import (
+    AsksBeforeUpdate,
     ClipsOnDevice,
     exchange_through,
     import_deepspeed,
@@ -52,6 +53,7 @@ class ZeroEngine:
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
         self.clips: ClipsOnDevice | None = None
         """Set where DeepSpeed leaves clipping and skipping to us."""
+        self.asks = AsksBeforeUpdate(engine.optimizer, runtime.device)
         self._updates = torch.zeros((), device=runtime.device)
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
@@ -62,16 +64,19 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr_factor: float) -> StepResult:
+    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
         """Clip, update and zero. Where it decides on skipping, DeepSpeed waits for the device to do so."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
-        self.engine.step()
         if self.clips is not None:
-            norm = self.clips.norm()
-            self._updates += norm.isfinite()
-            return StepResult(grad_norm=norm, skipped=(~norm.isfinite()).float())
-        skipped = bool(self.engine.optimizer.overflow)
+            self.clips.begin(judge)
+            self.engine.step()
+            kept = self.clips.kept()
+            self._updates += kept
+            return StepResult(grad_norm=self.clips.norm(), skipped=(~kept).float())
+        self.asks.begin(judge)
+        self.engine.step()
+        skipped = bool(self.engine.optimizer.overflow) or bool(self.asks.left_out)
         self._updates += not skipped
         found, device = self.engine.get_global_grad_norm(), self.runtime.device
         norm = torch.as_tensor(float("nan") if found is None else found, dtype=torch.float32, device=device)

@@ -270,7 +270,7 @@ def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, A
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
     """The outcome as JSON values."""
     return {
-        "progress": asdict(outcome.progress),
+        "progress": {key: value for key, value in asdict(outcome.progress).items() if key != "recent"},
         "before": outcome.before,
         "after": outcome.after,
         "last_row": outcome.last_row,

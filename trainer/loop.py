@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from strategies.base import Engine, Progress
-from strategies.errors import Diverged, Preempted
+from strategies.errors import Preempted
 from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.kept import Checkpoints
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.data.batches.order import Order, steps_for_tokens
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.loss import Interrupted
+from trainer.guards.watch import OUTLIERS, Guards
 from trainer.objectives.ahead import look_ahead
 from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
 from trainer.optim.schedule import ScheduleConfig, lr_factor_at
@@ -69,8 +70,6 @@ class LoopSettings:
     """Peak rate, as it is reported; the optimizer's groups have their own."""
     schedule: ScheduleConfig
     evaluation: EvaluationConfig
-    max_skipped_steps: int
-    """Steps in a row whose gradients may be not finite."""
     log_every: int
     """Steps between reads of the device's metric buffer."""
     save_final: bool
@@ -91,6 +90,16 @@ class Output:
     """Asked by all ranks before a checkpoint is written; raises where another attempt owns the directory."""
 
 
+@dataclass(slots=True)
+class Watch:
+    """What may end a run before its budget is spent, or leave an update out; all ranks come to the same answers."""
+
+    agreement: Agreement
+    """Whether any rank was told to stop."""
+    guards: Guards
+    """Which steps stand out."""
+
+
 class Trainer:
     """Takes steps until the budget is spent, evaluation says stop, or the run is asked to."""
 
@@ -103,22 +112,22 @@ class Trainer:
         progress: Progress,
         evaluators: list[Evaluator],
         output: Output,
-        agreement: Agreement,
+        watch: Watch,
     ) -> None:
         self.settings, self.engine, self.loader, self.progress = settings, engine, loader, progress
-        self.evaluators, self.agreement = evaluators, agreement
+        self.evaluators, self.agreement, self.guards = evaluators, watch.agreement, watch.guards
         self.meter, self.trackers, self.console = output.meter, output.trackers, output.console
         self.checkpoints, self.at_step, self.still_ours = output.checkpoints, output.at_step, output.still_ours
         self.outcome = Outcome(progress)
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
-        self._skipped_in_a_row = 0
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
         earlier = broadcast_object(self.trackers.earlier, self.meter.runtime)
         self.outcome.before, self.outcome.after = earlier.before, earlier.after
         self.outcome.last_row = earlier.last_row
+        self.guards.begin(self.progress.recent)
         entered = time.perf_counter()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
@@ -176,8 +185,9 @@ class Trainer:
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         factor = lr_factor_at(settings.schedule, step, settings.total_steps)
-        result = self.engine.step(factor)
+        result = self.engine.step(factor, self.guards.judge(sums["loss"], batch.totals["loss"]))
 
+        self.guards.taken(self.progress.samples)
         self.progress.step += 1
         self.progress.samples += batch.samples
         self.progress.tokens += batch.tokens
@@ -208,24 +218,18 @@ class Trainer:
     # -- what happens between steps ------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Read the buffered steps from the device, record them, and stop a run whose gradients are not finite."""
+        """Read the buffered steps from the device, record them, and stop a run that has diverged."""
         rows = self.meter.flush()
+        self.guards.look(rows)
         for row in rows:
             self.trackers.log(row, step=row["step"])
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if row.get("skipped") else 0
             self.progress.skipped_steps += int(bool(row.get("skipped")))
+            self.progress.outliers += int(any(key in row for key in OUTLIERS))
         if not rows:
             return
         self.outcome.last_row = rows[-1]
         self.console.progress(rows[-1], total=self.settings.total_steps, began=self._began, first_step=self._first_step)
-        if self._skipped_in_a_row >= self.settings.max_skipped_steps:
-            size = self.loader.share.global_batch
-            first = max(0, self.progress.samples - self._skipped_in_a_row * size)
-            raise Diverged(
-                f"step {self.progress.step}: gradients were not finite for {self._skipped_in_a_row} steps in a row "
-                f"(samples {first} to {self.progress.samples - 1} of the run's order); lower optim.lr, use "
-                "precision=bf16 instead of fp16, or look at those samples. Limit: optim.max_skipped_steps"
-            )
+        self.guards.stop_if_diverged(self.progress.samples)
 
     def _evaluate_if_due(self, last: bool) -> bool:
         """Evaluate on the schedule; whether the watched metric has improved."""
@@ -291,6 +295,7 @@ class Trainer:
             return True
         self.still_ours()
         self._flush()
+        self.progress.recent = self.guards.recent()
         self.trackers.sync()
         if self.checkpoints.save(self.engine, self.progress, must=must) is not None:
             self._saved_step = self.progress.step

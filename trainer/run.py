@@ -34,9 +34,11 @@ from trainer.facts import (
     write_run_record,
 )
 from trainer.forecast.fitting import must_fit
+from trainer.guards.told import Told
+from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.lifecycle.identity import agree_on_run, establish
-from trainer.loop import LoopSettings, Outcome, Output, Trainer
+from trainer.loop import LoopSettings, Outcome, Output, Trainer, Watch
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
@@ -125,6 +127,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     )
     trackers = open_records(config, facts, progress, place)
     meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
+    told = Told(run_dir, data.directory, loader, console.say)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=engine,
@@ -132,7 +135,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
         progress=progress,
         evaluators=evaluators_of(config, data, built, tokenizer, engine, place),
         output=Output(meter, trackers, console, checkpoints, where.at_step, lambda: where.still_ours(runtime)),
-        agreement=place.agreement,
+        watch=Watch(place.agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime, told)),
     )
     try:
         where.phase = "training"
@@ -201,7 +204,6 @@ def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
         lr=config.optim.lr,
         schedule=config.schedule,
         evaluation=config.evaluation,
-        max_skipped_steps=config.optim.max_skipped_steps,
         log_every=config.logging.every_steps,
         save_final=config.checkpoint.save_final,
     )

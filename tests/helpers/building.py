@@ -25,7 +25,8 @@ from trainer.config.run import RunConfig, RunSettings
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset, write
-from trainer.loop import BudgetConfig, Output, Trainer
+from trainer.guards.watch import Guards
+from trainer.loop import BudgetConfig, Output, Trainer, Watch
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import ObjectiveConfig
@@ -226,7 +227,7 @@ def built_trainer(
         progress=progress or Progress(),
         evaluators=[],
         output=Output(meter, Trackers([]), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
-        agreement=agreement,
+        watch=Watch(agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime)),
     )
     return trainer, built
 

@@ -14,7 +14,7 @@ from strategies.matmul import Matmul
 from tests.helpers.ranks import serve
 from tests.parity.base import Job
 
-PARTS = ("matrix", "methods", "features", "optimizers", "bases", "pairs", "two_sides", "teachers", "experts")
+PARTS = ("matrix", "methods", "features", "optimizers", "bases", "pairs", "two_sides", "teachers", "experts", "guards")
 
 
 def main(directory: Path) -> None:

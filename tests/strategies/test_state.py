@@ -180,6 +180,8 @@ def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
         {"progress": {"step": "x"}},
         {"progress": {"steps": 1}},
         {"progress": {"wandb_id": 7}},
+        {"progress": {"recent": [{"loss": 1.0}]}},
+        {"progress": {"recent": 3}},
         {"more": 1},
     ],
 )

@@ -117,6 +117,8 @@ RANGES: dict[str, tuple[Range, str]] = {
     "optim.min_8bit_elements": (COUNT, "4096 as a rule"),
     "optim.max_grad_norm": (COUNT, "0 switches clipping off"),
     "optim.max_skipped_steps": (POSITIVE, "10 as a rule"),
+    "guards.window": (Range(least=10, most=1000), "100 as a rule"),
+    "guards.threshold": (Range(above=0), "6 to 10 as a rule; lower finds more, false alarms too"),
     "schedule.warmup_steps": (COUNT, "0 takes schedule.warmup_share"),
     "schedule.warmup_share": (SHARE, "0.03 as a rule"),
     "schedule.decay_share": (SHARE, "0.2 as a rule"),

@@ -16,6 +16,7 @@ from trainer.checkpoints.config import CheckpointConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
 from trainer.export.config import ExportConfig
+from trainer.guards.config import GuardsConfig
 from trainer.loop import BudgetConfig
 from trainer.model.config import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
@@ -144,6 +145,7 @@ class RunConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

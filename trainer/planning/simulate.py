@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from strategies.base import Engine, OptimizerFactory, Precision, Progress, StepResult, StrategyConfig
+from strategies.base import Engine, Judge, OptimizerFactory, Precision, Progress, StepResult, StrategyConfig
 from strategies.build import build_strategy
 from strategies.owned import Kind, owned
 from strategies.runtime import Runtime
@@ -22,7 +22,9 @@ from strategies.simulation import fake_tensors
 from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import EvaluationConfig
-from trainer.loop import LoopSettings, Output, Trainer
+from trainer.guards.config import GuardsConfig
+from trainer.guards.watch import Guards
+from trainer.loop import LoopSettings, Output, Trainer, Watch
 from trainer.optim.schedule import ScheduleConfig
 from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
@@ -178,7 +180,6 @@ def _trainer(engine: Watched) -> Trainer:
         lr=1.0,
         schedule=ScheduleConfig(),
         evaluation=EvaluationConfig(),
-        max_skipped_steps=1,
         log_every=1,
         save_final=False,
     )
@@ -190,7 +191,7 @@ def _trainer(engine: Watched) -> Trainer:
         progress=Progress(),
         evaluators=[],
         output=Output(nothing, nothing, nothing, nothing),
-        agreement=nothing,
+        watch=Watch(nothing, Guards(GuardsConfig(), 1, engine.runtime)),
     )
 
 
@@ -263,10 +264,10 @@ class Watched:
         self.engine.backward(loss, last=last)
         self._micro += 1
 
-    def step(self, lr_factor: float) -> StepResult:
+    def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
         self._micro -= 1
         self.at("update")
-        return self.engine.step(lr_factor)
+        return self.engine.step(lr_factor, judge)
 
     @contextmanager
     def places(self) -> Iterator[None]:

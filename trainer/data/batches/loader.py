@@ -103,6 +103,13 @@ class StepLoader:
         slots = self._slots(first_sample)
         return [self._part(slots, rank) for rank in range(self.share.dp_size)]
 
+    def documents(self, first_sample: int) -> list[int]:
+        """Rows of `documents.arrow` of the global batch that begins at `first_sample`, ascending; none where not known."""
+        if self.dataset.documents is None:
+            return []
+        sequences = self._sequences(self.order.units(first_sample, self.share.global_batch))
+        return [int(row) for row in np.unique(self.dataset.documents[sequences])]
+
     def _slots(self, first_sample: int) -> np.ndarray:
         """Units of the step, int64 [slots, units a slot]; slot m * ranks + r is the m-th micro-batch of rank r.
 

@@ -1,0 +1,99 @@
+"""Whole runs in this process: an odd batch is noted or skipped, named, and judged alike after a resume."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from tests.helpers.building import model_dir
+from tests.helpers.tokenizers import WORDS
+
+BATCH, STEPS, ODD = 4, 12, 9
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Data in its own order, whose documents of step ODD say one word again and again."""
+    path = tmp_path_factory.mktemp("guards")
+    model_dir(path)
+    write(path / "train.jsonl", list(range(STEPS * BATCH)))
+    return path
+
+
+def write(path: Path, numbers: list[int]) -> None:
+    words = WORDS.split()
+    with path.open("w") as file:
+        for number in numbers:
+            odd = number // BATCH + 1 == ODD
+            said = [words[(number * number + 7 * place + place * place // 3) % len(words)] for place in range(24)]
+            answer = " ".join(["fox"] * 48 if odd else said)
+            turns = [("user", f"question {number}"), ("assistant", answer)]
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+
+
+def run(root: Path, run_dir: Path, *words: str) -> int:
+    settings = {
+        "model.path": root / "llama",
+        "data.path": root / "train.jsonl",
+        "data.cache_dir": root / "cache",
+        "data.shuffle": "false",
+        "run.dir": run_dir,
+        "run.device": "cpu",
+        "run.matmul": "blas",
+        "launcher.processes": 1,
+        "batch.global": BATCH,
+        "batch.micro": BATCH,
+        "budget.steps": STEPS,
+        "schedule": "constant",
+        "optim.lr": 1e-4,
+        "guards.window": 10,
+        "logging.wandb": "disabled",
+        "logging.every_steps": 5,
+        "export.at_end": "false",
+    }
+    return main(["train", *(f"{key}={value}" for key, value in settings.items()), *words])
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run_dir)]
+
+
+def test_an_odd_batch_is_noted_with_its_documents(root, tmp_path, capfd):
+    assert run(root, tmp_path) == 0
+    assert [row["step"] for row in rows(tmp_path) if "outlier/grad_norm" in row] == [ODD]
+    [event] = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["step"], event["action"], event["first_sample"], event["samples"]) == (ODD, "note", 32, BATCH)
+    assert event["values"]["grad_norm"] == next(r["grad_norm"] for r in rows(tmp_path) if r["step"] == ODD)
+    lines = (root / "train.jsonl").read_text().splitlines()
+    assert [each["line"] for each in event["documents"]] == [33, 34, 35, 36]
+    for each in event["documents"]:
+        said = {"messages": json.loads(lines[each["line"] - 1])["messages"]}
+        assert each["file"].endswith("train.jsonl")
+        assert each["sha256"] == hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(), said
+    shown = capfd.readouterr().out
+    assert f"step {ODD}: " in shown and "train.jsonl:33, " in shown and "Samples 32 to 35" in shown
+    assert json.loads((tmp_path / "run.json").read_text())["outcome"]["progress"]["outliers"] == 1
+
+
+def test_a_skipped_step_is_judged_alike_after_a_resume(root, tmp_path):
+    words = ("guards.grad_norm=skip", "checkpoint.every_steps=7")
+    assert run(root, tmp_path / "whole", *words) == 0
+    assert [row["step"] for row in rows(tmp_path / "whole") if row.get("skipped")] == [ODD]
+    state = tmp_path / "whole" / "checkpoints" / "step-000007"
+    assert run(root, tmp_path / "resumed", *words, f"run.resume={state}") == 0
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")[7:]
+    assert [row["step"] for row in rows(tmp_path / "resumed") if row.get("skipped")] == [ODD]
+
+
+def test_a_run_that_only_skips_is_stopped(root, tmp_path, capfd):
+    words = ("guards.loss=skip", "guards.threshold=1e-9", "optim.max_skipped_steps=3", "optim.lr=1e-9")
+    code = run(root, tmp_path, *words, "logging.every_steps=1", "budget.steps=60")
+    shown = capfd.readouterr().err
+    assert code == 70 and "the updates of 3 steps in a row were left out" in shown and "Traceback" not in shown
+    assert "guards.threshold" in shown and "optim.max_skipped_steps" in shown

@@ -1,0 +1,110 @@
+"""A step on documents that stand out: what guards do about it, under every strategy. Part of `job.py`."""
+
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+
+from strategies.base import Precision, StepResult
+from tests.helpers.building import model_dir, run_config
+from tests.parity.base import Curve, Job, lone_steps
+from tests.parity.features import HostReads
+from trainer.config.run import RunConfig
+from trainer.data.config import DataConfig
+from trainer.data.prepare import Prepared
+from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.guards.config import GuardsConfig
+from trainer.loop import Trainer
+from trainer.objectives.sft import SftReading
+
+STEPS, BATCH, ODD = 12, 4, 8
+"""The documents of step ODD say one word again and again, so that their gradients add up to ten times the usual norm."""
+
+
+def config_of(job: Job, strategy: str, **changes: object) -> RunConfig:
+    model = job.first_here(lambda: model_dir(job.root))
+    config = run_config(model, strategy, "full", micro=2, steps=STEPS)
+    return replace(config, batch={"global": BATCH, "micro": 2}, data=DataConfig(shuffle=False), **changes)
+
+
+def documents(job: Job, *, odd: bool) -> Prepared:
+    """The documents of all steps in their order; without those of the odd step where not `odd`, and then as many more."""
+    directory = job.root / f"guarded-{odd}"
+
+    def made() -> Prepared:
+        if not (directory / "manifest.json").exists():
+            generator, rows = np.random.default_rng(1), []
+            for step in range(1, STEPS + 2):
+                for _ in range(BATCH):
+                    ids = generator.integers(3, 300, 40).astype(np.int32)
+                    if step == ODD:
+                        ids[:] = 17
+                    if step != ODD or odd:
+                        rows.append(Sample(ids, np.arange(40) > 0))
+            write(directory, rows, SftReading().counts, {"fingerprint": f"guarded-{odd}"})
+        opened = TokenDataset.open(directory)
+        return Prepared(train=opened, evaluation=opened, directory=directory, report={}, label_names=None)
+
+    return job.first_here(made)
+
+
+def skipped(job: Job, strategy: str) -> dict:
+    """Rows of a run that skips, host reads of its updates, and the curve of a lone process that never makes the odd update."""
+    return _skipped(job, config_of(job, strategy), documents(job, odd=True))
+
+
+def skipped_on_device(job: Job) -> dict:
+    """The same of ZeRO-2 in bf16, which clips and skips without the host, beside DeepSpeed's own way."""
+    config, data = config_of(job, "zero2", precision=Precision.bf16), documents(job, odd=True)
+    with mock.patch("strategies.zero.steps_on_device", lambda *_: False):
+        theirs = _skipped(job, config, data)
+    return _skipped(job, config, data) | {"expected": theirs["found"]}
+
+
+def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
+    trainer = job.trainer(replace(config, guards=GuardsConfig(grad_norm="skip", window=10)), data)
+    reads = _count_reads(trainer)
+    for batch in trainer.loader.steps(0, STEPS):
+        trainer.meter.add(trainer.train_step(batch))
+    rows = trainer.meter.flush()
+    trainer.guards.look(rows)
+    return {
+        "found": [[row["loss"], row["grad_norm"]] for row in rows],
+        "skipped": [row["step"] for row in rows if row.get("skipped")],
+        "outliers": [row["step"] for row in rows if "outlier/grad_norm" in row],
+        "window": len(trainer.guards.recent()),
+        "updates": int(trainer.engine._updates),  # type: ignore[attr-defined]
+        "reads": reads,
+        "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),
+    }
+
+
+def _count_reads(trainer: Trainer) -> list[int]:
+    reads: list[int] = []
+    real = trainer.engine.step
+
+    def counted(factor: float, judge: object) -> StepResult:
+        assert judge is not None
+        with HostReads() as mode:
+            result = real(factor, judge)  # type: ignore[arg-type]
+        reads.append(mode.number)
+        return result
+
+    trainer.engine.step = counted  # type: ignore[method-assign, assignment]
+    return reads
+
+
+def _never_updated(job: Job, config: RunConfig, data: Prepared) -> Curve:
+    """The lone process's curve; at the odd step its gradients are dropped, by nobody's judgement."""
+    trainer = job.lone_trainer(config, data)
+    trainer.loader.share = replace(trainer.loader.share, global_batch=BATCH, micro_batch=BATCH)
+    real = trainer.engine.step
+
+    def step(factor: float, judge: object = None) -> StepResult:
+        if trainer.progress.step + 1 == ODD:
+            for _, parameter in trainer.engine.trainable:  # type: ignore[attr-defined]
+                parameter.grad.fill_(float("nan"))
+        return real(factor)
+
+    trainer.engine.step = step  # type: ignore[method-assign, assignment]
+    return lone_steps(trainer, STEPS)

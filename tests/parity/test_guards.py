@@ -1,0 +1,34 @@
+"""An update that is left out, under every strategy: the curve of a process that never made it."""
+
+import pytest
+
+from tests.helpers.covering import EVERYTHING
+from tests.parity.guards import ODD, STEPS
+
+EXACT = 1e-5
+STRATEGIES = ("fsdp2", "zero2", *(("ddp", "hsdp", "zero1", "zero3") if EVERYTHING else ()))
+
+
+def assert_close(found, expected, rel):
+    """But for the odd step itself, whose gradients the oracle has dropped."""
+    assert len(found) == len(expected) == STEPS
+    for step, (mine, theirs) in enumerate(zip(found, expected, strict=True), 1):
+        assert mine[0] == pytest.approx(theirs[0], rel=rel), step
+        assert step == ODD or mine[1] == pytest.approx(theirs[1], rel=rel), step
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_skipped_step_moves_nothing_under_any_strategy(ask, strategy):
+    found = ask("guards", "skipped", strategy)
+    assert_close(found["found"], found["expected"], EXACT)
+    assert found["skipped"] == found["outliers"] == [ODD]
+    assert (found["updates"], found["window"]) == (STEPS - 1, 10)
+    if not strategy.startswith("zero"):  # with torch's fused optimizers nothing waits for the device
+        assert found["reads"] == [0] * STEPS
+
+
+def test_zero2_in_bf16_skips_without_the_host(ask):
+    found = ask("guards", "skipped_on_device")
+    assert found["reads"] == [0] * STEPS
+    assert found["skipped"] == found["outliers"] == [ODD] and found["updates"] == STEPS - 1
+    assert_close(found["found"], found["expected"], 1e-3)

@@ -1,0 +1,1 @@
+"""What is done about steps that stand out: their loss, or their gradient norm."""

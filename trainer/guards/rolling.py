@@ -1,0 +1,54 @@
+"""How far a step stands out from those before it, by median and median absolute deviation, where its values are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NORMAL = 1.4826
+"""Standard deviations of normal values in one median absolute deviation."""
+LEAST_SPREAD = 0.01
+"""Share of the median that a standard deviation is at least: what hardly moves makes no outliers of trifles."""
+MOST = 1e6
+"""Largest score that is told."""
+
+
+class Rolling:
+    """The values of the last steps that were taken in. Nothing here waits for the device or communicates."""
+
+    def __init__(self, window: int, device: torch.device, rows: Sequence[Sequence[float]] = (), width: int = 2) -> None:
+        """`rows` are values of earlier steps, oldest first, each of `width` numbers."""
+        self.kept = torch.full((window, width), torch.nan, dtype=torch.float64, device=device)
+        """float64 [window, width], oldest first; NaN where there is no step yet."""
+        if newest := rows[-window:]:
+            self.kept[-len(newest) :] = torch.tensor(newest, dtype=torch.float64)
+        self.least = max(5, window // 4)
+
+    def scores(self, values: Tensor) -> Tensor:
+        """Standard deviations of each value (float64 [width]) above the median; NaN while the window holds too few steps."""
+        middle = _median(self.kept)
+        spread = NORMAL * _median((self.kept - middle).abs())
+        spread = torch.maximum(spread, LEAST_SPREAD * middle.abs())
+        found = ((values - middle) / spread).clamp(max=MOST)
+        return torch.where(self._counts() >= self.least, found, torch.nan)
+
+    def take_in(self, values: Tensor, where: Tensor) -> None:
+        """Let the newest step push the oldest out, `where` (0-d bool) it is to count."""
+        self.kept = torch.where(where, torch.cat([self.kept[1:], values[None]]), self.kept)
+
+    def rows(self) -> list[list[float]]:
+        """The values that are there, oldest first, on the host."""
+        return [row for row in self.kept.tolist() if not math.isnan(row[0])]
+
+    def _counts(self) -> Tensor:
+        return (~self.kept.isnan()).sum(0)
+
+
+def _median(values: Tensor) -> Tensor:
+    """Of each column of float64 [n, width], NaN left out; NaN where there is nothing else."""
+    ordered, counts = values.sort(0).values, (~values.isnan()).sum(0)  # NaN is sorted last
+    low, high = ((counts - 1).clamp(min=0) // 2)[None], (counts // 2)[None]
+    return (ordered.gather(0, low) + ordered.gather(0, high.clamp(max=len(values) - 1)))[0] / 2
