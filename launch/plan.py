@@ -10,9 +10,9 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from launch.plan_from import Calibrated
     from trainer.config.run import RunConfig
-    from trainer.forecast.lengths import Lengths
-    from trainer.forecast.plan import Job, PlanConfig
+    from trainer.forecast.plan import PlanConfig
     from trainer.planning.hardware import Card
 
 USAGE = """usage: shardtune plan [--json] hardware=<card> [key=value ...]
@@ -31,6 +31,7 @@ looked at in all their values where they are not. The model needs its config.jso
   plan.offload=true          look at states in host memory too
   plan.quantisation=[none,nf4]               and at other ways to store a frozen base
   plan.exact=true            simulate whole models in place of two shallow ones each
+  from=runs/first            reckon with what that run measured on this card: steps, memory, checkpoints
   plan.workers=0             processes that simulate; 0 takes one a core
 
 Ends with 69 where nothing fits. docs/planning.md says what is counted, and how far it is from what was measured."""
@@ -46,21 +47,41 @@ def main(argv: list[str]) -> int:
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
     own = [word for word in words if word.split("=")[0].split(".")[0] in OWN]
-    words = [word for word in words if word not in own]
+    froms = [word for word in words if word.startswith("from=")]
+    words = [word for word in words if word not in (*own, *froms)]
     card, settings = read_own(own)
     from launch.compose import ranks_of
     from launch.plan_answer import as_dict, text
+    from launch.plan_job import job_of
     from trainer.forecast.plan import micro_batches, ways
     from trainer.forecast.sweep import sweep
 
     config, typed = composed(words, card)
     # What can be known to be wrong is said before data is prepared, which may take an hour.
     found, refused = ways(config, settings, typed, ranks_of(config))
-    job = job_of(config, card)
+    measured = measured_by(froms, card, settings)
+    job = job_of(config, measured.card)
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
     answer = sweep(found, refused, job, micros, settings, _progress())
-    print(json.dumps(as_dict(answer, words), indent=1) if as_json else text(answer, words), flush=True)
+    told = as_dict(answer, words, measured.said) if as_json else text(answer, words, measured.said)
+    print(json.dumps(told, indent=1) if as_json else told, flush=True)
     return 0 if answer.best is not None else 69
+
+
+def measured_by(words: list[str], card: Card, settings: PlanConfig) -> Calibrated:
+    """The card as the run of `from=` found it, or as its file says. Errors: ConfigError."""
+    from launch.plan_from import Calibrated, calibrated
+    from strategies.errors import ConfigError
+
+    if len(words) > 1:
+        raise ConfigError(f"{' '.join(words)}: a plan goes by one run; name one")
+    named = [word.partition("=")[2] for word in words]
+    if named == [""]:
+        raise ConfigError("from=: names no run; write from=runs/first, or leave it out")
+    if not named:
+        return Calibrated(card)
+    print(f"simulating {named[0]} as it ran", file=sys.stderr, flush=True)
+    return calibrated(card, named[0], settings)
 
 
 def cards() -> list[str]:
@@ -151,10 +172,14 @@ def _lacking(card: Card) -> list[str]:
         "host_gb_s",
         "disk_gb_s",
         "gpus_per_node",
+        "pace",
+        "tensors",
     )
     problems = [
         f"hardware.{name}={getattr(card, name):g}: must be above 0" for name in rates if getattr(card, name) <= 0
     ]
+    if card.allocator < 0:
+        problems.append(f"hardware.allocator={card.allocator:g}: must be at least 0; 0.05 is the allowance")
     if len(card.capability) != 2:
         problems.append(f"hardware.capability={card.capability}: must be two numbers, such as [9,0]")
     elif not card.tflops(card.precision(Precision.auto)):
@@ -192,34 +217,6 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     if "batch.global" not in typed and step > 0:
         config.batch["global"] = -(-config.batch["global"] // step) * step
     return config, typed
-
-
-def job_of(config: RunConfig, card: Card) -> Job:
-    """The ranks, and how long what they are given is. Prepares data where data.path says some."""
-    from launch.compose import per_node_of
-    from trainer.forecast.lengths import Lengths
-    from trainer.forecast.plan import Job
-    from trainer.objectives.registry import reading_of
-
-    per = reading_of(config.objective).sequences_per_document
-    given = config.data.path or config.data.sources
-    return Job(
-        card=card,
-        precision=config.precision,
-        nodes=config.launcher.nodes,
-        per_node=per_node_of(config),
-        global_batch=config.batch["global"],
-        lengths=_measured(config, per) if given else Lengths.all_of(config.data.max_length, per),
-    )
-
-
-def _measured(config: RunConfig, per: int) -> Lengths:
-    from trainer.build import prepare_data
-    from trainer.forecast.lengths import drawn
-    from trainer.model.loading import load_tokenizer
-
-    data = prepare_data(config, load_tokenizer(config.model))
-    return drawn(config, data.train, per).lengths(config.data, per)
 
 
 def _progress() -> Any:

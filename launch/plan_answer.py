@@ -15,8 +15,8 @@ from trainer.planning.hardware import GIB
 from trainer.planning.receipt import checkpoint_bytes
 
 
-def text(answer: Answer, words: list[str]) -> str:
-    """What a person reads; `words` are those that were typed."""
+def text(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
+    """What a person reads; `words` are those that were typed, `calibrated` says what was measured by which run."""
     job, form = answer.job, answer.form
     mean = job.lengths.mean
     lines = [
@@ -36,11 +36,14 @@ def text(answer: Answer, words: list[str]) -> str:
         lines += ["", "left out:"]
         for reason, of in by_reason(answer).items():
             lines += _folded(f"  {of}: {reason}")
+    if calibrated:
+        lines += ["", *(line for said in calibrated for line in _folded(said))]
+    rest = "; what stands above was measured" if calibrated else ""
     lines += [
         "",
         *_folded(
             "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
-            "reckoned (docs/planning.md)."
+            f"reckoned{rest} (docs/planning.md)."
         ),
     ]
     return "\n".join(lines)
@@ -175,7 +178,7 @@ def _folded(said: str, width: int = 80) -> list[str]:
     return textwrap.wrap(said, width, subsequent_indent="    " if said.startswith(" ") else "", drop_whitespace=True)
 
 
-def as_dict(answer: Answer, words: list[str]) -> dict[str, Any]:
+def as_dict(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
     """The answer as JSON values; GiB, seconds, US dollars."""
     job, form, best = answer.job, answer.form, answer.best
     return {
@@ -191,6 +194,11 @@ def as_dict(answer: Answer, words: list[str]) -> dict[str, Any]:
             "price_per_hour": job.card.price_per_hour,
             "sources": job.card.sources,
             "date": job.card.date,
+            "allocator": job.card.allocator,
+            "pace": job.card.pace,
+            "tensors": job.card.tensors,
+            "disk_gb_s": job.card.disk_gb_s,
+            "calibrated": [said.strip() for said in calibrated],
         },
         "job": {
             "nodes": job.nodes,

@@ -13,8 +13,9 @@ import torch
 
 from launch import main as command
 from launch.compose import compose, ranks_of
-from launch.plan import cards, composed, job_of, read_own
+from launch.plan import cards, composed, read_own
 from launch.plan_answer import by_reason, command_of, costs, stored
+from launch.plan_job import job_of
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir

@@ -45,6 +45,12 @@ class Card:
     """Rate between card and host memory, GB/s one way."""
     disk_gb_s: float = 1.0
     """Rate at which one node writes checkpoints, GB/s; an assumption, set it to yours."""
+    allocator: float = ALLOCATOR
+    """Share of what is allocated that torch's allocator reserves beyond it; an allowance, set it to what you measured."""
+    pace: float = 1.0
+    """Seconds that a step takes for each that is reckoned; 1 where nothing was measured."""
+    tensors: float = 1.0
+    """Bytes that tensors take for each that is simulated; 1 where nothing was measured."""
     gpus_per_node: int = 8
     """Cards of a node as it is usually built."""
     price_per_hour: float | None = None
@@ -99,15 +105,15 @@ class Fit:
 
 def fit(form: Form, taken: Taken, card: Card) -> Fit:
     """How a peak lies in the card's memory, with what is taken beside tensors."""
-    return fit_of(taken.total, groups_of(form), card.memory_gib)
+    return fit_of(round(card.tensors * taken.total), groups_of(form), card.memory_gib, card.allocator)
 
 
-def fit_of(live: int, groups: int, memory_gib: float) -> Fit:
+def fit_of(live: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR) -> Fit:
     """How `live` bytes of tensors lie in so much memory, beside what the process and its groups of ranks take."""
     return Fit(
         live=live,
         context=round(CONTEXT_GIB * GIB),
-        allocator=round(ALLOCATOR * live),
+        allocator=round(allocator * live),
         exchange=round(GROUP_GIB * GIB * groups),
         limit=round(memory_gib * GIB),
     )
@@ -116,7 +122,7 @@ def fit_of(live: int, groups: int, memory_gib: float) -> Fit:
 def room(form: Form, card: Card) -> float:
     """Bytes of tensors that the card has room for."""
     beside = CONTEXT_GIB + GROUP_GIB * groups_of(form)
-    return max(0.0, (card.memory_gib - beside) * GIB / (1 + ALLOCATOR))
+    return max(0.0, (card.memory_gib - beside) * GIB / (1 + card.allocator) / card.tensors)
 
 
 def groups_of(form: Form | Extended) -> int:

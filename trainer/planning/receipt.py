@@ -95,6 +95,7 @@ def measured(meter: Meter, device: torch.device, checkpoint: tuple[int, float] |
     where = "on the worst rank" if meter.peaks else "on rank 0, since no step was logged"
     return {
         **(meter.peaks or peak_memory_gib(device)),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "memory_of": f"{ON_GPU if device.type == 'cuda' else ON_CPU}, {where}",
         "step_s": meter.step_s(),
         "start_s": meter.start_s,

@@ -73,7 +73,7 @@ def step_of(form: Form, load: Load, card: Card, precision: Precision, *, ranks_p
     update += load.number * crossed / (card.host_gb_s * 1e9 * LINKS)
     if form.host > 2**20:
         update += 3 * form.host * ranks_per_node / (HOST_UPDATE_GB_S * 1e9)  # read, and written, and gradients read
-    return Step(products, moves, inside + after, exposed, update)
+    return Step(*(card.pace * seconds for seconds in (products, moves, inside + after, exposed, update)))
 
 
 def exchange_s(form: Form, micro_batches: int, card: Card) -> tuple[float, float]:

@@ -1,0 +1,31 @@
+"""The job of a plan: ranks, and how long what they are given is."""
+
+from __future__ import annotations
+
+from launch.compose import per_node_of
+from trainer.build import prepare_data
+from trainer.config.run import RunConfig
+from trainer.forecast.lengths import Lengths, drawn
+from trainer.forecast.plan import Job
+from trainer.model.loading import load_tokenizer
+from trainer.objectives.registry import reading_of
+from trainer.planning.hardware import Card
+
+
+def job_of(config: RunConfig, card: Card) -> Job:
+    """The ranks, and how long what they are given is. Prepares data where data.path says some."""
+    per = reading_of(config.objective).sequences_per_document
+    given = config.data.path or config.data.sources
+    return Job(
+        card=card,
+        precision=config.precision,
+        nodes=config.launcher.nodes,
+        per_node=per_node_of(config),
+        global_batch=config.batch["global"],
+        lengths=_measured(config, per) if given else Lengths.all_of(config.data.max_length, per),
+    )
+
+
+def _measured(config: RunConfig, per: int) -> Lengths:
+    data = prepare_data(config, load_tokenizer(config.model))
+    return drawn(config, data.train, per).lengths(config.data, per)
