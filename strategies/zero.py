@@ -38,7 +38,7 @@ from strategies.parameters import (
 from strategies.runtime import Runtime, bound_groups
 from strategies.state import Run, StateHeader, load_state, save_state
 from strategies.zero_config import deepspeed_config, steps_on_device
-from strategies.zero_load import load_partitioned
+from strategies.zero_load import keep_together, load_partitioned
 
 
 class ZeroEngine:
@@ -286,6 +286,7 @@ class ZeroStrategy:
             for module in step_module.modules():  # parameters are gathered when their own module runs, and only then
                 if getattr(module, "fused", False):
                     module.fused = False  # type: ignore[assignment]
+            keep_together(step_module)
             to_drive = self.config.offload_parameters == "nvme"
             load_partitioned(step_module, source, settings, compute, self.runtime, to_drive=to_drive)
         else:

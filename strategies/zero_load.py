@@ -52,6 +52,15 @@ def load_partitioned(
                 owner._buffers[name] = buffer.to(runtime.device)
 
 
+def keep_together(step_module: nn.Module) -> None:
+    """Let modules of the classes in `step_module.gathered_whole` be gathered with all their parts, once a call."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in step_module.modules():
+        if type(module).__name__ in getattr(step_module, "gathered_whole", ()):
+            set_z3_leaf_module(module, True)
+
+
 @torch.no_grad()
 def _fill(parameter: Any, name: str, source: ParameterSource, rank: int) -> None:
     """Read this rank's part of a partitioned parameter; the last part may end in padding."""

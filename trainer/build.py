@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Precision, StrategyName
+from strategies.base import Engine, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
@@ -22,7 +22,14 @@ from trainer.heads.loss import fuse_head
 from trainer.loop import steps_from_budget
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
-from trainer.model.architecture import describe_head, grow_vocabulary, head_names, text_settings, vocabulary_names
+from trainer.model.architecture import (
+    describe_head,
+    freeze_choosers,
+    grow_vocabulary,
+    head_names,
+    text_settings,
+    vocabulary_names,
+)
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
@@ -49,9 +56,6 @@ from trainer.tuning.expert_lora import use_low_rank
 from trainer.tuning.fast_lora import fuse_lora
 from trainer.tuning.read_back import check_read_back
 from trainer.tuning.table import needs_own_rows
-
-UNEVEN_CALLS = frozenset({"qwen4_exp", "qwen4_exp_text"})
-"""`model_type`s whose ranks were seen to wait for each other under ZeRO-3, which gathers in every module's call."""
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
@@ -103,11 +107,6 @@ def build_engine(
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     if built.scheme is not None and config.model.keep_packed:
         source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
-    if config.strategy.name is StrategyName.zero3 and built.config.model_type in UNEVEN_CALLS:
-        raise ConfigError(
-            f"strategy=zero3: a {built.config.model_type} calls some modules as often as its tokens ask, so that ranks would "
-            "wait for each other for ever; use strategy=fsdp2"
-        )
     built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
     work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     plan_checkpointing(built, work, config.strategy, precision, runtime)
@@ -246,6 +245,8 @@ def build_step(
     model = tuning.apply(model)
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
+    if choosers := freeze_choosers(model):
+        arranged.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(choosers)}"
     model.train()
     objective = build_objective(objective_config, Beside(tuning.reference if tuning.keeps_base else None))
     step = TrainStep(model, objective, blocks)

@@ -13,6 +13,7 @@ from strategies.base import ActivationCheckpointing, AroundUpdate
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.reading import Reading
+from trainer.model.architecture import CHOOSERS
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import Arrangement
 from trainer.model.quantisation import Scheme
@@ -41,6 +42,8 @@ class TrainStep(nn.Module):
         """Whether gradients wait whole for the last micro-batch of a step, where that was planned."""
         self.routed: Routed | None = None
         """What is asked of routers, experts and logits, where the model has such."""
+        self.gathered_whole: frozenset[str] = CHOOSERS
+        """Classes of modules whose parts are gathered with them, not each for its own call."""
         self.around_update: AroundUpdate | None = None
         """What the tuning method does around each optimizer step, where it does anything."""
 

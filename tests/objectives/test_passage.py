@@ -9,6 +9,7 @@ import transformers
 
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
+from tests.models.tiny import tiny_config
 from trainer.data.config import Layout
 from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
@@ -30,6 +31,7 @@ CONFIGS = {
         vocab_size=96, hidden_size=48, num_decoder_layers=2, num_decoder_attention_heads=4, decoder_ffn_dim=64
     ),
     "encoder": lambda: transformers.BertConfig(**ENCODER),
+    "xlstm": lambda: tiny_config("xlstm"),
 }
 
 
@@ -70,6 +72,23 @@ def test_a_model_that_padding_changes_reads_one_document_at_a_time():
     model, found = arranged("prophetnet")
     assert (found.layout, found.attention) == (Layout.padded, "eager")
     assert model.way == Way(fused=False, positions=False, alone=True)
+
+
+@pytest.mark.parametrize(("off", "own", "right"), [(4e-5, 5e-5, True), (6e-5, 5e-5, False), (2e-4, 1e-3, False)])
+def test_a_difference_is_rounding_only_where_the_stock_model_rounds_as_much(off, own, right, monkeypatch):
+    monkeypatch.setattr(passage._Proof, "_apart", lambda *_: off)
+    monkeypatch.setattr(passage._Proof, "_own_rounding", lambda _: own)
+    if right:
+        assert arranged("mistral")[1].layout is Layout.padding_free
+    else:
+        with pytest.raises(ConfigError, match="gradients differ by"):
+            arranged("mistral")
+
+
+def test_a_model_that_magnifies_rounding_takes_several_documents_a_batch():
+    """Some of its parts are in float32 always: its own gradients in float32 are 5e-5 from those in float64."""
+    model, found = arranged("xlstm")
+    assert (found.layout, model.way) == (Layout.padded, WAYS[1])
 
 
 def test_a_model_whose_tokens_see_ahead_is_refused():

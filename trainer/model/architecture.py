@@ -18,6 +18,9 @@ NOISE = re.compile(r"layerdrop|input_jitter")
 """Of settings that leave out whole layers, or disturb them, at random: ranks would draw different ones, and sharding
 strategies would hang or part."""
 
+CHOOSERS = frozenset({"Qwen4ExpTextQSAIndexer"})
+"""Classes of modules that choose keys, so that no gradient reaches them, and call their parts as often as a document's tokens
+ask: gathered for each such call, ranks would wait for each other for ever."""
 TEXT_ALONE = frozenset({"llama4"})
 """Models that see, of which only the text model can be built: in transformers 5.24 the whole one fails on texts."""
 
@@ -155,6 +158,14 @@ def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, f
                 chosen = 0.0 if noise else probability
                 setattr(owner, name, int(chosen) if isinstance(value, int) and chosen in (0, 1) else chosen)
     return before
+
+
+def freeze_choosers(model: nn.Module) -> list[str]:
+    """Keep the parts of `CHOOSERS` from training, adapters on them too; the classes that were found."""
+    found = [module for module in model.modules() if type(module).__name__ in CHOOSERS]
+    for module in found:
+        module.requires_grad_(False)
+    return sorted({type(module).__name__ for module in found})
 
 
 def head_names(model: Any) -> tuple[str, ...]:
