@@ -23,6 +23,17 @@ _SLOWNESS: list[float] = []
 """What each worker has measured."""
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cpu", action="store_true", help="print the CPU seconds of each file, and of the costliest tests")
+
+
+def pytest_configure(config):
+    if config.getoption("--cpu"):
+        from tests.helpers import cpu
+
+        config.pluginmanager.register(cpu.Spent())
+
+
 def pytest_collection_modifyitems(config, items):
     """A limit for each test that has none of its own: pytest-timeout's option is a constant, and machines differ."""
     if hasattr(config, "workerinput"):

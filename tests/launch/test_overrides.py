@@ -47,9 +47,8 @@ def value_of(word, key):
     ],
 )
 def test_a_path_is_kept_as_typed(path):
-    assert value_of(f"data.path={path}", "data.path") == path
-    assert value_of(f"model.path={path}", "model.path") == path
-    assert value_of(f"run.dir={path}", "run.dir") == path
+    config = compose([f"data.path={path}", f"model.path={path}", f"run.dir={path}"], check=False).config
+    assert [config.data.path, config.model.path, config.run.dir] == [path] * 3
 
 
 @pytest.mark.parametrize(

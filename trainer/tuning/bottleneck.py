@@ -83,7 +83,7 @@ class Bottleneck(Added):
             return torch.zeros(shape)
         width, size = (shape[1], shape[0]) if key == "weight" else (self._width, shape[0])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, layer))
+            torch.default_generator.manual_seed(derive_seed(seed, layer))
             return nn.Linear(width, size).get_parameter(key).detach()
 
     def write(

@@ -107,7 +107,7 @@ class Replicas:
             settings.ensure_weight_tying = False
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(derive_seed(seed, ".".join(names) if len(names) == 1 else ""))
+            torch.default_generator.manual_seed(derive_seed(seed, ".".join(names) if len(names) == 1 else ""))
             return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](holder, settings, ADAPTER)
 
 

@@ -124,7 +124,7 @@ class Virtual(Added):
     def _replica(self, base: BaseReader, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(derive_seed(seed, ENCODER))
+            torch.default_generator.manual_seed(derive_seed(seed, ENCODER))
             encoder = self._new_encoder()
             if isinstance(self.config, PromptConfig) and self.config.init is not PromptInit.random:
                 ids = self._start_ids(self.config)
