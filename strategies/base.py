@@ -183,12 +183,12 @@ OptimizerFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], "torch.optim
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """How far a run is; the whole state of the data order is `samples`."""
+    """How far a run is; the whole state of the data order is `samples`, and what is `passed` over."""
 
     step: int = 0
     """Optimizer steps taken."""
     samples: int = 0
-    """Documents (packs) consumed since the start of the run."""
+    """Documents (packs) consumed since the start of the run, without those that are passed over."""
     tokens: int = 0
     """Tokens consumed, all ranks together."""
     supervised_tokens: int = 0
@@ -207,6 +207,10 @@ class Progress:
     """Steps whose loss or gradient norm stood out."""
     recent: list[dict[str, float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps, with which the next ones are compared."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint, since a step stood out."""
+    passed: list[dict[str, int]] = field(default_factory=list)
+    """Places of the run's order that are passed over, since a step on them stood out: the `first` one, and their `count`."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
 
@@ -250,7 +254,7 @@ class Engine(Protocol):
         """
 
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size. All ranks must call.
+        """Read the training state written by any strategy at any world size, between two steps. All ranks must call.
 
         Raises, on every rank, StorageError for files that cannot be used, ConfigError for the state of another kind of run.
         """

@@ -250,7 +250,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size. All ranks must call."""
+        """Read the training state written by any strategy at any world size, between two steps. All ranks must call."""
         self._ensure_moments()
         header = load_state(path, self._runs(writing=False), self.runtime)
         self._updates.fill_(header.optimizer_steps)
@@ -262,6 +262,7 @@ class NativeEngine:
             group.update({key: values[key] for key in _GROUP_STATE if key in values})
         if self.scale is not None and header.loss_scale is not None:
             self.scale.fill_(header.loss_scale)
+            self._steps_since_overflow.zero_()
         self._weights_changed()
         return header.progress
 

@@ -44,7 +44,7 @@ from strategies.tensor_files import (
 PROGRESS = "progress.json"
 MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
 """Bytes of the two JSON files; more is not read."""
-ROWS = {"recent": {"loss", "grad_norm"}}
+ROWS = {"recent": {"loss", "grad_norm"}, "passed": {"first", "count"}}
 """What each row has of the lists in `Progress`."""
 SPARE = 2**20
 """Bytes that the small files and the directory may take beside the tensors."""
@@ -133,9 +133,7 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
         _check(Progress, raw.get("progress"))
         if raw.get("loss_scale") is not None and not 0 < raw["loss_scale"] < math.inf:
             raise Malformed("has a loss_scale that is none")
-        for key, names in ROWS.items():
-            if any(set(row) != names for row in raw["progress"].get(key, ())):
-                raise Malformed(f"has {key} steps that are none")
+        _check_rows(raw["progress"])
     except OSError as error:
         raise StorageError(f"{path / PROGRESS}: {reason(error)}") from error
     except Malformed as error:
@@ -155,6 +153,14 @@ def _check(kind: type, raw: Any, *, but: str | None = None) -> None:
     for key, value in raw.items():
         if key != but and not _is(value, hints[key]):
             raise Malformed(f"has a {key} that is none")
+
+
+def _check_rows(progress: dict[str, Any]) -> None:
+    for key, names in ROWS.items():
+        if any(set(row) != names for row in progress.get(key, ())):
+            raise Malformed(f"has a {key} that is none")
+    if any(not whole_number(number) for row in progress.get("passed", ()) for number in row.values()):
+        raise Malformed("has a passed that is none")
 
 
 def _is(value: Any, hint: Any) -> bool:

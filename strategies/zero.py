@@ -187,7 +187,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read the training state written by any strategy at any world size, before the first step. All ranks must call."""
+        """Read the training state written by any strategy at any world size, between two steps. All ranks must call."""
         self._ensure_moments()
         header = load_state(path, self._runs(), self.runtime)
         self._updates.fill_(header.optimizer_steps)

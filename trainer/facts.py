@@ -24,12 +24,12 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
-from trainer.loop import Outcome
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planning.activations import device_gib
 from trainer.planning.receipt import memory_text, predicted
 from trainer.records.metrics import flops_per_token, reference_tflops
+from trainer.records.outcome import Outcome
 from trainer.records.status import write_text_atomic
 from trainer.records.trackers import json_text
 from trainer.step import Built

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -17,32 +17,16 @@ from trainer.checkpoints.kept import Checkpoints
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.loss import Interrupted
-from trainer.guards.watch import OUTLIERS, Guards
+from trainer.guards.watch import OUTLIERS, Guards, Outlier, RollBack
 from trainer.objectives.ahead import look_ahead
 from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
 from trainer.optim.schedule import ScheduleConfig, lr_factor_at
 from trainer.records.console import Console
 from trainer.records.load import by_layer
 from trainer.records.metrics import Meter, StepRecord
+from trainer.records.outcome import Outcome
 from trainer.records.trackers import Trackers, summary_of
 from trainer.stopping.preempt import Agreement
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How training ended, equal on all ranks."""
-
-    progress: Progress
-    before: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics before the first step (empty where not evaluated)."""
-    after: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics at the last evaluation."""
-    last_row: dict[str, Any] = field(default_factory=dict)
-    speed: dict[str, float] = field(default_factory=dict)
-    """`Meter.speed` of the whole run."""
-    experts: list[dict[str, float]] = field(default_factory=list)
-    """How even the experts of each layer were in the last logging interval (`trainer/records/load.py`)."""
-    stopped_early: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,36 +97,25 @@ class Trainer:
         earlier = broadcast_object(self.trackers.earlier, self.meter.runtime)
         self.outcome.before, self.outcome.after = earlier.before, earlier.after
         self.outcome.last_row = earlier.last_row
-        self.guards.begin(self.progress.recent)
+        self._go_on()
         entered = time.perf_counter()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
+        if self.guards.goes_back and not self.checkpoints.any():
+            self._saved_step = -1
+            self._save()
         evaluation_s = time.perf_counter() - entered
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()
         self._began = time.perf_counter()
         self.meter.begin(evaluation_s)
-        total = self.settings.total_steps
-        left = 0 if self._make_up_evaluation() else total - self.progress.step
-        for batch in self.loader.steps(self.progress.samples, left):
-            self.agreement.ask()
-            self.meter.add(self.train_step(batch))
-            last = self.progress.step == total
-            if last or self.meter.pending >= self.settings.log_every:
-                self._flush()
-            best = self.progress.best_metric, self.progress.best_step
-            improved = self._evaluate_if_due(last)
-            if improved or self.checkpoints.due(self.progress.step):
-                saved = self._save(must=False)
-                if improved and not saved:  # the best is one that there is: the one before stays it, and stays
-                    self.progress.best_metric, self.progress.best_step = best
-            if self.agreement.stop_now():
-                self._stop_for_signal()
-            if self._out_of_patience():
-                self.outcome.stopped_early = True
+        while True:
+            try:
+                self._to_the_end()
                 break
-        self._flush()
+            except RollBack as back:
+                self._roll_back(back.outlier)
         if self.settings.save_final:
             self._save()
         self.outcome.speed = self.meter.speed() or earlier.speed
@@ -150,6 +123,52 @@ class Trainer:
             self.outcome.experts = by_layer(self.meter.expert_tokens)
         self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
         return self.outcome
+
+    def _to_the_end(self) -> None:
+        """Steps, and what is due between them, until the budget is spent or evaluation says stop. Raises RollBack."""
+        total = self.settings.total_steps
+        left = 0 if self._make_up_evaluation() else total - self.progress.step
+        with closing(self.loader.steps(self.progress.samples, left)) as batches:
+            for batch in batches:
+                self.agreement.ask()
+                self.meter.add(self.train_step(batch))
+                last = self.progress.step == total
+                if last or self.meter.pending >= self.settings.log_every:
+                    self._flush()
+                best = self.progress.best_metric, self.progress.best_step
+                improved = self._evaluate_if_due(last)
+                if improved or self.checkpoints.due(self.progress.step):
+                    saved = self._save(must=False)
+                    if improved and not saved:  # the best is one that there is: the one before stays it, and stays
+                        self.progress.best_metric, self.progress.best_step = best
+                if self.agreement.stop_now():
+                    self._stop_for_signal()
+                if self._out_of_patience():
+                    self.outcome.stopped_early = True
+                    break
+        self._flush()
+
+    def _go_on(self) -> None:
+        """Let what goes by the progress go on from it: the window of the guards, and the order of the samples."""
+        self.guards.begin(self.progress.recent)
+        self.loader.order.pass_over((each["first"], each["count"]) for each in self.progress.passed)
+
+    def _roll_back(self, outlier: Outlier) -> None:
+        """Go on from the last checkpoint as a run that never meets the samples of this step. All ranks must call."""
+        self.agreement.stop_now()  # an answer may be on its way
+        self.still_ours()
+        passed, rollbacks = self.progress.passed, self.progress.rollbacks + 1
+        places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
+        self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
+        loaded = self.engine.load(self.checkpoints.go_back())
+        for each in fields(Progress):  # the outcome has the same object
+            setattr(self.progress, each.name, getattr(loaded, each.name))
+        self.progress.passed = [*passed, *({"first": first, "count": count} for first, count in places)]
+        self.progress.rollbacks, self.progress.outliers = rollbacks, self.progress.outliers + 1
+        self._saved_step = self.progress.step
+        self._go_on()
+        self.trackers.rewind(self.progress.step)
+        self.meter.restart_clock()
 
     def train_step(self, batch: StepBatch) -> StepRecord:
         """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
@@ -204,7 +223,7 @@ class Trainer:
     # -- what happens between steps ------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Read the buffered steps from the device, record them, and stop a run that has diverged."""
+        """Read the buffered steps from the device and record them. Raises Diverged, and RollBack with nothing recorded."""
         rows = self.meter.flush()
         self.guards.look(rows)
         for row in rows:
@@ -215,7 +234,7 @@ class Trainer:
             return
         self.outcome.last_row = rows[-1]
         self.console.progress(rows[-1], total=self.settings.total_steps, began=self._began, first_step=self._first_step)
-        self.guards.stop_if_diverged(self.progress.samples)
+        self.guards.stop_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
 
     def _evaluate_if_due(self, last: bool) -> bool:
         """Evaluate on the schedule; whether the watched metric has improved."""

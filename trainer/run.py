@@ -38,13 +38,14 @@ from trainer.guards.told import Told
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.lifecycle.identity import agree_on_run, establish
-from trainer.loop import LoopSettings, Outcome, Output, Trainer, Watch
+from trainer.loop import LoopSettings, Output, Trainer, Watch
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.objectives.registry import reading_of
 from trainer.planning.receipt import measured
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
+from trainer.records.outcome import Outcome
 from trainer.records.status import State, write_status
 from trainer.records.trackers import Trackers, build_trackers
 from trainer.step import Built

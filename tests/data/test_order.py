@@ -17,6 +17,24 @@ def test_units_are_a_function_of_the_sample_number(num, seed, start, count):
     assert got[:20].tolist() == fresh and len(got) == count
 
 
+@given(
+    num=st.integers(1, 20),
+    passed=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 15)), max_size=5),
+    start=st.integers(0, 40),
+    count=st.integers(0, 30),
+)
+def test_what_is_passed_over_is_as_if_it_had_never_been_in_the_order(num, passed, start, count):
+    order = GlobalOrder(num, 1, True)
+    whole = order.units(0, 300).tolist()
+    left = [
+        unit for place, unit in enumerate(whole) if not any(first <= place < first + size for first, size in passed)
+    ]
+    order.pass_over(passed)
+    assert order.units(start, count).tolist() == left[start : start + count]
+    where = [place for first, size in order.places(start, count) for place in range(first, first + size)]
+    assert [whole[place] for place in where] == left[start : start + count]
+
+
 @given(num=st.integers(1, 200), seed=st.integers(0, 99))
 def test_every_epoch_is_a_permutation(num, seed):
     order = GlobalOrder(num, seed, True)

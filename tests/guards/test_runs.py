@@ -68,7 +68,7 @@ def test_an_odd_batch_is_noted_with_its_documents(root, tmp_path, capfd):
     assert run(root, tmp_path) == 0
     assert [row["step"] for row in rows(tmp_path) if "outlier/grad_norm" in row] == [ODD]
     [event] = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert (event["step"], event["action"], event["first_sample"], event["samples"]) == (ODD, "note", 32, BATCH)
+    assert (event["step"], event["action"], event["places"]) == (ODD, "note", [[32, BATCH]])
     assert event["values"]["grad_norm"] == next(r["grad_norm"] for r in rows(tmp_path) if r["step"] == ODD)
     lines = (root / "train.jsonl").read_text().splitlines()
     assert [each["line"] for each in event["documents"]] == [33, 34, 35, 36]
@@ -97,3 +97,46 @@ def test_a_run_that_only_skips_is_stopped(root, tmp_path, capfd):
     shown = capfd.readouterr().err
     assert code == 70 and "the updates of 3 steps in a row were left out" in shown and "Traceback" not in shown
     assert "guards.threshold" in shown and "optim.max_skipped_steps" in shown
+
+
+def test_a_rollback_is_the_run_on_data_without_those_documents(root, tmp_path, capfd):
+    clean = tmp_path / "clean.jsonl"
+    numbers = list(range((STEPS + 1) * BATCH))
+    write(tmp_path / "all.jsonl", numbers)
+    write(clean, [number for number in numbers if number // BATCH + 1 != ODD])
+    assert run(root, tmp_path / "never", f"data.path={clean}") == 0
+    every = ("logging.every_steps=2", "checkpoint.every_steps=5", f"data.path={tmp_path / 'all.jsonl'}")
+    words = (*every, "guards.grad_norm=rollback")
+    assert run(root, tmp_path / "back", *words) == 0
+    assert curve(tmp_path / "back") == curve(tmp_path / "never")
+    assert not [row for row in rows(tmp_path / "back") if "outlier/grad_norm" in row]  # its row is given up, too
+    progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
+    assert (progress["rollbacks"], progress["outliers"], progress["samples"]) == (1, 1, STEPS * BATCH)
+    assert progress["passed"] == [{"first": 32, "count": BATCH}]
+    [event] = [json.loads(line) for line in (tmp_path / "back" / "events.jsonl").read_text().splitlines()]
+    assert (event["step"], event["action"], [each["line"] for each in event["documents"]]) == (
+        ODD,
+        "rollback",
+        [33, 34, 35, 36],
+    )
+    assert "the run goes back to its last checkpoint" in capfd.readouterr().out
+    # What was given up stays so in a run that goes on from here.
+    state = tmp_path / "back" / "checkpoints" / "step-000010"
+    assert run(root, tmp_path / "on", *words, f"run.resume={state}") == 0
+    assert curve(tmp_path / "on") == curve(tmp_path / "never")[10:]
+
+
+def test_before_the_first_checkpoint_there_is_one_to_go_back_to(root, tmp_path):
+    words = ("guards.loss=rollback", "checkpoint.every_minutes=0", "budget.steps=10")
+    assert run(root, tmp_path / "back", *words) == 0
+    progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
+    assert progress["rollbacks"] == 1
+    assert [row["step"] for row in rows(tmp_path / "back")] == list(range(1, 11))
+
+
+def test_a_run_that_only_goes_back_is_stopped(root, tmp_path, capfd):
+    words = ("guards.loss=rollback", "guards.threshold=1e-9", "guards.max_rollbacks=2", "optim.lr=1e-9")
+    code = run(root, tmp_path, *words, "logging.every_steps=1", "budget.steps=60")
+    shown = capfd.readouterr().err
+    assert code == 70 and "guards.max_rollbacks" in shown and "Traceback" not in shown
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 3

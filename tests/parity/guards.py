@@ -1,21 +1,27 @@
 """A step on documents that stand out: what guards do about it, under every strategy. Part of `job.py`."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
+from strategies import runtime as processes
 from strategies.base import Precision, StepResult
 from tests.helpers.building import model_dir, run_config
 from tests.parity.base import Curve, Job, lone_steps
 from tests.parity.features import HostReads
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.kept import Checkpoints
 from trainer.config.run import RunConfig
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset, write
-from trainer.guards.config import GuardsConfig
+from trainer.guards.config import Action, GuardsConfig
 from trainer.loop import Trainer
 from trainer.objectives.sft import SftReading
+from trainer.records.trackers import Trackers
 
 STEPS, BATCH, ODD = 12, 4, 8
 """The documents of step ODD say one word again and again, so that their gradients add up to ten times the usual norm."""
@@ -62,7 +68,7 @@ def skipped_on_device(job: Job) -> dict:
 
 
 def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
-    trainer = job.trainer(replace(config, guards=GuardsConfig(grad_norm="skip", window=10)), data)
+    trainer = job.trainer(replace(config, guards=GuardsConfig(grad_norm=Action.skip, window=10)), data)
     reads = _count_reads(trainer)
     for batch in trainer.loader.steps(0, STEPS):
         trainer.meter.add(trainer.train_step(batch))
@@ -76,6 +82,46 @@ def _skipped(job: Job, config: RunConfig, data: Prepared) -> dict:
         "updates": int(trainer.engine._updates),  # type: ignore[attr-defined]
         "reads": reads,
         "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),
+    }
+
+
+class Rows:
+    """Keeps the last row of each step."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict] = {}
+
+    def log(self, metrics: dict, *, step: int) -> None:
+        self.rows[step] = metrics
+
+    def close(self) -> None:
+        pass
+
+
+def rolled_back(job: Job, strategy: str) -> dict:
+    """The rows of a run that goes back for the odd step, and the curve of a lone process on data that never had its documents."""
+    config = config_of(job, strategy)
+    trainer = job.trainer(
+        replace(config, guards=GuardsConfig(grad_norm=Action.rollback, window=10)), documents(job, odd=True)
+    )
+    places = [Path(processes.broadcast_object(tempfile.mkdtemp(dir=job.root), job.runtime)) / "checkpoints"]
+    trainer.checkpoints = Checkpoints(places, CheckpointConfig(every_steps=3), job.runtime)
+    rows = Rows()
+    trainer.trackers = Trackers([rows])
+    progress = trainer.fit().progress
+
+    never_had = documents(job, odd=False)
+
+    def never_seen() -> Curve:
+        lone = job.lone_trainer(config, never_had)
+        lone.loader.share = replace(lone.loader.share, global_batch=BATCH, micro_batch=BATCH)
+        return lone_steps(lone, STEPS)
+
+    return {
+        "found": [[row["loss"], row["grad_norm"]] for _, row in sorted(rows.rows.items())],
+        "progress": [progress.step, progress.rollbacks, progress.passed, progress.samples],
+        "told": processes.gather_objects([progress.rollbacks, progress.passed], job.runtime),
+        "expected": job.oracle(("guards", "never seen"), never_seen, elsewhere=[]),
     }
 
 

@@ -1,9 +1,9 @@
-"""An update that is left out, under every strategy: the curve of a process that never made it."""
+"""An update that is left out, or samples that are given up, under every strategy: the curve of a process that never met them."""
 
 import pytest
 
 from tests.helpers.covering import EVERYTHING
-from tests.parity.guards import ODD, STEPS
+from tests.parity.guards import BATCH, ODD, STEPS
 
 EXACT = 1e-5
 STRATEGIES = ("fsdp2", "zero2", *(("ddp", "hsdp", "zero1", "zero3") if EVERYTHING else ()))
@@ -32,3 +32,14 @@ def test_zero2_in_bf16_skips_without_the_host(ask):
     assert found["reads"] == [0] * STEPS
     assert found["skipped"] == found["outliers"] == [ODD] and found["updates"] == STEPS - 1
     assert_close(found["found"], found["expected"], 1e-3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rollback_is_the_run_that_never_saw_the_samples_under_any_strategy(ask, strategy):
+    found = ask("guards", "rolled_back", strategy)
+    assert len(found["found"]) == STEPS
+    for step, (mine, theirs) in enumerate(zip(found["found"], found["expected"], strict=True), 1):
+        assert mine == pytest.approx(theirs, rel=EXACT), step
+    passed = [{"first": (ODD - 1) * BATCH, "count": BATCH}]
+    assert found["progress"] == [STEPS, 1, passed, STEPS * BATCH]
+    assert found["told"] == [[1, passed]] * 2

@@ -182,6 +182,9 @@ def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
         {"progress": {"wandb_id": 7}},
         {"progress": {"recent": [{"loss": 1.0}]}},
         {"progress": {"recent": 3}},
+        {"progress": {"passed": [{"first": 8, "count": -4}]}},
+        {"progress": {"passed": [{"first": 8, "count": 0.5}]}},
+        {"progress": {"passed": [{"first": 8}]}},
         {"more": 1},
     ],
 )

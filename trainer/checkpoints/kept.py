@@ -13,8 +13,8 @@ from strategies import durable
 from strategies.base import Engine, Progress
 from strategies.durable import make_directories, publish, publish_again, reason, size_text, sync_directory, write_new
 from strategies.errors import StorageError
-from strategies.runtime import Runtime, first_error
-from trainer.checkpoints.chosen import note_begun, put_back
+from strategies.runtime import Runtime, first_error, found_on_main
+from trainer.checkpoints.chosen import choose, note_begun, put_back
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.places import REPLACED, STEP_DIR, published
 from trainer.checkpoints.schedule import Schedule
@@ -119,6 +119,22 @@ class Checkpoints:
             f"checkpoints that this run does not go on from ({', '.join(path.name for path in moved[:6])}) were moved to "
             f"{aside}, with the metrics so far; delete it when you need them no more"
         )
+
+    def any(self) -> bool:
+        """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
+        return found_on_main(lambda: bool(published(self.places)), self.runtime)
+
+    def go_back(self) -> Path:
+        """The newest checkpoint of this branch that is whole, from which the run now goes on. All ranks must call.
+
+        Errors: StorageError on every rank where there is none.
+        """
+        path = choose(self.places, "auto", self.runtime)
+        if path is None:
+            raise StorageError(f"there is no checkpoint in {self.places[0]} to go back to; was it deleted?")
+        self.begin(path)
+        self.schedule.tried(int(path.name.removeprefix("step-")), None)
+        return path
 
     # -- on the way ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ class Action(StrEnum):
 
     note = "note"
     skip = "skip"
+    rollback = "rollback"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,11 +19,14 @@ class GuardsConfig:
     """What is done about steps whose loss or gradient norm stands out from those before."""
 
     loss: Action = Action.note
-    """A step's loss that stands out: `note` it, or `skip` the update, which costs a small reduction each step."""
+    """A step's loss that stands out: `note` it, `skip` the update, which costs a small reduction each step, or `rollback` to the
+    last checkpoint and pass over its samples."""
     grad_norm: Action = Action.note
-    """A step's gradient norm before clipping that stands out: `note` it, or `skip` the update, at the same cost."""
+    """A step's gradient norm before clipping that stands out: `note`, `skip` or `rollback`, likewise."""
     window: int = 100
     """Steps with whose median a step is compared: the newest ones that were not left out. None stands out before there is a
     quarter of them."""
     threshold: float = 8.0
     """Standard deviations above that median from which a step stands out, reckoned from the median absolute deviation."""
+    max_rollbacks: int = 5
+    """Times that a run goes back for such steps, resumed parts included; the next one ends it."""

@@ -28,12 +28,16 @@ class Rolling:
         self.least = max(5, window // 4)
 
     def scores(self, values: Tensor) -> Tensor:
-        """Standard deviations of each value (float64 [width]) above the median; NaN while the window holds too few steps."""
+        """Standard deviations of each value (float64 [width]) above the median.
+
+        NaN while the window holds too few steps, and where any value is not finite: that is told by itself.
+        """
         middle = _median(self.kept)
         spread = NORMAL * _median((self.kept - middle).abs())
         spread = torch.maximum(spread, LEAST_SPREAD * middle.abs())
         found = ((values - middle) / spread).clamp(max=MOST)
-        return torch.where(self._counts() >= self.least, found, torch.nan)
+        enough = (~self.kept.isnan()).sum(0) >= self.least
+        return torch.where(enough & values.isfinite().all(), found, torch.nan)
 
     def take_in(self, values: Tensor, where: Tensor) -> None:
         """Let the newest step push the oldest out, `where` (0-d bool) it is to count."""
@@ -42,9 +46,6 @@ class Rolling:
     def rows(self) -> list[list[float]]:
         """The values that are there, oldest first, on the host."""
         return [row for row in self.kept.tolist() if not math.isnan(row[0])]
-
-    def _counts(self) -> Tensor:
-        return (~self.kept.isnan()).sum(0)
 
 
 def _median(values: Tensor) -> Tensor:

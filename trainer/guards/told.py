@@ -21,7 +21,11 @@ EVENTS = "events.jsonl"
 SHOWN = 4
 """Documents that are named on the screen."""
 PLACE = ("source", "file", "line")
-DONE = {Action.note: "noted", Action.skip: "its update was left out"}
+DONE = {
+    Action.note: "noted",
+    Action.skip: "its update was left out",
+    Action.rollback: "the run goes back to its last checkpoint and passes over its samples",
+}
 
 
 class Told:
@@ -34,26 +38,26 @@ class Told:
         rows = self.loader.documents(outlier.first_sample)
         table = DocumentTable(self.data) if rows else None
         documents = [] if table is None else [_document(table, row) for row in rows]
-        samples = self.loader.share.global_batch
-        event = {"event": "outlier", "time": time.time(), **asdict(outlier), "samples": samples, "documents": documents}
+        places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
+        event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
         try:
             with self.path.open("a") as file:
                 file.write(json_text(event) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error}); free space") from error
-        self.say(f"warning: {self._text(outlier, samples, documents)}")
+        self.say(f"warning: {self._text(outlier, places, documents)}")
 
-    def _text(self, outlier: Outlier, samples: int, documents: list[dict[str, Any]]) -> str:
+    def _text(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
         far = " and ".join(
             f"{name} {value:.4g} ({outlier.scores[name]:.1f} standard deviations above the median)"
             for name, value in outlier.values.items()
         )
-        last = outlier.first_sample + samples - 1
         named = ", ".join(f"{each['file']}:{each['line']}" for each in documents[:SHOWN])
         more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
         stands = "stands" if len(outlier.values) == 1 else "stand"
+        first, last = places[0][0], sum(places[-1]) - 1
         return (
-            f"step {outlier.step}: {far} {stands} out; {DONE[outlier.action]}. Samples {outlier.first_sample} to {last} of the "
+            f"step {outlier.step}: {far} {stands} out; {DONE[outlier.action]}. Samples {first} to {last} of the "
             f"run's order{f': {named}{more}' if named else ''} ({EVENTS})"
         )
 

@@ -32,7 +32,15 @@ class Outlier:
     """How far, in standard deviations above the median."""
     action: Action
     first_sample: int
-    """Number of its first sample in the run's order; its global batch is that one and those after it."""
+    """How many samples the run had consumed before it."""
+
+
+class RollBack(Exception):
+    """The run is to go on from its last checkpoint, without the samples of this step; raised on all ranks alike."""
+
+    def __init__(self, outlier: Outlier) -> None:
+        super().__init__(f"step {outlier.step} stands out")
+        self.outlier = outlier
 
 
 class Guards:
@@ -53,19 +61,21 @@ class Guards:
         """`most_in_a_row` updates that are left out end the run. `tell` is told of outliers on rank 0."""
         self.config, self.runtime, self.most_in_a_row, self.tell = config, runtime, most_in_a_row, tell
         self.actions = (config.loss, config.grad_norm)
-        self.skips = Action.skip in self.actions
+        self.skips, self.goes_back = Action.skip in self.actions, Action.rollback in self.actions
         device = runtime.device if self.skips else torch.device("cpu")
         self._acts = torch.tensor([action is not Action.note for action in self.actions], device=device)
         self._rolling = Rolling(config.window, device)
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: list[tuple[int, Tensor | None]] = []
+        """Samples consumed before each step since the last look, and its scores where it was judged before its update."""
         self._judged: Tensor | None = None
         self._left_out: list[tuple[int, float]] = []
         """First sample and gradient norm of each of the last steps whose updates were left out, all in a row."""
 
     def begin(self, recent: list[dict[str, float]]) -> None:
-        """Go on with the window of a checkpoint."""
+        """Go on with the window of a checkpoint, and what was seen since forgotten."""
         rows = [[step[name] for name in WATCHED] for step in recent]
         self._rolling = Rolling(self.config.window, self._rolling.kept.device, rows)
+        self._pending, self._judged, self._left_out = [], None, []
 
     def recent(self) -> list[dict[str, float]]:
         """The window, for a checkpoint; waits for the device."""
@@ -93,8 +103,7 @@ class Guards:
 
     def taken(self, first_sample: int) -> None:
         """A step was taken; it is looked at with the rows of its interval."""
-        nothing = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acts.device)
-        self._pending.append((first_sample, nothing if self._judged is None else self._judged))
+        self._pending.append((first_sample, self._judged))
         self._judged = None
 
     def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,44 +116,65 @@ class Guards:
     # -- between steps ---------------------------------------------------------------------------------------------------
 
     def look(self, rows: list[dict[str, Any]]) -> None:
-        """Name in `rows` (equal on all ranks, of all steps taken since the last look) what stands out, and tell of it."""
+        """Name in `rows` (equal on all ranks, of all steps taken since the last look) what stands out, and tell of it.
+
+        Raises RollBack with the first step after which nothing is worth anything.
+        """
         pending, self._pending = self._pending, []
         if not rows:
             return
         if self.skips:
-            scores = torch.stack([each for _, each in pending]).tolist()
+            nothing = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acts.device)
+            scores = torch.stack([nothing if each is None else each for _, each in pending]).tolist()
         else:
             scores = [self._score(torch.tensor([row[name] for name in WATCHED]).double())[0].tolist() for row in rows]
         for row, (first, _), found in zip(rows, pending, scores, strict=True):
             out = {name: score for name, score in zip(WATCHED, found, strict=True) if score > self.config.threshold}
             row |= {key: out[name] for key, name in zip(OUTLIERS, WATCHED, strict=True) if name in out}
-            if out and self.runtime.is_main:
-                acts = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in out]
-                values = {name: row[name] for name in out}
-                self.tell(
-                    Outlier(
-                        step=row["step"], values=values, scores=out, action=max(acts, key=_weight), first_sample=first
-                    )
-                )
+            if out:
+                self._tell(row, out, first)
             self._left_out = [*self._left_out, (first, row["grad_norm"])] if row.get("skipped") else []
 
-    def stop_if_diverged(self, samples: int) -> None:
-        """Raise Diverged where too many updates in a row were left out; `samples` is how many the run has consumed."""
+    def _tell(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> None:
+        acts = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
+        outlier = Outlier(
+            step=row["step"],
+            values={name: row[name] for name in scores},
+            scores=scores,
+            action=max(acts, key=list(Action).index),
+            first_sample=first_sample,
+        )
+        if self.runtime.is_main:
+            self.tell(outlier)
+        if outlier.action is Action.rollback:
+            raise RollBack(outlier)
+
+    def stop_if_diverged(
+        self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
+    ) -> None:
+        """Raise Diverged where the run went back too often, or too many updates in a row were left out.
+
+        `samples` is how many the run has consumed, `places` says where some of them lie in its order.
+        """
+        if rollbacks > self.config.max_rollbacks:
+            raise Diverged(
+                f"the run would go back for the {rollbacks}. time, since a step stood out once more: this is no longer about "
+                "single samples; lower optim.lr, raise guards.threshold, or look at the documents in events.jsonl. Limit: "
+                "guards.max_rollbacks"
+            )
         number = len(self._left_out)
         if number < self.most_in_a_row:
             return
-        where = f"(samples {self._left_out[0][0]} to {samples - 1} of the run's order)"
+        first = self._left_out[0][0]
+        begin, end = places(first, 1)[0][0], places(max(first, samples - 1), 1)[0][0]
+        where = f"(samples {begin} to {end} of the run's order)"
         if all(math.isfinite(norm) for _, norm in self._left_out):
             raise Diverged(
-                f"the updates of {number} steps in a row were left out, since their loss or gradient norm stood out {where}; "
-                "this is no longer about single samples: lower optim.lr, raise guards.threshold, or look at those samples. "
+                f"the updates of {number} steps in a row were left out, since their loss or gradient norm stood out {where}: "
+                "this is no longer about single samples; lower optim.lr, raise guards.threshold, or look at those samples. "
                 "Limit: optim.max_skipped_steps"
             )
         raise Diverged(
             f"gradients were not finite for {number} steps in a row {where}; lower optim.lr, use precision=bf16 instead of "
             "fp16, or look at those samples. Limit: optim.max_skipped_steps"
         )
-
-
-def _weight(action: Action) -> int:
-    return list(Action).index(action)

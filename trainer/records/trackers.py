@@ -64,7 +64,7 @@ class JsonlTracker:
         self.path, self.earlier, self._warned = path, Earlier(), False
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
-                self._keep_up_to(resume_step)
+                self._keep_up_to(resume_step or -1)
             self._file = path.open("a")
             durable.sync_directory(path.parent)
         except OSError as error:
@@ -74,13 +74,18 @@ class JsonlTracker:
 
     def _keep_up_to(self, step: int) -> None:
         """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there."""
-        lines = self.path.read_text().splitlines() if step else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept))
         durable.sync_file(aside)
         durable.disk.rename(aside, self.path)
         self.earlier = earlier(kept)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step."""
+        self._file.close()
+        self._keep_up_to(step)
+        self._file = self.path.open("a")
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
@@ -216,6 +221,15 @@ class Trackers:
         for tracker in self._trackers:
             if isinstance(tracker, WandbTracker):
                 tracker.summarise(values)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step in `metrics.jsonl`; elsewhere they stay until they are written again, or for good."""
+        for tracker in self._trackers:
+            if isinstance(tracker, JsonlTracker):
+                try:
+                    tracker.rewind(step)
+                except OSError as error:
+                    raise StorageError(f"{tracker.path}: cannot be written ({error}); free space") from error
 
     def sync(self) -> None:
         """Make the rows so far outlive a power cut."""

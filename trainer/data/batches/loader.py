@@ -7,7 +7,7 @@ the next steps are made by one background thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +133,7 @@ class StepLoader:
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return self._members[np.repeat(begins, sizes) + within]
 
-    def steps(self, first_sample: int, num_steps: int) -> Iterator[StepBatch]:
+    def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
 
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.

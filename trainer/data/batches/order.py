@@ -1,6 +1,7 @@
 """The order of training: a function of (seed, epoch, number of the sample) alone, never of ranks or workers.
 
-The whole state of the order is one integer, the number of samples consumed since the start of the run.
+The whole state of the order is one integer, the number of samples consumed since the start of the run; and, where a run has given
+up samples, which places of the order are passed over.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -35,6 +36,23 @@ class Order(ABC):
         self.seed = seed
         self.shuffle = shuffle
         self._cached: tuple[int, np.ndarray] | None = None
+        self._passed: list[tuple[int, int]] = []
+
+    def pass_over(self, places: Iterable[tuple[int, int]]) -> None:
+        """Leave out these places of the order, (first, count) each, and no others; between two uses of the order."""
+        self._passed, reached = [], 0
+        for first, count in sorted(places):
+            first, end = max(first, reached), max(first + count, reached)
+            self._passed.append((first, end - first))
+            reached = end
+
+    def places(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Where the consumed-sample numbers [start, start + count) lie in the order: runs of places, as (first, count)."""
+        found = np.arange(start, start + count, dtype=np.int64)
+        for first, number in self._passed:
+            found[found >= first] += number
+        runs = np.split(found, np.flatnonzero(np.diff(found) != 1) + 1)
+        return [(int(run[0]), len(run)) for run in runs if len(run)]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Unit numbers of one epoch, int64 [num_units]; the last one asked for is kept."""
@@ -54,11 +72,12 @@ class Order(ABC):
     def units(self, start: int, count: int) -> np.ndarray:
         """Units of the consumed-sample numbers [start, start + count), int64 [count]; may span epochs."""
         parts = []
-        while count > 0:
-            epoch, offset = divmod(start, self.num_units)
-            part = self.epoch(epoch)[offset : offset + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
+        for place, left in self.places(start, count):
+            while left > 0:
+                epoch, offset = divmod(place, self.num_units)
+                part = self.epoch(epoch)[offset : offset + left]
+                parts.append(part)
+                place, left = place + len(part), left - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
