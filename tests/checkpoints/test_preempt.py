@@ -15,8 +15,8 @@ from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 
-STEPS = 80
-"""Enough that the signal, sent after the seventh, comes before the last also where this process is kept waiting."""
+STEPS = 40
+"""Enough that the signal, sent after the fifth, comes before the last also where this process is kept waiting."""
 
 
 def command(root: Path, run: str, *words: str) -> list[str]:
@@ -38,7 +38,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "tuning.dropout": 0.1,
         "logging.every_steps": 1,
         "logging.wandb": "disabled",
-        "evaluation.every_steps": 30,
+        "evaluation.every_steps": 15,
         "export.at_end": "false",
     }
     return [sys.executable, "-m", "launch.main", "train", *(f"{k}={v}" for k, v in settings.items()), *words]
@@ -82,15 +82,15 @@ STRATEGIES = {
 @pytest.mark.parametrize(("name", "words"), list(STRATEGIES.items())[: None if EVERYTHING else 2])
 def test_stopped_run_continues_bit_for_bit(root, name, words):
     subprocess.run(command(root, f"{name}-whole", *words), env=clean_environment(), cwd=ROOT, check=True)
-    assert stop_after(root, f"{name}-cut", 7, signal.SIGUSR1, words) == 75
+    assert stop_after(root, f"{name}-cut", 5, signal.SIGUSR1, words) == 75
     status = json.loads((root / f"{name}-cut" / "status.json").read_text())
     assert status["state"] == "preempted"
     reached = status["step"]
-    assert 7 <= reached < STEPS, "the run was over before the signal came"
+    assert 5 <= reached < STEPS, "the run was over before the signal came"
     assert [r["step"] for r in rows(root, f"{name}-cut")][-1] == reached
     subprocess.run(command(root, f"{name}-cut", *words), env=clean_environment(), cwd=ROOT, check=True)
     assert numbers(root, f"{name}-cut") == numbers(root, f"{name}-whole")
-    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 30, 60 and the end
+    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 15, 30 and the end
     if name != "alone":
         return
     again = subprocess.run(

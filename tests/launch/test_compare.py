@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,32 +12,36 @@ import pytest
 
 from launch.main import main
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment
-from tests.helpers.speed import seconds
+from tests.helpers.launching import ROOT
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.places import places_of
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """runs/0 (ddp) and runs/1 (fsdp2) as `train -m` leaves them, and `broken`, whose rate is absurd."""
+    """runs/0 (ddp) and runs/1 (fsdp2), where `train -m` leaves them, and `broken`, whose rate is absurd.
+
+    In this process, which is their only rank; docs/comparing.md, whose examples are run, has two ranks of a real `train -m`.
+    """
     site = tmp_path_factory.mktemp("compare")
     data = write_chat_data(site / "train.jsonl", 32)
     words = [f"model.path={model_dir(site)}", f"data.path={data}", f"data.eval_path={data}", "budget.steps=6"]
-    words += [f"data.cache_dir={site / 'cache'}", "export.at_end=false"]
-    command = [sys.executable, "-m", "launch.main", "train", "-m", *words, "debug=cpu2", "strategy=ddp,fsdp2"]
-    env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [*command, f"run.dir={site / 'runs'}"], env=env, cwd=site, capture_output=True, text=True, timeout=seconds(300)
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    broken = ["debug=tiny", "run.device=cpu", "strategy=single", "run.seed=1", "optim.lr=1e30"]
-    broken += ["optim.max_skipped_steps=2", f"run.dir={site / 'broken'}"]
-    done = subprocess.run(
-        [*command[:4], *words, *broken], env=env, cwd=site, capture_output=True, text=True, timeout=seconds(300)
-    )
-    assert done.returncode == 70, done.stdout[-3000:] + done.stderr[-3000:]
+    words += [f"data.cache_dir={site / 'cache'}", "export.at_end=false", "debug=tiny", "run.device=cpu"]
+    train(*words, "strategy=ddp", f"run.dir={site / 'runs/0'}")
+    train(*words, "strategy=fsdp2", f"run.dir={site / 'runs/1'}")
+    broken = ["strategy=single", "run.seed=1", "optim.lr=1e30", "optim.max_skipped_steps=2"]
+    train(*words, *broken, f"run.dir={site / 'broken'}", code=70)
     return site
+
+
+def train(*words: str, code: int = 0) -> None:
+    """A run in this process, from whose environment what it sets is taken again."""
+    before = dict(os.environ)
+    try:
+        assert main(["train", *words]) == code
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def compare(capsys, *words) -> tuple[int, str, str]:
@@ -85,9 +90,12 @@ def test_two_strategies_of_one_command(runs, capsys):
         assert measured["checkpoint_gib"] == pytest.approx(size / 2**30)
 
 
-def test_a_failed_run_stays_a_row(runs, capsys):
-    """Its reason is told, and that its seed makes its losses another's."""
-    code, out, _ = compare(capsys, runs / "runs/0", runs / "broken")
+def test_a_failed_run_stays_a_row(runs, tmp_path, capsys):
+    """Its reason is told, and that its seed makes its losses another's: those of a run that says it had two ranks."""
+    shutil.copytree(runs / "runs/0", tmp_path / "two")
+    noted = json.loads((tmp_path / "two/run.json").read_text())
+    (tmp_path / "two/run.json").write_text(json.dumps({**noted, "world_size": 2}))
+    code, out, _ = compare(capsys, tmp_path / "two", runs / "broken")
     assert code == 0
     said = " ".join(out.split())
     assert "failed at step 3: rank 0, training: step 3: gradients were not finite for 2 steps in a row" in said
