@@ -7,8 +7,8 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.choose.compare import SEED, choose_bands, ngrams, normal_digest, normalize, recall
-from trainer.data.choose.copies import Signer
+from trainer.data.choose.near import SEED, choose_bands, ngrams, recall
+from trainer.data.choose.signatures import Signer, normal_digest, normalize
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,13 @@ from strategies.base import (
     ZeroConfig,
 )
 from tests.helpers.models import tiny_model_dir
+from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.build import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import REPLAY, Sample, TokenDataset, write
+from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.loop import BudgetConfig, Output, Trainer
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer

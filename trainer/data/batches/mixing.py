@@ -243,10 +243,8 @@ def build_order(
     packs: list[list[int]] | None = None
     if per > 1:
         packs, sources = np.arange(len(train)).reshape(-1, per).tolist(), sources[::per]
-    elif config.packing and mixed:
-        packs, sources = pack_by_source(train.lengths, sources, config.max_length)
     elif config.packing:
-        packs = best_fit_decreasing(train.lengths, config.max_length)
+        packs, sources = pack_by_source(train.lengths, sources if mixed else sources * 0, config.max_length)
     if not mixed:
         return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
     unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])

@@ -6,7 +6,8 @@ Nothing but numbers is looked at: the plan is a function of the groups, the sett
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -154,3 +155,16 @@ def _report(
         )
         for group, name in enumerate(groups)
     }
+
+
+def problems(config: BalanceConfig) -> Iterator[str]:
+    """Of the balance: shares without their target, or the other way round, and shares that are none."""
+    if config.target is BalanceTarget.shares and not config.shares:
+        yield "data.balance.target=shares: data.balance.shares is empty; name every group with its share"
+    if config.target is not BalanceTarget.shares and config.shares:
+        yield (
+            f"data.balance.shares is set but data.balance.target={config.target}; set data.balance.target=shares to use it"
+        )
+    for name, share in config.shares.items():
+        if not (math.isfinite(share) and share >= 0):
+            yield f"data.balance.shares.{name}={share:g}: must be a finite number of at least 0"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
+from trainer.data.stages.privacy.rule import NEEDS_PRESIDIO, NOT_ASKED
 from trainer.data.store.sequences import LABEL, summed
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -91,24 +91,17 @@ class TokenDataset:
         """int64 [N]: where each sequence begins in `tokens`."""
         self.lengths: np.ndarray = np.diff(offsets)[index]
         """int64 [N], in tokens."""
-        self.num_supervised: np.ndarray = columns["supervised"][index]
-        self.counts: dict[str, np.ndarray] = {
-            name.removeprefix(TERM_PREFIX): column[index]
-            for name, column in columns.items()
-            if name.startswith(TERM_PREFIX)
-        }
+        chosen = {name: column[index] for name, column in columns.items()}
+        self.num_supervised = chosen["supervised"]
+        self.counts = named(chosen, TERM_PREFIX)
         """[N] each, by term: int64, or float64 where they are sums of weights."""
-        self.marks: dict[str, np.ndarray] = {
-            name.removeprefix(MARK_PREFIX): column[index]
-            for name, column in columns.items()
-            if name.startswith(MARK_PREFIX)
-        }
+        self.marks = named(chosen, MARK_PREFIX)
         """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
-        self.sources: np.ndarray | None = columns["source"][index] if "source" in columns else None
+        self.sources = chosen.get("source")
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
-        self.documents: np.ndarray | None = columns["document"][index] if "document" in columns else None
+        self.documents = chosen.get("document")
         """int64 [N]: row of `documents.arrow`."""
-        self.num_ended = int(columns["ended"][index].sum()) if "ended" in columns else 0
+        self.num_ended = int(chosen["ended"].sum()) if "ended" in chosen else 0
         """Sequences whose last target is an end token."""
 
     @classmethod
@@ -153,6 +146,11 @@ class TokenDataset:
     def labels(self) -> np.ndarray | None:
         """int64 [N]: number of each sequence's label; None where the data has none."""
         return self.marks.get(LABEL)
+
+
+def named(columns: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The columns whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): column for name, column in columns.items() if name.startswith(prefix)}
 
 
 def summed(counts: np.ndarray) -> float:
@@ -295,18 +293,3 @@ def storage_error(directory: Path, error: OSError) -> StorageError:
     return StorageError(
         f"{directory}: cannot write the prepared data: {error.strerror or error}; free space or set data.cache_dir"
     )
-
-
-def write(
-    directory: Path, samples: Iterable[Sample], counts: Callable[[Sample], dict[str, float]], manifest: dict[str, Any]
-) -> None:
-    """Write samples as a store of their own into `directory`, which must not exist. Raises StorageError."""
-    try:
-        directory.mkdir(parents=True)
-        store = StoreWriter(directory)
-        store.append(Sequences.of(list(samples), counts))
-        store.finish()
-        count = len(store.lengths)
-        (directory / "manifest.json").write_text(json.dumps({**manifest, "documents": count}, indent=1, default=str))
-    except OSError as error:
-        raise storage_error(directory, error) from error

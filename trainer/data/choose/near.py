@@ -1,94 +1,17 @@
-"""What comparing texts rests on: their normal form, digests, runs of words; and the search for texts that are nearly the same.
+"""The search for texts that are nearly the same: candidates from rensa's index of MinHash bands, each compared truly.
 
-All but the search is a pure function of the text, the same in every process and for every division into blocks. Candidates for
-near copies come from rensa's index of MinHash bands, each verified by its true Jaccard similarity: a function of the texts and
-their order, by one process.
+A function of the texts and their order, by one process.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import re
-import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-_PUNCTUATION = ".,;:!?\"'`()[]{}_#|"
-# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han with its extensions.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+"
-)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 in which every bit depends on every bit (the finaliser of splitmix64, Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def digest64(data: bytes) -> int:
-    """64 bits of BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-
-
-def group_digest(name: str | None) -> int:
-    """64 bits that stand for a group; 0 for none."""
-    return 0 if name is None else digest64(name.encode("utf-8", "surrogatepass")) or 1
-
-
-@functools.cache
-def _ascii_table() -> bytes:
-    table = bytearray(range(256))
-    for code in range(128):
-        character = chr(code)
-        plain = code >= 32 and code != 127 and character not in _PUNCTUATION
-        table[code] = ord(character.lower()) if plain else 32
-    return bytes(table)
-
-
-@functools.cache
-def _separators() -> re.Pattern[str]:
-    """Runs of what separates words, other than the plain space: punctuation, control characters, other spaces."""
-    found = [chr(code) for code in range(128) if _ascii_table()[code] == 32 and code != 32]
-    for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
-        kind = unicodedata.category(chr(code))
-        if (
-            kind[0] == "Z"
-            or kind == "Cc"
-            or (kind[0] == "P" and kind != "Pd")
-            or chr(code) in "\u2013\u2014\u200b\ufeff"
-        ):
-            found.append(chr(code))
-    return re.compile("[" + re.escape("".join(found)) + "]+")
-
-
-def normalize(text: str) -> bytes:
-    """The words of a text in UTF-8, each between spaces (one or more).
-
-    Case is folded; spaces, brackets, quotes, `_ # |` and sentence punctuation only separate words. Signs that carry
-    meaning in formulas and code (`+ - * / % < > = & @ $ ^ ~` and symbols of any script) stay, and `!=` stays as `<>`.
-    In scripts written without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word, so that n-grams
-    of words are there n-grams of characters.
-    """
-    if "!=" in text:
-        text = text.replace("!=", "<>")
-    if text.isascii():
-        data = text.encode("ascii").translate(_ascii_table())
-    else:
-        text = _separators().sub(" ", unicodedata.normalize("NFC", text.casefold()))
-        data = _UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", text).encode("utf-8", "surrogatepass")
-    return data.replace(b"**", b"  ") if b"**" in data else data
-
-
-def normal_digest(normalized: bytes) -> int | None:
-    """64 bits of the normal form, whatever stood between the words; None where no word is left."""
-    words = normalized.split()
-    return digest64(b" ".join(words)) if words else None
+from trainer.data.choose.signatures import normalize
 
 
 def ngrams(normalized: bytes, ngram: int, apart: int = 0) -> list[bytes]:
@@ -131,8 +54,8 @@ class NearIndex:
         self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, SEED)
         self._index = RMinHashLSH(threshold, bands * rows, bands)
         self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, apart: self._sketch(text_of(row), apart)[1])
-        self.report = dict.fromkeys(("candidates", "comparisons", "refused", "incomplete"), 0)
-        """Documents with candidates, true comparisons, those of them that were none, and documents cut short."""
+        self.report = {"comparisons": 0, "incomplete": 0}
+        """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
     def find(self, text: str, apart: int = 0) -> int | None:
         """The likest document with a Jaccard similarity of `threshold` or more over word n-grams; None where there is none.
@@ -161,13 +84,11 @@ class NearIndex:
         rows = self._index.query(sketch) if runs else []
         estimates = [(sketch.jaccard(self._sketch_of(row, apart)), row) for row in rows]
         likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - DOUBT]
-        self.report["candidates"] += bool(likely)
         for _, row in sorted(likely)[:MAX_CHECKED]:
             other = ngrams(normalize(self._text_of(row)), self._ngram, apart)
             self.report["comparisons"] += 1
             if jaccard(set(runs), set(other)) >= self._threshold:
                 return row
-            self.report["refused"] += 1
         self.report["incomplete"] += len(likely) > MAX_CHECKED
         return None
 
@@ -177,15 +98,13 @@ def near_copies(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
 
-    Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared. `incomplete` in the report counts
-    the documents whose comparisons were cut short: among them, copies may be left.
+    Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared.
     """
     index, stands = NearIndex(text_of, threshold=threshold, ngram=ngram), np.arange(len(alive), dtype=np.int64)
     for row in np.flatnonzero(alive).tolist():
         leader = index.add(row, text_of(row), int(apart[row]), unless_found=True)
         stands[row] = row if leader is None else leader
-    copies = stands[stands != np.arange(len(stands))]
-    return stands, {**index.report, "duplicates": len(copies), "groups": len(np.unique(copies))}
+    return stands, index.report
 
 
 def jaccard(first: set[bytes], second: set[bytes]) -> float:
