@@ -15,6 +15,7 @@ REMOVED = {
     "data.decontamination.min_words": "it is always 5",
     "data.decontamination.max_shared": "it is always 10",
     "data.duplicates.num_perm": "it is always 128",
+    "data.duplicates.ngram": "it is always 5",
     "data.decontamination.ngram": "it is always 13",
     "data.decontamination.min_overlap": "one run of 13 words is enough; audit.json says which share of the evaluation text it is",
     "data.filters.min_language_probability": "data.filters.languages keeps what is most probably one of them",

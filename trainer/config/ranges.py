@@ -45,7 +45,6 @@ RANGES: dict[str, tuple[Range, str]] = {
     "data.filters.max_characters": (POSITIVE, "null is no bound"),
     "data.filters.min_completion_characters": (COUNT, "0 is no bound"),
     "data.duplicates.threshold": (Range(least=0.3, most=1), "0.8 as a rule; lower finds looser copies and costs time"),
-    "data.duplicates.ngram": (POSITIVE, "5 words as a rule"),
     "data.privacy.min_score": (SHARE, "0.5 as a rule; 0.35 also takes numbers that only look right"),
     "data.privacy.scan_documents": (COUNT, "0 scans all"),
     "data.balance.temperature": (Range(least=1), "1 is natural, 2 to 5 flattens"),

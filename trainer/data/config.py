@@ -134,11 +134,9 @@ class DuplicatesConfig:
     normalized: DuplicatePolicy = DuplicatePolicy.report
     """Documents with the same words, whatever their case, spacing and sentence punctuation."""
     near: DuplicatePolicy = DuplicatePolicy.none
-    """Documents whose word n-grams overlap by `threshold` or more; with `drop`, exact copies go as well."""
+    """Documents whose runs of 5 words overlap by `threshold` or more; with `drop`, exact copies go as well."""
     threshold: float = 0.8
-    """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
-    ngram: int = 5
-    """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
+    """Least Jaccard similarity of near duplicates (shared runs of words over all of them), 0.3 to 1."""
     text: ComparedText = ComparedText.document
     """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
 
@@ -155,7 +153,7 @@ class LeakageConfig:
     """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run. Prompts that both have, with
     another answer, are only ever counted."""
     near: bool = False
-    """Look for near duplicates too, with the threshold and n-grams of the search for duplicates."""
+    """Look for near duplicates too, with the threshold of the search for duplicates."""
 
 
 BalanceBy = StrEnum("BalanceBy", ["none", "label", "source"])

@@ -131,11 +131,15 @@ def inputs_of(config: DataConfig) -> list[Input]:
 
 
 def readers_of(
-    inputs: list[Input], *, label: Callable[[Any], str] = label_of, meant: tuple[DataFormat, ...] = ()
+    inputs: list[Input],
+    *,
+    label: Callable[[Any], str] = label_of,
+    meant: tuple[DataFormat, ...] = (),
+    refuses: bool = True,
 ) -> dict[tuple[str, str], RowReader]:
     """What makes documents of each input's rows, its format recognised from the first row that can be read.
 
-    `label` reads a label; `meant` are the formats that decide where several fit.
+    `label` reads a label; `meant` are the formats that decide where several fit; `refuses` as in `RowReader`.
     """
     made = {}
     for item in inputs:
@@ -146,7 +150,7 @@ def readers_of(
             format = recognise(first, item.columns, meant=meant, **options)
         if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
             options["group"] = item.group  # files of held-out rows need not say what these belong to
-        reader = made[item.split, item.source] = RowReader(format, item.columns, label=label, **options)
+        reader = made[item.id] = RowReader(format, item.columns, label=label, refuses=refuses, **options)
         item.wanted = reader.wanted
         found = first if isinstance(first, Rejected) else reader(first)
         if isinstance(found, Rejected) and found.reason.startswith("unread_"):
@@ -201,13 +205,12 @@ def jobs(
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """Documents of the files against which training data is decontaminated. Raises DataError for a row that is none."""
     key = "data.decontamination.paths"
+    ignored = frozenset(config.ignore_columns)
     for path in expand(paths, key, remote=config.remote):  # each file in its own format
-        item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {})
-        ignored = config.ignore_columns
-        format = recognise(_first_row(item), {}, source=item.source, ignored=ignored)
+        item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
         # what is compared are texts: a picture beside them matters to nobody
-        reader = RowReader(format, {}, source=item.source, ignored=ignored, refuses=False)
-        for row in item.origin.rows(reader.wanted):
+        (reader,) = readers_of([item], refuses=False).values()
+        for row in item.origin.rows(item.wanted):
             parsed = row.parse()
             found = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if not isinstance(found, Document):

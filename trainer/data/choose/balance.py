@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
 
 import numpy as np
 
@@ -18,27 +17,14 @@ from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
 _STREAM = 3  # keeps these draws apart from those of the training order, which uses the same seed
 
 
-class GroupShare(TypedDict):
-    """What balancing did to one group."""
-
-    before: int
-    """Documents found."""
-    after: int
-    """Documents used, repeats counted."""
-    share_before: float
-    share_after: float
-    share_target: float
-    dropped: int
-    """Documents left out."""
-    repeats: int
-    """Most times one document of the group is used."""
-    limited_by: str | None
-    """The setting that kept the group from its target share: `cap`, `max_repeats`, or None."""
+Shares = dict[str, float | str | None]
+"""What balancing did to a group: its documents `before` and `after` (repeats counted), `share_before`, `share_after`,
+`share_target`, documents `dropped`, the most `repeats` of one, and `limited_by`, the setting that kept it from its target."""
 
 
 def resample(
     groups: Sequence[str], group_of: np.ndarray, config: BalanceConfig, seed: int
-) -> tuple[np.ndarray, dict[str, GroupShare]]:
+) -> tuple[np.ndarray, dict[str, Shares]]:
     """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
 
     `group_of` is int [n], numbers into `groups`. Which documents are left out or repeated once more depends on the
@@ -135,7 +121,7 @@ def _share(amounts: np.ndarray) -> np.ndarray:
 
 def _report(
     groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited: list[str | None]
-) -> dict[str, GroupShare]:
+) -> dict[str, Shares]:
     before = np.bincount(group_of, minlength=len(groups))
     after = np.bincount(group_of, weights=times, minlength=len(groups)).astype(np.int64)
     dropped = np.bincount(group_of[times == 0], minlength=len(groups))
@@ -143,16 +129,16 @@ def _report(
     np.maximum.at(repeats, group_of, times)
     share_before, share_after = _share(before), _share(after)
     return {
-        name: GroupShare(
-            before=int(before[group]),
-            after=int(after[group]),
-            share_before=float(share_before[group]),
-            share_after=float(share_after[group]),
-            share_target=float(target[group]),
-            dropped=int(dropped[group]),
-            repeats=int(repeats[group]),
-            limited_by=limited[group],
-        )
+        name: {
+            "before": int(before[group]),
+            "after": int(after[group]),
+            "share_before": float(share_before[group]),
+            "share_after": float(share_after[group]),
+            "share_target": float(target[group]),
+            "dropped": int(dropped[group]),
+            "repeats": int(repeats[group]),
+            "limited_by": limited[group],
+        }
         for group, name in enumerate(groups)
     }
 

@@ -57,9 +57,9 @@ def find_leaks(
 ) -> Leaks:
     """The documents of `train` (int64[n]) that `held_out` (int64[m]) has too, by the columns of `Signer.sign`.
 
-    Texts are asked for only where near leaks are looked for, with the threshold and n-grams of the search for duplicates, which
-    needs the column "verdict". Sources do not matter. Memory: some numbers a training document, and for near leaks 1.6 kB for
-    each held-out one.
+    Texts are asked for only where near leaks are looked for, with the threshold of the search for duplicates, which needs the
+    column "verdict". Sources do not matter. Memory: some numbers a training document, and for near leaks 1.6 kB for each
+    held-out one.
     """
     partner, kind, incomplete = np.full(len(train), -1, np.int64), np.zeros(len(train), np.uint8), 0
     for place, name in enumerate(LEAKS):
@@ -67,7 +67,7 @@ def find_leaks(
         if name == "near":
             if not config.leakage.near:
                 continue
-            index = NearIndex(text_of, threshold=config.duplicates.threshold, ngram=config.duplicates.ngram)
+            index = NearIndex(text_of, config.duplicates.threshold)
             for number in held_out.tolist():
                 index.add(number, text_of(number), int(signatures["verdict"][number]))
             likest = [index.find(text_of(n), int(signatures["verdict"][n])) for n in train[rows].tolist()]

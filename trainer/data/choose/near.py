@@ -13,9 +13,12 @@ import numpy as np
 
 from trainer.data.choose.signatures import normalize
 
+NGRAM = 5
+"""Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""
 
-def ngrams(normalized: bytes, ngram: int, apart: int = 0) -> list[bytes]:
-    """The runs of `ngram` words of a normalised text, in order; of fewer words, but at least one, a single run of all.
+
+def ngrams(normalized: bytes, apart: int = 0) -> list[bytes]:
+    """The runs of 5 words of a normalised text, in order; of fewer words, but at least one, a single run of all.
 
     Short texts are therefore similar only when their words are the same. Runs of texts with another `apart` are others.
     """
@@ -23,7 +26,7 @@ def ngrams(normalized: bytes, ngram: int, apart: int = 0) -> list[bytes]:
     if not words:
         return []
     lead = b"%d " % apart if apart else b""
-    return [lead + b" ".join(words[start : start + ngram]) for start in range(max(1, len(words) - ngram + 1))]
+    return [lead + b" ".join(words[start : start + NGRAM]) for start in range(max(1, len(words) - NGRAM + 1))]
 
 
 SEED, VALUES = 1, 128
@@ -46,11 +49,11 @@ class NearIndex:
     A document takes about 1.6 kB, most of it for its place in each band.
     """
 
-    def __init__(self, text_of: Callable[[int], str], *, threshold: float, ngram: int) -> None:
+    def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
         from rensa import RMinHash, RMinHashLSH
 
         bands, rows = choose_bands(threshold)
-        self._threshold, self._ngram, self._text_of = threshold, ngram, text_of
+        self._threshold, self._text_of = threshold, text_of
         self._empty: Callable[[], Any] = lambda: RMinHash(bands * rows, SEED)
         self._index = RMinHashLSH(threshold, bands * rows, bands)
         self._sketch_of = lru_cache(MAX_SKETCHES)(lambda row, apart: self._sketch(text_of(row), apart)[1])
@@ -76,7 +79,7 @@ class NearIndex:
         return found
 
     def _sketch(self, text: str, apart: int) -> tuple[list[bytes], Any]:
-        runs, sketch = ngrams(normalize(text), self._ngram, apart), self._empty()
+        runs, sketch = ngrams(normalize(text), apart), self._empty()
         sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
         return runs, sketch
 
@@ -85,7 +88,7 @@ class NearIndex:
         estimates = [(sketch.jaccard(self._sketch_of(row, apart)), row) for row in rows]
         likely = [(-estimate, row) for estimate, row in estimates if estimate >= self._threshold - DOUBT]
         for _, row in sorted(likely)[:MAX_CHECKED]:
-            other = ngrams(normalize(self._text_of(row)), self._ngram, apart)
+            other = ngrams(normalize(self._text_of(row)), apart)
             self.report["comparisons"] += 1
             if jaccard(set(runs), set(other)) >= self._threshold:
                 return row
@@ -94,13 +97,13 @@ class NearIndex:
 
 
 def near_copies(
-    alive: np.ndarray, text_of: Callable[[int], str], apart: np.ndarray, *, threshold: float, ngram: int
+    alive: np.ndarray, text_of: Callable[[int], str], apart: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The document that stands for each, itself where it is no near copy of an earlier one that is none: int64[n]; a report.
 
     Only rows that are `alive` (bool[n]) and equal in `apart` (uint64[n]) are compared.
     """
-    index, stands = NearIndex(text_of, threshold=threshold, ngram=ngram), np.arange(len(alive), dtype=np.int64)
+    index, stands = NearIndex(text_of, threshold), np.arange(len(alive), dtype=np.int64)
     for row in np.flatnonzero(alive).tolist():
         leader = index.add(row, text_of(row), int(apart[row]), unless_found=True)
         stands[row] = row if leader is None else leader

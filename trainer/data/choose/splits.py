@@ -107,9 +107,7 @@ def find_duplicates(
     for kind in policies_of(config):
         alive = result.kind == 0
         if kind == "near":
-            stands, result.search = near_copies(
-                alive, text_of, columns["verdict"], threshold=config.threshold, ngram=config.ngram
-            )
+            stands, result.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
         else:
             stands = exact_groups(columns["digest" if kind == "exact" else "normal"], alive)
         found = stands != rows

@@ -213,11 +213,11 @@ class Audit(_Strict):
     unread_columns: dict[str, list[str]]
     """Columns of the files that nobody read, by source."""
     mixing: dict[str, dict[str, float | None]]
-    """`batches.mixing.SourceShare` of each weighted source."""
+    """Of each weighted source what `batches.mixing.realised` says."""
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]
-    """`choose.balance.GroupShare` of each group."""
+    """Of each group what `choose.balance.resample` says."""
     duplicates: dict[str, Copies]
     leakage: dict[str, Leaks]
     """By held-out split."""
