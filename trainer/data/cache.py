@@ -27,7 +27,7 @@ from trainer.data.blocks import Block
 from trainer.data.config import Verify
 from trainer.data.document import Findings, Rejected, Tally
 from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
-from trainer.data.store.sequences import Sequences, named, storage_error
+from trainer.data.store.sequences import Sequences, named
 from trainer.records.sampled import sampled_digest
 
 if TYPE_CHECKING:
@@ -196,7 +196,9 @@ class Shards:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except OSError as error:
-            raise storage_error(self.home, error) from error
+            raise StorageError(
+                f"{self.home}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"
+            ) from error
 
     @classmethod
     def finished(cls, directory: Path) -> Shards | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from strategies.errors import ShardtuneError
-from trainer.data.blocks import Block
+from trainer.data.blocks import LOST, Block
 from trainer.data.choose.signatures import Signer, content, group_digest
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
@@ -33,12 +33,6 @@ from trainer.data.store.sequences import REPLAY, Sample, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-LOST = {
-    "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
-    "same_answers": "both answers are the same within data.max_length={}",
-}
-"""Reasons for which tokenising drops a document although nobody asked for it."""
 
 
 class BlockMaker:

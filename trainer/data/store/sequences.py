@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from strategies.errors import DataError, StorageError
+from strategies.errors import DataError
 
 WEIGHTS = "weights.bin"
 CHUNK = 1 << 22
@@ -228,7 +228,7 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 class StoreWriter:
-    """Appends blocks of sequences to a store directory, which must exist. Raises StorageError where the disk fails."""
+    """Appends blocks of sequences to a store directory, which must exist. Raises OSError where the disk fails."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -241,12 +241,9 @@ class StoreWriter:
     def append(self, sequences: Sequences) -> None:
         """Write one block; a column that first appears late is zero before."""
         before = len(self.lengths)
-        try:
-            self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
-            self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
-            self._weigh(sequences)
-        except OSError as error:
-            raise storage_error(self.directory, error) from error
+        self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
+        self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
+        self._weigh(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, values in sequences.columns.items():
             column = self.columns.setdefault(name, array("q", bytes(8 * before)))
@@ -278,18 +275,8 @@ class StoreWriter:
         """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
         columns = {name: self.column(name) for name in self.columns} | replaced
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.lengths, dtype=np.int64))])
-        try:
-            for file in (self._tokens, self._mask, self._weights):
-                if file is not None:
-                    file.close()
-            np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
-            np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]
-        except OSError as error:
-            raise storage_error(self.directory, error) from error
-
-
-def storage_error(directory: Path, error: OSError) -> StorageError:
-    """The error of a cache directory that cannot be written."""
-    return StorageError(
-        f"{directory}: cannot write the prepared data: {error.strerror or error}; free space or set data.cache_dir"
-    )
+        for file in (self._tokens, self._mask, self._weights):
+            if file is not None:
+                file.close()
+        np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
+        np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]
