@@ -33,6 +33,7 @@ LIBRARIES = (
     "python-stdnum",
     "rensa",
 )
+PSEUDONYMS = "key of the pseudonyms"
 NOT_WEIGHTS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
@@ -41,7 +42,8 @@ def recall(words: list[str]) -> dict[str, Any] | None:
 
     It is compared with its hashes as `data.verify` says, like any that is used again. Raises DataError where it differs.
     """
-    from trainer.data.verified import Verify, verify
+    from trainer.data.cache import compare
+    from trainer.data.config import Verify
 
     try:
         record = json.loads(_path(words).read_text())
@@ -52,7 +54,7 @@ def recall(words: list[str]) -> dict[str, Any] | None:
         hashes = manifest["hashes"]
     except (OSError, ValueError, KeyError, ShardtuneError):
         return None
-    verify(directory, hashes, how)
+    compare(directory, hashes, how)
     return {**manifest, **record}
 
 
@@ -70,7 +72,7 @@ def remember(words: list[str], config: RunConfig, directory: Path) -> None:
     values |= {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     values["data.decontamination.paths"] = config.data.decontamination.paths
     if config.data.privacy.mode == "pseudonymise":
-        values["data.privacy.key_env"] = config.data.privacy.key_env
+        values[PSEUDONYMS] = "environment"
     values = {key: value for key, value in values.items() if value is not None}
     if "model" not in values or any("hub:" in str(v) or "://" in str(v) for v in values.values()):
         return
@@ -110,11 +112,10 @@ def _version(name: str) -> str:
 
 def _state(key: str, value: Any) -> list[Any]:
     """The files behind a setting with what tells that one has changed. Raises DataError for files that are gone."""
-    if key == "data.privacy.key_env":
-        from trainer.data.config import PrivacyConfig, PrivacyMode
-        from trainer.data.stages.privacy.config import key_identity
+    if key == PSEUDONYMS:
+        from trainer.data.stages.privacy.stage import key_identity
 
-        return [key_identity(PrivacyConfig(mode=PrivacyMode.pseudonymise, key_env=value))]
+        return [key_identity()]
     if key == "model":
         files = sorted(path for path in Path(value).iterdir() if path.suffix in NOT_WEIGHTS)
     elif key == "model.chat_template":

@@ -15,4 +15,11 @@ REMOVED = {
     "data.decontamination.min_words": "it is always 5",
     "data.decontamination.max_shared": "it is always 10",
     "data.duplicates.num_perm": "it is always 128",
+    "data.duplicates.ngram": "it is always 5",
+    "data.decontamination.ngram": "it is always 13",
+    "data.decontamination.min_overlap": "one run of 13 words is enough; audit.json says which share of the evaluation text it is",
+    "data.filters.min_language_probability": "data.filters.languages keeps what is most probably one of them",
+    "data.checks.max_chars": "data.filters.max_characters drops long rows, data.over_length says what becomes of long documents",
+    "data.privacy.max_findings": "data.privacy.allow names what is no finding; data.privacy.mode=report counts without failing",
+    "data.privacy.key_env": "the key is always in SHARDTUNE_PSEUDONYM_KEY",
 }

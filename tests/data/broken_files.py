@@ -15,9 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.document import Rejected
+from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Fault
-from trainer.data.read.row import Row
 
 GOOD = b'{"text": "a"}\n'
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 4
@@ -41,7 +40,7 @@ def whole(row: Row | Rejected) -> Row | Rejected:
     """The row, or why it cannot be taken by a format that reads all its columns."""
     row = row.parse()
     if isinstance(row, Row) and (faults := [value for value in row.fields.values() if isinstance(value, Fault)]):
-        return Rejected(row.file, row.line, faults[0].reason, faults[0].message, row.excerpt())
+        return Rejected(row.file, row.line, faults[0].reason, faults[0].message, excerpt(repr(row.fields)))
     return row
 
 

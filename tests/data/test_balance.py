@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.data.choose.balance import resample
+from trainer.data.choose.balance import problems, resample
 from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.rules import balance_problems
 
 LABEL = BalanceBy.label
 
@@ -159,7 +158,7 @@ def test_the_draw_never_changes_between_versions():
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(settings, message):
-    if found := [*balance_problems(BalanceConfig(by=LABEL, **settings))]:  # before any document is read
+    if found := [*problems(BalanceConfig(by=LABEL, **settings))]:  # before any document is read
         assert re.search(message, "\n".join(found))
         return
     with pytest.raises(ConfigError, match=message):

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from strategies.errors import DataError
 from tests.data.broken_files import CASES, whole
-from trainer.data.document import Rejected
+from trainer.data.document import Rejected, Row
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
-from trainer.data.read.row import Row
 
 KINDS = ("x.json", "x.jsonl", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow", "x.jsonl.gz", "x.jsonl.zst")
 ROWS = [
@@ -30,7 +29,7 @@ def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
     found: list[Row | Rejected] = []
     try:
         for row in Origin("data.path", expand(value, "data.path")).rows():
-            assert type(row) in (Row, Rejected)
+            assert isinstance(row, Row | Rejected)
             found.append(whole(row))
     except DataError as error:
         return found, error

@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data.choose.signatures import content
 from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
-from trainer.data.rules import problems
+from trainer.data.inputs import problems
 from trainer.data.stages.checks import KINDS, REPEATED, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
@@ -111,12 +112,6 @@ def test_empty_texts(text):
     assert verdicts(Document("f", 1, text=text)) == ["empty_text"]
 
 
-def test_over_long_texts():
-    assert verdicts(Document("f", 1, text="a" * 11), max_chars=10) == ["over_long"]
-    assert verdicts(Document("f", 1, text="a" * 10), max_chars=10) == []
-    assert verdicts(Document("f", 1, text="a" * 2_000_000), max_chars=None) == []
-
-
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_sound_text_of_many_languages_is_no_damage_and_misread_text_is(sentence):
     assert verdicts(Document("f", 1, text=sentence)) == []
@@ -154,8 +149,8 @@ def test_policies_count_or_quarantine_under_the_first_reason():
 def test_every_kind_can_be_found_and_quarantined(kind):
     document = chat(("assistant", LONG), ("system", ""), ("user", "\0\ufffd"), ("assistant", LONG), ("assistant", "a"))
     document.messages.append({"role": "user", "content": "b" * 90})
-    config = ChecksConfig(max_chars=80, quarantine=[kind])
-    assert verdicts(document, max_chars=80) == list(KINDS)
+    config = ChecksConfig(quarantine=[kind])
+    assert verdicts(document) == list(KINDS)
     tally = Tally()
     assert Checks(config)(document, tally) is None
     assert tally.dropped == {"checks": {kind: 1}}
@@ -165,10 +160,10 @@ def test_every_kind_can_be_found_and_quarantined(kind):
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text()), min_size=1))
 def test_any_conversation_is_left_as_it_is_and_its_kinds_are_known(said):
     document = chat(*said)
-    before = document.content()
+    before = content(document)
     tally = Tally()
     assert Checks(ChecksConfig())(document, tally) is document
-    assert document.content() == before
+    assert content(document) == before
     found = verdicts(document)
     assert found == [kind for kind in KINDS if kind in found]
     assert tally.noted.get("checks", {}) == dict.fromkeys(found, 1)

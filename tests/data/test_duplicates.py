@@ -8,18 +8,14 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from trainer.data.choose.compare import MAX_CHECKED, jaccard, ngrams, normalize
-from trainer.data.choose.copies import (
-    Signer,
-    compared_text,
-    exact_groups,
-    find_duplicates,
-    prompt_of,
-)
+from trainer.data.choose.near import MAX_CHECKED, jaccard, ngrams
+from trainer.data.choose.signatures import Signer, compared_text, normalize, prompt_of
+from trainer.data.choose.splits import KINDS, exact_groups, find_duplicates, policies_of
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 
@@ -35,8 +31,13 @@ def text_document(text, line=1, **more):
 
 
 def decide(documents, config=NEAR):
-    columns = Signer(config).sign(documents)
-    return find_duplicates(config, columns, lambda row: compared_text(documents[row], config.text))
+    columns, policies = Signer(config).sign(documents), policies_of(config)
+    found = find_duplicates(config, columns, lambda row: compared_text(documents[row], config.text))
+    kinds = {kind: found.kind == 1 + KINDS.index(kind) for kind in policies}
+    dropped = [copies for kind, copies in kinds.items() if policies[kind] is DuplicatePolicy.drop]
+    kept = ~np.any([np.zeros(len(documents), bool), *dropped], axis=0)
+    report = {kind: int(copies.sum()) for kind, copies in kinds.items()}
+    return SimpleNamespace(stands=found.stands, kind=found.kind, kept=kept, report=report, search=found.search)
 
 
 def plain_ngrams(text, ngram=5):
@@ -140,7 +141,7 @@ def test_another_process_finds_the_same_and_no_thread_is_left():
 def test_jaccard_is_the_true_one(corpus, similarities):
     pairs = sorted(similarities)[:400]
     for first, second in pairs:
-        got = jaccard(*(set(ngrams(normalize(corpus[row]), 5)) for row in (first, second)))
+        got = jaccard(*(set(ngrams(normalize(corpus[row]))) for row in (first, second)))
         assert got == pytest.approx(similarities[first, second], abs=1e-12)
     assert jaccard(set(), set()) == 0
 
@@ -169,7 +170,7 @@ def test_texts_without_spaces_between_words():
 def test_texts_without_words_stay_apart():
     documents = [text_document(text) for text in ("", "...", "", "?!")]
     result = decide(documents)
-    assert result.stands.tolist() == [0, 1, 0, 3] and result.report["near_search"]["candidates"] == 0
+    assert result.stands.tolist() == [0, 1, 0, 3] and result.search["comparisons"] == 0
 
 
 def test_five_thousand_copies_of_boilerplate_cost_one_comparison_each():
@@ -177,7 +178,7 @@ def test_five_thousand_copies_of_boilerplate_cost_one_comparison_each():
     documents = [text_document(f"{boiler} number {number}") for number in range(5000)]
     result = decide(documents)
     assert result.kept.sum() == 1 and result.report["near"] == 4999
-    assert result.report["near_search"]["comparisons"] == 4999
+    assert result.search["comparisons"] == 4999
 
 
 def test_a_bucket_of_unlike_documents_is_cut_and_said():
@@ -186,7 +187,7 @@ def test_a_bucket_of_unlike_documents_is_cut_and_said():
     texts = [" ".join([*shared, *draw.choices(WORDS, k=40)]) for _ in range(600)]
     copies = [text.rsplit(" ", 1)[0] for text in texts[80:120]]
     result = decide([text_document(text) for text in texts + copies])
-    search = result.report["near_search"]
+    search = result.search
     assert search["comparisons"] <= MAX_CHECKED * len(texts + copies) and search["incomplete"] > 100
     assert result.kept[:600].all() and (~result.kept[600:]).sum() >= 38, "the likest are compared first"
 

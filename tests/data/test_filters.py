@@ -2,7 +2,6 @@ import re
 
 import pytest
 
-from trainer.data import rules
 from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally
 from trainer.data.stages import filters
@@ -71,7 +70,6 @@ TABLE = [
     (FilterConfig(languages=["en", "de"]), plain(GERMAN), None),
     (FilterConfig(languages=["en"]), ask(GERMAN, GERMAN), "other_language"),
     (FilterConfig(languages=["en"]), plain("Guten Tag"), None),
-    (FilterConfig(languages=["en"], min_language_probability=1.0), plain(PROSE[:80]), "uncertain_language"),
     (FilterConfig(languages=["de"]), plain(CODE), None),
 ]
 
@@ -94,10 +92,9 @@ def test_drop_names_place_and_language():
     assert tally.noted == {"filters": {"language_not_judged": 1}}
 
 
-def test_code_parts_are_the_text():
-    text = "a\n```py\nb\n```\nc\n   ~~~\nd"
-    assert [part for code, part in filters.split_code(text) if code] == ["```py\nb\n```", "   ~~~\nd"]
-    assert "".join(part for _, part in filters.split_code(text)) == text
+def test_code_is_taken_out_by_its_fences():
+    text = "a\n```py\nb ~~~ ``\n```\nc ```x``` y\n````\n```\n````\nd\n   ~~~\ne"
+    assert filters.FENCED.sub("", text) == "a\n\nc ```x``` y\n\nd\n"
 
 
 @pytest.mark.parametrize(
@@ -110,13 +107,8 @@ def test_code_parts_are_the_text():
     ],
 )
 def test_unusable_settings_are_refused(config, message):
-    (line,) = rules.filter_problems(config)
+    (line,) = filters.problems(config)
     assert re.search(message, line)
-
-
-def test_the_list_of_languages_is_the_detectors():
-    labels = set(filters._identifier().labels)
-    assert labels - {filters.NO_LANGUAGE} == filters.LANGUAGES
 
 
 def test_language_counts_of_a_sample(monkeypatch):
@@ -126,10 +118,9 @@ def test_language_counts_of_a_sample(monkeypatch):
     counts = filters.share(documents)
     assert counts == {"de": 2, "fr": 2, "unjudged": 2, "en": 1, "th": 1, "zh": 1}
     assert list(counts) == ["de", "fr", "unjudged", "en", "th", "zh"]
-    assert filters.share(documents, max_documents=3) == {"de": 2, "en": 1}
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(rules, "find_spec", lambda name: None)
-    (line,) = rules.filter_problems(FilterConfig(languages=["en"]))
+    monkeypatch.setattr(filters, "find_spec", lambda name: None)
+    (line,) = filters.problems(FilterConfig(languages=["en"]))
     assert "pip install py3langid" in line

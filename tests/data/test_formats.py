@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.choose.signatures import content
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Rejected
+from trainer.data.document import Document, Rejected, Row
 from trainer.data.formats import NEEDS, SPELLINGS, RowReader, recognise
-from trainer.data.read.row import Row
 
 F = DataFormat
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -412,7 +412,7 @@ def test_whatever_a_row_holds_it_becomes_a_document_or_is_rejected(fields, forma
         assert isinstance(result, Document | Rejected)
         if isinstance(result, Document):
             assert result.texts() and all(text.strip() for text in result.texts())
-            json.loads(result.content())
+            json.loads(content(result))
             for turn in result.turns():
                 assert set(turn) <= {
                     "role",

@@ -39,7 +39,7 @@ for pid, _ in ordered_map(slow, map(Item, range(12)), workers=2):
 def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
     # Found: the key was no part of the fingerprint, so that a new key opened what the old one had made.
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
-    privacy = PrivacyConfig(mode=PrivacyMode.pseudonymise, key_env="TEST_KEY")
+    privacy = PrivacyConfig(mode=PrivacyMode.pseudonymise)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
 
     def prepared(settings):
@@ -48,14 +48,14 @@ def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
 
     seen = []
     for key in (*KEYS, KEYS[0]):
-        monkeypatch.setenv("TEST_KEY", key)
+        monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", key)
         seen.append(prepared(config))
     assert "ann@example.com" not in seen[0][2] + seen[1][2]
     assert seen[0][2] != seen[1][2] and seen[0][2] == seen[2][2]
     assert [cached for _, cached, _ in seen] == [False, False, True]
     redacting = replace(config, privacy=replace(privacy, mode=PrivacyMode.redact))
     first = prepared(redacting)
-    monkeypatch.setenv("TEST_KEY", KEYS[1])
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEYS[1])
     assert prepared(redacting)[0] == first[0], "a key that is not used is no part of the data"
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from strategies.errors import DataError
-from trainer.data.choose.copies import LEAKS, Signer, compared_text, find_leaks, settle
+from trainer.data.choose.leakage import LEAKS, find_leaks, settle
+from trainer.data.choose.signatures import Signer, compared_text
 from trainer.data.config import (
     ComparedText,
+    DataConfig,
     DecontaminationConfig,
     DecontaminationPolicy,
     DuplicatePolicy,
@@ -34,17 +36,12 @@ def row(prompt, completion, file="train.jsonl", line=1):
     return Document(file=file, line=line, prompt=prompt, completion=completion)
 
 
-def leaks_of(train, held_out, config=LeakageConfig(near=True), alive=None):  # noqa: B008 - never changed
-    return find_leaks(
-        SIGNER.sign(train),
-        SIGNER.sign(held_out),
-        config=config,
-        threshold=0.8,
-        ngram=5,
-        train_text=lambda place: compared_text(train[place], ComparedText.document),
-        held_out_text=lambda place: compared_text(held_out[place], ComparedText.document),
-        alive=alive,
-    )
+def leaks_of(train, held_out, *, near=True):
+    """Leaks by document number: the training documents come first."""
+    both, numbers = [*train, *held_out], np.arange(len(train) + len(held_out))
+    config = DataConfig(leakage=LeakageConfig(near=near))
+    text_of = lambda number: compared_text(both[number], ComparedText.document)  # noqa: E731
+    return find_leaks(SIGNER.sign(both), numbers[: len(train)], numbers[len(train) :], config, text_of)
 
 
 @pytest.fixture(scope="module")
@@ -75,38 +72,31 @@ def test_every_kind_is_found_and_nothing_else(planted):
     train, held_out, truth = planted
     leaks = leaks_of(train, held_out)
     found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
-    assert {place: (other, LEAKS[kind]) for place, other, kind in found} == truth
+    assert {place: (other - len(train), LEAKS[kind]) for place, other, kind in found} == truth
     assert leaks.incomplete == 0
 
 
 def test_near_leaks_only_where_asked(planted):
     train, held_out, _ = planted
-    assert np.bincount(leaks_of(train, held_out, LeakageConfig()).kind, minlength=4).tolist() == [5, 5, 0, 5]
-
-
-def test_dropped_rows_do_not_leak(planted):
-    train, held_out, truth = planted
-    alive = np.ones(len(train), dtype=bool)
-    alive[[place for place, (_, kind) in truth.items() if kind in ("exact", "near")]] = False
-    assert np.bincount(leaks_of(train, held_out, alive=alive).kind, minlength=4).tolist() == [0, 5, 0, 5]
+    assert np.bincount(leaks_of(train, held_out, near=False).kind, minlength=4).tolist() == [5, 5, 0, 5]
 
 
 def test_policies(planted):
     train, held_out, truth = planted
-    leaks = leaks_of(train, held_out)
-    places = {"where_train": lambda place: train[place].where, "where_held_out": lambda place: held_out[place].where}
-    kept, report = settle(leaks, LeakageConfig(), len(train), **places)
-    assert kept.all() and report["train"] == report["held_out"] == dict.fromkeys(LEAKS, 5)
+    leaks, both = leaks_of(train, held_out), [*train, *held_out]
+    where = lambda number: both[number].where  # noqa: E731
+    taken, report = settle(leaks, LeakagePolicy.report, len(train), where)
+    assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAKS, 5)
     assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"
-    kept, _ = settle(leaks, LeakageConfig(policy=LeakagePolicy.drop_train), len(train), **places)
+    taken, _ = settle(leaks, LeakagePolicy.drop_train, len(train), where)
     leaking = {place for place, (_, kind) in truth.items() if kind != "prompt"}  # a shared prompt is only reported
-    assert set(np.flatnonzero(~kept).tolist()) == leaking and len(leaking) == 15
+    assert set(taken.tolist()) == leaking and len(leaking) == 15
     with pytest.raises(
         DataError, match=r"15 of 400 .*exact 5, normalized 5.*train.jsonl:8 = eval.jsonl:1.*=drop_train"
     ):
-        settle(leaks, LeakageConfig(policy=LeakagePolicy.fail), len(train), **places)
+        settle(leaks, LeakagePolicy.fail, len(train), where)
     clean = leaks_of(train[:5], held_out[40:])
-    assert settle(clean, LeakageConfig(policy=LeakagePolicy.fail), 5, **places)[0].all()
+    assert not len(settle(clean, LeakagePolicy.fail, 5, where)[0])
 
 
 def test_a_held_out_template_is_cut_and_said():
@@ -116,7 +106,7 @@ def test_a_held_out_template_is_cut_and_said():
     held_out = [row(" ".join([*base, *draw.choices(WORDS, k=40)]), "", "eval.jsonl") for _ in range(300)]
     train[-1] = row(held_out[250].prompt + " end", "")
     leaks = leaks_of(train, held_out)
-    assert leaks.train.tolist() == [39] and leaks.held_out.tolist() == [250] and leaks.incomplete >= 30
+    assert leaks.train.tolist() == [39] and leaks.held_out.tolist() == [len(train) + 250] and leaks.incomplete >= 30
 
 
 def test_nothing_held_out():
@@ -184,13 +174,13 @@ def test_overlaps_agree_with_plain_sets_of_runs(bench, training):
 
 def test_share_of_an_evaluation_text(bench, training):
     sets = {f"bench.jsonl:{line}": runs(text) for line, text in bench}
-    stage = build(bench, min_overlap=0.4)
+    stage = build(bench)
     for text in training:
         own = runs(text)
         best = max(len(own & found) / len(found) for found in sets.values())
         tally = Tally()
         assert stage(Document(file="t", line=1, text=text), tally) is not None
-        assert bool(tally.noted) is (best >= 0.4)
+        assert bool(tally.noted) is (best > 0)
         if got := stage.match(text):
             assert got[1] == pytest.approx(best) and len(own & sets[got[0]]) / len(sets[got[0]]) == pytest.approx(best)
 
@@ -236,5 +226,5 @@ def test_texts_of_an_evaluation_document():
     long = " ".join(WORDS[:20])
     turns = [("system", long), ("user", "Who?"), ("assistant", "short answer"), ("user", "Why?"), ("assistant", long)]
     chat = Document(file="e", line=3, messages=[{"role": role, "content": text} for role, text in turns])
-    assert list(evaluation_texts(chat, 13)) == [("e:3", "Who?"), ("e:3", "Why?"), ("e:3", long)]
-    assert list(evaluation_texts(row("p", "yes", "e", 4), 13)) == [("e:4", "p")]
+    assert list(evaluation_texts(chat)) == [("e:3", "Who?"), ("e:3", "Why?"), ("e:3", long)]
+    assert list(evaluation_texts(row("p", "yes", "e", 4))) == [("e:4", "p")]

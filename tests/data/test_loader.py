@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.stores import write
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.loader import EvalShare, Share, StepLoader, eval_batches
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
-from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.objectives.classification import LabelCollator
 
 NUM = 24

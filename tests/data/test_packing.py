@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from tests.helpers.building import model_dir, samples
+from tests.helpers.stores import write
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
 from trainer.data.reading import Reading
-from trainer.data.store.sequences import TokenDataset, write
+from trainer.data.store.sequences import TokenDataset
 from trainer.heads.loss import LossHead, head_transform
 from trainer.model import attention
 from trainer.objectives.sft import Sft

@@ -19,19 +19,27 @@ from trainer.data.document import Document, Tally
 from trainer.data.prepare import Preparation
 from trainer.data.reading import Reading
 from trainer.data.report.preview import summary
-from trainer.data.rules import privacy_problems as problems
 from trainer.data.stages.privacy import context, patterns, rule
-from trainer.data.stages.privacy.config import (
+from trainer.data.stages.privacy.rule import (
     FOUND_BY_NONE,
     HIPAA,
     NATIONAL_IDS,
     NEEDS_PRESIDIO,
+    PRESETS,
     TYPES,
-    coverage,
-    types_of,
+    Finding,
 )
-from trainer.data.stages.privacy.rule import Finding
-from trainer.data.stages.privacy.stage import RULES, Finder, Privacy, check, mask, normalise, resolve
+from trainer.data.stages.privacy.stage import (
+    RULES,
+    Finder,
+    Privacy,
+    check,
+    coverage,
+    mask,
+    normalise,
+    problems,
+    resolve,
+)
 
 KEY = "a key of more than sixteen characters"
 EVERY = [name for name in TYPES if name not in NEEDS_PRESIDIO | FOUND_BY_NONE]
@@ -292,13 +300,13 @@ def test_dropped_documents_are_counted_once_with_their_place():
     assert tally.dropped == {"privacy": {"EMAIL": 1}} and tally.examples == {"privacy/EMAIL": ["d.jsonl:7"]}
 
 
-def test_fail_names_place_type_and_setting_and_allows_what_is_allowed():
-    stage, tally = Privacy(config(mode=PrivacyMode.fail, max_findings=1)), Tally()
-    stage(Document("d.jsonl", 1, text="jane@example.com"), tally)
+def test_fail_names_place_type_and_setting_and_allows_nothing():
+    stage, tally = Privacy(config(mode=PrivacyMode.fail)), Tally()
     check(tally.findings, stage.config)
+    stage(Document("d.jsonl", 1, text="jane@example.com"), tally)
     stage(Document("d.jsonl", 2, text="joan@example.com"), tally)
     with pytest.raises(
-        DataError, match=r"(?s)2 pieces.*at most 1.*EMAIL: 2 in 2 documents, first at d.jsonl:1 j\*\*\*@.*mode=redact"
+        DataError, match=r"(?s)2 pieces.*allows none.*EMAIL: 2 in 2 documents, first at d.jsonl:1 j\*\*\*@.*mode=redact"
     ) as error:
         check(tally.findings, stage.config)
     assert "jane" not in str(error.value)
@@ -408,8 +416,8 @@ def test_every_type_that_is_asked_for_is_looked_for_or_named():
         for kind in PrivacyEngine:
             found = coverage(PrivacyConfig(preset=preset, engine=kind))
             named = {name for name, why in found["not_looked_for"].items() if why != "not asked for"}
-            assert set(found["looked_for"]) | named == types_of(preset)
-            assert named == types_of(preset) & (FOUND_BY_NONE | (NEEDS_PRESIDIO if kind == "patterns" else set()))
+            assert set(found["looked_for"]) | named == PRESETS[preset]
+            assert named == PRESETS[preset] & (FOUND_BY_NONE | (NEEDS_PRESIDIO if kind == "patterns" else set()))
     assert not coverage(PrivacyConfig(mode=PrivacyMode.none))["looked_for"]
 
 

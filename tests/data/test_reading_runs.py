@@ -56,7 +56,8 @@ class Shell:
 
     def documents(self) -> list:
         table = DocumentTable(self.directory)
-        return [table.document(number) for number in range(len(table))]
+        rows = sum(source["kept"] for source in self.audit["sources"])
+        return [table.document(number) for number in range(rows)]
 
 
 @pytest.fixture

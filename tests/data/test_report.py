@@ -398,7 +398,7 @@ def test_templates_are_shipped(tmp_path):
 
 def test_what_a_repeated_preparation_shows_is_made_without_torch():
     code = (
-        "import sys, launch.recall, trainer.data.read.paths, trainer.data.report.preview, trainer.data.verified;"
+        "import sys, launch.recall, trainer.data.read.paths, trainer.data.report.preview, trainer.data.cache;"
         "assert not {'torch', 'transformers'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from strategies.errors import DataError
 from tests.data.broken_files import arrow, parquet, whole, zst
 from tests.helpers.covering import EVERYTHING
-from trainer.data.document import Rejected
+from trainer.data.document import Rejected, Row
 from trainer.data.read import json_rows
 from trainer.data.read import text as text_files
+from trainer.data.read.json_rows import Line
 from trainer.data.read.opening import open_text
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import PREFIX, expand
-from trainer.data.read.row import Row
 
 
 def read(paths, **hub):
@@ -96,18 +96,18 @@ def test_json_lines_are_parsed_where_they_are_wanted(tmp_path):
         (b'{"a": 1} {"b": 2}', "a line holds one object"),
         (b'{"a": "\xff"}', "byte 0xff in column 8 is not UTF-8"),
         (b'{"a": 0, "b": [{"k": 1, "k": 2}]}', "'k' twice"),
-        (b"[1]", "found a list"),
+        (b"[1]", "and is [1]"),
         (b'{"a": 1e309}', "1e309 is beyond"),
     ],
 )
 def test_a_bad_line_says_what_to_mend(line, message):
-    bad = whole(Row("x", 1, raw=line))
+    bad = whole(Line("x", 1, raw=line))
     assert isinstance(bad, Rejected)
     assert message in bad.message
 
 
 def test_an_excerpt_is_short_and_printable():
-    bad = Row("x", 1, raw=b'{"a": "\x1b[31m\x00\xff\xe2\x80\xa8' + b"y" * 500).parse()
+    bad = Line("x", 1, raw=b'{"a": "\x1b[31m\x00\xff\xe2\x80\xa8' + b"y" * 500).parse()
     assert bad.excerpt.startswith('{"a": "\\x1b[31m\\x00\ufffd\\u2028yyy')
     assert bad.excerpt.count("y") == 200 - 15
     assert bad.excerpt.isprintable()
@@ -139,7 +139,7 @@ def test_what_json_writes_is_read_back(tmp_path, rows, ascii_only, indent):
 @fuzz
 @given(st.text(alphabet='{}[]",:ab\\u0d8 1-.eE\n\t', max_size=40))
 def test_a_line_is_accepted_only_if_json_accepts_it(line):
-    row = whole(Row("x", 1, raw=line.encode()))
+    row = whole(Line("x", 1, raw=line.encode()))
     try:
         value = json.loads(line)
     except ValueError:
@@ -177,7 +177,7 @@ def written(draw, depth=0):
 @given(st.lists(st.tuples(NAMES, written()), min_size=1, max_size=4))
 def test_a_key_that_is_there_twice_is_always_found_and_numbers_stay_exact(columns):
     line = ",".join(f"{json.dumps(name)}:{text}" for name, (text, _) in columns)
-    row = Row("x", 1, raw=f"{{{line}}}".encode()).parse()
+    row = Line("x", 1, raw=f"{{{line}}}".encode()).parse()
     names = [name for name, _ in columns]
     for name, (text, doubled) in columns:
         if doubled or names.count(name) > 1:

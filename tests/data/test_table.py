@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from trainer.data.choose.copies import Signer
+from trainer.data.choose.signatures import Signer
 from trainer.data.config import DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 from trainer.data.store.documents import schema, to_batch

@@ -9,10 +9,10 @@ from strategies.errors import DataError
 from tests.helpers import tokenizers as make
 from tests.helpers import tool_templates
 from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
+from trainer.data.choose.signatures import content
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
-from trainer.data.document import Document, Rejected
+from trainer.data.document import Document, Rejected, Row
 from trainer.data.formats import RowReader
-from trainer.data.read.row import Row
 from trainer.data.store.documents import NAME, DocumentTable, schema, to_batch
 from trainer.data.tokens.encode import Encoder
 
@@ -316,7 +316,7 @@ def test_glaive_rows_and_openai_rows_are_the_same_document():
     )
     turns = talk(call(ARGUMENTS, id="x"))
     del turns[1]["tool_calls"][0]["id"], turns[2]["tool_call_id"]
-    assert glaive.content() == document(turns).content()
+    assert content(glaive) == content(document(turns))
 
 
 def test_hermes_rows_stay_texts_and_nothing_is_written_twice():
@@ -367,7 +367,7 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
     turns[1]["reasoning_content"] = "ask a@b.org"
     doc = document(turns)
     assert doc.texts() == ["How warm?", "ask a@b.org", "a@b.org", "c@d.org", '{"degrees": 0}', "Warm."]
-    assert doc.map_texts(lambda text: text.replace("@", " at ")) and "@" not in doc.content()
+    assert doc.map_texts(lambda text: text.replace("@", " at ")) and "@" not in content(doc)
     assert doc.messages[1]["tool_calls"][0]["function"]["arguments"] == {
         "to": "a at b.org",
         "cc": ["c at d.org", 3],

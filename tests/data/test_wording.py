@@ -7,8 +7,8 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.choose.compare import SEED, choose_bands, ngrams, normal_digest, normalize, recall
-from trainer.data.choose.copies import Signer
+from trainer.data.choose.near import SEED, choose_bands, ngrams, recall
+from trainer.data.choose.signatures import Signer, normal_digest, normalize
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_bands_find_pairs_as_the_formula_says():
         index = RMinHashLSH(0.8, 126, 18)
         sketches = [RMinHash(126, SEED) for _ in range(2)]
         for sketch, text in zip(sketches, (first, second), strict=True):
-            sketch.update(ngrams(normalize(text), 5))
+            sketch.update(ngrams(normalize(text)))
         index.insert(0, sketches[0])
         a, b = plain_ngrams(first), plain_ngrams(second)
         expected += recall(len(a & b) / len(a | b), 18, 7)
@@ -82,8 +82,8 @@ def test_normal_form_of_ascii_and_of_other_text_is_one():
 
 
 def test_ngrams_by_counting():
-    texts = ["a b c d e f", "a b", "", "... !", "x x x x x x x", "b a"]
-    runs = [ngrams(normalize(text), 3) for text in texts]
+    texts = ["a b c d e f g h", "a b", "", "... !", "x x x x x x x x x", "b a"]
+    runs = [ngrams(normalize(text)) for text in texts]
     assert [len(one) for one in runs] == [4, 1, 0, 0, 5, 1] and len(set(runs[4])) == 1
     assert not set(runs[1]) & set(runs[5]), "the order of words counts"
-    assert not set(runs[0]) & set(ngrams(normalize(texts[0]), 3, apart=7))
+    assert not set(runs[0]) & set(ngrams(normalize(texts[0]), apart=7))

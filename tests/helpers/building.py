@@ -19,13 +19,14 @@ from strategies.base import (
     ZeroConfig,
 )
 from tests.helpers.models import tiny_model_dir
+from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.build import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
 from trainer.data.batches.budget import BudgetConfig
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import REPLAY, Sample, TokenDataset, write
+from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.guards.watch import Guards
 from trainer.loop import Output, Trainer, Watch
 from trainer.model.config import ModelConfig

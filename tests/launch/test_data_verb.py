@@ -87,7 +87,7 @@ def test_splits_lengths_and_sources(prepared, capsys):
     assert sum(int(count) for _, count in bars) == 4
 
 
-def test_decodes_the_right_sequence_beside_its_document(prepared, capsys):
+def test_decodes_the_right_sequence_above_its_document(prepared, capsys):
     out = shown(capsys, prepared, "--rows", "2,0", "--documents")
     second, first = out.split("train 0")
     assert "chat.jsonl:2" in second and "⟦a lazy dog [bold]not markup[/bold]<|im_end|>⟧" in second
@@ -109,8 +109,6 @@ def test_colour_on_a_terminal(prepared, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     out = shown(capsys, prepared, "--rows", "0", "--documents")
     assert "\x1b[32mHELLO again<|im_end|>" in out and "⟦" not in out
-    (line,) = (line for line in out.splitlines() if "<|im_start|>user" in line)
-    assert "user" in line.split("<|im_start|>user")[1], "the document stands beside it"
     monkeypatch.setenv("NO_COLOR", "1")
     assert "⟦HELLO again<|im_end|>⟧" in shown(capsys, prepared, "--rows", "0")
 

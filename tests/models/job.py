@@ -25,13 +25,14 @@ from strategies.matmul import Matmul
 from strategies.parameters import named_parameters
 from tests.helpers.building import alone, built_trainer, run_config
 from tests.helpers.ranks import serve
+from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import stock, tiny
 from tests.models.gradients import TOLERANCE, Differs, compare, compare_gradients, rounding
 from tests.models.own import ONE_AT_A_TIME
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import TokenDataset, write
+from trainer.data.store.sequences import TokenDataset
 from trainer.export.card import CardFacts
 from trainer.export.config import ExportConfig
 from trainer.export.verify import DriftError

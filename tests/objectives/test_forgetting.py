@@ -20,11 +20,12 @@ from tests.helpers.building import (
     trainer_for,
 )
 from tests.helpers.launching import clean_environment
+from tests.helpers.stores import write
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
 from trainer.data.batches.collate import to_device
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.objectives.registry import build_objective
 from trainer.objectives.sft import ForgettingConfig, SftConfig, SftReading
 from trainer.optim.config import AdamwConfig

@@ -14,13 +14,14 @@ from tests.golden.make_preference_vectors import fill, fingerprints, model_confi
 from tests.golden.make_teacher_vectors import FILE, KTO, answers
 from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, rated_set, run_config, trainer_for
 from tests.helpers.launching import clean_environment
+from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
 from trainer.build import prepare_data
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.prepare import Preparation
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
 from trainer.heads.loss import fuse_head
 from trainer.objectives.kto import FURTHEST, KtoConfig, mismatched, partner

@@ -16,13 +16,14 @@ from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from tests.helpers.building import built_trainer, data_set, model_dir, pair_set, run_config, samples
 from tests.helpers.covering import EVERYTHING, chosen, values
+from tests.helpers.stores import write
 from tests.models import job
 from tests.models import stock as oracles
 from tests.models.gradients import Differs
 from tests.models.tiny import causal_types, tiny_model
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.balance import ADDED, FUNCTION, RouterLosses, losses_of
 from trainer.model.config import Kind, ModelConfig
 from trainer.model.experts import NAME, register

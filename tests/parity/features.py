@@ -14,11 +14,12 @@ from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Pre
 from strategies.parameters import named_parameters
 from strategies.zero_config import deepspeed_config
 from tests.helpers.building import STRATEGIES, alone, data_set, model_dir, run_config, samples, take_steps, trainer_for
+from tests.helpers.stores import write
 from tests.parity.base import Job, lone_steps, values_of
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import LABEL, Sample, TokenDataset, write
+from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
 from trainer.loop import Trainer
 from trainer.model.config import ModelConfig

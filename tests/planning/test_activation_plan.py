@@ -23,10 +23,11 @@ from tests.helpers.building import (
     take_steps,
     trainer_for,
 )
+from tests.helpers.stores import write
 from trainer.build import build_engine, build_model, workload
 from trainer.config.validate import problems_of
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantisation import Quantisation
 from trainer.objectives.classification import ClassificationConfig

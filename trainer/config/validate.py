@@ -23,8 +23,8 @@ from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
 from trainer.config.run import RETRIES, Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
+from trainer.data.inputs import problems as data_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
-from trainer.data.rules import problems as data_problems
 from trainer.model import encoder_decoder
 from trainer.model.config import Kind, may_be_hub_id
 from trainer.model.quantisation import Quantisation, missing_package

@@ -56,6 +56,11 @@ LABELS = MARK_PREFIX + LABEL
 QUARANTINE, DROPPED = "quarantine.jsonl", "dropped.jsonl"
 GIVE_UP = 1000
 """Bad rows after which a run that allows none (or fewer) stops reading."""
+LOST = {
+    "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
+    "same_answers": "both answers are the same within data.max_length={}",
+}
+"""Reasons for which tokenising drops a document although nobody asked for it."""
 REMEDIES = {
     "nothing_to_learn": "raise data.max_length or set data.over_length=split",
     "same_answers": "raise data.max_length",

@@ -1,4 +1,4 @@
-"""The cache of prepared data: the fingerprint that names an entry, the lock under which one process makes it, its shards.
+"""The cache of prepared data: the fingerprint that names an entry, the lock under which one process makes it, its hashes, shards.
 
 Shards are parts of a preparation made by the jobs of an array, one file a block, until a last call merges them. A block is
 stored as a `.npz` without pickles, so that merging reads what a worker would have handed over: a merged data set is the same,
@@ -24,9 +24,11 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block
+from trainer.data.config import Verify
 from trainer.data.document import Findings, Rejected, Tally
 from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
-from trainer.data.store.sequences import Sequences, storage_error
+from trainer.data.store.sequences import Sequences, named
+from trainer.records.sampled import sampled_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 DONE = "manifest.json"
 """The file whose presence under the final name makes an entry complete."""
+ARRAYS = (".bin", ".npy", ".npz", ".arrow")
+"""Suffixes of what training reads of an entry."""
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,35 @@ def build_once(directory: Path, build: Callable[[Path], None], *, stop: Callable
     return True
 
 
+def hashes_of(directory: Path) -> dict[str, dict[str, str]]:
+    """By relative path: the sampled and the whole SHA-256 of everything that training reads. Errors: OSError."""
+    files = sorted(path for path in directory.rglob("*") if path.suffix in ARRAYS)
+    return {
+        path.relative_to(directory).as_posix(): {"sampled": sampled_digest(path), "sha256": file_digest(path)}
+        for path in files
+    }
+
+
+def compare(directory: Path, hashes: dict[str, dict[str, str]], how: Verify) -> None:
+    """Compare what lies in `directory` with its hashes. Raises DataError naming the first file that differs."""
+    for name, written in hashes.items():
+        path = directory / name
+        try:
+            same = sampled_digest(path) == written["sampled"]
+            if same and how is Verify.all:
+                same = file_digest(path) == written["sha256"]
+        except (OSError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: cannot be compared with what was prepared ({error}); {_remedy(directory)}"
+            ) from error
+        if not same:
+            raise DataError(f"{path}: does not have the bytes that were prepared; {_remedy(directory)}")
+
+
+def _remedy(directory: Path) -> str:
+    return f"look after the disk, delete {directory} and start again: it is prepared anew"
+
+
 @contextmanager
 def _lock(path: Path, directory: Path, stop: Callable[[], None]) -> Iterator[None]:
     """An exclusive lock between processes; the kernel releases it when its holder dies."""
@@ -163,7 +196,9 @@ class Shards:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except OSError as error:
-            raise storage_error(self.home, error) from error
+            raise StorageError(
+                f"{self.home}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"
+            ) from error
 
     @classmethod
     def finished(cls, directory: Path) -> Shards | None:
@@ -234,15 +269,11 @@ def load(path: Path) -> Block:
         documents=batch_from_bytes(arrays["documents"].tobytes()),
         pieces=arrays["pieces"],
         sequences=Sequences(
-            arrays["tokens"], arrays["supervised"], arrays["lengths"], _named(arrays, "column."), arrays.get("weights")
+            arrays["tokens"], arrays["supervised"], arrays["lengths"], named(arrays, "column."), arrays.get("weights")
         ),
-        signatures=_named(arrays, "signature."),
+        signatures=named(arrays, "signature."),
     )
 
 
 def _fields(part: Any) -> dict[str, Any]:
     return {field.name: getattr(part, field.name) for field in fields(part)}
-
-
-def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
-from trainer.data.verified import Verify
-
 HELD_OUT = ("eval", "test")
 """Splits that are never trained on."""
 DataFormat = StrEnum(
@@ -22,6 +20,9 @@ OverLength = Enum(  # no StrEnum: a member `split` would hide the method of stri
 """What happens to a document longer than `data.max_length`."""
 ControlTokens = StrEnum("ControlTokens", ["text", "refuse", "keep"])
 """What happens to a control token, such as `<|im_end|>`, that a text spells."""
+Verify = StrEnum("Verify", ["sampled", "all"])
+"""How prepared data is compared with its hashes: `sampled` by sizes and blocks spread over each file, which costs nothing; `all`
+by every byte."""
 Layout = StrEnum("Layout", ["auto", "padding_free", "padded"])
 """How the documents of a micro-batch lie in memory."""
 
@@ -32,9 +33,7 @@ class ChecksConfig:
 
     quarantine: list[str] = field(default_factory=list)
     """Kinds that make a document a bad row, where others are counted: `system_late`, `assistant_before_user`, `same_role_twice`,
-    `trailing_turns`, `repeated_turn`, `empty_text`, `encoding_damage`, `control_characters`, `over_long`."""
-    max_chars: int | None = 1_000_000
-    """Longest text in characters for `over_long`; null sets no limit."""
+    `trailing_turns`, `repeated_turn`, `empty_text`, `encoding_damage`, `control_characters`."""
 
 
 UnicodeForm = StrEnum("UnicodeForm", {"none": "none", "NFC": "NFC", "NFKC": "NFKC"})
@@ -69,8 +68,6 @@ class FilterConfig:
     """Drop rows whose learned text contains one of these phrases, such as `as an AI language model`, in any case."""
     languages: list[str] = field(default_factory=list)
     """Keep rows in these languages, as ISO 639 codes such as `en`; an empty list keeps all."""
-    min_language_probability: float = 0.0
-    """Drop rows whose language, one of `languages`, is less probable than this, 0 to 1."""
 
 
 DecontaminationPolicy = StrEnum("DecontaminationPolicy", ["report", "drop"])
@@ -85,10 +82,6 @@ class DecontaminationConfig:
     """Files of evaluation sets, in the forms of the training data; nothing is looked for where it is not given."""
     policy: DecontaminationPolicy = DecontaminationPolicy.report
     """`report` counts such training documents, `drop` takes them out."""
-    ngram: int = 13
-    """Words in a run that counts as evaluation text; 13 as in Brown et al. (2020)."""
-    min_overlap: float = 0.0
-    """Least share of the runs of one evaluation text that a training document must hold; at 0 a single run is enough."""
 
 
 PrivacyPreset = StrEnum("PrivacyPreset", ["none", "general", "hipaa", "gdpr"])
@@ -108,7 +101,8 @@ class PrivacyConfig:
     """Personal data in texts: what is looked for, and what is done about it. The default only reports."""
 
     mode: PrivacyMode = PrivacyMode.report
-    """`none`; `report` counts; `redact` puts `[TYPE]`, `pseudonymise` keyed names; `drop` the document; or `fail`."""
+    """`none`; `report` counts; `redact` puts `[TYPE]`, `pseudonymise` names made with the secret key in the environment variable
+    SHARDTUNE_PSEUDONYM_KEY; `drop` takes the document out; `fail` ends the run."""
     preset: PrivacyPreset = PrivacyPreset.general
     """Types looked for when `types` is empty: `general`, `hipaa` (Safe Harbor identifiers), `gdpr`, or `none`."""
     types: list[str] = field(default_factory=list)
@@ -121,10 +115,6 @@ class PrivacyConfig:
     """Countries whose telephone and identity numbers are looked for, as two-letter ISO 3166 codes."""
     scan_documents: int = 1000
     """With `mode=report`, documents scanned of each source, from its start; 0 scans all. Other modes scan all."""
-    max_findings: int = 0
-    """With `mode=fail`, findings that are still allowed, over all documents."""
-    key_env: str = "SHARDTUNE_PSEUDONYM_KEY"
-    """With `mode=pseudonymise`, the environment variable that holds the secret key (16 characters or more)."""
     allow: list[str] = field(default_factory=list)
     """Regular expressions; what one of them matches as a whole is never a finding, e.g. `support@example\\.com`."""
 
@@ -144,11 +134,9 @@ class DuplicatesConfig:
     normalized: DuplicatePolicy = DuplicatePolicy.report
     """Documents with the same words, whatever their case, spacing and sentence punctuation."""
     near: DuplicatePolicy = DuplicatePolicy.none
-    """Documents whose word n-grams overlap by `threshold` or more; with `drop`, exact copies go as well."""
+    """Documents whose runs of 5 words overlap by `threshold` or more; with `drop`, exact copies go as well."""
     threshold: float = 0.8
-    """Least Jaccard similarity of near duplicates (shared n-grams over all n-grams), 0.3 to 1."""
-    ngram: int = 5
-    """Words in an n-gram; texts with fewer words are near duplicates only if all their words are the same."""
+    """Least Jaccard similarity of near duplicates (shared runs of words over all of them), 0.3 to 1."""
     text: ComparedText = ComparedText.document
     """Text that is compared: the whole `document`, the `prompt` (all before the last answer) or the `completion`."""
 
@@ -165,7 +153,7 @@ class LeakageConfig:
     """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run. Prompts that both have, with
     another answer, are only ever counted."""
     near: bool = False
-    """Look for near duplicates too, with the threshold and n-grams of the search for duplicates."""
+    """Look for near duplicates too, with the threshold of the search for duplicates."""
 
 
 BalanceBy = StrEnum("BalanceBy", ["none", "label", "source"])

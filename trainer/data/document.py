@@ -6,8 +6,6 @@ that rows in = documents kept + rows dropped by reason.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,8 +29,10 @@ content; the result of a tool may have "name" and "tool_call_id".
 """
 
 
+EXCERPT = 200
+"""Length of an excerpt in characters."""
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` would make one each time
 
 
 @dataclass(slots=True)
@@ -67,12 +67,16 @@ class Document:
         """`file:line`, as every message about a row begins."""
         return f"{self.file}:{self.line}"
 
+    def conversation(self) -> list[Message]:
+        """What is said, without rejected answers; prompt and completion as two turns. None of a text."""
+        if self.prompt is not None:
+            asked, answer = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}
+            return [asked, answer]
+        return [*(self.messages or []), *(self.chosen or [])]
+
     def take_turns(self) -> list[Message]:
         """Prompt and completion, taken from the document, as two turns."""
-        turns: list[Message] = [
-            {"role": "user", "content": self.prompt},
-            {"role": "assistant", "content": self.completion},
-        ]
+        turns = self.conversation()
         self.prompt, self.completion, self.separator = None, None, ""
         return turns
 
@@ -105,17 +109,6 @@ class Document:
                 differs |= new != old
                 setattr(self, name, new)
         return differs
-
-    def content(self) -> str:
-        """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
-        parts: tuple[Any, ...] = (self.messages, self.prompt, self.completion, self.text, self.label)
-        extra = (self.chosen, self.rejected, self.desirable)
-        parts += () if extra == (None, None, None) else extra
-        return _as_json(parts if self.tools is None else (*parts, self.tools))
-
-    def digest(self) -> int:
-        """64 bits of `content`, for exact copies and for draws that go by content."""
-        return int.from_bytes(hashlib.blake2b(self.content().encode("utf-8"), digest_size=8).digest(), "big")
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -154,6 +147,32 @@ def thought_of(message: Message) -> str | None:
     """The thought of a turn: its own field, or <think>...</think> at the start of its content."""
     match = THINK.match(message["content"] or "")
     return message.get("reasoning_content") or (match.group(1) if match else None)
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of a source, as it was read."""
+
+    file: str
+    """Path as the user would write it, or `hub:NAME/SPLIT`."""
+    line: int
+    """Line on which the row starts, from 1; the row's number in Parquet, Arrow and hub data; 1 in text files."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Named values: texts, numbers, true/false, None, lists and objects of these; a `Fault` where a column has none."""
+    others: tuple[str, ...] = ()
+    """Further columns of the file, which nobody asked for: their values were not read."""
+    added: tuple[str, ...] = ()
+    """Columns that reading made: the file has none of that name."""
+
+    def parse(self) -> Row | Rejected:
+        """The row with its `fields` set, or why it cannot be read. Never raises for what the row holds."""
+        return self
+
+
+def excerpt(start: bytes | str) -> str:
+    """The first 200 characters, decoded with replacement, control characters and surrogates escaped."""
+    text = start if isinstance(start, str) else start[: 4 * EXCERPT].decode("utf-8", "replace")
+    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text.rstrip("\r\n")[:EXCERPT])
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Message, Rejected
+from trainer.data.document import Document, Message, Rejected, Row
 from trainer.data.fields import (
     CARRIERS,
     Fault,
@@ -28,7 +28,6 @@ from trainer.data.fields import (
     value_at,
     verdict_of,
 )
-from trainer.data.read.row import Row
 from trainer.data.turns import are_told, conversation, history_of, parted, tools_of, turns_of
 
 NEEDS = {

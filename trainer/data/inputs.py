@@ -12,14 +12,16 @@ from typing import Any
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block
-from trainer.data.config import HELD_OUT, DataConfig, DataFormat
-from trainer.data.document import Document, Rejected
+from trainer.data.choose import balance
+from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
+from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import label_of
 from trainer.data.formats import RowReader, recognise
+from trainer.data.read.json_rows import Line
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand, sets_of
-from trainer.data.read.row import Row
-from trainer.data.rules import problems
+from trainer.data.stages import filters
+from trainer.data.stages.checks import KINDS
 
 
 @dataclass(slots=True)
@@ -59,6 +61,47 @@ class Input:
         return self.split, self.source
 
 
+def problems(data: DataConfig) -> Iterator[str]:
+    """What of data's settings contradicts itself or cannot be used: one line a problem, with key, value, constraint and remedy.
+
+    Ranges of single numbers are `trainer/config/ranges.py`'s, what files there are is said where they are opened.
+    """
+    if data.path in (None, "") and not data.sources:
+        yield (
+            "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
+            "data.sources"
+        )
+    if data.path not in (None, "") and data.sources:
+        yield f"data.path={data.path}: data.sources names the training data too; keep one of the two"
+    for name, source in data.sources.items():
+        if source.path in (None, ""):
+            yield f"data.sources.{name}.path: not set; give the source's files"
+    for split in HELD_OUT:
+        share = getattr(data, f"{split}_share")
+        if getattr(data, f"{split}_path") is not None and share:
+            yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
+    if data.group_by is not None and not any((data.eval_share, data.test_share, data.eval_path, data.test_path)):
+        yield f"data.group_by={data.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(data.sources):
+        without = ", ".join(sorted(data.sources.keys() - set(weighted)))
+        yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
+    known = ", ".join(KINDS)
+    for kind in data.checks.quarantine:
+        if kind not in KINDS:
+            yield f"data.checks.quarantine: {kind!r} is not looked for; known are {known}"
+    if data.filters != FilterConfig():
+        yield from filters.problems(data.filters)
+    if data.balance != BalanceConfig():
+        yield from balance.problems(data.balance)
+    if data.packing and data.layout is Layout.padded:
+        yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
+    if data.privacy != PrivacyConfig():
+        from trainer.data.stages.privacy import stage  # which makes seventy expressions
+
+        yield from stage.problems(data.privacy)
+
+
 def inputs_of(config: DataConfig) -> list[Input]:
     """The inputs in the order in which they are read. Raises ConfigError, and DataError for files that do not exist."""
     if wrong := [*problems(config)]:
@@ -88,11 +131,15 @@ def inputs_of(config: DataConfig) -> list[Input]:
 
 
 def readers_of(
-    inputs: list[Input], *, label: Callable[[Any], str] = label_of, meant: tuple[DataFormat, ...] = ()
+    inputs: list[Input],
+    *,
+    label: Callable[[Any], str] = label_of,
+    meant: tuple[DataFormat, ...] = (),
+    refuses: bool = True,
 ) -> dict[tuple[str, str], RowReader]:
     """What makes documents of each input's rows, its format recognised from the first row that can be read.
 
-    `label` reads a label; `meant` are the formats that decide where several fit.
+    `label` reads a label; `meant` are the formats that decide where several fit; `refuses` as in `RowReader`.
     """
     made = {}
     for item in inputs:
@@ -103,7 +150,7 @@ def readers_of(
             format = recognise(first, item.columns, meant=meant, **options)
         if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
             options["group"] = item.group  # files of held-out rows need not say what these belong to
-        reader = made[item.split, item.source] = RowReader(format, item.columns, label=label, **options)
+        reader = made[item.id] = RowReader(format, item.columns, label=label, refuses=refuses, **options)
         item.wanted = reader.wanted
         found = first if isinstance(first, Rejected) else reader(first)
         if isinstance(found, Rejected) and found.reason.startswith("unread_"):
@@ -150,7 +197,7 @@ def jobs(
             current = Job(number, split, source, current.offset + len(current.rows) if same else 0, [])
             size = 0
         current.rows.append(row)
-        size += len(row.raw) if isinstance(row, Row) and row.raw is not None else 1024
+        size += len(row.raw) if isinstance(row, Line) else 1024
     if current.rows:
         yield current
 
@@ -158,13 +205,12 @@ def jobs(
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """Documents of the files against which training data is decontaminated. Raises DataError for a row that is none."""
     key = "data.decontamination.paths"
+    ignored = frozenset(config.ignore_columns)
     for path in expand(paths, key, remote=config.remote):  # each file in its own format
-        item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {})
-        ignored = config.ignore_columns
-        format = recognise(_first_row(item), {}, source=item.source, ignored=ignored)
+        item = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
         # what is compared are texts: a picture beside them matters to nobody
-        reader = RowReader(format, {}, source=item.source, ignored=ignored, refuses=False)
-        for row in item.origin.rows(reader.wanted):
+        (reader,) = readers_of([item], refuses=False).values()
+        for row in item.origin.rows(item.wanted):
             parsed = row.parse()
             found = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if not isinstance(found, Document):
@@ -224,7 +270,7 @@ def _measured(item: Input, make: Callable[[Job], Block]) -> tuple[int, int, int]
 
 
 def _size(row: Row) -> int:
-    if row.raw is not None:
+    if isinstance(row, Line):
         return len(row.raw) + 1
     return len(json.dumps(row.fields, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from strategies.errors import ShardtuneError
-from trainer.data.blocks import Block
-from trainer.data.choose.compare import group_digest
-from trainer.data.choose.copies import Signer
+from trainer.data.blocks import LOST, Block
+from trainer.data.choose.signatures import Signer, content, group_digest
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
 from trainer.data.document import Document, Refused, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
@@ -34,12 +33,6 @@ from trainer.data.store.sequences import REPLAY, Sample, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-LOST = {
-    "nothing_to_learn": "no supervised token is left to learn within data.max_length={}",
-    "same_answers": "both answers are the same within data.max_length={}",
-}
-"""Reasons for which tokenising drops a document although nobody asked for it."""
 
 
 class BlockMaker:
@@ -61,7 +54,7 @@ class BlockMaker:
         self.decontaminator: Decontaminator | None = None
         if config.decontamination.paths is not None:
             found = evaluation_documents(config.decontamination.paths, config)
-            texts = (text for document in found for text in evaluation_texts(document, config.decontamination.ngram))
+            texts = (text for document in found for text in evaluation_texts(document))
             self.decontaminator = Decontaminator(texts, config.decontamination)
         self.replays = any(source.replay for source in config.sources.values())
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
@@ -77,7 +70,7 @@ class BlockMaker:
             parsed = row.parse()
             found = parsed if isinstance(parsed, Rejected) else reader(parsed)
             if isinstance(found, Document) and (refusal := self.reading.refuses(found)) is not None:
-                found = Rejected(found.file, found.line, *refusal, found.text or found.content())
+                found = Rejected(found.file, found.line, *refusal, found.text or content(found))
             if isinstance(found, Document):
                 documents.append(found)
             else:
@@ -89,7 +82,7 @@ class BlockMaker:
                 if (kept := stage(document, block.tally)) is not None:
                     all_kept.append(kept)
                 elif stage.name == "checks":
-                    reason, excerpt = block.tally.drops[-1][1], document.content()[:200]
+                    reason, excerpt = block.tally.drops[-1][1], content(document)[:200]
                     row = Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt)
                     block.bad.append(row)
             if len(documents) - len(all_kept) != len(block.tally.drops) - dropped:
@@ -150,7 +143,7 @@ class BlockMaker:
                     yield from self._sequences([document], block)
                 return
             (one,) = documents
-            row = Rejected(one.file, one.line, refused.reason, refused.message, one.content())
+            row = Rejected(one.file, one.line, refused.reason, refused.message, content(one))
             self._quarantine(block, row, "tokenise")
             return
         block.tally.merge(tally)
@@ -161,7 +154,7 @@ class BlockMaker:
                 yield document, made
             elif (message := LOST.get(reason := reasons[document.where])) is not None:
                 said = message.format(self.config.max_length)
-                block.bad.append(Rejected(document.file, document.line, reason, said, document.content()[:200]))
+                block.bad.append(Rejected(document.file, document.line, reason, said, content(document)[:200]))
 
 
 Item = TypeVar("Item")

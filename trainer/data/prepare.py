@@ -21,22 +21,20 @@ import numpy as np
 
 from strategies.errors import DataError, Preempted
 from trainer.data.blocks import Assembly, Block
-from trainer.data.cache import DONE, Shards, build_once, fingerprint, remembered_digest
+from trainer.data.cache import DONE, Shards, build_once, compare, fingerprint, hashes_of, remembered_digest
 from trainer.data.choose.splits import choose
-from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode
+from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode, Verify
 from trainer.data.formats import RowReader
-from trainer.data.inputs import Job, inputs_of, jobs, readers_of, require_room, rows_of
+from trainer.data.inputs import inputs_of, jobs, readers_of, require_room, rows_of
 from trainer.data.maker import BlockMaker, cores, ordered_map
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
-from trainer.data.stages.privacy.config import key_identity
 from trainer.data.stages.privacy.stage import check as check_findings
+from trainer.data.stages.privacy.stage import key_identity
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
-from trainer.data.verified import Verify, hashes_of
-from trainer.data.verified import verify as compare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -99,7 +97,7 @@ class Preparation:
             against = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
             identities.append(("decontamination", against.identity(self.digest)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
-            identities.append(("key of the pseudonyms", key_identity(config.privacy)))
+            identities.append(("key of the pseudonyms", key_identity()))
         self.fingerprint = fingerprint(identities, tokenizer, options)
         self.directory = cache / self.fingerprint[:32]
 
@@ -118,9 +116,9 @@ class Preparation:
         """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
         if (self.directory / DONE).exists():
             return
-        maker = self._maker(self._readers(), parts=count)
+        readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
         with Shards(self.directory, count).writing(number) as keep:
-            for block in self._blocks(maker, lambda job: job.number % count == number):
+            for block in self._blocks(readers, number, count):
                 self.check_stop()
                 keep(block)
 
@@ -132,13 +130,12 @@ class Preparation:
     def run(self, target: Path, shards: Shards | None = None) -> None:
         """Both passes, and the reports."""
         self.check_stop()
-        readers = self._readers()
-        maker = self._maker(readers)
         rejected = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
         splits = OverLength.split in self.reading.over_length and self.config.over_length is not OverLength.split
         assembly = Assembly(target, self.config.max_bad_share, rejected, splits=splits)
         with closing(assembly):
-            for block in self._blocks(maker) if shards is None else shards.blocks():
+            readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+            for block in self._blocks(readers) if shards is None else shards.blocks():
                 self.check_stop()
                 assembly.append(block)
             columns, table = assembly.columns(), DocumentTable(target)
@@ -171,20 +168,14 @@ class Preparation:
         if shards is not None:
             shards.remove()
 
-    def _readers(self) -> dict[tuple[str, str], RowReader]:
-        return readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-
-    def _maker(self, readers: dict[tuple[str, str], RowReader], *, parts: int = 1) -> BlockMaker:
-        """What makes blocks, of which one of `parts` is made here. Raises StorageError for a disk too small."""
+    def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Iterator[Block]:
+        """The blocks of every job of one `part` of `parts`, in input order. Raises StorageError for a disk too small."""
         maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer)
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
-        return maker
-
-    def _blocks(self, maker: BlockMaker, mine: Callable[[Job], bool] = lambda job: True) -> Iterator[Block]:
-        """The blocks of the jobs that are `mine`, in input order."""
-        every = filter(mine, jobs(rows_of(self.inputs, self.config.max_documents)))
+        every = jobs(rows_of(self.inputs, self.config.max_documents))
+        mine = every if parts == 1 else (job for job in every if job.number % parts == part)
         workers = 1 if self.small else self.config.workers or cores()
-        return ordered_map(maker, every, workers=workers) if workers > 1 else map(maker, every)
+        return ordered_map(maker, mine, workers=workers) if workers > 1 else map(maker, mine)
 
 
 def open_prepared(

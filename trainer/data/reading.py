@@ -18,7 +18,7 @@ from trainer.data.document import Document, Tally
 from trainer.data.fields import label_of
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.data.tokens.cut import fitted
+from trainer.data.tokens.cut import fit, kept
 from trainer.data.tokens.encode import Encoder
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Reading:
     ) -> Iterator[tuple[Document, list[Sample]]]:
         """Each document that teaches something with its sequences; none, with a reason counted, where nothing is left."""
         for document, sample in encoder.encode([d for d in documents if imitable(d, tally)]):
-            yield document, fitted(encoder, document, sample, config, tally)
+            made = fit(encoder, document, sample, config.max_length, config.over_length)
+            yield document, kept(encoder, document, sample, made, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """Denominators that a sequence adds, by term; stored, after the shift: a first token has no target."""

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tests.data.pii.synthetic import Item, synthetic
 from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyPreset
-from trainer.data.stages.privacy.config import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES
-from trainer.data.stages.privacy.rule import Finding
+from trainer.data.stages.privacy.rule import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, Finding
 from trainer.data.stages.privacy.stage import Finder
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable
 
 from trainer.data.stages.privacy import context, patterns
-from trainer.data.stages.privacy.config import TYPES
+from trainer.data.stages.privacy.rule import TYPES
 
 Item = tuple[str, list[tuple[int, int, str]]]
 FIRST = "Jane Thomas Priya Carlos Emily Stefan Fatima Walter Oluwaseun Xiulan Thandiwe Björn Ngozi Tamsin Aurelio Saoirse".split()

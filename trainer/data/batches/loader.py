@@ -169,22 +169,19 @@ class StepLoader:
             local_tokens=int(self.dataset.lengths[mine].sum()),
             supervised_tokens=int(self.dataset.num_supervised[everyone].sum()),
             samples=self.share.global_batch,
-            source_tokens=self._source_tokens(everyone),
-            source_counts=self._source_counts(everyone),
+            source_tokens={
+                name: int(number) for name, number in self._by_source(self.dataset.lengths, everyone).items()
+            },
+            source_counts=self._by_source(self.dataset.counts["loss"], everyone),
             balance=self._balance(slots),
         )
 
-    def _source_tokens(self, sequences: np.ndarray) -> dict[str, int]:
+    def _by_source(self, values: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
+        """The sum of `values` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
         if len(self.sources) < 2 or self.dataset.sources is None:
             return {}
-        tokens = np.bincount(self.dataset.sources[sequences], self.dataset.lengths[sequences])
-        return {name: int(tokens[n]) if n < len(tokens) else 0 for n, name in self.sources.items()}
-
-    def _source_counts(self, sequences: np.ndarray) -> dict[str, float]:
-        if len(self.sources) < 2 or self.dataset.sources is None:
-            return {}
-        counts, sources = self.dataset.counts["loss"][sequences], self.dataset.sources[sequences]
-        return {name: summed(counts[sources == number]) for number, name in self.sources.items()}
+        chosen, sources = values[sequences], self.dataset.sources[sequences]
+        return {name: summed(chosen[sources == number]) for number, name in self.sources.items()}
 
     def _collated(self, samples: list[Sample], numbers: list[int] | None = None) -> dict[str, Any]:
         """Samples as a micro-batch; of the sequences `numbers`, with whose source each supervised row is: `row_source`
@@ -290,10 +287,7 @@ def _evaluated(
     covered = share.sequences(dataset)
     totals = {term: summed(counts[covered]) for term, counts in dataset.counts.items()}
     for sequences in eval_plan(dataset, share):
-        if ahead is not None and sequences:
-            samples = [ahead(dataset, number) for number in sequences]
-        else:
-            samples = [dataset.sample(number) for number in sequences]
+        samples = [(ahead or TokenDataset.sample)(dataset, number) for number in sequences]
         samples = samples or collator.fillers(dataset, share.sequences_per_document)
         made = {**collator(samples), "totals": totals}
         if share.by_source and dataset.sources is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TypedDict
 
 import numpy as np
 
@@ -55,23 +54,6 @@ Weights = Sequence[float | None]
 
 LONGEST_EPOCH = 1 << 28
 """Most units of one epoch: its order is held in memory, at 8 bytes a unit and three times that while it is drawn."""
-
-
-class SourceShare(TypedDict):
-    """What one source gives to an epoch. Numbers of documents and tokens are means over epochs."""
-
-    weight: float | None
-    """The weight as set; None without mixing."""
-    requested: float
-    """Share of the epoch asked for by the weights, over documents or tokens as `data.mixing.over` says."""
-    units: int
-    """Documents (packs) an epoch."""
-    documents: float
-    tokens: float
-    share_documents: float
-    share_tokens: float
-    passes: float
-    """How often a document of the source is seen in one epoch; 0.1 is once in ten epochs."""
 
 
 def quotas(
@@ -166,8 +148,12 @@ def realised(
     *,
     documents: Sequence[int] | np.ndarray | None = None,
     names: Sequence[str] | None = None,
-) -> dict[str, SourceShare]:
-    """Requested against realised shares of each source, by name. Arguments as in `quotas`; `quota` is its answer."""
+) -> dict[str, dict[str, float | None]]:
+    """Requested against realised shares of each source, by name. Arguments as in `quotas`; `quota` is its answer.
+
+    Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over epochs of
+    `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen in an epoch.
+    """
     called = _names(names, len(units))
     natural = _is_natural(weights, called)
     held = units if documents is None else documents
@@ -180,16 +166,16 @@ def realised(
     else:
         requested = _shares([weight or 0.0 for weight in weights])
     return {
-        name: SourceShare(
-            weight=weights[source],
-            requested=requested[source],
-            units=int(quota[source]),
-            documents=epoch_documents[source],
-            tokens=epoch_tokens[source],
-            share_documents=of_documents[source],
-            share_tokens=of_tokens[source],
-            passes=passes[source],
-        )
+        name: {
+            "weight": weights[source],
+            "requested": requested[source],
+            "units": int(quota[source]),
+            "documents": epoch_documents[source],
+            "tokens": epoch_tokens[source],
+            "share_documents": of_documents[source],
+            "share_tokens": of_tokens[source],
+            "passes": passes[source],
+        }
         for source, name in enumerate(called)
     }
 
@@ -243,10 +229,8 @@ def build_order(
     packs: list[list[int]] | None = None
     if per > 1:
         packs, sources = np.arange(len(train)).reshape(-1, per).tolist(), sources[::per]
-    elif config.packing and mixed:
-        packs, sources = pack_by_source(train.lengths, sources, config.max_length)
     elif config.packing:
-        packs = best_fit_decreasing(train.lengths, config.max_length)
+        packs, sources = pack_by_source(train.lengths, sources if mixed else sources * 0, config.max_length)
     if not mixed:
         return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
     unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])

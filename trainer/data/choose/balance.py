@@ -6,8 +6,8 @@ Nothing but numbers is looked at: the plan is a function of the groups, the sett
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import TypedDict
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,27 +17,14 @@ from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
 _STREAM = 3  # keeps these draws apart from those of the training order, which uses the same seed
 
 
-class GroupShare(TypedDict):
-    """What balancing did to one group."""
-
-    before: int
-    """Documents found."""
-    after: int
-    """Documents used, repeats counted."""
-    share_before: float
-    share_after: float
-    share_target: float
-    dropped: int
-    """Documents left out."""
-    repeats: int
-    """Most times one document of the group is used."""
-    limited_by: str | None
-    """The setting that kept the group from its target share: `cap`, `max_repeats`, or None."""
+Shares = dict[str, float | str | None]
+"""What balancing did to a group: its documents `before` and `after` (repeats counted), `share_before`, `share_after`,
+`share_target`, documents `dropped`, the most `repeats` of one, and `limited_by`, the setting that kept it from its target."""
 
 
 def resample(
     groups: Sequence[str], group_of: np.ndarray, config: BalanceConfig, seed: int
-) -> tuple[np.ndarray, dict[str, GroupShare]]:
+) -> tuple[np.ndarray, dict[str, Shares]]:
     """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
 
     `group_of` is int [n], numbers into `groups`. Which documents are left out or repeated once more depends on the
@@ -134,7 +121,7 @@ def _share(amounts: np.ndarray) -> np.ndarray:
 
 def _report(
     groups: list[str], group_of: np.ndarray, times: np.ndarray, target: np.ndarray, limited: list[str | None]
-) -> dict[str, GroupShare]:
+) -> dict[str, Shares]:
     before = np.bincount(group_of, minlength=len(groups))
     after = np.bincount(group_of, weights=times, minlength=len(groups)).astype(np.int64)
     dropped = np.bincount(group_of[times == 0], minlength=len(groups))
@@ -142,15 +129,28 @@ def _report(
     np.maximum.at(repeats, group_of, times)
     share_before, share_after = _share(before), _share(after)
     return {
-        name: GroupShare(
-            before=int(before[group]),
-            after=int(after[group]),
-            share_before=float(share_before[group]),
-            share_after=float(share_after[group]),
-            share_target=float(target[group]),
-            dropped=int(dropped[group]),
-            repeats=int(repeats[group]),
-            limited_by=limited[group],
-        )
+        name: {
+            "before": int(before[group]),
+            "after": int(after[group]),
+            "share_before": float(share_before[group]),
+            "share_after": float(share_after[group]),
+            "share_target": float(target[group]),
+            "dropped": int(dropped[group]),
+            "repeats": int(repeats[group]),
+            "limited_by": limited[group],
+        }
         for group, name in enumerate(groups)
     }
+
+
+def problems(config: BalanceConfig) -> Iterator[str]:
+    """Of the balance: shares without their target, or the other way round, and shares that are none."""
+    if config.target is BalanceTarget.shares and not config.shares:
+        yield "data.balance.target=shares: data.balance.shares is empty; name every group with its share"
+    if config.target is not BalanceTarget.shares and config.shares:
+        yield (
+            f"data.balance.shares is set but data.balance.target={config.target}; set data.balance.target=shares to use it"
+        )
+    for name, share in config.shares.items():
+        if not (math.isfinite(share) and share >= 0):
+            yield f"data.balance.shares.{name}={share:g}: must be a finite number of at least 0"

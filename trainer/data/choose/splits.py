@@ -1,22 +1,25 @@
 """Which documents make up each split: copies dropped, held-out shares drawn, leaks taken out, groups balanced.
 
-Decisions are made from columns of numbers; a text is read again only to verify that two documents are nearly the same.
+Decisions are made from columns of numbers; a text is read again only to verify that two documents are nearly the same. Copies
+are of three kinds, each including the stricter ones: exact, the same words in the same order (normal form), and near copies
+(Jaccard similarity of word n-grams). Of each group the first document in the order of input is kept, and every near copy was
+compared with the very document that stands for it: likeness is not passed on along chains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.choose.balance import resample
-from trainer.data.choose.compare import mix
-from trainer.data.choose.copies import KINDS, compared_text, find_duplicates, find_leaks, settle
-from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, LeakagePolicy
+from trainer.data.choose.leakage import find_leaks, settle
+from trainer.data.choose.near import near_copies
+from trainer.data.choose.signatures import compared_text, mix
+from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.store.documents import DocumentTable
 
@@ -61,6 +64,60 @@ class Selection:
     """Parts of the audit: duplicates, leakage, groups, labels, balance."""
 
 
+KINDS = ("exact", "normalized", "near")
+
+
+@dataclass(slots=True)
+class Duplicates:
+    """The decision over n documents."""
+
+    stands: np.ndarray
+    """int64[n]: the earlier document it duplicates; its own index where it is none."""
+    kind: np.ndarray
+    """uint8[n]: 0 none, else 1 + the place in `KINDS`, the strictest that holds."""
+    search: dict[str, int] = field(default_factory=dict)
+    """What the search for near duplicates did."""
+
+
+def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
+    """What is done about each kind that is looked for: at least what is done about the kinds after it."""
+    order = list(DuplicatePolicy)
+    given = [order.index(policy) for policy in (config.exact, config.normalized, config.near)]
+    return {kind: order[most] for place, kind in enumerate(KINDS) if (most := max(given[place:]))}
+
+
+def exact_groups(digest: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:
+    """Index of the first document with the same digest: int64[n] from uint64[n]. Where not `alive`, a row's own index."""
+    first = np.arange(len(digest), dtype=np.int64)
+    rows = first if alive is None else np.flatnonzero(alive)
+    _, index, inverse = np.unique(digest[rows], return_index=True, return_inverse=True)
+    first[rows] = rows[index[inverse]]
+    return first
+
+
+def find_duplicates(
+    config: DuplicatesConfig, columns: Mapping[str, np.ndarray], text_of: Callable[[int], str]
+) -> Duplicates:
+    """Decide over the joined columns of all blocks (see `Signer.sign`), in input order.
+
+    `text_of(row)` gives `compared_text(document, config.text)`.
+    """
+    rows = np.arange(len(columns["digest"]), dtype=np.int64)
+    result = Duplicates(rows.copy(), np.zeros(len(rows), np.uint8))
+    for kind in policies_of(config):
+        alive = result.kind == 0
+        if kind == "near":
+            stands, result.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
+        else:
+            stands = exact_groups(columns["digest" if kind == "exact" else "normal"], alive)
+        found = stands != rows
+        result.stands[found], result.kind[found] = stands[found], 1 + KINDS.index(kind)
+    # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.
+    for _ in KINDS[1:]:
+        result.stands = result.stands[result.stands]
+    return result
+
+
 class _Chooser:
     """The documents still in, and what happened to the others."""
 
@@ -96,8 +153,9 @@ class _Chooser:
             return
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
         found = find_duplicates(config, signatures, lambda number: self.text(int(train[number])))
+        self.content[train] = self.content[train[found.stands]]
         report: dict[str, Any] = {}
-        for kind, policy in found.policies.items():
+        for kind, policy in policies_of(config).items():
             copies = np.flatnonzero(found.kind == 1 + KINDS.index(kind))
             pairs = [(int(train[found.stands[copy]]), int(train[copy])) for copy in copies[:EXAMPLES].tolist()]
             report[kind] = {
@@ -106,11 +164,10 @@ class _Chooser:
                 "groups": len(np.unique(found.stands[copies])),
                 "examples": [{"a": self.where(a), "b": self.where(b)} for a, b in pairs],
             }
-        if "near" in report:
-            report["near"] |= {"threshold": config.threshold, "search": found.report.get("near_search", {})}
-        self.content[train] = self.content[train[found.stands]]
-        for place, kind in enumerate(KINDS):
-            self.drop(train[~found.kept & (found.kind == place + 1)], "duplicates", kind)
+            if kind == "near":
+                report[kind] |= {"threshold": config.threshold, "search": found.search}
+            if policy is DuplicatePolicy.drop:
+                self.drop(train[copies], "duplicates", kind)
         self.selection.report["duplicates"] = report
 
     def hold_out(self) -> None:
@@ -157,30 +214,16 @@ class _Chooser:
 
     def leaks(self) -> None:
         """Training documents that are in a held-out split too."""
-        config, splits, report = self.config.leakage, self.selection.splits, dict[str, Any]()
+        splits, report, policy = self.selection.splits, dict[str, Any](), self.config.leakage.policy
         for split, held_out in self._sets():
-            if not len(splits["train"]) or not len(held_out):
-                continue
             train = splits["train"]
-            found = find_leaks(
-                {name: column[train] for name, column in self.columns.signatures.items()},
-                {name: column[held_out] for name, column in self.columns.signatures.items()},
-                config=config,
-                threshold=self.config.duplicates.threshold,
-                ngram=self.config.duplicates.ngram,
-                train_text=partial(self._text_in, train),
-                held_out_text=partial(self._text_in, held_out),
-            )
-            kept, about = settle(
-                found,
-                config,
-                len(train),
-                where_train=partial(self._where_in, train),
-                where_held_out=partial(self._where_in, held_out),
-            )
-            report[split] = {"policy": str(config.policy), **about}
-            self.drop(train[~kept], "leakage", f"in_{split}")
-            splits["train"] = train[kept]
+            if not len(train) or not len(held_out):
+                continue
+            found = find_leaks(self.columns.signatures, train, held_out, self.config, self.text)
+            taken, about = settle(found, policy, len(train), self.where)
+            report[split] = {"policy": str(policy), **about}
+            self.drop(taken, "leakage", f"in_{split}")
+            splits["train"] = np.setdiff1d(train, taken)
         if report:
             self.selection.report["leakage"] = report
 
@@ -219,12 +262,6 @@ class _Chooser:
             sources = columns.source[splits[split]]
             for name in [name for name in named if name in columns.sources]:
                 yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
-
-    def _text_in(self, documents: np.ndarray, number: int) -> str:
-        return self.text(int(documents[number]))
-
-    def _where_in(self, documents: np.ndarray, number: int) -> str:
-        return self.where(int(documents[number]))
 
     def balance(self) -> None:
         """Resample the training documents; label counts before and after."""

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected
+from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Fault, Refusal
-from trainer.data.read.opening import File, identify, open_binary, unreadable
+from trainer.data.read.opening import MAX_ROW_BYTES, File, decode_utf8, identify, open_binary, unreadable
 from trainer.data.read.remote import Remote
-from trainer.data.read.row import MAX_ROW_BYTES, Row, decode_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,10 +36,9 @@ def read_parquet(path: File, wanted: Collection[str] | None = None) -> Iterator[
     _require_head(path, (b"PAR1",), "Parquet")
     try:
         with open_binary(path) as source, pq.ParquetFile(source) as file:
-            names = _names(file.schema_arrow, str(path))
-            taken = _taken(names, wanted)
+            taken, others = taken_of(_names(file.schema_arrow, str(path)), wanted)
             batches = (batch.select(taken) for batch in file.iter_batches(BATCH, columns=taken))
-            yield from table_rows(_validated(batches), str(path), others=_rest(names, taken))
+            yield from table_rows(_validated(batches), str(path), others=others)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, "Parquet", error) from error
 
@@ -53,11 +51,10 @@ def read_arrow(path: File, wanted: Collection[str] | None = None) -> Iterator[Ro
     try:
         with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
             schema, batches = _arrow_batches(path, source)
-            names = _names(schema, str(path))
-            taken = _taken(names, wanted)
+            taken, others = taken_of(_names(schema, str(path)), wanted)
             chosen = _validated(batch.select(taken) for batch in batches)
             slices = (batch.slice(at, BATCH) for batch in chosen for at in range(0, batch.num_rows, BATCH))
-            yield from table_rows(slices, str(path), others=_rest(names, taken))
+            yield from table_rows(slices, str(path), others=others)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, "Arrow", error) from error
 
@@ -99,12 +96,10 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
     return stream.schema, batches()
 
 
-def _taken(names: list[str], wanted: Collection[str] | None) -> list[str]:
-    return [name for name in names if wanted is None or name in wanted] or names
-
-
-def _rest(names: list[str], taken: list[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in taken)
+def taken_of(names: list[str], wanted: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """The columns that are read, those `wanted` (all, where there is none of them), and the others."""
+    taken = [name for name in names if wanted is None or name in wanted] or names
+    return taken, tuple(name for name in names if name not in taken)
 
 
 def _require_head(path: File, heads: tuple[bytes, ...], kind: str) -> None:
@@ -144,7 +139,7 @@ def table_rows(
             row = Row(name, number, dict(zip(names, values, strict=True)), others=others)
             if large and (size := len(json.dumps(row.fields, ensure_ascii=False, default=str))) > MAX_ROW_BYTES:
                 message = f"the row has {size / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
-                yield Rejected(name, number, "too_long", message, row.excerpt())
+                yield Rejected(name, number, "too_long", message, excerpt(repr(row.fields)))
             else:
                 yield row
 

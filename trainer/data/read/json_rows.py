@@ -1,20 +1,55 @@
-"""JSON files: one object a line, or one list of objects; both are streamed."""
+"""JSON files: one object a line, or one list of objects, both streamed; UTF-8 and JSON read strictly (RFC 8259, RFC 3629).
+
+`orjson` reads a row. It keeps the last of two values of a doubled key without a word, and rounds whole numbers beyond 64
+bits; where a count says that either may be, and where `orjson` refuses the row, the json module reads it again. What one
+column cannot take (a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) stands as a `Fault` in
+its place: it makes the row unusable only if that column is read.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import orjson
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected
-from trainer.data.read.opening import BUFFER, File, open_text
-from trainer.data.read.row import MAX_ROW_BYTES, Row, excerpt
+from trainer.data.document import Rejected, Row, excerpt
+from trainer.data.fields import Fault, Refusal, shown
+from trainer.data.read.opening import BUFFER, MAX_ROW_BYTES, File, decode_utf8, open_text
 
+MAX_DEPTH = 100
+"""Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
+MAX_DIGITS = 4300
+"""Longest whole number in digits: the limit of Python's own conversion."""
+_EXACT = 2.0**63
+"""From here on `orjson` may have rounded a whole number to a float."""
+_TOO_DEEP = Fault("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
+_HALF = Fault("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
 """A text and the blanks after it, whose last quote may still be to be read, or what nests and parts values."""
 _AFTER_TEXT = b",:]}"
 """What may follow a text. Anything else says that a quote is missing or one too many, which turns texts inside out."""
+
+
+@dataclass(slots=True)
+class Line(Row):
+    """A JSON row that stays raw until it is parsed, so that worker processes do the parsing."""
+
+    raw: bytes = b""
+    """The row as it is in the file."""
+
+    def parse(self) -> Row | Rejected:
+        """The row with its `fields`, or why it cannot be read."""
+        try:
+            self.fields = decode_line(self.raw)
+        except Refusal as refused:
+            return Rejected(self.file, self.line, refused.reason, refused.message, excerpt(self.raw))
+        return self
 
 
 def read_json_lines(path: File) -> Iterator[Row | Rejected]:
@@ -28,8 +63,8 @@ def read_json_lines(path: File) -> Iterator[Row | Rejected]:
                 yield _too_long(name, number, raw[:1000], _skip_line(stream, raw))
             elif not raw.isspace():
                 if number == 1 and b"\r" in raw.strip() and not raw.endswith(b"\n"):
-                    _refuse_carriage_returns(Row(name, 1, raw=raw))
-                yield Row(name, number, raw=raw)
+                    _refuse_carriage_returns(Line(name, 1, raw=raw))
+                yield Line(name, number, raw=raw)
 
 
 def _skip_line(stream: BinaryIO, raw: bytes) -> int:
@@ -48,14 +83,13 @@ def _too_long(name: str, line: int, start: bytes, length: int) -> Rejected:
     return Rejected(name, line, "too_long", message, excerpt(start))
 
 
-def _refuse_carriage_returns(row: Row) -> None:
+def _refuse_carriage_returns(row: Line) -> None:
     """A whole file that is one line only because its lines end with carriage returns would be lost as one bad row."""
     if isinstance(row.parse(), Rejected):
         raise DataError(
             f"{row.file}:1: the lines end with carriage returns alone; end them with line feeds, for example by "
             f"tr '\\r' '\\n' < {row.file}"
         )
-    row.fields = {}
 
 
 def read_json(path: File) -> Iterator[Row | Rejected]:
@@ -126,7 +160,7 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
             elif raw := own.strip():
                 empty, number = False, line + own[: own.index(raw)].count(b"\n")
                 whole = len(raw) <= MAX_ROW_BYTES
-                yield Row(str(path), number, raw=raw) if whole else _too_long(str(path), number, raw[:1000], len(raw))
+                yield Line(str(path), number, raw=raw) if whole else _too_long(str(path), number, raw[:1000], len(raw))
             elif what == b"," or not empty:
                 raise broken(
                     own, f"a comma before {'another' if what == b',' else 'the closing bracket'} is not allowed"
@@ -139,3 +173,134 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
                 return
             start, line = 0, line + rest.count(b"\n")
         raise broken(rest[: len(rest) - len(rest.lstrip())], "text after the end of the list")
+
+
+class _Doubled(dict[str, Any]):
+    """An object with keys that are there twice."""
+
+    twice: tuple[str, ...] = ()
+
+
+def decode_line(raw: bytes) -> dict[str, Any]:
+    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refusal."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        value = None
+    if type(value) is dict and _sure(value, raw):
+        return value
+    text = decode_utf8(raw)
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+        where = f"{line}column {error.colno}"
+        raise Refusal("not_json", f"not valid JSON: {error.msg} ({where}){_hint(text, error)}") from None
+    except RecursionError:
+        raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
+    if not isinstance(value, dict):
+        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {shown(value)}")
+    if (fault := _fault_in([*value])) is not None:
+        raise Refusal(fault.reason, fault.message)
+    doubled = {name: _twice(name) for name in getattr(value, "twice", ())}
+    return {name: _fault_in(item) or item for name, item in value.items()} | doubled
+
+
+def _sure(fields: dict[str, Any], raw: bytes) -> bool:
+    """Whether `orjson` lost nothing: no key that was there twice, no rounded number; and no deep nesting.
+
+    Every key brings a colon, and further ones stand in texts: where as many are in the bytes, no key is missing. Only an
+    escaped colon could make up for one.
+    """
+    colons, nodes, stack = 0, 0, list[Any]((fields,))
+    while stack:
+        node = stack.pop()
+        nodes += 1
+        if type(node) is dict:
+            colons += len(node)
+            node = node.values()
+        for value in node:
+            kind = type(value)
+            if kind is str:
+                colons += value.count(":")
+            elif kind is dict or kind is list:
+                stack.append(value)
+            elif kind is float and not -_EXACT < value < _EXACT:
+                return False
+    shallow = nodes <= MAX_DEPTH or all(_fault_in(value) is None for value in fields.values())
+    return colons == raw.count(b":") and shallow and b"\\u003" not in raw
+
+
+def _fault_in(value: Any) -> Fault | None:
+    """What is wrong with the value of a column, whose row is one level of nesting itself."""
+    level, depth = [value], 1
+    while level:
+        for node in level:
+            if isinstance(node, Fault):
+                return node
+            if isinstance(node, _Doubled):
+                return _twice(node.twice[0])
+            if isinstance(node, str) and not node.isascii() and any("\ud800" <= c <= "\udfff" for c in node):
+                return _HALF
+        inside = [node for node in level if isinstance(node, dict | list)]
+        depth += bool(inside)
+        if depth > MAX_DEPTH:
+            return _TOO_DEEP
+        level = [item for node in inside for item in ((*node, *node.values()) if isinstance(node, dict) else node)]
+    return None
+
+
+def _hint(text: str, error: json.JSONDecodeError) -> str:
+    """What the writer probably did, where the place of the error tells."""
+    position = error.pos
+    if error.msg == "Extra data":
+        if "\r" in text.strip():
+            return "; the line holds carriage returns: end lines with a line feed"
+        comma = text[position : position + 1] == ","
+        return "; remove the comma after the object" if comma else "; a line holds one object"
+    before = text[:position].rstrip()
+    if before.endswith(",") and text[position : position + 1] in ("}", "]"):
+        return "; a comma before the closing bracket is not allowed"
+    if text[position : position + 1] == "'":
+        return "; JSON takes double quotes"
+    if text.startswith(("True", "False", "None"), position):
+        return "; JSON writes true, false and null"
+    if error.msg.startswith("Invalid control") and position < len(text.rstrip()):
+        return "; inside a text, write line breaks and tabs as \\n and \\t"
+    if position >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+        return "; the object is cut off, or spread over several lines"
+    return ""
+
+
+def _twice(name: str) -> Fault:
+    return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
+
+
+def _constant(name: str) -> Fault:
+    return Fault("nan", f"{name} is not a JSON value; use null or a number")
+
+
+def _float(digits: str) -> float | Fault:
+    value = float(digits)
+    if math.isinf(value):
+        return Fault("number_too_large", f"the number {digits:.24} is beyond what a float can hold (1.8e308)")
+    return value
+
+
+def _int(digits: str) -> int | Fault:
+    if len(digits) > MAX_DIGITS:
+        return Fault("number_too_large", f"the whole number {digits:.24}... has more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    doubled, names = _Doubled(fields), [name for name, _ in pairs]
+    doubled.twice = tuple(name for name in fields if names.count(name) > 1)
+    return doubled
+
+
+_DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_pairs)
+"""Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_Doubled`."""

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from strategies.errors import DataError
+from trainer.data.fields import Refusal
 from trainer.data.read.remote import HEAD, Remote
 
 File = Path | Remote
 """A file that rows are read from."""
 BUFFER = 2**20
 """Bytes read at a time."""
+MAX_ROW_BYTES = 64 * 2**20
+"""Longest row in bytes; a longer one is a mistake of whoever wrote the file, and would not fit a context anyway."""
 BOM = b"\xef\xbb\xbf"
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _UNREADABLE = (OSError, EOFError, *_DAMAGED)
@@ -186,6 +189,18 @@ class _Members(io.RawIOBase):
             if part := self.member.decompress(rest, len(buffer)):
                 buffer[: len(part)] = part
                 return len(part)
+
+
+def decode_utf8(raw: bytes) -> str:
+    """The text of `raw`. Raises Refusal (`nul_byte`, `not_utf8`) with the column and the byte."""
+    if b"\0" in raw:
+        raise Refusal("nul_byte", f"NUL byte in column {raw.index(0) + 1}; the file is damaged or is not text")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte, column = raw[error.start], error.start + 1
+        said = f"byte 0x{byte:02x} in column {column} is not UTF-8; save the file as UTF-8"
+        raise Refusal("not_utf8", said) from None
 
 
 def _remedy(path: File, found: str) -> str:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected
-from trainer.data.read.columnar import BATCH, count_rows, read_arrow, read_parquet, table_rows
+from trainer.data.document import Rejected, Row
+from trainer.data.read.columnar import BATCH, count_rows, read_arrow, read_parquet, table_rows, taken_of
 from trainer.data.read.json_rows import read_json, read_json_lines
 from trainer.data.read.opening import COMPRESSION, File, expansion
 from trainer.data.read.paths import COLUMN_KINDS, PREFIX, SUPPORTED, TEXT_KINDS, check_name, is_hub, kind_of
 from trainer.data.read.remote import Remote
-from trainer.data.read.row import Row
 from trainer.data.read.text import read_csv, read_text_file
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ class Origin:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
         data = self._dataset(path)
         place = "/".join(part for part in (str(path), self.subset, str(data.split or self.split or "")) if part)
-        taken = [name for name in data.column_names if wanted is None or name in wanted] or data.column_names
-        others = tuple(name for name in data.column_names if name not in taken)
+        taken, others = taken_of(data.column_names, wanted)
         tables = data.select_columns(taken).with_format("arrow").iter(BATCH)
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         return table_rows(batches, place, others=others)

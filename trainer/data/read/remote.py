@@ -52,26 +52,18 @@ class Remote:
 
     def open(self) -> BinaryIO:
         """Its bytes, streamed. Raises DataError where it cannot be reached, OSError while it is read."""
-        filesystem, path = _found(self.url)
-        try:
-            file = filesystem.open(path, "rb", block_size=BLOCK)
-        except Exception as error:
-            raise _failed(self.url, error) from error
+        file = _asked(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK))
         return cast("BinaryIO", io.BufferedReader(_Reading(file), BLOCK))
 
     def size(self) -> int:
         """Bytes, as the other machine says; 0 where it does not. Raises DataError."""
-        return int(self._about().get("size") or 0)
+        return int(_asked(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
     def identity(self) -> str:
         """A text that changes with its content: what its file system says, or the bytes' SHA-256. Raises DataError."""
-        filesystem, path = _found(self.url)
         if not self.url.startswith("http"):
-            try:
-                return f"{self.url}:{filesystem.ukey(path)}"
-            except Exception as error:
-                raise _failed(self.url, error) from error
-        about = self._about()
+            return f"{self.url}:{_asked(self.url, lambda files, path: files.ukey(path))}"
+        about = _asked(self.url, lambda files, path: files.info(path))
         if tags := [str(about[tag]) for tag in _TAGS if about.get(tag)]:
             return f"{self.url}:{about.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
@@ -79,13 +71,6 @@ class Remote:
             while part := file.read(BLOCK):
                 digest.update(part)
         return digest.hexdigest()
-
-    def _about(self) -> dict[str, Any]:
-        filesystem, path = _found(self.url)
-        try:
-            return dict(filesystem.info(path))
-        except Exception as error:
-            raise _failed(self.url, error) from error
 
 
 def remote_files(value: str, key: str, readable: str) -> list[Remote]:
@@ -96,12 +81,8 @@ def remote_files(value: str, key: str, readable: str) -> list[Remote]:
     if re.search(readable, Remote(value).name, re.IGNORECASE) and "*" not in value:
         Remote(value).size()
         return [Remote(value)]
-    filesystem, path = _found(value)
-    try:
-        names = filesystem.glob(path) if "*" in value else filesystem.find(path)
-    except Exception as error:
-        raise _failed(value, error) from error
-    found = [Remote(filesystem.unstrip_protocol(name)) for name in sorted(names)]
+    names = _asked(value, lambda files, path: files.glob(path) if "*" in value else files.find(path))
+    found = [Remote(_found(value)[0].unstrip_protocol(name)) for name in sorted(names)]
     found = [file for file in found if re.search(readable, file.name, re.IGNORECASE) and not file.name.startswith(".")]
     if not found:
         raise DataError(f"{key}={value} names no file that can be read")
@@ -147,6 +128,15 @@ class _Reading(io.RawIOBase):
         if not self.closed:
             self.file.close()
         super().close()
+
+
+def _asked(url: str, ask: Callable[[Any, str], Any]) -> Any:
+    """What the file system of an address answers, given its path there. Raises DataError."""
+    filesystem, path = _found(url)
+    try:
+        return ask(filesystem, path)
+    except Exception as error:
+        raise _failed(url, error) from error
 
 
 def _found(url: str) -> tuple[Any, str]:

@@ -11,10 +11,9 @@ from pathlib import PurePath
 from typing import BinaryIO
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected
+from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Refusal
-from trainer.data.read.opening import COMPRESSION, File, open_text
-from trainer.data.read.row import MAX_ROW_BYTES, Row, decode_utf8, excerpt
+from trainer.data.read.opening import COMPRESSION, MAX_ROW_BYTES, File, decode_utf8, open_text
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.stages.privacy.config import NEEDS_PRESIDIO, NOT_ASKED
+from trainer.data.stages.privacy.rule import NEEDS_PRESIDIO, NOT_ASKED
 from trainer.data.store.sequences import LABEL, summed
 
 if TYPE_CHECKING:
@@ -213,11 +213,11 @@ class Audit(_Strict):
     unread_columns: dict[str, list[str]]
     """Columns of the files that nobody read, by source."""
     mixing: dict[str, dict[str, float | None]]
-    """`batches.mixing.SourceShare` of each weighted source."""
+    """Of each weighted source what `batches.mixing.realised` says."""
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]
-    """`choose.balance.GroupShare` of each group."""
+    """Of each group what `choose.balance.resample` says."""
     duplicates: dict[str, Copies]
     leakage: dict[str, Leaks]
     """By held-out split."""

@@ -24,7 +24,7 @@ from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
 from trainer.data.report.wording import KNOBS
 from trainer.data.stages.filters import share
-from trainer.data.stages.privacy.config import coverage
+from trainer.data.stages.privacy.stage import coverage
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 
@@ -109,7 +109,7 @@ class Description:
             leakage={split: form.Leaks(**part) for split, part in found.get("leakage", {}).items()},
             groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
             privacy=self._privacy(totals),
-            languages=share(judged, max_documents=MOST_JUDGED) if self.config.languages else {},
+            languages=share(judged) if self.config.languages else {},
             samples=samples,
         )
 

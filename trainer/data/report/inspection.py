@@ -25,13 +25,13 @@ from rich.text import Text
 from strategies.errors import ConfigError, DataError
 from trainer.data.report.audit import distribution, sizes
 from trainer.data.report.wording import percent, visible
+from trainer.data.store.documents import NAME, DocumentTable
 from trainer.data.store.sequences import LABEL, TokenDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-DOCUMENTS = "documents.arrow"
 ORDER = {"train": 0, "eval": 1, "test": 2}
 
 
@@ -107,10 +107,8 @@ def _json(path: Path) -> dict[str, Any]:
 def raw_document(prepared: Entry, split: str, index: int) -> dict[str, Any] | None:
     """The row of `documents.arrow` that sequence `index` was made from; None where the data set keeps no rows."""
     data = prepared.split(split)
-    if data.documents is None or not (prepared.directory / DOCUMENTS).is_file():
+    if data.documents is None or not (prepared.directory / NAME).is_file():
         return None
-    from trainer.data.store.documents import DocumentTable
-
     return DocumentTable(prepared.directory).row(int(data.documents[index]))
 
 
@@ -119,7 +117,7 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
 
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
     """
-    path, data = prepared.directory / DOCUMENTS, prepared.split(split)
+    path, data = prepared.directory / NAME, prepared.split(split)
     if data.documents is None or not path.is_file():
         raise DataError(f"--find: {path} is not there, so texts cannot be searched; prepare the data again")
     import pyarrow as pa
@@ -175,8 +173,6 @@ def load_tokenizer(prepared: Entry, path: str | None) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-SIDE_BY_SIDE = 120
-"""Columns of a terminal from which a document stands beside its sample instead of below."""
 BINS = 16
 MOST_GROUPS = 50
 
@@ -248,10 +244,8 @@ def sample(
 
     data = prepared.split(split)
     raw = raw_document(prepared, split, index) if document or data.documents is not None else None
-    beside = document and console.width >= SIDE_BY_SIDE
-    width = (console.width - 3) // 2 if beside else console.width
     colour = console.is_terminal and not console.no_color
-    shown = preview(data, tokenizer, width=width, index=index, colour=colour, max_lines=max_lines)
+    shown = preview(data, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
     decoded = Text.from_ansi(shown, no_wrap=True, overflow="fold")
     words = f"{split} {index} · {data.lengths[index]:,} tokens, {int(data.num_supervised[index]):,} learned"
     if (weighing := data.sample(index).learned()) != data.num_supervised[index]:
@@ -267,14 +261,8 @@ def sample(
     if not document or raw is None:
         note = [_text("(no documents.arrow in this data set: its rows cannot be shown)")] if document else []
         return Group(title, decoded, *note)
-    source = _document_text(raw, max_lines)
-    if not beside:
-        return Group(title, decoded, Text("document:", style="bold"), Padding(source, (0, 0, 0, 2)))
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=width)
-    grid.add_column(width=width)
-    grid.add_row(decoded, source)
-    return Group(title, grid)
+    source = Padding(_document_text(raw, max_lines), (0, 0, 0, 2))
+    return Group(title, decoded, Text("document:", style="bold"), source)
 
 
 def _document_text(raw: Mapping[str, Any], max_lines: int) -> RenderableType:

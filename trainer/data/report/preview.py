@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.report.wording import SAID, percent, plural, visible
-from trainer.data.stages.privacy.config import NOT_ASKED
+from trainer.data.report.wording import SAID, templates, visible
+from trainer.data.stages.privacy.rule import NOT_ASKED
 from trainer.data.store.sequences import Sample, TokenDataset
 
 if TYPE_CHECKING:
@@ -104,77 +104,8 @@ def _paint(line: list[tuple[str, bool]]) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """A few lines: rows lost, every split, what was dropped or changed and why. Raises DataError where one has two BOS."""
-    rows = report["conserved"]
-    lines = [
-        f"rows: {plural(rows['rows_in'], 'row')} read = {rows['kept']:,} kept + {rows['dropped']:,} dropped "
-        f"({percent(rows['dropped'] / max(rows['rows_in'], 1))} lost)"
-    ]
     for split in ("train", "eval", "test"):
-        if split not in report:
-            continue
-        part = report[split]
-        if part["doubled_bos"]:
-            raise DataError(f"{split}: {part['doubled_bos']} documents begin with two BOS; check model.chat_template")
-        documents = part["documents"]
-        lines.append(
-            f"{split}: {documents:,} documents, {part['tokens']:,} tokens; length p50 {part['length_p50']}, "
-            f"p90 {part['length_p90']}, max {part['length_max']}"
-        )
-        if not part["labelled"]:
-            lines.append(
-                f"  supervised: {part['supervised_tokens']:,} tokens ({part['supervised_share']:.1%})"
-                f"{_weighing(part)}; end of turn supervised in "
-                f"{part['ends_supervised']:,} of {part['sequences']:,} sequences; doubled BOS 0"
-            )
-    for stage in report.get("flow", ()):
-        mode = report.get("privacy", {}).get("mode") if stage["stage"] == "privacy" else None
-        done = "replaced" if mode in ("redact", "pseudonymise") else "kept"
-        for verb, counts in (("dropped", stage["dropped"]), (done, stage["noted"])):
-            for reason, count in counts.items():
-                first = ", ".join(stage["examples"].get(reason, ())[:2])
-                said = SAID.get(reason, f"{stage['stage']}: {reason.replace('_', ' ')}")
-                lines.append(f"  {verb}, {said}: {count:,}" + (f" (first: {first})" if first else ""))
-    privacy = report.get("privacy") or {}
-    unsought = {kind: why for kind, why in privacy.get("not_looked_for", {}).items() if why != NOT_ASKED}
-    if unsought and privacy["mode"] != "report":
-        said = ", ".join(f"{kind} ({why})" for kind, why in unsought.items())
-        lines.append(f"  personal data not looked for: {said}")
-    for kind, found in report.get("duplicates", {}).items():
-        if found["documents"] and found["policy"] == "report":
-            places = ", ".join(f"{e['b']} = {e['a']}" for e in found["examples"][:2])
-            lines.append(
-                f"{kind} duplicates: {found['documents']:,} documents, kept (data.duplicates.{kind}=drop removes them; "
-                f"first: {places})"
-            )
-    lines += _leakage(report)
-    for source, names in report.get("unread_columns", {}).items():
-        lines.append(
-            f"columns of {visible(source)} that nobody read: {visible(', '.join(names))} (data.ignore_columns says it is meant)"
-        )
-    return "\n".join(lines)
-
-
-def _weighing(part: dict[str, Any]) -> str:
-    weight = part.get("weighted_tokens")
-    return "" if weight is None else f", weighing {weight:,.10g}"
-
-
-def _leakage(report: dict[str, Any]) -> list[str]:
-    lines = []
-    for split, found in report.get("leakage", {}).items():
-        count, prompts = sum(found["train"].values()) - found["train"]["prompt"], found["train"]["prompt"]
-        if count and found["policy"] == "report":
-            lines.append(
-                f"leakage: {count:,} training documents are in the {split} split too, kept "
-                "(data.leakage.policy=drop_train removes them)"
-            )
-        if prompts:
-            lines.append(
-                f"leakage: {prompts:,} training documents have a prompt of the {split} split, with another answer"
-            )
-    for split, part in report.get("groups", {}).items():
-        shared = f"; {part['in_training']:,} training documents were of them" if part["in_training"] else ""
-        lines.append(
-            f"groups (data.group_by), {split}: {part['groups']:,} with {part['documents']:,} documents{shared}"
-        )
-    return lines
+        if doubled := report.get(split, {}).get("doubled_bos"):
+            raise DataError(f"{split}: {doubled} documents begin with two BOS; check model.chat_template")
+    template = templates(visible, autoescape=False).get_template("terminal.txt.j2")
+    return template.render(report=report, said=SAID, not_asked=NOT_ASKED).rstrip("\n")

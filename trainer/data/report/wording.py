@@ -83,6 +83,7 @@ def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
     )
     made.filters |= {"percent": percent, "reason": reason, "file_name": lambda path: PurePath(path).name}
     made.filters |= {"count": lambda value: f"{value:,.0f}", "number": lambda value: f"{value:,.4g}"}
+    made.filters |= {"weight": lambda value: f"{value:,.10g}"}
     made.globals |= {"plural": plural}
     return made
 

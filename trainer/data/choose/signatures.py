@@ -1,0 +1,177 @@
+"""What documents are compared by: their texts, the normal form of these, and digests, in columns made block by block.
+
+Each is a pure function of the document: the same in every process and for every division into blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
+from trainer.data.document import Document, Message, texts_in
+
+_PUNCTUATION = ".,;:!?\"'`()[]{}_#|"
+# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han with its extensions.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+"
+)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 in which every bit depends on every bit (the finaliser of splitmix64, Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def digest64(data: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def group_digest(name: str | None) -> int:
+    """64 bits that stand for a group; 0 for none."""
+    return 0 if name is None else digest64(name.encode("utf-8", "surrogatepass")) or 1
+
+
+@functools.cache
+def _ascii_table() -> bytes:
+    table = bytearray(range(256))
+    for code in range(128):
+        character = chr(code)
+        plain = code >= 32 and code != 127 and character not in _PUNCTUATION
+        table[code] = ord(character.lower()) if plain else 32
+    return bytes(table)
+
+
+@functools.cache
+def _separators() -> re.Pattern[str]:
+    """Runs of what separates words, other than the plain space: punctuation, control characters, other spaces."""
+    found = [chr(code) for code in range(128) if _ascii_table()[code] == 32 and code != 32]
+    for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
+        kind = unicodedata.category(chr(code))
+        if (
+            kind[0] == "Z"
+            or kind == "Cc"
+            or (kind[0] == "P" and kind != "Pd")
+            or chr(code) in "\u2013\u2014\u200b\ufeff"
+        ):
+            found.append(chr(code))
+    return re.compile("[" + re.escape("".join(found)) + "]+")
+
+
+def normalize(text: str) -> bytes:
+    """The words of a text in UTF-8, each between spaces (one or more).
+
+    Case is folded; spaces, brackets, quotes, `_ # |` and sentence punctuation only separate words. Signs that carry
+    meaning in formulas and code (`+ - * / % < > = & @ $ ^ ~` and symbols of any script) stay, and `!=` stays as `<>`.
+    In scripts written without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word, so that n-grams
+    of words are there n-grams of characters.
+    """
+    if "!=" in text:
+        text = text.replace("!=", "<>")
+    if text.isascii():
+        data = text.encode("ascii").translate(_ascii_table())
+    else:
+        text = _separators().sub(" ", unicodedata.normalize("NFC", text.casefold()))
+        data = _UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", text).encode("utf-8", "surrogatepass")
+    return data.replace(b"**", b"  ") if b"**" in data else data
+
+
+def normal_digest(normalized: bytes) -> int | None:
+    """64 bits of the normal form, whatever stood between the words; None where no word is left."""
+    words = normalized.split()
+    return digest64(b" ".join(words)) if words else None
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` would make one each time
+
+
+def content(document: Document) -> str:
+    """Everything that makes the row what it is, as canonical text; its place and its source are no part of it."""
+    parts: tuple[Any, ...] = (document.messages, document.prompt, document.completion, document.text, document.label)
+    extra = (document.chosen, document.rejected, document.desirable)
+    parts += () if extra == (None, None, None) else extra
+    return _as_json(parts if document.tools is None else (*parts, document.tools))
+
+
+def compared_text(document: Document, which: ComparedText) -> str:
+    """The text `which` asks for; the whole document where it has no such text, or an empty one.
+
+    The whole document is its texts in reading order. The words of a rejected answer are marked, because two preference
+    pairs with the answers the other way round teach opposite things.
+    """
+    if which is not ComparedText.document:
+        part = prompt_of(document) if which is ComparedText.prompt else "\n".join(_texts(_parted(document)[1]))
+        if part is not None and part.strip():
+            return part
+    texts, rejected = document.texts(), _texts(document.rejected or [])
+    marked = [" ".join("~" + word for word in text.split()) for text in rejected]
+    return "\n".join([*texts[: len(texts) - len(rejected)], *marked])
+
+
+def prompt_of(document: Document) -> str | None:
+    """What an answer is given to: the turns before the last answer without system turns; None for plain text."""
+    if document.text is not None:
+        return document.text if document.label is not None else None
+    return "\n".join(_texts([turn for turn in _parted(document)[0] if turn["role"] != "system"]))
+
+
+def _parted(document: Document) -> tuple[list[Message], list[Message]]:
+    """The turns before an answer, and the answer: the preferred one of a pair, else the last turn of the assistant."""
+    if document.chosen is not None:
+        return document.messages or [], document.chosen
+    turns = document.conversation()
+    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    return turns[:last], turns[last : last + 1]
+
+
+def _texts(turns: list[Message]) -> list[str]:
+    return [text for turn in turns for text in texts_in(turn)]
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Makes the columns by which documents are compared. Pure: the same for every block."""
+
+    config: DuplicatesConfig
+    near: bool = False
+    """Whether near leaks are looked for, too."""
+    held_out: bool = True
+    """Whether there may be held-out data to compare with. Without, "prompt" is 0 for all, and where only exact copies are looked
+    for, "normal" is "digest"."""
+
+    def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
+        """Columns of n documents, uint64[n] each.
+
+        "digest" stands for the text itself, "normal" for its words, "prompt" for the words of its prompt (0: none),
+        and "verdict", where near copies are looked for, for its label (0: none).
+        Whole documents differ in "normal" when their label does.
+        """
+        digests, normals, prompts = list[int](), list[int](), list[int]()
+        keys = np.zeros(len(documents), dtype=np.uint64)
+        whole = self.config.text is ComparedText.document
+        near = self.near or self.config.near is not DuplicatePolicy.none
+        worded = self.held_out or near or self.config.normalized is not DuplicatePolicy.none
+        for row, document in enumerate(documents):
+            text = compared_text(document, self.config.text) if worded or not whole else ""
+            digests.append(digest64((content(document) if whole else text).encode("utf-8", "surrogatepass")))
+            verdict = (document.label, document.desirable)
+            if whole and verdict != (None, None):
+                keys[row] = digest64(json.dumps(verdict).encode())
+            normal = normal_digest(normalize(text)) if worded else None
+            normals.append(digests[-1] if normal is None else normal)
+            prompt = prompt_of(document) if self.held_out else None
+            prompts.append(0 if prompt is None else normal_digest(normalize(prompt)) or 0)
+        found = {"digest": digests, "normal": normals, "prompt": prompts}
+        columns = {name: np.array(values, dtype=np.uint64) for name, values in found.items()}
+        columns["normal"] ^= keys
+        return {**columns, "verdict": keys} if near else columns
