@@ -26,6 +26,7 @@ GROUPS = {
     "follow": {
         "status": "runs below a directory and the queue, or one run; --watch, --verify",
         "logs": "what a run said: the last lines of the right file; --follow",
+        "stop": "save and end a run, wherever it runs",
     },
     "judge": {
         "compare": "run points over axes and set them side by side, or runs that exist",

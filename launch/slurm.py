@@ -167,7 +167,10 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> int:
         if len(run_dirs) == 1
         else f"  logs    below {', '.join(shlex.quote(str(run / 'logs')) for run in run_dirs)}"
     )
-    print(f"  save and requeue now: scancel --signal=USR2 {job}    stop: scancel {job}")
+    print(f"  save and requeue now: scancel --signal=USR2 {job}")
+    print(
+        f"  save and end: shardtune stop {shlex.quote(str(run_dirs[0])) if len(run_dirs) == 1 else '<one of the runs>'}"
+    )
     return 0
 
 

@@ -73,9 +73,15 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
         text=True,
     )
     assert followed.stdout is not None and "| loss " in [followed.stdout.readline() for _ in range(2)][1]
-    alive.send_signal(signal.SIGTERM)
-    assert runs.end(alive) == 75
+    stopped = subprocess.run(
+        command("stop", runs.root / "alive"), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert (stopped.returncode, runs.end(alive)) == (0, 75), stopped.stderr
     step = runs.status("alive")["step"]
+    newest = runs.root / "alive" / "checkpoints" / f"step-{step:06d}"
+    assert f"told to save and to end (kill -TERM {alive.pid})" in stopped.stdout
+    assert f"saved at step {step}: {newest}; the same command continues it" in stopped.stdout
+    assert (newest / "manifest.json").exists()
     rest, _ = followed.communicate(timeout=seconds(60))
     assert followed.returncode == 0 and f"checkpoint step-{step:06d}: " in rest, rest
     assert rest.endswith(
@@ -89,6 +95,34 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
         done = without_torch("status", runs.root / name)
         assert (done.returncode, done.stderr) == (0, "") and words in " ".join(done.stdout.split()), done.stdout
         assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_run_is_followed_over_a_restart_and_stopped_for_good_though_it_may_be_started_again(runs):
+    """By two ranks of a launcher that starts them again after USR2."""
+    launcher = runs.start("again", "launcher.processes=2", "strategy=ddp", "launcher.retry={preempted:9}")
+    runs.wait_for_step("again", 2, launcher)
+    with (runs.root / "followed").open("w") as out:
+        words = command("logs", runs.root / "again", "lines=0", "--follow")
+        followed = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+    runs.started.append(followed)
+    wait(lambda: "| loss " in (runs.root / "followed").read_text(), "a step", launcher)
+    launcher.send_signal(signal.SIGUSR2)
+    wait(lambda: "started again (preempted; 8 more times)" in runs.said("again"), "a restart", launcher)
+    saved = runs.status("again")["step"]
+    runs.wait_for_step("again", saved + 1, launcher)
+    assert followed.poll() is None
+    stopped = subprocess.run(
+        command("stop", runs.root / "again"), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert (stopped.returncode, runs.end(launcher)) == (0, 75), stopped.stderr + runs.said("again")
+    assert f"(kill -TERM {launcher.pid})" in stopped.stdout
+    step = runs.status("again")["step"]
+    assert step > saved and f"saved at step {step}: " in stopped.stdout
+    assert runs.said("again").count("started again") == 1
+    assert followed.wait(timeout=seconds(60)) == 0
+    said = (runs.root / "followed").read_text()
+    assert f"step {saved}/5000 |" in said and f"step {saved + 1}/5000 |" in said and f"step {step}/5000 |" in said
+    assert f"again: preempted at step {step}: " in said
 
 
 def test_one_run_with_its_checkpoints_and_whether_they_are_whole(runs, capsys):

@@ -1,0 +1,179 @@
+"""`shardtune stop` where nothing runs, elsewhere, and by SLURM: what it would do, what it says, and whom it never touches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import stop
+from launch.main import main
+from launch.slurm import BODY
+from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
+from trainer.following import ways
+from trainer.records.lease import process_identity
+
+READY = "import signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {15}); print(flush=True); input()"
+"""A process that TERM ends, whatever the tests before it have blocked."""
+CALLED = """#!/bin/sh
+echo "$(basename "$0") $*" >>"{log}"
+case "$1" in
+  write) cat "{script}" ;;
+  *) [ -z "$SCANCEL_FAILS" ] || { echo "scancel: error: Access denied" >&2; exit 1; }; : >"{queue}" ;;
+esac
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    for name in ("LOOK_S", "ASK_S"):
+        monkeypatch.setattr(stop, name, 0.02)
+
+
+def checkpoint(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stand-ins for SLURM's commands; returns what was called. `(job id, state, run)` is what the queue holds."""
+    log, script = tmp_path / "called", tmp_path / "script"
+    script.write_text("#!/bin/bash\n" + BODY)
+    log.touch()
+
+    def queue(job: str, state: str, run: Path) -> Path:
+        row = [job, "21", state, "None", "N/A", "1:00", "n1", str(tmp_path), "run", f"{run}/train.sbatch"]
+        monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", [row]))
+        for name in ("scancel", "scontrol"):
+            text = CALLED.replace("{log}", str(log)).replace("{script}", str(script))
+            (tmp_path / "bin" / name).write_text(text.replace("{queue}", str(tmp_path / "bin" / "queue")))
+            (tmp_path / "bin" / name).chmod(0o755)
+        return log
+
+    return queue
+
+
+def test_what_is_not_running_is_said_with_what_there_is_to_go_on_from(tmp_path, capsys):
+    done = made(tmp_path, "done", state="done")
+    checkpoint(done, 3)
+    silent = made(tmp_path, "silent")
+    owned(silent, silent_s=10**6)
+    begun = made(tmp_path, "begun", state=None, steps=0)
+    for run, said in (
+        (done, f"is not running: done; saved at step 3: {done}/checkpoints/step-000003"),
+        (silent, "is not running: lost (no sign of life for 12 d from process 7 on n1); no checkpoint"),
+        (begun, "is not running: not started; nothing was begun that could be lost"),
+    ):
+        assert main(["stop", str(run)]) == 0
+        assert said in capsys.readouterr().out
+    found = without_torch("stop", done)
+    assert found.returncode == 0 and "is not running" in found.stdout, found.stderr
+
+
+def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
+    other = subprocess.Popen([sys.executable, "-c", READY], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        reused = made(tmp_path, "reused")
+        owned(reused, **{**here(other.pid), "process": process_identity(other.pid) + "1"})
+        assert main(["stop", str(reused)]) == 0
+        assert "is gone without a word" in capsys.readouterr().out
+        # Also where it took the number between the look and the signal.
+        assert ways.Signal(other.pid, process_identity(os.getpid())).send() is False
+        assert ways.Signal(2**22 - 1, "x").send() is False
+        assert other.poll() is None
+        mine = made(tmp_path, "mine")
+        owned(mine, **here(other.pid))
+        assert main(["stop", str(mine), "--dry-run"]) == 0
+        assert f"would be stopped by: kill -TERM {other.pid}" in capsys.readouterr().out
+        assert other.poll() is None
+        assert main(["stop", str(mine)]) == 70  # it knows nothing of runs, and dies
+        assert "has not saved: it ended without a word; no checkpoint" in capsys.readouterr().err
+        assert other.wait() == -15
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_process_that_does_not_end_is_waited_for_as_long_as_asked(tmp_path, capsys):
+    deaf = f"import signal; signal.signal(15, signal.SIG_IGN); {READY}"
+    other = subprocess.Popen([sys.executable, "-c", deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        run = made(tmp_path, "run")
+        checkpoint(run, 2)
+        owned(run, **here(other.pid))
+        assert main(["stop", str(run), "wait_s=0"]) == 69
+        said = capsys.readouterr().err
+        assert "has not ended within 0 s" in said and "saved at step 2" in said
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_on_another_host_it_says_what_to_type(tmp_path, capsys):
+    run = made(tmp_path, "run")
+    owned(run)
+    assert main(["stop", str(run)]) == 69
+    said = capsys.readouterr().err
+    assert f"on n1 type: shardtune stop {run}" in said and "kill -TERM 7" in said
+    owned(run, 2, job="30")
+    assert main(["stop", str(run)]) == 69
+    assert "SLURM job 30 on n1 runs it" in capsys.readouterr().err
+
+
+def test_a_job_is_told_to_end_before_its_ranks_are_told_to_save(tmp_path, capsys, slurm):
+    run = made(tmp_path, "run", state="preempted")
+    checkpoint(run, 3)
+    owned(run, job="21")
+    log = slurm("20_1", "RUNNING", run)
+    assert main(["stop", str(run), "--dry-run"]) == 0
+    commands = ["scancel --batch --signal=TERM 20_1", "scancel --signal=USR2 20_1"]
+    assert "; ".join(commands) in capsys.readouterr().out
+    assert log.read_text().splitlines() == ["scontrol write batch_script 21 -"]
+    assert main(["stop", str(run)]) == 0
+    assert log.read_text().splitlines()[2:] == commands
+    assert f"saved at step 3: {run}/checkpoints/step-000003; the same command continues it" in capsys.readouterr().out
+
+
+def test_a_job_that_pends_is_taken_out_of_the_queue(tmp_path, capsys, slurm, monkeypatch):
+    run = made(tmp_path, "run", state="running")  # it says so since its node went away
+    checkpoint(run, 3)
+    log = slurm("20", "PENDING", run)
+    monkeypatch.setenv("SCANCEL_FAILS", "1")
+    assert main(["stop", str(run)]) == 69
+    assert "scancel 20: scancel: error: Access denied" in capsys.readouterr().err
+    monkeypatch.delenv("SCANCEL_FAILS")
+    log.write_text("")
+    assert main(["stop", str(run)]) == 0
+    assert log.read_text() == "scancel 20\n"
+    assert "job 20 was taken out of the queue; saved at step 3" in capsys.readouterr().out
+
+
+def test_a_job_with_another_script_is_left_to_its_user(tmp_path, capsys, slurm):
+    run = made(tmp_path, "run")
+    owned(run, job="21")
+    log = slurm("20", "RUNNING", run)
+    (tmp_path / "script").write_text("#!/bin/bash\nsrun python -m launch.train\n")
+    assert main(["stop", str(run)]) == 69
+    assert "scancel --signal=USR2 20 where srun started the ranks" in capsys.readouterr().err
+    assert "scancel" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["nowhere"], "nowhere: is no run directory"),
+        (["{run}", "wait_s=long"], "wait_s=long: give a number"),
+        (["{run}", "--now"], "--now: there is no such flag"),
+        (["{run}", "step=3"], "step=3: there is no such word"),
+        (["{run}", "{run}"], "name one run directory, not 2"),
+    ],
+)
+def test_words_that_mean_nothing_are_named(tmp_path, capsys, words, problem):
+    run = made(tmp_path, "run")
+    assert main(["stop", *(word.format(run=run) for word in words)]) == 64
+    assert problem in capsys.readouterr().err
