@@ -24,7 +24,9 @@ _SLOWNESS: list[float] = []
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cpu", action="store_true", help="print the CPU seconds of each file, and of the costliest tests")
+    parser.addoption(
+        "--cpu", action="store_true", help="print the CPU seconds of each file, and of the costliest tests"
+    )
 
 
 def pytest_configure(config):

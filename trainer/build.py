@@ -14,12 +14,12 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.config.run import RunConfig
+from trainer.data.batches.budget import steps_from_budget
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.config import Layout
 from trainer.data.prepare import Preparation, Prepared
 from trainer.heads.loss import fuse_head
-from trainer.loop import steps_from_budget
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import (

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from strategies.base import Engine, Progress
@@ -16,7 +15,6 @@ from strategies.errors import Preempted
 from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.kept import Checkpoints
 from trainer.data.batches.loader import StepBatch, StepLoader
-from trainer.data.batches.order import Order, steps_for_tokens
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.loss import Interrupted
 from trainer.guards.watch import OUTLIERS, Guards
@@ -45,18 +43,6 @@ class Outcome:
     experts: list[dict[str, float]] = field(default_factory=list)
     """How even the experts of each layer were in the last logging interval (`trainer/records/load.py`)."""
     stopped_early: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class BudgetConfig:
-    """How long the run trains; exactly one is set."""
-
-    steps: int | None = None
-    """Optimizer steps."""
-    epochs: float | None = None
-    """Passes over the training data; the last step may reach into the next pass."""
-    tokens: int | None = None
-    """Training tokens, all ranks together; the step that reaches the number is the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,16 +296,3 @@ class Trainer:
         raise Preempted(
             f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to go on"
         )
-
-
-def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:
-    """Optimizer steps of the run: set directly, or enough for the epochs or tokens asked for.
-
-    `unit_tokens` is int [order.population].
-    """
-    if budget.steps is not None:
-        return budget.steps
-    if budget.tokens is not None:
-        return steps_for_tokens(order, unit_tokens, global_batch, budget.tokens)
-    epochs = budget.epochs if budget.epochs is not None else 1.0
-    return max(1, -(-round(epochs * order.num_units) // global_batch))

@@ -96,7 +96,6 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
 
     precision = resolve_precision(config.precision, runtime)
     checked = check(config, data, precision, place)
-
     where.phase = "building the model"
     engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
     record_reference(config, data, engine, built, place)

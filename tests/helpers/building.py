@@ -22,11 +22,12 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.build import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
+from trainer.data.batches.budget import BudgetConfig
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset, write
 from trainer.guards.watch import Guards
-from trainer.loop import BudgetConfig, Output, Trainer, Watch
+from trainer.loop import Output, Trainer, Watch
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import ObjectiveConfig

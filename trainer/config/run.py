@@ -13,11 +13,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from strategies.base import Precision, StrategyConfig
 from strategies.matmul import Matmul
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.data.batches.budget import BudgetConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
 from trainer.export.config import ExportConfig
 from trainer.guards.config import GuardsConfig
-from trainer.loop import BudgetConfig
 from trainer.model.config import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
 from trainer.optim.config import OptimConfig

@@ -10,12 +10,12 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.build import build_model, prepare_data, workload
 from trainer.config.run import RunConfig
+from trainer.data.batches.budget import steps_from_budget
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
 from trainer.forecast.fitting import one_step, unsimulated
 from trainer.forecast.lengths import drawn
 from trainer.forecast.simulation import simulate_depth
-from trainer.loop import steps_from_budget
 from trainer.model.loading import load_tokenizer
 from trainer.planning.activations import longest_lengths
 from trainer.step import Built
