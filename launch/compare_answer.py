@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from trainer.comparison import repeats
 from trainer.comparison.compare import Compared, Comparison, bound
 from trainer.comparison.naming import short
 
@@ -42,6 +43,17 @@ TAKEN: tuple[Column, ...] = (
     ("GiB saved", 10, lambda run: _number(run.measured.checkpoint_gib, ".3g")),
     ("$/M", 8, lambda run: _number(run.taken.dollars_per_million, ".3g")),
 )
+PARTS: tuple[Column, ...] = (
+    ("whole", 9, lambda run: _ms(run.measured.step_s)),
+    *(
+        (name, width, lambda run, name=name: _ms(run.taken.parts_s.get(name)))
+        for name, width in (("data", 8), ("forward", 9), ("backward", 10), ("optimizer", 11), ("rest", 7))
+    ),
+)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
 
 
 def _started(run: Compared) -> float | None:
@@ -59,6 +71,7 @@ def tables(found: Comparison) -> list[tuple[str, list[Column]]]:
     """(title, columns) of each table; of those behind the first, columns in which no row has anything are left out."""
     begun = [run for run in found.runs if run.measured.steps]
     more = [("what it took", TAKEN)]
+    more += [("a step in ms", PARTS)] if any(run.taken.parts_s for run in begun) else []
     kept = [(title, [c for c in columns if any(c[2](run) != "-" for run in begun)]) for title, columns in more]
     return [("", list(COLUMNS)), *((title, columns) for title, columns in kept if columns)]
 
@@ -72,7 +85,7 @@ def text(found: Comparison) -> str:
             cells = "".join(f"{value(run):>{width}}" for _, width, value in columns)
             lines += [f"{run.name:<{NAME}}{cells}"] if len(run.name) < NAME else [run.name, f"{'':<{NAME}}{cells}"]
             lines += _folded(f"  {run.found.reason}") if run.found.reason and not title else []
-    for title, told in _sections(found):
+    for title, told in sections(found):
         if told:
             lines += ["", f"{title}:"]
             lines += [line for said in told for line in _folded(f"  {said}")]
@@ -83,7 +96,8 @@ def _titles(columns: list[Column]) -> str:
     return "".join(f"{title:>{width}}" for title, width, _ in columns)
 
 
-def _sections(found: Comparison) -> list[tuple[str, list[str]]]:
+def sections(found: Comparison) -> list[tuple[str, list[str]]]:
+    """(title, lines) of what is said below the tables."""
     return [
         ("verdict", [run.verdict for run in found.runs]),
         ("loss curves", _curves(found)),
@@ -126,17 +140,32 @@ def _folded(said: str) -> list[str]:
     return textwrap.wrap(said, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
 
 
+def plain_tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, headings, cells of each row) of each table; the first one ends with each run's state."""
+    plain = []
+    for title, columns in tables(found):
+        headings = ["run", *(name for name, _, _ in columns), *([] if title else ["state"])]
+        rows = [
+            [
+                run.name,
+                *(value(run) for _, _, value in columns),
+                *([] if title else [run.found.reason or run.found.state]),
+            ]
+            for run in found.runs
+            if not title or run.measured.steps
+        ]
+        plain.append((title, headings, rows))
+    return plain
+
+
 def as_markdown(found: Comparison) -> str:
     """The same as a page."""
     lines = ["# Comparison"]
-    for title, columns in tables(found):
-        titles = ["run", *(name for name, _, _ in columns), *([] if title else ["state"])]
+    for title, headings, rows in plain_tables(found):
         lines += ["", *([f"## {title[0].upper()}{title[1:]}", ""] if title else [])]
-        lines += [_cells(titles), _cells(["---"] * len(titles))]
-        for run in found.runs if not title else [run for run in found.runs if run.measured.steps]:
-            state = [] if title else [run.found.reason or run.found.state]
-            lines.append(_cells([f"`{run.name}`", *(value(run) for _, _, value in columns), *state]))
-    for title, told in _sections(found):
+        lines += [_cells(headings), _cells(["---"] * len(headings))]
+        lines += [_cells([f"`{name}`", *cells]) for name, *cells in rows]
+    for title, told in sections(found):
         if told:
             lines += ["", f"## {title[0].upper()}{title[1:]}", "", *(f"- {said}" for said in told)]
     lines += ["", "## Runs", ""]
@@ -146,6 +175,13 @@ def as_markdown(found: Comparison) -> str:
         if run.found.row.directories
     ]
     return "\n".join(lines) + "\n"
+
+
+def as_html(found: Comparison) -> str:
+    """The same as one HTML file with plots; needs the extra `report`."""
+    from trainer.comparison.page import page
+
+    return page(found, plain_tables(found), sections(found))
 
 
 def _cells(values: list[str]) -> str:
@@ -184,7 +220,10 @@ def as_csv(found: Comparison) -> str:
         measured = asdict(run.measured)
         before, after, quartiles = (measured.pop(key) for key in ("before", "after", "tokens_per_s_quartiles"))
         low, high = quartiles or (None, None)
-        taken = {key: value for key, value in asdict(run.taken).items() if key != "tokens_per_s_repeats"}
+        taken = {
+            key: value for key, value in asdict(run.taken).items() if key not in ("tokens_per_s_repeats", "parts_s")
+        }
+        taken |= {f"{part}_s": run.taken.parts_s.get(part) for part in (*repeats.PARTS, "rest")}
         slowest, fastest = run.taken.spread or (None, None)
         distance = asdict(run.apart) if run.apart else {}
         rows.append(

@@ -142,7 +142,8 @@ def _extra(axes: Axes, settings: CompareConfig) -> list[str]:
     if problems:
         raise ConfigError(problems)
     extra = [f"budget.steps={settings.steps}"] if settings.steps is not None else []
-    return extra + ([] if "export.at_end" in typed else ["export.at_end=false"])
+    usual = {"export.at_end": "false", "logging.step_parts": "true"}
+    return extra + [f"{key}={value}" for key, value in usual.items() if key not in typed]
 
 
 def _compose(points: list[list[str]], chosen: list[dict[str, str]], extra: list[str]) -> Iterator[Asked]:
@@ -209,7 +210,8 @@ def run_points(plan: Plan, to: Path) -> int:
         freeze(point.composed, run_dir)
     write_rows(to, plan.rows(to), list(plan.words))
     if by_slurm and left:
-        return submit_array([point.composed for point, _ in left], [run_dir for _, run_dir in left])
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
+            return submit_array([point.composed for point, _ in left], [run_dir for _, run_dir in left])
     return _one_by_one(left, Progress(len(runs), len(runs) - len(left)))
 
 

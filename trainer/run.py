@@ -130,7 +130,7 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     told = Told(run_dir, data.directory, loader, console.say)
     trainer = Trainer(
         loop_settings(config, total_steps),
-        engine=engine,
+        engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
         evaluators=evaluators_of(config, data, built, tokenizer, engine, place),

@@ -12,6 +12,7 @@ from launch.choices import groups
 from launch.compose import compose
 from launch.main import EXIT_CODES, VERBS
 from launch.plan import OWN, composed, read_own
+from launch.points import plan_points
 from tests.helpers.launching import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "slurm" / "README.md"])
@@ -93,6 +94,10 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     settings = [f"{k}={replaced.get(k, v)}" for k, v in (word.split("=", 1) for word in settings)]
     if words[:2] == ["shardtune", "submit"]:
         settings.insert(0, "launcher=slurm")
+    if words[:2] == ["shardtune", "compare"]:
+        points = plan_points([word for word in settings if not word.startswith("to=")]).points
+        assert not any(point.refused for point in points)
+        return
     choices = [
         [word] if "=" not in word else [f"{word.split('=')[0]}={v}" for v in word.split("=", 1)[1].split(",")]
         for word in settings

@@ -120,6 +120,9 @@ def test_the_answer(compared, site):
         assert took["memory_gib"] == max(receipt["measured"]["memory_gib"] for receipt in receipts)
         assert took["start_s"] == pytest.approx(sum(r["measured"]["start_s"] for r in receipts) / 2)
         assert min(r["measured"]["checkpoint_s"] for r in receipts) <= took["checkpoint_s"]
+        parts = took["parts_s"]
+        assert min(parts[name] for name in ("forward", "backward", "optimizer")) > 0
+        assert sum(parts.values()) == pytest.approx(max(took["step_s"], sum(parts.values()) - parts["rest"]))
     assert len({json.loads(p.read_text())["data_directory"] for p in (site / "to").glob("*/run.json")}) == 1
 
 
@@ -204,18 +207,19 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
         "launcher=slurm",
         "strategy=ddp,fsdp2,zero2",
     ]
-    asked += ["launcher.gpus_per_node=2", "compare.steps=4", f"to={tmp_path / 'new'}"]
-    assert main(["compare", *asked]) == 0
+    asked += ["launcher.gpus_per_node=2", "compare.steps=4"]
+    new = f"to={tmp_path / 'new'}"
+    assert main(["compare", *asked, new]) == 0
     (submitted,) = (tmp_path / "asked").read_text().splitlines()
     assert submitted == str(tmp_path / "new/ddp/train.sbatch") and "--array=0-2" in Path(submitted).read_text()
     said = capsys.readouterr()
-    assert "submitted job 7" in said.out and "not started" in said.out
+    assert "submitted job 7" in said.err and "not started" in said.out
     write_status(tmp_path / "new/ddp", State.done, step=4)
-    assert main(["compare", *asked]) == 0
+    assert main(["compare", *asked, new]) == 0
     assert (tmp_path / "asked").read_text().splitlines()[1] == str(tmp_path / "new/fsdp2/train.sbatch")
     assert "--array=0-1" in (tmp_path / "new/fsdp2/train.sbatch").read_text()
     assert main(["compare", *asked, "launcher.nodes=1,2", f"to={tmp_path / 'other'}"]) == 64
     assert "launcher.nodes: the tasks of one job array have the same" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
-    assert main(["compare", *asked, "compare.steps=5"]) == 64
+    assert main(["compare", *asked, new, "compare.steps=5"]) == 64
     assert "budget.steps: 4 there, 5 here" in capsys.readouterr().err

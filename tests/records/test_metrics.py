@@ -8,9 +8,10 @@ import torch
 from strategies.base import StepResult
 from strategies.runtime import Runtime, peak_memory_gib
 from trainer.facts import start_text
-from trainer.records import metrics
+from trainer.records import metrics, parts
 from trainer.records.cards import PEAK_TFLOPS
 from trainer.records.metrics import Meter, StepRecord, reference_tflops
+from trainer.records.parts import PARTS
 
 
 def rank(number=0, world=1, device="cpu"):
@@ -133,3 +134,47 @@ def reference_tflops_of(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: name)
         return reference_tflops(None, SimpleNamespace(type="cuda"))[1]
+
+
+class Engine:
+    """Counts in its own clock: a forward pass takes 1 s, a backward pass 2, the update 4."""
+
+    dp_size = 2
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def forward(self, batch, *, last):
+        self.clock[0] += 1
+        return {"loss": batch["loss"], "last": last}
+
+    def backward(self, loss, *, last):
+        self.clock[0] += 2
+
+    def step(self, lr_factor):
+        self.clock[0] += 4
+        return lr_factor
+
+
+def test_parts_of_steps_are_timed_apart(monkeypatch):
+    """Micro-batches of a step are added up; each row has its own step's, a mean over ranks."""
+    clock = [0.0]
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(metrics, "dist_sum", lambda values: values * 2)  # the other rank's are the same
+    meter = Meter(rank(0, 2), 1.0, None, ("accuracy",))
+    engine = meter.timing(Engine(clock))
+    assert engine.dp_size == 2
+    assert engine.forward({"loss": 3}, last=False) == {"loss": 3, "last": False}
+    engine.backward(1, last=False)
+    engine.forward({"loss": 3}, last=True)
+    engine.backward(1, last=True)
+    assert engine.step(0.5) == 0.5
+    engine.forward({"loss": 3}, last=True)
+    engine.backward(1, last=True)
+    engine.step(0.5)
+    meter.add(step(1))
+    meter.add(step(2))
+    first, second = meter.flush()
+    assert [first[part] for part in PARTS] == [2, 4, 4]
+    assert [second[part] for part in PARTS] == [1, 2, 4]
+    assert first["loss"] == 1.0 and first["data_wait_s"] == 0.5

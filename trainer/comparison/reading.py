@@ -173,14 +173,19 @@ def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, fl
     return steps, evaluations
 
 
-def measure(point: Point, warmup: int = 1) -> Measured:
-    """The numbers that are compared; the first `warmup` steps are left out of speeds, with the rest of their interval."""
-    rows = list(point.steps.values())
+def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:
+    """The steps behind the first `warmup` ones and the rest of their logging interval; empty where there are no others."""
     every = int(point.config.get("logging.every_steps") or 1)
     first = min(point.steps, default=0)
     # As in the run's own medians: the first interval has caches to fill and kernels to choose.
     ends = (first - 1 + warmup + every - 1) // every * every
-    usual = [row for step, row in point.steps.items() if step > ends]
+    return [row for step, row in point.steps.items() if step > ends]
+
+
+def measure(point: Point, warmup: int = 1) -> Measured:
+    """The numbers that are compared; of speeds those of `usual_rows`."""
+    rows = list(point.steps.values())
+    usual = usual_rows(point, warmup)
     rates = {key: _finite(usual or rows, key) for key in RATES}
     speeds = rates["tokens_per_s"]
     quartiles = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else None

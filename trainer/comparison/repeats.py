@@ -9,11 +9,13 @@ from statistics import median
 from typing import Any
 
 from trainer.comparison.asked import Row
-from trainer.comparison.reading import RATES, Measured, Point, is_run, measure, read_point
+from trainer.comparison.reading import RATES, Measured, Point, is_run, measure, read_point, usual_rows
 
 REFUSED = "refused"
 MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s")
 """What is a median over the repeats; memory is the largest."""
+PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
+"""Parts of a step, and what rows call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Taken:
     """Runs that took a step."""
     tokens_per_s_repeats: tuple[float, ...]
     """Each repeat's median."""
+    parts_s: dict[str, float]
+    """Seconds of the parts of a step, medians: data, forward, backward, optimizer, and what is left; empty where not timed."""
     dollars_per_million: float | None
     """US dollars for a million tokens at the median speed, all devices together."""
 
@@ -84,6 +88,7 @@ def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
     taken = Taken(
         repeats=sum(bool(each.steps) for each in numbers),
         tokens_per_s_repeats=speeds,
+        parts_s=_parts(points, row.warmup, measured.step_s),
         dollars_per_million=_price(row, points[0].facts, measured.tokens_per_s, price_of),
     )
     return Repeated(row, points, measured, taken)
@@ -100,6 +105,17 @@ def _refused(row: Row) -> Point:
         steps={},
         evaluations={},
     )
+
+
+def _parts(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, key in PARTS.items():
+        rows = [
+            row for point in points for row in usual_rows(point, warmup) or point.steps.values() if "forward_s" in row
+        ]
+        if (seconds := _median([row.get(key) for row in rows])) is not None:
+            found[name] = seconds
+    return found | {"rest": max(0.0, (step_s or 0.0) - sum(found.values()))} if found else {}
 
 
 def _price(

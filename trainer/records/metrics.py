@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.base import StepResult
+from strategies.base import Engine, StepResult
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 from trainer.records import load
 from trainer.records.cards import peak_tflops
+from trainer.records.parts import PARTS, Parts, timed
 
 
 @dataclass(slots=True)
@@ -59,6 +60,8 @@ class Meter:
     """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib` names them."""
     start_s: float | None = None
     """Age of this process at the first step; None before it, and where the system does not tell."""
+    parts: Parts | None = None
+    """Times the parts of steps, where that was asked for."""
     evaluation_s: float = 0.0
     """Seconds of that for the evaluation before the first step."""
     _records: list[StepRecord] = field(default_factory=list)
@@ -69,6 +72,11 @@ class Meter:
         """The first step is about to be taken, after an evaluation of so many seconds."""
         self.start_s, self.evaluation_s = process_age_s(), evaluation_s
         self.restart_clock()
+
+    def timing(self, engine: Engine) -> Engine:
+        """The engine with the parts of its steps timed, for the rows from now on."""
+        self.parts = Parts(self.runtime.device)
+        return timed(engine, self.parts)
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
@@ -93,8 +101,12 @@ class Meter:
         experts = [r.expert_tokens for r in records if r.expert_tokens is not None]
         if experts:
             table = torch.cat([table, torch.stack(experts).double().flatten(1)], dim=1)
-        waits = torch.tensor([[r.wait_s, float(r.local_tokens)] for r in records], dtype=torch.float64)
-        table = torch.cat([table, waits.to(table.device)], dim=1)
+        parts: list[list[float]] = [[] for _ in records] if self.parts is None else self.parts.read()
+        waits = torch.tensor(
+            [[*took, r.wait_s, float(r.local_tokens)] for r, took in zip(records, parts, strict=True)],
+            dtype=torch.float64,
+        )
+        table, last = torch.cat([table, waits.to(table.device)], dim=1), waits.shape[1]
         table, memory = self._over_ranks(table)
         norms = torch.stack([r.result.grad_norm for r in records]).tolist()
         skipped = torch.stack([r.result.skipped for r in records]).tolist()
@@ -109,10 +121,12 @@ class Meter:
             )
         ]
         if experts:
-            tokens = table[:, len(terms) : -2].view(len(records), *experts[0].shape)
+            tokens = table[:, len(terms) : -last].view(len(records), *experts[0].shape)
             self.expert_tokens = tokens.sum(0)
             for row, each in zip(rows, tokens, strict=True):
                 row |= load.of_step(each)
+        for row, took in zip(rows, table[:, -last:-2].tolist(), strict=True):
+            row |= {part: seconds / self.runtime.world_size for part, seconds in zip(PARTS, took, strict=False)}
         for row, skip in zip(rows, skipped, strict=True):
             row |= memory | ({"skipped": 1} if skip else {})
         return rows

@@ -43,6 +43,8 @@ class LoggingConfig:
     """W&B tags."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the `tensorboard` package)."""
+    step_parts: bool = False
+    """Also time forward passes, backward passes and the optimizer in each step, without waiting for the device."""
     reference_tflops: float | None = None
     """Peak TFLOP/s of one device for MFU; default: known for common GPUs, measured for CPUs."""
 

@@ -1,0 +1,224 @@
+"""The plots of a comparison as Vega-Lite, each with its data in it. Needs the extra `report`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from trainer.comparison.compare import Compared, Comparison
+
+MOST_POINTS = 400
+"""Steps of one curve that are drawn; of a longer run evenly spread ones."""
+HEIGHT, WIDTH = 320, 860
+BAR = 26
+"""Pixels of a run in a bar chart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One plot of the page."""
+
+    name: str
+    """Of its element."""
+    title: str
+    said: str
+    """What is to be seen, in a sentence."""
+    spec: str
+    """Vega-Lite as JSON that may stand in a script."""
+
+
+def plots(found: Comparison) -> list[Plot]:
+    """The plots for which there are numbers."""
+    begun = [run for run in found.runs if run.measured.steps]
+    made = [_losses(begun), _speeds(begun), _memory(begun), _parts(begun), _trade(begun)]
+    return [plot for plot in made if plot is not None]
+
+
+def _plot(name: str, title: str, said: str, chart: Any) -> Plot:
+    text = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    return Plot(name, title, said, text)
+
+
+def curve(run: Compared) -> list[dict[str, Any]]:
+    """Steps of a run with step, tokens and seconds until then, and the loss."""
+    rows = list(run.point.steps.values())
+    seconds = accumulate(row.get("step_s") or 0.0 for row in rows)
+    every = max(1, -(-len(rows) // MOST_POINTS))
+    told = [
+        {"run": run.name, "step": row["step"], "tokens": row.get("tokens"), "seconds": at, "loss": row["loss"]}
+        for row, at in zip(rows, seconds, strict=True)
+    ]
+    return [row for n, row in enumerate(told) if row["loss"] is not None and (n % every == 0 or n == len(told) - 1)]
+
+
+def _losses(runs: list[Compared]) -> Plot | None:
+    import altair as alt
+
+    rows = [row for run in runs for row in curve(run)]
+    if not rows:
+        return None
+    over = alt.param(
+        name="over", value="step", bind=alt.binding_select(options=["step", "tokens", "seconds"], name="over")
+    )
+    chosen = alt.selection_point(name="chosen", fields=["run"], bind="legend")
+    chart = (
+        alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
+        .transform_calculate(x="datum[over]")
+        .mark_line(point={"size": 18})
+        .encode(
+            x=alt.X("x:Q", title="steps, tokens or seconds of steps", scale=alt.Scale(zero=False)),
+            y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
+            color=_color(runs),
+            opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
+            tooltip=[
+                "run:N",
+                "step:Q",
+                "tokens:Q",
+                alt.Tooltip("seconds:Q", format=".1f"),
+                alt.Tooltip("loss:Q", format=".6f"),
+            ],
+        )
+        .add_params(over, chosen, alt.selection_interval(name="zoom", bind="scales"))
+    )
+    return _plot(
+        "loss",
+        "Loss",
+        "Scroll to zoom, drag to move, double-click to go back; a click in the legend shows one run alone.",
+        chart,
+    )
+
+
+def _color(runs: list[Compared]) -> Any:
+    import altair as alt
+
+    return alt.Color("run:N", sort=[run.name for run in runs], title=None)
+
+
+def _bars(runs: list[Compared], rows: list[dict[str, Any]]) -> Any:
+    """Bars beside the runs' names, in their order."""
+    import altair as alt
+
+    height = BAR * len(runs)
+    return alt.Chart(alt.Data(values=rows), width=WIDTH, height=height).encode(
+        y=alt.Y("run:N", sort=[run.name for run in runs], title=None, axis=alt.Axis(labelLimit=280))
+    )
+
+
+def _speeds(runs: list[Compared]) -> Plot | None:
+    import altair as alt
+
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if run.measured.tokens_per_s:
+            low, high = run.taken.spread or (run.measured.tokens_per_s, run.measured.tokens_per_s)
+            rows.append({"run": run.name, "speed": run.measured.tokens_per_s, "slowest": low, "fastest": high})
+    if not rows:
+        return None
+    base = _bars(runs, rows)
+    bars = base.mark_bar(color="#7aa6d8").encode(x=alt.X("speed:Q", title="tokens/s"), tooltip=["run:N", "speed:Q"])
+    spread = base.mark_rule(strokeWidth=3).encode(
+        x="slowest:Q", x2="fastest:Q", tooltip=["run:N", "slowest:Q", "fastest:Q"]
+    )
+    return _plot(
+        "speed", "Speed", "All ranks together; the dark line is from the slowest to the fastest repeat.", bars + spread
+    )
+
+
+def _memory(runs: list[Compared]) -> Plot | None:
+    import altair as alt
+
+    rows = [
+        {"run": run.name, "what": what, "GiB": value}
+        for run in runs
+        for what, value in (("planned", run.measured.planned_gib), ("measured", run.measured.memory_gib))
+        if value is not None
+    ]
+    if not rows:
+        return None
+    chart = (
+        _bars(runs, rows)
+        .mark_bar()
+        .encode(
+            x=alt.X("GiB:Q"),
+            yOffset=alt.YOffset("what:N", sort=["planned", "measured"]),
+            color=alt.Color("what:N", sort=["planned", "measured"], title=None),
+            tooltip=["run:N", "what:N", alt.Tooltip("GiB:Q", format=".4f")],
+        )
+    )
+    return _plot(
+        "memory",
+        "Memory, planned and measured",
+        "Of the rank with the largest peak. On a CPU what was measured has the process's libraries in it.",
+        chart,
+    )
+
+
+def _parts(runs: list[Compared]) -> Plot | None:
+    import altair as alt
+
+    order = ["data", "forward", "backward", "optimizer", "rest"]
+    rows = [
+        {"run": run.name, "part": part, "ms": 1000 * seconds, "order": order.index(part)}
+        for run in runs
+        for part, seconds in run.taken.parts_s.items()
+    ]
+    if not rows:
+        return None
+    chart = (
+        _bars(runs, rows)
+        .mark_bar()
+        .encode(
+            x=alt.X("ms:Q", title="ms of a step"),
+            color=alt.Color("part:N", sort=order, title=None),
+            order="order:Q",
+            tooltip=["run:N", "part:N", alt.Tooltip("ms:Q", format=".2f")],
+        )
+    )
+    return _plot("parts", "A step's parts", "Communication is part of where it is waited for.", chart)
+
+
+def _trade(runs: list[Compared]) -> Plot | None:
+    """What came out, beside what it cost: held-out loss where every run has it, else the last step's."""
+    import altair as alt
+
+    held_out = all("eval/loss" in run.measured.after for run in runs)
+    costs = {
+        "seconds of steps": lambda run: sum(row.get("step_s") or 0.0 for row in run.point.steps.values()),
+        "GiB": lambda run: run.measured.memory_gib,
+        "GiB saved": lambda run: run.measured.checkpoint_gib,
+        "dollars a million tokens": lambda run: run.taken.dollars_per_million,
+    }
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        loss = run.measured.after["eval/loss"] if held_out else run.measured.loss
+        if loss is not None:
+            rows.append({"run": run.name, "loss": loss, **{name: cost(run) for name, cost in costs.items()}})
+    known = [name for name in costs if any(row[name] is not None for row in rows)]
+    if len(rows) < 2 or not known:
+        return None
+    least, most = min(row["loss"] for row in rows), max(row["loss"] for row in rows)
+    room = max(0.1 * (most - least), 1e-3 * abs(most))  # differences of rounding are to be seen as none
+    against = alt.param(name="against", value=known[0], bind=alt.binding_select(options=known, name="against"))
+    base = (
+        alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
+        .transform_calculate(x="datum[against]")
+        .transform_filter("isValid(datum.x)")
+        .encode(
+            x=alt.X("x:Q", title="cost", scale=alt.Scale(zero=False, padding=40)),
+            y=alt.Y(
+                "loss:Q",
+                title="held-out loss" if held_out else "last loss",
+                scale=alt.Scale(domain=[least - room, most + room]),
+            ),
+        )
+        .add_params(against)
+    )
+    points = base.mark_point(filled=True, size=90).encode(color=_color(runs), tooltip=["run:N", "loss:Q", "x:Q"])
+    return _plot(
+        "trade",
+        "Quality against cost",
+        "Lower is better, left is cheaper; names and numbers stand under the pointer.",
+        points,
+    )

@@ -1,0 +1,82 @@
+"""How long the parts of a step take: an engine whose passes are timed, where `logging.step_parts` asks for it.
+
+On GPUs the times are those of the stream that computes, between events, and the host waits for nothing before the flush.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from strategies.base import Engine, StepResult
+
+PARTS = ("forward_s", "backward_s", "optimizer_s")
+"""Seconds of all micro-batches of a step, and of its update with clipping; communication is part of where it is waited for."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """Times of the steps that were not read yet."""
+
+    device: torch.device
+    _begun: list[tuple[str, Any, Any]] = field(default_factory=list)
+    _steps: list[list[tuple[str, Any, Any]]] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Time what is done within; `optimizer_s` ends the step."""
+        start = self._now()
+        yield
+        self._begun.append((part, start, self._now()))
+        if part == PARTS[-1]:
+            self._steps.append(self._begun)
+            self._begun = []
+
+    def read(self) -> list[list[float]]:
+        """For each step since the last call its seconds in the order of `PARTS`. Waits for the device."""
+        steps, self._steps = self._steps, []
+        return [[sum(self._seconds(a, b) for name, a, b in step if name == part) for part in PARTS] for step in steps]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        if self.device.type != "cuda":
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+class _Timed:
+    def __init__(self, engine: Engine, parts: Parts) -> None:
+        self._engine, self._parts = engine, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+        with self._parts.of("forward_s"):
+            return self._engine.forward(batch, last=last)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        with self._parts.of("backward_s"):
+            self._engine.backward(loss, last=last)
+
+    def step(self, lr_factor: float) -> StepResult:
+        with self._parts.of("optimizer_s"):
+            return self._engine.step(lr_factor)
+
+
+def timed(engine: Engine, parts: Parts) -> Engine:
+    """The engine with its passes timed in `parts`; it communicates as before."""
+    return cast(Engine, _Timed(engine, parts))
