@@ -198,6 +198,7 @@ def run_points(plan: Plan, to: Path) -> int:
     from launch.multirun import refuse_unlike, submit_array
     from launch.progress import Progress
     from trainer.config.run import LauncherName
+    from trainer.records.lease import NotOurs
 
     for point in plan.points:
         point.composed.config.logging.group = point.composed.config.logging.group or to.name
@@ -206,8 +207,13 @@ def run_points(plan: Plan, to: Path) -> int:
     by_slurm = LauncherName.slurm in {point.composed.config.launcher.name for point, _ in runs}
     if by_slurm:
         refuse_unlike([point.composed for point, _ in runs])
-    for point, run_dir in runs:
-        freeze(point.composed, run_dir)
+    try:
+        for point, run_dir in runs:
+            freeze(point.composed, run_dir)
+    except NotOurs:
+        raise
+    except ConfigError as error:
+        raise ConfigError([f"to={to}: holds other runs; name another directory, or undo:", *error.problems]) from error
     write_rows(to, plan.rows(to), list(plan.words))
     if by_slurm and left:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's

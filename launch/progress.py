@@ -76,7 +76,7 @@ class Progress:
     def _state(self, now: float) -> str:
         step = _last_step(self._run_dir)
         if self._steps is None:
-            with suppress(OSError, ValueError, TypeError):
+            with suppress(OSError, ValueError, AttributeError):
                 self._steps = json.loads((self._run_dir / "run.json").read_text(encoding="utf-8")).get("total_steps")
         told = f"[{self.number}/{self.of}] {self._name}: " + (
             f"step {step}" + (f" of {self._steps}" if self._steps else "") if step else "starting"

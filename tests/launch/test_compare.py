@@ -98,7 +98,7 @@ def test_a_failed_run_stays_a_row(runs, tmp_path, capsys):
     code, out, _ = compare(capsys, tmp_path / "two", runs / "broken")
     assert code == 0
     said = " ".join(out.split())
-    assert "failed at step 3: rank 0, training: step 3: gradients were not finite for 2 steps in a row" in said
+    assert "failed at step 3: rank 0, training: gradients were not finite for 2 steps in a row" in said
     assert "its losses cannot be compared with those of ddp-lr2e-5-seed42-2ranks (other run.seed)" in said
     assert "its loss is NaN or infinite from step 2 on" in said
     assert max(map(len, out.splitlines())) <= 80

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
 
-from launch.compare import answer
+from launch.compare import answer, price_of
 from launch.compare_answer import as_html
 from strategies.errors import ConfigError
 from trainer.comparison import page as page_module
@@ -79,8 +80,48 @@ def test_numbers_over_repeats(rows):
     assert a.taken.parts_s == pytest.approx(
         {"data": 0.01, "forward": 0.1, "backward": 0.3, "optimizer": 0.04, "rest": 0.05}
     )
-    told = compare(rows, {"b": 1.0}.get).runs[1].taken.dollars_per_million
-    assert told is None  # its device has no name
+    facts = rows[1].directories[0] / "run.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"device_name": "NVIDIA A10G"}))
+    a, b, _ = compare(rows, price_of).runs
+    assert a.taken.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
+    assert b.taken.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
+
+
+def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):
+    b = rows[1].directories[0]
+    told = [json.loads(line) for line in (b / "metrics.jsonl").read_text().splitlines()]
+    for row in told[:5]:
+        row["tokens_per_s"] = 1.0
+    (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    speeds = [compare([Row((b,), warmup=warmup)]).runs[0].measured for warmup in (0, 1, 5, 7)]
+    assert [found.warmup_steps for found in speeds] == [0, 1, 5, 0]  # with nothing left, all count, and a note says so
+    assert [found.tokens_per_s for found in speeds] == [1.0, 1.0, 50.0, 1.0]
+
+
+def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
+    """Strategies beside each other, methods beside the first; speed and memory beside the first of all."""
+
+    def point(name: str, tuning: str, strategy: str, factor: float) -> Row:
+        run = tmp_path / name
+        shutil.copytree(tmp_path / "b", run)
+        config = f"strategy: {{name: {strategy}}}\ntuning: {{name: {tuning}}}\nlogging: {{every_steps: 1}}\n"
+        (run / "config.yaml").write_text(config)
+        told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told = [row | {"loss": row["loss"] * factor} if "loss" in row else row for row in told]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        return Row((run,), name)
+
+    ways = [("full-ddp", "full", "ddp", 1.0), ("full-fsdp2", "full", "fsdp2", 1 + 1e-7)]
+    ways += [("lora-ddp", "lora", "ddp", 1.01), ("lora-zero2", "lora", "zero2", 1.01 * (1 + 1e-7))]
+    refused = Row((), "lora-single", refused=("no",), config={"strategy.name": "single"})
+    found = compare([refused, *(point(*way) for way in ways)])
+    assert found.first == "full-ddp"
+    assert [run.against for run in found.runs] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
+    assert [run.apart and run.apart.same for run in found.runs] == [None, None, True, False, True]
+    assert found.runs[4].verdict == (
+        "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x the tokens/s, 1.0 x the memory of full-ddp"
+    )
+    assert "not the loss of full-ddp: 0.01 apart" in found.runs[3].verdict
 
 
 def test_a_cell_is_sorted_by_its_number():

@@ -222,4 +222,5 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     assert "launcher.nodes: the tasks of one job array have the same" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
     assert main(["compare", *asked, new, "compare.steps=5"]) == 64
-    assert "budget.steps: 4 there, 5 here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"to={tmp_path / 'new'}: holds other runs" in said and "budget.steps: 4 there, 5 here" in said

@@ -151,9 +151,9 @@ class Engine:
     def backward(self, loss, *, last):
         self.clock[0] += 2
 
-    def step(self, lr_factor):
+    def step(self, lr_factor, limit=None):
         self.clock[0] += 4
-        return lr_factor
+        return lr_factor if limit is None else limit
 
 
 def test_parts_of_steps_are_timed_apart(monkeypatch):
@@ -171,7 +171,7 @@ def test_parts_of_steps_are_timed_apart(monkeypatch):
     assert engine.step(0.5) == 0.5
     engine.forward({"loss": 3}, last=True)
     engine.backward(1, last=True)
-    engine.step(0.5)
+    assert engine.step(0.5, 2.0) == 2.0
     meter.add(step(1))
     meter.add(step(2))
     first, second = meter.flush()

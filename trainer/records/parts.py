@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from strategies.base import Engine, StepResult
+from strategies.base import Engine
 
 PARTS = ("forward_s", "backward_s", "optimizer_s")
 """Seconds of all micro-batches of a step, and of its update with clipping; communication is part of where it is waited for."""
@@ -58,23 +57,25 @@ class Parts:
 
 
 class _Timed:
+    """Passes everything on, whatever a pass takes: an engine's interface is its own."""
+
     def __init__(self, engine: Engine, parts: Parts) -> None:
         self._engine, self._parts = engine, parts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._parts.of("forward_s"):
-            return self._engine.forward(batch, last=last)
+            return self._engine.forward(*args, **kwargs)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, *args: Any, **kwargs: Any) -> None:
         with self._parts.of("backward_s"):
-            self._engine.backward(loss, last=last)
+            self._engine.backward(*args, **kwargs)
 
-    def step(self, lr_factor: float) -> StepResult:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         with self._parts.of("optimizer_s"):
-            return self._engine.step(lr_factor)
+            return self._engine.step(*args, **kwargs)
 
 
 def timed(engine: Engine, parts: Parts) -> Engine:
