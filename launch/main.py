@@ -15,6 +15,7 @@ from trainer.stopping.signals import hold
 GROUPS = {
     "start": {
         "demo": "fine-tune a small real model on this machine, from nothing",
+        "doctor": "what this machine has of what a run needs, and what is missing",
     },
     "train": {
         "prepare": "read, check, clean and tokenise the data of a run, and report on it",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.status_answer import Answer
+    from trainer.following.queue import Queue
 
 USAGE = """usage: shardtune status [directory | run] [--watch] [--verify] [--json]
 
@@ -31,7 +33,8 @@ Ends with 64 where the word is no directory. docs/following.md says what each st
 FLAGS = ("--watch", "--verify", "--json")
 HOME = Path("runs")
 """Where runs without a `run.dir` are."""
-EVERY_S = 2.0
+EVERY_S, ASK_S = 2.0, 15.0
+"""Seconds between two looks, and between two questions to SLURM's controller."""
 DAMAGED = 69
 
 
@@ -71,15 +74,18 @@ def read_words(words: list[str]) -> Path:
     return named[0] if named else HOME
 
 
-def look(root: Path) -> Answer:
-    """What is known now of the runs below `root`, and of the queue. Raises ConfigError where it cannot be listed."""
+def look(root: Path, known: Queue | None = None) -> Answer:
+    """What is known now of the runs below `root`, and of the queue, which is asked unless it is `known`.
+
+    Raises ConfigError where the directory cannot be listed.
+    """
     from launch.status_answer import Answer, One
     from trainer.following import queue, saved
     from trainer.following.reading import Found, find, look_at_all
     from trainer.following.rows import curve
 
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(queue.ask)
+        asked = pool.submit(lambda: known or queue.ask())
         try:
             found = find(root)
         except FileNotFoundError:  # the home of runs, before the first
@@ -106,19 +112,28 @@ def watch(root: Path, *, as_json: bool) -> None:
     from launch.status_answer import as_dict, text
 
     if as_json or not sys.stdout.isatty():
-        while True:
-            found = look(root)
+        for found in looks(root):
             print(json.dumps(as_dict(found, None)) if as_json else text(found, None) + "\n", flush=True)
-            time.sleep(EVERY_S)
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     # Not the alternate screen: what was seen last stays where it was seen.
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
-        while True:
-            live.update(Text(text(look(root), None, live=True)), refresh=True)
-            time.sleep(EVERY_S)
+        for found in looks(root):
+            live.update(Text(text(found, None, live=True)), refresh=True)
+
+
+def looks(root: Path) -> Iterator[Answer]:
+    """One look after another, without end; the queue, which many share, is asked less often."""
+    queue, asked_at = None, float("-inf")
+    while True:
+        if time.monotonic() - asked_at >= ASK_S:
+            queue, asked_at = None, time.monotonic()
+        found = look(root, queue)
+        queue = found.queue
+        yield found
+        time.sleep(EVERY_S)
 
 
 def _verify(found: Answer, *, quiet: bool) -> dict[Path, str]:

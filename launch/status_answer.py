@@ -106,18 +106,36 @@ def text(found: Answer, damaged: Mapping[Path, str] | None, *, live: bool = Fals
 
 def _table(found: Answer, *, live: bool) -> list[str]:
     lines = [f"{'':<{NAME}}{'state':<{STATE}}" + "".join(f"{title:>{width}}" for title, width, _ in COLUMNS)]
-    for run in found.runs:
-        cells = f"{run.state:<{STATE}}" + "".join(f"{value(run):>{width}}" for _, width, value in COLUMNS)
-        name = _name(run.directory, found.root)
-        lines += [f"{name:<{NAME}}{cells}"] if len(name) < NAME else [name, f"{'':<{NAME}}{cells}"]
-        lines += [_cut(f"  {told}")] if (told := _beside(run)) else []
-        if live and run.state == State.running:
-            lines += [f"  {sparkline(losses)}"] if (losses := curve(run.directory / "metrics.jsonl", 60)) else []
+    runs = sorted(found.runs, key=_urgent) if live else found.runs
+    for number, run in enumerate(runs):
+        rows = _rows(run, found.root, live=live)
+        if live and len(lines) + len(rows) > shutil.get_terminal_size((80, 24)).lines - 8:
+            lines.append(f"... and {len(runs) - number} more")
+            break
+        lines += rows
     counts = Counter(run.state for run in found.runs)
     lines += ["", f"{len(found.runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())]
     if found.cut:
         lines.append(f"there are too many directories below {found.root}: not all were looked into; name a lower one")
     return lines
+
+
+def _rows(run: Seen, root: Path, *, live: bool) -> list[str]:
+    """The lines of one run."""
+    cells = f"{run.state:<{STATE}}" + "".join(f"{value(run):>{width}}" for _, width, value in COLUMNS)
+    name = _name(run.directory, root)
+    lines = [f"{name:<{NAME}}{cells}"] if len(name) < NAME else [name, f"{'':<{NAME}}{cells}"]
+    lines += [_cut(f"  {told}")] if (told := _beside(run)) else []
+    if live and run.state == State.running:
+        lines += [f"  {sparkline(losses)}"] if (losses := curve(run.directory / "metrics.jsonl", 60)) else []
+    return lines
+
+
+def _urgent(run: Seen) -> tuple[int, float]:
+    """Sort key where not all may be seen: what works, what waits, what needs somebody, then what ended last."""
+    order = (State.running, QUEUED, LOST)
+    rank = order.index(run.state) if run.state in order else len(order)
+    return rank, run.heard_s if run.heard_s is not None else math.inf
 
 
 def _name(directory: Path, root: Path) -> str:

@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
 
 
 BUILDER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from trainer.data.cache import build_once
 how = sys.argv[2]
@@ -204,7 +204,7 @@ def build(target):
     print("building", flush=True)
     if how == "die":
         os._exit(9)
-    time.sleep(float(how))
+    sys.stdin.readline()  # until it is told to go on
     (target / "manifest.json").write_text("{}")
 print(build_once(Path(sys.argv[1]), build), flush=True)
 """
@@ -213,17 +213,19 @@ print(build_once(Path(sys.argv[1]), build), flush=True)
 def builder(directory: Path, how: str) -> subprocess.Popen:
     command = [sys.executable, "-c", BUILDER, str(directory), how]
     root = Path(__file__).parents[2]
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=root, text=True, **pipes)
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     entry = tmp_path / "cache" / "abc"
-    first = builder(entry, "3")
+    first = builder(entry, "build")
     assert first.stdout.readline() == "building\n"
-    second = builder(entry, "0")
-    out, err = second.communicate(timeout=seconds(60))
-    assert out == "False\n" and "waiting for another process" in err and str(entry) in err
-    assert first.communicate(timeout=seconds(60))[0] == "True\n"
+    second = builder(entry, "build")
+    said = second.stderr.readline()
+    assert "waiting for another process" in said and str(entry) in said
+    assert first.communicate("go on\n", timeout=seconds(60))[0] == "True\n"
+    assert second.communicate(timeout=seconds(60))[0] == "False\n"
 
 
 def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):

@@ -29,7 +29,7 @@ def own(site):
     shutil.copytree(site.model, model)
     write_chat_data(data, 24)
     words = [f"model.path={model}", f"data.path={data}", "budget.steps=4"]
-    code, said = site.run("whole", *words)
+    code, said = site.run_here("whole", *words)
     assert code == 0, said
     return words
 
@@ -51,7 +51,7 @@ def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs,
     changed = [*longer, "run.seed=7", "batch.global=4", "tuning.alpha=3"]
     write_chat_data(runs.root / "own.jsonl", 20, seed=5)
     replace_weights(runs.root / "own-model")
-    code, said = runs.run("another", *changed)
+    code, said = runs.run_here("another", *changed)
     assert code == 64, said
     for line in (
         "order: run.seed: 42 there, 7 here",
@@ -63,7 +63,7 @@ def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs,
     ):
         assert line in said
     assert "Traceback" not in said
-    code, said = runs.run("another", *changed, "run.accept=[data,base,tuning,order]")
+    code, said = runs.run_here("another", *changed, "run.accept=[data,base,tuning,order]")
     assert code == 0, said
     assert "accepted: order: run.seed: 42 there, 7 here" in said
     accepted = json.loads((runs.root / "another" / "run.json").read_text())["accepted"]
@@ -79,13 +79,13 @@ def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs,
 
 def test_a_flipped_bit_in_prepared_tokens_is_found_before_training(runs):
     words = ["budget.steps=2", f"data.cache_dir={runs.root / 'flipped'}"]
-    code, said = runs.run("before", *words)
+    code, said = runs.run_here("before", *words)
     assert code == 0, said
     [tokens] = (runs.root / "flipped").glob("*/tokens.bin")
     content = bytearray(tokens.read_bytes())
     content[len(content) // 2] ^= 1
     tokens.write_bytes(content)
-    code, said = runs.run("after", *words)
+    code, said = runs.run_here("after", *words)
     assert (code, "tokens.bin: does not have the bytes that were prepared" in said) == (65, True), said
 
 

@@ -23,7 +23,8 @@ def test_numbers_that_are_not_finite_are_null_and_named_alike_under_every_strate
             "optim.lr=1e30",
             "checkpoint.save_final=false",
         ]
-        code, said = runs.run(f"nan-{strategy}", *words, "optim.max_grad_norm=0", "schedule.warmup_share=0")
+        run = runs.run_here if strategy == "single" else runs.run
+        code, said = run(f"nan-{strategy}", *words, "optim.max_grad_norm=0", "schedule.warmup_share=0")
         assert code == 0, said
         directory = runs.root / f"nan-{strategy}"
         rows = [strict(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -38,14 +39,14 @@ def test_an_evaluation_broken_off_by_a_signal_is_made_up(runs):
     write_chat_data(runs.root / "long-eval.jsonl", 150, seed=3)
     words = [f"data.eval_path={runs.root / 'long-eval.jsonl'}", "budget.steps=4", "evaluation.every_steps=2"]
     words += ["evaluation.batch=1", "evaluation.at_start=false", "evaluation.patience=9"]
-    assert runs.run("uncut", *words)[0] == 0
+    assert runs.run_here("uncut", *words)[0] == 0
     process = runs.start("cut", *words)
     runs.wait_for_step("cut", 2, process)  # its row is written, and the evaluation begins
     process.send_signal(signal.SIGTERM)
     assert runs.end(process) == 75
     assert runs.status("cut")["step"] == 2
     assert not any("eval/loss" in row for row in runs.rows("cut")), "the signal came too late to break it off"
-    code, said = runs.run("cut", *words)
+    code, said = runs.run_here("cut", *words)
     assert code == 0, said
 
     def numbers(run):

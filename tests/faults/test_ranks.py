@@ -21,20 +21,19 @@ TWO = ("strategy=ddp", "launcher.processes=2", "run.timeout_s=15")
 
 
 def test_a_killed_and_a_stopped_rank_are_named(runs):
-    for name, number, said in (
-        ("killed", signal.SIGKILL, "was killed by SIGKILL"),
-        ("stopped", signal.SIGSTOP, "stopped"),
-    ):
-        process = runs.start(name, *TWO)
+    started = {name: runs.start(name, *TWO) for name in ("killed", "stopped")}
+    for name, process in started.items():
         runs.wait_for_step(name, 2, process)
-        time.sleep(seconds(3))  # a sign of life comes each second, and later on a busy machine
-        rank = rank_of(process.pid, 1)
-        rank.send_signal(number)
-        assert runs.end(process) == 70
+    time.sleep(seconds(3))  # a sign of life comes each second, and later on a busy machine
+    ranks = {name: rank_of(process.pid, 1) for name, process in started.items()}
+    ranks["killed"].send_signal(signal.SIGKILL)
+    ranks["stopped"].send_signal(signal.SIGSTOP)
+    for name, said in (("killed", "was killed by SIGKILL"), ("stopped", "stopped")):
+        assert runs.end(started[name]) == 70
         failure = read(runs.root / name / "failure.json")
-        assert (failure["rank"], failure["phase"], failure["pid"]) == (1, "training", rank.pid), failure
+        assert (failure["rank"], failure["phase"], failure["pid"]) == (1, "training", ranks[name].pid), failure
         assert failure["step"] is not None  # as of its last sign of life
-        assert str(rank.pid) in failure["message"] and said in failure["message"]
+        assert str(ranks[name].pid) in failure["message"] and said in failure["message"]
         assert "memory" not in failure["message"]  # nothing says that it was
         last = runs.said(name).strip().splitlines()[-2:]
         assert "rank 1 on " in last[0] and said in last[1]

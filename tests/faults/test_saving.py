@@ -41,7 +41,7 @@ def words(site):
 
 
 def test_killed_while_saving_and_before_its_export_has_a_name(runs, words):
-    code, said = runs.run("left-alone", *words)
+    code, said = runs.run_here("left-alone", *words)
     assert code == 0, said
     chance = random.Random(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
     for kill in range(20 if EVERYTHING else 2):
@@ -55,7 +55,7 @@ def test_killed_while_saving_and_before_its_export_has_a_name(runs, words):
     code, said = runs.run("killed", *words, **faulty("kill export"))
     assert code == -signal.SIGKILL and "exported" not in said, said
     assert not (runs.root / "killed" / "export").exists()
-    code, said = runs.run("killed", *words)
+    code, said = runs.run_here("killed", *words)
     assert code == 0 and f"resumed from step-{STEPS:06d}" in said, said
     assert numbers(runs, "killed") == numbers(runs, "left-alone")
     found, expected = results(runs, "killed"), results(runs, "left-alone")
@@ -82,7 +82,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(runs):
 
 def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_come_again(runs):
     """As of a job that is requeued: it went back to the start of its branch and moved what it had made away."""
-    assert runs.run("origin", "budget.steps=2")[0] == 0
+    assert runs.run_here("origin", "budget.steps=2")[0] == 0
     words = [f"run.resume={runs.root / 'origin' / 'checkpoints' / 'step-000002'}"]
     stopped = 2
     for _ in range(2):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launch import status
 from launch.main import main
+from launch.status_answer import text
 from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
 from trainer.following.queue import Queue
 from trainer.following.reading import Seen, find, look
@@ -166,6 +168,21 @@ def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SQUEUE_WAITS", "60")
     assert main(["status", str(tmp_path)]) == 0
     assert "queue: squeue gave no answer" in capsys.readouterr().out
+
+
+def test_a_watched_table_fits_the_terminal_and_begins_with_what_works(tmp_path, monkeypatch):
+    for number in range(40):
+        made(tmp_path, f"{number}", state="done", time=number)
+    owned(made(tmp_path, "works"))
+    owned(made(tmp_path, "lost"), silent_s=10**6)
+    found = status.look(tmp_path)
+    monkeypatch.setenv("LINES", "24")
+    lines = text(found, None, live=True).splitlines()
+    assert len(lines) <= 24
+    shown = [line.split()[0] for line in lines if " done " in line or line.startswith(("works", "lost"))]
+    assert shown[:3] == ["works", "lost", "39"] and f"... and {42 - len(shown)} more" in lines
+    assert "▁" in lines[3] and lines[-1].startswith("42 runs: 40 done, 1 ")
+    assert len(text(found, None).splitlines()) > 42
 
 
 def test_links_into_the_directory_are_not_shown_twice_and_links_out_of_it_are_shown(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 from strategies import runtime as processes
 from strategies.base import Precision, StepResult
 from tests.helpers.building import model_dir, run_config
+from tests.helpers.stores import write
 from tests.parity.base import Curve, Job, lone_steps
 from tests.parity.features import HostReads
 from trainer.checkpoints.config import CheckpointConfig
@@ -17,7 +18,7 @@ from trainer.checkpoints.kept import Checkpoints
 from trainer.config.run import RunConfig
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
-from trainer.data.store.sequences import Sample, TokenDataset, write
+from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.guards.config import Action, GuardsConfig
 from trainer.loop import Trainer
 from trainer.objectives.sft import SftReading

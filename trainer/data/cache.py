@@ -26,7 +26,7 @@ from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block
 from trainer.data.config import Verify
 from trainer.data.document import Findings, Rejected, Tally
-from trainer.data.store.documents import batch_from_bytes, batch_to_bytes
+from trainer.data.store.documents import schema
 from trainer.data.store.sequences import Sequences, named
 from trainer.records.sampled import sampled_digest
 
@@ -245,7 +245,7 @@ def save(block: Block, path: Path) -> None:
     about["tally"]["findings"] = _fields(block.tally.findings)
     arrays: dict[str, Any] = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-        "documents": np.frombuffer(batch_to_bytes(block.documents), np.uint8),
+        "documents": np.frombuffer(block.documents.serialize(), np.uint8),
         "pieces": block.pieces,
         "tokens": block.sequences.tokens,
         "supervised": block.sequences.supervised,
@@ -259,6 +259,8 @@ def save(block: Block, path: Path) -> None:
 
 def load(path: Path) -> Block:
     """Read a block that `save` wrote."""
+    import pyarrow as pa
+
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     about = json.loads(arrays["about"].tobytes())
@@ -266,7 +268,7 @@ def load(path: Path) -> Block:
         **{name: about[name] for name in PLAIN},
         bad=[Rejected(**bad) for bad in about["bad"]],
         tally=Tally(**{**about["tally"], "findings": Findings(**about["tally"]["findings"])}),
-        documents=batch_from_bytes(arrays["documents"].tobytes()),
+        documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
         pieces=arrays["pieces"],
         sequences=Sequences(
             arrays["tokens"], arrays["supervised"], arrays["lengths"], named(arrays, "column."), arrays.get("weights")

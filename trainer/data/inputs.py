@@ -150,7 +150,9 @@ def readers_of(
             format = recognise(first, item.columns, meant=meant, **options)
         if item.split == "train" or not isinstance(first, Row) or (item.group or "").split(".")[0] in first.fields:
             options["group"] = item.group  # files of held-out rows need not say what these belong to
-        reader = made[item.id] = RowReader(format, item.columns, label=label, refuses=refuses, **options)
+        reader = made[item.split, item.source] = RowReader(
+            format, item.columns, label=label, refuses=refuses, **options
+        )
         item.wanted = reader.wanted
         found = first if isinstance(first, Rejected) else reader(first)
         if isinstance(found, Rejected) and found.reason.startswith("unread_"):

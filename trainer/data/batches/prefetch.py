@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -26,36 +27,32 @@ def prefetched(items: Iterator[Made]) -> Generator[Made, None, None]:
 
     Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.
     """
-    ready: queue.Queue[tuple[Made | None, BaseException | None, bool]] = queue.Queue(maxsize=PREFETCH)
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCH)
     stop = threading.Event()
 
-    def produce() -> None:
+    def put(what: str, given: Any = None) -> None:
         while not stop.is_set():
-            try:
-                given: tuple[Made | None, BaseException | None, bool] = (next(items), None, False)
-            except StopIteration:
-                given = (None, None, True)
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-                given = (None, error, True)
-            while not stop.is_set():
-                try:
-                    ready.put(given, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if given[2]:
+            with suppress(queue.Full):
+                ready.put((what, given), timeout=0.1)
                 return
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stop.is_set():
+                    return
+            put("over")
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            put("error", error)
 
     thread = threading.Thread(target=produce, name="loader", daemon=True)
     thread.start()
     try:
-        while True:
-            item, error, over = ready.get()
-            if error is not None:
-                raise error
-            if over:
-                return
-            yield item  # type: ignore[misc]
+        while (got := ready.get())[0] == "item":
+            yield got[1]
+        if got[0] == "error":
+            raise got[1]
     finally:
         stop.set()
         thread.join()

@@ -97,20 +97,3 @@ class DocumentTable:
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     there = {name: value for name, value in turn.items() if value is not None}
     return {**there, "tool_calls": json.loads(there["tool_calls"])} if "tool_calls" in there else there
-
-
-def batch_to_bytes(batch: pa.RecordBatch) -> bytes:
-    """One batch as an IPC stream."""
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema()) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def batch_from_bytes(data: bytes) -> pa.RecordBatch:
-    """The batch that `batch_to_bytes` wrote."""
-    import pyarrow as pa
-
-    return pa.ipc.open_stream(data).read_next_batch()

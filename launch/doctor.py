@@ -1,0 +1,82 @@
+"""`shardtune doctor`: what this machine has of what a run needs, what is missing, and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from typing import Any
+
+from strategies.errors import ConfigError
+
+USAGE = """usage: shardtune doctor [--json]
+
+Looks at this machine and changes nothing: Python and packages with their versions, extras that are missing, cores and
+memory, GPUs as torch and their driver see them, caches and free space, SLURM, and variables that change what runs do.
+
+Ends with 0 where a run can start, with 69 where something keeps it from that."""
+UNFIT = 69
+WIDTH = 80
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    if words := [word for word in argv if word != "--json"]:
+        raise ConfigError([f"{word}: doctor looks at this machine as it is, and takes --json alone" for word in words])
+    from launch.machine import look
+
+    found = look(os.environ)
+    if "--json" in argv:
+        print(json.dumps({**found.facts, "problems": found.problems, "notes": found.notes}, indent=1))
+    else:
+        print("\n".join(text(found.facts, found.problems, found.notes)))
+    return UNFIT if found.problems else 0
+
+
+def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
+    """What a person reads, in 80 columns."""
+    rows = [("host", f"{facts['host']}, {facts['system']}")]
+    rows.append(("python", facts["python"]))
+    if "packages" in facts:
+        rows.append(("shardtune", facts["shardtune"]))
+        rows.append(
+            ("packages", ", ".join(f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()))
+        )
+        for extra, about in facts["extras"].items():
+            lacks = f"{'; '.join(about['lacks'])} (pip install 'shardtune[{extra}]')" if about["lacks"] else "here"
+            rows.append((f"[{extra}]", f"{about['brings']}: {lacks}"))
+    if "cores" in facts:
+        rows.append(("cores", str(facts["cores"])))
+        rows.append(("memory", f"{facts['memory_gib']:.1f} GiB, {facts['memory_free_gib']:.1f} GiB free"))
+        rows += _gpus(facts)
+    for name, place in facts["places"].items():
+        more = f", {facts['models']} models" if name == "models" else ""
+        there = "" if place["exists"] else ", not made yet"
+        rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{more}{there}"))
+    rows.append(("slurm", "yes" if facts["slurm"] else "no"))
+    rows += (
+        [("offline", ", ".join(f"{key}={value}" for key, value in facts["offline"].items()))]
+        if facts["offline"]
+        else []
+    )
+    lines = [line for title, told in rows for line in _folded(f"{title:<16}{told}", 16)]
+    for title, said in (("to know", notes), ("to mend", problems)):
+        lines += ["", f"{title}:", *(line for each in said for line in _folded(f"  {each}", 4))] if said else []
+    return lines if problems else [*lines, "", "a run can start here"]
+
+
+def _gpus(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if not facts["gpus"]:
+        return [("gpus", f"none; precision=auto is {facts['precision']}")]
+    driver = f", driver {facts['driver']}" if facts["driver"] else ""
+    rows = [("cuda", f"{facts['torch_cuda']}{driver}; precision=auto is {facts['precision']}")]
+    for number, gpu in enumerate(facts["gpus"]):
+        rows.append((f"gpu {number}", f"{gpu['name']}, {gpu['memory_gib']:.1f} GiB, {gpu['free_gib']:.1f} GiB free"))
+    return rows
+
+
+def _folded(said: str, indent: int) -> list[str]:
+    return textwrap.wrap(said, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
