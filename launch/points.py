@@ -199,6 +199,7 @@ def run_points(plan: Plan, to: Path) -> int:
     from launch.progress import Progress
     from trainer.config.run import LauncherName
     from trainer.records.lease import NotOurs
+    from trainer.stopping.signals import release
 
     for point in plan.points:
         point.composed.config.logging.group = point.composed.config.logging.group or to.name
@@ -216,6 +217,7 @@ def run_points(plan: Plan, to: Path) -> int:
         raise ConfigError([f"to={to}: holds other runs; name another directory, or undo:", *error.problems]) from error
     write_rows(to, plan.rows(to), list(plan.words))
     if by_slurm and left:
+        release()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
             return submit_array([point.composed for point, _ in left], [run_dir for _, run_dir in left])
     return _one_by_one(left, Progress(len(runs), len(runs) - len(left)))

@@ -36,6 +36,7 @@ class Progress:
         self.number += 1
         self._name, self._run_dir, self._steps = name, run_dir, steps
         self._before = _last_step(run_dir)
+        self._first: tuple[float, int] | None = None
         self._began = self._told = time.monotonic()
         if not self._terminal:
             self._say(f"[{self.number}/{self.of}] {name} -> {run_dir}")
@@ -85,11 +86,14 @@ class Progress:
         return told if left is None else f"{told}, about {span(left)} left"
 
     def _left(self, now: float, step: int) -> float | None:
-        """Seconds to the end of all runs: each as long as those before it; of the first as its steps go."""
-        took, here = mean(self._took) if self._took else None, now - self._began
-        if took is None and self._steps and step > self._before:
-            took = here * (self._steps - self._before) / (step - self._before)
-        return None if took is None else max(0.0, took - here) + took * (self.of - self.number)
+        """Seconds to the end of all runs: each as long as those before it, the first as its start and its steps say."""
+        took = mean(self._took) if self._took else None
+        if self._first is None and step > self._before:
+            self._first = (now, step)
+        if took is None and self._first is not None and self._steps and step > self._first[1]:
+            seen, at = self._first
+            took = seen - self._began + (now - seen) / (step - at) * (self._steps - at)
+        return None if took is None else max(0.0, took - (now - self._began)) + took * (self.of - self.number)
 
     def _say(self, text: str, *, over: bool = False) -> None:
         """A line; in a terminal the next one takes its place where it is `over`."""

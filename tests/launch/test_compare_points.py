@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import progress
 from launch.main import main
 from launch.points import plan_points
 from strategies.errors import ConfigError
@@ -224,3 +225,26 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     assert main(["compare", *asked, new, "compare.steps=5"]) == 64
     said = capsys.readouterr().err
     assert f"to={tmp_path / 'new'}: holds other runs" in said and "budget.steps: 4 there, 5 here" in said
+
+
+def test_what_is_left_is_told_from_the_steps_and_then_from_the_runs_before(tmp_path, monkeypatch, capsys):
+    """Ten seconds to start, two a step, ten steps: by hand, in a clock of its own."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    told = progress.Progress(3, 0)
+
+    def at(seconds: float, step: int) -> str:
+        clock[0] = seconds
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, step + 1)))
+        return told._state(seconds)
+
+    told.begin("a", tmp_path, 10)
+    assert at(5, 0) == "[1/3] a: starting"
+    assert at(12, 1) == "[1/3] a: step 1 of 10"
+    assert at(20, 5) == f"[1/3] a: step 5 of 10, about {10 + 2 * 30} s left"
+    clock[0] = 30
+    told.end(0, tmp_path / "output.log")
+    told.passed_over()
+    told.begin("c", tmp_path, 10)
+    assert at(35, 10) == "[3/3] c: step 10 of 10, about 25 s left"
+    assert "[1/3] a: done in 30 s" in capsys.readouterr().err
