@@ -50,8 +50,9 @@ BATCH = [
     ),
     (
         "batch.micro",
-        "a whole number",
-        "Most documents (packs) in one forward pass of one rank. Does not change the result.",
+        "a whole number or `auto`",
+        "Most documents (packs) in one forward pass of one rank. Does not change the result. `auto`: as many as memory "
+        "allows, found at the first start (docs/planning.md).",
     ),
 ]
 

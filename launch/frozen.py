@@ -18,7 +18,7 @@ from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
-from trainer.config.run import RunConfig
+from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
 from trainer.records.lease import refuse_in_use
 from trainer.records.status import State, read_status, write_text_atomic
 from trainer.stopping.signals import pending
@@ -90,6 +90,16 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
     return run_dir
 
 
+def freeze_choices(run_dir: Path, config: RunConfig) -> None:
+    """Write `config.yaml` anew with what the run has chosen, under the same hash. Errors: ConfigError, StorageError."""
+    path = run_dir / "config.yaml"
+    try:
+        header = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[:3] if line[0] == "#"]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
+    write_text_atomic(path, "".join(header) + to_yaml(config))
+
+
 def load_frozen(path: Path | str) -> RunConfig:
     """Read a frozen `config.yaml` back. Errors: ConfigError where it is missing, edited or of another version."""
     from omegaconf import OmegaConf
@@ -132,6 +142,9 @@ def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
 
 def _same_or_refuse(composed: Composed, path: Path) -> None:
     before = load_frozen(path)
+    if composed.config.batch["micro"] == AUTO and chose_micro(before.batch, before.substitutions):
+        composed.config.batch["micro"] = before.batch["micro"]  # chosen once
+        composed.config.substitutions[MICRO] = before.substitutions[MICRO]
     changed = differences(composed.config, before)
     if not changed:
         return
@@ -148,6 +161,8 @@ def _same_or_refuse(composed: Composed, path: Path) -> None:
 
 def _identifying(tree: Any) -> dict[str, Any]:
     kept = {key: value for key, value in tree.items() if key not in ("logging", "launcher", "substitutions")}
+    if chose_micro(tree["batch"], tree["substitutions"]):  # it is still the run that was asked for
+        kept["batch"] = {**tree["batch"], "micro": AUTO}
     return kept | {"run": {"seed": tree["run"]["seed"]}}
 
 

@@ -53,7 +53,7 @@ def settings() -> dict[str, Setting]:
             assert isinstance(hint, type)
             found |= {key: Setting(leaf_type) for key, leaf_type in leaves(hint, name).items()}
         elif name == "batch":
-            found |= {"batch.global": Setting(int), "batch.micro": Setting(int)}
+            found |= {"batch.global": Setting(int), "batch.micro": Setting(int)}  # or auto
         else:
             found[name] = Setting(hint)
     for key, setting in found.items():

@@ -199,10 +199,11 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     from launch.overrides import parse
     from strategies.base import Precision
     from strategies.errors import ConfigError
-    from trainer.config.run import Device
+    from trainer.config.run import AUTO, MICRO, Device
 
     parsed = parse(words)
-    typed = set(parsed.choices) | {key for key, _, _ in parsed.values}
+    # What the run would choose is what a plan looks at in all its values.
+    typed = set(parsed.choices) | {key for key, value, _ in parsed.values if (key, value) != (MICRO, AUTO)}
     # The launcher of a cluster settles nothing by this machine, and knows gpus_per_node.
     config = compose([*words, *([] if "launcher" in typed else ["launcher=slurm"])], check=False).config
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
@@ -211,7 +212,7 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     # launcher=local settles it by this machine; what it found is of no account.
     asked = Precision.auto if "precision" in config.substitutions else config.precision
     config = replace(config, precision=card.precision(asked))
-    if "batch.micro" not in typed:
+    if MICRO not in typed:
         config.batch["micro"] = 1
     step = config.batch["micro"] * (ranks_of(config) or 0)
     if "batch.global" not in typed and step > 0:

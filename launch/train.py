@@ -155,13 +155,14 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
 
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train, and leave the error of the first failing rank in the run directory."""
+    from launch.frozen import freeze_choices
     from strategies.errors import Preempted
     from trainer.records.lease import NotOurs
     from trainer.records.status import record_failure
     from trainer.run import run_worker
 
     try:
-        run_worker(config, run_dir, sha256)
+        run_worker(config, run_dir, sha256, freeze_choices)
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
@@ -179,7 +180,7 @@ def usage() -> str:
         ("model.path=<dir or hub id>", "the model to tune"),
         ("data.path=<file, dir, glob>", "training data; data.eval_path or data.eval_share for evaluation"),
         ("budget.steps|epochs|tokens=N", "how long to train; exactly one"),
-        ("batch.global=64 batch.micro=4", "documents a step, and at most in one forward pass; accumulation is derived"),
+        ("batch.global=64 batch.micro=4", "documents a step, and at most in one forward pass (auto: as memory allows)"),
         ("optim.lr=2e-4", "peak learning rate"),
         ("precision=bf16", "fp32, bf16, fp16 or auto"),
         ("launcher.processes=8", "ranks on this host; default: one a GPU"),

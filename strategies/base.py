@@ -262,6 +262,12 @@ class Engine(Protocol):
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """Full parameters one by one, on the CPU, under plain names; None on all ranks but 0. All ranks must exhaust it."""
 
+    def close(self) -> None:
+        """Give up the memory of gradients and optimizer state, and of all else once nobody refers to it: it is used no more.
+
+        No collective.
+        """
+
 
 class Strategy(Protocol):
     """Builds an engine out of a step module that lives on the meta device."""

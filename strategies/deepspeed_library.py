@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from strategies.base import Judge
 from strategies.host_memory import HostMemory
@@ -45,6 +46,22 @@ def restore_linear() -> None:
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
 
     torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
+
+
+def release(engine: Any) -> None:
+    """Give up the memory of an engine that is used no more. No collective.
+
+    Its hooks, and under stage 3 more than those, keep parameters alive from within autograd, where no garbage collection looks:
+    what they keep is emptied.
+    """
+    engine.destroy()
+    optimizer = engine.optimizer
+    parameters = list(engine.module.parameters())
+    held = [list(vars(optimizer).values()), list(optimizer.optimizer.state.values()), parameters]
+    held += [[p.grad for p in parameters], [getattr(p, "ds_tensor", None) for p in parameters]]
+    for tensor in tree_leaves(held):
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.untyped_storage().resizable():
+            tensor.untyped_storage().resize_(0)
 
 
 def settle_accelerator(runtime: Runtime) -> None:

@@ -66,6 +66,11 @@ class NativeEngine:
         self.around: AroundUpdate | None = getattr(step_module, "around_update", None)
         assert self.around is None or self.replicated, "refused when a run is composed"
 
+    def close(self) -> None:
+        """Let go of gradients and optimizer state. See `Engine.close`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
     # -- forward and backward ------------------------------------------------------------------------------------
 
     def _autocast(self) -> AbstractContextManager[Any]:

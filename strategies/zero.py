@@ -19,6 +19,7 @@ from strategies.deepspeed_library import (
     exchange_through,
     import_deepspeed,
     norm_of,
+    release,
     restore_linear,
     settle_accelerator,
     stay_in_place,
@@ -59,6 +60,10 @@ class ZeroEngine:
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.engine.set_gradient_accumulation_boundary(last)
         return self.engine(batch)
+
+    def close(self) -> None:
+        """Give up parameters, gradients and optimizer state. See `Engine.close`."""
+        release(self.engine)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -177,11 +177,16 @@ def _check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
             "padded rows here; set data.packing=false"
         )
-    if family.kind is Kind.causal and plain_model(built.step_module.model).way.alone:  # type: ignore[union-attr]
+    if right_alone(built, config.objective):
         _check_alone(config, built, data)
     if family.kind is Kind.encoder_decoder:
         lengths = family.longest(config.objective, config.data)
         encoder_decoder.check(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
+
+
+def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
+    """Whether the model is right for one row at a time only."""
+    return family_of(objective).kind is Kind.causal and bool(plain_model(built.step_module.model).way.alone)  # type: ignore[union-attr]
 
 
 def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:

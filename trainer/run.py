@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.base import Engine, Precision, Progress
+from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
-from strategies.errors import Preempted, ShardtuneError
+from strategies.errors import Preempted
 from trainer.build import build_engine, build_loader, prepare_data
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.places import places_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
-from trainer.data.report.preview import preview, summary
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_evaluators
 from trainer.export.card import CardFacts
@@ -26,14 +24,10 @@ from trainer.export.write import write_export
 from trainer.facts import (
     Started,
     card_facts,
-    end_text,
-    outcome_record,
     run_facts,
-    start_text,
-    tracker_settings,
-    write_run_record,
 )
 from trainer.forecast.fitting import must_fit
+from trainer.forecast.micro import Given, settle_micro
 from trainer.guards.told import Told
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, attempt
@@ -41,30 +35,29 @@ from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.loop import LoopSettings, Output, Trainer, Watch
 from trainer.model.loading import load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
-from trainer.objectives.registry import reading_of
-from trainer.planning.receipt import measured
-from trainer.records.console import Console
 from trainer.records.metrics import Meter
-from trainer.records.outcome import Outcome
-from trainer.records.status import State, write_status
-from trainer.records.trackers import Trackers, build_trackers
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
+from trainer.telling import Place, close_records, introduce, note_measured, open_records
 from trainer.tuning.start import adapter_hash
 
+Freeze = Callable[[Path, RunConfig], None]
+"""Writes down a configuration again, with what the run has chosen itself."""
 
-def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
+
+def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Freeze) -> None:
     """Train as one rank of the job that the environment describes; raises what ended the run.
 
-    `run_dir` is needed on rank 0 only. How it ended is written down by `trainer/lifecycle/attempt.py`.
+    `run_dir` is needed on rank 0 only, which hands what the run chooses itself to `freeze`.
+    How it ended is written down by `trainer/lifecycle/attempt.py`.
     """
     failed = False
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
     with StopRequest(interrupts=alone) as request:  # over when everything is written down
         try:
             with attempt(run_dir, config.run.lease_s, request) as where:
-                _run(config, run_dir, sha256, request, where)
+                _run(config, run_dir, sha256, request, where, freeze)
         except Preempted as stop:
             stop.signal_name = request.signal_name
             raise
@@ -75,20 +68,9 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str) -> None:
             processes.stop(failed=failed)
 
 
-@dataclass(slots=True)
-class Place:
-    """Where a run takes place and who hears of it."""
-
-    run_dir: Path
-    sha256: str
-    """Of the configuration."""
-    runtime: processes.Runtime
-    console: Console
-    agreement: Agreement
-    where: Where
-
-
-def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where) -> None:
+def _run(
+    config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where, freeze: Freeze
+) -> None:
     tokenizer = load_tokenizer(config.model)
     data, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
@@ -96,18 +78,16 @@ def _run(config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequ
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
 
     precision = resolve_precision(config.precision, runtime)
-    checked = check(config, data, precision, place)
+    checked = check(config, data, place)
+    config = choose_open(config, Given(tokenizer, data, precision, runtime), place, freeze)
+    where.phase = "simulating whether the run fits"
+    checked |= must_fit(config, data, precision, runtime, console.say)
+
     where.phase = "building the model"
     engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
     record_reference(config, data, engine, built, place)
 
-    where.phase = "resuming"
-    places = places_of(run_dir, config.checkpoint.fallback_dir)
-    checkpoints = Checkpoints(places, config.checkpoint, runtime, console.say)
-    resumed_from = choose(checkpoints.places, config.run.resume, runtime)
-    progress = engine.load(resumed_from) if resumed_from else Progress()
-    checkpoints.begin(resumed_from, config.run.resume)
-    where.step = progress.step
+    checkpoints, resumed_from, progress = resume(config, engine, place)
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     facts = run_facts(
         config,
@@ -168,16 +148,35 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
     return data, start_processes(config, meeting.store)
 
 
-def check(config: RunConfig, data: Prepared, precision: Precision, place: Place) -> dict[str, Any]:
-    """What `run.json` says of the run that is gone on with and, where that was asked for, of the memory there is.
-
-    All ranks must call. Raises ConfigError where it is another run, DoesNotFit where it takes more memory.
-    """
+def check(config: RunConfig, data: Prepared, place: Place) -> dict[str, Any]:
+    """What `run.json` says of the run that is gone on with. All ranks must call. Raises ConfigError where it is another run."""
     place.where.phase = "comparing with the run that is gone on with"
     place.where.still_ours(place.runtime)
-    identity = establish(config, data, place.run_dir, place.runtime)
-    place.where.phase = "simulating whether the run fits"
-    return identity | must_fit(config, data, precision, place.runtime, place.console.say)
+    return establish(config, data, place.run_dir, place.runtime)
+
+
+def choose_open(config: RunConfig, given: Given, place: Place, freeze: Freeze) -> RunConfig:
+    """The run with what it chooses itself, which is frozen. All ranks must call. Errors: those of `settle_micro`."""
+
+    def keep(chosen: RunConfig) -> None:
+        place.where.still_ours(place.runtime)
+        if place.runtime.is_main:
+            freeze(place.run_dir, chosen)
+
+    place.where.phase = "choosing the micro-batch"
+    return settle_micro(config, given, place.console.say, keep)
+
+
+def resume(config: RunConfig, engine: Engine, place: Place) -> tuple[Checkpoints, Path | None, Progress]:
+    """(the run's checkpoints, the one that `engine` now has the state of, how far that is). All ranks must call."""
+    place.where.phase = "resuming"
+    places = places_of(place.run_dir, config.checkpoint.fallback_dir)
+    checkpoints = Checkpoints(places, config.checkpoint, place.runtime, place.console.say)
+    resumed_from = choose(places, config.run.resume, place.runtime)
+    progress = engine.load(resumed_from) if resumed_from else Progress()
+    checkpoints.begin(resumed_from, config.run.resume)
+    place.where.step = progress.step
+    return checkpoints, resumed_from, progress
 
 
 def evaluators_of(
@@ -222,16 +221,6 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     )
 
 
-def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
-    """The console of this rank, and on it what will be learned, before anything is."""
-    console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
-    head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
-    reading = reading_of(config.objective)
-    shown = preview(data.train, tokenizer, reading, data.label_names, width=console.width)
-    console.say("\n".join([head, summary(data.report), shown]))
-    return console
-
-
 def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, place: Place) -> None:
     """What the initial model says of the data, where the objective compares with it and it will be gone. All ranks call."""
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
@@ -252,47 +241,6 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
     except Preempted:  # on all ranks alike
         place.where.still_ours(place.runtime)
         raise
-
-
-def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:
-    """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the others. All ranks call."""
-    place.console.say(start_text(facts))
-    place.where.still_ours(place.runtime)
-    if not place.runtime.is_main:
-        return Trackers([])
-    trackers, progress.wandb_id, note = build_trackers(
-        config.logging,
-        place.run_dir,
-        wandb_id=progress.wandb_id,
-        resume_step=progress.step,
-        settings=tracker_settings(config, facts),
-    )
-    if note:
-        facts["substitutions"]["logging.wandb"] = note
-        place.console.say(f"substituted: logging.wandb: {note}")
-    write_run_record(place.run_dir, facts)
-    write_status(place.run_dir, State.running, step=progress.step)
-    return trackers
-
-
-def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
-    """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
-    if place.runtime.is_main:
-        facts["receipt"]["measured"] = measured(meter, place.runtime.device, checkpoints.last)
-        with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
-            if place.where.lease is not None:
-                place.where.lease.check()
-            write_run_record(place.run_dir, facts)
-
-
-def close_records(
-    facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: Place
-) -> None:
-    """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
-    if place.runtime.is_main:
-        write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
-        place.console.say(end_text(place.run_dir, outcome, exported, trackers.sync_line))
-    processes.barrier(place.runtime)
 
 
 def export(

@@ -20,6 +20,7 @@ from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, descendants, environment, read, wait
 from tests.helpers.speed import seconds
 from trainer import run as run_module
+from trainer import telling
 from trainer.config.run import RunConfig
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.records import lease as lease_module
@@ -135,10 +136,10 @@ def test_a_stop_before_training_is_looked_at_by_all_ranks(monkeypatch):
     with pytest.raises(LeaseLost):
         run_module.record_reference(RunConfig(), MagicMock(), MagicMock(), built, place)
     with pytest.raises(LeaseLost):  # and so before what the run is, and that it runs, is written down
-        run_module.check(RunConfig(), MagicMock(), MagicMock(), place)
-    monkeypatch.setattr(run_module, "start_text", lambda facts: "")
+        run_module.check(RunConfig(), MagicMock(), place)
+    monkeypatch.setattr(telling, "start_text", lambda facts: "")
     with pytest.raises(LeaseLost):
-        run_module.open_records(RunConfig(), {}, MagicMock(), place)
+        telling.open_records(RunConfig(), {}, MagicMock(), place)
 
 
 def test_a_directory_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):

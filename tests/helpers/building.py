@@ -28,6 +28,7 @@ from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.guards.watch import Guards
+from trainer.lifecycle.attempt import Where
 from trainer.loop import Output, Trainer, Watch
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
@@ -41,10 +42,11 @@ from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.trackers import Trackers
-from trainer.run import Place, Where, loop_settings, record_reference
+from trainer.run import loop_settings, record_reference
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
+from trainer.telling import Place
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {

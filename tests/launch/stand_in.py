@@ -3,7 +3,7 @@
 STAND_IN = """
 import os, signal, sys, time, types
 
-def run_worker(config, run_dir, sha256):
+def run_worker(config, run_dir, sha256, freeze):
     import torch, torch.distributed as dist
     from strategies.errors import ConfigError, Preempted
     from trainer.stopping.signals import StopRequest

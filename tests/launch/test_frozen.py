@@ -1,11 +1,12 @@
 """The frozen configuration: read back equal, refused when edited, and one run to a directory."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from launch.compose import compose, default_run_dir, freeze, load_frozen
-from launch.frozen import identity
+from launch.frozen import freeze_choices, identity
 from strategies.errors import ConfigError, StorageError
 from trainer.records.lease import Lease
 from trainer.records.status import write_status
@@ -145,3 +146,42 @@ def test_the_default_directory_survives_a_requeue(monkeypatch):
     assert default_run_dir("a" * 64).name.startswith("aaaaaaaa-2")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     assert str(default_run_dir("a" * 64)) == "runs/aaaaaaaa-4711"
+
+
+def test_a_micro_batch_that_the_run_chose_is_part_of_what_was_asked(tmp_path):
+    """The same words find their run again, and its choice; a number that is typed, or edited in the file, is another."""
+    asked = composed("batch.micro=auto")
+    directory = freeze(asked, tmp_path / "run")
+    chosen = replace(asked.config, batch={"global": 32, "micro": 8})
+    chosen.substitutions = {"batch.micro": "auto -> 8 (planned)"}
+    freeze_choices(directory, chosen)
+    assert identity(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
+    (directory / "checkpoints/step-000001").mkdir(parents=True)
+    again = composed("batch.micro=auto")
+    freeze(again, directory)
+    assert again.config.batch["micro"] == 8 and again.config.substitutions["batch.micro"] == "auto -> 8 (planned)"
+    assert load_frozen(directory / "config.yaml").batch["micro"] == 8
+    with pytest.raises(ConfigError, match=r"batch\.micro: auto there, 8 here"):
+        freeze(composed("batch.micro=8"), directory)
+    text = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(text.replace("micro: 8", "micro: 4"))
+    with pytest.raises(ConfigError, match="does not match its hash"):
+        load_frozen(directory / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["batch.micro=many"], "batch.micro=many: batch.micro must be a whole number, or auto"),
+        (["batch.micro=1.5"], "batch.micro=1.5: batch.micro must be a whole number, or auto"),
+        (["batch.global=auto"], "batch.global=auto: batch.global must be a whole number"),
+        (
+            ["batch.micro=auto", "batch.global=10", "launcher.processes=4", "strategy=ddp"],
+            "batch.global=10: must be a multiple of the 4 ranks; set batch.global=8 or batch.global=12",
+        ),
+    ],
+)
+def test_what_a_micro_batch_may_be(words, said):
+    with pytest.raises(ConfigError) as refused:
+        compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words])
+    assert [problem for problem in refused.value.problems if problem.startswith("batch")] == [said]

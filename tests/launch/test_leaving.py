@@ -58,8 +58,8 @@ def test_a_run_tells_whether_it_failed_when_it_leaves_its_groups(error, failed, 
     monkeypatch.setattr(run, "_run", ended)
     monkeypatch.setattr(run.processes, "stop", lambda *, failed: told.append(failed))
     if error is None:
-        run.run_worker(RunConfig(), tmp_path, "x")
+        run.run_worker(RunConfig(), tmp_path, "x", print)
     else:
         with pytest.raises(type(error)):
-            run.run_worker(RunConfig(), tmp_path, "x")
+            run.run_worker(RunConfig(), tmp_path, "x", print)
     assert told == [failed]

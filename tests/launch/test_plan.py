@@ -129,6 +129,12 @@ def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
     assert code == 64 and out.count(said) == 1
 
 
+def test_a_micro_batch_that_a_run_would_choose_is_looked_at_in_all_its_values(model):
+    card, _ = read_own(["hardware=l4"])
+    config, typed = composed([f"model.path={model}", "batch.micro=auto"], card)
+    assert config.batch["micro"] == 1 and "batch.micro" not in typed
+
+
 def pasted(said):
     """(verb, words) of the command that a plan ends with, as a shell reads them."""
     command_line = re.search(r"^shardtune (?:train|submit) (?:.*\\\n)*.*$", said, re.MULTILINE)

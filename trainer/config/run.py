@@ -34,6 +34,7 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+AUTO, MICRO = "auto", "batch.micro"
 RETRIES = ("preempted", "node_fail")
 """Causes after which a run may be started again by itself; an error is none."""
 
@@ -135,8 +136,8 @@ class RunConfig:
     run: RunSettings = field(default_factory=RunSettings)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    batch: dict[str, int] = field(default_factory=lambda: {"global": 32, "micro": 4})
-    """`global`: documents (packs) an optimizer step; `micro`: most of them in one forward pass of one rank."""
+    batch: dict[str, Any] = field(default_factory=lambda: {"global": 32, "micro": 4})
+    """`global`: documents (packs) an optimizer step; `micro`: most of them in one forward pass of one rank, or `auto`."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     precision: Precision = Precision.auto
     """`fp32`, `bf16`, `fp16` or `auto` (on GPUs bf16 where the hardware has it, else fp16; on CPUs fp32)."""
@@ -153,6 +154,11 @@ class RunConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     substitutions: dict[str, Any] = field(default_factory=dict)
     """What `auto` was resolved to, filled when the config is frozen; not set by hand."""
+
+
+def chose_micro(batch: dict[str, Any], substitutions: dict[str, Any]) -> bool:
+    """Whether `batch.micro` is what the run made of `auto`."""
+    return str(substitutions.get(MICRO)).startswith(f"{AUTO} -> {batch['micro']} ")
 
 
 def leaves(settings: type, prefix: str) -> dict[str, Any]:

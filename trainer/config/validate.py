@@ -21,7 +21,7 @@ from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
-from trainer.config.run import RETRIES, Device, LauncherName, RunConfig, SlurmConfig
+from trainer.config.run import AUTO, MICRO, RETRIES, Device, LauncherName, RunConfig, SlurmConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.inputs import problems as data_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
@@ -56,7 +56,12 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
 def _ranges(config: RunConfig) -> Iterator[str]:
     for key, (bounds, advice) in RANGES.items():
         for name, value in _values(config, key.split(".")):
-            if value is not None and not bounds.holds(value):
+            if name.startswith("batch.") and (
+                isinstance(value, bool) or not isinstance(value, int)
+            ):  # of no fixed type
+                if (name, value) != (MICRO, AUTO):
+                    yield f"{name}={value}: {name} must be a whole number{', or auto' if name == MICRO else ''}"
+            elif value is not None and not bounds.holds(value):
                 yield f"{name}={value:g}: must be {bounds}; {advice}"
 
 
@@ -93,6 +98,11 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield "batch: needs both batch.global and batch.micro"
         return
     ranks = world_size or 1
+    if micro == AUTO:
+        if size % ranks:
+            legal = " or ".join(f"batch.global={v}" for v in (size // ranks * ranks, -(-size // ranks) * ranks) if v)
+            yield f"batch.global={size}: must be a multiple of the {ranks} ranks; set {legal}"
+        return
     if size % (micro * ranks):
         step = micro * ranks
         below, above = size // step * step, (size // step + 1) * step

@@ -119,20 +119,25 @@ def refusal(fit: Fit, peak: Peak, config: RunConfig) -> str:
 
 
 def simulated_apart(config: RunConfig, lengths: list[int], ranks: tuple[int, int], patience_s: float) -> Peak | str:
-    """The peak of a step of sequences of `lengths` tokens on (all ranks, those of a host), or why it cannot be told.
+    """The peak of a step of sequences of `lengths` tokens on (all ranks, those of a host), or why it cannot be told."""
+    found: Peak | str = answered_apart(_simulate, (config, lengths, ranks), patience_s)
+    return found
+
+
+def answered_apart(ask: Callable[..., Any], given: tuple[Any, ...], patience_s: float) -> Any:
+    """What `ask`, a function of a module, answers to `given` in a process of its own, or text why it does not.
 
     A process that is part of a job, or has GPUs, cannot simulate: another one is started for it.
     """
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(its, config, lengths, ranks), daemon=True)
+    child = context.Process(target=_answer, args=(its, ask, given), daemon=True)
     child.start()
     its.close()
     try:
         if not mine.poll(patience_s):
             return f"its simulation took more than {patience_s:.0f} s (of run.timeout_s)"
-        answer: Peak | str = mine.recv()
-        return answer
+        return mine.recv()
     except EOFError:
         return "the process that simulates it ended without an answer"
     finally:
@@ -141,13 +146,13 @@ def simulated_apart(config: RunConfig, lengths: list[int], ranks: tuple[int, int
         mine.close()
 
 
-def _answer(out: Connection, config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> None:
+def _answer(out: Connection, ask: Callable[..., Any], given: tuple[Any, ...]) -> None:
     for number in (*SIGNALS, signal.SIGINT):  # meant for the run, which saves and ends
         signal.signal(number, signal.SIG_IGN)
     for name in OF_A_JOB:
         os.environ.pop(name, None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its context would take memory of the run's card
-    out.send(_simulate(config, lengths, ranks))
+    out.send(ask(*given))
 
 
 def _simulate(config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> Peak | str:

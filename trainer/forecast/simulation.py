@@ -18,7 +18,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import simulated_rank
 from strategies.zero_config import LIVE
-from trainer.build import attach_frozen, build_step
+from trainer.build import attach_frozen, build_step, right_alone
 from trainer.config.run import RunConfig
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
@@ -94,6 +94,7 @@ def simulate_form(
     world_size: int = 1,
     local_world_size: int = 8,
     exact: bool = False,
+    device: torch.device = SIMULATED,
 ) -> Form:
     """Rank 0's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
 
@@ -105,15 +106,15 @@ def simulate_form(
 
     def take(depth: int) -> tuple[list[Simulated], list[Size], bool]:
         with (
-            simulated_rank(0, world_size, local_world_size=local_world_size) as runtime,
+            simulated_rank(0, world_size, local_world_size=local_world_size, device=device) as runtime,
             _at_depth(config, depth, blocks) as shallow,
         ):
             parts = parts_of(shallow, [length] * per(shallow), runtime)
-            straight = config.precision is not Precision.fp32  # whose attention keeps its scores
+            straight = parts.precision is not Precision.fp32  # whose attention keeps its scores
             rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length, straight=straight)
             notes = parts.built.substitutions.items()  # kernels were asked of a machine that is not meant
             told["notes"] = tuple(f"{key}: {value}" for key, value in notes if key != "model.attention")
-            told["layout"] = str(parts.built.layout)
+            told["layout"], told["alone"] = str(parts.built.layout), right_alone(parts.built, config.objective)
             counts[depth] = _parameters(parts.built)
             batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
             squares = [sum(n * n for n in each) for each in lengths]
@@ -140,6 +141,7 @@ def simulate_form(
         trained=trained,
         notes=told["notes"],
         layout=told["layout"],
+        alone=told["alone"],
     )
 
 

@@ -81,6 +81,8 @@ class Form:
     """How documents lie in a row."""
     notes: tuple[str, ...] = ()
     """What was chosen while the model was built."""
+    alone: bool = False
+    """Whether the model is right for one row at a time only."""
 
     def at(self, units: float) -> Taken:
         """The peak of micro-batches of so many units."""

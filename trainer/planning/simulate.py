@@ -9,23 +9,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from strategies.base import Engine, Judge, OptimizerFactory, Precision, Progress, StepResult, StrategyConfig
+from strategies.base import Judge, OptimizerFactory, Precision, StepResult, StrategyConfig
 from strategies.build import build_strategy
 from strategies.owned import Kind, owned
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
-from trainer.data.batches.collate import to_device
-from trainer.data.batches.loader import StepBatch, StepLoader
-from trainer.evaluation.base import EvaluationConfig
-from trainer.guards.config import GuardsConfig
-from trainer.guards.watch import Guards
-from trainer.loop import LoopSettings, Output, Trainer, Watch
-from trainer.optim.schedule import ScheduleConfig
+from trainer.planning.bare import bare_trainer, batch_of
 from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
 from trainer.planning.record import Collective, Record, Recorder
@@ -159,42 +153,6 @@ def _steps(parts: Parts, watched: Watched, warm: int, repeat: int) -> Simulated:
     return watched.report(found, record)
 
 
-def _batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
-    made = [to_device(batch, device) for batch in batches]
-    tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
-    return StepBatch(
-        micro_batches=made,
-        totals=batches[0]["totals"],
-        tokens=tokens,
-        local_tokens=tokens,
-        supervised_tokens=tokens,
-        samples=1,
-    )
-
-
-def _trainer(engine: Watched) -> Trainer:
-    """The loop's own step, with nothing around it."""
-    settings = LoopSettings(
-        total_steps=3,
-        seed=0,
-        lr=1.0,
-        schedule=ScheduleConfig(),
-        evaluation=EvaluationConfig(),
-        log_every=1,
-        save_final=False,
-    )
-    nothing = cast(Any, None)
-    return Trainer(
-        settings,
-        engine=cast(Engine, engine),
-        loader=cast(StepLoader, None),
-        progress=Progress(),
-        evaluators=[],
-        output=Output(nothing, nothing, nothing, nothing),
-        watch=Watch(nothing, Guards(GuardsConfig(), 1, engine.runtime)),
-    )
-
-
 class Watched:
     """An engine that tells a recorder what it is at."""
 
@@ -204,7 +162,7 @@ class Watched:
         self.dp_rank, self.dp_size = engine.dp_rank, engine.dp_size
         self.step_module = engine.step_module
         self._micro = 0
-        self._trainer = _trainer(self)
+        self._trainer = bare_trainer(self)
 
     def take(self, batches: list[dict[str, Any]], explain: dict[Moment, Highest] | None = None) -> Record:
         """One step of these micro-batches, with nothing else counted; `explain` names the operations to tally after."""
@@ -213,7 +171,7 @@ class Watched:
         else:
             self.recorder.explain(explain, lambda: owned(self.engine))
         self.start()
-        batch = _batch(batches, self.recorder.device)
+        batch = batch_of(batches, self.recorder.device)
         self._trainer.train_step(batch)
         del batch
         self.at("between")

@@ -1,0 +1,90 @@
+"""What a run tells while it goes on: on the screen, in `run.json` and `status.json`, and to trackers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies import runtime as processes
+from strategies.base import Progress
+from strategies.errors import ShardtuneError
+from trainer.checkpoints.kept import Checkpoints
+from trainer.config.run import RunConfig
+from trainer.data.prepare import Prepared
+from trainer.data.report.preview import preview, summary
+from trainer.facts import end_text, outcome_record, start_text, tracker_settings, write_run_record
+from trainer.lifecycle.attempt import Where
+from trainer.objectives.registry import reading_of
+from trainer.planning.receipt import measured
+from trainer.records.console import Console
+from trainer.records.metrics import Meter
+from trainer.records.outcome import Outcome
+from trainer.records.status import State, write_status
+from trainer.records.trackers import Trackers, build_trackers
+from trainer.stopping.preempt import Agreement
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a run takes place and who hears of it."""
+
+    run_dir: Path
+    sha256: str
+    """Of the configuration."""
+    runtime: processes.Runtime
+    console: Console
+    agreement: Agreement
+    where: Where
+
+
+def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
+    """The console of this rank, and on it what will be learned, before anything is."""
+    console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
+    head = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
+    reading = reading_of(config.objective)
+    shown = preview(data.train, tokenizer, reading, data.label_names, width=console.width)
+    console.say("\n".join([head, summary(data.report), shown]))
+    return console
+
+
+def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:
+    """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the others. All ranks call."""
+    place.console.say(start_text(facts))
+    place.where.still_ours(place.runtime)
+    if not place.runtime.is_main:
+        return Trackers([])
+    trackers, progress.wandb_id, note = build_trackers(
+        config.logging,
+        place.run_dir,
+        wandb_id=progress.wandb_id,
+        resume_step=progress.step,
+        settings=tracker_settings(config, facts),
+    )
+    if note:
+        facts["substitutions"]["logging.wandb"] = note
+        place.console.say(f"substituted: logging.wandb: {note}")
+    write_run_record(place.run_dir, facts)
+    write_status(place.run_dir, State.running, step=progress.step)
+    return trackers
+
+
+def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
+    """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
+    if place.runtime.is_main:
+        facts["receipt"]["measured"] = measured(meter, place.runtime.device, checkpoints.last)
+        with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
+            if place.where.lease is not None:
+                place.where.lease.check()
+            write_run_record(place.run_dir, facts)
+
+
+def close_records(
+    facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: Place
+) -> None:
+    """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
+    if place.runtime.is_main:
+        write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
+        place.console.say(end_text(place.run_dir, outcome, exported, trackers.sync_line))
+    processes.barrier(place.runtime)
