@@ -1,7 +1,7 @@
 """CPU seconds of each test, with those of the processes that it started: `--cpu` prints them by file.
 
-Wall times say little beside other work, and less of a test that waits. What a process started and left behind when it died is
-not seen.
+Wall times say little beside other work, and less of a test that waits. A process that is gone without having been waited for
+takes with it what it had been seen to have: the test at whose end that shows has less, if need be less than nothing.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ from collections import defaultdict
 
 import pytest
 
+MOST = 300
+"""Tests that are listed."""
 _FILES: dict[str, float] = defaultdict(float)
 _TESTS: dict[str, float] = defaultdict(float)
 
@@ -39,8 +41,9 @@ class Spent:
         return report
 
     def pytest_runtest_logreport(self, report):
-        _FILES[report.nodeid.split("::")[0]] += report.cpu_s
-        _TESTS[report.nodeid] += report.cpu_s
+        taken = getattr(report, "cpu_s", 0.0)  # xdist itself reports a test whose worker died
+        _FILES[report.nodeid.split("::")[0]] += taken
+        _TESTS[report.nodeid] += taken
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("CPU seconds, children included")
@@ -50,6 +53,3 @@ class Spent:
             *((s, name) for name, s in sorted(_TESTS.items(), key=lambda row: -row[1])[:MOST]),
         ):
             terminalreporter.write_line(f"{spent_s:8.1f} {names}")
-
-
-MOST = 300
