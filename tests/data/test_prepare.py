@@ -64,7 +64,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
 
 def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
     first = run(config(tmp_path))
-    monkeypatch.setattr(Preparation, "run", None)
+    monkeypatch.setattr(Preparation, "run", lambda *given, **named: pytest.fail("it is made again"))
     second = run(config(tmp_path))
     assert second.directory == first.directory and second.report["cached"] and not first.report["cached"]
     assert second.report["train"] == first.report["train"]
@@ -182,7 +182,7 @@ def test_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(dataset.np, "savez", full)
-    with pytest.raises(StorageError, match=r"No space left.*data\.cache_dir"):
+    with pytest.raises(StorageError, match=r"data\.cache_dir=.*No space left.*free space"):
         run(config(tmp_path))
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
     monkeypatch.undo()
@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
 
 
 BUILDER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from trainer.data.cache import build_once
 how = sys.argv[2]
@@ -204,7 +204,8 @@ def build(target):
     print("building", flush=True)
     if how == "die":
         os._exit(9)
-    sys.stdin.readline()  # until it is told to go on
+    while how == "hold" and not (target.parent / "go").exists():
+        time.sleep(0.05)
     (target / "manifest.json").write_text("{}")
 print(build_once(Path(sys.argv[1]), build), flush=True)
 """
@@ -213,19 +214,19 @@ print(build_once(Path(sys.argv[1]), build), flush=True)
 def builder(directory: Path, how: str) -> subprocess.Popen:
     command = [sys.executable, "-c", BUILDER, str(directory), how]
     root = Path(__file__).parents[2]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=root, text=True, **pipes)
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     entry = tmp_path / "cache" / "abc"
-    first = builder(entry, "build")
+    first = builder(entry, "hold")
     assert first.stdout.readline() == "building\n"
     second = builder(entry, "build")
-    said = second.stderr.readline()
-    assert "waiting for another process" in said and str(entry) in said
-    assert first.communicate("go on\n", timeout=seconds(60))[0] == "True\n"
+    told = second.stderr.readline()
+    assert "waiting for another process" in told and str(entry) in told
+    (entry.parent / "go").touch()
     assert second.communicate(timeout=seconds(60))[0] == "False\n"
+    assert first.communicate(timeout=seconds(60))[0] == "True\n"
 
 
 def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):
