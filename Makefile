@@ -20,8 +20,8 @@ install: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/python -m launch.main demo
 
-# One worker a core; the last lines say what is slow.
-TESTS = $(BIN)/python -m pytest tests -n auto --durations=15
+# One worker a core; the last lines say what is slow. Without bytecode each of hundreds of processes would compile the sources anew.
+TESTS = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest tests -n auto --durations=15
 
 test: $(STAMP)
 	@$(TESTS)

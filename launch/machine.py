@@ -19,6 +19,7 @@ EXTRAS = {
     "hybrid": "kernels for linear attention and short convolutions",
     "mamba": "kernels for state-space layers",
     "tensorboard": "TensorBoard",
+    "report": "the plots of compare.html",
     "pii": "names and places in the search for personal data",
     "remote": "https://, s3:// and gs:// paths",
     "schedule_free": "the schedule-free optimizer",

@@ -154,7 +154,8 @@ def _beside(run: Seen) -> str:
 
 def _where(run: Seen) -> list[str]:
     found = [f"on {run.host}"] if run.host and run.state == State.running else []
-    return found + ([f"job {run.job_id}"] if run.job_id and run.state != QUEUED else [])
+    odd = f" {run.job.state}" if run.job is not None and run.job.state != "RUNNING" else ""
+    return found + ([f"job {run.job_id}{odd}"] if run.job_id and run.state != QUEUED else [])
 
 
 def _in_full(run: Seen, one: One, damaged: Mapping[Path, str] | None) -> list[str]:

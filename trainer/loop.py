@@ -101,10 +101,10 @@ class Trainer:
         entered = time.perf_counter()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
-        if self.guards.goes_back and not self.checkpoints.any():
+        evaluation_s = time.perf_counter() - entered
+        if self.guards.goes_back and not self.checkpoints.any():  # also where the run goes on from another one's
             self._saved_step = -1
             self._save()
-        evaluation_s = time.perf_counter() - entered
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()

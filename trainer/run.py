@@ -33,7 +33,7 @@ from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.loop import LoopSettings, Output, Trainer, Watch
-from trainer.model.loading import load_tokenizer, weights_directory
+from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.records.metrics import Meter
 from trainer.step import Built
@@ -140,6 +140,7 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
     def told() -> bool:
         return request.signal_name is not None
 
+    check_files(config.model)
     with where.meet(config.run.timeout_s) as meeting:
         data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
         where.phase = "start of the processes"

@@ -64,7 +64,7 @@ def test_prepared_data_set_and_report(tmp_path, data):
 
 def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
     first = run(config(tmp_path))
-    monkeypatch.setattr(dataset, "write", None)
+    monkeypatch.setattr(Preparation, "run", None)
     second = run(config(tmp_path))
     assert second.directory == first.directory and second.report["cached"] and not first.report["cached"]
     assert second.report["train"] == first.report["train"]

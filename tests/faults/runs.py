@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cached_property
 from pathlib import Path
 
 import psutil
 
-from launch.main import main
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.launching import ROOT, clean_environment, command_here
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 
@@ -110,15 +110,9 @@ class Runs:
 
     def run_here(self, run: str, *words: str) -> tuple[int, str]:
         """The same in this process, which spares a start: where neither the process nor how it ends is what is tested."""
-        before = dict(os.environ)
-        out = self.root / f"{run}.out"
-        try:
-            with out.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                code = main(self.words(run, *words)[3:])
-            return code, out.read_text()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        with (self.root / f"{run}.out").open("w") as out, redirect_stdout(out), redirect_stderr(out):
+            code = command_here(self.words(run, *words)[3:])
+        return code, self.said(run)
 
     def end(self, process: subprocess.Popen, limit: float = 120) -> int:
         return process.wait(timeout=seconds(limit))

@@ -87,10 +87,11 @@ def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, mon
         "torn": ("running", 2),
         "empty": ("unknown", None),
         "odd": ("running", 2),  # a torn claim of a moment ago
-        "locked": ("lost", 3),
+        "locked": ("unknown", 3),
         "pipe": ("done", 3),
         "shut": ("unknown", None),
     }
+    assert rows["locked"]["why"].startswith("its lease cannot be read: ")
     assert rows["shut"]["why"] == "cannot be read: Permission denied"
     assert main(["status", str(tmp_path)]) == 0
     for name in rows:
@@ -160,6 +161,11 @@ def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
     assert "  job 32 pending: jobs of higher priority come first" in out
     assert main(["status", str(works)]) == 0
     assert "job 31 RUNNING, 1:00:00 left on n1" in capsys.readouterr().out
+
+    queue = tmp_path / "bin" / "queue"
+    queue.write_text(queue.read_text().replace("RUNNING", "SUSPENDED"))
+    assert main(["status", str(tmp_path)]) == 0
+    assert "  on n1, job 31 SUSPENDED\n" in capsys.readouterr().out
 
     monkeypatch.setenv("SQUEUE_CODE", "1")
     assert main(["status", str(tmp_path)]) == 0

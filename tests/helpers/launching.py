@@ -22,6 +22,18 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **extra}
 
 
+def command_here(words: list[str]) -> int:
+    """What `shardtune <words>` returns, called in this process, from whose environment what it sets is taken again."""
+    from launch.main import main
+
+    before = dict(os.environ)
+    try:
+        return main(words)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def run_job(module: str, world: int, directory: Path, *arguments: str, timeout_s: float = 300) -> dict:
     """Run `python -m module directory *arguments` on `world` ranks; the job writes `directory/report.json`.
 

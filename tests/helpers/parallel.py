@@ -19,6 +19,7 @@ FIRST = (
     *TOGETHER,
     "tests/checkpoints",
     "tests/docs",
+    "tests/faults",
     "tests/launch",
     "tests/models",
     "tests/simulated",

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,40 @@ from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
 
 
+def bad_models(path):
+    """Directories like that of the good model, each with one thing wrong."""
+    config = json.loads((path / "llama" / "config.json").read_text())
+    weights = (path / "llama" / "model.safetensors").read_bytes()
+    files = {
+        "lfs": {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"},
+        "cut": {"model.safetensors": weights[:5000]},
+        "adapter": {"config.json": None, "model.safetensors": None, "adapter_config.json": b'{"peft_type": "LORA"}'},
+        "speechless": {name.name: None for name in (path / "llama").glob("*token*")},
+        "tokenizer-lfs": {"tokenizer.json": b"version https://git-lfs.github.com/spec/v1\n"},
+        "unknown": {"config.json": json.dumps(config | {"model_type": "llama9"}).encode()},
+        "misfit": {"config.json": json.dumps(config | {"hidden_size": "many"}).encode()},
+        "torn": {"config.json": b'{"model_type": "llama",'},
+        "narrow": {"config.json": json.dumps(config | {"max_position_embeddings": 16}).encode()},
+        "reformer": {"config.json": json.dumps(REFORMER).encode()},
+    }
+    for name, changes in files.items():
+        shutil.copytree(path / "llama", path / name)
+        for file, content in changes.items():
+            (path / name / file).unlink(missing_ok=True)
+            if content is not None:
+                (path / name / file).write_bytes(content)
+
+
+REFORMER = {"model_type": "reformer", "is_decoder": True, "vocab_size": 352, "num_buckets": 4, "eos_token_id": 1}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("bad")
     model_dir(path)
     write_chat_data(path / "good.jsonl", 24)
     (path / "torn.jsonl").write_text((path / "good.jsonl").read_text() + '{"messages": [{"role": "user"\n')
+    bad_models(path)
     write_jsonl(path / "short.jsonl", [{"prompt": "a very long question " * 40, "completion": "yes"}] * 8)
     return path
 
@@ -64,6 +93,20 @@ CASES = {
         ["supervised", "data.max_length"],
     ),
     "single with two processes": ({"launcher__processes": 2}, 64, ["strategy=single", "launcher.processes"]),
+    "weights left to git-lfs": ({"model__path": "{root}/lfs"}, 65, ["git lfs pull", "model.safetensors"]),
+    "weights cut off": ({"model__path": "{root}/cut"}, 65, ["is no whole safetensors file", "download it again"]),
+    "adapter": ({"model__path": "{root}/adapter"}, 64, ["is an adapter", "tuning.from", "model.adapters"]),
+    "no tokenizer": ({"model__path": "{root}/speechless"}, 64, ["holds no tokenizer", "model.tokenizer="]),
+    "tokenizer left to git-lfs": ({"model__path": "{root}/tokenizer-lfs"}, 64, ["holds no tokenizer that can be"]),
+    "unknown model": ({"model__path": "{root}/unknown"}, 64, ["'llama9'", "install a newer transformers"]),
+    "value of the wrong type": ({"model__path": "{root}/misfit"}, 64, ["config.json cannot be read", "'hidden_size'"]),
+    "torn config.json": (
+        {"model__path": "{root}/torn"},
+        64,
+        ["its config.json cannot be read", "not a valid JSON", "again"],
+    ),
+    "documents longer than positions": ({"model__path": "{root}/narrow"}, 64, ["16", "data.max_length"]),
+    "model that cannot train": ({"model__path": "{root}/reformer"}, 64, ["a reformer trains only on rows of"]),
     "token already known": ({"model__add_tokens": "[hello,<s>]"}, 64, ["<s>", "model.add_tokens"]),
 }
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from launch.main import main
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT
+from tests.helpers.launching import ROOT, command_here
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.places import places_of
 
@@ -27,21 +26,11 @@ def runs(tmp_path_factory):
     data = write_chat_data(site / "train.jsonl", 32)
     words = [f"model.path={model_dir(site)}", f"data.path={data}", f"data.eval_path={data}", "budget.steps=6"]
     words += [f"data.cache_dir={site / 'cache'}", "export.at_end=false", "debug=tiny", "run.device=cpu"]
-    train(*words, "strategy=ddp", f"run.dir={site / 'runs/0'}")
-    train(*words, "strategy=fsdp2", f"run.dir={site / 'runs/1'}")
+    assert command_here(["train", *words, "strategy=ddp", f"run.dir={site / 'runs/0'}"]) == 0
+    assert command_here(["train", *words, "strategy=fsdp2", f"run.dir={site / 'runs/1'}"]) == 0
     broken = ["strategy=single", "run.seed=1", "optim.lr=1e30", "optim.max_skipped_steps=2"]
-    train(*words, *broken, f"run.dir={site / 'broken'}", code=70)
+    assert command_here(["train", *words, *broken, f"run.dir={site / 'broken'}"]) == 70
     return site
-
-
-def train(*words: str, code: int = 0) -> None:
-    """A run in this process, from whose environment what it sets is taken again."""
-    before = dict(os.environ)
-    try:
-        assert main(["train", *words]) == code
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def compare(capsys, *words) -> tuple[int, str, str]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import sys
 import types
 from importlib import metadata
@@ -13,6 +14,7 @@ import torch
 from launch import machine
 from launch.main import main
 from strategies import runtime
+from tests.helpers.launching import ROOT
 
 GIB = 2**30
 
@@ -64,6 +66,14 @@ def test_this_machine(capsys, monkeypatch, tmp_path):
     assert "flash-attn is not installed (pip install 'shardtune[gpu]')" in " ".join(out.split())
     assert out.endswith("a run can start here\n")
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+
+
+def test_every_extra_for_users_is_looked_for(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: asked.update(settings))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    assert set(machine.EXTRAS) == set(asked["extras_require"]) - {"test", "check"}
 
 
 def test_packages_that_are_missing_or_old_keep_runs_from_starting(capsys, monkeypatch):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.model.architecture import UNFIT
+
 EXCLUDED: dict[str, str] = {
-    "gemma3n": "its vision tower needs the package timm (gemma3n_text is its language model)",
+    "gemma3n": "its vision tower needs the package timm, with which it trains (gemma3n_text is its language model)",
     "gemma4_assistant": "drafts for another model, whose states it reads",
     "gemma4_unified_assistant": "drafts for another model, whose states it reads",
     "musicgen": "speaks codes of sound in several codebooks, not text",
     "musicgen_melody": "speaks codes of sound in several codebooks, not text",
-    "reformer": "trains only on rows of a fixed length, a multiple of its chunks",
+    **UNFIT,
 }
 """`model_type`s that have no causal language model of text to be trained, and why."""
 

@@ -29,23 +29,26 @@ MATRIX = [
 ]
 
 
+def written(path, **sizes):
+    """A directory with the configuration of a Llama of these sizes."""
+    config = transformers.LlamaConfig(max_position_embeddings=8192, pad_token_id=0, **sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Wide and with many words, so that blocks and chunks of logits both count."""
-    path = tmp_path_factory.mktemp("form") / "llama"
-    config = transformers.LlamaConfig(
+    return written(
+        tmp_path_factory.mktemp("form") / "llama",
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=7,
         num_attention_heads=8,
         num_key_value_heads=8,
         vocab_size=65536,
-        max_position_embeddings=8192,
-        pad_token_id=0,
     )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(path)
-    return path
 
 
 def both(model, case, layout, rows, length):
@@ -85,18 +88,15 @@ def test_any_micro_batch(model, case, layout):
     "case", [Case("fsdp2", "full", "bf16", "full", False, 2), Case("zero2", "lora", "bf16")], ids=str
 )
 def test_a_large_model(tmp_path, case, rows):
-    config = transformers.LlamaConfig(
+    written(
+        tmp_path,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
-        max_position_embeddings=8192,
-        pad_token_id=0,
     )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
     _, taken, found = both(tmp_path, case, "padding_free", rows, 4096)
     assert taken.total == pytest.approx(found.total, rel=0.01)
 

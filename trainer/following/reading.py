@@ -152,6 +152,8 @@ def look(run_dir: Path, queue: Queue) -> Seen:
     job_id = held.owner.job if held.owner is not None else record.get("slurm_job_id")
     job = queue.job_of(run_dir, None if job_id is None else str(job_id))
     state, why = _state(run_dir, status, failure, held, job)
+    if trouble and state == LOST:  # nobody knows
+        state, why = UNKNOWN, trouble
     last = rows.newest(run_dir / "metrics.jsonl")
     steps = [row for row in last if "loss" in row]
     heard_s = held.silent_s if held.owner is not None and state in (State.running, LOST) else _since(status)

@@ -21,6 +21,8 @@ strategies would hang or part."""
 CHOOSERS = frozenset({"Qwen4ExpTextQSAIndexer"})
 """Classes of modules that choose keys, so that no gradient reaches them, and call their parts as often as a document's tokens
 ask: gathered for each such call, ranks would wait for each other for ever."""
+UNFIT = {"reformer": "trains only on rows of a fixed length, a multiple of its chunks"}
+"""Why models of a `model_type` are not trained, where nothing else finds it out before the first step."""
 TEXT_ALONE = frozenset({"llama4"})
 """Models that see, of which only the text model can be built: in transformers 5.24 the whole one fails on texts."""
 
@@ -30,14 +32,23 @@ def architecture(kind: Kind, model_config: Any, config: ModelConfig, attention: 
 
     Raises ConfigError, for the objective named, where there is none.
     """
+    if (said := UNFIT.get(model_config.model_type)) is not None:
+        raise ConfigError(
+            f"model.path={config.path}: a {model_config.model_type} {said}, and cannot be trained here; take a model of another "
+            "architecture (docs/models.md lists those that train)"
+        )
     before = set_dropout(model_config, config.dropout)
     try:
         model, attention = _built(kind, model_config, config, attention)
-    except ValueError as error:
+    except (
+        ValueError,
+        ImportError,
+        AttributeError,
+    ) as error:  # the last: of classes whose configuration has no such part
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
         raise ConfigError(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
-            f"{objective} with attention {attention}: {reason[:300]}"
+            f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
     for owner, name, value in before:  # layers have read theirs; an export keeps the base's values
         setattr(owner, name, value)

@@ -85,6 +85,11 @@ class Files:
                 f"{file}: does not hold {stored}, which {INDEX} places there ({str(error)[:120]}); download the model again"
             ) from error
 
+    def open_all(self) -> None:
+        """Open every file; raises DataError for one that is not whole."""
+        for file in set(self._files.values()):
+            self._handle(file)
+
     def close(self) -> None:
         """Unmap the files, whose pages count as this process's memory; they are mapped again when something is asked."""
         self._open.clear()

@@ -8,6 +8,7 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from trainer.model.config import ModelConfig
+from trainer.model.files import Files
 
 
 def resolve_path(config: ModelConfig, value: str | None = None) -> str:
@@ -48,6 +49,7 @@ def weights_directory(config: ModelConfig) -> Path:
 
 def load_model_config(config: ModelConfig) -> Any:
     """The transformers config; raises ConfigError when the model cannot be found or needs remote code."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = resolve_path(config)
@@ -58,8 +60,24 @@ def load_model_config(config: ModelConfig) -> Any:
             local_files_only=not config.download,
             trust_remote_code=config.trust_remote_code,
         )
+    except StrictDataclassError as error:  # a value of the wrong type, or that does not go with another
+        said = " ".join(str(error).split())
+        raise ConfigError(f"model.path={path}: its config.json cannot be read: {said[:300]}; mend it there") from error
     except (OSError, ValueError) as error:
         raise _config_error(path, error) from error
+
+
+def check_files(config: ModelConfig) -> None:
+    """Raise now, before data is prepared, what is wrong with config.json or with a file of weights; reads headers alone.
+
+    Errors: ConfigError, DataError.
+    """
+    load_model_config(config)
+    files = Files(weights_directory(config))
+    try:
+        files.open_all()
+    finally:
+        files.close()
 
 
 def _is_adapter(directory: Path) -> bool:
@@ -82,6 +100,13 @@ def _config_error(path: str, error: Exception) -> ConfigError:
             f"model.path={path}: transformers {transformers.__version__} does not know the model_type {kind!r}; install a newer "
             "transformers, or set model.trust_remote_code=true where the model brings code that you trust"
         )
+    if directory.is_dir():
+        lacking = (
+            "holds no config.json" if not (directory / "config.json").is_file() else "its config.json cannot be read"
+        )
+        return ConfigError(
+            f"model.path={path}: {lacking} ({' '.join(str(error).split())[:160]}); download the model again"
+        )
     return _hub_error("model.path", path, error)
 
 
@@ -97,13 +122,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
             local_files_only=not config.download,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        if _is_adapter(Path(path)) and config.tokenizer is None:
-            raise _config_error(path, error) from error
+    except Exception as error:  # a broken file fails in the tokenizers library, which knows one type alone
         if Path(path).is_dir():
+            if config.tokenizer is None:
+                load_model_config(config)  # which says so where it is the configuration that cannot be read
             raise ConfigError(
                 f"{'model.tokenizer' if config.tokenizer else 'model.path'}={path}: holds no tokenizer that can be loaded "
-                f"({str(error).splitlines()[0][:160]}); put tokenizer.json and tokenizer_config.json there, or give "
+                f"({' '.join(str(error).split())[:160]}); put tokenizer.json and tokenizer_config.json there, or give "
                 "model.tokenizer=<directory or hub id>"
             ) from error
         raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error) from error

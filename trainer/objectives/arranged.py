@@ -23,7 +23,7 @@ from trainer.model.kernels import missing_kernels
 from trainer.model.layout import Arrangement, Kernels, resolve_layout
 from trainer.model.tied import untied_as_stored
 from trainer.objectives.causal import PLAIN, Way
-from trainer.objectives.passage import Passage, passage_of
+from trainer.objectives.passage import Passage, fails_on_tokens, passage_of
 
 
 class Proofs:
@@ -66,6 +66,11 @@ class Proofs:
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained here: on a small copy of it "
                 f"{found.reason}; take a model of another architecture (docs/models.md lists those that train)"
+            )
+        if not found.tried and (said := fails_on_tokens(self.plain())):
+            raise ConfigError(
+                f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained on texts alone: plain "
+                f"transformers says {said}; take a model of another architecture (docs/models.md lists those that train)"
             )
         if found.random:
             arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"

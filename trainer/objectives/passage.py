@@ -258,5 +258,19 @@ class _Proof:
         return self._rounding
 
 
+def fails_on_tokens(plain: Any) -> str:
+    """What a model (on meta) itself says against tokens and nothing else, as one that reads another's states; or empty.
+
+    What comes of having no values is no answer.
+    """
+    try:
+        plain.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)
+    except (ValueError, TypeError) as error:
+        return _said(error).rstrip(".")
+    except Exception:  # noqa: BLE001 - a model may look at values in any way
+        return ""
+    return ""
+
+
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
