@@ -67,7 +67,7 @@ def _is_setting(word: str) -> bool:
 
 
 def _points(argv: list[str], as_json: bool) -> int:
-    from launch.points import plan_points, run_points
+    from launch.points import STOPPED, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
     dry_run = "--dry-run" in argv
@@ -97,6 +97,8 @@ def _points(argv: list[str], as_json: bool) -> int:
     print(listing(plan, to), file=sys.stderr, flush=True)
     code = run_points(plan, to)
     release()
+    if code in STOPPED:
+        print("stopped; the same command goes on", file=sys.stderr, flush=True)
     answer(plan.rows(to), to, as_json)
     return code
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,9 @@ class Plan:
         there = [(point, row) for point, row in zip(self.points, self.rows(to), strict=True) if not point.refused]
         for repeat in range(self.settings.repeats):
             for point, row in there if repeat % 2 == 0 else reversed(there):
-                yield point, row.directories[repeat]
+                # Freezing notes in a configuration where it lies and what its run has chosen.
+                own = replace(point.composed, config=deepcopy(point.composed.config))
+                yield replace(point, composed=own), row.directories[repeat]
 
 
 def plan_points(words: list[str]) -> Plan:

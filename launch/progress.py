@@ -69,7 +69,7 @@ class Progress:
             speed = ((facts.get("outcome") or {}).get("speed") or {}).get("tokens_per_s")
             said = f"done in {span(took)}" + (f", {speed:,.0f} tokens/s" if speed else "")
         elif code in (75, 130):
-            said = f"{reason or 'stopped'}; the same command goes on here"
+            said = reason or "stopped"
         else:
             said = f"{reason or f'ended with {code}'}; what it printed: {output}"
         self._say(f"[{self.number}/{self.of}] {self._name}: {said}")
