@@ -3,7 +3,8 @@
 The table has a row a measurement, with its conditions in columns (id, model, method, strategy, gpus, gpu, seq, micro_batch,
 grad_accum, precision, act_ckpt, lora_rank, peak_gib, tokens_per_s_per_gpu, notes). Each is planned as this trainer would run
 it, and then with what other trainers hold beside: pure bf16 weights and states, copies of the logits. Those are arithmetic from
-the size of the model and the batch; nothing is fitted to the table. Writes benchmarks/results/planning.json, worst first.
+the size of the model and the batch; nothing is fitted to the table. Writes benchmarks/results/planning.json, worst first;
+`python docs/make_planning.py` makes the page's tables of it.
 """
 
 from __future__ import annotations

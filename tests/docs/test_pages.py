@@ -162,6 +162,13 @@ def test_quoted_messages_exist_in_the_code():
     assert not missing
 
 
+def test_the_tables_of_plans_are_those_of_the_results():
+    written = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "make_planning.py"))["page"]() == written, (
+        "run: python docs/make_planning.py"
+    )
+
+
 def test_the_page_of_methods_is_up_to_date():
     from trainer.tuning.table import METHODS, TYPES
 

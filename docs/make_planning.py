@@ -1,0 +1,86 @@
+"""Writes the tables of `docs/planning.md` from `benchmarks/results/planning.json`, which `python -m benchmarks.planning` makes.
+
+python docs/make_planning.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "planning.md"
+MEASURED = ROOT / "benchmarks" / "results" / "planning.json"
+BEGIN, END = "<!-- made by docs/make_planning.py from benchmarks/results/planning.json -->", "<!-- end -->"
+SHOWN = 20
+"""Rows of the second table; the file has all."""
+
+
+def percent(value: float | None) -> str:
+    """With its sign, `-` where there is none."""
+    return "-" if value is None else f"{value + 0.0:+.1f} %"
+
+
+def row(one: dict[str, Any], *predicted: str) -> str:
+    """A line of a table; `predicted` are the keys of its predictions."""
+    size = f"{one['micro_batch']} x {int(one['seq']):,}"
+    speed = one["measured_tokens_per_s_per_gpu"]
+    cells = [one["id"], one["model"], one["method"], size, f"{one['measured_gib']:.2f}"]
+    cells += [f"{one[key]:.2f}" for key in predicted] + [percent(one["off_percent"])]
+    cells += ["-" if speed is None else f"{speed:,.0f}", percent(one["speed_off_percent"])]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: list[dict[str, Any]], *predicted: tuple[str, str]) -> list[str]:
+    """A table of these rows; `predicted` are (key, title)."""
+    titles = ["row", "model", "tuned", "rows x tokens", "measured GiB", *(title for _, title in predicted), "off"]
+    titles += ["tokens/s measured", "off"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    return lines + [row(one, *(key for key, _ in predicted)) for one in rows]
+
+
+def said(rows: list[dict[str, Any]]) -> str:
+    """How far these rows are off, in memory and speed."""
+    off, speeds = [one["off_percent"] for one in rows], [one["speed_off_percent"] for one in rows]
+    sizes, known = [abs(each) for each in off], [each for each in speeds if each is not None]
+    text = f"{len(rows)} rows, memory median {statistics.median(sizes):.1f} % off (signed {statistics.median(off):+.1f} %), "
+    text += f"within 10 %: {sum(each <= 10 for each in sizes)}, worst {max(sizes):.1f} %"
+    if known:
+        text += f"; tokens/s median {statistics.median(known):+.1f} %, from {min(known):+.1f} to {max(known):+.1f} %"
+    return text
+
+
+def section(found: dict[str, Any]) -> list[str]:
+    """What stands between the marks."""
+    one_gpu = [one for one in found["rows"] if one["strategy"] == "single"]
+    own = [one for one in one_gpu if one["own_kind"]]
+    others = [one for one in one_gpu if not one["own_kind"]]
+    left = [one for one in found["left_out"] if one["why"] != NO_EQUAL]
+    lines = [f"**Trainers that, like this one, hold no logits:** {said(own)}. Worst first:", ""]
+    lines += table(own, ("predicted_gib", "predicted GiB"))
+    lines += [
+        "",
+        f"**Other rows of one GPU:** {said(others)}. The {min(SHOWN, len(others))} worst first; the file has all:",
+        "",
+    ]
+    lines += table(others[:SHOWN], ("predicted_gib", "as this trainer"), ("as_theirs_gib", "as theirs"))
+    if left:
+        lines += ["", f"Left out: {'; '.join(one['id'] + ': ' + one['why'] for one in left)}."]
+    return lines
+
+
+NO_EQUAL = "no equal strategy or model"
+
+
+def page() -> str:
+    """The text of the whole page."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    return "\n".join([before + BEGIN, "", *section(json.loads(MEASURED.read_text())), "", END + after])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
