@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import covering, garbage, speed
+from trainer.stopping.signals import release
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
@@ -46,6 +47,11 @@ def pytest_collection_modifyitems(config, items):
         marked = item.get_closest_marker("timeout")
         limit = marked.args[0] if marked else LIMIT_S
         item.add_marker(pytest.mark.timeout(speed.seconds(limit)), append=False)
+
+
+def pytest_runtest_setup():
+    """What a test starts takes signals as from a user's shell: a verb called in this process before has held them."""
+    release()
 
 
 def pytest_terminal_summary(terminalreporter):
