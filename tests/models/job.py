@@ -109,12 +109,12 @@ class Job:
         gradients: dict[str, torch.Tensor] = {}
         take = trainer.engine.step
 
-        def look(factor: float) -> Any:
+        def look(*given: Any) -> Any:
             if not gradients:
                 for name, parameter in named_parameters(built.step_module):
                     if parameter.requires_grad:
                         gradients[name] = torch.zeros(()) if parameter.grad is None else parameter.grad.clone()
-            return take(factor)
+            return take(*given)
 
         trainer.engine.step = look  # type: ignore[method-assign]
         values = {name: p.detach().clone() for name, p in named_parameters(built.step_module)}

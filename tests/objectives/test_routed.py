@@ -141,9 +141,9 @@ def stepped(root, runtime, model, *, micro, layout, checkpointing="none", **word
     trainer, built = built_trainer(config, data, runtime)
     gradients, update = {}, trainer.engine.step
 
-    def noted(factor):
+    def noted(*given):
         gradients.update({name: p.grad.clone() for name, p in named_parameters(trainer.engine.step_module)})
-        return update(factor)
+        return update(*given)
 
     trainer.engine.step = noted
     (batch,) = trainer.loader.steps(0, 1)
