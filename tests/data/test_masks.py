@@ -261,13 +261,14 @@ def test_a_token_across_the_end_of_a_turn_is_learned():
 def test_a_template_that_writes_the_date_is_followed_over_midnight(monkeypatch):
     encoder = Encoder(make.tiny_tokenizer(chat_templates.CHATML))
     doc = Document("f", 1, messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
-    render, days, calls = encoder.template._texts, iter("1122233333333333333333333333"), []
+    render, days, calls = encoder.template._rendered, iter("1122233333333333333333333333"), []
 
     def dated(conversations, **kwargs):
         calls.append(day := next(days))
-        return [day + text for text in render(conversations, **kwargs)]
+        texts, blocks = render(conversations, **kwargs)
+        return [day + text for text in texts], blocks
 
-    monkeypatch.setattr(encoder.template, "_texts", dated)
+    monkeypatch.setattr(encoder.template, "_rendered", dated)
     for _ in range(8):
         sample = next(encoder.encode([doc]))[1]
         assert encoder.tokenizer.decode(sample.input_ids[sample.supervised]) == "a<|im_end|>"

@@ -263,7 +263,7 @@ def test_personal_data_is_gone_from_everything_written(tmp_path, config, monkeyp
             assert path.is_dir() or b"jane.doe" not in path.read_bytes(), path
         decoded = [tiny_tokenizer().decode(prepared.train.sample(i).input_ids) for i in range(len(prepared.train))]
         assert len(decoded) == (2 if mode is PrivacyMode.drop else 4) and not any("jane" in text for text in decoded)
-    with pytest.raises(DataError, match=r"pieces of personal data found, at most 0 allowed"):
+    with pytest.raises(DataError, match=r"pieces of personal data found, and data.privacy.mode=fail allows none"):
         run(replace(config, privacy=PrivacyConfig(mode=PrivacyMode.fail)))
 
 
