@@ -125,7 +125,8 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path
 
 def best_step(there: dict[int, Path]) -> int | None:
     """The best step, as the newest checkpoint says that can be read; a line for each newer one. Errors: ConfigError."""
-    from strategies.state import PROGRESS, read_header
+    from strategies.saving import PROGRESS
+    from strategies.state import read_header
     from trainer.checkpoints.seal import verify
 
     problems = []

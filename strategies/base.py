@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from strategies.durable import Written
     from strategies.host_memory import HostMemory
+    from strategies.saving import State
 
 
 class StrategyName(StrEnum):
@@ -247,10 +247,10 @@ class Engine(Protocol):
         Where the optimizer averages weights, the average computes; with `averaged=False`, what trains.
         """
 
-    def save(self, path: Path, progress: Progress) -> list[Written]:
-        """Write the training state into the existing empty directory `path`, durably. All ranks must call.
+    def state(self, progress: Progress) -> State:
+        """The training state as it is now, to be written at once or after it was copied. All ranks must call.
 
-        Returns, on rank 0, every file that was written. Raises StorageError on every rank where one of them could not write.
+        Its tensors are live: it is to be written, or copied, before the next step.
         """
 
     def load(self, path: Path) -> Progress:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult
-from strategies.durable import Written
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
-from strategies.state import Run, StateHeader, load_state, save_state
+from strategies.saving import Run, State
+from strategies.state import StateHeader, load_state
 
 _GROWTH_INTERVAL = 2000
 """fp16: steps without overflow after which the loss scale doubles (the interval of mixed-precision training's authors)."""
@@ -240,8 +240,8 @@ class NativeEngine:
             elif "step" in state:
                 state["step"] = updates
 
-    def save(self, path: Path, progress: Progress) -> list[Written]:
-        """Write the training state into the existing empty directory `path`. All ranks must call. See `Engine.save`."""
+    def state(self, progress: Progress) -> State:
+        """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         header = StateHeader(
             progress=progress,
@@ -251,7 +251,7 @@ class NativeEngine:
             loss_scale=None if self.scale is None else float(self.scale),
             groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
         )
-        return save_state(path, self._runs(writing=True), header, self.runtime)
+        return State(self._runs(writing=True), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:

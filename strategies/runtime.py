@@ -162,6 +162,20 @@ def out_of_memory_kills() -> int | None:
     return None
 
 
+def free_host_memory() -> int | None:
+    """Bytes that this process may still take of its host, by the kernel's estimate and its cgroups; None where nobody can say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    for most, now, about in zip(*map(_cgroup_files, ("memory.max", "memory.current", "memory.stat")), strict=False):
+        if most.strip() != "max":  # of what is used, pages of files that were not touched lately can be had at once
+            cached = next((int(line.split()[1]) for line in about.splitlines() if line.startswith("inactive_file ")), 0)
+            free = min(free, int(most) - int(now) + cached)
+    return max(0, free)
+
+
 def _cgroup_files(name: str) -> Iterator[str]:
     """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
     try:

@@ -20,57 +20,16 @@ import torch
 
 from strategies import durable
 from strategies.base import Progress
-from strategies.durable import Written, no_room, read_bytes, reason, sync_directory, write_new
+from strategies.durable import read_bytes, reason
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, found_on_main, gather_objects
-from strategies.tensor_files import (
-    FILE_NAME,
-    INDEX,
-    Held,
-    Index,
-    Malformed,
-    Part,
-    index_json,
-    layout,
-    numel,
-    parse_index,
-    parse_json,
-    read_tensors,
-    size_on_disk,
-    whole_number,
-    write_tensors,
-)
+from strategies.saving import PROGRESS, Run
+from strategies.tensor_files import INDEX, Index, Malformed, numel, parse_index, parse_json, read_tensors, whole_number
 
-PROGRESS = "progress.json"
 MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
 """Bytes of the two JSON files; more is not read."""
 ROWS = {"recent": {"loss", "grad_norm"}, "passed": {"first", "count"}}
 """What each row has of the lists in `Progress`."""
-SPARE = 2**20
-"""Bytes that the small files and the directory may take beside the tensors."""
-
-
-@dataclass(slots=True)
-class Run:
-    """Elements `[start, start + len)` of one flattened parameter and of its optimizer moments, held by this rank."""
-
-    name: str
-    numel: int
-    """Elements of the whole parameter."""
-    start: int
-    """Index of the first element held here."""
-    tensors: dict[str, torch.Tensor]
-    """`weight` and the moments (`exp_avg`, ...), each 1-d of equal length; or one tensor that is not element-wise."""
-    write: bool = True
-    """Whether this rank writes it (one of several replicas does)."""
-
-    def held(self) -> list[Held]:
-        """What of it this rank has, by the names that are on the disk."""
-        return [
-            Held(f"{self.name}/{key}", self.numel, self.start, tensor)
-            for key, tensor in self.tensors.items()
-            if tensor.numel()
-        ]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,43 +45,9 @@ class StateHeader:
     groups: list[dict[str, float]] = field(default_factory=list)
     """What an optimizer counts per parameter group, in the order of its groups."""
 
-
-def save_state(path: Path, runs: Iterable[Run], header: StateHeader, runtime: Runtime) -> list[Written]:
-    """Write runs and header into the existing directory `path`, durably; every file of it, on rank 0. All ranks must call.
-
-    Raises StorageError on every rank where any of them could not write, before the first byte where there is no room.
-    """
-    held = [each for run in runs if run.write for each in run.held()]
-    file = FILE_NAME.format(runtime.rank)
-    head, parts = layout(held, file)
-    sizes = gather_objects(size_on_disk(head, held), runtime)
-    _agree(no_room(path, sum(sizes) + SPARE) if runtime.is_main else None, runtime)
-    problem, written = None, None
-    try:
-        if held:
-            written = write_tensors(path / file, head, held)
-    except Exception as error:  # noqa: BLE001 - also a device that is lost: all ranks are told
-        problem = reason(error)
-    told: list[tuple[dict[str, Part], Written | None]] = gather_objects((parts, written), runtime)
-    _agree(problem, runtime)
-    files = [each for _, each in told if each is not None]
-    try:
-        if runtime.is_main:
-            files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in told)))
-            files.append(write_new(path / PROGRESS, json.dumps(asdict(header), indent=1).encode()))
-        elif held:
-            sync_directory(path)  # where each host keeps a cache of its own
-    except OSError as error:
-        problem = reason(error)
-    _agree(problem, runtime)
-    return files if runtime.is_main else []
-
-
-def _agree(problem: str | None, runtime: Runtime) -> None:
-    """Raise the first rank's problem on every rank. All ranks must call."""
-    for rank, text in enumerate(gather_objects(problem, runtime)):
-        if text:
-            raise StorageError(text if runtime.world_size == 1 else f"{text} (rank {rank})")
+    def json(self) -> bytes:
+        """What becomes `progress.json`."""
+        return json.dumps(asdict(self), indent=1).encode()
 
 
 def read_header(path: Path, *, patient: bool = False) -> StateHeader:

@@ -24,7 +24,6 @@ from strategies.deepspeed_library import (
     settle_accelerator,
     stay_in_place,
 )
-from strategies.durable import Written
 from strategies.errors import ConfigError
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
@@ -37,7 +36,8 @@ from strategies.parameters import (
     trainable_parameters,
 )
 from strategies.runtime import Runtime, bound_groups
-from strategies.state import Run, StateHeader, load_state, save_state
+from strategies.saving import Run, State
+from strategies.state import StateHeader, load_state
 from strategies.zero_config import deepspeed_config, steps_on_device
 from strategies.zero_load import keep_together, load_partitioned
 
@@ -177,8 +177,8 @@ class ZeroEngine:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
-    def save(self, path: Path, progress: Progress) -> list[Written]:
-        """Write the training state into the existing empty directory `path`. All ranks must call. See `Engine.save`."""
+    def state(self, progress: Progress) -> State:
+        """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         scaler = self._scaler()
         header = StateHeader(
@@ -188,7 +188,7 @@ class ZeroEngine:
             strategy=str(self.config.name),
             loss_scale=None if scaler is None else float(scaler.cur_scale),
         )
-        return save_state(path, self._runs(), header, self.runtime)
+        return State(self._runs(), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:

@@ -4,70 +4,27 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 
 import torch
 
 from strategies.base import Engine, Progress
 from strategies.errors import Preempted
 from strategies.runtime import broadcast_object, seed_step
-from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.beside import Saved
 from trainer.data.batches.loader import StepBatch, StepLoader
-from trainer.evaluation.base import EvaluationConfig, Evaluator
+from trainer.evaluation.base import Evaluator
 from trainer.evaluation.loss import Interrupted
-from trainer.guards.watch import OUTLIERS, Guards, Outlier, RollBack
+from trainer.given import LoopSettings, Output, Watch
+from trainer.guards.watch import OUTLIERS, Outlier, RollBack
 from trainer.objectives.ahead import look_ahead
 from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
-from trainer.optim.schedule import ScheduleConfig, lr_factor_at
-from trainer.records.console import Console
+from trainer.optim.schedule import lr_factor_at
 from trainer.records.load import by_layer
-from trainer.records.metrics import Meter, StepRecord
+from trainer.records.metrics import StepRecord
 from trainer.records.outcome import Outcome
-from trainer.records.trackers import Trackers, summary_of
-from trainer.stopping.preempt import Agreement
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopSettings:
-    """What the loop goes by."""
-
-    total_steps: int
-    """Optimizer steps of the whole run."""
-    seed: int
-    lr: float
-    """Peak rate, as it is reported; the optimizer's groups have their own."""
-    schedule: ScheduleConfig
-    evaluation: EvaluationConfig
-    log_every: int
-    """Steps between reads of the device's metric buffer."""
-    save_final: bool
-    """Whether a checkpoint is written after the last step."""
-
-
-@dataclass(slots=True)
-class Output:
-    """Where what a run has to say goes."""
-
-    meter: Meter
-    trackers: Trackers
-    console: Console
-    checkpoints: Checkpoints
-    at_step: Callable[[int], None] = lambda step: None
-    """Told the step about to be taken, so that a failure can name it."""
-    still_ours: Callable[[], None] = lambda: None
-    """Asked by all ranks before a checkpoint is written; raises where another attempt owns the directory."""
-
-
-@dataclass(slots=True)
-class Watch:
-    """What may end a run before its budget is spent, or leave an update out; all ranks come to the same answers."""
-
-    agreement: Agreement
-    """Whether any rank was told to stop."""
-    guards: Guards
-    """Which steps stand out."""
+from trainer.records.trackers import summary_of
 
 
 class Trainer:
@@ -91,6 +48,8 @@ class Trainer:
         self.outcome = Outcome(progress)
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
+        self._saving = self._best = self._so_far()
+        self._told: Saved | None = None
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
@@ -118,6 +77,7 @@ class Trainer:
                 self._roll_back(back.outlier)
         if self.settings.save_final:
             self._save()
+        self._settle()
         self.outcome.speed = self.meter.speed() or earlier.speed
         if self.meter.expert_tokens is not None:
             self.outcome.experts = by_layer(self.meter.expert_tokens)
@@ -135,12 +95,11 @@ class Trainer:
                 last = self.progress.step == total
                 if last or self.meter.pending >= self.settings.log_every:
                     self._flush()
-                best = self.progress.best_metric, self.progress.best_step
+                if self.checkpoints.written(self.progress.step):
+                    self._settle()
                 improved = self._evaluate_if_due(last)
                 if improved or self.checkpoints.due(self.progress.step):
-                    saved = self._save(must=False)
-                    if improved and not saved:  # the best is one that there is: the one before stays it, and stays
-                        self.progress.best_metric, self.progress.best_step = best
+                    self._save(must=False)
                 if self.agreement.stop_now():
                     self._stop_for_signal()
                 if self._out_of_patience():
@@ -160,12 +119,14 @@ class Trainer:
         passed, rollbacks = self.progress.passed, self.progress.rollbacks + 1
         places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
         self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
+        self._settle()  # of a step before this one
         loaded = self.engine.load(self.checkpoints.go_back())
         for each in fields(Progress):  # the outcome has the same object
             setattr(self.progress, each.name, getattr(loaded, each.name))
         self.progress.passed = [*passed, *({"first": first, "count": count} for first, count in places)]
         self.progress.rollbacks, self.progress.outliers = rollbacks, self.progress.outliers + 1
         self._saved_step = self.progress.step
+        self._saving = self._best = self._so_far()
         self._go_on()
         self.trackers.rewind(self.progress.step)
         self.meter.restart_clock()
@@ -226,6 +187,8 @@ class Trainer:
         """Read the buffered steps from the device and record them. Raises Diverged, and RollBack with nothing recorded."""
         rows = self.meter.flush()
         self.guards.look(rows)
+        if rows and (saved := self.checkpoints.last) is not None and saved is not self._told:
+            self._told, rows[0] = saved, {**rows[0], **saved.row}
         for row in rows:
             self.trackers.log(row, step=row["step"])
             self.progress.skipped_steps += int(bool(row.get("skipped")))
@@ -294,18 +257,35 @@ class Trainer:
         )
         return True
 
-    def _save(self, *, must: bool = True) -> bool:
-        """Whether there is a checkpoint of this step now."""
-        if self._saved_step == self.progress.step:
-            return True
-        self.still_ours()
+    def _save(self, *, must: bool = True) -> None:
+        """A checkpoint of this step, which is only begun unless it `must` be; one that is pending comes first."""
         self._flush()
-        self.progress.recent = self.guards.recent()
-        self.trackers.sync()
-        if self.checkpoints.save(self.engine, self.progress, must=must) is not None:
-            self._saved_step = self.progress.step
+        self._settle()
+        if self._saved_step != self.progress.step:
+            self.still_ours()
+            self.progress.recent = self.guards.recent()
+            self.trackers.sync()
+            self._saving = self._so_far()
+            self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))
         self.meter.restart_clock()
-        return self._saved_step == self.progress.step
+
+    def _settle(self) -> None:
+        """Publish the checkpoint that is pending, where there is one."""
+        if self.checkpoints.pending is not None:
+            self.still_ours()
+            self._note_saved(self.checkpoints.settle())
+
+    def _note_saved(self, saved: bool) -> None:
+        """The checkpoint that was begun last is there (or pending), or could not be written: the best is one that there is."""
+        step = self._saving.step
+        self._saved_step = step if saved else -1
+        if saved and self.checkpoints.pending is None:
+            self._best = self._saving
+        elif not saved and self.progress.best_step == step:
+            self.progress.best_metric, self.progress.best_step = self._best.best_metric, self._best.best_step
+
+    def _so_far(self) -> Progress:
+        return replace(self.progress)
 
     def _stop_for_signal(self) -> None:
         self.still_ours()

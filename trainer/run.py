@@ -28,11 +28,12 @@ from trainer.facts import (
 )
 from trainer.forecast.fitting import must_fit
 from trainer.forecast.micro import Given, settle_micro
+from trainer.given import LoopSettings, Output, Watch
 from trainer.guards.told import Told
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.lifecycle.identity import agree_on_run, establish
-from trainer.loop import LoopSettings, Output, Trainer, Watch
+from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.records.metrics import Meter

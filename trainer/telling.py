@@ -73,6 +73,8 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
 def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
     """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
     if place.runtime.is_main:
+        if (refused := checkpoints.copies.refused) is not None:
+            facts["substitutions"]["checkpoint.background"] = f"false: {refused}"
         facts["receipt"]["measured"] = measured(meter, place.runtime.device, checkpoints.last)
         with suppress(OSError, ShardtuneError):  # what ended the run is not to be hidden; a success writes it once more
             if place.where.lease is not None:

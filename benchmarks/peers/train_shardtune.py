@@ -33,6 +33,7 @@ def words(args: Any) -> list[str]:
         "schedule.warmup_share=0",
         f"evaluation.every_steps={every}",
         f"checkpoint.every_steps={every}",
+        "checkpoint.background=false",  # measured apart, as a whole
         "logging.wandb=disabled",
         "run.threads=1",
         f"run.device={args.device}",

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +33,10 @@ class FakeEngine:
     def __init__(self, error: Exception | None = None, only_in: str = "", **header):
         self.error, self.only_in, self.header = error, only_in, header
 
-    def save(self, path: Path, progress: Progress):
+    def state(self, progress: Progress):
+        return SimpleNamespace(save=partial(self.save, progress))
+
+    def save(self, progress: Progress, path: Path):
         files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
         if self.error and self.only_in in str(path):
             raise self.error
@@ -42,15 +47,15 @@ class Made:
     """The checkpoints of a run directory, and what was said."""
 
     def __init__(self, root: Path, **settings):
-        self.config = CheckpointConfig(**settings)
+        self.config = CheckpointConfig(**{"background": False, **settings})
         self.said: list[str] = []
         self.all = Checkpoints(places_of(root / "run", self.config.fallback_dir), self.config, ALONE, self.said.append)
         self.directory = self.all.places[0]
 
     def save(self, *steps, engine=None, must=True, **progress):
         for step in steps:
-            path = self.all.save(engine or FakeEngine(), Progress(step=step, **progress), must=must)
-        return path
+            saved = self.all.save(engine or FakeEngine(), Progress(step=step, **progress), must=must)
+        return self.all.last.path if saved else None
 
     def resume(self, asked="auto"):
         path = choose(self.all.places, str(asked), ALONE)

@@ -43,10 +43,13 @@ def words(site):
 def test_killed_while_saving_and_before_its_export_has_a_name(runs, words):
     code, said = runs.run_here("left-alone", *words)
     assert code == 0, said
+    code, said = runs.run("killed", *words, **faulty("amid step-000004"))
+    there = {path.name for path in (runs.root / "killed" / "checkpoints").iterdir()}
+    assert code == -signal.SIGKILL and there == {"step-000002", "step-000003", ".step-000004.writing"}, said
     chance = random.Random(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
-    for kill in range(20 if EVERYTHING else 2):
+    for kill in range(20 if EVERYTHING else 1):
         process = runs.start("killed", *words)
-        runs.wait_for_step("killed", min(2 + kill, STEPS - 2), process)
+        runs.wait_for_step("killed", min(6 + kill, STEPS - 2), process)
         time.sleep(chance.random() * 0.2)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

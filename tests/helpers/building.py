@@ -27,9 +27,10 @@ from trainer.data.batches.budget import BudgetConfig
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
+from trainer.given import Output, Watch
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where
-from trainer.loop import Output, Trainer, Watch
+from trainer.loop import Trainer
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import ObjectiveConfig

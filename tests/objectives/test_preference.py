@@ -198,7 +198,7 @@ def test_a_resumed_run_compares_with_the_first_model(tmp_path, runtime):
     take_steps(first, 2)
     path = tmp_path / "state"
     path.mkdir()
-    first.engine.save(path, first.progress)
+    first.engine.state(first.progress).save(path)
     expected = take_steps(first, 3)
     (kept,) = (tmp_path / "pairs-48").glob("run-*/reference/train-*.npy")
     assert np.array_equal(np.load(kept), recorded)

@@ -68,9 +68,11 @@ class Job:
         return self.lone(replace(config, optim=replace(config.optim, lr=0.0)), steps, data)
 
     def saved(self, trainer: Trainer) -> Path:
-        """A directory with the training state."""
+        """A directory with the training state, written out of a copy as in the background."""
         path = Path(processes.broadcast_object(tempfile.mkdtemp(dir=self.root), self.runtime))
-        trainer.engine.save(path, trainer.progress)
+        state = trainer.engine.state(trainer.progress)
+        state.move_to(torch.full((state.elements,), torch.nan))
+        state.save(path)
         processes.barrier(self.runtime)
         return path
 

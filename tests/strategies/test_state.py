@@ -17,7 +17,8 @@ from strategies.base import Progress
 from strategies.durable import Written, difference
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime
-from strategies.state import Run, StateHeader, load_state, read_header, save_state
+from strategies.saving import Run, State
+from strategies.state import StateHeader, load_state, read_header
 from strategies.tensor_files import FILE_NAME, Held, Malformed, index_json, layout, parse_index, write_tensors
 from tests.helpers.covering import EVERYTHING
 from trainer.checkpoints.seal import seal, verify
@@ -50,7 +51,7 @@ def header(**changes) -> StateHeader:
 
 def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
     """What `world` ranks write."""
-    save_state(path, [], header(world_size=world), ALONE)
+    State([], header(world_size=world).json(), ALONE).save(path)
     parts = []
     for rank in range(world):
         held = [each for run in cut(values, world, rank) for each in run.held()]
@@ -115,7 +116,7 @@ def test_the_files_are_plain_safetensors(tmp_path):
 
 def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp_path):
     half = {"weight": torch.arange(6, dtype=torch.bfloat16), "step": torch.ones(6, dtype=torch.uint8)}
-    files = save_state(tmp_path, [Run("a", 6, 0, half), Run("b", 6, 0, half, write=False)], header(), ALONE)
+    files = State([Run("a", 6, 0, half), Run("b", 6, 0, half, write=False)], header().json(), ALONE).save(tmp_path)
     assert {each.name for each in files} == {path.name for path in tmp_path.iterdir()}
     assert all(difference(tmp_path, each) is None for each in files)
     back = {key: torch.zeros_like(value) for key, value in half.items()}
@@ -132,7 +133,7 @@ def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp
     ],
 )
 def test_the_state_of_another_kind_of_run_is_refused(tmp_path, runs, said):
-    save_state(tmp_path, [Run("a", 4, 0, {"weight": torch.zeros(4)})], header(), ALONE)
+    State([Run("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
     with pytest.raises(ConfigError, match=said):
         load_state(tmp_path, runs, ALONE)
 
@@ -189,7 +190,7 @@ def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
     ],
 )
 def test_progress_that_is_none_is_refused(tmp_path, change):
-    save_state(tmp_path, [], header(), ALONE)
+    State([], header().json(), ALONE).save(tmp_path)
     raw = json.loads((tmp_path / "progress.json").read_text())
     (tmp_path / "progress.json").write_text(json.dumps({**raw, **change}))
     with pytest.raises(StorageError, match=r"progress\.json"):
@@ -197,7 +198,7 @@ def test_progress_that_is_none_is_refused(tmp_path, change):
 
 
 def test_progress_that_never_improved_is_not_mistaken_for_damage(tmp_path):
-    save_state(tmp_path, [], header(progress=Progress(step=1, best_metric=float("inf"))), ALONE)
+    State([], header(progress=Progress(step=1, best_metric=float("inf"))).json(), ALONE).save(tmp_path)
     assert read_header(tmp_path).progress.best_metric == float("inf")
 
 
@@ -210,7 +211,7 @@ def test_without_room_not_a_byte_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(durable, "disk", Full())
     with pytest.raises(StorageError, match=r"^No space left on .* 1 MiB are needed and 1 MiB are free"):
-        save_state(tmp_path, [Run("a", 4, 0, {"weight": torch.zeros(4)})], header(), ALONE)
+        State([Run("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -104,7 +104,7 @@ def test_a_run_takes_the_steps_of_plain_peft(root, runtime):
 def test_every_phase_is_resumed_bit_for_bit(root, runtime, tmp_path, at):
     first = trainer_of(root, runtime)
     list(steps_of(first, at))
-    first.engine.save(tmp_path, first.progress)
+    first.engine.state(first.progress).save(tmp_path)
     expected = [row[:2] for row in steps_of(first, STEPS - at)]
     second = trainer_of(root, runtime)
     second.progress = second.engine.load(tmp_path)
@@ -118,7 +118,7 @@ def test_the_state_of_the_allocation_decides_what_is_kept(root, runtime, tmp_pat
     """Without its importance a resumed run would keep other ranks: the test above is not blind."""
     first = trainer_of(root, runtime)
     list(steps_of(first, 4))
-    first.engine.save(tmp_path, first.progress)
+    first.engine.state(first.progress).save(tmp_path)
     second = trainer_of(root, runtime)
     second.progress = second.engine.load(tmp_path)
     for name, _ in second.engine.trainable:

@@ -20,6 +20,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; the best one is kept besides."""
     save_final: bool = True
     """Write a checkpoint after the last step, so that the run can be extended."""
+    background: bool = True
+    """Write checkpoints while training goes on, out of a copy in host memory (12 bytes a trained weight with AdamW, all ranks
+    together); the last one, the one after a signal, and all where the copy has no room, in the step."""
     max_failures: int = 3
     """Checkpoints in a row that may fail to be written, each with a warning, before the run ends; the last one of a run must
     succeed."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from strategies import durable
 from strategies.base import Engine, Progress
-from strategies.durable import make_directories, publish, publish_again, reason, size_text, sync_directory, write_new
+from strategies.durable import (
+    Written,
+    publish,
+    publish_again,
+    reason,
+    size_text,
+    sync_directory,
+)
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error, found_on_main
+from strategies.saving import State
+from trainer.checkpoints.aside import agree, fallback_problem, on_main, open_aside
+from trainer.checkpoints.beside import Copies, Saved, Writing
 from trainer.checkpoints.chosen import choose, note_begun, put_back
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.places import REPLACED, STEP_DIR, published
@@ -36,8 +46,10 @@ class Checkpoints:
     ) -> None:
         self.places, self.config, self.runtime, self.say = places, config, runtime, say
         self.schedule = Schedule(config, runtime)
-        self.last: tuple[int, float] | None = None
-        """Bytes of the last checkpoint of this process, of all ranks, and the seconds it took; None before the first."""
+        self.last: Saved | None = None
+        """The last checkpoint of this process; None before the first."""
+        self.copies = Copies(runtime)
+        self._writing: Writing | None = None
         self._good: set[Path] = set()
         """Of this branch, and known to be whole: resumed from, or written by this process."""
         self._failures = 0
@@ -54,7 +66,7 @@ class Checkpoints:
         """
         error: StorageError | None = None
         if self.runtime.is_main:
-            error = self._fallback_problem()
+            error = fallback_problem(self.places[1:], self.config.fallback_dir, self.say)
             try:
                 if error is None:
                     self._begin(resumed)
@@ -70,23 +82,6 @@ class Checkpoints:
                 error = StorageError(f"{self.places[0].parent}: cannot be written ({reason(caught)}); free space")
         if (message := first_error(error, self.runtime)) is not None:
             raise StorageError(message.split(": ", 2)[-1])
-
-    def _fallback_problem(self) -> StorageError | None:
-        """Why the other disk could take no checkpoint, found before one is needed there; one that is full may be emptied."""
-        for place in self.places[1:]:
-            trial = place / f".{place.name}.trial"
-            try:
-                make_directories(place)
-                write_new(trial, b"\n")
-                trial.unlink()
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    return StorageError(
-                        f"checkpoint.fallback_dir={self.config.fallback_dir}: cannot be written ({reason(error)}); give a "
-                        "directory on another disk that this user can write, or null"
-                    )
-                self.say(f"warning: checkpoint.fallback_dir={self.config.fallback_dir}: {reason(error)}")
-        return None
 
     def _begin(self, resumed: Path | None) -> None:
         mine = resumed.resolve() if resumed else None
@@ -142,53 +137,136 @@ class Checkpoints:
         """Whether the schedule asks for a checkpoint after this step. All ranks must call, after the same steps."""
         return self.schedule.due(step)
 
-    def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> Path | None:
+    @property
+    def pending(self) -> int | None:
+        """The step whose checkpoint is being written while training goes on; None where none is."""
+        return None if self._writing is None else self._writing.step
+
+    def written(self, step: int) -> bool:
+        """Whether all ranks have written what is pending, so that it can be settled. All ranks must call, at the same."""
+        return self._writing is not None and self._writing.done(step, self.runtime)
+
+    def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> bool:
         """Write, seal and publish `step-<step>`; then drop what is beyond `checkpoint.keep`. All ranks must call.
 
+        What is pending is to be settled before.
         Where the run's directory cannot take it, `checkpoint.fallback_dir` is tried. Raises StorageError on every rank when
-        neither could; nothing half-written stays. Unless it `must` be, the run goes on with a warning (and None is returned)
-        until `checkpoint.max_failures` in a row.
+        neither could; nothing half-written stays. Unless it `must` be, the run goes on with a warning (and False is returned)
+        until `checkpoint.max_failures` in a row; and with `checkpoint.background` the checkpoint is only begun, and pending.
         """
         began = time.monotonic()
-        problems = []
-        for place in self.places:
-            try:
-                path, size = self._write(place, engine, progress)
-            except StorageError as error:
-                problems.append(str(error))
-                self.say(f"warning: {error}")
-                continue
-            self._failures = 0
-            took = time.monotonic() - began
-            self.last = size, took
-            self.schedule.tried(progress.step, took)
-            self._tell(path, size, took)
-            if self.runtime.is_main:
-                for twin in [each for each in self._good if each.name == path.name and each != path]:
-                    self._delete(twin)  # written again in another place
-                self._good.add(path)
-                self._retain(progress)
-            return path
-        self._failures += 1
+        state = engine.state(progress)
+        writing = Writing.of(progress, state, began, self.places)
+        if must:  # the last one, as far as is known: exports need the memory
+            self.copies.release()
+        if must or not self.config.background or not self._copied(state):
+            return self._in_step(writing, must=must)
+        self._writing = writing
+        problems: list[str] = []
+        begun = self._start(writing, problems)
+        writing.stall_s = time.monotonic() - began
         self.schedule.tried(progress.step, None)
+        if not begun:
+            self._writing = None
+            self._failed(problems, must=False)
+        return begun
+
+    def settle(self) -> bool:
+        """Wait for what is pending, seal and publish it; whether there is such a checkpoint now. All ranks must call.
+
+        What one place could not take, another is given out of the same copy. Raises StorageError as `save` does.
+        """
+        writing, self._writing = self._writing, None
+        assert writing is not None
+        began = time.monotonic()
+        problems: list[str] = []
+        while True:
+            finish = partial(writing.state.finish, mine=writing.wait())
+            try:
+                path, size = self._close(writing, finish)
+                break
+            except StorageError as error:
+                self._note(error, problems)
+            if not self._start(writing, problems):
+                self._failed(problems, must=False)
+                return False
+        now = time.monotonic()
+        writing.stall_s += now - began
+        self._succeeded(writing, Saved(path, size, now - writing.began, writing.stall_s))
+        self.schedule.priced(writing.stall_s, now - writing.began)
+        return True
+
+    def _copied(self, state: State) -> bool:
+        known = self.copies.refused
+        if self.copies.take(state):
+            return True
+        if known is None:
+            self.say(f"checkpoints are written in the step (checkpoint.background=false): {self.copies.refused}")
+        return False
+
+    def _start(self, writing: Writing, problems: list[str]) -> bool:
+        """Let each rank's file be written in the first place left that has room for all of them."""
+        while writing.places:
+            writing.place = writing.places.pop(0)
+            try:
+                open_aside(writing.aside, self.runtime, writing.state.make_room)
+            except StorageError as error:
+                self._note(error, problems)
+                continue
+            writing.start(writing.aside)
+            return True
+        return False
+
+    def _in_step(self, writing: Writing, *, must: bool) -> bool:
+        problems: list[str] = []
+        while writing.places:
+            writing.place = writing.places.pop(0)
+            try:
+                open_aside(writing.aside, self.runtime)
+                path, size = self._close(writing, writing.state.save)
+            except StorageError as error:
+                self._note(error, problems)
+                continue
+            took = time.monotonic() - writing.began
+            self._succeeded(writing, Saved(path, size, took, took))
+            self.schedule.tried(writing.step, took)
+            return True
+        self.schedule.tried(writing.step, None)
+        self._failed(problems, must=must)
+        return False
+
+    def _note(self, error: StorageError, problems: list[str]) -> None:
+        problems.append(str(error))
+        self.say(f"warning: {error}")
+
+    def _succeeded(self, writing: Writing, saved: Saved) -> None:
+        self._failures, self.last, path = 0, saved, saved.path
+        self._tell(saved)
+        if self.runtime.is_main:
+            for twin in [each for each in self._good if each.name == path.name and each != path]:
+                self._delete(twin)  # written again in another place
+            self._good.add(path)
+            self._retain(writing.best_step)
+
+    def _failed(self, problems: list[str], *, must: bool) -> None:
+        self._failures += 1
         if must or self._failures > self.config.max_failures:
             again = "" if must else f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
             raise StorageError(f"{'; '.join(problems)}.{again} Earlier checkpoints are intact.")
         self.say(
             f"the run goes on without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
         )
-        return None
 
-    def _write(self, place: Path, engine: Engine, progress: Progress) -> tuple[Path, int]:
-        final = place / STEP_DIR.format(progress.step)
-        aside = place / f".{final.name}.writing"
-        self._on_main(lambda: self._make_aside(aside), aside)
+    def _close(self, writing: Writing, write: Callable[[Path], list[Written]]) -> tuple[Path, int]:
+        """(the checkpoint, its bytes) when `write` has given all its files. All ranks must call. Errors: StorageError."""
+        place, aside = writing.place, writing.aside
+        final = place / STEP_DIR.format(writing.step)
         error: BaseException | None = None
         try:
-            files = engine.save(aside, progress)
+            files = write(aside)
         except (OSError, RuntimeError, StorageError) as caught:
             error = caught
-        self._agree(error, aside)
+        agree(error, aside, self.runtime)
 
         def finish() -> None:
             seal(aside, files)
@@ -199,45 +277,18 @@ class Checkpoints:
                 self._move_aside(place, [final])
             publish(aside, final)
 
-        self._on_main(finish, aside)
+        on_main(finish, aside, self.runtime)
         return final, sum(each.size for each in files)
 
-    def _make_aside(self, aside: Path) -> None:
-        if aside.exists():
-            durable.disk.remove_tree(aside)
-        make_directories(aside)
-
-    def _on_main(self, do: Callable[[], None], aside: Path) -> None:
-        error: BaseException | None = None
-        try:
-            if self.runtime.is_main:
-                do()
-        except OSError as caught:
-            error = caught
-        self._agree(error, aside)
-
-    def _agree(self, error: BaseException | None, aside: Path) -> None:
-        """Raise on every rank, the cause first, what any rank met; nothing half-written stays. All ranks must call."""
-        told = None if error is None else str(error) if isinstance(error, StorageError) else reason(error)
-        message = first_error(None if told is None else StorageError(told), self.runtime)
-        if message is None:
-            return
-        if self.runtime.is_main:
-            with suppress(OSError):
-                durable.disk.remove_tree(aside)
-        cause = message.split("StorageError: ", 1)[1]
-        step = aside.name.removeprefix(".").removesuffix(".writing")
-        raise StorageError(
-            f"{cause}; checkpoint {step} was not written in {aside.parent}; free space or choose another disk"
-        )
-
-    def _tell(self, path: Path, size: int, took: float) -> None:
+    def _tell(self, saved: Saved) -> None:
+        path = saved.path
         interval = self.schedule.interval_s
         after = "" if interval is None else f"; the next in about {max(1, round(interval / 60))} minutes"
         where = "" if path.parent == self.places[0] else f" in {path.parent}"
-        self.say(f"checkpoint {path.name}{where}: {size_text(size)} in {took:.1f} s{after}")
+        waited = "" if saved.stall_s == saved.took_s else f", of which training waited {saved.stall_s:.1f} s"
+        self.say(f"checkpoint {path.name}{where}: {size_text(saved.size)} in {saved.took_s:.1f} s{waited}{after}")
 
-    def _retain(self, progress: Progress) -> None:
+    def _retain(self, best_step: int | None) -> None:
         """Delete what `checkpoint.keep` newer ones, known to be whole, stand for; a warning where that is not possible."""
         try:
             there = published(self.places)
@@ -248,7 +299,7 @@ class Checkpoints:
         if len(whole) < self.config.keep:
             return
         for step, path in there:
-            if step < whole[-self.config.keep] and step != progress.best_step:
+            if step < whole[-self.config.keep] and step != best_step:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:

@@ -31,6 +31,7 @@ class Schedule:
     def __init__(self, config: CheckpointConfig, runtime: Runtime, clock: Callable[[], float] = time.monotonic) -> None:
         self.config, self.runtime, self.clock = config, runtime, clock
         self._prices: list[float] = []
+        self._write_s = 0.0
         self._since = self._looked_at = clock()
         self._looked_step: int | None = None
         self._next_look = 0
@@ -42,7 +43,9 @@ class Schedule:
             return None
         if self.config.every_minutes is not None:
             return self.config.every_minutes * 60
-        return best_interval(median(self._prices), self.config.mtbf_h * 3600) if self._prices else UNMEASURED_S
+        if not self._prices:
+            return UNMEASURED_S
+        return max(best_interval(median(self._prices), self.config.mtbf_h * 3600), self._write_s)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step. All ranks must call, after the same steps."""
@@ -65,9 +68,13 @@ class Schedule:
             return True, step + 1
         return False, step + max(1, int(min(left / 2, interval / LOOKS) / max(pace, 1e-6)))
 
+    def priced(self, stall_s: float, write_s: float) -> None:
+        """A checkpoint held training up for `stall_s` seconds, and was written `write_s` seconds after it was begun."""
+        self._prices, self._write_s = [*self._prices[-4:], stall_s], write_s
+
     def tried(self, step: int, took_s: float | None) -> None:
         """A checkpoint was written in `took_s` seconds, or could not be (None). All ranks must call."""
         if took_s is not None:
-            self._prices = [*self._prices[-4:], took_s]
+            self.priced(took_s, took_s)
         self._since = self._looked_at = self.clock()
         self._looked_step, self._next_look = step, step + 1

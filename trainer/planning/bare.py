@@ -10,9 +10,10 @@ from strategies.base import Engine, Progress
 from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import EvaluationConfig
+from trainer.given import LoopSettings, Output, Watch
 from trainer.guards.config import GuardsConfig
 from trainer.guards.watch import Guards
-from trainer.loop import LoopSettings, Output, Trainer, Watch
+from trainer.loop import Trainer
 from trainer.optim.schedule import ScheduleConfig
 
 

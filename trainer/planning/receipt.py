@@ -14,6 +14,7 @@ from strategies.base import Precision, StrategyConfig
 from strategies.memory import estimate
 from strategies.mesh import replicas
 from strategies.runtime import Runtime, peak_memory_gib
+from trainer.checkpoints.beside import Saved
 from trainer.planning.activations import Workload, by_rule, model_state
 from trainer.planning.hardware import GIB
 from trainer.planning.speed import PRODUCTS
@@ -89,9 +90,8 @@ def memory_text(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def measured(meter: Meter, device: torch.device, checkpoint: tuple[int, float] | None) -> dict[str, Any]:
-    """What this attempt took so far; null where it did not come to it. `checkpoint`: (bytes, seconds) of the last one."""
-    size, seconds = checkpoint or (None, None)
+def measured(meter: Meter, device: torch.device, checkpoint: Saved | None) -> dict[str, Any]:
+    """What this attempt took so far; null where it did not come to it. `checkpoint`: the last one."""
     where = "on the worst rank" if meter.peaks else "on rank 0, since no step was logged"
     return {
         **(meter.peaks or peak_memory_gib(device)),
@@ -100,6 +100,7 @@ def measured(meter: Meter, device: torch.device, checkpoint: tuple[int, float] |
         "step_s": meter.step_s(),
         "start_s": meter.start_s,
         "evaluation_before_s": None if meter.start_s is None else meter.evaluation_s,
-        "checkpoint_bytes": size,
-        "checkpoint_s": seconds,
+        "checkpoint_bytes": None if checkpoint is None else checkpoint.size,
+        "checkpoint_s": None if checkpoint is None else checkpoint.took_s,
+        "checkpoint_stall_s": None if checkpoint is None else checkpoint.stall_s,
     }

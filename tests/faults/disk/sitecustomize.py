@@ -1,12 +1,14 @@
 """Puts a disk that fails in the place of the real one, in every process of a run whose PYTHONPATH has this directory.
 
 FAULTY_DISK says how: `kill <name>` dies by SIGKILL before a directory gets this name; `full <n>` has no room for the first n
-files of tensors; `unlisted <name>` cannot list directories of this name on rank 0.
+files of tensors; `unlisted <name>` cannot list directories of this name on rank 0;
+`amid <name>` dies by SIGKILL when the tensors of this checkpoint are written and not yet synced.
 """
 
 import errno
 import os
 import signal
+from pathlib import Path
 
 from strategies import durable
 
@@ -21,6 +23,12 @@ class Faulty(durable.Disk):
             self.refused += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return super().open(path, flags)
+
+    def sync(self, descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if KIND == "amid" and VALUE in path.parent.name and path.suffix == ".safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().sync(descriptor)
 
     def names(self, directory):
         if KIND == "unlisted" and directory.name == VALUE and os.environ.get("RANK") == "0":

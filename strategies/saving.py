@@ -1,0 +1,127 @@
+"""Training state on its way to the disk: at once out of live tensors, or out of a copy while training goes on.
+
+Each rank writes one file of tensors; rank 0 adds what says where each lies, and how far the run is. How it is read:
+`strategies/state.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from strategies.durable import Written, no_room, reason, sync_directory, write_new
+from strategies.errors import StorageError
+from strategies.runtime import Runtime, gather_objects
+from strategies.tensor_files import FILE_NAME, INDEX, Held, Part, index_json, layout, size_on_disk, write_tensors
+
+PROGRESS = "progress.json"
+SPARE = 2**20
+"""Bytes that the small files and the directory may take beside the tensors."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Elements `[start, start + len)` of one flattened parameter and of its optimizer moments, held by this rank."""
+
+    name: str
+    numel: int
+    """Elements of the whole parameter."""
+    start: int
+    """Index of the first element held here."""
+    tensors: dict[str, torch.Tensor]
+    """`weight` and the moments (`exp_avg`, ...), each 1-d of equal length; or one tensor that is not element-wise."""
+    write: bool = True
+    """Whether this rank writes it (one of several replicas does)."""
+
+    def held(self) -> list[Held]:
+        """What of it this rank has, by the names that are on the disk."""
+        return [
+            Held(f"{self.name}/{key}", self.numel, self.start, tensor)
+            for key, tensor in self.tensors.items()
+            if tensor.numel()
+        ]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one rank's file."""
+
+    written: Written | None = None
+    """None where the rank holds nothing that is written."""
+    problem: str | None = None
+
+
+class State:
+    """What of the training state this rank writes, and what is true of the whole: live, or copied to host memory.
+
+    It is written in three parts, of which the second communicates with nobody: `make_room`, `write_part`, `finish`.
+    """
+
+    def __init__(self, runs: Iterable[Run], header: bytes, runtime: Runtime) -> None:
+        self.held = [each for run in runs if run.write for each in run.held()]
+        self.runtime = runtime
+        self._file = FILE_NAME.format(runtime.rank)
+        self._head, self._parts = layout(self.held, self._file)
+        self._header = header
+
+    @property
+    def elements(self) -> int:
+        """Of all tensors that this rank writes, together."""
+        return sum(each.values.numel() for each in self.held)
+
+    def move_to(self, buffer: torch.Tensor) -> None:
+        """Copy the values to a float32 tensor of at least `elements` elements on the host: training may go on then."""
+        end = 0
+        for number, each in enumerate(self.held):
+            begin, end = end, end + each.values.numel()
+            copy = buffer[begin:end].copy_(each.values.detach())
+            self.held[number] = Held(each.name, each.numel, each.start, copy)
+
+    def make_room(self, path: Path) -> None:
+        """All ranks must call. Raises StorageError on every rank where the file system of `path` has no room for all of it."""
+        sizes = gather_objects(size_on_disk(self._head, self.held), self.runtime)
+        _agree(no_room(path, sum(sizes) + SPARE) if self.runtime.is_main else None, self.runtime)
+
+    def write_part(self, path: Path) -> Outcome:
+        """Write this rank's file into the existing directory `path`, durably. No collective, no errors."""
+        try:
+            return Outcome(write_tensors(path / self._file, self._head, self.held) if self.held else None)
+        except Exception as error:  # noqa: BLE001 - also a device that is lost: all ranks are told
+            return Outcome(problem=reason(error))
+
+    def finish(self, path: Path, mine: Outcome) -> list[Written]:
+        """Write what says where all lies; every file of the state, on rank 0. All ranks must call, with their outcome.
+
+        Raises StorageError on every rank where any of them could not write.
+        """
+        told: list[tuple[dict[str, Part], Written | None]] = gather_objects((self._parts, mine.written), self.runtime)
+        _agree(mine.problem, self.runtime)
+        files, problem = [each for _, each in told if each is not None], None
+        try:
+            if self.runtime.is_main:
+                files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in told)))
+                files.append(write_new(path / PROGRESS, self._header))
+            elif self.held:
+                sync_directory(path)  # where each host keeps a cache of its own
+        except OSError as error:
+            problem = reason(error)
+        _agree(problem, self.runtime)
+        return files if self.runtime.is_main else []
+
+    def save(self, path: Path) -> list[Written]:
+        """All of it at once, into the existing directory `path`; every file of it, on rank 0. All ranks must call.
+
+        Raises StorageError on every rank where any of them could not write, before the first byte where there is no room.
+        """
+        self.make_room(path)
+        return self.finish(path, self.write_part(path))
+
+
+def _agree(problem: str | None, runtime: Runtime) -> None:
+    """Raise the first rank's problem on every rank. All ranks must call."""
+    for rank, text in enumerate(gather_objects(problem, runtime)):
+        if text:
+            raise StorageError(text if runtime.world_size == 1 else f"{text} (rank {rank})")

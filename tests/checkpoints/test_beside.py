@@ -1,0 +1,164 @@
+"""Checkpoints that are written while training goes on: of one moment, whole or not there; in the step where memory is short."""
+
+import errno
+import os
+import threading
+
+import pytest
+import torch
+
+from strategies import durable
+from strategies.base import Progress
+from strategies.runtime import Runtime
+from strategies.saving import Run, State
+from strategies.state import StateHeader, load_state
+from trainer.checkpoints.beside import Copies
+from trainer.checkpoints.chosen import choose
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.places import places_of, published
+from trainer.checkpoints.seal import verify
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+PLACES = 3
+
+
+class Engine:
+    """Trains: all its numbers are the step's."""
+
+    def __init__(self):
+        self.values = {"weight": torch.zeros(99), "exp_avg": torch.zeros(99, dtype=torch.bfloat16)}
+
+    def train(self, progress: Progress) -> Progress:
+        progress.step += 1
+        for each in self.values.values():
+            each.fill_(progress.step)
+        return progress
+
+    def state(self, progress: Progress) -> State:
+        header = StateHeader(progress=progress, optimizer_steps=progress.step, world_size=1, strategy="single")
+        return State([Run("a", 99, 0, self.values)], header.json(), ALONE)
+
+    def load(self, path):
+        progress = load_state(path, [Run("a", 99, 0, self.values)], ALONE).progress
+        assert {each.unique().item() for each in self.values.values()} == {progress.step}
+        return progress
+
+
+class Slow(durable.Disk):
+    """Writes tensors when it is let; fails at those whose path has one of `full`."""
+
+    def __init__(self, *full: str):
+        self.let, self.full, self.threads = threading.Event(), full, []
+
+    def open(self, path, flags):
+        if path.suffix == ".safetensors" and flags & os.O_WRONLY:
+            self.threads.append(threading.current_thread().name)
+            assert self.let.wait(60)
+            if any(part in str(path) for part in self.full):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().open(path, flags)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    def make(*full, **settings):
+        disk = Slow(*full)
+        monkeypatch.setattr(durable, "disk", disk)
+        config = CheckpointConfig(every_steps=1, fallback_dir=str(tmp_path / "spare"), **settings)
+        said = []
+        made = Checkpoints(places_of(tmp_path / "run", config.fallback_dir), config, ALONE, said.append)
+        return made, Engine(), Progress(best_step=1), disk, said
+
+    return make
+
+
+def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
+    made, engine, progress, disk, said = job(keep=1)
+    for step in (1, 2):
+        assert made.save(engine, engine.train(progress), must=False) and made.pending == step
+        buffer = made._writing.state.held[0].values.data_ptr()
+        asked = [engine.train(progress).step for _ in range(3) if not made.written(progress.step)]
+        assert len(asked) == 3 and step not in dict(published(made.places)), "training goes on, and nothing has a name"
+        disk.let.set()
+        assert made.settle() and made.pending is None
+        disk.let.clear()
+        path = made.last.path
+        assert verify(path) is None and engine.load(path).step == step
+        progress = Progress(step=step, best_step=1)
+        assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
+    assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
+    made.save(engine, engine.train(progress), must=False)
+    assert made._writing.state.held[0].values.data_ptr() == buffer, "one buffer, used again"
+    disk.let.set()
+    assert made.settle() and [step for step, _ in published(made.places)] == [1, 3], "newest and best"
+    assert "of which training waited" in said[-1]
+
+
+def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, tmp_path):
+    made, engine, progress, disk, _ = job()
+    disk.let.set()
+    made.save(engine, engine.train(progress), must=True)
+    disk.let.clear()
+    made.save(engine, engine.train(progress), must=False)
+    names = sorted(path.name for path in made.places[0].iterdir())
+    assert names == [".step-000002.writing", "step-000001"]
+    later, *_ = job()
+    resumed = choose(later.places, "auto", ALONE)
+    later.begin(resumed)
+    assert resumed.name == "step-000001" and [path.name for path in made.places[0].iterdir()] == ["step-000001"]
+    disk.let.set()
+
+
+def test_another_disk_takes_the_same_moment(job):
+    made, engine, progress, disk, said = job("/run/checkpoints/")
+    made.save(engine, engine.train(progress), must=False)
+    engine.train(progress)
+    disk.let.set()
+    assert made.settle() and "/spare/" in str(made.last.path) and engine.load(made.last.path).step == 1
+    assert said[0].startswith("warning: No space left on device")
+
+
+def test_what_no_disk_takes_is_told_when_it_is_settled(job):
+    made, engine, progress, disk, said = job("step-000001", max_failures=1)
+    made.save(engine, engine.train(progress), must=False)
+    disk.let.set()
+    assert made.settle() is False and made.pending is None and published(made.places) == []
+    assert "goes on without this checkpoint (1 failed in a row, 1 may)" in said[-1]
+    assert made.save(engine, engine.train(progress), must=False) and made.settle()
+
+
+def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, monkeypatch):
+    made, engine, progress, disk, _ = job()
+    asked = []
+    monkeypatch.setattr("trainer.checkpoints.beside.gather_objects", lambda done, runtime: [asked.append(step), done])
+    made._writing = None
+    made.copies.take = lambda state: True
+    made.save(engine, engine.train(progress), must=False)
+    for step in range(2, 40):
+        made.written(step)
+    assert asked == [2, 3, 5, 9, 17, 25, 33]
+    disk.let.set()
+    made._writing.wait()
+
+
+def test_where_host_memory_is_short_it_is_written_in_the_step_and_said_once(job):
+    made, engine, progress, disk, said = job()
+    disk.let.set()
+    made.copies = Copies(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
+    for step in (1, 2):
+        assert made.save(engine, engine.train(progress), must=False) and made.pending is None
+        assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
+        assert made.last.stall_s == made.last.took_s
+    told = [text for text in said if "a copy of the training state needs 792 bytes of host memory" in text]
+    assert len(told) == 1 and "where 800 bytes are free" in told[0] and "checkpoint.background=false" in told[0]
+    assert Copies(ALONE, free=lambda: 900).take(engine.state(progress)) and Copies(ALONE, free=lambda: None).take(
+        engine.state(progress)
+    )
+
+
+def test_the_host_says_what_is_free():
+    from strategies.runtime import free_host_memory
+
+    free = free_host_memory()
+    assert free is None or 2**20 < free < 2**46
