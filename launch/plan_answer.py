@@ -175,7 +175,9 @@ def checkpoint_s(answer: Answer, best: Choice) -> float:
 
 
 def _folded(said: str, width: int = 80) -> list[str]:
-    return textwrap.wrap(said, width, subsequent_indent="    " if said.startswith(" ") else "", drop_whitespace=True)
+    indent = "    " if said.startswith(" ") else ""
+    # Paths stay whole, to be pasted.
+    return textwrap.wrap(said, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def as_dict(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def restore_linear() -> None:
     torch.nn.functional.linear = getattr(Replaced, "linear_bk", torch.nn.functional.linear)
 
 
+def forget_groups() -> None:
+    """Let go of the process groups of an earlier run of this process, which DeepSpeed keeps beyond their end."""
+    from deepspeed.utils import groups
+
+    kept = groups._WORLD_GROUP
+    if kept is not None and kept not in dist.distributed_c10d._world.pg_map:
+        groups._release_process_group_references()
+
+
 def release(engine: Any) -> None:
     """Give up the memory of an engine that is used no more. No collective.
 

@@ -17,6 +17,7 @@ from strategies.deepspeed_library import (
     AsksBeforeUpdate,
     ClipsOnDevice,
     exchange_through,
+    forget_groups,
     import_deepspeed,
     norm_of,
     release,
@@ -272,6 +273,7 @@ class ZeroStrategy:
         """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
         deepspeed = import_deepspeed(on_cpu=self.on_cpu or self.runtime.simulated)
         settle_accelerator(self.runtime)
+        forget_groups()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=compute, frozen=compute)

@@ -13,7 +13,7 @@ from tests.simulated.goldens import golden, name_of, summary
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.model.quantisation import Quantisation, Scheme
-from trainer.planning import simulate
+from trainer.planning import bare
 
 CASES = chosen_cases()
 
@@ -77,7 +77,7 @@ def test_an_engine_that_does_wrong_is_seen(place, monkeypatch, broken, said):
 
 def test_operands_on_two_devices_are_refused(place, monkeypatch):
     """A batch that stays on the host, under a model on the GPU."""
-    monkeypatch.setattr(simulate, "to_device", lambda batch, device: batch)
+    monkeypatch.setattr(bare, "to_device", lambda batch, device: batch)
     case = Case("single", "full", "bf16")
     with pytest.raises(RuntimeError, match="device"):
         simulated(case, case.model_in(place), 1, repeat=0)

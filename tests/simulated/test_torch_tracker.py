@@ -6,10 +6,14 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from tests.helpers.building import model_dir
 from tests.simulated.cases import Case, simulated
+from trainer.guards.config import GuardsConfig
+from trainer.guards.watch import WATCHED
 from trainer.planning import live, simulate
 
-FEW = 64
-"""Bytes at most that live beside what torch's tracker is told of: a frequency table, a sum of losses, some numbers."""
+WINDOW = GuardsConfig().window * len(WATCHED) * 8
+"""Bytes of what the guards compare a step with, in float64."""
+FEW = WINDOW + 64
+"""Bytes at most that live beside what torch's tracker is told of: that, a frequency table, a sum of losses, some numbers."""
 
 
 class Followed(simulate.Watched):

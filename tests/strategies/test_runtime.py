@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from strategies import runtime
 from strategies.runtime import usable_cores
+from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 
 
 def test_quotas_of_cgroups_around_the_process_count(tmp_path, monkeypatch):
@@ -71,3 +72,20 @@ def test_many_ranks_connect_when_they_first_talk(monkeypatch):
         runtime.stop()
         torch.set_num_threads(before)
         os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
+
+
+def test_a_second_run_of_a_process_knows_nothing_of_the_first_ones_groups(tmp_path, monkeypatch):
+    """DeepSpeed keeps them beyond their end."""
+    config = run_config(model_dir(tmp_path), "zero2", "full", micro=4)
+    data, curves, threads = data_set(tmp_path, uneven=False), [], torch.get_num_threads()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what joining writes goes with the test
+        monkeypatch.delenv(name)
+    for _ in range(2):
+        alone = runtime.start("cpu", timeout_s=60, threads=1)
+        try:
+            curves.append(take_steps(trainer_for(config, data, alone), 1))
+        finally:
+            runtime.stop()
+    torch.set_num_threads(threads)
+    assert curves[0] == curves[1]
