@@ -114,7 +114,8 @@ def _table(found: Answer, *, live: bool) -> list[str]:
             break
         lines += rows
     counts = Counter(run.state for run in found.runs)
-    lines += ["", f"{len(found.runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())]
+    told = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    lines += ["", f"{len(found.runs)} run{'s' * (len(found.runs) != 1)}: {told}"]
     if found.cut:
         lines.append(f"there are too many directories below {found.root}: not all were looked into; name a lower one")
     return lines
