@@ -25,7 +25,8 @@ from tests.helpers.tokenizers import write_chat_data
 from trainer.config.run import MICRO, Device, LauncherConfig
 from trainer.forecast import micro as micro_module
 from trainer.forecast import simulation
-from trainer.forecast.micro import Given, _agreed, divisors, proposed, settle_micro, would_choose
+from trainer.forecast.lengths import divisors
+from trainer.forecast.micro import Given, _agreed, proposed, settle_micro, would_choose
 from trainer.forecast.simulation import simulate_depth
 from trainer.model.loading import load_tokenizer
 from trainer.planning.hardware import GIB

@@ -16,6 +16,11 @@ MOST_MICRO = 1024
 """Largest micro-batch that is looked at."""
 
 
+def divisors(part: int) -> list[int]:
+    """Micro-batches that divide a rank's part of a step, ascending."""
+    return [micro for micro in range(1, min(part, MOST_MICRO) + 1) if part % micro == 0]
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """Tokens of what is drawn as one: a document (of an objective over pairs, both), or a pack."""

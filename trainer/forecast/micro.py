@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +18,12 @@ import torch.distributed as dist
 
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
-from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
+from strategies.runtime import SIMULATED, Runtime, broadcast_object, free_host_memory, gather_objects
 from trainer.build import build_engine, workload
 from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
 from trainer.data.prepare import Prepared
 from trainer.forecast.fitting import PATIENCE, answered_apart, one_step, unsimulated
-from trainer.forecast.lengths import MOST_MICRO, Lengths, drawn
+from trainer.forecast.lengths import Lengths, divisors, drawn
 from trainer.objectives.registry import reading_of
 from trainer.planning.activations import USABLE, device_gib, longest_micro_batch
 from trainer.planning.bare import bare_trainer, batch_of
@@ -46,11 +44,6 @@ class Given:
     data: Prepared
     precision: Precision
     runtime: Runtime
-
-
-def divisors(part: int) -> list[int]:
-    """Micro-batches that divide a rank's part of a step, ascending."""
-    return [micro for micro in range(1, min(part, MOST_MICRO) + 1) if part % micro == 0]
 
 
 def settle_micro(
@@ -118,12 +111,8 @@ def memory_gib(runtime: Runtime) -> float:
     """Memory of this rank's device in GiB; on a CPU its part of what the host has to give now, or the job's limit."""
     if runtime.device.type == "cuda":
         return device_gib(runtime)
-    there = device_gib(runtime)
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        there = min(there, free / 2**20 / runtime.local_world_size)
-    return USABLE * there
+    there, free = device_gib(runtime), free_host_memory()
+    return USABLE * (there if free is None else min(there, free / GIB / runtime.local_world_size))
 
 
 def proposed(

@@ -24,7 +24,7 @@ from strategies.mesh import replicas
 from strategies.owned import Kind
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
-from trainer.forecast.lengths import MOST_MICRO, Lengths
+from trainer.forecast.lengths import MOST_MICRO, Lengths, divisors
 from trainer.model.quantisation import Quantisation
 from trainer.planning.form import Form, Taken
 from trainer.planning.hardware import Card, Fit, fit, host_gib, room
@@ -174,7 +174,7 @@ def micro_batches(job: Job, typed: int | None) -> list[int]:
         return []
     if typed is not None:
         return [typed] if part % typed == 0 else []
-    return [micro for micro in range(1, min(part, MOST_MICRO) + 1) if part % micro == 0]
+    return divisors(part)
 
 
 def choices(way: Way, form: Form, job: Job, micros: list[int]) -> list[Choice]:
