@@ -41,8 +41,8 @@ def test_a_killed_and_a_stopped_rank_are_named(runs):
         last = runs.said(name).strip().splitlines()[-2:]
         assert "rank 1 on " in last[0] and said in last[1]
         assert runs.status(name)["state"] == "failed"
-    # Where the other one waited for it, and where it was.
-    assert "train_step" in failure["traceback"]
+    # Where the other one waited for it (a step has several places to wait in), and where it was.
+    assert ", in fit" in failure["traceback"] and "timed out" in failure["traceback"].lower()
     assert " in fit" in (runs.root / "stopped" / "logs" / "rank-1.stacks").read_text()
 
 
