@@ -18,6 +18,8 @@ from launch.frozen import Composed, default_run_dir, freeze, identity, is_finish
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
 from strategies.hardware import Gpu, best_precision
+from strategies.redaction import secret_in
+from trainer.config.resuming import flat, plain
 from trainer.config.run import Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
@@ -59,7 +61,19 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
 
 def refusals(config: RunConfig) -> list[str]:
     """Why a run of this configuration would be refused before anything starts; empty where it would not."""
-    return [*problems_of(config, world_size=world_size_of(config)), *_devices(config)]
+    return [*problems_of(config, world_size=world_size_of(config)), *_devices(config), *_secrets(config)]
+
+
+def _secrets(config: RunConfig) -> Iterator[str]:
+    """What is typed is written into config.yaml, the record and the model card, and sent to trackers."""
+    for key, value in flat(plain(config)).items():
+        for text in value if isinstance(value, list) else [value]:
+            kind = secret_in(text) if isinstance(text, str) else None
+            if kind is not None:
+                yield (
+                    f"{key}: holds {kind}, which would be written into config.yaml and the model card and sent to trackers; "
+                    "leave it in the environment, or in a file that only you can read (as ~/.netrc for addresses)"
+                )
 
 
 def world_size_of(config: RunConfig) -> int | None:
@@ -152,11 +166,18 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
 
 def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     try:
         OmegaConf.resolve(tree)
         config: Any = OmegaConf.to_object(tree)
+    except InterpolationResolutionError as error:
+        said = str(error).splitlines()[0].removesuffix(".")
+        problems.append(
+            f"{error.full_key}: {said}; ${{...}} stands for another setting, or as ${{oc.env:NAME}} for a variable of the "
+            "environment; in a text for the shell write $NAME"
+        )
+        return None
     except (OmegaConfBaseException, TypeError) as error:
         problems.append(" ".join(str(error).split()))
         return None

@@ -1,6 +1,6 @@
 """`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads.
 
-    shardtune export run.dir=runs/x [checkpoint=last|best|<step>] [to=<dir>] [merge=true] [dtype=bfloat16] [--verify]
+    shardtune export runs/x [checkpoint=last|best|<step>] [to=<dir>] [merge=true] [dtype=bfloat16] [--verify]
 
     shardtune export adapters=[<dir>,<dir>] to=<dir> [weights=[..]] [combine=cat]     (launch/combine.py)
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     if "run.dir" not in words:
-        raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export run.dir=runs/x")
+        raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export runs/x")
     run_dir = Path(words["run.dir"]).expanduser()
     config = load_frozen(run_dir / "config.yaml")
     settle(config, words)

@@ -9,7 +9,7 @@ from strategies.errors import ConfigError
 
 
 def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[dict[str, str], list[str]]:
-    """The words by key, and a line about each word that cannot be used; `--verify` is `verify=true`.
+    """The words by key, and a line about each word that cannot be used; `--verify` is `verify=true`, a bare word the run.
 
     `beside` is added to the line about a key that is not known.
     """
@@ -17,6 +17,11 @@ def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[
     problems = []
     for word in argv:
         key, equals, value = ("verify", "=", "true") if word == "--verify" else word.partition("=")
+        if "run.dir" in keys and not equals and key not in keys and not key.startswith("-"):
+            key, equals, value = "run.dir", "=", word
+        if key in words:
+            problems.append(f"{word}: {key} is given twice, as {words[key]} and {value}; give one")
+            continue
         if key in keys and equals and value:
             words[key] = value
             continue

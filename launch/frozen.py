@@ -19,6 +19,7 @@ from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
 from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
+from trainer.records import settings_file
 from trainer.records.lease import refuse_in_use
 from trainer.records.status import State, read_status, write_text_atomic
 from trainer.stopping.signals import pending
@@ -104,26 +105,19 @@ def load_frozen(path: Path | str) -> RunConfig:
     """Read a frozen `config.yaml` back. Errors: ConfigError where it is missing, edited or of another version."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     path = Path(path)
+    text = settings_file.read_text(path)
+    written, raw = HEADER.search(text), settings_file.tree_of(path, text)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give the config.yaml of a run directory"
-        ) from error
-    written = HEADER.search(text)
-    try:
-        raw: Any = OmegaConf.create(text)
         tree = OmegaConf.structured(RunConfig)
         for group in variants():
             tree[group] = OmegaConf.structured(settings_of(group, raw[group]["name"]))
-        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, raw))
-    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
+        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
     # The hash is taken of what the file says, not of what this version makes of it: a later one may know more settings.
-    if written is None or written[1] != _hash(_identifying(OmegaConf.to_container(raw))):
+    if written is None or written[1] != _hash(_identifying(raw)):
         raise ConfigError(f"{path}: does not match its hash; frozen files are not edited: start a new run.dir")
     return config
 

@@ -67,6 +67,7 @@ def guarded(verb: str, argv: list[str]) -> int:
     from importlib import import_module
 
     from strategies.errors import ConfigError, ShardtuneError
+    from strategies.redaction import redacted
 
     try:
         return int(import_module(f"launch.{verb}").main(argv) or 0)
@@ -84,7 +85,7 @@ def guarded(verb: str, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:  # noqa: BLE001 - the outermost frame: a defect is shown whole, with its own exit code
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return 70
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launch.choices import groups
 from launch.slurm_env import is_worker
+from strategies.redaction import redacted
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
 def show(composed: Composed, *, dry_run: bool) -> None:
     """Print the configuration, or what the run would do."""
     if not dry_run:
-        print(f"# sha256: {composed.sha256}\n{composed.yaml}", end="")
+        print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")
         return
     from trainer.forecast.dry_run import describe
 

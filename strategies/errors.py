@@ -4,11 +4,16 @@ Everything that is the user's to mend derives from `ShardtuneError`; the command
 traceback. Anything else is a defect of ours and ends with exit code 70 and a traceback.
 """
 
+from strategies.redaction import redacted
+
 
 class ShardtuneError(Exception):
-    """Base of the errors that are shown as a message: the value, the constraint, the knob to turn."""
+    """Base of the errors that are shown as a message: the value, the constraint, the knob to turn. Secrets in it are hidden."""
 
     exit_code = 70
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(ShardtuneError):
@@ -17,7 +22,7 @@ class ConfigError(ShardtuneError):
     exit_code = 64
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [redacted(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
 

@@ -5,15 +5,20 @@ import json
 import os
 import pickle
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from launch.frozen import _hash, _identifying, load_frozen
 from launch.main import main
 from strategies.durable import Written
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.seal import seal
+from trainer.data.tokens import bounded
+from trainer.records.status import State, record_failure, write_status
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,89 @@ def test_a_pickle_is_never_read(root, tmp_path, where, capfd):
         shown = capfd.readouterr().err
         assert "Traceback" not in shown and not (tmp_path / "executed").exists()
         assert code in (64, 74) and said in shown, (way, code, shown)
+
+
+def with_config(root: Path, to: Path, change) -> Path:
+    """Their run with another config.yaml, whose hash fits, as somebody who means harm would write it."""
+    shutil.copytree(root / "theirs", to)
+    head, body = (to / "config.yaml").read_text().split("# overrides", 1)
+    overrides, text = body.split("\n", 1)
+    text = change(text)
+    tree = _identifying(OmegaConf.to_container(OmegaConf.create(text))) if "*" not in text else {}
+    head = f"# Frozen by shardtune; do not edit.\n# sha256: {_hash(tree)}\n"
+    (to / "config.yaml").write_text(f"{head}# overrides{overrides}\n{text}")
+    return to
+
+
+def test_a_configuration_looks_nothing_up_and_multiplies_nothing(root, tmp_path, capfd, monkeypatch):
+    """Aliases would be gigabytes of values; an interpolation would carry a secret of the reader into what is exported."""
+    monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghij")]
+    bomb = with_config(root, tmp_path / "bomb", lambda text: text + "\n".join(lines) + "\n")
+    for way in (["export", str(bomb), f"to={tmp_path / 'out'}"], ["compare", str(bomb), str(root / "theirs")]):
+        assert main(way) == 64
+        assert "YAML aliases" in capfd.readouterr().err
+    assert main(["status", str(bomb)]) == 0
+    large = with_config(root, tmp_path / "large", lambda text: text + "#" * 2**20)
+    assert main(["export", str(large), f"to={tmp_path / 'out'}"]) == 64
+    assert "more than 1048576" in capfd.readouterr().err
+
+    def asks(text: str) -> str:
+        assert "notes: ''" in text or "tags: []" in text
+        return text.replace("tags: []", "tags:\n  - ${oc.env:OF_THE_READER}")
+
+    nosy = with_config(root, tmp_path / "nosy", asks)
+    assert load_frozen(nosy / "config.yaml").logging.tags == ["${oc.env:OF_THE_READER}"]  # a text, as it stands
+    assert main(["export", str(nosy), f"to={tmp_path / 'nosy-out'}"]) == 0
+    written = [path for path in (tmp_path / "nosy-out").rglob("*") if path.suffix in (".md", ".json", ".yaml")]
+    assert any("${oc.env:OF_THE_READER}" in path.read_text() for path in written)
+    assert not any("not-to-be-told" in path.read_text() for path in written)
+    assert "not-to-be-told" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than 1 seconds"),
+        ("{% set x = 'x' * 10**11 %}{{ x }}", "wanted more than 0.25 GiB of memory"),
+        # Harmless while the tokenizer is looked at, and with a conversation that it waits for no more.
+        ("{% if 'to count' in messages|string %}{{ '%2000000000d' % 1 }}{% endif %}", "wanted more than 0.25 GiB"),
+    ],
+)
+def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path, monkeypatch, capfd, template, said):
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    monkeypatch.setattr(bounded, "BYTES", 2**28)
+    (tmp_path / "theirs.jinja").write_text(template)
+    rows = [
+        {"messages": [{"role": "user", "content": f"to count {i}"}, {"role": "assistant", "content": "1"}]}
+        for i in range(9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [f"data.path={tmp_path / 'rows.jsonl'}", f"model.chat_template={tmp_path / 'theirs.jinja'}"]
+    assert main(["prepare", f"model.path={root / 'llama'}", f"data.cache_dir={tmp_path / 'cache'}", *asked]) == 64
+    shown = capfd.readouterr().err
+    assert said in shown and "model.chat_template" in shown and "Traceback" not in shown
+
+
+def test_a_secret_is_neither_written_nor_shown(root, tmp_path, monkeypatch, capfd):
+    """A token that was typed, one that an interpolation brought in, a password in an address, and one in a library's error."""
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "quite-a-secret-42")
+    token = "hf_" + "aB3" * 12
+    typed = words(root, "mine", f"run.dir={tmp_path / 'mine'}")
+    for word, kind in (
+        (f"logging.tags=[{token}]", "a token of Hugging Face"),
+        ("logging.tags=['${oc.env:MY_SERVICE_TOKEN}']", "the environment variable MY_SERVICE_TOKEN"),
+        ("data.path=https://me:pass-word@example.org/rows.jsonl", "a password in an address"),
+    ):
+        assert main([*typed, word]) == 64
+        shown = capfd.readouterr().err
+        assert kind in shown and not any(secret in shown for secret in (token, "quite-a-secret-42", "pass-word"))
+        assert not (tmp_path / "mine").exists()
+    (tmp_path / "failed").mkdir()
+    error = RuntimeError(f"GET https://example.org/x?token={token}&n=1 with Bearer quite-a-secret-42: 401")
+    record_failure(tmp_path / "failed", 0, error, "reading")
+    write_status(tmp_path / "failed", State.failed, reason=str(error))
+    for name in ("failure.json", "status.json"):
+        text = (tmp_path / "failed" / name).read_text()
+        assert "[secret]&n=1 with Bearer [secret]: 401" in text and token not in text and "quite-a" not in text

@@ -58,7 +58,7 @@ def run(*words):
 
 
 def test_the_last_checkpoint_becomes_the_export_of_the_run(run_dir, capsys):
-    assert run(f"run.dir={run_dir}", "--verify") == 0
+    assert run(run_dir, "--verify") == 0
     assert "export verified" in capsys.readouterr().out
     assert (run_dir / "export" / "adapter_model.safetensors").is_file()
     card = (run_dir / "export" / "README.md").read_text()
@@ -81,6 +81,7 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
     [
         ([], "run.dir: not set"),
         (["run.dir={run}", "chekpoint=4"], "did you mean checkpoint"),
+        (["{run}", "run.dir={run}"], "given twice"),
         (["run.dir={run}", "to="], "needs a value"),
         (["run.dir={run}", "checkpoint=5"], "its checkpoints are 4, 6"),
         (["run.dir={run}", "merge=yes"], "true or false"),

@@ -13,6 +13,7 @@ from typing import Any
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import KINDS, flat
+from trainer.records.settings_file import read_tree
 from trainer.records.status import State, read_failure, read_status
 
 GIB = 2**30
@@ -119,13 +120,8 @@ def read_point(directory: Path) -> Point:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict) or "strategy" not in tree:
+    tree = read_tree(path)
+    if "strategy" not in tree:
         raise ConfigError(f"{path}: not the configuration of a run of shardtune")
     return flat(tree)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from strategies import durable
+from strategies.errors import ConfigError
 from trainer.checkpoints.places import STEP_NAME, places_of, published
+from trainer.records.settings_file import read_tree
 
 MOST = 2**22
 """Bytes of the configuration, and of a checkpoint's progress; more is not read."""
@@ -118,13 +120,10 @@ def _progress(path: Path) -> dict[str, Any]:
 
 def _settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(`checkpoint`, `evaluation`) of the run's configuration, empty where they cannot be read."""
-    import yaml
-
     try:
-        text = durable.read_bytes(run_dir / "config.yaml", most=MOST).decode(errors="replace")
-        tree = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        tree = read_tree(run_dir / "config.yaml")
+    except ConfigError:
         return {}, {}
-    parts = [tree.get(key) if isinstance(tree, dict) else None for key in ("checkpoint", "evaluation")]
+    parts = [tree.get(key) for key in ("checkpoint", "evaluation")]
     checkpoint, evaluation = (part if isinstance(part, dict) else {} for part in parts)
     return checkpoint, evaluation

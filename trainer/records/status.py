@@ -18,6 +18,7 @@ from typing import Any
 
 from strategies import durable
 from strategies.errors import ShardtuneError, StorageError
+from strategies.redaction import redacted
 from trainer.records import files
 
 
@@ -66,6 +67,8 @@ def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
         "time": time.time(),
         **fields,
     }
+    if isinstance(status["reason"], str):
+        status["reason"] = redacted(status["reason"])
     write_text_atomic(Path(run_dir) / "status.json", json.dumps(status, indent=1) + "\n")
 
 
@@ -96,10 +99,10 @@ def record_failure(
         "phase": phase,
         "step": step,
         "error": type(error).__name__,
-        "message": str(error),
+        "message": redacted(str(error)),
         "user_error": isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", 70),
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": redacted("".join(traceback.format_exception(error))),
         "time": time.time(),
         **about,
     }

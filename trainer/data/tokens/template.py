@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, Refused, texts_in, thought_of
+from trainer.data.tokens.bounded import TooMuch, bounded
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
@@ -155,6 +156,8 @@ class ChatTemplate:
         """Texts of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
         try:
             return self._rendered([messages for messages, _, _, _ in jobs])[0]
+        except TooMuch as error:
+            raise self._endless(error, jobs[0][2], len(jobs)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
             return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
 
@@ -166,6 +169,8 @@ class ChatTemplate:
             return work(*args)
         except DataError:
             raise
+        except TooMuch as error:
+            raise self._endless(error, where, 1) from error
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
@@ -185,12 +190,21 @@ class ChatTemplate:
             rendered.spans = [(after_thought(chat, i, rendered.text, *span), span[1]) for span, i in spans]
         return rendered
 
+    @staticmethod
+    def _endless(error: TooMuch, where: str, conversations: int) -> ConfigError:
+        count = "a conversation" if conversations == 1 else f"{conversations} conversations"
+        return ConfigError(
+            f"the chat template {error} for {count} ({where}{' on' if conversations > 1 else ''}): it loops, or multiplies; "
+            "give another in model.chat_template"
+        )
+
     def _rendered(self, conversations: list[list[Message]], **options: Any) -> tuple[list[str], list[Any]]:
         """Texts of conversations, and where a mask is asked for the spans of their generation blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         special = self.tokenizer.special_tokens_map
-        texts, blocks = render_jinja_template(conversations, chat_template=self.source, **options, **special)
+        with bounded():
+            texts, blocks = render_jinja_template(conversations, chat_template=self.source, **options, **special)
         return list(texts), list(blocks)
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
