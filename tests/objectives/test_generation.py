@@ -12,8 +12,9 @@ from tests.models.tiny import tiny_config
 from trainer.data.batches.loader import EvalShare
 from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
-from trainer.evaluation.base import GenerateConfig
-from trainer.evaluation.generation import Generated, GenerationEvaluator, decoding, first_answer, scores
+from trainer.evaluation.base import GenerateConfig, WritingConfig
+from trainer.evaluation.decoding import Generate, decoding, stock_attention
+from trainer.evaluation.generation import Generated, GenerationEvaluator, first_answer, scores
 from trainer.model import attention, flex
 
 PAIRS = [
@@ -64,7 +65,6 @@ def test_named_sets_are_scored_each(monkeypatch):
     share = EvalShare(2, 0, 1, 2, by_source=True)
     assert share.documents(Held()).tolist() == [0, 1, 2, 3], "two of each"
     settings, runtime = GenerateConfig(samples=2), SimpleNamespace(is_main=True, world_size=1)
-    monkeypatch.setattr(generation, "decoding", lambda *parts: None)
     monkeypatch.setattr(generation, "broadcast_object", lambda value, runtime: value)
     answers = [
         Generated(number, answer, right)
@@ -103,13 +103,13 @@ def test_what_is_written_is_what_plain_transformers_writes_in_eager_attention(ki
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    settings = decoding(
-        plain.generation_config, GenerateConfig(max_new_tokens=12), SimpleNamespace(pad_token_id=0, eos_token_id=2)
-    )
+    asked = WritingConfig(max_new_tokens=12)
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[])
+    settings = decoding(plain.generation_config, asked, tokenizer)
     with torch.no_grad():
         expected = plain.generate(**batch, generation_config=settings)[:, 9:]
-        found = generation._Generate(settings, synced=False).terms(trained, batch)["answers"]
+        found = Generate(settings, asked, tokenizer, synced=False).terms(trained, {**batch, "seeds": [0, 0]})["answers"]
         assert torch.equal(found, expected)
-        with generation._stock_attention(trained):
+        with stock_attention(trained):
             assert torch.allclose(trained(**batch).logits[:, 4:], plain(**batch).logits[:, 4:], atol=1e-4)
     assert trained.config._attn_implementation == kernel.NAME

@@ -206,6 +206,7 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
         )
     if samples and not family_of(config.objective).writes_answers:
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
+    yield from config.evaluation.generate.problems("evaluation.generate")
 
 
 def _resume(config: RunConfig) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,15 +11,49 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True)
-class GenerateConfig:
-    """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
+class WritingConfig:
+    """How a model writes answers."""
 
-    samples: int = 0
-    """Documents answered in each evaluation (the first ones, of several named sets those of each); 0 generates nothing."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
     beams: int = 1
     """Width of the beam search; 1 is greedy."""
+    temperature: float = 0.0
+    """Divides the logits that answers are drawn from; 0 takes the likeliest token each time, 1 draws as the model says."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that have this share of the probability together; 1 for all."""
+    top_k: int = 0
+    """Draw among this many likeliest tokens; 0 for all."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, which is cut off before them."""
+    seed: int = 0
+    """Seed of the draws: a text depends on it, on the number of its prompt and of the draw, and on nothing else."""
+    draws: int = 1
+    """Answers drawn for each prompt."""
+
+    def problems(self, key: str) -> Iterator[str]:
+        """What does not go together, one line each; `key` is the setting that these are below."""
+        if self.temperature and self.beams > 1:
+            yield (
+                f"{key}.temperature={self.temperature:g} with {key}.beams={self.beams}: a beam search draws nothing; set "
+                f"{key}.beams=1, or {key}.temperature=0"
+            )
+        unused = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "draws": self.draws > 1}
+        if not self.temperature and (idle := [name for name, given in unused.items() if given]):
+            yield (
+                f"{', '.join(f'{key}.{name}={getattr(self, name)}' for name in idle)}: nothing is drawn at "
+                f"{key}.temperature=0; set {key}.temperature=1, or leave it out"
+            )
+        if "" in self.stop:
+            yield f"{key}.stop: has an empty text, which would end every answer; leave it out"
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(WritingConfig):
+    """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
+
+    samples: int = 0
+    """Documents answered in each evaluation (the first ones, of several named sets those of each); 0 generates nothing."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -274,27 +274,34 @@ class Seq2seq(Objective):
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the encoder on `input_ids [S, N]`, the decoder on `decoder_input_ids [S, M]`, the head on `target_rows`."""
-        whole: Any = plain_model(model)
-        read = whole.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.
-        hidden = whole.get_decoder()(
-            input_ids=batch["decoder_input_ids"],
-            encoder_hidden_states=read.last_hidden_state,
-            encoder_attention_mask=batch["attention_mask"],
-            use_cache=False,
-        ).last_hidden_state
-        rows, counting = batch["target_rows"], counting_of(batch)
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
-        if getattr(whole.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
-            hidden = hidden * whole.config.d_model**-0.5
-        bias = getattr(whole, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
-        head = whole.get_output_embeddings()
+        head, hidden, targets, bias = answer_rows(model, batch)
+        counting = counting_of(batch)
         if computes_loss(head):
-            found = head(hidden, targets=targets, counting=counting, added_bias=None if bias is None else bias[0])
+            found = head(hidden, targets=targets, counting=counting, added_bias=bias)
         else:  # an adapter on the head adds to logits, so the logits are needed
             logits = head(hidden)
             found = logits_loss(logits if bias is None else logits + bias, targets, counting)
         return counted(batch, *found)
+
+
+def answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
+    """The output head, the hidden states `[N, H]` that it is given, their targets `[N]`, and what the model adds to the
+    head's output, `[V]`."""
+    whole: Any = plain_model(model)
+    read = whole.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.
+    hidden = whole.get_decoder()(
+        input_ids=batch["decoder_input_ids"],
+        encoder_hidden_states=read.last_hidden_state,
+        encoder_attention_mask=batch["attention_mask"],
+        use_cache=False,
+    ).last_hidden_state
+    rows = batch["target_rows"]
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], batch["targets"].view(-1)[rows]
+    if getattr(whole.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
+        hidden = hidden * whole.config.d_model**-0.5
+    bias = getattr(whole, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
+    return whole.get_output_embeddings(), hidden, targets, None if bias is None else bias[0]
 
 
 SEQ2SEQ = Family(
