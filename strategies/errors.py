@@ -52,6 +52,14 @@ class Preempted(ShardtuneError):
     """Name of the signal that asked this process, where one did."""
 
 
+class ReplicasDiffer(ShardtuneError):
+    """Ranks that should hold the same parameters do not: the hardware's fault, or hosts that differ."""
+
+    exit_code = 70
+    retry = "node_fail"
+    """The key of `launcher.retry` that starts such a run again."""
+
+
 class Diverged(ShardtuneError):
     """Too many steps in a row had gradients that are not finite."""
 

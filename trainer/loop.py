@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import torch
 
 from strategies.base import Engine, Progress
-from strategies.errors import Preempted
+from strategies.errors import Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.beside import Saved
 from trainer.data.batches.loader import StepBatch, StepLoader
@@ -110,6 +110,7 @@ class Trainer:
     def _go_on(self) -> None:
         """Let what goes by the progress go on from it: the window of the guards, and the order of the samples."""
         self.guards.begin(self.progress.recent)
+        self.guards.replicas.begin(self.progress.step)
         self.loader.order.pass_over((each["first"], each["count"]) for each in self.progress.passed)
 
     def _roll_back(self, outlier: Outlier) -> None:
@@ -187,6 +188,7 @@ class Trainer:
         """Read the buffered steps from the device and record them. Raises Diverged, and RollBack with nothing recorded."""
         rows = self.meter.flush()
         self.guards.look(rows)
+        self._compare_replicas()
         if rows and (saved := self.checkpoints.last) is not None and saved is not self._told:
             self._told, rows[0] = saved, {**rows[0], **saved.row}
         for row in rows:
@@ -263,11 +265,19 @@ class Trainer:
         self._settle()
         if self._saved_step != self.progress.step:
             self.still_ours()
+            self._compare_replicas(now=True)
             self.progress.recent = self.guards.recent()
             self.trackers.sync()
             self._saving = self._so_far()
             self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))
         self.meter.restart_clock()
+
+    def _compare_replicas(self, *, now: bool = False) -> None:
+        try:
+            self.guards.replicas.compare(self.engine, self.progress.step, now=now)
+        except ReplicasDiffer:
+            self._settle()  # of an earlier step, at which they were alike
+            raise
 
     def _settle(self) -> None:
         """Publish the checkpoint that is pending, where there is one."""

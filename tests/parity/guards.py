@@ -6,25 +6,33 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
 
 from strategies import runtime as processes
 from strategies.base import Precision, StepResult
-from tests.helpers.building import model_dir, run_config
+from strategies.errors import ReplicasDiffer
+from strategies.parameters import named_parameters
+from tests.helpers.building import TUNINGS, model_dir, run_config
 from tests.helpers.stores import write
 from tests.parity.base import Curve, Job, lone_steps
 from tests.parity.features import HostReads
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
 from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepBatch
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.guards.config import Action, GuardsConfig
+from trainer.guards.replicas import held_alike
 from trainer.loop import Trainer
 from trainer.objectives.sft import SftReading
+from trainer.records.metrics import StepRecord
 from trainer.records.trackers import Trackers
 
 STEPS, BATCH, ODD = 12, 4, 8
+FLIPPED, HIT = 7, "layers.1.post_attention_layernorm.weight"
 """The documents of step ODD say one word again and again, so that their gradients add up to ten times the usual norm."""
 
 
@@ -124,6 +132,36 @@ def rolled_back(job: Job, strategy: str) -> dict:
         "told": processes.gather_objects([progress.rollbacks, progress.passed], job.runtime),
         "expected": job.oracle(("guards", "never seen"), never_seen, elsewhere=[]),
     }
+
+
+def replicas(job: Job, strategy: str, tuning: str, flips: bool) -> dict:
+    """How a run ends in which one bit of a parameter flips on rank 1 while step FLIPPED is taken, and its last checkpoint."""
+    config = replace(config_of(job, strategy), tuning=TUNINGS[tuning], guards=GuardsConfig(replicas_every_steps=2))
+    config = replace(config, logging=replace(config.logging, every_steps=2))
+    trainer = job.trainer(config, documents(job, odd=False))
+    places = [Path(processes.broadcast_object(tempfile.mkdtemp(dir=job.root), job.runtime)) / "checkpoints"]
+    trainer.checkpoints = Checkpoints(places, CheckpointConfig(every_steps=3), job.runtime)
+    real = trainer.train_step
+
+    def step(batch: StepBatch) -> StepRecord:
+        record = real(batch)
+        if flips and record.step == FLIPPED and job.runtime.rank == 1:
+            parameters = dict(named_parameters(trainer.engine.step_module))
+            parameter = next(value for name, value in parameters.items() if name.endswith(HIT)).detach()
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.view(torch.int32).view(-1)[7] ^= 1
+        return record
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    try:
+        trainer.fit()
+        said = ""
+    except ReplicasDiffer as error:
+        said = str(error)
+    held = len(list(held_alike(trainer.engine)))
+    names = [path.name for path in places[0].iterdir()] if job.runtime.is_main else []
+    told = processes.gather_objects(said, job.runtime)
+    return {"said": told, "held": held, "checkpoints": sorted(names), "step": trainer.progress.step}
 
 
 def _count_reads(trainer: Trainer) -> list[int]:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.covering import EVERYTHING
-from tests.parity.guards import BATCH, ODD, STEPS
+from tests.parity.guards import BATCH, FLIPPED, HIT, ODD, STEPS
 
 EXACT = 1e-5
 STRATEGIES = ("fsdp2", "zero2", *(("ddp", "hsdp", "zero1", "zero3") if EVERYTHING else ()))
@@ -43,3 +43,26 @@ def test_a_rollback_is_the_run_that_never_saw_the_samples_under_any_strategy(ask
     passed = [{"first": (ODD - 1) * BATCH, "count": BATCH}]
     assert found["progress"] == [STEPS, 1, passed, STEPS * BATCH]
     assert found["told"] == [[1, passed]] * 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tuning"),
+    [
+        ("ddp", "full"),
+        ("hsdp", "full"),
+        *([("zero2", "lora"), ("ddp", "lora"), ("hsdp", "lora")] if EVERYTHING else ()),
+    ],
+)
+def test_a_flipped_bit_of_a_replica_ends_the_run_before_it_is_saved(ask, strategy, tuning):
+    found = ask("guards", "replicas", strategy, tuning, True)
+    assert found["said"][0] == found["said"][1]
+    assert f"step {FLIPPED + 1}: " in found["said"][0] and f"after step {FLIPPED - 1}: " in found["said"][0]
+    assert f"{HIT} than ranks" in found["said"][0]
+    assert found["step"] == FLIPPED + 1 and max(found["checkpoints"]) == "step-000006"
+
+
+@pytest.mark.parametrize("strategy", ["zero2", *(["ddp", "hsdp", "zero1", "fsdp2", "zero3"] if EVERYTHING else [])])
+def test_replicas_that_nothing_befell_are_alike(ask, strategy):
+    found = ask("guards", "replicas", strategy, "full", False)
+    assert found["said"] == ["", ""] and found["step"] == STEPS
+    assert (found["held"] == 0) == (strategy in ("fsdp2", "zero3"))

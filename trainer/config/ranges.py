@@ -113,6 +113,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "optim.max_skipped_steps": (POSITIVE, "10 as a rule"),
     "guards.window": (Range(least=10, most=1000), "100 as a rule"),
     "guards.threshold": (Range(above=0), "6 to 10 as a rule; lower finds more, false alarms too"),
+    "guards.replicas_every_steps": (COUNT, "100 as a rule; 0 never compares"),
     "guards.max_rollbacks": (POSITIVE, "5 as a rule; many mean that the samples are not the cause"),
     "schedule.warmup_steps": (COUNT, "0 takes schedule.warmup_share"),
     "schedule.warmup_share": (SHARE, "0.03 as a rule"),

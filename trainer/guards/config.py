@@ -28,5 +28,8 @@ class GuardsConfig:
     quarter of them."""
     threshold: float = 8.0
     """Standard deviations above that median from which a step stands out, reckoned from the median absolute deviation."""
+    replicas_every_steps: int = 100
+    """Steps between comparisons of the parameters that ranks hold alike (ddp, hsdp, zero1, zero2), made when rows are logged, and
+    before each checkpoint; 0: never."""
     max_rollbacks: int = 5
     """Times that a run goes back for such steps, resumed parts included; the next one ends it."""

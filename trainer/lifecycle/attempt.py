@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import Preempted, ShardtuneError
+from strategies.errors import Preempted, ReplicasDiffer, ShardtuneError
 from strategies.heartbeat import WAITED, Heartbeats
 from strategies.meeting import Meeting
 from strategies.runtime import Runtime, first_error
@@ -114,7 +114,7 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
     cause = None if where.heartbeats is None else where.heartbeats.cause(error)
     waited = not isinstance(error, ShardtuneError) and WAITED.search(str(error)) is not None
     phase, step = where.phase, where.step
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = {"retry": error.retry} if isinstance(error, ReplicasDiffer) else {}
     if cause is not None:
         cause.__cause__ = error  # so that the record has where this rank waited
         seen, error = cause.seen, cause
