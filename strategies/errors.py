@@ -33,7 +33,7 @@ class DataError(ShardtuneError):
 
 
 class DoesNotFit(ShardtuneError):
-    """The run takes more memory than its devices have, as far as can be told before it starts."""
+    """The run takes more memory than its devices have."""
 
     exit_code = 69
 

@@ -50,6 +50,8 @@ class Trainer:
         self._saved_step = progress.step if progress.step else -1
         self._saving = self._best = self._so_far()
         self._told: Saved | None = None
+        self.taken: StepBatch | None = None
+        """What the step that is being taken is taken on."""
 
     def fit(self) -> Outcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
@@ -138,7 +140,7 @@ class Trainer:
         The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
         the number of ranks, because every strategy averages over them.
         """
-        step, settings = self.progress.step, self.settings
+        step, settings, self.taken = self.progress.step, self.settings, batch
         self.at_step(step + 1)
         seed_step(settings.seed, step, self.engine.dp_rank)
         scale = self.engine.dp_size / (batch.totals["loss"] or 1)
@@ -159,6 +161,7 @@ class Trainer:
         self.progress.samples += batch.samples
         self.progress.tokens += batch.tokens
         self.progress.supervised_tokens += batch.supervised_tokens
+        self.taken = None
         return StepRecord(
             step=self.progress.step,
             lr=settings.lr * factor,

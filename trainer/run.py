@@ -26,6 +26,7 @@ from trainer.facts import (
     card_facts,
     run_facts,
 )
+from trainer.forecast.exceeded import telling_of_memory
 from trainer.forecast.fitting import must_fit
 from trainer.forecast.micro import Given, settle_micro
 from trainer.given import LoopSettings, Output, Watch
@@ -77,7 +78,6 @@ def _run(
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
-
     precision = resolve_precision(config.precision, runtime)
     checked = check(config, data, place)
     config = choose_open(config, Given(tokenizer, data, precision, runtime), place, freeze)
@@ -120,7 +120,8 @@ def _run(
     )
     try:
         where.phase = "training"
-        outcome = trainer.fit()
+        with telling_of_memory(trainer, config, facts, runtime):
+            outcome = trainer.fit()
         where.phase = "export"
         where.still_ours(runtime)
         exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)

@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.main import main
+from strategies.native import NativeEngine
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import WORDS
+from trainer.evaluation.loss import LossEvaluator
 
 BATCH, STEPS, ODD = 4, 12, 9
 
@@ -140,3 +143,38 @@ def test_a_run_that_only_goes_back_is_stopped(root, tmp_path, capfd):
     shown = capfd.readouterr().err
     assert code == 70 and "guards.max_rollbacks" in shown and "Traceback" not in shown
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_step_that_runs_out_of_memory_says_what_it_held_and_what_helps(root, tmp_path, monkeypatch, capfd):
+    real, taken = NativeEngine.backward, []
+
+    def backward(engine, loss, *, last):
+        taken.append(loss)
+        if len(taken) == 6:  # the second micro-batch of step 3
+            torch.empty(2**50)
+        real(engine, loss, last=last)
+
+    monkeypatch.setattr(NativeEngine, "backward", backward)
+    assert run(root, tmp_path / "train", "batch.micro=2") == 69
+    shown = capfd.readouterr().err
+    assert "Traceback" not in shown and len(taken) == 6
+    for said in (
+        "step 3: rank 0 on ",
+        "ran out of memory ([enforce fail",
+        "at most so far (with libraries",
+        "expected 0.0",
+        "its micro-batches: 2, the largest ",
+        "batch.micro=1 (or auto), which keeps batch.global=4; strategy.activation_checkpointing=full; ",
+    ):
+        assert said in shown, shown
+    failure = json.loads((tmp_path / "train" / "failure.json").read_text())
+    assert (failure["exit_code"], failure["step"], failure["user_error"]) == (69, 3, True)
+
+    def evaluate(self, engine):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(LossEvaluator, "run", evaluate)
+    held_out = f"data.eval_path={root / 'train.jsonl'}"
+    assert run(root, tmp_path / "evaluate", held_out) == 69
+    shown = capfd.readouterr().err
+    assert "the evaluation at step 0: rank 0 on " in shown and "lower evaluation.batch (it is 8)" in shown

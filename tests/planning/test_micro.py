@@ -165,7 +165,11 @@ def losses(trainer):
 
 def test_where_no_number_holds(made, given, monkeypatch):
     monkeypatch.setattr(micro_module, "proposed", lambda *_: (2, "planned 2.00 of 1.00 GiB"))
-    running_out(monkeypatch, above=0, error=RuntimeError("[enforce fail] not enough memory: you tried to allocate"))
+    running_out(
+        monkeypatch,
+        above=0,
+        error=RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    )
     with pytest.raises(DoesNotFit, match=r"one document in each forward pass .*planned 2.00 of 1.00 GiB.*max_length"):
         settle_micro(made[0], given, print, None)
 

@@ -22,6 +22,7 @@ from strategies.runtime import SIMULATED, Runtime, broadcast_object, free_host_m
 from trainer.build import build_engine, workload
 from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
 from trainer.data.prepare import Prepared
+from trainer.forecast.exceeded import of_memory
 from trainer.forecast.fitting import PATIENCE, answered_apart, one_step, unsimulated
 from trainer.forecast.lengths import Lengths, divisors, drawn
 from trainer.objectives.registry import reading_of
@@ -176,7 +177,7 @@ def _runs_out(config: RunConfig, given: Given, say: Callable[[str], None]) -> bo
     try:
         _take_steps(config, given)
     except (RuntimeError, MemoryError) as error:
-        if not _of_memory(error):
+        if not of_memory(error):
             raise
         why = (str(error).strip() or "out of memory").splitlines()[0]  # the error's frames hold what was allocated
     gc.collect()
@@ -200,11 +201,6 @@ def _take_steps(config: RunConfig, given: Given) -> None:
             torch.cuda.synchronize(given.runtime.device)
     finally:
         engine.close()
-
-
-def _of_memory(error: BaseException) -> bool:
-    """Whether memory was asked for in vain; torch has no class of its own for that of a host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
 
 def _agreed(config: RunConfig, why: str | None, runtime: Runtime) -> bool:
