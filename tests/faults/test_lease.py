@@ -214,6 +214,22 @@ def test_of_many_at_once_one_gets_it(tmp_path, another_host):
     got[0].release()
 
 
+def test_who_claims_between_the_look_of_another_and_its_claim_keeps_it(tmp_path, another_host, monkeypatch):
+    look, first = lease_module.refuse_in_use, []
+
+    def overtaken(*words):
+        look(*words)
+        if not first:
+            first.append(None)
+            first[0] = Lease.acquire(tmp_path, 24.0)
+
+    monkeypatch.setattr(lease_module, "refuse_in_use", overtaken)
+    with pytest.raises(InUse):
+        Lease.acquire(tmp_path, 24.0)
+    first[0].check()
+    first[0].release()
+
+
 class Network(durable.Disk):
     """What network file systems do: answers that get lost, old listings, stale handles, writes of a few bytes, errors."""
 

@@ -117,8 +117,8 @@ class Lease:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             while True:
+                number, _ = latest(directory)  # before the look: whoever claims after it must find its number taken
                 refuse_in_use(run_dir, patience_s, stop)
-                number, _ = latest(directory)
                 if not files.claim(_claim(directory, number + 1), _bytes(asdict(mine)), mine.token):
                     continue  # somebody was faster, or this host's view of the directory is old: look again
                 if latest(directory)[0] == number + 1:
