@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from strategies.base import ParameterSource, Precision
 
@@ -19,11 +21,39 @@ TEACHER = "teacher."
 COMPUTE_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
-def meta_context() -> AbstractContextManager[None]:
+LARGE = 2**20
+"""Elements from which a tensor is no longer made before it is thrown away."""
+STARTS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+"""What makes parameters beside `torch.empty`, and masks."""
+
+
+@contextmanager
+def meta_context() -> Iterator[None]:
     """Build a module with its parameters on the meta device and its buffers (rotary tables, masks) real."""
     from accelerate import init_empty_weights
 
-    return init_empty_weights(include_buffers=False)
+    with init_empty_weights(include_buffers=False), _Unallocated():
+        yield
+
+
+class _Unallocated(TorchFunctionMode):
+    """Has large parameters on meta from the first: all experts of a layer are tens of GiB, which a host need not have.
+
+    Uninitialised tensors become parameters; of others those with three dimensions, since masks begin with two.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = kwargs or {}
+        return func(*args, **asked | ({"device": "meta"} if self._is_large(func, args, asked) else {}))
+
+    @staticmethod
+    def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kwargs.get("device") is not None or (func is not torch.empty and func not in STARTS):
+            return False
+        size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
+        if not all(isinstance(n, int) for n in size) or (func is not torch.empty and len(size) < 3):
+            return False
+        return math.prod(size) >= LARGE
 
 
 def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

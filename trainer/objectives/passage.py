@@ -30,7 +30,7 @@ from trainer.heads.loss import fuse_head
 from trainer.model.architecture import auto_class, set_dropout, text_settings
 from trainer.model.config import Kind
 from trainer.model.kernels import torch_alone
-from trainer.model.shrink import VOCABULARY, NotShrinkable, shrunk
+from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
 from trainer.objectives.causal import WAYS, Way, plain_model, summed_loss
 
 TOLERANCE = 1e-5
@@ -42,7 +42,7 @@ HALF = 0.1
 """The same for kernels that exist in half precision only: masks that are ignored change gradients by half and more."""
 MOST_ELEMENTS = 20_000_000
 """Elements of a small copy at most: beyond them its configuration has sizes that are not known by name."""
-EDITION = 3
+EDITION = 4
 """Goes up when what is proven, or how, changes: older findings are then not taken."""
 
 
@@ -105,15 +105,7 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
     state = torch.random.get_rng_state(), torch.get_default_dtype()
     try:
         torch.default_generator.manual_seed(0)  # of the CPU alone: a GPU's is not ours to change
-        plain = build()
-        with torch_alone():
-            try:
-                proof = _Proof(config, plain, torch.float64)
-            except NotShrinkable:
-                raise
-            except Exception:  # noqa: BLE001 - of some the code fixes a type
-                proof = _Proof(config, plain, torch.float32)
-        return proof.passage(attention, on_gpu=on_gpu)
+        return _proof_of(config, build()).passage(attention, on_gpu=on_gpu)
     except NotShrinkable as error:
         return Passage(tried=False, reason=str(error))
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; what it cannot do is not proven
@@ -123,6 +115,22 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
         torch.set_default_dtype(state[1])
 
 
+def _proof_of(config: Any, plain: Any) -> _Proof:
+    """The proof of the first small copy that can be run. Raises what the first of them met, where none can."""
+    first: Exception | None = None
+    with torch_alone():
+        for small in small_copies(config, plain):
+            for dtype in (torch.float64, torch.float32):  # of some the code fixes a type
+                try:
+                    return _Proof(config, plain, small, dtype)
+                except NotShrinkable as error:
+                    first = first or error
+                    break
+                except Exception as error:  # noqa: BLE001 - an architecture may fail in any way
+                    first = first or error
+    raise first or NotShrinkable("it has no settings to make smaller")
+
+
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
 
@@ -130,16 +138,14 @@ def _said(error: Exception) -> str:
 class _Proof:
     """The stock model, small and random, and what it says of some documents."""
 
-    def __init__(self, config: Any, plain: Any, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, plain: Any, small: Any, dtype: torch.dtype) -> None:
+        """`small`: a small copy of `config`, of which `plain` is the model on meta."""
         self.dtype = dtype
         self.auto = auto_class(Kind.causal, config)
-        self.config = shrunk(config, plain)
+        self.config = small
         set_dropout(self.config, 0.0)
         self.vocabulary = min(text_settings(self.config).vocab_size, VOCABULARY)
-        with torch.device("meta"):
-            size = sum(p.numel() for p in self._build("eager", torch.float32).parameters())
-        if size > MOST_ELEMENTS:
-            raise NotShrinkable(f"a small copy would have {size:,} elements")
+        self._check(config, plain)
         stock = self._build("eager", dtype)
         with torch.no_grad():
             for parameter in stock.parameters():  # nothing may be without effect, as biases of zero are
@@ -159,12 +165,24 @@ class _Proof:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": dtype}
         return self.auto.from_config(copy.deepcopy(self.config), **options)
 
+    def _check(self, config: Any, plain: Any) -> None:
+        """Raise NotShrinkable for a copy that is not small, or has not every kind of layer."""
+        with torch.device("meta"):
+            small = self._build("eager", torch.float32)
+        size = sum(p.numel() for p in small.parameters())
+        if size > MOST_ELEMENTS:
+            raise NotShrinkable(f"a small copy would have {size:,} elements")
+        if lost := lost_kinds(config, plain, self.config, small):
+            raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
+
     def _is_causal(self, stock: Any) -> bool:
         ids = torch.from_numpy(self.documents[1].input_ids.astype(np.int64))[None]
         other = ids.clone()
         other[0, -1] = (other[0, -1] - 3) % (self.vocabulary - 4) + 4
         with torch.no_grad():
             one, two = (stock(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, other))
+        if not one.isfinite().all():
+            raise NotShrinkable("a small copy with random weights computes what is no number")
         return bool(torch.allclose(one, two, rtol=TOLERANCE, atol=TOLERANCE))
 
     def _is_random(self, stock: Any) -> bool:

@@ -1,0 +1,29 @@
+"""Models are built without memory, whatever the size of one of their parameters."""
+
+import torch
+from torch import nn
+
+from strategies.parameters import meta_context
+
+
+class Layer(nn.Module):
+    """Parameters of TiB, and buffers that are looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2**20, 2**20)
+        self.experts = nn.Parameter(torch.empty(2**10, 2**15, 2**15))
+        self.zeros = nn.Parameter(torch.zeros((2**10, 2**15, 2**15), dtype=torch.float32))
+        self.small = nn.Parameter(torch.ones(4, 4, 4))
+        self.register_buffer("mask", torch.ones(2048, 2048, dtype=torch.bool).tril())
+        self.register_buffer("angles", torch.outer(torch.arange(2**12), torch.ones(2**9)))
+
+
+def test_parameters_need_no_memory_and_buffers_have_values():
+    with meta_context():
+        layer = Layer()
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
+    assert layer.experts.shape == layer.zeros.shape == (2**10, 2**15, 2**15)
+    assert layer.mask.sum() == 2048 * 2049 // 2
+    assert layer.angles[3, 5] == 3
+    assert torch.zeros(2, 2**10, 2**10).device.type == "cpu"
