@@ -85,13 +85,8 @@ def world_size_of(config: RunConfig) -> int | None:
 
 def ranks_of(config: RunConfig) -> int | None:
     """Ranks of the run as its launcher will start them; None where its settings say no number."""
-    nodes, processes = config.launcher.nodes, per_node_of(config)
+    nodes, processes = config.launcher.nodes, config.launcher.per_node
     return nodes * processes if nodes > 0 and processes > 0 else None
-
-
-def per_node_of(config: RunConfig) -> int:
-    """Ranks of each host, as the launcher will start them."""
-    return config.launcher.processes or getattr(config.launcher, "gpus_per_node", 0) or 1
 
 
 def _base(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:

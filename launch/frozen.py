@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
 from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
+from trainer.following.queue import Queue, ask
 from trainer.records import settings_file
-from trainer.records.lease import refuse_in_use
-from trainer.records.status import State, read_status, write_text_atomic
+from trainer.records.lease import InUse, refuse_in_use
+from trainer.records.status import FROZEN, State, read_status, write_text_atomic
 from trainer.stopping.signals import pending
 
-HEADER = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 SHOWN_DIFFERENCES = 12
+QUEUE_S = 10.0
+"""Seconds for which an answer of SLURM's queue is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ def is_finished(run_dir: Path) -> bool:
 def freeze(composed: Composed, run_dir: Path) -> Path:
     """Write `config.yaml` (with its hash) atomically and return the directory.
 
-    Errors: ConfigError where the directory holds another run, one that is still running, or checkpoints that
-    `run.resume=never` refuses; StorageError.
+    Errors: ConfigError where the directory holds another run, one that is still running or that SLURM will start, or checkpoints
+    that `run.resume=never` refuses; StorageError.
     """
     run_dir = Path(run_dir).expanduser()
     path = run_dir / "config.yaml"
@@ -82,6 +84,7 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
     if path.exists() and (there or is_finished(run_dir)):
         _same_or_refuse(composed, path)  # else nothing was reached there: a corrected command may take its place
+    refuse_queued(run_dir)
     refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config
     config.run.dir = str(run_dir)
@@ -89,6 +92,23 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
     header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {words}\n"
     write_text_atomic(path, header + to_yaml(config))
     return run_dir
+
+
+def refuse_queued(run_dir: Path) -> None:
+    """Raise InUse where a job of this user, other than this process's, is in SLURM's queue for the run: it would start in it."""
+    job = _queue(int(time.monotonic() // QUEUE_S)).by_run.get(run_dir.resolve())
+    if job is None or job.raw_id == os.environ.get("SLURM_JOB_ID") or job.state == "COMPLETING":
+        return
+    raise InUse(
+        f"run.dir={run_dir}: {job.says} is for this run, and would train with what is frozen now; `shardtune stop {run_dir}` "
+        "ends it, or choose another run.dir"
+    )
+
+
+@lru_cache(maxsize=1)
+def _queue(_: int) -> Queue:
+    """SLURM's queue, asked once for many runs; its argument changes with time."""
+    return ask()
 
 
 def freeze_choices(run_dir: Path, config: RunConfig) -> None:
@@ -108,7 +128,7 @@ def load_frozen(path: Path | str) -> RunConfig:
 
     path = Path(path)
     text = settings_file.read_text(path)
-    written, raw = HEADER.search(text), settings_file.tree_of(path, text)
+    written, raw = FROZEN.search(text), settings_file.tree_of(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
         for group in variants():

@@ -1,7 +1,7 @@
 """Several runs from one command line: the cartesian product of the words that give several values.
 
 Every point is composed and validated before the first one starts. Here they run one after another, each in processes of
-its own; with launcher=slurm they are one job array.
+its own; with launcher=slurm they are one job array, or one for each request where they ask for different nodes.
 """
 
 from __future__ import annotations
@@ -58,28 +58,30 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
 
 def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs and submit them as one job array; returns 0. Raises ConfigError as `refuse_unlike` does."""
-    from launch.compose import freeze
+    """Freeze the runs and submit those that are not finished: one job array for all that ask for the same; returns 0."""
+    from launch.compose import freeze, is_finished
     from launch.slurm import submit
 
-    refuse_unlike(composed)
+    left = []
     for one, run_dir in zip(composed, run_dirs, strict=True):
+        finished = is_finished(run_dir)
         freeze(one, run_dir)
-    return submit(composed[0].config, run_dirs, print_only=False)
+        if finished:
+            print(f"{run_dir}: already finished with this configuration; nothing to do")
+        else:
+            left.append((one, run_dir))
+    for alike in by_request(left):
+        submit(alike[0][0].config, [run_dir for _, run_dir in alike], print_only=False)
+    return 0
 
 
-def refuse_unlike(composed: list[Composed]) -> None:
-    """Raise ConfigError where the runs ask for different jobs: all tasks of an array are alike."""
-    jobs = [flat(plain(one.config)) for one in composed]
-    settings = [
-        {key: value for key, value in job.items() if key.startswith("launcher.") or key == "run.threads"}
-        for job in jobs
-    ]
-    if other := sorted({key for each in settings for key, value in each.items() if settings[0].get(key) != value}):
-        raise ConfigError(
-            f"{', '.join(other)}: the tasks of one job array have the same; submit one array for each value, each with a "
-            "directory of its own"
-        )
+def by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
+    """The runs, those together that ask for the same job: all tasks of an array are alike."""
+    groups: dict[str, list[tuple[Composed, Path]]] = {}
+    for one, run_dir in runs:
+        asked = {key: value for key, value in flat(plain(one.config)).items() if key.startswith("launcher.")}
+        groups.setdefault(json.dumps([asked, one.config.run.timeout_s], sort_keys=True), []).append((one, run_dir))
+    return list(groups.values())
 
 
 def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str], launch: Launch) -> int:

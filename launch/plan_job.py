@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from launch.compose import per_node_of
 from trainer.build import prepare_data
 from trainer.config.run import RunConfig
 from trainer.forecast.lengths import Lengths, drawn
@@ -20,7 +19,7 @@ def job_of(config: RunConfig, card: Card) -> Job:
         card=card,
         precision=config.precision,
         nodes=config.launcher.nodes,
-        per_node=per_node_of(config),
+        per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
         lengths=_measured(config, per) if given else Lengths.all_of(config.data.max_length, per),
     )

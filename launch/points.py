@@ -198,7 +198,7 @@ def run_points(plan: Plan, to: Path) -> int:
     Where every run failed: the first one's code. Raises ConfigError where a directory holds another run, StorageError.
     """
     from launch.compose import freeze, is_finished
-    from launch.multirun import refuse_unlike, submit_array
+    from launch.multirun import submit_array
     from launch.progress import Progress
     from trainer.config.run import LauncherName
     from trainer.records.lease import NotOurs
@@ -209,8 +209,6 @@ def run_points(plan: Plan, to: Path) -> int:
     runs = list(plan.runs(to))
     left = [(point, run_dir) for point, run_dir in runs if not is_finished(run_dir)]
     by_slurm = LauncherName.slurm in {point.composed.config.launcher.name for point, _ in runs}
-    if by_slurm:
-        refuse_unlike([point.composed for point, _ in runs])
     try:
         for point, run_dir in runs:
             freeze(point.composed, run_dir)

@@ -14,57 +14,41 @@ import sys
 from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
-from trainer.config.run import RETRIES, RunConfig, SlurmConfig
+from trainer.config.run import RunConfig, SlurmConfig
 
 CLONE = Path(__file__).resolve().parent.parent
 """Where `launch` is imported from; the nodes see it through the shared file system."""
 
-# The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets run_dir, processes,
-# retry_preempted, retry_node_fail, patience, python, the array `worker`, and defines the function `setup`.
+# The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets patience, python and the array
+# `words`, exports what launch/job.py reads, and defines the function `setup`.
 BODY = r"""
 # ---- From here on slurm/train.sbatch and launch/slurm.py are the same, line for line.
 set -e
-# In an array a bare job id can mean all its tasks.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-restart=${SLURM_RESTART_COUNT:-0} # unset on the first start
-nodes=$SLURM_JOB_NUM_NODES
-logs=$run_dir/logs
-mkdir -p "$logs"
-# A start that ended without a word was lost with its node or killed unsaved; SLURM has requeued the job by itself.
-lost() { # counts one more; fails past the limit
-  echo "$restart" >>"$logs/lost-$job"
-  [ "$(wc -l <"$logs/lost-$job")" -le "$retry_node_fail" ]
-}
-if [ "$restart" -gt 0 ] && grep -q '"state": *"running"' "$run_dir/status.json" 2>/dev/null && ! lost; then
-  echo "job $job: more than $retry_node_fail starts ended without a word (node lost, or killed unsaved); not started again"
-  exit 70
-fi
-: >"$logs/started" # an older status.json or failure.json is that of an earlier start
+export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
+# As text: a shell between srun and bash (dash) drops exported functions.
+SHARDTUNE_SETUP=$(declare -f setup)
+export SHARDTUNE_SETUP
+# Which run this is, whether it may start, and where its ranks meet: lines that set run_dir, logs, job, processes, rendezvous ...
+said=$(bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job begin "${words[@]}")
+eval "$said"
+if [ -n "$finished" ]; then exit 0; fi
 
-# Every start derives its rendezvous anew: a requeued job may be given other nodes, and two jobs may share a node.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-rendezvous=${SHARDTUNE_RDZV:-${head:?scontrol names no host}:$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))}
-
-export PYTHONUNBUFFERED=1 SHARDTUNE_RUN_DIR=$run_dir
+export SHARDTUNE_RUN_DIR=$run_dir SHARDTUNE_CONFIG=$run_dir/config.yaml OMP_NUM_THREADS=$threads SHARDTUNE_SILENT=$silent
 if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun no longer takes it over
-threads=$((${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}} / processes))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-
+nodes=$SLURM_JOB_NUM_NODES
 stopped=
 trap 'stopped=1' TERM # time limit, scancel, end of a preemption: the steps get it too and need this shell to wait
-echo "job $job, start $restart, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
+echo "job $job, start $start, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
 
 # SLURM sends USR2 and TERM to every process of the step. Either would end torchrun, so it is started with both ignored;
 # the workers have their own handling. After one node's end the others have $patience seconds to come to theirs. Each node's
-# launch.torchrun writes down which of its ranks was killed, and whether for memory.
-export -f setup
+# launch.torchrun writes down which of its ranks was killed, and whether for memory. Ranks are numbered in SLURM's order of nodes.
 srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
   --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
-  bash -c 'set -e; setup; trap "" USR2 TERM; exec "$@"' node \
-  "$python" -m launch.torchrun --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 \
-  --rdzv-backend=c10d --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT \
-  -m "${worker[@]}" &
+  bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup; trap "" USR2 TERM
+    exec "$0" -m launch.torchrun --node-rank="$SLURM_NODEID" "$@"' \
+  "$python" --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 --rdzv-backend=static \
+  --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT -m launch.train &
 step=$!
 # A trapped signal ends `wait`, not the step.
 while true; do
@@ -72,32 +56,9 @@ while true; do
   wait "$step" || rc=$?
   kill -0 "$step" 2>/dev/null || break
 done
-
-# Exit codes do not survive torchrun, so the run says in its status file that it saved and wants to go on.
-says() { [ "$run_dir/$1" -nt "$logs/started" ] && grep -q "$2" "$run_dir/$1"; }
-# SLURM requeues a job that it preempts by itself; asking for it as well would run the job once too often.
-by_slurm() { [ -n "$stopped" ] || scontrol show job "$job" | grep 'PreemptTime=[0-9]' >/dev/null; }
-if says status.json '"state": *"preempted"'; then
-  if by_slurm; then
-    echo "job $job: stopped by SLURM or by scancel, state saved; not requeued from here"
-  elif [ "$restart" -ge "$retry_preempted" ]; then
-    echo "job $job: state saved; not requeued, since it restarted $restart times already (limit $retry_preempted)"
-    exit 75
-  else
-    echo "job $job: state saved; requeued"
-    scontrol requeue "$job"
-  fi
-elif says failure.json '"retry": *"node_fail"'; then # never after an error of the run itself
-  if by_slurm; then
-    echo "job $job: stopped by SLURM or by scancel, and a rank was lost; not requeued from here"
-  elif lost; then
-    echo "job $job: a rank was lost; requeued"
-    scontrol requeue "$job"
-  else
-    echo "job $job: a rank was lost; not requeued, since that happened more than $retry_node_fail times"
-  fi
-fi
-exit "$rc"
+# Exit codes do not survive torchrun: what the run wrote down decides whether the job is requeued.
+export retry_preempted retry_node_fail
+bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job end "$rc" "$stopped"
 """
 
 
@@ -115,26 +76,18 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd:
     if not run_dirs:
         raise ConfigError("no run to submit")
     runs = [_path(run.absolute(), "run.dir") for run in run_dirs]
-    processes = slurm.processes or slurm.gpus_per_node or 1
     lines = [
         "#!/bin/bash",
         "# Rendered from the config of the run; to change it change the launcher's settings and submit again.",
         *(f"#SBATCH {option}" for option in _options(slurm, runs, cwd or Path.cwd())),
         "",
         f"runs=({' '.join(shlex.quote(run) for run in runs)})",
-        "run_dir=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"processes={processes} # on each node",
-        *(f"retry_{cause}={slurm.retry.get(cause, 0)}" for cause in RETRIES),
+        "export SHARDTUNE_CONFIG=${runs[${SLURM_ARRAY_TASK_ID:-0}]}/config.yaml",
         f"patience={config.run.timeout_s} # seconds",
         f"python={shlex.quote(_line(slurm.python or sys.executable, 'launcher.python'))}",
-        "worker=(launch.train)",
-        "export SHARDTUNE_CONFIG=$run_dir/config.yaml",
+        "words=()",
         f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
-    if config.run.threads:
-        lines.append(f"export OMP_NUM_THREADS={config.run.threads}")
-    if slurm.rdzv:
-        lines.append(f"export SHARDTUNE_RDZV={shlex.quote(_line(slurm.rdzv, 'launcher.rdzv'))}")
     site = shlex.quote(str(clone / "slurm" / "env.sh"))
     lines += ["setup() { # on every node, before training", f"  if [ -f {site} ]; then . {site}; fi"]
     lines += [f"  {_line(line, 'launcher.setup')}" for line in slurm.setup]

@@ -11,26 +11,47 @@ from collections.abc import Mapping
 
 from strategies.errors import ConfigError
 
+OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+INTERACTIVE = str(0xFFFFFFFA)
+"""SLURM's number for the step in which salloc puts a shell on the first node."""
+
 
 def is_worker(env: Mapping[str, str]) -> bool:
-    """Whether torchrun or a several-task srun started this process. Errors: ConfigError (lone host)."""
+    """Whether torchrun or a several-task srun started this process. Errors: ConfigError (lone host, variables of another job)."""
     refuse_lone_host(env)
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if "RANK" in env or "WORLD_SIZE" in env:
+        refuse_left_over(env)
         return True
     return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks(env) > 1
 
 
 def refuse_lone_host(env: Mapping[str, str]) -> None:
     """Refuse to run on the first host of an allocation of several, where the others would idle or be waited for."""
-    nodes = int(env.get("SLURM_NNODES") or env.get("SLURM_JOB_NUM_NODES") or 1)
-    if nodes == 1 or "SLURM_STEP_ID" in env:
+    nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
+    by_hand = env.get("SLURM_STEP_ID") == INTERACTIVE or "SLURM_PTY_PORT" in env
+    if nodes == 1 or ("SLURM_STEP_ID" in env and not by_hand):
         return
     if int(env.get("WORLD_SIZE", 1)) > int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))):
         return  # torchrun was started on each host by other means than srun (ssh, pdsh)
+    if by_hand and _tasks(env) > 1:
+        return
+    where = "in a terminal on one" if by_hand else "outside srun, on the first"
     raise ConfigError(
-        f"SLURM_NNODES={nodes}: this process runs outside srun, on the first of {nodes} hosts only; start it with "
-        "`srun python -m launch.train ...` (one task a rank), with slurm/train.sbatch, or with launcher=slurm"
+        f"SLURM_NNODES={nodes}: this process runs {where} of {nodes} hosts only; start it with `srun --nodes={nodes} "
+        f"--ntasks-per-node=1 {'--overlap ' if by_hand else ''}python -m launch.train ...` (one task a rank; with --nodes=1 "
+        "on this host alone), with slurm/train.sbatch, or with launcher=slurm"
     )
+
+
+def refuse_left_over(env: Mapping[str, str]) -> None:
+    """Refuse variables of a rank that are not whole: they are left over from a job, and no other rank would come."""
+    there = [f"{name}={env[name]}" for name in OF_A_RANK if name in env]
+    lacks = [name for name in OF_A_RANK if name not in env]
+    if lacks:
+        raise ConfigError(
+            f"{' '.join(there)}: set without {' and '.join(lacks)}, so left over from a job? `unset {' '.join(OF_A_RANK)}`; a "
+            "launcher of your own must set them all"
+        )
 
 
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:

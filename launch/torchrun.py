@@ -23,8 +23,11 @@ from typing import Any
 from strategies.heartbeat import LOST_PEER
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
+from trainer.records.status import read_status
 from trainer.stopping.signals import SIGNALS, hold, release
 
+TELL_S = 15.0
+"""Seconds of silence after which the start of many processes says that it goes on."""
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
 
@@ -42,6 +45,27 @@ class Aside:
 
     output: Path
     look: Callable[[], None]
+
+
+class Starting:
+    """Says that processes are being started, and goes on saying so until the run writes something itself."""
+
+    def __init__(self, run_dir: Path, processes: int, cores: int) -> None:
+        self._run_dir = run_dir
+        self._before: dict[str, Any] | None = read_status(run_dir)
+        self._began = self._told = time.monotonic()
+        share = f" on {cores} cores, where loading the libraries takes them long" if processes > 2 * cores else ""
+        print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
+
+    def look(self) -> None:
+        """A line where it was silent for long."""
+        now = time.monotonic()
+        if now - self._told > TELL_S and self._before is not None:
+            self._told = now
+            if read_status(self._run_dir) != self._before:
+                self._before = None  # from here on rank 0 says how far it is
+            else:
+                print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
 
 
 def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
@@ -72,14 +96,18 @@ def start(config: RunConfig, run_dir: Path, run_id: str, aside: Aside | None = N
     # torchrun would set one thread a rank, whatever the host has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
+    env["PYTHONSAFEPATH"] = "1"  # a trainer.py or launch/ where the command is typed hides nothing
     root = str(Path(__file__).resolve().parent.parent)  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     _adopt_orphans()
     with _signals_held() as (pending, came), _printed(aside) as printed:
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **printed)
+        looks = (
+            [aside.look] if aside is not None else [Starting(run_dir, processes, cores).look] if processes > 1 else []
+        )
         try:
-            return _watch(agent, pending, aside), came
+            return _watch(agent, pending, looks), came
         finally:
             _end_all(agent)
 
@@ -135,11 +163,11 @@ def _printed(aside: Aside | None) -> Iterator[dict[str, Any]]:
         yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
 
 
-def _watch(agent: subprocess.Popen[bytes], pending: list[int], aside: Aside | None) -> int:
+def _watch(agent: subprocess.Popen[bytes], pending: list[int], looks: list[Callable[[], None]]) -> int:
     interrupted_at: float | None = None
     while True:
-        if aside is not None:
-            aside.look()
+        for look in looks:
+            look()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = agent.wait(timeout=0.2)
             return 130 if interrupted_at is not None else code

@@ -19,6 +19,8 @@ from strategies.errors import ShardtuneError
 
 DECISION, GO, STOP = "shardtune/decision", "go", "stop"
 LOOK_EVERY_S, LEAVE_S = 1.0, 10.0
+TELL_S = 15.0
+"""Seconds of silence after which rank 0 says how many of the others it waits for."""
 
 
 class Meeting:
@@ -41,7 +43,14 @@ class Meeting:
             return cls(None, rank, world, timeout_s, lost)
         import torch.distributed as dist
 
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        except (dist.DistError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ShardtuneError(
+                f"rank {rank} of {world} did not meet the others at {place} ({' '.join(str(error).split())[:200]}); do all hosts "
+                "reach that place, and are RANK, WORLD_SIZE and MASTER_ADDR those of this job, not left over from another?"
+            ) from error
         return cls(store, rank, world, timeout_s, lost)
 
     def stopping(self, told: bool) -> bool:
@@ -65,7 +74,8 @@ class Meeting:
         self.store.set(f"shardtune/ready/{self.rank}", "1")
         if self.store.add("shardtune/ready", 1) == self.world:
             return self._decide(GO) == GO
-        deadline = time.monotonic() + self._timeout_s
+        began = told_at = time.monotonic()
+        deadline = began + self._timeout_s
         while (decision := self._decide_to_stop() if told() else self._decided()) is None:
             if time.monotonic() > deadline:
                 missing = [r for r in range(self.world) if not self.store.check([f"shardtune/ready/{r}"])]
@@ -73,6 +83,10 @@ class Meeting:
                     f"rank {', '.join(map(str, missing[:8]))} has not finished preparing the data {self._timeout_s:.0f} s after "
                     f"rank {self.rank} had; raise run.timeout_s, or prepare the data before (shardtune prepare)"
                 )
+            if self.rank == 0 and time.monotonic() - told_at > TELL_S:
+                told_at = time.monotonic()
+                ready = self.store.add("shardtune/ready", 0)
+                print(f"{told_at - began:.0f} s: {ready} of {self.world} ranks are ready to begin", flush=True)
             time.sleep(max(0.1, self.world / 1000))
         return decision == GO
 

@@ -87,8 +87,7 @@ def start(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # Always set: torchrun's OMP_NUM_THREADS=1 would leave all but one core of a rank idle.
-    torch.set_num_threads(threads or max(1, usable_cores() // local_world))
+    torch.set_num_threads(threads or told_threads() or max(1, usable_cores() // local_world))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
@@ -130,6 +129,14 @@ def missing_cuda() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
     return f"torch {torch.__version__} finds no device{hidden}; does nvidia-smi or rocm-smi show one?"
+
+
+def told_threads() -> int | None:
+    """What OMP_NUM_THREADS says; None where it is torchrun's own 1, which would leave all but one core of a rank idle."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    # Our launchers settle the number before they start torchrun.
+    by_torchrun = told == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
+    return int(told) if told.isdecimal() and int(told) > 0 and not by_torchrun else None
 
 
 _CGROUPS, _MEMBERSHIP, _HOST = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")

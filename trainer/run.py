@@ -32,7 +32,7 @@ from trainer.forecast.micro import Given, settle_micro
 from trainer.given import LoopSettings, Output, Watch
 from trainer.guards.told import Told
 from trainer.guards.watch import Guards
-from trainer.lifecycle.attempt import Where, attempt
+from trainer.lifecycle.attempt import Where, attempt, refuse_replaced
 from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
@@ -59,6 +59,8 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     with StopRequest(interrupts=alone) as request:  # over when everything is written down
         try:
             with attempt(run_dir, config.run.lease_s, request) as where:
+                if where.lease is not None:
+                    refuse_replaced(where.lease.directory.parent, sha256)
                 _run(config, run_dir, sha256, request, where, freeze)
         except Preempted as stop:
             stop.signal_name = request.signal_name

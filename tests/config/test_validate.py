@@ -200,6 +200,8 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("launcher.rdzv=n1", "must be host:port"),
         ("launcher.node_rank=1", "below launcher.nodes=1"),
         ("launcher=slurm launcher.time=tomorrow", "hours:minutes:seconds"),
+        ("launcher=slurm launcher.address=n1", "address of one host, and SLURM starts all of them"),
+        ("launcher=slurm launcher.node_rank=0", "SLURM numbers the nodes"),
     ],
 )
 def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):

@@ -138,6 +138,7 @@ def test_torchrun_arguments(launcher, expected):
     assert (parsed.module, parsed.training_script) == (True, "launch.train")
 
 
+MET = {"MASTER_ADDR": "n1", "MASTER_PORT": "29400"}
 STEP = {"SLURM_JOB_ID": "100", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
 
 
@@ -145,15 +146,32 @@ STEP = {"SLURM_JOB_ID": "100", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM
     ("env", "worker"),
     [
         ({}, False),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        (MET | {"RANK": "0", "WORLD_SIZE": "1"}, True),
         (STEP | {"SLURM_PROCID": "3"}, True),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # srun --pty bash
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "1"}, False),  # the batch script itself
-        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_NNODES": "2"}, True),
+        (MET | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_NNODES": "2"}, True),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),  # a step that was asked for one host
     ],
 )
 def test_the_environment_tells_workers_from_launchers(env, worker):
     assert slurm_env.is_worker(env) is worker
+
+
+@pytest.mark.parametrize("left", [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}])
+def test_variables_left_over_from_a_rank_are_refused(left):
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT, so left over from a job\? `unset RANK"):
+        slurm_env.is_worker(left)
+
+
+@pytest.mark.parametrize("shell", [{"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "41000"}])
+def test_a_shell_on_one_node_of_an_allocation_of_several_is_refused(shell):
+    step = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    with pytest.raises(
+        ConfigError, match=r"in a terminal on one of 2 hosts only; start it with `srun --nodes=2 .*--overlap"
+    ):
+        slurm_env.is_worker(step | shell)
+    assert not slurm_env.is_worker(step | shell | {"SLURM_JOB_NUM_NODES": "1"})
 
 
 @pytest.mark.parametrize("extra", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])

@@ -382,4 +382,7 @@ def test_a_dry_run_tells_the_simulated_step(capsys, model, tmp_path):
     lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
     found = simulate_depth(config, lengths, device=torch.device("cpu"))
     assert told is not None and told[1] == str(found.peak)
+    asked = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=8", "strategy=ddp", "batch.global=32"]
+    assert command.main(["train", "--dry-run", *words, *asked]) == 0
+    assert "batch: 32 = 2 micro x 1 accumulation x 16 ranks" in capsys.readouterr().out
     assert total is not None and float(total[1]) == pytest.approx(found.total / 2**20, abs=0.006)

@@ -33,9 +33,11 @@ def job(tmp_path):
 
     def start(what, *words, processes=2):
         # As on a machine whose environment says nothing of a job.
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SHARDTUNE_", "OMP_"))}
+        env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SHARDTUNE_", "OMP_", "PYTHONSAFEPATH"))
+        }
         env |= {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}", "STAND_IN": what}
-        command = [sys.executable, "-m", "launch.main", "train", f"model.path={tmp_path / 'model'}"]
+        command = [sys.executable, "-P", "-m", "launch.main", "train", f"model.path={tmp_path / 'model'}"]
         command += [f"data.path={tmp_path / 'data.jsonl'}", "budget.steps=3", "batch.global=4", "batch.micro=1"]
         command += [f"run.dir={tmp_path / 'run'}", "run.device=cpu", "strategy=ddp"]
         command += [f"launcher.processes={processes}", *words]
@@ -81,9 +83,14 @@ def assert_gone(run_dir: Path, count: int = 2) -> None:
 
 
 def test_two_ranks_finish_and_starting_again_is_a_no_op(job, tmp_path):
+    # What has our names where the command is typed is not imported.
+    (tmp_path / "trainer.py").write_text("raise SystemExit('the wrong trainer')\n")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").write_text("raise SystemExit('the wrong launch')\n")
     process = job("short")
     out, err = process.communicate(timeout=seconds(90))
     assert process.returncode == 0, err
+    assert "starting 2 processes" in err
     world, threads, sha256 = (tmp_path / "run" / "environment").read_text().split()
     assert world == "2"
     assert int(threads) == max(1, len(os.sched_getaffinity(0)) // 2)

@@ -138,7 +138,8 @@ class Cluster:
 
     def __init__(self, dir: Path, num_nodes: int = 2) -> None:
         self.dir = dir
-        self.nodes = [f"n{i}" for i in range(1, num_nodes + 1)]
+        # n9 and n10: in the order of their names the second would be the first.
+        self.nodes = [f"n{i}" for i in range(9, 9 + num_nodes)]
         self.holders: dict[str, subprocess.Popen[bytes]] = {}
         self.pids: dict[str, int] = {}
         try:

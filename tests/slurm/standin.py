@@ -7,7 +7,6 @@ Counts steps; USR2 or TERM on any rank saves the step and ends with status "pree
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,11 +20,6 @@ def write(path: Path, value: dict) -> None:
     aside.replace(path)
 
 
-def run_dir() -> Path:
-    named = [word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir=")]
-    return Path(named[-1] if named else os.environ["SHARDTUNE_RUN_DIR"])
-
-
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     got: list[int] = []
@@ -35,8 +29,9 @@ def main() -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    rank, host, run = dist.get_rank(), os.uname().nodename, run_dir()
+    rank, host, run = dist.get_rank(), os.uname().nodename, Path(os.environ["SHARDTUNE_RUN_DIR"])
     saved, status = run / "step.json", run / "status.json"
+    start_of_job = {"job": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
     start = json.loads(saved.read_text())["step"] if saved.exists() else 0
     print(
         f"rank {rank} of {dist.get_world_size()} on {host}, threads {os.environ['OMP_NUM_THREADS']}, start {start}",
@@ -59,7 +54,7 @@ def main() -> None:
         write(saved, {"step": step})
         with (run / "starts.jsonl").open("a") as out:
             out.write(json.dumps({"from": start, "to": step, "state": state}) + "\n")
-        write(status, {"state": state, "step": step})
+        write(status, {"state": state, "step": step, **start_of_job})
     dist.barrier()
     dist.destroy_process_group()
 

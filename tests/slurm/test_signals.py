@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.frozen import to_yaml
 from launch.slurm import render
+from tests.helpers.models import tiny_model_dir
 from tests.slurm.cluster import Cluster, wait_for
 from trainer.config.run import RunConfig, SlurmConfig
 
@@ -50,7 +52,8 @@ def site(tmp_path: Path) -> Path:
 
 
 def environment(steps: int = 20) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "STANDIN_STEPS": str(steps), "PYTHON": sys.executable}
+    own = {"OMP_NUM_THREADS": "1", "STANDIN_STEPS": str(steps), "PYTHON": sys.executable}
+    return os.environ | own | {"PYTHONPATH": str(CLONE)}  # the rest of the packages, behind the site's
 
 
 def submit(cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, **launcher: object) -> list[Job]:
@@ -59,8 +62,9 @@ def submit(cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, **
     dirs = [site / "runs" / run for run in runs]
     for run in dirs:
         (run / "logs").mkdir(parents=True)
+        (run / "config.yaml").write_text(to_yaml(config))
     script = site / "script"
-    script.write_text(render(config, dirs, cwd=site))
+    script.write_text(render(config, dirs, clone=site, cwd=site))
     job = cluster.sbatch(str(script), cwd=Path("/"), env=environment(steps))
     return [Job(cluster, f"{job}_{i}" if len(dirs) > 1 else job, run) for i, run in enumerate(dirs)]
 
@@ -77,7 +81,8 @@ def test_rendered_array_saves_at_usr2_and_requeues_the_signalled_task_alone(clus
     first, second = job.starts()
     assert (first["from"], first["state"]) == (0, "preempted")
     assert second == {"from": first["to"], "to": 40, "state": "done"}
-    for host in ("n1", "n2"):
+    for rank, host in enumerate(("n9", "n10")):
+        assert f"rank {rank} of 2 on {host}" in logs  # in SLURM's order, so that the first log is rank 0's
         assert logs.count(f"hello there from {host}") == 2, logs  # both starts are in the same log
         assert f"of 2 on {host}, threads 1" in logs
     assert cluster.wait(other.id)["Restarts"] == "0"
@@ -100,8 +105,14 @@ def test_restart_limit_ends_with_75_and_scancel_is_final(cluster: Cluster, site:
 
 def test_script_for_people_is_requeued_once_by_slurm_and_later_by_itself(cluster: Cluster, site: Path) -> None:
     shutil.copytree(CLONE / "slurm", site / "slurm")
-    job_id = cluster.sbatch("--nodes=2", "slurm/train.sbatch", "optim.lr=1e-3", cwd=site, env=environment(50))
-    job = Job(cluster, job_id, site / "runs" / f"slurm-{job_id}")
+    tiny_model_dir(site / "model")
+    (site / "data, and 'more'.jsonl").write_text('{"text": "x"}\n')
+    words = ["model.path=model", "data.path='data, and \\'more\\'.jsonl'", "budget.steps=3", "run.dir=~/runs/a b"]
+    env = environment(50) | {"HOME": str(site), "PROCESSES": "1"}
+    job_id = cluster.sbatch(
+        "--nodes=2", "slurm/train.sbatch", *words, "batch.global=8", "strategy=ddp", cwd=site, env=env
+    )
+    job = Job(cluster, job_id, site / "runs" / "a b")
     job.wait_step()
     evict = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     cluster.wait(cluster.sbatch(*evict, cwd=site))
@@ -129,8 +140,13 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
 
 
 def test_a_lost_rank_is_requeued_as_often_as_asked(cluster: Cluster, site: Path) -> None:
-    lost = 'import os, pathlib; run = pathlib.Path(os.environ["SHARDTUNE_RUN_DIR"])\n'
-    lost += """(run / "failure.json").write_text('{"retry": "node_fail"}')\nraise SystemExit("lost")\n"""
+    lost = """
+import json, os, pathlib
+from trainer.records.status import start_of_job
+failure = {"retry": "node_fail", **start_of_job()}
+(pathlib.Path(os.environ["SHARDTUNE_RUN_DIR"]) / "failure.json").write_text(json.dumps(failure))
+raise SystemExit("lost")
+"""
     (site / "launch" / "train.py").write_text(lost)
     [job] = submit(cluster, site, ["lost"], retry={"node_fail": 1})
     ended = cluster.wait(job.id)

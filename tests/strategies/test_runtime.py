@@ -31,6 +31,8 @@ def test_quotas_of_cgroups_around_the_process_count(tmp_path, monkeypatch):
 def test_torchruns_single_thread_is_no_limit(monkeypatch):
     """torchrun sets OMP_NUM_THREADS=1 for every rank; the rank still takes its share of the host."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv("SHARDTUNE_RUN_DIR", raising=False)
     monkeypatch.setattr(runtime, "usable_cores", lambda: 6)
     before = torch.get_num_threads()
     try:
@@ -38,6 +40,11 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
             monkeypatch.setenv(key, value)
         runtime.start("cpu", timeout_s=30)
         assert torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's
+        assert runtime.told_threads() == 5
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("SHARDTUNE_RUN_DIR", "runs/first")  # our launchers settle it before torchrun does
+        assert runtime.told_threads() == 1
     finally:
         runtime.stop()
         torch.set_num_threads(before)

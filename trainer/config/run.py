@@ -93,6 +93,11 @@ class LauncherConfig:
     retry: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RETRIES, 0))
     """Times it is started again by itself: `preempted` (it was asked to save), `node_fail` (a rank was lost); SLURM: 20, 3."""
 
+    @property
+    def per_node(self) -> int:
+        """Ranks of each host; 1 where nothing is said of them."""
+        return self.processes or 1
+
 
 @dataclass(kw_only=True, slots=True)
 class SlurmConfig(LauncherConfig):
@@ -127,6 +132,11 @@ class SlurmConfig(LauncherConfig):
     """Python interpreter on the nodes; default: the one that submits."""
     extra: list[str] = field(default_factory=list)
     """Further `#SBATCH` options, such as `--reservation=x`."""
+
+    @property
+    def per_node(self) -> int:
+        """Ranks of each node: one a GPU, where nothing else is said."""
+        return self.processes or self.gpus_per_node or 1
 
 
 @dataclass(kw_only=True, slots=True)

@@ -294,6 +294,13 @@ def _launcher(config: RunConfig) -> Iterator[str]:
     if isinstance(launcher, SlurmConfig):
         if not SLURM_TIME.fullmatch(launcher.time):
             yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
+        if launcher.address is not None:
+            yield (
+                f"launcher.address={launcher.address}: is the address of one host, and SLURM starts all of them; name the first "
+                "with launcher.rdzv=host:port, or the interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in slurm/env.sh"
+            )
+        if launcher.node_rank is not None:
+            yield f"launcher.node_rank={launcher.node_rank}: SLURM numbers the nodes; leave it out"
         return
     if launcher.nodes > 1:
         if launcher.rdzv is None:

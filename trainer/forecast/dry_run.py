@@ -32,7 +32,7 @@ def describe(config: RunConfig) -> str:
     per = built.reading.sequences_per_document
     read = drawn(config, data.train, per)
     size, micro = config.batch["global"], config.batch["micro"]
-    world = max(1, (config.launcher.processes or 1) * config.launcher.nodes)
+    world = config.launcher.per_node * config.launcher.nodes
     steps = steps_from_budget(config.budget, read.order, read.tokens, size)
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)

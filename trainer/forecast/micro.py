@@ -92,7 +92,7 @@ def would_choose(config: RunConfig, data: Prepared) -> RunConfig:
     """The run with the micro-batch that it would try first on devices like those of this host; for a run without ranks yet."""
     if config.batch["micro"] != AUTO:
         return config
-    kind, local = str(config.run.device), config.launcher.processes or 1
+    kind, local = str(config.run.device), config.launcher.per_node
     if kind == "cuda" and not torch.cuda.is_available():
         return _with(config, 1, f"{AUTO} -> as memory allows, where the GPUs are; what stands here is of 1")
     runtime = Runtime(

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import Preempted, ReplicasDiffer, ShardtuneError
+from strategies.errors import ConfigError, Preempted, ReplicasDiffer, ShardtuneError
 from strategies.heartbeat import WAITED, Heartbeats
 from strategies.meeting import Meeting
 from strategies.runtime import Runtime, first_error
 from trainer.records.lease import Lease, LeaseLost, NotOurs
-from trainer.records.status import State, clear_failure, read_failure, record_failure, write_status
+from trainer.records.status import FROZEN, State, clear_failure, read_failure, record_failure, write_status
 from trainer.stopping.signals import StopRequest
 
 
@@ -71,6 +71,22 @@ class Where:
         lost = self.lost()
         if failed := first_error(LeaseLost(lost) if lost else None, runtime):
             raise LeaseLost(failed.split(": ", 2)[-1])
+
+
+def refuse_replaced(run_dir: Path, sha256: str) -> None:
+    """For the owner of the directory: raise ConfigError where the configuration frozen there is not that of this attempt.
+
+    Two starts in the same moment may both freeze theirs before either owns the directory.
+    """
+    try:
+        frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        return  # nothing was frozen there
+    if frozen is not None and frozen[1] != sha256:
+        raise ConfigError(
+            f"run.dir={run_dir}: another start has frozen another configuration there meanwhile; start one of the two again, "
+            "or give each a run.dir of its own"
+        )
 
 
 @contextlib.contextmanager

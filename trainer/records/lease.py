@@ -57,6 +57,8 @@ class Owner:
     process: str = ""
     """Identity of the process on its host: boot, namespace of process ids, start in ticks; no clock is in it."""
     job: str | None = None
+    task: str | None = None
+    """Array and task of the job, as scancel takes it."""
     restart: int = 0
     since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
     """Local time, to be read by people."""
@@ -64,15 +66,19 @@ class Owner:
 
     def describe(self) -> str:
         """For a message."""
-        job = f", SLURM job {self.job}" if self.job else ""
+        start = f", start {self.restart}" if self.restart else ""
+        job = f", SLURM job {self.task or self.job}{start}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
 def this_process(patience_s: float) -> Owner:
     """The claim of this process."""
     job = os.environ.get("SLURM_JOB_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if job and array else None
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return Owner(process=process_identity(os.getpid()), job=job, restart=restart, beat_s=patience_s / BEATS)
+    identity = process_identity(os.getpid())
+    return Owner(process=identity, job=job, task=task, restart=restart, beat_s=patience_s / BEATS)
 
 
 def process_identity(pid: int) -> str:

@@ -1,6 +1,6 @@
 """How a run stands and how it ended: two small files in its directory (exit codes do not survive torchrun or srun).
 
-`status.json` (state, reason, step, restart, pid, host, time) is replaced atomically by the launcher and by rank 0;
+`status.json` (state, reason, step, job, restart, pid, host, time) is replaced atomically by the launcher and by rank 0;
 `failure.json` is written once, by the first rank that fails, and removed by a success and by the next attempt. Nothing here
 communicates.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 import traceback
@@ -20,6 +21,9 @@ from strategies import durable
 from strategies.errors import ShardtuneError, StorageError
 from strategies.redaction import redacted
 from trainer.records import files
+
+FROZEN = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
+"""The line of a run's `config.yaml` that says whose it is."""
 
 
 class State(StrEnum):
@@ -55,13 +59,18 @@ def restart_count() -> int:
     return sum(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", STARTED_AGAIN))
 
 
+def start_of_job() -> dict[str, Any]:
+    """Which start of which SLURM job this process belongs to, `job` None outside one: what is written tells its start by it."""
+    return {"job": os.environ.get("SLURM_JOB_ID"), "restart": restart_count()}
+
+
 def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
     """Replace `status.json`. `fields` are JSON values such as `step` and `reason`. Errors: StorageError."""
     status = {
         "state": State(state).value,
         "reason": None,
         "step": None,
-        "restart": restart_count(),
+        **start_of_job(),
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "time": time.time(),
@@ -103,6 +112,7 @@ def record_failure(
         "user_error": isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", 70),
         "traceback": redacted("".join(traceback.format_exception(error))),
+        **start_of_job(),
         "time": time.time(),
         **about,
     }

@@ -1,0 +1,164 @@
+"""What a job script asks of Python, and what keeps a second job out of a run, with stand-ins for SLURM's commands."""
+
+import os
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+
+from launch import frozen, job
+from launch.frozen import to_yaml
+from launch.main import main
+from launch.slurm_env import port
+from strategies.errors import ConfigError
+from tests.following.made import stand_in_for_squeue
+from tests.helpers.launching import ROOT
+from tests.helpers.models import tiny_model_dir
+from trainer.config.run import RunConfig, RunSettings, SlurmConfig
+from trainer.records.lease import InUse, this_process
+from trainer.records.status import write_status
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A frozen run, in the third start of job 7 on two nodes."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\necho n9\necho n10\n")
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    for name in ("OMP_NUM_THREADS", "SHARDTUNE_RDZV", "PROCESSES", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "a run"
+    run.mkdir()
+    launcher = SlurmConfig(nodes=2, gpus_per_node=4, retry={"preempted": 5, "node_fail": 1})
+    (run / "config.yaml").write_text(to_yaml(RunConfig(launcher=launcher, run=RunSettings(dir=str(run)))))
+    own = {"JOB_ID": "7", "JOB_NODELIST": "n[9-10]", "RESTART_COUNT": "2", "CPUS_PER_TASK": "12"}
+    for name, value in own.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SHARDTUNE_CONFIG", str(run / "config.yaml"))
+    return run
+
+
+def begun(capfd: pytest.CaptureFixture[str], code: int = 0, *words: str) -> tuple[dict[str, str], str]:
+    capfd.readouterr()
+    assert job.main(["begin", *words]) == code
+    out, err = capfd.readouterr()
+    return {key: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in out.splitlines())}, err
+
+
+def test_the_shell_is_told_what_the_frozen_run_says(run, capfd, monkeypatch):
+    told, _ = begun(capfd)
+    assert (told["run_dir"], told["logs"], told["job"], told["start"]) == (str(run), str(run / "logs"), "7", "2")
+    assert (told["processes"], told["threads"], told["retry_preempted"], told["retry_node_fail"]) == (
+        "4",
+        "3",
+        "5",
+        "1",
+    )
+    assert told["rendezvous"] == f"n9:{port(os.environ)}" and told["finished"] == ""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SHARDTUNE_RDZV", "ib0:29400")
+    told, _ = begun(capfd)
+    assert (told["threads"], told["job"], told["rendezvous"]) == ("2", "5_1", "ib0:29400")
+
+
+def test_a_port_that_somebody_listens_at_is_passed_over(run, capfd, monkeypatch):
+    first = port(os.environ)
+    with socket.create_server(("", first)):
+        assert begun(capfd)[0]["rendezvous"] == f"n9:{first + 1}"
+        monkeypatch.setenv("SHARDTUNE_RDZV", f"{socket.gethostname()}:{first}")
+        with pytest.raises(ConfigError, match="another process listens there"):
+            job.main(["begin"])
+
+
+def test_what_is_finished_or_lost_too_often_is_not_started(run, capfd, monkeypatch):
+    write_status(run, "running", step=3)  # as an earlier start of this job left it
+    assert begun(capfd)[0]["finished"] == ""  # the first that ended without a word
+    with pytest.raises(Exception, match="more than 1 starts ended without a word"):
+        job.main(["begin"])
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # another job's are its own
+    assert begun(capfd)[0]["finished"] == ""
+    write_status(run, "done", step=3)
+    told, said = begun(capfd)
+    assert told["finished"] == "1" and "already finished" in said
+
+
+def test_words_are_read_once_and_what_sbatch_must_be_told_is_refused(run, capfd, monkeypatch, tmp_path):
+    monkeypatch.delenv("SHARDTUNE_CONFIG")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    tiny_model_dir(tmp_path / "model")
+    (tmp_path / "it's a, b.jsonl").write_text('{"text": "x"}\n')
+    words = ["model.path=model", "data.path='it\\'s a, b.jsonl'", "budget.steps=3", "strategy=ddp", "batch.global=8"]
+    told, _ = begun(capfd, 0, *words, "run.dir=~/own runs/x", "launcher.processes=2", "batch.micro=1")
+    assert (told["run_dir"], told["processes"]) == (f"{tmp_path}/own runs/x", "2")
+    assert "it's a, b.jsonl" in (tmp_path / "own runs/x/config.yaml").read_text()
+    for word, said in (
+        ("launcher.partition=gpu", "give it to sbatch before the script's name"),
+        ("launcher=local", "is the script's own"),
+        ("launcher.nodes=3", "the job has 2; give sbatch --nodes"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            job.main(["begin", *words, "batch.micro=1", "batch.global=12", word])
+
+
+def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_path, capsys):
+    """Its job would train with what the second command has frozen."""
+    (run / "train.sbatch").write_text(f"runs=('{run}')\n")
+    row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
+    monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
+    frozen._queue.cache_clear()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(InUse, match="job 17 pending: waits for nodes to become free is for this run"):
+        frozen.refuse_queued(run)
+    tiny_model_dir(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+    words = [
+        f"model.path={tmp_path / 'model'}",
+        f"data.path={tmp_path / 'data.jsonl'}",
+        "budget.steps=3",
+        f"run.dir={run}",
+    ]
+    assert main(["submit", *words]) == 64
+    assert f"`shardtune stop {run}` ends it" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
+    frozen.refuse_queued(run)
+    frozen._queue.cache_clear()
+
+
+def test_the_owner_is_named_with_array_task_and_start(run, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert ", SLURM job 5_1, start 2, since" in this_process(1.0).describe()
+
+
+def test_a_finished_run_is_not_submitted_again(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID")
+    called = tmp_path / "called"
+    (tmp_path / "bin/sbatch").write_text(f'#!/bin/sh\necho "$@" >>{called}\necho 5\n')
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    tiny_model_dir(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+    words = [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data.jsonl'}", "budget.steps=3"]
+    assert main(["submit", *words, f"run.dir={tmp_path / 'new'}"]) == 0
+    write_status(tmp_path / "new", "done", step=3)
+    capsys.readouterr()
+    assert main(["submit", *words, f"run.dir={tmp_path / 'new'}"]) == 0
+    assert "already finished with this configuration" in capsys.readouterr().out
+    several = [
+        "launcher=slurm",
+        "launcher.nodes=1,2",
+        "strategy=ddp",
+        "batch.global=8",
+        f"run.dir={tmp_path / 'several'}",
+    ]
+    assert main(["train", "-m", *words, *several, "optim.lr=1e-3,1e-4"]) == 0
+    submitted = [Path(line.split()[-1]) for line in called.read_text().splitlines()]
+    assert [str(path.parent.relative_to(tmp_path)) for path in submitted] == ["new", "several/0", "several/2"]
+    assert "--nodes=1\n" in submitted[1].read_text() and "--array=0-1\n" in submitted[1].read_text()
+    assert "--nodes=2\n" in submitted[2].read_text() and "--array=0-1\n" in submitted[2].read_text()
