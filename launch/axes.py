@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.choices import groups
+from launch.choices import WHOLE_RUN_GROUPS, groups
 from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.records.config import LoggingConfig
 
 FUNCTION = re.compile(r"[a-z]+\(.*\)", re.DOTALL)
 """Hydra's own way to write several values, such as range(0,3)."""
@@ -53,11 +60,6 @@ def read_axes(words: list[str]) -> Axes:
     if problems:
         raise ConfigError(problems)
     return Axes(tuple(found))
-
-
-def expand(words: list[str]) -> list[list[str]]:
-    """The points of `train -m`. Raises ConfigError where nothing stands between two commas."""
-    return read_axes(words).points()
 
 
 def split(text: str) -> list[str]:
@@ -147,6 +149,18 @@ def _condition(name: str, said: str, axes: Axes, problems: list[str]) -> list[tu
 def label(chosen: dict[str, str]) -> str:
     """A point's name for people and directories, such as `fsdp2-lora-lr2e-4`; `point` where there is no axis."""
     return "-".join(filter(None, (_part(key, value) for key, value in chosen.items())))[:80].strip("-.") or "point"
+
+
+def name_in_trackers(logging: LoggingConfig, base: Path, name: str, words: Iterable[str]) -> None:
+    """Let trackers show a point as one of several: the group is theirs, the name its own, each axis is a column.
+
+    `words` are the point's values on the axes; what the user has set stays, and so does the group that WANDB_RUN_GROUP names.
+    """
+    logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or base.resolve().name
+    logging.name = f"{logging.name}-{name}" if logging.name else name
+    # What is no setting (experiment=) is a column by its word.
+    added = [word if (key := word.partition("=")[0]) in WHOLE_RUN_GROUPS else key for word in words]
+    logging.columns = list(dict.fromkeys([*logging.columns, *added]))
 
 
 def _part(key: str, value: str) -> str:

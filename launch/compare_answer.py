@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.comparison import repeats
 from trainer.comparison.compare import Compared, Comparison, bound
-from trainer.comparison.naming import short
+from trainer.records.short import short
 
 WIDTH = 80
 NAME = 26

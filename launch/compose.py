@@ -128,7 +128,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
             parsed.suspects |= {meant} if meant else set()
         elif setting is not None and setting.under and current[key.split(".")[0]] not in setting.under:
             problems.append(overrides.wrong_choice(key, word, setting))
-        elif setting is not None and key.endswith(".name") and key.split(".")[0] in overrides.groups():
+        elif setting is not None and key.endswith(".name") and key.split(".")[0] in variants():
             problems.append(overrides.unknown_key(key, word, known)[0])
         else:
             try:

@@ -31,10 +31,11 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
     `check`: whether each point is validated, as running one needs.
     """
-    from launch.axes import expand
+    from launch.axes import label, name_in_trackers, read_axes
     from launch.compose import compose, default_run_dir
 
-    points, problems, composed = expand(words), [], []
+    axes = read_axes(words)
+    points, problems, composed = axes.points(), [], []
     for number, point in enumerate(points):
         try:
             composed.append(compose(point, check=check))
@@ -52,6 +53,9 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
     base = Path(asked).expanduser() if asked else default_run_dir(together)
     run_dirs = [base / str(number) for number in range(len(points))]
     labels = [_changed(words, point) for point in points]
+    for point, one in zip(points, composed, strict=True):
+        chosen = axes.chosen(point)
+        name_in_trackers(one.config.logging, base, label(chosen), [f"{key}={value}" for key, value in chosen.items()])
     if composed[0].config.launcher.name.value == "slurm":
         return submit_array(composed, run_dirs)
     return _one_by_one(composed, run_dirs, labels, launch)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.axes import Axes, label, left_out, read_axes, split
+from launch.axes import Axes, label, left_out, name_in_trackers, read_axes, split
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.comparison.asked import CompareConfig, Row, write_rows
 
@@ -204,9 +204,9 @@ def run_points(plan: Plan, to: Path) -> int:
     from trainer.records.lease import NotOurs
     from trainer.stopping.signals import release
 
-    for point in plan.points:
-        point.composed.config.logging.group = point.composed.config.logging.group or to.name
     runs = list(plan.runs(to))
+    for point, run_dir in runs:
+        name_in_trackers(point.composed.config.logging, to, run_dir.name, point.words)
     left = [(point, run_dir) for point, run_dir in runs if not is_finished(run_dir)]
     by_slurm = LauncherName.slurm in {point.composed.config.launcher.name for point, _ in runs}
     try:

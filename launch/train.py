@@ -187,7 +187,7 @@ def usage() -> str:
         ("launcher.processes=8", "ranks on this host; default: one a GPU"),
         ("run.dir=runs/first", "directory of the run; the same command continues it"),
         ("run.resume=auto", "auto, never or a checkpoint directory"),
-        ("logging.wandb=offline", "online, offline or disabled"),
+        ("logging.wandb=offline", "online, offline or disabled; docs/tracking.md"),
     ]
     flags = [
         ("--cfg", "print the whole configuration and stop"),

@@ -20,7 +20,7 @@ OWNERS = {  # external package -> the only places that may import it
     "deepspeed": ("strategies/",),
     "torch.distributed.fsdp": ("strategies/",),
     "peft": ("trainer/tuning/", "trainer/export/"),
-    "wandb": ("trainer/records/trackers.py",),
+    "wandb": ("trainer/records/trackers/",),
 }
 
 

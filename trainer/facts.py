@@ -7,7 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,10 +28,10 @@ from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planning.activations import device_gib
 from trainer.planning.receipt import memory_text, predicted
+from trainer.records.jsonl import json_text
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.outcome import Outcome
 from trainer.records.status import write_text_atomic
-from trainer.records.trackers import json_text
 from trainer.step import Built
 from trainer.tuning.start import adapter_hash
 
@@ -260,13 +260,6 @@ def write_run_record(run_dir: Path, facts: Mapping[str, Any]) -> None:
     )
 
 
-def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The W&B config: flat columns for the run table, then the whole resolved config."""
-    flat = {key: facts[key] for key in ("strategy", "tuning", "world_size", "global_batch", "precision")}
-    more = {key: facts[key] for key in ("data_fingerprint", "git_revision", "versions", "base_model", "substitutions")}
-    return {**flat, **more, "config": asdict(config)}
-
-
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
     """The outcome as JSON values."""
     return {
@@ -292,8 +285,8 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
     )
 
 
-def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | None) -> str:
-    """The last lines of a run: what came of it and where everything is."""
+def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]) -> str:
+    """The last lines of a run: what came of it and where everything is, `hints` of trackers with it."""
     speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)" if outcome.speed else ""
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
     width = max([22, *map(len, outcome.after)])
@@ -303,6 +296,5 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, sync: str | N
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
-    if sync:
-        lines.append(f"W&B:        {sync}")
+    lines += [f"{name + ':':<11} {where}" for name, where in hints]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from trainer.guards.watch import Guards
 from trainer.optim.schedule import ScheduleConfig
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
-from trainer.records.trackers import Trackers
+from trainer.records.tracking import Trackers
 from trainer.stopping.preempt import Agreement
 
 

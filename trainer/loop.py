@@ -24,7 +24,6 @@ from trainer.optim.schedule import lr_factor_at
 from trainer.records.load import by_layer
 from trainer.records.metrics import StepRecord
 from trainer.records.outcome import Outcome
-from trainer.records.trackers import summary_of
 
 
 class Trainer:
@@ -83,7 +82,6 @@ class Trainer:
         self.outcome.speed = self.meter.speed() or earlier.speed
         if self.meter.expert_tokens is not None:
             self.outcome.experts = by_layer(self.meter.expert_tokens)
-        self.trackers.summarise(summary_of(self.outcome.last_row, self.outcome.speed, self.outcome.after))
         return self.outcome
 
     def _to_the_end(self) -> None:

@@ -41,7 +41,7 @@ from trainer.records.metrics import Meter
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling import Place, close_records, introduce, note_measured, open_records
+from trainer.telling import Place, close_records, introduce, open_records, until_it_ends
 from trainer.tuning.start import adapter_hash
 
 Freeze = Callable[[Path, RunConfig], None]
@@ -120,16 +120,13 @@ def _run(
         output=Output(meter, trackers, console, checkpoints, where.at_step, lambda: where.still_ours(runtime)),
         watch=Watch(place.agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime, told)),
     )
-    try:
+    with until_it_ends(trackers, trainer.outcome, facts, (meter, checkpoints), place):
         where.phase = "training"
         with telling_of_memory(trainer, config, facts, runtime):
             outcome = trainer.fit()
         where.phase = "export"
         where.still_ours(runtime)
         exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)
-    finally:
-        trackers.close()
-        note_measured(facts, meter, checkpoints, place)
     where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
 

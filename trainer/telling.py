@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from strategies import runtime as processes
 from strategies.base import Progress
 from strategies.errors import ShardtuneError
 from trainer.checkpoints.kept import Checkpoints
+from trainer.columns import name_of, tracker_settings
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.facts import end_text, outcome_record, start_text, tracker_settings, write_run_record
+from trainer.facts import end_text, outcome_record, start_text, write_run_record
 from trainer.lifecycle.attempt import Where
 from trainer.objectives.registry import reading_of
 from trainer.planning.receipt import measured
@@ -22,7 +24,8 @@ from trainer.records.console import Console
 from trainer.records.metrics import Meter
 from trainer.records.outcome import Outcome
 from trainer.records.status import State, write_status
-from trainer.records.trackers import Trackers, build_trackers
+from trainer.records.trackers.base import Ended, Tracked
+from trainer.records.tracking import Trackers, open_trackers, summary_of
 from trainer.stopping.preempt import Agreement
 
 
@@ -54,20 +57,49 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
     place.console.say(start_text(facts))
     place.where.still_ours(place.runtime)
     if not place.runtime.is_main:
-        return Trackers([])
-    trackers, progress.wandb_id, note = build_trackers(
-        config.logging,
-        place.run_dir,
-        wandb_id=progress.wandb_id,
-        resume_step=progress.step,
-        settings=tracker_settings(config, facts),
+        return Trackers()
+    opened = open_trackers(
+        Tracked(
+            config=config.logging,
+            run_dir=place.run_dir,
+            run_id=progress.wandb_id or "",
+            name=name_of(config),
+            resumed_at=progress.step,
+            settings=tracker_settings(config, facts),
+            say=place.console.say,
+        )
     )
-    if note:
-        facts["substitutions"]["logging.wandb"] = note
-        place.console.say(f"substituted: logging.wandb: {note}")
+    progress.wandb_id = opened.run_id
+    facts["substitutions"] |= opened.substitutions
+    for key, value in opened.substitutions.items():
+        place.console.say(f"substituted: {key}: {value}")
+    if opened.passed_over:
+        place.console.say(opened.passed_over)
     write_run_record(place.run_dir, facts)
     write_status(place.run_dir, State.running, step=progress.step)
-    return trackers
+    return opened.trackers
+
+
+@contextmanager
+def until_it_ends(
+    trackers: Trackers, outcome: Outcome, facts: dict[str, Any], measures: tuple[Meter, Checkpoints], place: Place
+) -> Iterator[None]:
+    """Around all that may end the run: however it does, trackers are told, and `run.json` has what it took."""
+    meter, checkpoints = measures
+    ended = Ended(State.done)
+    try:
+        yield
+    except BaseException as error:
+        ended = Ended.by(error)
+        raise
+    finally:
+        speed = outcome.speed or meter.speed()
+        trackers.summarise(summary_of({**outcome.last_row, **meter.peaks}, speed, outcome.after))
+        trackers.close(ended)
+        if ended.state is not State.done:
+            for name, where in trackers.hints:
+                place.console.say(f"{name + ':':<11} {where}")
+        note_measured(facts, meter, checkpoints, place)
 
 
 def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
@@ -88,5 +120,5 @@ def close_records(
     """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
     if place.runtime.is_main:
         write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
-        place.console.say(end_text(place.run_dir, outcome, exported, trackers.sync_line))
+        place.console.say(end_text(place.run_dir, outcome, exported, trackers.hints))
     processes.barrier(place.runtime)

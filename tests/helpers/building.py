@@ -42,7 +42,7 @@ from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.records.console import Console
 from trainer.records.metrics import Meter
-from trainer.records.trackers import Trackers
+from trainer.records.tracking import Trackers
 from trainer.run import loop_settings, record_reference
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
@@ -231,7 +231,7 @@ def built_trainer(
         loader=loader,
         progress=progress or Progress(),
         evaluators=[],
-        output=Output(meter, Trackers([]), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
+        output=Output(meter, Trackers(), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
         watch=Watch(agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime)),
     )
     return trainer, built

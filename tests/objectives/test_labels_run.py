@@ -12,7 +12,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.tokenizers import write_jsonl
-from tests.records.test_tracking import records
+from tests.helpers.wandb_files import inspected
 
 BAG_OF_WORDS = 0.502
 """The best of nine logistic regressions on the same data (benchmarks/classification.py baseline)."""
@@ -49,7 +49,7 @@ def test_accuracy_is_logged_at_every_step_and_f1_at_evaluations(shell):
     assert 0 <= min(row["accuracy"] for row in steps) < max(row["accuracy"] for row in steps) <= 1
     evaluated = {row["step"] for row in rows_of("run") if "eval/f1_macro" in row and "eval/f1_micro" in row}
     assert {3, 6} <= evaluated
-    shown = records(next(next(Path("run/wandb").glob("offline-run-*")).glob("*.wandb")))
+    shown = inspected(next(Path("run/wandb").glob("offline-run-*")))
     for name in ('"accuracy"', '"eval/f1_macro"'):
         assert name in shown or name.replace('"', '\\"') in shown, name
 

@@ -29,7 +29,7 @@ from trainer.guards.replicas import held_alike
 from trainer.loop import Trainer
 from trainer.objectives.sft import SftReading
 from trainer.records.metrics import StepRecord
-from trainer.records.trackers import Trackers
+from trainer.records.tracking import Trackers
 
 STEPS, BATCH, ODD = 12, 4, 8
 FLIPPED, HIT = 7, "layers.1.post_attention_layernorm.weight"
@@ -103,7 +103,7 @@ class Rows:
     def log(self, metrics: dict, *, step: int) -> None:
         self.rows[step] = metrics
 
-    def close(self) -> None:
+    def close(self, ended: object) -> None:
         pass
 
 
@@ -116,7 +116,7 @@ def rolled_back(job: Job, strategy: str) -> dict:
     places = [Path(processes.broadcast_object(tempfile.mkdtemp(dir=job.root), job.runtime)) / "checkpoints"]
     trainer.checkpoints = Checkpoints(places, CheckpointConfig(every_steps=3), job.runtime)
     rows = Rows()
-    trainer.trackers = Trackers([rows])
+    trainer.trackers = Trackers(others=[rows])
     progress = trainer.fit().progress
 
     never_had = documents(job, odd=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.comparison.reading import Point
+from trainer.records.short import short
 
 OWN = ("run.dir", "substitutions")
 """Keys that differ between any two runs, or follow from others."""
@@ -107,16 +107,6 @@ def _part(key: str, value: Any) -> str:
 
 def _plain(text: str) -> str:
     return re.sub(r"[^\w.]+", "_", text).strip("_")
-
-
-def short(value: Any) -> str:
-    """A value as people write it: 2e-4 for 0.0002."""
-    if isinstance(value, bool) or value is None or not isinstance(value, int | float):
-        return "none" if value is None else str(value)
-    if value == 0 or not math.isfinite(value) or 1e-2 <= abs(value) < 1e5 or isinstance(value, int):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    digits, _, exponent = f"{value:.6e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -22,7 +22,7 @@ from trainer.model.config import ModelConfig
 from trainer.objectives.base import ObjectiveConfig
 from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
-from trainer.records.trackers import LoggingConfig
+from trainer.records.config import LoggingConfig
 from trainer.tuning.base import TuningConfig
 
 

@@ -31,6 +31,7 @@ from trainer.model.quantisation import Quantisation, missing_package
 from trainer.objectives.registry import FAMILIES, family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
+from trainer.records.trackers.registry import problems as tracker_problems
 from trainer.tuning.check import Run
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
@@ -50,6 +51,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     here = config.launcher.name is LauncherName.local
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
+    problems += tracker_problems(config.logging) if here else []
     return [*problems, *_tuning(config), *_launcher(config)]
 
 

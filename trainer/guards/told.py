@@ -15,7 +15,7 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.store.documents import DocumentTable, schema
 from trainer.guards.config import Action
 from trainer.guards.watch import Outlier
-from trainer.records.trackers import json_text
+from trainer.records.jsonl import json_text
 
 EVENTS = "events.jsonl"
 SHOWN = 4

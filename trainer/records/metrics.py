@@ -66,7 +66,8 @@ class Meter:
     """Seconds of that for the evaluation before the first step."""
     _records: list[StepRecord] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
-    _intervals: list[tuple[float, float]] = field(default_factory=list)
+    _intervals: list[tuple[float, float, float]] = field(default_factory=list)
+    """(tokens, supervised tokens, seconds) of a mean step of each flushed interval."""
 
     def begin(self, evaluation_s: float) -> None:
         """The first step is about to be taken, after an evaluation of so many seconds."""
@@ -113,7 +114,10 @@ class Meter:
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
         seconds = (time.perf_counter() - self._clock) / len(records)
         self._clock = time.perf_counter()
-        self._intervals.append((sum(r.tokens for r in records) / len(records), seconds))
+        tokens, supervised = (
+            sum(getattr(r, of) for r in records) / len(records) for of in ("tokens", "supervised_tokens")
+        )
+        self._intervals.append((tokens, supervised, seconds))
         rows = [
             self._row(r, dict(zip(terms, sums, strict=True)), wait, norm, seconds)
             for r, sums, wait, norm in zip(
@@ -146,14 +150,17 @@ class Meter:
         usual = self._usual()
         if not usual:
             return {}
-        found = [self._speed(tokens, seconds) for tokens, seconds in usual]
+        found = [
+            {**self._speed(tokens, seconds), "supervised_tokens_per_s": supervised / seconds, "step_s": seconds}
+            for tokens, supervised, seconds in usual
+        ]
         return {"intervals": len(usual), **{key: median(each[key] for each in found) for key in found[0]}}
 
     def step_s(self) -> float | None:
         """Seconds of a step, as `speed` takes its median; None before the first flush."""
-        return median(seconds for _, seconds in usual) if (usual := self._usual()) else None
+        return median(seconds for *_, seconds in usual) if (usual := self._usual()) else None
 
-    def _usual(self) -> list[tuple[float, float]]:
+    def _usual(self) -> list[tuple[float, float, float]]:
         return self._intervals[1:] or self._intervals
 
     def _speed(self, tokens: float, seconds: float) -> dict[str, float]:

@@ -1,0 +1,53 @@
+"""Settings of what a run records, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class WandbMode(StrEnum):
+    """`auto` takes WANDB_MODE, else `offline`. `online` falls back to `offline`, recorded, without an API key or a server."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+Alert = StrEnum("Alert", ["failed", "diverged", "preempted"])
+"""How a run ends of which somebody is told."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is recorded, where and how often."""
+
+    every_steps: int = 10
+    """Steps between reads of the device's metric buffer (a row is kept for every step)."""
+    wandb: WandbMode = WandbMode.auto
+    """Weights & Biases: `online`, `offline` (sync later), `disabled`, or `auto`: WANDB_MODE, else offline."""
+    project: str | None = None
+    """Project in trackers; null takes WANDB_PROJECT, else `shardtune`."""
+    entity: str | None = None
+    """W&B team or user; null takes WANDB_ENTITY, else the account's own."""
+    group: str | None = None
+    """Runs to be compared share one; null takes WANDB_RUN_GROUP; `compare` and `train -m` give their points one."""
+    name: str | None = None
+    """Name in trackers; null takes WANDB_NAME, else what the run is, such as fsdp2-lora-lr2e-4, or the point of a comparison."""
+    notes: str | None = None
+    """Some words about the run, shown in trackers; null takes WANDB_NOTES."""
+    job_type: str | None = None
+    """Kind of run in trackers; null takes WANDB_JOB_TYPE, else `train`."""
+    tags: list[str] = field(default_factory=list)
+    """Tags in trackers; an empty list takes WANDB_TAGS (a,b)."""
+    columns: list[str] = field(default_factory=list)
+    """Settings that also stand as columns of the run table, such as optim.weight_decay, or name=text for one of your own."""
+    alerts: list[Alert] = field(default_factory=list)
+    """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs the `tensorboard` package)."""
+    step_parts: bool = False
+    """Also time forward passes, backward passes and the optimizer in each step, without waiting for the device."""
+    reference_tflops: float | None = None
+    """Peak TFLOP/s of one device for MFU; default: known for common GPUs, measured for CPUs."""

@@ -1,0 +1,89 @@
+"""`metrics.jsonl`: the rows of a run, always written, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from strategies import durable
+from strategies.errors import StorageError
+from trainer.records.earlier import Earlier, earlier
+
+
+class JsonlTracker:
+    """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path, self.earlier, self._warned = path, Earlier(), False
+        try:
+            if path.exists():  # rows after the checkpoint belong to a future that is now done again
+                self._keep_up_to(resume_step or -1)
+            self._file = path.open("a")
+            durable.sync_directory(path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot be written ({durable.reason(error)}); free space, or set run.dir"
+            ) from error
+
+    def _keep_up_to(self, step: int) -> None:
+        """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there."""
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        durable.sync_file(aside)
+        durable.disk.rename(aside, self.path)
+        self.earlier = earlier(kept)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step."""
+        self._file.close()
+        self._keep_up_to(step)
+        self._file = self.path.open("a")
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Have the rows on the disk, as the checkpoint will be that they lead to; one warning where that is not possible."""
+        try:
+            durable.disk.sync(self._file.fileno())
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"warning: {self.path} could not be synced ({durable.reason(error)}): a power cut may lose rows that the "
+                    "checkpoints count on; the checkpoints themselves are synced apart",
+                    flush=True,
+                )
+            self._warned = True
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
+    """`{"not_finite": [names]}` where a number is NaN or infinite, which JSON cannot have: it stands as null. Else nothing."""
+    names = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {"not_finite": names} if names else {}
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: null where a number is not finite."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, float):
+            return part if math.isfinite(part) else None
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        return [plain(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    return json.dumps(plain(value), allow_nan=False, **how)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a torn last line

@@ -1,0 +1,1 @@
+"""Where rows go beside `metrics.jsonl`: one module a tracker, each behind `base.Tracker`, named in `registry`."""

@@ -1,0 +1,49 @@
+"""Which trackers there are. One more is a module behind `base.Tracker`, a setting of `logging`, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+from trainer.records.config import LoggingConfig, WandbMode
+from trainer.records.trackers.base import Tracked, Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One tracker: its setting of `logging`, the class in this package, what must be installed."""
+
+    setting: str
+    place: str
+    package: str
+    extra: str | None
+    """The extra of setup.py that installs it; None where it comes with shardtune."""
+
+    def open(self, about: Tracked) -> Tracker:
+        """Begin recording. May raise whatever the tracker's own library raises."""
+        module, _, name = self.place.partition(":")
+        tracker: Tracker = getattr(import_module(f"trainer.records.trackers.{module}"), name)(about)
+        return tracker
+
+
+KINDS = (
+    Kind("wandb", "weights_and_biases:WandbRun", "wandb", None),
+    Kind("tensorboard", "tensorboard:TensorboardFiles", "tensorboard", "tensorboard"),
+)
+
+
+def asked(config: LoggingConfig) -> list[Kind]:
+    """The trackers that are on."""
+    return [kind for kind in KINDS if getattr(config, kind.setting) not in (False, WandbMode.disabled)]
+
+
+def problems(config: LoggingConfig) -> Iterator[str]:
+    """What is lacking for them on this host, one line each."""
+    for kind in asked(config):
+        if find_spec(kind.package) is None:
+            yield (
+                f"logging.{kind.setting}={str(getattr(config, kind.setting)).lower()}: needs the package {kind.package} "
+                f"(pip install 'shardtune[{kind.extra}]')"
+            )

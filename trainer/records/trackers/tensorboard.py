@@ -1,0 +1,32 @@
+"""TensorBoard event files under `tensorboard/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.records.trackers.base import Ended, Tracked
+
+
+class TensorboardFiles:
+    """Rows as scalars; TensorBoard has no place for more."""
+
+    def __init__(self, about: Tracked) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory = about.run_dir / "tensorboard"
+        self._writer = SummaryWriter(str(directory))
+        self.hint: tuple[str, str] | None = None
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        for key, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value)
+
+    def close(self, ended: Ended) -> None:
+        self._writer.add_text("state", f"{ended.state} {ended.reason}".strip())
+        self._writer.close()

@@ -1,0 +1,123 @@
+"""Weights & Biases: rows on a tokens axis, a summary, how the run ended, and alerts. The run id survives a resume."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from trainer.records.config import WandbMode
+from trainer.records.status import State
+from trainer.records.trackers.base import Ended, Tracked
+from trainer.records.trackers.reach import unreachable
+
+INIT_S = 30
+"""Seconds that a server which answers is given to begin a run."""
+FINISH_S = 60
+"""Seconds for what is not uploaded yet when a run ends; it lies on the disk, and a job that is to end has no more time."""
+
+
+class WandbRun:
+    """A run in W&B, online, or in files that `wandb sync` uploads."""
+
+    def __init__(self, about: Tracked) -> None:
+        self._about = about
+        self._home = Path(os.environ.get("WANDB_DIR") or about.run_dir).absolute()
+        """W&B's own process may have been started elsewhere."""
+        self.note: str | None = None
+        """Why it is offline where online was asked for."""
+        online = about.config.wandb is WandbMode.online
+        if online:
+            self.note = _why_offline() or self._begin("online")
+        if not online or self.note:
+            self._begin("offline")
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
+        self.hint: tuple[str, str] | None = None
+        self._tell_where(online=online and not self.note)
+
+    def _begin(self, mode: str) -> str | None:
+        """Start the run; why it could not be started online."""
+        import wandb
+
+        about, config = self._about, self._about.config
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._run = wandb.init(
+                project=about.project,
+                entity=config.entity,
+                group=config.group,
+                job_type=config.job_type or "train",
+                tags=config.tags or None,
+                name=about.name,
+                notes=config.notes,
+                id=about.run_id,
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(self._home),
+                config=about.settings,
+                # The command line may hold what should not leave the machine; the resolved config says it all.
+                settings=wandb.Settings(
+                    x_disable_meta=True,
+                    console="off",
+                    silent=True,
+                    init_timeout=INIT_S,
+                    finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_S),
+                    finish_timeout_raises=True,
+                ),
+            )
+        except (wandb.Error, TimeoutError) as error:
+            if mode == "offline":
+                raise
+            wandb.teardown()  # its process would call this run's id taken
+            return f"offline ({_address()} does not begin a run: {' '.join(str(error).split())})"
+        return None
+
+    def _tell_where(self, *, online: bool) -> None:
+        if online:
+            self.hint = ("W&B", str(self._run.url))
+            return
+        parts = sorted({self._home, self._about.run_dir.absolute()})
+        found = [part for home in parts for part in home.glob(f"wandb/offline-run-*-{self._about.run_id}")]
+        names = shlex.join(_shown(part) for part in sorted(found, key=lambda part: part.name))
+        self.hint = ("W&B", f"wandb sync {names}")
+
+    def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._run.log({"train_step": step, **metrics}, step=step)
+
+    def summarise(self, values: dict[str, Any]) -> None:
+        self._run.summary.update(values)
+
+    def close(self, ended: Ended) -> None:
+        if ended.state is State.preempted:
+            self._run.mark_preempting()  # so that the run is called preempted and not failed
+        self._run.summary.update({"state": str(ended.alert or ended.state)})
+        if ended.alert in self._about.config.alerts:
+            level = "WARN" if ended.state is State.preempted else "ERROR"
+            self._run.alert(f"{self._about.name}: {ended.alert}", f"{self._about.run_dir}: {ended.reason}", level=level)
+        try:
+            self._run.finish(exit_code=ended.exit_code)
+        except TimeoutError:
+            part = _shown(Path(self._run.dir).parent)
+            self.hint = ("W&B", f"wandb sync {shlex.quote(part)}   (not all was uploaded in time)")
+
+
+def _shown(part: Path) -> str:
+    """As the run's directory is named: relative where it lies below the working directory."""
+    return str(part.relative_to(Path.cwd())) if part.is_relative_to(Path.cwd()) else str(part)
+
+
+def _why_offline() -> str | None:
+    import wandb
+
+    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key):
+        return "offline (no W&B API key is configured)"
+    why = unreachable(_address())
+    return f"offline ({_address()} cannot be reached: {why})" if why else None
+
+
+def _address() -> str:
+    import wandb
+
+    return str(wandb.setup().settings.base_url)
