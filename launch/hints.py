@@ -13,7 +13,6 @@ from trainer.foreign.answer import Answer, Theirs, number
 from trainer.foreign.names import NAMES, answer, plain
 from trainer.foreign.rules import CHOICES
 
-
 Known = Mapping[str, Any]
 """Every setting by its full name."""
 
