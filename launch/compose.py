@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from launch import overrides
+from launch import hints, overrides
 from launch.choices import CONF_DIR, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
@@ -123,13 +123,13 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     for key, value, word in parsed.values:
         setting = overrides.setting_of(known, key)
         if setting is None and key not in ("batch", "budget"):
-            problem, meant = overrides.unknown_key(key, word, known)
+            problem, meant = hints.unknown_key(key, word, known)
             problems.append(problem)
             parsed.suspects |= {meant} if meant else set()
         elif setting is not None and setting.under and current[key.split(".")[0]] not in setting.under:
             problems.append(overrides.wrong_choice(key, word, setting))
         elif setting is not None and key.endswith(".name") and key.split(".")[0] in variants():
-            problems.append(overrides.unknown_key(key, word, known)[0])
+            problems.append(hints.unknown_key(key, word, known)[0])
         else:
             try:
                 _set(tree, key, value)

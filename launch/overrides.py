@@ -6,14 +6,13 @@ word that cannot be used a line that says what was probably meant. Hydra's own p
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
+from launch import hints
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
-from launch.removed import REMOVED
 
 WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
@@ -86,10 +85,15 @@ def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
 def parse(words: list[str]) -> Parsed:
     """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
     parsed, known = Parsed(), settings()
-    for word in words:
+    foreign = hints.Foreign(words, lambda key: setting_of(known, key) is not None)
+    for word in foreign.words:
         match = WORD.fullmatch(word)
+        if (hint := foreign.hint(word)) is not None:
+            parsed.problems.append(hint.problem)
+            parsed.suspects |= hint.meant
+            continue
         if match is None or word.startswith("-"):
-            parsed.problems.append(_not_a_pair(word))
+            parsed.problems.append(hints.not_a_pair(word))
             continue
         mark, key, text = match["mark"], match["key"], match["value"]
         key = spelled(known, key)
@@ -106,32 +110,9 @@ def parse(words: list[str]) -> Parsed:
     return parsed
 
 
-def unknown_key(key: str, word: str, known: dict[str, Setting]) -> tuple[str, str | None]:
-    """What to say about a key that does not exist, and the key that was probably meant."""
-    if key in REMOVED:
-        return f"{word}: there is no setting {key} any more: {REMOVED[key]}", None
-    if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
-        group = key.split(".")[0]
-        return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None
-    if any(k.startswith(f"{key}.") for k in known):
-        inside = sorted(k for k in known if k.startswith(key + "."))
-        return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    last = key.split(".")[-1]
-    elsewhere = [k for k in known if k.split(".")[-1] == last and k not in near]
-    hints = [*near, *elsewhere] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not hints:
-        wide = difflib.get_close_matches(last, [k.split(".")[-1] for k in known], n=1, cutoff=0.7)
-        hints = [k for k in known if wide and k.split(".")[-1] == wide[0]]
-    meant = " or ".join(f"{k} (with {_condition(k, known[k])})" if known[k].under else k for k in hints[:3])
-    return f"{word}: there is no setting {key}" + (f"; did you mean {meant}?" if meant else ""), hints[
-        0
-    ] if hints else None
-
-
 def wrong_choice(key: str, word: str, setting: Setting) -> str:
     """What to say about a key that exists only under another choice of its group."""
-    return f"{word}: needs {_condition(key, setting)}; add it, or leave {key.removesuffix('_')} out"
+    return f"{word}: needs {hints.condition(key, setting.under)}; add it, or leave {key.removesuffix('_')} out"
 
 
 def describe(hint: Any) -> str:
@@ -148,21 +129,6 @@ def describe(hint: Any) -> str:
     return names.get(hint, "a value")
 
 
-def _condition(key: str, setting: Setting) -> str:
-    return f"{key.split('.')[0]}={'|'.join(setting.under)}"
-
-
-def _not_a_pair(word: str) -> str:
-    bare = word.lstrip("-")
-    if bare != word and "=" in bare:
-        return f"{word}: settings have no dashes; type {bare}"
-    if bare in groups():
-        first = next(iter(variants().get(bare, groups()[bare])), None)
-        return f"{word}: give its choice, as in {bare}={first}" if first else f"{word}: no choices"
-    near = difflib.get_close_matches(word, ["--help", "--cfg", "--dry-run", "--multirun"], n=1)
-    return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
-
-
 def _choose(parsed: Parsed, group: str, text: str, word: str) -> None:
     choices = groups()[group]
     if text in choices or (group in WHOLE_RUN_GROUPS and text == "null"):
@@ -170,9 +136,7 @@ def _choose(parsed: Parsed, group: str, text: str, word: str) -> None:
     elif "," in text:
         parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")
     else:
-        near = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
-        hint = f"; did you mean {group}={near[0]}?" if near else ""
-        parsed.problems.append(f"{word}: no such choice, one of {', '.join(choices)}{hint}")
+        parsed.problems.append(hints.wrong_value(group, text, word))
         parsed.suspects.add(group)
 
 
@@ -197,7 +161,7 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
         if setting is not None and _is_text(setting.type) and text.startswith("["):  # a list of paths as they are typed
             parsed.values.append((key, [part.strip().strip("'\"") for part in text[1:-1].split(",")], word))
         elif setting is None:
-            problem, meant = unknown_key(key, word, known)
+            problem, meant = hints.unknown_key(key, word, known)
             parsed.problems.append(problem)
             parsed.suspects |= {meant} if meant else set()
         else:

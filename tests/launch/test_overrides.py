@@ -5,10 +5,13 @@ import re
 import pytest
 
 from launch.axes import expand
+from launch.choices import groups
 from launch.compose import compose
-from launch.overrides import settings
+from launch.overrides import setting_of, settings
 from launch.removed import REMOVED
 from strategies.errors import ConfigError
+from trainer.foreign.answer import Theirs
+from trainer.foreign.names import NAMES, answer
 
 
 @pytest.fixture(autouse=True)
@@ -120,12 +123,91 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("run.dir=runs/${now:%H}", "write the value out"),
         ("model.path=${oc.env:NO_SUCH_VARIABLE_HERE}", "NO_SUCH_VARIABLE_HERE"),
         ("substitutions={a:b}", "there is no setting substitutions"),
+        ("stratgey=zero3", "did you mean strategy=zero3?"),
+        ("tunnig=foo", "did you mean tuning=<choice>, one of adalora"),
+        ("sharding=fsdp2", "did you mean strategy=fsdp2?"),
+        ("learning_rate=2e-4", "here it is optim.lr=2e-4"),
+        ("--learning-rate=2e-4", "here it is optim.lr=2e-4"),
+        ("training_args.max_steps=10", "here it is budget.steps=10"),
+        ("max_steps=-1", "leave it out: no limit"),
+        ("num_train_epochs=3.0", "here it is budget.epochs=3"),
+        ("per_device_train_batch_size=4", "here it is batch.micro=4 batch.global=4 (batch.global: 4 per device x 1 "),
+        ("gradient_accumulation_steps=4", "it is derived: set batch.global"),
+        ("output_dir=out", "here it is run.dir=out"),
+        ("lora_r=8", "here it is tuning=lora tuning.rank=8"),
+        ("lora_target_modules=[q_proj,v_proj]", "here it is tuning=lora tuning.targets=[q_proj,v_proj]"),
+        ("lora_target=all", "tuning.targets=all-linear"),
+        ("warmup_ratio=0.1", "here it is schedule.warmup_share=0.1"),
+        ("warmup_steps=0.1", "here it is schedule.warmup_share=0.1"),
+        ("fp16=true", "here it is precision=fp16"),
+        ("bf16=false", "here it is precision=fp32"),
+        ("max_seq_length=512", "here it is data.max_length=512"),
+        ("cutoff_len=512", "here it is data.max_length=512"),
+        ("sequence_len=512", "here it is data.max_length=512"),
+        ("sample_packing=true", "here it is data.packing=true"),
+        ("deepspeed=ds_z2_config.json", "here it is strategy=zero2 (as the name says"),
+        ("report_to=tensorboard", "here it is logging.wandb=disabled logging.tensorboard=true"),
+        ("optim=adamw_bnb_8bit", "here it is optim=adamw_8bit"),
+        ("tuning=qlora", "here it is tuning=lora model.quantisation=nf4"),
+        ("val_set_size=200", "set data.eval_share to 200 over"),
+        ("neftune_noise_alpha=5", "there is no equal here: no noise"),
+        ("load_best_model_at_end=true", "checkpoint=best"),
     ],
 )
 def test_what_cannot_be_used_is_explained(word, said):
     with pytest.raises(ConfigError) as caught:
         compose([word], check=False)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_words_of_other_trainers_are_read_together():
+    words = ["--per_device_train_batch_size", "4", "gradient_accumulation_steps=8", "--bf16", "--max-steps", "5"]
+    with pytest.raises(ConfigError) as caught:
+        compose(
+            [*words, "launcher.processes=2", "launcher.nodes=2", "strategy=ddp", "model_name_or_path=m", "data.path=d"]
+        )
+    problems = caught.value.problems
+    assert "batch.global=128 (batch.global: 4 per device x 8 accumulation x 4 ranks)" in problems[0]
+    assert [problem.split(": here it is ")[0] for problem in problems[:4]] == [
+        "--per_device_train_batch_size 4",
+        "gradient_accumulation_steps=8",
+        "--bf16",
+        "--max-steps 5",
+    ]
+    assert not any(problem.startswith(("budget", "batch", "model.path")) for problem in problems)  # no echoes
+
+
+def test_what_is_said_of_other_trainers_words_can_be_typed(tmp_path):
+    """Every name, with a value as its users write it: our words for it compose."""
+    known = settings()
+    (tmp_path / "ds.json").write_text(
+        '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}}'
+    )
+    text = {
+        "deepspeed": f"{tmp_path}/ds.json",
+        "optimizer": "adamw_torch",
+        "lr_scheduler_type": "cosine",
+        "stage": "dpo",
+    }
+    text |= {"lr_scheduler": "constant_with_warmup", "rl": "kto", "adapter": "qlora", "finetuning_type": "freeze"}
+    text |= {"fsdp": "full_shard offload", "mixed_precision": "no", "torch_dtype": "bfloat16", "dtype": "float16"}
+    text |= {
+        "attn_implementation": "flash_attention_2",
+        "flash_attn": "fa2",
+        "quantization_bit": "4",
+        "pref_loss": "ipo",
+    }
+    text |= {"dataset_text_field": "body", "wandb_mode": "offline", "data.shuffle": "true", "val_set_size": "0.1"}
+    answered = 0
+    for name in NAMES:
+        for value in (text.get(name, "1"), "true"):
+            found = answer(name, Theirs({name: value, "per_device_train_batch_size": "2"}))
+            for key, ours in found.words.items():
+                answered += 1
+                assert key in groups() or setting_of(known, key) is not None, (name, key)
+                assert key not in groups() or ours in groups()[key], (name, key, ours)
+            assert found.words or found.said or found.needless, name
+    assert answered > 100
 
 
 def test_everything_wrong_is_reported_at_once_without_echoes(tmp_path):

@@ -129,7 +129,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "evaluation.generate.temperature": (COUNT, "0 is greedy, 0.7 to 1 as a rule"),
     "evaluation.generate.top_p": (Range(above=0, most=1), "1 draws among all tokens, 0.9 to 0.95 as a rule"),
     "evaluation.generate.top_k": (COUNT, "0 draws among all tokens, 20 to 50 as a rule"),
-    "evaluation.generate.seed": (COUNT, "the default is 42"),
+    "evaluation.generate.seed": (COUNT, "the default is 0"),
     "evaluation.generate.draws": (POSITIVE, "1 answers each prompt once"),
     "evaluation.min_delta": (COUNT, "0 counts any improvement"),
     "checkpoint.every_steps": (COUNT, "0 goes by time (checkpoint.every_minutes)"),

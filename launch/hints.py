@@ -1,0 +1,152 @@
+"""What to say of a word that cannot be used: what was probably meant, also in the words of other trainers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launch.choices import groups
+from launch.removed import REMOVED
+from trainer.foreign.answer import Answer, Theirs, number
+from trainer.foreign.names import NAMES, answer, plain
+from trainer.foreign.rules import CHOICES
+
+Known = Mapping[str, Any]
+"""Every setting by its full name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A problem, and the keys of ours that were meant: complaints about them would be echoes."""
+
+    problem: str
+    meant: frozenset[str]
+
+
+class Foreign:
+    """The words of a command line that are settings of other trainers, each to be answered with the others in sight."""
+
+    def __init__(self, words: list[str], ours: Callable[[str], bool]) -> None:
+        """`words` as typed, of which `--name value` are one; `ours` says whether a key is a setting here."""
+        self.words: list[str] = []
+        self._theirs: dict[str, str] = {}
+        self._of: dict[str, str] = {}
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            key, assigned, value = word.partition("=")
+            if word.startswith("--") and not assigned and plain(key) in NAMES:
+                value = "true"  # a switch, unless a value follows
+                if rest and not rest[0].startswith("--") and "=" not in rest[0]:
+                    value = rest.pop(0)
+                    word = f"{word} {value}"
+            elif not assigned:
+                self.words.append(word)
+                continue
+            self.words.append(word)
+            name = plain(key)
+            if name in NAMES and not ours(key.lstrip("-+~")) and key.lstrip("-+~") not in groups():
+                self._theirs[name] = value.strip("'\"")
+                self._of[word] = name
+        typed = dict(word.lstrip("+").partition("=")[::2] for word in words)
+        self._ranks = _ranks(typed, self._theirs)
+
+    def hint(self, word: str) -> Hint | None:
+        """What the word is here; None where it is no other trainer's."""
+        name = self._of.get(word)
+        found = None if name is None else answer(name, Theirs(self._theirs, self._ranks))
+        if found is None:
+            return None
+        return Hint(f"{word}: {in_words(found)}", frozenset(found.words) | _families(found))
+
+
+def in_words(found: Answer) -> str:
+    """An answer as a sentence."""
+    if found.words:
+        said = f" ({found.said})" if found.said else ""
+        return "here it is " + " ".join(f"{key}={value}" for key, value in found.words.items()) + said
+    if found.needless:
+        return f"leave it out{': ' if found.said else ''}{found.said}"
+    return f"there is no equal here: {found.said}"
+
+
+def wrong_value(group: str, text: str, word: str) -> str:
+    """What to say about a choice that a group does not have."""
+    if group in CHOICES and (words := CHOICES[group](text, Theirs({})).words):
+        return f"{word}: no such choice; here it is " + " ".join(f"{key}={value}" for key, value in words.items())
+    choices = groups()[group]
+    near = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    return f"{word}: no such choice, one of {', '.join(choices)}{hint}"
+
+
+def condition(key: str, under: tuple[str, ...]) -> str:
+    """The choice that a setting needs, as typed."""
+    return f"{key.split('.')[0]}={'|'.join(under)}"
+
+
+def not_a_pair(word: str) -> str:
+    """What to say about a word that is not of the form key=value."""
+    from launch.choices import variants
+
+    bare = word.lstrip("-")
+    if bare != word and "=" in bare:
+        return f"{word}: settings have no dashes; type {bare}"
+    if bare in groups():
+        first = next(iter(variants().get(bare, groups()[bare])), None)
+        return f"{word}: give its choice, as in {bare}={first}" if first else f"{word}: no choices"
+    near = difflib.get_close_matches(word, ["--help", "--cfg", "--dry-run", "--multirun"], n=1)
+    return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def unknown_key(key: str, word: str, known: Known) -> tuple[str, str | None]:
+    """What to say about a key that does not exist, and the key that was probably meant."""
+    if key in REMOVED:
+        return f"{word}: there is no setting {key} any more: {REMOVED[key]}", None
+    if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
+        group = key.split(".")[0]
+        return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None
+    if any(k.startswith(f"{key}.") for k in known):
+        inside = sorted(k for k in known if k.startswith(key + "."))
+        return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
+    if (group_problem := _group_meant(key, word)) is not None:
+        return group_problem, None
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    last = key.split(".")[-1]
+    elsewhere = [k for k in known if k.split(".")[-1] == last and k not in near]
+    hints = [*near, *elsewhere] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not hints:
+        wide = difflib.get_close_matches(last, [k.split(".")[-1] for k in known], n=1, cutoff=0.7)
+        hints = [k for k in known if wide and k.split(".")[-1] == wide[0]]
+    meant = " or ".join(f"{k} (with {condition(k, known[k].under)})" if known[k].under else k for k in hints[:3])
+    return f"{word}: there is no setting {key}" + (f"; did you mean {meant}?" if meant else ""), hints[
+        0
+    ] if hints else None
+
+
+def _group_meant(key: str, word: str) -> str | None:
+    """The group that a key of one part looks like, with the value that was typed."""
+    value = word.partition("=")[2]
+    fits = [name for name in groups() if value in groups()[name]]
+    near = difflib.get_close_matches(key, groups(), n=1, cutoff=0.7)
+    group = near[0] if near else fits[0] if len(fits) == 1 and "." not in key else None
+    if group is None or "." in key:
+        return None
+    if value in groups()[group]:
+        return f"{word}: there is no setting {key}; did you mean {group}={value}?"
+    return f"{word}: there is no setting {key}; did you mean {group}=<choice>, one of {', '.join(groups()[group])}?"
+
+
+def _ranks(typed: Mapping[str, str], theirs: Mapping[str, str]) -> int | None:
+    """Ranks of the run where the words say so."""
+    found = Theirs({**theirs, **typed})
+    each = number(found.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes"))
+    nodes = number(found.get("launcher.nodes", "nnodes", "num_machines")) or 1
+    return None if each is None else round(each * nodes)
+
+
+def _families(found: Answer) -> frozenset[str]:
+    """A budget or batch that was meant stands for its siblings."""
+    return frozenset(key.split(".")[0] for key in found.words if key.startswith(("budget.", "batch.")))

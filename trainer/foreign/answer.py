@@ -1,0 +1,58 @@
+"""What is said of a setting of another trainer, and what the others beside it say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Our words for one of theirs."""
+
+    words: Mapping[str, str] = field(default_factory=dict)
+    """Our settings and their values, as typed; empty where there is no equal, or nothing to be set."""
+    said: str = ""
+    """What is to be known besides: why there is no equal, or in what ours differs."""
+    needless: bool = False
+    """Whether nothing is lost without it: it is so anyway, or concerns the other trainer alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Theirs:
+    """All settings that were written, by their plain names, and how many ranks there are, where that is known."""
+
+    given: Mapping[str, str]
+    ranks: int | None = None
+
+    def get(self, *names: str) -> str | None:
+        """The value of the first of these names that is set to something."""
+        return next((self.given[name] for name in names if is_set(self.given.get(name))), None)
+
+
+def is_set(value: str | None) -> bool:
+    """Whether a value says something."""
+    return value is not None and value.lower() not in ("", "null", "none", "auto", "~")
+
+
+def is_true(value: str | None) -> bool:
+    """Whether a switch is on."""
+    return str(value).lower() in ("true", "1", "yes", "on", "auto")
+
+
+def number(value: str | None) -> float | None:
+    """The number that is written; None where it is none."""
+    try:
+        return float(str(value).replace("_", ""))
+    except ValueError:
+        return None
+
+
+def shown(value: float) -> str:
+    """A number as people write it."""
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else f"{value:g}"
+
+
+def listed(value: str) -> list[str]:
+    """The entries of `[a,b]`, `a,b` or `a`."""
+    return [part.strip().strip("'\"") for part in value.strip().strip("[]").split(",") if part.strip().strip("'\"")]
