@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,8 @@ from trainer.data.stages.privacy.rule import NEEDS_PRESIDIO, NOT_ASKED
 from trainer.data.store.sequences import LABEL, summed
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from trainer.data.store.sequences import TokenDataset
 
 SCHEMA = 3
@@ -245,10 +248,10 @@ class Audit(_Strict):
     @classmethod
     def read(cls, directory: Path) -> Audit:
         """The audit in a prepared data set. Raises DataError where the file is not exactly of this form."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json((directory / AUDIT).read_bytes())
+            return _form().validate_json((directory / AUDIT).read_bytes())
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -265,6 +268,14 @@ class Audit(_Strict):
         }
         names = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
         return {**splits, **{name: whole[name] for name in names if whole[name]}}
+
+
+@cache
+def _form() -> TypeAdapter[Audit]:
+    """What an audit is checked against: it takes longer to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Audit)
 
 
 def sizes(data: TokenDataset) -> dict[str, Any]:

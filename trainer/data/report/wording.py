@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,12 @@ SAID = {
 }
 
 
+@cache
 def templates(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
-    """Jinja for the templates of this package: every text of an expression goes through `shown`, but for Markup."""
+    """Jinja for the templates of this package: every text of an expression goes through `shown`, but for Markup.
+
+    One for each `shown`, since to compile the templates takes longer than to fill them.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
