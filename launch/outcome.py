@@ -14,27 +14,32 @@ from trainer.records.lease import other_owner
 from trainer.records.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
 
 if TYPE_CHECKING:
-    from launch.torchrun import Aside
+    from launch.torchrun import Aside, What
 
 Records = tuple[dict[str, Any], dict[str, Any]]
 FINAL = {signal.SIGTERM, signal.SIGINT}
 """Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
 
 
-def supervised(config: RunConfig, run_dir: Path, sha256: str, aside: Aside | None = None) -> int:
+def supervised(
+    config: RunConfig, run_dir: Path, sha256: str, aside: Aside | None = None, *, what: What | None = None
+) -> int:
     """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
 
     Never again after an error of the user's or of ours, after TERM or Ctrl-C, or where the host ran out of memory.
     """
-    from launch.torchrun import start
+    from launch.torchrun import TRAIN, start
+
+    what = what or TRAIN
 
     left, number = dict(config.launcher.retry), 0
     try:
         while True:
             os.environ[STARTED_AGAIN] = str(number)  # for what the ranks, and this process, write into `status.json`
             before = begin(run_dir)
-            ended, signals = start(config, run_dir, f"{sha256[:8]}-{number}" if number else sha256[:8], aside)
-            code = outcome(run_dir, ended, before)
+            run_id = f"{sha256[:8]}-{number}" if number else sha256[:8]
+            ended, signals = start(config, run_dir, run_id, aside, what=what)
+            code = outcome(run_dir, ended, before, verb=what.module.rpartition(".")[2])
             cause = _cause(run_dir, code, signals)
             if cause is None or left.get(cause, 0) < 1:
                 return code
@@ -51,7 +56,7 @@ def begin(run_dir: Path) -> Records:
     return read_status(run_dir), read_failure(run_dir)
 
 
-def outcome(run_dir: Path, code: int, before: Records) -> int:
+def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -> int:
     """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
 
     `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `begin` returned:
@@ -76,7 +81,7 @@ def outcome(run_dir: Path, code: int, before: Records) -> int:
     if code != 130:
         # A run of which nobody reports an end has failed, also where torchrun is content.
         code, reason = failure.get("exit_code", 70), failure.get("message") or "the ranks ended without a report"
-        shown = _explain(run_dir, failure) if failure else f"{run_dir}: {reason}; see the output above"
+        shown = _explain(run_dir, failure, verb) if failure else f"{run_dir}: {reason}; see the output above"
     write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
     print(shown, file=sys.stderr, flush=True)
     return code
@@ -91,9 +96,9 @@ def _cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
     return read_failure(run_dir).get("retry") if code else None
 
 
-def _explain(run_dir: Path, failure: dict[str, Any]) -> str:
+def _explain(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
     at = f", step {failure['step']}" if failure.get("step") is not None else ""
     where = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{at})"
     if failure["user_error"]:
-        return f"shardtune train: {where}:\n  " + failure["message"].replace("\n", "\n  ")
-    return f"{failure['traceback'].rstrip()}\nshardtune train: {where}; see {run_dir / 'failure.json'}"
+        return f"shardtune {verb}: {where}:\n  " + failure["message"].replace("\n", "\n  ")
+    return f"{failure['traceback'].rstrip()}\nshardtune {verb}: {where}; see {run_dir / 'failure.json'}"

@@ -14,6 +14,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from launch import hints
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
 
+NAMED_BY_KIND = "evaluation.tasks"
+"""A table of which a list of kinds can be typed: an entry of each, of that name."""
 WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
@@ -24,6 +26,8 @@ class Parsed:
     choices: dict[str, str] = field(default_factory=dict)
     values: list[tuple[str, Any, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    replaced: set[str] = field(default_factory=set)
+    """Tables of which the whole was typed: what an experiment or a run has in them gives way."""
     suspects: set[str] = field(default_factory=set)
     """Keys that a wrong word was probably meant for: what validation says about them is not worth showing."""
 
@@ -147,6 +151,10 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
     if re.search(r"\$\{\s*(now|hydra)\s*:", text):
         parsed.problems.append(f"{word}: ranks would not agree on it; write the value out")
         return
+    if key == NAMED_BY_KIND and (kinds := _names(text)) is not None:
+        parsed.replaced.add(key)
+        parsed.values += [(f"{key}.{kind}.kind", kind, word) for kind in kinds]
+        return
     setting = setting_of(known, key)
     if setting is not None and _is_text(setting.type) and not _is_syntax(text):
         parsed.values.append((key, text, word))
@@ -168,6 +176,12 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
             reason = str(error).splitlines()[0].split(" See https")[0]
             parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe(setting.type)}")
             parsed.suspects.add(key)
+
+
+def _names(text: str) -> list[str] | None:
+    """The words of a list; None where it is none."""
+    inner = text[1:-1].split(",") if text.startswith("[") and text.endswith("]") else None
+    return None if inner is None else [name for part in inner if (name := part.strip().strip("'\""))]
 
 
 def _is_text(hint: Any) -> bool:

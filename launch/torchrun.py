@@ -68,7 +68,18 @@ class Starting:
                 print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
 
 
-def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class What:
+    """What the ranks do: the module they run, and the file of their configuration in the directory."""
+
+    module: str
+    config: str
+
+
+TRAIN = What("launch.train", "config.yaml")
+
+
+def arguments(launcher: LauncherConfig, run_id: str, module: str = "launch.train") -> list[str]:
     """torchrun's own arguments for these processes; `run_id` names the rendezvous of a multi-host run."""
     words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
     if launcher.nodes == 1:
@@ -81,17 +92,20 @@ def arguments(launcher: LauncherConfig, run_id: str) -> list[str]:
             words += [f"--local-addr={launcher.address}"]
         if launcher.node_rank is not None:
             words += [f"--rdzv-conf=is_host={int(launcher.node_rank == 0)}"]
-    return [*words, "-m", "launch.train"]
+    return [*words, "-m", module]
 
 
-def start(config: RunConfig, run_dir: Path, run_id: str, aside: Aside | None = None) -> tuple[int, set[int]]:
-    """Run the frozen configuration of `run_dir` to its end; returns torchrun's exit code, or 130 after Ctrl-C, and what came.
+def start(
+    config: RunConfig, run_dir: Path, run_id: str, aside: Aside | None = None, *, what: What = TRAIN
+) -> tuple[int, set[int]]:
+    """Run the frozen configuration of `run_dir` to its end, as ranks of `what`.
 
-    Signals that ask to save are passed on to the ranks; Ctrl-C gives them a few seconds, then kills.
+    Returns torchrun's exit code, or 130 after Ctrl-C, and the signals that came. Those that ask to save are passed on to the
+    ranks; Ctrl-C gives them a few seconds, then kills.
     """
-    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id)]
+    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, what.module)]
     processes = config.launcher.processes or 1
-    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / "config.yaml"), "SHARDTUNE_RUN_DIR": str(run_dir)}
+    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env["SHARDTUNE_LAUNCHER"] = str(os.getpid())
     # torchrun would set one thread a rank, whatever the host has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,10 @@ from trainer.checkpoints.places import places_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.evaluation.base import Evaluator
-from trainer.evaluation.build import build_evaluators
+from trainer.evaluation.build import build_asking, build_evaluators
+from trainer.evaluation.task_evaluator import TaskEvaluator
+from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.prepared import Around, Ready, prepare
 from trainer.export.card import CardFacts
 from trainer.export.write import write_export
 from trainer.facts import (
@@ -76,7 +79,7 @@ def _run(
     config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where, freeze: Freeze
 ) -> None:
     tokenizer = load_tokenizer(config.model)
-    data, runtime = meet(config, tokenizer, request, where)
+    data, tasks, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
@@ -116,7 +119,7 @@ def _run(
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, built, tokenizer, engine, place),
+        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, place),
         output=Output(meter, trackers, console, checkpoints, where.at_step, lambda: where.still_ours(runtime)),
         watch=Watch(place.agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime, told)),
     )
@@ -131,8 +134,10 @@ def _run(
     close_records(facts, outcome, exported, trackers, place)
 
 
-def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) -> tuple[Prepared, processes.Runtime]:
-    """The data, and then this process as a rank of its job: no collective can time out while documents are tokenised.
+def meet(
+    config: RunConfig, tokenizer: Any, request: StopRequest, where: Where
+) -> tuple[Prepared, list[Ready], processes.Runtime]:
+    """The data, that of tasks, and then this process as a rank: no collective can time out while documents are tokenised.
 
     All ranks must call. Raises Preempted on every rank when any was told to stop meanwhile, LeaseLost on every rank when rank 0
     stopped since another attempt had taken the directory over.
@@ -144,10 +149,12 @@ def meet(config: RunConfig, tokenizer: Any, request: StopRequest, where: Where) 
     check_files(config.model)
     with where.meet(config.run.timeout_s) as meeting:
         data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
+        around = Around.of(config.data, config.objective)
+        tasks = prepare(config.evaluation.tasks, around, data, tokenizer, stop=lambda: meeting.stopping(told()))
         where.phase = "start of the processes"
         if not meeting.go_on(told):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
-    return data, start_processes(config, meeting.store)
+    return data, tasks, start_processes(config, meeting.store)
 
 
 def check(config: RunConfig, data: Prepared, place: Place) -> dict[str, Any]:
@@ -182,10 +189,16 @@ def resume(config: RunConfig, engine: Engine, place: Place) -> tuple[Checkpoints
 
 
 def evaluators_of(
-    config: RunConfig, data: Prepared, built: Built, tokenizer: Any, engine: Engine, place: Place
+    config: RunConfig,
+    data: Prepared,
+    tasks: list[Ready],
+    built: Built,
+    tokenizer: Any,
+    engine: Engine,
+    place: Place,
 ) -> list[Evaluator]:
-    """The evaluators that the configuration asks for; none without held-out data."""
-    return build_evaluators(
+    """The evaluators that the configuration asks for; none without held-out data and tasks."""
+    found = build_evaluators(
         config.evaluation,
         config.model,
         data.evaluation,
@@ -194,6 +207,32 @@ def evaluators_of(
         engine,
         place.runtime,
         watch_for_stop=lambda: place.agreement.another().asked,
+    )
+    if tasks:
+        asked = place.agreement.another().asked
+        found.append(TaskEvaluator(tasks, asking_of(config, data, built, tokenizer, engine, place.runtime, asked)))
+    return found
+
+
+def asking_of(
+    config: RunConfig,
+    data: Prepared,
+    built: Built,
+    tokenizer: Any,
+    engine: Engine,
+    runtime: processes.Runtime,
+    stop_now: Callable[[], bool],
+) -> Asking:
+    """The run's model as tasks ask it."""
+    return build_asking(
+        config.evaluation,
+        config.model,
+        built,
+        data.label_names if built.head_prefixes else None,
+        Around.of(config.data, config.objective).encoder(tokenizer),
+        engine,
+        runtime,
+        stop_now,
     )
 
 

@@ -102,6 +102,7 @@ def test_the_examples_of_a_page_run(page, reader):
 
 def test_every_topic_page_has_examples():
     assert {page.stem for page in PAGES} >= {
+        "evaluation",
         "introduction",
         "why-fine-tune",
         "workflow",

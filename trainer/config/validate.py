@@ -17,6 +17,7 @@ from typing import Any
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.checkpoints.chosen import refused, settled
 from trainer.checkpoints.places import places_of
+from trainer.config import tasks
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.ranges import RANGES
@@ -175,7 +176,7 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
     evaluation, has_data = config.evaluation, config.data.eval_path is not None or config.data.eval_share > 0
     remedy = "give data.eval_path or data.eval_share=0.05"
     for key in ("every_steps", "patience"):
-        if getattr(evaluation, key) > 0 and not has_data:
+        if getattr(evaluation, key) > 0 and not has_data and not evaluation.tasks:
             yield f"evaluation.{key}={getattr(evaluation, key)}: there is no evaluation data; {remedy}, or set it to 0"
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
@@ -185,8 +186,11 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         "loss" in (evaluation.watch.split("/")[1], evaluation.watch.rpartition("/")[2]) and evaluation.greater_is_better
     ):
         yield "evaluation.greater_is_better=true: smaller is better for a loss; set it to false, or watch another"
+    elif evaluation.tasks and (found := [*tasks.watch_problems(config, has_data=has_data)]):
+        yield from found
     elif _more_is_better(evaluation.watch) and not evaluation.greater_is_better:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
+    yield from tasks.problems(config)
     yield from _generate(config, has_data=has_data)
     if evaluation.watch.rpartition("/")[2].startswith("f1_") and not family_of(config.objective).judges_labels:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainer.data.config import DataFormat
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -57,6 +59,28 @@ class GenerateConfig(WritingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """One task: what is asked of the model, on which rows, and how its answers are judged (docs/evaluation.md)."""
+
+    kind: str = ""
+    """What is measured, as `exact_match`, `classification` or `multiple_choice`; an unknown one is told with all there are."""
+    path: Any = None
+    """Its rows: a file, directory, glob or list of these, in the formats of `data.path`; null: the run's evaluation documents."""
+    format: DataFormat = DataFormat.auto
+    """Format of the rows where their columns fit several; as `data.format`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Other names of columns, as pairs of the name that is read and the name in the file."""
+    max_rows: int | None = None
+    """Rows asked, the first ones; null for all."""
+    write: WritingConfig = field(default_factory=WritingConfig)
+    """How answers are written, by tasks that need some."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What its kind lets one choose, as `tokenize` of `translation`; an unknown one is told with all there are."""
+    limit: dict[str, float] = field(default_factory=dict)
+    """Largest loss of a metric against an earlier report, by its name; without it a loss beyond the interval counts."""
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
     """When held-out data is evaluated and what its result decides."""
 
@@ -78,6 +102,12 @@ class EvaluationConfig:
     """Smallest change of the watched metric that counts as improvement."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """Answers written and scored: `eval/bleu` and `eval/rougeL`, and those of each set named in `data.eval_path`."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Tasks by names of your choice, run in each evaluation as `eval/NAME/METRIC`; `[loss,bits_per_byte]` names kinds alone."""
+    resamples: int = 10000
+    """Bootstrap resamples behind each interval of `shardtune evaluate`."""
+    resample_seed: int = 0
+    """Seed of the bootstrap."""
 
 
 class Evaluator(Protocol):

@@ -13,9 +13,14 @@ from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 from trainer.data.batches.loader import EvalShare, eval_batches, sources_of
 from trainer.data.store.sequences import TokenDataset, summed
+from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator, Part
+from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.registry import metrics_of
+from trainer.evaluation.writing import Writer
+from trainer.model.architecture import text_settings
 from trainer.model.config import ModelConfig
 from trainer.model.loading import generation_config
 from trainer.step import Built
@@ -40,7 +45,7 @@ def build_evaluators(
     reading = built.reading
     parts = parts_of(held_out, generates=config.generate.samples > 0)
     told_apart = [name for names in parts.values() for name in names.values()]
-    if config.watch.count("/") > 1 and config.watch not in told_apart:
+    if config.watch.count("/") > 1 and config.watch not in {*told_apart, *metrics_of(config.tasks)}:
         there = f"of their parts there are {', '.join(told_apart)}"
         if not told_apart:
             there = f"all {len(held_out)} are of one source ({', '.join(sources_of(held_out).values())}); "
@@ -81,6 +86,41 @@ def build_evaluators(
             )
         )
     return found
+
+
+def build_asking(
+    config: EvaluationConfig,
+    model: ModelConfig,
+    built: Built,
+    labels: list[str] | None,
+    encoder: Encoder,
+    engine: Engine,
+    runtime: Runtime,
+    stop_now: Callable[[], bool],
+) -> Asking:
+    """The model of an engine as tasks ask it. `labels` are those of a classifier's head, by their ids."""
+    sides = built.two_sides
+    writer = Writer(
+        encoder.tokenizer,
+        generation_config(model, built.config, sides.decoder_start if sides else None),
+        runtime,
+        batch=config.batch,
+        stop_now=stop_now,
+    )
+    positions = getattr(text_settings(built.config), "max_position_embeddings", None)
+    if positions is not None and positions <= 0:  # models without positions of their own
+        positions = None
+    return Asking(
+        engine=engine,
+        built=built,
+        writer=writer,
+        encoder=encoder,
+        runtime=runtime,
+        positions=None if sides else positions,
+        label_names=labels,
+        stop_now=stop_now,
+        batch=config.batch,
+    )
 
 
 def parts_of(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:

@@ -1,0 +1,184 @@
+"""`shardtune evaluate`, and `python -m launch.evaluate` under torchrun and srun: tasks of a run's checkpoint or of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.slurm_env import is_worker
+from trainer.stopping.signals import hold
+
+if TYPE_CHECKING:
+    from launch.evaluate_words import Plan
+
+CONFIG, JOB = "job.yaml", "job.json"
+USAGE = """usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
+       shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
+
+  shardtune evaluate runs/first against=base
+  shardtune evaluate runs/first evaluation.tasks=[loss,bits_per_byte] checkpoint=best
+  shardtune evaluate runs/first evaluation.tasks.facts.kind=exact_match evaluation.tasks.facts.path=facts.jsonl \\
+      evaluation.tasks.facts.write.max_new_tokens=32 launcher.processes=4 strategy=fsdp2
+  shardtune evaluate runs/tonight against=reports/good/evaluation.json to=reports/tonight
+
+Without tasks it runs those of the run's configuration, or else loss, bits per byte and token accuracy of its evaluation
+documents. Beside a run stand settings of evaluation.*, strategy, launcher.*, run.* and precision; beside model.path all.
+
+  against=base               the run's model before training; or the directory of a run or a model; or an evaluation.json:
+                             then what fell beyond its limit or its interval is listed, and the exit code is 69
+  checkpoint=last            last, best or a step
+  adapter=<directory>        an adapter on top of model.path
+  to=<directory>             where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's
+  --json                     print the report in place of tables
+
+kinds of tasks:
+{kinds}
+
+The same words on every rank: torchrun --nproc-per-node=8 -m launch.evaluate <words>
+docs/evaluation.md says what each kind reads and measures."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError and what evaluating raises."""
+    asks = bool({"-h", "--help"} & set(argv))
+    if is_worker(os.environ) and not asks:
+        return worker(argv)
+    if asks or not argv:
+        print(usage())
+        return 0 if argv else 64
+    from launch.evaluate_words import plan, sort
+
+    as_json = "--json" in argv
+    made = plan(sort([word for word in argv if word != "--json"]))
+    return run(made, as_json=as_json)
+
+
+def usage() -> str:
+    """The text of `shardtune evaluate --help`."""
+    from trainer.evaluation.tasks.registry import KINDS
+
+    width = max(map(len, KINDS)) + 2
+    return USAGE.format(kinds="\n".join(f"  {kind:<{width}}{task.reads}" for kind, task in KINDS.items()))
+
+
+def run(made: Plan, *, as_json: bool) -> int:
+    """Evaluate, the other model first; print the report; returns the exit code."""
+    from launch.evaluate_answer import text
+    from trainer.evaluation.report.record import PAGE, REPORT
+
+    for each in [made.other, made]:
+        if each is not None and (code := _start(each, quiet=as_json)):
+            return code
+    to = Path(made.job.to)
+    report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
+    print(json.dumps(report, indent=1, ensure_ascii=False) if as_json else text(report), flush=True)
+    if not as_json:
+        print(f"\nwritten: {to / REPORT}, {to / PAGE}")
+    if report.get("regressions"):
+        print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
+        print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
+        return 69
+    return 0
+
+
+def _start(made: Plan, *, quiet: bool) -> int:
+    from launch.frozen import identity, to_yaml
+    from launch.outcome import begin, outcome, supervised
+    from launch.torchrun import What
+    from strategies.errors import Preempted
+    from trainer.evaluate import evaluate_worker
+    from trainer.records.status import write_text_atomic
+
+    config, directory = made.config, made.directory
+    sha256 = identity(config)
+    write_text_atomic(directory / JOB, json.dumps(asdict(made.job), indent=1) + "\n")
+    write_text_atomic(directory / CONFIG, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}")
+    with _said_to_stderr(quiet):
+        if config.launcher.nodes == 1 and config.launcher.processes == 1:
+            hold()
+            before, code = begin(directory), 0
+            try:
+                evaluate_worker(config, made.job, directory)
+            except Preempted as stop:
+                code = 130 if stop.signal_name == "SIGINT" else 0
+            return outcome(directory, code, before, verb="evaluate")
+        return supervised(config, directory, sha256, what=What("launch.evaluate", CONFIG))
+
+
+class _said_to_stderr:
+    """Within it what is printed, by children too, goes to stderr: stdout is for the report alone."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.kept = quiet, -1
+
+    def __enter__(self) -> None:
+        if self.quiet:
+            sys.stdout.flush()
+            self.kept = os.dup(1)
+            os.dup2(2, 1)
+
+    def __exit__(self, *_: object) -> None:
+        if self.quiet:
+            sys.stdout.flush()
+            os.dup2(self.kept, 1)
+            os.close(self.kept)
+
+
+def worker(words: list[str]) -> int:
+    """Be one rank. Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks."""
+    hold()
+    from launch.compose import load_frozen
+    from launch.evaluate_words import plan, sort
+    from launch.slurm_env import export
+    from launch.torchrun import die_with_parent
+    from strategies.errors import ConfigError, Preempted
+    from trainer.evaluate import Job, evaluate_worker
+    from trainer.records.status import read_failure
+
+    export()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    if frozen := os.environ.get("SHARDTUNE_CONFIG"):
+        directory = Path(frozen).parent
+        config, job = load_frozen(frozen), Job(**json.loads((directory / JOB).read_text(encoding="utf-8")))
+    else:
+        made = plan(sort([word for word in words if word != "--json"]))
+        if made.other is not None:
+            raise ConfigError(
+                f"against={made.job.against}: under torchrun one model is evaluated at a time; evaluate the other one first, "
+                "and give its evaluation.json"
+            )
+        config, job, directory = made.config, made.job, made.directory
+    try:
+        evaluate_worker(config, job, directory)
+    except Preempted:
+        return 0
+    except Exception:
+        if "SHARDTUNE_LAUNCHER" in os.environ and read_failure(directory):
+            return 70  # the launcher shows the first failure
+        raise
+    if not frozen and os.environ["RANK"] == "0":
+        return _told(job)
+    return 0
+
+
+def _told(job: Any) -> int:
+    """Print the report as a rank that nobody else prints it for."""
+    from launch.evaluate_answer import text
+    from trainer.evaluation.report.record import REPORT
+
+    report = json.loads((Path(job.to) / REPORT).read_text(encoding="utf-8"))
+    print(text(report), flush=True)
+    return 69 if report.get("regressions") else 0
+
+
+if __name__ == "__main__":
+    hold()
+    from launch.main import guarded
+    from launch.train import end
+
+    end(guarded("evaluate", sys.argv[1:]))

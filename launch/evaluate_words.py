@@ -1,0 +1,257 @@
+"""The words of `shardtune evaluate` become a configuration and a job: of a run's checkpoint, or of a model as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+    from trainer.evaluate import Job
+
+OWN = ("against", "checkpoint", "to", "adapter", "run.dir")
+"""Words that are no settings."""
+ALLOWED = frozenset({"evaluation", "strategy", "launcher", "run", "precision"})
+"""Groups of settings that can be typed beside a run."""
+PLAIN = ("loss", "bits_per_byte", "token_accuracy")
+"""Tasks of a language model's run where none are asked for."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """The command line, sorted."""
+
+    run: Path | None
+    own: dict[str, str]
+    settings: list[str]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be evaluated."""
+
+    config: RunConfig
+    job: Job
+    other: Plan | None = None
+    """What is evaluated before, to be compared with."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the records of the processes go."""
+        return Path(self.job.to) / "evaluation"
+
+
+def sort(argv: list[str]) -> Asked:
+    """The words. Errors: ConfigError with every problem."""
+    runs, own, settings, problems = [], dict[str, str](), list[str](), []
+    for word in argv:
+        key, assigned, value = word.partition("=")
+        if word.startswith("-"):
+            problems.append(f"{word}: there is no such flag; evaluate takes --json and --help")
+        elif key in OWN and assigned:
+            problems += [f"{word}: {key} is given twice"] if key in own else []
+            problems += [] if value else [f"{word}: {key} needs a value"]
+            own[key] = value
+        elif assigned:
+            settings.append(word)
+        else:
+            runs.append(word)
+    if "run.dir" in own:
+        runs.append(own.pop("run.dir"))
+    if len(runs) > 1:
+        problems.append(f"{' '.join(runs)}: one run is evaluated at a time; name another as against={runs[1]}")
+    model = next((word for word in settings if word.startswith("model.path=")), None)
+    if not runs and model is None:
+        problems.append(
+            "nothing to evaluate is named; give a run (shardtune evaluate runs/x) or model.path=<directory>"
+        )
+    elif runs and model is not None:
+        problems.append(f"{model}: the run {runs[0]} has its model; give one of the two")
+    if runs and "adapter" in own:
+        problems.append(f"adapter={own['adapter']}: goes with model.path; the run {runs[0]} has its own")
+    if not runs and "checkpoint" in own:
+        problems.append(f"checkpoint={own['checkpoint']}: is of a run; name the run, or leave it out")
+    if problems:
+        raise ConfigError(problems)
+    return Asked(Path(runs[0]).expanduser() if runs else None, own, settings)
+
+
+def plan(asked: Asked) -> Plan:
+    """What to do, checked as far as that goes without a model. Errors: ConfigError with every problem, DataError."""
+    from trainer.evaluate import Job
+
+    to = asked.own.get("to")
+    if asked.run is not None:
+        config, checkpoint = _of_run(asked.run, asked)
+        job = Job(to=to or str(asked.run), run=str(asked.run), checkpoint=checkpoint)
+    else:
+        path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
+        job = Job(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
+        config = _of_model(asked, path, Path(job.to) / "evaluation")
+    if (Path(job.to)).is_file():
+        raise ConfigError(f"to={job.to}: is a file; name a directory")
+    made = Plan(config, job)
+    config.run.dir = str(made.directory)
+    _settle(config, asked)
+    _check(config)
+    if (against := asked.own.get("against")) is not None:
+        _against(made, against)
+    return made
+
+
+def _of_run(run: Path, asked: Asked) -> tuple[RunConfig, str]:
+    """The run's configuration with the words on top, and the checkpoint."""
+    from launch.compose import load_frozen, recompose
+    from launch.export import find_checkpoint
+
+    if not (run / "config.yaml").is_file():
+        what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
+        raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
+    frozen = load_frozen(run / "config.yaml")
+    checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), frozen.checkpoint)
+    frozen.run.dir, frozen.run.resume = None, "auto"
+    return recompose(frozen, asked.settings, ALLOWED), str(checkpoint)
+
+
+def _of_model(asked: Asked, path: str, directory: Path) -> RunConfig:
+    """A configuration around a model, whose training data is a stand-in where none is named."""
+    from launch.compose import compose
+    from trainer.model.encoder_decoder import read_config
+    from trainer.records.status import write_text_atomic
+
+    about = read_config(path) or {}
+    words = ["budget.steps=1", *asked.settings]
+    classifier = any(str(name).endswith("ForSequenceClassification") for name in about.get("architectures") or ())
+    labels = [about["id2label"][key] for key in sorted(about.get("id2label") or {}, key=int)] if classifier else []
+    if not any(word.startswith("objective=") for word in words) and (classifier or about.get("is_encoder_decoder")):
+        words.append(f"objective={'classification' if classifier else 'seq2seq'}")
+    if "adapter" in asked.own:
+        words.append(f"model.adapters=[{asked.own['adapter']}]")
+    config = compose(words, check=False).config
+    if labels and getattr(config.objective, "labels", 0) is None:
+        config.objective.labels = labels  # type: ignore[attr-defined]
+    if config.data.path is None and not config.data.sources:
+        rows = [{"text": "a text", "label": label} for label in labels] or [{"source": "a text", "target": "another"}]
+        stand_in = directory / "stand_in.jsonl"
+        write_text_atomic(stand_in, "".join(f"{json.dumps(row)}\n" for row in rows))
+        config.data.path = str(stand_in)
+    return config
+
+
+def _settle(config: RunConfig, asked: Asked) -> None:
+    """What an evaluation needs no choice for."""
+    from launch.compose import per_node_of
+    from strategies.base import Precision, SingleConfig
+    from trainer.config.run import Device
+    from trainer.evaluation.base import TaskConfig
+    from trainer.evaluation.tasks.prepared import Around
+
+    ranks = per_node_of(config) * max(1, config.launcher.nodes)
+    typed = any(word.startswith(("strategy=", "strategy.")) for word in asked.settings)
+    if ranks == 1 and not typed:
+        config.strategy = SingleConfig()
+    config.batch = {"global": ranks, "micro": 1}
+    config.export.at_end, config.evaluation.watch = False, "eval/loss"
+    config.evaluation.every_steps = config.evaluation.patience = config.evaluation.generate.samples = 0
+    config.evaluation.greater_is_better = False
+    if config.run.device is Device.cpu and config.precision is Precision.fp16:
+        config.precision = Precision.fp32
+    if not config.evaluation.tasks and Around.of(config.data, config.objective).language and _has_held_out(config):
+        config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in PLAIN}
+
+
+def _has_held_out(config: RunConfig) -> bool:
+    return config.data.eval_path is not None or config.data.eval_share > 0
+
+
+def _check(config: RunConfig) -> None:
+    """Everything that can be wrong before there is a model."""
+    from launch.compose import refusals
+    from trainer.config.run import LauncherName
+    from trainer.evaluation.tasks.prepared import Around, check
+    from trainer.evaluation.tasks.registry import KINDS
+
+    if config.launcher.name is LauncherName.slurm:
+        raise ConfigError(
+            "launcher=slurm: evaluate is not submitted by itself; within an allocation start it on every rank: "
+            "srun python -m launch.evaluate <words>"
+        )
+    if not config.evaluation.tasks:
+        raise ConfigError(
+            f"evaluation.tasks: not set; name kinds, as in evaluation.tasks=[loss], or a task with a file: "
+            f"evaluation.tasks.NAME.kind=... evaluation.tasks.NAME.path=...; kinds are {', '.join(KINDS)}"
+        )
+    found = [problem for problem in refusals(config) if not problem.startswith("evaluation.watch=")]
+    if found:
+        raise ConfigError(found)
+    check(config.evaluation.tasks, Around.of(config.data, config.objective), held_out=_has_held_out(config))
+
+
+def _against(made: Plan, value: str) -> None:
+    """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
+    from trainer.evaluation.report.record import REPORT, read
+
+    path = Path(value).expanduser()
+    if value == "base":
+        if made.job.run is None and not made.config.model.adapters:
+            raise ConfigError(
+                "against=base: a model as it is has no base to compare with; add adapter=..., or name a run"
+            )
+        if made.job.run is not None:
+            made.job = replace(made.job, base=True, against="base")
+            return
+        made.other = _other(made, replace(made.config, model=replace(made.config.model, adapters=[])), "base")
+    elif path.is_file():
+        if path.resolve() == (Path(made.job.to) / REPORT).resolve():
+            raise ConfigError(
+                f"against={value}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
+                "the old one in a directory of its own"
+            )
+        read(path, "against")
+        made.job = replace(made.job, report=str(path), gate=True, against=value)
+    elif (path / "config.yaml").is_file():
+        asked = Asked(path, {"to": str(Path(made.job.to) / "against")}, [])
+        other = plan(asked_like(asked, made))
+        made.other = replace_evaluation(other, made)
+        made.job = replace(made.job, report=str(Path(other.job.to) / REPORT), against=value)
+    elif (path / "config.json").is_file():
+        from trainer.model.config import ModelConfig
+        from trainer.tuning.base import FullConfig
+
+        model = ModelConfig(path=str(path), download=False)
+        made.other = _other(made, replace(copy.deepcopy(made.config), model=model, tuning=FullConfig()), value)
+    else:
+        what = "is neither a run, a model nor a report" if path.exists() else "there is no such file or directory"
+        raise ConfigError(
+            f"against={value}: {what}; it can be base, the directory of a run or of a model, or the {REPORT} of an evaluation"
+        )
+
+
+def _other(made: Plan, config: RunConfig, what: str) -> Plan:
+    """The same evaluation of another model, without a checkpoint; this one is compared with its report."""
+    from trainer.evaluate import Job
+    from trainer.evaluation.report.record import REPORT
+
+    to = Path(made.job.to) / "against"
+    other = Plan(copy.deepcopy(config), Job(to=str(to)))
+    other.config.run.dir = str(other.directory)
+    made.job = replace(made.job, report=str(to / REPORT), against=what)
+    return other
+
+
+def asked_like(asked: Asked, made: Plan) -> Asked:
+    """The other run's words: started as this one is."""
+    config = made.config
+    words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
+    return Asked(asked.run, asked.own, [*words, f"strategy={config.strategy.name}"])
+
+
+def replace_evaluation(other: Plan, made: Plan) -> Plan:
+    """The other run asked what this one is asked."""
+    other.config.evaluation = copy.deepcopy(made.config.evaluation)
+    return other

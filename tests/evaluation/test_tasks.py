@@ -1,0 +1,162 @@
+"""Tasks without a model: what they find in answers, which rows they refuse, and how the bootstrap judges."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from strategies.errors import DataError
+from tests.helpers import tool_templates
+from trainer.data.document import Document
+from trainer.data.fields import Refusal
+from trainer.data.tokens.encode import Encoder
+from trainer.data.turns import tools_of
+from trainer.evaluation.base import TaskConfig
+from trainer.evaluation.report.intervals import BETTER, SAME, WORSE, Bootstrap, interval, paired, resampled
+from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.base import Case, Row
+from trainer.evaluation.tasks.classification import calibration_error
+from trainer.evaluation.tasks.registry import KINDS
+from trainer.evaluation.tasks.structured import calls_in, judged, result_of
+from trainer.evaluation.tasks.written import word_f1
+
+
+def task(kind, **settings):
+    return KINDS[kind]("mine", TaskConfig(kind=kind, **settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("so 3 and then \\boxed{\\frac{1}{2}}.", Fraction(1, 2)),
+        ("it is 1,234.50.", Fraction(2469, 2)),
+        ("4 apples\n#### 0.5", Fraction(1, 2)),
+        ("about -3/4", Fraction(-3, 4)),
+        ("\\boxed{x^{2}+1}", "x^{2}+1"),
+        ("it costs $5", 5),
+        ("none", None),
+    ],
+)
+def test_the_result_of_a_solution(text, result):
+    assert result_of(text) == result
+
+
+def test_calls_are_found_wherever_they_stand():
+    text = 'Let me see. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call> {broken '
+    text += '[{"name": "g", "parameters": {}}, {"function": {"name": "h", "arguments": "{\\"a\\": 2}"}}] {"no": "call"}'
+    names = [("f", {"x": 1}), ("g", {}), ("h", {"a": 2})]
+    assert [(call["name"], call["arguments"]) for call in calls_in(text)] == names
+
+
+def test_tool_calls_are_scored_by_name_and_arguments_and_none_where_none_is_right():
+    kind = task("tool_calls")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    tools = tools_of([{"name": "f", "parameters": {}}])
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
+    kind.read(case)
+    scores = [
+        kind.score(case, text) for text in ('{"name":"f","arguments":{"x":1}}', '{"name":"f","arguments":{}}', "no")
+    ]
+    assert [tuple(each.values()) for each in scores] == [(1, 1, 1), (0, 1, 1), (0, 0, 0)]
+    plain = Case("a:2", Document("a", 2, messages=[turns[0], {"role": "assistant", "content": "hello"}], tools=tools))
+    kind.read(plain)
+    assert kind.score(plain, "hi")["right"] == 1 and kind.score(plain, '{"name":"f","arguments":{}}')["called"] == 0
+    with pytest.raises(Refusal, match="no tools"):
+        kind.read(Case("a:3", Document("a", 3, messages=turns)))
+
+
+@pytest.mark.parametrize("family", sorted(tool_templates.FAMILIES))
+def test_a_template_whose_calls_are_not_read_is_refused_and_never_scored(family):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tools = tools_of([{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}])
+    case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
+    kind = task("tool_calls")
+    kind.read(case)
+    tokenizer = tool_templates.tokenizer(family)
+
+    class Writer:
+        generation_config = None
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def answers(self, *_):
+            raise LookupError("would be asked now")
+
+    asking = Asking(None, None, Writer(), Encoder(tokenizer), None, None, None, lambda: False, 1)
+    reads = family in READ
+    with pytest.raises(LookupError if reads else DataError, match=None if reads else "which is not read here"):
+        kind.run([case], asking)
+
+
+READ = {"qwen2.5", "qwen3", "hermes", "llama3.1", "mistral3"}
+
+
+def test_answers_after_a_schema():
+    needs = {"type": "object", "required": ["b"]}
+    assert judged('```json\n{"b": 1}\n```', needs) == (True, None)
+    assert judged("{}", needs) == (True, "$: 'b' is a required property")
+    assert judged("{", needs)[0] is False
+    elsewhere = {"$ref": "http://example.com/x.json"}  # never fetched
+    assert judged("{}", elsewhere) == (True, "the schema refers to http://example.com/x.json, which is not in it")
+
+
+def test_words_that_texts_share():
+    assert word_f1("cat sat", "cat") == pytest.approx(2 / 3)
+    assert word_f1("the the cat", "the cat cat") == pytest.approx(2 / 3)  # a word counts as often as both have it
+    assert word_f1("", "") == 1 and word_f1("", "cat") == 0
+    kind = task("f1")
+    assert kind.score(Case("a:1", None, {"references": ["The Cat!", "dog"]}), "a cat") == {"f1": 1, "match": 1}
+    strict = task("f1", options={"normalise": []})
+    assert strict.score(Case("a:1", None, {"references": ["The Cat!"]}), "a cat") == {"f1": 0, "match": 0}
+
+
+def test_the_right_choice_in_each_of_its_spellings():
+    choices = ["one", "two", "three"]
+    arc = {"text": choices, "label": ["1", "2", "3"]}
+    for fields in ({"answer": 1}, {"answer": "B"}, {"answer": "two"}, {"answerKey": "2", "choices": arc}):
+        case = Case("a:1", None, {"question": "?", "choices": choices, **fields})
+        task("multiple_choice", path="x").read(case)
+        assert case.fields["answer"] == 1
+    with pytest.raises(Refusal, match="a number from 0 to 2, a letter up to C"):
+        task("multiple_choice").read(Case("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
+
+
+def test_calibration_by_hand():
+    right, sure = np.array([1.0, 0.0, 1.0]), np.array([0.9, 0.9, 0.5])
+    assert calibration_error(right, sure, np.ones(3)) == pytest.approx((abs(1 - 1.8) + abs(1 - 0.5)) / 3)
+    assert calibration_error(right, sure, np.array([1.0, 0.0, 0.0])) == pytest.approx(0.1)
+
+
+def rows(scores):
+    return [Row(f"a:{n}", "", "", "", {"match": float(score)}) for n, score in enumerate(scores)]
+
+
+def test_the_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():
+    from scipy.stats import bootstrap
+
+    drawn = np.random.default_rng(1)
+    one, kind = (drawn.random(200) < 0.6).astype(float), task("exact_match")
+    other = np.where(drawn.random(200) < 0.1, 1 - one, one)
+    how = Bootstrap(10000, 0)
+    mine, theirs = (resampled(kind, rows(each), how)["exact_match"] for each in (one, other))
+    wanted = bootstrap((one,), np.mean, n_resamples=10000, method="percentile", rng=2).confidence_interval
+    assert interval(mine) == pytest.approx((wanted.low, wanted.high), abs=0.01)
+    apart = bootstrap((one - other,), np.mean, n_resamples=10000, method="percentile", rng=2).confidence_interval
+    found = paired(one.mean(), other.mean(), mine, theirs, greater=True)
+    assert (found.low, found.high) == pytest.approx((apart.low, apart.high), abs=0.01)
+
+
+def test_a_difference_is_told_only_beyond_chance_and_beyond_rounding():
+    how, kind = Bootstrap(2000, 0), task("exact_match")
+    good, bad = np.ones(40), np.arange(40) % 2
+
+    def verdict(one, other, greater=True):
+        drawn = [resampled(kind, rows(each), how)["exact_match"] for each in (one, other)]
+        return paired(np.mean(one), np.mean(other), *drawn, greater=greater).verdict
+
+    assert (verdict(good, bad), verdict(bad, good), verdict(good, bad, greater=False)) == (BETTER, WORSE, WORSE)
+    assert verdict(bad, bad) == verdict(bad, np.roll(bad, 1)) == SAME
+    assert verdict(good, good * (1 - 1e-7)) == SAME

@@ -1,0 +1,88 @@
+"""One model against another: differences with intervals, rows that changed sides, and what fell beyond its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from trainer.evaluation.report.intervals import WORSE, Bootstrap, paired, resampled, unpaired
+from trainer.evaluation.report.record import Found, same_rows
+from trainer.evaluation.tasks.base import Row, Task
+
+LISTED = 20
+"""Rows that changed sides which are listed, of each direction."""
+
+
+def compare(
+    task: Task,
+    found: Found,
+    mine: dict[str, np.ndarray],
+    theirs: Sequence[Row] | None,
+    values: dict[str, float],
+    how: Bootstrap,
+) -> dict[str, Any]:
+    """What the report says of one task against another model, of which the metrics' `values` and perhaps the rows are known.
+
+    `mine` are this model's metrics of resamples.
+    """
+    rows = found.rows[task.name]
+    pairs = theirs is not None and same_rows(rows, theirs)
+    other = resampled(task, theirs, how) if pairs and theirs is not None else {}
+    metrics = {}
+    for metric in task.metrics:
+        if metric.name not in values:
+            continue
+        value, greater = found.values[task.name][metric.name], metric.greater_is_better
+        if pairs:
+            apart = paired(value, values[metric.name], mine[metric.name], other[metric.name], greater=greater)
+        else:
+            apart = unpaired(value, values[metric.name], mine[metric.name], greater=greater)
+        metrics[metric.name] = asdict(apart)
+    said: dict[str, Any] = {"paired": pairs, "metrics": metrics}
+    if pairs and theirs is not None and (score := side_of(task, [*rows, *theirs])) is not None:
+        said["changed"] = changed(rows, theirs, score)
+    return said
+
+
+def side_of(task: Task, rows: Sequence[Row]) -> str | None:
+    """The score by which a row is right or wrong: that of the first metric, where it is a mean of noughts and ones."""
+    ratio = task.metrics[0].ratio
+    if ratio is None or ratio[1] is not None or any(row.scores[ratio[0]] not in (0.0, 1.0) for row in rows):
+        return None
+    return ratio[0]
+
+
+def changed(rows: Sequence[Row], theirs: Sequence[Row], score: str) -> dict[str, Any]:
+    """Rows that one model has right and the other wrong."""
+    found: dict[str, Any] = {"won": [], "lost": []}
+    for mine, other in zip(rows, theirs, strict=True):
+        if mine.scores[score] != other.scores[score]:
+            found["won" if mine.scores[score] > other.scores[score] else "lost"].append(
+                {"where": mine.where, "prompt": mine.prompt, "answer": mine.answer, "other": other.answer}
+            )
+    return {
+        "num_won": len(found["won"]),
+        "num_lost": len(found["lost"]),
+        **{side: listed[:LISTED] for side, listed in found.items()},
+    }
+
+
+def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """What fell further than it may, one line each: beyond `limit` where there is one for the metric, else beyond chance."""
+    fell = []
+    for metric in task.metrics:
+        if (apart := metrics.get(metric.name)) is None:
+            continue
+        loss = -apart["difference"] if metric.greater_is_better else apart["difference"]
+        limit = task.config.limit.get(metric.name)
+        now = apart["value"] + apart["difference"]
+        said = f"{task.name}: {metric.name} {now:.4g}, was {apart['value']:.4g}"
+        if limit is not None and loss > limit:
+            fell.append(f"{said}: worse by {loss:.4g}, more than {task.key}.limit.{metric.name}={limit:g}")
+        elif limit is None and apart["verdict"] == WORSE:
+            span = f"[{apart['low']:.4g}, {apart['high']:.4g}]"
+            fell.append(f"{said}: the 95 % interval of the difference, {span}, is wholly on the worse side")
+    return fell

@@ -1,0 +1,110 @@
+"""How far a metric may be chance: bootstrap over rows (Efron 1979), paired where two models answered the same rows (Koehn 2004).
+
+A resample is how often each row counts, drawn from (seed, number of rows) alone, so that two models are resampled alike. The
+interval is that of the 2.5th and the 97.5th percentile; the test of a difference is two-sided: twice the share of resamples
+in which it is not on its side of zero, at least one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.evaluation.tasks.base import Row, Task
+
+CHUNK = 1 << 22
+"""Counts drawn at a time."""
+SLOW = 1000
+"""Resamples of a metric that is no ratio of sums, at most: each is computed anew."""
+ROUNDING = 1e-5
+"""Part of a value up to which two are one: other ranks and batches round otherwise, and the same way in every row."""
+BETTER, WORSE, SAME = "better", "worse", "no difference shown"
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """How it is drawn."""
+
+    resamples: int
+    seed: int
+
+    def says(self, *, paired: bool) -> str:
+        """The method in a line, for the record."""
+        kind = "paired bootstrap over rows" if paired else "bootstrap over rows"
+        return (
+            f"{kind}, {self.resamples} resamples (at most {SLOW} where a metric is no mean), seed {self.seed}, 95 % "
+            "percentile interval" + (", two-sided p" if paired else "")
+        )
+
+
+def resampled(task: Task, rows: Sequence[Row], how: Bootstrap) -> dict[str, np.ndarray]:
+    """Each metric of resamples of the rows, float64 [resamples], NaN where one has no value."""
+    drawn = np.random.default_rng([how.seed, len(rows)])
+    number, size = len(rows), max(1, CHUNK // len(rows))
+    others, found = task.weighted(rows), {metric.name: list[np.ndarray]() for metric in task.metrics}
+    scores = {
+        name: np.array([row.scores[name] for row in rows], np.float64)
+        for metric in task.metrics
+        for name in metric.ratio or ()
+        if name
+    }
+    done = 0
+    while done < how.resamples:
+        weights = drawn.multinomial(number, np.full(number, 1 / number), min(size, how.resamples - done)).astype(float)
+        for metric in task.metrics:
+            if metric.ratio is None:
+                some = weights[: max(0, SLOW - done)]
+                found[metric.name].append(np.array([others[metric.name](one) for one in some]))
+            else:
+                over, below = metric.ratio
+                bottom = weights @ scores[below] if below else np.full(len(weights), float(number))
+                found[metric.name].append(metric.of(weights @ scores[over], bottom))
+        done += len(weights)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resamples."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One metric of this model against that of another."""
+
+    value: float
+    """That of the other."""
+    difference: float
+    """This minus the other."""
+    low: float
+    high: float
+    p: float | None
+    """None where the rows are not the same, and the interval is that of this model alone, shifted."""
+    verdict: str
+
+
+def paired(value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool) -> Difference:
+    """The difference of two models on the same rows, out of resamples of both."""
+    apart = mine - theirs
+    low, high = interval(apart)
+    # A resample that is exactly even speaks for neither side, and so counts against both.
+    p = min(1.0, 2 * (min(int((apart <= 0).sum()), int((apart >= 0).sum())) + 1) / (len(apart) + 1))
+    return Difference(other, value - other, low, high, p, _verdict(other, low, high, greater=greater))
+
+
+def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool) -> Difference:
+    """The difference from a number of which the rows are not known: beyond this model's own interval or not."""
+    low, high = interval(mine - other)
+    return Difference(other, value - other, low, high, None, _verdict(other, low, high, greater=greater))
+
+
+def _verdict(other: float, low: float, high: float, *, greater: bool) -> str:
+    least = ROUNDING * abs(other)
+    if low > least:
+        return BETTER if greater else WORSE
+    if high < -least:
+        return WORSE if greater else BETTER
+    return SAME

@@ -1,0 +1,90 @@
+"""`evaluation.html`: an evaluation in one file that needs no network and runs no script (`page.html.j2`)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from trainer.evaluation.report.record import BASE, TUNED, Found
+from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.tasks.classification import Classification, confusion
+
+NEEDS = ("altair", "vl_convert")
+"""What draws pictures, of the extra `report`; without them the numbers stand in a table."""
+WORST = 20
+"""Rows shown of each task, the worst first."""
+MOST_LABELS = 40
+"""Labels up to which a confusion matrix is drawn."""
+
+
+def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found]) -> str:
+    """The text of the page; what comes from rows is escaped."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("trainer.evaluation.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    drawn = all(find_spec(package) is not None for package in NEEDS)
+    parts = []
+    for task in tasks:
+        rows = found[TUNED].rows[task.name]
+        base = {row.where: row.answer for row in found[BASE].rows[task.name]} if BASE in found else {}
+        matrix = confusion(rows) if isinstance(task, Classification) else None
+        parts.append(
+            {
+                "name": task.name,
+                "said": report["tasks"][task.name],
+                "apart": report.get("against", {}).get("tasks", {}).get(task.name),
+                "worst": worst(task, rows)[:WORST],
+                "score": next(iter(rows[0].scores)),
+                "base": base,
+                "matrix": matrix,
+                "picture": picture(*matrix) if drawn and matrix and len(matrix[0]) <= MOST_LABELS else None,
+            }
+        )
+    return environment.get_template("page.html.j2").render(report=report, parts=parts)
+
+
+def worst(task: Task, rows: Sequence[Row]) -> list[Row]:
+    """Rows from bad to good by the first metric's score; a loss is one a target."""
+    metric = task.metrics[0]
+
+    def badness(row: Row) -> float:
+        if metric.ratio is None:
+            return float(next(iter(row.scores.values())))
+        over, below = metric.ratio
+        value = row.scores[over] / ((row.scores[below] or 1.0) if below else 1.0)
+        return value if metric.greater_is_better else -value
+
+    return sorted(rows, key=badness)
+
+
+def picture(names: list[str], counts: list[list[int]]) -> str:
+    """A confusion matrix as an SVG in a data address."""
+    import altair as alt
+    import vl_convert
+
+    cells = [
+        {"true": true, "predicted": said, "rows": counts[i][j]}
+        for i, true in enumerate(names)
+        for j, said in enumerate(names)
+    ]
+    base = alt.Chart(alt.Data(values=cells)).encode(
+        x=alt.X("predicted:N", sort=names, title="predicted"), y=alt.Y("true:N", sort=names, title="true")
+    )
+    heat = base.mark_rect().encode(color=alt.Color("rows:Q", scale=alt.Scale(scheme="blues"), title="rows"))
+    most = max(max(row) for row in counts)
+    ink = alt.condition(alt.datum.rows > most / 2, alt.value("white"), alt.value("black"))
+    chart = (heat + base.mark_text().encode(text="rows:Q", color=ink)).properties(
+        width=alt.Step(44), height=alt.Step(32)
+    )
+    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def number(value: float | None) -> str:
+    """A number as people read it; a dash for none."""
+    return "-" if value is None else f"{value:.4g}"

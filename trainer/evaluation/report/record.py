@@ -1,0 +1,112 @@
+"""`evaluation.json` and `evaluation_rows.jsonl`: what an evaluation found, and what a later one is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+from trainer.evaluation.tasks.base import Row, Task
+from trainer.records.status import write_text_atomic
+from trainer.records.trackers import json_text
+
+REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
+VERSION = 1
+TUNED, BASE = "tuned", "base"
+
+
+@dataclass(slots=True)
+class Found:
+    """What one model answered: rows by task, and its metrics."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Another evaluation, as it was written down."""
+
+    what: str
+    report: dict[str, Any]
+    rows: dict[str, list[Row]]
+    """By task; none where they are no longer beside the report."""
+
+
+def data_hash(rows: Sequence[Row]) -> str:
+    """SHA-256 of what was asked: places and references."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.where, row.reference]).encode())
+    return digest.hexdigest()
+
+
+def same_rows(mine: Sequence[Row], theirs: Sequence[Row]) -> bool:
+    """Whether two models were asked the same: then they are compared row by row."""
+    return [(row.where, row.reference) for row in mine] == [(row.where, row.reference) for row in theirs]
+
+
+def task_record(task: Task, found: Found, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """What the report says of one task of the model that was evaluated."""
+    rows, values, signatures = found.rows[task.name], found.values[task.name], task.signatures()
+    metrics = {}
+    for name, value in values.items():
+        metric = next(metric for metric in task.metrics if metric.name == name.partition("/")[0])
+        metrics[name] = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.says}
+        if name in spans:
+            metrics[name] |= {"low": spans[name][0], "high": spans[name][1]}
+        if metric.name in signatures:
+            metrics[name]["signature"] = signatures[metric.name]
+    return {
+        "kind": task.kind,
+        "path": task.config.path,
+        "num_rows": len(rows),
+        "rows_sha256": data_hash(rows),
+        "seconds": round(found.seconds[task.name], 3),
+        "write": asdict(task.config.write),
+        "options": task.chosen,
+        "metrics": metrics,
+    }
+
+
+def write(to: Path, report: dict[str, Any], found: dict[str, Found]) -> None:
+    """Both files into a directory. Errors: StorageError."""
+    lines = [
+        json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False)
+        for arm, model in found.items()
+        for task, rows in model.rows.items()
+        for row in rows
+    ]
+    write_text_atomic(to / ROWS, "".join(f"{line}\n" for line in lines))
+    write_text_atomic(to / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(path: Path, key: str) -> Earlier:
+    """A report, with its rows where they lie beside it. Errors: ConfigError where it is none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(report, dict) and isinstance(report["tasks"], dict) and report["version"] == VERSION
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, AssertionError):
+        raise ConfigError(
+            f"{key}={path}: is no report of shardtune evaluate of this version; name the {REPORT} of one"
+        ) from None
+    rows: dict[str, list[Row]] = {}
+    try:
+        with (path.parent / ROWS).open(encoding="utf-8") as file:
+            for line in file:
+                each = json.loads(line)
+                if each.pop("arm") == TUNED:
+                    rows.setdefault(each.pop("task"), []).append(Row(**each))
+    except (OSError, ValueError, KeyError, TypeError):
+        rows = {}
+    for name, task in report["tasks"].items():  # the rows of another report would pair wrongly
+        if name in rows and data_hash(rows[name]) != task["rows_sha256"]:
+            del rows[name]
+    return Earlier(str(path), report, rows)

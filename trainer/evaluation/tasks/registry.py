@@ -1,0 +1,62 @@
+"""Every kind of task by its name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+
+from trainer.evaluation.base import TaskConfig
+from trainer.evaluation.tasks import choice, classification, held_out, structured, written
+from trainer.evaluation.tasks.base import Task
+
+KINDS: dict[str, type[Task]] = {
+    task.kind: task
+    for task in (
+        held_out.Loss,
+        held_out.BitsPerByte,
+        held_out.TokenAccuracy,
+        written.ExactMatch,
+        written.F1,
+        written.Translation,
+        written.Summarisation,
+        classification.Classification,
+        choice.MultipleChoice,
+        structured.ToolCalls,
+        structured.JsonSchema,
+        structured.Maths,
+    )
+}
+"""In the order in which they are listed to users."""
+
+
+def build(tasks: Mapping[str, TaskConfig]) -> list[Task]:
+    """The tasks of a configuration without problems, in its order."""
+    return [KINDS[config.kind](name, config) for name, config in tasks.items()]
+
+
+def problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
+    """What is wrong with the settings of tasks, one line each; reads no rows."""
+    for name, config in tasks.items():
+        key = f"evaluation.tasks.{name}"
+        if not name.replace("-", "_").isidentifier():
+            yield f"{key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
+        if config.kind not in KINDS:
+            near = difflib.get_close_matches(config.kind, KINDS, n=1)
+            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(KINDS)}"
+            yield f"{key}.kind={config.kind or None}: there is no such kind of task; {known}"
+            continue
+        task = KINDS[config.kind](name, config)
+        yield from task.problems()
+        if task.needs is not None and find_spec(task.needs) is None:
+            yield f"{key}.kind={config.kind}: needs {task.needs}; pip install 'shardtune[evaluate]'"
+
+
+def metrics_of(tasks: Mapping[str, TaskConfig]) -> dict[str, bool]:
+    """The metrics that an evaluation yields for tasks, by full name: whether more is better."""
+    return {
+        f"eval/{name}/{metric.name}": metric.greater_is_better
+        for name, config in tasks.items()
+        if config.kind in KINDS
+        for metric in KINDS[config.kind].metrics
+    }
