@@ -17,9 +17,9 @@ from typing import Any
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.checkpoints.chosen import refused, settled
 from trainer.checkpoints.places import places_of
-from trainer.config import tasks
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
+from trainer.config.evaluation import problems as evaluation_problems
 from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
 from trainer.config.run import AUTO, MICRO, RETRIES, Device, LauncherName, RunConfig, SlurmConfig
@@ -29,7 +29,7 @@ from trainer.data.read.paths import expand, is_address, is_hub, sets_of
 from trainer.model import encoder_decoder
 from trainer.model.config import Kind, may_be_hub_id
 from trainer.model.quantisation import Quantisation, missing_package
-from trainer.objectives.registry import FAMILIES, family_of, model_problems
+from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
 from trainer.records.trackers.registry import problems as tracker_problems
@@ -37,15 +37,20 @@ from trainer.tuning.check import Run
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
 
-GENERATED = ("eval/bleu", "eval/rougeL")
-"""Metrics of answers that are generated; more is better."""
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
     """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
     out_of_range = list(_ranges(config))
-    problems = [*out_of_range, *_budget(config), *_model(config), *_data(config), *_evaluation(config), *_run(config)]
+    problems = [
+        *out_of_range,
+        *_budget(config),
+        *_model(config),
+        *_data(config),
+        *evaluation_problems(config),
+        *_run(config),
+    ]
     problems += [*_base(config), *_schedule(config)]
     if not any(problem.startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch(config, world_size), *sharding_problems(config, world_size)]
@@ -170,49 +175,6 @@ def _data(config: RunConfig) -> Iterator[str]:
                     yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
     yield from data_problems(data)
     yield from objective_problems(config.objective, config)
-
-
-def _evaluation(config: RunConfig) -> Iterator[str]:
-    evaluation, has_data = config.evaluation, config.data.eval_path is not None or config.data.eval_share > 0
-    remedy = "give data.eval_path or data.eval_share=0.05"
-    for key in ("every_steps", "patience"):
-        if getattr(evaluation, key) > 0 and not has_data and not evaluation.tasks:
-            yield f"evaluation.{key}={getattr(evaluation, key)}: there is no evaluation data; {remedy}, or set it to 0"
-    if evaluation.patience > 0 and evaluation.every_steps == 0:
-        yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
-    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch):
-        yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
-    elif (
-        "loss" in (evaluation.watch.split("/")[1], evaluation.watch.rpartition("/")[2]) and evaluation.greater_is_better
-    ):
-        yield "evaluation.greater_is_better=true: smaller is better for a loss; set it to false, or watch another"
-    elif evaluation.tasks and (found := [*tasks.watch_problems(config, has_data=has_data)]):
-        yield from found
-    elif _more_is_better(evaluation.watch) and not evaluation.greater_is_better:
-        yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
-    yield from tasks.problems(config)
-    yield from _generate(config, has_data=has_data)
-    if evaluation.watch.rpartition("/")[2].startswith("f1_") and not family_of(config.objective).judges_labels:
-        yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
-
-
-def _more_is_better(metric: str) -> bool:
-    name = metric.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
-    return f"eval/{name}" in GENERATED or any(name in family.better_when_larger for family in FAMILIES.values())
-
-
-def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    samples, watch = config.evaluation.generate.samples, config.evaluation.watch
-    if watch in GENERATED and not samples:
-        yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
-    if samples and not has_data:
-        yield (
-            f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
-            "data.eval_share=0.05, or set it to 0"
-        )
-    if samples and not family_of(config.objective).writes_answers:
-        yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
-    yield from config.evaluation.generate.problems("evaluation.generate")
 
 
 def _resume(config: RunConfig) -> Iterator[str]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from trainer.evaluation.tasks.base import Row, Task
+from trainer.records.jsonl import json_text
 from trainer.records.status import write_text_atomic
-from trainer.records.trackers import json_text
 
 REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
 VERSION = 1
