@@ -1,5 +1,6 @@
 """Masks against an oracle of their own: where a rendered conversation changes when one content is exchanged."""
 
+import json
 import re
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.errors import ConfigError
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
 from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
-from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.encode import Encoder, learned_tokens
+from trainer.data.tokens.template import Rendered
 
 FAMILIES = chat_templates.FAMILIES
 CHECK = settings(max_examples=80, deadline=None, derandomize=True)
@@ -337,10 +340,25 @@ def _composed():
 @given(prompt=contents, completion=contents)
 def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, completion):
     encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
-    doc = Document("f", 1, prompt=prompt, completion=completion)
-    quick, slow = (next(encoder.encode([doc], fast=fast))[1] for fast in (True, False))
-    assert quick.supervised.tolist() == slow.supervised.tolist()
-    assert quick.input_ids.tolist() == slow.input_ids.tolist()
+    text, begin, end = f"{prompt}{completion}{prompt}", len(prompt), len(prompt + completion)
+    ((encoding,), _) = encoder.encodings([Rendered(text, [])])
+    learned = learned_tokens(encoding, Rendered(text, [(begin, end)]))[1]
+    inside = [n for n, (first, last) in enumerate(encoding.offsets) if first < last and last > begin and first < end]
+    assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])
+
+
+def test_a_tokenizer_whose_merges_hold_a_control_token_is_told_of():
+    made = _metaspace()
+    kept = json.loads(made.backend_tokenizer.to_str())
+    kept["model"]["vocab"] |= {piece: 300 + n for n, piece in enumerate(("</", "s>"))}
+    kept["model"]["merges"].append(["</", "s>"])
+    encoder = Encoder(
+        type(made)(tokenizer_object=type(made.backend_tokenizer).from_str(json.dumps(kept)), eos_token="</s>")
+    )
+    with pytest.raises(
+        ConfigError, match=r"'</s>' cannot be told from its spelling .* data.control_tokens=refuse or keep"
+    ):
+        list(encoder.encode([Document("f", 1, text="it says </s>")]))
 
 
 def test_spaces_are_learned_though_a_post_processor_cuts_them_off_the_offsets():

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from strategies.errors import DataError
@@ -87,7 +88,8 @@ class Document:
     def texts(self) -> list[str]:
         """All texts that came from the row, in reading order: thoughts and arguments of calls too; no labels, no tools."""
         plain = [text for text in (self.prompt, self.completion, self.text) if text is not None]
-        return [text for message in self.turns() for text in texts_in(message)] + plain
+        said = (texts_in(turn) if len(turn) > 2 else (turn["content"],) for turn in self.turns())
+        return [*chain.from_iterable(said), *plain]
 
     def map_texts(self, change: Callable[[str], str]) -> bool:
         """Replace every text by `change(text)`, in place; whether any differs."""

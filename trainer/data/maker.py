@@ -127,8 +127,7 @@ class BlockMaker:
             left.append(document)
         block.pieces = np.array(pieces, np.int64)
         block.sequences = Sequences.of(samples, self.reading.counts)
-        last = (sample.input_ids[sample.supervised][-1:] for sample in samples)
-        ended = [len(token) == 1 and int(token[0]) in encoder.end_ids for token in last]
+        ended = [sample.last_target() in encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(ended, np.int64)
         return left
 

@@ -71,11 +71,18 @@ class Control:
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        copied = Tokenizer.from_str(json.dumps(made))
+        try:
+            copied = Tokenizer.from_str(json.dumps(made))
+        except Exception as error:  # the library raises no other; merges may be made of such tokens
+            raise _untold(self.names[0]) from error
         for name in self.names:
             if copied.token_to_id(MARK + name) != self._backend.token_to_id(name):
-                raise ConfigError(
-                    f"data.control_tokens=text: {name!r} cannot be told from its spelling with this tokenizer; set "
-                    "data.control_tokens=refuse or keep"
-                )
+                raise _untold(name)
         return copied
+
+
+def _untold(name: str) -> ConfigError:
+    return ConfigError(
+        f"data.control_tokens=text: {name!r} cannot be told from its spelling with this tokenizer; set "
+        "data.control_tokens=refuse or keep"
+    )

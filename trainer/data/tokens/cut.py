@@ -70,11 +70,9 @@ def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
     to stop; `control_tokens_in_text`: the data spells control tokens; `control_tokens_as_text`: they became ordinary
     characters, but for those of answers.
     """
-    codes, learned, spelled = [], np.flatnonzero(sample.supervised), encoder.control.spelled
-    if LABEL not in sample.marks and not len(learned):
-        codes.append("no_supervised")
-    elif LABEL not in sample.marks and int(sample.input_ids[learned[-1]]) not in encoder.end_ids:
-        codes.append("missing_eos")
+    codes, last, spelled = list[str](), sample.last_target(), encoder.control.spelled
+    if LABEL not in sample.marks and last not in encoder.end_ids:
+        codes.append("no_supervised" if last < 0 else "missing_eos")
     if any(map(spelled, document.texts())):
         codes.append("control_tokens_in_text")
         if encoder.control_tokens is ControlTokens.text and any(map(spelled, encoder.asked(document))):

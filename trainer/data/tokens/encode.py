@@ -216,11 +216,8 @@ class Encoder:
                 marks[LABEL] = self._label(document)
                 input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
             elif document.text is not None or (document.prompt is not None and self.template is None):
-                eos = self.eos_id
-                if eos is None:
-                    raise ConfigError(
-                        "the tokenizer has no eos_token, so no text would ever end; set one in its config"
-                    )
+                if (eos := self.eos_id) is None:
+                    raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
                 opening = self.opening[:1] if self.opening[:1] == [bos] else []
                 closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
                 input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
@@ -249,15 +246,24 @@ def learned_tokens(encoding: Encoding, rendered: Rendered) -> tuple[np.ndarray, 
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
     weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
-    if rendered.spans and len(input_ids):
-        begins, ends = np.array(encoding.offsets, dtype=np.int64).T
-        for place, (begin, end) in enumerate(rendered.spans):
-            inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
-            if len(inside):
-                supervised[inside[0] : inside[-1] + 1] = True
-                if weights is not None and rendered.weights is not None:
-                    weights[inside[0] : inside[-1] + 1] = rendered.weights[place]
+    for place, span in enumerate(rendered.spans if len(input_ids) else ()):
+        inside = _tokens_of(encoding, *span)
+        supervised[inside] = True
+        if weights is not None and rendered.weights is not None:
+            weights[inside] = rendered.weights[place]
     return input_ids, supervised, weights
+
+
+def _tokens_of(encoding: Encoding, begin: int, end: int) -> slice:
+    """The tokens of the characters [begin, end): by the first and the last of these, or by all offsets where one has none."""
+    first, last = (encoding.char_to_token(at) if begin < end else None for at in (begin, end - 1))
+    if first is not None and last is not None:
+        while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end <= after[1]:
+            last += 1  # a character may be several tokens
+        return slice(first, last + 1)
+    begins, ends = np.array(encoding.offsets, dtype=np.int64).T
+    inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
+    return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
 
 
 def span_weights(learned: list[int], messages: list[Message], rendered: Rendered, where: str) -> list[float] | None:
