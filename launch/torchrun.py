@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from strategies.heartbeat import LOST_PEER
+from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
 from trainer.records.status import read_status
@@ -124,12 +125,6 @@ def start(
             return _watch(agent, pending, looks), came
         finally:
             _end_all(agent)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
 
 
 def _begin_agent() -> None:

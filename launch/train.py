@@ -100,7 +100,7 @@ def worker(words: list[str]) -> int:
     from launch.compose import compose, freeze, is_finished, load_frozen
     from launch.frozen import identity
     from launch.slurm_env import export
-    from launch.torchrun import die_with_parent
+    from strategies.parent import die_with_parent
 
     export()
     rank = int(os.environ["RANK"])

@@ -181,6 +181,8 @@ def words(root, monkeypatch):
     for name in ("t5", "bart"):
         seq2seq_dir(root, name)
     model_dir(root)
+    (root / "whisper").mkdir(exist_ok=True)
+    (root / "whisper" / "config.json").write_text('{"model_type": "whisper", "is_encoder_decoder": true}')
     return ["data.path=train.jsonl", "budget.steps=1", "run.device=cpu"]
 
 
@@ -190,6 +192,7 @@ def words(root, monkeypatch):
         ("model.path=llama objective=seq2seq", "has no encoder (llama); set objective=sft"),
         ("model.path=t5 objective=sft", "is an encoder-decoder model (t5)"),
         ("model.path=t5 objective=dpo", "set objective=seq2seq"),
+        ("model.path=whisper objective=sft", "no objective trains this one; choose a causal model"),
         (
             "model.path=t5 objective=classification",
             "whose classifiers are not proven here; choose an encoder such as BERT",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from strategies.errors import ShardtuneError
+from strategies.parent import die_with_parent
 from trainer.data.blocks import LOST, Block
 from trainer.data.choose.signatures import Signer, content, group_digest
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
@@ -216,12 +216,7 @@ def _begin(parent: int) -> None:
     """In a new worker: end with the parent, who alone is interrupted, and leave the cores to the other workers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
+    die_with_parent(parent)
 
 
 def _call(item: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
+from trainer.export.choices import Choices, Kept
 from trainer.export.tensors import stored_type
 from trainer.model import flex
 from trainer.model.architecture import auto_class
@@ -47,11 +48,21 @@ class Verification:
     """Share of positions whose most likely token is the same, 0 to 1."""
     tolerance: float
     """Largest `max_abs_difference / largest_logit` allowed."""
+    moved: int = 0
+    """Choices of experts or keys that rounding alone makes otherwise, and that were held for the comparison."""
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the difference is allowed; a NaN is not."""
+        return self.max_abs_difference <= self.tolerance * self.largest_logit
 
     def __str__(self) -> str:
+        held = (
+            f"; with the experts that training chose, {self.moved} of which rounding would change" if self.moved else ""
+        )
         return (
             f"logits differ by at most {self.max_abs_difference:.2e} (largest logit {self.largest_logit:.1f}, allowed "
-            f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions"
+            f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions{held}"
         )
 
 
@@ -179,14 +190,39 @@ def verify_export(
     tolerance: float | None = None,
     decoder_start: int | None = None,
     rounded: BaseWeights | None = None,
+    choices: Choices | None = None,
 ) -> Verification:
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
     `tolerance` is relative to the largest logit; default: `TOLERANCE` of the coarsest type among the reference and the
     stored tensors. `decoder_start`: of encoder-decoder models, which read and write the tokens. `rounded`: see
-    `load_export`. Errors: DriftError where the difference is larger.
+    `load_export`. `choices`: what the trained model chose; where half precision took part, an export that differs is compared
+    once more with these. Errors: DriftError where the difference is larger.
     """
     model = load_export(directory, base_path, rounded)
+    if tolerance is None:
+        tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
+    reference = reference.float()
+    logits = _logits(model, token_ids, decoder_start)
+    if logits.shape != reference.shape:
+        raise DriftError(
+            f"{directory}: computes logits of shape {tuple(logits.shape)}, training {tuple(reference.shape)}"
+        )
+    found = _compared(logits, reference, tolerance)
+    if not found.is_close and choices is not None and choices.noted and tolerance > TOLERANCE[torch.float32]:
+        with Kept(choices) as kept:
+            logits = _logits(model, token_ids, decoder_start)
+        if kept.same and kept.moved:
+            found = replace(_compared(logits, reference, tolerance), moved=kept.moved)
+    if not found.is_close:
+        raise DriftError(
+            f"{directory}: the export does not compute what was trained: {found}{_loaded_otherwise(directory, model)}"
+        )
+    return found
+
+
+def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
+    """What an export computes on the probe, float32 `[T, V]`."""
     ids = torch.tensor([token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder_start is not None:
@@ -195,26 +231,16 @@ def verify_export(
         logits = model(**inputs).logits
     if logits.dim() == 3:
         logits = logits[:, -len(token_ids) :]  # virtual tokens come first
-    logits = logits.reshape(-1, logits.shape[-1]).float()
-    if tolerance is None:
-        tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
-    reference = reference.float()
-    if logits.shape != reference.shape:
-        raise DriftError(
-            f"{directory}: computes logits of shape {tuple(logits.shape)}, training {tuple(reference.shape)}"
-        )
-    found = Verification(
+    return logits.reshape(-1, logits.shape[-1]).float()
+
+
+def _compared(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
+    return Verification(
         max_abs_difference=float((logits - reference).abs().max()),
         largest_logit=float(reference.abs().max()),
         argmax_agreement=float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
         tolerance=tolerance,
     )
-    # Negated, so that a NaN is a drift.
-    if not found.max_abs_difference <= tolerance * found.largest_logit:
-        raise DriftError(
-            f"{directory}: the export does not compute what was trained: {found}{_loaded_otherwise(directory, model)}"
-        )
-    return found
 
 
 def _loaded_otherwise(directory: Path, model: Any) -> str:
@@ -240,7 +266,8 @@ def verify_written(
 ) -> Exception | None:
     """Compare a written export with the trained model on rank 0; what went wrong there. All ranks must call."""
     ids = probe_ids(tokenizer)
-    logits = reference_logits(engine, built, ids, runtime)
+    with Choices() as choices:
+        logits = reference_logits(engine, built, ids, runtime)
     try:
         if runtime.is_main:
             assert logits is not None
@@ -251,6 +278,7 @@ def verify_written(
                 reference=logits,
                 decoder_start=built.two_sides.decoder_start if built.two_sides else None,
                 rounded=built.base_weights(Path(base_path)) if adapter and built.quantised else None,
+                choices=choices,
             )
             print(f"export verified: {report}", flush=True)
     except Exception as error:  # noqa: BLE001 - peft and transformers have error types of their own; all ranks are told

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 from strategies.errors import ConfigError
+from strategies.parent import die_with_parent
 from trainer.config.run import RunConfig
 from trainer.forecast.fitting import simulable, unsimulated
 from trainer.forecast.plan import Choice, Job, PlanConfig, Way, choices
@@ -81,7 +82,8 @@ def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanC
     gc.freeze()  # what is there is looked through by no child's collections, which are many
     # Forked, so that what takes seconds to import is there; ZeRO first, which takes longest.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(workers, max(1, len(found))), mp_context=context, initializer=_quiet) as pool:
+    num = min(workers, max(1, len(found)))
+    with ProcessPoolExecutor(num, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         order = sorted(range(len(found)), key=lambda i: -_cost(found[i]))
         running: dict[Future[Form | str], int] = {
             pool.submit(_simulate, found[i].config, length, accumulation, job, settings.exact): i for i in order
@@ -104,10 +106,11 @@ def _cost(way: Way) -> int:
     return 2 if way.name == "zero3" else int(way.name.startswith("zero"))
 
 
-def _quiet() -> None:
-    """What libraries say while they are simulated concerns nobody."""
+def _begin(parent: int) -> None:
+    """In a new process: end with the parent. What libraries say while they are simulated concerns nobody."""
     import torch
 
+    die_with_parent(parent)
     torch.set_num_threads(1)
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -56,9 +56,10 @@ def problems(
                 "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
             )
         elif both:
+            way = "set objective=seq2seq, or choose" if called in KNOWN else "no objective trains this one; choose"
             yield (
                 f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), and this objective learns "
-                "with a decoder alone; set objective=seq2seq, or choose a causal model such as Llama or Qwen"
+                f"with a decoder alone; {way} a causal model such as Llama or Qwen"
             )
         return
     if not both:
