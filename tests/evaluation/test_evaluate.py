@@ -231,9 +231,9 @@ def test_a_resumed_run_gives_equal_rows(site):
     words = [word for word in words if not word.startswith("run.dir=")]
     again = [f"run.dir={site}/again", f"run.resume={site}/run/checkpoints/step-000040", "export.at_end=false"]
     assert command_here(["train", *words, *again]) == 0
-    first, second = last_row(site / "run"), last_row(site / "again")
+    first, second = ({k: v for k, v in last_row(site / run).items() if k != "tokens"} for run in ("run", "again"))
     assert {key for key in first if key.startswith("eval/facts/")}
-    assert {k: v for k, v in first.items() if k != "tokens"} == {k: v for k, v in second.items() if k != "tokens"}
+    assert second == pytest.approx(first, rel=1e-5)
 
 
 def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
