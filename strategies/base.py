@@ -15,7 +15,7 @@ is one of weighted losses and the count is the sum of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -215,6 +215,24 @@ class Progress:
     """The W&B run that a resumed run continues."""
 
 
+class Whole:
+    """Every rank holds every parameter anyway: nothing to gather."""
+
+    needed = False
+    """Whether parameters are sharded."""
+
+    def bytes(self) -> int | None:
+        """What gathering them takes on this rank's device beside what it holds; None where it cannot be done."""
+        return 0
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Parameters whole on every rank while entered: forward passes without gradients then need no other rank.
+
+        All ranks enter and leave, and take no optimizer step meanwhile.
+        """
+        return nullcontext()
+
+
 class Engine(Protocol):
     """A live, sharded training step; one a run."""
 
@@ -224,6 +242,8 @@ class Engine(Protocol):
     """The step module, sharded; its parameters are this rank's part."""
     host_memory: HostMemory | None
     """Through which the ranks exchange parameters and gradients, where they do not through their process group."""
+    whole: Whole
+    """How parameters are made whole on every rank, for many forward passes in `inference`."""
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         """Run the sharded step module; returns {term: sum over the micro-batch}. All ranks must call.

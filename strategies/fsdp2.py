@@ -24,6 +24,7 @@ from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
 from strategies.simulation import compute_on, real_tensors
+from strategies.whole import FsdpWhole
 
 
 def dtensor_start(tensor: DTensor) -> int:
@@ -184,6 +185,7 @@ class Fsdp2Strategy:
         planned = getattr(step_module, "defer_sync", None)
         engine.defer_sync = self.config.defer_sync is not False if planned is None else planned
         engine.shard_group, engine.host_memory = group, memory
+        engine.whole = FsdpWhole(step_module, compute, reshard_after_forward=self.config.reshard_after_forward)
         return engine
 
     def _shard(self, step_module: nn.Module, compute: torch.dtype) -> dist.ProcessGroup:

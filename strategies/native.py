@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult
+from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult, Whole
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
@@ -34,6 +34,7 @@ class NativeEngine:
     """A step module, its optimizer, and the arithmetic between backward and update."""
 
     host_memory: HostMemory | None = None
+    whole = Whole()
 
     casts_parameters = False
     """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
-from strategies.base import Judge, OptimizerFactory, ParameterSource, Precision, Progress, StepResult, ZeroConfig
+from strategies.base import Judge, OptimizerFactory, ParameterSource, Precision, Progress, StepResult, Whole, ZeroConfig
 from strategies.deepspeed_library import (
     AsksBeforeUpdate,
     ClipsOnDevice,
@@ -39,6 +39,7 @@ from strategies.parameters import (
 from strategies.runtime import Runtime, bound_groups
 from strategies.saving import Run, State
 from strategies.state import StateHeader, load_state
+from strategies.whole import ZeroWhole
 from strategies.zero_config import deepspeed_config, steps_on_device
 from strategies.zero_load import keep_together, load_partitioned
 
@@ -57,6 +58,7 @@ class ZeroEngine:
         """Set where DeepSpeed leaves clipping and skipping to us."""
         self.asks = AsksBeforeUpdate(engine.optimizer, runtime.device)
         self._updates = torch.zeros((), device=runtime.device)
+        self.whole = ZeroWhole(step_module, engine.optimizer.parameter_offload) if config.stage == 3 else Whole()
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -198,8 +200,7 @@ class ZeroEngine:
         header = load_state(path, self._runs(), self.runtime)
         self._updates.fill_(header.optimizer_steps)
         self._set_step(header.optimizer_steps)
-        scaler = self._scaler()
-        if header.loss_scale is not None and scaler is not None:
+        if header.loss_scale is not None and (scaler := self._scaler()) is not None:
             scaler.cur_scale = header.loss_scale
         self.refresh_compute_copies()
         return header.progress

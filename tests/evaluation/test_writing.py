@@ -130,7 +130,7 @@ def test_what_has_no_tokens_is_refused(llama):
 
 def test_every_row_is_dealt_once_and_ranks_take_as_many_turns():
     lengths = [3, 9, 1, 4, 4, 8, 2, 5, 5, 7, 6]
-    turns = [[*dealt(lengths, rank, 3, 2)] for rank in range(3)]
+    turns = [[*dealt(lengths, rank, 3, size=2)] for rank in range(3)]
     assert {len(one) for one in turns} == {2}
     assert sorted(row for one in turns for turn in one for row in turn) == [*range(11)]
     assert all(len(turn) <= 2 for one in turns for turn in one)
@@ -143,3 +143,31 @@ def test_settings_that_do_not_go_together():
     (idle,) = WritingConfig(top_p=0.9, draws=3).problems("x")
     assert idle.startswith("x.top_p=0.9, x.draws=3: nothing is drawn at x.temperature=0")
     assert "empty text" in "".join(WritingConfig(stop=[""]).problems("x"))
+
+
+def test_an_answer_ends_at_the_last_position(tmp_path, runtime):
+    """GPT-2 has a table of positions: a further token would be looked up beyond it."""
+    engine, writer = make.made(tmp_path, "gpt2", runtime, batch=2)
+    long, short = [5, 9] * 253, [5, 9, 7]
+    found = writer.answers(engine, [long, short], WritingConfig(max_new_tokens=12))
+    alone_too = writer.answers(engine, [short], WritingConfig(max_new_tokens=12))
+    assert len(found[0].ids) <= 6 and found[1].ids == alone_too[0].ids
+    with pytest.raises(DataError, match=r"prompt 0 of 1 has 512 tokens, .*shorten it to 511"):
+        writer.answers(engine, [long + [5] * 6], WritingConfig(max_new_tokens=2))
+    with pytest.raises(DataError, match="pair 0 of 1 has 513 tokens"):
+        writer.likelihoods(engine, [(long, [5] * 8)])
+    assert len(writer.likelihoods(engine, [(long, [5] * 7)])) == 1
+
+
+def test_batches_by_tokens():
+    lengths = [10, 30, 12, 8, 9, 31]
+    turns = [[*dealt(lengths, rank, 2, size=1, budget=33)] for rank in (0, 1)]
+    assert turns == [[[5], [2, 4]], [[1], [0, 3]]]
+    assert [*dealt([50, 1], 0, 1, size=9, budget=10)] == [[0], [1]], "at least one row, however long"
+
+
+def test_the_pace_is_told(llama):
+    engine, writer, _ = llama
+    found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=3, batch_tokens=64))
+    assert writer.pace.tokens == sum(len(one.ids) for one in found) and writer.pace.tokens_per_s > 0
+    assert str(writer.pace).startswith(f"{writer.pace.tokens} tokens written in ") and not writer.pace.gathering.sharded

@@ -21,12 +21,17 @@ CLOSE = 1e-4
 """Logits that lie closer than this may change places by rounding."""
 
 
+def directory(root: Path, architecture: str) -> Path:
+    """The model's files; made once."""
+    return seq2seq_dir(root, architecture) if architecture in TWO_SIDED else model_dir(root, architecture)
+
+
 def made(
     root: Path, architecture: str, runtime: Runtime, strategy: Any = "single", **words: Any
 ) -> tuple[Engine, Writer]:
     """The engine of a model in `root / architecture`, and its writer. All ranks must call."""
     both = architecture in TWO_SIDED
-    model = seq2seq_dir(root, architecture) if both else model_dir(root, architecture)
+    model = directory(root, architecture)
     sides = {"objective": Seq2seqConfig(max_target=64), "data": DataConfig(max_length=64)} if both else {}
     config = run_config(model, strategy, "lora", micro=4, **sides)
     tokenizer = load_tokenizer(config.model)

@@ -14,7 +14,9 @@ from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
 from trainer.evaluation.base import GenerateConfig, WritingConfig
 from trainer.evaluation.decoding import Generate, decoding, stock_attention
+from trainer.evaluation.gathering import Gathering
 from trainer.evaluation.generation import Generated, GenerationEvaluator, first_answer, scores
+from trainer.evaluation.writing import Pace, Writer
 from trainer.model import attention, flex
 
 PAIRS = [
@@ -71,7 +73,10 @@ def test_named_sets_are_scored_each(monkeypatch):
         for number, (answer, right) in zip((0, 1, 2, 3), [*PAIRS, PAIRS[2]], strict=True)
     ]
     monkeypatch.setattr(GenerationEvaluator, "answers", lambda self, engine: answers)
+    monkeypatch.setattr(Writer, "pace", Pace(60, 4.0, Gathering(True, False, "block by block")))
+    pace = {"eval/written_tokens_per_s": 15.0, "eval/weights_gathered": 0.0}
     expected = {
+        **pace,
         "eval/bleu": scores(answers)["bleu"],
         "eval/rougeL": scores(answers)["rougeL"],
         **{f"eval/ward/{name}": value for name, value in scores(answers[:2]).items()},
@@ -82,7 +87,7 @@ def test_named_sets_are_scored_each(monkeypatch):
     )
     assert len(answers) == 4 and expected["eval/ward/bleu"] != expected["eval/web/bleu"]
     assert dict(made(share).run(None)) == expected
-    assert dict(made(EvalShare(2, 0, 1, 2)).run(None)).keys() == {"eval/bleu", "eval/rougeL"}
+    assert dict(made(EvalShare(2, 0, 1, 2)).run(None)).keys() == {"eval/bleu", "eval/rougeL", *pace}
 
 
 @pytest.mark.parametrize(

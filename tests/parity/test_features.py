@@ -11,7 +11,7 @@ from tests.parity import teachers
 from tests.parity.features import TUNINGS, VARIANTS
 from tests.parity.pairs import CASES as PAIRS
 from tests.parity.two_sides import CASES as TWO_SIDED
-from tests.parity.two_sides import GENERATING
+from tests.parity.two_sides import GENERATING, WRITING
 
 EXACT = 1e-5
 STRATEGIES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -172,6 +172,12 @@ def answering(case):
     return words(case) | ({architecture} if strategy in SHARDED else set())
 
 
+def answering_apart(case):
+    """Every strategy, and each way of gathering under those that shard."""
+    architecture, strategy, how = case.split(maxsplit=2)
+    return {architecture} | ({strategy, f"{strategy} {how}"} if strategy in SHARDED else {strategy})
+
+
 @pytest.mark.parametrize("case", chosen(GENERATING, answering))
 def test_answers_are_those_of_transformers(ask, case):
     """Also where ranks finish apart: sharded forward passes are collectives, and a rank that stopped would hang the rest."""
@@ -179,7 +185,30 @@ def test_answers_are_those_of_transformers(ask, case):
     assert found["found"] == found["expected"]
     assert len({answer for _, answer in found["found"]}) > 1
     assert not case.startswith("bart") or set(found["lengths"]) == {5, 13}
-    assert found["values"].keys() == {"eval/bleu", "eval/rougeL"}
+    there = {"eval/bleu", "eval/rougeL", "eval/written_tokens_per_s"}
+    assert found["values"].keys() - {"eval/weights_gathered"} == there
+
+
+@pytest.mark.parametrize("case", chosen(WRITING, answering_apart))
+def test_what_is_written_and_scored_is_what_one_process_writes_and_scores(ask, case):
+    """Greedy answers up to a place where two logits nearly meet; draws by their own seeds; weights gathered once, or by block."""
+    found = ask("two_sides", "write", case)
+    sharded = case.split()[1] in (*SHARDED, "hsdp")
+    assert found["greedy"] == [] and found["whole"] is (sharded and case.endswith("gathered"))
+    assert found["scores"][0] == pytest.approx(found["scores"][1], rel=1e-5)
+    drawn, expected = found["drawn"]
+    assert [(one["prompt"], one["draw"]) for one in drawn] == [(n, d) for n in range(9) for d in (0, 1)]
+    # Rounding decides where two noisy scores nearly meet, which happens to few of 18 draws on any machine.
+    assert sum(one["ids"] == other["ids"] for one, other in zip(drawn, expected, strict=True)) >= 16
+    assert len({one["text"] for one in drawn}) > 9
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_weights_gathered_to_write_change_no_step(ask, strategy):
+    found = ask("two_sides", "write_between_steps", strategy)
+    for one, other in zip(found["found"], found["expected"], strict=True):
+        assert one == pytest.approx(other, rel=EXACT)
+    assert found["texts"][0] != found["texts"][2], "the weights written with are those trained"
 
 
 @pytest.mark.parametrize("case", chosen(teachers.NAMES, words))

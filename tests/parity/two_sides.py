@@ -1,12 +1,13 @@
 """Encoder-decoder models under every strategy and in one process: part of the parity job (`job.py`)."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig, StrategyName, ZeroConfig
-from tests.helpers.building import STRATEGIES, model_dir, run_config, two_sided_set
+from tests.helpers import writing
+from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, take_steps, two_sided_set
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity.base import Curve, Job
 from trainer.build import build_engine
@@ -14,8 +15,10 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig
 from trainer.data.prepare import Prepared
-from trainer.evaluation.base import GenerateConfig
+from trainer.evaluation import gathering
+from trainer.evaluation.base import GenerateConfig, WritingConfig
 from trainer.evaluation.generation import GenerationEvaluator
+from trainer.evaluation.writing import Writer
 from trainer.model.loading import generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
 
@@ -120,3 +123,58 @@ def plain_answers(
         answers.append([number, tokenizer.decode(new[0], skip_special_tokens=True).strip()])
         lengths.append(new.shape[1])
     return answers, lengths
+
+
+WRITING = [
+    f"{architecture} {strategy} {how}"
+    for architecture in ("llama", "qwen3_moe", "bart")
+    for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+    for how in ("gathered", "by block")
+]
+GREEDY = WritingConfig(max_new_tokens=12)
+DRAWN = WritingConfig(max_new_tokens=6, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
+
+
+def write(job: Job, case: str) -> dict[str, Any]:
+    """Answers, draws and likelihoods of all ranks, which gather weights as told, beside those of `single`."""
+    architecture, strategy, how = case.split(maxsplit=2)
+    prompts = writing.prompts(9)
+    job.first_here(lambda: (writing.directory(job.root, architecture), two_sided_set(job.root)))
+
+    def all_of(runtime: Any, strategy: Any) -> list[Any]:
+        engine, writer = writing.made(job.root, architecture, runtime, strategy, batch=2)
+        said = [[asdict(one) for one in writer.answers(engine, prompts, asked)] for asked in (GREEDY, DRAWN)]
+        assert writer.pace is not None
+        pairs = [(prompts[n], prompts[n - 1][:6]) for n in range(9)]
+        scores = [one.logprob for one in writer.likelihoods(engine, pairs)]
+        return [*said, scores, writer.pace.gathering.sharded and writer.pace.gathering.whole]
+
+    expected = job.oracle(
+        ("written", architecture), lambda: all_of(alone(job.runtime), STRATEGIES["single"]), elsewhere=[[], [], [], 0]
+    )
+    share = gathering.SHARE
+    try:
+        gathering.SHARE = share if how == "gathered" else 0.0
+        greedy, drawn, scores, whole = all_of(job.runtime, STRATEGIES[strategy])
+    finally:
+        gathering.SHARE = share
+    apart: list[int] = []
+    if job.runtime.is_main:
+        plain = writing.plain(job.root, architecture)
+        pairs = zip(prompts, greedy, expected[0], strict=True)
+        apart = [n for n, (p, one, other) in enumerate(pairs) if writing.differ(plain, p, one["ids"], other["ids"])]
+    return {"greedy": apart, "drawn": [drawn, expected[1]], "scores": [scores, expected[2]], "whole": whole}
+
+
+def write_between_steps(job: Job, strategy: str) -> dict[str, Any]:
+    """The curve of a run that writes, with weights gathered, before the first step and after it, beside that of `single`."""
+    model = job.first_here(lambda: model_dir(job.root, "llama"))
+    config = run_config(model, STRATEGIES[strategy], "full", micro=4, steps=STEPS)
+    trainer, curve = job.trainer(config), []
+    writer = Writer(load_tokenizer(config.model), generation_config(config.model, None, None), job.runtime, batch=2)
+    texts = []
+    for _ in range(3):
+        texts.append([one.ids for one in writer.answers(trainer.engine, writing.prompts(5), GREEDY)])
+        assert writer.pace is not None and writer.pace.gathering.whole and writer.pace.gathering.sharded
+        curve += [list(pair) for pair in take_steps(trainer, 1)]
+    return {"found": curve, "expected": job.lone(config, 3), "texts": texts}

@@ -32,6 +32,8 @@ class WritingConfig:
     """Seed of the draws: a text depends on it, on the number of its prompt and of the draw, and on nothing else."""
     draws: int = 1
     """Answers drawn for each prompt."""
+    batch_tokens: int | None = None
+    """Most tokens of a batch per rank, longest prompt and answer times rows; null: `evaluation.batch` rows, however long."""
 
     def problems(self, key: str) -> Iterator[str]:
         """What does not go together, one line each; `key` is the setting that these are below."""

@@ -57,17 +57,21 @@ class Generate:
         self.config, self.settings, self.tokenizer, self.synced = config, settings, tokenizer, synced
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`answers`, `[S, M]`: new tokens, filled up on the right. `batch["seeds"]` has a seed for each row."""
+        """`answers`, `[S, M]`: new tokens, filled up on the right. `batch["seeds"]` has a seed for each row, and `room`, where
+        it is there, the most new tokens.
+        """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
         whole: Any = plain_model(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
         begin = 1 if whole.config.is_encoder_decoder else prompts["input_ids"].shape[1]
         criteria = [AtStop(self.tokenizer, self.settings.stop, begin)] if self.settings.stop else []
+        config = copy.copy(self.config)
+        config.max_new_tokens = batch.get("room", config.max_new_tokens)
         with stock_attention(whole):
             ids = whole.generate(
                 **prompts,
-                generation_config=self.config,
+                generation_config=config,
                 logits_processor=LogitsProcessorList([*self._processors(batch["seeds"], begin)]),
                 stopping_criteria=StoppingCriteriaList(criteria),
                 synced_gpus=self.synced,

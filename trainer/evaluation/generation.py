@@ -53,10 +53,18 @@ class GenerationEvaluator:
         self._sets = sources_of(dataset) if share.by_source else {}
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
+        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none.
+
+        `eval/written_tokens_per_s` is the speed of all ranks together; `eval/weights_gathered` is there where weights are
+        sharded: 1 where they were gathered once for all answers, 0 where block by block.
+        """
         found = self.answers(engine)
         values = self._values(found) if self.runtime.is_main else None
         yield from broadcast_object(values, self.runtime).items()
+        assert self.writer.pace is not None
+        yield "eval/written_tokens_per_s", self.writer.pace.tokens_per_s
+        if self.writer.pace.gathering.sharded:
+            yield "eval/weights_gathered", float(self.writer.pace.gathering.whole)
 
     def _values(self, found: list[Generated]) -> dict[str, float]:
         """Scores by the name of their metric: of all answers, and of those to each set."""

@@ -1,0 +1,89 @@
+"""Parameters made whole on every rank for many forward passes without gradients, as in writing answers token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from strategies.base import Whole
+from strategies.parameters import TEACHER, named_parameters
+
+
+class FsdpWhole(Whole):
+    """What FSDP2 has sharded. `dtype`: the type in which parameters are gathered."""
+
+    needed = True
+
+    def __init__(self, wrapped: nn.Module, dtype: torch.dtype, *, reshard_after_forward: bool) -> None:
+        self.wrapped, self.dtype, self.reshard_after_forward = wrapped, dtype, reshard_after_forward
+
+    def bytes(self) -> int | None:
+        return sum(
+            p.numel() * (self.dtype.itemsize if p.is_floating_point() else p.element_size())
+            for _, p in named_parameters(self.wrapped)
+        )
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule
+
+        named = [(name, module) for name, module in self.wrapped.named_modules() if isinstance(module, FSDPModule)]
+        parts = [module for name, module in named if not name.startswith(TEACHER)]
+        root: Any = self.wrapped
+        root._get_fsdp_state()._lazy_init()  # the parts share streams, which the first forward pass would make
+        try:
+            for part in parts:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
+            yield
+        finally:
+            for part in parts:
+                part.set_reshard_after_forward(part is not root and self.reshard_after_forward, recurse=False)
+                part.reshard()
+
+
+class ZeroWhole(Whole):
+    """What ZeRO stage 3 has partitioned; `offload` is DeepSpeed's keeper of its parameters."""
+
+    needed = True
+
+    def __init__(self, step_module: nn.Module, offload: Any) -> None:
+        self.step_module, self.offload = step_module, offload
+
+    @property
+    def _parameters(self) -> list[Any]:
+        return [p for _, p in named_parameters(self.step_module)]
+
+    def bytes(self) -> int | None:
+        if any(getattr(p, "nvme_swapper", None) is not None for p in self._parameters):
+            return None  # they may be on a drive since the host has no room for them
+        return sum(p.ds_numel * p.ds_tensor.element_size() for p in self._parameters)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        import deepspeed
+
+        self.offload.partition_all_parameters()  # the same beginning on every rank, with nothing under way
+        usual = self.offload.param_coordinator
+        try:
+            with deepspeed.zero.GatheredParameters(self._parameters):
+                self.offload.param_coordinator = _Idle()
+                yield
+        finally:
+            self.offload.param_coordinator = usual
+
+
+class _Idle:
+    """Stands in for DeepSpeed's coordinator, which fetches and frees by module and compares with other ranks what ran."""
+
+    def reset_step(self) -> None: ...
+    def trace_prologue(self, module: nn.Module) -> None: ...
+    def is_record_trace(self) -> bool:
+        return False
+
+    def fetch_sub_module(self, module: nn.Module, *, forward: bool) -> None: ...
+    def release_sub_module(self, module: nn.Module, *, forward: bool) -> None: ...

@@ -1,0 +1,66 @@
+"""Whether sharded weights are gathered once for all passes of an evaluation, or block by block in each: as memory allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from strategies.runtime import Runtime, free_host_memory, gather_objects
+from trainer.model.architecture import text_settings
+
+if TYPE_CHECKING:
+    from strategies.base import Engine
+
+SHARE = 0.8
+"""Of the memory that is free, what weights and keys may take together; the rest is for activations and the allocator."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """What was decided, on all ranks alike."""
+
+    sharded: bool
+    """Whether there was something to decide."""
+    whole: bool
+    """Whether every rank has all weights, so that its passes wait for no other rank."""
+    says: str
+    """The decision with its numbers."""
+
+
+def gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> Gathering:
+    """Decide by the rank with the least free memory. All ranks must call.
+
+    `cache_bytes`: what keys and values of the largest batch take.
+    """
+    if not engine.whole.needed:
+        return Gathering(False, True, "every rank holds all weights")
+    weights = engine.whole.bytes()
+    free = min(gather_objects(free_memory(runtime), runtime))
+    if weights is None:
+        return Gathering(True, False, "weights gathered block by block in each pass: they lie on a drive")
+    takes = (
+        f"all weights take {weights / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, {free / GIB:.2f} are free"
+    )
+    fits = weights + cache_bytes <= SHARE * free
+    how = "weights gathered once for all answers" if fits else "weights gathered block by block in each pass"
+    return Gathering(True, fits, f"{how}: {takes}")
+
+
+def free_memory(runtime: Runtime) -> int:
+    """Bytes that this rank may still take of its device, 0 where nobody can say; of the host each rank has its part."""
+    if runtime.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        return free + torch.cuda.memory_reserved(runtime.device) - torch.cuda.memory_allocated(runtime.device)
+    return (free_host_memory() or 0) // runtime.local_world_size
+
+
+def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
+    """Keys and values of `rows` rows of `tokens` tokens, in every layer; what is more frugal (MLA, windows) takes less."""
+    text = text_settings(config)
+    heads = getattr(text, "num_attention_heads", 1) or 1
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * getattr(text, "num_hidden_layers", 0) * rows * tokens * kept * width * itemsize
