@@ -138,6 +138,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "launcher.nodes": (POSITIVE, "the number of hosts"),
     "launcher.node_rank": (COUNT, "0 on the host that launcher.rdzv names"),
     "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
+    "launcher.array_limit": (POSITIVE, "null runs all at a time"),
     "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
     "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
 }
