@@ -10,9 +10,17 @@ from typing import Any
 from strategies.errors import ConfigError
 
 USAGE = """usage: shardtune doctor [--json]
+       shardtune doctor launcher=slurm launcher.nodes=2 <words of a run> [--json]
 
 Looks at this machine and changes nothing: Python and packages with their versions, extras that are missing, cores and
 memory, GPUs as torch and their driver see them, caches and free space, SLURM, and variables that change what runs do.
+
+With settings it is the preflight of a run's nodes (docs/torchrun-and-slurm.md): each says which code, Python and libraries
+it has, and whether it sees the run directory, the model, the data and its GPUs; then the ranks exchange, and the odd node is
+named. Nodes are asked of SLURM for that, unless this is an allocation; without launcher=slurm it is this host.
+
+  shardtune doctor launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first model.path=models/llama
+  shardtune doctor launcher.processes=2
 
 Ends with 0 where a run can start, with 69 where something keeps it from that."""
 UNFIT = 69
@@ -24,8 +32,10 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
+    if flags := [word for word in argv if word.startswith("-") and word != "--json"]:
+        raise ConfigError([f"{word}: there is no such flag; doctor takes --json and --help" for word in flags])
     if words := [word for word in argv if word != "--json"]:
-        raise ConfigError([f"{word}: doctor looks at this machine as it is, and takes --json alone" for word in words])
+        return preflight(words, "--json" in argv)
     from launch.machine import look
 
     found = look(os.environ)
@@ -34,6 +44,19 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join(text(found.facts, found.problems, found.notes)))
     return UNFIT if found.problems else 0
+
+
+def preflight(words: list[str], as_json: bool) -> int:
+    """Ask the nodes that the words describe; returns the exit code. Errors: ConfigError, StorageError."""
+    from launch.preflight_answer import as_dict
+    from launch.preflight_answer import text as table
+    from launch.preflight_ask import ask
+    from launch.preflight_nodes import nodes_of
+
+    asked, commands, hosts, waits = nodes_of(words)
+    heard, verdict = ask(asked, commands, hosts, waits=waits)
+    print(json.dumps(as_dict(asked, heard, verdict), indent=1) if as_json else table(asked, heard, verdict))
+    return UNFIT if verdict.problems else 0
 
 
 def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:

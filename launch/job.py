@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.slurm_env import port
-from strategies.errors import ConfigError, ShardtuneError, StorageError
+from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.records.lease import SILENT, refuse_in_use
 from trainer.records.status import State, read_failure, read_status, restart_count
 
@@ -28,8 +28,9 @@ FOR_SBATCH = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
 )
 IN_THE_SCRIPT = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
-TAKEN = ("name", "processes", "nodes", "rdzv", "retry")
+TAKEN = ("name", "processes", "nodes", "rdzv", "retry", "preflight")
 """Settings of the launcher that slurm/train.sbatch takes as words; the others would be lost."""
+PARTS = ("launcher", "run", "model", "data")
 PORTS = 50
 """How many ports are tried, one after another."""
 
@@ -53,7 +54,7 @@ class Job:
             raise ConfigError("SLURM_JOB_ID: not set; this is for job scripts of SLURM")
         array = env.get("SLURM_ARRAY_JOB_ID")
         name = f"{array}_{env.get('SLURM_ARRAY_TASK_ID')}" if array else env["SLURM_JOB_ID"]
-        return cls(name, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0), _hosts())
+        return cls(name, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0), hosts_of_job())
 
     def wrote(self, record: dict[str, Any]) -> bool:
         """Whether a record is of this start."""
@@ -66,7 +67,7 @@ class Run:
 
     directory: Path
     tree: dict[str, Any]
-    """Its parts `launcher` and `run`, as the file has them."""
+    """Its parts (`PARTS`), as the file has them."""
 
     @classmethod
     def frozen(cls, directory: Path) -> Run:
@@ -76,7 +77,7 @@ class Run:
         path = directory / "config.yaml"
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            run = cls(directory, {part: dict(tree[part]) for part in ("launcher", "run")})
+            run = cls(directory, {part: dict(tree[part]) for part in PARTS})
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}); is the run directory still there?"
@@ -123,7 +124,28 @@ def begin(words: list[str]) -> dict[str, Any]:
     refuse_in_use(run.directory, run.tree["run"]["lease_s"])
     told |= {f"retry_{cause}": retry.get(cause, 0) for cause in ("preempted", "node_fail")}
     told |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
-    return {**told, "rendezvous": rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.tree["launcher"]["rdzv"])}
+    meeting = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.tree["launcher"]["rdzv"])
+    if len(job.nodes) > 1 and run.tree["launcher"].get("preflight", "none") != "none":
+        preflight(run, job, meeting)
+    return {**told, "rendezvous": meeting}
+
+
+def preflight(run: Run, job: Job, meeting: str) -> None:
+    """Ask all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError."""
+    from launch.preflight_answer import text
+    from launch.preflight_ask import ask, asked_of, by_srun
+
+    asked = asked_of(run.tree, len(job.nodes))
+    asked.master = meeting
+    heard, verdict = ask(
+        asked, by_srun(len(job.nodes), os.environ.get("SHARDTUNE_PYTHON") or sys.executable, []), job.nodes
+    )
+    print(text(asked, heard, verdict), flush=True)
+    if verdict.problems:
+        raise NodesUnfit(
+            f"job {job.name}: not started: {verdict.problems[0]}. Mend the node, or leave it out (sbatch --exclude=<node>); "
+            "launcher.preflight=none starts without asking"
+        )
 
 
 def run_of(words: list[str], job: Job) -> Run:
@@ -197,7 +219,7 @@ def _free(number: int) -> bool:
         return False
 
 
-def _hosts() -> list[str]:
+def hosts_of_job() -> list[str]:
     """The job's hosts, in the order in which SLURM numbers them. Raises ConfigError."""
     listed = os.environ.get("SLURM_JOB_NODELIST", "")
     try:

@@ -16,6 +16,8 @@ from pathlib import Path
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
 
+Options = dict[str, str | int | None]
+"""Options of sbatch or srun by their names; True for one without a value, None for one that is left out."""
 CLONE = Path(__file__).resolve().parent.parent
 """Where `launch` is imported from; the nodes see it through the shared file system."""
 
@@ -27,7 +29,7 @@ set -e
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
 # As text: a shell between srun and bash (dash) drops exported functions.
 SHARDTUNE_SETUP=$(declare -f setup)
-export SHARDTUNE_SETUP
+export SHARDTUNE_SETUP SHARDTUNE_PYTHON=$python
 # Which run this is, whether it may start, and where its ranks meet: lines that set run_dir, logs, job, processes, rendezvous ...
 said=$(bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job begin "${words[@]}")
 eval "$said"
@@ -37,7 +39,7 @@ export SHARDTUNE_RUN_DIR=$run_dir SHARDTUNE_CONFIG=$run_dir/config.yaml OMP_NUM_
 if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun no longer takes it over
 nodes=$SLURM_JOB_NUM_NODES
 stopped=
-trap 'stopped=1' TERM # time limit, scancel, end of a preemption: the steps get it too and need this shell to wait
+trap 'stopped=1$stopped' TERM # time limit, scancel, end of a preemption: the steps get it too and need this shell to wait
 echo "job $job, start $start, on $SLURM_JOB_NODELIST: $nodes x $processes processes, rendezvous $rendezvous, $logs"
 
 # SLURM sends USR2 and TERM to every process of the step. Either would end torchrun, so it is started with both ignored;
@@ -52,10 +54,11 @@ srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-b
 step=$!
 # A trapped signal ends `wait`, not the step.
 while true; do
-  rc=0
+  rc=0 before=$stopped
   wait "$step" || rc=$?
-  kill -0 "$step" 2>/dev/null || break
+  if [ "$before" = "$stopped" ] && ! kill -0 "$step" 2>/dev/null; then break; fi
 done
+if [ "$rc" -lt 0 ]; then rc=1; fi # what bash says where step and signal come in the same moment
 # Exit codes do not survive torchrun: what the run wrote down decides whether the job is requeued.
 export retry_preempted retry_node_fail
 bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job end "$rc" "$stopped"
@@ -88,10 +91,15 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd:
         "words=()",
         f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
+    return "\n".join([*lines, setup_text(slurm, clone)]) + BODY
+
+
+def setup_text(slurm: SlurmConfig, clone: Path) -> str:
+    """The shell function `setup`, which every node runs before training. Raises ConfigError for lines it cannot carry."""
     site = shlex.quote(str(clone / "slurm" / "env.sh"))
-    lines += ["setup() { # on every node, before training", f"  if [ -f {site} ]; then . {site}; fi"]
+    lines = ["setup() { # on every node, before training", f"  if [ -f {site} ]; then . {site}; fi"]
     lines += [f"  {_line(line, 'launcher.setup')}" for line in slurm.setup]
-    return "\n".join([*lines, "}"]) + "\n" + BODY
+    return "\n".join([*lines, "}"]) + "\n"
 
 
 def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> int:
@@ -112,7 +120,8 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> int:
         raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
     script = run_dirs[0].absolute() / "train.sbatch"
     job = _sbatch(script)
-    name = _job_name([str(run) for run in run_dirs])
+    name = config.launcher.job_name if isinstance(config.launcher, SlurmConfig) else None
+    name = name or _job_name([str(run) for run in run_dirs])
     print(f"submitted job {job}: {script}")
     print(f"  queue   squeue --job {job}")
     print(
@@ -150,29 +159,53 @@ def _options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
     """What stands behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
     array = len(runs) > 1
     output = f"{runs[0]}/logs".replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
-    wanted: dict[str, str | int | None] = {
-        "job-name": _job_name(runs),
-        "array": f"0-{len(runs) - 1}" if array else None,
+    after = [f"afterok:{slurm.after}"] if slurm.after else []
+    limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
+    wanted: Options = {
+        "job-name": slurm.job_name or _job_name(runs),
+        "array": f"0-{len(runs) - 1}{limit}" if array else None,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": slurm.gpus_per_node or None,
-        "cpus-per-task": slurm.cpus_per_task,
-        "mem": slurm.mem,
+        **request(slurm),
         "time": slurm.time,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
         "chdir": _path(cwd, "the current directory"),
         "output": output,
         "open-mode": "append",
         "signal": f"USR2@{slurm.signal_lead_s}",
+        "comment": slurm.comment,
+        "dependency": ",".join([*after, *filter(None, [slurm.dependency])]) or None,
+        "kill-on-invalid-dep": "yes" if after or slurm.dependency else None,
+        "mail-type": slurm.mail,
+        "mail-user": slurm.mail_user,
     }
-    options = [f"--{key}={shlex.quote(_line(str(v), f'launcher.{key}'))}" for key, v in wanted.items() if v is not None]
-    options.append("--requeue")
-    if slurm.exclusive:
-        options.append("--exclusive")
+    options = [*written(wanted), "--requeue"]
     return options + [_line(option, "launcher.extra") for option in slurm.extra]
+
+
+def request(slurm: SlurmConfig) -> Options:
+    """What is asked of each node, as options of sbatch and of srun; `exclusive` has no value."""
+    return {
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "reservation": slurm.reservation,
+        "gres": slurm.gres,
+        "exclude": slurm.exclude,
+        "exclusive": slurm.exclusive or None,
+    }
+
+
+def written(wanted: Options) -> list[str]:
+    """Options quoted as a shell and sbatch read them. Raises ConfigError for what would end a line of a script."""
+    return [
+        f"--{key}" if value is True else f"--{key}={shlex.quote(_line(str(value), f'launcher.{key}'))}"
+        for key, value in wanted.items()
+        if value is not None
+    ]
 
 
 def _job_name(runs: list[str]) -> str:

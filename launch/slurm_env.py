@@ -68,7 +68,7 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": str(port(env)),
     }
     if "MASTER_ADDR" not in env:
-        mapped["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
+        mapped["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
     return {key: value for key, value in mapped.items() if key not in env}
 
 
@@ -90,7 +90,8 @@ def _tasks(env: Mapping[str, str]) -> int:
     return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
 
 
-def _first_host(nodelist: str) -> str:
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's shorthand. Raises ConfigError."""
     # The name, not an address: `hostname --ip-address` gives loopback, or several words, on some sites.
     try:
         command = ["scontrol", "show", "hostnames", nodelist]

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.hosts import Place, place_of
 from strategies.heartbeat import LOST_PEER
 from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
@@ -80,19 +81,22 @@ class What:
 TRAIN = What("launch.train", "config.yaml")
 
 
-def arguments(launcher: LauncherConfig, run_id: str, module: str = "launch.train") -> list[str]:
-    """torchrun's own arguments for these processes; `run_id` names the rendezvous of a multi-host run."""
+def arguments(
+    launcher: LauncherConfig, run_id: str, place: Place | None = None, module: str = TRAIN.module
+) -> list[str]:
+    """torchrun's own arguments for these processes; `run_id` names the rendezvous of several hosts, `place` this one."""
     words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
     if launcher.nodes == 1:
         # The loopback name: a laptop's or container's own host name need not resolve.
         words += ["--standalone", "--local-addr=localhost"]
     else:
-        words += [f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launcher.rdzv}"]
-        words += [f"--rdzv-id={run_id}"]
-        if launcher.address is not None:
-            words += [f"--local-addr={launcher.address}"]
-        if launcher.node_rank is not None:
-            words += [f"--rdzv-conf=is_host={int(launcher.node_rank == 0)}"]
+        assert place is not None
+        words += [f"--nnodes={launcher.nodes}", f"--rdzv-endpoint={launcher.rdzv}", f"--rdzv-id={run_id}"]
+        words += [f"--local-addr={place.address}"]
+        if place.rank is not None and (launcher.nodes == 2 or launcher.node_rank is not None):
+            words += ["--rdzv-backend=static", f"--node-rank={place.rank}"]
+        else:
+            words += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(place.first)}"]
     return [*words, "-m", module]
 
 
@@ -104,13 +108,16 @@ def start(
     Returns torchrun's exit code, or 130 after Ctrl-C, and the signals that came. Those that ask to save are passed on to the
     ranks; Ctrl-C gives them a few seconds, then kills.
     """
-    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, what.module)]
+    place = place_of(config.launcher) if config.launcher.nodes > 1 else None
+    command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, place, what.module)]
     processes = config.launcher.processes or 1
     env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env["SHARDTUNE_LAUNCHER"] = str(os.getpid())
     # torchrun would set one thread a rank, whatever the host has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env.setdefault("OMP_NUM_THREADS", str(config.run.threads or max(1, cores // processes)))
+    if place is not None:  # gloo would take what the host's own name means, often 127.0.1.1
+        env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
     env["PYTHONSAFEPATH"] = "1"  # a trainer.py or launch/ where the command is typed hides nothing
     root = str(Path(__file__).resolve().parent.parent)  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])

@@ -38,6 +38,12 @@ class DoesNotFit(ShardtuneError):
     exit_code = 69
 
 
+class NodesUnfit(ShardtuneError):
+    """The nodes of a job cannot run it, as its preflight found."""
+
+    exit_code = 69
+
+
 class StorageError(ShardtuneError):
     """A write failed (full disk, no permission). Nothing half-written stays under a final name."""
 

@@ -202,6 +202,10 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("launcher=slurm launcher.time=tomorrow", "hours:minutes:seconds"),
         ("launcher=slurm launcher.address=n1", "address of one host, and SLURM starts all of them"),
         ("launcher=slurm launcher.node_rank=0", "SLURM numbers the nodes"),
+        ("launcher=slurm launcher.job_name=a/b", "names log files, too"),
+        ("launcher=slurm launcher.after=runs/first", "must be the id of a job, as in launcher.after=17"),
+        ("launcher=slurm launcher.mail_user=me@lab", "nothing is mailed; say what"),
+        ("launcher=slurm launcher.array_limit=0", "null runs all at a time"),
     ],
 )
 def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):

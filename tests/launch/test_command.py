@@ -11,6 +11,7 @@ import pytest
 
 from launch import main as command
 from launch import slurm_env, torchrun
+from launch.hosts import Place
 from strategies.errors import ConfigError, DataError, Preempted, StorageError
 from trainer.config.run import LauncherConfig
 from trainer.records.status import clear_failure, read_failure, read_status, record_failure, write_status
@@ -120,21 +121,22 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
         ),
         (
             LauncherConfig(processes=4, nodes=2, rdzv="n1:29400"),
-            "--nproc-per-node=4 --shutdown-timeout=5 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1:29400 "
-            "--rdzv-id=abc -m launch.train",
+            "--nproc-per-node=4 --shutdown-timeout=5 --nnodes=2 --rdzv-endpoint=n1:29400 --rdzv-id=abc "
+            "--local-addr=10.0.0.2 --rdzv-backend=static --node-rank=1 -m launch.train",
         ),
         (
-            LauncherConfig(processes=1, nodes=2, rdzv="n1:29400", node_rank=1, address="10.0.0.2"),
-            "--nproc-per-node=1 --shutdown-timeout=5 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1:29400 "
-            "--rdzv-id=abc --local-addr=10.0.0.2 --rdzv-conf=is_host=0 -m launch.train",
+            LauncherConfig(processes=1, nodes=3, rdzv="n1:29400"),
+            "--nproc-per-node=1 --shutdown-timeout=5 --nnodes=3 --rdzv-endpoint=n1:29400 --rdzv-id=abc "
+            "--local-addr=10.0.0.2 --rdzv-backend=c10d --rdzv-conf=is_host=0 -m launch.train",
         ),
     ],
 )
 def test_torchrun_arguments(launcher, expected):
-    assert torchrun.arguments(launcher, "abc") == expected.split()
+    place = Place(1, "10.0.0.2", "eth0", first=False)
+    assert torchrun.arguments(launcher, "abc", place) == expected.split()
     from torch.distributed.run import parse_args
 
-    parsed = parse_args(torchrun.arguments(launcher, "abc"))
+    parsed = parse_args(torchrun.arguments(launcher, "abc", place))
     assert (parsed.module, parsed.training_script) == (True, "launch.train")
 
 
@@ -181,7 +183,7 @@ def test_one_host_of_an_allocation_of_several_is_refused(extra):
 
 
 def test_slurm_variables_become_those_of_torchrun(monkeypatch):
-    monkeypatch.setattr(slurm_env, "_first_host", lambda nodes: {"n[1-2]": "n1"}[nodes])
+    monkeypatch.setattr(slurm_env, "first_host", lambda nodes: {"n[1-2]": "n1"}[nodes])
     env = STEP | {
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "0",

@@ -140,5 +140,7 @@ def test_what_would_change_a_run_is_said(capsys, monkeypatch, tmp_path):
     assert any("its controller is not: squeue failed: error: no controller" in note for note in found["notes"])
     assert [each for each in found["problems"] if "another package conf hides ours" in each]
     monkeypatch.delenv("RANK")
-    assert main(["doctor", "launcher=slurm"]) == 64
-    assert "takes --json alone" in capsys.readouterr().err
+    assert main(["doctor", "--quick"]) == 64
+    assert "doctor takes --json and --help" in capsys.readouterr().err
+    assert main(["doctor", "launcher.nodes=2", "launcher.rdzv=n1:29400", "run.dir=x"]) == 64
+    assert "without it call doctor on each of them" in capsys.readouterr().err

@@ -56,7 +56,8 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     }
     assert (found["works"]["host"], found["works"]["job"]["state"]) == ("n9", "RUNNING")
     assert "waits for nodes to become free" in shardtune("status", runs)
-    assert f"job {ids['works']}, start 0, on n[9-10]" in shardtune("logs", runs / "works", "job=last")
+    said = shardtune("logs", runs / "works", "job=last")
+    assert f"job {ids['works']}, start 0, on n[9-10]" in said and "the nodes are fit" in said
     assert "| loss " in shardtune("logs", runs / "works", "lines=1")
 
     said = shardtune("stop", runs / "waits")

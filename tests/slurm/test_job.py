@@ -15,7 +15,7 @@ from strategies.errors import ConfigError
 from tests.following.made import stand_in_for_squeue
 from tests.helpers.launching import ROOT
 from tests.helpers.models import tiny_model_dir
-from trainer.config.run import RunConfig, RunSettings, SlurmConfig
+from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.records.lease import InUse, this_process
 from trainer.records.status import write_status
 
@@ -32,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "a run"
     run.mkdir()
-    launcher = SlurmConfig(nodes=2, gpus_per_node=4, retry={"preempted": 5, "node_fail": 1})
+    launcher = SlurmConfig(nodes=2, gpus_per_node=4, preflight=Preflight.none, retry={"preempted": 5, "node_fail": 1})
     (run / "config.yaml").write_text(to_yaml(RunConfig(launcher=launcher, run=RunSettings(dir=str(run)))))
     own = {"JOB_ID": "7", "JOB_NODELIST": "n[9-10]", "RESTART_COUNT": "2", "CPUS_PER_TASK": "12"}
     for name, value in own.items():
@@ -95,6 +95,7 @@ def test_words_are_read_once_and_what_sbatch_must_be_told_is_refused(run, capfd,
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "it's a, b.jsonl").write_text('{"text": "x"}\n')
     words = ["model.path=model", "data.path='it\\'s a, b.jsonl'", "budget.steps=3", "strategy=ddp", "batch.global=8"]
+    words.append("launcher.preflight=none")
     told, _ = begun(capfd, 0, *words, "run.dir=~/own runs/x", "launcher.processes=2", "batch.micro=1")
     assert (told["run_dir"], told["processes"]) == (f"{tmp_path}/own runs/x", "2")
     assert "it's a, b.jsonl" in (tmp_path / "own runs/x/config.yaml").read_text()

@@ -31,11 +31,20 @@ def full() -> SlurmConfig:
         mem="500G",
         exclusive=True,
         constraint="h100&ib",
+        exclude="n[3,7]",
+        reservation="week",
+        gres="shard:8",
+        job_name="first",
+        comment="the first run, of many",
+        after="16:17_2",
+        dependency="singleton",
+        mail="END,FAIL",
+        mail_user="me@lab",
         signal_lead_s=300,
         retry={"preempted": 3, "node_fail": 1},
         setup=["module load cuda", "export HF_HOME='/big disk/hf'"],
         python="/opt/env/bin/python",
-        extra=["--reservation=week", "--mail-type=END"],
+        extra=["--licenses=matlab"],
     )
 
 
@@ -73,9 +82,10 @@ def test_defaults_ask_for_nothing_the_site_may_not_have() -> None:
 
 
 def test_array_has_a_directory_for_each_task() -> None:
-    text = rendered(SlurmConfig(), "/runs/a", "/runs/b c")
+    text = rendered(SlurmConfig(array_limit=1), "/runs/a", "/runs/b c")
     check_syntax(text)
-    assert "#SBATCH --array=0-1\n" in text
+    assert "#SBATCH --array=0-1%1\n" in text
+    assert "#SBATCH --array=0-1\n" in rendered(SlurmConfig(), "/runs/a", "/runs/b c")
     assert "#SBATCH --output=/runs/a/logs/%x-%A_%a.out\n" in text
     assert "runs=(/runs/a '/runs/b c')" in text
 

@@ -12,7 +12,7 @@ from launch.frozen import to_yaml
 from launch.slurm import render
 from tests.helpers.models import tiny_model_dir
 from tests.slurm.cluster import Cluster, wait_for
-from trainer.config.run import RunConfig, SlurmConfig
+from trainer.config.run import Preflight, RunConfig, SlurmConfig
 
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def environment(steps: int = 20) -> dict[str, str]:
 
 def submit(cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, **launcher: object) -> list[Job]:
     """Render for two nodes and submit; one job for each run (the tasks of an array)."""
-    config = RunConfig(launcher=SlurmConfig(nodes=2, **launcher))  # type: ignore[arg-type]
+    config = RunConfig(launcher=SlurmConfig(nodes=2, preflight=Preflight.none, **launcher))  # type: ignore[arg-type]
     dirs = [site / "runs" / run for run in runs]
     for run in dirs:
         (run / "logs").mkdir(parents=True)
@@ -108,10 +108,9 @@ def test_script_for_people_is_requeued_once_by_slurm_and_later_by_itself(cluster
     tiny_model_dir(site / "model")
     (site / "data, and 'more'.jsonl").write_text('{"text": "x"}\n')
     words = ["model.path=model", "data.path='data, and \\'more\\'.jsonl'", "budget.steps=3", "run.dir=~/runs/a b"]
+    words += ["strategy=ddp", "batch.global=8", "launcher.preflight=none"]
     env = environment(50) | {"HOME": str(site), "PROCESSES": "1"}
-    job_id = cluster.sbatch(
-        "--nodes=2", "slurm/train.sbatch", *words, "batch.global=8", "strategy=ddp", cwd=site, env=env
-    )
+    job_id = cluster.sbatch("--nodes=2", "slurm/train.sbatch", *words, cwd=site, env=env)
     job = Job(cluster, job_id, site / "runs" / "a b")
     job.wait_step()
     evict = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
@@ -157,7 +156,7 @@ raise SystemExit("lost")
 
 def test_submit_passes_on_what_a_real_sbatch_refuses(cluster: Cluster, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from launch.slurm import submit; from trainer.config.run import RunConfig, SlurmConfig\n"
+        "import sys, pathlib; from launch.slurm import submit; from trainer.config.run import Preflight, RunConfig, SlurmConfig\n"
         "submit(RunConfig(launcher=SlurmConfig(gpus_per_node=8)), [pathlib.Path(sys.argv[1])], print_only=False)"
     )
     done = cluster.on("ctl", sys.executable, "-c", code, str(tmp_path), cwd=CLONE, check=False)

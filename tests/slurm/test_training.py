@@ -50,9 +50,11 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve(
     cluster: Cluster, words: list[str], tmp_path: Path
 ) -> None:
     calm, torn = tmp_path / "calm", tmp_path / "torn"
-    out = f"--output={tmp_path}/calm.out"
-    calm_id = cluster.sbatch(out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", cwd=CLONE, env=ENV)
-    submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2"]
+    out, unasked = f"--output={tmp_path}/calm.out", "launcher.preflight=none"
+    calm_id = cluster.sbatch(
+        out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", unasked, cwd=CLONE, env=ENV
+    )
+    submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2", unasked]
     said = cluster.on("ctl", *submit, cwd=CLONE, env=ENV).stdout
     torn_id = re.search(r"submitted job (\d+)", said)
     assert torn_id, said

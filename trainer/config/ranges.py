@@ -131,7 +131,6 @@ RANGES: dict[str, tuple[Range, str]] = {
     "evaluation.generate.top_k": (COUNT, "0 draws among all tokens, 20 to 50 as a rule"),
     "evaluation.generate.seed": (COUNT, "the default is 0"),
     "evaluation.generate.draws": (POSITIVE, "1 answers each prompt once"),
-<<<<<<< HEAD
     "evaluation.tasks.*.max_rows": (POSITIVE, "null asks all rows"),
     "evaluation.tasks.*.write.max_new_tokens": (POSITIVE, "as long as the answers: 16 to 512 as a rule"),
     "evaluation.tasks.*.write.beams": (POSITIVE, "1 is greedy; 4 is usual for summaries and translation"),
@@ -140,11 +139,10 @@ RANGES: dict[str, tuple[Range, str]] = {
     "evaluation.tasks.*.write.top_k": (COUNT, "0 draws among all tokens, 20 to 50 as a rule"),
     "evaluation.tasks.*.write.seed": (COUNT, "the default is 0"),
     "evaluation.tasks.*.write.draws": (POSITIVE, "1 answers each prompt once"),
+    "evaluation.tasks.*.write.batch_tokens": (POSITIVE, "null takes evaluation.batch rows; 16384 to 131072 on a GPU"),
     "evaluation.resample_seed": (COUNT, "the default is 0"),
     "evaluation.resamples": (POSITIVE, "1000 to 10000 as a rule"),
-=======
     "evaluation.generate.batch_tokens": (POSITIVE, "null takes evaluation.batch rows; 16384 to 131072 on a GPU"),
->>>>>>> 2e1fab8 (Answers are written with sharded weights gathered once where they fit, in batches by tokens, and their pace is told)
     "evaluation.min_delta": (COUNT, "0 counts any improvement"),
     "checkpoint.every_steps": (COUNT, "0 goes by time (checkpoint.every_minutes)"),
     "checkpoint.every_minutes": (COUNT, "null goes by what a save costs, 0 writes the last one only"),
@@ -158,6 +156,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "launcher.nodes": (POSITIVE, "the number of hosts"),
     "launcher.node_rank": (COUNT, "0 on the host that launcher.rdzv names"),
     "launcher.gpus_per_node": (COUNT, "0 for CPU nodes"),
+    "launcher.array_limit": (POSITIVE, "null runs all at a time"),
     "launcher.cpus_per_task": (POSITIVE, "null leaves it to the cluster"),
     "launcher.signal_lead_s": (POSITIVE, "a step plus two saves, at least 60"),
 }

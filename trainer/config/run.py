@@ -46,6 +46,14 @@ class LauncherName(StrEnum):
     slurm = "slurm"
 
 
+class Preflight(StrEnum):
+    """`full` looks at each node and lets the ranks exchange, `nodes` only looks, `none` does neither."""
+
+    full = "full"
+    nodes = "nodes"
+    none = "none"
+
+
 @dataclass(kw_only=True, slots=True)
 class RunSettings:
     """Identity of the run."""
@@ -87,9 +95,9 @@ class LauncherConfig:
     rdzv: str | None = None
     """host:port that all hosts of a multi-host run can reach; any free port of the first host."""
     node_rank: int | None = None
-    """Index of this host, 0 to nodes-1; only needed where host names do not tell (optional with c10d)."""
+    """Index of this host, 0 (that of `rdzv`) to nodes-1: on all hosts or on none; two hosts know it without."""
     address: str | None = None
-    """Name or address under which the other hosts reach this one; default: its host name, which must then resolve there."""
+    """Name or address under which the others reach this host; default: that of its interface towards `rdzv`."""
     retry: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RETRIES, 0))
     """Times it is started again by itself: `preempted` (it was asked to save), `node_fail` (a rank was lost); SLURM: 20, 3."""
 
@@ -120,16 +128,38 @@ class SlurmConfig(LauncherConfig):
     """CPUs for the one task (torchrun) on each node."""
     mem: str | None = None
     """Memory per node, such as 200G."""
+    gres: str | None = None
+    """Generic resources of each node, such as `gpu:a100:4`, on clusters without `gpus_per_node`."""
     exclusive: bool = False
     """Ask for whole nodes."""
     constraint: str | None = None
     """Node features, such as `h100`."""
+    exclude: str | None = None
+    """Nodes that are not wanted, such as `n[3,7]`."""
+    reservation: str | None = None
+    """Reservation whose nodes are taken."""
+    job_name: str | None = None
+    """Name of the job, in the queue and in its log files; default: that of the run directory."""
+    comment: str | None = None
+    """Comment of the job."""
+    after: str | None = None
+    """Id of a job that must have ended well before this one starts; where it fails, this one is cancelled."""
+    dependency: str | None = None
+    """Further conditions of the start in SLURM's words, such as `afterany:17`."""
+    mail: str | None = None
+    """Events that are mailed, such as `END,FAIL`."""
+    mail_user: str | None = None
+    """Who is mailed; default: who submits."""
+    array_limit: int | None = None
+    """Most runs of a job array at a time."""
     signal_lead_s: int = 180
     """Seconds before the time limit at which the job is told to save and requeue; at least a step plus two saves."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on every node before training, such as `module load cuda`."""
     python: str | None = None
     """Python interpreter on the nodes; default: the one that submits."""
+    preflight: Preflight = Preflight.full
+    """What a job of several nodes is asked before its ranks start: `full` (nodes, then exchange), `nodes`, or `none`."""
     extra: list[str] = field(default_factory=list)
     """Further `#SBATCH` options, such as `--reservation=x`."""
 

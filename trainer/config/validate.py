@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from trainer.checkpoints.places import places_of
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.evaluation import problems as evaluation_problems
+from trainer.config.launching import problems as launcher_problems
 from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
-from trainer.config.run import AUTO, MICRO, RETRIES, Device, LauncherName, RunConfig, SlurmConfig
+from trainer.config.run import AUTO, MICRO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.inputs import problems as data_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
@@ -36,8 +36,6 @@ from trainer.records.trackers.registry import problems as tracker_problems
 from trainer.tuning.check import Run
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
-
-SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
@@ -58,7 +56,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
     problems += tracker_problems(config.logging) if here else []
-    return [*problems, *_tuning(config), *_launcher(config)]
+    return [*problems, *_tuning(config), *launcher_problems(config)]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -250,37 +248,3 @@ def _tuning(config: RunConfig) -> Iterator[str]:
             quantisation=str(config.model.quantisation),
         ),
     )
-
-
-def _launcher(config: RunConfig) -> Iterator[str]:
-    launcher = config.launcher
-    for cause, times in launcher.retry.items():
-        if cause not in RETRIES:
-            yield f"launcher.retry={{{cause}: {times}}}: there is no such cause; it has {' and '.join(RETRIES)}"
-        elif times < 0:
-            yield f"launcher.retry={{{cause}: {times}}}: must be at least 0; 0 never starts the run again"
-    if isinstance(launcher, SlurmConfig):
-        if not SLURM_TIME.fullmatch(launcher.time):
-            yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
-        if launcher.address is not None:
-            yield (
-                f"launcher.address={launcher.address}: is the address of one host, and SLURM starts all of them; name the first "
-                "with launcher.rdzv=host:port, or the interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in slurm/env.sh"
-            )
-        if launcher.node_rank is not None:
-            yield f"launcher.node_rank={launcher.node_rank}: SLURM numbers the nodes; leave it out"
-        return
-    if launcher.nodes > 1:
-        if launcher.rdzv is None:
-            yield f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere"
-        if config.run.dir is None:
-            yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
-        if any(launcher.retry.values()):
-            yield (
-                f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
-                "leave it out and start the command again on each, or use launcher=slurm"
-            )
-    if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
-        yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
-    if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0:
-        yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"

@@ -14,7 +14,7 @@ from trainer.following.owner import Holder, holder, launcher
 from trainer.following.queue import Job, Queue
 from trainer.records.lease import process_identity
 
-MARK = "trap 'stopped=1' TERM"
+MARK = "trap 'stopped=1"
 """What a job script has that ends in good order, and is not requeued, once its shell was told TERM."""
 CALL_S = 60
 """Seconds that a command of SLURM's may take."""

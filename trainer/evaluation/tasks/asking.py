@@ -105,7 +105,7 @@ class Asking:
             step: Any = module
             before, step.objective = step.objective, _Logits()
             try:
-                for turn in dealt(lengths, self.engine.dp_rank, self.engine.dp_size, self.batch):
+                for turn in dealt(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch):
                     batch = self.built.collator([samples[row] for row in turn or [0]])
                     said = step(to_device(batch, self.runtime.device))["logits"].tolist()
                     found |= dict(zip(turn, said, strict=False))

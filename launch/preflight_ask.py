@@ -1,0 +1,230 @@
+"""A preflight from the outside: what is started on the nodes, and what is heard of them until it is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.preflight import MARK
+from strategies.errors import StorageError
+from trainer.data.read.paths import is_address, is_hub
+from trainer.preflight.judge import Heard, Verdict, judge
+from trainer.preflight.look import VARIABLE, VISIBLE_S, Asked
+
+LOOK_S = 30.0
+"""Seconds within which each node must have said what it sees."""
+GRACE_S = 3.0
+"""Seconds that the others have to say what they see once one has ended without a word."""
+LABELLED = re.compile(r"\s*(\d+): ?(.*)")
+LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
+GONE = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): ")
+SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
+
+
+def asked_of(tree: dict[str, Any], nodes: int) -> Asked:
+    """What the nodes are to look at for a run whose configuration, as plain values, is `tree`."""
+    launcher, model, data, run = (tree[part] for part in ("launcher", "model", "data", "run"))
+    processes = launcher["processes"] or launcher.get("gpus_per_node") or 1
+    gpus = launcher.get("gpus_per_node") or (processes if run["device"] == "cuda" else 0)
+    sources = [source.get("path") for source in (data["sources"] or {}).values()]
+    paths = [
+        str(path) for value in (data["path"], *sources) for path in (value if isinstance(value, list) else [value])
+    ]
+    mine = [path for path in paths if path != "None" and not is_hub(path) and not is_address(path)]
+    needed = None if model["download"] else model["path"]
+    return Asked(
+        nodes=nodes,
+        processes=processes,
+        gpus=gpus,
+        run_dir=str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None,
+        model=needed,
+        tokenizer=None if model["download"] else model["tokenizer"],
+        revision=model["revision"],
+        paths=mine,
+        exchange=launcher.get("preflight", "full") == "full",
+        device=str(run["device"]),
+    )
+
+
+@dataclass(slots=True)
+class Command:
+    """What is started, for one node or (`node` None, srun with labels) for all of them."""
+
+    argv: list[str]
+    env: Mapping[str, str]
+    node: int | None = None
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """Lines as they come."""
+
+    asked: Asked
+    heard: Heard
+    lines: queue.Queue[tuple[int | None, str] | None] = field(default_factory=queue.Queue)
+    pieces: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+    """Nodes whose process has ended with an error."""
+
+    def take(self, node: int | None, line: str) -> None:
+        """Sort one line out."""
+        if node is None and (label := LABELLED.fullmatch(line)):
+            node, line = int(label[1]), label[2]
+        if (found := LINE.fullmatch(line)) is not None:
+            where, rank, number, of, piece = int(found[1]), int(found[2]), int(found[3]), int(found[4]), found[5]
+            self.pieces.setdefault((where, rank), []).append(piece)
+            if number == of:
+                self._say(where, rank, json.loads("".join(self.pieces.pop((where, rank)))))
+            return
+        if (ended := GONE.match(line)) is not None:
+            self.gone |= {self.heard.hosts.index(ended[1])} if ended[1] in self.heard.hosts else set()
+        if line.strip() and not line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
+            (self.heard.unplaced if node is None else self.heard.said.setdefault(node, [])).append(line.strip()[:300])
+
+    def _say(self, node: int, rank: int, value: dict[str, Any]) -> None:
+        if "look" in value:
+            self.heard.looks[node] = {**value["look"], "heard_at": time.time()}
+        elif "exchange" in value:
+            self.heard.exchange = value["exchange"]
+        else:
+            self.heard.failed.append({"node": node, "rank": rank, "error": value["error"]})
+
+
+def ask(asked: Asked, commands: list[Command], hosts: list[str], *, waits: bool = False) -> tuple[Heard, Verdict]:
+    """Start the commands, hear the nodes, and judge. `waits`: the nodes may first have to be waited for, in SLURM's queue.
+
+    Everything that was started has ended when it returns. Errors: StorageError where the run directory cannot be written here.
+    """
+    asked.token = uuid.uuid4().hex[:12]
+    with _shared(asked) as place:
+        heard = Heard(hosts)
+        gathering = _Gathering(asked, heard)
+        started = [_start(command, asked, gathering.lines) for command in commands]
+        try:
+            heard.waited_s = _hear(gathering, started, waits)
+        finally:
+            _end(started)
+        end = time.monotonic() + VISIBLE_S
+        while place is not None:
+            heard.visible = {node for node in heard.looks if (place / str(node)).exists()}
+            if heard.visible == set(heard.looks) or time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        else:
+            heard.visible = set(heard.looks)
+    return heard, judge(asked, heard)
+
+
+@contextlib.contextmanager
+def _shared(asked: Asked) -> Iterator[Path | None]:
+    """The place in the run directory where the asker and the nodes see each other's files; gone afterwards."""
+    if asked.run_dir is None:
+        yield None
+        return
+    place = Path(asked.run_dir).expanduser() / "preflight" / asked.token
+    try:
+        place.mkdir(parents=True)
+        (place / "asked").write_text(asked.token)
+    except OSError as error:
+        raise StorageError(
+            f"{place}: cannot be written ({error.strerror or error}); free space, or set run.dir"
+        ) from error
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+
+def _start(command: Command, asked: Asked, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
+    env = {**command.env, VARIABLE: asked.to_json()}
+    process = subprocess.Popen(
+        command.argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+    def read(pipe: Any) -> None:
+        for line in pipe:
+            lines.put((command.node, line.rstrip("\n")))
+        lines.put(None)
+
+    for pipe in (process.stdout, process.stderr):
+        threading.Thread(target=read, args=(pipe,), daemon=True).start()
+    return process
+
+
+def _hear(gathering: _Gathering, started: list[subprocess.Popen[str]], waits: bool) -> float:
+    """Until all was said, something is wrong, or time is up; seconds since the first sign of the nodes."""
+    asked, heard = gathering.asked, gathering.heard
+    began: float | None = None if waits else time.monotonic()
+    pipes, gone_at, looked_at = 2 * len(started), 0.0, 0.0
+    while True:
+        now = time.monotonic()
+        waited = 0.0 if began is None else now - began
+        whole = len(heard.looks) == asked.nodes
+        if gathering.gone - set(heard.looks) and not gone_at:
+            gone_at = now
+        if pipes == 0 or (gone_at and now - gone_at > GRACE_S) or (not whole and waited > LOOK_S):
+            return waited
+        if whole:
+            looked_at = looked_at or now
+            if judge(asked, heard, whole=False).problems or not asked.exchange or asked.nodes * asked.processes == 1:
+                return waited
+            if heard.exchange or (heard.failed and now - looked_at > GRACE_S) or now - looked_at > 2 * asked.timeout_s:
+                return waited
+        try:
+            line = gathering.lines.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if line is None:
+            pipes -= 1
+            continue
+        gathering.take(*line)
+        began = began or (time.monotonic() if heard.looks or heard.said else None)
+
+
+def _end(started: list[subprocess.Popen[str]]) -> None:
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+    for process in started:
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def by_srun(nodes: int, python: str, options: list[str], env: Mapping[str, str] | None = None) -> list[Command]:
+    """All nodes through one srun, with `options` of its own; `SHARDTUNE_SETUP` in the environment is the set-up of a node."""
+    argv = ["srun", "--label", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *options]
+    argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
+    argv += ["bash", "-c", SHELL, "setup", python, "-m", "launch.preflight", "node"]
+    return [Command(argv, env if env is not None else os.environ)]
+
+
+def here(env: Mapping[str, str] | None = None) -> list[Command]:
+    """This host as the only node."""
+    root = str(Path(__file__).resolve().parent.parent)
+    own = {**(os.environ if env is None else env), "PYTHONPATH": root, "PYTHONSAFEPATH": "1", "SHARDTUNE_NODE": "0"}
+    return [Command([sys.executable, "-m", "launch.preflight", "node"], own, 0)]

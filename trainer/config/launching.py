@@ -1,0 +1,57 @@
+"""What the launcher's settings must satisfy: without SLURM, and of what sbatch is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from trainer.config.run import RETRIES, RunConfig, SlurmConfig
+
+SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+JOB_NAME = re.compile(r"[\w.-]+")
+JOBS = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the launcher's settings, one line each."""
+    launcher = config.launcher
+    for cause, times in launcher.retry.items():
+        if cause not in RETRIES:
+            yield f"launcher.retry={{{cause}: {times}}}: there is no such cause; it has {' and '.join(RETRIES)}"
+        elif times < 0:
+            yield f"launcher.retry={{{cause}: {times}}}: must be at least 0; 0 never starts the run again"
+    if isinstance(launcher, SlurmConfig):
+        yield from _slurm(launcher)
+        return
+    if launcher.nodes > 1:
+        if launcher.rdzv is None:
+            yield f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere"
+        if config.run.dir is None:
+            yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
+        if any(launcher.retry.values()):
+            yield (
+                f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
+                "leave it out and start the command again on each, or use launcher=slurm"
+            )
+    if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
+        yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
+    if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0:
+        yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"
+
+
+def _slurm(launcher: SlurmConfig) -> Iterator[str]:
+    if not SLURM_TIME.fullmatch(launcher.time):
+        yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
+    if launcher.address is not None:
+        yield (
+            f"launcher.address={launcher.address}: is the address of one host, and SLURM starts all of them; name the first "
+            "with launcher.rdzv=host:port, or the interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in slurm/env.sh"
+        )
+    if launcher.node_rank is not None:
+        yield f"launcher.node_rank={launcher.node_rank}: SLURM numbers the nodes; leave it out"
+    if launcher.job_name is not None and not JOB_NAME.fullmatch(launcher.job_name):
+        yield f"launcher.job_name={launcher.job_name}: names log files, too; use letters, digits, `.`, `_` and `-`"
+    if launcher.after is not None and not JOBS.fullmatch(launcher.after):
+        yield f"launcher.after={launcher.after}: must be the id of a job, as in launcher.after=17; several: 17:18"
+    if launcher.mail_user is not None and launcher.mail is None:
+        yield f"launcher.mail_user={launcher.mail_user}: nothing is mailed; say what: launcher.mail=END,FAIL"
