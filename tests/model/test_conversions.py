@@ -10,7 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from strategies.errors import ConfigError, DataError
 from strategies.parameters import meta_context
+from tests.models.tiny import tiny_model
 from trainer.export.tensors import write_tensors
+from trainer.model import experts
+from trainer.model.architecture import architecture
+from trainer.model.config import Kind, ModelConfig
 from trainer.model.weights import Checkpoint
 
 SIZES = {
@@ -132,6 +136,19 @@ PUBLISHED = {
         lambda: transformers.Mxfp4Config(dequantize=True),
     ),
 }
+
+
+def test_the_language_model_of_a_larger_one_is_stored_as_a_part_of_it(tmp_path):
+    """Llama 4's is built alone: what is written must still be the whole model's."""
+    experts.register()
+    tiny_model("llama4").save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with meta_context():
+        plain, _ = architecture(Kind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
+    checkpoint = Checkpoint(tmp_path, plain)
+    pairs = [(name, checkpoint.whole(name)) for name in plain.state_dict() if checkpoint.resolve(name)]
+    again = [name for name, _ in checkpoint.conversions.stored_again(iter(pairs))]
+    assert sorted([*again, *checkpoint.conversions.carried()]) == sorted(checkpoint.conversions.files.names())
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)

@@ -26,7 +26,7 @@ from trainer.export.card import CardFacts, render_card
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import TEXT_ALONE, text_settings
 from trainer.model.weights import BaseWeights
 
 if TYPE_CHECKING:
@@ -237,7 +237,9 @@ def _write_model(
     plain: Any = built.step_module.model
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     settings = copy.deepcopy(built.config)
-    settings.architectures, settings.dtype = [type(plain).__name__], dtype
+    if settings.model_type not in TEXT_ALONE or not settings.architectures:  # of those, the whole model is written
+        settings.architectures = [type(plain).__name__]
+    settings.dtype = dtype
     if getattr(settings, "quantization_config", None) is not None:  # what is written are the numbers that it stood for
         del settings.quantization_config
     if labels := card.facts.get("label_names"):

@@ -177,10 +177,11 @@ class Conversions:
                 waiting.setdefault(key, set()).add(name)
             places[name] = key, pattern
         held: dict[str, dict[str, Tensor]] = {}
+        part = self._part(places)
         for name, tensor in tensors:
             key, pattern = places.get(name, (name, None))
             if pattern is None:
-                yield key, tensor
+                yield part + key, tensor
                 continue
             held.setdefault(key, {})[name] = tensor
             if held[key].keys() < waiting[key]:
@@ -191,7 +192,17 @@ class Conversions:
             for member in sorted(members, key=dot_natural_key):
                 collected.setdefault(str(places[member][1]), []).append(members[member])
             for stored, value in self._convert(group, collected).items():
-                yield apply_renamings(stored, renamings), value
+                yield part + apply_renamings(stored, renamings), value
+
+    def _part(self, places: dict[str, tuple[str, str | None]]) -> str:
+        """What the files' names begin with where the model is a part of theirs: `language_model.` of Llama 4; else empty."""
+        begun = set()
+        for name, (key, _) in places.items():
+            group = self.groups.get(name)
+            if group is not None and group.converter is None:
+                stored = group.sources[""][0]
+                begun.add(stored.removesuffix(key) if stored.endswith(f".{key}") else "")
+        return begun.pop() if len(begun) == 1 else ""
 
     def carried(self) -> list[str]:
         """Stored weights that the architecture ignores on purpose (`mtp.*`), and that a whole export keeps untouched."""
