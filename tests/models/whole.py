@@ -51,6 +51,8 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 21, "sliding_window": 4096},
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
 }
 """What a configuration needs beside its default, by `model_type`, to be that of a model that can be run."""
