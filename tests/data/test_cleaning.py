@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from trainer.data.config import CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Tally
-from trainer.data.stages.checks import Cleaner, fixer, remove_controls
+from trainer.data.stages.checks import Cleaner, encoding_fixer, remove_controls
 
 EVERYTHING = CleaningConfig(fix_encoding=True, control_characters=True, unicode=UnicodeForm.NFC)
-fix_encoding = fixer(encoding=True)
+fix_encoding = encoding_fixer()
 ZWJ, ZWNJ = "\u200d", "\u200c"
 
 
@@ -67,7 +67,7 @@ def test_no_control_is_left_and_nothing_else_is_lost(text):
 @given(st.text())
 def test_unicode_forms(text):
     for form in (UnicodeForm.NFC, UnicodeForm.NFKC):
-        assert fixer(form=form)(text) == unicodedata.normalize(form.value, text)
+        assert Cleaner(CleaningConfig(unicode=form)).clean(text)[0] == unicodedata.normalize(form.value, text)
 
 
 PIECES = [

@@ -229,8 +229,13 @@ class Findings:
         for name in ("scanned", "documents", "counts", "documents_by_type"):
             getattr(self, name).update(getattr(other, name))
         for type_, places in other.examples.items():
-            kept = self.examples.setdefault(type_, [])
-            kept.extend(places[: EXAMPLES - len(kept)])
+            keep_first(self.examples, type_, places)
+
+
+def keep_first(examples: dict[str, list[str]], key: str, places: list[str]) -> None:
+    """Add places to those of a key, as far as `EXAMPLES` allows."""
+    kept = examples.setdefault(key, [])
+    kept.extend(places[: EXAMPLES - len(kept)])
 
 
 @dataclass(slots=True)
@@ -262,15 +267,12 @@ class Tally:
             for stage, counts in theirs.items():
                 mine.setdefault(stage, Counter()).update(counts)
         for key, places in other.examples.items():
-            kept = self.examples.setdefault(key, [])
-            kept.extend(places[: EXAMPLES - len(kept)])
+            keep_first(self.examples, key, places)
         self.findings.merge(other.findings)
 
     def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str, number: int) -> None:
         table.setdefault(stage, Counter())[reason] += number
-        places = self.examples.setdefault(f"{stage}/{reason}", [])
-        if len(places) < EXAMPLES:
-            places.append(where)
+        keep_first(self.examples, f"{stage}/{reason}", [where])
 
 
 class Stage(Protocol):

@@ -30,6 +30,7 @@ from trainer.data.stages.filters import Filters
 from trainer.data.stages.privacy.stage import Privacy
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
+from trainer.data.tokens.cut import last_learned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -127,7 +128,7 @@ class BlockMaker:
             left.append(document)
         block.pieces = np.array(pieces, np.int64)
         block.sequences = Sequences.of(samples, self.reading.counts)
-        ended = [sample.last_target() in encoder.end_ids for sample in samples]
+        ended = [last_learned(sample) in encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(ended, np.int64)
         return left
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,23 +85,16 @@ def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str
 def _wrap(cells: list[tuple[str, bool]], width: int) -> list[list[tuple[str, bool]]]:
     lines: list[list[tuple[str, bool]]] = [[]]
     for cell in cells:
-        if cell[0] == "\n":
+        if cell[0] == "\n" or len(lines[-1]) == width:
             lines.append([])
-            continue
-        if len(lines[-1]) == width:
-            lines.append([])
-        lines[-1].append(cell)
+        if cell[0] != "\n":
+            lines[-1].append(cell)
     return lines
 
 
 def _paint(line: list[tuple[str, bool]]) -> str:
-    out, on = [], False
-    for character, learned in line:
-        if learned is not on:
-            out.append(GREEN if learned else RESET)
-            on = learned
-        out.append(character)
-    return "".join(out) + (RESET if on else "")
+    runs = [(learned, "".join(c for c, _ in run)) for learned, run in groupby(line, key=itemgetter(1))]
+    return "".join(f"{GREEN}{text}{RESET}" if learned else text for learned, text in runs)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -9,7 +9,10 @@ exactly as it was.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from trainer.data.config import ChecksConfig, CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Message, Tally
@@ -109,23 +112,18 @@ ROUNDS = 8
 """Passes a text may take to come to rest; two are usual, the second being the proof."""
 
 
-def fixer(*, encoding: bool = False, form: UnicodeForm = UnicodeForm.none) -> Callable[[str], str]:
-    """ftfy (R. Speer, 2019) with nothing switched on but the repair of mojibake, or a normalisation form."""
+OFF = (
+    *("unescape_html", "remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes"),
+    *("fix_line_breaks", "fix_surrogates", "remove_control_chars"),
+)
+"""What ftfy would do besides."""
+
+
+def encoding_fixer() -> Callable[[str], str]:
+    """ftfy (R. Speer, 2019) with nothing switched on but the repair of mojibake."""
     import ftfy
 
-    config = ftfy.TextFixerConfig(
-        unescape_html=False,
-        remove_terminal_escapes=False,
-        fix_encoding=encoding,
-        fix_c1_controls=encoding,
-        fix_latin_ligatures=False,
-        fix_character_width=False,
-        uncurl_quotes=False,
-        fix_line_breaks=False,
-        fix_surrogates=False,
-        remove_control_chars=False,
-        normalization=None if form is UnicodeForm.none else form.value,  # type: ignore[arg-type]  # one of its literals
-    )
+    config = ftfy.TextFixerConfig(normalization=None)._replace(**dict.fromkeys(OFF, False))  # type: ignore[arg-type]  # its names are fields
     return lambda text: text if text.isascii() else ftfy.fix_text(text, config)
 
 
@@ -169,11 +167,12 @@ class Cleaner:
     def __init__(self, config: CleaningConfig) -> None:
         self.steps: list[tuple[str, Callable[[str], str]]] = []
         if config.fix_encoding:
-            self.steps.append(("fix_encoding", fixer(encoding=True)))
+            self.steps.append(("fix_encoding", encoding_fixer()))
         if config.control_characters:
             self.steps.append(("control_characters", remove_controls))
         if config.unicode is not UnicodeForm.none:
-            self.steps.append(("unicode", fixer(form=config.unicode)))
+            form: Any = config.unicode.value
+            self.steps.append(("unicode", partial(unicodedata.normalize, form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         changed: set[str] = set()

@@ -65,11 +65,6 @@ class Sample:
         weights = None if self.weights is None else np.concatenate([self.weights[part] for part in parts])
         return Sample(ids, supervised, dict(self.marks), weights)
 
-    def last_target(self) -> int:
-        """Id of the last token that is learned; -1 where none is."""
-        at = int(self.supervised[::-1].argmax()) if len(self.supervised) else 0
-        return int(self.input_ids[~at]) if len(self.supervised) and self.supervised[~at] else -1
-
     def answer_begin(self) -> int:
         """Where the first token is learned; the end of the sequence where none is (a filler)."""
         learned = np.flatnonzero(self.supervised)

@@ -5,6 +5,7 @@ Cuts keep what a model needs to make sense of the rest: BOS, the system turn, th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 
 import numpy as np
@@ -63,6 +64,12 @@ def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: T
             tally.note("tokenise", code, document.where)
 
 
+def last_learned(sample: Sample) -> int:
+    """Id of the last token that is learned; -1 where none is."""
+    at = int(sample.supervised[::-1].argmax()) if len(sample.supervised) else 0
+    return int(sample.input_ids[~at]) if len(sample.supervised) and sample.supervised[~at] else -1
+
+
 def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
     """What is odd about a sample, as codes.
 
@@ -70,7 +77,7 @@ def oddities(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
     to stop; `control_tokens_in_text`: the data spells control tokens; `control_tokens_as_text`: they became ordinary
     characters, but for those of answers.
     """
-    codes, last, spelled = list[str](), sample.last_target(), encoder.control.spelled
+    codes, last, spelled = list[str](), last_learned(sample), encoder.control.spelled
     if LABEL not in sample.marks and last not in encoder.end_ids:
         codes.append("no_supervised" if last < 0 else "missing_eos")
     if any(map(spelled, document.texts())):
@@ -165,16 +172,15 @@ def _shortest_cut(
     encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]], max_length: int
 ) -> Sample | tuple[Document, Sample]:
     """The longest row of last exchanges that fits; else the last learned exchange alone, with its sample."""
-    low, high = 1, len(exchanges) - 1  # the number of exchanges left out, by bisection: fewer never make it shorter
-    best = None
-    while low <= high:
-        middle = (low + high) // 2
-        sample = _encode(encoder, document, system, exchanges[middle:])[1]
-        if len(sample.input_ids) <= max_length:
-            best, high = sample, middle - 1
-        else:
-            low = middle + 1
-    return best if best is not None else _encode(encoder, document, system, exchanges[-1:])
+    made: dict[int, Sample] = {}
+
+    def fits(left_out: int) -> bool:
+        made[left_out] = _encode(encoder, document, system, exchanges[left_out:])[1]
+        return len(made[left_out].input_ids) <= max_length
+
+    # by bisection: fewer exchanges never make it longer
+    first = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
+    return made[first] if first < len(exchanges) else _encode(encoder, document, system, exchanges[-1:])
 
 
 def _windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:

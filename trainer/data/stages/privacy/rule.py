@@ -60,21 +60,8 @@ NEEDS_PRESIDIO = frozenset({"PERSON", "LOCATION", "ORGANISATION"})
 FOUND_BY_NONE = frozenset({"ADDRESS"})
 """Types that laws name and nothing here finds whole; what is asked for under them is reported as not looked for."""
 
-NATIONAL_IDS: dict[str, str] = {
-    "US_SSN": "US",
-    "US_ITIN": "US",
-    "UK_NHS": "GB",
-    "UK_NINO": "GB",
-    "DE_TAX_ID": "DE",
-    "FR_NIR": "FR",
-    "ES_NIF": "ES",
-    "IT_FISCAL_CODE": "IT",
-    "NL_BSN": "NL",
-    "PL_PESEL": "PL",
-    "IN_AADHAAR": "IN",
-    "BR_CPF": "BR",
-}
-"""Identity numbers and their country."""
+NATIONAL_IDS = {name: name[:2].replace("UK", "GB") for name in TYPES if name[2:3] == "_"}
+"""Identity numbers and their country, with which their names begin."""
 
 GENERAL = frozenset(
     {"PERSON", "EMAIL", "PHONE", "FAX", "ADDRESS", "CREDIT_CARD", "IBAN", "ACCOUNT", "IP", "MAC", "DATE_OF_BIRTH"}

@@ -17,7 +17,7 @@ from typing import Any
 
 from strategies.errors import DataError
 from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
-from trainer.data.document import EXAMPLES, Document, Findings, Tally
+from trainer.data.document import Document, Findings, Tally, keep_first
 from trainer.data.stages.privacy import context, patterns
 from trainer.data.stages.privacy.context import canonical, phones
 from trainer.data.stages.privacy.patterns import compact
@@ -168,9 +168,7 @@ class Privacy:
         findings.counts.update(type_ for type_, _ in seen)
         findings.documents_by_type.update({type_ for type_, _ in seen})
         for type_, shown in seen:
-            kept = findings.examples.setdefault(type_, [])
-            if len(kept) < EXAMPLES:
-                kept.append(f"{document.where} {shown}")
+            keep_first(findings.examples, type_, [f"{document.where} {shown}"])
         if self.config.mode == PrivacyMode.drop:
             tally.drop(self.name, seen[0][0], document.where)
             return None
