@@ -10,6 +10,7 @@ def text(report: dict[str, Any]) -> str:
     model = report["model"]
     head = model["run"] or model["path"]
     head += f", {model['checkpoint']}" if model["checkpoint"] else ""
+    head += f" with {', '.join(model['adapters'])}" if model["adapters"] else ""
     against = report.get("against")
     lines = [f"{head}, against {against['what']}" if against else head]
     headings = ["task", "metric", "value", "95 % interval"]

@@ -145,12 +145,13 @@ def _of_model(asked: Asked, path: str, directory: Path) -> RunConfig:
 
 def _settle(config: RunConfig, asked: Asked) -> None:
     """What an evaluation needs no choice for."""
+    from launch.compose import world_size_of
     from strategies.base import Precision, SingleConfig
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import Around
 
-    ranks = config.launcher.per_node * max(1, config.launcher.nodes)
+    ranks = world_size_of(config) or 1
     typed = any(word.startswith(("strategy=", "strategy.")) for word in asked.settings)
     if ranks == 1 and not typed:
         config.strategy = SingleConfig()

@@ -69,7 +69,10 @@ def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -
     if status.get("state") == State.preempted:
         step = status.get("step")
         reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
-        print(f"{run_dir}: {reached}; the same command continues it", file=sys.stderr)
+        said = f"{reached}; the same command continues it"
+        if verb == "evaluate":
+            said = "stopped; an evaluation keeps nothing, the same command begins it again"
+        print(f"{run_dir}: {said}", file=sys.stderr)
         return 130 if code == 130 else 75
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure

@@ -58,6 +58,9 @@ def evaluate_worker(config: RunConfig, job: Job, job_dir: Path) -> None:
         try:
             with attempt(job_dir, config.run.lease_s, request) as where:
                 _evaluate(config, job, job_dir, request, where)
+        except Preempted as stop:
+            stop.signal_name = request.signal_name
+            raise
         except BaseException:
             failed = True
             raise

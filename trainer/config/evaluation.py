@@ -37,7 +37,12 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
     yield from _tasks(config)
     yield from _generate(config, has_data=has_data)
-    if evaluation.watch.rpartition("/")[2].startswith("f1_") and not family_of(config.objective).judges_labels:
+    of_task = evaluation.watch in registry.metrics_of(evaluation.tasks)
+    if (
+        not of_task
+        and evaluation.watch.rpartition("/")[2].startswith("f1_")
+        and not family_of(config.objective).judges_labels
+    ):
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
