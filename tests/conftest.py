@@ -6,6 +6,7 @@ With `-n auto` several workers share the tests: `tests/helpers/parallel.py`.
 
 import copy
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,6 +32,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, which all it starts inherits
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--cpu"):
         from tests.helpers import cpu
 

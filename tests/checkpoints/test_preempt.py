@@ -11,9 +11,10 @@ import pytest
 
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
-from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import command_warm
 
 STEPS = 40
 """Enough that the signal, sent after the fifth, comes before the last also where this process is kept waiting."""
@@ -82,21 +83,18 @@ STRATEGIES = {
 @pytest.mark.parametrize(("name", "words"), list(STRATEGIES.items())[: None if EVERYTHING else 2])
 def test_stopped_run_continues_bit_for_bit(root, capsys, name, words):
     whole = command(root, f"{name}-whole", *words)
-    if name == "alone":
-        assert command_here(whole[3:]) == 0
-    else:
-        subprocess.run(whole, env=clean_environment(), cwd=ROOT, check=True)
+    assert command_warm(whole[3:]) == 0
     assert stop_after(root, f"{name}-cut", 5, signal.SIGUSR1, words) == 75
     status = json.loads((root / f"{name}-cut" / "status.json").read_text())
     assert status["state"] == "preempted"
     reached = status["step"]
     assert 5 <= reached < STEPS, "the run was over before the signal came"
     assert [r["step"] for r in rows(root, f"{name}-cut")][-1] == reached
-    subprocess.run(command(root, f"{name}-cut", *words), env=clean_environment(), cwd=ROOT, check=True)
+    assert command_warm(command(root, f"{name}-cut", *words)[3:]) == 0
     assert numbers(root, f"{name}-cut") == numbers(root, f"{name}-whole")
     assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 15, 30 and the end
     if name != "alone":
         return
     capsys.readouterr()
-    assert command_here(command(root, f"{name}-cut", *words)[3:]) == 0
+    assert command_warm(command(root, f"{name}-cut", *words)[3:]) == 0
     assert "already finished" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """The examples of the topic pages run, in the order of the page, on a tiny model and made-up data.
 
 A block is taken where the line above it says `<!-- run -->`, or `<!-- file: name -->` for one that is written to a file.
-`shardtune` commands run in this process, which spares their start; all else, and all ranks, are processes of their own.
+`shardtune` commands run in this process and their ranks are forked (`tests/helpers/warm.py`), which spares their start; all else
+is a process of its own.
 """
 
 import os
@@ -19,6 +20,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import forked_ranks
 
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
@@ -51,7 +53,9 @@ def run(block: Block, page: Path) -> None:
         for command in filter(None, block.text.replace("\\\n", " ").splitlines()):
             words = shlex.split(os.path.expandvars(command))
             if words[0] == "shardtune":
-                assert main(words[1:]) == 0, f"{page.name}:{block.line}: {command}"
+                with forked_ranks():
+                    code = main(words[1:])
+                assert code == 0, f"{page.name}:{block.line}: {command}"
             else:
                 assert words[0] == "torchrun", f"{page.name}:{block.line}: how is this run? {command}"
                 torchrun(words[1:])

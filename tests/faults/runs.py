@@ -17,10 +17,13 @@ from pathlib import Path
 import psutil
 
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import command_warm
 
+PACED = {"PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'pace'}:{ROOT}"}
+"""What makes a run rest after each step."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
@@ -63,9 +66,9 @@ class Runs:
         given = [f"{key}={value}" for key, value in settings.items() if key not in typed]
         return [sys.executable, "-m", "launch.main", verb, *given, *words]
 
-    def start(self, run: str, *words: str, **extra: str) -> subprocess.Popen:
-        """`shardtune train` in a session of its own; what it says goes to files."""
-        return self._popen(self.words(run, *words), run, extra)
+    def start(self, run: str, *words: str, paced: bool = True, **extra: str) -> subprocess.Popen:
+        """`shardtune train` in a session of its own, resting after each step unless not `paced`; what it says goes to files."""
+        return self._popen(self.words(run, *words), run, {**(PACED if paced else {}), **extra})
 
     def start_ranks(self, run: str, *words: str) -> list[subprocess.Popen]:
         """Two ranks without torchrun, as srun starts them, each the first one of its host; they say to `<run>.<rank>`."""
@@ -105,13 +108,16 @@ class Runs:
 
     def run(self, run: str, *words: str, **extra: str) -> tuple[int, str]:
         """The whole of a run: its exit code and what it said."""
-        code = self.end(self.start(run, *words, **extra))
+        code = self.end(self.start(run, *words, paced=False, **extra))
         return code, self.said(run)
 
     def run_here(self, run: str, *words: str) -> tuple[int, str]:
-        """The same in this process, which spares a start: where neither the process nor how it ends is what is tested."""
+        """The same in this process, which spares a start: where neither the process nor how it ends is what is tested.
+
+        Several ranks are forked.
+        """
         with (self.root / f"{run}.out").open("w") as out, redirect_stdout(out), redirect_stderr(out):
-            code = command_here(self.words(run, *words)[3:])
+            code = command_warm(self.words(run, *words)[3:])
         return code, self.said(run)
 
     def end(self, process: subprocess.Popen, limit: float = 120) -> int:

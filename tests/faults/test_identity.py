@@ -44,7 +44,7 @@ def test_another_run_is_refused_with_what_differs_or_accepted_and_recorded(runs,
     state = f"run.resume={runs.root / 'whole' / 'checkpoints' / 'step-000004'}"
     longer = [word for word in own if not word.startswith("budget")] + ["budget.steps=6", state]
     # Where and how fast it is computed, and how long, may change.
-    code, said = runs.run("elsewhere", *longer, "strategy=fsdp2", "launcher.processes=2", "batch.micro=1")
+    code, said = runs.run_here("elsewhere", *longer, "strategy=fsdp2", "launcher.processes=2", "batch.micro=1")
     assert code == 0, said
     assert "resumed from step-000004" in said
 

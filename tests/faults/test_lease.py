@@ -17,7 +17,7 @@ import pytest
 from launch.outcome import begin, outcome
 from strategies import durable
 from strategies.errors import Preempted, StorageError
-from tests.faults.runs import ROOT, descendants, environment, read, wait
+from tests.faults.runs import PACED, ROOT, descendants, environment, read, wait
 from tests.helpers.speed import seconds
 from trainer import run as run_module
 from trainer import telling
@@ -40,7 +40,7 @@ def can_be_elsewhere() -> bool:
 def start_elsewhere(runs, out, run, *words):
     with (runs.root / f"{out}.out").open("w") as file:
         command = [*ELSEWHERE, *runs.words(run, *words)]
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment(**PACED), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     runs.started.append(process)
     return process
 

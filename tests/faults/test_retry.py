@@ -8,7 +8,7 @@ from launch.outcome import _cause
 from tests.faults.runs import rank_of, wait
 from trainer.records.status import record_failure
 
-STEPS = 50
+STEPS = 30
 
 
 def test_a_run_goes_on_by_itself_after_usr2_and_after_a_killed_rank(runs):

@@ -17,7 +17,7 @@ from tests.helpers.speed import seconds
 
 def test_one_process_saves_at_every_signal(runs):
     flooded, interrupted, suspended = (
-        runs.start(name, "run.threads=0") for name in ("flooded", "interrupted", "suspended")
+        runs.start(name, "run.threads=0", paced=False) for name in ("flooded", "interrupted", "suspended")
     )
     for name, process in (("flooded", flooded), ("interrupted", interrupted), ("suspended", suspended)):
         runs.wait_for_step(name, 3, process)
@@ -41,7 +41,7 @@ def test_one_process_saves_at_every_signal(runs):
 
 @pytest.mark.skipif(not EVERYTHING, reason="one process shows the same in fewer seconds")
 def test_two_ranks_and_their_launcher_outlive_a_flood(runs):
-    process = runs.start("two", "strategy=ddp", "launcher.processes=2")
+    process = runs.start("two", "strategy=ddp", "launcher.processes=2", paced=False)
     runs.wait_for_step("two", 3, process)
     assert flood(process, signal.SIGTERM) == 75
     assert runs.status("two")["state"] == "preempted"

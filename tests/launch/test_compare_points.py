@@ -1,5 +1,7 @@
 """`shardtune compare` over axes: real points on two ranks, one refused, one that fails, stopped by Ctrl-C and gone on with."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import command_warm
 from trainer.records.status import State, write_status
 
 
@@ -67,9 +70,11 @@ def compared(site):
     assert first.returncode == 130, told + rest
     status = site / "to/lr1e-4-ddp/status.json"
     done_at = status.stat().st_mtime_ns
-    again = subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=seconds(600))
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    return json.loads(out), json.loads(again.stdout), told + rest, again.stderr, done_at
+    answer, said = io.StringIO(), io.StringIO()
+    with contextlib.chdir(site), contextlib.redirect_stdout(answer), contextlib.redirect_stderr(said):
+        code = command_warm(command[3:])
+    assert code == 0, answer.getvalue()[-3000:] + said.getvalue()[-3000:]
+    return json.loads(out), json.loads(answer.getvalue()), told + rest, said.getvalue(), done_at
 
 
 def test_ctrl_c_keeps_what_was_measured(compared):
