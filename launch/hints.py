@@ -140,7 +140,7 @@ def unknown_key(key: str, word: str, known: Known) -> tuple[str, str | None]:
     if any(k.startswith(f"{key}.") for k in known):
         inside = sorted(k for k in known if k.startswith(key + "."))
         return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
-    if (group_problem := _group_meant(key, word)) is not None:
+    if (group_problem := _group_meant(key, word, known)) is not None:
         return group_problem, None
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     last = key.split(".")[-1]
@@ -155,11 +155,12 @@ def unknown_key(key: str, word: str, known: Known) -> tuple[str, str | None]:
     ] if hints else None
 
 
-def _group_meant(key: str, word: str) -> str | None:
+def _group_meant(key: str, word: str, known: Known) -> str | None:
     """The group that a key of one part looks like, with the value that was typed."""
     value = word.partition("=")[2]
     fits = [name for name in groups() if value in groups()[name]]
-    near = difflib.get_close_matches(key, groups(), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(key, [*groups(), *known], n=1, cutoff=0.7)
+    near = [name for name in near if name in groups()]
     group = near[0] if near else fits[0] if len(fits) == 1 and "." not in key else None
     if group is None or "." in key:
         return None
