@@ -14,6 +14,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},
     packages=find_packages(include=["conf", "launch", "strategies", "trainer", "trainer.*"]),
+    py_modules=["shardtune"],
     package_data={
         "conf": ["*.yaml", "*/*.yaml", "*/*.md"],
         "trainer.data.report": ["*.j2", "*.css"],
@@ -73,5 +74,5 @@ setup(
         ],
         "check": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17"],
     },
-    entry_points={"console_scripts": ["shardtune=launch.main:main"]},
+    entry_points={"console_scripts": ["shardtune=shardtune:main"]},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import os
 import re
@@ -89,6 +90,8 @@ def _values(word: str) -> list[str]:
         if not all(parts):
             raise ConfigError(f"{word}: nothing stands between two commas; leave one out, or quote the whole value")
         return [f"{key}={part}" for part in parts]
+    if text.startswith("glob(") and text.endswith(")"):
+        return [f"{key}={found}" for found in _matching(word, key, text)]
     if FUNCTION.fullmatch(text):
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
@@ -100,6 +103,30 @@ def _values(word: str) -> list[str]:
         except (HydraException, NotImplementedError):
             pass  # text that looks like one, or reported when the point is composed
     return [word]
+
+
+def _matching(word: str, key: str, text: str) -> list[str]:
+    """The choices of a group, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` means. Errors: ConfigError."""
+    from glob import glob
+
+    parts = split(text.removeprefix("glob(").removesuffix(")"))
+    given: dict[str, list[str]] = {"include": [], "exclude": []}
+    for part in parts:
+        name, assigned, patterns = part.partition("=")
+        name, patterns = (name.strip(), patterns) if assigned and name.strip() in given else ("include", part)
+        given[name] += [each.strip("'\" ") for each in split(patterns.strip().strip("[]"))]
+    if key in groups():
+        there = {pattern: fnmatch.filter(groups()[key], pattern) for pattern in (*given["include"], *given["exclude"])}
+    else:
+        asked = (*given["include"], *given["exclude"])
+        there = {pattern: glob(pattern, recursive=True) for pattern in asked}  # noqa: PTH207 - absolute patterns too
+    out = {each for pattern in given["exclude"] for each in there[pattern]}
+    found = sorted({each for pattern in given["include"] for each in there[pattern]} - out)
+    if not found:
+        raise ConfigError(
+            f"{word}: matches nothing" + (f"; {key}= has {', '.join(groups()[key])}" if key in groups() else "")
+        )
+    return found
 
 
 def left_out(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:

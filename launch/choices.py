@@ -16,15 +16,48 @@ OF_PLANS = "hardware"
 """A directory of conf/ whose files are no settings of a run: cards that `shardtune plan` plans for."""
 
 
+OWN_DIRECTORIES: list[Path] = []
+"""Directories of the user's (`--config-dir`) whose files are choices too."""
+
+
 @cache
 def groups() -> dict[str, list[str]]:
-    """The choices of every group, both in alphabetical order."""
+    """The choices of every group, both in alphabetical order, those of the user's directories included."""
+    found = dict(shipped())
+    for own in OWN_DIRECTORIES:
+        for name in found:
+            found[name] = sorted({*found[name], *(file.stem for file in (own / name).glob("*.yaml"))})
+    return found
+
+
+@cache
+def shipped() -> dict[str, list[str]]:
+    """The choices that `conf/` has."""
     found = {
         directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
         for directory in sorted(CONF_DIR.iterdir())
         if directory.is_dir() and not directory.name.startswith(("_", ".")) and directory.name != OF_PLANS
     }
     return {name: choices for name, choices in found.items() if choices or name == "local"}
+
+
+def add_directory(directory: Path) -> None:
+    """Offer the files of a directory laid out as `conf/` as choices. Raises ConfigError where it would hide ours, or has none."""
+    from strategies.errors import ConfigError
+
+    there = {name: sorted(file.stem for file in (directory / name).glob("*.yaml")) for name in shipped()}
+    if not any(there.values()):
+        raise ConfigError(
+            f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
+            "file of settings is given as a bare word: my.yaml"
+        )
+    if hidden := [f"{name}/{each}.yaml" for name, own in there.items() for each in own if each in shipped()[name]]:
+        raise ConfigError(
+            f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"
+        )
+    if directory not in OWN_DIRECTORIES:
+        OWN_DIRECTORIES.append(directory)
+    groups.cache_clear()
 
 
 def variants() -> dict[str, dict[str, type]]:

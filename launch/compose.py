@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from launch import hints, overrides
-from launch.choices import CONF_DIR, register_schemas, settings_of, variants
+from launch.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen, to_yaml
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
@@ -128,7 +128,7 @@ def _base(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         try:
-            return hydra_compose("train", [f"{group}={choice}" for group, choice in choices.items()]), []
+            return hydra_compose("train", hydra_words(choices)), []
         except (HydraException, OmegaConfBaseException) as error:
             problem = f"{_blame(choices)}: {' '.join(str(error).split())}"
         tree = OmegaConf.structured(RunConfig)
@@ -138,7 +138,14 @@ def _base(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
 
 def _blame(choices: dict[str, str]) -> str:
     files = [f"conf/{group}/{choices[group]}.yaml" for group in ("experiment", "debug") if choices.get(group)]
-    return " or ".join([*files, "conf/local/default.yaml"])
+    own = [f"a file below {directory}" for directory in OWN_DIRECTORIES]
+    return " or ".join([*files, *own, "conf/local/default.yaml"])
+
+
+def hydra_words(choices: dict[str, str]) -> list[str]:
+    """What Hydra is asked for: the choices, looked for in the user's directories too."""
+    own = ",".join(f"'{directory}'" for directory in OWN_DIRECTORIES)
+    return [f"{group}={choice}" for group, choice in choices.items()] + ([f"hydra.searchpath=[{own}]"] if own else [])
 
 
 def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
@@ -150,6 +157,13 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
     current = {group: str(tree[group].name) for group in variants()}
     for table in parsed.replaced:
         OmegaConf.update(tree, table, {}, merge=False)
+    for key, _ in parsed.defaults:
+        group = key.split(".")[0]
+        default = OmegaConf.structured(RunConfig)
+        if group in current:
+            default[group] = OmegaConf.structured(settings_of(group, current[group]))
+        if OmegaConf.select(default, key, default=default) is not default:
+            OmegaConf.update(tree, key, OmegaConf.select(default, key), merge=False)
     for key, value, word in parsed.values:
         setting = overrides.setting_of(known, key)
         if setting is None and key not in ("batch", "budget"):
@@ -167,10 +181,11 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
                 reason = overrides.describe(setting.type) if setting else " ".join(str(error).split())
                 problems.append(f"{word}: {key} must be {reason}")
                 parsed.suspects.add(key)
-    typed = {key for key, _, _ in parsed.values}
-    budgets = ["budget.steps", "budget.epochs", "budget.tokens"]
-    if any(b in typed for b in budgets):  # a typed budget replaces that of an experiment or debug file
-        for budget in set(budgets) - typed:
+    budgets = {"budget.steps", "budget.epochs", "budget.tokens"}
+    of_files, typed = parsed.values[: parsed.from_files], parsed.values[parsed.from_files :]
+    chosen = budgets & {key for key, _, _ in typed} or budgets & {key for key, _, _ in of_files}
+    if chosen:  # a typed budget replaces that of a file, and this one that of an experiment or debug file
+        for budget in budgets - chosen:
             OmegaConf.update(tree, budget, None)
     return problems
 

@@ -82,6 +82,33 @@ def wrong_value(group: str, text: str, word: str) -> str:
     return f"{word}: no such choice, one of {', '.join(choices)}{hint}"
 
 
+def of_hydra(key: str, text: str, word: str) -> str:
+    """What does here what Hydra's own settings do."""
+    name = key.replace("/", ".").removeprefix("hydra.")
+    last = name.rsplit(".", 1)[-1]
+    if name in ("run.dir", "sweep.dir"):
+        does = f"run.dir={text} names the directory, and under -m the one of all points"
+    elif name == "launcher" and "submitit" in text:
+        does = "launcher=slurm submits, under -m one job array"
+    elif name == "launcher":
+        does = "the points of -m run one after another here, or as one job array with launcher=slurm"
+    elif name.startswith("launcher."):
+        known = {"partition", "account", "qos", "cpus_per_task", "gpus_per_node", "nodes", "constraint", "exclusive"}
+        ours = {"timeout_min": f"time={text}:00", "mem_gb": f"mem={text}G", "tasks_per_node": f"processes={text}"}
+        does = f"launcher.{ours.get(last, f'{last}={text}' if last in known else '<key>=<value>')} with launcher=slurm"
+    elif name == "sweeper":
+        does = "values separated by commas under -m are run in all combinations; there is no search"
+    elif name.startswith("sweeper.params."):
+        does = f"-m {name.removeprefix('sweeper.params.')}={text}"
+    elif name == "searchpath":
+        does = "--config-dir <directory> adds one"
+    elif name in ("verbose", "job_logging") or name.startswith("job_logging"):
+        does = "`shardtune logs <run>` shows what every rank said"
+    else:
+        return f"{word}: Hydra's own settings are fixed here; remove it"
+    return f"{word}: Hydra's own settings are fixed here; in its place: {does}"
+
+
 def condition(key: str, under: tuple[str, ...]) -> str:
     """The choice that a setting needs, as typed."""
     return f"{key.split('.')[0]}={'|'.join(under)}"
@@ -97,7 +124,9 @@ def not_a_pair(word: str) -> str:
     if bare in groups():
         first = next(iter(variants().get(bare, groups()[bare])), None)
         return f"{word}: give its choice, as in {bare}={first}" if first else f"{word}: no choices"
-    near = difflib.get_close_matches(word, ["--help", "--cfg", "--dry-run", "--multirun"], n=1)
+    near = difflib.get_close_matches(
+        word, ["--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version"], n=1
+    )
     return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -111,7 +140,7 @@ def unknown_key(key: str, word: str, known: Known) -> tuple[str, str | None]:
     if any(k.startswith(f"{key}.") for k in known):
         inside = sorted(k for k in known if k.startswith(key + "."))
         return f"{word}: {key} is not one value; set {', '.join(inside[:8])}", None
-    if (group_problem := _group_meant(key, word)) is not None:
+    if (group_problem := _group_meant(key, word, known)) is not None:
         return group_problem, None
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     last = key.split(".")[-1]
@@ -126,11 +155,12 @@ def unknown_key(key: str, word: str, known: Known) -> tuple[str, str | None]:
     ] if hints else None
 
 
-def _group_meant(key: str, word: str) -> str | None:
+def _group_meant(key: str, word: str, known: Known) -> str | None:
     """The group that a key of one part looks like, with the value that was typed."""
     value = word.partition("=")[2]
     fits = [name for name in groups() if value in groups()[name]]
-    near = difflib.get_close_matches(key, groups(), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(key, [*groups(), *known], n=1, cutoff=0.7)
+    near = [name for name in near if name in groups()]
     group = near[0] if near else fits[0] if len(fits) == 1 and "." not in key else None
     if group is None or "." in key:
         return None

@@ -53,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-h", "--help", "help"):
         print(usage())
         return 0
+    if verb in ("--version", "-V", "version"):
+        print(version())
+        return 0
+    if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
+        return completion(words)
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
@@ -63,6 +68,44 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(verb, words[1:])
 
 
+def version() -> str:
+    """The version, that of the clone where it runs from one, and what runs it."""
+    import subprocess
+    from importlib import metadata
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parent.parent
+    try:
+        number = metadata.version("shardtune")
+    except metadata.PackageNotFoundError:
+        number = "(not installed)"
+    revision = ""
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        try:
+            found = subprocess.run(
+                command, cwd=root, capture_output=True, text=True, timeout=10, check=False
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            found = ""
+        revision = f", revision {found}" if found else ""
+    return f"shardtune {number}{revision} ({root}), Python {sys.version.split()[0]}"
+
+
+def completion(words: list[str]) -> int:
+    """Print the script that completes in a shell; returns the exit code."""
+    from launch.completion import script
+    from strategies.errors import ConfigError
+
+    shell = words[0].partition("=")[2] or (words[1] if len(words) > 1 else "")
+    try:
+        print(script(shell, VERBS), end="")
+    except ConfigError as error:
+        print(f"shardtune: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def guarded(verb: str, argv: list[str]) -> int:
     """Run `launch.<verb>.main(argv)`; every error becomes a message and an exit code."""
     from importlib import import_module
@@ -71,7 +114,9 @@ def guarded(verb: str, argv: list[str]) -> int:
     from strategies.redaction import redacted
 
     try:
-        return int(import_module(f"launch.{verb}").main(argv) or 0)
+        from launch.own_files import take_directories
+
+        return int(import_module(f"launch.{verb}").main(take_directories(argv)) or 0)
     except ConfigError as error:
         title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
         print(f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
@@ -101,7 +146,8 @@ def usage() -> str:
         "usage: shardtune <verb> [key=value ...]\n\n"
         f"{verbs}\n\n"
         "  shardtune train model.path=models/smollm2 data.path=train.jsonl tuning=lora\n"
-        "  shardtune train --help lists the settings people use most, and all choices.\n\n"
+        "  shardtune train --help lists the settings people use most, and all choices.\n"
+        "  --version; --shell-completion bash|zsh|fish prints the completion of a shell.\n\n"
         f"{EXIT_CODES}"
     )
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
-from launch import hints
-from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, variants
+from launch import hints, own_files
+from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, shipped, variants
+from strategies.errors import ConfigError
 
 NAMED_BY_KIND = "evaluation.tasks"
 """A table of which a list of kinds can be typed: an entry of each, of that name."""
-WORD = re.compile(r"(?P<mark>[+~]{0,2})(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
+WORD = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -28,6 +29,10 @@ class Parsed:
     problems: list[str] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
     """Tables of which the whole was typed: what an experiment or a run has in them gives way."""
+    from_files: int = 0
+    """How many of the values, the first ones, are not typed but read from files."""
+    defaults: list[tuple[str, str]] = field(default_factory=list)
+    """(key, word) of the settings that are to be as the code has them: `~key`."""
     suspects: set[str] = field(default_factory=set)
     """Keys that a wrong word was probably meant for: what validation says about them is not worth showing."""
 
@@ -48,8 +53,8 @@ def settings() -> dict[str, Setting]:
     typed = variants()
     for name, hint in get_type_hints(RunConfig).items():
         if name in typed:
-            order = [*typed[name], *groups()[name]]
-            for choice in sorted(groups()[name], key=order.index):
+            order = [*typed[name], *shipped()[name]]
+            for choice in sorted(shipped()[name], key=order.index):
                 for key, leaf_type in leaves(settings_of(name, choice), name).items():
                     found[key] = Setting(leaf_type, (*(found[key].under if key in found else ()), choice))
         elif is_dataclass(hint):
@@ -60,7 +65,7 @@ def settings() -> dict[str, Setting]:
         else:
             found[name] = Setting(hint)
     for key, setting in found.items():
-        if set(setting.under) == set(groups().get(key.split(".")[0], ())):
+        if set(setting.under) == set(shipped().get(key.split(".")[0], ())):
             found[key] = Setting(setting.type)
     del found["substitutions"]
     return found
@@ -90,21 +95,27 @@ def parse(words: list[str]) -> Parsed:
     """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
     parsed, known = Parsed(), settings()
     foreign = hints.Foreign(words, lambda key: setting_of(known, key) is not None)
+    for word in filter(own_files.is_file_word, words):  # first: what is typed goes before what a file says
+        _read_file(parsed, known, word)
+    parsed.from_files = len(parsed.values)
     for word in foreign.words:
+        if own_files.is_file_word(word):
+            continue
         match = WORD.fullmatch(word)
         if (hint := foreign.hint(word)) is not None:
             parsed.problems.append(hint.problem)
             parsed.suspects |= hint.meant
             continue
+        if word.startswith("~"):
+            _remove(parsed, known, word)
+            continue
         if match is None or word.startswith("-"):
             parsed.problems.append(hints.not_a_pair(word))
             continue
-        mark, key, text = match["mark"], match["key"], match["value"]
+        key, text = match["key"], match["value"]
         key = spelled(known, key)
         if key.split(".")[0].split("/")[0] == "hydra":
-            parsed.problems.append(f"{word}: Hydra's own settings are fixed here; remove it")
-        elif "~" in mark:
-            parsed.problems.append(f"{word}: a setting cannot be removed; set {key}=null to unset it")
+            parsed.problems.append(hints.of_hydra(key, text, word))
         elif "_target_" in word:
             parsed.problems.append(f"{word}: `_target_` is not used here and never runs anything; remove it")
         elif key in groups():
@@ -131,6 +142,52 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(part) for part in get_args(hint))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, "a value")
+
+
+def _read_file(parsed: Parsed, known: dict[str, Setting], word: str) -> None:
+    """The choices and values of the user's file, as if they had been typed first."""
+    try:
+        choices, values = own_files.read(word)
+    except ConfigError as error:
+        parsed.problems += error.problems
+        return
+    for group, choice in choices.items():
+        if group in groups():
+            _choose(parsed, group, choice, f"{word}: {group}: {choice}")
+        else:
+            parsed.problems.append(f"{word}: defaults: there is no group {group}; one of {', '.join(groups())}")
+    foreign = hints.Foreign(
+        [f"{key}={value}" for key, value in values], lambda key: setting_of(known, spelled(known, key)) is not None
+    )
+    for key, value in values:
+        if (hint := foreign.hint(f"{key}={value}")) is not None:
+            parsed.problems.append(f"{word}: {hint.problem.replace('=', ': ', 1)}")
+            parsed.suspects |= hint.meant
+            continue
+        said = f"{word}: {key}: {value}"
+        if re.search(r"\$\{\s*(now|hydra)\s*:", str(value)):
+            parsed.problems.append(f"{said}: ranks would not agree on it; write the value out")
+        elif "_target_" in said:
+            parsed.problems.append(f"{said}: `_target_` is not used here and never runs anything; remove it")
+        elif key == NAMED_BY_KIND and isinstance(value, list):
+            _assign(parsed, known, key, f"[{','.join(map(str, value))}]", said)
+        else:
+            parsed.values.append((spelled(known, key), value, said))
+
+
+def _remove(parsed: Parsed, known: dict[str, Setting], word: str) -> None:
+    """`~key`: as the code has it, whatever an experiment says; `~experiment`: none."""
+    key = spelled(known, word.lstrip("~").partition("=")[0])
+    if key in WHOLE_RUN_GROUPS:
+        parsed.choices[key] = "null"
+    elif key in groups():
+        parsed.problems.append(f"{word}: a run needs one; give another choice, as in {key}={groups()[key][0]}")
+    elif key in known or any(each.startswith(f"{key}.") for each in known):
+        parsed.defaults.append((key, word))
+    else:
+        problem, meant = hints.unknown_key(key, word, known)
+        parsed.problems.append(problem)
+        parsed.suspects |= {meant} if meant else set()
 
 
 def _choose(parsed: Parsed, group: str, text: str, word: str) -> None:

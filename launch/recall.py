@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.choices import CONF_DIR
+from launch.choices import CONF_DIR, OWN_DIRECTORIES
+from launch.own_files import is_file_word
 from strategies.errors import ShardtuneError
 
 if TYPE_CHECKING:
@@ -94,6 +95,14 @@ def _path(words: list[str]) -> Path:
     identity = {
         "words": words,
         "from": str(Path.cwd()),
+        "own": [
+            (str(f), f.read_text())
+            for f in [
+                *map(Path, filter(is_file_word, words)),
+                *(g for d in OWN_DIRECTORIES for g in sorted(d.rglob("*.yaml"))),
+            ]
+            if f.is_file()
+        ],
         "conf": [(str(f.relative_to(CONF_DIR)), f.read_text()) for f in sorted(CONF_DIR.rglob("*.yaml"))],
         "versions": {name: _version(name) for name in LIBRARIES},
         "code": [_file_state(f) for f in sorted(Path(__file__).parents[1].glob("trainer/data/**/*.py"))],

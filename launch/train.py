@@ -14,47 +14,51 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from launch import looking
 from launch.choices import groups
 from launch.slurm_env import is_worker
-from strategies.redaction import redacted
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
     from launch.frozen import Composed
     from trainer.config.run import RunConfig
 
-FLAGS = ("-h", "--help", "--cfg", "--dry-run", "-m", "--multirun")
+FLAGS = ("-h", "--help", "--dry-run", "-m", "--multirun")
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError and whatever the run itself raises."""
+    argv, cfg, info = looking.take(argv)
     flags = {word for word in argv if word in FLAGS}
     words = [word for word in argv if word not in FLAGS]
-    if flags - {"-m", "--multirun"}:
+    if flags - {"-m", "--multirun"} or cfg or info:
         release()
     if flags & {"-h", "--help"}:
         print(usage())
         return 0
-    if is_worker(os.environ) and not flags:
+    if info:
+        print("\n".join(looking.info(words)))
+        return 0
+    if is_worker(os.environ) and not flags and not cfg:
         return worker(words)
     from launch.compose import compose
 
     if flags & {"-m", "--multirun"}:
         from launch.multirun import multirun
 
-        look = partial(show, dry_run="--dry-run" in flags) if flags & {"--cfg", "--dry-run"} else None
-        return multirun(words, launch=launch, show=look, check="--cfg" not in flags)
-    composed = compose(words, check="--cfg" not in flags)
-    if "--cfg" in flags or "--dry-run" in flags:
-        show(composed, dry_run="--dry-run" in flags)
+        look = partial(show, cfg=cfg) if cfg or "--dry-run" in flags else None
+        return multirun(words, launch=launch, show=look, check=not cfg)
+    composed = compose(words, check=not cfg)
+    if cfg or "--dry-run" in flags:
+        show(composed, cfg=cfg)
         return 0
     return launch(composed, run_dir_of(composed))
 
 
-def show(composed: Composed, *, dry_run: bool) -> None:
-    """Print the configuration, or what the run would do."""
-    if not dry_run:
-        print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")
+def show(composed: Composed, *, cfg: str | None) -> None:
+    """Print the configuration (`cfg`: which), or what the run would do."""
+    if cfg:
+        looking.show(composed, cfg)
         return
     from trainer.forecast.dry_run import describe
 
@@ -190,7 +194,9 @@ def usage() -> str:
         ("logging.wandb=offline", "online, offline or disabled; docs/tracking.md"),
     ]
     flags = [
-        ("--cfg", "print the whole configuration and stop"),
+        ("--cfg [job|hydra|all]", "print the whole configuration (hydra: Hydra's own) and stop"),
+        ("--info", "print where the configuration comes from and stop"),
+        ("--config-dir <dir>", "a directory laid out as conf/ whose files are choices too"),
         ("--dry-run", "print what the run would do and stop"),
         ("-m, --multirun", "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4"),
     ]
@@ -200,6 +206,7 @@ def usage() -> str:
     return (
         f"usage: shardtune train [flags] [key=value ...]\n\nsettings:\n{rows}\n\n"
         f"groups:\n{choices}\n\nflags:\n{options}\n\n"
+        "A bare my.yaml is a file of settings; what is typed goes before it. ~key takes a setting back to its default.\n"
         "Every setting is listed with its meaning in conf/. The same words work as\n"
         "  torchrun --nproc-per-node=8 -m launch.train <words>      sbatch slurm/train.sbatch <words>"
     )

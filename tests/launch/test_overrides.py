@@ -1,13 +1,15 @@
 """What users type: kept as typed where it is a path, and explained, all at once, where it cannot be used."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from launch.axes import expand
-from launch.choices import groups
+from launch.choices import OWN_DIRECTORIES, groups
 from launch.compose import compose
 from launch.overrides import setting_of, settings
+from launch.own_files import take_directories
 from launch.removed import REMOVED
 from strategies.errors import ConfigError
 from trainer.foreign.answer import Theirs
@@ -115,7 +117,7 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("tuning", "as in tuning=full"),
         ("optim=1", "no such choice, one of adafactor, adamw"),
         ("run=x", "run is not one value"),
-        ("~optim.lr=1", "cannot be removed"),
+        ("~optim.lrr=1", "did you mean optim.lr?"),
         ("hydra.run.dir=x", "Hydra's own settings"),
         ("hydra/launcher=x", "Hydra's own settings"),
         ("data.path._target_=os.system", "`_target_` is not used here"),
@@ -272,3 +274,92 @@ def test_a_setting_that_is_gone_is_told_what_does_its_job():
         assert f"there is no setting {key} any more: {instead}" in str(refused.value)
         named = re.findall(r"(?:data|launcher)\.[a-z_.]*[a-z]", instead)
         assert set(named) <= set(known), f"{key}: {named} are to be settings"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A directory laid out as conf/, and a file of settings."""
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "tuning" / "small.yaml").write_text("defaults: [lora, _self_]\nrank: 4\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /tuning: small\noptim:\n  lr: 5e-4\n"
+    )
+    (tmp_path / "my.yaml").write_text(
+        "defaults:\n  - override /strategy: ddp\ntuning: lora\noptim: {lr: 3e-4}\nbudget: {epochs: 2}\n"
+        "data: {path: '${oc.env:HOME}/d.jsonl', columns: {prompt: q}}\nrun: {dir: '~/x'}\n"
+    )
+    yield tmp_path
+    OWN_DIRECTORIES.clear()
+    groups.cache_clear()
+
+
+def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
+    config = compose(["optim.lr=1e-3", f"{own}/my.yaml", "budget.steps=3"], check=False).config
+    assert (str(config.tuning.name), str(config.strategy.name), config.optim.lr) == ("lora", "ddp", 1e-3)
+    assert (config.budget.steps, config.budget.epochs, config.data.columns) == (3, None, {"prompt": "q"})
+    assert config.data.path == str(Path.home() / "d.jsonl")
+    frozen = own / "config.yaml"  # the whole configuration of a run is such a file too
+    frozen.write_text(compose(["strategy=zero3", "tuning=lora", "tuning.rank=3"], check=False).yaml)
+    again = compose([str(frozen)], check=False).config
+    assert (str(again.strategy.name), again.tuning.rank) == ("zero3", 3)
+    for text, said in (
+        ("tunnig: lora", "my.yaml: tunnig: lora: there is no setting tunnig; did you mean tuning"),
+        ("optim: {lrr: 1}", "my.yaml: optim.lrr: 1: there is no setting optim.lrr; did you mean optim.lr?"),
+        ("defaults: [{strtegy: ddp}]", "my.yaml: defaults: there is no group strtegy"),
+        ("learning_rate: 1e-4", "my.yaml: learning_rate: 0.0001: here it is optim.lr=0.0001"),
+        ("run: {dir: '${now:%H}'}", "write the value out"),
+        ("- a", "my.yaml: holds no settings"),
+        ("a: [", "my.yaml: is no YAML"),
+    ):
+        (own / "my.yaml").write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            compose([f"{own}/my.yaml"], check=False)
+        assert said in str(caught.value), str(caught.value)
+    with pytest.raises(ConfigError, match=r"gone.yaml: cannot be read \(No such file"):
+        compose(["gone.yaml"], check=False)
+
+
+def test_own_directories_offer_choices(own):
+    rest = take_directories(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
+    assert rest == ["tuning=small", "optim.lr=1e-4"]
+    config = compose(rest, check=False).config
+    assert (str(config.tuning.name), config.tuning.rank, config.optim.lr) == ("lora", 4, 1e-4)
+    config = compose(["experiment=mine", "tuning.alpha=8", "~optim.lr"], check=False).config
+    assert (config.tuning.rank, config.tuning.alpha, config.optim.lr) == (4, 8.0, 2e-5)
+    assert expand(["tuning=glob(s*)", "strategy=glob([zero*,ddp],exclude=zero1)"])[0] == [
+        "tuning=small",
+        "strategy=ddp",
+    ]
+    (own / "tuning" / "lora.yaml").write_text("rank: 2")
+    with pytest.raises(ConfigError, match="there is such a choice already"):
+        take_directories([f"--config-dir={own}"])
+    with pytest.raises(ConfigError, match="no such directory"):
+        take_directories(["--config-dir", "gone"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("hydra/launcher=submitit_slurm", "launcher=slurm submits"),
+        ("hydra.launcher.timeout_min=60", "launcher.time=60:00 with launcher=slurm"),
+        ("hydra.launcher.partition=gpu", "launcher.partition=gpu with launcher=slurm"),
+        ("hydra/launcher=joblib", "one after another"),
+        ("hydra/sweeper=optuna", "separated by commas under -m"),
+        ("hydra.sweeper.params.optim.lr=1", "-m optim.lr=1"),
+        ("hydra.sweep.dir=x", "run.dir=x names the directory"),
+        ("~strategy", "a run needs one"),
+        ("~optim.lrr", "did you mean optim.lr?"),
+    ],
+)
+def test_hydras_own_words_are_told_what_does_it_here(word, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose([word], check=False)
+
+
+def test_glob_of_files_is_an_axis_of_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert expand([f"data.path=glob({tmp_path}/*.jsonl)"]) == [[f"data.path={tmp_path}/{name}.jsonl"] for name in "ab"]
+    with pytest.raises(ConfigError, match="matches nothing"):
+        expand(["data.path=glob(none/*)"])

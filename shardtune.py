@@ -1,0 +1,218 @@
+"""shardtune in Python: the words of the command line as a function call, and runs as objects.
+
+    import shardtune
+
+    run = shardtune.train(model_path="models/smollm2", data_path="train.jsonl", tuning="lora", **{"batch.global": 64})
+    run.status["state"], run.metrics(), run.model()
+
+Training takes place in processes of its own, started by the same launcher as the command's, so that a notebook stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from launch.frozen import Composed
+
+__all__ = ["Run", "RunFailed", "compose", "main", "train"]
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("launch", "trainer", "strategies", "conf")
+
+
+class RunFailed(Exception):
+    """A command that did not end well. `code`: its exit code, as of the command line; `run`: what it left."""
+
+    def __init__(self, message: str, code: int, run: Run) -> None:
+        super().__init__(message)
+        self.code, self.run = code, run
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run directory, whether the run goes on, has ended, or is another process's."""
+
+    dir: Path
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """`status.json`: `state` (running, done, preempted or failed), `reason`, `step`, ...; empty before there is one."""
+        return self._json("status.json")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """`run.json`: versions, data, sharding, substitutions, and the outcome once there is one; empty before the first step."""
+        return self._json("run.json")
+
+    def metrics(self) -> pd.DataFrame:
+        """A row for each step, and one for each evaluation, as `metrics.jsonl` has them; without rows where there are none."""
+        import pandas as pd
+
+        path = self.dir / "metrics.jsonl"
+        lines = (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        )  # a last line may be half written
+        return pd.DataFrame([json.loads(line) for line in lines])
+
+    def export(self, to: str | Path | None = None, **settings: Any) -> Path:
+        """Write a checkpoint as a model for others, as `shardtune export` does; its directory.
+
+        `settings` are that verb's: `checkpoint="best"`, `merge=True`, `dtype="bfloat16"`. Errors: RunFailed.
+        """
+        words = [f"{key}={_text(value)}" for key, value in settings.items()]
+        _run("export", [str(self.dir), *words, *([f"to={to}"] if to is not None else [])], self)
+        return self.dir / "export" if to is None else Path(to).expanduser()
+
+    def model(self) -> Any:
+        """The exported model (an adapter on its base), by transformers and peft, in evaluation mode and float32.
+
+        Raises FileNotFoundError where the run has exported none.
+        """
+        _ours()
+        from trainer.export.verify import load_export
+
+        if not (self.dir / "export").is_dir():
+            raise FileNotFoundError(
+                f"{self.dir / 'export'}: the run has exported no model yet; Run.export() writes one"
+            )
+        return load_export(self.dir / "export", self.record.get("base_model")).eval()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the exported model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.dir / "export")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.dir / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def compose(*words: str, check: bool = True, **settings: Any) -> Composed:
+    """The configuration that these words make: `.config` (typed), `.yaml`, `.sha256`. Nothing is started.
+
+    `words` are as typed (`"optim.lr=2e-4"`, `"my.yaml"`). A keyword names a setting with `_` for its dots (`model_path`), or as
+    it is typed, in a dictionary: `**{"batch.global": 64}`. Raises strategies.errors.ConfigError with everything that is wrong.
+    """
+    _ours()
+    from launch.compose import compose as composed
+
+    return composed(_words(words, settings), check=check)
+
+
+def train(*words: str, **settings: Any) -> Run:
+    """Train to the end, or go on with the run of that directory; what it says is printed as it comes.
+
+    Takes what `compose` takes. Raises ConfigError before anything starts, RunFailed where the run ended otherwise than done. An
+    interrupt (Ctrl-C, or the notebook's stop) is passed on, so that the run saves, and raised again.
+    """
+    composed = compose(*words, **settings)
+    from launch.train import run_dir_of
+
+    run = Run(run_dir_of(composed).absolute())
+    _run("train", [*composed.overrides, f"run.dir={_text(str(run.dir))}"], run)
+    return run
+
+
+def main() -> int:
+    """The command `shardtune`; returns the exit code."""
+    try:
+        _ours()
+    except ImportError as error:
+        print(f"shardtune: {error}", file=sys.stderr)
+        return 70
+    from launch.main import main as command
+
+    return command()
+
+
+def _run(verb: str, words: list[str], run: Run) -> None:
+    """Run a verb in a process of its own, its output printed here. Raises RunFailed."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, "-P", "-u", "-m", "launch.main", verb, *words]
+    # A session of its own: an interrupt reaches it once, by us.
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        last: list[str] = []
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                last = [*last[-9:], line.rstrip()]
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            process.stdout.close()
+            process.wait()
+            raise
+    if code:
+        said = run.status.get("reason") if verb == "train" else None
+        raise RunFailed(f"shardtune {verb} ended with {code}: {said or ' '.join(last[-2:])}", code, run)
+
+
+def _ours() -> None:
+    """Raise ImportError where another package has the name of one of ours and comes before it."""
+    for name in PACKAGES:
+        loaded = sys.modules.get(name)
+        spec = loaded.__spec__ if loaded is not None else find_spec(name)
+        places = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
+        if ROOT / name not in places[:1]:
+            there = places[0] if places else (spec.origin if spec else "nothing")
+            raise ImportError(
+                f"another package {name} hides shardtune's: {there} comes before {ROOT / name}; give shardtune a virtual "
+                f"environment of its own (python -m venv), or uninstall the other one ({name})"
+            )
+
+
+def _words(words: tuple[str, ...], settings: dict[str, Any]) -> list[str]:
+    """The words of the command line."""
+    found = list(words)
+    if settings:
+        from launch.choices import groups
+        from launch.overrides import setting_of
+        from launch.overrides import settings as all_settings
+
+        known = all_settings()
+        by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in known}
+        for name, value in settings.items():
+            key = name if name in groups() or setting_of(known, name) else by_name.get(name.rstrip("_"), name)
+            found.append(f"{key}={_text(value)}")
+    return found
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed; text that the command line would read as something else is quoted."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_quoted(each) for each in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {_quoted(each)}" for key, each in value.items()) + "}"
+    text = str(value)
+    return _quote(text) if text == "null" or text.startswith(("[", "{", "'", '"')) else text
+
+
+def _quoted(value: Any) -> str:
+    return _quote(str(value)) if isinstance(value, str | Path) else _text(value)
+
+
+def _quote(text: str) -> str:
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

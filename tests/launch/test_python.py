@@ -1,0 +1,89 @@
+"""shardtune as a module: composing, a run in processes of its own, what it left, and packages of the same names."""
+
+import subprocess
+import sys
+
+import pytest
+
+import shardtune
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.speed import seconds
+from tests.helpers.tokenizers import write_chat_data
+
+
+def test_keywords_are_the_words_of_the_command_line():
+    config = shardtune.compose(
+        "optim.lr=1e-3",
+        check=False,
+        model_path="it's [x].d",
+        data_path=["a b.jsonl", 'say "c".jsonl'],
+        data_columns={"prompt": "q"},
+        data_eval_path=None,
+        tuning="lora",
+        tuning_modules_to_save=["score"],
+        data_packing=True,
+        **{"batch.global": 64, "data.learn.turns": "last"},
+    ).config
+    assert (config.model.path, config.data.path, config.data.eval_path) == (
+        "it's [x].d",
+        ["a b.jsonl", 'say "c".jsonl'],
+        None,
+    )
+    assert (config.data.columns, config.data.packing, config.batch["global"]) == ({"prompt": "q"}, True, 64)
+    assert (config.optim.lr, config.tuning.modules_to_save, str(config.data.learn.turns.value)) == (
+        1e-3,
+        ["score"],
+        "last",
+    )
+    for path in ("[x]", "null", "{a: b}", "'q'"):
+        assert shardtune.compose(check=False, model_path=path).config.model.path == path
+    with pytest.raises(ConfigError, match=r"did you mean model\.path\?"):
+        shardtune.compose(check=False, model_pth="x")
+    with pytest.raises(ConfigError, match=r"learning_rate=0.0002: here it is optim.lr=0.0002"):
+        shardtune.compose(check=False, learning_rate=2e-4)
+
+
+def test_a_run_and_what_it_left(tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for key, value in clean_environment().items():
+        monkeypatch.setenv(key, value)
+    (tmp_path / "trainer.py").write_text("raise ImportError('this file is the user\\'s')")  # where the notebook is
+    monkeypatch.chdir(tmp_path)
+    model_dir(tmp_path)
+    write_chat_data(tmp_path / "train.jsonl", 24)
+    asked = {
+        "model_path": tmp_path / "llama",
+        "data_path": "train.jsonl",
+        "data.cache_dir": "cache",
+        "run_device": "cpu",
+    }
+    asked |= {"batch.global": 8, "batch.micro": 4, "budget_steps": 2, "logging_wandb": "disabled", "run_dir": "first"}
+    run = shardtune.train(tuning="lora", **asked)
+    assert run.dir == tmp_path / "first" and run.status["state"] == "done"
+    assert "step 2/2" in capsys.readouterr().out
+    steps = run.metrics()
+    assert list(steps[steps.loss.notna()].step) == [1, 2]
+    model = run.model()
+    assert type(model).__name__.startswith("Peft") and not model.training
+    assert run.tokenizer().vocab_size
+    assert (run.export("merged", merge=True) / "model.safetensors").exists()
+    with pytest.raises(shardtune.RunFailed) as failed:
+        shardtune.train(tuning="lora", **asked | {"optim_lr": 1e-3})
+    assert failed.value.code == 64 and failed.value.run == run
+
+
+def test_packages_of_the_same_names_are_named_in_the_first_line(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
+    env = clean_environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    for command in (["-P", "-m", "shardtune", "--version"], ["-P", "-c", "import shardtune; shardtune.compose()"]):
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=seconds(60))
+        said = done.stderr.strip().splitlines()[0 if "-m" in command else -1]
+        assert (
+            done.returncode
+            and f"another package trainer hides shardtune's: {tmp_path / 'trainer'} comes before" in said
+        )
+        assert "virtual environment of its own" in said
