@@ -30,7 +30,7 @@ GRACE_S = 3.0
 """Seconds that the others have to say what they see once one has ended without a word."""
 LABELLED = re.compile(r"\s*(\d+): ?(.*)")
 LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
-GONE = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): ")
+GONE = re.compile(r"srun: error: (\S+): task (\d+): ")
 SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 
 
@@ -90,7 +90,8 @@ class _Gathering:
                 self._say(where, rank, json.loads("".join(self.pieces.pop((where, rank)))))
             return
         if (ended := GONE.match(line)) is not None:
-            self.gone |= {self.heard.hosts.index(ended[1])} if ended[1] in self.heard.hosts else set()
+            self.gone.add(int(ended[2]))
+            self.heard.hosts[int(ended[2])] = ended[1]
         if line.strip() and not line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
             (self.heard.unplaced if node is None else self.heard.said.setdefault(node, [])).append(line.strip()[:300])
 

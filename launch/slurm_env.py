@@ -73,8 +73,9 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def port(env: Mapping[str, str]) -> int:
-    """A port that two jobs on a host, or two starts of one job, do not share; below the ephemeral range."""
-    return 20000 + (int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_RESTART_COUNT") or 0)) % 10000
+    """A port that two jobs on a host, two starts or two steps of one job do not share; below the ephemeral range."""
+    job, restart, step = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    return 20000 + (job * 7 + restart + step * 131) % 10000
 
 
 def tasks_on_node(counts: str, node: int) -> str:

@@ -201,6 +201,7 @@ def test_slurm_variables_become_those_of_torchrun(monkeypatch):
         "MASTER_ADDR": "n1",
     }
     assert slurm_env.torchrun_variables(env | {"MASTER_ADDR": "ib0"}).get("MASTER_ADDR") is None
+    assert slurm_env.port(env | {"SLURM_STEP_ID": "1"}) == 20833  # two steps of one allocation
     assert slurm_env.torchrun_variables({"RANK": "0"}) == {}
 
 

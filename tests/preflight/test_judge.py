@@ -150,7 +150,7 @@ def test_every_pair_of_nodes_meets_once(nodes):
 def test_what_nodes_say_comes_whole_out_of_mixed_lines():
     """srun carries lines of several nodes in any order, each with its number before it."""
     asked = Asked(nodes=2)
-    gathering = preflight_ask._Gathering(asked, Heard(["n0", "n1"]))
+    gathering = preflight_ask._Gathering(asked, Heard(["n0", "node 1"]))
     values = [{"look": seen(node, environment={"NCCL": "x" * 3000})} for node in (0, 1)]
     lines = [
         [f"{node}: {line}" for line in lines_of(node, -1, value).splitlines()] for node, value in enumerate(values)
@@ -163,6 +163,7 @@ def test_what_nodes_say_comes_whole_out_of_mixed_lines():
     gathering.take(None, "srun: error: n1: task 1: Exited with exit code 1")
     assert {node: look["host"] for node, look in gathering.heard.looks.items()} == {0: "n0", 1: "n1"}
     assert gathering.heard.said == {1: ["a warning of a library"]} and gathering.gone == {1}
+    assert gathering.heard.hosts == ["n0", "n1"]  # srun knows its name
 
 
 SMI = """#!/bin/sh
