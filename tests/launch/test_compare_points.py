@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.wandb_files import record, summary
 from tests.helpers.warm import command_warm
 from trainer.records.status import State, write_status
 
@@ -37,7 +39,13 @@ def words(site, *more: str) -> list[str]:
     return [f"model.path={site / 'llama'}", f"data.path={site / 'train.jsonl'}", "debug=cpu2", *more]
 
 
-POINTS = ["optim.lr=1e-4,1e30", "strategy=ddp,fsdp2,single", "optim.max_skipped_steps=2", "compare.steps=6"]
+POINTS = [
+    "optim.lr=1e-4,1e30",
+    "strategy=ddp,fsdp2,single",
+    "optim.max_skipped_steps=2",
+    "compare.steps=6",
+    "logging.wandb=offline",
+]
 POINTS += ["compare.repeats=2", "compare.skip=[optim.lr=1e30+strategy=fsdp2,optim.lr=1e30+strategy=single]"]
 
 
@@ -141,6 +149,25 @@ def test_the_directory_gives_the_same_answer(compared, site, capsys, monkeypatch
     assert [run["measured"] for run in again["runs"]] == [run["measured"] for run in compared[1]["runs"]]
     page = (site / "to/compare.md").read_text()
     assert "## What it took" in page and "refused: strategy=single" in page
+
+
+def test_wandb_has_a_named_group_and_a_workspace(compared, site):
+    """Read back with W&B's own tools: names, group, columns of the axes, how each ended; and the script for its pages."""
+    for run, lr, code in (("lr1e-4-ddp", 1e-4, 0), ("lr1e-4-fsdp2-repeat2", 1e-4, 0), ("lr1e30-ddp", 1e30, 70)):
+        part = sorted((site / "to" / run / "wandb").glob("offline-run-*"))[-1]
+        told, found = record(part, "run"), summary(part)
+        assert (told["display_name"], told["run_group"], found["exit_code"]) == (run, "to", code)
+        assert (found["config"]["lr"], found["config"]["world_size"]) == (lr, 2)
+        assert found["config"]["strategy"] in run
+    pytest.importorskip("wandb_workspaces")
+    script = runpy.run_path(str(site / "to/workspace.py"))
+    assert sorted(script["COLUMNS"]) == ["lr", "strategy"] and len(script["VERDICT"]) == 4
+    shown = script["workspace"]("us")
+    assert (shown.entity, shown.project, shown.name) == ("us", "shardtune", "to")
+    sent = shown._to_model().model_dump_json()
+    assert '"to"' in sent and "final/tokens_per_s" in sent and "run_dir" not in sent
+    report = script["report"]("us")
+    assert report.title == "to" and len(report.blocks) == 4
 
 
 def listed(site, *more: str) -> list[str]:

@@ -18,6 +18,21 @@ class WandbMode(StrEnum):
 Alert = StrEnum("Alert", ["failed", "diverged", "preempted"])
 """How a run ends of which somebody is told."""
 
+COLUMNS = {
+    "strategy.name": "strategy",
+    "tuning.name": "tuning",
+    "objective.name": "objective",
+    "optim.name": "optimizer",
+    "optim.lr": "lr",
+    "run.seed": "seed",
+    "batch.global": "global_batch",
+    "batch.micro": "micro_batch",
+    "model.path": "model",
+    "data.path": "data",
+    "precision": "precision",
+}
+"""Settings that every run has a column of, and its name."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LoggingConfig:
@@ -47,6 +62,10 @@ class LoggingConfig:
     """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the `tensorboard` package)."""
+    trackio: bool = False
+    """Also record to trackio (needs the `trackio` package)."""
+    mlflow: bool = False
+    """Also record to MLflow, where MLFLOW_TRACKING_URI says, else to mlflow.db beside the run (needs `mlflow-skinny`)."""
     step_parts: bool = False
     """Also time forward passes, backward passes and the optimizer in each step, without waiting for the device."""
     reference_tflops: float | None = None

@@ -31,6 +31,8 @@ class Kind:
 KINDS = (
     Kind("wandb", "weights_and_biases:WandbRun", "wandb", None),
     Kind("tensorboard", "tensorboard:TensorboardFiles", "tensorboard", "tensorboard"),
+    Kind("trackio", "trackio_store:TrackioRun", "trackio", "trackio"),
+    Kind("mlflow", "mlflow_store:MlflowRun", "mlflow", "mlflow"),
 )
 
 
