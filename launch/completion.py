@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from launch.choices import groups
+from launch.own_files import CHOSEN_BY_NAME
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -104,7 +105,7 @@ def values_of_settings() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {group: list(choices) for group, choices in groups().items()}
     for key, setting in settings().items():
         name = key.removesuffix("_")
-        if "*" in name or (name.endswith(".name") and name.split(".")[0] in groups()):
+        if "*" in name or (name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME):
             continue
         of: list[str] = []
         if isinstance(setting.type, type) and issubclass(setting.type, Enum):

@@ -10,6 +10,8 @@ from launch.choices import groups
 from strategies.errors import ConfigError
 
 ENDINGS = (".yaml", ".yml")
+CHOSEN_BY_NAME = ("tuning", "objective", "strategy", "optim", "schedule", "launcher")
+"""Groups whose settings hold the choice as `name`; elsewhere a `name` is a setting."""
 RECORDS = ("substitutions",)
 """What a frozen `config.yaml` holds beside settings."""
 
@@ -45,9 +47,10 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
         if key in groups() and isinstance(value, str):
             choices[key] = value
         elif key in groups() and isinstance(value, dict):
-            if "name" in value:
+            chosen = key in CHOSEN_BY_NAME and "name" in value
+            if chosen:
                 choices[key] = str(value["name"])
-            values += _leaves(key, {inner: each for inner, each in value.items() if inner != "name"})
+            values += _leaves(key, {inner: each for inner, each in value.items() if not (chosen and inner == "name")})
         elif isinstance(value, dict):
             values += _leaves(str(key), value)
         else:

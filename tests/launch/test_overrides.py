@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.axes import expand
+from launch.axes import read_axes
 from launch.choices import OWN_DIRECTORIES, groups
 from launch.compose import compose
 from launch.overrides import setting_of, settings
@@ -14,6 +14,10 @@ from launch.removed import REMOVED
 from strategies.errors import ConfigError
 from trainer.foreign.answer import Theirs
 from trainer.foreign.names import NAMES, answer
+
+
+def expand(words):
+    return read_axes(words).points()
 
 
 @pytest.fixture(autouse=True)
