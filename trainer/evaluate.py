@@ -111,6 +111,9 @@ def _ask(evaluator: TaskEvaluator, console: Console, arm: str) -> Found:
         found.rows[name], found.values[name], found.seconds[name] = done.rows, done.values, done.seconds
         shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.values.items())
         console.say(f"{arm}: {name}: {shown}  ({len(done.rows)} rows, {done.seconds:.1f} s)")
+        if done.pace is not None:
+            found.paces[name] = done.pace
+            console.say(f"{arm}: {name}: {done.pace}")
     return found
 
 

@@ -202,6 +202,8 @@ def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report["processes"] == 2 and report["regressions"] == []
+    written = report["tasks"]["facts"]["written"]
+    assert written["tokens"] > 0 and written["gathering"]["sharded"] and written["gathering"]["whole"]
     _, found = read(site / "two")
     for name, wanted in rows.items():
         assert [row["answer"] for row in found[name]] == [row["answer"] for row in wanted]

@@ -15,6 +15,7 @@ from trainer.evaluation.tasks.prepared import Ready
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.evaluation.tasks.asking import Asking
+    from trainer.evaluation.writing import Pace
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class Done:
     rows: list[Row]
     values: dict[str, float]
     seconds: float
+    pace: Pace | None = None
+    """How its answers were written, by tasks that need some."""
 
 
 class TaskEvaluator:
@@ -44,11 +47,12 @@ class TaskEvaluator:
         """Every task with its rows. All ranks must exhaust it."""
         self.asking.seen.clear()
         for ready in self.tasks:
-            began = time.perf_counter()
+            began, writer = time.perf_counter(), self.asking.writer
+            writer.pace = None
             try:
                 rows = ready.task.run(ready.cases, self.asking)
             except ShardtuneError as error:  # the same on all ranks
                 raise type(error)(f"{ready.task.key}: {error}") from None
             values = ready.task.values(rows) if self.asking.runtime.is_main else {}
             values = broadcast_object(values, self.asking.runtime)
-            yield Done(ready, rows, values, time.perf_counter() - began)
+            yield Done(ready, rows, values, time.perf_counter() - began, writer.pace)

@@ -7,12 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
 from trainer.evaluation.tasks.base import Row, Task
 from trainer.records.jsonl import json_text
 from trainer.records.status import write_text_atomic
+
+if TYPE_CHECKING:
+    from trainer.evaluation.writing import Pace
 
 REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
 VERSION = 1
@@ -26,6 +29,8 @@ class Found:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    paces: dict[str, Pace] = field(default_factory=dict)
+    """How answers were written, of tasks that need some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ def task_record(task: Task, found: Found, spans: dict[str, tuple[float, float]])
         "num_rows": len(rows),
         "rows_sha256": data_hash(rows),
         "seconds": round(found.seconds[task.name], 3),
+        **({"written": asdict(found.paces[task.name])} if task.name in found.paces else {}),
         "write": asdict(task.config.write),
         "options": task.chosen,
         "metrics": metrics,
