@@ -20,6 +20,7 @@ FIRST = (
     "tests/checkpoints",
     "tests/docs",
     "tests/faults",
+    "tests/following",
     "tests/launch",
     "tests/models",
     "tests/simulated",

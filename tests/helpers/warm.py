@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from launch import torchrun
 from tests.helpers.launching import ROOT, clean_environment, command_here
 
 IMPORTED = (
@@ -33,6 +34,7 @@ IMPORTED = (
     "peft",
 )
 """DeepSpeed is not among them: importing it starts a thread, which forked ranks would miss. They import it themselves."""
+_by_torchrun = torchrun.start
 GRACE_S = 5
 """Seconds between the failure of a rank and the end of its peers, as under torchrun."""
 
@@ -76,10 +78,14 @@ def nursery() -> Nursery:
     return found
 
 
-def start(config: Any, run_dir: Path, run_id: str, aside: Any = None) -> tuple[int, set[int]]:
-    """In place of `launch.torchrun.start`: the same ranks in the same environment, without torchrun."""
+def start(
+    config: Any, run_dir: Path, run_id: str, aside: Any = None, *, what: torchrun.What = torchrun.TRAIN
+) -> tuple[int, set[int]]:
+    """In place of `launch.torchrun.start`: the same ranks of a training run in the same environment, without torchrun."""
+    if what is not torchrun.TRAIN:
+        return _by_torchrun(config, run_dir, run_id, aside, what=what)
     world = config.launcher.processes or 1
-    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / "config.yaml"), "SHARDTUNE_RUN_DIR": str(run_dir)}
+    env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env |= {"SHARDTUNE_LAUNCHER": str(os.getpid()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     with socket.create_server(("localhost", 0)) as free:
         env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
