@@ -123,7 +123,7 @@ def _run(
         output=Output(meter, trackers, console, checkpoints, where.at_step, lambda: where.still_ours(runtime)),
         watch=Watch(place.agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime, told)),
     )
-    with until_it_ends(trackers, trainer.outcome, facts, (meter, checkpoints), place):
+    with until_it_ends(config, trackers, trainer.outcome, facts, (meter, checkpoints), place):
         where.phase = "training"
         with telling_of_memory(trainer, config, facts, runtime):
             outcome = trainer.fit()

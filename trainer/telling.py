@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
             name=name_of(config),
             resumed_at=progress.step,
             settings=tracker_settings(config, facts),
+            data=Path(facts["data_directory"]),
             say=place.console.say,
         )
     )
@@ -82,7 +83,12 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
 
 @contextmanager
 def until_it_ends(
-    trackers: Trackers, outcome: Outcome, facts: dict[str, Any], measures: tuple[Meter, Checkpoints], place: Place
+    config: RunConfig,
+    trackers: Trackers,
+    outcome: Outcome,
+    facts: dict[str, Any],
+    measures: tuple[Meter, Checkpoints],
+    place: Place,
 ) -> Iterator[None]:
     """Around all that may end the run: however it does, trackers are told, and `run.json` has what it took."""
     meter, checkpoints = measures
@@ -95,7 +101,9 @@ def until_it_ends(
     finally:
         speed = outcome.speed or meter.speed()
         trackers.summarise(summary_of({**outcome.last_row, **meter.peaks}, speed, outcome.after))
-        trackers.close(ended)
+        export = place.run_dir / "export"
+        done = ended.state is State.done and config.export.at_end
+        trackers.close(replace(ended, exported=export if done else None))
         if ended.state is not State.done:
             for name, where in trackers.hints:
                 place.console.say(f"{name + ':':<11} {where}")

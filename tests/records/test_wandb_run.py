@@ -54,7 +54,7 @@ def part_of(directory) -> Path:
 def test_a_run_is_named_by_what_it_is_and_its_table_has_medians_and_the_worst_rank(site):
     more = ["tuning=lora", "strategy=fsdp2", "optim.lr=2e-4", "optim.weight_decay=0.02", "tuning.rank=4"]
     more += [f"data.eval_path={site / 'eval.jsonl'}", "logging.columns=[optim.weight_decay,tuning.rank,cluster=a1]"]
-    more += ["logging.group=mine", "logging.notes=a word", "logging.tags=[x]"]
+    more += ["logging.artifacts=true", "logging.group=mine", "logging.notes=a word", "logging.tags=[x]"]
     assert command_here(["train", *words(site, "named", *more)]) == 0
     part = part_of(site / "named")
     run = record(part, "run")
@@ -71,6 +71,35 @@ def test_a_run_is_named_by_what_it_is_and_its_table_has_medians_and_the_worst_ra
     names = ["tokens_per_s", "supervised_tokens_per_s", "step_s", "mfu", "memory_gib", "loss", "eval/loss"]
     assert all(numbers[f"final/{name}"] > 0 for name in names)
     assert numbers["state"] == "done"
+    made = record(part, "artifact")
+    assert (made["type"], made["name"]) == ("model", f"model-{run['run_id']}")
+    references = {Path(each["ref"].removeprefix("file://")) for each in made["manifest"]["contents"]}
+    assert references == {path for path in (site / "named/export").rglob("*") if path.is_file()}
+
+
+def test_data_that_an_online_run_uses_is_an_artifact(tmp_path, monkeypatch):
+    """W&B takes what a run has used online only, so its own run is asked what it is handed."""
+    used = []
+
+    class Run:
+        url, summary = "https://somewhere/run", {}
+
+        def define_metric(self, *names, **how):
+            pass
+
+        def use_artifact(self, artifact):
+            used.append(artifact)
+
+    monkeypatch.setattr(weights_and_biases, "_why_offline", lambda: None)
+    monkeypatch.setattr("wandb.init", lambda **given: Run())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/tokens.bin").write_bytes(b"x")
+    config = LoggingConfig(wandb=WandbMode.online, artifacts=True)
+    settings = {"data_fingerprint": "0123456789abcdef/train", "strategy": "ddp"}
+    open_trackers(tracked(tmp_path, config, data=tmp_path / "data", settings=settings), {})
+    (artifact,) = used
+    assert (artifact.name, artifact.type, artifact.metadata["strategy"]) == ("data-0123456789ab", "dataset", "ddp")
+    assert [entry.ref for entry in artifact.manifest.entries.values()] == [(tmp_path / "data/tokens.bin").as_uri()]
 
 
 def test_a_run_that_diverges_is_failed_and_its_alert_says_why(site):

@@ -60,6 +60,8 @@ class LoggingConfig:
     """Settings that also stand as columns of the run table, such as optim.weight_decay, or name=text for one of your own."""
     alerts: list[Alert] = field(default_factory=list)
     """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
+    artifacts: bool = False
+    """Also register the prepared data and the export as W&B artifacts, by reference: files stay where they are."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the `tensorboard` package)."""
     trackio: bool = False

@@ -27,6 +27,8 @@ class Tracked:
     """Step that a resumed run goes on from; 0 at a start."""
     settings: dict[str, Any]
     """Flat columns of the run table, and under `config` the whole configuration."""
+    data: Path | None = None
+    """Directory of the prepared data."""
     say: Callable[[str], None]
     """Prints a line that the user should see."""
 
@@ -45,6 +47,8 @@ class Ended:
     """That of the command line."""
     reason: str = ""
     diverged: bool = False
+    exported: Path | None = None
+    """Directory of the export that was written."""
 
     @property
     def alert(self) -> Alert | None:

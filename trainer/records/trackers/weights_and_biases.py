@@ -36,6 +36,8 @@ class WandbRun:
         self._run.define_metric("*", step_metric="tokens")
         self.hint: tuple[str, str] | None = None
         self._tell_where(online=online and not self.note)
+        if about.config.artifacts and about.data is not None:
+            self._take_data(about.data, online=online and not self.note)
 
     def _begin(self, mode: str) -> str | None:
         """Start the run; why it could not be started online."""
@@ -83,6 +85,19 @@ class WandbRun:
         names = shlex.join(_shown(part) for part in sorted(found, key=lambda part: part.name))
         self.hint = ("W&B", f"wandb sync {names}")
 
+    def _take_data(self, directory: Path, *, online: bool) -> None:
+        if not online:
+            self._about.say(
+                "logging.artifacts: W&B notes what data a run has used online only; the export is registered"
+            )
+            return
+        self._run.use_artifact(
+            _by_reference(directory, f"data-{self._fingerprint()[:12]}", "dataset", self._about.settings)
+        )
+
+    def _fingerprint(self) -> str:
+        return str(self._about.settings.get("data_fingerprint") or "unknown").partition("/")[0]
+
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._run.log({"train_step": step, **metrics}, step=step)
 
@@ -96,11 +111,24 @@ class WandbRun:
         if ended.alert in self._about.config.alerts:
             level = "WARN" if ended.state is State.preempted else "ERROR"
             self._run.alert(f"{self._about.name}: {ended.alert}", f"{self._about.run_dir}: {ended.reason}", level=level)
+        if self._about.config.artifacts and ended.exported is not None:
+            name = f"model-{self._about.run_id}"
+            self._run.log_artifact(_by_reference(ended.exported, name, "model", self._about.settings))
         try:
             self._run.finish(exit_code=ended.exit_code)
         except TimeoutError:
             part = _shown(Path(self._run.dir).parent)
             self.hint = ("W&B", f"wandb sync {shlex.quote(part)}   (not all was uploaded in time)")
+
+
+def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
+    """An artifact that names the files of a directory; none is copied or read."""
+    import wandb
+
+    kept = ("strategy", "tuning", "objective", "base_model", "data_fingerprint", "git_revision", "run_dir")
+    artifact = wandb.Artifact(name, type=kind, metadata={key: settings.get(key) for key in kept})
+    artifact.add_reference(directory.absolute().as_uri(), checksum=False)
+    return artifact
 
 
 def _shown(part: Path) -> str:
