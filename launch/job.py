@@ -22,6 +22,7 @@ from typing import Any
 from launch.slurm_env import port
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.records.lease import SILENT, refuse_in_use
+from trainer.records.settings_file import read_tree
 from trainer.records.status import State, read_failure, read_status, restart_count
 
 FOR_SBATCH = (
@@ -72,17 +73,11 @@ class Run:
     @classmethod
     def frozen(cls, directory: Path) -> Run:
         """Read without torch; whether the file is as it was frozen is the ranks' to see. Errors: ConfigError."""
-        import yaml
-
         path = directory / "config.yaml"
+        tree = read_tree(path)
         try:
-            tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             run = cls(directory, {part: dict(tree[part]) for part in PARTS})
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error.strerror}); is the run directory still there?"
-            ) from error
-        except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: not a configuration of this version ({' '.join(str(error).split())})"
             ) from error
