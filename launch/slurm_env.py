@@ -21,6 +21,12 @@ def is_worker(env: Mapping[str, str]) -> bool:
     refuse_lone_host(env)
     if "RANK" in env or "WORLD_SIZE" in env:
         refuse_left_over(env)
+    return seems_a_worker(env)
+
+
+def seems_a_worker(env: Mapping[str, str]) -> bool:
+    """The same by the variables that are there, whether or not they make sense."""
+    if "RANK" in env or "WORLD_SIZE" in env:
         return True
     return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks(env) > 1
 

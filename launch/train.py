@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launch import looking
 from launch.choices import groups
-from launch.slurm_env import is_worker
+from launch.slurm_env import is_worker, seems_a_worker
 from trainer.stopping.signals import hold, release
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def end(code: int) -> NoReturn:
     to be done at its end is done before, after a success.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if (not code and several) or (code and is_worker(os.environ)):
+    if (not code and several) or (code and seems_a_worker(os.environ)):
         if not code:
             atexit._run_exitfuncs()
         sys.stdout.flush()

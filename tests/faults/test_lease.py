@@ -187,7 +187,7 @@ def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_st
     earlier = Lease.acquire(tmp_path, 60, on_loss=lost.set)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with Lease.acquire(tmp_path, 60) as later:
-        with pytest.raises(LeaseLost, match=r"job 7, since .* took it over"):
+        with pytest.raises(LeaseLost, match=r"job 7, start 1, since .* took it over"):
             earlier.check()
         assert lost.wait(seconds(60))  # found out by itself, too
         earlier.release()

@@ -78,6 +78,7 @@ def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, gr
 
     run = runs.root / "memory"
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost"}
+    job["SLURM_NODEID"] = "0"
     grow = {"PYTHONPATH": str(tools), "GROW": str(run / "grow")}
     command = ["bash", "-c", f"echo $$ >{group / 'cgroup.procs'} && exec bash {run / 'train.sbatch'}"]
     process = runs._popen(command, "memory", {"PATH": path, **job, **grow})

@@ -67,7 +67,8 @@ def test_under_torchrun_a_success_removes_what_an_earlier_attempt_left(runs):
 
 
 def test_restarts_by_torchrun_are_refused_with_the_reason(runs):
-    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "1"}  # as torchrun says it
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}
+    job["TORCHELASTIC_MAX_RESTARTS"] = "1"  # as torchrun says it
     command = [sys.executable, "-m", "launch.train", *runs.words("restarts", "strategy=ddp")[4:]]
     refused = subprocess.run(
         command, env=environment(**job), cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(60)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-SPEED = ("tokens_per_s", "tokens_per_s_per_rank", "mfu")
+SPEED = ("tokens_per_s", "tokens_per_s_per_rank", "mfu", "supervised_tokens_per_s", "step_s")
 
 
 @dataclass(slots=True)
