@@ -46,10 +46,10 @@ class Watched(Progress):
         self._size = -1
         self._told_of = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         self.number = trial.number
-        self.pruned = False
+        self.pruned = self._ended = False
 
     def look(self) -> None:
-        """Read the metrics where there are more of them; asks a run that is behind to save and to end, as `stop` does."""
+        """Read the metrics where there are more of them; ask a run that is behind or has no metric to end, as `stop` does."""
         super().look()
         file = self._directory / "metrics.jsonl"
         with suppress(OSError):
@@ -57,8 +57,11 @@ class Watched(Progress):
             if size != self._size:
                 self._size = size
                 self.report()
-                if self._prune and not self.pruned and self._trial.should_prune():
-                    self.pruned = True
+                if self._ended:
+                    return
+                self.pruned = self._prune and self._trial.should_prune()
+                if self.pruned or lacking(self._directory, self._metric):
+                    self._ended = True
                     os.kill(os.getpid(), signal.SIGTERM)  # ours, who pass it on and start nothing again
 
     def report(self) -> None:
@@ -83,14 +86,29 @@ def start(name: str, composed: Composed, run_dir: Path, progress: Progress) -> i
 
 def evaluations(run_dir: Path, metric: str) -> dict[int, float]:
     """The values of a metric by step; 0 is before the first. Empty where there are none yet."""
-    found: dict[int, float] = {}
-    with suppress(FileNotFoundError):
-        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            if f'"{metric}"' in line:
-                row = json.loads(line)
-                value = row.get(metric)
-                found[int(row["step"])] = float(value) if isinstance(value, int | float) else math.nan
-    return found
+    return {
+        int(row["step"]): float(row[metric]) if isinstance(row[metric], int | float) else math.nan
+        for row in _rows(run_dir)
+        if metric in row
+    }
+
+
+def lacking(run_dir: Path, metric: str) -> str | None:
+    """Why no trial can be judged by the metric, after an evaluation that does not have it; None where one has, or was none."""
+    rows = _rows(run_dir)
+    if not rows or any(metric in row for row in rows):
+        return None
+    there = ", ".join(key for key in rows[0] if key.startswith("eval/"))
+    return f"sweeper.metric={metric}: the evaluations yield {there}; name one of them, and another run.dir"
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Those of evaluations, a half written one left out."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if '"eval/' in line]
 
 
 def open_study(search: Search, base: Path) -> Study:
@@ -221,7 +239,10 @@ def _claim(search: Search, base: Path, number: int) -> Lease | None:
 
 
 def _one(trial: Trial, search: Search, base: Path, run: Run) -> int:
-    """Run one trial and tell the study; the exit code of its run. One that was asked to stop stays as it is."""
+    """Run one trial and tell the study; the exit code of its run. One that was asked to stop stays as it is.
+
+    Raises ConfigError where its evaluations have no such metric: nor would those of the others.
+    """
     from launch.axes import label, name_in_trackers
     from launch.compose import compose
     from trainer.comparison.reading import read_point
@@ -247,6 +268,8 @@ def _one(trial: Trial, search: Search, base: Path, run: Run) -> int:
     except ShardtuneError as error:
         code, reason = error.exit_code, str(error)
         print(f"{run_dir}: {reason}", file=sys.stderr, flush=True)
+    if lacks := lacking(run_dir, search.metric):
+        raise ConfigError(lacks)
     progress.report()
     values = evaluations(run_dir, search.metric)
     if code in STOPPED and progress.pruned:
@@ -257,7 +280,7 @@ def _one(trial: Trial, search: Search, base: Path, run: Run) -> int:
         return code
     value = list(values.values())[-1] if values else None
     if not code and (value is None or not math.isfinite(value)):
-        code, reason = 70, f"{search.metric} is not a number" if values else f"its evaluations have no {search.metric}"
+        code, reason = 70, f"{search.metric} is not a number" if values else "it was never evaluated"
     if code:
         trial.set_user_attr("code", code)
         trial.set_user_attr("reason", " ".join(str(reason or f"ended with {code}").split()))

@@ -200,5 +200,5 @@ def listing(search: Search) -> str:
     settings = asdict(search.settings)
     rows = [f"  {one.key}={one.text}" for one in search.space]
     return "\n".join(
-        [f"{settings['trials']} trials in {search.directory}, {search.metric} ({better} is better), of", *rows]
+        [f"sweeper.trials={settings['trials']} in {search.directory}, {search.metric} ({better} is better), of", *rows]
     )

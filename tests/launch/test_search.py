@@ -198,6 +198,13 @@ def test_pruning_and_words_that_came_before(site, monkeypatch, capsys):
     assert len(sent) == 1 and re.search(r"^ +6 +9  pruned +run.seed=\d+$", out, re.MULTILINE)
     assert "behind the median at step 2" in out
 
+    # A metric that no evaluation has ends the search with the first one.
+    sent.clear()
+    other = judged(site, "run.seed=1,2", "sweeper.metric=eval/foo", f"run.dir={site / 'other'}")
+    with pytest.raises(ConfigError, match=r"sweeper.metric=eval/foo: the evaluations yield eval/loss; name one"):
+        run_search(plan_search(other), site / "other", told)
+    assert len(sent) == 1 and not (site / "other/1").exists()
+
     two = site / "twins"
     sent.clear()
     asked = judged(site, "run.seed=1,2", "sweeper.trials=4", f"run.dir={two}")
