@@ -7,6 +7,7 @@ EVALUATE = ["scikit-learn>=1.6", "jsonschema>=4.23"]  # metrics of classifiers, 
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # the plots of compare.html
 TRACKIO = ["trackio>=0.43"]
 WORKSPACE = ["wandb-workspaces>=0.4"]  # workspace.py, which compare writes
+SEARCH = ["optuna>=5,<6"]  # train -m sweeper=optuna
 MLFLOW = ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"]  # the last two for a database in a file
 
 setup(
@@ -60,6 +61,7 @@ setup(
         "trackio": TRACKIO,
         "mlflow": MLFLOW,
         "report": REPORT,
+        "search": SEARCH,
         "evaluate": EVALUATE,
         "pii": PII,
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
@@ -72,6 +74,7 @@ setup(
             *TRACKIO,
             *WORKSPACE,
             *MLFLOW,
+            *SEARCH,
             "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",

@@ -97,7 +97,9 @@ def of_hydra(key: str, text: str, word: str) -> str:
         ours = {"timeout_min": f"time={text}:00", "mem_gb": f"mem={text}G", "tasks_per_node": f"processes={text}"}
         does = f"launcher.{ours.get(last, f'{last}={text}' if last in known else '<key>=<value>')} with launcher=slurm"
     elif name == "sweeper":
-        does = "values separated by commas under -m are run in all combinations; there is no search"
+        does = "values separated by commas under -m are run in all combinations; -m sweeper=optuna searches"
+    elif name in ("sweeper.n_trials", "sweeper.sampler.seed"):
+        does = f"sweeper.{'trials' if last == 'n_trials' else last}={text} with -m sweeper=optuna"
     elif name.startswith("sweeper.params."):
         does = f"-m {name.removeprefix('sweeper.params.')}={text}"
     elif name == "searchpath":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.axes import Axes, label, left_out, name_in_trackers, read_axes, split
-from strategies.errors import ConfigError, ShardtuneError
+from strategies.errors import ConfigError
 from trainer.comparison.asked import CompareConfig, Row, write_rows
 
 if TYPE_CHECKING:
@@ -225,33 +225,17 @@ def run_points(plan: Plan, to: Path) -> int:
 
 
 def _one_by_one(runs: list[tuple[Asked, Path]], progress: Progress) -> int:
+    from launch.outcome import run_aside
+
     codes: dict[str, int] = {}
     try:
         for point, run_dir in runs:
             if codes.get(point.name):  # it would fail again; the same command tries it once more
                 progress.passed_over()
                 continue
-            codes[point.name] = _run(point, run_dir, progress)
+            codes[point.name] = run_aside(point.name, point.composed, run_dir, progress, verb="compare")
             if codes[point.name] in STOPPED:
                 return codes[point.name]
     except KeyboardInterrupt:  # between two runs
         return 130
     return next((code for code in codes.values() if code), 0) if codes and all(codes.values()) else 0
-
-
-def _run(point: Asked, run_dir: Path, progress: Progress) -> int:
-    from launch.outcome import supervised
-    from launch.torchrun import Aside
-
-    output = run_dir / "logs" / "output.log"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    progress.begin(point.name, run_dir, point.composed.config.budget.steps)
-    # The reason of a failure is shown with the point; what led to it stays beside the run.
-    with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-        try:
-            code = supervised(point.composed.config, run_dir, point.composed.sha256, Aside(output, progress.look))
-        except ShardtuneError as error:
-            print(f"shardtune compare: {error}", file=sys.stderr)
-            code = error.exit_code
-    progress.end(code, output)
-    return code

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -42,17 +42,36 @@ def main(argv: list[str]) -> int:
     if is_worker(os.environ) and not flags and not cfg:
         return worker(words)
     from launch.compose import compose
+    from launch.sweeper import is_search
 
     if flags & {"-m", "--multirun"}:
         from launch.multirun import multirun
 
         look = partial(show, cfg=cfg) if cfg or "--dry-run" in flags else None
+        if is_search(words):
+            return _search(words, look)
         return multirun(words, launch=launch, show=look, check=not cfg)
+    if is_search(words):
+        from strategies.errors import ConfigError
+
+        raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     composed = compose(words, check=not cfg)
     if cfg or "--dry-run" in flags:
         show(composed, cfg=cfg)
         return 0
     return launch(composed, run_dir_of(composed))
+
+
+def _search(words: list[str], look: Callable[[Composed], None] | None) -> int:
+    from launch.search import run_search, start
+    from launch.sweeper import listing, plan_search
+
+    search = plan_search(words)
+    if look is not None:
+        print(f"# {listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
+        look(search.first)
+        return 0
+    return run_search(search, search.directory, start)
 
 
 def show(composed: Composed, *, cfg: str | None) -> None:
@@ -199,6 +218,7 @@ def usage() -> str:
         ("--config-dir <dir>", "a directory laid out as conf/ whose files are choices too"),
         ("--dry-run", "print what the run would do and stop"),
         ("-m, --multirun", "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4"),
+        ("-m sweeper=optuna", "a search: optim.lr='tag(log,interval(1e-5,1e-3))'; docs/comparing.md"),
     ]
     rows = "\n".join(f"  {key:<32}{what}" for key, what in common)
     choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in groups().items() if names)
