@@ -21,6 +21,7 @@ EXTRAS = {
     "tensorboard": "TensorBoard",
     "report": "the plots of compare.html",
     "evaluate": "metrics of classifiers, and answers checked by a JSON schema",
+    "search": "hyper-parameter search by Optuna",
     "workspace": "the workspace and report of a comparison in W&B",
     "trackio": "runs in trackio",
     "mlflow": "runs in MLflow",
