@@ -7,11 +7,8 @@ python docs/make_reference.py
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import sys
-import textwrap
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from launch.choices import groups, settings_of, variants  # noqa: E402
 from launch.overrides import describe  # noqa: E402
+from trainer.config.described import all_docstrings, docstrings  # noqa: E402
 from trainer.config.run import RunConfig  # noqa: E402
 from trainer.config.validate import RANGES  # noqa: E402
 from trainer.optim.support import table as optimizer_table  # noqa: E402
@@ -55,27 +53,6 @@ BATCH = [
         "allows, found at the first start (docs/planning.md).",
     ),
 ]
-
-
-def docstrings(settings: type) -> dict[str, str]:
-    """The sentence under each field of a settings class, its own fields only."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for line, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            found[line.target.id] = " ".join(str(after.value.value).split())
-    return found
-
-
-def all_docstrings(settings: type) -> dict[str, str]:
-    """The same, inherited fields included."""
-    found: dict[str, str] = {}
-    for base in reversed(settings.__mro__):
-        if is_dataclass(base):
-            found |= docstrings(base)
-    return found
 
 
 def row(key: str, values: str, default: Any, meaning: str) -> str:

@@ -15,6 +15,7 @@ from trainer.stopping.signals import hold
 GROUPS = {
     "start": {
         "demo": "fine-tune a small real model on this machine, from nothing",
+        "init": "write a commented file of settings; from= turns axolotl's and others",
         "doctor": "what this machine has of what a run needs, and what is missing",
     },
     "train": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,18 @@ def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
             values += _leaves(key, {inner: each for inner, each in value.items() if not (chosen and inner == "name")})
         elif isinstance(value, dict):
             values += _leaves(str(key), value)
+        elif value is None and is_block(str(key)):
+            continue  # all lines of the block are comments
         else:
             values.append((str(key), value))
     return choices, values
+
+
+def is_block(key: str) -> bool:
+    """Whether a key of the outermost level holds settings of its own."""
+    from trainer.config.run import RunConfig
+
+    return key != "precision" and any(each.name == key for each in fields(RunConfig))
 
 
 def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
@@ -69,10 +79,10 @@ def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Settings by full key; an empty block sets nothing."""
+    """Settings by full key; an empty block sets nothing, and names with dots in them are a table of the user's, kept whole."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not any("." in str(name) for name in value):
             found += _leaves(f"{prefix}.{key}", value)
         else:
             found.append((f"{prefix}.{key}", value))

@@ -112,7 +112,7 @@ DATA = {
         "template chat_template", none("the tokenizer's own template is used; model.chat_template=<file> names another")
     ),
     **_named("shuffle_dataset", same("data.shuffle")),
-    **_named("stage rl", choice("objective", rules.OBJECTIVES)),
+    **_named("stage rl", lambda value, theirs: _objective(value, theirs)),
     **_named("pref_beta dpo_beta rl_beta", same("objective.beta")),
     **_named("pref_loss", lambda value, _: _pair_loss(value)),
     **_named("simpo_gamma", same("objective.gamma")),
@@ -172,6 +172,12 @@ def answer(name: str, theirs: Theirs) -> Answer | None:
     """What `name` of `theirs.given` is here; None where no other trainer has it either."""
     rule = NAMES.get(plain(name))
     return None if rule is None else rule(theirs.given[plain(name)], theirs)
+
+
+def _objective(value: str, theirs: Theirs) -> Answer:
+    if value.lower() == "ipo":
+        return _pair_loss("ipo")
+    return choice("objective", rules.OBJECTIVES)(value, theirs)
 
 
 def _pair_loss(value: str) -> Answer:
