@@ -51,7 +51,7 @@ class Foreign:
                 self._theirs[name] = value.strip("'\"")
                 self._of[word] = name
         typed = dict(word.lstrip("+").partition("=")[::2] for word in words)
-        self._ranks = _ranks(typed, self._theirs)
+        self._ranks = ranks_of(typed, self._theirs)
 
     def hint(self, word: str) -> Hint | None:
         """What the word is here; None where it is no other trainer's."""
@@ -171,7 +171,7 @@ def _group_meant(key: str, word: str, known: Known) -> str | None:
     return f"{word}: there is no setting {key}; did you mean {group}=<choice>, one of {', '.join(groups()[group])}?"
 
 
-def _ranks(typed: Mapping[str, str], theirs: Mapping[str, str]) -> int | None:
+def ranks_of(typed: Mapping[str, str], theirs: Mapping[str, str]) -> int | None:
     """Ranks of the run where the words say so."""
     found = Theirs({**theirs, **typed})
     each = number(found.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes"))

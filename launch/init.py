@@ -97,10 +97,12 @@ def _typed(words: list[str], target: Path) -> tuple[Written, str]:
 def _from_file(source: str, typed: list[str], target: Path) -> tuple[Written, str]:
     """A file of another trainer's settings, with what was typed before them."""
     from launch.compose import compose
+    from launch.hints import ranks_of
     from trainer.foreign.files import convert
 
     _no_removals(typed)
-    converted = convert(Path(source))
+    ranks = ranks_of(dict(word.partition("=")[::2] for word in typed), {})
+    converted = convert(Path(source), ranks)
     replaced = _give_way(converted, typed)
     while True:
         words = [f"{key}={value}" for key, value in _theirs(converted).items()] + typed

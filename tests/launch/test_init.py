@@ -174,12 +174,15 @@ def test_a_file_of_axolotl(tmp_path, capsys, monkeypatch):
     lacking = {row["setting"] for row in told["no_equal"]}
     assert {"datasets[1].shards", "neftune_noise_alpha", "plugins", "special_tokens", "peft"} <= lacking
     assert told["replaced"] == ["base_model: NousResearch/Llama-3.2-1B"]
+    assert main(["init", "from=axolotl.yml", "launcher.processes=2", "launcher.nodes=2", "to=four.yaml"]) == 0
+    assert "  global: 32 " in (tmp_path / "four.yaml").read_text()
     assert "rank: 32  # lora_r: 32" in (tmp_path / "my.yaml").read_text()
 
 
 def test_a_file_of_deepspeed(tmp_path, capsys):
     (tmp_path / "train.jsonl").touch()
     told, config = converted(tmp_path, capsys, "ds_config.json", "data.path=train.jsonl", "precision=fp32")
+    assert told["trainer"] == "DeepSpeed"
     strategy = config.strategy
     assert (strategy.name.value, strategy.offload_optimizer, strategy.offload_parameters) == ("zero3", "cpu", "none")
     assert strategy.persistence_threshold == 1_000_000 and config.batch == {"global": 16, "micro": 2}
@@ -232,6 +235,24 @@ def test_a_file_of_llama_factory_trains(tmp_path, capsys):
         ),
         ("base_model: m\nrl: ipo\nodd: 1", {"objective": "dpo", "objective.loss_type": "ipo"}, "odd"),
         ("model_name_or_path: m\nstage: dpo\npref_loss: simpo", {"objective": "simpo"}, "stage"),
+        (
+            "distributed_type: FSDP\nnum_processes: 4\nmixed_precision: bf16\nodd: 1\n"
+            "fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD}",
+            {"strategy": "hsdp", "launcher.processes": 4, "precision": "bf16", "optim.lr": None},
+            "odd",
+        ),
+        (
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3, offload_param_device: cpu, odd: 1}",
+            {"strategy": "zero3", "strategy.offload_parameters": "cpu"},
+            "deepspeed_config.odd",
+        ),
+        (
+            "base_model: m\ndatasets: [{path: a/b, split: 'train[:9%]'}]",
+            {"data.sources.b.path": "hub:a/b"},
+            "datasets.split",
+        ),
+        ("train_batch_size: 8\nzero_optimization: {stage: auto}\nodd: 1", {"batch.global": 8}, "odd"),
+        ("base_model: m\ngradient_accumulation_steps: .inf\nodd: 1\noptimizer: x", {"batch.micro": 1}, "odd"),
         ("base_model: m\nlearning_rate: fast\nseed: '${oc.env:HOME}'", {"schedule": "cosine"}, "learning_rate"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -41,11 +42,12 @@ def is_true(value: str | None) -> bool:
 
 
 def number(value: str | None) -> float | None:
-    """The number that is written; None where it is none."""
+    """The number that is written; None where it is none, or not finite."""
     try:
-        return float(str(value).replace("_", ""))
+        found = float(str(value).replace("_", ""))
     except ValueError:
         return None
+    return found if math.isfinite(found) else None
 
 
 def shown(value: float) -> str:

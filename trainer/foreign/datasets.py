@@ -46,12 +46,20 @@ FACTORY_COLUMNS = {
 
 def place(path: str, base: Path) -> str:
     """A path or the name of a data set of the hub, as `data.path` takes it."""
-    if Path(path).expanduser().exists():
+    if exists(Path(path)):
         return path
-    if (base / path).exists():
+    if exists(base / path):
         return str(base / path)
     local = path.endswith(FILES) or path.startswith(("/", ".", "~", "hub:")) or "://" in path
     return path if local else f"hub:{path}"
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory."""
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # no name of a file at all
+        return False
 
 
 def axolotl(entries: Any, setting: str, into: Converted, base: Path) -> None:
@@ -107,11 +115,13 @@ def _axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, into: Conve
             into.empty.append(said)
         elif key == "type":
             _axolotl_type(value, said, prefix, into)
-        elif key in columns or key == "field_input":
-            column = columns.get(key, "input")
+        elif key in columns:
+            column = columns[key]
             into.take(said, value, Answer({f"{prefix}.columns.{column}": text} if column != text else {}))
         elif key in ("name", "revision") and prefix != "data":
             into.take(said, value, Answer({f"{prefix}.{'subset' if key == 'name' else key}": text}))
+        elif key == "split" and "[" in text:
+            into.lack(said, value, "a split is taken whole; data.max_documents reads the first documents alone")
         elif key == "split":
             into.take(said, value, Answer({f"{prefix}.split": text} if prefix != "data" else {}))
         elif key in ("ds_type", "message_field_role", "message_field_content", "message_property_mappings"):
@@ -147,7 +157,7 @@ def _axolotl_type(value: Any, said: str, prefix: str, into: Converted) -> None:
 def factory(names: str, setting: str, directory: str, into: Converted, base: Path) -> None:
     """File `dataset:` or `eval_dataset:`, which name entries of `dataset_info.json` in `directory`."""
     places = [Path(directory).expanduser(), base / directory]
-    info = next((where / "dataset_info.json" for where in places if (where / "dataset_info.json").is_file()), None)
+    info = next((where / "dataset_info.json" for where in places if exists(where / "dataset_info.json")), None)
     known: dict[str, Any] = {}
     if info is not None:
         try:

@@ -74,9 +74,12 @@ def _of(table: Mapping[str, Answer], key: str) -> Answer | None:
 
 
 def _zero(block: Mapping[str, Any], into: Converted, name: str) -> None:
-    words = rules.zero_words(dict(block))
-    stage = words.get("strategy", "")
-    into.take(f"{name}.stage", block.get("stage", 0), Answer({"strategy": stage}))
+    given = text_of(block.get("stage", 0))
+    known = given in ("0", "1", "2", "3")
+    words = rules.zero_words({**block, "stage": given if known else "0"})
+    stage = words["strategy"]
+    said = Answer({"strategy": stage}) if known else Answer(said="strategy is ddp, zero1, zero2 or zero3; type one")
+    into.take(f"{name}.stage", given, said)
     for key, value in block.items():
         inner = f"{name}.{key}"
         if key == "stage":
@@ -89,8 +92,7 @@ def _zero(block: Mapping[str, Any], into: Converted, name: str) -> None:
             on = {"strategy.offload_optimizer": "cpu"} if stage != "ddp" else {}
             into.take(inner, value, Answer(on) if is_true(text_of(value)) else Answer(needless=True))
         elif key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and stage == "zero3":
-            given = number(text_of(value))
-            into.take(inner, value, Answer({"strategy.persistence_threshold": shown(given or 0)}))
+            into.take(inner, value, Answer({"strategy.persistence_threshold": shown(number(text_of(value)) or 0)}))
         elif key.startswith("stage3_") and stage != "zero3":
             into.take(inner, value, Answer(said="of stage 3 alone", needless=True))
         else:
@@ -135,8 +137,19 @@ def _is_off(value: Any) -> bool:
     return not is_true(text_of(value))
 
 
+def _parameters(block: Mapping[str, Any], into: Converted, name: str) -> Mapping[str, Any]:
+    found = block.get("params")
+    if isinstance(found, dict):
+        return found
+    if _is_auto(found):
+        into.empty.append(f"{name}.params")
+    else:
+        into.lack(f"{name}.params", found, "holds no settings")
+    return {}
+
+
 def _optimizer(block: Mapping[str, Any], into: Converted, name: str) -> None:
-    kind, parameters = block.get("type"), block.get("params") or {}
+    kind, parameters = block.get("type"), _parameters(block, into, name)
     if kind is not None:
         into.take(f"{name}.type", kind, rules.CHOICES["optim"](text_of(kind), Theirs({})))
     for key, value in parameters.items():
@@ -153,7 +166,7 @@ def _optimizer(block: Mapping[str, Any], into: Converted, name: str) -> None:
 
 
 def _scheduler(block: Mapping[str, Any], into: Converted, name: str) -> None:
-    kind, parameters = text_of(block.get("type")), block.get("params") or {}
+    kind, parameters = text_of(block.get("type")), _parameters(block, into, name)
     if kind not in SCHEDULES:
         into.lack(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
     else:

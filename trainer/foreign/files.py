@@ -1,4 +1,4 @@
-"""A whole file of another trainer (axolotl, LLaMA-Factory, Hugging Face and TRL, DeepSpeed) in our words. Needs no torch."""
+"""A whole file of settings of another trainer in our words. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from trainer.foreign.names import NAMES, answer, plain
 
 MOST = 2**20
 """Bytes of a file of settings: hundreds of times what people write."""
-AXOLOTL, FACTORY, DEEPSPEED, HUGGING_FACE = "axolotl", "LLaMA-Factory", "DeepSpeed", "Hugging Face's Trainer and TRL"
+AXOLOTL, FACTORY, DEEPSPEED, ACCELERATE = "axolotl", "LLaMA-Factory", "DeepSpeed", "accelerate"
+HUGGING_FACE = "Hugging Face's Trainer and TRL"
 MARKS = {
     DEEPSPEED: (
         "zero_optimization",
@@ -26,6 +27,7 @@ MARKS = {
         "fp16.enabled",
         "optimizer.type",
     ),
+    ACCELERATE: ("distributed_type", "compute_environment"),
     AXOLOTL: ("base_model", "sequence_len", "datasets", "micro_batch_size"),
     FACTORY: ("finetuning_type", "stage", "template", "cutoff_len", "dataset_dir"),
 }
@@ -58,11 +60,26 @@ WRAPPING = {
     *("limit_all_gathers", "forward_prefetch"),
 }
 """How FSDP is told of the model, and how it loads and saves."""
+STARTING = {
+    *(
+        "compute_environment",
+        "distributed_type",
+        "rdzv_backend",
+        "same_network",
+        "main_training_function",
+        "downcast_bf16",
+    ),
+    *("tpu_env", "tpu_use_cluster", "tpu_use_sudo", "enable_cpu_affinity"),
+}
+"""How accelerate starts processes."""
 UNKNOWN = "no setting of this name is known here; docs/config.md lists all there are"
 
 
-def convert(path: Path) -> Converted:
-    """Our words for the file at `path`. Errors: ConfigError where it cannot be read or is no file of those trainers."""
+def convert(path: Path, ranks: int | None = None) -> Converted:
+    """Our words for the file at `path`, of a run with `ranks`, where that is known.
+
+    Errors: ConfigError where it cannot be read, or is no file of those trainers.
+    """
     tree = read(path)
     trainer = whose(tree)
     if trainer is None:
@@ -74,7 +91,7 @@ def convert(path: Path) -> Converted:
     if trainer == DEEPSPEED:
         deepspeed_file.convert(tree, into)
     else:
-        _convert(tree, into, path.parent)
+        _convert(tree, into, path.parent, ranks)
     return into
 
 
@@ -112,14 +129,14 @@ def whose(tree: Mapping[str, Any]) -> str | None:
     return HUGGING_FACE if any(plain(str(key)) in NAMES for key in tree) else None
 
 
-def _convert(tree: Mapping[str, Any], into: Converted, base: Path) -> None:
+def _convert(tree: Mapping[str, Any], into: Converted, base: Path, ranks: int | None = None) -> None:
     given = {plain(key): value for key, value in texts(tree).items()}
     defaults = {
         key: value
-        for key, value in DEFAULTS[into.trainer].items()
+        for key, value in DEFAULTS.get(into.trainer, {}).items()
         if key not in given and not any(other in given for other in INSTEAD.get(key, ()))
     }
-    theirs = Theirs({**defaults, **given})
+    theirs = Theirs({**defaults, **given}, ranks)
     if into.trainer == AXOLOTL and "adapter" not in given:
         into.take("adapter", "(none)", Answer({"tuning": "full"}))
     for key in sorted(tree, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST)):
@@ -157,11 +174,16 @@ def _one(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted, bas
     elif name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         why = "activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
         into.lack(key, value, why)
+    elif name == "deepspeed_config" and isinstance(value, dict):
+        _accelerated(value, theirs, into, base)
+    elif name in STARTING:
+        into.take(key, value, Answer(said="processes are started by launcher.*", needless=True))
     elif name not in NAMES:
         into.lack(key, value, UNKNOWN)
     elif isinstance(value, dict):
         said = answer(name, Theirs({**theirs.given, name: text_of(value)}))
-        into.lack(key, value, said.said if said and said.said else "a block of settings has no equal as a whole")
+        why = said.said if said and said.said else "a block of settings has no equal as a whole"
+        into.take(key, value, Answer(said=why, needless=said is not None and said.needless))
     else:
         said = answer(name, theirs)
         into.take(key, value, said or Answer(said=UNKNOWN))
@@ -171,12 +193,39 @@ def _deepspeed(value: Any, theirs: Theirs, into: Converted, base: Path) -> None:
     if isinstance(value, dict):
         deepspeed_file.convert(value, into, theirs.given, "deepspeed.")
         return
-    here = [path for path in (Path(str(value)).expanduser(), base / str(value)) if path.is_file()]
+    here = [
+        path for path in (Path(str(value)).expanduser(), base / str(value)) if datasets.exists(path) and path.is_file()
+    ]
     if not here:
         into.take("deepspeed", value, rules.deepspeed(text_of(value), theirs))
         return
     into.take("deepspeed", value, Answer(said="its settings are turned one by one", needless=True))
     deepspeed_file.convert(read(here[0]), into, theirs.given, f"{here[0].name}: ")
+
+
+def _accelerated(block: dict[str, Any], theirs: Theirs, into: Converted, base: Path) -> None:
+    """accelerate's own block about DeepSpeed, which may name a file of DeepSpeed's."""
+    names = {
+        "zero_stage": "stage",
+        "offload_optimizer_device": "offload_optimizer",
+        "offload_param_device": "offload_param",
+    }
+    for key, value in block.items():
+        said = f"deepspeed_config.{key}"
+        if key == "deepspeed_config_file":
+            _deepspeed(value, theirs, into, base)
+        elif key in names:
+            zero = {"stage": block.get("zero_stage", 2)}
+            zero |= {} if key == "zero_stage" else {names[key]: {"device": text_of(value)}}
+            found = Converted(into.trainer)
+            deepspeed_file.convert({"zero_optimization": zero}, found)
+            into.take(said, value, Answer(found.words, needless=not found.words))
+        elif plain(key) in NAMES:
+            into.take(
+                said, value, answer(key, Theirs({**theirs.given, plain(key): text_of(value)})) or Answer(said=UNKNOWN)
+            )
+        else:
+            into.lack(said, value, deepspeed_file.NOT_HERE)
 
 
 def _fsdp(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted) -> None:

@@ -228,6 +228,8 @@ def deepspeed(value: str, theirs: Theirs) -> Answer:
             return Answer(said=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
     if isinstance(tree, dict):
         zero = tree.get("zero_optimization") or {}
+        if str(zero.get("stage") or 0) not in ("0", "1", "2", "3"):
+            return Answer(said=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
         return Answer(zero_words(zero), f"of {value}; `shardtune init from={value}` turns the rest")
     stage = re.search(r"(?:zero|stage|z)_?([0-3])", path.name.lower())
     if stage is None:
