@@ -11,6 +11,7 @@ from launch import overrides
 from launch.compose import compose
 from strategies.base import StrategyName
 from strategies.errors import ConfigError
+from trainer.config.run import RunConfig
 from trainer.config.validate import RANGES, problems_of
 from trainer.optim.config import OptimName
 
@@ -320,3 +321,10 @@ def test_sources_are_named_on_the_command_line():
         with pytest.raises(ConfigError) as caught:
             compose([*words, word])
         assert said in str(caught.value), caught.value
+
+
+def test_a_huge_batch_is_answered_at_once():
+    """Not by trying every micro-batch below it, which would take minutes."""
+    config = RunConfig(batch={"global": 10**12 - 1, "micro": 10**11})
+    [said] = [line for line in problems_of(config, world_size=1) if line.startswith("batch.global=")]
+    assert "set batch.global=900000000000 or batch.global=1000000000000, or batch.micro=" in said

@@ -22,7 +22,7 @@ MATRIX = [
     for accumulation in (1, 4)
     for architecture in ("llama", "gemma2", "gpt2")
 ]
-ATTEMPTS = 6
+ATTEMPTS = 24
 """Times that two ranks are asked, until in each moment they were seen to hold what is simulated."""
 TOGETHER = [
     Case("ddp", "full", "bf16", "none", False, 2),

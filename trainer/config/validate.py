@@ -37,6 +37,9 @@ from trainer.tuning.check import Run
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
 
+MOST_TRIED = 4096
+"""Micro-batches up to which one is looked for that would do."""
+
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
     """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
@@ -113,7 +116,7 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         step = micro * ranks
         below, above = size // step * step, (size // step + 1) * step
         legal = " or ".join(f"batch.global={value}" for value in (below, above) if value)
-        micros = [m for m in range(1, micro + 1) if size % (m * ranks) == 0]
+        micros = [m for m in range(1, min(micro, size // ranks, MOST_TRIED) + 1) if size % (m * ranks) == 0]
         other = f", or batch.micro={' or '.join(map(str, micros[-4:]))}" if micros else ""
         where = f"{ranks} rank{'s' * (ranks > 1)}" if world_size else "the ranks"
         yield f"batch.global={size}: must be a multiple of batch.micro={micro} x {where} = {step}; set {legal}{other}"
