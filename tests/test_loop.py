@@ -88,6 +88,13 @@ def test_early_stopping_keeps_the_best(root, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000008"]
 
 
+def test_a_metric_that_no_evaluation_has_ends_the_run_before_its_first_step(root, tmp_path, capfd):
+    assert run(root, tmp_path, budget__steps=2, evaluation__watch="eval/foo") == 64
+    shown = capfd.readouterr().err
+    assert "evaluation.watch=eval/foo: the evaluation yields eval/loss, eval/perplexity" in shown
+    assert "Traceback" not in shown and not losses(tmp_path)
+
+
 def test_the_best_stays_where_a_better_one_could_not_be_saved(root, tmp_path, monkeypatch):
     """What was noted as best, and was not there, used to stand for the one that was: the next save deleted that."""
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import torch
 
 from strategies.base import Engine, Progress
-from strategies.errors import Preempted, ReplicasDiffer
+from strategies.errors import ConfigError, Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.beside import Saved
 from trainer.data.batches.loader import StepBatch, StepLoader
@@ -236,6 +236,10 @@ class Trainer:
             self.trackers.log({**values, "tokens": self.progress.tokens}, step=self.progress.step)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             self.console.say(f"evaluation at step {self.progress.step}:  {shown}")
+            if (watch := self.settings.evaluation.watch) not in values:
+                raise ConfigError(
+                    f"evaluation.watch={watch}: the evaluation yields {', '.join(values)}; watch one of them"
+                )
         return values
 
     def _note_best(self, values: dict[str, float]) -> bool:
