@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast check format bench bench-scaling bench-gpu bench-data gpu-proof clean
+.PHONY: install demo test test-all test-fast faults check format lock bench bench-scaling bench-gpu bench-data gpu-proof clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -32,6 +32,10 @@ test-all: $(STAMP)
 test-fast: $(STAMP)
 	@$(TESTS) -m "not slurm" --ignore tests/parity
 
+# 200 kills -9 at random moments: some 20 minutes. A seed of its own: make faults KILLS='--kills 40 --seed 7 --strategies zero3'.
+faults: $(STAMP)
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m tests.faults.kills $(KILLS)
+
 check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -42,6 +46,15 @@ check: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# The images' packages: those that decide a result as they are installed here (and so tested), the rest the newest that fit.
+DECIDE = torch|transformers|tokenizers|accelerate|peft|datasets|deepspeed|hydra-core|safetensors|pyarrow|bitsandbytes|numpy
+lock: $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/pip freeze | grep -E '^($(DECIDE))==' | sed 's/+.*//' >build.constraints
+	@$(BIN)/uv pip compile setup.py --extra remote --extra evaluate --extra report --extra search --extra qlora --extra schedule_free \
+		--extra tensorboard --constraint build.constraints --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+		--upgrade --quiet --no-header --no-annotate --output-file docker/requirements.lock; code=$$?; rm -f build.constraints; exit $$code
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/training.py

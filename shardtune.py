@@ -79,7 +79,7 @@ class Run:
         Raises FileNotFoundError where the run has exported none.
         """
         _ours()
-        from trainer.export.verify import load_export
+        from trainer.export.load import load_export
 
         if not (self.dir / "export").is_dir():
             raise FileNotFoundError(

@@ -2,9 +2,10 @@
 
 The table has a row a measurement, with its conditions in columns (id, model, method, strategy, gpus, gpu, seq, micro_batch,
 grad_accum, precision, act_ckpt, lora_rank, peak_gib, tokens_per_s_per_gpu, notes). Each is planned as this trainer would run
-it, and then with what other trainers hold beside: pure bf16 weights and states, copies of the logits. Those are arithmetic from
-the size of the model and the batch; nothing is fitted to the table. Writes benchmarks/results/planning.json, worst first;
-`python docs/make_planning.py` makes the page's tables of it.
+it, and then (`as_theirs`) as its own trainer held it, which is `plan.theirs` of `shardtune plan`; nothing is fitted to the
+table. Writes benchmarks/results/planning.json, worst first; `python docs/make_planning.py` makes the page's tables of it.
+`--no-fit no_fit.csv` plans runs of one GPU that died of memory in place of the table, and writes whether they are predicted to
+fit to benchmarks/results/planning_no_fit.json.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from typing import Any
 from launch.compose import compose
 from launch.plan import read_own
 from strategies.base import Precision
-from strategies.owned import Kind
 from trainer.forecast.lengths import Lengths
 from trainer.forecast.plan import Job, Way
 from trainer.forecast.sweep import simulate_ways
 from trainer.planning.form import Form
+from trainer.planning.hardware import fit_of
 from trainer.planning.speed import Load, step_of
+from trainer.planning.theirs import LOGITS, Cut, Theirs, held
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "planning.json"
+NO_FIT = RESULTS.with_name("planning_no_fit.json")
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -154,13 +157,20 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Fo
         yield asked, found, job
 
 
-def holds_logits(row: dict[str, str]) -> float:
-    """Bytes a token and word that the row's trainer holds in its loss."""
+def theirs_of(row: dict[str, str]) -> list[Theirs]:
+    """What the row's trainer holds beside what this one does."""
+    found = [Theirs.pure_bf16] if "pure bf16" in row["precision"] and row["method"].startswith("full") else []
     if "liger" in row["notes"]:
-        return 0.0
+        return found
     if "kbit" in row["notes"]:
-        return 16.0  # an fp32 head's logits, shifted, their softmax and gradient
-    return 8.0 if "foak" in row["notes"] or "compile" in row["notes"] else 12.0
+        return [*found, Theirs.fp32_head]
+    fused = "foak" in row["notes"] or "compile" in row["notes"]
+    return [*found, Theirs.fused_loss if fused else Theirs.stock_loss]
+
+
+def holds_logits(row: dict[str, str]) -> bool:
+    """Whether the row's trainer holds logits of all tokens."""
+    return any(each in LOGITS for each in theirs_of(row))
 
 
 def answers(row: dict[str, str], form: Form, job: Job) -> dict[str, Any]:
@@ -168,50 +178,57 @@ def answers(row: dict[str, str], form: Form, job: Job) -> dict[str, Any]:
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
     units = micro if form.rows else tokens
-    taken = form.at(units)
-    own = taken.total / GIB
-    words = MODELS[row["model"]]["vocab_size"]
-    state, working = _parts(form, units)
-    other = max(taken.total, state + working + holds_logits(row) * words * tokens)
-    if "pure bf16" in row["precision"] and form.trained > form.parameters / 2:
-        # Weights and both moments in bf16, and with foreach at the step a copy of everything that is updated.
-        shards, whole = int(row["gpus"]), 2 * form.parameters
-        logits = holds_logits(row) * words * tokens
-        other = max(5 * whole / shards, 3 * whole / shards + working + logits)
+    taken, shards = form.at(units), int(row["gpus"])
+    other = held(form, units, tokens * form.vocabulary, theirs_of(row), Cut(shards, shards, shards))
     step = step_of(
         form, Load(units, micro * int(row["seq"]) ** 2, 1), job.card, job.precision, ranks_per_node=job.per_node
     )
     return {
-        "predicted_gib": own,
-        "as_theirs_gib": other / GIB,
+        "predicted_gib": taken.total / GIB,
+        "as_theirs_gib": other.total / GIB,
         "peak_at": str(taken.peak),
         "tokens_per_s_per_gpu": tokens / step.total_s,
     }
 
 
-def _parts(form: Form, units: float) -> tuple[float, float]:
-    """(what stays, activations without logits) at the end of a forward pass."""
-    large, place = form.moments[1], next(m for m in form.moments[1] if m.phase == "forward" and m.place == "head")
-    kinds = large[place].kinds
-    activations = kinds.get(Kind.activations, 0)
-    more = form.at(units).total - form.at(form.sizes[1].units).total
-    stays = sum(size for kind, size in kinds.items() if kind not in (Kind.activations, Kind.logits))
-    return float(stays), float(activations + max(more, 0.0))
+def as_published(row: dict[str, str]) -> dict[str, str]:
+    """A row of runs that died, with the conditions that all rows of its source share, in the columns of the table."""
+    config = row["framework_config"]
+    more = ["liger"] if "liger" in config else []
+    more += ["foak"] if "foak" in config else []
+    more += ["kbit"] if config == "baseline-peft-bnb" else []
+    shared = {"grad_accum": "1", "act_ckpt": "full", "precision": "bf16", "notes": " ".join(more)}
+    return row | shared | ({"precision": "pure bf16"} if row["method"] == "full" else {})
+
+
+def judged(row: dict[str, str], answer: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Whether a run that died would have been said to fit, as this trainer runs it and as its own did."""
+    made: dict[str, Any] = {
+        key: row[key] for key in ("id", "model", "method", "seq", "micro_batch", "framework_config")
+    }
+    made |= {"holds_logits": holds_logits(row), "card_gib": job.card.memory_gib}
+    for key in ("predicted_gib", "as_theirs_gib"):
+        needed = fit_of(round(answer[key] * GIB), 0, job.card.memory_gib).total / GIB
+        made |= {key: round(needed, 2), key.replace("_gib", "_fits"): needed <= job.card.memory_gib}
+    return made
 
 
 def own_kind(row: dict[str, str]) -> bool:
     """Whether a row is of one GPU and of a trainer that, like this one, holds no logits and adapts a frozen base."""
-    return row["strategy"] == "single" and holds_logits(row) == 0.0 and "LoRA" in row["method"]
+    return row["strategy"] == "single" and not holds_logits(row) and "LoRA" in row["method"]
 
 
 def main(argv: list[str]) -> int:
     """Plan every row, print the worst, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
+    parser.add_argument("--no-fit", action="store_true", help="the table is of runs that died of memory")
     parser.add_argument("--rows", choices=["all", "one-gpu", "own"], default="all")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
     options = parser.parse_args(argv)
     rows = list(csv.DictReader(options.table.open()))
+    if options.no_fit:
+        rows = [as_published(row) for row in rows if row["strategy"] == "single"]
     if options.rows != "all":
         rows = [row for row in rows if row["strategy"] == "single" and (options.rows == "one-gpu" or own_kind(row))]
     questions = dict.fromkeys(asked for row in rows if (asked := question(row)) is not None)
@@ -226,12 +243,16 @@ def main(argv: list[str]) -> int:
                     continue
                 if isinstance(form, str):
                     left_out.append({"id": row["id"], "why": form})
+                elif options.no_fit:
+                    made.append(judged(row, answers(row, form, job), job))
                 else:
                     made.append(_compared(row, answers(row, form, job)))
     left_out += [{"id": row["id"], "why": "no equal strategy or model"} for row in rows if question(row) is None]
-    made.sort(key=lambda one: -abs(one["off_percent"]))
-    options.results.write_text(json.dumps({"rows": made, "left_out": left_out}, indent=1) + "\n")
-    print(*summary(made), sep="\n")
+    made.sort(key=lambda one: one["as_theirs_gib"] if options.no_fit else -abs(one["off_percent"]))
+    (options.results or (NO_FIT if options.no_fit else RESULTS)).write_text(
+        json.dumps({"rows": made, "left_out": left_out}, indent=1) + "\n"
+    )
+    print(*(["written"] if options.no_fit else summary(made)), sep="\n")
     return 0
 
 

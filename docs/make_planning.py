@@ -1,4 +1,6 @@
-"""Writes the tables of `docs/planning.md` from `benchmarks/results/planning.json`, which `python -m benchmarks.planning` makes.
+"""Writes the tables of `docs/planning.md` from `planning.json` and `planning_no_fit.json` of `benchmarks/results`.
+
+`python -m benchmarks.planning` makes these.
 
 python docs/make_planning.py
 """
@@ -13,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "planning.md"
 MEASURED = ROOT / "benchmarks" / "results" / "planning.json"
+NO_FIT = MEASURED.with_name("planning_no_fit.json")
 BEGIN, END = "<!-- made by docs/make_planning.py from benchmarks/results/planning.json -->", "<!-- end -->"
 SHOWN = 20
 """Rows of the second table; the file has all."""
@@ -66,8 +69,30 @@ def section(found: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += table(others[:SHOWN], ("predicted_gib", "as this trainer"), ("as_theirs_gib", "as theirs"))
+    lines += ["", *died(json.loads(NO_FIT.read_text())["rows"])]
     if left:
         lines += ["", f"Left out: {'; '.join(one['id'] + ': ' + one['why'] for one in left)}."]
+    return lines
+
+
+def died(rows: list[dict[str, Any]]) -> list[str]:
+    """Runs that ended without a result, and whether they are predicted to fit; the wrong ones first."""
+    theirs, ours = (sum(one[key] for one in rows) for key in ("as_theirs_fits", "predicted_fits"))
+    own = [one["as_theirs_fits"] for one in rows if not one["holds_logits"] and one["method"] != "full"]
+    lines = [
+        f"**Runs of one GPU that died of memory** (as is presumed): {len(rows)}, predicted to fit: {theirs} "
+        f"as theirs, {ours} as this trainer runs them. {len(own)} adapt a frozen base and hold no logits, as this one: of "
+        f"these {sum(own)}. With the allowances above. Worst first:",
+        "",
+        "| row | model | tuned | with | rows x tokens | GiB of the card | as this trainer | as theirs | predicted to fit |",
+        f"|{'---|' * 9}",
+    ]
+    for one in rows:
+        size = f"{one['micro_batch']} x {int(one['seq']):,}"
+        verdict = "yes, wrongly" if one["as_theirs_fits"] else "no"
+        cells = [one["id"], one["model"], one["method"], one["framework_config"], size, f"{one['card_gib']:.2f}"]
+        cells += [f"{one['predicted_gib']:.2f}", f"{one['as_theirs_gib']:.2f}", verdict]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

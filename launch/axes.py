@@ -41,13 +41,51 @@ class Axes:
         }
 
     def points(self) -> list[list[str]]:
-        """The cartesian product, last word fastest."""
-        return [list(point) for point in itertools.product(*self.words)]
+        """The cartesian product, last word fastest; a setting of some choices of an axis goes to their points alone."""
+        own, found, shorter = self._own(), [], set()
+        for whole in itertools.product(*self.words):
+            there = {key: value for key, _, value in (word.partition("=") for word in whole)}
+            point = tuple(word for word in whole if _meant(own.get(word.partition("=")[0]), there))
+            if point == whole or point not in shorter:
+                found.append(list(point))
+            if point != whole:
+                shorter.add(point)
+        return found
 
     def chosen(self, point: list[str]) -> dict[str, str]:
-        """The values of a point on each axis."""
-        typed = [word.partition("=") for values, word in zip(self.words, point, strict=True) if len(values) > 1]
-        return {key: value for key, _, value in typed}
+        """The values of a point on each axis that it has."""
+        axes = self.axes
+        typed = [word.partition("=") for word in point]
+        return {key: value for key, _, value in typed if key in axes}
+
+    def changed(self, point: list[str]) -> str:
+        """What a point has that others have not, in words."""
+        return " ".join(f"{key}={value}" for key, value in self.chosen(point).items()) or "only point"
+
+    def partly(self) -> list[str]:
+        """A line for each setting that some points do not have, since the choice of theirs has no such setting."""
+        axes = self.axes
+        return [
+            f"{key}: only where {group} is {' or '.join(choice for choice in axes[group] if choice in choices)}"
+            for key, (group, choices) in self._own().items()
+        ]
+
+    def _own(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """The typed settings that some values of an axis have and others have not: {key: (the axis, choices that have it)}."""
+        from launch.overrides import setting_of, settings
+
+        axes, found = self.axes, {}
+        for key in (values[0].partition("=")[0] for values in self.words):
+            group = key.partition(".")[0]
+            if key != group and group in axes:
+                setting = setting_of(settings(), key)
+                if setting is not None and any(choice in setting.under for choice in axes[group]):
+                    found[key] = (group, setting.under)
+        return {key: each for key, each in found.items() if not {*axes[each[0]]} <= {*each[1]}}
+
+
+def _meant(own: tuple[str, tuple[str, ...]] | None, there: dict[str, str]) -> bool:
+    return own is None or there[own[0]] in own[1]
 
 
 def read_axes(words: list[str]) -> Axes:
@@ -151,7 +189,7 @@ def left_out(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
         chosen = axes.chosen(point)
 
         def has(words: list[tuple[str, str]], chosen: dict[str, str] = chosen) -> bool:
-            return all(chosen[key] == value for key, value in words)
+            return all(chosen.get(key) == value for key, value in words)
 
         out = any(has(condition) for condition in skipping)
         found.append(out or any(has(condition[:1]) and not has(condition) for condition in keeping))

@@ -62,7 +62,7 @@ def add_directory(directory: Path) -> None:
 
 def variants() -> dict[str, dict[str, type]]:
     """For the groups whose choices differ in their keys: the settings behind each schema node's name."""
-    from strategies.base import DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
+    from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
     from trainer.config.run import LauncherConfig, SlurmConfig
     from trainer.objectives.registry import FAMILIES
     from trainer.optim.config import (
@@ -87,7 +87,13 @@ def variants() -> dict[str, dict[str, type]]:
     )
 
     return {
-        "strategy": {"single": SingleConfig, "ddp": DdpConfig, "fsdp2": Fsdp2Config, "zero": ZeroConfig},
+        "strategy": {
+            "auto": AutoConfig,
+            "single": SingleConfig,
+            "ddp": DdpConfig,
+            "fsdp2": Fsdp2Config,
+            "zero": ZeroConfig,
+        },
         "tuning": {str(settings().name): settings for settings in TUNINGS},
         "objective": {name: family.settings for name, family in FAMILIES.items()},
         "optim": {str(settings().name): settings for settings in optim},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from launch.export_words import destination, parse
 from strategies.errors import ConfigError
@@ -23,8 +24,8 @@ def wanted(argv: list[str]) -> bool:
     return any(word.startswith("adapters=") for word in argv)
 
 
-def main(argv: list[str]) -> int:
-    """Run it; returns the exit code. Errors: ConfigError with every word that cannot be used, DriftError."""
+def run(argv: list[str]) -> dict[str, Any]:
+    """Do what the words say; where the model is. Errors: ConfigError with every word that cannot be used, DriftError."""
     words, problems = parse(argv, KEYS, beside=" beside adapters=")
     numbers = {key: _number(key, words, problems) for key in ("density", "seed", "max_shard_gib") if key in words}
     try:
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         max_shard_gib=numbers.get("max_shard_gib", 5.0),
     )
     print(f"model: {to}")
-    return 0
+    return {"adapters": settings.adapters, "model": str(to)}
 
 
 def _list(text: str) -> list[str]:

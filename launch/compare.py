@@ -6,21 +6,25 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from strategies.errors import ConfigError
+from launch.prices import price_of
+from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from launch.points import Plan
     from trainer.comparison.asked import Row
+    from trainer.comparison.compare import Comparison
 
-USAGE = """usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--json]
-       shardtune compare <run directory> ... [to=<directory>] [--json]
+USAGE = """usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--follow] [--json]
+       shardtune compare <run directory> ... [to=<directory>] [--follow] [--json]
 
   shardtune compare strategy=ddp,fsdp2,zero2 tuning=full,lora model.path=<dir> data.path=train.jsonl \\
       launcher.processes=2 compare.steps=50 compare.repeats=3 to=runs/strategies
   shardtune compare runs/strategies
   shardtune compare runs/ddp runs/fsdp2 runs/fsdp2-lora
+  shardtune compare runs/ddp wandb:team/llama/6dd78326c350
+  shardtune compare runs/first --follow
 
 With settings: takes the words of `train`, and a comma makes an axis of any of them (a literal comma is quoted:
 "data.path='a,b.jsonl'"). Every point runs on the same data with the same seed and global batch, one after another, or as
@@ -37,9 +41,12 @@ more repeats, the same command goes on: what is done is not run again, what fail
   --dry-run                  list the points and what would be refused, and stop
 
 With run directories: the first one is what the others are compared with. A directory that holds runs, as `train -m` and
-`compare` leave it, stands for all of them. Nothing is computed anew; to= writes compare.md, compare.html (with the extra
-`report`), compare.csv and compare.json.
+`compare` leave it, stands for all of them; W&B's own of a run (runs/a/wandb/offline-run-...) for the run, and what is on its
+server is wandb:<entity>/<project>/<run id>, or the address of its page. Nothing is computed anew; to= writes compare.md,
+compare.csv, compare.json, and with the extra `report` compare.html and plots/*.png. Of a single run the page is its
+report.html, also without to=.
 
+  --follow                   write the page again while runs go on, until all have ended
   --json                     print JSON in place of tables
 
 Ends with 64 where a word cannot be used, 75 or 130 where it was stopped, and with a run's own code where none succeeded.
@@ -52,13 +59,72 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv) or not argv:
         print(USAGE)
         return 0 if argv else 64
-    words = [word for word in argv if word != "--json"]
-    as_json = "--json" in argv
+    words = [word for word in argv if word not in ("--json", "--follow")]
+    how = How("--json" in argv, "--follow" in argv)
     if any(_is_setting(word) for word in words):
-        return _points(words, as_json)
+        return _points(words, how)
     rows, to = read_words(words)
-    answer(rows, to, as_json)
+    if how.follow:
+        follow_runs(rows, to or _home(rows, words), how.as_json)
+    else:
+        answer(rows, to, how.as_json)
     return 0
+
+
+class How(NamedTuple):
+    """The flags that change the answer."""
+
+    as_json: bool
+    follow: bool
+
+
+def follow_runs(rows: list[Row], to: Path | None, as_json: bool) -> None:
+    """Write the page again while the runs go on, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
+    from launch.compare_follow import EVERY_S, follow
+    from trainer.comparison.page import missing
+    from trainer.comparison.wandb_files import is_server, is_wandb
+
+    directories = [directory for row in rows for directory in row.directories]
+    if of_wandb := [str(directory) for directory in directories if is_wandb(directory) or is_server(directory)]:
+        raise ConfigError(f"--follow: {of_wandb[0]} is of W&B, which is not asked again and again; name its run.dir")
+    page = _page(rows, to)
+    if page is None:
+        raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
+    if (lacks := missing(page.name)) is not None:
+        raise ConfigError(f"--follow: {lacks}")
+    print(
+        f"{page}: written every {EVERY_S:.0f} s until all runs have ended; Ctrl-C ends it", file=sys.stderr, flush=True
+    )
+    follow(directories, lambda again_s: _write_page(rows, page, again_s))
+    answer(rows, to, as_json)
+
+
+def _page(rows: list[Row], to: Path | None) -> Path | None:
+    """Where the page is written: `to`, or the directory of the only run."""
+    from launch.own_page import REPORT
+    from trainer.comparison.wandb_files import is_server, is_wandb
+
+    if to is not None:
+        return to / "compare.html"
+    alone = rows[0].directories if len(rows) == 1 else ()
+    # What W&B keeps is left as it is: it would be uploaded.
+    return alone[0] / REPORT if len(alone) == 1 and not (is_wandb(alone[0]) or is_server(alone[0])) else None
+
+
+def _write_page(rows: list[Row], page: Path, again_s: float | None) -> None:
+    from launch.compare_answer import as_html
+    from trainer.comparison.compare import compare
+    from trainer.records.status import write_text_atomic
+
+    write_text_atomic(page, as_html(compare(rows, price_of), again_s=again_s))
+
+
+def _home(rows: list[Row], words: list[str]) -> Path | None:
+    """The directory of the comparison that is the only word; None for runs."""
+    from trainer.comparison.asked import RECORD
+
+    there = Path(words[0]).expanduser()
+    return there if len(words) == 1 and (there / RECORD).is_file() else None
 
 
 def _is_setting(word: str) -> bool:
@@ -66,8 +132,10 @@ def _is_setting(word: str) -> bool:
     return bool(assigned) and key != "to" and SETTING.fullmatch(word) is not None and not Path(word).exists()
 
 
-def _points(argv: list[str], as_json: bool) -> int:
+def _points(argv: list[str], how: How) -> int:
+    from launch.compare_follow import Meanwhile
     from launch.points import STOPPED, plan_points, run_points
+    from trainer.comparison.page import missing
     from trainer.stopping.signals import hold, release
 
     dry_run = "--dry-run" in argv
@@ -77,7 +145,7 @@ def _points(argv: list[str], as_json: bool) -> int:
     for word in argv:
         given = _read_to(word, given, problems) if word.startswith("to=") else given
     problems += [
-        f"{word}: there is no such flag; compare takes --dry-run, --json and --help"
+        f"{word}: there is no such flag; compare takes --dry-run, --follow, --json and --help"
         if word.startswith("-")
         else f"{word}: not of the form key=value; name runs that exist, or settings of new ones, not both"
         for word in words
@@ -94,12 +162,19 @@ def _points(argv: list[str], as_json: bool) -> int:
     if dry_run:
         print(listing(plan, to))
         return 0
+    if how.follow and (lacks := missing()) is not None:
+        raise ConfigError(f"--follow: {lacks}")
     print(listing(plan, to), file=sys.stderr, flush=True)
-    code = run_points(plan, to)
+    rows = plan.rows(to)
+    pages = Meanwhile(lambda again_s: _write_page(rows, to / "compare.html", again_s)) if how.follow else None
+    code = run_points(plan, to, pages)
     release()
     if code in STOPPED:
         print("stopped; the same command goes on", file=sys.stderr, flush=True)
-    answer(plan.rows(to), to, as_json)
+    if how.follow and not code:  # what SLURM runs goes on
+        follow_runs(rows, to, how.as_json)
+    else:
+        answer(rows, to, how.as_json)
     return code
 
 
@@ -123,75 +198,101 @@ def listing(plan: Plan, to: Path) -> str:
     for point in plan.points:
         lines.append(f"  {point.name:<{width}}  {' '.join(point.words)}")
         lines += [f"  {'':<{width}}  refused: {problem}" for problem in point.refused]
+    lines += plan.partly
     if plan.left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")
     return "\n".join(lines)
 
 
 def answer(rows: list[Row], to: Path | None, as_json: bool) -> None:
-    """Print what the rows say, and write it into `to`. Errors: ConfigError, StorageError."""
-    from launch.compare_answer import as_csv, as_dict, as_html, as_markdown, text
+    """Print what the rows say, and write it: into `to`, else the page of a single run. Errors: ConfigError, StorageError."""
+    from launch.compare_answer import as_dict, text
     from trainer.comparison.compare import compare
     from trainer.comparison.page import missing
+
+    found = compare(rows, price_of)
+    said = as_dict(found)
+    written: list[str] = []
+    own = _page(rows, None) if to is None else None
+    if to is not None:
+        written = _write_all(found, said, to)
+    lacks = missing(own.name if own else "compare.html")
+    print(json.dumps(said, indent=1, allow_nan=False) if as_json else text(found), flush=True)
+    if own is not None and lacks is None:
+        written = _write_own(found, own)
+    if not as_json and (written or own is not None):
+        told = f"written: {', '.join(written)}" if written else ""
+        print("\n" + "\n".join(filter(None, [told, lacks])), flush=True)
+
+
+def _write_all(found: Comparison, said: dict[str, Any], to: Path) -> list[str]:
+    """Every file of the answer into `to`; what was written, for people."""
+    from launch.compare_answer import as_csv, as_html, as_markdown
+    from trainer.comparison.page import missing, write_pictures
     from trainer.comparison.workspace import script as workspace_script
     from trainer.records.status import write_text_atomic
 
-    found = compare(rows, price_of)
-    script = None if to is None else workspace_script(found, to)
-    said = json.dumps(as_dict(found), indent=1, allow_nan=False)
-    lacks = missing()
-    if to is not None:
-        write_text_atomic(to / "compare.md", as_markdown(found))
-        write_text_atomic(to / "compare.csv", as_csv(found))
-        write_text_atomic(to / "compare.json", said + "\n")
-        if lacks is None:
-            write_text_atomic(to / "compare.html", as_html(found))
-        if script is not None:
-            write_text_atomic(to / "workspace.py", script)
-    print(said if as_json else text(found), flush=True)
-    if to is not None and not as_json:
-        page = "compare.html, " if lacks is None else ""
-        more = ", workspace.py (for W&B)" if script is not None else ""
-        print(
-            f"\nwritten: {to / 'compare.md'}, {page}compare.csv, compare.json{more}" + (f"\n{lacks}" if lacks else "")
-        )
+    script = workspace_script(found, to)
+    pictures = write_pictures(found, to) if missing() is None else []
+    write_text_atomic(to / "compare.md", as_markdown(found, pictures))
+    write_text_atomic(to / "compare.csv", as_csv(found))
+    write_text_atomic(to / "compare.json", json.dumps(said, indent=1, allow_nan=False) + "\n")
+    if missing() is None:
+        write_text_atomic(to / "compare.html", as_html(found))
+    if script is not None:
+        write_text_atomic(to / "workspace.py", script)
+    return [
+        str(to / "compare.md"),
+        *(["compare.html"] if missing() is None else []),
+        *("compare.csv", "compare.json"),
+        *([f"plots/*.png ({len(pictures)})"] if pictures else []),
+        *(["workspace.py (for W&B)"] if script is not None else []),
+    ]
 
 
-def price_of(device: str) -> float | None:
-    """US dollars an hour for a card, by its driver's name; None where conf/hardware does not say."""
-    import yaml
+def _write_own(found: Comparison, page: Path) -> list[str]:
+    """The page of a single run into its directory, which may be somebody else's."""
+    from launch.own_page import write
 
-    from launch.choices import CONF_DIR, OF_PLANS
-
-    for file in sorted((CONF_DIR / OF_PLANS).glob("*.yaml")):
-        card = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        if card.get("name") == device:
-            return card.get("price_per_hour")  # type: ignore[no-any-return]
-    return None
+    try:
+        return [str(write(page.parent, found))]
+    except StorageError as error:
+        print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)
+        return []
 
 
 def read_words(words: list[str]) -> tuple[list[Row], Path | None]:
     """(rows of runs that exist, where to write). Raises ConfigError with every problem."""
     from trainer.comparison.asked import Row, read_rows
     from trainer.comparison.reading import is_run
+    from trainer.comparison.wandb_files import is_wandb, on_server
 
     problems: list[str] = []
     found: list[Row] = []
     to: Path | None = None
     for word in words:
         path = Path(word).expanduser()
-        if word.startswith("to="):
+        try:
+            server = on_server(word)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if server is not None:
+            found.append(Row((Path(server),)))
+        elif word.startswith("to="):
             to = _read_to(word, to, problems)
-        elif is_run(path):
+        elif is_run(path) or is_wandb(path):
             found.append(Row((path,)))
         elif rows := read_rows(path):
             found += rows
         elif inner := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
             found += [Row((child,)) for child in inner]
         elif word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; compare takes --json and --help")
+            problems.append(f"{word}: there is no such flag; compare takes --follow, --json and --help")
         elif path.exists():
-            problems.append(f"{word}: not a run directory (there is no config.yaml in it, and no runs below it)")
+            parts = [each.name for each in sorted(path.glob("*run-*")) if is_wandb(each)]
+            more = f"; name a run of W&B in it, such as {path / parts[0]}" if parts else ""
+            problems.append(f"{word}: not a run directory (there is no config.yaml in it, and no runs below it){more}")
         else:
             problems.append(f"{word}: there is no such directory; name run directories")
     paths = [path for row in found for path in row.directories]

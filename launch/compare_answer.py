@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from trainer.comparison import repeats
 from trainer.comparison.compare import Compared, Comparison, bound
+from trainer.comparison.told import stood_out, substituted
 from trainer.records.short import short
 
 WIDTH = 80
@@ -73,7 +74,8 @@ def tables(found: Comparison) -> list[tuple[str, list[Column]]]:
     more = [("what it took", TAKEN)]
     more += [("a step in ms", PARTS)] if any(run.taken.parts_s for run in begun) else []
     kept = [(title, [c for c in columns if any(c[2](run) != "-" for run in begun)]) for title, columns in more]
-    return [("", list(COLUMNS)), *((title, columns) for title, columns in kept if columns)]
+    first = [column for column in COLUMNS if len(found.runs) > 1 or column[0] != "apart"]
+    return [("", first), *((title, columns) for title, columns in kept if columns)]
 
 
 def text(found: Comparison) -> str:
@@ -102,7 +104,9 @@ def sections(found: Comparison) -> list[tuple[str, list[str]]]:
         ("verdict", [run.verdict for run in found.runs]),
         ("loss curves", _curves(found)),
         ("held-out metrics, before and after", _evaluations(found)),
+        ("steps that stood out", stood_out(found)),
         ("what differs", [f"{d.key}: {', '.join(short(value) for value in d.values)}" for d in found.differences]),
+        ("substituted", substituted(found)),
         ("to know", list(found.notes)),
     ]
 
@@ -158,9 +162,9 @@ def plain_tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]
     return plain
 
 
-def as_markdown(found: Comparison) -> str:
-    """The same as a page."""
-    lines = ["# Comparison"]
+def as_markdown(found: Comparison, pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """The same as a page; `pictures` are (title, path beside it) of plots."""
+    lines = [f"# Run {found.first}" if len(found.runs) == 1 else "# Comparison"]
     for title, headings, rows in plain_tables(found):
         lines += ["", *([f"## {title[0].upper()}{title[1:]}", ""] if title else [])]
         lines += [_cells(headings), _cells(["---"] * len(headings))]
@@ -168,6 +172,8 @@ def as_markdown(found: Comparison) -> str:
     for title, told in sections(found):
         if told:
             lines += ["", f"## {title[0].upper()}{title[1:]}", "", *(f"- {said}" for said in told)]
+    for title, path in pictures:
+        lines += ["", f"## {title}", "", f"![{title}]({path})"]
     lines += ["", "## Runs", ""]
     lines += [
         f"- {run.name}: {', '.join(f'`{point.directory}`' for point in run.found.points)}"
@@ -177,11 +183,11 @@ def as_markdown(found: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_html(found: Comparison) -> str:
-    """The same as one HTML file with plots; needs the extra `report`."""
+def as_html(found: Comparison, *, again_s: float | None = None) -> str:
+    """The same as one HTML file with plots, read anew by a browser after `again_s` seconds; needs the extra `report`."""
     from trainer.comparison.page import page
 
-    return page(found, plain_tables(found), sections(found))
+    return page(found, plain_tables(found), sections(found), again_s=again_s)
 
 
 def _cells(values: list[str]) -> str:
@@ -232,6 +238,7 @@ def as_csv(found: Comparison) -> str:
                 "directory": str(run.point.directory) if run.found.row.directories else None,
                 "state": run.found.state,
                 "reason": run.found.reason,
+                "verdict": run.verdict,
                 **measured,
                 "tokens_per_s_low": low,
                 "tokens_per_s_high": high,

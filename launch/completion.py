@@ -37,7 +37,7 @@ _shardtune() {
     compopt -o nospace 2>/dev/null
     COMPREPLY=($(compgen -S = -W "@KEYS@" -- "$word"))
     case "$verb" in
-        status|logs|stop|export|compare) COMPREPLY+=($(compgen -d -- "$word")) ;;
+        status|logs|stop|export|serve|chat|compare) COMPREPLY+=($(compgen -d -- "$word")) ;;
     esac
     COMPREPLY+=($(compgen -f -X '!*.yaml' -- "$word") $(compgen -f -X '!*.yml' -- "$word"))
 }
@@ -71,7 +71,7 @@ _shardtune() {
     esac
     compadd -S '' -- ${^keys}=
     _files -g '*.y(a|)ml'
-    [[ "${words[2]}" == (status|logs|stop|export|compare) ]] && _files -/
+    [[ "${words[2]}" == (status|logs|stop|export|serve|chat|compare) ]] && _files -/
 }
 compdef _shardtune shardtune 2>/dev/null
 """

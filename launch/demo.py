@@ -189,7 +189,7 @@ def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]
 
 def show_answers(export: Path, held_out: Path) -> None:
     """Print answers of the base and of the tuned model to held-out prompts, through plain transformers and peft."""
-    from trainer.export.verify import load_export
+    from trainer.export.load import load_export
 
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = load_export(export), _tokenizer(export)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
 from typing import Any
 
+from launch.answers import FLAG, give
 from strategies.errors import ConfigError
 
 USAGE = """usage: shardtune doctor [--json]
@@ -32,15 +32,15 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    if flags := [word for word in argv if word.startswith("-") and word != "--json"]:
+    if flags := [word for word in argv if word.startswith("-") and word != FLAG]:
         raise ConfigError([f"{word}: there is no such flag; doctor takes --json and --help" for word in flags])
-    if words := [word for word in argv if word != "--json"]:
-        return preflight(words, "--json" in argv)
+    if words := [word for word in argv if word != FLAG]:
+        return preflight(words, FLAG in argv)
     from launch.machine import look
 
     found = look(os.environ)
-    if "--json" in argv:
-        print(json.dumps({**found.facts, "problems": found.problems, "notes": found.notes}, indent=1))
+    if FLAG in argv:
+        give({**found.facts, "problems": found.problems, "notes": found.notes})
     else:
         print("\n".join(text(found.facts, found.problems, found.notes)))
     return UNFIT if found.problems else 0
@@ -55,7 +55,10 @@ def preflight(words: list[str], as_json: bool) -> int:
 
     asked, commands, hosts, waits = nodes_of(words)
     heard, verdict = ask(asked, commands, hosts, waits=waits)
-    print(json.dumps(as_dict(asked, heard, verdict), indent=1) if as_json else table(asked, heard, verdict))
+    if as_json:
+        give(as_dict(asked, heard, verdict))
+    else:
+        print(table(asked, heard, verdict))
     return UNFIT if verdict.problems else 0
 
 

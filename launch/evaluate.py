@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.answers import give, said_to_stderr
 from launch.slurm_env import is_worker
 from trainer.stopping.signals import hold
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from launch.evaluate_words import Plan
 
 CONFIG, JOB = "job.yaml", "job.json"
+FLAGS = ("--json", "--print")
 USAGE = """usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
        shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
 
@@ -26,7 +28,7 @@ USAGE = """usage: shardtune evaluate <run directory> [evaluation.tasks=...] [aga
   shardtune evaluate runs/tonight against=reports/good/evaluation.json to=reports/tonight
 
 Without tasks it runs those of the run's configuration, or else loss, bits per byte and token accuracy of its evaluation
-documents. Beside a run stand settings of evaluation.*, strategy, launcher.*, run.* and precision; beside model.path all.
+documents. Beside a run stand words of evaluation.*, strategy, launcher.*, run.*, precision and logging.*; beside model.path all.
 
   against=base               the run's model before training; or the directory of a run or a model; or an evaluation.json:
                              then what fell beyond its limit or its interval is listed, and the exit code is 69
@@ -34,6 +36,7 @@ documents. Beside a run stand settings of evaluation.*, strategy, launcher.*, ru
   adapter=<directory>        an adapter on top of model.path
   to=<directory>             where evaluation.json, evaluation_rows.jsonl and evaluation.html go; default: the run's
   --json                     print the report in place of tables
+  launcher=slurm             submit it as a job on one node, with the launcher's settings; --print shows the script
 
 kinds of tasks:
 {kinds}
@@ -51,10 +54,18 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 64
     from launch.evaluate_words import plan, sort
+    from strategies.errors import ConfigError
+    from trainer.config.run import LauncherName
 
-    as_json = "--json" in argv
-    made = plan(sort([word for word in argv if word != "--json"]))
-    return run(made, as_json=as_json)
+    words = [word for word in argv if word not in FLAGS]
+    made = plan(sort(words))
+    if made.config.launcher.name is LauncherName.slurm:
+        from launch.evaluate_slurm import submit
+
+        return submit(made, [*words, *(["--json"] if "--json" in argv else [])], print_only="--print" in argv)
+    if "--print" in argv:
+        raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
+    return run(made, as_json="--json" in argv)
 
 
 def usage() -> str:
@@ -71,13 +82,14 @@ def run(made: Plan, *, as_json: bool) -> int:
     from trainer.evaluation.report.record import PAGE, REPORT
 
     for each in [made.other, made]:
-        if each is not None and (code := _start(each, quiet=as_json)):
+        if each is not None and (code := start(each, quiet=as_json)):
             return code
     to = Path(made.job.to)
     report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
-    print(json.dumps(report, indent=1, ensure_ascii=False) if as_json else text(report), flush=True)
-    if not as_json:
-        print(f"\nwritten: {to / REPORT}, {to / PAGE}")
+    if as_json:
+        give(report)
+    else:
+        print(f"{text(report)}\n\nwritten: {to / REPORT}, {to / PAGE}", flush=True)
     if report.get("regressions"):
         print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
         print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
@@ -85,7 +97,8 @@ def run(made: Plan, *, as_json: bool) -> int:
     return 0
 
 
-def _start(made: Plan, *, quiet: bool) -> int:
+def start(made: Plan, *, quiet: bool) -> int:
+    """Evaluate, and write the report; returns the exit code. `quiet`: what is said goes to stderr."""
     from launch.frozen import identity, to_yaml
     from launch.outcome import begin, outcome, supervised
     from launch.torchrun import What
@@ -97,8 +110,8 @@ def _start(made: Plan, *, quiet: bool) -> int:
     sha256 = identity(config)
     write_text_atomic(directory / JOB, json.dumps(asdict(made.job), indent=1) + "\n")
     write_text_atomic(directory / CONFIG, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}")
-    with _said_to_stderr(quiet):
-        if config.launcher.nodes == 1 and config.launcher.processes == 1:
+    with said_to_stderr(quiet):
+        if config.launcher.in_place:
             hold()
             before, code = begin(directory), 0
             try:
@@ -107,25 +120,6 @@ def _start(made: Plan, *, quiet: bool) -> int:
                 code = 130 if stop.signal_name == "SIGINT" else 0
             return outcome(directory, code, before, verb="evaluate")
         return supervised(config, directory, sha256, what=What("launch.evaluate", CONFIG))
-
-
-class _said_to_stderr:
-    """Within it what is printed, by children too, goes to stderr: stdout is for the report alone."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.kept = quiet, -1
-
-    def __enter__(self) -> None:
-        if self.quiet:
-            sys.stdout.flush()
-            self.kept = os.dup(1)
-            os.dup2(2, 1)
-
-    def __exit__(self, *_: object) -> None:
-        if self.quiet:
-            sys.stdout.flush()
-            os.dup2(self.kept, 1)
-            os.close(self.kept)
 
 
 def worker(words: list[str]) -> int:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 OWN = ("against", "checkpoint", "to", "adapter", "run.dir")
 """Words that are no settings."""
-ALLOWED = frozenset({"evaluation", "strategy", "launcher", "run", "precision"})
+ALLOWED = frozenset({"evaluation", "strategy", "launcher", "run", "precision", "logging"})
 """Groups of settings that can be typed beside a run."""
+SERVER = "evaluation.server"
+"""The group whose address may be typed without `.url`."""
 PLAIN = ("loss", "bits_per_byte", "token_accuracy")
 """Tasks of a language model's run where none are asked for."""
 
@@ -52,13 +54,13 @@ def sort(argv: list[str]) -> Asked:
     for word in argv:
         key, assigned, value = word.partition("=")
         if word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; evaluate takes --json and --help")
+            problems.append(f"{word}: there is no such flag; evaluate takes --json, --print and --help")
         elif key in OWN and assigned:
             problems += [f"{word}: {key} is given twice"] if key in own else []
             problems += [] if value else [f"{word}: {key} needs a value"]
             own[key] = value
         elif assigned:
-            settings.append(word)
+            settings.append(f"{SERVER}.url={value}" if key == SERVER else word)
         else:
             runs.append(word)
     if "run.dir" in own:
@@ -72,6 +74,18 @@ def sort(argv: list[str]) -> Asked:
         )
     elif runs and model is not None:
         problems.append(f"{model}: the run {runs[0]} has its model; give one of the two")
+    if runs and any(word.startswith(SERVER) for word in settings):
+        problems.append(
+            f"{SERVER}: a server answers for files that were exported; name them: model.path={runs[0]}/export"
+        )
+    if (
+        any(word.startswith(SERVER) for word in settings)
+        and own.get("against")
+        and not Path(own["against"]).expanduser().is_file()
+    ):
+        problems.append(
+            f"against={own['against']}: one server answers for one model; evaluate the other first, and give its evaluation.json"
+        )
     if runs and "adapter" in own:
         problems.append(f"adapter={own['adapter']}: goes with model.path; the run {runs[0]} has its own")
     if not runs and "checkpoint" in own:
@@ -98,7 +112,11 @@ def plan(asked: Asked) -> Plan:
     made = Plan(config, job)
     config.run.dir = str(made.directory)
     _settle(config, asked)
-    _check(config)
+    _check(
+        config,
+        trained=asked.run is not None
+        or any(word.startswith(("data.path=", "data.sources")) for word in asked.settings),
+    )
     if (against := asked.own.get("against")) is not None:
         _against(made, against)
     return made
@@ -147,6 +165,7 @@ def _settle(config: RunConfig, asked: Asked) -> None:
     """What an evaluation needs no choice for."""
     from launch.compose import world_size_of
     from strategies.base import Precision, SingleConfig
+    from trainer.challenges.config import ChallengesConfig
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import Around
@@ -158,7 +177,8 @@ def _settle(config: RunConfig, asked: Asked) -> None:
     config.batch = {"global": ranks, "micro": 1}
     config.export.at_end, config.evaluation.watch = False, "eval/loss"
     config.evaluation.every_steps = config.evaluation.patience = config.evaluation.generate.samples = 0
-    config.evaluation.greater_is_better = False
+    config.evaluation.greater_is_better = None
+    config.challenges = ChallengesConfig()
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
     if not config.evaluation.tasks and Around.of(config.data, config.objective).language and _has_held_out(config):
@@ -169,18 +189,12 @@ def _has_held_out(config: RunConfig) -> bool:
     return config.data.eval_path is not None or config.data.eval_share > 0
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, *, trained: bool) -> None:
     """Everything that can be wrong before there is a model."""
     from launch.compose import refusals
-    from trainer.config.run import LauncherName
     from trainer.evaluation.tasks.prepared import Around, check
     from trainer.evaluation.tasks.registry import KINDS
 
-    if config.launcher.name is LauncherName.slurm:
-        raise ConfigError(
-            "launcher=slurm: evaluate is not submitted by itself; within an allocation start it on every rank: "
-            "srun python -m launch.evaluate <words>"
-        )
     if not config.evaluation.tasks:
         raise ConfigError(
             f"evaluation.tasks: not set; name kinds, as in evaluation.tasks=[loss], or a task with a file: "
@@ -189,7 +203,12 @@ def _check(config: RunConfig) -> None:
     found = [problem for problem in refusals(config) if not problem.startswith("evaluation.watch=")]
     if found:
         raise ConfigError(found)
-    check(config.evaluation.tasks, Around.of(config.data, config.objective), held_out=_has_held_out(config))
+    check(
+        config.evaluation.tasks,
+        Around.of(config.data, config.objective),
+        held_out=_has_held_out(config),
+        trained=trained,
+    )
 
 
 def _against(made: Plan, value: str) -> None:
@@ -238,7 +257,7 @@ def _other(made: Plan, config: RunConfig, what: str) -> Plan:
     from trainer.evaluation.report.record import REPORT
 
     to = Path(made.job.to) / "against"
-    other = Plan(copy.deepcopy(config), Job(to=str(to)))
+    other = Plan(copy.deepcopy(config), Job(to=str(to), asked_first=True))
     other.config.run.dir = str(other.directory)
     made.job = replace(made.job, report=str(to / REPORT), against=what)
     return other
@@ -254,4 +273,5 @@ def asked_like(asked: Asked, made: Plan) -> Asked:
 def replace_evaluation(other: Plan, made: Plan) -> Plan:
     """The other run asked what this one is asked."""
     other.config.evaluation = copy.deepcopy(made.config.evaluation)
+    other.job = replace(other.job, asked_first=True)
     return other

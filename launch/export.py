@@ -1,29 +1,56 @@
 """`shardtune export`: turn a checkpoint of a run into a model directory that plain transformers (and peft) loads.
 
-    shardtune export runs/x [checkpoint=last|best|<step>] [to=<dir>] [merge=true] [dtype=bfloat16] [--verify]
+    shardtune export runs/x [checkpoint=last|best|<step> | average=last:<n>|[<step>,<step>]] [to=<dir>] [merge=true]
+                     [dtype=bfloat16] [--verify]
+                     [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
+                     [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
+                     [bits=nf4|int8]
+                     [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
+                     [--json]
 
     shardtune export adapters=[<dir>,<dir>] to=<dir> [weights=[..]] [combine=cat]     (launch/combine.py)
 
 One process rebuilds the run from its frozen configuration, whatever strategy and number of ranks it trained with. `to`
-defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty.
+defaults to `<run.dir>/export`, which is replaced; any other directory must be new or empty. The run's gates, and
+those typed, must hold of what was measured of this checkpoint (exit code 69), or `gates.override` says why not. `--json`
+prints where everything is, for a script; what is said goes to stderr.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.export_words import destination, parse
+from launch import export_average, export_gguf, export_hub, serve
+from launch.answers import FLAG, give, said_to_stderr
+from launch.export_words import destination, gates_of, parse
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
     from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
+    from trainer.data.prepare import Prepared
+    from trainer.gates.judge import Judged
 
-KEYS = ("run.dir", "checkpoint", "to", "merge", "dtype", "max_shard_gib", "verify")
+KEYS = (
+    "run.dir",
+    "checkpoint",
+    "average",
+    "to",
+    "merge",
+    "dtype",
+    "max_shard_gib",
+    "verify",
+    "papers",
+    "answers",
+    *export_hub.WORDS,
+    *export_gguf.WORDS,
+    export_gguf.BITS,
+)
 
 
 @dataclass(slots=True)
@@ -33,6 +60,12 @@ class Asked:
     run_dir: Path
     checkpoint: Path
     to: Path
+    averaged: list[Path] = field(default_factory=list)
+    """Checkpoints whose mean is exported, the last of them `checkpoint`; empty: that one alone."""
+    gates: Judged | None = None
+    """What the gates said; None where there are none."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """The hub's data sets behind tasks."""
 
 
 def main(argv: list[str]) -> int:
@@ -42,33 +75,102 @@ def main(argv: list[str]) -> int:
         return 0
     from launch import combine
 
-    if combine.wanted(argv):
-        return combine.main(argv)
+    words = [word for word in argv if word != FLAG]
+    with said_to_stderr(FLAG in argv):
+        answer = combine.run(words) if combine.wanted(words) else run(words)
+    if FLAG in argv:
+        give(answer)
+    return 0
 
+
+def run(argv: list[str]) -> dict[str, Any]:
+    """Do what the words say; where everything is. Errors: ConfigError, StorageError, DriftError."""
     from launch.compose import load_frozen
+    from trainer.gates.judge import record
 
-    words, problems = parse(argv, KEYS)
-    if problems:
+    dry = "--dry-run" in argv
+    argv, typed, problems = gates_of([word for word in argv if word != "--dry-run"])
+    words, more = parse(argv, KEYS)
+    if problems := [*problems, *more]:
         raise ConfigError(problems)
     if "run.dir" not in words:
         raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export runs/x")
     run_dir = Path(words["run.dir"]).expanduser()
     config = load_frozen(run_dir / "config.yaml")
     settle(config, words)
+    averaged = []
+    if "average" in words:
+        if "checkpoint" in words:
+            raise ConfigError(
+                f"average={words['average']}: says which checkpoints; leave checkpoint={words['checkpoint']} out"
+            )
+        averaged = export_average.chosen(run_dir, words["average"], config)
+    gguf, bits = export_gguf.wanted(words, config), export_gguf.wanted_bits(words, config)
+    hub = export_hub.target(words, run_dir, dry=dry)
     asked = Asked(
         run_dir,
-        find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint),
-        destination(run_dir, words.get("to")),
+        averaged[-1] if averaged else find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint),
+        destination(run_dir, words.get("to")) if hub is None else hub.folder,
+        averaged,
+        benchmarks=export_hub.benchmarks_of(words),
     )
-    print(f"exporting {asked.checkpoint} to {asked.to}", flush=True)
-    export(config, asked)
+    asked.gates = pass_gates(config, typed, asked)
+    what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
+    print(f"exporting {what} to {asked.to}", flush=True)
+    data = export(config, asked)
+    if asked.gates is not None:
+        record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})
     print(f"model: {asked.to}")
-    return 0
+    names = [path.name for path in averaged or [asked.checkpoint]]
+    answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(asked.to)}
+    if gguf is not None:
+        answer["gguf"] = str(export_gguf.write(gguf, asked.to, verify=config.export.verify))
+    if bits is not None:
+        answer[str(bits)] = str(export_gguf.write_bits(bits, asked.to, data))
+    if hub is not None:
+        answer["pushed"] = export_hub.push(hub)
+    serve.print_lines(asked.to)
+    return answer
+
+
+def pass_gates(config: RunConfig, typed: dict[str, Any], asked: Asked) -> Judged | None:
+    """What the gates of the run, and those typed beside them, say of the checkpoint. Errors: ConfigError, GateRefused."""
+    from trainer.checkpoints.places import places_of, published
+    from trainer.gates.bounds import OVERRIDE
+    from trainer.gates.judge import GateRefused, judge, refuse, weights_at
+
+    if changed := [
+        name for name in typed.keys() & config.gates.keys() - {OVERRIDE} if typed[name] != config.gates[name]
+    ]:
+        raise ConfigError(
+            [
+                f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; gates.{OVERRIDE}=<why> goes on "
+                "all the same"
+                for name in changed
+            ]
+        )
+    gates = {**config.gates, **typed}
+    if not gates.keys() - {OVERRIDE}:
+        return None
+    if asked.averaged and OVERRIDE not in gates:
+        of = ", ".join(path.name for path in asked.averaged)
+        raise GateRefused(
+            f"gates: nothing was measured of the mean of {of}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why it "
+            "may pass"
+        )
+    spare = config.checkpoint.fallback_dir
+    step = next(step for step, path in published(places_of(asked.run_dir, spare)) if path == asked.checkpoint)
+    judged = judge(gates, weights_at(asked.run_dir, step, spare), config.evaluation.tasks)
+    refuse(judged, f"{asked.run_dir}, {asked.checkpoint.name}")
+    for line in judged.refused:
+        print(f"gate passed over ({judged.override}): {line}", flush=True)
+    return judged
 
 
 def settle(config: RunConfig, words: dict[str, str]) -> None:
     """Put what was asked for into the run's own export settings, and make it a run of one process."""
     from strategies.base import SingleConfig
+    from trainer.config.gates import paper_words
     from trainer.config.run import Device
     from trainer.export.config import ExportType
 
@@ -90,6 +192,10 @@ def settle(config: RunConfig, words: dict[str, str]) -> None:
             config.export.max_shard_gib = 0.0
         if not config.export.max_shard_gib > 0:
             problems.append(f"max_shard_gib={words['max_shard_gib']}: must be a number of GiB above 0")
+    if "papers" in words:
+        config.export.papers = [name.strip() for name in words["papers"].strip("[]").split(",") if name.strip()]
+    config.export.answers = words.get("answers", config.export.answers)
+    problems += [line.removeprefix("export.") for line in paper_words(config)]
     if problems:
         raise ConfigError(problems)
     config.strategy, config.run.device = SingleConfig(), Device.cpu  # the host has the room, and values are only copied
@@ -138,23 +244,26 @@ def best_step(there: dict[int, Path]) -> int | None:
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
-def export(config: RunConfig, asked: Asked) -> None:
-    """Rebuild, load and write, as one process. Errors: those of building, loading and writing."""
+def export(config: RunConfig, asked: Asked) -> Prepared:
+    """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
     from strategies import runtime as processes
 
     runtime = processes.start("cpu", timeout_s=config.run.timeout_s, threads=config.run.threads)
     try:
-        _export(config, asked, runtime)
+        return _export(config, asked, runtime)
     finally:
         processes.stop()
 
 
-def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
+def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> Prepared:
     from strategies.base import Precision
     from trainer.build import build_engine, build_loader, prepare_data
+    from trainer.checkpoints.seal import fingerprint
     from trainer.export.card import CardFacts
     from trainer.export.write import write_export
     from trainer.model.loading import load_tokenizer, weights_directory
+    from trainer.papers.known import gather
+    from trainer.papers.questions import read_answers
 
     tokenizer = load_tokenizer(config.model)
     record = _record(asked.run_dir)
@@ -168,9 +277,12 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
     engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
     if built.step_module.around_update is not None:
         build_loader(config, data, built, engine, runtime)  # tells it the length of the run
-    progress = engine.load(asked.checkpoint)
+    progress = export_average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
     outcome = record.get("outcome") or {}
-    same = (outcome.get("progress") or {}).get("step") == progress.step
+    same = (outcome.get("progress") or {}).get("step") == progress.step and not asked.averaged
+    known = gather(asked.run_dir, record, read_answers(config.export.answers)[0])
+    known.step, known.tokens = progress.step, progress.tokens
+    known.artefact = None if asked.averaged else fingerprint(asked.checkpoint)  # of a mean nothing was measured
     write_export(
         engine,
         built,
@@ -179,16 +291,24 @@ def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> None:
         destination=asked.to,
         config=config.export,
         card=CardFacts(
+            known=known,
             config_yaml=(asked.run_dir / "config.yaml").read_text(encoding="utf-8"),
-            facts={**record, "label_names": data.label_names},
+            facts={
+                **record,
+                "label_names": data.label_names,
+                "averaged_checkpoints": [p.name for p in asked.averaged] or None,
+            },
             # Only those of this very checkpoint.
             before=outcome.get("before") or {} if same else {},
             after=outcome.get("after") or {} if same else {},
             tokens_trained=progress.tokens,
             steps=progress.step,
+            gates={} if asked.gates is None else asked.gates.record(),
+            benchmarks=asked.benchmarks,
         ),
         runtime=runtime,
     )
+    return data
 
 
 def _record(run_dir: Path) -> dict[str, Any]:

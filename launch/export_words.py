@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from strategies.errors import ConfigError
 
@@ -31,6 +32,21 @@ def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[
             f"{word}: {key} needs a value ({key}=...)" if key in keys else f"{word}: no such key{beside}{hint}"
         )
     return words, problems
+
+
+def gates_of(argv: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """(the other words, the gates that are typed, a line about each that is none)."""
+    from trainer.gates.bounds import problems, read_word
+
+    rest, gates, found = [], dict[str, Any](), []
+    for word in argv:
+        if word.partition("=")[0].split(".")[0] != "gates":
+            rest.append(word)
+            continue
+        typed, problem = read_word(word)
+        found += [problem] if typed is None else problems(typed)
+        gates |= typed or {}
+    return rest, gates, found
 
 
 def destination(run_dir: Path, to: str | None) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from launch.choices import settings_of, variants
 from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
-from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
+from trainer.config.run import MICRO, STRATEGY, RunConfig, asked_micro, asked_strategy
 from trainer.following.queue import Queue, ask
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
@@ -26,6 +27,9 @@ from trainer.records.status import FROZEN, State, read_status, write_text_atomic
 from trainer.stopping.signals import pending
 
 SHOWN_DIFFERENCES = 12
+ANOTHER_WAY = ("strategy.", f"{MICRO}: ")
+"""How differences begin that a run which is not done may go on with in its directory: how it is computed, and not what."""
+NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
 QUEUE_S = 10.0
 """Seconds for which an answer of SLURM's queue is taken."""
 
@@ -46,17 +50,24 @@ class Composed:
 def identity(config: RunConfig) -> str:
     """SHA-256 of what decides the result of the run.
 
-    Left out: `run.*` but the seed, `logging.*`, `launcher.*` and the record of substitutions: where a run is started,
-    how it is called and what it reports may change when it is requeued or resumed.
+    Left out: `run.*` but the seed, `logging.*`, `profile.*`, `launcher.*`, `gates`, `review`, `challenges.*` and the
+    substitutions: where a run is started, how it is called, what it reports and what is asked of its export may change when it
+    is requeued or resumed.
     """
     return _hash(_identifying(plain(config)))
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included."""
+    return written(config)[0]
+
+
+def written(config: RunConfig) -> tuple[str, str]:
+    """`to_yaml` and `identity` of it, by one walk over its settings."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    settings = plain(config)
+    return OmegaConf.to_yaml(OmegaConf.create(settings)), _hash(_identifying(settings))
 
 
 def default_run_dir(sha256: str) -> Path:
@@ -69,9 +80,10 @@ def is_finished(run_dir: Path) -> bool:
     return read_status(run_dir).get("state") == State.done
 
 
-def freeze(composed: Composed, run_dir: Path) -> Path:
+def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> Path:
     """Write `config.yaml` (with its hash) atomically and return the directory.
 
+    With `another_way` a run that is not done may go on under another strategy or micro-batch, which is said.
     Errors: ConfigError where the directory holds another run, one that is still running or that SLURM will start, or checkpoints
     that `run.resume=never` refuses; StorageError.
     """
@@ -82,8 +94,9 @@ def freeze(composed: Composed, run_dir: Path) -> Path:
     there = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
     if composed.config.run.resume == "never" and (there or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
-    if path.exists() and (there or is_finished(run_dir)):
-        _same_or_refuse(composed, path)  # else nothing was reached there: a corrected command may take its place
+    if path.exists():
+        done = is_finished(run_dir)
+        _same_or_refuse(composed, path, reached=bool(there) or done, another_way=another_way and not done)
     refuse_queued(run_dir)
     refuse_in_use(run_dir, composed.config.run.lease_s, pending)
     config = composed.config
@@ -154,13 +167,25 @@ def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
     ]
 
 
-def _same_or_refuse(composed: Composed, path: Path) -> None:
-    before = load_frozen(path)
-    if composed.config.batch["micro"] == AUTO and chose_micro(before.batch, before.substitutions):
+def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_way: bool) -> None:
+    """Take over what the run there has chosen itself, and refuse another run, unless nothing was `reached` there."""
+    try:
+        before = load_frozen(path)
+    except ConfigError:
+        if reached:
+            raise
+        return
+    changed = differences(composed.config, before)
+    if not changed and MICRO in before.substitutions:
         composed.config.batch["micro"] = before.batch["micro"]  # chosen once
         composed.config.substitutions[MICRO] = before.substitutions[MICRO]
-    changed = differences(composed.config, before)
-    if not changed:
+    if not changed and STRATEGY in before.substitutions:
+        composed.config.strategy = before.strategy
+        composed.config.substitutions[STRATEGY] = before.substitutions[STRATEGY]
+    if not changed or not reached:  # a corrected command may take its place
+        return
+    if another_way and all(line.startswith(ANOTHER_WAY) for line in changed):
+        print(f"{path.parent}: goes on in another way: {'; '.join(changed)}", file=sys.stderr)
         return
     more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
     raise ConfigError(
@@ -174,9 +199,10 @@ def _same_or_refuse(composed: Composed, path: Path) -> None:
 
 
 def _identifying(tree: Any) -> dict[str, Any]:
-    kept = {key: value for key, value in tree.items() if key not in ("logging", "launcher", "substitutions")}
-    if chose_micro(tree["batch"], tree["substitutions"]):  # it is still the run that was asked for
-        kept["batch"] = {**tree["batch"], "micro": AUTO}
+    kept = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
+    # It is still the run that was asked for.
+    kept["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
+    kept["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
     return kept | {"run": {"seed": tree["run"]["seed"]}}
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ipaddress
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
-from trainer.config.run import LauncherConfig
+
+if TYPE_CHECKING:
+    from trainer.config.run import LauncherConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +38,16 @@ def place_of(launcher: LauncherConfig) -> Place:
     host = launcher.rdzv.rpartition(":")[0].strip("[]")
     own = interfaces()
     met = _addresses(host, f"launcher.rdzv={launcher.rdzv}")
-    first = bool({*met} & {*own}) or any(_is_loopback(address) for address in met)
+    first = bool({*met} & {*own}) or any(is_loopback(address) for address in met)
     if launcher.address is not None:
         address = next((each for each in _addresses(launcher.address, _said(launcher)) if each in own), None)
-        if address is None or _is_loopback(address):
+        if address is None or is_loopback(address):
             raise ConfigError(f"{_said(launcher)}: is no address of this host that others reach; it has {_list(own)}")
     elif first:
-        address = next((each for each in met if each in own and not _is_loopback(each)), None) or _only(host, own)
+        address = next((each for each in met if each in own and not is_loopback(each)), None) or _only(host, own)
     else:
-        address = _towards(met[0], launcher.rdzv)
-        if address not in own or _is_loopback(address):
+        address = towards(met[0], launcher.rdzv)
+        if address not in own or is_loopback(address):
             raise ConfigError(
                 f"launcher.rdzv={launcher.rdzv}: no interface of this host leads there; it has {_list(own)}"
             )
@@ -83,7 +86,7 @@ def _addresses(host: str, said: str) -> list[str]:
     return list(dict.fromkeys(str(each[4][0]).partition("%")[0] for each in found))
 
 
-def _towards(address: str, rdzv: str) -> str:
+def towards(address: str, rdzv: str) -> str:
     """The address of this host from which another one is reached; a route is looked up, nothing is sent."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as way:
@@ -96,7 +99,7 @@ def _towards(address: str, rdzv: str) -> str:
 
 def _only(host: str, own: dict[str, str]) -> str:
     """The one address that others may reach, where a name means this host by its loopback. Raises ConfigError for several."""
-    real = [each for each in own if ":" not in each and not _is_loopback(each)]
+    real = [each for each in own if ":" not in each and not is_loopback(each)]
     if len(real) != 1:
         raise ConfigError(
             f"launcher.rdzv: {host} means this host by a loopback address here, and so no interface; set launcher.address to "
@@ -105,7 +108,8 @@ def _only(host: str, own: dict[str, str]) -> str:
     return real[0]
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether an address means the host itself."""
     return ipaddress.ip_address(address).is_loopback
 
 
@@ -114,4 +118,4 @@ def _said(launcher: LauncherConfig) -> str:
 
 
 def _list(own: dict[str, str]) -> str:
-    return ", ".join(f"{address} ({name})" for address, name in own.items() if not _is_loopback(address)) or "none"
+    return ", ".join(f"{address} ({name})" for address, name in own.items() if not is_loopback(address)) or "none"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.answers import FLAG, give
 from launch.own_files import ENDINGS
 from strategies.errors import ConfigError, StorageError
 
@@ -51,14 +51,17 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    if flags := [word for word in argv if word.startswith("-") and word != "--json" and "=" not in word]:
+    if flags := [word for word in argv if word.startswith("-") and word != FLAG and "=" not in word]:
         raise ConfigError([f"{word}: there is no such flag; init takes --json and --help" for word in flags])
-    words = [word for word in argv if word != "--json" and not word.startswith(("to=", "from="))]
+    words = [word for word in argv if word != FLAG and not word.startswith(("to=", "from="))]
     target = _target(_one("to", argv))
     source = _one("from", argv)
     written, text = _from_file(source, words, target) if source else _typed(words, target)
     _write(target, text)
-    print(json.dumps(as_dict(written), indent=1, ensure_ascii=False) if "--json" in argv else "\n".join(said(written)))
+    if FLAG in argv:
+        give(as_dict(written))
+    else:
+        print("\n".join(said(written)))
     return 0
 
 

@@ -12,54 +12,30 @@ import contextlib
 import os
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import container, pipeline_part, snapshot
+from launch.job_end import Job, end, lost
 from launch.slurm_env import port
-from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
+from strategies.errors import ConfigError, NodesUnfit, ShardtuneError
+from trainer.records.code import ROOT
 from trainer.records.lease import SILENT, refuse_in_use
 from trainer.records.settings_file import read_tree
-from trainer.records.status import State, read_failure, read_status, restart_count
+from trainer.records.status import State, read_status
 
 FOR_SBATCH = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
 )
 IN_THE_SCRIPT = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
-TAKEN = ("name", "processes", "nodes", "rdzv", "retry", "preflight")
+TAKEN = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
 """Settings of the launcher that slurm/train.sbatch takes as words; the others would be lost."""
 PARTS = ("launcher", "run", "model", "data")
 PORTS = 50
 """How many ports are tried, one after another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """This start of this job."""
-
-    name: str
-    """As scontrol takes it; in an array a bare job id can mean all its tasks."""
-    id: str
-    restart: int
-    nodes: list[str] = field(default_factory=list)
-    """Its hosts, in SLURM's order."""
-
-    @classmethod
-    def here(cls) -> Job:
-        """The job of this process. Raises ConfigError outside a job."""
-        env = os.environ
-        if "SLURM_JOB_ID" not in env:
-            raise ConfigError("SLURM_JOB_ID: not set; this is for job scripts of SLURM")
-        array = env.get("SLURM_ARRAY_JOB_ID")
-        name = f"{array}_{env.get('SLURM_ARRAY_TASK_ID')}" if array else env["SLURM_JOB_ID"]
-        return cls(name, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0), hosts_of_job())
-
-    def wrote(self, record: dict[str, Any]) -> bool:
-        """Whether a record is of this start."""
-        return (record.get("job"), record.get("restart")) == (self.id, restart_count())
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +78,16 @@ def begin(words: list[str]) -> dict[str, Any]:
     job = Job.here()
     run = run_of(words, job)
     logs = run.directory / "logs"
-    told = {"run_dir": run.directory, "logs": logs, "job": job.name, "start": job.restart, "finished": ""}
+    told: dict[str, Any] = {"run_dir": run.directory, "logs": logs, "job": job.name, "start": job.restart}
+    told |= {"finished": "", "code": ""}
     if read_status(run.directory).get("state") == State.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
+        pipeline_part.ended("train", run.directory, 0)
         return {**told, "finished": 1}
     logs.mkdir(parents=True, exist_ok=True)
+    told["code"] = code_of(run, job) if words else ""
+    snapshot.check()
+    container.refuse_missing(run.tree["launcher"])
     retry = run.tree["launcher"]["retry"]
     status = read_status(run.directory)
     # A start that ended without a word was lost with its node or killed unsaved; SLURM has requeued the job by itself.
@@ -117,12 +98,22 @@ def begin(words: list[str]) -> dict[str, Any]:
             "not started again"
         )
     refuse_in_use(run.directory, run.tree["run"]["lease_s"])
-    told |= {f"retry_{cause}": retry.get(cause, 0) for cause in ("preempted", "node_fail")}
+    told |= {f"retry_{cause}": times for cause, times in retry.items()}
     told |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
     meeting = rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.tree["launcher"]["rdzv"])
     if len(job.nodes) > 1 and run.tree["launcher"].get("preflight", "none") != "none":
         preflight(run, job, meeting)
     return {**told, "rendezvous": meeting}
+
+
+def code_of(run: Run, job: Job) -> Path | str:
+    """The code of a run by slurm/train.sbatch: a copy that its job's first start makes; nothing for the clone itself."""
+    if run.tree["launcher"].get("code") != "snapshot":
+        return ""
+    made = snapshot.taken(run.directory) if job.restart else None
+    if made is not None:
+        snapshot.check(made)
+    return made or snapshot.take(run.directory)
 
 
 def preflight(run: Run, job: Job, meeting: str) -> None:
@@ -132,9 +123,11 @@ def preflight(run: Run, job: Job, meeting: str) -> None:
 
     asked = asked_of(run.tree, len(job.nodes))
     asked.master = meeting
-    heard, verdict = ask(
-        asked, by_srun(len(job.nodes), os.environ.get("SHARDTUNE_PYTHON") or sys.executable, []), job.nodes
-    )
+    step, before = container.words(run.tree, [ROOT, run.directory])
+    python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
+    if container.way_of(run.tree["launcher"]):
+        python = run.tree["launcher"].get("python") or "python3"
+    heard, verdict = ask(asked, by_srun(len(job.nodes), python, step, before=before), job.nodes)
     print(text(asked, heard, verdict), flush=True)
     if verdict.problems:
         raise NodesUnfit(
@@ -149,6 +142,7 @@ def run_of(words: list[str], job: Job) -> Run:
     if frozen and not words:
         return Run.frozen(Path(frozen).parent)
     from launch.compose import compose, freeze
+    from trainer.config.run import SlurmConfig
 
     problems = []
     for word in words:
@@ -159,7 +153,8 @@ def run_of(words: list[str], job: Job) -> Run:
     if problems:
         raise ConfigError(problems)
     env = os.environ
-    retry = f"{{preempted:{env.get('RETRY_PREEMPTED') or 20},node_fail:{env.get('RETRY_NODE_FAIL') or 3}}}"
+    often = [f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}" for cause, times in SlurmConfig().retry.items()]
+    retry = f"{{{','.join(often)}}}"
     own = [f"run.dir=runs/slurm-{job.id}", "launcher=slurm", f"launcher.nodes={len(job.nodes)}"]
     own.append(f"launcher.retry={retry}")
     own.append(f"launcher.processes={env.get('PROCESSES') or env.get('SLURM_GPUS_ON_NODE') or 1}")
@@ -168,18 +163,7 @@ def run_of(words: list[str], job: Job) -> Run:
         raise ConfigError(
             f"launcher.nodes={composed.config.launcher.nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
         )
-    return Run.frozen(freeze(composed, Path(composed.config.run.dir or "")))
-
-
-def lost(logs: Path, job: Job, limit: int) -> bool:
-    """Count one more start whose rank or node was lost; whether there may be another. Errors: StorageError."""
-    count = logs / f"lost-{job.name}"
-    try:
-        with count.open("a") as file:
-            file.write(f"{job.restart}\n")
-        return len(count.read_text().splitlines()) <= limit
-    except OSError as error:
-        raise StorageError(f"{count}: cannot be written ({error.strerror or error}); free space") from error
+    return Run.frozen(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
 
 
 def rendezvous(job: Job, asked: str | None) -> str:
@@ -214,62 +198,6 @@ def _free(number: int) -> bool:
         return False
 
 
-def hosts_of_job() -> list[str]:
-    """The job's hosts, in the order in which SLURM numbers them. Raises ConfigError."""
-    listed = os.environ.get("SLURM_JOB_NODELIST", "")
-    try:
-        command = ["scontrol", "show", "hostnames", listed]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"SLURM_JOB_NODELIST={listed}: scontrol cannot tell its hosts ({error})") from error
-    if not found:
-        raise ConfigError(f"SLURM_JOB_NODELIST={listed}: scontrol names no host")
-    return found
-
-
-def end(code: int, stopped: bool) -> int:
-    """Requeue where the run wants it and may; the job's exit code. `stopped`: whether TERM came to the script."""
-    job, run_dir = Job.here(), Path(os.environ["SHARDTUNE_RUN_DIR"])
-    status, failure = read_status(run_dir), read_failure(run_dir)
-    limits = {cause: int(os.environ.get(f"retry_{cause}") or 0) for cause in ("preempted", "node_fail")}
-    if job.wrote(status) and status.get("state") == State.preempted:
-        if _by_slurm(job, stopped):
-            print(f"job {job.name}: stopped by SLURM or by scancel, state saved; not requeued from here")
-        elif job.restart >= limits["preempted"]:
-            print(
-                f"job {job.name}: state saved; not requeued, since it restarted {job.restart} times already "
-                f"(limit {limits['preempted']})"
-            )
-            return 75
-        else:
-            _requeue(job, "state saved")
-    elif job.wrote(failure) and failure.get("retry") == "node_fail":  # never after an error of the run itself
-        if _by_slurm(job, stopped):
-            print(f"job {job.name}: stopped by SLURM or by scancel, and a rank was lost; not requeued from here")
-        elif lost(run_dir / "logs", job, limits["node_fail"]):
-            _requeue(job, "a rank was lost")
-        else:
-            print(
-                f"job {job.name}: a rank was lost; not requeued, since that happened more than {limits['node_fail']} times"
-            )
-    return code
-
-
-def _by_slurm(job: Job, stopped: bool) -> bool:
-    """Whether SLURM ends the job, or requeues it by itself: asking for it as well would run it once too often."""
-    if stopped:
-        return True
-    shown = subprocess.run(["scontrol", "show", "job", job.name], capture_output=True, text=True).stdout
-    return any(word.startswith("PreemptTime=") and word[12:13].isdigit() for word in shown.split())
-
-
-def _requeue(job: Job, why: str) -> None:
-    print(f"job {job.name}: {why}; requeued", flush=True)
-    done = subprocess.run(["scontrol", "requeue", job.name], capture_output=True, text=True)
-    if done.returncode:
-        print(f"job {job.name}: scontrol requeue failed: {(done.stderr or done.stdout).strip()}", flush=True)
-
-
 @contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[int]:
     """Whatever is printed meanwhile goes to stderr; the descriptor of the real stdout, which the shell reads."""
@@ -285,7 +213,10 @@ def _stdout_is_stderr() -> Iterator[int]:
 
 
 def main(argv: list[str]) -> int:
-    """`begin [words]` or `end <exit code of the step> <1 after TERM, else empty>`; returns the exit code. Errors: ConfigError."""
+    """`begin [words]`, `end <code of the step> <1 after TERM, else empty>`, `part <part> <run> <ranks>`. Errors: ConfigError."""
+    if argv[:1] == ["part"] and len(argv) == 4:
+        snapshot.check()
+        return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
     if argv[:1] == ["end"] and len(argv) == 3 and argv[1].isdecimal():
         return end(int(argv[1]), bool(argv[2]))
     if argv[:1] != ["begin"]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from launch.answers import FLAG, give
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,12 +18,14 @@ if TYPE_CHECKING:
     from trainer.following.queue import Queue
     from trainer.following.reading import Seen
 
-USAGE = """usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow]
+USAGE = """usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow] [--json]
 
   shardtune logs runs/first             of a run that failed: the rank that failed, its job's output, and the cause
   shardtune logs runs/first rank=3      what rank 3 said
-  shardtune logs runs/first job=last    what its newest SLURM job printed, on every node; or job=<id>
+  shardtune logs runs/first job=last    what its newest SLURM job, or start over ssh, printed, on every node; or job=<id>
   shardtune logs runs/first --follow    what is added, also after restarts and requeues, until the run is done
+  shardtune logs runs/first --json      the same for a script: files with their lines, and failure.json of a run that failed;
+                                        with --follow an object a line, and a last one that says how the run ended
 
 Without rank= and job= it is rank 0, and where no rank has said anything yet, the job's output.
 Ends with 64 where there is no such run, rank or job, and with 130 at Ctrl-C."""
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv) or not argv:
         print(USAGE)
         return 0 if argv else 64
-    run_dir, wanted, lines = read_words([word for word in argv if word != "--follow"])
+    run_dir, wanted, lines = read_words([word for word in argv if word not in ("--follow", FLAG)])
     from trainer.following.logs import choose
     from trainer.records.status import State, read_failure, read_status
 
@@ -49,15 +53,18 @@ def main(argv: list[str]) -> int:
     failed = read_status(run_dir).get("state") in (None, State.failed) and read_failure(run_dir)
     rank = failed.get("rank") if failed else None
     files = choose(run_dir, wanted, rank if isinstance(rank, int) else None)
-    printer = Printer(headed="--follow" in argv or len(files) > 1)
+    follow, ours = "--follow" in argv, failed and wanted.rank in (None, rank) and wanted.job is None
+    printer = Collected(at_once=follow) if FLAG in argv else Printer(headed=follow or len(files) > 1)
     places = show(files, lines, printer)
-    if "--follow" in argv:
+    if follow:
         Follow(run_dir, wanted, printer, places).until_done()
-        return 0
-    if not files:
-        print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")
-    if failed and wanted.rank in (None, rank) and wanted.job is None:
-        print(cause(run_dir))
+    elif isinstance(printer, Collected):
+        give({"run": str(run_dir), "files": printer.files, "failure": failed if ours else None})
+    else:
+        if not files:
+            print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")
+        if ours:
+            print(cause(run_dir))
     return 0
 
 
@@ -73,7 +80,7 @@ def read_words(words: list[str]) -> tuple[Path, Wanted, int]:
         if assigned and key in ("rank", "job", "lines"):
             given[key] = value
         elif word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; logs takes --follow and --help")
+            problems.append(f"{word}: there is no such flag; logs takes --follow, --json and --help")
         elif assigned and key != "run.dir" and not Path(word).exists():
             problems.append(f"{word}: there is no such word; logs takes rank=, job= and lines=")
         else:
@@ -105,6 +112,22 @@ class Printer:
             print(f"==> {path} <==")
         self._file = path
         print("\n".join(lines), flush=True)
+
+
+class Collected(Printer):
+    """Lines for a script: kept by file, or printed as they come, an object each."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        super().__init__(headed=False)
+        self.at_once = at_once
+        self.files: list[dict[str, Any]] = []
+
+    def __call__(self, path: Path, lines: list[str]) -> None:
+        if not self.at_once:
+            self.files.append({"file": str(path), "lines": lines})
+            return
+        for line in lines:
+            print(json.dumps({"file": str(path), "line": line}, ensure_ascii=False), flush=True)
 
 
 def show(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
@@ -202,6 +225,10 @@ class Follow:
         self._said = waits or ""
 
     def _end(self, run: Seen) -> None:
+        if isinstance(self.printer, Collected):
+            ended = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
+            print(json.dumps(ended, ensure_ascii=False), flush=True)
+            return
         if run.state == "failed":
             print(cause(self.run_dir), flush=True)
         told = f": {run.why}" if run.why and run.state != "failed" else ""

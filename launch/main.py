@@ -17,10 +17,10 @@ GROUPS = {
         "demo": "fine-tune a small real model on this machine, from nothing",
         "init": "write a commented file of settings; from= turns axolotl's and others",
         "doctor": "what this machine has of what a run needs, and what is missing",
+        "download": "model and data of the hub, pinned and listed, for offline nodes",
     },
     "train": {
-        "prepare": "read, check, clean and tokenise the data of a run, and report on it",
-        "data": "look at prepared data: `shardtune data inspect <dir>`",
+        "prepare": "read, check, clean and tokenise data, and report on it; --print",
         "plan": "what a run would take: memory, time and price of each way to run it",
         "train": "fine-tune a model: in this process, over torchrun, or by SLURM",
         "submit": "hand a run to SLURM (--print shows the script)",
@@ -33,14 +33,19 @@ GROUPS = {
     "judge": {
         "compare": "run points over axes and set them side by side, or runs that exist",
         "evaluate": "tasks of a run or a model: metrics with intervals, against another",
+        "review": "people judge: `review make` a blind page, `review score` answers",
     },
     "ship": {
         "export": "turn a checkpoint into a model directory that transformers loads",
+        "serve": "the exported model behind an OpenAI-compatible address",
+        "chat": "the exported model in the terminal, its base beside it",
     },
 }
 VERBS = {verb: what for group in GROUPS.values() for verb, what in group.items()}
 SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
+GONE = {"data": "prepare --print"}
+"""Verbs that are gone, with what does their job."""
 EXIT_CODES = (
     "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk,\n"
     "75 preempted and resumable, 70 anything else, 130 Ctrl-C"
@@ -60,10 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
         return completion(words)
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
+        near = [GONE[verb]] if verb in GONE else difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
         print(f"shardtune: there is no verb {verb}{hint}", file=sys.stderr)
         return 64
+    if "--version" in words:
+        print(version())
+        return 0
     if verb in SAVING:
         hold()
     return guarded(verb, words[1:])
@@ -71,26 +79,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def version() -> str:
     """The version, that of the clone where it runs from one, and what runs it."""
-    import subprocess
     from importlib import metadata
-    from pathlib import Path
 
-    root = Path(__file__).resolve().parent.parent
+    from trainer.records.code import ROOT, revision
+
     try:
         number = metadata.version("shardtune")
     except metadata.PackageNotFoundError:
         number = "(not installed)"
-    revision = ""
-    if (root / ".git").exists():
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        try:
-            found = subprocess.run(
-                command, cwd=root, capture_output=True, text=True, timeout=10, check=False
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            found = ""
-        revision = f", revision {found}" if found else ""
-    return f"shardtune {number}{revision} ({root}), Python {sys.version.split()[0]}"
+    said = f", revision {found}" if (found := revision()) else ""
+    return f"shardtune {number}{said} ({ROOT}), Python {sys.version.split()[0]}"
 
 
 def completion(words: list[str]) -> int:

@@ -40,19 +40,21 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
         try:
             composed.append(compose(point, check=check))
         except ConfigError as error:
-            problems += [f"point {number} ({_changed(words, point)}): {problem}" for problem in error.problems]
+            problems += [f"point {number} ({axes.changed(point)}): {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
+    for line in axes.partly():
+        print(line, file=sys.stderr)
     if show is not None:
         for number, one in enumerate(composed):
-            print(f"# point {number}: {_changed(words, points[number])}")
+            print(f"# point {number}: {axes.changed(points[number])}")
             show(one)
         return 0
     asked = composed[0].config.run.dir
     together = hashlib.sha256(json.dumps([one.sha256 for one in composed]).encode()).hexdigest()
     base = Path(asked).expanduser() if asked else default_run_dir(together)
     run_dirs = [base / str(number) for number in range(len(points))]
-    labels = [_changed(words, point) for point in points]
+    labels = [axes.changed(point) for point in points]
     for point, one in zip(points, composed, strict=True):
         chosen = axes.chosen(point)
         name_in_trackers(one.config.logging, base, label(chosen), [f"{key}={value}" for key, value in chosen.items()])
@@ -64,7 +66,7 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
     """Freeze the runs and submit those that are not finished: one job array for all that ask for the same; returns 0."""
     from launch.compose import freeze, is_finished
-    from launch.slurm import submit
+    from launch.submission import submit
 
     left = []
     for one, run_dir in zip(composed, run_dirs, strict=True):
@@ -99,10 +101,7 @@ def _one_by_one(composed: list[Composed], run_dirs: list[Path], labels: list[str
             codes.append(error.exit_code)
         if codes[-1] in (75, 130):  # asked to stop: the points after this one are not wanted now
             break
-    for code, run_dir, label in zip(codes, run_dirs, labels, strict=False):
-        print(f"{'ok' if code == 0 else f'exit {code}':<8} {run_dir}  {label}")
+    from launch.multirun_answer import table
+
+    print(f"\n{table(labels, run_dirs, codes)}")
     return next((code for code in codes if code), 0)
-
-
-def _changed(words: list[str], point: list[str]) -> str:
-    return " ".join(b for a, b in zip(words, point, strict=True) if a != b) or "only point"

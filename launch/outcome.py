@@ -29,10 +29,12 @@ def supervised(
 ) -> int:
     """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
 
-    Never again after an error of the user's or of ours, after TERM or Ctrl-C, or where the host ran out of memory.
+    Never again after an error of the user's or of ours, after TERM or Ctrl-C; where memory ran out, with half of `batch.micro`.
     """
     from launch.torchrun import TRAIN, start
 
+    if config.launcher.hosts:
+        from launch.ssh import start
     what = what or TRAIN
 
     left, number = dict(config.launcher.retry), 0
@@ -46,9 +48,15 @@ def supervised(
             cause = _cause(run_dir, code, signals)
             if cause is None or left.get(cause, 0) < 1:
                 return code
+            changed = ""
+            if cause == "out_of_memory":
+                lowered = _lower(run_dir) if what is TRAIN else None
+                if lowered is None:
+                    return code
+                changed = f", {lowered}"
             left[cause] -= 1
             number += 1
-            print(f"{run_dir}: started again ({cause}; {left[cause]} more times)", file=sys.stderr, flush=True)
+            print(f"{run_dir}: started again ({cause}; {left[cause]} more times){changed}", file=sys.stderr, flush=True)
     finally:
         os.environ.pop(STARTED_AGAIN, None)
 
@@ -109,6 +117,14 @@ def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -
     write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
     print(shown, file=sys.stderr, flush=True)
     return code
+
+
+def _lower(run_dir: Path) -> str | None:
+    from launch.lowered import lower_micro
+
+    if (lowered := lower_micro(run_dir)) is None:
+        print(f"{run_dir}: not started again: batch.micro cannot be halved", file=sys.stderr, flush=True)
+    return lowered
 
 
 def _cause(run_dir: Path, code: int, signals: set[int]) -> str | None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from launch import hints, own_files
 from launch.choices import WHOLE_RUN_GROUPS, groups, settings_of, shipped, variants
 from strategies.errors import ConfigError
+from trainer.gates.bounds import read_word
 
 NAMED_BY_KIND = "evaluation.tasks"
-"""A table of which a list of kinds can be typed: an entry of each, of that name."""
+"""A table of which a list of kinds can be typed: an entry of each, of that name, or of the one after a colon."""
+GATES = "gates"
+"""A table of bounds, which are no values of Hydra's grammar."""
 WORD = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
@@ -45,6 +49,7 @@ class Setting:
     under: tuple[str, ...] = ()
 
 
+@cache
 def settings() -> dict[str, Setting]:
     """Every leaf key of the tree under any choice, by full name; `*` stands for names that the user chooses."""
     from trainer.config.run import RunConfig, leaves
@@ -208,9 +213,15 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
     if re.search(r"\$\{\s*(now|hydra)\s*:", text):
         parsed.problems.append(f"{word}: ranks would not agree on it; write the value out")
         return
+    if key.split(".")[0] == GATES:
+        gates, problem = read_word(word.lstrip("+"))
+        parsed.problems += [] if gates is not None else [problem]
+        parsed.values.append((GATES, gates or {}, word))
+        return
     if key == NAMED_BY_KIND and (kinds := _names(text)) is not None:
         parsed.replaced.add(key)
-        parsed.values += [(f"{key}.{kind}.kind", kind, word) for kind in kinds]
+        named = [(kind, name or kind) for kind, _, name in (each.partition(":") for each in kinds)]
+        parsed.values += [(f"{key}.{name}.kind", kind, word) for kind, name in named]
         return
     setting = setting_of(known, key)
     if setting is not None and _is_text(setting.type) and not _is_syntax(text):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
+
+from launch.answers import FLAG, give
 
 if TYPE_CHECKING:
     from launch.plan_from import Calibrated
@@ -32,6 +33,7 @@ looked at in all their values where they are not. The model needs its config.jso
   plan.quantisation=[none,nf4]               and at other ways to store a frozen base
   plan.exact=true            simulate whole models in place of two shallow ones each
   from=runs/first            reckon with what that run measured on this card: steps, memory, checkpoints
+  plan.theirs=[stock_loss,pure_bf16]         what other trainers hold, told beside: stock_loss, fused_loss, fp32_head, pure_bf16
   plan.workers=0             processes that simulate; 0 takes one a core
 
 Ends with 69 where nothing fits. docs/planning.md says what is counted, and how far it is from what was measured."""
@@ -44,8 +46,8 @@ def main(argv: list[str]) -> int:
         indent = " " * 29
         print(USAGE.format(cards=fill(", ".join(cards()), 110, initial_indent=indent, subsequent_indent=indent)))
         return 0
-    as_json = "--json" in argv
-    words = [word for word in argv if word != "--json"]
+    as_json = FLAG in argv
+    words = [word for word in argv if word != FLAG]
     own = [word for word in words if word.split("=")[0].split(".")[0] in OWN]
     froms = [word for word in words if word.startswith("from=")]
     words = [word for word in words if word not in (*own, *froms)]
@@ -63,8 +65,10 @@ def main(argv: list[str]) -> int:
     job = job_of(config, measured.card)
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
     answer = sweep(found, refused, job, micros, settings, _progress())
-    told = as_dict(answer, words, measured.said) if as_json else text(answer, words, measured.said)
-    print(json.dumps(told, indent=1) if as_json else told, flush=True)
+    if as_json:
+        give(as_dict(answer, words, measured.said))
+    else:
+        print(text(answer, words, measured.said), flush=True)
     return 0 if answer.best is not None else 69
 
 
@@ -129,8 +133,8 @@ def read_own(words: list[str]) -> tuple[Card, PlanConfig]:
             trees[group] = OmegaConf.merge(trees[group], OmegaConf.from_dotlist([f"{leaf}={value}"]))
         except (OmegaConfBaseException, ValueError) as error:
             problems.append(f"{word}: {str(error).splitlines()[0]}")
-            if word.startswith("plan.quantisation=") and not value.startswith("["):
-                problems[-1] = f"{word}: is a list; write plan.quantisation=[{value}]"
+            if key in ("plan.quantisation", "plan.theirs") and not value.startswith("["):
+                problems[-1] = f"{word}: is a list; write {key}=[{value}]"
     if trees["plan"].workers < 0:
         problems.append(f"plan.workers={trees['plan'].workers}: must be at least 0; 0 takes one a core")
     card, settings = OmegaConf.to_object(trees["hardware"]), OmegaConf.to_object(trees["plan"])
@@ -199,11 +203,12 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     from launch.overrides import parse
     from strategies.base import Precision
     from strategies.errors import ConfigError
-    from trainer.config.run import AUTO, MICRO, Device
+    from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
     parsed = parse(words)
     # What the run would choose is what a plan looks at in all its values.
-    typed = set(parsed.choices) | {key for key, value, _ in parsed.values if (key, value) != (MICRO, AUTO)}
+    chosen = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
+    typed = chosen | {key for key, value, _ in parsed.values if (key, value) != (MICRO, AUTO)}
     # The launcher of a cluster settles nothing by this machine, and knows gpus_per_node.
     config = compose([*words, *([] if "launcher" in typed else ["launcher=slurm"])], check=False).config
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:

@@ -11,7 +11,7 @@ from trainer.config.run import LauncherConfig
 from trainer.forecast.plan import Choice, Job, Way
 from trainer.forecast.sweep import Answer
 from trainer.model.quantisation import Quantisation
-from trainer.planning.hardware import GIB
+from trainer.planning.hardware import GIB, fit_of
 from trainer.planning.receipt import checkpoint_bytes
 
 
@@ -29,6 +29,7 @@ def text(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> 
     ]
     lines += [_row(choice, answer) for choice in answer.found]
     lines += ["", *_best(answer, words)]
+    lines += _theirs(answer)
     if form.notes:
         lines += ["", "chosen for you:"]
         lines += [line for note in form.notes for line in _folded(f"  {note}")]
@@ -72,6 +73,33 @@ def _row(choice: Choice, answer: Answer) -> str:
         f"{choice.way.name:<9}{mode:<10}{stored(choice.way):<12}{choice.micro:>5}{choice.fit.total / GIB:>7.1f}{left:>9}"
         f"{choice.largest_micro:>8}{speed:>11}  {why(choice, answer)}"
     )
+
+
+def _theirs(answer: Answer) -> list[str]:
+    """What another trainer would hold, way by way; nothing where that was not asked for."""
+    found = [(choice, choice.theirs) for choice in answer.found if choice.theirs is not None]
+    if not found:
+        return []
+    limit = answer.job.card.memory_gib
+    lines = ["", *_folded("as another trainer would hold it (plan.theirs); reckoned, and of no account above:")]
+    lines.append(
+        f"{'strategy':<9}{'recompute':<10}{'stored':<12}{'micro':>5}{'ours':>8}{'theirs':>8}{'fits':>6}  theirs, at its peak"
+    )
+    for choice, theirs in found:
+        fits = "yes" if fit_theirs(choice, answer.job) <= limit else "no"
+        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in theirs.parts.items() if size >= 0.05 * GIB)
+        lines.append(
+            f"{choice.way.name:<9}{choice.way.config.strategy.activation_checkpointing:<10}{stored(choice.way):<12}{choice.micro:>5}"
+            f"{choice.taken.total / GIB:>8.1f}{theirs.total / GIB:>8.1f}{fits:>6}  {theirs.at}{': ' * bool(parts)}{parts}"
+        )
+    return [*lines, *_folded("GiB of tensors; what is beside them counts in whether it fits.")]
+
+
+def fit_theirs(choice: Choice, job: Job) -> float:
+    """GiB of the card that the same takes as another trainer would hold it, with what is beside tensors."""
+    assert choice.theirs is not None
+    live = round(job.card.tensors * choice.theirs.total)
+    return (fit_of(live, 0, job.card.memory_gib, job.card.allocator).total + choice.fit.exchange) / GIB
 
 
 def why(choice: Choice, answer: Answer) -> str:
@@ -231,6 +259,14 @@ def _choice(choice: Choice, answer: Answer) -> dict[str, Any]:
         "margin_gib": choice.fit.margin / GIB,
         "peak_gib": choice.taken.total / GIB,
         "peak_at": str(choice.taken.peak),
+        "theirs_gib": None
+        if choice.theirs is None
+        else {
+            "total": choice.theirs.total / GIB,
+            "at": choice.theirs.at,
+            "parts": {part: size / GIB for part, size in choice.theirs.parts.items()},
+            "with_beside": fit_theirs(choice, answer.job),
+        },
         "kinds_gib": {str(kind): size / GIB for kind, size in choice.taken.kinds.items()},
         "beside_gib": {
             "context": choice.fit.context / GIB,

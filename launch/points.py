@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
@@ -17,6 +18,7 @@ from strategies.errors import ConfigError
 from trainer.comparison.asked import CompareConfig, Row, write_rows
 
 if TYPE_CHECKING:
+    from launch.compare_follow import Meanwhile
     from launch.frozen import Composed
     from launch.progress import Progress
 
@@ -45,6 +47,8 @@ class Plan:
     left_out: int
     """Points that conditions left out."""
     words: tuple[str, ...]
+    partly: tuple[str, ...] = ()
+    """A line for each setting that some points do not have."""
 
     @property
     def name(self) -> str:
@@ -93,7 +97,7 @@ def plan_points(words: list[str]) -> Plan:
     points = tuple(_compose(kept, chosen, extra))
     if all(point.refused for point in points):
         raise ConfigError(_of_points({point.name: list(point.refused) for point in points}))
-    return Plan(settings, points, sum(out), tuple(words))
+    return Plan(settings, points, sum(out), tuple(words), tuple(axes.partly()))
 
 
 def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
@@ -192,8 +196,10 @@ def _of_points(problems: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def run_points(plan: Plan, to: Path) -> int:
+def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
     """Run what is not done yet, or submit it; returns 0, or the exit code of the run that was asked to stop.
+
+    `pages` are written meanwhile.
 
     Where every run failed: the first one's code. Raises ConfigError where a directory holds another run, StorageError.
     """
@@ -220,8 +226,10 @@ def run_points(plan: Plan, to: Path) -> int:
     if by_slurm and left:
         release()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
-            return submit_array([point.composed for point, _ in left], [run_dir for _, run_dir in left])
-    return _one_by_one(left, Progress(len(runs), len(runs) - len(left)))
+            code = submit_array([point.composed for point, _ in left], [run_dir for _, run_dir in left])
+            print(f"how the points stand, now and when their jobs have ended: shardtune compare {shlex.quote(str(to))}")
+            return code
+    return _one_by_one(left, Progress(len(runs), len(runs) - len(left), pages))
 
 
 def _one_by_one(runs: list[tuple[Asked, Path]], progress: Progress) -> int:

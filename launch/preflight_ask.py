@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.container import INSIDE
 from launch.preflight import MARK
 from strategies.errors import StorageError
 from trainer.data.read.paths import is_address, is_hub
@@ -216,11 +217,29 @@ def _end(started: list[subprocess.Popen[str]]) -> None:
             process.wait()
 
 
-def by_srun(nodes: int, python: str, options: list[str], env: Mapping[str, str] | None = None) -> list[Command]:
-    """All nodes through one srun, with `options` of its own; `SHARDTUNE_SETUP` in the environment is the set-up of a node."""
-    argv = ["srun", "--label", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *options]
+def by_srun(
+    nodes: int,
+    python: str,
+    options: list[str],
+    env: Mapping[str, str] | None = None,
+    *,
+    before: Sequence[str] = (),
+) -> list[Command]:
+    """All nodes through one srun, with `options` of its own; `SHARDTUNE_SETUP` in the environment is the set-up of a node.
+
+    `before` stands before the command: what puts it into a container.
+    """
+    argv = [
+        "srun",
+        "--label",
+        f"--export=ALL,{INSIDE}=1",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        *options,
+    ]
     argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
-    argv += ["bash", "-c", SHELL, "setup", python, "-m", "launch.preflight", "node"]
+    argv += [*before, "bash", "-c", SHELL, "setup", python, "-m", "launch.preflight", "node"]
     return [Command(argv, env if env is not None else os.environ)]
 
 

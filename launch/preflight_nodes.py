@@ -7,10 +7,12 @@ import shlex
 import socket
 import sys
 
+from launch import container
 from launch.preflight_ask import Command, asked_of, by_srun, here
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.preflight.look import Asked
+from trainer.records.code import ROOT
 
 MINUTES = 10
 """Asked of SLURM for a preflight outside an allocation."""
@@ -29,7 +31,7 @@ def nodes_of(words: list[str]) -> tuple[Asked, list[Command], list[str], bool]:
         return _of_slurm(config, words)
     if config.launcher.nodes > 1:
         raise ConfigError(
-            f"launcher.nodes={config.launcher.nodes}: the others are reached by SLURM alone (launcher=slurm); without it call "
+            f"launcher.nodes={config.launcher.nodes}: only nodes of SLURM are asked from here (launcher=slurm); else call "
             "doctor on each of them"
         )
     asked = asked_of(plain(config), 1)
@@ -39,8 +41,8 @@ def nodes_of(words: list[str]) -> tuple[Asked, list[Command], list[str], bool]:
 
 
 def _of_slurm(config: RunConfig, words: list[str]) -> tuple[Asked, list[Command], list[str], bool]:
-    from launch.job import hosts_of_job
-    from launch.slurm import CLONE, Options, request, setup_text, written
+    from launch.job_end import hosts_of_job
+    from launch.slurm import Options, request, setup_text, written
     from trainer.config.resuming import plain
 
     slurm = config.launcher
@@ -53,9 +55,12 @@ def _of_slurm(config: RunConfig, words: list[str]) -> tuple[Asked, list[Command]
         raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(named)}; leave it out")
     asked = asked_of(plain(config), slurm.nodes)
     asked.exchange = True
-    path = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "SHARDTUNE_SETUP": setup_text(slurm, CLONE), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "SHARDTUNE_SETUP": setup_text(slurm, ROOT), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     own: Options = {**request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
     options = ["--overlap"] if inside else [shlex.split(option)[0] for option in written(own)]
+    step, before = container.words(plain(config), [ROOT])
+    container.refuse_missing(plain(config)["launcher"])
+    python = slurm.python or ("python3" if slurm.container else sys.executable)
     hosts = named or [f"node {number}" for number in range(slurm.nodes)]
-    return asked, by_srun(slurm.nodes, slurm.python or sys.executable, options, env), hosts, not inside
+    return asked, by_srun(slurm.nodes, python, [*options, *step], env, before=before), hosts, not inside

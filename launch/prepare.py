@@ -6,10 +6,16 @@ n parts, as a job of an array; the same words without it merge them.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-USAGE = """usage: shardtune prepare [--shard i/n] [key=value ...]
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+    from trainer.data.prepare import Prepared
+
+USAGE = """usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
+       shardtune prepare --print <directory> | <words of a run>       (prepare --print --help)
 
   shardtune prepare model.path=models/smollm2 data.path=raw.jsonl
   shardtune prepare data=audited model.path=... data.path=...      look at everything, change nothing
@@ -17,20 +23,45 @@ USAGE = """usage: shardtune prepare [--shard i/n] [key=value ...]
   sbatch --array=0-7 --wrap 'shardtune prepare --shard $SLURM_ARRAY_TASK_ID/8 ...'    then once without --shard
 
 Writes manifest.json, audit.json, audit.html, datacard.md and documents.arrow into the cache (data.cache_dir); rows that
-cannot be used are listed in quarantine.jsonl, dropped documents in dropped.jsonl."""
+cannot be used are listed in quarantine.jsonl, dropped documents in dropped.jsonl. --json prints the audit's numbers and
+where the data lies; --print shows documents and masks."""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code. Errors: ConfigError, DataError, StorageError."""
+    if "--print" in argv:
+        from launch import prepare_print
+
+        return prepare_print.main([word for word in argv if word != "--print"], lambda words: made(words)[1])
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    words, shard = _shard(argv)
+    words, shard = _shard([word for word in argv if word != "--json"])
+    if shard is not None:
+        _prepare(words, shard)
+        print(f"shard {shard[0]} of {shard[1]}: done; when all are, the same words without --shard merge them")
+        return 0
+    report, directory, cached = made(words)
+    if "--json" in argv:
+        print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
+        return 0
+    return show(report, directory, cached=cached)
+
+
+def made(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
+    """(the report, the directory, whether it was there already) of the data of a run's words."""
     from launch.recall import recall, remember
 
-    known = recall(words) if shard is None else None
-    if known is not None:
-        return show(known["report"], Path(known["directory"]), cached=True)
+    if (known := recall(words)) is not None:
+        return known["report"], Path(known["directory"]), True
+    config, data = _prepare(words, None)
+    assert data is not None
+    remember(words, config, data.directory)
+    return data.report, data.directory, data.report["cached"]
+
+
+def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig, Prepared | None]:
+    """Prepare all, or the shard alone, which leaves its part for the others; (the configuration, what there is then)."""
     from launch.compose import compose
     from strategies.errors import ConfigError
     from trainer.config.validate import problems_of
@@ -45,13 +76,14 @@ def main(argv: list[str]) -> int:
 
     tokenizer = load_tokenizer(config.model)
     with StopRequest() as request:
+
+        def stop() -> bool:
+            return request.signal_name is not None
+
         if shard is not None:
-            prepare_shard(config, tokenizer, shard, stop=lambda: request.signal_name is not None)
-            print(f"shard {shard[0]} of {shard[1]}: done; when all are, the same words without --shard merge them")
-            return 0
-        data = prepare_data(config, tokenizer, stop=lambda: request.signal_name is not None)
-    remember(words, config, data.directory)
-    return show(data.report, data.directory, cached=data.report["cached"])
+            prepare_shard(config, tokenizer, shard, stop=stop)
+            return config, None
+        return config, prepare_data(config, tokenizer, stop=stop)
 
 
 def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:

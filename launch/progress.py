@@ -8,8 +8,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.compare_follow import Meanwhile
 
 LOOK_S = 1.0
 """Seconds between two looks at a run's files."""
@@ -20,10 +24,10 @@ TAIL = 65536
 
 
 class Progress:
-    """`of` runs, of which `done` were there before."""
+    """`of` runs, of which `done` were there before; `pages` are looked after meanwhile."""
 
-    def __init__(self, of: int, done: int) -> None:
-        self.of, self.number = of, done
+    def __init__(self, of: int, done: int, pages: Meanwhile | None = None) -> None:
+        self.of, self.number, self.pages = of, done, pages
         self._out = sys.stderr
         self._terminal = self._out.isatty()
         self._took: list[float] = []
@@ -51,6 +55,8 @@ class Progress:
         if now - self._looked < LOOK_S:
             return
         self._looked = now
+        if self.pages is not None:
+            self.pages.look()
         if self._terminal or now - self._told >= LINE_S:
             self._told = now
             self._say(self._state(now), over=True)

@@ -1,26 +1,24 @@
-"""SLURM: the launcher's settings as an sbatch script, and its submission.
+"""SLURM: the launcher's settings as an sbatch script.
 
-Owns the script's text and the call of `sbatch`. It refuses settings that a script cannot carry (line breaks, and
-backslashes in paths) and passes on every refusal of `sbatch`. What the script does, signal by signal: slurm/README.md.
+Owns the script's text, and refuses settings that a script cannot carry (line breaks, and backslashes in paths). What the script
+does, signal by signal: slurm/README.md.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-from strategies.errors import ConfigError, StorageError
+from launch import container
+from launch.container import INSIDE
+from strategies.errors import ConfigError
+from trainer.config.resuming import plain
 from trainer.config.run import RunConfig, SlurmConfig
 
 Options = dict[str, str | int | None]
 """Options of sbatch or srun by their names; True for one without a value, None for one that is left out."""
-CLONE = Path(__file__).resolve().parent.parent
-"""Where `launch` is imported from; the nodes see it through the shared file system."""
-
 # The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets patience, python and the array
 # `words`, exports what launch/job.py reads, and defines the function `setup`.
 BODY = r"""
@@ -33,6 +31,7 @@ export SHARDTUNE_SETUP SHARDTUNE_PYTHON=$python
 # Which run this is, whether it may start, and where its ranks meet: lines that set run_dir, logs, job, processes, rendezvous ...
 said=$(bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job begin "${words[@]}")
 eval "$said"
+if [ -n "$code" ]; then export PYTHONPATH=$code:$PYTHONPATH; fi # the copy that the first start has made
 if [ -n "$finished" ]; then exit 0; fi
 
 export SHARDTUNE_RUN_DIR=$run_dir SHARDTUNE_CONFIG=$run_dir/config.yaml OMP_NUM_THREADS=$threads SHARDTUNE_SILENT=$silent
@@ -45,11 +44,11 @@ echo "job $job, start $start, on $SLURM_JOB_NODELIST: $nodes x $processes proces
 # SLURM sends USR2 and TERM to every process of the step. Either would end torchrun, so it is started with both ignored;
 # the workers have their own handling. After one node's end the others have $patience seconds to come to theirs. Each node's
 # launch.torchrun writes down which of its ranks was killed, and whether for memory. Ranks are numbered in SLURM's order of nodes.
-srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
+srun --export=ALL,SHARDTUNE_INSIDE=1 "${container[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
   --kill-on-bad-exit=0 --wait="$patience" --open-mode=append --output="${logs//%/%%}/%x-%j-%t.log" \
-  bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup; trap "" USR2 TERM
+  "${within[@]}" bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup; trap "" USR2 TERM
     exec "$0" -m launch.torchrun --node-rank="$SLURM_NODEID" "$@"' \
-  "$python" --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 --rdzv-backend=static \
+  "${inside:-$python}" --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts=0 --rdzv-backend=static \
   --rdzv-endpoint="$rendezvous" --rdzv-id="$SLURM_JOB_ID" --signals-to-handle=SIGINT -m launch.train &
 step=$!
 # A trapped signal ends `wait`, not the step.
@@ -60,17 +59,22 @@ while true; do
 done
 if [ "$rc" -lt 0 ]; then rc=1; fi # what bash says where step and signal come in the same moment
 # Exit codes do not survive torchrun: what the run wrote down decides whether the job is requeued.
-export retry_preempted retry_node_fail
+export retry_preempted retry_node_fail retry_out_of_memory
 bash -c 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"' setup "$python" -m launch.job end "$rc" "$stopped"
 """
 
 
-def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd: Path | None = None) -> str:
+def render(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> str:
     """The sbatch script that trains in `run_dirs[0]`, or as a job array in each of several.
 
-    Relative paths of the config mean those below `cwd` (default: the current directory). Pure but for that default.
-    Raises ConfigError for settings that are not SLURM's or cannot stand in a script.
+    `clone` holds the code that runs: the clone, or its copy. Relative paths of the config mean those below `cwd` (default: the
+    current directory). Pure but for that default. Raises ConfigError for what is not SLURM's or cannot stand in a script.
     """
+    return "\n".join(head(config, run_dirs, clone=clone, cwd=cwd)) + "\n" + BODY
+
+
+def head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
+    """The lines of a job script up to the function `setup`: what is asked of SLURM, the runs, the code."""
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
         raise ConfigError(
@@ -79,90 +83,56 @@ def render(config: RunConfig, run_dirs: list[Path], *, clone: Path = CLONE, cwd:
     if not run_dirs:
         raise ConfigError("no run to submit")
     runs = [_path(run.absolute(), "run.dir") for run in run_dirs]
-    lines = [
+    return [
         "#!/bin/bash",
+        "# shellcheck disable=SC2016,SC2034,SC2154 # quoted for the shells of the nodes; set, or used, by what is not here",
         "# Rendered from the config of the run; to change it change the launcher's settings and submit again.",
-        *(f"#SBATCH {option}" for option in _options(slurm, runs, cwd or Path.cwd())),
+        *(f"#SBATCH {option}" for option in options(slurm, runs, cwd or Path.cwd())),
         "",
         f"runs=({' '.join(shlex.quote(run) for run in runs)})",
         "export SHARDTUNE_CONFIG=${runs[${SLURM_ARRAY_TASK_ID:-0}]}/config.yaml",
         f"patience={config.run.timeout_s} # seconds",
-        f"python={shlex.quote(_line(slurm.python or sys.executable, 'launcher.python'))}",
+        *_python(config, slurm, [clone, *run_dirs]),
         "words=()",
         f"export PYTHONPATH={shlex.quote(_path(clone, 'the installation'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *setup_text(slurm, clone).splitlines(),
     ]
-    return "\n".join([*lines, setup_text(slurm, clone)]) + BODY
+
+
+def _python(config: RunConfig, slurm: SlurmConfig, places: list[Path]) -> list[str]:
+    """The interpreters of the host and of the ranks, and how these are put into a container."""
+    if slurm.container is None:
+        python = shlex.quote(one_line(slurm.python or sys.executable, "launcher.python"))
+        return [f"python={python} inside='' container=() within=()"]
+    step, before = container.words(plain(config), places)
+    return [
+        f"python={shlex.quote(one_line(sys.executable, 'the interpreter'))} # asks SLURM, on the host",
+        f"inside={shlex.quote(one_line(slurm.python or 'python3', 'launcher.python'))} # of the ranks, in the container",
+        f"container=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in step)})",
+        f"within=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in before)})",
+    ]
 
 
 def setup_text(slurm: SlurmConfig, clone: Path) -> str:
     """The shell function `setup`, which every node runs before training. Raises ConfigError for lines it cannot carry."""
     site = shlex.quote(str(clone / "slurm" / "env.sh"))
-    lines = ["setup() { # on every node, before training", f"  if [ -f {site} ]; then . {site}; fi"]
-    lines += [f"  {_line(line, 'launcher.setup')}" for line in slurm.setup]
+    source = f"if [ -f {site} ]; then . {site}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
+    lines = ["setup() { # on every node, before training", f"  {source}"]
+    if slurm.container is not None:
+        lines = ["setup() { # the site's environment on the host, the lines of the launcher in the container"]
+        lines += [f'  if [ -z "${INSIDE}" ]; then {source}; return; fi']
+    lines += [f"  {one_line(line, 'launcher.setup')}" for line in slurm.setup]
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> int:
-    """Write the script into every run directory as `train.sbatch` and submit it; with `print_only` show it instead.
-
-    Returns 0, or raises ConfigError with the words of `sbatch` and StorageError where the script cannot be written.
-    """
-    text = render(config, run_dirs)
-    if print_only:
-        print(text, end="")
-        return 0
-    try:
-        for run in run_dirs:
-            # Older SLURM fails a job without a word where the directory of its output is missing.
-            (run / "logs").mkdir(parents=True, exist_ok=True)
-            (run / "train.sbatch").write_text(text)
-    except OSError as error:
-        raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
-    script = run_dirs[0].absolute() / "train.sbatch"
-    job = _sbatch(script)
-    name = config.launcher.job_name if isinstance(config.launcher, SlurmConfig) else None
-    name = name or _job_name([str(run) for run in run_dirs])
-    print(f"submitted job {job}: {script}")
-    print(f"  queue   squeue --job {job}")
-    print(
-        f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}"
-        if len(run_dirs) == 1
-        else f"  logs    below {', '.join(shlex.quote(str(run / 'logs')) for run in run_dirs)}"
-    )
-    print(f"  save and requeue now: scancel --signal=USR2 {job}")
-    print(
-        f"  save and end: shardtune stop {shlex.quote(str(run_dirs[0])) if len(run_dirs) == 1 else '<one of the runs>'}"
-    )
-    return 0
-
-
-def _sbatch(script: Path) -> str:
-    """Submit; returns the job id."""
-    env = dict(os.environ)
-    if "SLURM_JOB_ID" in env:  # inside a job: its own limits would become the new job's
-        env = {k: v for k, v in env.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SRUN_", "SBATCH_"))}
-    try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], env=env, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ConfigError(
-            "launcher=slurm needs the command sbatch, which is not on PATH here: "
-            f"submit {script} on a login node, or use launcher=local"
-        ) from None
-    if done.returncode:
-        raise ConfigError(
-            f"sbatch refused {script}: {(done.stderr or done.stdout).strip()}; see the launcher's settings"
-        )
-    return done.stdout.strip().splitlines()[-1].split(";")[0]  # "id" or "id;cluster"
-
-
-def _options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
+def options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
     """What stands behind `#SBATCH`, quoted for sbatch's own parser, which takes shell quotes."""
     array = len(runs) > 1
     output = f"{runs[0]}/logs".replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
     after = [f"afterok:{slurm.after}"] if slurm.after else []
     limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
     wanted: Options = {
-        "job-name": slurm.job_name or _job_name(runs),
+        "job-name": slurm.job_name or job_name(runs),
         "array": f"0-{len(runs) - 1}{limit}" if array else None,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
@@ -171,7 +141,7 @@ def _options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
         "chdir": _path(cwd, "the current directory"),
         "output": output,
         "open-mode": "append",
-        "signal": f"USR2@{slurm.signal_lead_s}",
+        "signal": f"USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None,
         "comment": slurm.comment,
         "dependency": ",".join([*after, *filter(None, [slurm.dependency])]) or None,
         "kill-on-invalid-dep": "yes" if after or slurm.dependency else None,
@@ -179,7 +149,7 @@ def _options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
         "mail-user": slurm.mail_user,
     }
     options = [*written(wanted), "--requeue"]
-    return options + [_line(option, "launcher.extra") for option in slurm.extra]
+    return options + [one_line(option, "launcher.extra") for option in slurm.extra]
 
 
 def request(slurm: SlurmConfig) -> Options:
@@ -202,18 +172,18 @@ def request(slurm: SlurmConfig) -> Options:
 def written(wanted: Options) -> list[str]:
     """Options quoted as a shell and sbatch read them. Raises ConfigError for what would end a line of a script."""
     return [
-        f"--{key}" if value is True else f"--{key}={shlex.quote(_line(str(value), f'launcher.{key}'))}"
+        f"--{key}" if value is True else f"--{key}={shlex.quote(one_line(str(value), f'launcher.{key}'))}"
         for key, value in wanted.items()
         if value is not None
     ]
 
 
-def _job_name(runs: list[str]) -> str:
+def job_name(runs: list[str]) -> str:
     """Part of the log files' names, so without odd characters."""
     return "shardtune" if len(runs) > 1 else re.sub(r"[^\w.-]", "-", Path(runs[0]).name) or "shardtune"
 
 
-def _line(value: str, knob: str) -> str:
+def one_line(value: str, knob: str) -> str:
     """Refuse what would end a line of the script."""
     if any(ord(character) < 32 for character in value):
         raise ConfigError(f"{knob} is {value!r}: a job script cannot carry line breaks or control characters in it")
@@ -224,4 +194,4 @@ def _path(path: Path | str, knob: str) -> str:
     """A path that may stand in SLURM's file name patterns, where a backslash switches the patterns off."""
     if "\\" in str(path):
         raise ConfigError(f"{knob} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path")
-    return _line(str(path), knob)
+    return one_line(str(path), knob)

@@ -10,17 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import status_saw
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.status_answer import Answer
     from trainer.following.queue import Queue
 
-USAGE = """usage: shardtune status [directory | run] [--watch] [--verify] [--json]
+USAGE = """usage: shardtune status [directory | run] [document=<file>:<line> | text=<piece>] [--watch] [--verify] [--json]
 
   shardtune status                    all runs below runs/, and your jobs in SLURM's queue
   shardtune status /scratch/sweep     all runs below another directory
   shardtune status runs/first         one run in full, with its checkpoints
+  shardtune status runs document=train.jsonl:12       which runs were trained on this document
+  shardtune status runs "text=Jane Roe"               or on those with this text in them
 
 A run that says it is running, but gives no sign of life, is called lost. Rates are medians over the last steps, all
 ranks together; memory is the largest peak of a rank; "heard" is the time since the last sign of life, or the end.
@@ -45,7 +48,13 @@ def main(argv: list[str]) -> int:
         return 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no bars
-    root = read_words([word for word in argv if word not in FLAGS])
+    words = [word for word in argv if word not in FLAGS]
+    asked = [word for word in words if status_saw.is_wanted([word])]
+    root = read_words([word for word in words if word not in asked])
+    if asked:
+        if {"--watch", "--verify"} & {*argv}:
+            raise ConfigError(f"{asked[0]}: is looked for once; leave --watch and --verify out")
+        return status_saw.main(root, asked, as_json="--json" in argv)
     if "--watch" in argv:
         if "--verify" in argv:
             raise ConfigError("--watch --verify: every look would read all checkpoints; give one of the two")
@@ -96,6 +105,7 @@ def look(root: Path, known: Queue | None = None) -> Answer:
     runs = look_at_all(found, jobs)
     one = None
     if found.runs == [root] and runs:
+        from launch.efficiency import starts
         from trainer.records.status import read_failure
 
         one = One(
@@ -103,6 +113,7 @@ def look(root: Path, known: Queue | None = None) -> Answer:
             failure=read_failure(root),
             curve=curve(root / "metrics.jsonl", 60),
             logs=root / "logs",
+            starts=starts(root),
         )
     return Answer(root=root, runs=runs, queue=jobs, cut=found.cut, one=one)
 

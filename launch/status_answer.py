@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import efficiency
+from launch.status_text import cut, folded, sparkline
 from strategies.durable import size_text
+from trainer.following import pipeline
 from trainer.following.queue import Job, Queue
 from trainer.following.reading import LOST, NOT_STARTED, QUEUED, UNKNOWN, Seen, age, one_line
 from trainer.following.rows import curve
@@ -20,8 +22,7 @@ from trainer.records.status import State
 
 NAME = 20
 STATE = 12
-BARS = "▁▂▃▄▅▆▇█"
-MOST_JOBS = 20
+MOST_JOBS, MOST_STARTS = 20, 5
 Column = tuple[str, int, Callable[[Seen], str]]
 
 
@@ -34,6 +35,8 @@ class One:
     curve: list[float]
     """The loss at some places of the run."""
     logs: Path
+    starts: list[dict[str, Any]]
+    """What each start of its jobs took, as `launch/efficiency.py` has recorded it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,14 +96,14 @@ def text(found: Answer, damaged: Mapping[Path, str] | None, *, live: bool = Fals
     lines = _table(found, live=live) if found.runs else [f"no runs below {found.root}"]
     if damaged is not None:
         lines += ["", *([f"damaged: {path}: {why}" for path, why in damaged.items()] or ["all checkpoints are whole"])]
-    mine = {run.job.id for run in found.runs if run.job is not None}
+    mine = _jobs_of(found)
     others = [job for job in found.queue.jobs if job.id not in mine]
     if others:
         lines += ["", "other jobs of yours in the queue:"]
-        lines += [_cut(f"  {job.says}  ({job.name})") for job in others[:MOST_JOBS]]
+        lines += [cut(f"  {job.says}  ({job.name})") for job in others[:MOST_JOBS]]
         lines += [f"  and {len(others) - MOST_JOBS} more"] if len(others) > MOST_JOBS else []
     if found.queue.problem:
-        lines += ["", _cut(f"queue: {found.queue.problem}")]
+        lines += ["", cut(f"queue: {found.queue.problem}")]
     return "\n".join(lines)
 
 
@@ -126,7 +129,7 @@ def _rows(run: Seen, root: Path, *, live: bool) -> list[str]:
     cells = f"{run.state:<{STATE}}" + "".join(f"{value(run):>{width}}" for _, width, value in COLUMNS)
     name = _name(run.directory, root)
     lines = [f"{name:<{NAME}}{cells}"] if len(name) < NAME else [name, f"{'':<{NAME}}{cells}"]
-    lines += [_cut(f"  {told}")] if (told := _beside(run)) else []
+    lines += [cut(f"  {told}")] if (told := _beside(run)) else []
     if live and run.state == State.running:
         lines += [f"  {sparkline(losses)}"] if (losses := curve(run.directory / "metrics.jsonl", 60)) else []
     return lines
@@ -162,7 +165,7 @@ def _where(run: Seen) -> list[str]:
 def _in_full(run: Seen, one: One, damaged: Mapping[Path, str] | None) -> list[str]:
     share = f" ({run.step / run.total:.1%})" if run.step and run.total else ""
     lines = [f"{run.directory}: {run.state}, step {_step(run)}{share}"]
-    lines += _folded(f"  {run.why}") if run.why and run.state != State.failed else []
+    lines += folded(f"  {run.why}") if run.why and run.state != State.failed else []
     facts: list[tuple[str, str]] = []
     if run.loss is not None:
         facts.append(("loss", f"{run.loss:.4f}  {sparkline(one.curve)}"))
@@ -176,14 +179,20 @@ def _in_full(run: Seen, one: One, damaged: Mapping[Path, str] | None) -> list[st
         facts.append(("rate", f"{_rate(run.tokens_per_s)} tokens/s{pace}{left}"))
     if run.memory_gib is not None:
         facts.append(("memory", f"{run.memory_gib:.3g} GiB, the largest peak of a rank"))
-    facts += _runner(run)
+    facts += _runner(run) + [("took", efficiency.said(start)) for start in one.starts[-MOST_STARTS:]]
     for title, told in facts:
-        lines += _folded(f"  {title:<10}{told}", 12)
+        lines += folded(f"  {title:<10}{told}", 12)
+    lines += _chain(run)
     lines += _failed(run, one)
     lines += _checkpoints(one.store, damaged)
     if one.logs.is_dir():
         lines += ["", f"logs: {one.logs}"]
     return lines
+
+
+def _chain(run: Seen) -> list[str]:
+    """The jobs that it was submitted as, one after another."""
+    return [line for part in run.parts for line in folded(f"  {part.part:<10}job {part.job}: {part.says}", 12)]
 
 
 def _runner(run: Seen) -> list[tuple[str, str]]:
@@ -213,25 +222,29 @@ def _failed(run: Seen, one: One) -> list[str]:
     again = "the same command continues it from the newest whole checkpoint"
     if run.state == State.failed:
         where = ""
+        if (broken := pipeline.failed(list(run.parts))) is not None and not failure:
+            look = f"shardtune logs {run.directory} job={broken.job} says why; submit the same words again"
+            return ["", *folded(f"failed: {run.why}"), *folded(f"to do: {look}")]
         if failure:
             at = f", step {failure['step']}" if failure.get("step") is not None else ""
             where = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{at}: "
             where += "" if failure.get("user_error") else f"{failure.get('error')}: "
         todo = again
-        if failure.get("user_error") and not failure.get("retry"):
+        lasting = failure.get("retry") in (None, "out_of_memory")
+        if failure.get("user_error") and lasting:
             todo = "change what the message says; the same command then continues it"
-        elif failure and not failure.get("retry"):
+        elif failure and lasting:
             todo = f"the traceback is in {run.directory / 'failure.json'}"
-        return ["", *_folded(f"failed: {where}{run.why or 'no word of why'}"), *_folded(f"to do: {todo}")]
+        return ["", *folded(f"failed: {where}{run.why or 'no word of why'}"), *folded(f"to do: {todo}")]
     if run.state == LOST:
         end = "stop it, then " if run.why and "lives, but" in run.why else ""
-        return ["", *_folded(f"to do: {end}{again}")]
-    return ["", *_folded(f"to do: {again}")] if run.state == State.preempted else []
+        return ["", *folded(f"to do: {end}{again}")]
+    return ["", *folded(f"to do: {again}")] if run.state == State.preempted else []
 
 
 def _checkpoints(store: Store, damaged: Mapping[Path, str] | None) -> list[str]:
     if store.problem:
-        return ["", *_folded(f"checkpoints: {store.problem}")]
+        return ["", *folded(f"checkpoints: {store.problem}")]
     if not store.checkpoints:
         return ["", "no checkpoints"]
     lines = ["", f"checkpoints in {store.checkpoints[0].path.parent}:"]
@@ -240,7 +253,7 @@ def _checkpoints(store: Store, damaged: Mapping[Path, str] | None) -> list[str]:
         notes = _notes(each, store.watch)
         if damaged is not None:
             notes.insert(0, f"damaged: {damaged[each.path]}" if each.path in damaged else "whole")
-        lines += _folded(f"{said}  {'; '.join(notes)}".rstrip(), 4)
+        lines += folded(f"{said}  {'; '.join(notes)}".rstrip(), 4)
     return lines
 
 
@@ -250,29 +263,9 @@ def _notes(each: Saved, watch: str | None) -> list[str]:
     return notes + ([f"given up, in {each.path.parent.name}"] if each.given_up else [])
 
 
-def sparkline(values: list[float]) -> str:
-    """A curve in a line of characters, low to high."""
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    return "".join(BARS[int((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values[:60])
-
-
-def _width() -> int:
-    return max(80, shutil.get_terminal_size((80, 24)).columns)
-
-
-def _cut(said: str) -> str:
-    return said if len(said) <= _width() else said[: _width() - 3] + "..."
-
-
-def _folded(said: str, indent: int = 4) -> list[str]:
-    return textwrap.wrap(said, _width(), subsequent_indent=" " * indent, break_on_hyphens=False)
-
-
 def as_dict(found: Answer, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
     """The same as JSON values: seconds, GiB, bytes, tokens a second of all ranks together."""
-    mine = {run.job.id for run in found.runs if run.job is not None}
+    mine = _jobs_of(found)
     answer: dict[str, Any] = {"directory": str(found.root), "runs": [_run(run) for run in found.runs]}
     if found.one is not None:
         run = answer["runs"][0]
@@ -282,6 +275,7 @@ def as_dict(found: Answer, damaged: Mapping[Path, str] | None) -> dict[str, Any]
             {**asdict(each), "path": str(each.path), "damage": (damaged or {}).get(each.path)}
             for each in found.one.store.checkpoints
         ]
+        run["starts"] = found.one.starts
         run["checkpoints_problem"] = found.one.store.problem
     if damaged is not None:
         answer["damaged"] = {str(path): why for path, why in damaged.items()}
@@ -289,6 +283,11 @@ def as_dict(found: Answer, damaged: Mapping[Path, str] | None) -> dict[str, Any]
     answer["queue_problem"] = found.queue.problem
     answer["all_looked_into"] = not found.cut
     return answer
+
+
+def _jobs_of(found: Answer) -> set[str]:
+    """Jobs of the queue that are told of with their runs."""
+    return {run.job.id for run in found.runs if run.job is not None} | {p.job for run in found.runs for p in run.parts}
 
 
 def _run(run: Seen) -> dict[str, Any]:

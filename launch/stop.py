@@ -6,14 +6,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from launch.answers import FLAG, give, said_to_stderr
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.following.ways import Cancel, Signal, Slurm
 
-USAGE = """usage: shardtune stop <run> [wait_s=600] [--dry-run]
+USAGE = """usage: shardtune stop <run> [wait_s=600] [--dry-run] [--json]
 
   shardtune stop runs/first
 
@@ -23,6 +24,7 @@ queue. For a run on another host, without SLURM, it says what to type there.
 
   wait_s=600   seconds to wait; the run goes on saving after that
   --dry-run    say what would be done
+  --json       print how the run stands afterwards, for a script; what is said goes to stderr
 
 Ends with 0 where the run is not running any more, or was not; with 64 where there is no such run; with 69 where it
 cannot be stopped from here or has not ended in time; with 70 where it failed instead."""
@@ -37,7 +39,16 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv) or not argv:
         print(USAGE)
         return 0 if argv else 64
-    run_dir, wait_s = read_words([word for word in argv if word != "--dry-run"])
+    run_dir, wait_s = read_words([word for word in argv if word not in ("--dry-run", FLAG)])
+    with said_to_stderr(FLAG in argv):
+        code, way = stop(run_dir, wait_s, dry="--dry-run" in argv)
+    if FLAG in argv:
+        give(stands(run_dir, way))
+    return code
+
+
+def stop(run_dir: Path, wait_s: float, *, dry: bool) -> tuple[int, str | None]:
+    """(the exit code, by what it was stopped or would be; None where nothing ran). Errors: Refused."""
     from trainer.following.queue import ask
     from trainer.following.reading import look
     from trainer.following.ways import Nothing, way
@@ -48,15 +59,33 @@ def main(argv: list[str]) -> int:
     if isinstance(found, Nothing):
         why = f" ({run.why})" if run.why else ""
         print(f"{run_dir}: is not running: {run.state}{why}; {saved(run_dir, run.step)}")
-        return 0
-    if "--dry-run" in argv:
+        return 0, None
+    if dry:
         print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {found}")
-        return 0
+        return 0, str(found)
     if found.send() is False:
         print(f"{run_dir}: ended by itself; {saved(run_dir, run.step)}")
-        return 0
+        return 0, None
     print(f"{run_dir}: told to save and to end ({found})", flush=True)
-    return Waiting(run_dir, found, wait_s).until_ended()
+    return Waiting(run_dir, found, wait_s).until_ended(), str(found)
+
+
+def stands(run_dir: Path, way: str | None) -> dict[str, Any]:
+    """How the run stands, for a script; `by`: what ended it, or would."""
+    from trainer.following.queue import ask
+    from trainer.following.reading import look
+    from trainer.following.saved import saved as checkpoints_of
+
+    run, newest = look(run_dir, ask()), checkpoints_of(run_dir).newest
+    known = None if newest is None else {"step": newest.step, "path": str(newest.path)}
+    return {
+        "run": str(run_dir),
+        "by": way,
+        "state": run.state,
+        "why": run.why or None,
+        "step": run.step,
+        "checkpoint": known,
+    }
 
 
 def read_words(words: list[str]) -> tuple[Path, float]:
@@ -74,7 +103,7 @@ def read_words(words: list[str]) -> tuple[Path, float]:
             else:
                 problems.append(f"{word}: give a number of seconds")
         elif word.startswith("-"):
-            problems.append(f"{word}: there is no such flag; stop takes --dry-run and --help")
+            problems.append(f"{word}: there is no such flag; stop takes --dry-run, --json and --help")
         elif assigned and key != "run.dir" and not Path(word).exists():
             problems.append(f"{word}: there is no such word; stop takes wait_s=")
         else:

@@ -16,7 +16,7 @@ from strategies.errors import ConfigError
 if TYPE_CHECKING:
     from launch.frozen import Composed
 
-SWEEPERS = ("optuna",)
+SWEEPERS = ("optuna", "wandb")
 
 
 class Prune(Enum):
@@ -59,7 +59,9 @@ class Search:
     @property
     def greater_is_better(self) -> bool:
         """Which way."""
-        return self.first.config.evaluation.greater_is_better
+        from trainer.config.evaluation import more_is_better
+
+        return more_is_better(self.first.config)
 
     def asked(self) -> dict[str, str]:
         """What makes it this search: another one does not go on in its directory."""
@@ -87,6 +89,11 @@ def is_search(words: list[str]) -> bool:
     return any(word.partition("=")[0].split(".")[0] == "sweeper" for word in words)
 
 
+def sweeper_of(words: list[str]) -> str:
+    """Who draws the trials."""
+    return next((word.partition("=")[2] for word in reversed(words) if word.startswith("sweeper=")), SWEEPERS[0])
+
+
 def plan_search(words: list[str]) -> Search:
     """Read and check everything. Raises ConfigError with every problem."""
     from launch.compose import compose
@@ -94,7 +101,9 @@ def plan_search(words: list[str]) -> Search:
     settings, rest = read_own(words)
     space, fixed = read_space(rest)
     if not space:
-        raise ConfigError(f"sweeper=optuna: no word has several values to search; write one as <setting>={WAYS}")
+        raise ConfigError(
+            f"sweeper={sweeper_of(words)}: no word has several values to search; write one as <setting>={WAYS}"
+        )
     typed = {word.partition("=")[0]: word for word in rest}
     if settings.metric is not None:
         watch = f"evaluation.watch={settings.metric}"
@@ -108,7 +117,7 @@ def plan_search(words: list[str]) -> Search:
             raise ConfigError(f"{typed[key]}: is the same for all trials; give one value")
     corners = [one.corners() for one in space]
     first = compose([*fixed, *(words_of[0] for words_of in corners)])
-    problems = _problems(first, settings)
+    problems = _problems(first, settings, sweeper_of(words))
     for number, words_of in enumerate(corners):
         for word in words_of[1:]:
             others = [each[0] for n, each in enumerate(corners) if n != number]
@@ -140,7 +149,8 @@ def read_own(words: list[str]) -> tuple[SweeperConfig, list[str]]:
             chosen = True
             if value not in SWEEPERS:
                 problems.append(
-                    f"{word}: there is no such sweeper; sweeper=optuna searches, and without it -m runs all points"
+                    f"{word}: there is no such sweeper; sweeper=optuna searches, sweeper=wandb writes a file for W&B's "
+                    "agent, and without it -m runs all points"
                 )
         elif leaf not in known:
             problems.append(
@@ -159,14 +169,14 @@ def read_own(words: list[str]) -> tuple[SweeperConfig, list[str]]:
         problems.append(f"sweeper.seed={settings.seed}: must be at least 0")
     if not chosen:
         problems.append(f"{next(w for w in words if w.startswith('sweeper'))}: is of a search; add sweeper=optuna")
-    if find_spec("optuna") is None:
+    if sweeper_of(words) == "optuna" and find_spec("optuna") is None:
         problems.append("sweeper=optuna: needs the package optuna; pip install 'shardtune[search]'")
     if problems:
         raise ConfigError(problems)
     return settings, rest
 
 
-def _problems(first: Composed, settings: SweeperConfig) -> list[str]:
+def _problems(first: Composed, settings: SweeperConfig, by: str) -> list[str]:
     """What keeps a job that could run from being searched."""
     from trainer.config.run import LauncherName
     from trainer.evaluation.tasks.registry import metrics_of
@@ -178,7 +188,7 @@ def _problems(first: Composed, settings: SweeperConfig) -> list[str]:
         and config.evaluation.watch not in metrics_of(config.evaluation.tasks)
     ):
         found.append(
-            f"sweeper=optuna: there is no evaluation data that trials could be judged by ({config.evaluation.watch}); give "
+            f"sweeper={by}: there is no evaluation data that trials could be judged by ({config.evaluation.watch}); give "
             "data.eval_path or data.eval_share=0.05"
         )
     if settings.prune is Prune.median and not config.evaluation.every_steps:

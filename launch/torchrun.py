@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from launch.hosts import Place, place_of
-from strategies.heartbeat import LOST_PEER
+from strategies.heartbeat import LAST_WORDS, LOST_PEER, last_words
 from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
@@ -122,7 +123,7 @@ def start(
     root = str(Path(__file__).resolve().parent.parent)  # started from anywhere: `-m launch.train` must be found
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     _adopt_orphans()
-    with _signals_held() as (pending, came), _printed(aside) as printed:
+    with signals_held() as (pending, came), _printed(aside) as printed, _last_words() as env[LAST_WORDS]:
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **printed)
         looks = (
@@ -132,6 +133,11 @@ def start(
             return _watch(agent, pending, looks), came
         finally:
             _end_all(agent)
+
+
+def _last_words() -> tempfile.TemporaryDirectory[str]:
+    """Where ranks keep what they last said of themselves (`strategies/heartbeat.py`)."""
+    return tempfile.TemporaryDirectory(prefix="shardtune-")
 
 
 def _begin_agent() -> None:
@@ -147,7 +153,7 @@ def _adopt_orphans() -> None:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[tuple[list[int], set[int]]]:
+def signals_held() -> Iterator[tuple[list[int], set[int]]]:
     """Collect signals instead of acting on them: those to be passed on, and all that came."""
     pending: list[int] = []
     came: set[int] = set()
@@ -239,12 +245,23 @@ def wrapper(argv: list[str]) -> int:
 
     logging.disable(logging.CRITICAL)
     before = out_of_memory_kills()
-    try:
-        torchrun(argv)
-    except ChildFailedError as error:
-        _note_killed(error, memory=(out_of_memory_kills() or 0) > (before or 0))
-        return 1
+    with contextlib.ExitStack() as ours:
+        if LAST_WORDS not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process
+            os.environ[LAST_WORDS] = ours.enter_context(_last_words())
+        try:
+            torchrun(argv)
+        except ChildFailedError as error:
+            _note_killed(error, memory=(out_of_memory_kills() or 0) > (before or 0))
+            return 1
     return 0
+
+
+def only_lost_a_peer(failure: dict[str, Any]) -> bool:
+    """Whether what was noted is no cause: a rank that lost its peer could write first.
+
+    What any other rank wrote is one, and so is a rank that was stopped: that one torchrun has killed since.
+    """
+    return bool(failure.get("gone", LOST_PEER.search(failure.get("message", "")) is not None))
 
 
 def _note_killed(error: BaseException, *, memory: bool) -> None:
@@ -267,12 +284,12 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     )
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     before = read_failure(run_dir)
-    # A rank that lost its peer could write first, but is not the cause; what any other rank wrote is, and so is a rank that
-    # was stopped: that one torchrun has killed since.
-    replace = before.get("gone", LOST_PEER.search(before.get("message", "")) is not None)
+    replace = only_lost_a_peer(before)
     same = before.get("rank") == rank and before.get("gone")
     phase, step = (before["phase"], before["step"]) if same else ("killed", None)
-    retry = None if memory else "node_fail"
+    if not same and (seen := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:
+        phase, step = seen.phase, seen.step  # no peer lived long enough to tell
+    retry = "out_of_memory" if memory else "node_fail"
     written = record_failure(run_dir, rank, killed, phase, step, replace=replace, pid=failure.pid, retry=retry)
     if written and "SHARDTUNE_LAUNCHER" not in os.environ:  # under SLURM nobody else shows it, or settles the status
         print(killed, file=sys.stderr, flush=True)

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import looking
+from launch.answers import FLAG, give, said_to_stderr
 from launch.choices import groups
 from launch.slurm_env import is_worker, seems_a_worker
 from trainer.stopping.signals import hold, release
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from launch.frozen import Composed
     from trainer.config.run import RunConfig
 
-FLAGS = ("-h", "--help", "--dry-run", "-m", "--multirun")
+FLAGS = ("-h", "--help", "--dry-run", "-m", "--multirun", FLAG)
 
 
 def main(argv: list[str]) -> int:
@@ -41,6 +42,12 @@ def main(argv: list[str]) -> int:
         return 0
     if is_worker(os.environ) and not flags and not cfg:
         return worker(words)
+    if FLAG in flags and (len(flags) > 1 or cfg):
+        from strategies.errors import ConfigError
+
+        raise ConfigError(
+            f"{FLAG}: is of one run; of runs by -m: shardtune compare <their directory> {FLAG}; else leave it out"
+        )
     from launch.compose import compose
     from launch.sweeper import is_search
 
@@ -55,17 +62,34 @@ def main(argv: list[str]) -> int:
         from strategies.errors import ConfigError
 
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
-    composed = compose(words, check=not cfg)
     if cfg or "--dry-run" in flags:
-        show(composed, cfg=cfg)
+        show(compose(words, check=not cfg), cfg=cfg)
         return 0
-    return launch(composed, run_dir_of(composed))
+    with said_to_stderr(FLAG in flags):
+        composed = compose(words)
+        run_dir = run_dir_of(composed)
+        code = launch(composed, run_dir)
+    if FLAG in flags:
+        give(ended(run_dir, code))
+    return code
+
+
+def ended(run_dir: Path, code: int) -> dict[str, Any]:
+    """How a run ended, for a script; what it measured stands in its files."""
+    from launch.stop import stands
+
+    there = {name: run_dir / place for name, place in (("record", "run.json"), ("export", "export"))}
+    files = {name: str(path) if path.exists() else None for name, path in there.items()}
+    return {**stands(run_dir, None), "exit_code": code, **files}
 
 
 def _search(words: list[str], look: Callable[[Composed], None] | None) -> int:
     from launch.search import run_search, start
-    from launch.sweeper import listing, plan_search
+    from launch.sweep_file import write_sweep
+    from launch.sweeper import listing, plan_search, sweeper_of
 
+    if sweeper_of(words) == "wandb":
+        return write_sweep(words, print_only=look is not None)
     search = plan_search(words)
     if look is not None:
         print(f"# {listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
@@ -99,22 +123,27 @@ def launch(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
 
     finished = is_finished(run_dir)  # asked first, but told only once the directory is known to be this run's
     config = composed.config
-    freeze(composed, run_dir)
+    freeze(composed, run_dir, another_way=not isolate)
     if finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
     if config.launcher.name is LauncherName.slurm:
-        from launch.slurm import submit
+        from launch.submission import submit
 
         release()
-        return submit(config, [run_dir], print_only=False)
+        submit(config, [run_dir], print_only=False)
+        return 0
     launcher = config.launcher
     # What is started again by itself outlives its ranks.
-    if launcher.nodes == 1 and launcher.processes == 1 and not isolate and not any(launcher.retry.values()):
+    if launcher.in_place and not isolate and not any(launcher.retry.values()):
         return _run_here(config, run_dir, composed.sha256)
+    from launch import own_page
     from launch.outcome import supervised
 
-    return supervised(config, run_dir, composed.sha256)
+    code = supervised(config, run_dir, composed.sha256)
+    if code != 130:  # who pressed Ctrl-C waits for nothing more
+        own_page.at_end(config, run_dir)
+    return code
 
 
 def worker(words: list[str]) -> int:
@@ -142,7 +171,7 @@ def worker(words: list[str]) -> int:
         run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
         finished = run_dir is not None and is_finished(run_dir)
         if rank == 0:  # the others learn the directory from rank 0 when they meet
-            run_dir = freeze(composed, run_dir or run_dir_of(composed))
+            run_dir = freeze(composed, run_dir or run_dir_of(composed), another_way=True)
     if finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
@@ -152,6 +181,10 @@ def worker(words: list[str]) -> int:
         if "SHARDTUNE_LAUNCHER" in os.environ and run_dir is not None and (run_dir / "failure.json").exists():
             return 70  # the launcher shows the first failure, last; the other ranks only lost their peer
         raise
+    if rank == 0 and "SHARDTUNE_LAUNCHER" not in os.environ:
+        from launch import own_page
+
+        own_page.at_end(config, run_dir)
     return 0
 
 
@@ -166,15 +199,26 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
+    from launch import own_page
     from launch.outcome import begin, outcome
     from strategies.errors import Preempted
+    from trainer.records.lease import NotOurs
 
     code, before = 0, begin(run_dir)
+    print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
     try:
         _train(config, run_dir, sha256, 0)
     except Preempted as stop:
         code = 130 if stop.signal_name == "SIGINT" else 0
-    return outcome(run_dir, code, before)  # of any other error the command line says what it is
+    except NotOurs:
+        raise
+    except Exception:  # of which the command line says what it is
+        own_page.at_end(config, run_dir)
+        raise
+    code = outcome(run_dir, code, before)
+    if code != 130:  # who pressed Ctrl-C waits for nothing more
+        own_page.at_end(config, run_dir)
+    return code
 
 
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
@@ -217,8 +261,9 @@ def usage() -> str:
         ("--info", "print where the configuration comes from and stop"),
         ("--config-dir <dir>", "a directory laid out as conf/ whose files are choices too"),
         ("--dry-run", "print what the run would do and stop"),
+        ("--json", "at the end print how it ended, for a script; what is said goes to stderr"),
         ("-m, --multirun", "one run a point: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4"),
-        ("-m sweeper=optuna", "a search: optim.lr='tag(log,interval(1e-5,1e-3))'; docs/comparing.md"),
+        ("-m sweeper=optuna", "a search: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb: for W&B's agent"),
     ]
     rows = "\n".join(f"  {key:<32}{what}" for key, what in common)
     choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in groups().items() if names)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 
 class StrategyName(StrEnum):
-    """The names users type as `strategy=<name>`."""
+    """The names users type as `strategy=<name>`; `auto` stands for one of those of `strategies/every.py`."""
 
+    auto = "auto"
     single = "single"
     ddp = "ddp"
     fsdp2 = "fsdp2"
@@ -73,6 +74,13 @@ class StrategyConfig:
     """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
     defer_sync: bool | None = None
     """Reduce gradients on the last micro-batch alone; null: where whole gradients fit (fsdp2, hsdp). ZeRO goes by its stage."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AutoConfig(StrategyConfig):
+    """The fastest strategy that fits, chosen by the run at its first start; what is common to all can be set."""
+
+    name: StrategyName = StrategyName.auto
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,6 +219,12 @@ class Progress:
     """Times that the run went back to a checkpoint, since a step stood out."""
     passed: list[dict[str, int]] = field(default_factory=list)
     """Places of the run's order that are passed over, since a step on them stood out: the `first` one, and their `count`."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """`step`, `train` and `held_out` loss of each evaluation, by which overfitting is told."""
+    interval_loss: float = 0.0
+    """Sum of the training losses of the steps since the last evaluation."""
+    interval_steps: int = 0
+    """Number of these steps."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
 

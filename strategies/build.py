@@ -22,6 +22,8 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
         from strategies.ddp import DdpStrategy
 
         return DdpStrategy(config, precision, runtime)
+    if config.name is StrategyName.auto:
+        raise ConfigError("strategy=auto: is chosen by a training run as it starts; name one of the others here")
     if config.name is StrategyName.single and runtime.world_size > 1:
         raise ConfigError(
             f"strategy=single with {runtime.world_size} processes: single is one process; use strategy=ddp or fsdp2, "

@@ -11,6 +11,8 @@ class ShardtuneError(Exception):
     """Base of the errors that are shown as a message: the value, the constraint, the knob to turn. Secrets in it are hidden."""
 
     exit_code = 70
+    retry: str | None = None
+    """The key of `launcher.retry` that starts a run again which ended by this; None where another start would meet it again."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))
@@ -38,6 +40,24 @@ class DoesNotFit(ShardtuneError):
     exit_code = 69
 
 
+class LimitExceeded(ShardtuneError):
+    """A limit that the user set on what training may do to the model was exceeded; the state is saved."""
+
+    exit_code = 69
+
+
+class LimitReached(ShardtuneError):
+    """A budget that the user set does not suffice."""
+
+    exit_code = 69
+
+
+class OutOfMemory(DoesNotFit):
+    """A step ran out of memory amid a run, which may go on with fewer documents in each forward pass."""
+
+    retry = "out_of_memory"
+
+
 class NodesUnfit(ShardtuneError):
     """The nodes of a job cannot run it, as its preflight found."""
 
@@ -63,7 +83,6 @@ class ReplicasDiffer(ShardtuneError):
 
     exit_code = 70
     retry = "node_fail"
-    """The key of `launcher.retry` that starts such a run again."""
 
 
 class Diverged(ShardtuneError):

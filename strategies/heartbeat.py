@@ -2,8 +2,9 @@
 
 A rank that was stopped or killed can say nothing, and the others see a broken connection or a timeout of their own. Each rank
 therefore counts in the store, with its phase and step; whoever fails for a lost peer looks who does not count on. After a timeout
-every rank writes down where its threads are: those that live when the store asks them, a stopped one when a peer on its host
-wakes it and sends SIGQUIT.
+every rank writes down where its threads are, and says which exchange it was in last: those that live when the store asks, or by
+themselves when an exchange has lasted for most of the timeout, a stopped one when a peer on its host wakes it with SIGQUIT.
+A launcher that gives its ranks a directory (`LAST_WORDS`) finds in it what each said last, also of one that was killed.
 """
 
 from __future__ import annotations
@@ -18,17 +19,24 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from strategies.errors import ShardtuneError
+from strategies.flight import Exchange, last_exchange
 
 LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer|has ended", re.IGNORECASE
 )
 """What the backends say in a rank whose peer has died or hangs."""
+PEER = re.compile(r"waited \d+ s for its peer (\d+)")
+"""How the exchange through shared memory (`strategies/host_memory.py`) says who did not come."""
 STACKS = "shardtune/stacks"
+LAST_WORDS = "SHARDTUNE_LAST_WORDS"
+"""The variable that names a directory of this host, in which each rank keeps what it last said of itself."""
+LATE = 0.8
+"""Share of the timeout after which a rank tells of an exchange that is not over, before the backend may end the process."""
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
@@ -47,6 +55,8 @@ class Seen:
 class Silent(ShardtuneError):
     """A rank that does not count on: gone, or stopped while the others waited for it."""
 
+    retry = "node_fail"
+
     def __init__(self, seen: Seen, *, hung: bool, since_s: float, told: str) -> None:
         self.seen, self.hung = seen, hung
         at = f", step {seen.step}" if seen.step is not None else ""
@@ -60,12 +70,35 @@ class Silent(ShardtuneError):
         )
 
 
+class Behind(ShardtuneError):
+    """A rank that lives, and does not come to the exchange in which the others wait for it."""
+
+    retry = "node_fail"
+
+    def __init__(self, seen: Seen, last: Exchange | None, awaited: Exchange | str, told: str) -> None:
+        self.seen, self.hung = seen, True
+        at = f", step {seen.step}" if seen.step is not None else ""
+        super().__init__(
+            f"rank {seen.rank} (process {seen.pid} on {seen.host}; {seen.phase}{at}) lives and does not come to {awaited}, where "
+            f"others wait for it; its last was {last or 'none'}; a peer was told: {told}"
+        )
+
+
 class Heartbeats:
     """This rank's signs of life, and a look at those of the others. Nothing here is collective."""
 
-    def __init__(self, store: Any, rank: int, world: int, state: Callable[[], tuple[str, int | None]]) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        state: Callable[[], tuple[str, int | None]],
+        timeout_s: float = float("inf"),
+    ) -> None:
+        """`timeout_s` is that of the exchanges."""
         self._store = store.clone()  # a connection of its own: nothing may wait behind a call of the group's
-        self.rank, self.world, self._state = rank, world, state
+        self.rank, self.world, self._state, self._timeout_s = rank, world, state, timeout_s
+        self._was, self._since = state(), time.monotonic()
         self.every_s = max(1.0, world / 200)
         self._stacks: IO[str] | None = None
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -90,7 +123,7 @@ class Heartbeats:
 
         Takes a few seconds where it looks.
         """
-        told = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        told = _first_line(error)
         if isinstance(error, ShardtuneError) or not LOST_PEER.search(str(error)):
             return None
         hung = WAITED.search(str(error)) is not None
@@ -102,8 +135,11 @@ class Heartbeats:
             return None
         return Silent(silent[0], hung=hung, since_s=look_s, told=told) if silent else None
 
-    def ask_for_stacks(self, stopped: Seen | None) -> None:
-        """Let every rank write its stacks, and wake one that was `stopped` for it; takes two beats. Errors: none."""
+    def ask(self, stopped: Seen | None) -> dict[int, Exchange]:
+        """Let every rank write its stacks, and wake one that was `stopped` for it; takes two beats. Errors: none.
+
+        The last exchange of each rank that answers.
+        """
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS, "1")
         if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
@@ -111,6 +147,37 @@ class Heartbeats:
                 with contextlib.suppress(OSError):
                     os.kill(stopped.pid, number)
         time.sleep(2 * self.every_s)
+        keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
+        try:
+            return {
+                rank: Exchange(**json.loads(self._store.get(key)))
+                for rank, key in keys.items()
+                if self._store.check([key])
+            }
+        except RuntimeError:
+            return {}
+
+    def behind(self, error: BaseException, exchanges: dict[int, Exchange]) -> Behind | None:
+        """The rank that lives and is not where this one, which `error` ended, has waited for it; None where nobody can say."""
+        if (peer := PEER.search(str(error))) is not None and (rank := int(peer[1])) < self.world:
+            try:
+                awaited = "an exchange through shared memory"
+                return Behind(self._seen()[rank], exchanges.get(rank), awaited, _first_line(error))
+            except RuntimeError:
+                return None
+        own = exchanges.get(self.rank)
+        others = {rank: last for rank, last in exchanges.items() if rank != self.rank}
+        if own is None or not others:
+            return None
+        absent = [
+            rank
+            for rank, last in others.items()
+            if last.waits_s is None and not (last.group == own.group and last.number >= own.number)
+        ]
+        try:
+            return Behind(self._seen()[absent[0]], others[absent[0]], own, _first_line(error)) if absent else None
+        except RuntimeError:
+            return None
 
     def _seen(self) -> list[Seen]:
         keys = [f"shardtune/beat/{rank}" for rank in range(self.world)]
@@ -126,9 +193,45 @@ class Heartbeats:
             about |= {"phase": phase, "step": step, "count": about["count"] + 1}
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(about))
-                if self._stacks is not None and self._store.check([STACKS]):
-                    faulthandler.dump_traceback(self._stacks, all_threads=True)
+                self._keep(about)
+                if self._stacks is not None and (self._is_late((phase, step)) or self._store.check([STACKS])):
+                    self._tell(self._stacks)
                     self._stacks = None
             except RuntimeError:  # the store is gone, and with it the job
                 return
             time.sleep(self.every_s)
+
+    def _tell(self, stacks: IO[str]) -> None:
+        """Write where the threads of this rank are, and tell its last exchange."""
+        faulthandler.dump_traceback(stacks, all_threads=True)
+        if (last := last_exchange()) is not None:
+            self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
+            print(f"\nlast exchange: {last}, {'over' if last.waits_s is None else 'not over'}", file=stacks, flush=True)
+
+    def _is_late(self, now: tuple[str, int | None]) -> bool:
+        """Whether this rank stands still in an exchange that will soon have lasted too long."""
+        if now != self._was:
+            self._was, self._since = now, time.monotonic()
+        if time.monotonic() - self._since < LATE * self._timeout_s:
+            return False
+        last = last_exchange()
+        return last is not None and last.waits_s is not None and last.waits_s > LATE * self._timeout_s
+
+    def _keep(self, about: dict[str, Any]) -> None:
+        if (directory := os.environ.get(LAST_WORDS)) is not None:
+            with contextlib.suppress(OSError):
+                new = Path(directory) / f".{self.rank}"
+                new.write_text(json.dumps(about))
+                new.replace(Path(directory) / str(self.rank))
+
+
+def last_words(directory: Path, rank: int) -> Seen | None:
+    """What a rank of this host last said of itself, for the launcher that gave it the directory; None where it said nothing."""
+    try:
+        return Seen(rank=rank, **json.loads((directory / str(rank)).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

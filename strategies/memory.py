@@ -64,6 +64,7 @@ def estimate(
 
     frozen = sum(computed(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
     trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
+    moments = 8 + 4 * bool(getattr(step_module, "ema_decay", 0.0))  # AdamW's, and the average
     units = step_module.shard_units()  # type: ignore[operator]
     whole = frozen + trained * compute
     block = max((sum(map(computed, unit.parameters())) for unit in units), default=whole)
@@ -80,7 +81,7 @@ def estimate(
         shards = world_size
         masters = 0 if precision is Precision.fp32 and config.stage == 3 else 4
         parameters = whole / (shards if config.stage == 3 else 1)
-        optimizer = trained * (8 + masters) / shards
+        optimizer = trained * (moments + masters) / shards
         gradients = trained * 4 / shards
         if config.stage == 1:  # whole on every rank, summed in fp32 (in fp16 as they come)
             gradients = trained * (compute if precision is Precision.fp16 else 4.0)
@@ -92,10 +93,15 @@ def estimate(
     elif isinstance(config, Fsdp2Config):
         shards = world_size // replicate
         parameters = (frozen + trained * 4) / shards
-        gradients, optimizer = trained * 4 / shards, trained * 8 / shards
+        gradients, optimizer = trained * 4 / shards, trained * moments / shards
         gathered = float(2 * block + rest)
         if config.cpu_offload:
             parameters = gradients = optimizer = 0.0
     else:
-        parameters, gradients, optimizer, gathered = frozen + trained * 4.0, trained * 4.0, trained * 8.0, 0.0
+        parameters, gradients, optimizer, gathered = (
+            frozen + trained * 4.0,
+            trained * 4.0,
+            float(trained * moments),
+            0.0,
+        )
     return MemoryEstimate(float(parameters), float(gradients), float(optimizer), float(gathered), activations)

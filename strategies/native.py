@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from strategies.average import KEY, Average
 from strategies.base import AroundUpdate, Judge, OptimizerFactory, Precision, Progress, StepResult, Whole
 from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
@@ -66,6 +67,8 @@ class NativeEngine:
         self._steps = 0
         self.around: AroundUpdate | None = getattr(step_module, "around_update", None)
         assert self.around is None or self.replicated, "refused when a run is composed"
+        decay, held = getattr(step_module, "ema_decay", 0.0), [self._local(p.detach()) for _, p in self.trainable]
+        self.average = Average(decay, held) if decay else None
 
     def close(self) -> None:
         """Let go of gradients and optimizer state. See `Engine.close`."""
@@ -98,7 +101,11 @@ class NativeEngine:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged weights of an optimizer that trains others (schedule-free), and afterwards the very same others."""
+        """The averaged weights, ours or those of an optimizer that trains others (schedule-free); afterwards the very others."""
+        if self.average is not None:
+            with self._swapped(self.average):
+                yield
+            return
         if not hasattr(self.optimizer, "eval"):
             yield
             return
@@ -110,6 +117,16 @@ class NativeEngine:
         finally:
             self.optimizer.train()  # type: ignore[attr-defined]
             torch._foreach_copy_(trained, kept)
+            self._weights_changed()
+
+    @contextmanager
+    def _swapped(self, average: Average) -> Iterator[None]:
+        average.swap()
+        self._weights_changed()
+        try:
+            yield
+        finally:
+            average.swap()
             self._weights_changed()
 
     def _weights_changed(self) -> None:
@@ -159,6 +176,8 @@ class NativeEngine:
             self.around.after_update(self._steps, finite=bool(kept))
         self.optimizer.zero_grad(set_to_none=True)
         self._updates += kept
+        if self.average is not None:
+            self.average.update(self._updates, kept)
         if self.scale is not None:
             self._adjust_scale(finite)
         return StepResult(grad_norm=norm.float(), skipped=(~kept).float())
@@ -192,7 +211,7 @@ class NativeEngine:
         return parameter.view(-1), 0
 
     def _runs(self, *, writing: bool) -> Iterator[Run]:
-        for name, parameter in self.trainable:
+        for number, (name, parameter) in enumerate(self.trainable):
             held, start = self._held(parameter)
             tensors, wholes = {"weight": held.detach()}, dict[str, Tensor]()
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -202,6 +221,8 @@ class NativeEngine:
                     tensors[key] = self._local(value).view(-1)
                 else:
                     wholes[key] = value.view(-1)
+            if self.average is not None:
+                tensors[KEY] = self.average.values[number].reshape(-1)
             if self.around is not None:
                 tensors |= {key: value.view(-1) for key, value in self.around.state_of(name).items()}
             if writing and self.replicated:  # each rank writes its share, so that no rank writes everything

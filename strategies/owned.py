@@ -49,6 +49,8 @@ def owned(engine: Engine) -> Iterator[tuple[Kind, Tensor]]:
     optimizer: Any = getattr(engine, "optimizer", None)
     if optimizer is not None:
         yield from _states(optimizer)
+    if (average := getattr(engine, "average", None)) is not None:
+        yield from ((Kind.optimizer, plain(value)) for value in average.values)
 
 
 def _states(optimizer: Any) -> Iterator[tuple[Kind, Tensor]]:

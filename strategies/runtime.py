@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from strategies.durable import reason
 from strategies.errors import ConfigError, StorageError
+from strategies.flight import keep_records
 from strategies.matmul import Matmul, agree, choose, restore
 
 MANY = 64
@@ -101,6 +102,7 @@ def start(
     if world >= MANY:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
+        keep_records()
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if store is not None:

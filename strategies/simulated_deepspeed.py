@@ -79,6 +79,9 @@ class SimulatedAccelerator(CPU_Accelerator):
     def on_accelerator(self, tensor: Tensor) -> bool:
         return tensor.device == SIMULATED
 
+    def device_count(self) -> int:
+        return 1  # else a program is started to count the host's processors, at each collective
+
     def memory_allocated(self, device_index: int | None = None) -> int:
         return 0
 

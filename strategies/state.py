@@ -28,7 +28,7 @@ from strategies.tensor_files import INDEX, Index, Malformed, numel, parse_index,
 
 MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
 """Bytes of the two JSON files; more is not read."""
-ROWS = {"recent": {"loss", "grad_norm"}, "passed": {"first", "count"}}
+ROWS = {"recent": {"loss", "grad_norm"}, "passed": {"first", "count"}, "evaluations": {"step", "train", "held_out"}}
 """What each row has of the lists in `Progress`."""
 
 

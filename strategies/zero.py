@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.activation import apply_to_blocks
+from strategies.average import Average
 from strategies.base import Judge, OptimizerFactory, ParameterSource, Precision, Progress, StepResult, Whole, ZeroConfig
 from strategies.deepspeed_library import (
     AsksBeforeUpdate,
@@ -42,6 +43,7 @@ from strategies.state import StateHeader, load_state
 from strategies.whole import ZeroWhole
 from strategies.zero_config import deepspeed_config, steps_on_device
 from strategies.zero_load import keep_together, load_partitioned
+from strategies.zero_masters import Masters
 
 
 class ZeroEngine:
@@ -58,6 +60,9 @@ class ZeroEngine:
         """Set where DeepSpeed leaves clipping and skipping to us."""
         self.asks = AsksBeforeUpdate(engine.optimizer, runtime.device)
         self._updates = torch.zeros((), device=runtime.device)
+        self.masters = Masters(engine, config.stage, runtime.rank, self.trainable)
+        self.average: Average | None = None
+        """Of the fp32 masters, where the run asks for one."""
         self.whole = ZeroWhole(step_module, engine.optimizer.parameter_offload) if config.stage == 3 else Whole()
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
@@ -73,6 +78,13 @@ class ZeroEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr_factor: float, judge: Judge | None = None) -> StepResult:
+        """Clip, update and zero, and let the average follow. See `Engine.step`."""
+        result = self._step(lr_factor, judge)
+        if self.average is not None:
+            self.average.update(self._updates, 1 - result.skipped)
+        return result
+
+    def _step(self, lr_factor: float, judge: Judge | None) -> StepResult:
         """Clip, update and zero. Where it decides on skipping, DeepSpeed waits for the device to do so."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * lr_factor
@@ -95,52 +107,32 @@ class ZeroEngine:
         """The step module in eval mode, without gradients; stage 3 gathers each layer as it runs. All ranks enter."""
         self.step_module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._averaged() if averaged else nullcontext():
                 yield self.step_module
         finally:
             self.step_module.train()
 
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights, where the run has them; afterwards the very same others. All ranks enter."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        self.refresh_compute_copies()
+        try:
+            yield
+        finally:
+            self.average.swap()
+            self.refresh_compute_copies()
+
     # -- training state ------------------------------------------------------------------------------------------
 
-    def _optimizer_state(self, flat: Tensor) -> dict[str, Tensor]:
-        state = self.engine.optimizer.optimizer.state.get(flat, {})
-        return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == flat.shape}
-
     def _flat_groups(self) -> list[Tensor]:
-        """The fp32 master partitions that the inner optimizer steps on."""
-        optimizer = self.engine.optimizer
-        if self.config.stage == 3:
-            return optimizer.fp32_partitioned_groups_flat
-        if hasattr(optimizer, "bf16_groups"):  # of another class, which DeepSpeed takes for stage 1 in bf16
-            return optimizer.fp32_groups_flat_partition
-        return optimizer.single_partition_of_fp32_groups
+        return self.masters.flat_groups()
 
     def _runs(self) -> Iterator[Run]:
-        """This rank's part of the fp32 masters and moments, parameter by parameter, as views."""
-        names = {id(p): name for name, p in self.trainable}
-        optimizer, flats = self.engine.optimizer, self._flat_groups()
-        if self.config.stage == 3:
-            for name, p in self.trainable:
-                group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
-                start = min(self.dp_rank * numel, p.ds_numel)
-                held = min(numel, p.ds_numel - start)  # the last partition is padded
-                yield self._run(name, p.ds_numel, start, flats[group], offset, held)
-            return
-        groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
-        for flat, parameters in zip(flats, groups, strict=True):
-            for p in parameters:
-                name, mapping = names[id(p)], p._hp_mapping
-                if mapping is None:
-                    yield self._run(name, p.numel(), 0, flat, 0, 0)
-                else:
-                    inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    yield self._run(name, p.numel(), outer.start, flat, inner.start, inner.numel)
-
-    def _run(self, name: str, numel: int, start: int, flat: Tensor, offset: int, held: int) -> Run:
-        tensors = {"weight": flat.data.narrow(0, offset, held)}
-        for key, value in self._optimizer_state(flat).items():
-            tensors[key] = value.narrow(0, offset, held)
-        return Run(name, numel, start, tensors)
+        return self.masters.runs(self.average)
 
     def _ensure_moments(self) -> None:
         """Create the inner optimizer's state: a step with zero gradients at rate 0."""
@@ -233,6 +225,10 @@ class ZeroEngine:
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """Full parameters one by one, on the CPU, under plain names (masters where they train); None on all ranks but 0."""
+        with self._averaged():
+            yield from self._gather(trainable_only=trainable_only)
+
+    def _gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -317,4 +313,6 @@ class ZeroStrategy:
         result.host_memory = memory
         if self.precision is not Precision.fp32:
             result.set_masters(source)
+        if decay := getattr(step_module, "ema_decay", 0.0):
+            result.average = Average(decay, result._flat_groups())
         return result

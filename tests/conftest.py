@@ -4,8 +4,8 @@ The summary says which part of the matrices was run, by which seed, and how slow
 With `-n auto` several workers share the tests: `tests/helpers/parallel.py`.
 """
 
-import copy
 import os
+import pickle
 import signal
 
 import pytest
@@ -122,13 +122,42 @@ def composed_once():
         files = {(path, path.stat().st_mtime_ns) for path in compose.CONF_DIR.rglob("*.yaml")}
         key = tuple(choices.items()), frozenset(files)
         if key not in composed:
-            composed[key] = original(choices)
-        tree, problems = composed[key]
-        return copy.deepcopy(tree), list(problems)
+            composed[key] = pickle.dumps(original(choices))
+        return pickle.loads(composed[key])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compose, "_base", base)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_page_of_each_run():
+    """Drawing it takes longer than most runs here; what it is, and when it is written, has tests of its own."""
+    from launch import own_page
+
+    written = own_page.at_end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_page, "at_end", lambda config, run_dir: None)
+        yield written
+
+
+@pytest.fixture(scope="module")
+def pages_of_runs(no_page_of_each_run):
+    """Runs write theirs, as for users."""
+    from launch import own_page
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_page, "at_end", no_page_of_each_run)
+        yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium for pages of ours; skips where there is none."""
+    from tests.helpers import browser
+
+    with browser.started() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.helpers.tokenizers import WORDS, chat_rows, pair_rows, tiny_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {
     *("tokens_per_s", "supervised_tokens_per_s", "tokens_per_s_per_rank", "mfu", "memory_gib", "memory_reserved_gib"),
-    *("data_wait_s", "step_s", "time"),
+    *("data_wait_s", "step_s", "time", "blocks_s", "blocks_s/worst", "blocks_s/rank"),
 }
 """What of a row depends on the hour."""
 CHAT = "data.path=chat.jsonl data.eval_path=chat_eval.jsonl"

@@ -19,7 +19,7 @@ from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.config import Layout
 from trainer.data.prepare import Preparation, Prepared
-from trainer.heads.loss import fuse_head
+from trainer.heads.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import (
@@ -107,6 +107,7 @@ def build_engine(
     built, source = build_model(config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu)
     if built.scheme is not None and config.model.keep_packed:
         source.checkpoint.keep(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
+    built.step_module.ema_decay, built.step_module.neftune_alpha = config.optim.ema_decay, config.model.neftune_alpha
     built.substitutions.update(lstm.substituted(built.step_module, precision, runtime.device))
     work, per_step = workload(config, data), config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     plan_checkpointing(built, work, config.strategy, precision, runtime)

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
+from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from trainer.build import build_engine, build_loader
+from trainer.checkpoints.seal import fingerprint
 from trainer.config.run import RunConfig
 from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.report import against, page, record
 from trainer.evaluation.report.intervals import Bootstrap, interval, resampled
 from trainer.evaluation.report.record import BASE, TUNED, Earlier, Found
+from trainer.evaluation.report.tables import tables
+from trainer.evaluation.served import ServedAsking, served_asking
 from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.base import Task
+from trainer.evaluation.tasks.prepared import Around
 from trainer.facts import versions
-from trainer.lifecycle.attempt import Where, attempt
+from trainer.forecast.exceeded import telling_of_evaluation
+from trainer.lifecycle.attempt import Where, rank_of_job
+from trainer.model.encoder_decoder import read_config
 from trainer.model.loading import load_tokenizer
 from trainer.records.console import Console
+from trainer.records.results import EVALUATION, keep
 from trainer.records.status import write_text_atomic
+from trainer.records.trackers.base import Table
 from trainer.run import asking_of, meet
+from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
+from trainer.telling import track_evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +59,10 @@ class Job:
     """Whether what fell against that report is a failure."""
     against: str | None = None
     """What is compared with, in the user's words."""
+    asked_first: bool = False
+    """Whether another evaluation is compared with this one."""
+    kept: bool = True
+    """Whether the report of a run is one of its records."""
 
 
 def evaluate_worker(config: RunConfig, job: Job, job_dir: Path) -> None:
@@ -53,54 +70,81 @@ def evaluate_worker(config: RunConfig, job: Job, job_dir: Path) -> None:
 
     Raises what ended it. `job_dir` has the records of the processes, apart from those of a run.
     """
-    failed = False
-    with StopRequest(interrupts=int(os.environ.get("WORLD_SIZE", 1)) == 1) as request:
-        try:
-            with attempt(job_dir, config.run.lease_s, request) as where:
-                _evaluate(config, job, job_dir, request, where)
-        except Preempted as stop:
-            stop.signal_name = request.signal_name
-            raise
-        except BaseException:
-            failed = True
-            raise
-        finally:
-            processes.stop(failed=failed)
+    with rank_of_job(job_dir, config.run.lease_s) as (request, where):
+        _evaluate(config, job, job_dir, request, where)
 
 
 def _evaluate(config: RunConfig, job: Job, job_dir: Path, request: StopRequest, where: Where) -> None:
     where.settle(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
-    data, tasks, runtime = meet(config, tokenizer, request, where)
+    data, tasks, staged, runtime = meet(config, tokenizer, request, where)
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
-    where.phase = "building the model"
-    engine, built, _ = build_engine(config, tokenizer, data, precision, runtime)
-    if built.step_module.around_update is not None:
-        build_loader(config, data, built, engine, runtime)  # tells it the length of the run
     asked = Agreement(request, runtime).another().asked
-    asking = asking_of(config, data, built, tokenizer, engine, runtime, asked)
-    evaluator = TaskEvaluator(tasks, asking)
-    found: dict[str, Found] = {}
+    where.phase = "building the model"
+    built: tuple[Engine, Built] | None = None
+    if config.evaluation.server.url is not None:
+        evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, asked))
+    else:
+        with telling_of_evaluation(lambda: where.phase, config, runtime):
+            engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
+        built = engine, step
+        if step.step_module.around_update is not None:
+            build_loader(config, data, step, engine, runtime)  # tells it the length of the run
+        evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
     where.phase = "evaluating"
     try:
-        before = job.base and not built.tuning.keeps_base
-        if before:  # as it is before a checkpoint is loaded
-            found[BASE] = _ask(evaluator, console, BASE)
-        if job.checkpoint is not None:
-            engine.load(Path(job.checkpoint))
-        if job.base and not before:
-            with built.tuning.reference(built.step_module.model):
-                found[BASE] = _ask(evaluator, console, BASE)
-        found[TUNED] = _ask(evaluator, console, TUNED)
+        with telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.under_way}", config, runtime):
+            found = _both(job, built, evaluator, console)
     except Interrupted:
         raise Preempted("asked to stop; an evaluation keeps nothing: the same command begins it again") from None
     where.phase = "writing the report"
     where.still_ours(runtime)
     if runtime.is_main:
         about = _about(config, job, str(precision), runtime)
-        _report(config, job, about, [ready.task for ready in tasks], found)
+        report, shown = _report(config, job, about, [ready.task for ready in tasks], found)
+        if config.logging.tables and not job.asked_first:
+            track_evaluation(config, job_dir, report, shown, console.say)
     processes.barrier(runtime)
+    staged.remove()
+
+
+def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedAsking:
+    """The model of `evaluation.server`, told what this one would be told; nothing is loaded. Errors: ConfigError."""
+    about = read_config(config.model.path) or {}
+    positions = about.get("max_position_embeddings") or (about.get("text_config") or {}).get("max_position_embeddings")
+    encoder = Around.of(config.data, config.objective).encoder(tokenizer)
+    return served_asking(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
+
+
+def _both(job: Job, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, console: Console) -> dict[str, Found]:
+    """Every task of the model, and where asked for of what it was before training; None: of a server's. All ranks must call."""
+    found: dict[str, Found] = {}
+    if built is not None:
+        found = _before(job, *built, evaluator, console)
+    rows = found[BASE].rows if job.base else {} if job.report is None else record.read(Path(job.report), "against").rows
+    for ready in evaluator.tasks:  # what is judged beside the other's answers
+        ready.task.is_other = job.asked_first
+        if ready.task.name in rows:
+            ready.task.other = {row.where: row.answer for row in rows[ready.task.name]}
+    found[TUNED] = _ask(evaluator, console, TUNED)
+    return found
+
+
+def _before(job: Job, engine: Engine, built: Built, evaluator: TaskEvaluator, console: Console) -> dict[str, Found]:
+    """What the model was before training, where asked for; then it is as its checkpoint says. All ranks must call."""
+    found: dict[str, Found] = {}
+    before = job.base and not built.tuning.keeps_base
+    for ready in evaluator.tasks:
+        ready.task.is_other = True
+    if before:  # as it is before a checkpoint is loaded
+        found[BASE] = _ask(evaluator, console, BASE)
+    if job.checkpoint is not None:
+        engine.load(Path(job.checkpoint))
+    if job.base and not before:
+        with built.tuning.reference(built.step_module.model):
+            found[BASE] = _ask(evaluator, console, BASE)
+    return found
 
 
 def _ask(evaluator: TaskEvaluator, console: Console, arm: str) -> Found:
@@ -126,26 +170,36 @@ def _about(config: RunConfig, job: Job, precision: str, runtime: processes.Runti
             "run": job.run,
             "checkpoint": None if job.checkpoint is None else Path(job.checkpoint).name,
             "tuning": str(config.tuning.name),
+            "artefact": None if job.checkpoint is None else fingerprint(Path(job.checkpoint)),
         },
+        "time": time.time(),
         "strategy": str(config.strategy.name),
         "processes": runtime.world_size,
+        "server": config.evaluation.server.url,
         "device": processes.device_kind(runtime.device),
         "precision": precision,
         "versions": versions(),
     }
 
 
-def _report(config: RunConfig, job: Job, about: dict[str, Any], tasks: list[Task], found: dict[str, Found]) -> None:
-    """Intervals, comparison and files; rank 0 alone. Errors: ConfigError for a report that cannot be read, StorageError."""
+def _report(
+    config: RunConfig, job: Job, about: dict[str, Any], tasks: list[Task], found: dict[str, Found]
+) -> tuple[dict[str, Any], dict[str, Table]]:
+    """Intervals, comparison and files; rank 0 alone. The report, and tables of rows.
+
+    Errors: ConfigError for a report that cannot be read, StorageError.
+    """
     how = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
     mine = found[TUNED]
     earlier = None if job.report is None else record.read(Path(job.report), "against")
-    said, apart, fell = {}, {}, []
+    said, apart, fell, shown = {}, {}, [], dict[str, Table]()
     for task in tasks:
         drawn = resampled(task, mine.rows[task.name], how)
         spans = {name: interval(values) for name, values in drawn.items()}
         said[task.name] = record.task_record(task, mine, spans)
-        if (other := _other(task, found.get(BASE), earlier)) is not None:
+        other = _other(task, found.get(BASE), earlier)
+        shown |= tables(task, mine.rows[task.name], None if other is None else other[0])
+        if other is not None:
             apart[task.name] = against.compare(task, mine, drawn, *other, how)
             if job.gate:
                 fell += against.regressions(task, apart[task.name]["metrics"])
@@ -156,7 +210,10 @@ def _report(config: RunConfig, job: Job, about: dict[str, Any], tasks: list[Task
     report |= {"regressions": fell} if job.gate else {}
     to = Path(job.to)
     record.write(to, report, found)
+    if job.run is not None and job.kept:
+        keep(Path(job.run), EVALUATION, report)
     write_text_atomic(to / record.PAGE, page.page(report, tasks, found))
+    return report, shown
 
 
 def _other(task: Task, base: Found | None, earlier: Earlier | None) -> tuple[Any, dict[str, float]] | None:

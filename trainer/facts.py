@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +19,20 @@ from strategies.base import Engine, Precision
 from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
+from trainer.checkpoints.seal import artefact_of
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
+from trainer.guards.stragglers import Slow
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
+from trainer.papers.known import gather
+from trainer.papers.questions import read_answers
 from trainer.planning.activations import device_gib
 from trainer.planning.receipt import memory_text, predicted
+from trainer.records.code import revision
+from trainer.records.energy import taken
 from trainer.records.jsonl import json_text
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.outcome import Outcome
@@ -50,17 +55,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def git_revision() -> str | None:
-    """Revision of the code that runs, `-dirty` where it was changed since; None outside a clone."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        return subprocess.check_output(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, text=True, stderr=subprocess.DEVNULL
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +129,7 @@ def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "reference_tflops": tflops,
         "reference_tflops_source": tflops_source,
         "versions": versions(),
-        "git_revision": git_revision(),
+        "git_revision": revision(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
 
@@ -260,22 +254,32 @@ def write_run_record(run_dir: Path, facts: Mapping[str, Any]) -> None:
     )
 
 
+_STATE = ("recent", "evaluations", "interval_loss", "interval_steps")
+"""Of the progress: what only a resumed run needs."""
+
+
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
     """The outcome as JSON values."""
     return {
-        "progress": {key: value for key, value in asdict(outcome.progress).items() if key != "recent"},
+        "progress": {key: value for key, value in asdict(outcome.progress).items() if key not in _STATE},
         "before": outcome.before,
         "after": outcome.after,
         "last_row": outcome.last_row,
         "speed": outcome.speed,
         "experts": outcome.experts,
+        "slow_ranks": outcome.slow_ranks,
         "stopped_early": outcome.stopped_early,
     }
 
 
 def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, run_dir: Path) -> CardFacts:
     """What the exported model's card is written from."""
+    now = {**facts, "outcome": outcome_record(outcome), "energy": taken(run_dir)}
+    known = gather(run_dir, now, read_answers(config.export.answers)[0])
+    known.step, known.tokens = outcome.progress.step, outcome.progress.tokens
+    known.artefact = artefact_of(run_dir, known.step, config.checkpoint.fallback_dir)
     return CardFacts(
+        known=known,
         config_yaml=(run_dir / "config.yaml").read_text() if (run_dir / "config.yaml").exists() else "",
         facts=dict(facts),
         before=outcome.before,
@@ -293,6 +297,7 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
     for name, value in outcome.after.items():
         before = outcome.before.get(name)
         lines.append(f"  {name:<{width}} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
+    lines += [f"slow:       {Slow(**each).since()}" for each in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]

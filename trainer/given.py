@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from trainer.challenges.config import ChallengesConfig
+from trainer.challenges.look import Challenges
 from trainer.checkpoints.kept import Checkpoints
 from trainer.evaluation.base import EvaluationConfig
+from trainer.guards.stragglers import Stragglers
 from trainer.guards.watch import Guards
 from trainer.optim.schedule import ScheduleConfig
 from trainer.records.console import Console
@@ -26,6 +29,7 @@ class LoopSettings:
     """Peak rate, as it is reported; the optimizer's groups have their own."""
     schedule: ScheduleConfig
     evaluation: EvaluationConfig
+    """With `greater_is_better` as it is."""
     log_every: int
     """Steps between reads of the device's metric buffer."""
     save_final: bool
@@ -54,3 +58,7 @@ class Watch:
     """Whether any rank was told to stop."""
     guards: Guards
     """Which steps stand out."""
+    stragglers: Stragglers
+    """Which ranks hold the others up."""
+    challenges: Challenges = field(default_factory=lambda: Challenges(ChallengesConfig(), 1, "loss"))
+    """What each evaluation says of overfitting, forgetting and answers."""

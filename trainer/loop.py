@@ -10,17 +10,19 @@ from dataclasses import fields, replace
 import torch
 
 from strategies.base import Engine, Progress
-from strategies.errors import ConfigError, Preempted, ReplicasDiffer
+from strategies.errors import Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
 from trainer.checkpoints.beside import Saved
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import Evaluator
+from trainer.evaluation.best import note_best, out_of_patience, refuse_unknown
 from trainer.evaluation.loss import Interrupted
 from trainer.given import LoopSettings, Output, Watch
 from trainer.guards.watch import OUTLIERS, Outlier, RollBack
 from trainer.objectives.ahead import look_ahead
 from trainer.objectives.routed import ADDED, EXPERT_TOKENS, told
 from trainer.optim.schedule import lr_factor_at
+from trainer.records.console import Course
 from trainer.records.load import by_layer
 from trainer.records.metrics import StepRecord
 from trainer.records.outcome import Outcome
@@ -42,12 +44,14 @@ class Trainer:
     ) -> None:
         self.settings, self.engine, self.loader, self.progress = settings, engine, loader, progress
         self.evaluators, self.agreement, self.guards = evaluators, watch.agreement, watch.guards
+        self.stragglers = watch.stragglers
+        self.challenges = watch.challenges
         self.meter, self.trackers, self.console = output.meter, output.trackers, output.console
         self.checkpoints, self.at_step, self.still_ours = output.checkpoints, output.at_step, output.still_ours
-        self.outcome = Outcome(progress)
+        self.outcome = Outcome(progress, challenges=self.challenges.record)
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
-        self._saving = self._best = self._so_far()
+        self._saving = self._best = replace(self.progress)
         self._told: Saved | None = None
         self.taken: StepBatch | None = None
         """What the step that is being taken is taken on."""
@@ -59,6 +63,7 @@ class Trainer:
         self.outcome.last_row = earlier.last_row
         self._go_on()
         entered = time.perf_counter()
+        self._ask_base()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate()
         evaluation_s = time.perf_counter() - entered
@@ -68,7 +73,8 @@ class Trainer:
         # Objects made so far live as long as the run: keep the garbage collector from walking them again and again.
         gc.collect()
         gc.freeze()
-        self._began = time.perf_counter()
+        every = self.settings.evaluation.every_steps if self.evaluators else 0
+        self._course = Course(self.settings.total_steps, self._first_step, time.perf_counter(), every)
         self.meter.begin(evaluation_s)
         while True:
             try:
@@ -76,10 +82,12 @@ class Trainer:
                 break
             except RollBack as back:
                 self._roll_back(back.outlier)
+        self.challenges.finished(self.progress)
         if self.settings.save_final:
             self._save()
         self._settle()
         self.outcome.speed = self.meter.speed() or earlier.speed
+        self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
             self.outcome.experts = by_layer(self.meter.expert_tokens)
         return self.outcome
@@ -91,6 +99,7 @@ class Trainer:
         with closing(self.loader.steps(self.progress.samples, left)) as batches:
             for batch in batches:
                 self.agreement.ask()
+                self.meter.begin_step()
                 self.meter.add(self.train_step(batch))
                 last = self.progress.step == total
                 if last or self.meter.pending >= self.settings.log_every:
@@ -100,6 +109,7 @@ class Trainer:
                 improved = self._evaluate_if_due(last)
                 if improved or self.checkpoints.due(self.progress.step):
                     self._save(must=False)
+                self._stop_at_limit()
                 if self.agreement.stop_now():
                     self._stop_for_signal()
                 if self._out_of_patience():
@@ -127,7 +137,7 @@ class Trainer:
         self.progress.passed = [*passed, *({"first": first, "count": count} for first, count in places)]
         self.progress.rollbacks, self.progress.outliers = rollbacks, self.progress.outliers + 1
         self._saved_step = self.progress.step
-        self._saving = self._best = self._so_far()
+        self._saving = self._best = replace(self.progress)
         self._go_on()
         self.trackers.rewind(self.progress.step)
         self.meter.restart_clock()
@@ -144,7 +154,7 @@ class Trainer:
         scale = self.engine.dp_size / (batch.totals["loss"] or 1)
         sums: dict[str, torch.Tensor] = {}
         means = look_ahead(self.engine, batch.ahead, batch.totals["loss"], averaged=False) if batch.ahead else {}
-        given = {"ahead": means, **told(self.engine, batch)}
+        given = {"ahead": means, "drawn_by": (settings.seed, step), **told(self.engine, batch)}
         for index, micro_batch in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
             terms = self.engine.forward({**micro_batch, **given}, last=last)
@@ -189,6 +199,7 @@ class Trainer:
         """Read the buffered steps from the device and record them. Raises Diverged, and RollBack with nothing recorded."""
         rows = self.meter.flush()
         self.guards.look(rows)
+        self.stragglers.look(rows, self.meter.by_rank)
         self._compare_replicas()
         if rows and (saved := self.checkpoints.last) is not None and saved is not self._told:
             self._told, rows[0] = saved, {**rows[0], **saved.row}
@@ -196,10 +207,11 @@ class Trainer:
             self.trackers.log(row, step=row["step"])
             self.progress.skipped_steps += int(bool(row.get("skipped")))
             self.progress.outliers += int(any(key in row for key in OUTLIERS))
+        self.challenges.rows(self.progress, rows)
         if not rows:
             return
         self.outcome.last_row = rows[-1]
-        self.console.progress(rows[-1], total=self.settings.total_steps, began=self._began, first_step=self._first_step)
+        self.console.progress(rows[-1], self._course)
         self.guards.stop_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
 
     def _evaluate_if_due(self, last: bool) -> bool:
@@ -211,7 +223,7 @@ class Trainer:
         self.progress.owes_evaluation = True  # as a checkpoint says that is written where it is broken off
         self.outcome.after = self._evaluate()
         self.progress.owes_evaluation = False
-        improved = self._note_best(self.outcome.after)
+        improved = note_best(self.settings.evaluation, self.progress, self.outcome.after)
         self.meter.restart_clock()
         return improved and every > 0
 
@@ -222,6 +234,7 @@ class Trainer:
         self._evaluate_if_due(last=True)
         self._saved_step = -1  # of this step again: its checkpoint owes the evaluation
         self._save()
+        self._stop_at_limit()
         self.outcome.stopped_early = self._out_of_patience()
         return self.outcome.stopped_early
 
@@ -232,37 +245,35 @@ class Trainer:
                 values.update(evaluator.run(self.engine))
         except Interrupted:
             self._stop_for_signal()
+        values |= self.challenges.evaluated(self.progress, values)
         if values:
             self.trackers.log({**values, "tokens": self.progress.tokens}, step=self.progress.step)
+            shown_beside = {name: each for one in self.evaluators for name, each in getattr(one, "tables", {}).items()}
+            self.trackers.tables(shown_beside, step=self.progress.step)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             self.console.say(f"evaluation at step {self.progress.step}:  {shown}")
-            if (watch := self.settings.evaluation.watch) not in values:
-                raise ConfigError(
-                    f"evaluation.watch={watch}: the evaluation yields {', '.join(values)}; watch one of them"
-                )
+            refuse_unknown(self.settings.evaluation, values)
         return values
 
-    def _note_best(self, values: dict[str, float]) -> bool:
-        settings, progress = self.settings.evaluation, self.progress
-        value = values[settings.watch]
-        gain = float("inf") if progress.best_metric is None else progress.best_metric - value
-        if settings.greater_is_better and progress.best_metric is not None:
-            gain = -gain
-        if gain > settings.min_delta:
-            progress.best_metric, progress.best_step, progress.stale_evaluations = value, progress.step, 0
-            return True
-        progress.stale_evaluations += 1
-        return False
+    def _ask_base(self) -> None:
+        try:
+            self.challenges.begin(self.engine, self.progress)
+        except Interrupted:
+            self._stop_for_signal()
+
+    def _stop_at_limit(self) -> None:
+        """Raise LimitExceeded where an evaluation says that the run must not go on, with its state saved. All ranks alike."""
+        if self.challenges.ends is not None and not self.challenges.stops_early():
+            self.progress.owes_evaluation, self._saved_step = True, -1  # so that a start after this looks again
+            self._save()
+            self._settle()
+            self.challenges.raise_if_exceeded()
 
     def _out_of_patience(self) -> bool:
-        patience = self.settings.evaluation.patience
-        if patience == 0 or self.progress.stale_evaluations < patience:
-            return False
-        self.console.say(
-            f"stopping early: {self.settings.evaluation.watch} has not improved for {patience} evaluations "
-            f"(best {self.progress.best_metric:.4f} at step {self.progress.best_step})"
-        )
-        return True
+        said = self.challenges.stops_early() or out_of_patience(self.settings.evaluation, self.progress)
+        if said:
+            self.console.say(said)
+        return bool(said)
 
     def _save(self, *, must: bool = True) -> None:
         """A checkpoint of this step, which is only begun unless it `must` be; one that is pending comes first."""
@@ -273,7 +284,7 @@ class Trainer:
             self._compare_replicas(now=True)
             self.progress.recent = self.guards.recent()
             self.trackers.sync()
-            self._saving = self._so_far()
+            self._saving = replace(self.progress)
             self._note_saved(self.checkpoints.save(self.engine, self.progress, must=must))
         self.meter.restart_clock()
 
@@ -298,9 +309,6 @@ class Trainer:
             self._best = self._saving
         elif not saved and self.progress.best_step == step:
             self.progress.best_metric, self.progress.best_step = self._best.best_metric, self._best.best_step
-
-    def _so_far(self) -> Progress:
-        return replace(self.progress)
 
     def _stop_for_signal(self) -> None:
         self.still_ours()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,44 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from trainer.build import build_engine, build_loader, prepare_data
+from trainer.challenges.look import Challenges
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.places import places_of
+from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
+from trainer.detecting import challenges_of, watched
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_asking, build_evaluators
-from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.prepared import Around, Ready, prepare
 from trainer.export.card import CardFacts
 from trainer.export.write import write_export
-from trainer.facts import (
-    Started,
-    card_facts,
-    run_facts,
-)
+from trainer.facts import Started, card_facts, run_facts
 from trainer.forecast.exceeded import telling_of_memory
 from trainer.forecast.fitting import must_fit
-from trainer.forecast.micro import Given, settle_micro
+from trainer.forecast.micro import settle_micro
+from trainer.forecast.strategy import settle_strategy
+from trainer.forecast.tried import Given
+from trainer.gates.judge import judged_at_end
 from trainer.given import LoopSettings, Output, Watch
+from trainer.guards.stragglers import Stragglers
 from trainer.guards.told import Told
 from trainer.guards.watch import Guards
-from trainer.lifecycle.attempt import Where, attempt, refuse_replaced
+from trainer.lifecycle.attempt import Where, rank_of_job, refuse_replaced
 from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.records.metrics import Meter
+from trainer.records.profile import Profiler
+from trainer.staging import Staged, stage
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling import Place, close_records, introduce, open_records, until_it_ends
+from trainer.telling import Place, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
 from trainer.tuning.start import adapter_hash
 
 Freeze = Callable[[Path, RunConfig], None]
@@ -57,29 +62,17 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     `run_dir` is needed on rank 0 only, which hands what the run chooses itself to `freeze`.
     How it ended is written down by `trainer/lifecycle/attempt.py`.
     """
-    failed = False
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
-    with StopRequest(interrupts=alone) as request:  # over when everything is written down
-        try:
-            with attempt(run_dir, config.run.lease_s, request) as where:
-                if where.lease is not None:
-                    refuse_replaced(where.lease.directory.parent, sha256)
-                _run(config, run_dir, sha256, request, where, freeze)
-        except Preempted as stop:
-            stop.signal_name = request.signal_name
-            raise
-        except BaseException:
-            failed = True
-            raise
-        finally:
-            processes.stop(failed=failed)
+    with rank_of_job(run_dir, config.run.lease_s) as (request, where):
+        if where.lease is not None:
+            refuse_replaced(where.lease.directory.parent, sha256)
+        _run(config, run_dir, sha256, request, where, freeze)
 
 
 def _run(
     config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, where: Where, freeze: Freeze
 ) -> None:
     tokenizer = load_tokenizer(config.model)
-    data, tasks, runtime = meet(config, tokenizer, request, where)
+    data, tasks, staged, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
@@ -87,12 +80,10 @@ def _run(
     checked = check(config, data, place)
     config = choose_open(config, Given(tokenizer, data, precision, runtime), place, freeze)
     where.phase = "simulating whether the run fits"
-    checked |= must_fit(config, data, precision, runtime, console.say)
-
+    checked |= must_fit(config, data, precision, runtime, console.say) | staged.record()
     where.phase = "building the model"
-    engine, built, source = build_engine(config, tokenizer, data, precision, runtime)
+    engine, built, source = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
     record_reference(config, data, engine, built, place)
-
     checkpoints, resumed_from, progress = resume(config, engine, place)
     loader, total_steps = build_loader(config, data, built, engine, runtime)
     facts = run_facts(
@@ -113,31 +104,36 @@ def _run(
     )
     trackers = open_records(config, facts, progress, place)
     meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
-    told = Told(run_dir, data.directory, loader, console.say)
+    meter.watch(built.step_module.shard_units())
+    watch = watch_of(config, data, loader, challenges_of(config, built, total_steps, place), place)
+    profiler = Profiler(config.profile, run_dir, runtime, where.at_step, console.say)
     trainer = Trainer(
         loop_settings(config, total_steps),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, place),
-        output=Output(meter, trackers, console, checkpoints, where.at_step, lambda: where.still_ours(runtime)),
-        watch=Watch(place.agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime, told)),
+        evaluators=evaluators_of(config, data, tasks, built, tokenizer, engine, watch, place),
+        output=Output(meter, trackers, console, checkpoints, profiler.at_step, lambda: where.still_ours(runtime)),
+        watch=watch,
     )
     with until_it_ends(config, trackers, trainer.outcome, facts, (meter, checkpoints), place):
         where.phase = "training"
-        with telling_of_memory(trainer, config, facts, runtime):
+        with metered(config, place), telling_of_memory(trainer, config, facts, runtime), profiler:
             outcome = trainer.fit()
         where.phase = "export"
         where.still_ours(runtime)
-        exported = export(config, engine, built, tokenizer, card_facts(config, facts, outcome, run_dir), place)
+        card = card_facts(config, facts, outcome, run_dir)
+        exported = export(config, engine, built, tokenizer, card, place)
+        facts["gates"] = card.gates
     where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
+    staged.remove()
 
 
 def meet(
     config: RunConfig, tokenizer: Any, request: StopRequest, where: Where
-) -> tuple[Prepared, list[Ready], processes.Runtime]:
-    """The data, that of tasks, and then this process as a rank: no collective can time out while documents are tokenised.
+) -> tuple[Prepared, list[Ready], Staged, processes.Runtime]:
+    """The data, that of tasks, copies on this node, this process as a rank: no collective can time out while all that is made.
 
     All ranks must call. Raises Preempted on every rank when any was told to stop meanwhile, LeaseLost on every rank when rank 0
     stopped since another attempt had taken the directory over.
@@ -150,11 +146,13 @@ def meet(
     with where.meet(config.run.timeout_s) as meeting:
         data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
         around = Around.of(config.data, config.objective)
-        tasks = prepare(config.evaluation.tasks, around, data, tokenizer, stop=lambda: meeting.stopping(told()))
+        tasks = prepare(asked_tasks(config), around, data, tokenizer, stop=lambda: meeting.stopping(told()))
+        where.phase = "copying to the disk of the node"
+        staged = stage(config, data, stop=lambda: meeting.stopping(told()))
         where.phase = "start of the processes"
         if not meeting.go_on(told):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
-    return data, tasks, start_processes(config, meeting.store)
+    return staged.tokens(data), tasks, staged, start_processes(config, meeting.store)
 
 
 def check(config: RunConfig, data: Prepared, place: Place) -> dict[str, Any]:
@@ -165,13 +163,15 @@ def check(config: RunConfig, data: Prepared, place: Place) -> dict[str, Any]:
 
 
 def choose_open(config: RunConfig, given: Given, place: Place, freeze: Freeze) -> RunConfig:
-    """The run with what it chooses itself, which is frozen. All ranks must call. Errors: those of `settle_micro`."""
+    """The run with what it chooses itself, which is frozen. All ranks must call. Errors: those of choosing."""
 
     def keep(chosen: RunConfig) -> None:
         place.where.still_ours(place.runtime)
         if place.runtime.is_main:
             freeze(place.run_dir, chosen)
 
+    place.where.phase = "choosing the strategy"
+    config = settle_strategy(config, given, place.console.say, keep)
     place.where.phase = "choosing the micro-batch"
     return settle_micro(config, given, place.console.say, keep)
 
@@ -195,23 +195,25 @@ def evaluators_of(
     built: Built,
     tokenizer: Any,
     engine: Engine,
+    watch: Watch,
     place: Place,
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; none without held-out data and tasks."""
     found = build_evaluators(
-        config.evaluation,
+        replace(config.evaluation, tasks=asked_tasks(config)),
         config.model,
         data.evaluation,
         built,
         tokenizer,
         engine,
         place.runtime,
-        watch_for_stop=lambda: place.agreement.another().asked,
+        watch_for_stop=lambda: watch.agreement.another().asked,
     )
-    if tasks:
-        asked = place.agreement.another().asked
-        found.append(TaskEvaluator(tasks, asking_of(config, data, built, tokenizer, engine, place.runtime, asked)))
-    return found
+
+    def asking() -> Asking:
+        return asking_of(config, data, built, tokenizer, engine, place.runtime, watch.agreement.another().asked)
+
+    return watched(config, watch.challenges, found, tasks, asking, place)
 
 
 def asking_of(
@@ -236,6 +238,14 @@ def asking_of(
     )
 
 
+def watch_of(config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: Place) -> Watch:
+    """What the loop watches for."""
+    told = Told(place.run_dir, data.directory, loader, place.console.say)
+    guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, told)
+    slow = Stragglers(config.logging.slow_rank, place.runtime, tell_of_slow(place))
+    return Watch(place.agreement, guards, slow, challenges)
+
+
 def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
     """What of the configuration the loop goes by."""
     return LoopSettings(
@@ -243,7 +253,7 @@ def loop_settings(config: RunConfig, total_steps: int) -> LoopSettings:
         seed=config.run.seed,
         lr=config.optim.lr,
         schedule=config.schedule,
-        evaluation=config.evaluation,
+        evaluation=replace(config.evaluation, greater_is_better=more_is_better(config)),
         log_every=config.logging.every_steps,
         save_final=config.checkpoint.save_final,
     )
@@ -287,9 +297,16 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
 def export(
     config: RunConfig, engine: Engine, built: Built, tokenizer: Any, card: CardFacts, place: Place
 ) -> Path | None:
-    """Write `export/`, where asked for; its directory. All ranks must call."""
+    """Write `export/`, where asked for and no gate says no; its directory. All ranks must call. Errors: those of writing."""
     if not config.export.at_end:
         return None
+    at = (place.run_dir, card.steps, config.checkpoint.fallback_dir)
+    judged = judged_at_end(config.gates, at, config.evaluation.tasks, place.runtime)
+    card.gates = judged.record()
+    if judged.refused:
+        place.console.say(judged.told(place.run_dir))
+        if judged.override is None:
+            return None
     return write_export(
         engine,
         built,

@@ -16,6 +16,7 @@ from trainer.data.reading import Reading
 from trainer.model.architecture import CHOOSERS
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import Arrangement
+from trainer.model.noise import noise
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
@@ -44,10 +45,18 @@ class TrainStep(nn.Module):
         """What is asked of routers, experts and logits, where the model has such."""
         self.gathered_whole: frozenset[str] = CHOOSERS
         """Classes of modules whose parts are gathered with them, not each for its own call."""
+        self.neftune_alpha = 0.0
+        """Size of the noise on embeddings in training (`trainer/model/noise.py`)."""
+        self.ema_decay = 0.0
+        """Decay of the average of the weights that evaluations and exports take; 0: they take the weights themselves."""
         self.around_update: AroundUpdate | None = None
         """What the tuning method does around each optimizer step, where it does anything."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with noise(self.model, batch, self.neftune_alpha):
+            return self._forward(batch)
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         seen = self.routed
         if seen is None:
             return self.objective.terms(self.model, batch)
@@ -68,7 +77,8 @@ class TrainStep(nn.Module):
         found: list[nn.Module] = []
         inside: set[int] = set()
         for module in self.modules():
-            if id(module) not in inside and type(module).__name__ in self._block_classes:
+            name = type(module).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
+            if id(module) not in inside and name in self._block_classes:
                 found.append(module)
                 inside.update(id(m) for m in module.modules())
         uses = Counter(id(p) for _, p in self.named_parameters(remove_duplicate=False))

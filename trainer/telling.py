@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ from strategies.base import Progress
 from strategies.errors import ShardtuneError
 from trainer.checkpoints.kept import Checkpoints
 from trainer.columns import name_of, tracker_settings
+from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
 from trainer.facts import end_text, outcome_record, start_text, write_run_record
+from trainer.guards.stragglers import Slow, Tell
 from trainer.lifecycle.attempt import Where
 from trainer.objectives.registry import reading_of
 from trainer.planning.receipt import measured
 from trainer.records.console import Console
+from trainer.records.energy import metering, taken
 from trainer.records.metrics import Meter
 from trainer.records.outcome import Outcome
 from trainer.records.status import State, write_status
-from trainer.records.trackers.base import Ended, Tracked
-from trainer.records.tracking import Trackers, open_trackers, summary_of
+from trainer.records.trackers.base import Ended, Table, Tracked
+from trainer.records.tracking import Trackers, open_apart, open_trackers, summary_of
 from trainer.stopping.preempt import Agreement
 
 
@@ -81,6 +85,20 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
     return opened.trackers
 
 
+def tell_of_slow(place: Place) -> Tell:
+    """What rank 0 does about a rank that holds the others up: a warning, and a word in `status.json` while it lasts."""
+
+    def tell(slow: Slow, now: list[Slow], step: int) -> None:
+        again = f"rank {slow.rank} on {slow.host} is as fast as the other ranks again"
+        place.console.say(f"warning: step {step}: {slow}" if slow in now else f"step {step}: {again}")
+        if place.where.lost() is None:
+            with suppress(ShardtuneError):  # a full disk is told of by what must be written
+                why = "; ".join(each.since() for each in now) or None
+                write_status(place.run_dir, State.running, step=step, reason=why, slow=[asdict(each) for each in now])
+
+    return tell
+
+
 @contextmanager
 def until_it_ends(
     config: RunConfig,
@@ -99,6 +117,7 @@ def until_it_ends(
         ended = Ended.by(error)
         raise
     finally:
+        place.console.leave()
         speed = outcome.speed or meter.speed()
         trackers.summarise(summary_of({**outcome.last_row, **meter.peaks}, speed, outcome.after))
         export = place.run_dir / "export"
@@ -107,6 +126,7 @@ def until_it_ends(
         if ended.state is not State.done:
             for name, where in trackers.hints:
                 place.console.say(f"{name + ':':<11} {where}")
+        facts["challenges"] = outcome.challenges
         note_measured(facts, meter, checkpoints, place)
 
 
@@ -122,11 +142,65 @@ def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints,
             write_run_record(place.run_dir, facts)
 
 
+def metered(config: RunConfig, place: Place) -> AbstractContextManager[None]:
+    """Meanwhile each host measures its energy, where that is asked for."""
+    return metering(config.logging.energy, place.run_dir, place.runtime, place.console.say)
+
+
 def close_records(
     facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: Place
 ) -> None:
     """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
     if place.runtime.is_main:
+        facts["energy"] = taken(place.run_dir)
         write_run_record(place.run_dir, {**facts, "outcome": outcome_record(outcome)})
         place.console.say(end_text(place.run_dir, outcome, exported, trackers.hints))
     processes.barrier(place.runtime)
+
+
+def track_evaluation(
+    config: RunConfig, directory: Path, report: dict[str, Any], shown: dict[str, Table], say: Callable[[str], None]
+) -> None:
+    """A run of its own in W&B, where W&B is on, with the numbers of a report and its tables; rank 0 alone.
+
+    `directory`: where W&B's files go. A tracker that fails is told of and ends nothing.
+    """
+    model = report["model"]
+    name = Path(model["run"] or model["path"]).name
+    step = int(re.sub(r"\D", "", model["checkpoint"] or "") or 0)
+    about = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
+    opened = open_apart(
+        Tracked(
+            config=replace(
+                config.logging,
+                tensorboard=False,
+                trackio=False,
+                mlflow=False,
+                artifacts=False,
+                name=None,
+                job_type="evaluate",
+                group=config.logging.group or name,
+            ),
+            run_dir=directory,
+            run_id="",
+            name=f"evaluate-{name}",
+            resumed_at=0,
+            settings={**model, **about, "against": report.get("against", {}).get("what"), "config": plain(config)},
+            say=say,
+        )
+    )
+    for key, value in opened.substitutions.items():
+        say(f"substituted: {key}: {value}")
+    values = {
+        f"eval/{task}/{metric}{part and '/' + part}": each[part or "value"]
+        for task, said in report["tasks"].items()
+        for metric, each in said["metrics"].items()
+        for part in ("", "low", "high")
+        if each.get(part or "value") is not None
+    }
+    opened.trackers.log(values, step=step)
+    opened.trackers.tables(shown, step=step)
+    opened.trackers.summarise(values)
+    opened.trackers.close(Ended(State.done))
+    for tracker, where in opened.trackers.hints:
+        say(f"{tracker}: {where}")

@@ -17,7 +17,7 @@ from strategies.durable import Written
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.seal import seal
-from trainer.data.tokens import bounded
+from trainer.data.tokens import template as rendering
 from trainer.records.status import State, record_failure, write_status
 
 
@@ -171,8 +171,8 @@ def test_a_configuration_looks_nothing_up_and_multiplies_nothing(root, tmp_path,
     ],
 )
 def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path, monkeypatch, capfd, template, said):
-    monkeypatch.setattr(bounded, "SECONDS", 1)
-    monkeypatch.setattr(bounded, "BYTES", 2**28)
+    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(rendering, "BYTES", 2**28)
     (tmp_path / "theirs.jinja").write_text(template)
     rows = [
         {"messages": [{"role": "user", "content": f"to count {i}"}, {"role": "assistant", "content": "1"}]}

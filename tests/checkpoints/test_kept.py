@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import re
 import shutil
 from functools import partial
@@ -18,6 +19,7 @@ from strategies.durable import write_new
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime
 from strategies.state import load_state
+from tests.helpers.covering import EVERYTHING, SEED
 from trainer.checkpoints.chosen import choose, refused
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
@@ -128,8 +130,9 @@ def test_a_damaged_one_is_named_passed_over_and_moved_away(made, damage, said, c
 def test_every_bit_of_a_manifest_counts(made):
     manifest = made().save(1) / "manifest.json"
     whole = manifest.read_bytes()
+    chance = random.Random(SEED)
     for position in range(len(whole)):
-        for bit in range(8):
+        for bit in range(8) if EVERYTHING else [chance.randrange(8)]:
             flip(manifest, position, bit)
             assert verify(manifest.parent) == "has a damaged manifest", (position, bit)
             manifest.write_bytes(whole)

@@ -25,7 +25,7 @@ PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     "schedule/constant": {"decay_share", "min_factor"},
     "strategy/zero1": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
     "strategy/zero2": {"offload_parameters", "persistence_threshold", "prefetch_mib"},
-    "launcher/slurm": {"rdzv", "node_rank", "address"},
+    "launcher/slurm": {"rdzv", "node_rank", "address", "hosts", "ssh"},
 }
 
 
@@ -142,7 +142,7 @@ def test_a_preset_sets_what_exists_and_says_what_it_is_for(group, choice):
     assert yaml.safe_load(text).keys() - {"defaults"} <= {f.name for f in dataclasses.fields(TYPED[group]())}
 
 
-@pytest.mark.parametrize("part", ["run", "budget", "guards", "checkpoint", "export"])
+@pytest.mark.parametrize("part", ["run", "budget", "profile", "guards", "checkpoint", "export"])
 def test_the_root_shows_every_key_of_the_run(part):
     section = (CONF_DIR / "train.yaml").read_text().split(f"\n# {part}:\n")[1].split("\n# ----")[0]
     shown = dict(re.findall(r"^  # (\w+): (.+)$", section, re.MULTILINE))

@@ -9,8 +9,8 @@ import pytest
 from launch import compose as composing
 from launch import overrides
 from launch.compose import compose
-from strategies.base import StrategyName
 from strategies.errors import ConfigError
+from strategies.every import STRATEGIES
 from trainer.config.run import RunConfig
 from trainer.config.validate import RANGES, problems_of
 from trainer.optim.config import OptimName
@@ -19,8 +19,8 @@ from trainer.optim.config import OptimName
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("to_yaml", "identity"):  # of no concern here, and most of the time of composing
-        monkeypatch.setattr(composing, name, lambda config: "")
+    # Of no concern here, and most of the time of composing.
+    monkeypatch.setattr(composing, "written", lambda config: ("", ""))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "train.jsonl").write_text("{}\n")
@@ -118,12 +118,28 @@ def test_no_number_is_infinite_or_not_a_number(value):
             "objective.forgetting.replay_loss=false",
             "mark only the general text",
         ),
+        (
+            "data.path=null data.sources.a.path=train.jsonl data.sources.a.weight=0",
+            "every weight is 0, so nothing is left to train on",
+        ),
         ("model.chat_template=no.jinja", "no such file"),
         ("evaluation.every_steps=5", "there is no evaluation data"),
         ("evaluation.patience=5 data.eval_share=0.1", "set evaluation.every_steps as well"),
         ("evaluation.watch=loss", "such as eval/loss"),
-        ("evaluation.watch=eval/accuracy", "evaluation.greater_is_better=true"),
-        ("evaluation.greater_is_better=true", "smaller is better"),
+        ("evaluation.watch=eval/accuracy evaluation.greater_is_better=false", "a larger value is better"),
+        ("evaluation.greater_is_better=true", "a smaller value is better"),
+        ("challenges.forgetting.limit=3%", "nothing is measured; give challenges.forgetting.data"),
+        ("challenges.forgetting.limit=three challenges.forgetting.data=train.jsonl", "as 3% or 0.03"),
+        ("challenges.forgetting.tasks=[facts]", "there is no such task in evaluation.tasks"),
+        ("challenges.forgetting.data=none.jsonl data.eval_share=0.1", "challenges.forgetting.data=none.jsonl"),
+        ("challenges.forgetting.data=train.jsonl", "there is no evaluation data, only tasks"),
+        ("model.neftune_alpha=5 tuning=prompt", "use tuning=lora"),
+        ("optim=schedule_free schedule=constant optim.ema_decay=0.9", "averages weights itself"),
+        (
+            "data.path=null data.sources.a.path=train.jsonl data.sources.a.replay=true objective.forgetting.kl_weight=1 "
+            "objective.label_smoothing=0.1",
+            "spread targets pull away",
+        ),
         ("run.resume=always", "is not a directory; give a checkpoint directory (step-...), auto or never"),
         ("checkpoint.every_steps=5 checkpoint.every_minutes=10", "says already when"),
         ("checkpoint.fallback_dir=train.jsonl", "must be a directory on another disk that this user can write"),
@@ -153,10 +169,6 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("objective=classification objective.labels=[a,b] objective.class_weights=[1]", "1 weights for 2 labels"),
         ("objective=classification objective.multi_label=true objective.labels=['a|b',c]", "rename it"),
         ("evaluation.watch=eval/f1_macro data.eval_share=0.1", "only classifiers have it"),
-        (
-            "objective=classification evaluation.watch=eval/f1_macro data.eval_share=0.1",
-            "evaluation.greater_is_better=true",
-        ),
         ("tuning=lora tuning.targets=[]", "must be all-linear"),
         ("tuning=lora tuning.targets=(q", "not a regular expression"),
         ("tuning=lora tuning.targets=auto", "tuning.targets=all-linear"),
@@ -200,6 +212,13 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("launcher.nodes=2 launcher.rdzv=n1:29400", "needs run.dir"),
         ("launcher.rdzv=n1", "must be host:port"),
         ("launcher.node_rank=1", "below launcher.nodes=1"),
+        ("launcher.nodes=3 launcher.hosts=[a,b]", "launcher.hosts=[a,b] are 2; leave launcher.nodes out"),
+        ("launcher.hosts=[a,b] launcher.node_rank=0", "says it of each host; leave it out"),
+        ("launcher.hosts=[a,a]", "a host stands there twice; its number of ranks is launcher.processes"),
+        ("launcher.hosts=[a,-oProxyCommand]", "`-oProxyCommand` is no host"),
+        ("launcher.stage=scratch", "must be the same on every node: an absolute path, or a variable"),
+        ("launcher.ssh=[-p,2222]", "no host is reached over ssh; name them in launcher.hosts"),
+        ("launcher=slurm launcher.hosts=[a,b]", "SLURM chooses the nodes"),
         ("launcher=slurm launcher.time=tomorrow", "hours:minutes:seconds"),
         ("launcher=slurm launcher.address=n1", "address of one host, and SLURM starts all of them"),
         ("launcher=slurm launcher.node_rank=0", "SLURM numbers the nodes"),
@@ -261,7 +280,7 @@ def test_single_needs_one_process():
     assert any("strategy=ddp" in line for line in problems("strategy=single", world_size=2))
 
 
-@pytest.mark.parametrize("strategy", list(StrategyName))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optim", list(OptimName))
 def test_an_optimizer_is_refused_where_shards_do_not_give_what_it_needs(optim, strategy):
     found = problems(f"optim={optim}", f"strategy={strategy}", "schedule=constant", world_size=None)

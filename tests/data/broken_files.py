@@ -254,6 +254,7 @@ def delimited() -> list[Case]:
         cells("quotes and line breaks", b'text,n\n"e\n""f""",1\r\n\r\n  \ng,2\n', 2),
         cells("ragged", b"text,label\na,1\nb\nc,1,2\nd,4\n", 2, [wrong] * 2),
         cells("trailing comma in a row", b"text,label\na,1,\n", 0, wrong),
+        cells("an index as pandas writes it", b",text,label\n0,a,1\n1,b,2\n", 2),
         cells("trailing comma in the header", b"text,label,\na,1,\n", error=":1: .*column 3 without a name"),
         cells("empty cell", b"text,label\n,\n", 1),
         cells("one column with a quoted empty cell", b'text\n""\na\n', 2),

@@ -62,7 +62,7 @@ def test_weights_over_tokens():
     sizes, tokens, weights = [900, 50_000], [90_000, 10_000_000], [0.9, 0.1]
     got = quotas(sizes, tokens, weights, MixOver.tokens)
     assert got.tolist() == [900, 50]  # 10,000 of 100,000 tokens, at 200 a document
-    report = realised(sizes, tokens, weights, got, MixOver.tokens)
+    report = realised(sizes, tokens, weights, got)
     assert report["1"]["share_tokens"] == pytest.approx(0.1) and report["1"]["tokens"] == 10_000
 
 
@@ -77,13 +77,6 @@ def test_shares_over_documents_count_the_documents_in_packs():
     assert got.tolist() == [10, 50]
     report = realised([10, 50], [1000, 5000], [1, 1], got, documents=[100, 100])
     assert report["0"]["share_documents"] == 0.5 and report["0"]["share_tokens"] == pytest.approx(1 / 6)
-
-
-def test_without_weights_every_document_comes_once():
-    got = quotas([3, 0, 7], [3, 0, 70], [None] * 3)
-    assert got.tolist() == [3, 0, 7]
-    report = realised([3, 0, 7], [30, 0, 70], [None] * 3, got, names=["a", "b", "c"])
-    assert [row["requested"] for row in report.values()] == [0.3, 0, 0.7] and report["b"]["passes"] == 0
 
 
 def test_a_weight_of_zero_leaves_a_source_out_and_a_tiny_one_does_not():
@@ -102,27 +95,12 @@ def test_shares_of_an_order_are_those_of_the_report():
     source_of = np.repeat(np.arange(3), sizes)
     tokens = [int(lengths[source_of == source].sum()) for source in range(3)]
     got = quotas(sizes, tokens, weights, MixOver.tokens)
-    report = realised(sizes, tokens, weights, got, MixOver.tokens)
+    report = realised(sizes, tokens, weights, got)
     order = MixedOrder(source_of, got, seed=3, shuffle=True)
     drawn = order.units(0, order.num_units * 400)
     for source in range(3):
         share = lengths[drawn][source_of[drawn] == source].sum() / lengths[drawn].sum()
         assert share == pytest.approx(report[str(source)]["share_tokens"], rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([1, None], r"data\.sources\.b\.weight is not set, but other sources have one"),
-        ([1, -0.5], r"data\.sources\.b\.weight=-0\.5: must be a finite number"),
-        ([math.nan, 1], r"data\.sources\.a\.weight=nan"),
-        ([math.inf, 1], r"data\.sources\.a\.weight=inf"),
-        ([0, 0], "every weight is 0"),
-    ],
-)
-def test_weights_that_cannot_be_used_are_refused(weights, message):
-    with pytest.raises(ConfigError, match=message):
-        quotas([5, 5], [5, 5], weights, names=["a", "b"])
 
 
 def test_a_weighted_source_without_documents_or_tokens_is_refused():

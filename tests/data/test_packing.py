@@ -13,7 +13,8 @@ from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
 from trainer.data.reading import Reading
 from trainer.data.store.sequences import TokenDataset
-from trainer.heads.loss import LossHead, head_transform
+from trainer.heads.fuse import head_transform
+from trainer.heads.loss import LossHead
 from trainer.model import attention
 from trainer.objectives.sft import Sft
 

@@ -403,6 +403,6 @@ def test_a_run_prepares_and_shows_tools(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Köln 0"}}\n</tool_call><|im_end|>⟧' in said
     (entry,) = (tmp_path / "cache").glob("*/manifest.json")
-    assert main(["data", "inspect", str(entry.parent), "--documents", "--lines", "99", "--find", "Köln 3"]) == 0
+    assert main(["prepare", "--print", str(entry.parent), "documents=true", "lines=99", "find=Köln 3"]) == 0
     said = capsys.readouterr().out
     assert "tool_calls" in said and '"city": "Köln 3"' in said and "# Tools" in said and "Köln 2" not in said

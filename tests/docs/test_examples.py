@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from launch.main import main
 from tests.helpers.building import model_dir
+from tests.helpers.covering import chosen
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
@@ -25,7 +27,7 @@ from tests.helpers.warm import forked_ranks
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
 
-NEEDS = {"qlora": "bitsandbytes"}
+NEEDS = {"qlora": "bitsandbytes", "evaluation": "lm_eval"}
 """Packages of extras without which a page's examples cannot run."""
 
 
@@ -96,8 +98,27 @@ def reader(site, tmp_path, monkeypatch):
         monkeypatch.setenv(key, value)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_examples_of_a_page_run(page, reader):
+def commands(page: Path) -> list[list[str]]:
+    marked = blocks(page.read_text(encoding="utf-8"))
+    shell = [block.text for block in marked if block.mark == "run" and block.language in ("bash", "text")]
+    return [shlex.split(line) for text in shell for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def shown(page: Path) -> set[Hashable]:
+    """What the examples of a page show: verbs, and the first part of every setting."""
+    words = [word for command in commands(page) for word in command]
+    verbs = {tuple(command[:2]) for command in commands(page) if command[0] in ("shardtune", "torchrun")}
+    return verbs | {re.split(r"[.=]", word)[0] for word in words if "=" in word}
+
+
+def asked(page: Path) -> int:
+    return len(commands(page))
+
+
+@pytest.mark.parametrize("page", chosen(PAGES, shown, asked), ids=lambda page: page.stem)
+def test_the_examples_of_a_page_run(page, reader, monkeypatch):
+    if page.stem != "tracking":  # which shows what W&B's files are for; a run with them takes half as long again
+        monkeypatch.setenv("WANDB_MODE", "disabled")
     if (package := NEEDS.get(page.stem)) is not None:
         pytest.importorskip(package)
     for block in blocks(page.read_text(encoding="utf-8")):
@@ -117,7 +138,10 @@ def test_every_topic_page_has_examples():
         "torchrun-and-slurm",
         "preference-tuning",
         "objectives",
-        "forgetting",
+        "challenges",
+        "ethics",
+        "papers",
+        "review",
     }
 
 

@@ -34,7 +34,11 @@ def commands(path: Path) -> list[list[str]]:
         if language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
                 words = shlex.split(re.sub(r"<the [^>]*>", "", line), comments=True)
-                if "model.path" in line and words[0] in STARTERS and words[1] not in ("prepare", "evaluate"):
+                if (
+                    "model.path" in line
+                    and words[0] in STARTERS
+                    and words[1] not in ("prepare", "evaluate", "download")
+                ):
                     found.append(words)
     return found
 
@@ -92,6 +96,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     replaced = {"model.path": "m", "data.path": "d.jsonl", "data.eval_path": "d.jsonl", "run.resume": "auto"}
     replaced |= {"tuning.from": "a", "model.adapters": "[a]"}
     replaced |= {"objective.teacher.path": "m", "evaluation.tasks.facts.path": "d.jsonl"}
+    replaced |= {"challenges.forgetting.data": "d.jsonl"}
     replaced |= {f"data.sources.{name}.path": "d.jsonl" for name in ("task", "general")}
     settings = [f"{k}={replaced.get(k, v)}" for k, v in (word.split("=", 1) for word in settings)]
     if words[:2] == ["shardtune", "submit"]:
@@ -113,8 +118,9 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         plan_search(settings)
         return
     choices = [
-        [word] if "=" not in word else [f"{word.split('=')[0]}={v}" for v in word.split("=", 1)[1].split(",")]
+        [word] if value[:1] in ("[", "{") else [f"{key}={each}" for each in value.split(",")]
         for word in settings
+        for key, _, value in (word.partition("="),)
     ]
     if words[:2] == ["shardtune", "plan"]:
         own = [word for word in settings if word.startswith(OWN)]
@@ -161,7 +167,7 @@ def test_every_setting_named_exists():
             if (
                 key.split(".")[0] in tops
                 and not (page.parent / key).exists()
-                and not key.endswith((".json", ".yaml", ".html"))
+                and not key.endswith((".json", ".yaml", ".html", ".csv"))
             ):
                 assert setting_of(known, key) or key in parts or (ROOT / key).exists(), f"{page.name}: {key}"
 

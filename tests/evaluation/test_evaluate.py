@@ -2,6 +2,7 @@
 wrote down, by plain transformers, on two ranks, and beside those of training.
 """
 
+import itertools
 import json
 import math
 import random
@@ -89,6 +90,7 @@ def all_tasks(root):
         *task("labels", "classification", root / "labels.jsonl"),
         *task("shaped", "json_schema", root / "schemas.jsonl"),
         *task("sums", "maths", root / "sums.jsonl", tokens=4),
+        *task("drawn", "exact_match", facts, "write.draws=5", "write.temperature=0.6", "write.seed=3"),
     ]
 
 
@@ -158,6 +160,23 @@ def test_metrics_are_those_of_the_reference_libraries(evaluated):
     assert value(report, "shaped", "valid") == valid / len(rows["shaped"])
 
 
+def test_several_draws_make_one_row(evaluated):
+    """The mean is that of all answers; pass@k is the share of all subsets of k answers that have a right one."""
+    report, rows = evaluated
+    shares = []
+    for row in rows["drawn"]:
+        right = [answer == row["reference"] for answer in row["items"]["answers"]]
+        assert row["scores"]["match"] == sum(right) / 5 and row["answer"] == row["items"]["answers"][0]
+        for k in (2, 4, 5):
+            subsets = [any(some) for some in itertools.combinations(right, k)]
+            assert row["scores"][f"pass_at_{k}"] == pytest.approx(sum(subsets) / len(subsets))
+        shares.append(sum(right) / 5)
+    assert len(shares) == 24 and any(0 < share < 1 for share in shares)
+    assert len({answer for row in rows["drawn"] for answer in row["items"]["answers"]}) > 24
+    assert value(report, "drawn", "exact_match") == pytest.approx(sum(shares) / 24)
+    assert [*report["tasks"]["drawn"]["metrics"]] == ["exact_match", "pass_at_2", "pass_at_4", "pass_at_5"]
+
+
 def test_likelihoods_are_those_of_plain_transformers(site, evaluated):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,7 +213,7 @@ def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, eva
     assert not [word for word in ("http://", "https://") if word in page]
 
 
-def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_69(site, evaluated):
+def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_69(site, evaluated, capsys):
     """The report of the whole run is the yardstick, first of itself on two ranks, then of an early checkpoint."""
     _, rows = evaluated
     same = [*all_tasks(site), f"against={site}/all/evaluation.json", "strategy=fsdp2", "launcher.processes=2"]
@@ -207,6 +226,7 @@ def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_
     _, found = read(site / "two")
     for name, wanted in rows.items():
         assert [row["answer"] for row in found[name]] == [row["answer"] for row in wanted]
+        assert [row["items"] for row in found[name]] == [row["items"] for row in wanted]  # draws know no ranks
         for row, other in zip(found[name], wanted, strict=True):
             assert row["scores"] == pytest.approx(other["scores"], rel=1e-4, abs=1e-4)
     facts = site / "facts.jsonl"
@@ -215,9 +235,9 @@ def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_
         *task("words", "f1", facts, "limit.exact_match=1"),
     ]
     early = [f"{site}/run", "checkpoint=20", "evaluation.tasks=[loss]", *some, f"against={site}/all/evaluation.json"]
-    done = evaluate([*early, f"to={site}/early"])
-    assert done.returncode == 69, (done.stdout + done.stderr)[-3000:]
-    told = done.stderr.split("fell against")[1]
+    capsys.readouterr()
+    assert command_here(["evaluate", *early, f"to={site}/early"]) == 69
+    told = capsys.readouterr().err.split("fell against")[1]
     assert "facts: exact_match" in told and "more than evaluation.tasks.facts.limit.exact_match=0.05" in told
     assert "words: f1" in told and "wholly on the worse side" in told
     assert "words: exact_match" not in told  # which may fall by 1
@@ -266,7 +286,7 @@ def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
     ("words", "code", "told"),
     [
         (["evaluation.tasks=[los]"], 64, "there is no such kind of task; did you mean loss?"),
-        (["evaluation.tasks=[maths]", "evaluation.tasks.maths.path=gone.jsonl"], 64, "gone.jsonl does not exist"),
+        (["evaluation.tasks=[maths]", "evaluation.tasks.maths.path=gone.jsonl"], 64, "gone.jsonl: does not exist"),
         (
             ["evaluation.tasks=[multiple_choice]"],
             64,
@@ -290,7 +310,7 @@ def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, capsys, monkeypatch):
-    monkeypatch.setattr("launch.evaluate._start", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr("launch.evaluate.start", lambda *_, **__: pytest.fail("was started"))
     (site / "empty.jsonl").write_text("")
     assert command_here(["evaluate", f"{site}/run", *(word.replace("{site}", str(site)) for word in words)]) == code
     assert told in capsys.readouterr().err

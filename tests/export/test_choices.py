@@ -6,7 +6,8 @@ import torch
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import tiny
 from trainer.export.choices import Choices, Kept
-from trainer.export.verify import DriftError, load_export, probe_ids, verify_export
+from trainer.export.load import load_export
+from trainer.export.verify import DriftError, probe_ids, verify_export
 
 IDS = probe_ids(tiny_tokenizer())
 

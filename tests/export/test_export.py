@@ -11,8 +11,9 @@ from strategies.base import Precision
 from strategies.errors import ConfigError, StorageError
 from tests.helpers.exports import LABELS, export, logits_of, trained
 from trainer.export.config import ExportType
+from trainer.export.load import load_export
 from trainer.export.tensors import hub_name, write_tensors
-from trainer.export.verify import DriftError, load_export, probe_ids, reference_logits, verify_export
+from trainer.export.verify import DriftError, probe_ids, reference_logits, verify_export
 from trainer.objectives.classification import ClassificationConfig
 from trainer.tuning.base import FullConfig, LoraConfig
 

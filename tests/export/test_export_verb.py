@@ -1,5 +1,6 @@
 """`shardtune export` on a run that has ended."""
 
+import json
 import os
 from pathlib import Path
 
@@ -58,8 +59,11 @@ def run(*words):
 
 
 def test_the_last_checkpoint_becomes_the_export_of_the_run(run_dir, capsys):
-    assert run(run_dir, "--verify") == 0
-    assert "export verified" in capsys.readouterr().out
+    assert run(run_dir, "--verify", "--json") == 0
+    said = capsys.readouterr()
+    model = str(run_dir / "export")
+    assert json.loads(said.out) == {"run": str(run_dir), "checkpoints": ["step-000006"], "model": model}
+    assert "export verified" in said.err and f"model: {model}" in said.err
     assert (run_dir / "export" / "adapter_model.safetensors").is_file()
     card = (run_dir / "export" / "README.md").read_text()
     assert "| eval/loss |" in card and "- steps: 6" in card and "base_model:" in card
@@ -129,3 +133,52 @@ def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch)
     assert run(f"run.dir={run_dir}", f"to={tmp_path / 'x'}", "merge=true") == 74
     assert f"No space left on {tmp_path}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_stands_beside_a_whole_model(run_dir, tmp_path, capsys):
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import sys\nopen(sys.argv[3], 'wb').write(b'GGUF')\n")
+    words = ["gguf=q8_0", f"gguf.converter={script}", f"to={tmp_path / 'whole'}"]
+    assert run(run_dir, "merge=true", *words) == 0
+    assert (tmp_path / "whole" / "gguf" / "run-q8_0.gguf").read_bytes() == b"GGUF"
+    assert "ollama create run -f Modelfile" in capsys.readouterr().out
+    for more, said in (
+        (words, "fold the adapter in with merge=true"),
+        (["merge=true", "gguf=q2"], "must be one of f32"),
+        (["merge=true", "gguf.python=python"], "goes with gguf=<type>"),
+    ):
+        assert run(run_dir, *more) == 64
+        assert said in capsys.readouterr().err
+
+
+def test_a_whole_model_in_few_bits_says_what_it_costs(run_dir, tmp_path, capsys):
+    """The loss is reckoned once more by transformers, from labels, on the files as they lie there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from launch.compose import load_frozen
+    from trainer.build import prepare_data
+    from trainer.model.loading import load_tokenizer
+
+    to = tmp_path / "whole"
+    assert run(run_dir, "merge=true", "bits=nf4", f"to={to}") == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nf4:"))
+    config = load_frozen(run_dir / "config.yaml")
+    data = prepare_data(config, load_tokenizer(config.model)).evaluation
+    losses = []
+    for directory in (to, to / "nf4"):
+        model, total, count = AutoModelForCausalLM.from_pretrained(directory), 0.0, 0
+        for number in range(len(data)):
+            sample = data.sample(number)
+            ids = torch.tensor([sample.input_ids.tolist()])
+            labels = torch.where(torch.tensor([sample.supervised.tolist()]) > 0, ids, -100)
+            rows = int((labels[:, 1:] != -100).sum())
+            total, count = total + float(model(ids, labels=labels).loss) * rows, count + rows
+        losses.append(total / count)
+    assert f"loss {losses[0]:.4f} -> {losses[1]:.4f}" in said and "on 4 held-out documents" in said
+    assert losses[0] != losses[1]
+    for card in (to / "README.md", to / "nf4" / "README.md"):
+        assert f"loss {losses[0]:.4f} -> {losses[1]:.4f}" in card.read_text()
+    assert run(run_dir, "bits=nf4") == 64 and run(run_dir, "merge=true", "bits=3") == 64
+    told = capsys.readouterr().err
+    assert "fold the adapter in with merge=true" in told and "must be one of nf4, int8" in told

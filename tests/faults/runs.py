@@ -1,4 +1,8 @@
-"""Real runs of tiny models, started as users start them: no setting of threads in the environment."""
+"""Real runs of tiny models in processes of their own, forked or, where that is the promise, started as users start them.
+
+A forked one (`tests/helpers/warm.py`) does not import; it trains, saves, takes signals and ends as a started one. What is
+about threads that libraries start when they are loaded, or about torchrun, is started: `Runs.start(..., own=True)`.
+"""
 
 import contextlib
 import fcntl
@@ -12,18 +16,21 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.launching import ROOT, clean_environment, command_here
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
-from tests.helpers.warm import command_warm
+from tests.helpers.warm import Forked, command_warm, forked
 
 PACED = {"PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'pace'}:{ROOT}"}
 """What makes a run rest after each step."""
+Process = subprocess.Popen | Forked
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
@@ -58,6 +65,7 @@ class Runs:
             "optim.lr": 1e-3,
             "logging.every_steps": 1,
             "logging.wandb": "disabled",
+            "logging.report": "false",
             "export.at_end": "false",
         }
         typed = {word.partition("=")[0] for word in words}
@@ -66,21 +74,31 @@ class Runs:
         given = [f"{key}={value}" for key, value in settings.items() if key not in typed]
         return [sys.executable, "-m", "launch.main", verb, *given, *words]
 
-    def start(self, run: str, *words: str, paced: bool = True, **extra: str) -> subprocess.Popen:
-        """`shardtune train` in a session of its own, resting after each step unless not `paced`; what it says goes to files."""
-        return self._popen(self.words(run, *words), run, {**(PACED if paced else {}), **extra})
+    def start(self, run: str, *words: str, paced: bool = True, own: bool = False, **extra: str) -> Process:
+        """`shardtune train` in a session of its own, resting after each step unless not `paced`; what it says goes to files.
 
-    def start_ranks(self, run: str, *words: str) -> list[subprocess.Popen]:
-        """Two ranks without torchrun, as srun starts them, each the first one of its host; they say to `<run>.<rank>`."""
+        `own`: started as from a shell; else forked. What torchrun starts is started in any case.
+        """
+        started = self._popen if own else self.forked
+        return started(self.words(run, *words), run, {**(PACED if paced else {}), **extra})
+
+    def start_ranks(self, run: str, *words: str) -> list[Forked]:
+        """Two forked ranks without torchrun, as srun starts them, each the first one of its host; they say to `<run>.<rank>`."""
         with socket.create_server(("localhost", 0)) as free:
             job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
             job["MASTER_PORT"] = str(free.getsockname()[1])
         command = [sys.executable, "-m", "launch.train", *self.words(run, *words)[4:]]
-        return [self._popen(command, f"{run}.{rank}", {**job, "RANK": str(rank)}) for rank in range(2)]
+        return [self.forked(command, f"{run}.{rank}", {**job, "RANK": str(rank)}) for rank in range(2)]
+
+    def forked(self, command: list[str], name: str, extra: dict[str, str]) -> Forked:
+        """The command in a forked process; what it says goes to `<name>.out`."""
+        with (self.root / f"{name}.out").open("w") as out:
+            self.started.append(forked(command, environment(**extra), out.fileno()))
+        return self.started[-1]
 
     def _popen(self, command: list[str], name: str, extra: dict[str, str]) -> subprocess.Popen:
         with (self.root / f"{name}.out").open("w") as out:
-            process = subprocess.Popen(
+            started = subprocess.Popen(
                 command,
                 env=environment(**extra),
                 cwd=ROOT,
@@ -88,8 +106,8 @@ class Runs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.started.append(process)
-        return process
+        self.started.append(started)
+        return started
 
     @contextlib.contextmanager
     def data_held(self) -> Iterator[str]:
@@ -101,26 +119,32 @@ class Runs:
     @cached_property
     def _data_lock(self) -> Path:
         words = self.words("", f"data.cache_dir={self.root / 'held'}", verb="prepare")
-        subprocess.run(words, env=environment(), cwd=ROOT, check=True)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            assert command_here(words[3:]) == 0
         [done] = (self.root / "held").glob("*/manifest.json")
         done.unlink()
         return done.parent.with_name(f".{done.parent.name}.lock")
 
     def run(self, run: str, *words: str, **extra: str) -> tuple[int, str]:
-        """The whole of a run: its exit code and what it said."""
+        """The whole of a run in a process of its own: its exit code and what it said."""
         code = self.end(self.start(run, *words, paced=False, **extra))
         return code, self.said(run)
 
-    def run_here(self, run: str, *words: str) -> tuple[int, str]:
+    def run_here(self, run: str, *words: str, **extra: str) -> tuple[int, str]:
         """The same in this process, which spares a start: where neither the process nor how it ends is what is tested.
 
         Several ranks are forked.
         """
-        with (self.root / f"{run}.out").open("w") as out, redirect_stdout(out), redirect_stderr(out):
+        with (
+            (self.root / f"{run}.out").open("w") as out,
+            redirect_stdout(out),
+            redirect_stderr(out),
+            patch.dict(os.environ, extra),
+        ):
             code = command_warm(self.words(run, *words)[3:])
         return code, self.said(run)
 
-    def end(self, process: subprocess.Popen, limit: float = 120) -> int:
+    def end(self, process: Process, limit: float = 120) -> int:
         return process.wait(timeout=seconds(limit))
 
     def said(self, run: str) -> str:
@@ -134,18 +158,21 @@ class Runs:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def wait_for_step(self, run: str, step: int, process: subprocess.Popen) -> None:
+    def curve(self, run: str) -> list[tuple]:
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in self.rows(run)]
+
+    def wait_for_step(self, run: str, step: int, process: Process) -> None:
         wait(lambda: any(row["step"] >= step for row in self.rows(run)), f"step {step} of {run}", process)
 
     def close(self) -> None:
-        for process in self.started:
-            for left in [*descendants(process.pid), process]:
+        for started in self.started:
+            for left in [*descendants(started.pid), started]:
                 try:
                     left.send_signal(signal.SIGCONT)
                     left.kill()
                 except (psutil.Error, ProcessLookupError):
                     continue
-            process.wait()
+            started.wait()
 
 
 def read(path: Path) -> dict:
@@ -155,7 +182,7 @@ def read(path: Path) -> dict:
         return {}
 
 
-def wait(condition, what: str, process: subprocess.Popen | None = None, limit: float = 120) -> None:
+def wait(condition, what: str, process: Process | None = None, limit: float = 120) -> None:
     deadline = time.monotonic() + seconds(limit)
     while not condition():
         assert process is None or process.poll() is None, f"ended with {process.returncode} before {what}"
@@ -182,7 +209,7 @@ def rank_of(launcher: int, rank: int) -> psutil.Process | None:
     return None
 
 
-def flood(process: subprocess.Popen, number: int, every_s: float = 0.02) -> int:
+def flood(process: Process, number: int, every_s: float = 0.02) -> int:
     """Send a signal again and again until the process is gone; its exit code."""
     deadline = time.monotonic() + seconds(120)
     while process.poll() is None and time.monotonic() < deadline:

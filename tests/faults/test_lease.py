@@ -51,11 +51,8 @@ def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):
     status = runs.root / "clock" / "status.json"
     status.write_text(json.dumps({**read(status), "time": 0}))
     written = status.read_text()
-    again = subprocess.run(
-        runs.words("clock"), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 64, again.stderr
-    assert f"process {first.pid} on " in again.stderr and "is running it; stop it" in again.stderr
+    assert runs.end(runs.forked(runs.words("clock"), "again", {})) == 64, runs.said("again")
+    assert f"process {first.pid} on " in runs.said("again") and "is running it; stop it" in runs.said("again")
     assert status.read_text() == written
     first.send_signal(signal.SIGTERM)
     assert runs.end(first) == 75

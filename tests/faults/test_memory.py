@@ -87,7 +87,7 @@ def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, gr
     (run / "grow").touch()
     assert runs.end(process) != 0
     failure = read(run / "failure.json")
-    assert (failure["rank"], failure["pid"], failure["retry"]) == (1, killed, None), failure
+    assert (failure["rank"], failure["pid"], failure["retry"]) == (1, killed, "out_of_memory"), failure
     assert "out of memory" in failure["message"] and "batch.micro" in failure["message"]
     assert runs.status("memory")["state"] == "failed"
     assert not (run / "asked").exists(), (run / "asked").read_text()  # no requeue
@@ -110,7 +110,10 @@ def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, ca
     torchrun._note_killed(types.SimpleNamespace(failures={1: killed}), memory=memory)
     failure = read_failure(tmp_path)
     assert (failure["phase"], failure["step"]) == ("training", 9)
-    assert ("out of memory" in failure["message"], failure["retry"]) == (memory, None if memory else "node_fail")
+    assert ("out of memory" in failure["message"], failure["retry"]) == (
+        memory,
+        "out_of_memory" if memory else "node_fail",
+    )
     # Where no launcher waits for it (SLURM), it is said at once, and the run does not stay `running`.
     assert ("was killed by SIGKILL" in capsys.readouterr().err) == (launcher is None)
     assert read_status(tmp_path).get("state") == ("failed" if launcher is None else None)

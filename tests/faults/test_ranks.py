@@ -6,13 +6,17 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from strategies import durable
-from strategies.heartbeat import Heartbeats
-from tests.faults.runs import ROOT, environment, rank_of, read
+from launch import torchrun
+from strategies import durable, flight, heartbeat
+from strategies.flight import Exchange
+from strategies.heartbeat import LAST_WORDS, Heartbeats, last_words
+from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from trainer.records.status import record_failure
@@ -38,12 +42,17 @@ def test_a_killed_and_a_stopped_rank_are_named(runs):
         assert failure["step"] is not None  # as of its last sign of life
         assert str(ranks[name].pid) in failure["message"] and said in failure["message"]
         assert "memory" not in failure["message"]  # nothing says that it was
-        last = runs.said(name).strip().splitlines()[-2:]
-        assert "rank 1 on " in last[0] and said in last[1]
+        assert "ChildFailedError" not in runs.said(name)
+        last = runs.said(name).strip().splitlines()
+        place = max(number for number, line in enumerate(last) if "shardtune train: rank 1 on " in line)
+        assert said in last[place + 1]
         assert runs.status(name)["state"] == "failed"
     # Where the other one waited for it (a step has several places to wait in), and where it was.
     assert ", in fit" in failure["traceback"] and "timed out" in failure["traceback"].lower()
     assert " in fit" in (runs.root / "stopped" / "logs" / "rank-1.stacks").read_text()
+    assert set(failure["stacks"]) == {"logs/rank-0.stacks", "logs/rank-1.stacks"}, failure
+    assert "where the threads of ranks were: logs/rank-0.stacks, logs/rank-1.stacks" in failure["message"]
+    assert "gloo:" in failure["exchanges"]["0"], failure
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="that a success removes it is shown by test_retry, too")
@@ -107,3 +116,72 @@ def test_only_a_rank_that_does_not_count_on_is_the_cause():
     found = beats[0].cause(lost)
     assert (found.seen.rank, found.seen.phase, found.seen.step, found.hung) == (1, "training", 7, False)
     assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
+
+
+def exchange(number: int, waits_s: float | None = None, group: str = "default_pg") -> Exchange:
+    return Exchange(number=number, what="gloo:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
+
+
+def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
+    """It computes without end, say; its stacks and its last words are there before anybody asks for them."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(12, 5.0))
+    beats = [Heartbeats(store, rank, 2, lambda: ("training", 7), timeout_s=0.01) for rank in range(2)]
+    beats[1].write_stacks_to(tmp_path / "rank-1.stacks")
+    wait(lambda: "last exchange: gloo:all_reduce number 12 of default_pg (4x2), not over" in stacks(tmp_path), "stacks")
+    assert "test_a_rank_that_lives" in stacks(tmp_path)
+    wait(lambda: last_words(tmp_path, 1) is not None, "last words")
+    assert (last_words(tmp_path, 1).phase, last_words(tmp_path, 1).step, last_words(tmp_path, 2)) == (
+        "training",
+        7,
+        None,
+    )
+    assert beats[0].ask(None) == {1: exchange(12, 5.0)}  # rank 0 has no file for its stacks
+
+    late = RuntimeError("Timed out waiting 15000ms for recv")
+    for others, said in (
+        ({1: exchange(11)}, "rank 1 (process "),  # one behind, and waits for nobody
+        ({1: exchange(12), 2: exchange(3, group="other")}, "rank 2"),
+        ({1: exchange(12, 9.0)}, None),  # waits for it as well
+        ({1: exchange(11, 9.0)}, None),  # waits for somebody else
+        ({}, None),
+    ):
+        beats[0].world = 1 + max(others, default=1)
+        found = beats[0].behind(late, {0: exchange(12, 9.0), **others})
+        assert (found is None) == (said is None) and str(found).startswith(said or "None"), found
+    beats[0].world = 2
+    shared = RuntimeError("timed out: rank 0 waited 25 s for its peer 1 (run.timeout_s=25)")
+    assert "does not come to an exchange through shared memory" in str(beats[0].behind(shared, {}))
+    assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(
+        beats[0].behind(late, {0: exchange(12, 9.0), 1: exchange(11)})
+    )
+
+
+def stacks(directory) -> str:
+    path = directory / "rank-1.stacks"
+    return path.read_text() if path.exists() else ""
+
+
+def test_the_exchanges_of_this_process_are_read_without_a_pickle():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(2):
+            dist.all_reduce(torch.ones(4, 2))
+        last, until = flight.last_exchange(), time.monotonic() + 30
+        while last.waits_s is not None and time.monotonic() < until:  # gloo's own thread notes that it is over
+            last = flight.last_exchange()
+    finally:
+        dist.destroy_process_group()
+    assert (last.what, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2
+
+
+def test_a_killed_rank_has_its_phase_and_step_also_where_no_peer_could_tell(tmp_path, monkeypatch):
+    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("SHARDTUNE_LAUNCHER", "1")
+    (tmp_path / "1").write_text('{"host": "n1", "pid": 7, "count": 9, "phase": "evaluation", "step": 4}')
+    killed = types.SimpleNamespace(exitcode=-signal.SIGKILL, pid=7, timestamp=5)
+    torchrun._note_killed(types.SimpleNamespace(failures={1: killed}), memory=False)
+    failure = read(tmp_path / "failure.json")
+    assert (failure["rank"], failure["phase"], failure["step"]) == (1, "evaluation", 4), failure

@@ -33,7 +33,7 @@ def test_a_run_goes_on_by_itself_after_usr2_and_after_a_killed_rank(runs):
 def test_an_error_is_not_repeated(runs):
     (runs.root / "broken.jsonl").write_text('{"messages": 3\n')
     words = ["launcher.retry={preempted: 9, node_fail: 9}", f"data.path={runs.root / 'broken.jsonl'}"]
-    code, said = runs.run("error", *words)
+    code, said = runs.run_here("error", *words)
     assert code == 65, said
     assert "started again" not in said
     assert said.count("shardtune train:") == 1

@@ -1,14 +1,10 @@
 """Runs that are killed while they save or export, or whose disk is full: nothing is lost that was said to be saved."""
 
-import os
-import random
 import signal
-import time
 
 import pytest
 
 from tests.faults.runs import read
-from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import ROOT
 
 STEPS = 12
@@ -46,15 +42,6 @@ def test_killed_while_saving_and_before_its_export_has_a_name(runs, words):
     code, said = runs.run("killed", *words, **faulty("amid step-000004"))
     there = {path.name for path in (runs.root / "killed" / "checkpoints").iterdir()}
     assert code == -signal.SIGKILL and there == {"step-000002", "step-000003", ".step-000004.writing"}, said
-    chance = random.Random(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
-    for kill in range(20 if EVERYTHING else 1):
-        process = runs.start("killed", *words)
-        runs.wait_for_step("killed", min(6 + kill, STEPS - 2), process)
-        time.sleep(chance.random() * 0.2)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if runs.status("killed")["state"] == "done":
-            break
     code, said = runs.run("killed", *words, **faulty("kill export"))
     assert code == -signal.SIGKILL and "exported" not in said, said
     assert not (runs.root / "killed" / "export").exists()
@@ -73,14 +60,24 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(runs):
     """Two ranks that have no room for their first three files: the run's disk and the spare one at step 1, the run's at 2."""
     spare = runs.root / "spare"
     words = ["strategy=fsdp2", "launcher.processes=2", "budget.steps=4", "checkpoint.every_steps=1"]
-    code, said = runs.run("full", *words, f"checkpoint.fallback_dir={spare}", **faulty("full 3"))
+    code, said = runs.run_here("full", *words, f"checkpoint.fallback_dir={spare}", **faulty("full 3"))
     assert code == 0 and "Traceback" not in said, said
     assert said.count("warning: No space left on device") == 3 and "1 failed in a row, 3 may" in said
     assert f"checkpoint step-000002 in {spare}" in said
     there = sorted(path.name for path in (runs.root / "full" / "checkpoints").iterdir())
     assert there == ["step-000003", "step-000004"] and [*spare.glob("*/*")] == []
-    code, said = runs.run("unlisted", *words, **faulty("unlisted checkpoints"))
+    code, said = runs.run_here("unlisted", *words, **faulty("unlisted checkpoints"))
     assert code == 74 and "checkpoints: cannot be listed (Input/output error" in said and "Traceback" not in said, said
+
+
+def test_a_disk_that_is_full_in_the_middle_of_training_is_told_as_that(runs):
+    code, said = runs.run("crowded", "budget.steps=4", "checkpoint.save_final=false", **faulty("crowded 2"))
+    last = said.strip().splitlines()[-1]
+    assert code == 74 and "Traceback" not in said and "metrics.jsonl: cannot be written" in last, said
+    assert "No space left on device" in last
+    status = runs.status("crowded")
+    assert status["state"] == "failed" and "No space left" in status["reason"], status
+    assert not (runs.root / "crowded" / "failure.json").exists() and len(runs.rows("crowded")) == 2
 
 
 def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_come_again(runs):

@@ -16,9 +16,9 @@ from tests.helpers.speed import seconds
 
 
 def test_one_process_saves_at_every_signal(runs):
-    flooded, interrupted, suspended = (
-        runs.start(name, "run.threads=0", paced=False) for name in ("flooded", "interrupted", "suspended")
-    )
+    # One whose libraries start their threads when they are loaded, as of a user.
+    flooded = runs.start("flooded", "run.threads=0", paced=False, own=True)
+    interrupted, suspended = (runs.start(name, "run.threads=0") for name in ("interrupted", "suspended"))
     for name, process in (("flooded", flooded), ("interrupted", interrupted), ("suspended", suspended)):
         runs.wait_for_step(name, 3, process)
     interrupted.send_signal(signal.SIGINT)

@@ -71,6 +71,17 @@ def test_the_right_file_and_its_last_lines(tmp_path, capsys):
     assert shown().endswith("step 5):\n  first\n  second\n")
     assert "failed" not in shown("rank=0")
 
+    answer = json.loads(shown("--json", "lines=1"))
+    assert answer["run"] == str(run) and answer["failure"]["message"] == "first\nsecond"
+    lines = {Path(each["file"]).name: each["lines"] for each in answer["files"]}
+    assert lines == {
+        "run-17-0.log": ["100%|##|"],
+        "run-17-1.log": ["node 1"],
+        "run-17.out": ["script"],
+        "rank-1.log": ["one"],
+    }
+    assert json.loads(shown("--json", "rank=0"))["failure"] is None
+
 
 def test_without_a_log_of_a_rank_it_is_the_jobs_output_or_a_word(tmp_path, capsys):
     run = made(tmp_path, "run", state=None)
@@ -183,3 +194,14 @@ def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeyp
     owned(lost, silent_s=10**6)
     assert main(["logs", str(lost), "--follow"]) == 0
     assert "lost: lost at step 3: no sign of life for 12 d" in capsys.readouterr().err
+
+
+def test_following_for_a_script_is_an_object_a_line_and_how_it_ended_the_last(tmp_path, capsys):
+    run = made(tmp_path, "run", state="done")
+    said(run, "rank-0.log", 'step 1\n"ü"\n')
+    assert main(["logs", str(run), "--follow", "--json", "lines=1"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told == [
+        {"file": str(run / "logs" / "rank-0.log"), "line": '"ü"'},
+        {"run": str(run), "state": "done", "step": 3, "why": None},
+    ]

@@ -1,5 +1,6 @@
 """`shardtune stop` where nothing runs, elsewhere, and by SLURM: what it would do, what it says, and whom it never touches."""
 
+import json
 import os
 import subprocess
 import sys
@@ -68,8 +69,11 @@ def test_what_is_not_running_is_said_with_what_there_is_to_go_on_from(tmp_path, 
     ):
         assert main(["stop", str(run)]) == 0
         assert said in capsys.readouterr().out
-    found = without_torch("stop", done)
-    assert found.returncode == 0 and "is not running" in found.stdout, found.stderr
+    found = without_torch("stop", done, "--json")
+    assert found.returncode == 0 and "is not running" in found.stderr, found.stderr
+    newest = {"step": 3, "path": f"{done}/checkpoints/step-000003"}
+    told = {"run": str(done), "by": None, "state": "done", "why": None, "step": 3, "checkpoint": newest}
+    assert json.loads(found.stdout) == told
 
 
 def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):

@@ -5,7 +5,7 @@ Run from the repository's root where trl (1.16.0 wrote the file) is installed be
 
 ORPO and the share of plain fine-tuning take the mean over one answer's tokens here and over a batch's in TRL, and TRL's
 ORPO includes the prompt there: the first is put together from TRL's own log-probabilities and odds ratio, and pairs are
-given to TRL one at a time.
+given to TRL one at a time. All of it is computed in float64, so that no processor's rounding is in the numbers.
 """
 
 import json
@@ -127,7 +127,7 @@ class Recorder:
     def model(self, phase: float):
         from transformers import LlamaForCausalLM
 
-        return fill(LlamaForCausalLM(model_config()), phase)
+        return fill(LlamaForCausalLM(model_config()), phase).double()
 
     def dpo(self, case: dict):
         """Pairs one at a time: then `aot` with smoothing is conservative DPO, and `sft` the mean over one answer."""
@@ -147,9 +147,9 @@ class Recorder:
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
-        losses = [trainer.compute_loss(trainer.model.loading, trl_batch([pair])) for pair in pairs()]
+        losses = [trainer.compute_loss(trainer.model, trl_batch([pair])) for pair in pairs()]
         metrics = trainer._metrics["train"]
-        return trainer.model.loading, torch.stack(losses).mean(), metrics["rewards/chosen"], metrics["rewards/rejected"]
+        return trainer.model, torch.stack(losses).mean(), metrics["rewards/chosen"], metrics["rewards/rejected"]
 
     def simpo(self, case: dict):
         from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -162,9 +162,9 @@ class Recorder:
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
-        found = [trainer.get_batch_loss_metrics(trainer.model.loading, cpo_batch([pair])) for pair in pairs()]
+        found = [trainer.get_batch_loss_metrics(trainer.model, cpo_batch([pair])) for pair in pairs()]
         rewards = [[metrics[f"rewards/{name}"] for _, metrics in found] for name in ("chosen", "rejected")]
-        return trainer.model.loading, torch.stack([loss for loss, _ in found]).mean(), *rewards
+        return trainer.model, torch.stack([loss for loss, _ in found]).mean(), *rewards
 
     def orpo(self, case: dict):
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -175,26 +175,26 @@ class Recorder:
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
-        chosen, rejected = trainer.concatenated_forward(trainer.model.loading, cpo_batch(pairs()))[:2]
+        chosen, rejected = trainer.concatenated_forward(trainer.model, cpo_batch(pairs()))[:2]
         ratio, chosen_rewards, rejected_rewards, *_ = trainer.odds_ratio_loss(chosen, rejected)
-        return trainer.model.loading, (-chosen - ratio).mean(), chosen_rewards.tolist(), rejected_rewards.tolist()
+        return trainer.model, (-chosen - ratio).mean(), chosen_rewards.tolist(), rejected_rewards.tolist()
 
     def reward(self, case: dict):
         from transformers import LlamaForSequenceClassification
         from trl import RewardConfig, RewardTrainer
 
         trainer = RewardTrainer(
-            model=fill(LlamaForSequenceClassification(model_config()), 0.0),
+            model=fill(LlamaForSequenceClassification(model_config()), 0.0).double(),
             args=RewardConfig(center_rewards_coefficient=case["centre"], gradient_checkpointing=False, **self.common),
             train_dataset=self.rows,
             processing_class=self.tokenizer,
         )
         batch = trl_batch(pairs())
         del batch["completion_mask"]
-        trainer.model.loading.config.pad_token_id = 0
-        loss, outputs = trainer.compute_loss(trainer.model.loading, batch, return_outputs=True)
+        trainer.model.config.pad_token_id = 0
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         chosen, rejected = outputs.logits.view(2, -1).tolist()
-        return trainer.model.loading, loss, chosen, rejected
+        return trainer.model, loss, chosen, rejected
 
 
 def main() -> None:

@@ -147,12 +147,15 @@ def test_varlen_kernel_equals_one_call_a_document(kv_heads, window):
     assert torch.allclose(kernel.float(), exact, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "llama4_text"])
-def test_flex_attention_is_proven_here(kind):
-    """Sinks, soft caps and chunks, through the kernel itself, in bf16."""
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("gpt_oss", flex.NAME), ("gemma2", flex.NAME), ("llama4_text", attention.NAME)]
+)
+def test_sinks_soft_caps_and_chunks_are_proven_here(kind, kernel):
+    """Through the kernel itself, in bf16."""
     flex.register()
+    attention.register()
     config = tiny.tiny_config(kind)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    found = passage._prove(config, lambda: plain, flex.NAME, on_gpu=True)
+    found = passage._prove(config, lambda: plain, kernel, on_gpu=True)
     assert found.padding_free is not None, found.reason

@@ -63,6 +63,12 @@ def rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def outliers(run_dir):
+    """What the guards noted; what detectors say of a whole run stands there, too."""
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == "outlier"]
+
+
 def curve(run_dir: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run_dir)]
 
@@ -70,7 +76,7 @@ def curve(run_dir: Path) -> list[tuple]:
 def test_an_odd_batch_is_noted_with_its_documents(root, tmp_path, capfd):
     assert run(root, tmp_path) == 0
     assert [row["step"] for row in rows(tmp_path) if "outlier/grad_norm" in row] == [ODD]
-    [event] = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    [event] = outliers(tmp_path)
     assert (event["step"], event["action"], event["places"]) == (ODD, "note", [[32, BATCH]])
     assert event["values"]["grad_norm"] == next(r["grad_norm"] for r in rows(tmp_path) if r["step"] == ODD)
     lines = (root / "train.jsonl").read_text().splitlines()
@@ -116,7 +122,7 @@ def test_a_rollback_is_the_run_on_data_without_those_documents(root, tmp_path, c
     progress = json.loads((tmp_path / "back" / "run.json").read_text())["outcome"]["progress"]
     assert (progress["rollbacks"], progress["outliers"], progress["samples"]) == (1, 1, STEPS * BATCH)
     assert progress["passed"] == [{"first": 32, "count": BATCH}]
-    [event] = [json.loads(line) for line in (tmp_path / "back" / "events.jsonl").read_text().splitlines()]
+    [event] = outliers(tmp_path / "back")
     assert (event["step"], event["action"], [each["line"] for each in event["documents"]]) == (
         ODD,
         "rollback",
@@ -142,7 +148,7 @@ def test_a_run_that_only_goes_back_is_stopped(root, tmp_path, capfd):
     code = run(root, tmp_path, *words, "logging.every_steps=1", "budget.steps=60")
     shown = capfd.readouterr().err
     assert code == 70 and "guards.max_rollbacks" in shown and "Traceback" not in shown
-    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 3
+    assert len(outliers(tmp_path)) == 3
 
 
 def test_a_step_that_runs_out_of_memory_says_what_it_held_and_what_helps(root, tmp_path, monkeypatch, capfd):

@@ -28,6 +28,7 @@ from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.given import Output, Watch
+from trainer.guards.stragglers import Stragglers
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where
 from trainer.loop import Trainer
@@ -232,7 +233,7 @@ def built_trainer(
         progress=progress or Progress(),
         evaluators=[],
         output=Output(meter, Trackers(), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
-        watch=Watch(agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime)),
+        watch=Watch(agreement, Guards(config.guards, config.optim.max_skipped_steps, runtime), Stragglers(0, runtime)),
     )
     return trainer, built
 

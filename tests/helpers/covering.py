@@ -10,9 +10,16 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
+import pytest
+
 Case = TypeVar("Case")
 EVERYTHING = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
 SEED = int(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
+
+
+def whole(reason: str) -> pytest.MarkDecorator:
+    """The mark of a test that `make test` leaves to `make test-all`; `reason`: what else shows it, or what it takes."""
+    return pytest.mark.skipif(not EVERYTHING, reason=f"make test-all runs it: {reason}")
 
 
 def pairs(case: Sequence[Hashable]) -> set[Hashable]:

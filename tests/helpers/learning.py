@@ -8,5 +8,10 @@ LEAST_LEARNED = 1e-4
 
 
 def learned(curve: list, still: list) -> float:
-    """The largest relative difference of a loss or gradient norm (which moves more) from those at a rate of zero."""
-    return max(abs(a / b - 1) for e, s in zip(curve, still, strict=True) for a, b in zip(e, s, strict=True))
+    """How far a curve is from that at a rate of zero: `moved` of the steps that differ most."""
+    return max(moved(row, other) for row, other in zip(curve, still, strict=True))
+
+
+def moved(row: list[float], other: list[float]) -> float:
+    """The largest relative difference of a loss or gradient norm (which moves more) of the same batch, before and after."""
+    return max(abs(a / b - 1) for a, b in zip(row, other, strict=True))

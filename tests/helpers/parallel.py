@@ -23,6 +23,7 @@ FIRST = (
     "tests/following",
     "tests/launch",
     "tests/models",
+    "tests/planning",
     "tests/simulated",
     "tests/tuning",
 )

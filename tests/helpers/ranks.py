@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -21,8 +20,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.garbage import set_aside
-from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.launching import clean_environment
+from tests.helpers.nursery import PASSED
 from tests.helpers.speed import seconds
+from tests.helpers.warm import Forked, forked
 
 CASE_S, START_S = 90, 120
 """Seconds that one case, and the start of the ranks, may take on the machine that `tests/helpers/speed.py` measures by."""
@@ -32,11 +33,11 @@ _PIPE = "RANKS_PIPE"
 
 
 class Ranks:
-    """`world` processes of `python -m module directory`, each of which calls `serve`; started when first asked."""
+    """`world` processes of `python -m module directory`, each of which calls `serve`; forked when first asked."""
 
     def __init__(self, module: str, world: int, directory: Path) -> None:
         self.module, self.world, self.directory = module, world, directory
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[Forked] = []
         self._pipes: list[Connection] = []
         self._known: dict[str, tuple[bool, str]] = {}
         self.starts, self._answered = 0, 0
@@ -93,20 +94,12 @@ class Ranks:
         for rank in range(self.world):
             ours, theirs = socket.socketpair()
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _PIPE: theirs.fileno()}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _PIPE: PASSED}
+            env = clean_environment(**{name: str(value) for name, value in place.items()})
+            command = [sys.executable, "-m", self.module, self.directory]
             with (self.directory / f"rank{rank}.log").open("w") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", self.module, str(self.directory)],
-                    env=clean_environment(**{name: str(value) for name, value in place.items()}),
-                    cwd=ROOT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+                self._processes.append(forked(command, env, log.fileno(), passed=[theirs.fileno()]))
             theirs.close()
-            self._processes.append(process)
             self._pipes.append(Connection(ours.detach()))
 
     def _said(self) -> str:
@@ -118,10 +111,10 @@ class Ranks:
         """End the ranks and whatever they started."""
         for pipe in self._pipes:
             pipe.close()
-        for process in self._processes:
+        for rank in self._processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
         self._pipes, self._processes = [], []
 
 

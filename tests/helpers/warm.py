@@ -1,20 +1,20 @@
-"""Ranks forked from a process that has imported what they need: for runs whose start, signals and end are not what is tested.
+"""Processes forked from one that has imported what they need: where neither importing nor torchrun is what is tested.
 
 A run of two ranks takes 10 CPU seconds, nearly all of which four processes spend importing torch. Here the launcher runs in
 the test's process and its ranks are forked; what they do, and all they write, is that of `python -m launch.train`.
+`forked` is any `python -m module ...` in a session of its own, which takes signals and ends as one that was started.
 """
 
 import atexit
 import contextlib
-import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,17 @@ from unittest import mock
 from launch import torchrun
 from tests.helpers.launching import ROOT, clean_environment, command_here
 
-IMPORTED = (
-    "launch.compose",
-    "launch.train",
-    "launch.torchrun",
-    "trainer.run",
-    "transformers.models.llama.modeling_llama",
-    "torch._dynamo",
-    "torch.distributed.fsdp",
-    "peft",
-)
-"""DeepSpeed is not among them: importing it starts a thread, which forked ranks would miss. They import it themselves."""
 _by_torchrun = torchrun.start
-GRACE_S = 5
-"""Seconds between the failure of a rank and the end of its peers, as under torchrun."""
 
 
 class Nursery:
-    """The process that ranks are forked from; started when first asked, and gone with this one."""
+    """The process that ranks are forked from, with the modules `also` imported beside what all need; gone with this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *also: str) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "tests.helpers.warm", str(theirs.fileno())]
-        env = clean_environment(OPENBLAS_NUM_THREADS="1")  # a process with threads cannot be forked
+        command = [sys.executable, "-m", "tests.helpers.nursery", str(theirs.fileno()), *also]
+        # A process with threads cannot be forked: neither of OpenBLAS, nor of the memory that Arrow gives back.
+        env = clean_environment(OPENBLAS_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         self._socket = ours
@@ -62,6 +50,13 @@ class Nursery:
                 return int(answer)
             look()
 
+    def process(self, job: dict[str, Any], descriptors: list[int]) -> "Forked":
+        """A process of its own that does `job`; it has copies of `descriptors`, of which the first two are its outputs."""
+        tells, told = os.pipe()
+        socket.send_fds(self._socket, [json.dumps(job).encode()], [told, *descriptors])
+        os.close(told)
+        return Forked(tells)
+
     def close(self) -> None:
         """End it with the ranks that it has forked."""
         self._socket.close()
@@ -69,6 +64,61 @@ class Nursery:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         nursery.cache_clear()
+
+
+class Forked:
+    """What `subprocess.Popen` is of a process that was started: `pid`, `returncode`, `poll`, `wait` and `send_signal`."""
+
+    def __init__(self, tells: int) -> None:
+        self._tells, self.returncode = os.fdopen(tells, "rb", buffering=0), None
+        self.pid = int(self._line())
+
+    def _line(self) -> bytes:
+        line = self._tells.readline()
+        assert line, "the process that forks others has ended"
+        return line
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._tells], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+            self.returncode = int(self._line())
+            self._tells.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def forked(
+    command: Sequence[Any],
+    env: dict[str, str],
+    output: int,
+    *,
+    errors: int | None = None,
+    cwd: Path = ROOT,
+    ranks: bool = False,
+    passed: Sequence[int] = (),
+) -> Forked:
+    """`subprocess.Popen` of `[sys.executable, "-m", module, ...]`; what it says to stderr goes to `output` too without `errors`.
+
+    `ranks`: those that it starts are forked as well. `passed`: descriptors that it has as `PASSED` and following ones. What
+    its environment says to libraries when they are imported, such as the number of their threads, comes too late;
+    `sitecustomize` on its PYTHONPATH is found.
+    """
+    python, flag, module, *words = map(str, command)
+    assert (python, flag) == (sys.executable, "-m"), command
+    job = {"module": module, "words": words, "env": env, "cwd": str(cwd), "ranks": ranks}
+    return nursery().process(job, [output, output if errors is None else errors, *passed])
 
 
 @cache
@@ -104,6 +154,14 @@ def start(
             raise
 
 
+def interrupted(*given: Any, **named: Any) -> tuple[int, set[int]]:
+    """`start`, to which Ctrl-C is an end of the ranks as to `launch.torchrun.start`."""
+    try:
+        return start(*given, **named)
+    except KeyboardInterrupt:
+        return 130, {signal.SIGINT}
+
+
 def _descriptor(stream: Any, usual: int) -> int:
     try:
         return stream.fileno()
@@ -122,61 +180,3 @@ def command_warm(words: list[str]) -> int:
     """As `command_here`, for a run of several ranks."""
     with forked_ranks():
         return command_here(words)
-
-
-def main(descriptor: int) -> None:
-    """In the process that forks: import, and start ranks as they are asked for, until nobody asks any more."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
-    with socket.socket(fileno=descriptor) as asked:
-        while True:
-            request, outputs, _, _ = socket.recv_fds(asked, 1 << 20, 2)
-            if not request:
-                return
-            asked.send(str(_ranks(json.loads(request), outputs)).encode())
-            for output in outputs:
-                os.close(output)
-
-
-def _ranks(job: dict[str, Any], outputs: list[int]) -> int:
-    running, code, deadline = {}, 0, float("inf")
-    for rank in range(job["world"]):
-        if (pid := os.fork()) == 0:
-            _rank(rank, job, outputs)
-        running[pid] = rank
-    while running:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in running:
-            del running[pid]
-            code = code or os.waitstatus_to_exitcode(status)
-            if code and deadline == float("inf"):
-                deadline = time.monotonic() + GRACE_S
-        elif time.monotonic() > deadline:
-            for left in running:
-                os.kill(left, signal.SIGKILL)
-            deadline = float("inf")
-        else:
-            time.sleep(0.01)
-    return code
-
-
-def _rank(rank: int, job: dict[str, Any], outputs: list[int]) -> None:
-    from launch.main import guarded
-    from launch.train import end
-    from trainer.stopping.signals import hold
-
-    try:
-        hold()
-        for output, place in zip(outputs, (1, 2), strict=True):
-            os.dup2(output, place)
-        os.chdir(job["cwd"])
-        os.environ.clear()
-        os.environ.update({**job["env"], "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        end(guarded("train", []))
-    finally:
-        os._exit(70)  # `end` did not come back: never on into the loop of the process that forked this one
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from launch.compare import answer, price_of
+from launch.compare import answer
 from launch.compare_answer import as_html
+from launch.prices import price_of
 from strategies.errors import ConfigError
 from trainer.comparison import page as page_module
 from trainer.comparison.asked import Row, read_rows, write_rows
@@ -43,7 +44,7 @@ def rows(tmp_path):
 
 
 def specs(text: str) -> dict[str, str]:
-    found = re.findall(r'^vegaEmbed\("#(\w+)", (\{.*\}), \{renderer', text, re.MULTILINE)
+    found = re.findall(r'^vegaEmbed\("#([\w-]+)", (\{.*\}), \{renderer', text, re.MULTILINE)
     return {name: spec.replace("<\\/", "</") for name, spec in found}
 
 
@@ -57,7 +58,7 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_shows(rows):
 
 def test_every_plot_is_drawn_with_every_point(rows):
     drawn = specs(as_html(compare(rows)))
-    assert list(drawn) == ["loss", "speed", "memory", "parts", "trade"]
+    assert list(drawn) == ["loss", "held-out", "course", "speed", "memory", "parts", "trade"]
     svg = {name: vl_convert.vegalite_to_svg(spec) for name, spec in drawn.items()}
     assert svg["loss"].count('aria-roledescription="line mark"') == 2
     assert svg["loss"].count('aria-roledescription="point"') == 14
@@ -69,6 +70,14 @@ def test_every_plot_is_drawn_with_every_point(rows):
     assert {param["name"] for param in loss["params"]} == {"over", "chosen", "zoom"}
     values = next(iter(loss["datasets"].values())) if "datasets" in loss else loss["data"]["values"]
     assert [row["seconds"] for row in values[:3]] == [0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("count", [9, 14])
+def test_no_two_runs_share_a_colour(rows, tmp_path, count):
+    several = [Row((tmp_path / "b",), f"run-{number}") for number in range(count)]
+    drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, price_of)))["loss"])
+    colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? stroke="(#\w+)"', drawn)
+    assert len(colours) == len({*colours}) == count
 
 
 def test_numbers_over_repeats(rows):

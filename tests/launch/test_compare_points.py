@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.wandb_files import record, summary
-from tests.helpers.warm import command_warm
+from tests.helpers.warm import command_warm, forked
 from trainer.records.status import State, write_status
 
 
@@ -62,20 +61,23 @@ def compared(site):
     ]
     command += [f"to={site / 'to'}", "--json"]
     env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
-    first = subprocess.Popen(
-        command, env=env, cwd=site, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    watch = threading.Timer(seconds(300), first.kill)
-    watch.start()
-    told = ""
-    for line in first.stderr:
-        told += line
-        if line.startswith("[2/6] lr1e-4-fsdp2 -> "):
-            os.killpg(first.pid, signal.SIGINT)  # as a terminal does
-            break
-    out, rest = first.communicate()
+    reads, writes = os.pipe()
+    # What Ctrl-C does to ranks of torchrun is shown in test_processes.py.
+    with (site / "out").open("w") as out, os.fdopen(reads) as errors:
+        first = forked(command, env, out.fileno(), errors=writes, cwd=site, ranks=True)
+        os.close(writes)
+        watch = threading.Timer(seconds(300), first.kill)
+        watch.start()
+        told = ""
+        for line in errors:
+            told += line
+            if line.startswith("[2/6] lr1e-4-fsdp2 -> "):
+                os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+                break
+        rest = errors.read()
     watch.cancel()
-    assert first.returncode == 130, told + rest
+    assert first.wait(seconds(60)) == 130, told + rest
+    out = (site / "out").read_text()
     status = site / "to/lr1e-4-ddp/status.json"
     done_at = status.stat().st_mtime_ns
     answer, said = io.StringIO(), io.StringIO()
@@ -184,6 +186,8 @@ def test_conditions(site):
     ]
     where = "compare.where=[tuning=full+optim.lr=2e-5, tuning=lora optim.lr=2e-4]"
     assert listed(site, *axes, where) == ["full-lr2e-5", "lora-lr2e-4"]
+    own = ("tuning=full,lora", "tuning.dora=false,true", "optim.lr=2e-5,2e-4", where)
+    assert listed(site, *own) == ["full-lr2e-5", "lora-dora_false-lr2e-4", "lora-dora_true-lr2e-4"]
     lists = ("tuning=lora", "tuning.targets=[q_proj,v_proj],[q_proj]")
     assert listed(site, *lists) == ["targets_q_proj_v_proj", "targets_q_proj"]
     assert listed(site, *lists, "compare.repeats=2", "compare.skip=[tuning.targets=[q_proj,v_proj]]") == [
@@ -224,6 +228,7 @@ def test_a_dry_run_lists_and_runs_nothing(site, capsys, monkeypatch):
     monkeypatch.chdir(site)
     assert main(["compare", *words(site, "strategy=ddp,single", "compare.steps=2"), "to=dry", "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert "only where" not in out
     assert "2 points in dry" in out and "refused: strategy=single: runs in one process, not 2" in out
     assert not (site / "dry").exists()
     assert main(["compare", *words(site, "strategy=ddp,fsdp2"), "dry"]) == 64
@@ -248,6 +253,8 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     assert submitted == str(tmp_path / "new/ddp/train.sbatch") and "--array=0-2" in Path(submitted).read_text()
     said = capsys.readouterr()
     assert "submitted job 7" in said.err and "not started" in said.out
+    assert f"how the points stand, now and when their jobs have ended: shardtune compare {tmp_path / 'new'}" in said.err
+    assert "logging.name" not in said.out, "what a point is called is no difference of its own"
     write_status(tmp_path / "new/ddp", State.done, step=4)
     assert main(["compare", *asked, new]) == 0
     assert (tmp_path / "asked").read_text().splitlines()[1] == str(tmp_path / "new/fsdp2/train.sbatch")

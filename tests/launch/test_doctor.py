@@ -143,4 +143,4 @@ def test_what_would_change_a_run_is_said(capsys, monkeypatch, tmp_path):
     assert main(["doctor", "--quick"]) == 64
     assert "doctor takes --json and --help" in capsys.readouterr().err
     assert main(["doctor", "launcher.nodes=2", "launcher.rdzv=n1:29400", "run.dir=x"]) == 64
-    assert "without it call doctor on each of them" in capsys.readouterr().err
+    assert "else call doctor on each of them" in capsys.readouterr().err

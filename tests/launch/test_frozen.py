@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from launch.compose import compose, default_run_dir, freeze, load_frozen
-from launch.frozen import freeze_choices, identity
+from launch.frozen import NOT_IDENTIFYING, freeze_choices, identity
 from strategies.errors import ConfigError, StorageError
 from trainer.records.lease import Lease
 from trainer.records.status import write_status
@@ -91,7 +91,7 @@ def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
     path = freeze(composed(), tmp_path) / "config.yaml"
     tree = OmegaConf.to_container(OmegaConf.create(path.read_text()))
     del tree["optim"]["max_skipped_steps"]
-    kept = {k: v for k, v in tree.items() if k not in ("logging", "launcher", "substitutions")}
+    kept = {k: v for k, v in tree.items() if k not in NOT_IDENTIFYING}
     kept["run"] = {"seed": tree["run"]["seed"]}
     sha256 = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     path.write_text(f"# sha256: {sha256}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}")
@@ -108,6 +108,24 @@ def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
         freeze(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
     assert "optim.lr: 0.001 there, 0.0001 here" in caught.value.problems
     assert "strategy.name: single there, ddp here" in caught.value.problems
+
+
+def test_a_run_that_is_not_done_may_go_on_in_another_way(tmp_path, capsys):
+    freeze(composed("strategy=single", "batch.micro=4"), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2")
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(way, tmp_path)  # as a point of a comparison
+    freeze(way, tmp_path, another_way=True)
+    assert "goes on in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
+    assert "strategy.name: single there, fsdp2 here" in said
+    assert load_frozen(tmp_path / "config.yaml") == way.config
+    for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
+        with pytest.raises(ConfigError, match="another configuration"):
+            freeze(composed(*words), tmp_path, another_way=True)
+    write_status(tmp_path, "done")
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(composed("strategy=single", "batch.micro=4"), tmp_path, another_way=True)
 
 
 def test_a_directory_where_nothing_was_reached_takes_a_corrected_command(tmp_path):

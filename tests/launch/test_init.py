@@ -171,8 +171,9 @@ def test_a_file_of_axolotl(tmp_path, capsys, monkeypatch):
         "gpt4_llm_cleaned": ("hub:teknium/GPT4-LLM-Cleaned", "alpaca"),
     }
     assert config.data.sources["train"].columns == {"messages": "conversations"}
+    assert config.model.neftune_alpha == 5
     lacking = {row["setting"] for row in told["no_equal"]}
-    assert {"datasets[1].shards", "neftune_noise_alpha", "plugins", "special_tokens", "peft"} <= lacking
+    assert {"datasets[1].shards", "plugins", "special_tokens", "peft"} <= lacking
     assert told["replaced"] == ["base_model: NousResearch/Llama-3.2-1B"]
     assert main(["init", "from=axolotl.yml", "launcher.processes=2", "launcher.nodes=2", "to=four.yaml"]) == 0
     assert "  global: 32 " in (tmp_path / "four.yaml").read_text()

@@ -156,7 +156,9 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("optim=adamw_bnb_8bit", "here it is optim=adamw_8bit"),
         ("tuning=qlora", "here it is tuning=lora model.quantisation=nf4"),
         ("val_set_size=200", "set data.eval_share to 200 over"),
-        ("neftune_noise_alpha=5", "there is no equal here: no noise"),
+        ("neftune_noise_alpha=5", "here it is model.neftune_alpha=5"),
+        ("label_smoothing_factor=0.1", "here it is objective.label_smoothing=0.1"),
+        ("ema_decay=0.99", "here it is optim.ema_decay=0.99"),
         ("load_best_model_at_end=true", "checkpoint=best"),
     ],
 )
@@ -238,6 +240,21 @@ def test_sweeps_are_the_cartesian_product():
     assert points[0] == ["strategy=ddp", "optim.lr=1e-3", "run.seed=0"]
     assert points[-1] == ["strategy=fsdp2", "optim.lr=1e-4", "run.seed=1"]
     assert expand(["optim.lr=["]) == [["optim.lr=["]]
+
+
+def test_a_setting_of_some_choices_of_an_axis_is_for_points_with_one_of_them():
+    axes = read_axes(["tuning=full,lora,vera", "tuning.rank=4,8", "tuning.dora=true", "tuning.gamma=1"])
+    assert axes.points() == [
+        ["tuning=full", "tuning.gamma=1"],  # what no choice has is told when a point is composed
+        ["tuning=lora", "tuning.rank=4", "tuning.dora=true", "tuning.gamma=1"],
+        ["tuning=lora", "tuning.rank=8", "tuning.dora=true", "tuning.gamma=1"],
+        ["tuning=vera", "tuning.rank=4", "tuning.gamma=1"],
+        ["tuning=vera", "tuning.rank=8", "tuning.gamma=1"],
+    ]
+    assert axes.partly() == ["tuning.rank: only where tuning is lora or vera", "tuning.dora: only where tuning is lora"]
+    assert [axes.changed(point) for point in axes.points()][:2] == ["tuning=full", "tuning=lora tuning.rank=4"]
+    assert expand(["tuning=full", "tuning.dora=true,false"])[0] == ["tuning=full", "tuning.dora=true"]  # refused there
+    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).partly() == []
 
 
 @pytest.mark.parametrize(

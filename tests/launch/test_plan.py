@@ -82,6 +82,22 @@ def test_a_figure_of_a_card_can_be_another(tmp_path):
         (["hardware=list.yaml"], "hardware=list.yaml: the file must hold keys"),
         (["hardware=l4", "plan.quantisation=nf4"], "plan.quantisation=nf4: is a list; write plan.quantisation=[nf4]"),
         (["hardware=l4", "plan.workers=-1"], "plan.workers=-1: must be at least 0"),
+        (
+            ["hardware=l4", "plan.theirs=stock_loss"],
+            "plan.theirs=stock_loss: is a list; write plan.theirs=[stock_loss]",
+        ),
+        (
+            ["hardware=l4", "plan.theirs=[stock_loss,fused_loss]"],
+            "a step has one loss; name one of stock_loss, fused_loss",
+        ),
+        (
+            ["hardware=l4", "plan.theirs=[pure_bf16]", "tuning=lora"],
+            "is of full tuning; set tuning=full, or leave it out",
+        ),
+        (
+            ["hardware=l4", "plan.theirs=[stock_loss]", "objective=classification"],
+            "is of a loss over words; objective=",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_card_or_a_plan_is_said(capsys, monkeypatch, tmp_path, model, words, said):
@@ -203,6 +219,32 @@ def test_where_nothing_fits(capsys, model):
     code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single")
     assert code == 69, out
     assert "Nothing fits" in out and "too large" in out
+
+
+def test_what_another_trainer_holds_stands_apart(capsys, model):
+    """Arithmetic by hand: 12 bytes for each of 512 words and 64 tokens; weights, moments and update in bf16."""
+    words = [
+        "hardware=l4",
+        "strategy=single",
+        "strategy.activation_checkpointing=none",
+        "batch.micro=1",
+        "batch.global=1",
+    ]
+    told = [
+        plan(capsys, model, *words, "--json", *more)
+        for more in ([], ["plan.theirs=[stock_loss]"], ["plan.theirs=[pure_bf16]"])
+    ]
+    assert [code for code, _ in told] == [0, 0, 0]
+    answers = [json.JSONDecoder().raw_decode(out)[0] for _, out in told]
+    ours, loss, pure = (answer["ways"][0] for answer in answers)
+    theirs = [one.pop("theirs_gib") for one in (ours, loss, pure)]
+    assert ours == loss == pure and theirs[0] is None, "what is told of this trainer is what it is without"
+    assert theirs[1]["total"] > ours["peak_gib"] and theirs[1]["at"] == "loss"
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    assert theirs[1]["parts"]["logits"] * 2**30 == 12 * words * 64
+    assert theirs[1]["total"] == pytest.approx(sum(theirs[1]["parts"].values()))
+    size = answers[0]["model"]["parameters"] / 2**30
+    assert theirs[2]["parts"].items() >= {"weights": 2 * size, "moments": 4 * size}.items()
 
 
 def killed(config, *asked):

@@ -1,6 +1,7 @@
 """`shardtune plan from=<run>`: all ways reckoned with what a run measured; the runs are written by hand, there is no GPU."""
 
 import json
+import pickle
 
 import pytest
 
@@ -8,6 +9,7 @@ from launch import main as command
 from launch.compose import compose, freeze
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
+from trainer.forecast import sweep
 
 GPU = "NVIDIA A10G"
 CARD = ["hardware=a10g", "strategy=fsdp2", "tuning=lora", "strategy.defer_sync=false"]
@@ -19,6 +21,22 @@ def words(tmp_path_factory):
     root = tmp_path_factory.mktemp("from")
     data = write_chat_data(root / "chats.jsonl", 16)
     return [f"model.path={model_dir(root)}", f"data.path={data}", f"data.cache_dir={root / 'cache'}"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulated_once():
+    """What is simulated is the same, with a run to go by and without."""
+    simulate, known = sweep.simulate_ways, {}
+
+    def ways(found, job, accumulation, settings, tell):
+        key = pickle.dumps([[way.config for way in found], job, accumulation, settings])
+        if key not in known:
+            known[key] = simulate(found, job, accumulation, settings, tell)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "simulate_ways", ways)
+        yield
 
 
 def plan(capsys, *asked):

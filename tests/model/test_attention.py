@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import tiny_model_dir
-from trainer.heads.loss import LossHead, head_transform
+from trainer.heads.fuse import head_transform
+from trainer.heads.loss import LossHead
 from trainer.model import attention
 
 LENGTHS = (7, 40, 1, 21)

@@ -1,5 +1,6 @@
 """What checkpoints become in a model, against transformers' own loader."""
 
+import copy
 import json
 import math
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from strategies.errors import ConfigError, DataError
 from strategies.parameters import meta_context
+from tests.helpers.launching import command_here
+from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.models.tiny import tiny_model
 from trainer.export.tensors import write_tensors
 from trainer.model import experts
@@ -173,6 +176,24 @@ def test_blocks_of_few_bits_are_read_as_numbers_and_stored_as_numbers(tmp_path, 
     config.save_pretrained(tmp_path / "again")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(reloaded[name], value.float()) for name, value in pairs)
+
+
+def test_a_checkpoint_of_few_bits_is_trained_and_its_export_verified_by_the_command(tmp_path):
+    config, publish, _ = PUBLISHED["gpt_oss"]
+    config = copy.deepcopy(config)
+    config.vocab_size = 384
+    stored, run = tmp_path / "published", tmp_path / "run"
+    saved(config, stored)
+    publish(stored)
+    tiny_tokenizer().save_pretrained(stored)
+    data = write_chat_data(tmp_path / "chat.jsonl", 8)
+    words = f"train model.path={stored} data.path={data} tuning=lora precision=bf16 batch.global=2 batch.micro=2 budget.steps=1"
+    words += f" run.device=cpu run.dir={run} data.cache_dir={tmp_path / 'cache'} export.merge=true export.verify=true"
+    assert command_here(words.split()) == 0
+    assert "quantization_config" not in json.loads((run / "export" / "config.json").read_text())
+    reloaded, told = transformers.AutoModelForCausalLM.from_pretrained(run / "export", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert all(parameter.is_floating_point() for parameter in reloaded.parameters())
 
 
 def test_other_quantised_checkpoints_are_refused_by_their_kind(tmp_path):

@@ -63,7 +63,7 @@ def test_documents_windows_sinks_caps_and_chunks_are_proven_in_one_row(kind):
     """Loss and gradients against the stock model in eager attention on each document apart."""
     found, plain, config = proven(kind)
     assert found.padding_free is not None, found.reason
-    assert flex.gains_by_flex(plain, config) and flex.why_not_flex(plain, [16], dropout=0.0) is None
+    assert flex.needs_eager(plain, config) is (kind != "chunks") and flex.why_not_flex(plain, [16], dropout=0.0) is None
 
 
 def test_a_cap_that_is_left_out_is_found_out(monkeypatch):
@@ -147,7 +147,7 @@ def test_why_a_model_cannot_have_it_or_needs_it_not():
     with meta_context():
         llama = transformers.AutoModelForCausalLM.from_config(CONFIGS["plain"]())
         gpt2 = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_layer=1))
-    assert not flex.gains_by_flex(llama, llama.config)
+    assert not flex.needs_eager(llama, llama.config)
     assert flex.why_not_flex(llama, [8], dropout=0.0) == "it has no heads of 8, 16 are the least"
     assert flex.why_not_flex(llama, [64], dropout=0.1) == "it has no dropout"
     assert flex.why_not_flex(gpt2, [64], dropout=0.0) == "transformers has none for GPT2LMHeadModel"

@@ -8,7 +8,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import tiny
 from trainer.data.config import Layout
 from trainer.export.verify import DriftError, verify_export
-from trainer.heads.loss import fuse_head
+from trainer.heads.fuse import fuse_head
 from trainer.model.layout import Arrangement
 from trainer.model.still import still_rows, zeroed_row
 

@@ -25,7 +25,8 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.heads.divergence import Against, Divergence, Measure
-from trainer.heads.loss import LossHead, fuse_head
+from trainer.heads.fuse import fuse_head
+from trainer.heads.loss import LossHead
 from trainer.objectives.base import Beside, TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.registry import build_objective, reading_of

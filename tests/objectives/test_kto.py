@@ -23,7 +23,7 @@ from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
-from trainer.heads.loss import fuse_head
+from trainer.heads.fuse import fuse_head
 from trainer.objectives.kto import FURTHEST, KtoConfig, mismatched, partner
 from trainer.objectives.reference import RecordLogps
 from trainer.objectives.registry import build_objective, reading_of

@@ -20,6 +20,7 @@ from trainer.objectives.causal import FUSED, WAYS, Way
 SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 WINDOWED = {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4096, "intermediate_size": 11008}
 ENCODER = {**SIZES, "intermediate_size": 64}
+XMOD = {**ENCODER, "is_decoder": True, "pad_token_id": 1}
 CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**SIZES, **WINDOWED),
     "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, **WINDOWED, num_local_experts=8),
@@ -32,6 +33,9 @@ CONFIGS = {
     ),
     "encoder": lambda: transformers.BertConfig(**ENCODER),
     "xlstm": lambda: tiny_config("xlstm"),
+    "llama4": lambda: tiny_config("llama4_text"),
+    "cpmant": lambda: tiny_config("cpmant"),
+    "xmod": lambda: transformers.XmodConfig(**XMOD),
 }
 
 
@@ -52,6 +56,19 @@ def arranged(kind, **settings):
 def test_windows_sinks_and_experts_are_proven_in_one_row(kind):
     model, found = arranged(kind)
     assert (found.layout, found.attention, model.way) == (Layout.padding_free, attention.NAME, FUSED)
+
+
+AS_IN_ROWS = {"_chunked": lambda bounds, size: bounds, "_timed": lambda module, query, bounds: query}
+
+
+@pytest.mark.parametrize("broken", [None, *AS_IN_ROWS])
+def test_chunks_and_scales_by_position_are_those_of_documents(broken, monkeypatch):
+    """Llama 4's: without what the kernel does about either, documents in one row are found out."""
+    if broken:
+        monkeypatch.setattr(attention, broken, AS_IN_ROWS[broken])
+    model, found = arranged("llama4")
+    assert found.layout is (Layout.padded if broken else Layout.padding_free)
+    assert model.way == WAYS[1]
 
 
 def test_distances_that_run_through_a_row_need_padded_rows():
@@ -91,9 +108,19 @@ def test_a_model_that_magnifies_rounding_takes_several_documents_a_batch():
     assert (found.layout, model.way) == (Layout.padded, WAYS[1])
 
 
-def test_a_model_whose_tokens_see_ahead_is_refused():
-    with pytest.raises(ConfigError, match=r"see what follows.*is_decoder.*classification"):
+def test_a_model_whose_tokens_see_ahead_is_refused_with_what_helps_this_one():
+    with pytest.raises(ConfigError, match=r"see what follows.*is_decoder to true.*classification"):
         arranged("encoder")
+    with pytest.raises(ConfigError, match=r"teach nothing; take a causal model$"):
+        arranged("cpmant")  # it has neither
+
+
+def test_a_model_that_lacks_a_setting_trains_with_it(monkeypatch):
+    """Published ones have no default language, and plain transformers asks for it."""
+    with pytest.raises(ConfigError, match=r"Input language unknown.*set what it lacks in its config\.json"):
+        arranged("xmod")
+    monkeypatch.setitem(CONFIGS, "xmod", lambda: transformers.XmodConfig(**XMOD, default_language="en_XX"))
+    assert arranged("xmod")[1].layout is Layout.padded
 
 
 def test_an_attention_that_ignores_the_window_is_found_out(monkeypatch):
@@ -118,7 +145,7 @@ def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
     assert passage._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED
-    monkeypatch.setattr("trainer.heads.loss.head_transform", lambda _config: (None, 1.0))
+    monkeypatch.setattr("trainer.heads.fuse.head_transform", lambda _config: (None, 1.0))
     found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.padding_free == Way(fused=False, positions=True)
 

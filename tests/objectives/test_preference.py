@@ -12,7 +12,7 @@ from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints
 from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, run_config, take_steps, trainer_for
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.heads.loss import fuse_head
+from trainer.heads.fuse import fuse_head
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.reference import RecordLogps
@@ -52,10 +52,10 @@ def model(case: dict, phase: float = 0.0) -> nn.Module:
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
     if case["objective"] == "reward":
-        return fill(LlamaForSequenceClassification(model_config()), phase)
+        return fill(LlamaForSequenceClassification(model_config()), phase).double()
     made = fill(LlamaForCausalLM(model_config()), phase)
     fuse_head(made, made.config)
-    return made
+    return made.double()  # as TRL's were: sums that nearly cancel differ from one processor to another in float32
 
 
 def batch_of(chosen: list[Sample], case: dict) -> dict:

@@ -17,9 +17,11 @@ from tests.helpers.building import (
     two_sided_samples,
     two_sided_set,
 )
+from tests.helpers.covering import chosen
 from tests.helpers.methods import CASES
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
+from trainer.config.combinations import row_of
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.document import Document
 from trainer.objectives.seq2seq import (
@@ -231,7 +233,7 @@ ALLOWED = [case for case, tuning in CASES.items() if not method_of(tuning).no_se
 ALLOWED.remove("freeze modules")  # by names that these models do not have
 
 
-@pytest.mark.parametrize("case", ALLOWED)
+@pytest.mark.parametrize("case", chosen(ALLOWED, lambda case: {row_of(CASES[case])}))
 def test_a_method_that_is_not_refused_takes_steps_that_do_not_depend_on_the_micro_batch(root, runtime, case):
     curves = []
     for micro in (GLOBAL_BATCH, 4):

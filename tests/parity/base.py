@@ -12,6 +12,7 @@ from strategies import runtime as processes
 from strategies.base import StrategyConfig
 from strategies.parameters import named_parameters
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, data_set, take_steps, trainer_for
+from tests.helpers.learning import LEAST_LEARNED, learned, moved
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.loop import Trainer
@@ -63,9 +64,23 @@ class Job:
         """Its curve. Alone."""
         return lone_steps(self.lone_trainer(config, data), steps)
 
-    def still(self, config: RunConfig, steps: int, data: Prepared | None = None) -> Curve:
-        """Its curve at a rate of zero: what a curve that learns something must differ from. Alone."""
-        return self.lone(replace(config, optim=replace(config.optim, lr=0.0)), steps, data)
+    def lone_and_far(self, config: RunConfig, steps: int, data: Prepared | None = None) -> tuple[Curve, float]:
+        """Its curve, and how far that is from the curve of a run that learns nothing. Alone."""
+        trainer = self.lone_trainer(config, data)
+        curve = lone_steps(trainer, steps)
+        return curve, self.far(trainer, curve, config, data)
+
+    def far(self, trainer: Trainer, curve: Curve, config: RunConfig, data: Prepared | None = None) -> float:
+        """The same of a trainer that has taken the steps of `curve`: by `again`, or where that says little by a run. Alone."""
+        if (again := self.again(trainer, curve)) > LEAST_LEARNED:
+            return again
+        rows = [row[:2] for row in curve]
+        return learned(rows, self.lone(replace(config, optim=replace(config.optim, lr=0.0)), len(rows), data))
+
+    def again(self, trainer: Trainer, curve: Curve) -> float:
+        """By how much the first batch, taken once more after the steps of `curve`, has moved. Alone."""
+        trainer.progress.samples = 0
+        return moved(lone_steps(trainer, 1)[0], curve[0][:2])
 
     def saved(self, trainer: Trainer) -> Path:
         """A directory with the training state, written out of a copy as in the background."""

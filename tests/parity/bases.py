@@ -74,24 +74,23 @@ def _config(job: Job, model: dict, tuning: LoraConfig, strategy: Any, **changes:
     return replace(config, tuning=tuning, model=replace(config.model, **settings))
 
 
-def _lone(job: Job, case: str) -> tuple[dict[str, torch.Tensor], Curve]:
+def _lone(job: Job, case: str) -> tuple[dict[str, torch.Tensor], Curve, float]:
     model, tuning, _ = CASES[case]
     config = _config(job, model, tuning, "single")
 
     def computed():
         trainer = job.lone_trainer(config)
         start = values_of(trainer)
-        return start, lone_steps(trainer, STEPS)
+        curve = lone_steps(trainer, STEPS)
+        return start, curve, job.far(trainer, curve, config)
 
-    return job.oracle(("base", case), computed, elsewhere=({}, []))
+    return job.oracle(("base", case), computed, elsewhere=({}, [], 0.0))
 
 
-def lone(job: Job, case: str) -> dict[str, Curve]:
-    """The curve of one process, and that of a rate of zero."""
-    model, tuning, _ = CASES[case]
-    config = _config(job, model, tuning, "single")
-    still = job.oracle(("base, still", case), lambda: job.still(config, STEPS), elsewhere=[])
-    return {"curve": _lone(job, case)[1], "still": still}
+def lone(job: Job, case: str) -> dict[str, Any]:
+    """The curve of one process, and how far it is from one that learns nothing."""
+    _, curve, far = _lone(job, case)
+    return {"curve": curve, "learned": far}
 
 
 def curve(job: Job, case: str, name: str) -> dict[str, Any]:
@@ -158,14 +157,15 @@ def resumed(job: Job, case: str, name: str) -> dict[str, Any]:
         return row
 
 
-def preference(job: Job, case: str, name: str) -> dict[str, Curve]:
+def preference(job: Job, case: str, name: str) -> dict[str, Any]:
     """DPO from a first adapter: the first loss is log 2 where the reference is the first adapter's model."""
     data = job.first_here(lambda: pair_set(job.root))
     with released_at_once():
         config = _config(job, PREFERENCE[case], FIRST, STRATEGIES[name], objective=DpoConfig(beta=0.5))
-        expected = job.oracle(("preference", case), lambda: job.lone(config, STEPS, data), elsewhere=[])
-        still = job.oracle(("preference, still", case), lambda: job.still(config, STEPS, data), elsewhere=[])
-        return {"found": job.curve(config, STEPS, data), "expected": expected, "still": still}
+        expected, far = job.oracle(
+            ("preference", case), lambda: job.lone_and_far(config, STEPS, data), elsewhere=([], 0.0)
+        )
+        return {"found": job.curve(config, STEPS, data), "expected": expected, "learned": far}
 
 
 def half(job: Job, name: str) -> Curve:

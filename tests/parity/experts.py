@@ -57,7 +57,7 @@ CLEAR = 1e-3
 SEEDS = 24
 
 
-def _made(job: Job, architecture: str, seed: int) -> Path:
+def made_of(job: Job, architecture: str, seed: int) -> Path:
     def made():
         path = model_dir(job.root / f"seed-{seed}", architecture, seed=seed, **ARCHITECTURES[architecture])
         file = path / "model.safetensors"
@@ -86,7 +86,7 @@ def marks(case: tuple[str, str, str, str]) -> set[Hashable]:
 def _config(job: Job, case: tuple[str, str, str, str], seed: int) -> RunConfig:
     architecture, tuning, strategy, losses = case
     chosen = STRATEGIES.get(strategy, strategy)
-    config = run_config(_made(job, architecture, seed), chosen, "lora", micro=MICRO[losses], steps=STEPS)
+    config = run_config(made_of(job, architecture, seed), chosen, "lora", micro=MICRO[losses], steps=STEPS)
     return replace(
         config, tuning=TUNINGS[tuning], model=replace(config.model, **LOSSES[losses], **WORDS.get(tuning, {}))
     )
@@ -144,11 +144,12 @@ def _watched(job: Job, config: RunConfig) -> dict[str, Any]:
         trainer = job.lone_trainer(config)
     watch = _Watch(trainer)
     found = _steps(trainer, lambda value: value)
-    counts = {name: count.tolist() for name, count in watch.counts.items()}
-    return {**found, "gap": watch.gap, "counts": counts, "read": sum(sizes)}
+    counts, gap = {name: count.tolist() for name, count in watch.counts.items()}, watch.gap
+    far = job.far(trainer, found["curve"], config)
+    return {**found, "gap": gap, "counts": counts, "read": sum(sizes), "learned": far}
 
 
-def _decided(job: Job, architecture: str, tuning: str, losses: str) -> tuple[int, dict[str, Any]]:
+def decided(job: Job, architecture: str, tuning: str, losses: str) -> tuple[int, dict[str, Any]]:
     """The first seed of a model whose routers never waver, and what a lone process does with it."""
 
     def found():
@@ -162,17 +163,14 @@ def _decided(job: Job, architecture: str, tuning: str, losses: str) -> tuple[int
 
 
 def lone(job: Job, architecture: str, tuning: str, losses: str) -> dict[str, Any]:
-    """The lone process's curve, its narrowest choice, what its experts got, and its curve at a rate of zero."""
-    seed, run = _decided(job, architecture, tuning, losses)
-    config = _config(job, (architecture, tuning, "single", losses), seed)
-    key = ("experts, still", architecture, tuning, bool(LOSSES[losses]))
-    return {**run, "still": job.once(key, lambda: job.still(config, STEPS))}
+    """The lone process's curve, its narrowest choice, what its experts got, and how far it is from one that learns nothing."""
+    return decided(job, architecture, tuning, losses)[1]
 
 
 def curve(job: Job, *case: str) -> dict[str, Any]:
     """Loss and grad norm of every step, and how many tokens each expert got on all ranks together."""
     with released_at_once():
-        seed, _ = _decided(job, case[0], case[1], case[3])
+        seed, _ = decided(job, case[0], case[1], case[3])
         with _reading() as sizes:
             trainer = job.trainer(_config(job, case, seed))  # type: ignore[arg-type]
         watch = _Watch(trainer)

@@ -14,7 +14,10 @@ from strategies.matmul import Matmul
 from tests.helpers.ranks import serve
 from tests.parity.base import Job
 
-PARTS = ("matrix", "methods", "features", "optimizers", "bases", "pairs", "two_sides", "teachers", "experts", "guards")
+PARTS = (
+    *("matrix", "methods", "features", "optimizers", "bases", "pairs", "two_sides", "teachers", "experts"),
+    *("guards", "remedies", "resuming"),
+)
 
 
 def main(directory: Path) -> None:

@@ -41,13 +41,14 @@ def curve(job: Job, strategy: str, tuning: str, masks: str, accumulation: int) -
     return [list(row) for row in take_steps(trainer, STEPS)]
 
 
-def lone(job: Job, tuning: str, masks: str) -> dict[str, Curve]:
-    """The same under `single`, and at a rate of zero."""
+def lone(job: Job, tuning: str, masks: str) -> dict[str, Any]:
+    """The same under `single`, and how far that is from a run that learns nothing."""
     data = masked(job, masks)
     plain = config(job, "single", tuning, 1)
-    curve = job.oracle(("matrix", tuning, masks), lambda: job.lone(plain, STEPS, data), elsewhere=[])
-    still = job.oracle(("matrix, still", tuning, masks), lambda: job.still(plain, STEPS, data), elsewhere=[])
-    return {"curve": curve, "still": still}
+    curve, far = job.oracle(
+        ("matrix", tuning, masks), lambda: job.lone_and_far(plain, STEPS, data), elsewhere=([], 0.0)
+    )
+    return {"curve": curve, "learned": far}
 
 
 def sockets(job: Job, strategy: str) -> Curve:

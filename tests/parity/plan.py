@@ -59,11 +59,6 @@ class Run:
         return f"{self.case}, {self.feature if self.feature in OTHERWISE else 'documents'}, {self.optim}"
 
     @property
-    def still(self) -> str:
-        """What it has in common with a lone run that learns nothing."""
-        return self.oracle.rpartition(", ")[0]
-
-    @property
     def row(self) -> str:
         return row_of(CASES[self.case])
 

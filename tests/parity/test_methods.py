@@ -3,11 +3,11 @@
 import pytest
 
 from launch.compose import compose
-from strategies.base import StrategyName
-from tests.helpers.learning import LEAST_LEARNED, learned
+from strategies.every import STRATEGIES
+from tests.helpers.learning import LEAST_LEARNED
 from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
-from tests.parity.methods import RESUMED, STEPS
+from tests.parity.methods import FEWER, RESUMED, STEPS
 from tests.parity.plan import CASES, GATHERING, covering, everything, main_cases, missing, plan
 from trainer.config.combinations import FEATURES, State, cell, rows
 from trainer.config.validate import problems_of
@@ -32,11 +32,11 @@ def test_a_method_takes_the_same_steps_as_single_from_the_same_start(ask, run):
     curves = ask("methods", "curves", run.case, run.strategy, run.feature, run.optim, limit_s=limit_s)
     found, expected = curves["found"], curves["expected"]
     assert curves["start"] == 0.0
-    assert len(expected) == STEPS
+    assert len(expected) in (FEWER, STEPS)
     rounded = run.feature == "bf16"
     assert_close(found, expected, BF16 if rounded else TOLERANCE)
     assert not rounded or found != expected
-    assert learned(expected, curves["still"]) > LEAST_LEARNED, "it learns nothing: the comparison is blind"
+    assert curves["learned"] > LEAST_LEARNED, "it learns nothing: the comparison is blind"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_only_known_words_are_refused_and_legal_choices_are_named():
     for row, method in rows().items():
         assert set(method.refused) <= words | {"quantised"}, row
         assert set(method.optimizers) <= set(map(str, SUPPORT)), row
-        for strategy in StrategyName:
+        for strategy in STRATEGIES:
             for feature in FEATURES:
                 verdict = cell(row, strategy, feature)
                 assert (verdict.state is State.refused) == bool(verdict.instead)

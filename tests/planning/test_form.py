@@ -9,7 +9,7 @@ from strategies.base import Fsdp2Config
 from strategies.owned import Kind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
-from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
+from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
 from trainer.forecast.plan import deferred, waiting_bytes
 from trainer.forecast.simulation import simulate_depth, simulate_form
@@ -64,7 +64,14 @@ def both(model, case, layout, rows, length):
     return form, form.at(rows if form.rows else rows * length), found
 
 
-@pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, lambda one: values((*astuple(one[0]), one[1]))), ids=str)
+def marks(one):
+    """Every value, and of strategies each way of keeping parameters: whole, gathered by block, gathered by ZeRO-3."""
+    case, layout = one
+    kept = "whole" if case.strategy in WHOLE else "blocks" if case.strategy in NATIVE else "zero3"
+    return values((kept, *astuple(case)[1:], layout))
+
+
+@pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, lambda one: one[0].accumulation), ids=str)
 def test_any_micro_batch(model, case, layout):
     form, taken, found = both(model, case, layout, 4, 512)
     assert form.layout == layout and form.rows == (layout == "padded")

@@ -22,12 +22,14 @@ from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import command_warm
 from trainer.config.run import MICRO, Device, LauncherConfig
 from trainer.forecast import micro as micro_module
-from trainer.forecast import simulation
+from trainer.forecast import simulation, tried
 from trainer.forecast.lengths import divisors
-from trainer.forecast.micro import Given, _agreed, proposed, settle_micro, would_choose
+from trainer.forecast.micro import _trial, proposed, settle_micro, would_choose
 from trainer.forecast.simulation import simulate_depth
+from trainer.forecast.tried import Given, take_steps
 from trainer.model.loading import load_tokenizer
 from trainer.planning.hardware import GIB
 
@@ -112,7 +114,7 @@ def test_a_model_that_is_right_for_one_document_gets_one(made, monkeypatch):
 
 def running_out(monkeypatch, above, error=None):
     """Real steps, after which memory is said to have run out with more than `above` documents."""
-    taken, real = [], micro_module._take_steps
+    taken, real = [], tried.take_steps
 
     def take(config, given):
         real(config, given)
@@ -120,7 +122,7 @@ def running_out(monkeypatch, above, error=None):
         if config.batch["micro"] > above:
             raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(micro_module, "_take_steps", take)
+    monkeypatch.setattr(tried, "take_steps", take)
     return taken
 
 
@@ -143,9 +145,9 @@ def test_memory_that_runs_out_lowers_it_and_the_run_is_as_if_told(made, given, m
 def test_nothing_of_what_was_tried_stays(made, given, strategy):
     """Else the run itself would find the memory taken: DeepSpeed's hooks keep an engine that nobody has any more."""
     config = replace(made[0], strategy=STRATEGIES[strategy], tuning=TUNINGS["full"], batch={"global": 4, "micro": 4})
-    micro_module._take_steps(config, given)
+    take_steps(config, given)
     before = live_bytes()
-    micro_module._take_steps(config, given)
+    take_steps(config, given)
     assert live_bytes() - before < 2**14, "an engine has megabytes"
 
 
@@ -185,18 +187,18 @@ def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
     ("answers", "agreed"),
     [(("out", "out"), True), (("held", "held"), False), (("held", "out"), None), (("out", "nothing"), None)],
 )
-def test_ranks_agree_or_the_run_ends(made, monkeypatch, answers, agreed):
+def test_ranks_agree_or_the_run_ends(monkeypatch, answers, agreed):
     """A rank that runs out alone leaves the others in an exchange: it waits for no answer of theirs for ever."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=30))
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    config = replace(made[0], batch={"global": 16, "micro": 8})
+    trial = _trial(8)
     told = {}
 
     def rank(number, answer):
         runtime = Runtime(number, 2, number, 2, torch.device("cpu"), None, timeout_s=3)
         try:
-            told[number] = _agreed(config, "no memory" if answer == "out" else None, runtime)
+            told[number] = tried.agreed(trial, "no memory" if answer == "out" else None, runtime)
         except DoesNotFit as error:
             told[number] = str(error)
 
@@ -238,7 +240,8 @@ def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strat
 
     part = 8 if strategy == "single" else 4
     said = train("auto", "budget.steps=3", "batch.micro=auto")
-    train("told", "budget.steps=3", f"batch.micro={part}")
+    told = [*words, f"run.dir={tmp_path / 'told'}", "budget.steps=3", f"batch.micro={part}"]
+    assert command_warm(["train", *told]) == 0
     rows = [rows_of(tmp_path / name) for name in ("auto", "told")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert f"substituted: batch.micro: auto -> {part} (planned " in said

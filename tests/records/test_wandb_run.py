@@ -1,5 +1,6 @@
-"""W&B as its users want it: names, columns, how a run ended, the environment, and a network that is not there."""
+"""W&B as its users want it: names, columns, how a run ended, tables, the environment, and a network that is not there."""
 
+import json
 import os
 import re
 import signal
@@ -90,7 +91,7 @@ def test_data_that_an_online_run_uses_is_an_artifact(tmp_path, monkeypatch):
         def use_artifact(self, artifact):
             used.append(artifact)
 
-    monkeypatch.setattr(weights_and_biases, "_why_offline", lambda: None)
+    monkeypatch.setattr(weights_and_biases, "no_server", lambda: None)
     monkeypatch.setattr("wandb.init", lambda **given: Run())
     (tmp_path / "data").mkdir()
     (tmp_path / "data/tokens.bin").write_bytes(b"x")
@@ -254,3 +255,52 @@ def test_the_summary_has_medians_and_the_largest_memory():
         "final/loss": 1.5,
         "final/eval/loss": 1.25,
     }
+
+
+def shown_tables(part) -> dict[str, dict]:
+    """Tables of the last step of an offline run, by name: where W&B's history says that they lie."""
+    found = [json.loads(line) for line in inspected(part).splitlines()]
+    items = [each["history"]["item"] for each in found if each["type"] == "history"]
+    paths = {key.removesuffix(".path"): value for item in items for key, value in item.items() if key.endswith(".path")}
+    kinds = {item.get(f"{name}._type") for item in items for name in paths} - {None}
+    assert kinds <= {"table-file"}
+    return {name: json.loads((part / "files" / path).read_text()) for name, path in paths.items()}
+
+
+def test_rows_of_tasks_are_tables_where_that_is_asked_for(site):
+    """Of a run that learns a task by heart, and of its evaluation beside the base; texts of data go nowhere unasked."""
+    rows = [{"prompt": f"{word}?", "completion": word} for word in ("fox", "dog", "lazy | world", "7")]
+    (site / "facts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asked = ["evaluation.tasks.facts.kind=exact_match", f"evaluation.tasks.facts.path={site / 'facts.jsonl'}"]
+    asked += ["evaluation.tasks.facts.write.max_new_tokens=6"]
+    learns = [f"data.path={site / 'facts.jsonl'}", "tuning=full", "optim.lr=1e-2", "budget.steps=25", "batch.global=4"]
+    learns += [
+        "batch.micro=4",
+        "logging.tables=true",
+        "logging.tensorboard=true",
+        "run.threads=1",
+        "export.at_end=false",
+    ]
+    shared = ["evaluation.watch=eval/facts/exact_match", *asked, *learns]
+    assert command_here(["train", *words(site, "tables", *shared)]) == 0
+    found = shown_tables(part_of(site / "tables"))
+    assert found.keys() == {"eval/facts/worst_rows", "eval/facts/changed_rows"}
+    changed, worst = found["eval/facts/changed_rows"], found["eval/facts/worst_rows"]
+    assert changed["columns"] == ["now", "row", "prompt", "answer", "answer before"]
+    last = json.loads((site / "tables" / "metrics.jsonl").read_text().splitlines()[-1])["eval/facts/exact_match"]
+    assert len(changed["data"]) == round(4 * last) > 0 and {row[0] for row in changed["data"]} == {"right"}
+    assert {row[3] for row in changed["data"]} <= {"fox", "dog", "lazy | world", "7"}
+    assert worst["columns"][:2] == ["row", "match"] and len(worst["data"]) == 4
+    assert [row[1] for row in worst["data"]] == sorted(row[1] for row in worst["data"])
+
+    told = ["evaluate", str(site / "tables"), "against=base", f"to={site}/judged", "evaluation.resamples=50"]
+    assert command_here(told) == 0
+    part = part_of(site / "judged" / "evaluation")
+    again = shown_tables(part)
+    assert again["eval/facts/changed_rows"] == changed and again["eval/facts/worst_rows"] == worst
+    about = summary(part)
+    assert (record(part, "run")["job_type"], about["summary"]["eval/facts/exact_match"]) == ("evaluate", last)
+    assert about["config"]["against"] == "base"
+
+    assert command_here([*told[:3], f"to={site}/quiet", told[4], "logging.tables=false"]) == 0
+    assert not (site / "quiet" / "evaluation" / "wandb").exists()

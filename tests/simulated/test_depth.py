@@ -8,6 +8,7 @@ import transformers
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
 from trainer.forecast.simulation import ends_of, simulate_depth
+from trainer.planning import depth
 from trainer.planning.depth import shallow
 from trainer.planning.live import GRAIN
 
@@ -72,7 +73,9 @@ def agree(path, case, world, lengths):
 
 
 @pytest.mark.parametrize("case", chosen(MATRIX, marks, cost=lambda case: case.accumulation), ids=str)
-def test_moderate(tmp_path, case):
+def test_moderate(tmp_path, case, monkeypatch):
+    # Of seven blocks the whole is simulated, which takes no longer than the two shallow models: here they are compared with it.
+    monkeypatch.setattr(depth, "shallow", lambda *_, joined: (3, 4) if joined else (4, 5))
     agree(model(tmp_path, "moderate"), case, 1 if case.strategy == "single" else 8, [256, 100])
 
 
@@ -84,6 +87,8 @@ def test_large(tmp_path, size, case, world):
 
 def test_two_depths_are_of_the_remainder():
     assert shallow(32) == (4, 5)
+    assert shallow(32, joined=True) == (3, 4)
+    assert shallow(32, 2, joined=True) == shallow(32, 2), "a middle block has one kind"
     assert shallow(5) is None
     assert shallow(62, 6) == (26, 32)
     assert shallow(20, 6) is None

@@ -1,5 +1,7 @@
 """What holds of every simulated step, whatever the versions; and, with those that wrote the table, its numbers."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,8 @@ from strategies.errors import ConfigError
 from strategies.fsdp2 import Fsdp2Engine
 from strategies.owned import Kind
 from tests.helpers.building import model_dir
-from tests.simulated.cases import LENGTHS, NATIVE, Case, chosen_cases, comparable, simulated
+from tests.helpers.covering import EVERYTHING, cover, values
+from tests.simulated.cases import LENGTHS, NATIVE, Case, chosen_cases, comparable, cost, simulated
 from tests.simulated.goldens import golden, name_of, summary
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
@@ -16,6 +19,8 @@ from trainer.model.quantisation import Quantisation, Scheme
 from trainer.planning import bare
 
 CASES = chosen_cases()
+if not EVERYTHING:  # each strategy and tuning, and each other value, of those whose numbers are kept
+    CASES = cover(CASES, lambda one: values((*astuple(one[0]), one[1])), cost=cost)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,23 @@
 """What is simulated is what happens: live bytes, exchanges and arithmetic of fake CPU tensors and of real ones are equal."""
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
+from strategies.base import Precision
+from strategies.memory import Pass, estimate
+from strategies.owned import Kind
+from strategies.parameters import named_parameters
+from strategies.runtime import SIMULATED
+from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir
 from tests.helpers.covering import chosen, values
 from tests.helpers.ranks import Ranks
-from tests.simulated.cases import CHECKPOINTING, NATIVE, Case, comparable, real_alone, simulated
+from tests.simulated.cases import CHECKPOINTING, LENGTHS, NATIVE, Case, comparable, real_alone, simulated
+from trainer.forecast.simulation import parts_of
+from trainer.planning.simulate import simulate
 
 CPU = torch.device("cpu")
 MATRIX = [
@@ -91,6 +99,31 @@ def test_on_two_real_ranks(place, ranks, case):
         if not totals and not kinds:
             return
     pytest.fail(f"in no step of {ATTEMPTS} asked for: {totals}, {kinds}; the last held {measured['moments']}")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_an_average_of_the_weights_is_counted(place, strategy):
+    """Four bytes a trained weight, sharded as the weights are, at rest and at the peak, and in what a run reckons with."""
+    world, case = 2, Case(strategy, "full", "bf16")
+    plain = case.config(place / "llama", world)
+    found = {}
+    for decay in (0.0, 0.99):
+        config = replace(plain, optim=replace(plain.optim, ema_decay=decay))
+        with simulated_rank(0, world, device=SIMULATED) as runtime:
+            parts = parts_of(config, LENGTHS, runtime)
+            sizes = [p.numel() for _, p in named_parameters(parts.built.step_module) if p.requires_grad]
+            load = Pass(activations=0.0)
+            config_of = (parts.built.step_module, config.strategy, Precision.bf16)
+            found["estimated", decay] = estimate(*config_of, world_size=world, replicate=1, load=load).total
+            simulated_step = simulate(parts, runtime)
+        found["rest", decay] = simulated_step.resting[Kind.optimizer]
+        found["peak", decay] = max(moment.total for moment in simulated_step.moments.values())
+    least = 4 * sum(sizes) / (1 if strategy == "ddp" else world)
+    for what in ("rest", "peak", "estimated"):
+        more = found[what, 0.99] - found[what, 0.0]
+        assert least <= more <= least + 512 * len(sizes), (
+            what
+        )  # what an allocation is rounded up to, and padding of ZeRO
 
 
 def of_ddp(case, kinds):

@@ -29,7 +29,7 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
         "batch.micro=2",
         "budget.steps=90000",
     ]
-    words += ["logging.wandb=disabled", "logging.every_steps=1", "launcher.nodes=2"]
+    words += ["logging.wandb=disabled", "logging.every_steps=1", "launcher.nodes=2", "logging.report=false"]
 
     def shardtune(verb: str, *more: object, code: int = 0) -> str:
         command = [sys.executable, "-m", "launch.main", verb, *map(str, more)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import NET, Cluster
@@ -18,6 +19,7 @@ CLONE = Path(__file__).parents[2]
 ENV = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
 
 
+@whole("ranks of two nodes train in test_training.py")
 def test_the_words_of_the_documentation_train_on_two_hosts(cluster: Cluster, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 16)
@@ -35,7 +37,13 @@ def test_the_words_of_the_documentation_train_on_two_hosts(cluster: Cluster, tmp
         "logging.every_steps=1",
         f"run.dir={tmp_path / 'run'}",
     ]
-    words += ["launcher.nodes=2", "launcher.processes=1", f"launcher.rdzv={NET}.1:29400", "logging.wandb=disabled"]
+    words += [
+        "launcher.nodes=2",
+        "launcher.processes=1",
+        f"launcher.rdzv={NET}.1:29400",
+        "logging.wandb=disabled",
+        "logging.report=false",
+    ]
 
     def start(node: str) -> str:
         own = f"laptop-of-{node}"

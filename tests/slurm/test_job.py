@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from launch import frozen, job
+from launch.compose import compose
 from launch.frozen import to_yaml
 from launch.main import main
 from launch.slurm_env import port
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, OutOfMemory
 from tests.following.made import stand_in_for_squeue
 from tests.helpers.launching import ROOT
 from tests.helpers.models import tiny_model_dir
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.records.lease import InUse, this_process
-from trainer.records.status import write_status
+from trainer.records.status import record_failure, write_status
 
 
 @pytest.fixture
@@ -85,6 +86,26 @@ def test_what_is_finished_or_lost_too_often_is_not_started(run, capfd, monkeypat
     write_status(run, "done", step=3)
     told, said = begun(capfd)
     assert told["finished"] == "1" and "already finished" in said
+
+
+def test_a_run_out_of_memory_is_requeued_with_half_its_micro_batch_where_asked(run, capfd, monkeypatch):
+    asked = compose(
+        ["model.path=m", "budget.steps=3", "launcher=slurm", "batch.global=8", "batch.micro=2"], check=False
+    )
+    (run / "config.yaml").write_text(f"# sha256: {asked.sha256}\n{asked.yaml}")
+    (run / "logs").mkdir()
+    monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(run))
+    record_failure(run, 1, OutOfMemory("no room"), "training", 7)
+    ends = (
+        ("", "not requeued, since that happened more than 0 times", 2),
+        ("3", "a rank ran out of memory, batch.micro: 2 -> 1; requeued", 1),
+        ("3", "not requeued, since batch.micro cannot be halved", 1),
+    )
+    for limit, said, micro in ends:
+        monkeypatch.setenv("retry_out_of_memory", limit)
+        assert job.main(["end", "1", ""]) == 1
+        assert said in capfd.readouterr().out
+        assert frozen.load_frozen(run / "config.yaml").batch["micro"] == micro
 
 
 def test_words_are_read_once_and_what_sbatch_must_be_told_is_refused(run, capfd, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.speed import seconds
 from tests.slurm.cluster import Cluster
@@ -19,6 +20,7 @@ BAD = 'if [ "$SLURMD_NODENAME" = n10 ]; then {}; fi'
 """A line of the set-up that is so on the second node alone."""
 
 
+@whole("the job with a bad node shows it")
 def test_two_fit_nodes_and_bad_ones_that_are_named(cluster: Cluster, tmp_path: Path) -> None:
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')

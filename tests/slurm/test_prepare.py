@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.main import main
+from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import Cluster
@@ -16,6 +17,7 @@ CLONE = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
+@whole("shards without SLURM are in tests/data, arrays in test_signals.py")
 def test_an_array_makes_what_one_call_makes(cluster: Cluster, tmp_path: Path, monkeypatch, capsys) -> None:
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 1500)

@@ -1,5 +1,6 @@
 """The rendered script without a SLURM: its text, its shell syntax, odd characters, and what submission refuses."""
 
+import json
 import os
 import re
 import shlex
@@ -8,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from launch import snapshot
 from launch.frozen import to_yaml
-from launch.slurm import BODY, render, submit
+from launch.main import main
+from launch.slurm import BODY, render
+from launch.submission import submit
 from strategies.errors import ConfigError
-from trainer.config.run import LauncherConfig, RunConfig, SlurmConfig
+from tests.helpers.models import tiny_model_dir
+from trainer.config.run import Code, LauncherConfig, RunConfig, SlurmConfig
+from trainer.records.status import State, write_status
 
 CLONE = Path(__file__).parents[2]
 GOLDEN = CLONE / "tests" / "golden" / "slurm_job.sbatch"
@@ -141,7 +147,7 @@ def test_a_lost_rank_is_not_requeued_where_slurm_ends_the_job(
     (run / "config.yaml").write_text(to_yaml(config))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **job, **environment}
-    done = subprocess.run(["bash", "-c", render(config, [run])], text=True, capture_output=True, env=env)
+    done = subprocess.run(["bash", "-c", render(config, [run], clone=CLONE)], text=True, capture_output=True, env=env)
     assert done.returncode == 1, done.stderr
     assert ((run / "asked").read_text().splitlines() if (run / "asked").exists() else []) == asked, done.stdout
     assert ("a rank was lost; requeued" in done.stdout) == bool(asked)
@@ -171,6 +177,7 @@ class TestSubmit:
         tool.parent.mkdir()
         tool.write_text(f'#!/bin/sh\nenv >{tmp_path}/env; echo "$@" >{tmp_path}/args\necho "17;cluster"\n')
         tool.chmod(0o755)
+        (tool.parent / "sinfo").symlink_to("/bin/false")  # one without a cluster looks for it for seconds
         monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
         return tool
 
@@ -181,15 +188,37 @@ class TestSubmit:
             monkeypatch.setenv(name, "1")
         run = tmp_path / "run"
         config = RunConfig(launcher=SlurmConfig())
-        assert submit(config, [run], print_only=False) == 0
-        assert (run / "train.sbatch").read_text() == render(config, [run])
+        [told] = submit(config, [run], print_only=False)
+        assert told.runs == [str(run.absolute())] and told.jobs.keys() == told.scripts.keys() == {"train"}
+        [code] = (run / "code").iterdir()
+        assert (run / "train.sbatch").read_text() == render(config, [run], clone=code)
         assert (run / "logs").is_dir()
         assert (tmp_path / "args").read_text().split() == ["--parsable", str(run / "train.sbatch")]
         given = (tmp_path / "env").read_text().splitlines()
         assert [line for line in given if line.startswith(("SLURM", "SBATCH", "SRUN"))] == ["SLURM_CONF=1"]
         said = capsys.readouterr().out
-        assert "job 17:" in said
+        assert not (run / "pipeline.json").exists()
+        assert "job 17:" in said and f"{code}: a copy of the code" in said
         assert f"tail -F {run}/logs/run-17-0.log" in said
+
+    def test_json_leaves_stdout_to_the_answer(
+        self, sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+        words = [f"model.path={tiny_model_dir(tmp_path / 'model')}", f"data.path={tmp_path / 'data.jsonl'}"]
+        run = tmp_path / "run"
+        capsys.readouterr()
+        assert main(["submit", *words, "budget.steps=3", f"run.dir={run}", "--json"]) == 0
+        said = capsys.readouterr()
+        told = json.loads(said.out)
+        assert (told["jobs"], told["runs"]) == ({"train": "17"}, [str(run)])
+        assert told["scripts"] == {"train": str(run / "train.sbatch")} and "submitted job 17" in said.err
+        write_status(run, State.done)
+        assert main(["submit", *words, "budget.steps=3", f"run.dir={run}", "--json"]) == 0
+        nothing = {"jobs": {}, "runs": [str(run)], "scripts": {}, "code": None}
+        assert json.loads(capsys.readouterr().out) == nothing
+        assert main(["submit", *words, "--json", "--print"]) == 64
+        assert "leave --print" in capsys.readouterr().err
 
     def test_keeps_the_users_defaults_outside_a_job(
         self, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,9 +230,13 @@ class TestSubmit:
 
     def test_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = RunConfig(launcher=SlurmConfig())
-        assert submit(config, [tmp_path / "run"], print_only=True) == 0
-        assert capsys.readouterr().out == render(config, [tmp_path / "run"])
+        assert submit(config, [tmp_path / "run"], print_only=True) == []
+        code = snapshot.place_of(tmp_path / "run", snapshot.digest(snapshot.read()))
+        assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=code)
         assert not (tmp_path / "run").exists()
+        config.launcher.code = Code.clone
+        assert submit(config, [tmp_path / "run"], print_only=True) == []
+        assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=CLONE)
 
     def test_passes_on_a_refusal(self, sbatch: Path, tmp_path: Path) -> None:
         sbatch.write_text("#!/bin/sh\necho 'invalid partition specified: gpu' >&2; exit 1\n")

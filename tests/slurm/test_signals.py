@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from launch.frozen import to_yaml
 from launch.slurm import render
+from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.models import tiny_model_dir
 from tests.slurm.cluster import Cluster, wait_for
 from trainer.config.run import Preflight, RunConfig, SlurmConfig
@@ -89,6 +91,7 @@ def test_rendered_array_saves_at_usr2_and_requeues_the_signalled_task_alone(clus
     assert [start["state"] for start in other.starts()] == ["done"]
 
 
+@whole("the array that is requeued takes the same way")
 def test_restart_limit_ends_with_75_and_scancel_is_final(cluster: Cluster, site: Path) -> None:
     [limited] = submit(cluster, site, ["limited"], steps=600, retry={"preempted": 0})
     [cancelled] = submit(cluster, site, ["cancelled"], steps=600)
@@ -103,12 +106,13 @@ def test_restart_limit_ends_with_75_and_scancel_is_final(cluster: Cluster, site:
     assert [start["state"] for start in cancelled.starts()] == ["preempted"]  # saved all the same
 
 
+@whole("both scripts train in test_training.py")
 def test_script_for_people_is_requeued_once_by_slurm_and_later_by_itself(cluster: Cluster, site: Path) -> None:
     shutil.copytree(CLONE / "slurm", site / "slurm")
     tiny_model_dir(site / "model")
     (site / "data, and 'more'.jsonl").write_text('{"text": "x"}\n')
     words = ["model.path=model", "data.path='data, and \\'more\\'.jsonl'", "budget.steps=3", "run.dir=~/runs/a b"]
-    words += ["strategy=ddp", "batch.global=8", "launcher.preflight=none"]
+    words += ["strategy=ddp", "batch.global=8", "launcher.preflight=none", "launcher.code=clone"]
     env = environment(50) | {"HOME": str(site), "PROCESSES": "1"}
     job_id = cluster.sbatch("--nodes=2", "slurm/train.sbatch", *words, cwd=site, env=env)
     job = Job(cluster, job_id, site / "runs" / "a b")
@@ -138,6 +142,7 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
     assert "broken" in job.logs()
 
 
+@whole("the array that is requeued takes the same way")
 def test_a_lost_rank_is_requeued_as_often_as_asked(cluster: Cluster, site: Path) -> None:
     lost = """
 import json, os, pathlib
@@ -154,10 +159,67 @@ raise SystemExit("lost")
     assert "not requeued, since that happened more than 1 times" in job.logs()
 
 
+APPTAINER = """#!/bin/bash
+printf '%q ' "$@" >>"{0}/asked-$SLURM_NODEID"
+[ "$1 $2" = "exec --nv" ] || exit 3
+shift 2
+while [ "${{1#--}}" != "$1" ]; do [ "$1" = --pwd ] && cd "$2"; shift 2; done
+[ "$1" = "{0}/an image's.sif" ] || exit 4
+shift
+IN_BOX=apptainer exec "$@"
+"""
+SRUN = """#!/bin/bash
+[ "$1" = --help ] && {{ echo "  --container-image=[USER@]IMAGE"; exit; }}
+printf '%q ' "$@" >>"{0}/asked-srun"
+words=() kept=()
+for word in "$@"; do
+  case $word in --container-*|--no-container-*) kept+=("$word") ;; *) words+=("$word") ;; esac
+done
+[ ${{#kept[@]}} = 0 ] || export IN_BOX=pyxis
+exec /usr/bin/srun "${{words[@]}}"
+"""
+
+
+@pytest.mark.parametrize("way", ["apptainer", *(["pyxis"] if EVERYTHING else [])])
+def test_ranks_run_in_the_image_and_the_script_asks_slurm_outside(cluster: Cluster, site: Path, way: str) -> None:
+    """With stand-ins that note what they are given and start the rest; the ranks and the set-up see that they are inside."""
+    (site / "bin").mkdir()
+    (site / "an image's.sif").write_text("")
+    name, text = ("apptainer", APPTAINER) if way == "apptainer" else ("srun", SRUN)
+    (site / "bin" / name).write_text(text.format(str(site).replace('"', '\\"')))
+    (site / "bin" / name).chmod(0o755)
+    image = str(site / "an image's.sif") if way == "apptainer" else "nvcr.io#lab/an image:1"
+    mounts = ["/scratch of mine:/scratch:ro"]
+    env = environment(3) | {"PATH": f"{site / 'bin'}:{os.environ['PATH']}"}
+    setup = ['echo "set up in ${IN_BOX:-the open} at $PWD"']
+    config = SlurmConfig(nodes=2, preflight=Preflight.none, container=image, container_mounts=mounts, setup=setup)
+    config.python, config.container_workdir = sys.executable, "/usr/share"
+    run = site / "runs" / way
+    (run / "logs").mkdir(parents=True)
+    whole = RunConfig(launcher=config)
+    (run / "config.yaml").write_text(to_yaml(whole))
+    (site / "script").write_text(render(whole, [run], clone=site, cwd=site))
+    job = cluster.sbatch(str(site / "script"), cwd=site, env=env)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", Job(cluster, job, run).logs()
+    logs = Job(cluster, job, run).logs()
+    assert logs.count(f"set up in {way} at ") == 2 and "the open" not in logs, logs
+    assert "rank 1 of 2 on n10" in logs
+    if way == "apptainer":
+        assert logs.count("set up in apptainer at /usr/share") == 2
+        asked = shlex.split((site / "asked-1").read_text())
+        assert mounts[0] in asked and f"{site}:{site}" in asked
+    else:
+        asked = shlex.split((site / "asked-srun").read_text())
+        assert f"--container-image={image}" in asked and "--container-workdir=/usr/share" in asked
+        [mounted] = [word for word in asked if word.startswith("--container-mounts=")]
+        assert mounts[0] in mounted.split(",") or mounted.endswith(f",{mounts[0]}")
+
+
 def test_submit_passes_on_what_a_real_sbatch_refuses(cluster: Cluster, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from launch.slurm import submit; from trainer.config.run import Preflight, RunConfig, SlurmConfig\n"
-        "submit(RunConfig(launcher=SlurmConfig(gpus_per_node=8)), [pathlib.Path(sys.argv[1])], print_only=False)"
+        "import sys, pathlib; from launch.submission import submit\n"
+        "from trainer.config.run import Preflight, RunConfig, SlurmConfig\n"
+        "submit(RunConfig(launcher=SlurmConfig(gres='shard:8')), [pathlib.Path(sys.argv[1])], print_only=False)"
     )
     done = cluster.on("ctl", sys.executable, "-c", code, str(tmp_path), cwd=CLONE, check=False)
     assert done.returncode == 1

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from launch.main import main
+from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import Cluster, wait_for
@@ -29,7 +32,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"strategy=fsdp2 run.device=cpu precision=fp32 optim.lr=1e-3 budget.steps={STEPS} batch.global=8 batch.micro=2"
     )
     paths = [f"model.path={site / 'model'}", f"data.path={data}", f"data.cache_dir={site / 'cache'}"]
-    return [*settings.split(), *paths, "logging.wandb=disabled", "logging.every_steps=1"]
+    return [*settings.split(), *paths, "logging.wandb=disabled", "logging.every_steps=1", "logging.report=false"]
 
 
 def losses(run: Path) -> list[float]:
@@ -46,20 +49,25 @@ def logs(run: Path) -> str:
     return "".join(path.read_text() for path in sorted((run / "logs").iterdir()))
 
 
-def test_both_scripts_train_and_a_requeued_run_continues_its_curve(
+def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code_it_was_submitted_with(
     cluster: Cluster, words: list[str], tmp_path: Path
 ) -> None:
-    calm, torn = tmp_path / "calm", tmp_path / "torn"
+    calm, torn, clone = tmp_path / "calm", tmp_path / "torn", tmp_path / "clone"
+    for part in ("conf", "launch", "strategies", "trainer", "slurm"):
+        shutil.copytree(CLONE / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
     out, unasked = f"--output={tmp_path}/calm.out", "launcher.preflight=none"
     calm_id = cluster.sbatch(
-        out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", unasked, cwd=CLONE, env=ENV
+        out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", unasked, cwd=clone, env=ENV
     )
     submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2", unasked]
-    said = cluster.on("ctl", *submit, cwd=CLONE, env=ENV).stdout
+    said = cluster.on("ctl", *submit, cwd=clone, env=ENV).stdout
     torn_id = re.search(r"submitted job (\d+)", said)
     assert torn_id, said
 
-    wait_for(lambda: (torn / "metrics.jsonl").exists() and losses(torn), 120, "the first step")
+    for run in (torn, calm):
+        wait_for(lambda run=run: (run / "metrics.jsonl").exists() and losses(run), 120, "the first step")
+    for file in [*clone.rglob("*.py"), *clone.rglob("*.yaml")]:
+        file.write_text("} what was changed since")
     cluster.on("ctl", "scancel", "--signal=USR2", torn_id[1])
     ended = cluster.wait(torn_id[1], 120)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(torn)
@@ -67,19 +75,38 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve(
     assert (state(calm), state(torn)) == ("done", "done")
     assert len(losses(calm)) == STEPS
     assert losses(torn) == pytest.approx(losses(calm), rel=1e-5)
+    record = json.loads((torn / "run.json").read_text())
+    assert [start["start"] for start in record["jobs"]] == [0, 1] and record["jobs"][1]["elapsed_s"] > 1
+    assert f"job {torn_id[1]}, start 1: 0:0" in logs(torn) and "Slurm accounting storage is disabled" in logs(torn)
+    [code] = (torn / "code").iterdir()
+    assert json.loads((torn / "run.json").read_text())["git_revision"] == f"code {code.name}"
 
 
-def test_native_srun_is_the_same_run(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
-    """No torchrun: SLURM starts the ranks, which take their places from its variables."""
-    run = tmp_path / "native"
-    short = [word for word in words if not word.startswith("budget.")] + ["budget.steps=5", "schedule=constant"]
-    tasks = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "launch.train"]
-    cluster.on("ctl", *tasks, *short, f"run.dir={run}", cwd=CLONE, env=ENV)
-    assert state(run) == "done", logs(run)
-    record = json.loads((run / "run.json").read_text())
-    assert record["world_size"] == 2 and record["slurm_job_id"]
-    assert len(losses(run)) == 5
-    alone = tmp_path / "alone"
+@whole("both scripts train there as well")
+def test_native_srun_is_the_same_run_also_on_another_number_of_nodes(
+    cluster: Cluster, words: list[str], tmp_path: Path
+) -> None:
+    """No torchrun: SLURM starts the ranks, which take their places from its variables. Between starts `--nodes` changes."""
+    run, alone, pace = tmp_path / "native", tmp_path / "alone", CLONE / "tests" / "faults" / "pace"
+    short = [word for word in words if not word.startswith("budget.")] + ["budget.steps=60", "schedule=constant"]
+    tasks = f"srun --ntasks-per-node=1 {shlex.join([sys.executable, '-m', 'launch.train', *short, f'run.dir={run}'])}"
+    nodes = (2, 1, 2)
+    for number, count in enumerate(nodes):
+        env = ENV | {"PYTHONPATH": f"{CLONE}:{pace}"}  # a rest after each step, so that a signal comes before the last
+        told, least = tmp_path / f"{number}.out", 3 + (len(losses(run)) if number else 0)
+        job = cluster.sbatch(f"--output={told}", f"--nodes={count}", f"--wrap={tasks}", cwd=CLONE, env=env)
+        last = number == len(nodes) - 1
+        if not last:
+            wait_for(lambda: (run / "metrics.jsonl").exists(), 120, "the first step")
+            wait_for(lambda least=least: len(losses(run)) >= least, 120, f"step {least}")
+            cluster.on("ctl", "scancel", "--signal=USR2", job)
+        code = "75:0" if count == 1 and not last else "0:0"  # ranks of several do not end each other
+        assert cluster.wait(job, 120)["ExitCode"] == code, told.read_text()
+        assert state(run) == ("done" if last else "preempted"), told.read_text()
+        record = json.loads((run / "run.json").read_text())
+        assert record["world_size"] == count and record["slurm_job_id"] == job
+        assert ("resumed from step-" in told.read_text()) == (number > 0)
     settings = [word.replace("strategy=fsdp2", "strategy=single") for word in short]
     assert main(["train", *settings, f"run.dir={alone}", "launcher.processes=1"]) == 0
+    assert len(losses(run)) == 60
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)

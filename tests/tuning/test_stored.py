@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch import combine as verb
+from launch import combine
 from launch.compose import compose
 from launch.main import main
 from strategies.errors import ConfigError
@@ -250,12 +250,12 @@ def test_other_combinations_are_peft_s_own(base, made, tmp_path, how):
 def test_words_that_cannot_be_used(base, made, tmp_path, typed, part):
     second = made("lora other", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], seed=5)
     with pytest.raises(ConfigError) as caught:
-        verb.main([f"adapters=[{made('lora')},{second}]", f"to={tmp_path / 'x'}", *typed.split()])
+        combine.run([f"adapters=[{made('lora')},{second}]", f"to={tmp_path / 'x'}", *typed.split()])
     assert part in str(caught.value)
     assert not (tmp_path / "x").exists()
 
 
 def test_only_lora_is_combined(base, made, tmp_path):
     with pytest.raises(ConfigError, match="was made by ia3; only LoRA"):
-        verb.main([f"adapters=[{made('lora')},{made('ia3')}]", f"to={tmp_path / 'x'}"])
+        combine.run([f"adapters=[{made('lora')},{made('ia3')}]", f"to={tmp_path / 'x'}"])
     assert Ia3Config().name == "ia3"

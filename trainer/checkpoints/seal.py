@@ -18,6 +18,7 @@ from strategies import durable
 from strategies.durable import Written, difference, read_bytes, reason, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
+from trainer.checkpoints.places import places_of, published
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -70,6 +71,22 @@ def read_manifest(directory: Path) -> list[Written]:
     if missing := sorted(set(files) - present):
         raise Malformed(f"{missing[0]} is missing")
     return list(files.values())
+
+
+def fingerprint(directory: Path) -> str | None:
+    """The hash that a checkpoint's manifest has of itself, and so of all its files; None where there is none to be read."""
+    try:
+        found = parse_json(read_bytes(directory / MANIFEST, most=MOST_MANIFEST))
+    except (OSError, Malformed):
+        return None
+    own = found.get("sha256") if isinstance(found, dict) else None
+    return own if isinstance(own, str) and SHA256.fullmatch(own) else None
+
+
+def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
+    """The fingerprint of a run's checkpoint at a step; None where there is none. Errors: StorageError."""
+    there = dict(published(places_of(run_dir, fallback_dir)))
+    return fingerprint(there[step]) if step in there else None
 
 
 def _parse(raw: object) -> dict[str, Written]:

@@ -80,10 +80,23 @@ def compare(rows: Sequence[Row], price_of: Callable[[str], float | None] = lambd
         if (broke := not_finite(each.point)) is not None:
             parts.append(f"its loss is NaN or infinite from step {broke} on")
         verdict = f"{named[number]}: {'; '.join(parts)}"
-        if number == first:
+        if len(found) == 1:
+            verdict = "; ".join([f"{named[0]}: {_alone(each)}", *parts[bool(each.ended) :]])
+        elif number == first:
             verdict = "; ".join([f"{named[number]} is what the others are compared with", *parts])
         runs.append(Compared(named[number], each, name, distance, why_not, verdict))
     return Comparison(tuple(runs), named[first], tuple(differences), tuple(_notes(found, named)))
+
+
+def _alone(run: Repeated) -> str:
+    """What came of a run beside which there is none."""
+    m, losses = run.measured, [row["loss"] for row in run.point.steps.values() if row["loss"] is not None]
+    said = [run.ended or "done"]
+    said += [f"{m.steps} step{'s' if m.steps != 1 else ''}"] if m.steps else []
+    said += [f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"] if len(losses) > 1 else []
+    shown = [key for key in m.after if key in m.before and key != "eval/perplexity"]  # which follows from the loss
+    said += [f"{key} {m.before[key]:.4f} -> {m.after[key]:.4f}" for key in shown]
+    return ", ".join(said)
 
 
 def _loss(first: str, distance: Apart | None, why_not: tuple[str, ...]) -> str:
@@ -140,7 +153,7 @@ def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
             "logging.reference_tflops to one figure for all"
         )
     for key, what in (("host", "hosts"), ("device", "devices"), ("git_revision", "revisions of shardtune")):
-        values = sorted({str(facts.get(key)) for facts in told})
+        values = sorted({str(facts[key]) for facts in told if facts.get(key) is not None})
         if len(values) > 1:
             found.append(f"Speeds are of different {what}: {', '.join(values)}")
     short = [m.steps for m in numbers if 0 < m.steps - m.warmup_steps < FIRST_STEPS or (m.steps and not m.warmup_steps)]

@@ -16,7 +16,17 @@ KINDS = ("data", "order", "objective")
 
 
 OF_SPEED = (
-    *("strategy", "launcher", "logging", "checkpoint", "export", "evaluation", "batch.micro", "substitutions"),
+    *(
+        "strategy",
+        "launcher",
+        "logging",
+        "profile",
+        "checkpoint",
+        "export",
+        "evaluation",
+        "batch.micro",
+        "substitutions",
+    ),
     *("model.attention", "model.keep_packed", "data.layout", "data.cache_dir", "data.workers", "data.verify"),
 )
 """Settings that decide where and how fast a step is computed, never which: the loss is promised to be the same."""

@@ -11,12 +11,13 @@ from typing import Any
 from trainer.comparison.reading import Point
 from trainer.records.short import short
 
-OWN = ("run.dir", "substitutions")
+OWN = ("run.dir", "logging.name", "substitutions")
 """Keys that differ between any two runs, or follow from others."""
 NOT_NAMED = (
     "run.resume",
     "run.accept",
     "logging",
+    "profile",
     "launcher",
     "checkpoint",
     "export",
@@ -57,14 +58,21 @@ def differing(points: list[Point]) -> list[Difference]:
         groups: dict[Any, set[str]] = {}
         for point in points:
             same = None if key == choice else point.config.get(choice)
-            groups.setdefault(same, set()).add(repr(point.config.get(key, ABSENT)))
+            groups.setdefault(same, set()).add(_text(point.config.get(key, ABSENT)))
         if any(len(values) > 1 for values in groups.values()):
             found.append(Difference(key, tuple(point.config.get(key, ABSENT) for point in points)))
     for key in FACTS:
         told = tuple(point.facts.get(key, ABSENT) for point in points)
-        if len({repr(value) for value in told if value != ABSENT}) > 1:
+        if len({_text(value) for value in told if value != ABSENT}) > 1:
             found.append(Difference(f"run.json {key}", told))
     return found
+
+
+def _text(value: Any) -> str:
+    """A value to be compared; JSON of trackers has 0.0 as 0."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return repr(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
 
 
 def names(points: list[Point], differences: list[Difference]) -> list[str]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from trainer.comparison.compare import Compared, Comparison
+from trainer.comparison.course import HEIGHT, WIDTH, color, course, held_out, losses
+from trainer.comparison.profiled import profiled
 
-MOST_POINTS = 400
-"""Steps of one curve that are drawn; of a longer run evenly spread ones."""
-HEIGHT, WIDTH = 320, 860
 BAR = 26
 """Pixels of a run in a bar chart."""
 
@@ -32,68 +30,46 @@ class Plot:
 def plots(found: Comparison) -> list[Plot]:
     """The plots for which there are numbers."""
     begun = [run for run in found.runs if run.measured.steps]
-    made = [_losses(begun), _speeds(begun), _memory(begun), _parts(begun), _trade(begun)]
+    loss = losses(begun)
+    made = [
+        _plot("loss", "Loss", loss[1], loss[0]) if loss else None,
+        _plot("held-out", "Held-out metrics", "Before the first step, and after each evaluation.", held_out(begun)),
+        _plot("course", "Course", "Scroll or drag to zoom into all three; double-click to go back.", course(begun)),
+        _speeds(begun) if len(begun) > 1 else None,  # of one run its course says it
+        _memory(begun),
+        _parts(begun),
+        _trade(begun),
+        _profile(begun[0]) if len(begun) == 1 else None,
+    ]
     return [plot for plot in made if plot is not None]
 
 
-def _plot(name: str, title: str, said: str, chart: Any) -> Plot:
+def _plot(name: str, title: str, said: str, chart: Any) -> Plot | None:
+    if chart is None:
+        return None
     text = json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\!--")
     return Plot(name, title, said, text)
 
 
-def curve(run: Compared) -> list[dict[str, Any]]:
-    """Steps of a run with step, tokens and seconds until then, and the loss."""
-    rows = list(run.point.steps.values())
-    seconds = accumulate(row.get("step_s") or 0.0 for row in rows)
-    every = max(1, -(-len(rows) // MOST_POINTS))
-    told = [
-        {"run": run.name, "step": row["step"], "tokens": row.get("tokens"), "seconds": at, "loss": row["loss"]}
-        for row, at in zip(rows, seconds, strict=True)
-    ]
-    return [row for n, row in enumerate(told) if row["loss"] is not None and (n % every == 0 or n == len(told) - 1)]
-
-
-def _losses(runs: list[Compared]) -> Plot | None:
+def _profile(run: Compared) -> Plot | None:
     import altair as alt
 
-    rows = [row for run in runs for row in curve(run)]
-    if not rows:
+    found = profiled(run.point.directory)
+    if found is None or not found.memory:
         return None
-    over = alt.param(
-        name="over", value="step", bind=alt.binding_select(options=["step", "tokens", "seconds"], name="over")
-    )
-    chosen = alt.selection_point(name="chosen", fields=["run"], bind="legend")
     chart = (
-        alt.Chart(alt.Data(values=rows), width=WIDTH, height=HEIGHT)
-        .transform_calculate(x="datum[over]")
-        .mark_line(point={"size": 18})
+        alt.Chart(alt.Data(values=found.memory), width=WIDTH, height=HEIGHT // 2)
+        .mark_line(interpolate="step-after")
         .encode(
-            x=alt.X("x:Q", title="steps, tokens or seconds of steps", scale=alt.Scale(zero=False)),
-            y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
-            color=_color(runs),
-            opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
-            tooltip=[
-                "run:N",
-                "step:Q",
-                "tokens:Q",
-                alt.Tooltip("seconds:Q", format=".1f"),
-                alt.Tooltip("loss:Q", format=".6f"),
-            ],
+            x=alt.X("ms:Q"),
+            y=alt.Y("GiB:Q"),
+            color=alt.Color("rank:N", title="rank"),
+            tooltip=["rank:N", alt.Tooltip("ms:Q", format=".1f"), alt.Tooltip("GiB:Q", format=".4f")],
         )
-        .add_params(over, chosen, alt.selection_interval(name="zoom", bind="scales"))
+        .add_params(alt.selection_interval(name="zoom", bind="scales"))
     )
-    return _plot(
-        "loss",
-        "Loss",
-        "Scroll to zoom, drag to move, double-click to go back; a click in the legend shows one run alone.",
-        chart,
-    )
-
-
-def _color(runs: list[Compared]) -> Any:
-    import altair as alt
-
-    return alt.Color("run:N", sort=[run.name for run in runs], title=None)
+    said = f"Steps {found.steps[0]} to {found.steps[1]}; on a CPU what was allocated since the trace began."
+    return _plot("profile", "Memory in the profiled steps", said, chart)
 
 
 def _bars(runs: list[Compared], rows: list[dict[str, Any]]) -> Any:
@@ -215,7 +191,7 @@ def _trade(runs: list[Compared]) -> Plot | None:
         )
         .add_params(against)
     )
-    points = base.mark_point(filled=True, size=90).encode(color=_color(runs), tooltip=["run:N", "loss:Q", "x:Q"])
+    points = base.mark_point(filled=True, size=90).encode(color=color(runs), tooltip=["run:N", "loss:Q", "x:Q"])
     return _plot(
         "trade",
         "Quality against cost",

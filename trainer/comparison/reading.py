@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -37,6 +37,8 @@ class Point:
     """Rows of `metrics.jsonl` by step, in its order."""
     evaluations: dict[int, dict[str, float]]
     """Held-out metrics by step; 0 is before the first."""
+    events: tuple[dict[str, Any], ...] = ()
+    """Lines of `events.jsonl`: steps that stood out."""
 
     @property
     def state(self) -> str:
@@ -116,6 +118,7 @@ def read_point(directory: Path) -> Point:
         failure=read_failure(directory),
         steps=steps,
         evaluations=evaluations,
+        events=_events(directory / "events.jsonl"),
     )
 
 
@@ -147,6 +150,24 @@ def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, fl
     evaluations: dict[int, dict[str, float]] = {}
     if not path.exists():
         return steps, evaluations
+    for row in _lines(path, "row of metrics"):
+        if "loss" in row:
+            steps[row["step"]] = row
+        else:
+            evaluations[row["step"]] = {
+                key: value
+                for key, value in row.items()
+                if key not in ("step", "tokens") and isinstance(value, int | float)
+            }
+    return steps, evaluations
+
+
+def _events(path: Path) -> tuple[dict[str, Any], ...]:
+    return tuple(_lines(path, "event")) if path.exists() else ()
+
+
+def _lines(path: Path, what: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file, each with its step as a whole number; a torn last line is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -157,16 +178,8 @@ def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, fl
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ConfigError(f"{path}: line {number} is no row of metrics; leave this run out") from error
-        if "loss" in row:
-            steps[step] = row
-        else:
-            evaluations[step] = {
-                key: value
-                for key, value in row.items()
-                if key not in ("step", "tokens") and isinstance(value, int | float)
-            }
-    return steps, evaluations
+            raise ConfigError(f"{path}: line {number} is no {what}; leave this run out") from error
+        yield row | {"step": step}
 
 
 def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.comparison.asked import Row
 from trainer.comparison.reading import RATES, Measured, Point, is_run, measure, read_point, usual_rows
+from trainer.comparison.wandb_files import is_server, is_wandb, read_server, read_wandb
 
 REFUSED = "refused"
 MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s")
@@ -78,7 +79,7 @@ class Repeated:
 def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
     """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
     there = [path for number, path in enumerate(row.directories) if number == 0 or is_run(path)]
-    points = tuple(read_point(path) for path in there) if not row.refused else (_refused(row),)
+    points = tuple(map(_read, there)) if not row.refused else (_refused(row),)
     numbers = [measure(point, row.warmup) for point in points]
     begun = [each for each in numbers if each.steps] or numbers[:1]
     speeds = tuple(each.tokens_per_s for each in begun if each.tokens_per_s is not None)
@@ -92,6 +93,12 @@ def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
         dollars_per_million=_price(row, points[0].facts, measured.tokens_per_s, price_of),
     )
     return Repeated(row, points, measured, taken)
+
+
+def _read(path: Path) -> Point:
+    if is_server(path):
+        return read_server(path)
+    return read_wandb(path) if is_wandb(path) else read_point(path)
 
 
 def _refused(row: Row) -> Point:

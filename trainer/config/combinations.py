@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from strategies.base import StrategyConfig, StrategyName
+from strategies.every import STRATEGIES
 from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import SUPPORT
 from trainer.tuning.base import TuningConfig
@@ -134,7 +135,7 @@ def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.ad
 
     With a feature or an optimizer, the strategies that do not run the method at all are left out.
     """
-    names = [name for name in StrategyName if name not in SUPPORT[optim].refused]
+    names = [name for name in STRATEGIES if name not in SUPPORT[optim].refused]
     if feature != "plain" or optim is not OptimName.adamw:
         names = [name for name in names if str(name) not in rows()[row].strategies]
     states = {name: cell(row, name, feature, optim).state for name in names}

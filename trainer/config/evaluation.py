@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterator
 
 from strategies.errors import ShardtuneError
+from trainer.challenges.config import GENERAL, Reaction, limit_of
 from trainer.config.run import RunConfig
 from trainer.data.read.paths import expand
+from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks import registry
 from trainer.model.config import Kind
-from trainer.objectives.registry import FAMILIES, family_of
+from trainer.objectives.registry import FAMILIES, build_objective, family_of
 
+FORGOTTEN = ("forgetting",)
+"""What `challenges.forgetting` yields; less is better."""
 GENERATED = ("eval/bleu", "eval/rougeL")
 """Metrics of answers that are generated; more is better."""
 
@@ -19,23 +23,25 @@ GENERATED = ("eval/bleu", "eval/rougeL")
 def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the evaluation that is asked for, one line each; reads no rows."""
     evaluation, has_data = config.evaluation, config.data.eval_path is not None or config.data.eval_share > 0
+    has_general = config.challenges.forgetting.data is not None
     remedy = "give data.eval_path or data.eval_share=0.05"
     for key in ("every_steps", "patience"):
-        if getattr(evaluation, key) > 0 and not has_data and not evaluation.tasks:
+        if getattr(evaluation, key) > 0 and not has_data and not evaluation.tasks and not has_general:
             yield f"evaluation.{key}={getattr(evaluation, key)}: there is no evaluation data; {remedy}, or set it to 0"
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
-    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch):
+    if not re.fullmatch(r"eval/[\w./-]+", evaluation.watch) and evaluation.watch not in FORGOTTEN:
         yield f"evaluation.watch={evaluation.watch}: must name an evaluation metric, such as eval/loss or eval/accuracy"
-    elif (
-        "loss" in (evaluation.watch.split("/")[1], evaluation.watch.rpartition("/")[2]) and evaluation.greater_is_better
-    ):
-        yield "evaluation.greater_is_better=true: smaller is better for a loss; set it to false, or watch another"
-    elif evaluation.tasks and (found := [*_watched_task(config, has_data=has_data)]):
-        yield from found
-    elif _more_is_better(evaluation.watch) and not evaluation.greater_is_better:
-        yield f"evaluation.watch={evaluation.watch}: a larger value is better; set evaluation.greater_is_better=true"
+    elif evaluation.greater_is_better not in (None, better := more_is_better(config)):
+        word, right = ("larger", "true") if better else ("smaller", "false")
+        yield (
+            f"evaluation.greater_is_better={str(not better).lower()}: with evaluation.watch={evaluation.watch} a {word} value is "
+            f"better; leave it out, or set it to {right}"
+        )
+    if evaluation.tasks or has_general:
+        yield from _watched_task(config, has_data=has_data)
     yield from _tasks(config)
+    yield from _forgetting(config)
     yield from _generate(config, has_data=has_data)
     of_task = evaluation.watch in registry.metrics_of(evaluation.tasks)
     if (
@@ -46,9 +52,57 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={evaluation.watch}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
-def _more_is_better(metric: str) -> bool:
-    name = metric.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
+def more_is_better(config: RunConfig) -> bool:
+    """Whether a larger value of the watched metric is better, as the task or the objective says whose metric it is."""
+    watch = config.evaluation.watch
+    if (of_task := registry.metrics_of(asked_tasks(config)).get(watch)) is not None:
+        return of_task
+    name = watch.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
+    if "loss" in (name, *watch.split("/")[1:2]):
+        return False
     return f"eval/{name}" in GENERATED or any(name in family.better_when_larger for family in FAMILIES.values())
+
+
+def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
+    """The tasks of each evaluation: those of the user, and the one that forgetting is measured by."""
+    watched = config.challenges.forgetting
+    if watched.data is None or watched.action is Reaction.off:
+        return dict(config.evaluation.tasks)
+    general = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
+    return {**config.evaluation.tasks, GENERAL: general}
+
+
+def _forgetting(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the way forgetting is measured."""
+    watched, key = config.challenges.forgetting, "challenges.forgetting"
+    try:
+        limit = limit_of(watched)
+    except ValueError:
+        limit = None
+        yield f"{key}.limit={watched.limit}: must be a share of the base's metric, at least 0, as 3% or 0.03"
+    if limit is not None and watched.data is None and not watched.tasks:
+        yield f"{key}.limit={watched.limit}: nothing is measured; give {key}.data=general.jsonl, or {key}.tasks=[...]"
+    for name in watched.tasks:
+        if name not in config.evaluation.tasks:
+            there = ", ".join(config.evaluation.tasks) or "none"
+            yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {there}"
+    if watched.data is None:
+        return
+    if GENERAL in config.evaluation.tasks:
+        yield f"evaluation.tasks.{GENERAL}: is the name of the task that {key}.data makes; call yours otherwise"
+    if family_of(config.objective).kind is Kind.classifier or not build_objective(config.objective).perplexity:
+        yield (
+            f"{key}.data={watched.data}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
+        )
+    try:
+        expand(watched.data, f"{key}.data", remote=config.data.remote)
+    except ShardtuneError as error:
+        yield _of_file(f"{key}.data={watched.data}", error)
+
+
+def _of_file(word: str, error: ShardtuneError) -> str:
+    """What is wrong with the files that a word names, as validation says it."""
+    return f"{word}: {str(error).removeprefix(word).lstrip(': ')}"
 
 
 def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
@@ -69,36 +123,65 @@ def _tasks(config: RunConfig) -> Iterator[str]:
     """What is wrong with the tasks, one line each; reads no rows."""
     tasks, family = config.evaluation.tasks, family_of(config.objective)
     yield from registry.problems(tasks)
+    yield from config.evaluation.judge.problems("evaluation.judge")
+    yield from _server(config)
+    asking = [
+        name
+        for name, task in tasks.items()
+        if task.kind in registry.KINDS and registry.KINDS[task.kind](name, task).needs_judge
+    ]
+    if asking and config.evaluation.judge.url is None:
+        yield (
+            f"evaluation.tasks.{asking[0]}.kind={tasks[asking[0]].kind}: asks a judge, and there is none; give "
+            "evaluation.judge.url=http://host:port/v1 of an OpenAI-compatible server"
+        )
     for name, task in tasks.items():
         kind = registry.KINDS.get(task.kind)
         if kind is None:
             continue
         key = f"evaluation.tasks.{name}"
-        if family.kind is Kind.classifier and task.kind != "classification":
+        if family.kind is Kind.classifier and not kind.of_classifiers:
             yield (
                 f"{key}.kind={task.kind}: objective={family.name} trains a head that writes nothing; evaluate its labels with "
                 "kind=classification, or leave it out"
             )
-        elif task.path is not None:
+        elif task.path is not None and not kind.own_rows:
             try:
                 expand(task.path, f"{key}.path", remote=config.data.remote)
             except ShardtuneError as error:
-                yield str(error)
+                yield _of_file(f"{key}.path={task.path}", error)
+
+
+def _server(config: RunConfig) -> Iterator[str]:
+    """What a server that writes answers cannot do."""
+    server = config.evaluation.server
+    yield from server.problems("evaluation.server")
+    if server.url is None:
+        return
+    if config.model.adapters:
+        yield "evaluation.server: an adapter would be the server's; export the model with it, or name it as the server does"
+    if config.strategy.name != "single" or (config.launcher.processes or 1) > 1:
+        yield "evaluation.server: nothing is loaded here, so that there is nothing to shard; leave strategy and processes out"
+    for name, task in config.evaluation.tasks.items():
+        key, kind = f"evaluation.tasks.{name}", registry.KINDS.get(task.kind)
+        if kind is not None and not kind.served:
+            yield (
+                f"{key}.kind={task.kind}: asks for losses or tokens that no server tells; leave it out, or evaluate without "
+                "evaluation.server"
+            )
+        if task.write.beams > 1:
+            yield f"{key}.write.beams={task.write.beams}: servers of this kind search no beams; set it to 1"
 
 
 def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """What is wrong with watching this metric where there are tasks."""
     evaluation = config.evaluation
-    metrics = registry.metrics_of(evaluation.tasks)
+    metrics = registry.metrics_of(asked_tasks(config))
     watch = evaluation.watch
-    if watch in metrics and metrics[watch] != evaluation.greater_is_better:
-        better = str(metrics[watch]).lower()
-        word = "larger" if metrics[watch] else "smaller"
-        yield f"evaluation.watch={watch}: a {word} value is better; set evaluation.greater_is_better={better}"
     if watch not in metrics and not has_data:
         yield (
             f"evaluation.watch={watch}: there is no evaluation data, only tasks; watch one of {', '.join(metrics)}, or give "
             "data.eval_path or data.eval_share"
         )
-    elif watch not in metrics and watch.count("/") > 1 and watch.split("/")[1] in {*evaluation.tasks} - {"loss"}:
+    elif watch not in metrics and watch.count("/") > 1 and watch.split("/")[1] in {*asked_tasks(config)} - {"loss"}:
         yield f"evaluation.watch={watch}: the tasks yield {', '.join(metrics)}; watch one of them"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from trainer.config.run import RETRIES, RunConfig, SlurmConfig
+from trainer.config.run import RETRIES, LauncherConfig, RunConfig, SlurmConfig
 
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 JOB_NAME = re.compile(r"[\w.-]+")
+PARTS = ("prepare", "train", "evaluate", "export")
+HOST = re.compile(r"[\w\[][\w.@:%\[\]-]*")
 JOBS = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
 
 
@@ -20,26 +22,52 @@ def problems(config: RunConfig) -> Iterator[str]:
             yield f"launcher.retry={{{cause}: {times}}}: there is no such cause; it has {' and '.join(RETRIES)}"
         elif times < 0:
             yield f"launcher.retry={{{cause}: {times}}}: must be at least 0; 0 never starts the run again"
+    if launcher.stage is not None and not launcher.stage.startswith(("/", "~", "$")):
+        yield f"launcher.stage={launcher.stage}: must be the same on every node: an absolute path, or a variable of the node's"
     if isinstance(launcher, SlurmConfig):
         yield from _slurm(launcher)
+        yield from _pipeline(config, launcher)
         return
-    if launcher.nodes > 1:
+    if launcher.ssh and not launcher.hosts:
+        yield f"launcher.ssh=[{','.join(launcher.ssh)}]: no host is reached over ssh; name them in launcher.hosts=[n1,n2]"
+    if launcher.hosts:
+        yield from _over_ssh(launcher)
+    elif launcher.nodes > 1:
         if launcher.rdzv is None:
-            yield f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere"
+            yield (
+                f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere; or name the "
+                "hosts in its place: launcher.hosts=[n1,n2]"
+            )
         if config.run.dir is None:
             yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
         if any(launcher.retry.values()):
             yield (
                 f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
-                "leave it out and start the command again on each, or use launcher=slurm"
+                "name the hosts in launcher.hosts=[n1,n2], or leave it out and start the command again on each"
             )
     if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
         yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
-    if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0:
+    if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0 and not launcher.hosts:
         yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"
 
 
+def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
+    said = f"launcher.hosts=[{','.join(launcher.hosts)}]"
+    if launcher.nodes != len(launcher.hosts):
+        yield f"launcher.nodes={launcher.nodes}: {said} are {len(launcher.hosts)}; leave launcher.nodes out"
+    for host in launcher.hosts:
+        if not HOST.fullmatch(host):
+            yield f"{said}: `{host}` is no host; give names or addresses as ssh takes them, such as [n1,me@n2]"
+    if len({*launcher.hosts}) < len(launcher.hosts):
+        yield f"{said}: a host stands there twice; its number of ranks is launcher.processes"
+    for key, value in (("address", launcher.address), ("node_rank", launcher.node_rank)):
+        if value is not None:
+            yield f"launcher.{key}={value}: {said} says it of each host; leave it out"
+
+
 def _slurm(launcher: SlurmConfig) -> Iterator[str]:
+    if launcher.hosts:
+        yield f"launcher.hosts=[{','.join(launcher.hosts)}]: SLURM chooses the nodes; launcher=local takes hosts, over ssh"
     if not SLURM_TIME.fullmatch(launcher.time):
         yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
     if launcher.address is not None:
@@ -55,3 +83,19 @@ def _slurm(launcher: SlurmConfig) -> Iterator[str]:
         yield f"launcher.after={launcher.after}: must be the id of a job, as in launcher.after=17; several: 17:18"
     if launcher.mail_user is not None and launcher.mail is None:
         yield f"launcher.mail_user={launcher.mail_user}: nothing is mailed; say what: launcher.mail=END,FAIL"
+
+
+def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
+    asked = launcher.pipeline
+    said = f"launcher.pipeline=[{','.join(asked)}]"
+    if asked and (asked != [part for part in PARTS if part in asked] or "train" not in asked):
+        yield f"{said}: must be train and others of [{','.join(PARTS)}], in this order, each once"
+    if "evaluate" in asked:
+        held_out = config.data.eval_path is not None or config.data.eval_share > 0
+        if not config.evaluation.tasks and not held_out:
+            yield (
+                f"{said}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
+                "evaluation.tasks=[...] (docs/evaluation.md)"
+            )
+    if unknown := sorted(launcher.part_options.keys() - set(PARTS)):
+        yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PARTS)}"

@@ -6,6 +6,8 @@ A run that goes on with other data, another base or another order is another run
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from enum import Enum
 from typing import Any
 
 KINDS = {
@@ -57,12 +59,16 @@ SETTINGS: dict[str, str | None] = {
     "optim": "optimizer",
     "schedule": "optimizer",
     "guards": "optimizer",
+    "challenges": FREE,
     "precision": "precision",
     "strategy": FREE,
     "evaluation": FREE,
     "checkpoint": FREE,
     "export": FREE,
+    "gates": FREE,
+    "review": FREE,
     "logging": FREE,
+    "profile": FREE,
     "launcher": FREE,
     "substitutions": FREE,
 }
@@ -80,10 +86,16 @@ def kind_of(key: str) -> str | None:
 
 def plain(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values."""
-    from omegaconf import OmegaConf
-
-    tree: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    tree: dict[str, Any] = _plain(asdict(config))
     return tree
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

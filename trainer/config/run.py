@@ -6,12 +6,13 @@ run itself. Ranges and cross-field rules are `trainer.config.validate`'s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, get_args, get_origin, get_type_hints
 
 from strategies.base import Precision, StrategyConfig
 from strategies.matmul import Matmul
+from trainer.challenges.config import ChallengesConfig
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.data.batches.budget import BudgetConfig
 from trainer.data.config import DataConfig
@@ -23,6 +24,8 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
 from trainer.records.config import LoggingConfig
+from trainer.records.profile import ProfileConfig
+from trainer.review.config import ReviewConfig
 from trainer.tuning.base import TuningConfig
 
 
@@ -34,8 +37,8 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-AUTO, MICRO = "auto", "batch.micro"
-RETRIES = ("preempted", "node_fail")
+AUTO, MICRO, STRATEGY = "auto", "batch.micro", "strategy"
+RETRIES = ("preempted", "node_fail", "out_of_memory")
 """Causes after which a run may be started again by itself; an error is none."""
 
 
@@ -52,6 +55,21 @@ class Preflight(StrEnum):
     full = "full"
     nodes = "nodes"
     none = "none"
+
+
+class Container(StrEnum):
+    """`auto` takes apptainer for `.sif` files and addresses with `://`, and pyxis for other names."""
+
+    auto = "auto"
+    pyxis = "pyxis"
+    apptainer = "apptainer"
+
+
+class Code(StrEnum):
+    """`snapshot` is a copy in the run directory, made when the job is submitted; `clone` what stands there at each start."""
+
+    snapshot = "snapshot"
+    clone = "clone"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,20 +109,31 @@ class LauncherConfig:
     processes: int | None = None
     """Processes per host; default: one per GPU, or one on a CPU-only host."""
     nodes: int = 1
-    """Number of hosts; without SLURM start the same command on each."""
+    """Number of hosts; without SLURM name them in `hosts`, or start the same command on each."""
+    hosts: list[str] = field(default_factory=list)
+    """Hosts on which the ranks are started from here, over ssh, such as `[n1,n2]`; they meet on the first."""
+    ssh: list[str] = field(default_factory=list)
+    """Further options of ssh to `hosts`, such as `[-p,2222]`; what is true of a host always stands better in ~/.ssh/config."""
     rdzv: str | None = None
     """host:port that all hosts of a multi-host run can reach; any free port of the first host."""
     node_rank: int | None = None
     """Index of this host, 0 (that of `rdzv`) to nodes-1: on all hosts or on none; two hosts know it without."""
     address: str | None = None
     """Name or address under which the others reach this host; default: that of its interface towards `rdzv`."""
+    stage: str | None = None
+    """Directory on a disk of each node, such as `/scratch` or `$TMPDIR`, to which weights and tokens are copied and read from."""
     retry: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RETRIES, 0))
-    """Times it is started again by itself: `preempted` (it was asked to save), `node_fail` (a rank was lost); SLURM: 20, 3."""
+    """Restarts: `preempted` (told to save), `node_fail` (a rank lost), `out_of_memory` (micro halved); under SLURM 20, 3, 0."""
 
     @property
     def per_node(self) -> int:
         """Ranks of each host; 1 where nothing is said of them."""
         return self.processes or 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether there is one rank, which may be the process of the command itself."""
+        return self.nodes == 1 and self.processes == 1 and not self.hosts
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,8 +141,8 @@ class SlurmConfig(LauncherConfig):
     """What `sbatch` is asked for; the rendered script is kept in the run directory."""
 
     name: LauncherName = LauncherName.slurm
-    retry: dict[str, int] = field(default_factory=lambda: {"preempted": 20, "node_fail": 3})
-    """Times the job is requeued, by cause: `preempted` (it was asked to save), `node_fail` (a rank or its node was lost)."""
+    retry: dict[str, int] = field(default_factory=lambda: {"preempted": 20, "node_fail": 3, "out_of_memory": 0})
+    """Times it is requeued: `preempted` (told to save), `node_fail` (a rank or its node lost), `out_of_memory` (micro halved)."""
     partition: str | None = None
     """Partition; default: the cluster's."""
     account: str | None = None
@@ -157,7 +186,23 @@ class SlurmConfig(LauncherConfig):
     setup: list[str] = field(default_factory=list)
     """Shell lines run on every node before training, such as `module load cuda`."""
     python: str | None = None
-    """Python interpreter on the nodes; default: the one that submits."""
+    """Python interpreter on the nodes; default: the one that submits. In a container: its interpreter, default `python3`."""
+    code: Code = Code.snapshot
+    """Which code a job runs: a `snapshot` made when it is submitted, or the `clone` as it is whenever the job starts."""
+    container: str | None = None
+    """Image in which the ranks run: an enroot name or file (pyxis), or a `.sif` file or address (apptainer)."""
+    container_by: Container = Container.auto
+    """What starts the image: `pyxis`, `apptainer`, or `auto`, by the image's name."""
+    container_mounts: list[str] = field(default_factory=list)
+    """Mounts beside those of the run's own files, such as `/scratch:/scratch:ro`."""
+    container_workdir: str | None = None
+    """Directory in the image in which the ranks start; default: where the job was submitted."""
+    pipeline: list[str] = field(default_factory=list)
+    """Parts that are submitted as a chain of jobs, of `[prepare,train,evaluate,export]`; a part that fails ends the rest."""
+    cpu_partition: str | None = None
+    """Partition of the parts that need no GPU, `prepare` and `export`; default: that of the run."""
+    part_options: dict[str, list[str]] = field(default_factory=dict)
+    """Further `#SBATCH` options of a part, such as `{prepare:[--cpus-per-task=32]}`."""
     preflight: Preflight = Preflight.full
     """What a job of several nodes is asked before its ranks start: `full` (nodes, then exchange), `nodes`, or `none`."""
     extra: list[str] = field(default_factory=list)
@@ -187,18 +232,33 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
+    challenges: ChallengesConfig = field(default_factory=ChallengesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    gates: dict[str, Any] = field(default_factory=dict)
+    """What must hold for an export: a bound by metric, as {eval/loss: "<2.1", memorised: 0}; `override` says why not."""
+    review: ReviewConfig = field(default_factory=ReviewConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     substitutions: dict[str, Any] = field(default_factory=dict)
     """What `auto` was resolved to, filled when the config is frozen; not set by hand."""
 
 
-def chose_micro(batch: dict[str, Any], substitutions: dict[str, Any]) -> bool:
-    """Whether `batch.micro` is what the run made of `auto`."""
-    return str(substitutions.get(MICRO)).startswith(f"{AUTO} -> {batch['micro']} ")
+def asked_micro(batch: dict[str, Any], substitutions: dict[str, Any]) -> Any:
+    """What `batch.micro` was before the run made of it what it is: `auto`, or a number with which memory ran out."""
+    asked, made, rest = str(substitutions.get(MICRO)).partition(f" -> {batch['micro']} ")
+    if not made or not rest or not (asked == AUTO or asked.isdecimal()):
+        return batch["micro"]
+    return AUTO if asked == AUTO else int(asked)
+
+
+def asked_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the strategy before the run made of `strategy=auto` what it is; those of another one as they are."""
+    if not str(substitutions.get(STRATEGY)).startswith(f"{AUTO} -> {strategy['name']} "):
+        return strategy
+    return {each.name: strategy[each.name] for each in fields(StrategyConfig) if each.name in strategy} | {"name": AUTO}
 
 
 def leaves(settings: type, prefix: str) -> dict[str, Any]:

@@ -10,15 +10,20 @@ import difflib
 import glob
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError
+from strategies.every import every_strategy
 from trainer.checkpoints.chosen import refused, settled
 from trainer.checkpoints.places import places_of
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.evaluation import problems as evaluation_problems
+from trainer.config.gates import paper_words
+from trainer.config.gates import problems as gate_problems
 from trainer.config.launching import problems as launcher_problems
 from trainer.config.ranges import RANGES
 from trainer.config.resuming import KINDS
@@ -32,17 +37,25 @@ from trainer.model.quantisation import Quantisation, missing_package
 from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
+from trainer.records.energy import problems as energy_problems
+from trainer.records.profile import profile_problems
 from trainer.records.trackers.registry import problems as tracker_problems
 from trainer.tuning.check import Run
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
+from trainer.tuning.table import needs_own_rows
 
 MOST_TRIED = 4096
 """Micro-batches up to which one is looked for that would do."""
 
 
 def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
-    """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known."""
+    """Everything that is wrong, one line each. `world_size` is the number of ranks, None where it is not known.
+
+    `strategy=auto` may run where one of those that it stands for may.
+    """
+    if isinstance(config.strategy, AutoConfig):
+        return candidates(config, world_size)[1]
     out_of_range = list(_ranges(config))
     problems = [
         *out_of_range,
@@ -50,6 +63,9 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         *_model(config),
         *_data(config),
         *evaluation_problems(config),
+        *gate_problems(config),
+        *paper_words(config),
+        *config.review.problems(),
         *_run(config),
     ]
     problems += [*_base(config), *_schedule(config)]
@@ -59,7 +75,27 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
     problems += tracker_problems(config.logging) if here else []
+    problems += energy_problems(config.logging, here=here)
+    problems += profile_problems(config.profile, config.budget.steps)
     return [*problems, *_tuning(config), *launcher_problems(config)]
+
+
+def candidates(config: RunConfig, world_size: int | None) -> tuple[list[StrategyConfig], list[str]]:
+    """(what `strategy=auto` may become on `world_size` ranks, what is wrong where that is nothing).
+
+    One rank has nothing to share. What is wrong under every strategy is no reason against one of them.
+    """
+    every, one = every_strategy(config.strategy), world_size == 1
+    asked = [each for each in every if world_size is None or (each.name is StrategyName.single) == one]
+    found = [(each, problems_of(replace(config, strategy=each), world_size=world_size)) for each in asked]
+    always = [line for line in found[0][1] if all(line in lines for _, lines in found)]
+    legal = [each for each, lines in found if set(lines) <= set(always)]
+    if always or legal:
+        return legal, always
+    return [], [
+        "strategy=auto: no strategy can run this",
+        *(f"under {each.name}: {said[0]}" for each, said in found),
+    ]
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -133,8 +169,19 @@ def _model(config: RunConfig) -> Iterator[str]:
             what = "is a file" if path.is_file() else "does not exist"
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
     yield from model_problems(config.objective, config, encoder_decoder.read_config(model.path))
+    if model.neftune_alpha:
+        yield from _noise(config)
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
+
+
+def _noise(config: RunConfig) -> Iterator[str]:
+    """Where no noise can be added to embeddings."""
+    key = f"model.neftune_alpha={config.model.neftune_alpha:g}"
+    if family_of(config.objective).kind is Kind.encoder_decoder:
+        yield f"{key}: is not for encoder-decoder models, whose two sides share embeddings; set it to 0"
+    if needs_own_rows(config.tuning):
+        yield f"{key}: tuning={config.tuning.name} puts tokens of its own before a document's; set it to 0, or use tuning=lora"
 
 
 def _base(config: RunConfig) -> Iterator[str]:

@@ -12,19 +12,13 @@ DataFormat = StrEnum(
     "DataFormat",
     ["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pair", "text", "labelled", "preference", "thumbs"],
 )
-"""How a row is read. `auto` recognises it from the first row's columns."""
 OverLength = Enum(  # no StrEnum: a member `split` would hide the method of strings
     "OverLength",
     {"drop": "drop", "truncate": "truncate", "truncate_left": "truncate_left", "split": "split", "fail": "fail"},
 )
-"""What happens to a document longer than `data.max_length`."""
 ControlTokens = StrEnum("ControlTokens", ["text", "refuse", "keep"])
-"""What happens to a control token, such as `<|im_end|>`, that a text spells."""
 Verify = StrEnum("Verify", ["sampled", "all"])
-"""How prepared data is compared with its hashes: `sampled` by sizes and blocks spread over each file, which costs nothing; `all`
-by every byte."""
 Layout = StrEnum("Layout", ["auto", "padding_free", "padded"])
-"""How the documents of a micro-batch lie in memory."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,7 +31,6 @@ class ChecksConfig:
 
 
 UnicodeForm = StrEnum("UnicodeForm", {"none": "none", "NFC": "NFC", "NFKC": "NFKC"})
-"""Normalisation forms of Unicode Standard Annex 15."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +64,6 @@ class FilterConfig:
 
 
 DecontaminationPolicy = StrEnum("DecontaminationPolicy", ["report", "drop"])
-"""What is done about a training document that holds evaluation text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,15 +77,10 @@ class DecontaminationConfig:
 
 
 PrivacyPreset = StrEnum("PrivacyPreset", ["none", "general", "hipaa", "gdpr"])
-"""A named set of types."""
-
-
 REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "IN", "BR")
 """Countries whose own identity numbers are known, ISO 3166-1 alpha-2. Telephone numbers: any country."""
 PrivacyMode = StrEnum("PrivacyMode", ["none", "report", "redact", "pseudonymise", "drop", "fail"])
-"""What is done about personal data that is found."""
 PrivacyEngine = StrEnum("PrivacyEngine", ["patterns", "presidio"])
-"""What looks for personal data: patterns with checks, or these and Presidio with its name recognition."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,9 +107,7 @@ class PrivacyConfig:
 
 
 DuplicatePolicy = StrEnum("DuplicatePolicy", ["none", "report", "drop"])
-"""What is done about duplicates of one kind: nothing, counted, or counted and all but the first dropped."""
 ComparedText = StrEnum("ComparedText", ["document", "prompt", "completion"])
-"""Which text of a document is compared; a document without a prompt or completion is compared as a whole."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,7 +127,6 @@ class DuplicatesConfig:
 
 
 LeakagePolicy = StrEnum("LeakagePolicy", ["report", "drop_train", "fail"])
-"""What is done about training documents that are in the held-out data too."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,9 +141,7 @@ class LeakageConfig:
 
 
 BalanceBy = StrEnum("BalanceBy", ["none", "label", "source"])
-"""What makes a group."""
 BalanceTarget = StrEnum("BalanceTarget", ["natural", "temperature", "uniform", "shares"])
-"""Which shares the groups are to have."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,9 +164,7 @@ class BalanceConfig:
 
 
 MixOver = StrEnum("MixOver", ["documents", "tokens"])
-"""What the weights are shares of."""
 EpochEnd = StrEnum("EpochEnd", ["first", "all"])
-"""When an epoch of mixed sources ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -198,9 +178,7 @@ class MixingConfig:
 
 
 LearnTurns = StrEnum("LearnTurns", ["all", "last"])
-"""Which of the turns that may be learned are."""
 Reasoning = StrEnum("Reasoning", ["learn", "context", "drop"])
-"""What becomes of the thoughts of assistant turns."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -286,6 +264,8 @@ class DataConfig:
     """Columns, or keys of turns, that are knowingly not read: they are neither named nor refused."""
     remote: bool = False
     """Whether paths may be addresses (`s3://`, `gs://`, `hf://`, `https://` and so on), read over the network."""
+    streaming: bool = False
+    """Read hub data sets from the hub as they are prepared, with no copy in its cache; each at the commit in its `revision`."""
     max_bad_share: float = 0.0
     """Most rows that may be lost unasked (unreadable, refused by a check or the chat template, nothing left to learn), as a
     share of all; the run fails above it."""

@@ -88,8 +88,7 @@ class Document:
     def texts(self) -> list[str]:
         """All texts that came from the row, in reading order: thoughts and arguments of calls too; no labels, no tools."""
         plain = [text for text in (self.prompt, self.completion, self.text) if text is not None]
-        said = (texts_in(turn) if len(turn) > 2 else (turn["content"],) for turn in self.turns())
-        return [*chain.from_iterable(said), *plain]
+        return [*chain.from_iterable(map(texts_in, self.turns())), *plain]
 
     def map_texts(self, change: Callable[[str], str]) -> bool:
         """Replace every text by `change(text)`, in place; whether any differs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from trainer.data.fields import label_of
 from trainer.data.formats import RowReader, recognise
 from trainer.data.read.json_rows import Line
 from trainer.data.read.origin import Origin
-from trainer.data.read.paths import expand, sets_of
+from trainer.data.read.paths import expand, is_hub, sets_of
 from trainer.data.stages import filters
 from trainer.data.stages.checks import KINDS
 
@@ -61,6 +62,9 @@ class Input:
         return self.split, self.source
 
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 def problems(data: DataConfig) -> Iterator[str]:
     """What of data's settings contradicts itself or cannot be used: one line a problem, with key, value, constraint and remedy.
 
@@ -86,6 +90,8 @@ def problems(data: DataConfig) -> Iterator[str]:
     if weighted and len(weighted) < len(data.sources):
         without = ", ".join(sorted(data.sources.keys() - set(weighted)))
         yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
+    elif weighted and not any(source.weight for source in data.sources.values()):
+        yield "data.sources: every weight is 0, so nothing is left to train on; give one source more than 0"
     known = ", ".join(KINDS)
     for kind in data.checks.quarantine:
         if kind not in KINDS:
@@ -94,12 +100,42 @@ def problems(data: DataConfig) -> Iterator[str]:
         yield from filters.problems(data.filters)
     if data.balance != BalanceConfig():
         yield from balance.problems(data.balance)
+    if data.streaming:
+        yield from _streamed(data)
     if data.packing and data.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
     if data.privacy != PrivacyConfig():
         from trainer.data.stages.privacy import stage  # which makes seventy expressions
 
         yield from stage.problems(data.privacy)
+
+
+def _streamed(data: DataConfig) -> Iterator[str]:
+    """Hub data sets whose commit is not given: what they hold later could not be told from what was prepared."""
+    hub = []
+    for name, source in data.sources.items():
+        of = [path for path in _texts(source.path) if is_hub(path)]
+        hub += of
+        if of and not COMMIT.fullmatch(source.revision or ""):
+            yield (
+                f"data.sources.{name}.revision={source.revision}: data.streaming=true reads {of[0]} at one commit; give its 40 "
+                "characters, which the hub shows beside the files"
+            )
+    for key in ("path", "eval_path", "test_path"):
+        of = [path for path in _texts(getattr(data, key)) if is_hub(path)]
+        hub += of
+        if of:
+            yield (
+                f"data.{key}={of[0]}: data.streaming=true reads hub data sets at a commit, which only sources have: "
+                f"data.sources.<name>.path={of[0]} and its revision; or leave data.streaming out"
+            )
+    if not hub:
+        yield "data.streaming=true: no data set of the hub is named (hub:<name>), and files are always streamed; leave it out"
+
+
+def _texts(value: Any) -> list[str]:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [str(each) for each in values]
 
 
 def inputs_of(config: DataConfig) -> list[Input]:
@@ -111,7 +147,7 @@ def inputs_of(config: DataConfig) -> list[Input]:
         for name, source in config.sources.items():
             key = f"data.sources.{name}"
             files = expand(source.path, f"{key}.path", remote=config.remote)
-            origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision)
+            origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision, config.streaming)
             columns = dict(source.columns) or dict(config.columns)
             format = config.format if source.format is DataFormat.auto else source.format
             found.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))

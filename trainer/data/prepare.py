@@ -44,7 +44,7 @@ VERSION = 7
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
 NOT_CONTENT = (
-    *("path", "eval_path", "test_path", "cache_dir", "remote", "workers", "verify"),
+    *("path", "eval_path", "test_path", "cache_dir", "remote", "streaming", "workers", "verify"),
     *("packing", "layout", "shuffle"),
 )
 """Settings that change no prepared byte, or stand for files whose bytes are hashed."""

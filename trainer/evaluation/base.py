@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.data.config import DataFormat
+from trainer.evaluation.endpoint.client import EndpointConfig
+from trainer.evaluation.endpoint.judge import JudgeConfig
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -96,8 +98,8 @@ class EvaluationConfig:
     """Evaluate at most this many documents, the first ones; of several sources, of each."""
     watch: str = "eval/loss"
     """Metric that decides the best checkpoint and early stopping; `eval/loss/NAME` is the loss on one of `data.sources`."""
-    greater_is_better: bool = False
-    """Whether a larger value of the watched metric is better."""
+    greater_is_better: bool | None = None
+    """Whether a larger value of the watched metric is better; null: as the metric itself says."""
     patience: int = 0
     """Stop after this many evaluations without improvement; 0 never stops early."""
     min_delta: float = 0.0
@@ -106,6 +108,10 @@ class EvaluationConfig:
     """Answers written and scored: `eval/bleu` and `eval/rougeL`, and those of each set named in `data.eval_path`."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Tasks by names of your choice, run in each evaluation as `eval/NAME/METRIC`; `[loss,bits_per_byte]` names kinds alone."""
+    server: EndpointConfig = field(default_factory=EndpointConfig)
+    """A server (vLLM, SGLang) that writes the answers of `shardtune evaluate model.path=...`; the model here is not loaded."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """The model behind an OpenAI-compatible address that tasks `judge` and `preference` ask."""
     resamples: int = 10000
     """Bootstrap resamples behind each interval of `shardtune evaluate`."""
     resample_seed: int = 0
@@ -116,4 +122,4 @@ class Evaluator(Protocol):
     """Runs the model without gradients."""
 
     def run(self, engine: Engine) -> Iterable[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call."""
+        """Yield (name, value), equal on all ranks. All ranks must call. What it leaves in `tables` is shown too."""

@@ -15,6 +15,7 @@ from trainer.data.batches.loader import EvalShare, eval_batches, sources_of
 from trainer.data.store.sequences import TokenDataset, summed
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
+from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator, Part
 from trainer.evaluation.tasks.asking import Asking
@@ -120,6 +121,7 @@ def build_asking(
         label_names=labels,
         stop_now=stop_now,
         batch=config.batch,
+        judge=Judge(config.judge, runtime, stop_now) if config.judge.url else None,
     )
 
 

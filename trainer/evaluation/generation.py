@@ -51,6 +51,8 @@ class GenerationEvaluator:
         self.runtime = runtime
         self.writer = Writer(tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now)
         self._sets = sources_of(dataset) if share.by_source else {}
+        self.tell: Callable[[list[tuple[str, str]]], None] = lambda pairs: None
+        """Told (answer, reference) of all that was written."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none.
@@ -59,6 +61,7 @@ class GenerationEvaluator:
         sharded: 1 where they were gathered once for all answers, 0 where block by block.
         """
         found = self.answers(engine)
+        self.tell([(one.answer, one.reference) for one in found])
         values = self._values(found) if self.runtime.is_main else None
         yield from broadcast_object(values, self.runtime).items()
         assert self.writer.pace is not None

@@ -1,9 +1,9 @@
-"""Tasks as an evaluator: in training at each evaluation, in `shardtune evaluate` once, with the rows kept."""
+"""Tasks with what came of them: in training at each evaluation, in `shardtune evaluate` once, with the rows kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from trainer.evaluation.tasks.base import Row
 from trainer.evaluation.tasks.prepared import Ready
 
 if TYPE_CHECKING:
-    from strategies.base import Engine
     from trainer.evaluation.tasks.asking import Asking
     from trainer.evaluation.writing import Pace
 
@@ -31,23 +30,21 @@ class Done:
 
 
 class TaskEvaluator:
-    """Yields `eval/NAME/METRIC` of every task."""
+    """Asks the model every task."""
 
     def __init__(self, tasks: list[Ready], asking: Asking) -> None:
         self.tasks, self.asking = tasks, asking
+        self.under_way = ""
+        """Name of the task that the model is asked at this moment."""
 
-    def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
-        self.asking.engine = engine
-        for done in self.each():
-            for metric, value in done.values.items():
-                yield f"eval/{done.ready.task.name}/{metric}", value
-
-    def each(self) -> Iterator[Done]:
-        """Every task with its rows. All ranks must exhaust it."""
+    def each(self, names: Collection[str] | None = None) -> Iterator[Done]:
+        """Every task with its rows, or those of these names. All ranks must exhaust it."""
         self.asking.seen.clear()
         for ready in self.tasks:
+            if names is not None and ready.task.name not in names:
+                continue
             began, writer = time.perf_counter(), self.asking.writer
+            self.under_way = ready.task.name
             writer.pace = None
             try:
                 rows = ready.task.run(ready.cases, self.asking)

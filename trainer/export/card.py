@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.data.report.pages import HUB_LICENCES
+from trainer.export.results import model_index
+from trainer.papers.known import Known
+from trainer.papers.write import paper
+
 BOTTLENECK = "bottleneck"
 VIRTUAL_TOKENS = ("prefix", "prompt", "p_tuning")
 OWN_LOADER = """
@@ -40,6 +45,12 @@ class CardFacts:
     steps: int = 0
     licence: str | None = None
     """Licence of the base model; default: what its own card states. It binds the export too."""
+    gates: dict[str, Any] = field(default_factory=dict)
+    """What the run's gates said of these weights (`Judged.record`); empty where there are none."""
+    known: Known | None = None
+    """What was measured of these weights after training, and what the owner answered; None where nobody asked."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """Data sets of the hub that tasks were asked from local copies of, as <owner>/<name>[/<task there>] by the task here."""
     resize_to: int | None = None
     """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
 
@@ -52,11 +63,13 @@ def render_card(card: CardFacts, *, adapter: bool, base_path: str) -> str:
     parts = [
         _front_matter(card, licence=card.licence or licence_of(base_path), base=base, adapter=adapter, method=method),
         f"# {base}, fine-tuned ({method})",
-        _intended_use(base, adapter=adapter),
+        _intended_use(base, card.known, adapter=adapter),
         "## How to load\n\n" + _loading(card, base_path, adapter=adapter),
         _data(facts),
         _procedure(card, method),
         _evaluation(card),
+        *([] if card.known is None else [paper("measured", card.known).rstrip()]),
+        *_gates(card),
         LIMITATIONS,
         _lineage(card),
     ]
@@ -89,23 +102,33 @@ def licence_of(directory: str) -> str | None:
 
 
 def _front_matter(card: CardFacts, *, licence: str | None, base: str, adapter: bool, method: str) -> str:
-    classifier = card.facts.get("objective") == "classification"
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base)}",
-        f"library_name: {'peft' if adapter and method != BOTTLENECK else 'transformers'}",
-    ]
-    if card.facts.get("objective") == "seq2seq":
-        lines.append("pipeline_tag: text2text-generation")
-    else:
-        lines.append(f"pipeline_tag: {'text-classification' if classifier else 'text-generation'}")
-    if licence:
-        lines.append(f"license: {json.dumps(licence)}")
-    tags = ["shardtune", "fine-tuned", method]
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"])
+    """The metadata block, as the hub reads it. A licence that the hub has no name for is `other`, with its name beside."""
+    from huggingface_hub import ModelCardData
+
+    objective = card.facts.get("objective")
+    task = {"seq2seq": "text2text-generation", "classification": "text-classification"}.get(
+        str(objective), "text-generation"
+    )
+    own = (card.known.answers.get("licence") if card.known else None) or licence
+    known = own is None or HUB_LICENCES.fullmatch(own.lower()) is not None
+    results = model_index(card.known, task)
+    about = ModelCardData(
+        model_name=f"{base}, fine-tuned ({method})" if results else None,
+        eval_results=results or None,
+        base_model=base,
+        library_name="peft" if adapter and method != BOTTLENECK else "transformers",
+        pipeline_tag=task,
+        license=(own.lower() if known else "other") if own else None,
+        license_name=None if known else own,
+        tags=list(dict.fromkeys(["shardtune", "fine-tuned", method])),
+    )
+    return f"---\n{about.to_yaml(line_break=chr(10))}\n---"
 
 
-def _intended_use(base: str, *, adapter: bool) -> str:
+def _intended_use(base: str, known: Known | None, *, adapter: bool) -> str:
+    if known is not None and (said := known.answers.get("intended_use")):
+        unfit = f" Not for: {known.answers['out_of_scope']}" if known.answers.get("out_of_scope") else ""
+        return f"{said}{unfit}"
     what = f"An adapter for `{base}`" if adapter else f"A whole model tuned from `{base}`"
     return (
         f"{what}. It is meant for texts like those it was tuned on; its owner decides on any use beyond that, within the "
@@ -178,6 +201,8 @@ def _procedure(card: CardFacts, method: str) -> str:
     rows = [f"- method: {method}", f"- steps: {card.steps:,}", f"- tokens: {card.tokens_trained:,}"]
     rows += [f"- {_words(name)}: {facts[name]}" for name in names if facts.get(name) is not None]
     rows += [f"- substituted: {key} -> {value}" for key, value in (facts.get("substitutions") or {}).items()]
+    if averaged := facts.get("averaged_checkpoints"):
+        rows.append(f"- weights: the mean of the checkpoints {', '.join(averaged)}")
     if facts.get("initialised"):
         rows.append(f"- newly initialised, not from the base: {', '.join(facts['initialised'])}")
     return "## Procedure\n\n" + "\n".join(rows)
@@ -191,6 +216,21 @@ def _evaluation(card: CardFacts) -> str:
         before = f"{card.before[name]:.4f}" if name in card.before else "-"
         rows.append(f"| {name} | {before} | {value:.4f} |")
     return "## Evaluation\n\n" + "\n".join(rows)
+
+
+def _gates(card: CardFacts) -> list[str]:
+    """What had to hold before it was given to others, and why it was given where it did not."""
+    if not (gates := card.gates.get("gates")):
+        return []
+    rows = ["| gate | bound | value | |", "| --- | --- | ---: | --- |"]
+    for each in gates:
+        value = "not measured" if each["value"] is None else f"{each['value']:.4g}"
+        rows.append(
+            f"| {each['metric']} | `{each['bound']}` | {value} | {'passed' if each['passed'] else '**not passed**'} |"
+        )
+    why = card.gates.get("override")
+    text = "\n".join(rows) + (f"\n\nExported although gates were not passed, for this reason: {why}" if why else "")
+    return ["## Gates\n\n" + text]
 
 
 def _lineage(card: CardFacts) -> str:

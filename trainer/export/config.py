@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from trainer.tuning.base import LoraConfig, TuningConfig
@@ -29,6 +29,10 @@ class ExportConfig:
     """Stored type of a whole model: `float32`, `bfloat16`, `float16`, or `auto` (that of the base checkpoint)."""
     max_shard_gib: float = 5.0
     """Largest safetensors file in GiB."""
+    papers: list[str] = field(default_factory=list)
+    """Papers beside the card, in `papers/`: datasheet, annex_xi, annex_xii, training_summary, processing (docs/papers.md)."""
+    answers: str | None = None
+    """YAML file with what only its owner can say of the model, by question; what it leaves out stands in papers as open."""
     verify: bool = False
     """Reload the export afresh and compare its logits with the trained model's; a drift fails the run."""
 

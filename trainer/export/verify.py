@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from strategies.errors import ConfigError, ShardtuneError
+from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
 from trainer.export.choices import Choices, Kept
+from trainer.export.load import load_export
 from trainer.export.tensors import stored_type
 from trainer.model import flex
-from trainer.model.architecture import auto_class
-from trainer.model.config import Kind
 from trainer.model.kernels import torch_alone
 from trainer.objectives.causal import MODEL_INPUTS, plain_model
 
@@ -108,77 +106,6 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
         finally:
             step.objective = objective
     return logits.reshape(-1, logits.shape[-1]).cpu() if runtime.is_main else None
-
-
-def load_export(directory: Path, base_path: str | None = None, rounded: BaseWeights | None = None) -> Any:
-    """The exported model in eval mode, float32, through nothing but transformers and peft.
-
-    `base_path`: where an adapter's base is; default: where the adapter says. `rounded`: the base as the adapter was trained
-    on it, where that was quantised: its values replace those of the plain model. Errors: ConfigError where it is no export.
-    """
-    import transformers
-
-    directory = Path(directory)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return _load(directory, base_path, transformers, rounded)
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _load(directory: Path, base_path: str | None, transformers: Any, rounded: BaseWeights | None = None) -> Any:
-    from trainer.tuning import bottleneck
-
-    settings_file = directory / "adapter_config.json"
-    if (directory / bottleneck.CONFIG_FILE).is_file():
-        settings_file = directory / bottleneck.CONFIG_FILE
-    if not settings_file.is_file():
-        if not (directory / "config.json").is_file():
-            raise ConfigError(
-                f"{directory}: holds neither config.json nor adapter_config.json; give an export directory"
-            )
-        return _auto_class(directory).from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
-    from trainer.tuning.adapter_files import load_adapter
-
-    settings = json.loads(settings_file.read_text())
-    base = base_path or settings["base_model_name_or_path"]
-    if settings["task_type"] == "SEQ_CLS":
-        from safetensors import safe_open
-
-        labels = settings.get("num_labels") or _head_rows(safe_open, directory)
-        auto: Any = transformers.AutoModelForSequenceClassification
-        model = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True, num_labels=labels)
-        model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
-    elif settings["task_type"] == "SEQ_2_SEQ_LM":
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    else:
-        auto = auto_class(Kind.causal, transformers.AutoConfig.from_pretrained(base, local_files_only=True))
-        model = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
-    if tokens > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-    for name in rounded.quantised if rounded is not None else ():
-        model.get_parameter(name).data.copy_(rounded.whole(name))  # type: ignore[union-attr]
-    load = bottleneck.load if settings_file.name == bottleneck.CONFIG_FILE else load_adapter
-    return load(model, directory).eval()
-
-
-def _head_rows(safe_open: Any, directory: Path) -> int:
-    """Number of labels: rows of the last saved matrix that is no adapter, the classification head."""
-    with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as handle:
-        heads = [key for key in handle.keys() if ".lora_" not in key and key.endswith(".weight")]  # noqa: SIM118
-        return next(handle.get_slice(k).get_shape()[0] for k in heads if k.split(".")[-2] in ("score", "classifier"))
-
-
-def _auto_class(directory: Path) -> Any:
-    import transformers
-
-    settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    classifier = "ForSequenceClassification" in settings.architectures[0]
-    kind = Kind.encoder_decoder if getattr(settings, "is_encoder_decoder", False) else Kind.causal
-    return auto_class(Kind.classifier if classifier else kind, settings)
 
 
 def verify_export(

@@ -22,12 +22,15 @@ from strategies.durable import make_directories, no_room, publish, reason, sync_
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
 from strategies.runtime import Runtime, first_error
-from trainer.export.card import CardFacts, render_card
+from trainer.export.card import CardFacts, licence_of, render_card
 from trainer.export.config import ExportConfig, ExportType
+from trainer.export.ending import write_endings
+from trainer.export.results import write_results
 from trainer.export.tensors import hub_name, stored_type, write_tensors
 from trainer.export.verify import verify_written
 from trainer.model.architecture import TEXT_ALONE, text_settings
 from trainer.model.weights import BaseWeights
+from trainer.papers.write import write_papers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -72,7 +75,13 @@ def write_export(
             else:
                 _write_model(built, tensors.as_stored(), aside, base_path, config, card)
             tokenizer.save_pretrained(str(aside))
+            if built.two_sides is None and _plain(built).can_generate():
+                write_endings(tokenizer, aside, base_path)
             _with_added_tokens_note(built, tokenizer, card, adapter)
+            if card.known is not None:
+                card.known.base_licence = card.licence or licence_of(base_path)
+                write_papers(aside, config.papers, card.known)
+                write_results(aside, card.known, card.benchmarks)
             (aside / "README.md").write_text(render_card(card, adapter=adapter, base_path=base_path), encoding="utf-8")
     except Exception as caught:  # noqa: BLE001 - safetensors and peft have error types of their own; all ranks are told
         error = caught
@@ -110,7 +119,7 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
 
 def _publish(aside: Path, destination: Path) -> None:
     mode = (aside / "README.md").stat().st_mode
-    for file in aside.iterdir():
+    for file in (each for each in aside.rglob("*") if each.is_file()):
         file.chmod(mode)  # safetensors makes its files private, whatever the umask says
         sync_file(file)
     old = destination.with_name(f".{destination.name}.old")
@@ -224,6 +233,12 @@ def _write_adapter(built: Built, trained: dict[str, Tensor], directory: Path, ba
     write_adapter(built.step_module.model, trained, directory, *hub_name(base_path), double_rank=tuning.converts)
 
 
+def _plain(built: Built) -> Any:
+    """The model without the adapter around it."""
+    model: Any = built.step_module.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _write_model(
     built: Built,
     tensors: Iterator[tuple[str, Tensor]],
@@ -234,8 +249,7 @@ def _write_model(
 ) -> None:
     dtype = _dtype(config, base_path)
     write_tensors(tensors, directory, dtype=dtype, max_bytes=int(config.max_shard_gib * 2**30))
-    plain: Any = built.step_module.model
-    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    plain = _plain(built)
     settings = copy.deepcopy(built.config)
     if settings.model_type not in TEXT_ALONE or not settings.architectures:  # of those, the whole model is written
         settings.architectures = [type(plain).__name__]

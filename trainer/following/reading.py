@@ -17,6 +17,7 @@ from typing import Any
 from strategies import durable
 from trainer.following import rows
 from trainer.following.owner import Holder, holder
+from trainer.following.pipeline import Part, failed, parts_of
 from trainer.following.queue import Job, Queue
 from trainer.records.status import State, read_failure, read_status
 
@@ -65,6 +66,8 @@ class Seen:
     """Seconds since the last sign of life; of a run that has ended, since its end."""
     job: Job | None = None
     """Its job in the queue."""
+    parts: tuple[Part, ...] = ()
+    """The jobs of its chain, where it was submitted as one."""
 
     @property
     def left_s(self) -> float | None:
@@ -152,6 +155,10 @@ def look(run_dir: Path, queue: Queue) -> Seen:
     job_id = held.owner.job if held.owner is not None else record.get("slurm_job_id")
     job = queue.job_of(run_dir, None if job_id is None else str(job_id))
     state, why = _state(run_dir, status, failure, held, job)
+    parts = parts_of(run_dir, queue)
+    if (broken := failed(parts)) is not None and broken.part != "train":
+        why = f"{broken.part} (job {broken.job}) {broken.says}" + (f"; {why}" if why and state != NOT_STARTED else "")
+        state = State.failed if state in (NOT_STARTED, QUEUED) else state
     if trouble and state == LOST:  # nobody knows
         state, why = UNKNOWN, trouble
     last = rows.newest(run_dir / "metrics.jsonl")
@@ -177,6 +184,7 @@ def look(run_dir: Path, queue: Queue) -> Seen:
         since=owner.since if owner is not None else None,
         heard_s=heard_s,
         job=job,
+        parts=tuple(parts),
     )
 
 

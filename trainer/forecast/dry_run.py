@@ -9,7 +9,7 @@ from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.build import build_model, prepare_data, workload
-from trainer.config.run import MICRO, RunConfig
+from trainer.config.run import MICRO, STRATEGY, RunConfig
 from trainer.data.batches.budget import steps_from_budget
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
@@ -17,6 +17,7 @@ from trainer.forecast.fitting import one_step, unsimulated
 from trainer.forecast.lengths import drawn
 from trainer.forecast.micro import would_choose
 from trainer.forecast.simulation import simulate_depth
+from trainer.forecast.strategy import would_choose_strategy
 from trainer.model.loading import load_tokenizer
 from trainer.planning.activations import longest_lengths
 from trainer.step import Built
@@ -27,7 +28,7 @@ def describe(config: RunConfig) -> str:
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
-    config = would_choose(config, data)
+    config = would_choose(would_choose_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
     per = built.reading.sequences_per_document
     read = drawn(config, data.train, per)
@@ -47,7 +48,11 @@ def describe(config: RunConfig) -> str:
         *_memory(config, built, data, world),
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),
-        *([f"substituted: {MICRO}: {note}"] if (note := config.substitutions.get(MICRO)) else []),
+        *(
+            f"substituted: {key}: {config.substitutions[key]}"
+            for key in (STRATEGY, MICRO)
+            if key in config.substitutions
+        ),
         *(f"substituted: {key}: {value}" for key, value in built.substitutions.items()),
         "nothing was trained (--dry-run)",
     ]

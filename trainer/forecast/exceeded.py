@@ -1,16 +1,16 @@
-"""A run that ran out of memory amid its steps: what it held, what was expected, and what to turn."""
+"""A run that ran out of memory amid its steps, or an evaluation: what it held, what was expected, and what to turn."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from strategies.base import ActivationCheckpointing
-from strategies.errors import DoesNotFit
+from strategies.errors import DoesNotFit, OutOfMemory
 from strategies.runtime import Runtime, free_host_memory, peak_memory_gib
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
@@ -28,7 +28,10 @@ def of_memory(error: BaseException) -> bool:
 def telling_of_memory(
     trainer: Trainer, config: RunConfig, facts: Mapping[str, Any], runtime: Runtime
 ) -> Iterator[None]:
-    """Raise DoesNotFit in the place of an error of memory, on the rank that has it; the others lose their peer."""
+    """Raise DoesNotFit in the place of an error of memory, on the rank that has it; the others lose their peer.
+
+    It is OutOfMemory amid a step that may be taken with a smaller `batch.micro`.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -37,26 +40,49 @@ def telling_of_memory(
         where = (
             f"step {trainer.progress.step + 1}" if trainer.taken else f"the evaluation at step {trainer.progress.step}"
         )
-        lines = (str(error).strip() or type(error).__name__).splitlines()
+        expected = facts["receipt"]["predicted"]
         said = [
-            f"{where}: rank {runtime.rank} on {socket.gethostname()} ran out of memory ({lines[0][:200]})",
-            f"  {_held(facts, runtime)}",
+            f"{where}: {_exceeded(error, runtime)}",
+            f"  {_held(runtime)}; expected {expected['memory_gib']:.2f} ({expected['memory_by']})",
             *([f"  {_batch(trainer.taken)}"] if trainer.taken else []),
             f"  {_knobs(config, runtime, training=trainer.taken is not None)}",
         ]
+        smaller = trainer.taken is not None and config.batch["micro"] > 1
+        raise (OutOfMemory if smaller else DoesNotFit)("\n".join(said)) from error
+
+
+@contextmanager
+def telling_of_evaluation(doing: Callable[[], str], config: RunConfig, runtime: Runtime) -> Iterator[None]:
+    """The same for `shardtune evaluate`, which has no trainer; `doing` says what was under way."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not of_memory(error):
+            raise
+        sharded = str(config.strategy.name) in ("fsdp2", "zero3")
+        ways = [
+            f"evaluation.batch below {config.evaluation.batch}, or a task's write.batch_tokens: the result depends on neither",
+            "a smaller write.max_new_tokens",
+            "more ranks (launcher.processes)" if sharded else "strategy=fsdp2 or zero3 on more ranks",
+        ]
+        said = [f"{doing()}: {_exceeded(error, runtime)}", f"  {_held(runtime)}", f"  what helps: {'; '.join(ways)}"]
         raise DoesNotFit("\n".join(said)) from error
 
 
-def _held(facts: Mapping[str, Any], runtime: Runtime) -> str:
-    peaks, expected = peak_memory_gib(runtime.device), facts["receipt"]["predicted"]
+def _exceeded(error: BaseException, runtime: Runtime) -> str:
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"rank {runtime.rank} on {socket.gethostname()} ran out of memory ({lines[0][:200]})"
+
+
+def _held(runtime: Runtime) -> str:
+    peaks = peak_memory_gib(runtime.device)
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runtime.device)
         there = f"{peaks['memory_reserved_gib']:.2f} reserved, {free / GIB:.2f} of {total / GIB:.2f} free"
     else:
         left = free_host_memory()
         there = "with libraries" + ("" if left is None else f", {left / GIB:.2f} free on the host")
-    planned = expected["memory_gib"]
-    return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({there}); expected {planned:.2f} ({expected['memory_by']})"
+    return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({there})"
 
 
 def _batch(batch: StepBatch) -> str:

@@ -7,44 +7,26 @@ built anew for the run, so that it takes the steps of one that was told its micr
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
-from strategies.runtime import SIMULATED, Runtime, broadcast_object, free_host_memory, gather_objects
-from trainer.build import build_engine, workload
-from trainer.config.run import AUTO, MICRO, RunConfig, chose_micro
+from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
+from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
 from trainer.data.prepare import Prepared
-from trainer.forecast.exceeded import of_memory
 from trainer.forecast.fitting import PATIENCE, answered_apart, one_step, unsimulated
 from trainer.forecast.lengths import Lengths, divisors, drawn
+from trainer.forecast.tried import STEPS, Given, Trial, memory_gib, runs_out
 from trainer.objectives.registry import reading_of
-from trainer.planning.activations import USABLE, device_gib, longest_micro_batch
-from trainer.planning.bare import bare_trainer, batch_of
 from trainer.planning.form import Form
 from trainer.planning.hardware import GIB, fit_of, groups_of
 
 UNPLANNED = 4
 """Documents that are tried first where the step cannot be simulated."""
-STEPS = 2
-"""The first makes the optimizer's state, the second has it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a run has before its model is built."""
-
-    tokenizer: Any
-    data: Prepared
-    precision: Precision
-    runtime: Runtime
 
 
 def settle_micro(
@@ -60,7 +42,7 @@ def settle_micro(
     config = _with(config, batch["micro"], note)
     part = batch["global"] // runtime.world_size
     known = batch["micro"] != AUTO
-    if known and not (chose_micro(batch, config.substitutions) and part % batch["micro"]):
+    if known and not (asked_micro(batch, config.substitutions) == AUTO and part % batch["micro"]):
         return config
     say("choosing the micro-batch (batch.micro=auto): simulating a step")
     memory = min(gather_objects(memory_gib(runtime), runtime))
@@ -71,7 +53,7 @@ def settle_micro(
         found = proposed(config, given.data, given.precision, ranks, (runtime.kind, memory), patience)
     micro, why = broadcast_object(found, runtime)
     tried: list[int] = []
-    while _runs_out(_with(config, micro, None), given, say):
+    while runs_out(_with(config, micro, None), given, _trial(micro)):
         tried.append(micro)
         smaller = [each for each in divisors(part) if each < micro]
         if not smaller:
@@ -103,17 +85,13 @@ def would_choose(config: RunConfig, data: Prepared) -> RunConfig:
     return _with(config, micro, f"{AUTO} -> {micro} ({why}; {STEPS} steps of the longest documents will be tried)")
 
 
+def _trial(micro: int) -> Trial:
+    return Trial(MICRO, f"{micro} documents in each forward pass", "give batch.micro a smaller number")
+
+
 def _with(config: RunConfig, micro: Any, note: str | None) -> RunConfig:
     noted = {key: text for key, text in config.substitutions.items() if key != MICRO} | ({MICRO: note} if note else {})
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=noted)
-
-
-def memory_gib(runtime: Runtime) -> float:
-    """Memory of this rank's device in GiB; on a CPU its part of what the host has to give now, or the job's limit."""
-    if runtime.device.type == "cuda":
-        return device_gib(runtime)
-    there, free = device_gib(runtime), free_host_memory()
-    return USABLE * (there if free is None else min(there, free / GIB / runtime.local_world_size))
 
 
 def proposed(
@@ -137,13 +115,13 @@ def proposed(
     for mode in modes:
         step = replace(one_step(_with(config, 1, None), world, auto=mode), precision=precision)
         length = int(lengths.longest[0]) // per
-        form: Form | str = answered_apart(_form, (step, length, ranks, kind), patience_s)
+        form: Form | str = answered_apart(simulated_form, (step, length, ranks, kind), patience_s)
         if isinstance(form, str):
             first = max(size for size in sizes if size <= UNPLANNED)
             return first, f"not planned: {form}"
         if form.alone:
             return 1, "the model is right for one document at a time only"
-        needed = {size: _needed(form, size, lengths, memory) for size in sizes}
+        needed = {size: needed_gib(form, size, lengths, memory) for size in sizes}
         fitting = [size for size in sizes if needed[size] <= memory]
         size = fitting[-1] if fitting else 1
         told = f"planned {needed[size]:.2f} of {memory:.2f} GiB"
@@ -152,13 +130,14 @@ def proposed(
     return 1, told
 
 
-def _needed(form: Form, size: int, lengths: Lengths, memory: float) -> float:
+def needed_gib(form: Form, size: int, lengths: Lengths, memory: float) -> float:
     """GiB of a rank with so many documents in each forward pass."""
     taken = form.at(float(size) if form.rows else lengths.most(size))
     return fit_of(taken.total, groups_of(form), memory).total / GIB
 
 
-def _form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> Form | str:
+def simulated_form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> Form | str:
+    """Rank 0's step on (all ranks, those of a host) of that kind, or why it cannot be simulated; not for a process of a job."""
     from trainer.forecast.simulation import simulate_form
 
     device = SIMULATED if kind == "cuda" else torch.device("cpu")
@@ -169,62 +148,3 @@ def _form(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> 
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
         return f"its step {unsimulated(error)}"
-
-
-def _runs_out(config: RunConfig, given: Given, say: Callable[[str], None]) -> bool:
-    """Whether two steps of the longest documents run out of memory on all ranks; nothing of them stays. All ranks must call."""
-    why: str | None = None
-    try:
-        _take_steps(config, given)
-    except (RuntimeError, MemoryError) as error:
-        if not of_memory(error):
-            raise
-        why = (str(error).strip() or "out of memory").splitlines()[0]  # the error's frames hold what was allocated
-    gc.collect()
-    if given.runtime.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(given.runtime.device)
-    return _agreed(config, why, given.runtime)
-
-
-def _take_steps(config: RunConfig, given: Given) -> None:
-    engine, built, _ = build_engine(config, given.tokenizer, given.data, given.precision, given.runtime)
-    if built.step_module.around_update is not None:
-        built.step_module.around_update.begin(STEPS + 1)
-    micro_batches = min(2, config.batch["global"] // (config.batch["micro"] * given.runtime.world_size))
-    longest = longest_micro_batch(built, workload(config, given.data))
-    trainer = bare_trainer(engine)
-    try:
-        for _ in range(STEPS):
-            trainer.train_step(batch_of([longest] * micro_batches, given.runtime.device))
-        if given.runtime.device.type == "cuda":
-            torch.cuda.synchronize(given.runtime.device)
-    finally:
-        engine.close()
-
-
-def _agreed(config: RunConfig, why: str | None, runtime: Runtime) -> bool:
-    """Whether all ranks ran out of memory (`why` says it of this one); False where none did. All ranks must call.
-
-    A rank that runs out alone leaves the others in an exchange that it cannot join: it waits for them a while, in the store
-    that is not used for exchange, and raises DoesNotFit, which ends the job.
-    """
-    if runtime.world_size == 1:
-        return why is not None
-    store, micro = dist.distributed_c10d._get_default_store(), config.batch["micro"]
-    keys = [f"shardtune/micro/{micro}/{rank}" for rank in range(runtime.world_size)]
-    store.set(keys[runtime.rank], "out" if why else "held")
-    patience = PATIENCE * runtime.timeout_s / (2 if why else 1)
-    try:
-        store.wait(keys, timedelta(seconds=patience))
-        answers = [store.get(key).decode() for key in keys]
-    except (RuntimeError, ValueError):
-        answers = []
-    if answers and len(set(answers)) == 1:
-        return why is not None
-    alone = [rank for rank, answer in enumerate(answers) if answer == "out"] or ([runtime.rank] if why else [])
-    said = f"rank {', '.join(map(str, alone))} runs" if alone else "some rank ran"
-    raise DoesNotFit(
-        f"batch.micro=auto: with {micro} documents in each forward pass {said} out of memory"
-        f"{f' ({why})' if why else ''}, and the others do not; give batch.micro a smaller number, or free that device"
-    )

@@ -6,30 +6,33 @@ A way is a strategy with what its blocks recompute, what is offloaded and how th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from strategies.base import (
     ActivationCheckpointing,
-    DdpConfig,
     Fsdp2Config,
     Precision,
-    SingleConfig,
     StrategyConfig,
-    StrategyName,
     ZeroConfig,
 )
 from strategies.errors import ConfigError
+from strategies.every import every_strategy
 from strategies.mesh import replicas
 from strategies.owned import Kind
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.forecast.lengths import MOST_MICRO, Lengths, divisors
+from trainer.model.config import Kind as ModelKind
 from trainer.model.quantisation import Quantisation
+from trainer.objectives.registry import family_of
 from trainer.planning.form import Form, Taken
 from trainer.planning.hardware import Card, Fit, fit, host_gib, room
 from trainer.planning.live import Highest, Moment
 from trainer.planning.speed import Load, Step, step_of
+from trainer.planning.theirs import LOGITS, Cut, Held, Theirs, held
+from trainer.planning.theirs import problems_of as problems_of_theirs
+from trainer.tuning.base import TuningName
 
 MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
 ONLY_OF_A_RUN = ("budget: not set", "data.path: not set", "run.device=cuda: no CUDA device")
@@ -46,6 +49,8 @@ class PlanConfig:
     """Look at optimizer state (zero) or parameters (fsdp2, hsdp) in host memory too."""
     quantisation: list[Quantisation] = field(default_factory=list)
     """Further ways to store a frozen base, as in [none,nf4]; empty takes model.quantisation."""
+    theirs: list[Theirs] = field(default_factory=list)
+    """What another trainer holds in its step, as in [stock_loss,pure_bf16], told beside what this one does."""
     workers: int = 0
     """Processes that simulate; 0 takes one for each core that this job may use."""
 
@@ -86,6 +91,8 @@ class Choice:
     """For the budget."""
     price: float | None
     """US dollars for the budget, all cards."""
+    theirs: Held | None = None
+    """The same as another trainer would hold it, where that is asked for."""
 
     @property
     def fits(self) -> bool:
@@ -118,7 +125,8 @@ def ways(
     Raises ConfigError with all that a run of these words would be refused for in every way, or where no way is left.
     """
     asked = [(way, _problems(way.config, world)) for way in _all(config, settings, typed)]
-    always = [problem for problem in asked[0][1] if all(problem in problems for _, problems in asked)]
+    always = _theirs_asked(config, settings.theirs)
+    always += [problem for problem in asked[0][1] if all(problem in problems for _, problems in asked)]
     if always or all(problems for _, problems in asked):
         raise ConfigError(always or [f"{' '.join(way.words)}: {problems[0]}" for way, problems in asked])
     return [way for way, found in asked if not found], [(way, found[0]) for way, found in asked if found]
@@ -159,12 +167,7 @@ def _offloaded(strategy: StrategyConfig) -> StrategyConfig | None:
 
 def _strategies(asked: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
     """The strategy that was typed, or all of them with the common settings that were."""
-    if "strategy" in typed:
-        return [asked]
-    common = {each.name: getattr(asked, each.name) for each in fields(StrategyConfig) if each.name != "name"}
-    made: list[StrategyConfig] = [SingleConfig(**common), DdpConfig(**common), Fsdp2Config(**common)]
-    made.append(Fsdp2Config(name=StrategyName.hsdp, replicate=0, **common))
-    return made + [ZeroConfig(name=StrategyName(f"zero{n}"), stage=n, **common) for n in (1, 2, 3)]
+    return [asked] if "strategy" in typed else every_strategy(asked)
 
 
 def micro_batches(job: Job, typed: int | None) -> list[int]:
@@ -177,9 +180,14 @@ def micro_batches(job: Job, typed: int | None) -> list[int]:
     return divisors(part)
 
 
-def choices(way: Way, form: Form, job: Job, micros: list[int]) -> list[Choice]:
-    """What a way takes with each micro-batch, the fastest that fits first; then those that do not, smallest first."""
+def choices(way: Way, form: Form, job: Job, micros: list[int], theirs: Sequence[Theirs] = ()) -> list[Choice]:
+    """What a way takes with each micro-batch, the fastest that fits first; then those that do not, smallest first.
+
+    `theirs`: what another trainer holds, to be told beside.
+    """
     made = [_choice(way, form, job, micro) for micro in micros]
+    if theirs:
+        made = [replace(one, theirs=as_theirs(one, form, job, theirs)) for one in made]
     return sorted(made, key=lambda one: (not one.fits, -one.tokens_per_s if one.fits else one.micro))
 
 
@@ -211,6 +219,31 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
         hours=hours,
         price=cost,
     )
+
+
+def as_theirs(choice: Choice, form: Form, job: Job, theirs: Sequence[Theirs]) -> Held:
+    """The step of a choice as another trainer would hold it."""
+    units = float(choice.micro) if form.rows else job.lengths.most(choice.micro)
+    tokens = choice.micro * float(job.lengths.longest[0]) if form.rows else units
+    strategy, cut = choice.way.config.strategy, Cut()
+    if isinstance(strategy, Fsdp2Config):
+        shards = job.world // replicas(strategy, job.world, job.nodes)
+        cut = Cut(shards, shards, shards)
+    elif isinstance(strategy, ZeroConfig):
+        cut = Cut(*(job.world if strategy.stage >= stage else 1 for stage in (3, 2, 1)))
+    return held(form, units, tokens * form.vocabulary, theirs, cut)
+
+
+def _theirs_asked(config: RunConfig, theirs: Sequence[Theirs]) -> list[str]:
+    """What is wrong with `plan.theirs` of such a run."""
+    found = problems_of_theirs(theirs, full=config.tuning.name is TuningName.full)
+    if family_of(config.objective).kind is ModelKind.classifier and (
+        losses := [each for each in theirs if each in LOGITS]
+    ):
+        found.append(
+            f"plan.theirs=[{','.join(losses)}]: is of a loss over words; objective={config.objective.name} has none"
+        )
+    return found
 
 
 def waiting_bytes(form: Form, among: int) -> int:

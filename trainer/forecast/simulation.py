@@ -83,7 +83,8 @@ def simulate_depth(
             return simulate_run(shallow, lengths, device=device, **ranks)
 
     exact = exact or period is None
-    return at_depth(take, blocks, period or 1, ends=ENDS if exact else ends_of(config, period or 1), exact=exact)
+    ends = ENDS if exact else ends_of(config, period or 1)
+    return at_depth(take, blocks, period or 1, ends=ends, joined=joined(config), exact=exact)
 
 
 def simulate_form(
@@ -129,6 +130,7 @@ def simulate_form(
         blocks,
         period=None if exact else period,
         ends=ends_of(config, period) if period and not exact else ENDS,
+        joined=joined(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
     )
@@ -139,6 +141,7 @@ def simulate_form(
         found,
         parameters=parameters,
         trained=trained,
+        vocabulary=vocabulary_of(config.model),
         notes=told["notes"],
         layout=told["layout"],
         alone=told["alone"],
@@ -154,6 +157,11 @@ def ends_of(config: RunConfig, period: int) -> int:
         units = parts_of(few, [1], runtime).built.step_module.shard_units()
     smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
     return max(ENDS, LIVE // smallest + 1)
+
+
+def joined(config: RunConfig) -> bool:
+    """Whether the ends of a shallow model may have a block in common: not where buckets are filled by several blocks."""
+    return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
 
 
 def _parameters(built: Built) -> tuple[int, int]:
@@ -220,6 +228,7 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
         context=meta_context(),
         half_on_gpu=runtime.device == SIMULATED and precision is not Precision.fp32,
     )
+    built.step_module.ema_decay = config.optim.ema_decay
     attach_frozen(built, config.model, config.objective, source, tokenizer)  # type: ignore[arg-type]
     accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     names = [name for name, _ in named_parameters(built.step_module)]

@@ -60,7 +60,7 @@ def sweep(
             refused.append((way, form))
         else:
             simulated[index] = form
-            made[index] = choices(way, form, job, micros)
+            made[index] = choices(way, form, job, micros, settings.theirs)
     if not made:
         raise ConfigError([f"{' '.join(way.words)}: {why}" for way, why in refused])
     best = sorted(made, key=lambda index: _order(made[index][0]))

@@ -78,7 +78,7 @@ MODEL = {
     **_named("loraplus_lr_ratio", _lora("lr_ratio")),
     **_named("use_peft use_lora", switch(LORA)),
     **_named("adapter finetuning_type", rules.tuning),
-    **_named("neftune_noise_alpha", none("no noise is added to embeddings")),
+    **_named("neftune_noise_alpha neftune_alpha", same("model.neftune_alpha")),
     **_named("rope_scaling rope_theta", none("set it in the config.json of the model")),
     **_named("resize_token_embeddings", needless("model.add_tokens=[...] does it")),
     **_named("special_tokens", none("the tokenizer's own are used; model.add_tokens=[...] adds to the vocabulary")),
@@ -120,6 +120,9 @@ DATA = {
 OPTIMIZER = {
     **_named("learning_rate", same("optim.lr")),
     **_named("weight_decay", same("optim.weight_decay")),
+    **_named("label_smoothing_factor label_smoothing", same("objective.label_smoothing")),
+    **_named("ema_decay model_ema_decay", same("optim.ema_decay")),
+    **_named("llrd layerwise_lr_decay layer_wise_lr_decay layer_decay", same("optim.layer_decay")),
     **_named("max_grad_norm gradient_clipping", same("optim.max_grad_norm")),
     **_named("adam_beta1 adam_beta2", rules.betas),
     **_named("adam_epsilon adam_eps", same("optim.eps")),

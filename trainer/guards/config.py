@@ -14,6 +14,14 @@ class Action(StrEnum):
     rollback = "rollback"
 
 
+DONE = {
+    Action.note: "noted",
+    Action.skip: "its update was left out",
+    Action.rollback: "the run goes back to its last checkpoint and passes over its samples",
+}
+"""What is said of it."""
+
+
 @dataclass(kw_only=True, slots=True)
 class GuardsConfig:
     """What is done about steps whose loss or gradient norm stands out from those before."""

@@ -13,7 +13,7 @@ from typing import Any
 from strategies.errors import StorageError
 from trainer.data.batches.loader import StepLoader
 from trainer.data.store.documents import DocumentTable, schema
-from trainer.guards.config import Action
+from trainer.guards.config import DONE
 from trainer.guards.watch import Outlier
 from trainer.records.jsonl import json_text
 
@@ -21,11 +21,6 @@ EVENTS = "events.jsonl"
 SHOWN = 4
 """Documents that are named on the screen."""
 PLACE = ("source", "file", "line")
-DONE = {
-    Action.note: "noted",
-    Action.skip: "its update was left out",
-    Action.rollback: "the run goes back to its last checkpoint and passes over its samples",
-}
 
 
 class Told:

@@ -24,6 +24,8 @@ class Counting:
     weights: Tensor | None = None
     groups: Tensor | None = None
     num: int = 0
+    smoothing: float = 0.0
+    """Share of each target that is spread evenly over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
 
 
 Settings = tuple[float | None, float, bool]
@@ -42,14 +44,21 @@ def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
 
 
 def _product_gradient(
-    logits: Tensor, log_probabilities: Tensor, targets: Tensor, softcap: float | None, scale: float
+    logits: Tensor,
+    log_probabilities: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    scale: float,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """Each row's derivative of its own negative log-likelihood by the head's plain product, `[n, V]`.
+    """Each row's derivative of its own (smoothed) negative log-likelihood by the head's plain product, `[n, V]`.
 
     Overwrites `log_probabilities`: the logits of a large vocabulary are the largest tensors of a step.
     """
     grad = log_probabilities.exp_()
-    grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
+    grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0 - smoothing
+    if smoothing:
+        grad.sub_(smoothing / grad.shape[-1])
     if softcap is not None:
         grad.mul_(1.0 - (logits / softcap).square())
     return grad.mul_(scale) if scale != 1.0 else grad
@@ -72,7 +81,7 @@ def _weighed(rows: Tensor, weight: Tensor | None) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`; gradients are made in the forward pass, chunk by chunk.
 
-    The third result is the loss of each group of rows, `[num]`.
+    The third result is the loss of each group of rows, `[num]`; the fourth the sum without smoothing, where labels are smoothed.
     """
 
     @staticmethod
@@ -84,15 +93,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         counting: Counting,
         settings: Settings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         softcap, scale, training = settings
-        row_weight, groups = counting.weights, counting.groups
+        row_weight, groups, smoothing = counting.weights, counting.groups, counting.smoothing
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
         need_bias = training and bias is not None and ctx.needs_input_grad[2]
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         apart = hidden.new_zeros(counting.num, dtype=torch.float32)
+        plain = hidden.new_zeros((), dtype=torch.float32) if smoothing else None
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
@@ -102,13 +112,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_probabilities = F.log_softmax(logits, dim=-1)
             counted = None if row_weight is None else row_weight[start : start + rows, None]
             likely = _weighed(log_probabilities.gather(1, target[:, None]), counted)
+            if plain is not None:
+                plain -= likely.sum()
+                spread = _weighed(log_probabilities.mean(-1, keepdim=True), counted)
+                likely = (1 - smoothing) * likely + smoothing * spread
             total -= likely.sum()
             if groups is not None:
                 apart.index_add_(0, groups[start : start + rows], -likely[:, 0].float())
             if not training:
                 correct += _weighed((logits.argmax(dim=-1) == target)[:, None], counted).sum()
                 continue
-            grad = _product_gradient(logits, log_probabilities, target, softcap, scale)
+            grad = _product_gradient(logits, log_probabilities, target, softcap, scale, smoothing)
             grad = (grad if counted is None else grad.mul_(counted)).to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
@@ -122,8 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(correct, apart)
-        return total, correct, apart
+        ctx.mark_non_differentiable(correct, apart, *(() if plain is None else (plain,)))
+        return total, correct, apart, plain
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
@@ -241,7 +255,8 @@ class LossHead(nn.Linear):
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).
 
         The second is counted in evaluation only (zero while gradients are made): it would cost a pass over the logits.
-        With `counting` rows have weights in both, and with groups the loss of each, `[num]`, is the third. With `by_row` the
+        With `counting` rows have weights in both, and with groups the loss of each, `[num]`, is the third; with smoothing the
+        loss without it is the last. With `by_row` the
         result is the negative log-likelihood of each row, `[N]`, float32; with `against` what that returns; with `lend` what
         that returns, called while the weight is whole. `added_bias [V]` is what the model adds to this layer's logits (it
         counts with targets only: without them the model adds it itself).
@@ -263,7 +278,14 @@ class LossHead(nn.Linear):
             return _RowCrossEntropy.apply(hidden, self.training_weight, bias, targets, settings)
         counting = counting or Counting()
         found = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, counting, settings)
-        return found if counting.groups is not None else found[:2]
+        return _asked(found, counting)
+
+
+def _asked(found: tuple[Tensor, Tensor, Tensor, Tensor | None], counting: Counting) -> tuple[Tensor, ...]:
+    """Of (loss, correct, by group, without smoothing) what was asked for."""
+    loss, correct, apart, plain = found
+    groups = (apart,) if counting.groups is not None else ()
+    return (loss, correct, *groups, *(() if plain is None else (plain,)))
 
 
 def computes_loss(head: nn.Module) -> bool:
@@ -281,32 +303,14 @@ def logits_loss(logits: Tensor, targets: Tensor, counting: Counting | None = Non
     """
     logits = logits.float()
     counting, right = counting or Counting(), (logits.argmax(-1) == targets).float()
-    if counting.weights is None and counting.groups is None:
+    if counting.weights is None and counting.groups is None and not counting.smoothing:
         return F.cross_entropy(logits, targets, reduction="sum"), right.sum()
-    nll = _weighed(F.cross_entropy(logits, targets, reduction="none"), counting.weights)
-    found = nll.sum(), _weighed(right, counting.weights).sum()
-    if counting.groups is None:
-        return found
-    return *found, nll.new_zeros(counting.num).index_add(0, counting.groups, nll.detach())
-
-
-def head_transform(config: Any) -> tuple[float | None, float]:
-    """(soft cap, factor) that an architecture applies to its logits after the head, read from its config."""
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = 1.0
-    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
-        scale = float(factor)
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
-        scale = 1.0 / float(divisor)
-    return softcap, scale
-
-
-def fuse_head(model: Any, model_config: Any, *, still: int | None = None) -> None:
-    """Let a model's plain output layer compute the loss itself. `still`: the row of a tied one that is not to train."""
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        softcap, scale = head_transform(model_config)
-        fused = LossHead.replace(head, softcap=softcap, logit_scale=scale)
-        if still is not None and head.weight is model.get_input_embeddings().weight:
-            fused.still = still
-        model.set_output_embeddings(fused)
+    plain = _weighed(F.cross_entropy(logits, targets, reduction="none"), counting.weights)
+    nll, smoothing = plain, counting.smoothing
+    if smoothing:
+        nll = _weighed(F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing), counting.weights)
+    apart = nll.new_zeros(counting.num)
+    if counting.groups is not None:
+        apart = apart.index_add(0, counting.groups, nll.detach())
+    without = plain.detach().sum() if smoothing else None
+    return _asked((nll.sum(), _weighed(right, counting.weights).sum(), apart, without), counting)

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import ConfigError, Preempted, ReplicasDiffer, ShardtuneError
-from strategies.heartbeat import WAITED, Heartbeats
+from strategies import runtime as processes
+from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError
+from strategies.flight import Exchange
+from strategies.heartbeat import WAITED, Behind, Heartbeats, Silent
 from strategies.meeting import Meeting
+from strategies.redaction import redacted
 from strategies.runtime import Runtime, first_error
 from trainer.records.lease import Lease, LeaseLost, NotOurs
 from trainer.records.status import FROZEN, State, clear_failure, read_failure, record_failure, write_status
 from trainer.stopping.signals import StopRequest
+
+SHOWN = 8
+"""Files that are named in a message."""
 
 
 @dataclass(slots=True)
@@ -38,7 +44,9 @@ class Where:
         """
         meeting = Meeting.join(timeout_s, self.lost)
         if meeting.store is not None:
-            self.heartbeats = Heartbeats(meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step))
+            self.heartbeats = Heartbeats(
+                meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step), timeout_s
+            )
         try:
             yield meeting
         except Preempted as stop:
@@ -90,6 +98,29 @@ def refuse_replaced(run_dir: Path, sha256: str) -> None:
 
 
 @contextlib.contextmanager
+def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopRequest, Where]]:
+    """This process as one rank of the job that its environment describes, from before the first record to after the last.
+
+    Signals become a request to stop, the directory is owned and told how it ended (`attempt`), and the groups of processes end
+    with it: in order, or at once where this rank failed. Raises what ended it.
+    """
+    failed = False
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
+    with StopRequest(interrupts=alone) as request:  # over when everything is written down
+        try:
+            with attempt(run_dir, lease_s, request) as where:
+                yield request, where
+        except Preempted as stop:
+            stop.signal_name = request.signal_name
+            raise
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            processes.stop(failed=failed)
+
+
+@contextlib.contextmanager
 def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Where]:
     """The life of this rank's attempt; `run_dir` is needed on rank 0 only, which owns it from here to the end.
 
@@ -127,20 +158,43 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
     """The first cause into `failure.json` and `status.json`: the silent rank, where this one only lost its peer."""
     if where.run_dir is None or read_failure(where.run_dir):
         return
-    cause = None if where.heartbeats is None else where.heartbeats.cause(error)
+    cause: Silent | Behind | None = None if where.heartbeats is None else where.heartbeats.cause(error)
     waited = not isinstance(error, ShardtuneError) and WAITED.search(str(error)) is not None
+    exchanges: dict[int, Exchange] | None = None
+    if waited and cause is None and where.heartbeats is not None:  # all give signs of life
+        exchanges = where.heartbeats.ask(None)
+        cause = where.heartbeats.behind(error, exchanges)
     phase, step = where.phase, where.step
-    about: dict[str, Any] = {"retry": error.retry} if isinstance(error, ReplicasDiffer) else {}
+    about: dict[str, Any] = {}
     if cause is not None:
         cause.__cause__ = error  # so that the record has where this rank waited
         seen, error = cause.seen, cause
         rank, phase, step = seen.rank, seen.phase, seen.step
-        about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung, "retry": "node_fail"}
-    if record_failure(where.run_dir, rank, error, phase, step, **about):
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung}
+    if not record_failure(where.run_dir, rank, error, phase, step, **about) and read_failure(where.run_dir):
+        return  # another rank was first; else the disk has no room for it
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    with contextlib.suppress(StorageError):  # which would hide what ended the run
         write_status(where.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {first}")
-        if waited and where.heartbeats is not None:
-            where.heartbeats.ask_for_stacks(cause.seen if cause else None)
+    if waited and where.heartbeats is not None:
+        if exchanges is None:
+            exchanges = where.heartbeats.ask(cause.seen if cause else None)
+        about |= _where_all_were(where.run_dir, error, exchanges)
+        record_failure(where.run_dir, rank, error, phase, step, replace=True, **about)
+
+
+def _where_all_were(run_dir: Path, error: BaseException, exchanges: dict[int, Exchange]) -> dict[str, Any]:
+    """What `failure.json` has of a hang beside its cause: the last exchange of each rank, the files of their stacks."""
+    logs = run_dir / "logs"
+    stacks = [str(path.relative_to(run_dir)) for path in sorted(logs.glob("rank-*.stacks")) if path.stat().st_size]
+    said = [
+        f"rank {rank}: {'last exchange' if last.waits_s is None else 'waits in'} {last}"
+        for rank, last in sorted(exchanges.items())
+    ]
+    if stacks:
+        said.append(f"where the threads of ranks were: {', '.join(stacks[:SHOWN])}{' ...' * (len(stacks) > SHOWN)}")
+    message = "\n".join([redacted(str(error)), *(f"  {line}" for line in said)])
+    return {"message": message, "exchanges": {rank: str(last) for rank, last in exchanges.items()}, "stacks": stacks}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Attention over concatenated documents: one registered function that never lets a token see another document.
 
-It honours causality, sliding windows, logit soft-capping, sinks and grouped heads, or raises. It takes the boundaries that
-travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole row.
+It honours causality, sliding windows, chunks, logit soft-capping, sinks and grouped heads, or raises. It takes the boundaries
+that travel with the batch (`cu_seq_lens_q`) and never builds a mask over the whole row.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def varlen_attention(
     computes_in = value.dtype  # under autocast, rotary embeddings leave the other two in float32
     if device_kind(query.device) == "cuda":
         query, key = query.to(computes_in), key.to(computes_in)
+    if (size := _chunk_of(module)) is not None or getattr(module, "attn_temperature_tuning", False):
+        documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
+        query, document_bounds, cu_seq_lens_q = _by_place(module, query, documents, size)
     if sinks is None and _has_varlen_kernel(query, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
@@ -79,6 +82,48 @@ def varlen_attention(
         rule = Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
         out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, rule))
     return out.to(computes_in).transpose(1, 2).contiguous(), None
+
+
+def _chunk_of(module: nn.Module) -> int | None:
+    """Tokens of a chunk, in which a layer attends as in a document of its own; None where it attends to whole documents."""
+    config: Any = getattr(module, "config", None)
+    layer = getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    own = kinds[layer : layer + 1] if kinds and layer is not None else []
+    return config.attention_chunk_size if "chunked_attention" in own else None
+
+
+@torch.compiler.disable  # a compiled block would be compiled anew for other documents
+def _by_place(
+    module: nn.Module, query: Tensor, bounds: list[int], size: int | None
+) -> tuple[Tensor, list[int], Tensor]:
+    """The query, and the boundaries of what attends to itself, where places are to be those in a document, not in the row."""
+    parts = _chunked(bounds, size)
+    return _timed(module, query, bounds), parts, torch.tensor(parts, dtype=torch.int32, device=query.device)
+
+
+def _chunked(bounds: list[int], size: int | None) -> list[int]:
+    """The boundaries of documents and, counted from where each begins, of its chunks."""
+    if size is None:
+        return bounds
+    return [at for start, stop in pairwise(bounds) for at in range(start, stop, size)] + bounds[-1:]
+
+
+def _timed(module: Any, query: Tensor, bounds: list[int]) -> Tensor:
+    """Queries that Llama 4 has scaled by their position in the row, scaled by that in their document.
+
+    It does so in layers without rotary positions, from position `floor_scale` on: a shorter row is as it should be.
+    """
+    tuned = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+    if not tuned or bounds[-1] < module.floor_scale:
+        return query
+
+    def scale(positions: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    row = torch.arange(bounds[-1])
+    own = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
+    return query * (scale(own) / scale(row)).to(query.device, query.dtype)[:, None]
 
 
 def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:

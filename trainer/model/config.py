@@ -19,7 +19,7 @@ class Kind(StrEnum):
 
 
 class Attention(StrEnum):
-    """Attention kernel. `auto` takes FlashAttention where it is installed and usable, flex for sinks, soft caps and chunks, else
+    """Attention kernel. `auto` takes FlashAttention where it is installed and usable, flex for sinks and soft caps, else
     the built-in varlen kernel."""
 
     auto = "auto"
@@ -56,6 +56,8 @@ class ModelConfig:
     """Weight of the z-loss, which keeps the routers' logits small; 0 leaves it out."""
     dropout: float = 0.0
     """Dropout probability set on the model's own dropout layers, 0 to 1."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings in training, up to this over the root of (tokens x width) (arXiv:2310.05914); 0 is off, 5 usual."""
     quantisation: Quantisation = Quantisation.none
     """Storage of the frozen base under adapters: `none`, `nf4` or `fp4` (4 bits, QLoRA) or `int8`; needs bitsandbytes."""
     double_quantisation: bool = True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from strategies.errors import ConfigError, DataError
 INDEX = "model.safetensors.index.json"
 LFS = b"version https://git-lfs"
 """How a file begins that git left in the place of the one it stands for."""
+AHEAD = 128 << 10
+"""Bytes of one request to read ahead; of a longer one the kernel takes what its read-ahead window has room for, often this."""
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,6 +54,14 @@ class Files:
     def names(self) -> list[str]:
         """Every stored tensor's name."""
         return list(self._files)
+
+    def expect(self) -> None:
+        """Ask the kernel to read all of it ahead, where memory has room for twice as much; returns at once."""
+        import psutil
+
+        paths = sorted(set(self._files.values()))
+        if sum(path.stat().st_size for path in paths) < psutil.virtual_memory().available // 2:
+            threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
 
     def _index(self) -> dict[str, Path]:
         listing = self.directory / INDEX
@@ -118,6 +131,13 @@ class Files:
         row = math.prod(shape[1:])
         first, last = start // row, -(-stop // row)
         return self.rows(stored, first, last).reshape(-1)[start - first * row : stop - first * row]
+
+
+def _read_ahead(paths: list[Path]) -> None:
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:
+            for start in range(0, path.stat().st_size, AHEAD):
+                os.posix_fadvise(file.fileno(), start, AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _opened(file: Path) -> Any:

@@ -212,11 +212,3 @@ def needs_eager(plain: Any, settings: Any) -> bool:
     """
     capped = getattr(settings, "attn_logit_softcapping", None)
     return bool(capped) or any(name.endswith("sinks") for name, _ in plain.named_parameters())
-
-
-def gains_by_flex(plain: Any, settings: Any) -> bool:
-    """Whether a model has what the built-in kernel computes over all pairs of positions, or not at all.
-
-    Chunks, and what `needs_eager` asks for. `settings`: transformers' configuration of its text.
-    """
-    return bool(getattr(settings, "attention_chunk_size", None)) or needs_eager(plain, settings)

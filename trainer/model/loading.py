@@ -10,6 +10,9 @@ from strategies.errors import ConfigError
 from trainer.model.config import ModelConfig
 from trainer.model.files import Files
 
+WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
+"""What of a hub model a run reads."""
+
 
 def resolve_path(config: ModelConfig, value: str | None = None) -> str:
     """A local directory as an absolute path, or a hub id as it is."""
@@ -23,7 +26,8 @@ def resolve_path(config: ModelConfig, value: str | None = None) -> str:
 def _hub_error(key: str, value: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"{key}={value}: not a model directory here and not loadable from the local hub cache "
-        f"({str(error).splitlines()[0][:160]}); give an existing directory, or set model.download=true to fetch it"
+        f"({str(error).splitlines()[0][:160]}); give an existing directory, fetch it with shardtune "
+        "download, or set model.download=true"
     )
 
 
@@ -40,7 +44,7 @@ def weights_directory(config: ModelConfig) -> Path:
                 path,
                 revision=config.revision,
                 local_files_only=not config.download,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model"],
+                allow_patterns=[*WANTED],
             )
         )
     except Exception as error:  # the hub client has a dozen error types; all mean that there are no weights
@@ -70,12 +74,13 @@ def load_model_config(config: ModelConfig) -> Any:
 def check_files(config: ModelConfig) -> None:
     """Raise now, before data is prepared, what is wrong with config.json or with a file of weights; reads headers alone.
 
-    Errors: ConfigError, DataError.
+    The rest is asked of the kernel, so that it is read meanwhile. Errors: ConfigError, DataError.
     """
     load_model_config(config)
     files = Files(weights_directory(config))
     try:
         files.open_all()
+        files.expect()
     finally:
         files.close()
 

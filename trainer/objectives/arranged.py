@@ -59,8 +59,7 @@ class Proofs:
         if not found.causal:
             raise ConfigError(
                 f"model.path={self.config.path}: tokens of this {self.settings.model_type} see what follows them, so that "
-                "predicting it would teach nothing; take a causal model, set is_decoder in its config.json, or use "
-                "objective=classification"
+                f"predicting it would teach nothing; {' or '.join(_instead_of(self.settings))}"
             )
         if found.tried and found.of(layout) is None:
             raise ConfigError(
@@ -70,7 +69,8 @@ class Proofs:
         if not found.tried and (said := fails_on_tokens(self.plain())):
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained on texts alone: plain "
-                f"transformers says {said}; take a model of another architecture (docs/models.md lists those that train)"
+                f"transformers says {said}; set what it lacks in its config.json, if it is that, or take a model of another "
+                "architecture (docs/models.md lists those that train)"
             )
         if found.random:
             arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
@@ -80,6 +80,18 @@ class Proofs:
         elif not way.fused:
             arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
         return way
+
+
+def _instead_of(settings: Any) -> list[str]:
+    """What can be done instead of predicting tokens with a model that sees ahead."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    ways = ["take a causal model"]
+    if getattr(settings, "is_decoder", None) is False:
+        ways.append("set is_decoder to true in its config.json")
+    if type(settings) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        ways.append("use objective=classification")
+    return ways
 
 
 def _kernels(config: ModelConfig, settings: Any, plain: Callable[[], Any] | None, *, half_on_gpu: bool) -> Kernels:
@@ -93,7 +105,7 @@ def _kernels(config: ModelConfig, settings: Any, plain: Callable[[], Any] | None
         return Kernels(no_flash, flex.NEEDS)
     model, text = plain(), text_settings(settings)
     no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
-    return Kernels(no_flash, no_flex, flex_first=flex.gains_by_flex(model, text))
+    return Kernels(no_flash, no_flex, flex_first=flex.needs_eager(model, text))
 
 
 def causal_model(

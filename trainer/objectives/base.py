@@ -59,6 +59,8 @@ class Objective(ABC):
     """Whether the exponential of the loss is the perplexity of a language model."""
     metrics: tuple[str, ...] = ()
     """Terms that are logged while training, beside the loss; each is divided by the count of `loss`."""
+    compared = "loss"
+    """Of the loss and these terms, the one that is like the loss of an evaluation."""
     uses_reference = False
     """Whether it compares with the log-probabilities of the model as it was before training."""
     ahead: tuple[str, ...] = ()

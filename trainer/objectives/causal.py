@@ -101,29 +101,34 @@ def _own_logits(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
     return logits if len(logits) == len(rows) else logits[rows]
 
 
-def counting_of(batch: dict[str, Any]) -> Counting:
-    """The weights of the supervised rows, and whose source each is, where the batch says so."""
-    return Counting(batch.get("target_weights"), batch.get("row_source"), len(batch.get("source_names", ())))
+def counting_of(batch: dict[str, Any], smoothing: float = 0.0) -> Counting:
+    """The weights of the supervised rows, and whose source each is, where the batch says so; in training, `smoothing`."""
+    spread = smoothing if torch.is_grad_enabled() else 0.0
+    return Counting(batch.get("target_weights"), batch.get("row_source"), len(batch.get("source_names", ())), spread)
 
 
 def counted(batch: dict[str, Any], loss: Tensor, correct: Tensor, *apart: Tensor) -> dict[str, Tensor]:
-    """The terms of a next-token loss; `loss/NAME` of each source where the batch tells them apart."""
+    """The terms of a next-token loss; `loss/NAME` of each source where the batch tells them apart, `nll` where it is smoothed."""
     terms = {"loss": loss, "accuracy": correct.detach()}
+    if len(apart) > int("row_source" in batch):
+        *apart_only, plain = apart
+        apart, terms["nll"] = tuple(apart_only), plain.detach()
     for parts in apart:
         terms |= {f"loss/{name}": part for name, part in zip(batch["source_names"], parts.unbind(), strict=True)}
     return terms
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0) -> tuple[Tensor, ...]:
     """Cross-entropy summed over supervised rows, and how many argmaxes are right (counted in evaluation only).
 
-    Where the batch has `target_weights`, a row counts as much in both; with `row_source` the third is the loss by source.
+    Where the batch has `target_weights`, a row counts as much in both; with `row_source` the third is the loss by source; in
+    training with `smoothing` the last is the loss without.
     """
     head, selected, targets = supervised_rows(model, batch)
     if computes_loss(head):
-        return head(selected, targets=targets, counting=counting_of(batch))
+        return head(selected, targets=targets, counting=counting_of(batch, smoothing))
     return logits_loss(
-        head(selected), targets, counting_of(batch)
+        head(selected), targets, counting_of(batch, smoothing)
     )  # an adapter on the head adds to logits, so the logits are needed
 
 

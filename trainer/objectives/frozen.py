@@ -9,7 +9,7 @@ from typing import Any
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
-from trainer.heads.loss import fuse_head
+from trainer.heads.fuse import fuse_head
 from trainer.model.architecture import auto_class, build_options, set_dropout
 from trainer.model.attention import NAME
 from trainer.model.config import Kind, ModelConfig

@@ -26,7 +26,7 @@ from strategies.cache import cache_directory
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.heads.loss import fuse_head
+from trainer.heads.fuse import fuse_head
 from trainer.model.architecture import auto_class, set_dropout, text_settings
 from trainer.model.config import Kind
 from trainer.model.kernels import torch_alone
@@ -42,7 +42,7 @@ HALF = 0.1
 """The same for kernels that exist in half precision only: masks that are ignored change gradients by half and more."""
 MOST_ELEMENTS = 20_000_000
 """Elements of a small copy at most: beyond them its configuration has sizes that are not known by name."""
-EDITION = 4
+EDITION = 5
 """Goes up when what is proven, or how, changes: older findings are then not taken."""
 
 

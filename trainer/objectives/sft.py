@@ -34,6 +34,8 @@ class ForgettingConfig:
 class SftConfig(ObjectiveConfig):
     """Supervised fine-tuning: next-token loss on the supervised tokens."""
 
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the vocabulary, 0 to below 0.5; in training only."""
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     """What is done against forgetting."""
 
@@ -41,6 +43,11 @@ class SftConfig(ObjectiveConfig):
 def forgetting_of(config: ObjectiveConfig) -> ForgettingConfig:
     """What is done against forgetting; nothing under settings that no choice was made of."""
     return config.forgetting if isinstance(config, SftConfig) else ForgettingConfig()
+
+
+def smoothing_of(config: ObjectiveConfig) -> float:
+    """How far labels are smoothed."""
+    return config.label_smoothing if isinstance(config, SftConfig) else 0.0
 
 
 def holds(config: ObjectiveConfig) -> bool:
@@ -61,6 +68,11 @@ def problems(config: ObjectiveConfig, around: Around) -> Iterator[str]:
         yield (
             "objective.forgetting.replay_loss=false: with objective.forgetting.kl_weight=0 replayed documents would do "
             "nothing; set objective.forgetting.kl_weight=0.5, or replay_loss=true"
+        )
+    if smoothing_of(config) and forgetting.kl_weight > 0:
+        yield (
+            f"objective.label_smoothing={smoothing_of(config):g} with objective.forgetting.kl_weight={forgetting.kl_weight:g}: "
+            "spread targets pull away from the model that is to be held; set one of them to 0"
         )
     if replayed and len(replayed) == len(sources) and not forgetting.replay_loss:
         yield (
@@ -114,9 +126,14 @@ class Sft(Objective):
 
     perplexity = True
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
+        if smoothing:  # the loss without it is logged, and is like that of evaluations
+            self.metrics, self.compared = ("nll",), "nll"
+
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder on all tokens and the head on supervised rows only."""
-        return counted(batch, *summed_loss(model, batch))
+        return counted(batch, *summed_loss(model, batch, self.smoothing))
 
 
 class Replaying(Sft):
@@ -127,8 +144,10 @@ class Replaying(Sft):
     """
 
     metrics = ("sft_loss", "replay_kl")
+    compared = "sft_loss"
 
     def __init__(self, config: ForgettingConfig, before: Teacher) -> None:
+        super().__init__()
         self.config, self.before = config, before
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -162,7 +181,7 @@ class Replaying(Sft):
 
 def build(config: ObjectiveConfig, beside: Beside) -> Objective:
     """The plain loss, or that which holds the model."""
-    return Replaying(forgetting_of(config), teacher_of(beside)) if holds(config) else Sft()
+    return Replaying(forgetting_of(config), teacher_of(beside)) if holds(config) else Sft(smoothing_of(config))
 
 
 SFT = Family(

@@ -53,6 +53,8 @@ class OptimConfig:
     """The run stops after this many steps in a row whose gradients are not finite."""
     layer_decay: float = 1.0
     """Each layer's rate is that of the layer above times this (ELECTRA, arXiv:2003.10555); 1 is off, 0.8 to 0.95 usual."""
+    ema_decay: float = 0.0
+    """Decay of an average of the weights that is evaluated and exported in their place; 0 is off, 0.99 to 0.9999 as a rule."""
     groups: dict[str, GroupRule] = field(default_factory=dict)
     """Exceptions by a name of your choice, as in `optim.groups.head.match=score optim.groups.head.lr_factor=10`."""
 

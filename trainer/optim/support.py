@@ -12,6 +12,7 @@ from typing import Any
 
 from strategies.base import StrategyConfig, StrategyName
 from strategies.errors import ConfigError
+from strategies.every import STRATEGIES
 from trainer.optim.config import OptimConfig, OptimName, SgdConfig
 
 
@@ -99,6 +100,13 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
         yield f"optim=schedule_free: averages in place of a decaying rate; set schedule=constant, not {schedule}"
     if here and support.package is not None and find_spec(support.package) is None:
         yield _missing(config.name)
+    if config.ema_decay and config.name is OptimName.schedule_free:
+        yield f"optim.ema_decay={config.ema_decay:g}: optim=schedule_free averages weights itself; set optim.ema_decay=0"
+    if config.ema_decay and getattr(strategy, "offload_optimizer", "none") == "nvme":
+        yield (
+            f"optim.ema_decay={config.ema_decay:g}: the average needs the masters in memory, and "
+            "strategy.offload_optimizer=nvme keeps them on a drive; set strategy.offload_optimizer=cpu, or optim.ema_decay=0"
+        )
     yield from _values(config)
     for name, rule in config.groups.items():
         key = f"optim.groups.{name}.match"
@@ -124,7 +132,7 @@ def _values(config: OptimConfig) -> Iterator[str]:
 
 def table() -> list[str]:
     """The lines of the Markdown table optimizer by strategy."""
-    names = list(StrategyName)
+    names = list(STRATEGIES)
     lines = [f"| optimizer | needs | {' | '.join(f'`{name}`' for name in names)} |", f"|{'---|' * (len(names) + 2)}"]
     for optim, support in SUPPORT.items():
         cells = ["-" if name in support.refused else "yes" for name in names]

@@ -12,6 +12,7 @@ from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import EvaluationConfig
 from trainer.given import LoopSettings, Output, Watch
 from trainer.guards.config import GuardsConfig
+from trainer.guards.stragglers import Stragglers
 from trainer.guards.watch import Guards
 from trainer.loop import Trainer
 from trainer.optim.schedule import ScheduleConfig
@@ -50,5 +51,5 @@ def bare_trainer(engine: Any) -> Trainer:
         progress=Progress(),
         evaluators=[],
         output=Output(nothing, nothing, nothing, nothing),
-        watch=Watch(nothing, Guards(GuardsConfig(), 1, engine.runtime)),
+        watch=Watch(nothing, Guards(GuardsConfig(), 1, engine.runtime), Stragglers(0, engine.runtime)),
     )

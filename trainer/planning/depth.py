@@ -41,13 +41,14 @@ class Extended:
     """Bytes that the engine keeps on the host."""
 
 
-def shallow(blocks: int, period: int = 1, ends: int = ENDS) -> tuple[int, int] | None:
+def shallow(blocks: int, period: int = 1, ends: int = ENDS, *, joined: bool = False) -> tuple[int, int] | None:
     """Numbers of blocks to simulate for a model of `blocks`, whose kinds of blocks repeat after `period`; None: the whole,
     which has no more blocks than the two together.
 
-    Both leave the remainder of `blocks`, so that the last block is of the same kind.
+    Both leave the remainder of `blocks`, so that the last block is of the same kind. `joined`: the ends may have a block in
+    common, where all blocks are of one kind and nothing reaches from one end to the other.
     """
-    fewest = 2 * ends * period
+    fewest = 2 * ends - 1 if joined and period == 1 else 2 * ends * period
     first = fewest + (blocks - fewest) % period
     return (first, first + period) if 2 * first + period <= blocks else None
 
@@ -114,26 +115,33 @@ def whole(found: Simulated, blocks: int) -> Extended:
 
 
 def at_depth(
-    simulate: Callable[[int], Simulated], blocks: int, period: int = 1, *, ends: int = ENDS, exact: bool = False
+    simulate: Callable[[int], Simulated],
+    blocks: int,
+    period: int = 1,
+    *,
+    ends: int = ENDS,
+    joined: bool = False,
+    exact: bool = False,
 ) -> Extended:
     """The step of a model of `blocks` blocks; `simulate` takes that of one with so many as it is told."""
-    depths = None if exact else shallow(blocks, period, ends)
+    depths = None if exact else shallow(blocks, period, ends, joined=joined)
     if depths is None:
         return whole(simulate(blocks), blocks)
     return extend(simulate(depths[0]), simulate(depths[1]), depths, blocks, ends)
 
 
 def from_ends(found: Simulated, depth: int, ends: int = ENDS) -> dict[Moment, Highest]:
-    """Moments of blocks counted from the nearer end; those in the middle lie between."""
+    """Moments of blocks counted from the end that they are near to; those in the middle lie between."""
     out: dict[Moment, Highest] = {}
     for moment, highest in found.moments.items():
         place = moment.place
-        if isinstance(place, int):
-            if place >= depth - ends:
-                moment = replace(moment, place=place - depth)
-            elif place >= ends:
-                continue
-        out[moment] = highest
+        if not isinstance(place, int):
+            out[moment] = highest
+            continue
+        if place < ends:
+            out[moment] = highest
+        if place >= depth - ends:
+            out[replace(moment, place=place - depth)] = highest
     return out
 
 

@@ -77,6 +77,8 @@ class Form:
     """Of the whole model."""
     trained: int = 0
     """Of these, what trains."""
+    vocabulary: int = 0
+    """Rows of the model's vocabulary."""
     layout: str = ""
     """How documents lie in a row."""
     notes: tuple[str, ...] = ()
@@ -174,13 +176,14 @@ def form_of(
     accumulation: int,
     local_world_size: int,
     ends: int = ENDS,
+    joined: bool = False,
 ) -> Form:
     """The form of a model of `blocks` blocks; `take` simulates two sizes at the depth that it is told.
 
-    `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`: blocks at either end that
-    may do otherwise than those between.
+    `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`, `joined`: blocks
+    at either end that may do otherwise than those between, and whether they may have one in common.
     """
-    depths = shallow(blocks, period, ends) if period else None
+    depths = shallow(blocks, period, ends, joined=joined) if period else None
     low, sizes, rows = take(depths[0] if depths else blocks)
     high = take(depths[1])[0] if depths else low
     steps = (blocks - depths[1]) / (depths[1] - depths[0]) if depths else 0.0

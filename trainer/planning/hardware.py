@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from strategies.base import Precision
 from strategies.hardware import Gpu, best_precision
@@ -11,6 +13,7 @@ from trainer.planning.form import Form, Taken
 from trainer.records.cards import peak_tflops
 
 GIB = 2**30
+CARDS = Path(__file__).resolve().parents[2] / "conf" / "hardware"
 CONTEXT_GIB = 0.75
 """GiB that a process takes on a card before its first tensor: driver, kernels, libraries' workspaces. An allowance."""
 GROUP_GIB = 0.4
@@ -75,6 +78,18 @@ class Card:
         if precision is Precision.bf16 and not self.gpu().has_bf16:
             return self.fp32_tflops  # emulated
         return peak_tflops(self.name) or 0.0
+
+
+def card_named(name: str) -> Card | None:
+    """The card of `conf/hardware/` whose driver calls itself so; None where there is none, or none whose speed is known."""
+    from omegaconf import OmegaConf
+
+    for file in sorted(CARDS.glob("*.yaml")):
+        if f"name: {name}\n" in file.read_text(encoding="utf-8"):
+            card: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), OmegaConf.load(file)))
+            assert isinstance(card, Card)
+            return card
+    return None
 
 
 @dataclass(frozen=True, slots=True)

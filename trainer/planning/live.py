@@ -78,6 +78,9 @@ class LiveBytes(TorchDispatchMode):
         self.highest: dict[Moment, Highest] = {}
         self.made = Kind.other
         """The kind of what is made now, unless more is known."""
+        self._noted: Moment | None = None
+        """The moment that `_highest` is of."""
+        self._highest = Highest()
         self._held: dict[int, _Held] = {}
         self._explain: dict[int, list[Moment]] = {}
         self._owned: Callable[[], Iterable[tuple[Kind, Tensor]]] = lambda: ()
@@ -130,7 +133,7 @@ class LiveBytes(TorchDispatchMode):
 
     def begin(self) -> None:
         """A step begins: operations are counted from here."""
-        self.operation, self.highest, self._explain = 0, {}, {}
+        self.operation, self.highest, self._explain, self._noted = 0, {}, {}, None
 
     def explain(self, found: dict[Moment, Highest], owned: Callable[[], Iterable[tuple[Kind, Tensor]]]) -> None:
         """A step begins that repeats one: tally what is live by kind where `found` says that it was highest."""
@@ -156,9 +159,9 @@ class LiveBytes(TorchDispatchMode):
         if not self._counts:
             return
         self.operation += 1
-        highest = self.highest.get(self.moment)
-        if highest is None:
-            highest = self.highest[self.moment] = Highest()
+        if self.moment is not self._noted:
+            self._noted, self._highest = self.moment, self.highest.setdefault(self.moment, Highest())
+        highest = self._highest
         if self.now > highest.total or highest.operation < 0:
             highest.total, highest.operation = self.now, self.operation
         if self.operation in self._explain:
@@ -187,6 +190,10 @@ class LiveBytes(TorchDispatchMode):
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # most of what is called
             self._note()
             return args[0].fake_device
+        if func.namespace == "profiler":  # labels of stretches of a step, which have no tensors
+            self._note()
+            with torch._C._DisableTorchDispatch():
+                return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():  # what is asked of tensors on the way is no operation of the step
             out = self.run(func, args, kwargs or {})
             if func.namespace in ("c10d", "_c10d_functional"):

@@ -62,13 +62,21 @@ class LoggingConfig:
     """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
     artifacts: bool = False
     """Also register the prepared data and the export as W&B artifacts, by reference: files stay where they are."""
+    tables: bool = False
+    """Also show the worst rows of tasks, and those that changed sides, as tables in W&B and TensorBoard, with their texts."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the `tensorboard` package)."""
     trackio: bool = False
     """Also record to trackio (needs the `trackio` package)."""
     mlflow: bool = False
     """Also record to MLflow, where MLFLOW_TRACKING_URI says, else to mlflow.db beside the run (needs `mlflow-skinny`)."""
+    energy: str | None = None
+    """Country whose electricity the hosts use, as in DEU (ISO 3166): codecarbon measures their energy; null: nothing does."""
     step_parts: bool = False
     """Also time forward passes, backward passes and the optimizer in each step, without waiting for the device."""
+    slow_rank: float = 1.5
+    """Times the median of the others that a rank computes, in five logging intervals in a row, to be told as slow; 0: never."""
+    report: bool = True
+    """Write `report.html` when the run has ended: its plots, numbers and settings in one file (needs the `report` extra)."""
     reference_tflops: float | None = None
     """Peak TFLOP/s of one device for MFU; default: known for common GPUs, measured for CPUs."""

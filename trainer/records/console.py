@@ -1,12 +1,35 @@
-"""What a person sees: on rank 0 a live line on a terminal, or one line an interval elsewhere; for every rank a log file."""
+"""What a person sees: on rank 0 a progress bar in a terminal, or one line an interval elsewhere; for every rank a log file."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from strategies.redaction import redacted
+
+LEAST_BAR = 10
+"""Columns below which a bar says nothing; what has less room is left out before it."""
+CLEAR = "\r\x1b[2K"
+"""To the beginning of the line, which is emptied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a step is a part of."""
+
+    total: int
+    """Steps of the run."""
+    first: int
+    """The step that this attempt began behind."""
+    began: float
+    """`time.perf_counter` at that moment."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 where there are none before the end."""
 
 
 class Console:
@@ -14,63 +37,94 @@ class Console:
 
     def __init__(self, *, enabled: bool, log: Path | None = None) -> None:
         self.enabled = enabled
-        self._live = enabled and sys.stdout.isatty()
-        self._open_line = False
-        self.width = shutil.get_terminal_size((100, 24)).columns
-        """Columns a line may take."""
+        self._live = enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar = ""
         self._log: TextIO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._log = log.open("a", encoding="utf-8")
 
+    @property
+    def width(self) -> int:
+        """Columns a line may take now."""
+        return shutil.get_terminal_size((100, 24)).columns
+
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays; a bar is below it."""
         self.note(text)
-        if not self.enabled:
-            return
-        if self._open_line:
-            sys.stdout.write("\n")
-            self._open_line = False
-        print(text, flush=True)
+        if self.enabled:
+            bar = self._bar
+            print(f"{CLEAR if bar else ''}{text}", flush=not bar)
+            self._draw(bar)
 
     def note(self, text: str) -> None:
         """A line for the log file alone."""
         if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
             self._log.flush()
 
-    def progress(self, row: dict[str, Any], *, total: int, began: float, first_step: int) -> None:
-        """Show the newest step; `began` is the `time.perf_counter` at which step `first_step` started."""
-        line = _line(row, total=total, began=began, first_step=first_step)
-        self.note(line)
-        if not self.enabled:
+    def progress(self, row: dict[str, Any], course: Course) -> None:
+        """Show the newest step."""
+        self.note(line := " | ".join(_parts(row, course)))
+        if not self._live:
+            if self.enabled:
+                print(line, flush=True)
             return
-        if self._live:
-            sys.stdout.write("\r\x1b[2K" + line[: self.width - 1])
+        self._draw(_bar(row, course, self.width - 1))
+        if row["step"] >= course.total:
+            self.leave()
+
+    def leave(self) -> None:
+        """End the bar where it is: what is printed next, by whomever, begins a line of its own."""
+        if self._bar:
+            print(flush=True)
+            self._bar = ""
+
+    def _draw(self, bar: str) -> None:
+        self._bar = bar
+        if bar:
+            sys.stdout.write(CLEAR + bar)
             sys.stdout.flush()
-            self._open_line = True
-        else:
-            print(line, flush=True)
 
 
-def _line(row: dict[str, Any], *, total: int, began: float, first_step: int) -> str:
-    done = row["step"] - first_step
-    left = (time.perf_counter() - began) / max(1, done) * (total - row["step"])
-    parts = [
-        f"step {row['step']}/{total}",
+def _parts(row: dict[str, Any], course: Course) -> list[str]:
+    """What is said of a step, in the order of a log's line."""
+    left = (time.perf_counter() - course.began) / max(1, row["step"] - course.first) * (course.total - row["step"])
+    return [
+        f"step {row['step']}/{course.total}",
         f"loss {row['loss']:.4f}",
         f"grad {row['grad_norm']:.3f}",
         f"lr {row['lr']:.2e}",
         f"{row['tokens_per_s']:,.0f} tok/s",
+        *([f"mfu {row['mfu']:.1%}"] if "mfu" in row else []),
         f"mem {row['memory_gib']:.1f} GiB",
         f"wait {row['data_wait_s'] * 1e3:.0f} ms",
         f"left {_clock(left)}",
+        *(["SKIPPED (not finite)"] if row.get("skipped") else []),
     ]
-    if "mfu" in row:
-        parts.insert(5, f"mfu {row['mfu']:.1%}")
-    if row.get("skipped"):
-        parts.append("SKIPPED (not finite)")
-    return " | ".join(parts)
+
+
+def _bar(row: dict[str, Any], course: Course, width: int) -> str:
+    """The same as a bar with what most matters beside it, as far as `width` columns have room for it."""
+    from rich.console import Console as Terminal
+    from rich.progress_bar import ProgressBar
+
+    said = {part.split()[0]: part for part in _parts(row, course)}
+    rate = f"{row['tokens_per_s']:,.0f} tok/s"
+    until = -row["step"] % course.evaluate_every if course.evaluate_every else 0
+    ahead = f"eval in {min(until, course.total - row['step'])}" if until and row["step"] < course.total else ""
+    wanted = [said["loss"], said["left"], said.get("SKIPPED", ""), rate, said["mem"], ahead]
+    wanted += [said["lr"], said["grad"], said.get("mfu", "")]
+    head, told, room = said["step"], "", width - LEAST_BAR - 2 - len(said["step"])
+    for part in filter(None, wanted):
+        if len(told) + 2 + len(part) > room:
+            break
+        told += f"  {part}"
+    bar = ProgressBar(total=course.total, completed=row["step"], width=max(1, min(40, room - len(told) + LEAST_BAR)))
+    terminal = Terminal(file=sys.stdout, width=width, legacy_windows=False)
+    with terminal.capture() as drawn:
+        terminal.print(bar, end="")
+    return f"{head} {drawn.get().rstrip()}{told}" if told else head[:width]
 
 
 def _clock(seconds: float) -> str:

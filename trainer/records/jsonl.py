@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ class JsonlTracker:
             self._warned = True
 
     def close(self) -> None:
-        self._file.close()
+        """Each row was flushed when it was logged: one that could not be was told of then, and hides nothing now."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:

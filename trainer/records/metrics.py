@@ -10,11 +10,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strategies.base import Engine, StepResult
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 from trainer.records import load
+from trainer.records.busy import Busy
 from trainer.records.cards import peak_tflops
 from trainer.records.parts import PARTS, Parts, timed
 
@@ -45,6 +46,23 @@ class StepRecord:
     """int64 `[layers, experts]`: how many tokens chose each expert on this rank."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankTime:
+    """What one rank computed in the step of an interval that is looked at."""
+
+    seconds: float
+    """In its blocks' forward passes, without what they wait for; 0 where they are not timed."""
+    tokens: float
+    """Its own of that step."""
+    step_s: float
+    """Seconds of a step in the interval before, as this rank took its time; 0 in the first."""
+
+    @property
+    def each(self) -> float:
+        """Seconds for a token."""
+        return self.seconds / max(1.0, self.tokens)
+
+
 @dataclass(slots=True)
 class Meter:
     """Collects step records and turns them into rows."""
@@ -64,6 +82,10 @@ class Meter:
     """Times the parts of steps, where that was asked for."""
     evaluation_s: float = 0.0
     """Seconds of that for the evaluation before the first step."""
+    busy: Busy | None = None
+    """Times what this rank's blocks compute, in the first step of each interval."""
+    by_rank: list[RankTime] = field(default_factory=list)
+    """What it came to in the last interval, by rank; equal on all ranks."""
     _records: list[StepRecord] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
     _intervals: list[tuple[float, float, float]] = field(default_factory=list)
@@ -78,6 +100,17 @@ class Meter:
         """The engine with the parts of its steps timed, for the rows from now on."""
         self.parts = Parts(self.runtime.device)
         return timed(engine, self.parts)
+
+    def watch(self, blocks: list[nn.Module]) -> None:
+        """Time what these blocks compute from now on, in a run of several ranks."""
+        if self.runtime.world_size > 1:
+            self.busy = Busy(self.runtime.device)
+            self.busy.watch(blocks)
+
+    def begin_step(self) -> None:
+        """A step is about to be taken: the first one of an interval is looked at."""
+        if self.busy is not None:
+            self.busy.on = not self._records
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
@@ -108,7 +141,7 @@ class Meter:
             dtype=torch.float64,
         )
         table, last = torch.cat([table, waits.to(table.device)], dim=1), waits.shape[1]
-        table, memory = self._over_ranks(table)
+        table, memory = self._over_ranks(table, records[0].local_tokens)
         norms = torch.stack([r.result.grad_norm for r in records]).tolist()
         skipped = torch.stack([r.result.skipped for r in records]).tolist()
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
@@ -135,14 +168,28 @@ class Meter:
             row |= memory | ({"skipped": 1} if skip else {})
         return rows
 
-    def _over_ranks(self, table: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The sum of all ranks' `table`, on the host, and the largest of their peaks of memory, in one reduction."""
+    def _over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
+        """The sum of all ranks' `table`, on the host, and the largest of their peaks of memory, in one reduction.
+
+        With it goes what each rank computed, for `by_rank`.
+        """
         peaks = peak_memory_gib(self.runtime.device)
-        places = torch.zeros(self.runtime.world_size, len(peaks), dtype=table.dtype)
-        places[self.runtime.rank] = torch.tensor(list(peaks.values()), dtype=table.dtype)
+        own = RankTime(
+            seconds=0.0 if self.busy is None else self.busy.read(),
+            tokens=tokens,
+            step_s=self._intervals[-1][-1] if self._intervals else 0.0,
+        )
+        values = [*peaks.values(), own.seconds, own.tokens, own.step_s]
+        places = torch.zeros(self.runtime.world_size, len(values), dtype=table.dtype)
+        places[self.runtime.rank] = torch.tensor(values, dtype=table.dtype)
         both = dist_sum(torch.cat([table.view(-1), places.view(-1).to(table.device)])).cpu()
         summed, found = both.split([table.numel(), places.numel()])
-        self.peaks = dict(zip(peaks, found.view_as(places).amax(0).tolist(), strict=True))
+        found = found.view_as(places)
+        self.peaks = dict(zip(peaks, found.amax(0).tolist(), strict=False))
+        self.by_rank = [
+            RankTime(seconds=seconds, tokens=tokens, step_s=step_s)
+            for seconds, tokens, step_s in found[:, len(peaks) :].tolist()
+        ]
         return summed.view(table.shape), self.peaks
 
     def speed(self) -> dict[str, float]:

@@ -22,4 +22,8 @@ class Outcome:
     """`Meter.speed` of the whole run."""
     experts: list[dict[str, float]] = field(default_factory=list)
     """How even the experts of each layer were in the last logging interval (`trainer/records/load.py`)."""
+    slow_ranks: list[dict[str, Any]] = field(default_factory=list)
+    """Ranks that held the others up, from when and until when (`trainer/guards/stragglers.py`)."""
+    challenges: dict[str, Any] = field(default_factory=dict)
+    """What the detectors found, by their names (`trainer/challenges/`)."""
     stopped_early: bool = False

@@ -19,6 +19,23 @@ PARTS = ("forward_s", "backward_s", "optimizer_s")
 """Seconds of all micro-batches of a step, and of its update with clipping; communication is part of where it is waited for."""
 
 
+def now(device: torch.device) -> Any:
+    """A moment of the device: an event of its stream on a GPU, where nothing is waited for, else the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(device: torch.device, begun: Any, ended: Any) -> float:
+    """Seconds between two moments of `now`. Waits for the device."""
+    if device.type != "cuda":
+        return float(ended - begun)
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1000
+
+
 @dataclass(slots=True)
 class Parts:
     """Times of the steps that were not read yet."""
@@ -30,9 +47,9 @@ class Parts:
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
         """Time what is done within; `optimizer_s` ends the step."""
-        start = self._now()
+        start = now(self.device)
         yield
-        self._begun.append((part, start, self._now()))
+        self._begun.append((part, start, now(self.device)))
         if part == PARTS[-1]:
             self._steps.append(self._begun)
             self._begun = []
@@ -40,20 +57,10 @@ class Parts:
     def read(self) -> list[list[float]]:
         """For each step since the last call its seconds in the order of `PARTS`. Waits for the device."""
         steps, self._steps = self._steps, []
-        return [[sum(self._seconds(a, b) for name, a, b in step if name == part) for part in PARTS] for step in steps]
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _seconds(self, start: Any, end: Any) -> float:
-        if self.device.type != "cuda":
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+        return [
+            [sum(seconds_between(self.device, a, b) for name, a, b in step if name == part) for part in PARTS]
+            for step in steps
+        ]
 
 
 class _Timed:

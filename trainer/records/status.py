@@ -37,9 +37,14 @@ class State(StrEnum):
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`, durably: readers see the old file or the new one. Errors: StorageError."""
+    write_atomic(path, text.encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """The same with bytes."""
     try:
         durable.make_directories(path.parent)
-        files.replace(path, text.encode(), _token())
+        files.replace(path, content, _token())
         durable.sync_directory(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot write ({error.strerror or error}); free space, or set run.dir") from error
@@ -65,7 +70,7 @@ def start_of_job() -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
-    """Replace `status.json`. `fields` are JSON values such as `step` and `reason`. Errors: StorageError."""
+    """Replace `status.json`, in its place where there is no room beside it. `fields`: JSON values. Errors: StorageError."""
     status = {
         "state": State(state).value,
         "reason": None,
@@ -78,7 +83,23 @@ def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
     }
     if isinstance(status["reason"], str):
         status["reason"] = redacted(status["reason"])
-    write_text_atomic(Path(run_dir) / "status.json", json.dumps(status, indent=1) + "\n")
+    path, text = Path(run_dir) / "status.json", json.dumps(status, indent=1) + "\n"
+    try:
+        write_text_atomic(path, text)
+    except StorageError:
+        if not _overwritten(path, text.encode()):
+            raise
+
+
+def _overwritten(path: Path, content: bytes) -> bool:
+    """Whether a small file took these bytes in the room that it has, as on a full disk. A reader may meet half of them."""
+    try:
+        with path.open("r+b", buffering=0) as file:
+            done = file.write(content)
+            file.truncate()
+    except OSError:
+        return False
+    return done == len(content)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -111,6 +132,7 @@ def record_failure(
         "message": redacted(str(error)),
         "user_error": isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", 70),
+        "retry": getattr(error, "retry", None),
         "traceback": redacted("".join(traceback.format_exception(error))),
         **start_of_job(),
         "time": time.time(),

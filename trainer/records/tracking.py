@@ -12,7 +12,7 @@ from strategies.errors import StorageError
 from strategies.redaction import redacted
 from trainer.records.earlier import Earlier
 from trainer.records.jsonl import JsonlTracker
-from trainer.records.trackers.base import Ended, Tracked, Tracker
+from trainer.records.trackers.base import Ended, Table, Tracked, Tracker
 from trainer.records.trackers.environment import settle
 from trainer.records.trackers.registry import asked
 
@@ -34,6 +34,11 @@ class Trackers:
             except OSError as error:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
         self._each(lambda tracker: tracker.log(metrics, step=step))
+
+    def tables(self, tables: dict[str, Table], *, step: int) -> None:
+        """Show tables of one step, by name, in the trackers."""
+        for name, table in tables.items():
+            self._each(lambda tracker, name=name, table=table: tracker.table(name, table, step=step))  # type: ignore[misc]
 
     def summarise(self, values: dict[str, Any]) -> None:
         """Set numbers of the whole run in the trackers."""
@@ -111,6 +116,13 @@ def open_trackers(about: Tracked, environment: dict[str, str] | None = None) -> 
 
     A tracker that cannot begin is left out, and said: what it would show is in `metrics.jsonl`.
     """
+    found = open_apart(about, environment)
+    found.trackers._rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)
+    return found
+
+
+def open_apart(about: Tracked, environment: dict[str, str] | None = None) -> Opened:
+    """The trackers alone, without `metrics.jsonl`."""
     environment = dict(os.environ) if environment is None else environment
     settled = settle(about.config, environment)
     kinds = asked(settled.config)
@@ -128,6 +140,5 @@ def open_trackers(about: Tracked, environment: dict[str, str] | None = None) -> 
         if note := getattr(tracker, "note", None):
             found.substitutions[f"logging.{kind.setting}"] = redacted(note)
         opened.append(tracker)
-    rows = JsonlTracker(about.run_dir / "metrics.jsonl", about.resumed_at)
-    found.trackers = Trackers(rows, opened, about.say)
+    found.trackers = Trackers(None, opened, about.say)
     return found

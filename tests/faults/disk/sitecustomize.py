@@ -2,6 +2,7 @@
 
 FAULTY_DISK says how: `kill <name>` dies by SIGKILL before a directory gets this name; `full <n>` has no room for the first n
 files of tensors; `unlisted <name>` cannot list directories of this name on rank 0;
+`crowded <n>` has no room for anything after this many rows of metrics;
 `amid <name>` dies by SIGKILL when the tensors of this checkpoint are written and not yet synced.
 """
 
@@ -11,12 +12,18 @@ import signal
 from pathlib import Path
 
 from strategies import durable
+from trainer.records.jsonl import JsonlTracker
 
 KIND, _, VALUE = os.environ.get("FAULTY_DISK", "").partition(" ")
 
 
 class Faulty(durable.Disk):
-    refused = 0
+    refused, crowded = 0, False
+
+    def write(self, descriptor, data):
+        if self.crowded:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(descriptor, data)
 
     def open(self, path, flags):
         if KIND == "full" and path.suffix == ".safetensors" and flags & os.O_WRONLY and self.refused < int(VALUE):
@@ -41,4 +48,11 @@ class Faulty(durable.Disk):
         super().rename(source, target)
 
 
+def log(self, metrics, *, step):
+    if KIND == "crowded" and step > int(VALUE):
+        durable.disk.crowded, self._file = True, Path("/dev/full").open("a")  # noqa: SIM115
+    _log(self, metrics, step=step)
+
+
 durable.disk = Faulty()
+_log, JsonlTracker.log = JsonlTracker.log, log

@@ -5,7 +5,7 @@ Training is the same, but a test that looks at a run at work, or waits for anoth
 
 import time
 
-from trainer.records.trackers import JsonlTracker
+from trainer.records.jsonl import JsonlTracker
 
 PAUSE_S = 0.1
 _log = JsonlTracker.log

@@ -267,29 +267,20 @@ def eval_batches(
     alike; a sum over them does not depend on it. With `ahead`, what it gives for each sequence in its place. Where sources
     are told apart, `source` is the number of the one that the micro-batch holds.
     """
-    device = torch.device(device)
-    made = prefetched(_evaluated(dataset, share, collator, device, ahead))
+    device, covered = torch.device(device), share.sequences(dataset)
+    totals = {term: summed(counts[covered]) for term, counts in dataset.counts.items()}
+
+    def on_host(sequences: list[int]) -> dict[str, Any]:
+        samples = [(ahead or TokenDataset.sample)(dataset, number) for number in sequences]
+        samples = samples or collator.fillers(dataset, share.sequences_per_document)
+        batch = {**collator(samples), "totals": totals}
+        if share.by_source and dataset.sources is not None:
+            batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
+        return pinned({**batch, "ahead_of": True} if ahead is not None else batch, device)
+
+    made = prefetched(map(on_host, eval_plan(dataset, share)))
     try:
         for batch in made:
             yield to_device(batch, device)
     finally:
         made.close()
-
-
-def _evaluated(
-    dataset: TokenDataset,
-    share: EvalShare,
-    collator: Collator,
-    device: torch.device,
-    ahead: Callable[[TokenDataset, int], Sample] | None,
-) -> Iterator[dict[str, Any]]:
-    """The batches of `eval_batches` on the host."""
-    covered = share.sequences(dataset)
-    totals = {term: summed(counts[covered]) for term, counts in dataset.counts.items()}
-    for sequences in eval_plan(dataset, share):
-        samples = [(ahead or TokenDataset.sample)(dataset, number) for number in sequences]
-        samples = samples or collator.fillers(dataset, share.sequences_per_document)
-        made = {**collator(samples), "totals": totals}
-        if share.by_source and dataset.sources is not None:
-            made["source"] = int(dataset.sources[sequences[0] if sequences else 0])
-        yield pinned({**made, "ahead_of": True} if ahead is not None else made, device)

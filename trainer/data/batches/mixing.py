@@ -49,9 +49,6 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return packs
 
 
-Weights = Sequence[float | None]
-"""One weight a source, at least 0; or None for every source, which leaves the data unmixed."""
-
 LONGEST_EPOCH = 1 << 28
 """Most units of one epoch: its order is held in memory, at 8 bytes a unit and three times that while it is drawn."""
 
@@ -59,7 +56,7 @@ LONGEST_EPOCH = 1 << 28
 def quotas(
     units: Sequence[int] | np.ndarray,
     tokens: Sequence[int] | np.ndarray,
-    weights: Weights,
+    weights: Sequence[float],
     over: MixOver = MixOver.documents,
     epoch: EpochEnd = EpochEnd.first,
     *,
@@ -71,14 +68,11 @@ def quotas(
     `units` are the documents or packs of each source, `tokens` what they hold, `documents` how many documents the packs
     hold (by default a unit is a document). The shares over documents or tokens come as near to the weights as whole
     units allow, by the largest remainder; a source with a weight above 0 gives at least one unit, so that none
-    vanishes by rounding. Raises ConfigError for weights that cannot be used, DataError for a weighted source without
-    documents or without tokens.
+    vanishes by rounding. Raises DataError for a weighted source without documents or without tokens, ConfigError for an
+    epoch that is too long.
     """
-    sizes = [int(size) for size in units]
-    called = _names(names, len(sizes))
-    if _is_natural(weights, called):
-        return np.array(sizes, dtype=np.int64)
-    shares = [Fraction(repr(float(weight or 0.0))) for weight in weights]  # the decimal number the user wrote
+    sizes, called = [int(size) for size in units], names or [*map(str, range(len(units)))]
+    shares = [Fraction(repr(float(weight))) for weight in weights]  # the decimal number the user wrote
     held = tokens if over is MixOver.tokens else sizes if documents is None else documents
     for name, share, size, amount in zip(called, shares, sizes, held, strict=True):
         if share and (size < 1 or amount < 1):
@@ -114,37 +108,11 @@ def _whole(wanted: list[Fraction]) -> list[int]:
     return [max(floor, 1) if number else 0 for floor, number in zip(floors, wanted, strict=True)]
 
 
-def _names(names: Sequence[str] | None, number: int) -> list[str]:
-    return [str(source) for source in range(number)] if names is None else list(names)
-
-
-def _is_natural(weights: Weights, names: list[str]) -> bool:
-    """Whether no source has a weight; raises ConfigError, with a line for each problem, for unusable weights."""
-    if len(weights) != len(names):
-        raise ValueError(f"{len(weights)} weights for {len(names)} sources")
-    if all(weight is None for weight in weights):
-        return True
-    problems = []
-    for name, weight in zip(names, weights, strict=True):
-        if weight is None:
-            problems.append(f"data.sources.{name}.weight is not set, but other sources have one; give every source one")
-        elif not (math.isfinite(weight) and weight >= 0):
-            problems.append(
-                f"data.sources.{name}.weight={weight:g}: must be a finite number of at least 0; 0 leaves the source out"
-            )
-    if not problems and not any(weights):
-        problems.append("data.sources: every weight is 0, so nothing is left to train on; give one source more than 0")
-    if problems:
-        raise ConfigError(problems)
-    return False
-
-
 def realised(
     units: Sequence[int] | np.ndarray,
     tokens: Sequence[int] | np.ndarray,
-    weights: Weights,
+    weights: Sequence[float],
     quota: Sequence[int] | np.ndarray,
-    over: MixOver = MixOver.documents,
     *,
     documents: Sequence[int] | np.ndarray | None = None,
     names: Sequence[str] | None = None,
@@ -154,17 +122,11 @@ def realised(
     Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over epochs of
     `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen in an epoch.
     """
-    called = _names(names, len(units))
-    natural = _is_natural(weights, called)
     held = units if documents is None else documents
     passes = [int(number) / int(size) if size else 0.0 for number, size in zip(quota, units, strict=True)]
     epoch_documents = [rate * int(number) for rate, number in zip(passes, held, strict=True)]
     epoch_tokens = [rate * int(number) for rate, number in zip(passes, tokens, strict=True)]
-    of_documents, of_tokens = _shares(epoch_documents), _shares(epoch_tokens)
-    if natural:
-        requested = of_tokens if over is MixOver.tokens else of_documents
-    else:
-        requested = _shares([weight or 0.0 for weight in weights])
+    of_documents, of_tokens, requested = _shares(epoch_documents), _shares(epoch_tokens), _shares(weights)
     return {
         name: {
             "weight": weights[source],
@@ -176,7 +138,7 @@ def realised(
             "share_tokens": of_tokens[source],
             "passes": passes[source],
         }
-        for source, name in enumerate(called)
+        for source, name in enumerate(names or map(str, range(len(units))))
     }
 
 
@@ -208,11 +170,10 @@ def pack_by_source(
     return packs, np.concatenate(source_of_pack) if source_of_pack else np.zeros(0, dtype=np.int64)
 
 
-def source_weights(config: DataConfig, names: list[str]) -> list[float | None]:
-    """The weight of each source by name; where any has one, held-out inputs, which are never drawn, count as 0."""
-    weights = {name: source.weight for name, source in config.sources.items()}
-    mixed = any(weight is not None for weight in weights.values())
-    return [weights.get(name, 0.0 if mixed else None) for name in names]
+def source_weights(config: DataConfig, names: list[str]) -> list[float]:
+    """The weight of each source by name, all of which have one; empty without weights. Held-out inputs, never drawn, have 0."""
+    weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
+    return [weights.get(name, 0.0) for name in names] if weights else []
 
 
 def build_order(
@@ -225,13 +186,12 @@ def build_order(
     sources = train.sources if train.sources is not None else np.zeros(len(train), np.int64)
     per, shuffle = sequences_per_document, config.shuffle
     weights = source_weights(config, train.source_names)
-    mixed = any(weight is not None for weight in weights)
     packs: list[list[int]] | None = None
     if per > 1:
         packs, sources = np.arange(len(train)).reshape(-1, per).tolist(), sources[::per]
     elif config.packing:
-        packs, sources = pack_by_source(train.lengths, sources if mixed else sources * 0, config.max_length)
-    if not mixed:
+        packs, sources = pack_by_source(train.lengths, sources if weights else sources * 0, config.max_length)
+    if not weights:
         return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
     unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])
     unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) // per for pack in packs])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row
@@ -17,9 +17,6 @@ from trainer.data.read.opening import COMPRESSION, File, expansion
 from trainer.data.read.paths import COLUMN_KINDS, PREFIX, SUPPORTED, TEXT_KINDS, check_name, is_hub, kind_of
 from trainer.data.read.remote import Remote
 from trainer.data.read.text import read_csv, read_text_file
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BIG = 1 << 30
 """Size in bytes that stands for a hub data set."""
@@ -34,6 +31,8 @@ _READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
+UNREACHED = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
+"""Errors that mean that no hub answered."""
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -48,6 +47,8 @@ class Origin:
     split: str | None = None
     """May be left out where a hub data set has only one."""
     revision: str | None = None
+    streaming: bool = False
+    """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
     def rows(self, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
         """All rows, in order, streamed; of tables the columns `wanted` (None: all). Rows of JSON lines come unparsed.
@@ -73,12 +74,17 @@ class Origin:
         """What the fingerprint covers: kinds and contents, not names. `digest` gives the SHA-256 of a file.
 
         The kind is the suffix with that of the compression; of a text file the whole name, which becomes the title. A file
-        elsewhere gives a text that changes with its content, a hub data set its name, the version loaded and its size.
+        elsewhere gives a text that changes with its content, a hub data set its name, the version loaded and its size, or, where
+        it is streamed, its commit.
         """
         found = []
         for path in self.paths:
+            if is_hub(path) and self.streaming:  # the commit says all, and asks nobody
+                parts: tuple[Any, ...] = (str(path).removeprefix(PREFIX), self.subset, self.split, self.revision)
+                found.append(("hub stream", ":".join("" if part is None else str(part) for part in parts)))
+                continue
             if is_hub(path):
-                data = self._dataset(path)
+                data = self.dataset(path)
                 version = data.version if data.version is not None else ""
                 about = (data.split or self.split, self.revision, version, data._fingerprint, data.num_rows)
                 parts = (str(path).removeprefix(PREFIX), self.subset, *about)
@@ -98,7 +104,7 @@ class Origin:
         size, rows = 0.0, 0
         for path in self.paths:
             if is_hub(path):
-                rows += self._dataset(path).num_rows
+                rows += self._count(self.dataset(path))
             elif isinstance(path, Remote):
                 size += path.size()
             elif kind_of(path) in COLUMN_KINDS:
@@ -119,14 +125,31 @@ class Origin:
 
     def _hub_rows(self, path: File, wanted: Collection[str] | None) -> Iterator[Row | Rejected]:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
-        data = self._dataset(path)
+        data = self.dataset(path)
         place = "/".join(part for part in (str(path), self.subset, str(data.split or self.split or "")) if part)
-        taken, others = taken_of(data.column_names, wanted)
-        tables = data.select_columns(taken).with_format("arrow").iter(BATCH)
+        names: list[str] = data.column_names or next((table.column_names for table in self._tables(data, place)), [])
+        taken, others = taken_of(names, wanted)
+        tables = self._tables(data.select_columns(taken), place)
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         return table_rows(batches, place, others=others)
 
-    def _dataset(self, path: File) -> Dataset:
+    def _tables(self, data: Any, place: str) -> Iterator[Any]:
+        """Its rows as Arrow tables. Raises DataError where a stream breaks off."""
+        try:
+            yield from data.with_format("arrow").iter(BATCH)
+        except Exception as error:
+            if not self.streaming or isinstance(error, DataError):
+                raise
+            raise _failed(place, error, streaming=True) from error
+
+    def _count(self, data: Any) -> int:
+        """Rows; 0 of a stream that does not say how many it has."""
+        if not self.streaming:
+            return int(data.num_rows)
+        about = (data.info.splits or {}).get(str(data.split))
+        return int(about.num_examples or 0) if about is not None else 0
+
+    def dataset(self, path: File) -> Any:
         """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it."""
         import datasets
 
@@ -140,12 +163,12 @@ class Origin:
         datasets.disable_progress_bars()
         try:
             loaded: Any = datasets.load_dataset(
-                name, self.subset, split=self.split, revision=self.revision, streaming=False
+                name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )
         except Exception as error:
             asked = {"config": self.subset, "split": self.split, "revision": self.revision}
             words = ", ".join(f"{word} {value!r}" for word, value in asked.items() if value)
-            raise _failed(f"{path}{f' ({words})' if words else ''}", error) from error
+            raise _failed(f"{path}{f' ({words})' if words else ''}", error, streaming=self.streaming) from error
         finally:
             if quiet:
                 datasets.enable_progress_bars()
@@ -160,7 +183,7 @@ def _size(path: File) -> int:
     return path.size() if isinstance(path, Remote) else path.stat().st_size
 
 
-def _failed(what: str, error: Exception) -> DataError:
+def _failed(what: str, error: Exception, *, streaming: bool = False) -> DataError:
     """The cause in a line, and what to do about it."""
     text = str(error).strip()
     cause = text.splitlines()[0][:300] if text else type(error).__name__
@@ -176,7 +199,12 @@ def _failed(what: str, error: Exception) -> DataError:
         remedy = (
             "it needs code from the hub, which is not run; use a copy converted to Parquet (often refs/convert/parquet)"
         )
-    elif offline or kinds & {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}:
+    elif streaming and (offline or kinds & UNREACHED):
+        remedy = (
+            "data.streaming=true reads from the hub, which is not reached here; run shardtune prepare where it is, into a "
+            "data.cache_dir that is seen here, or set data.streaming=false"
+        )
+    elif offline or kinds & UNREACHED:
         remedy = (
             "no hub was reached and the data set is not in the local cache; load it once on a machine with internet "
             "(the cache is HF_HOME), or download its files and give their path"

@@ -15,6 +15,8 @@ from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Refusal
 from trainer.data.read.opening import COMPRESSION, MAX_ROW_BYTES, File, decode_utf8, open_text
 
+INDEX = "Unnamed: 0"
+"""Name of a first column without one, as pandas calls it."""
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -78,19 +80,13 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
         elif lines.trouble is not None:
             yield Rejected(name, line, lines.trouble.reason, lines.trouble.message, excerpt(lines.first))
         elif len(cells) != len(header):
-            found = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}"
-            message = (
-                f"{found} where the header has {len(header)} ({_some(header)}); quote cells that hold "
-                f"{_SEPARATORS[delimiter]} or line breaks"
-            )
+            found = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'} where the header has {len(header)}"
+            some = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
+            message = f"{found} ({some}); quote cells that hold {_SEPARATORS[delimiter]} or line breaks"
             yield Rejected(name, line, "wrong_cell_count", message, excerpt(lines.first))
         else:
             # a cell's own line breaks are line feeds, whatever ends the file's lines
             yield Row(name, line, dict(zip(header, (cell.replace("\r\n", "\n") for cell in cells), strict=True)))
-
-
-def _some(header: list[str]) -> str:
-    return ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
 
 
 def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
@@ -111,6 +107,8 @@ def _header(path: File, line: int, cells: list[str], delimiter: str, trouble: Re
     if trouble is not None:
         raise DataError(f"{path}:{line}: in the header: {trouble.message}")
     header = [name.strip() for name in cells]
+    if len(header) > 1 and header[0] == "" and INDEX not in header:  # a table's index, as pandas writes it
+        header[0] = INDEX
     if len(header) == 1:
         for other, word in _SEPARATORS.items():
             if other != delimiter and other in cells[0]:

@@ -180,7 +180,7 @@ class Description:
         tokens = np.bincount(train.sources, train.lengths, minlength=len(names)).astype(np.int64)
         over, epoch = self.config.mixing.over, self.config.mixing.epoch
         quota = quotas(units, tokens, weights, over, epoch, names=names)
-        told = realised(units, tokens, weights, quota, over, names=names)
+        told = realised(units, tokens, weights, quota, names=names)
         return {name: part for name, part in told.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> form.PersonalData | None:

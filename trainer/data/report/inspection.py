@@ -50,7 +50,7 @@ class Entry:
     def split(self, name: str) -> TokenDataset:
         """The split, opened once. Raises ConfigError where there is none of the name, DataError for a torn one."""
         if name not in self.splits:
-            raise ConfigError(f"--split {name}: there is no such split; one of {', '.join(self.splits)}")
+            raise ConfigError(f"split={name}: there is no such split; one of {', '.join(self.splits)}")
         if name not in self.opened:
             self.opened[name] = TokenDataset.open(self.splits[name])
         return self.opened[name]
@@ -104,14 +104,6 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def raw_document(prepared: Entry, split: str, index: int) -> dict[str, Any] | None:
-    """The row of `documents.arrow` that sequence `index` was made from; None where the data set keeps no rows."""
-    data = prepared.split(split)
-    if data.documents is None or not (prepared.directory / NAME).is_file():
-        return None
-    return DocumentTable(prepared.directory).row(int(data.documents[index]))
-
-
 def find(prepared: Entry, split: str, text: str) -> np.ndarray:
     """Sequences of a split whose document holds `text`, whatever its case: int64, in order.
 
@@ -119,7 +111,7 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
     """
     path, data = prepared.directory / NAME, prepared.split(split)
     if data.documents is None or not path.is_file():
-        raise DataError(f"--find: {path} is not there, so texts cannot be searched; prepare the data again")
+        raise DataError(f"find=: {path} is not there, so texts cannot be searched; prepare the data again")
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -155,20 +147,18 @@ def load_tokenizer(prepared: Entry, path: str | None) -> PreTrainedTokenizerFast
     about = prepared.manifest.get("tokenizer") or {}
     where = path or about.get("path") or about.get("name")
     if not where:
-        raise ConfigError("--tokenizer: the data set does not name its tokenizer; give the directory of the model")
+        raise ConfigError("tokenizer=: the data set does not name its tokenizer; give the directory of the model")
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(where), local_files_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"--tokenizer {where}: cannot be loaded ({reason}); give the directory of the model"
-        ) from error
+        raise ConfigError(f"tokenizer={where}: cannot be loaded ({reason}); give the directory of the model") from error
     size, wanted = len(tokenizer), about.get("vocab_size")
     if wanted is not None and wanted not in (size, tokenizer.vocab_size):
         raise ConfigError(
-            f"--tokenizer {where}: has {size} tokens, the data was prepared with one of {wanted}; give that one"
+            f"tokenizer={where}: has {size} tokens, the data was prepared with one of {wanted}; give that one"
         )
     return tokenizer
 
@@ -243,7 +233,9 @@ def sample(
     from trainer.data.report.preview import preview  # needs torch and pyarrow, and the sizes of a data set do not
 
     data = prepared.split(split)
-    raw = raw_document(prepared, split, index) if document or data.documents is not None else None
+    raw: dict[str, Any] | None = None
+    if data.documents is not None and (prepared.directory / NAME).is_file():
+        raw = DocumentTable(prepared.directory).row(int(data.documents[index]))
     colour = console.is_terminal and not console.no_color
     shown = preview(data, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
     decoded = Text.from_ansi(shown, no_wrap=True, overflow="fold")

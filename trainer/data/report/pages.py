@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.data.config import CardConfig
 from trainer.data.report.audit import Audit, DecodedSample
 from trainer.data.report.wording import known_gaps, overall, templates, tiles, visible
-
-if TYPE_CHECKING:
-    from trainer.data.config import CardConfig
-
 
 MOST_WORDS = 200
 """Characters of any text but a sample: what is longer is cut, and stands in audit.json."""

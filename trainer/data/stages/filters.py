@@ -42,7 +42,12 @@ def language(document: Document) -> tuple[str, float] | None:
     None where it has too little text to judge, or none in a language.
     """
     texts = [turn["content"] for turn in document.conversation() if turn["role"] != "system"]
-    text = FENCED.sub("", "\n".join([*texts, document.text or ""]))[:JUDGED_CHARACTERS].strip()
+    return spoken("\n".join([*texts, document.text or ""]))
+
+
+def spoken(text: str) -> tuple[str, float] | None:
+    """(ISO 639 code, probability 0 to 1) of a text without its code; None where it is too short, or in no language."""
+    text = FENCED.sub("", text)[:JUDGED_CHARACTERS].strip()
     if len(text) < SHORTEST:
         return None
     code, probability = _identifier().classify(text)
@@ -88,7 +93,9 @@ class Filters:
         self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        reason, remark = self._length(document), ""
+        size, low, high = sum(map(len, document.texts())), self.config.min_characters, self.config.max_characters
+        large = "too_many_characters" if high is not None and size > high else None
+        reason, remark = "too_few_characters" if size < low else large, ""
         if reason is None and document.desirable is not False:
             reason = self._learned(document)
         if reason is None and self.config.languages:
@@ -99,14 +106,6 @@ class Filters:
         if reason is None:
             return document
         tally.drop(self.name, reason, document.where + remark)
-        return None
-
-    def _length(self, document: Document) -> str | None:
-        size = sum(map(len, document.texts()))
-        if size < self.config.min_characters:
-            return "too_few_characters"
-        if self.config.max_characters is not None and size > self.config.max_characters:
-            return "too_many_characters"
         return None
 
     def _learned(self, document: Document) -> str | None:

@@ -77,6 +77,11 @@ class DocumentTable:
         sizes = np.array([batch.num_rows for batch in found], np.int64)
         return found, np.cumsum(sizes) - sizes
 
+    @property
+    def batches(self) -> list[pa.RecordBatch]:
+        """All rows in order, mapped."""
+        return self._batches[0]
+
     def row(self, index: int) -> dict[str, Any]:
         """Row `index` as plain Python values."""
         batches, starts = self._batches

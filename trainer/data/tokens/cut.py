@@ -36,22 +36,27 @@ def kept(encoder: Encoder, document: Document, sample: Sample, made: list[Sample
 def fitted_answers(
     encoder: Encoder, document: Document, answers: list[Sample], config: DataConfig, tally: Tally
 ) -> list[Sample]:
-    """The one or two answers of a document after the length policy, all of them or none.
+    """The one or two answers of a document, cut to their first `data.max_length` tokens where the policy says so, or none.
 
-    None, with a reason counted, where one of them has nothing left to learn, or both are the same.
+    None, with a reason counted, where one of them has nothing left to learn, or both are the same. Raises DataError where
+    the policy is `fail`.
     """
-    limit = config.max_length
-    made = fit_answers(document, answers, limit, config.over_length)
-    if not made:
-        tally.drop("tokenise", "too_long", document.where)
-        return []
+    limit, policy = config.max_length, config.over_length
+    if changed := (length := max(len(sample.input_ids) for sample in answers)) > limit:
+        if policy is OverLength.fail:
+            raise _too_long(document, length, limit, "truncate or drop")
+        if policy is OverLength.drop:
+            tally.drop("tokenise", "too_long", document.where)
+            return []
+        assert policy is OverLength.truncate, "others part an answer from its prompt: the config layer refuses them"
+    made = [truncate(one, limit, 0) if len(one.input_ids) > limit else one for one in answers]
     if not all(sample.supervised.any() for sample in made):
         tally.drop("tokenise", "nothing_to_learn", document.where)
         return []
     if len(made) == 2 and np.array_equal(made[0].input_ids, made[1].input_ids):
         tally.drop("tokenise", "same_answers", document.where)
         return []
-    if changed := any(len(sample.input_ids) > limit for sample in answers):
+    if changed:
         tally.note("tokenise", "truncated", document.where)
     note_oddities(encoder, document, answers[0], tally, whole=not changed)
     return made
@@ -115,24 +120,6 @@ def fit(
     if policy is OverLength.split and document.text is not None and document.label is None:
         return _pieces(encoder, sample, max_length)
     return [truncate(sample, max_length, encoder.tail(document))]
-
-
-def fit_answers(document: Document, answers: list[Sample], max_length: int, policy: OverLength) -> list[Sample] | None:
-    """The one or two answers of a document, cut to their first `max_length` tokens where `policy` says so; None: drop them.
-
-    Raises DataError where the policy is `fail`. The other ways to cut would part an answer from its prompt, or what two have
-    in common.
-    """
-    length = max(len(sample.input_ids) for sample in answers)
-    if length <= max_length:
-        return answers
-    if policy is OverLength.drop:
-        return None
-    if policy is OverLength.fail:
-        raise _too_long(document, length, max_length, "truncate or drop")
-    if policy is not OverLength.truncate:
-        raise AssertionError(f"the config layer refuses data.over_length={policy.value} for answers")
-    return [truncate(s, max_length, 0) if len(s.input_ids) > max_length else s for s in answers]
 
 
 def _too_long(document: Document, length: int, max_length: int, others: str) -> DataError:

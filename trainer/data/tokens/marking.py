@@ -107,10 +107,9 @@ class Marker:
             return None if skeleton is None else found
         # The template may write the time, and a skeleton learned anew fits; or it looks into contents, and none does.
         self._misses[shape] = self._misses.get(shape, 0) + 1
+        self._known[shape] = None
         if self._misses[shape] < _MAX_MISSES:
             del self._known[shape]
-        else:
-            self._known[shape] = None
         return None
 
     def _learn(
@@ -209,9 +208,7 @@ class Marker:
             if not (done and text[begin:end].rstrip().endswith(done)):
                 if match := (self._any if final else self._ends[role]).match(text, end):
                     end = match.end()
-                elif (
-                    final
-                ):  # nothing but words or whitespace follows: what words the template adds are learned, then eos
+                elif final:  # only words or whitespace follow: what words the template adds are learned, then eos
                     text = text[:end] + text[end:].rstrip() + self._eos
                     end = len(text)
             closed.append((begin, end))

@@ -9,15 +9,19 @@ calls or thoughts are marked turn by turn (`trainer/data/tokens/turnwise.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, Refused, texts_in, thought_of
-from trainer.data.tokens.bounded import TooMuch, bounded
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
 _RESERVED = re.compile(f"[{RESERVED}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
+SECONDS = 30
+"""Processor seconds for one call of a template: thousands of times what a batch of conversations takes."""
+BYTES = 4 * 2**30
+"""Memory that one call may add to its process."""
 Tools = list[dict[str, Any]] | None
 Job = tuple[list[Message], list[int], str, Chat | None]
 
@@ -272,3 +280,34 @@ def _without_thought(message: Message, where: str) -> Message:
 
 def _bare(message: Message) -> Message:
     return {key: value for key, value in message.items() if key not in ("train", "weight")}
+
+
+class TooMuch(Exception):
+    """A call of a template, which is a program that came with somebody's model, went past a bound; says which."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Raise TooMuch where the body takes more. The time is bounded in a process's main thread only, memory anywhere."""
+    watched = threading.current_thread() is threading.main_thread()
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+    least = min(limit for limit in (before, size + BYTES) if limit != resource.RLIM_INFINITY)
+    if watched:
+        handler = signal.signal(signal.SIGVTALRM, _late)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (least, hard))
+        yield
+    except MemoryError as error:
+        raise TooMuch(f"wanted more than {BYTES / 2**30:.3g} GiB of memory") from error
+    finally:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+        if watched:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)
+
+
+def _late(*_: Any) -> None:
+    raise TooMuch(f"took more than {SECONDS:g} seconds")

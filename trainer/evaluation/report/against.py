@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.report.intervals import WORSE, Bootstrap, paired, resampled, unpaired
+from trainer.evaluation.report.intervals import FEW, WORSE, Bootstrap, paired, resampled, together, unpaired
+from trainer.evaluation.report.jointly import joint_p
 from trainer.evaluation.report.record import Found, same_rows
 from trainer.evaluation.tasks.base import Row, Task
 
@@ -32,15 +33,21 @@ def compare(
     pairs = theirs is not None and same_rows(rows, theirs)
     other = resampled(task, theirs, how) if pairs and theirs is not None else {}
     metrics = {}
-    for metric in task.metrics:
-        if metric.name not in values:
-            continue
+    known = [metric for metric in task.metrics_of(rows) if metric.name in values]
+    family = [metric for metric in known if metric.family]
+    jointly = joint_p(task, family, rows, theirs, how.seed) if pairs and theirs is not None and len(family) > 1 else {}
+    for metric in known:
         value, greater = found.values[task.name][metric.name], metric.greater_is_better
         if pairs:
             apart = paired(value, values[metric.name], mine[metric.name], other[metric.name], greater=greater)
+            if metric.name in jointly:
+                apart = together(apart, jointly[metric.name], greater=greater)
         else:
-            apart = unpaired(value, values[metric.name], mine[metric.name], greater=greater)
-        metrics[metric.name] = asdict(apart)
+            among = len(family) if metric.family else 1
+            apart = unpaired(value, values[metric.name], mine[metric.name], greater=greater, among=among)
+        below = metric.counted or (metric.ratio[1] if metric.ratio else None)
+        cases = sum(row.scores.get(below, 0.0) > 0 for row in rows) if below else len(rows)
+        metrics[metric.name] = asdict(apart) | ({} if cases >= metric.least else {"verdict": FEW})
     said: dict[str, Any] = {"paired": pairs, "metrics": metrics}
     if pairs and theirs is not None and (score := side_of(task, [*rows, *theirs])) is not None:
         said["changed"] = changed(rows, theirs, score)
@@ -49,7 +56,7 @@ def compare(
 
 def side_of(task: Task, rows: Sequence[Row]) -> str | None:
     """The score by which a row is right or wrong: that of the first metric, where it is a mean of noughts and ones."""
-    ratio = task.metrics[0].ratio
+    ratio = next(iter(task.metrics_of(rows))).ratio
     if ratio is None or ratio[1] is not None or any(row.scores[ratio[0]] not in (0.0, 1.0) for row in rows):
         return None
     return ratio[0]
@@ -77,6 +84,7 @@ def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
         if (apart := metrics.get(metric.name)) is None:
             continue
         loss = -apart["difference"] if metric.greater_is_better else apart["difference"]
+        loss = abs(loss) if metric.greater_is_better is None else loss
         limit = task.config.limit.get(metric.name)
         now = apart["value"] + apart["difference"]
         said = f"{task.name}: {metric.name} {now:.4g}, was {apart['value']:.4g}"

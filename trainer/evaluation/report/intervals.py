@@ -8,19 +8,18 @@ in which it is not on its side of zero, at least one of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.tasks.chance import LEVEL
 
 CHUNK = 1 << 22
 """Counts drawn at a time."""
-SLOW = 1000
-"""Resamples of a metric that is no ratio of sums, at most: each is computed anew."""
 ROUNDING = 1e-5
 """Part of a value up to which two are one: other ranks and batches round otherwise, and the same way in every row."""
-BETTER, WORSE, SAME = "better", "worse", "no difference shown"
+BETTER, WORSE, SAME, MOVED, FEW = "better", "worse", "no difference shown", "differs", "too few cases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,10 @@ class Bootstrap:
 
     def says(self, *, paired: bool) -> str:
         """The method in a line, for the record."""
+        slow = Task.most_resamples
         kind = "paired bootstrap over rows" if paired else "bootstrap over rows"
         return (
-            f"{kind}, {self.resamples} resamples (at most {SLOW} where a metric is no mean), seed {self.seed}, 95 % "
+            f"{kind}, {self.resamples} resamples (at most {slow} where a metric is no mean), seed {self.seed}, 95 % "
             "percentile interval" + (", two-sided p" if paired else "")
         )
 
@@ -43,19 +43,20 @@ def resampled(task: Task, rows: Sequence[Row], how: Bootstrap) -> dict[str, np.n
     """Each metric of resamples of the rows, float64 [resamples], NaN where one has no value."""
     drawn = np.random.default_rng([how.seed, len(rows)])
     number, size = len(rows), max(1, CHUNK // len(rows))
-    others, found = task.weighted(rows), {metric.name: list[np.ndarray]() for metric in task.metrics}
+    others, metrics = task.weighted(rows), task.metrics_of(rows)
+    found = {metric.name: list[np.ndarray]() for metric in metrics}
     scores = {
-        name: np.array([row.scores[name] for row in rows], np.float64)
-        for metric in task.metrics
+        name: np.array([row.scores.get(name, 0.0) for row in rows], np.float64)
+        for metric in metrics
         for name in metric.ratio or ()
         if name
     }
     done = 0
     while done < how.resamples:
         weights = drawn.multinomial(number, np.full(number, 1 / number), min(size, how.resamples - done)).astype(float)
-        for metric in task.metrics:
+        for metric in metrics:
             if metric.ratio is None:
-                some = weights[: max(0, SLOW - done)]
+                some = weights[: max(0, task.most_resamples - done)]
                 found[metric.name].append(np.array([others[metric.name](one) for one in some]))
             else:
                 over, below = metric.ratio
@@ -86,7 +87,7 @@ class Difference:
     verdict: str
 
 
-def paired(value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool) -> Difference:
+def paired(value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool | None) -> Difference:
     """The difference of two models on the same rows, out of resamples of both."""
     apart = mine - theirs
     low, high = interval(apart)
@@ -95,14 +96,27 @@ def paired(value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, 
     return Difference(other, value - other, low, high, p, _verdict(other, low, high, greater=greater))
 
 
-def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool) -> Difference:
-    """The difference from a number of which the rows are not known: beyond this model's own interval or not."""
+def together(apart: Difference, p: float, *, greater: bool | None) -> Difference:
+    """A difference judged as one of a family, by its corrected p. The interval stays that of the metric alone."""
+    told = apart.difference if p < LEVEL else 0.0
+    return replace(apart, p=p, verdict=_verdict(apart.value, told, told, greater=greater))
+
+
+def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool | None, among: int = 1) -> Difference:
+    """The difference from a number of which the rows are not known: beyond this model's own interval or not.
+
+    Of a family of `among` the verdict is that of an interval as much wider (Bonferroni).
+    """
     low, high = interval(mine - other)
-    return Difference(other, value - other, low, high, None, _verdict(other, low, high, greater=greater))
+    side = 100 * LEVEL / 2 / among
+    wide = np.nanpercentile(mine - other, [side, 100 - side])
+    return Difference(other, value - other, low, high, None, _verdict(other, *map(float, wide), greater=greater))
 
 
-def _verdict(other: float, low: float, high: float, *, greater: bool) -> str:
+def _verdict(other: float, low: float, high: float, *, greater: bool | None) -> str:
     least = ROUNDING * abs(other)
+    if greater is None:
+        return MOVED if low > least or high < -least else SAME
     if low > least:
         return BETTER if greater else WORSE
     if high < -least:

@@ -50,7 +50,7 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found])
 
 def worst(task: Task, rows: Sequence[Row]) -> list[Row]:
     """Rows from bad to good by the first metric's score; a loss is one a target."""
-    metric = task.metrics[0]
+    metric = task.metrics_of(rows)[0]
 
     def badness(row: Row) -> float:
         if metric.ratio is None:

@@ -59,17 +59,20 @@ def same_rows(mine: Sequence[Row], theirs: Sequence[Row]) -> bool:
 def task_record(task: Task, found: Found, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """What the report says of one task of the model that was evaluated."""
     rows, values, signatures = found.rows[task.name], found.values[task.name], task.signatures()
-    metrics = {}
+    errors = task.errors(rows)
+    metrics, known = {}, task.metrics_of(rows)
     for name, value in values.items():
-        metric = next(metric for metric in task.metrics if metric.name == name.partition("/")[0])
+        metric = next(metric for metric in known if metric.name in (name, name.partition("/")[0]))
         metrics[name] = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.says}
         if name in spans:
             metrics[name] |= {"low": spans[name][0], "high": spans[name][1]}
+        if name in errors:
+            metrics[name]["stderr"] = errors[name]
         if metric.name in signatures:
             metrics[name]["signature"] = signatures[metric.name]
     return {
         "kind": task.kind,
-        "path": task.config.path,
+        "path": task.data,
         "num_rows": len(rows),
         "rows_sha256": data_hash(rows),
         "seconds": round(found.seconds[task.name], 3),
@@ -77,6 +80,7 @@ def task_record(task: Task, found: Found, spans: dict[str, tuple[float, float]])
         "write": asdict(task.config.write),
         "options": task.chosen,
         "metrics": metrics,
+        "notes": list(task.notes(rows, spans)),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from strategies.errors import DataError
+from strategies.errors import ConfigError, DataError
 from trainer.data.document import Document
 from trainer.evaluation.base import WritingConfig
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from strategies.runtime import Runtime
     from trainer.data.store.sequences import Sample, TokenDataset
     from trainer.data.tokens.encode import Encoder
+    from trainer.evaluation.endpoint.judge import Judge
     from trainer.evaluation.likelihood import Likelihood
     from trainer.evaluation.writing import Writer, Written
     from trainer.step import Built
@@ -52,8 +53,15 @@ class Asking:
     """Those of a classifier, in the order of their ids."""
     stop_now: Callable[[], bool]
     batch: int
+    judge: Judge | None = None
+    """The model that judges answers, where there is one."""
     seen: dict[tuple[int, int | None], dict[int, tuple[float, float]]] = field(default_factory=dict)
     """What `terms` found since the weights were last changed, so that several tasks of one data set share a pass."""
+
+    @property
+    def model_config(self) -> Any:
+        """The model's settings, transformers' own."""
+        return self.built.config
 
     def questions(self, documents: Sequence[Document]) -> list[Question]:
         """Documents as tokens, split before their last answer. No collective. Raises DataError with file and line."""
@@ -79,6 +87,12 @@ class Asking:
         """How likely the model holds each answer."""
         self._fits(questions, max(len(question.answer) for question in questions), "the answers")
         return self.writer.likelihoods(self.engine, [(question.context, question.answer) for question in questions])
+
+    def the_judge(self, key: str) -> Judge:
+        """The judge. Raises ConfigError where there is none."""
+        if self.judge is None:
+            raise ConfigError(f"{key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
+        return self.judge
 
     def _fits(self, questions: Sequence[Question], more: int, what: str) -> None:
         for question in questions:

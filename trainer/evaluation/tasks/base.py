@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from trainer.data.config import DataFormat
+
 if TYPE_CHECKING:
     from trainer.data.document import Document
+    from trainer.data.document import Row as Read
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.asking import Asking
 
@@ -48,6 +52,8 @@ class Row:
     """Where several are told apart: which."""
     note: str = ""
     """What was wrong with the answer, where its kind can say."""
+    items: dict[str, Any] = field(default_factory=dict)
+    """What metrics are made of that no numbers say, by metric, as JSON holds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +63,18 @@ class Metric:
     name: str
     says: str
     """What it is, with its range, for the page."""
-    greater_is_better: bool = True
+    greater_is_better: bool | None = True
+    """None where neither is."""
     ratio: tuple[str, str | None] | None = None
     """Scores whose sums are divided (None: by the number of rows): a mean, which is resampled fast. None: see `Task.weighted`."""
     exponential: bool = False
     """Whether it is the exponential of that ratio."""
+    least: int = 1
+    """Cases below which no difference is told: no alarm from one case."""
+    family: bool = False
+    """Whether it is one of several like it, as those of groups, of which none may be told by chance alone."""
+    counted: str | None = None
+    """Score that a row has which is a case of it; None: the lower one of the ratio, and without one every row."""
 
     def of(self, top: Any, bottom: Any) -> Any:
         """The value of summed scores, numbers or arrays of resamples."""
@@ -69,20 +82,52 @@ class Metric:
         return np.exp(np.minimum(value, 700.0)) if self.exponential else value
 
 
+ANSWERED = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
+"""Formats with a prompt and its answer."""
+
+
 class Task(ABC):
     """One named task. Knows its settings; holds no rows."""
 
     kind: ClassVar[str]
-    metrics: ClassVar[tuple[Metric, ...]]
-    """The first one is what the table and the page go by."""
+    metrics: tuple[Metric, ...]
+    """The first one is what the table and the page go by; of some kinds they depend on the settings."""
     reads: ClassVar[str]
     """Its rows, in the user's words."""
     options: ClassVar[dict[str, Any]] = {}
     """What can be chosen, with what it is without a choice."""
     needs_path: ClassVar[bool] = False
     """Whether its rows cannot be those of the run's evaluation documents."""
+    shipped: ClassVar[Path | None] = None
+    """Rows that it has without a path: a JSON file with `templates`."""
+    of_classifiers: ClassVar[bool] = False
+    """Whether it can ask a classifier's head."""
+    own_rows: ClassVar[bool] = False
+    """Whether it reads its rows itself (`cases`), not in a format of `data.path`."""
+    reads_documents: ClassVar[bool] = False
+    """Whether the rows of its path are documents in a format of `data.path`, although it needs a path."""
+    formats: ClassVar[tuple[DataFormat, ...]] = ANSWERED
+    """Of several formats that fit a row, which are meant, the first one first."""
+    split: ClassVar[str] = "evaluation"
+    """Documents of the run that it asks without a path: `evaluation`, `train`, or `both`, told apart in `member`."""
+    sampled: ClassVar[bool] = False
+    """Whether of the run's documents `options.sample` are drawn."""
     needs: ClassVar[str | None] = None
-    """Package of the extra `evaluate` that it cannot do without."""
+    """Package that it cannot do without."""
+    extra: ClassVar[str] = "evaluate"
+    """The extra that brings that package."""
+    draws_many: ClassVar[bool] = False
+    """Whether it scores several answers a row (`write.draws`)."""
+    served: ClassVar[bool] = True
+    """Whether a server that writes answers and tells likelihoods is enough for it."""
+    needs_judge: bool = False
+    """Whether it asks the judge of `evaluation.judge`."""
+    most_resamples: ClassVar[int] = 1000
+    """Resamples of a metric that is no ratio of sums, at most: each is computed anew."""
+    other: Mapping[str, str] | None = None
+    """What the model that is compared with has answered, by `where`, once it was asked."""
+    is_other: bool = False
+    """Whether it asks the model that another one is compared with."""
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         self.name, self.config = name, config
@@ -98,8 +143,23 @@ class Task(ABC):
         for metric in self.config.limit.keys() - {metric.name for metric in self.metrics}:
             there = ", ".join(metric.name for metric in self.metrics)
             yield f"{self.key}.limit.{metric}: {self.kind} has no such metric; it has {there}"
-        if self.config.path is None and self.needs_path:
+        if self.config.write.draws > 1 and not self.draws_many:
+            yield f"{self.key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
+        if self.config.path is None and self.needs_path and self.shipped is None:
             yield f"{self.key}.path: not set; {self.kind} needs a file of its own, with rows of {self.reads}"
+
+    @property
+    def data(self) -> str | None:
+        """What its rows are from, for the report: `hub:` and a data set, or a path; None: the run's evaluation documents."""
+        return self.config.path  # type: ignore[no-any-return]
+
+    def cases(self) -> list[Case]:
+        """Its rows, where `own_rows`. Errors: ConfigError, DataError."""
+        raise NotImplementedError
+
+    def unfold(self, rows: Iterator[Read]) -> Iterator[Read]:
+        """What the rows of its files hold, of kinds that name their own columns: a published file may be one row of many."""
+        return rows
 
     @abstractmethod
     def read(self, case: Case) -> None:
@@ -113,21 +173,42 @@ class Task(ABC):
         """Metrics that are no ratio of sums, by name: what makes one of how often each row counts (float64 [rows])."""
         return {}
 
+    def metrics_of(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+        """Its metrics on some rows: those of every run, and what these rows alone have, as groups."""
+        return self.metrics
+
+    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """Sentences that belong to its numbers, one each: what was left out, what stands out. `spans` are 95 % intervals."""
+        yield from ()
+
     def values(self, rows: Sequence[Row]) -> dict[str, float]:
         """Every metric of some rows, by name; NaN where there are none."""
         if not rows:
             return {metric.name: float("nan") for metric in self.metrics}
         found: dict[str, float] = {}
         others = self.weighted(rows)
-        for metric in self.metrics:
+        for metric in self.metrics_of(rows):
             if metric.ratio is None:
                 found[metric.name] = others[metric.name](np.ones(len(rows)))
                 continue
             over, below = metric.ratio
-            top = float(np.sum([row.scores[over] for row in rows]))
-            bottom = float(np.sum([row.scores[below] for row in rows])) if below else float(len(rows))
+            top = float(np.sum([row.scores.get(over, 0.0) for row in rows]))
+            bottom = float(np.sum([row.scores.get(below, 0.0) for row in rows])) if below else float(len(rows))
             found[metric.name] = float(metric.of(top, bottom))
         return found
+
+    def by_source(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Every metric of some rows, and of several sources that of each, as `NAME/SOURCE`."""
+        found = Task.values(self, rows)
+        sources = sorted({row.source for row in rows})
+        for source in sources if len(sources) > 1 else []:
+            mine = Task.values(self, [row for row in rows if row.source == source])
+            found |= {f"{name}/{source}": value for name, value in mine.items()}
+        return found
+
+    def errors(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Standard errors that its kind reckons itself, by metric."""
+        return {}
 
     def signatures(self) -> dict[str, str]:
         """What decides its numbers beside the rows, by metric: versions, tokenisers, normalisation."""

@@ -17,7 +17,7 @@ class MultipleChoice(Task):
     """Which choice is likeliest: by the whole log-probability, by that of a token, by that of a byte."""
 
     kind = "multiple_choice"
-    metrics = (
+    metrics: tuple[Metric, ...] = (
         Metric("accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio=("right", None)),
         Metric("accuracy_by_token", "the same, log-probabilities divided by tokens", ratio=("right_by_token", None)),
         Metric("accuracy_by_byte", "the same, log-probabilities divided by UTF-8 bytes", ratio=("right_by_byte", None)),
@@ -69,6 +69,7 @@ class MultipleChoice(Task):
                         **{name: float(said.index(max(said)) == right) for name, said in scores.items()},
                         "margin": margin,
                         **{f"logprob_{number}": value for number, value in enumerate(whole)},
+                        **{f"tokens_{number}": float(each.tokens) for number, each in enumerate(held[begin:end])},
                     },
                 )
             )

@@ -30,7 +30,8 @@ class Classification(Task):
     reads = '"text" and "label": a name, a whole number or true/false'
     options: ClassVar[dict[str, Any]] = {"labels": None, "prompt": "{text}", "separator": " "}
     needs_path = True
-    needs = "sklearn"
+    of_classifiers = True
+    needs: ClassVar[str | None] = "sklearn"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

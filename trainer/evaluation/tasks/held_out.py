@@ -17,6 +17,7 @@ class HeldOut(Task):
     """Scores documents as prepared for training: the same tokens are targets, and count the same."""
 
     reads = "any format that the objective learns from"
+    served = False
 
     def __init__(self, name: str, config: object) -> None:
         super().__init__(name, config)  # type: ignore[arg-type]
@@ -49,13 +50,7 @@ class HeldOut(Task):
         return rows
 
     def values(self, rows: Sequence[Row]) -> dict[str, float]:
-        found = super().values(rows)
-        sources = sorted({row.source for row in rows})
-        if len(sources) > 1:
-            for source in sources:
-                mine = super().values([row for row in rows if row.source == source])
-                found |= {f"{name}/{source}": value for name, value in mine.items()}
-        return found
+        return self.by_source(rows)
 
 
 class Loss(HeldOut):

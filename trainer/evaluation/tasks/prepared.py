@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,29 @@ class Around:
         return reading.encoder(tokenizer, plain)
 
 
-def check(tasks: Mapping[str, TaskConfig], around: Around, *, held_out: bool) -> None:
-    """Read the rows of every task that has a file, without a tokenizer. Errors: ConfigError, DataError."""
+def check(tasks: Mapping[str, TaskConfig], around: Around, *, held_out: bool, trained: bool = True) -> None:
+    """Read the rows of every task that has a file, without a tokenizer; `trained`: there is training data besides.
+
+    Errors: ConfigError, DataError.
+    """
     for task in build(tasks):
         _check_objective(task, around)
-        if task.config.path is None:
-            if not held_out:
+        if task.split == "both" and task.chosen["others"] is not None:
+            read_cases(task.outside, None, remote=around.data.remote)  # type: ignore[attr-defined]
+        elif task.split == "both" and not held_out:
+            raise ConfigError(
+                f"{task.key}.options.others: not set, and there are no evaluation documents; name a file of rows that were not "
+                "trained on"
+            )
+        if task.own_rows:
+            read_cases(task, None)
+        elif task.config.path is None and task.split != "evaluation":
+            if not trained:
+                raise ConfigError(
+                    f"{task.key}.path: not set; {task.kind} asks training rows: name their file, or evaluate a run"
+                )
+        elif task.config.path is None:
+            if not held_out or task.shipped is not None:
                 read_cases(task, None)
         elif isinstance(task, HeldOut):
             _own(task, lambda data: readers_of(inputs_of(data), meant=around.reading.formats), around)
@@ -91,14 +109,32 @@ def prepare(
                 )
                 task.dataset, directory = made.train, made.directory
             else:
-                read_cases(task, None if held_out is None else _documents(evaluation, held_out.directory)[:1])
+                read_cases(task, None if held_out is None else _documents(evaluation, task, held_out)[:1])
                 assert held_out is not None
                 task.dataset, directory = evaluation, held_out.directory
             found.append(Ready(task, _cases(task.dataset, directory)[: task.config.max_rows]))
         else:
-            documents = None if held_out is None else _documents(evaluation, held_out.directory)
-            found.append(Ready(task, read_cases(task, documents, remote=around.data.remote)))
+            found.append(Ready(task, _read(task, held_out, remote=around.data.remote)))
     return found
+
+
+def _read(task: Task, held_out: Prepared | None, *, remote: bool) -> list[Case]:
+    """The rows of a task out of its file, or of documents of the run; of both kinds those trained on first."""
+    own = (
+        None
+        if held_out is None or task.own_rows
+        else _documents(held_out.train if task.split != "evaluation" else held_out.evaluation, task, held_out)
+    )
+    cases = read_cases(task, own, remote=remote)
+    if task.split != "both":
+        return cases
+    outside = task.outside  # type: ignore[attr-defined]
+    others = None if held_out is None else _documents(held_out.evaluation, task, held_out)
+    beside = read_cases(outside, others, remote=remote)
+    for member, some in ((True, cases), (False, beside)):
+        for case in some:
+            case.fields = {"member": member}
+    return [*cases, *beside]
 
 
 def _check_objective(task: Task, around: Around) -> None:
@@ -136,11 +172,14 @@ def _named(text: str, task: Task) -> str:
     return text
 
 
-def _documents(dataset: TokenDataset | None, directory: Any) -> list[Any]:
+def _documents(dataset: TokenDataset | None, task: Task, made: Prepared) -> list[Any]:
+    """The documents of a split, each once; of tasks that draw some, these, in the order of the data."""
     if dataset is None or dataset.documents is None:
         return []
-    table = DocumentTable(directory)
-    return [table.document(int(number)) for number in dict.fromkeys(dataset.documents.tolist())]
+    table, numbers = DocumentTable(made.directory), list(dict.fromkeys(dataset.documents.tolist()))
+    if task.sampled and len(numbers) > (most := int(task.chosen["sample"])):
+        numbers = sorted(random.Random(int(task.chosen["seed"])).sample(numbers, most))
+    return [table.document(int(number)) for number in numbers]
 
 
 def _cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:

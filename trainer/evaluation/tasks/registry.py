@@ -7,7 +7,24 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks import choice, classification, held_out, structured, written
+from trainer.evaluation.tasks import (
+    bbq,
+    choice,
+    classification,
+    counterfactual,
+    harness,
+    held_out,
+    judged,
+    memorised,
+    personal,
+    preference,
+    refusal,
+    stereotype,
+    structured,
+    subgroups,
+    toxicity,
+    written,
+)
 from trainer.evaluation.tasks.base import Task
 
 KINDS: dict[str, type[Task]] = {
@@ -25,6 +42,19 @@ KINDS: dict[str, type[Task]] = {
         structured.ToolCalls,
         structured.JsonSchema,
         structured.Maths,
+        judged.Judged,
+        preference.Preference,
+        memorised.Memorisation,
+        memorised.Canary,
+        memorised.Membership,
+        personal.PersonalData,
+        counterfactual.Counterfactual,
+        subgroups.Subgroups,
+        stereotype.Stereotype,
+        bbq.Bbq,
+        toxicity.Toxicity,
+        refusal.Refusals,
+        harness.Harness,
     )
 }
 """In the order in which they are listed to users."""
@@ -49,14 +79,14 @@ def problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
         task = KINDS[config.kind](name, config)
         yield from task.problems()
         if task.needs is not None and find_spec(task.needs) is None:
-            yield f"{key}.kind={config.kind}: needs {task.needs}; pip install 'shardtune[evaluate]'"
+            yield f"{key}.kind={config.kind}: needs {task.needs}; pip install 'shardtune[{task.extra}]'"
 
 
-def metrics_of(tasks: Mapping[str, TaskConfig]) -> dict[str, bool]:
+def metrics_of(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:
     """The metrics that an evaluation yields for tasks, by full name: whether more is better."""
     return {
         f"eval/{name}/{metric.name}": metric.greater_is_better
         for name, config in tasks.items()
         if config.kind in KINDS
-        for metric in KINDS[config.kind].metrics
+        for metric in KINDS[config.kind](name, config).metrics
     }

@@ -5,6 +5,7 @@ Every row must be usable: a task whose rows are left out in silence measures som
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -26,7 +27,12 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     """The rows of a task, checked. Errors: DataError naming file and line for rows that cannot be used, or where there are none;
     ConfigError for a path that cannot be meant."""
     config = task.config
-    if config.path is None:
+    if task.own_rows:
+        return task.cases()
+    if config.path is None and task.shipped is not None:
+        rows = json.loads(task.shipped.read_text(encoding="utf-8"))["templates"]
+        cases = [Case(f"{task.shipped.name}:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
+    elif config.path is None:
         if not held_out:
             raise ConfigError(
                 f"{task.key}.path: not set, and there are no evaluation documents; give it a file, or the run "
@@ -58,9 +64,13 @@ def _from_files(task: Task, *, remote: bool) -> Iterator[Case]:
     files = expand(task.config.path, key, remote=remote)
     if hub := next((path for path in files if is_hub(path)), None):
         raise ConfigError(f"{key}={hub}: would be fetched from a hub; download its files and give their path")
-    rows = (_parsed(row) for row in Origin(key, files).rows())
-    first = next(rows)
-    document_of = _raw if task.needs_path else _reader(task, first)
+    rows: Iterator[Row] = (_parsed(row) for row in Origin(key, files).rows())
+    own = task.needs_path and not task.reads_documents
+    if own:
+        rows = task.unfold(rows)
+    if (first := next(rows, None)) is None:
+        return
+    document_of = _raw if own else _reader(task, first)
     for row in islice(_chain(first, rows), task.config.max_rows):
         yield document_of(task, row)
 
@@ -102,8 +112,7 @@ def _reader(task: Task, first: Row) -> Any:
     try:
         format = config.format
         if format is DataFormat.auto:
-            meant = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
-            format = recognise(first, config.columns, source=task.name, meant=meant)
+            format = recognise(first, config.columns, source=task.name, meant=task.formats)
         reader = RowReader(format, config.columns, source=task.name, refuses=False)
     except (DataError, ConfigError) as error:
         raise type(error)(own(str(error))) from None

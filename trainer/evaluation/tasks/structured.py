@@ -15,6 +15,7 @@ from trainer.data.fields import Refusal, shown, text_of
 from trainer.data.turns import turns_of
 from trainer.evaluation.tasks.asking import Asking, answer_of
 from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.drawn import by_prompt, drawn_row
 from trainer.evaluation.tasks.written import WrittenTask
 
 FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
@@ -27,6 +28,7 @@ class ToolCalls(WrittenTask):
     """Whether the answer calls the tools that the reference calls, with its arguments, in its order; or none, as it does."""
 
     kind = "tool_calls"
+    right_or_wrong = True
     metrics = (
         Metric(
             "accuracy",
@@ -116,6 +118,7 @@ class JsonSchema(Task):
     )
     options: ClassVar[dict[str, Any]] = {"schema": None}
     needs_path = True
+    draws_many = True
     needs = "jsonschema"
 
     def problems(self) -> Iterator[str]:
@@ -155,15 +158,14 @@ class JsonSchema(Task):
 
     def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
         questions = asking.questions([case.document for case in cases if case.document is not None])
+        written = by_prompt(asking.answers(questions, self.config.write, self.key), len(cases))
         rows = []
-        for case, question, one in zip(
-            cases, questions, asking.answers(questions, self.config.write, self.key), strict=True
-        ):
-            text, schema = one.text.strip(), case.fields["schema"]
-            parsed, problem = judged(text, schema)
-            scores = {"valid": float(problem is None), "parsed": float(parsed)}
+        for case, question, texts in zip(cases, questions, written, strict=True):
+            schema = case.fields["schema"]
+            found = [judged(text, schema) for text in texts]
+            scores = [{"valid": float(problem is None), "parsed": float(parsed)} for parsed, problem in found]
             told, allowed = asking.tell(question.context), json.dumps(schema, ensure_ascii=False)
-            rows.append(Row(case.where, told, text, allowed, scores, note=problem or ""))
+            rows.append(drawn_row(Row(case.where, told, "", allowed, {}, note=found[0][1] or ""), texts, scores))
         return rows
 
     def signatures(self) -> dict[str, str]:
@@ -196,6 +198,7 @@ class Maths(WrittenTask):
     """Whether the answer ends in the reference's result: the last boxed one, after ####, or the last number."""
 
     kind = "maths"
+    right_or_wrong = True
     metrics = (Metric("accuracy", "share of answers with the right result, 0 to 1", ratio=("right", None)),)
     reads = "a problem and its solution in any format of data.path; the result is found in it as in an answer"
 

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.fields import Refusal, is_texts, shown
+from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.asking import Asking, answer_of
 from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.drawn import by_prompt, drawn_row, passing
 
 REFERENCES = "references"
 """Column with further answers that are right too, a list of texts."""
@@ -26,12 +28,18 @@ class WrittenTask(Task):
     reads = (
         'a prompt and its answer in any format of data.path, perhaps with "references": a list of other right answers'
     )
+    draws_many = True
+    right_or_wrong: ClassVar[bool] = False
+    """Whether the first metric's score of an answer is 0 or 1."""
+
+    def __init__(self, name: str, config: TaskConfig) -> None:
+        super().__init__(name, config)
+        if self.right_or_wrong:
+            self.metrics += passing(config.write.draws)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.config.write.problems(f"{self.key}.write")
-        if self.config.write.draws > 1:
-            yield f"{self.key}.write.draws={self.config.write.draws}: a task scores one answer a row; set it to 1"
 
     def read(self, case: Case) -> None:
         assert case.document is not None
@@ -47,8 +55,13 @@ class WrittenTask(Task):
         questions = asking.questions([case.document for case in cases if case.document is not None])
         written = asking.answers(questions, self.config.write, self.key)
         return [
-            Row(case.where, asking.tell(question.context), text, self.reference(case), self.score(case, text))
-            for case, question, text in zip(cases, questions, (one.text.strip() for one in written), strict=True)
+            drawn_row(
+                Row(case.where, asking.tell(question.context), "", self.reference(case), {}),
+                texts,
+                [self.score(case, text) for text in texts],
+                self.metrics,
+            )
+            for case, question, texts in zip(cases, questions, by_prompt(written, len(cases)), strict=True)
         ]
 
     def reference(self, case: Case) -> str:
@@ -91,6 +104,7 @@ class _Compared(WrittenTask):
 class ExactMatch(_Compared):
     """Whether the answer is one of the references."""
 
+    right_or_wrong = True
     kind = "exact_match"
     metrics = (Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
 
@@ -131,6 +145,7 @@ class Translation(WrittenTask):
         Metric("chrf", "sacrebleu's corpus chrF, 0 to 100 (Popović 2015)"),
     )
     options: ClassVar[dict[str, Any]] = {"tokenize": "13a", "lowercase": False, "word_order": 0}
+    draws_many = False  # scores of the whole set are made of its answers, not of rows
     reads = "a text and its translation in any format of data.path"
 
     def problems(self) -> Iterator[str]:

@@ -67,6 +67,14 @@ class Ended:
         return cls(State.failed, code, reason, isinstance(error, Diverged))
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of texts and numbers under headings."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
 class Tracker(Protocol):
     """Where rows of numbers go. Every call may raise: the run goes on without the tracker then."""
 
@@ -75,6 +83,9 @@ class Tracker(Protocol):
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         """Record numbers of one step."""
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Show a table of one step, where the tracker has a place for one."""
 
     def summarise(self, values: dict[str, Any]) -> None:
         """Set numbers of the whole run."""

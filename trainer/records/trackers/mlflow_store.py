@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from trainer.records.status import State
-from trainer.records.trackers.base import Ended, Tracked
+from trainer.records.trackers.base import Ended, Table, Tracked
 from trainer.records.trackers.reach import unreachable
 
 MOST = 100
@@ -68,6 +68,9 @@ class MlflowRun:
             if key != "step" and isinstance(each, int | float)
         ]
         self._client.log_batch(self._id, metrics=rows)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Left out: it keeps numbers."""
 
     def summarise(self, values: dict[str, Any]) -> None:
         self.log(values, step=self._step)

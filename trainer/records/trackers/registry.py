@@ -43,6 +43,8 @@ def asked(config: LoggingConfig) -> list[Kind]:
 
 def problems(config: LoggingConfig) -> Iterator[str]:
     """What is lacking for them on this host, one line each."""
+    if config.tables and not {kind.setting for kind in asked(config)} & {"wandb", "tensorboard"}:
+        yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
     for kind in asked(config):
         if find_spec(kind.package) is None:
             yield (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.records.trackers.base import Ended, Tracked
+from trainer.records.trackers.base import Ended, Table, Tracked
 
 
 class TensorboardFiles:
-    """Rows as scalars; TensorBoard has no place for more."""
+    """Rows as scalars, and tables as texts; TensorBoard has no place for more."""
 
     def __init__(self, about: Tracked) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -21,6 +21,11 @@ class TensorboardFiles:
         for key, value in metrics.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+        cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
 
     def summarise(self, values: dict[str, Any]) -> None:
         for key, value in values.items():

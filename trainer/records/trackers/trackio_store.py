@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from trainer.records.status import State
-from trainer.records.trackers.base import Ended, Tracked
+from trainer.records.trackers.base import Ended, Table, Tracked
 
 
 class TrackioRun:
@@ -33,6 +33,9 @@ class TrackioRun:
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._step = step
         self._run.log({key: value for key, value in metrics.items() if key != "step"}, step=step)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        """Left out: it keeps numbers."""
 
     def summarise(self, values: dict[str, Any]) -> None:
         self._run.log(values, step=self._step)

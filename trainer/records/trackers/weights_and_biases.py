@@ -9,8 +9,8 @@ from typing import Any
 
 from trainer.records.config import WandbMode
 from trainer.records.status import State
-from trainer.records.trackers.base import Ended, Tracked
-from trainer.records.trackers.reach import unreachable
+from trainer.records.trackers.base import Ended, Table, Tracked
+from trainer.records.trackers.wandb_server import address, no_server
 
 INIT_S = 30
 """Seconds that a server which answers is given to begin a run."""
@@ -29,7 +29,8 @@ class WandbRun:
         """Why it is offline where online was asked for."""
         online = about.config.wandb is WandbMode.online
         if online:
-            self.note = _why_offline() or self._begin("online")
+            why = no_server()
+            self.note = f"offline ({why})" if why else self._begin("online")
         if not online or self.note:
             self._begin("offline")
         self._run.define_metric("tokens")
@@ -73,7 +74,7 @@ class WandbRun:
             if mode == "offline":
                 raise
             wandb.teardown()  # its process would call this run's id taken
-            return f"offline ({_address()} does not begin a run: {' '.join(str(error).split())})"
+            return f"offline ({address()} does not begin a run: {' '.join(str(error).split())})"
         return None
 
     def _tell_where(self, *, online: bool) -> None:
@@ -100,6 +101,17 @@ class WandbRun:
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._run.log({"train_step": step, **metrics}, step=step)
+
+    def table(self, name: str, table: Table, *, step: int) -> None:
+        import wandb
+
+        # Columns have one type each, and one that is empty has none: texts where not all are numbers.
+        numbers = [all(isinstance(row[at], int | float) for row in table.rows) for at in range(len(table.columns))]
+        rows = [
+            [value if is_number else str(value) for value, is_number in zip(row, numbers, strict=True)]
+            for row in table.rows
+        ]
+        self._run.log({name: wandb.Table(columns=table.columns, data=rows)}, step=step)
 
     def summarise(self, values: dict[str, Any]) -> None:
         self._run.summary.update(values)
@@ -134,18 +146,3 @@ def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any
 def _shown(part: Path) -> str:
     """As the run's directory is named: relative where it lies below the working directory."""
     return str(part.relative_to(Path.cwd())) if part.is_relative_to(Path.cwd()) else str(part)
-
-
-def _why_offline() -> str | None:
-    import wandb
-
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key):
-        return "offline (no W&B API key is configured)"
-    why = unreachable(_address())
-    return f"offline ({_address()} cannot be reached: {why})" if why else None
-
-
-def _address() -> str:
-    import wandb
-
-    return str(wandb.setup().settings.base_url)

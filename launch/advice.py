@@ -1,0 +1,144 @@
+"""What is worth knowing before a job waits for days: what its partition gives, how often it will start again, what it costs.
+
+A job that can never start is refused, where `sinfo` says so and nothing (a reservation, a QOS) may lift the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.prices import price_by_word
+from launch.slurm_time import clock, seconds
+from strategies.errors import ConfigError
+from trainer.config.run import RunConfig, SlurmConfig
+
+FORMAT = "%R|%l|%L|%D|%c|%m|%G"
+PATIENCE_S = 5.0
+GPUS = re.compile(r"gpu(?::(?P<kind>[^:,()]+))?:(?P<count>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Some nodes that are alike, of a partition, in sinfo's words."""
+
+    name: str
+    default: bool
+    limit_s: float
+    nodes: int
+    cpus: int
+    memory_mb: int
+    gpus: int
+    kinds: frozenset[str]
+    """The site's words for its GPUs."""
+
+
+def partitions() -> list[Partition]:
+    """What the cluster has; empty where `sinfo` cannot tell."""
+    command = ["sinfo", "--noheader", "--all", f"--format=%P|{FORMAT}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in said.splitlines():
+        cells = line.split("|")
+        if len(cells) != 8:
+            continue
+        marked, name, limit, _, nodes, cpus, memory, gres = cells
+        gpus = [(each["kind"], int(each["count"])) for each in GPUS.finditer(gres)]
+        kinds = frozenset(kind for kind, _ in gpus if kind)
+        most = {"nodes": nodes, "cpus": cpus, "memory_mb": memory}
+        numbers = {key: int(re.sub(r"\D.*", "", each) or 0) for key, each in most.items()}
+        count = sum(number for _, number in gpus)
+        found.append(Partition(name, marked.endswith("*"), seconds(limit), gpus=count, kinds=kinds, **numbers))
+    return found
+
+
+def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
+    """Lines for people. Raises ConfigError for a job that can never start."""
+    slurm = config.launcher
+    assert isinstance(slurm, SlurmConfig)
+    there = partitions()
+    names = slurm.partition.split(",") if slurm.partition else [part.name for part in there if part.default]
+    mine = [part for part in there if part.name in names]
+    if mine and not (slurm.qos or slurm.reservation or slurm.extra):
+        if problems := _never(slurm, mine):
+            raise ConfigError(problems)
+    elif there and slurm.partition and not mine:
+        known = ", ".join(dict.fromkeys(part.name for part in there))
+        raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
+    return [*_limits(slurm, mine), *_restarts(slurm, run_dirs), *_price(slurm, mine, len(run_dirs))]
+
+
+def _never(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
+    """Why no node of these partitions could ever be given."""
+    where, problems = "/".join(dict.fromkeys(part.name for part in mine)), []
+    longest = max(part.limit_s for part in mine)
+    if seconds(slurm.time) > longest:
+        problems.append(
+            f"launcher.time={slurm.time}: partition {where} gives {clock(longest)} at most: it would never start"
+        )
+    for key, asked, most in (
+        ("gpus_per_node", slurm.gpus_per_node, max(part.gpus for part in mine)),
+        ("cpus_per_task", slurm.cpus_per_task or 0, max(part.cpus for part in mine)),
+    ):
+        if asked > most:
+            problems.append(
+                f"launcher.{key}={asked}: the nodes of partition {where} have {most or 'none'}: it would never start"
+            )
+    fit = sum(
+        part.nodes for part in mine if part.gpus >= slurm.gpus_per_node and part.cpus >= (slurm.cpus_per_task or 0)
+    )
+    if slurm.nodes > fit and not problems:
+        problems.append(f"launcher.nodes={slurm.nodes}: partition {where} has {fit} such nodes: it would never start")
+    return problems
+
+
+def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
+    limit = seconds(slurm.time)
+    said = [f"time    {clock(limit)} a start, {slurm.signal_lead_s} s before its end it saves and is requeued"]
+    if mine:
+        said[0] += f"; partition {mine[0].name} gives {clock(max(part.limit_s for part in mine))} at most"
+    if slurm.signal_lead_s * 2 > limit:
+        said.append(f"note    launcher.signal_lead_s={slurm.signal_lead_s} is most of launcher.time={slurm.time}")
+    return said
+
+
+def _restarts(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
+    """How many starts the rest of a run takes, where an earlier start has measured its steps."""
+    from trainer.following import rows
+    from trainer.following.reading import read_record
+
+    if len(run_dirs) > 1:
+        return []
+    newest = [row for row in rows.newest(run_dirs[0] / "metrics.jsonl") if "loss" in row]
+    total, pace = read_record(run_dirs[0]).get("total_steps"), rows.recent(newest, "step_s")
+    if not newest or not isinstance(total, int) or pace is None:
+        return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
+    left = max(0, total - int(newest[-1]["step"])) * pace
+    each = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
+    again = max(0, math.ceil(left / each) - 1)
+    said = f"starts  {clock(left)} of steps are left at {pace:.3g} s a step: {again} restart{'s' * (again != 1)} at the limit"
+    allowed = slurm.retry.get("preempted", 0)
+    return [said + (f", but launcher.retry allows {allowed}" if again > allowed else "")]
+
+
+def _price(slurm: SlurmConfig, mine: list[Partition], runs: int) -> list[str]:
+    gpus = slurm.gpus_per_node * slurm.nodes * runs
+    found = GPUS.search(slurm.gres or "")
+    if found and not gpus:
+        gpus = int(found["count"]) * slurm.nodes * runs
+    if not gpus:
+        return []
+    kinds = {found["kind"]} if found and found["kind"] else {kind for part in mine for kind in part.kinds}
+    prices = {price_by_word(kind) for kind in kinds if kind}
+    price = prices.pop() if len(prices) == 1 else None
+    hours = gpus * seconds(slurm.time) / 3600
+    if price is None:
+        which = ", ".join(sorted(filter(None, kinds))) or "these cards"
+        return [f"price   {hours:,.0f} GPU hours at most a start; what one costs is not known of {which}"]
+    return [f"price   ${hours * price:,.0f} at most a start: {hours:,.0f} GPU hours of ${price:.2f} (conf/hardware)"]

@@ -1,0 +1,90 @@
+"""`shardtune export ... gguf=<type> bits=<type>`: a whole model once more, as a GGUF file, or in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
+    from trainer.data.prepare import Prepared
+    from trainer.export.few_bits import FewBits
+    from trainer.export.gguf import Converter, GgufType
+
+WORDS = ("gguf", "gguf.converter", "gguf.python")
+BITS = "bits"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be written."""
+
+    kind: GgufType
+    converter: Converter
+    name: str
+
+
+def wanted(words: dict[str, str], config: RunConfig) -> Wanted | None:
+    """What the words ask for; None where they ask for none. Raises ConfigError before anything is written."""
+    if "gguf" not in words:
+        if given := [word for word in WORDS if word in words]:
+            raise ConfigError(f"{given[0]}={words[given[0]]}: goes with gguf=<type>")
+        return None
+    from trainer.export.gguf import GgufType, find_converter
+
+    _whole(words, "gguf", config)
+    if words["gguf"] not in [*GgufType]:
+        raise ConfigError(f"gguf={words['gguf']}: must be one of {', '.join(GgufType)}")
+    found = find_converter(words.get("gguf.converter"), words.get("gguf.python"))
+    return Wanted(GgufType(words["gguf"]), found, Path(words["run.dir"]).expanduser().resolve().name)
+
+
+def write(asked: Wanted, directory: Path, *, verify: bool) -> Path:
+    """Write it, and say how it went; the file. Raises ShardtuneError, DriftError."""
+    from trainer.export.gguf import verify_gguf, write_gguf
+
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"gguf={asked.kind}: {directory} is an adapter, and this method cannot be folded into its base"
+        )
+    file, lacking = write_gguf(directory, asked.name, asked.kind, asked.converter)
+    print(
+        f"gguf:   {file}, {file.stat().st_size:,} bytes; {verify_gguf(file, asked.kind) if verify else 'not verified'}"
+    )
+    print(f"ollama: cd {file.parent} && ollama create {asked.name} -f Modelfile" + (f" ({lacking})" if lacking else ""))
+    return file
+
+
+def _whole(words: dict[str, str], key: str, config: RunConfig) -> None:
+    from trainer.tuning.base import LoraConfig
+
+    if isinstance(config.tuning, LoraConfig) and not config.export.merge:
+        raise ConfigError(f"{key}={words[key]}: is of a whole model; fold the adapter in with merge=true")
+
+
+def wanted_bits(words: dict[str, str], config: RunConfig) -> FewBits | None:
+    """The type that `bits=` asks for. Raises ConfigError before anything is written."""
+    if BITS not in words:
+        return None
+    from trainer.export.few_bits import check_few_bits
+
+    kind = check_few_bits(words[BITS])
+    _whole(words, BITS, config)
+    return kind
+
+
+def write_bits(kind: FewBits, directory: Path, data: Prepared) -> Path:
+    """Write it, and say what it costs on held-out documents, or on those of the training where none were held out; the folder."""
+    from trainer.export.few_bits import DOCUMENTS, write_few_bits
+    from trainer.serving.exported import find_export
+
+    if find_export(str(directory)).base is not None:
+        raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
+    measured = data.train if data.evaluation is None else data.evaluation
+    samples = [measured.sample(number) for number in range(min(len(measured), DOCUMENTS))]
+    folder, cost = write_few_bits(directory, kind, samples, "training" if data.evaluation is None else "held-out")
+    print(f"{kind}:   {folder}; {cost}")
+    return folder

@@ -1,0 +1,141 @@
+"""Runs handed to SLURM: their code copied, their scripts written, `sbatch` called, and what a person needs to know said.
+
+Every refusal of `sbatch` is passed on; what can never start is refused before (`launch/advice.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import advice, container, pipeline, snapshot
+from launch.slurm import head, job_name, render
+from strategies.errors import ConfigError, StorageError
+from trainer.config.resuming import plain
+from trainer.config.run import Code, RunConfig, SlurmConfig
+from trainer.records.code import ROOT, revision
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """What SLURM took: a job, an array or a chain."""
+
+    jobs: dict[str, str]
+    """Job ids by part: train, and those of `launcher.pipeline`."""
+    runs: list[str]
+    """Run directories; those of an array in the order of its tasks."""
+    scripts: dict[str, str]
+    code: str | None
+    """The copy of the code that the jobs run, or the clone; None where nothing was left to submit."""
+
+
+def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submitted]:
+    """Write the scripts into the run directories and submit them; with `print_only` show them instead, and return nothing.
+
+    Several runs are one job array, or with `launcher.pipeline` a chain each. Raises ConfigError with the words of `sbatch`, and
+    StorageError where something cannot be written.
+    """
+    slurm = config.launcher
+    if isinstance(slurm, SlurmConfig) and slurm.pipeline and len(run_dirs) > 1:
+        return [chain for run_dir in run_dirs for chain in submit(config, [run_dir], print_only=print_only)]
+    copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
+    code = snapshot.place_of(run_dirs[0], snapshot.digest(snapshot.read())) if copied and run_dirs else ROOT
+    scripts = scripts_of(config, run_dirs, code)
+    if print_only:
+        for number, (part, text) in enumerate(scripts.items()):
+            if len(scripts) > 1:
+                after = (
+                    f" --dependency=afterok:<job of {[*scripts][number - 1]}> --kill-on-invalid-dep=yes"
+                    if number
+                    else ""
+                )
+                print(f"# ---- {part}: sbatch{after} {part}.sbatch")
+            print(text, end="")
+        return []
+    assert isinstance(slurm, SlurmConfig)
+    said = advice.advise(config, run_dirs)
+    if container.way_of(launcher := plain(config)["launcher"]) is not None:
+        if container.way_of(launcher) == "pyxis":
+            container.refuse_missing(launcher)  # apptainer may be on the nodes alone; each of them is asked
+        Path(config.data.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)  # is mounted
+    if copied:
+        snapshot.take(run_dirs[0])
+    written: dict[str, Path] = {}
+    try:
+        for run in run_dirs:
+            # Older SLURM fails a job without a word where the directory of its output is missing.
+            (run / "logs").mkdir(parents=True, exist_ok=True)
+            for part, text in scripts.items():
+                (run / f"{part}.sbatch").write_text(text)
+                written.setdefault(part, run.absolute() / f"{part}.sbatch")
+    except OSError as error:
+        raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
+    jobs = pipeline.submit_chain(written, run_dirs[0], sbatch)
+    job = dict(jobs)["train"]
+    print(f"submitted job {job}: {written['train']}")
+    if len(jobs) > 1:
+        print(pipeline.table(jobs, config, run_dirs[0]))
+    print(*(f"  {line}" for line in [f"code    {said_of(code, copied=copied)}", *said]), sep="\n")
+    _tell(slurm, run_dirs, job)
+    paths = {part: str(path) for part, path in written.items()}
+    return [Submitted(dict(jobs), [str(run.absolute()) for run in run_dirs], paths, str(code))]
+
+
+def scripts_of(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str, str]:
+    """The text of each job's script, by its part. Raises ConfigError."""
+    slurm = config.launcher
+    if not isinstance(slurm, SlurmConfig) or not slurm.pipeline:
+        return {"train": render(config, run_dirs, clone=code)}
+
+    def begin(own: RunConfig, runs: list[Path]) -> list[str]:
+        return head(own, runs, clone=code)
+
+    texts = {part: pipeline.script_of(config, part, run_dirs[0], begin) for part in slurm.pipeline if part != "train"}
+    return {
+        part: texts.get(part) or render(pipeline.train_of(config, run_dirs[0]), run_dirs, clone=code)
+        for part in slurm.pipeline
+    }
+
+
+def _tell(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
+    name = slurm.job_name or job_name([str(run) for run in run_dirs])
+    print(f"  queue   squeue --job {job}")
+    print(
+        f"  log     tail -F {shlex.quote(str(run_dirs[0] / 'logs' / f'{name}-{job}-0.log'))}"
+        if len(run_dirs) == 1
+        else f"  logs    below {', '.join(shlex.quote(str(run / 'logs')) for run in run_dirs)}"
+    )
+    print(f"  save and requeue now: scancel --signal=USR2 {job}")
+    print(
+        f"  save and end: shardtune stop {shlex.quote(str(run_dirs[0])) if len(run_dirs) == 1 else '<one of the runs>'}"
+    )
+
+
+def said_of(code: Path, *, copied: bool) -> str:
+    """Which code a job will run, for people."""
+    at = f" at {found}" if (found := revision()) else ""
+    if copied:
+        return f"{code}: a copy of the code{at}; later changes do not reach the job"
+    return f"{code}{at}, as it is whenever the job starts (launcher.code=clone)"
+
+
+def sbatch(script: Path, options: list[str]) -> str:
+    """Submit; returns the job id. Raises ConfigError with what `sbatch` says."""
+    env = dict(os.environ)
+    if "SLURM_JOB_ID" in env:  # inside a job: its own limits would become the new job's
+        env = {k: v for k, v in env.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SRUN_", "SBATCH_"))}
+    try:
+        done = subprocess.run(["sbatch", "--parsable", *options, str(script)], env=env, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigError(
+            "launcher=slurm needs the command sbatch, which is not on PATH here: "
+            f"submit {script} on a login node, or use launcher=local"
+        ) from None
+    if done.returncode:
+        raise ConfigError(
+            f"sbatch refused {script}: {(done.stderr or done.stdout).strip()}; see the launcher's settings"
+        )
+    return done.stdout.strip().splitlines()[-1].split(";")[0]  # "id" or "id;cluster"

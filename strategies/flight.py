@@ -1,0 +1,61 @@
+"""The last exchange of this rank with others, out of the flight recorder that torch keeps, under NCCL and gloo alike.
+
+It is read as JSON, in the process itself: the files that NCCL's watchdog can write are pickles, which nothing here reads. Ranks
+that exchange through shared memory on one host (`strategies/host_memory.py`) are seen only where they use their group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+KEPT = 512
+"""Exchanges that are kept, unless the environment says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """One exchange, as a rank saw it."""
+
+    number: int
+    """Which one of its group it is; ranks that wait for each other have the same."""
+    what: str
+    """Such as `nccl:all_reduce`."""
+    group: str
+    sizes: list[list[int]]
+    waits_s: float | None
+    """Seconds since it was begun; None where it is over."""
+
+    def __str__(self) -> str:
+        sizes = ", ".join("x".join(map(str, size)) or "1" for size in self.sizes[:3])
+        return f"{self.what} number {self.number} of {self.group} ({sizes})"
+
+
+def keep_records() -> None:
+    """Before the first group is formed: let torch keep the last exchanges."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT))
+
+
+def last_exchange() -> Exchange | None:
+    """What this rank waits for, the oldest where it is several; else what it did last. None where nothing is recorded.
+
+    For any thread; communicates with nobody.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
+    entries: list[dict[str, Any]] = [] if dump is None else json.loads(dump(True, False)).get("entries") or []
+    if not entries:
+        return None
+    waiting = [each for each in entries if not each.get("retired")]
+    entry = waiting[0] if waiting else entries[-1]
+    return Exchange(
+        number=entry.get("p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id", 0),
+        what=str(entry.get("profiling_name")),
+        group=str((entry.get("process_group") or ["?"])[-1]),
+        sizes=entry.get("input_sizes") or [],
+        waits_s=(time.time_ns() - entry.get("time_created_ns", 0)) / 1e9 if waiting else None,
+    )

@@ -1,0 +1,106 @@
+"""A network file system fails once at every single call of saving and choosing: nothing that was said to be saved is missed."""
+
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+
+from strategies import durable
+from strategies.base import Progress
+from strategies.errors import StorageError
+from strategies.runtime import Runtime
+from tests.checkpoints.test_power import SAVED, Engine
+from trainer.checkpoints.chosen import choose
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.places import published
+from trainer.checkpoints.seal import verify
+
+ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
+CALLS = ("open", "write", "read", "sync", "names", "rename", "exchange", "make_directory", "remove_tree")
+AFTER = ("rename", "exchange", "make_directory", "remove_tree")
+"""Calls that may have been answered although nobody heard of it."""
+
+
+class Network(durable.Disk):
+    """Fails at one call of all, before or after it was done; takes and gives a few bytes at a time; waits for nobody."""
+
+    def __init__(self, code: int, *, lost_answer: bool) -> None:
+        self.code, self.lost_answer, self.calls, self.fails_at, self.failed = code, lost_answer, 0, -1, ""
+
+    def _failing(self, name: str) -> OSError | None:
+        self.calls += 1
+        if self.calls != self.fails_at:
+            return None
+        self.failed = name
+        return OSError(self.code, os.strerror(self.code), name)
+
+    def write(self, descriptor, data):
+        return super().write(descriptor, data[:301])
+
+    def read(self, descriptor, into, offset):
+        return super().read(descriptor, into[:301], offset)
+
+    def sleep(self, seconds):
+        pass
+
+
+def _wrapped(name: str):
+    real = getattr(Network, name)
+
+    def call(self, *given):
+        failure = self._failing(name)
+        if failure is not None and not (self.lost_answer and name in AFTER):
+            raise failure
+        done = real(self, *given)
+        if failure is not None:
+            raise failure
+        return done
+
+    return call
+
+
+for _name in CALLS:
+    setattr(Network, _name, _wrapped(_name))
+
+
+@pytest.mark.parametrize("lost_answer", [False, True], ids=["not done", "done, and the answer lost"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_answer):
+    """As a periodic save that may fail, four times, and as the next start looks for it, on the same network."""
+    met = set()
+    for number in range(1, 999):
+        root = tmp_path / str(number)
+        root.mkdir()
+        disk = Network(code, lost_answer=lost_answer)
+        monkeypatch.setattr(durable, "disk", disk)
+        disk.fails_at, places, best = number, [root / "checkpoints"], 0
+        said: list[str] = []
+        made = Checkpoints(places, CheckpointConfig(keep=1, background=False), ALONE, said.append)
+        for step in SAVED:
+            if made.save(Engine(), Progress(step=step), must=False):
+                best = step
+            else:
+                assert said[-1].startswith("the run goes on without") and os.strerror(code) in said[-2], said
+        for again in range(2):  # a start that the network fails says so, or takes the newest; and the next one takes it
+            try:
+                chosen = choose(places, "auto", ALONE)
+                assert chosen is not None
+                assert int(chosen.name[5:]) >= best, (number, disk.failed, published(places))
+                break
+            except StorageError as error:
+                assert disk.failed and again == 0 and os.strerror(code) in str(error), (disk.failed, str(error))
+        monkeypatch.setattr(durable, "disk", durable.Disk())
+        assert verify(chosen) is None
+        later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
+        later.begin(chosen)
+        assert later.save(Engine(), Progress(step=9)) and verify(places[0] / "step-000009") is None
+        shutil.rmtree(root)
+        if not disk.failed:
+            break
+        met.add(disk.failed)
+    else:
+        raise AssertionError("every start fails")
+    assert met >= {"open", "write", "read", "sync", "names", "rename", "exchange", "make_directory"}, met

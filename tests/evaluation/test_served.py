@@ -1,0 +1,140 @@
+"""Answers by a server: what it is sent, and that its answers and likelihoods give the numbers of the model loaded here."""
+
+import json
+
+import pytest
+import torch
+
+from strategies.errors import ConfigError
+from tests.helpers.building import model_dir
+from tests.helpers.endpoint import serving
+from tests.helpers.launching import command_here
+from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.endpoint.client import Client, EndpointConfig
+from trainer.evaluation.served import ServedWriter, model_served
+
+
+@pytest.fixture(scope="module", name="site")
+def _site(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    model_dir(root)
+    facts = [{"prompt": f"question {n}?\n", "completion": "hello world"} for n in range(5)]
+    choices = [{"question": f"what {n}?", "choices": ["a dog", "the fox", "you"], "answer": n % 3} for n in range(5)]
+    for name, rows in (("facts", facts), ("choices", choices)):
+        (root / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module", name="stub")
+def _stub(site):
+    """Plain transformers behind the address, as vLLM answers: token ids in, log-probabilities of the prompt where asked for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(site / "llama", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(site / "llama")
+
+    def complete(body):
+        ids = torch.tensor([body["prompt"]])
+        with torch.no_grad():
+            if body.get("echo"):
+                likely = model(ids).logits[0].log_softmax(-1)
+                held = [None, *(float(likely[n - 1, ids[0, n]]) for n in range(1, ids.shape[1]))]
+                best = [None, *({"x": float(likely[n - 1].max())} for n in range(1, ids.shape[1]))]
+                return {"text": "", "logprobs": {"token_logprobs": [*held, -1.0], "top_logprobs": [*best, {"x": -1.0}]}}
+            new = model.generate(ids, max_new_tokens=body["max_tokens"], do_sample=False)[0, ids.shape[1] :]
+        return {"text": tokenizer.decode(new, skip_special_tokens=True)}
+
+    with serving(complete=complete) as stub:
+        stub.models = [{"id": "other", "root": "/models/other"}, {"id": "tuned", "root": str(site / "llama")}]
+        yield stub
+
+
+def test_a_served_model_gives_the_numbers_of_the_same_model_loaded_here(site, stub, capsys):
+    words = [f"model.path={site}/llama", "run.threads=1", "evaluation.resamples=100"]
+    for name, kind in (("facts", "f1"), ("choices", "multiple_choice")):
+        words += [f"evaluation.tasks.{name}.kind={kind}", f"evaluation.tasks.{name}.path={site}/{name}.jsonl"]
+    words += ["evaluation.tasks.facts.write.max_new_tokens=6"]
+    reports = {}
+    for name, more in (("here", []), ("there", [f"evaluation.server={stub.url}"])):
+        assert command_here(["evaluate", *words, *more, f"to={site}/{name}"]) == 0
+        lines = (site / name / "evaluation_rows.jsonl").read_text().splitlines()
+        reports[name] = [(row["answer"], row["scores"]) for row in map(json.loads, lines)]
+    for (answer, scores), (other, theirs) in zip(reports["here"], reports["there"], strict=True):
+        assert answer == other and scores == pytest.approx(theirs, abs=1e-3)
+    assert {body["model"] for body in stub.sent("/v1/completions")} == {"tuned"}
+    assert "written by tuned at http://" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["evaluation.tasks=[loss]", "data.eval_path={site}/facts.jsonl"],
+            "asks for losses or tokens that no server tells",
+        ),
+        (
+            [
+                "evaluation.tasks.x.kind=f1",
+                "evaluation.tasks.x.path={site}/facts.jsonl",
+                "evaluation.server.model=mine",
+            ],
+            "serves other, tuned; name one",
+        ),
+        (
+            ["evaluation.tasks.x.kind=f1", "evaluation.tasks.x.path={site}/facts.jsonl", "against={site}/llama"],
+            "evaluate the other first",
+        ),
+    ],
+)
+def test_what_no_server_can_do_is_refused(site, stub, words, told, capsys):
+    asked = [word.replace("{site}", str(site)) for word in words]
+    assert (
+        command_here(["evaluate", f"model.path={site}/llama", f"evaluation.server={stub.url}", f"to={site}/no", *asked])
+        == 64
+    )
+    assert told in capsys.readouterr().err
+
+
+def writer(stub, tokenizer=None):
+    return ServedWriter(
+        Client(EndpointConfig(url=stub.url, parallel=1, retries=0), "evaluation.server"), "tuned", tokenizer
+    )
+
+
+def test_the_server_is_sent_the_tokens_and_how_to_draw(stub, monkeypatch):
+    class Tokenizer:
+        all_special_tokens = ("<end>",)
+
+        def convert_tokens_to_ids(self, tokens):
+            return [9 for _ in tokens]
+
+    monkeypatch.setattr(stub, "complete", lambda body: {"text": f"{body['seed']}", "finish_reason": "length"})
+    stub.requests.clear()
+    how = WritingConfig(max_new_tokens=3, temperature=0.7, top_p=0.9, top_k=5, draws=2, stop=["<end>", "\n"])
+    answers = writer(stub, Tokenizer()).answers(None, [[1, 2], [3]], how)
+    first, *_, last = stub.sent("/v1/completions")
+    assert first["prompt"] == [1, 2] and last["prompt"] == [3]
+    said = {"max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "stop": ["\n"], "stop_token_ids": [9]}
+    assert said.items() <= first.items()
+    assert len({one.text for one in answers}) == 4 and [(one.prompt, one.draw) for one in answers] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert not any(one.ended for one in answers)
+
+
+def test_a_server_without_log_probabilities_of_prompts_is_told(stub, monkeypatch):
+    monkeypatch.setattr(
+        stub, "complete", lambda _: {"text": "x", "logprobs": {"token_logprobs": [-1.0], "top_logprobs": None}}
+    )
+    with pytest.raises(ConfigError, match="tells no log-probabilities of a prompt's tokens"):
+        writer(stub).likelihoods(None, [([1, 2], [3])])
+
+
+def test_which_model_a_server_has(stub):
+    client = Client(EndpointConfig(url=stub.url), "evaluation.server")
+    assert model_served(client, "/elsewhere/other") == "other"  # of the same name
+    with pytest.raises(ConfigError, match=r"serves other, tuned, of which 0 are named as model.path=/models/none"):
+        model_served(client, "/models/none")

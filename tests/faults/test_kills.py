@@ -1,0 +1,34 @@
+"""Kills with -9 at random moments: twenty of `make faults`, which does 200 under four strategies."""
+
+import random
+
+import pytest
+
+from tests.faults.kills import MOMENTS, RANKS, STEPS, Campaign
+from tests.helpers.covering import EVERYTHING, SEED
+from tests.helpers.warm import Nursery, nursery
+
+KILLS = 20
+"""Of each strategy."""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """The process that ranks are forked from; with DeepSpeed imported where it is needed."""
+    if not EVERYTHING:
+        yield nursery()
+        return
+    own = Nursery("deepspeed")
+    yield own
+    own.close()
+
+
+@pytest.mark.parametrize("strategy", RANKS if EVERYTHING else ["single"])
+def test_no_kill_tears_a_checkpoint_loses_one_or_changes_a_curve(runs, forks, strategy):
+    """By what is in the directory before and after each start, and by the bytes of a run that was left alone."""
+    campaign = Campaign(runs, strategy, random.Random(f"{SEED} {strategy}"), forks)
+    rows, weights = campaign.expected
+    assert len(rows) > STEPS and weights
+    tally = campaign.kill(KILLS)
+    assert tally.wrong == []
+    assert tally.kills == sum(tally.moments[moment] for moment in MOMENTS) == KILLS and tally.resumed and tally.finished

@@ -1,0 +1,76 @@
+"""`strategy=auto`, as a run chooses it: tried by all ranks, the next where memory runs out, frozen once."""
+
+import pytest
+
+from launch.compose import compose, freeze
+from launch.frozen import load_frozen
+from launch.lowered import lower_micro
+from launch.plan import composed as planned
+from strategies.errors import ConfigError
+from tests.faults.runs import read
+from tests.helpers.nursery import FAULT
+from trainer.forecast.strategy import ran_out
+from trainer.planning.hardware import card_named
+from trainer.records.status import record_failure
+
+WORDS = ["launcher.processes=2", "batch.global=8", "batch.micro=4", "budget.steps=2"]
+
+
+def test_where_memory_runs_out_the_next_is_taken_and_the_run_is_as_if_told(runs, little, monkeypatch):
+    """DDP finds no memory on either rank; what was tried before leaves nothing behind."""
+    little(-1, holds=0, since=1)
+    monkeypatch.setenv("LITTLE_UNDER", "ddp")
+    words = [*WORDS, "optim=muon", "tuning=full"]  # which ZeRO does not run
+    code, said = runs.run_here("chosen", "strategy=auto", *words)
+    assert code == 0 and "Traceback" not in said, said
+    assert "strategy=ddp runs out of memory; trying the next" in said
+    note = "auto -> hsdp (not planned: not asked; 2 steps of the longest documents held; ddp ran out of memory)"
+    assert f"substituted: strategy: {note}" in said
+    record = read(runs.root / "chosen" / "run.json")
+    assert (record["strategy"], record["substitutions"]["strategy"]) == ("hsdp", note)
+    assert load_frozen(runs.root / "chosen" / "config.yaml").strategy.name == "hsdp"
+    # The same words are still those of this run, which is finished.
+    assert "already finished with this configuration" in runs.run_here("chosen", "strategy=auto", *words)[1]
+    monkeypatch.delenv(FAULT)
+    assert runs.run_here("told", "strategy=hsdp", *words)[0] == 0
+    assert runs.curve("chosen") == runs.curve("told") != []
+
+
+def test_a_rank_that_runs_out_alone_is_not_tried_again_where_a_new_start_is_asked_for(runs):
+    """The launcher writes down what was tried; the run stays the one that was asked for."""
+    words = runs.words("auto-again", "strategy=auto", *WORDS)[4:]
+    run_dir = freeze(compose(words), runs.root / "auto-again")
+    assert lower_micro(run_dir) is None  # nothing has failed
+    for number, tried in enumerate(("ddp", "zero1"), 1):
+        said = f"strategy=auto: with strategy={tried} rank 1 runs out of memory (why), and the others do not; ..."
+        record_failure(run_dir, 0, RuntimeError(said), "choosing the strategy")
+        assert lower_micro(run_dir) == f"without strategy={tried}"
+        (run_dir / "failure.json").unlink()
+        frozen = load_frozen(freeze(compose(words), run_dir) / "config.yaml")
+        assert ran_out(frozen.substitutions["strategy"]) == ["ddp", "zero1"][:number]
+        assert frozen.strategy.name == "auto"
+
+
+def test_a_strategy_that_is_typed_later_takes_the_place_of_the_choice(runs):
+    words = runs.words("typed", "strategy=auto", *WORDS)[4:]
+    run_dir = freeze(compose(words), runs.root / "typed")
+    told = compose([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
+    assert load_frozen(freeze(told, run_dir, another_way=True) / "config.yaml").strategy.name == "fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["strategy.stage=2"], "strategy.stage=2: needs strategy=zero1|zero2|zero3"),
+        (["optim=adamw_8bit", "strategy.memory_gib=3"], "no strategy can run this"),
+        (["budget.steps=0"], "budget.steps=0: "),
+    ],
+)
+def test_what_no_strategy_can_run_is_refused(runs, words, said):
+    with pytest.raises(ConfigError, match=said.replace("|", "[|]")):
+        compose([*runs.words("bad", "strategy=auto", *WORDS)[4:], *words])
+
+
+def test_a_plan_looks_at_all_of_them(runs):
+    typed = planned([f"model.path={runs.model}", "strategy=auto"], card_named("NVIDIA A10G"))[1]
+    assert "strategy" not in typed

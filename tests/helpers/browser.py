@@ -1,0 +1,101 @@
+"""Our pages in Chromium, without a network: what was drawn, what a click does, what the page complained of and asked for.
+
+The fixture `browser` (tests/conftest.py) starts Debian's `chromium` for a file of tests, or skips them and says why:
+
+    page = browser.open(tmp_path / "report.html")
+    page.wait("document.querySelectorAll('svg').length === 3")
+    page.click("th button")
+    assert page.evaluate("document.title") == "..." and not page.errors and not page.requests
+
+While it is open `asyncio.run` cannot be used in this process, where playwright's own loop runs.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.speed import seconds
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+WIDTH, HEIGHT = 1200, 1000
+
+
+@dataclass
+class Page:
+    """A local file as the browser shows it."""
+
+    tab: Any
+    """playwright's page: locators, mouse, keyboard."""
+    errors: list[str] = field(default_factory=list)
+    """What its console had of errors, refused requests among them, and exceptions that nobody caught."""
+    requests: list[str] = field(default_factory=list)
+    """Addresses that it asked for, beside its own."""
+
+    def evaluate(self, script: str) -> Any:
+        """The value of an expression of JavaScript, or of what a function returns."""
+        return self.tab.evaluate(script)
+
+    def wait(self, script: str) -> None:
+        """Until an expression is true; playwright's TimeoutError where it never is."""
+        self.tab.wait_for_function(script)
+
+    def click(self, selector: str) -> None:
+        """The first element that a CSS selector, or `text=...`, names."""
+        self.tab.locator(selector).first.click()
+
+    def texts(self, selector: str) -> list[str]:
+        """Of all elements that the selector names."""
+        return self.tab.locator(selector).all_inner_texts()
+
+    def screenshot(self, path: Path) -> None:
+        """All of the page as PNG."""
+        self.tab.screenshot(path=str(path), full_page=True)
+
+
+@dataclass
+class Browser:
+    """One Chromium with a profile of its own."""
+
+    chromium: Any
+
+    def open(self, path: Path, *, dark: bool = False) -> Page:
+        """A file in a tab of its own, offline, once it is loaded."""
+        address = path.resolve().as_uri()
+        context = self.chromium.new_context(
+            offline=True, viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="dark" if dark else "light"
+        )
+        page = Page(context.new_page())
+        page.tab.set_default_timeout(1000 * seconds(15))
+        page.tab.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
+        page.tab.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.tab.on("request", lambda asked: page.requests.append(asked.url) if asked.url != address else None)
+        page.tab.on("websocket", lambda opened: page.requests.append(opened.url))
+        page.tab.goto(address)
+        return page
+
+
+@contextmanager
+def started() -> Iterator[Browser]:
+    """A browser until the end of the block. Skips the test where there is none."""
+    program = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"pages are opened in a browser, and there is none of {', '.join(NAMES)}: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=program, args=list(FLAGS), timeout=1000 * seconds(60), handle_sigint=False
+        )
+        try:
+            yield Browser(chromium)
+        finally:
+            chromium.close()

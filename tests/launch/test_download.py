@@ -1,0 +1,97 @@
+"""`shardtune download` from a hub of its own, and a run of what it pinned on a machine that reaches no hub."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from launch.main import main
+from tests.helpers.building import model_dir
+from tests.helpers.hub import COMMIT, hub
+from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.tokenizers import write_chat_data
+
+CALLS = "import sys, json; from launch.main import main; sys.exit(max(main(call) for call in json.loads(sys.argv[1])))"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """What one download from a hub, asked twice, left and said."""
+    root = tmp_path_factory.mktemp("download")
+    model_dir(root / "served/models/org")
+    (root / "served/datasets/org/chats").mkdir(parents=True)
+    write_chat_data(root / "served/datasets/org/chats/train.jsonl", 32)
+    words = ["model.path=org/llama", "data.path=hub:org/chats", "to=pinned.yaml"]
+    with hub(root / "served") as (address, asked):
+        calls = [["download", *words, "--dry-run"], ["download", *words], ["download", *words, "--json"]]
+        done = here(root, calls, HF_ENDPOINT=address)
+        missing = here(root, [["download", "model.path=org/none", "to=pinned.yaml"]], HF_ENDPOINT=address)
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout, asked, missing
+
+
+def here(root, calls, **env):
+    return subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(calls)],
+        cwd=root,
+        env=clean_environment(HF_HOME=str(root / "hf"), PYTHONPATH=str(ROOT), **env),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_what_was_fetched_is_pinned_listed_and_not_fetched_twice(site):
+    root, out, asked, _ = site
+    pinned = yaml.safe_load((root / "pinned.yaml").read_text())
+    assert pinned["model"] == {"path": "org/llama", "revision": COMMIT}
+    assert pinned["data"] == {"sources": {"chats": {"path": "hub:org/chats", "revision": COMMIT}}}
+    model, data = json.loads((root / "pinned.json").read_text())["pieces"]
+    served = root / "served/models/org/llama"
+    assert {file["path"]: file["sha256"] for file in model["files"]} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in served.iterdir()
+    }
+    assert data["commit"] == COMMIT and data["files"]
+    planned, *_, last = out.splitlines()
+    assert f"model.path: model org/llama at {COMMIT[:12]}" in planned and "to fetch" in planned
+    assert json.loads(last)["pieces"][0]["files"] == model["files"]
+    assert sum(line.startswith("GET") and line.endswith("/model.safetensors") for line in asked) == 1
+
+
+def test_a_run_of_it_needs_no_hub_and_damage_is_named(site):
+    root, *_ = site
+    words = ["strategy=single", "debug=tiny", "run.device=cpu", "budget.steps=1", "run.dir=run", "export.at_end=false"]
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    done = here(root, [["download", "--verify", "pinned.yaml"], ["train", "pinned.yaml", *words]], **offline)
+    assert done.returncode == 0, done.stderr
+    assert "as fetched" in done.stdout and (root / "run/metrics.jsonl").exists()
+    piece = json.loads((root / "pinned.json").read_text())["pieces"][0]
+    [weights] = [file["path"] for file in piece["files"] if file["path"].endswith(".safetensors")]
+    place = (root / "hf" / piece["directory"] / weights).resolve()
+    place.chmod(0o644)
+    content = bytearray(place.read_bytes())
+    content[-1] ^= 1
+    place.write_bytes(content)
+    done = here(root, [["download", "--verify", "pinned.yaml"]], **offline)
+    assert done.returncode == 69 and "SHA-256 is not that of what was fetched" in done.stdout
+
+
+def test_refusals(site, tmp_path, capsys):
+    assert site[3].returncode == 64
+    assert "model.path=org/none: cannot be had from the hub" in site[3].stderr and "HF_TOKEN" in site[3].stderr
+    for words, said in (
+        ([f"model.path={tmp_path}"], "nothing here is named by a hub id"),
+        (["model.path=org/llama", "to=there"], "a name that ends in .yaml"),
+        (
+            ["model.path=org/llama", "data.path=hub:org/a", "data.eval_path=hub:org/b"],
+            "only training data can be pinned",
+        ),
+        (["model.path=org/llama", "--fast"], "--fast: there is no such flag"),
+        (["--verify", str(tmp_path / "none.yaml")], "is no list that download wrote"),
+        (["--verify"], "name one file, not 0"),
+    ):
+        assert main(["download", *words]) == 64
+        assert said in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""Pages that real runs left, opened in Chromium: plots drawn, tables sorted, zoom, no complaint and no request."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.helpers.building import model_dir
+from tests.helpers.launching import command_here
+from tests.helpers.tokenizers import write_chat_data
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+PLOTS = ["loss", "held-out", "course", "speed", "memory", "parts", "trade"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, pages_of_runs):
+    """runs/lora, which stands out in some steps, a copy of it whose losses are smaller, and `compare`'s answer on both."""
+    site = tmp_path_factory.mktemp("pages")
+    data = write_chat_data(site / "train.jsonl", 24)
+    words = [f"model.path={model_dir(site)}", f"data.path={data}", f"data.eval_path={data}", "budget.steps=6"]
+    words += [f"data.cache_dir={site / 'cache'}", "export.at_end=false", "debug=tiny", "run.device=cpu"]
+    words += ["logging.step_parts=true", "guards.window=10", "guards.threshold=0.5", "tuning=lora"]
+    assert command_here(["train", *words, "logging.report=true", f"run.dir={site / 'runs' / 'lora'}"]) == 0
+    shutil.copytree(site / "runs" / "lora", site / "runs" / "other")
+    metrics = site / "runs" / "other" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row | {"loss": 0.99 * row["loss"]} if "loss" in row else row for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command_here(["compare", str(site / "runs"), f"to={site / 'reports'}"]) == 0
+    return site
+
+
+def drawn(page, plot: str, kind: str) -> int:
+    """Marks of a kind in a plot."""
+    return page.evaluate(f"document.querySelectorAll('#{plot} [aria-roledescription=\"{kind}\"]').length")
+
+
+def all_are_drawn(page, plots: list[str]) -> None:
+    assert page.evaluate("[...document.querySelectorAll('.plot')].map(plot => plot.id)") == plots
+    page.wait(f"document.querySelectorAll('.plot svg.marks').length === {len(plots)}")
+
+
+def zooms(page, plot: str) -> None:
+    """The wheel changes the numbers at the axes, a double click brings them back, and `over` those of tokens."""
+    shown = f"[...document.querySelectorAll('#{plot} .role-axis-label text')].map(t => t.textContent).sort().join(' ')"
+    before = page.evaluate(shown)
+    canvas = page.tab.locator(f"#{plot} svg.marks")
+    canvas.hover(position={"x": 300, "y": 60})
+    page.tab.mouse.wheel(0, -300)
+    page.wait(f"{shown} !== {before!r}")
+    canvas.dblclick(position={"x": 300, "y": 60})
+    page.wait(f"{shown} === {before!r}")
+    page.tab.locator(f"#{plot} select").first.select_option("tokens")
+    page.wait(f"{shown} !== {before!r}")
+
+
+def test_the_page_of_a_comparison(site, browser):
+    page = browser.open(site / "reports" / "compare.html")
+    all_are_drawn(page, PLOTS)
+    assert drawn(page, "loss", "line mark") == 2 and drawn(page, "held-out", "line mark") == 2
+    assert drawn(page, "course", "line mark") == 6
+    assert [drawn(page, plot, "bar") for plot in ("speed", "memory", "parts")] == [2, 4, 10]
+    zooms(page, "loss")
+
+    first = "document.querySelector('table.sortable')"
+    names = f"[...{first}.tBodies[0].rows].map(row => row.cells[0].textContent)"
+    losses = page.evaluate(f"[...{first}.tBodies[0].rows].map(row => Number(row.cells[2].dataset.value))")
+    assert losses[1] < losses[0] and page.evaluate(names) == ["lora", "other"]
+    page.click("th button:text-is('loss')")
+    assert page.evaluate(names) == ["other", "lora"]
+    page.click("th button:text-is('loss')")
+    assert page.evaluate(names) == ["lora", "other"]
+    assert not page.errors and not page.requests
+
+
+def test_the_page_of_one_run(site, browser):
+    """Written as the run ended, with the step that its guard told of, all settings, and what stood in for one."""
+    page = browser.open(site / "runs" / "lora" / "report.html")
+    all_are_drawn(page, ["loss", "held-out", "course", "memory", "parts"])
+    assert page.texts("h1") == ["Run lora"]
+    assert drawn(page, "loss", "line mark") == 1 and drawn(page, "course", "line mark") == 3
+    events = [json.loads(line) for line in (site / "runs" / "lora" / "events.jsonl").read_text().splitlines()]
+    assert events and drawn(page, "loss", "rule mark") == len(events)
+    zooms(page, "course")
+    said = page.evaluate("document.body.innerText")
+    assert all(f"step {event['step']}: " in said for event in events) and "standard deviations above" in said
+    assert "precision: auto -> fp32" in said and "done, 6 steps, loss" in said
+    assert not page.tab.locator("text=tuning.rank").first.is_visible()
+    page.click("#settings summary")
+    assert page.tab.locator("text=tuning.rank").first.is_visible()
+    assert not page.errors and not page.requests
+
+
+def test_pictures_of_each_plot(site):
+    shown = {path.name: path.read_bytes() for path in (site / "reports" / "plots").iterdir()}
+    assert set(shown) == {f"{name}.png" for name in PLOTS}
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in shown.values())
+    assert "![Loss](plots/loss.png)" in (site / "reports" / "compare.md").read_text()

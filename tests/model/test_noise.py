@@ -1,0 +1,67 @@
+"""NEFTune: the size and spread of the paper, and the same noise in any layout, order and company."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.model.noise import drawn, noise
+
+WIDTH, ALPHA = 64, 5.0
+DOCUMENTS = [torch.arange(5, 5 + length) for length in (40, 9, 40)]
+BY = (42, 7)
+
+
+def in_one_row(documents, by=BY):
+    position = torch.cat([torch.arange(len(each)) for each in documents])
+    return {"input_ids": torch.cat(documents)[None], "position_ids": position[None], "drawn_by": by}
+
+
+def padded(documents, by=BY):
+    rows = nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in documents], batch_first=True)
+    return {"input_ids": rows, "attention_mask": mask, "drawn_by": by}
+
+
+def test_it_is_the_same_in_any_layout_and_company():
+    alone = [drawn(in_one_row([each]), WIDTH, ALPHA)[0] for each in DOCUMENTS]
+    together = drawn(in_one_row(DOCUMENTS[::-1]), WIDTH, ALPHA)[0].split([40, 9, 40])[::-1]
+    apart = drawn(padded(DOCUMENTS), WIDTH, ALPHA)
+    for number, each in enumerate(DOCUMENTS):
+        assert torch.equal(alone[number], together[number]) and torch.equal(alone[number], apart[number, : len(each)])
+    for by in ((42, 8), (43, 7)):
+        assert not torch.equal(
+            drawn(in_one_row(DOCUMENTS, by), WIDTH, ALPHA), drawn(in_one_row(DOCUMENTS), WIDTH, ALPHA)
+        )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_it_is_even_up_to_the_size_of_the_paper(number):
+    length = len(DOCUMENTS[number])
+    size = ALPHA / (length * WIDTH) ** 0.5
+    many = torch.cat([drawn(in_one_row([DOCUMENTS[number]], (42, step)), WIDTH, ALPHA).view(-1) for step in range(20)])
+    assert many.abs().max() <= size and many.abs().max() > 0.99 * size
+    assert many.mean().abs() < 0.05 * size and many.var().item() == pytest.approx(size**2 / 3, rel=0.05)
+    counts = torch.histc(many / size, 20, -1, 1) / len(many)
+    assert (counts - 0.05).abs().max() < 0.006
+    rows = many.view(20, length, WIDTH)
+    for one, other in (
+        (rows[0], rows[1]),
+        (rows[:, 0], rows[:, 1]),
+        (rows[..., 0], rows[..., 1]),
+    ):  # steps, places, dimensions
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.3
+
+
+def test_it_is_added_in_training_alone():
+    model = nn.Module()
+    model.table = nn.Embedding(64, WIDTH)
+    model.get_input_embeddings = lambda: model.table
+    batch = in_one_row(DOCUMENTS)
+    plain = model.table(batch["input_ids"])
+    with noise(model, batch, ALPHA):
+        assert torch.equal(model.table(batch["input_ids"]), plain + drawn(batch, WIDTH, ALPHA))
+        with torch.no_grad():
+            assert torch.equal(model.table(batch["input_ids"]), plain)
+    assert torch.equal(model.table(batch["input_ids"]), plain)
+    with torch.no_grad(), noise(model, batch, ALPHA):
+        assert torch.equal(model.table(batch["input_ids"]), plain)

@@ -1,0 +1,38 @@
+"""Remedies against overfitting and forgetting give every strategy the steps and weights of one process."""
+
+import itertools
+
+import pytest
+
+from tests.helpers.building import STRATEGIES
+from tests.helpers.covering import chosen, values
+from tests.parity.test_features import assert_close
+
+MANY = [name for name in STRATEGIES if name != "single"]
+
+
+def product(*axes):
+    return list(itertools.product(*axes))
+
+
+@pytest.mark.parametrize(("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), values))
+def test_the_average_is_that_of_one_process_and_training_does_not_see_it(ask, strategy, tuning):
+    found = ask("remedies", "average", strategy, tuning)
+    assert max(found["apart"]) < 1e-6 < 1e-4 < found["moved"]
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+    assert_close(found)
+
+
+@pytest.mark.parametrize(("strategy", "tuning"), chosen(product(("fsdp2", "zero3"), ("full", "lora")), values))
+def test_smoothed_labels_train_alike(ask, strategy, tuning):
+    assert_close(ask("remedies", "smoothed", strategy, tuning))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tuning", "layout"),
+    chosen(product(("ddp", "fsdp2", "zero3"), ("full", "lora"), ("padding_free", "padded")), values),
+)
+def test_noise_on_embeddings_is_the_same_under_every_strategy(ask, strategy, tuning, layout):
+    found = ask("remedies", "noisy", strategy, tuning, layout)
+    assert_close({key: found[key] for key in ("found", "expected")})
+    assert abs(found["found"][0][0] - found["quiet"][0][0]) > 1e-4

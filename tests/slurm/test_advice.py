@@ -1,0 +1,88 @@
+"""What is said, and refused, before a job waits; with a stand-in for sinfo that answers what a real one did."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launch.advice import advise, partitions
+from launch.prices import price_by_word
+from launch.slurm_time import clock, seconds
+from strategies.errors import ConfigError
+from trainer.config.run import RunConfig, SlurmConfig
+
+SINFO = """\
+main*|main|1:00:00|10:00|3|4|4000|(null)
+gpu|gpu|2-00:00:00|n/a|4|64|512000|gpu:h100:8(S:0-1)
+gpu|gpu|2-00:00:00|n/a|8|64|256000|gpu:a100:4
+free|free|infinite|n/a|1|4|4000|(null)
+"""
+
+
+@pytest.fixture
+def sinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tool = tmp_path / "bin" / "sinfo"
+    tool.parent.mkdir()
+    (tmp_path / "answer").write_text(SINFO)
+    tool.write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    return tool
+
+
+def advised(run: Path, **launcher) -> str:
+    return "\n".join(advise(RunConfig(launcher=SlurmConfig(**launcher)), [run]))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("30", 1800), ("10:30", 630), ("1:00:00", 3600), ("2-12", 216000), ("1-00:30:10", 88210), ("infinite", math.inf)],
+)
+def test_times_are_read_as_slurm_writes_them(text, value):
+    assert seconds(text) == value
+
+
+def test_what_sinfo_says_is_read(sinfo):
+    found = {(part.name, part.gpus): part for part in partitions()}
+    assert found["gpu", 8].kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
+    assert found["main", 0].default and not found["gpu", 4].default and clock(found["free", 0].limit_s) == "any time"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        ({}, "launcher.time=24:00:00: partition main gives 1:00:00 at most"),
+        ({"time": "30:00", "nodes": 4}, "launcher.nodes=4: partition main has 3 such nodes"),
+        ({"time": "30:00", "gpus_per_node": 1}, "launcher.gpus_per_node=1: the nodes of partition main have none"),
+        ({"partition": "gpu", "gpus_per_node": 8, "nodes": 5}, "launcher.nodes=5: partition gpu has 4 such nodes"),
+        ({"time": "30:00", "cpus_per_task": 8}, "launcher.cpus_per_task=8: the nodes of partition main have 4"),
+        ({"partition": "gpus"}, "there is no such partition here; it has main, gpu, free"),
+    ],
+)
+def test_a_job_that_can_never_start_is_refused(sinfo, tmp_path, launcher, said):
+    with pytest.raises(ConfigError) as refused:
+        advised(tmp_path, **launcher)
+    assert [said in problem for problem in refused.value.problems] == [True]
+
+
+def test_limits_that_something_may_lift_and_clusters_that_do_not_answer_refuse_nothing(sinfo, tmp_path):
+    advised(tmp_path, qos="long")
+    advised(tmp_path, reservation="week")
+    sinfo.write_text("#!/bin/sh\nexit 1\n")
+    assert "time    1-0:00:00 a start" in advised(tmp_path)
+
+
+def test_price_and_restarts_are_told_as_far_as_they_are_known(sinfo, tmp_path):
+    asked = {"partition": "gpu", "gpus_per_node": 8, "nodes": 2, "time": "10:00:00"}
+    assert price_by_word("h100") == 3.99 and price_by_word("a100") is None and price_by_word("fake") is None
+    said = advised(tmp_path, **asked, gres="gpu:h100:8")
+    assert "price   $638 at most a start: 160 GPU hours of $3.99" in said  # 2 x 8 x 10 x 3.99
+    assert "160 GPU hours at most a start; what one costs is not known of a100, h100" in advised(tmp_path, **asked)
+    assert "starts  not known" in said and "price" not in advised(tmp_path, time="30:00")
+    rows = [{"step": step, "loss": 1.0, "step_s": 10.0} for step in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.json").write_text('{"total_steps": 1010}')
+    said = advised(tmp_path, time="1:00:00", retry={"preempted": 1})
+    # 1000 steps of 10 s in starts of 3600 - 180 s: three
+    assert "2:46:40 of steps are left at 10 s a step: 2 restarts at the limit, but launcher.retry allows 1" in said

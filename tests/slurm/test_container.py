@@ -1,0 +1,79 @@
+"""What is put before a rank's command for a container, and what is refused; the real cluster has it in test_signals.py."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from launch import container
+from launch.main import main
+from launch.preflight_ask import by_srun
+from strategies.errors import ConfigError
+from tests.helpers.models import tiny_model_dir
+from trainer.config.resuming import plain
+from trainer.config.run import Container, RunConfig, SlurmConfig
+
+
+def tree(tmp_path: Path, **launcher) -> dict:
+    config = RunConfig(launcher=SlurmConfig(**launcher))
+    config.data.cache_dir, config.data.path = str(tmp_path / "cache"), [str(tmp_path / "data" / "*.jsonl"), "hub:a/b"]
+    config.model.path = "org/name"
+    return plain(config)
+
+
+def test_the_image_says_what_starts_it(tmp_path):
+    ways = {
+        image: container.way_of({"container": image})
+        for image in ("a.sif", "docker://a/b:1", "nvcr.io#a/b:1", str(tmp_path))
+    }
+    assert ways == {
+        "a.sif": "apptainer",
+        "docker://a/b:1": "apptainer",
+        "nvcr.io#a/b:1": "pyxis",
+        str(tmp_path): "apptainer",
+    }
+    assert container.way_of({"container": "a.sif", "container_by": Container.pyxis}) == "pyxis"
+    assert container.words(tree(tmp_path), []) == ([], [])
+
+
+def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    own = tree(tmp_path, container="a.sif", container_mounts=["/scratch:/scratch:ro"])
+    step, before = container.words(own, [tmp_path / "here" / "runs" / "a"])
+    assert (
+        step == []
+        and before[:3] == ["apptainer", "exec", "--nv"]
+        and before[-3:] == ["--pwd", str(Path.cwd()), "a.sif"]
+    )
+    binds = [mount for flag, mount in itertools.pairwise(before) if flag == "--bind"]
+    places = [tmp_path / name for name in ("cache", "data", "here")]
+    assert sorted(binds) == sorted([*(f"{place}:{place}" for place in places), "/scratch:/scratch:ro"])
+    step, before = container.words(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
+    assert before == [] and "--container-image=a#b:1" in step and "--container-workdir=/w" in step
+    with pytest.raises(ConfigError, match="mounts cannot carry"):
+        container.words(own, [Path("/a:b")])
+    [command] = by_srun(2, "python3", step, {}, before=["apptainer"])
+    assert command.argv.index("--container-image=a#b:1") < command.argv.index("apptainer") < command.argv.index("bash")
+
+
+def test_what_cannot_start_it_is_refused_before_anything_waits(tmp_path, monkeypatch, capsys):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", "echo --help"), ("sbatch", "echo 17"), ("sinfo", "exit 1")):
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    tiny_model_dir(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
+    words = [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data.jsonl'}", "budget.steps=1"]
+    assert main(["submit", *words, f"run.dir={tmp_path / 'run'}", "launcher.container=nvcr.io#a/b"]) == 64
+    assert "the plugin pyxis is missing" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no apptainer on"):
+        container.refuse_missing({"container": "a.sif"})
+    (tools / "apptainer").write_text("#!/bin/sh\n")
+    (tools / "apptainer").chmod(0o755)
+    with pytest.raises(ConfigError, match="does not see it"):
+        container.refuse_missing({"container": str(tmp_path / "a.sif")})
+    container.refuse_missing({"container": "docker://a/b"})

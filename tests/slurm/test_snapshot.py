@@ -1,0 +1,72 @@
+"""The copy of the code that a job runs: what is in it, that it is as it was made, and when it is made anew."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import snapshot
+from strategies.errors import ConfigError
+from trainer.records.code import revision
+
+CLONE = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    clone = tmp_path / "clone"
+    for part in ("conf", "launch"):
+        shutil.copytree(CLONE / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CLONE / "strategies", clone / "strategies")
+    shutil.copytree(CLONE / "trainer" / "records", clone / "trainer" / "records")
+    shutil.copy(CLONE / "trainer" / "__init__.py", clone / "trainer")
+    (clone / "slurm").mkdir()
+    (clone / "slurm" / "env.sh").write_text("export SITE=here\n")
+    return clone
+
+
+def test_a_copy_imports_by_itself_and_says_where_it_is_from(clone: Path, tmp_path: Path) -> None:
+    git = ["git", "-C", str(clone), "-c", "user.name=me", "-c", "user.email=me@lab"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    place = snapshot.take(tmp_path / "run", clone)
+    assert place == snapshot.place_of(tmp_path / "run", snapshot.digest(snapshot.read(clone)))
+    assert (place / "slurm/env.sh").read_text() == "export SITE=here\n" and not list(place.rglob("__pycache__"))
+    shutil.rmtree(clone)
+    head = revision(place)
+    assert head and len(head) == 12, head
+    code = "from trainer.records.code import ROOT, revision; print(ROOT, revision())"
+    said = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(place)}, capture_output=True)
+    assert said.stdout.decode().split() == [str(place), head], said.stderr
+
+
+def test_another_code_is_another_copy_and_the_last_one_taken_is_in_use(clone: Path, tmp_path: Path) -> None:
+    """An array's tasks may still run the earlier one, when one of its runs is submitted again."""
+    first = snapshot.take(tmp_path / "run", clone)
+    made = (first / "launch" / "job.py").stat().st_ino
+    (clone / "launch" / "__pycache__").mkdir()
+    (clone / "launch" / "__pycache__" / "job.pyc").write_bytes(b"x")
+    assert snapshot.take(tmp_path / "run", clone) == first and (first / "launch" / "job.py").stat().st_ino == made
+    before = (clone / "launch" / "job.py").read_text()
+    (clone / "launch" / "job.py").write_text("changed = True\n")
+    second = snapshot.take(tmp_path / "run", clone)
+    assert sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.taken(tmp_path / "run") == second
+    assert (second / "launch" / "job.py").read_text() == "changed = True\n"
+    snapshot.check(first)
+    (clone / "launch" / "job.py").write_text(before)
+    assert snapshot.take(tmp_path / "run", clone) == first and snapshot.taken(tmp_path / "run") == first
+
+
+def test_a_copy_that_was_changed_is_refused_and_made_anew_at_the_next_submission(clone: Path, tmp_path: Path) -> None:
+    place = snapshot.take(tmp_path / "run", clone)
+    snapshot.check(place)
+    snapshot.check(clone)
+    (place / "launch" / "job.py").unlink()
+    with pytest.raises(ConfigError, match="changed since the job was submitted"):
+        snapshot.check(place)
+    assert snapshot.take(tmp_path / "run", clone) == place
+    snapshot.check(place)
+    assert json.loads((place / "CODE.json").read_text())["source"] == str(clone)

@@ -1,0 +1,77 @@
+"""The settings of the detectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Reaction(StrEnum):
+    """What is done about a challenge that is found."""
+
+    off = "off"
+    note = "note"
+    stop = "stop"
+
+
+@dataclass(kw_only=True, slots=True)
+class OverfittingConfig:
+    """The gap between training and held-out loss, looked at after each evaluation."""
+
+    action: Reaction = Reaction.note
+    """`note` it, `stop` as early stopping does, or `off`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ForgettingWatchConfig:
+    """The base against the tuned model on general text and on tasks, before the first step and in each evaluation."""
+
+    data: Any = None
+    """General text: a file, directory, glob or list of these, in the formats of `data.path`; its loss is `eval/general/loss`."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of `evaluation.tasks` whose first metric is compared with that of the base, too."""
+    limit: Any = None
+    """Largest rise of the loss (fall of a metric) against the base, as `3%` or 0.03; null: it is measured, and noted if clear."""
+    action: Reaction = Reaction.stop
+    """Beyond the limit `stop` the run with exit code 69, after a checkpoint, or `note` it; `off` measures nothing."""
+    max_rows: int | None = 256
+    """Documents of `data` that are looked at, the first ones; null for all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OutputConfig:
+    """Answers that the run's tasks and `evaluation.generate` have written."""
+
+    action: Reaction = Reaction.note
+    """`note` degenerate answers, `stop` the run with exit code 69, or `off`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ChallengesConfig:
+    """Detectors of what may go wrong beside single steps (docs/challenges.md)."""
+
+    overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
+    """Held-out loss that rises while the gap to the training loss grows."""
+    forgetting: ForgettingWatchConfig = field(default_factory=ForgettingWatchConfig)
+    """General abilities that are lost; nothing is measured without `data` or `tasks`."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Answers that are empty, repeat themselves, or are in another language than the right ones."""
+
+
+GENERAL = "general"
+"""Name of the task that measures `challenges.forgetting.data`."""
+
+
+def limit_of(config: ForgettingWatchConfig) -> float | None:
+    """The limit as a share. Raises ValueError for what is none."""
+    limit = config.limit
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, str | int | float):
+        raise ValueError(limit)
+    text = str(limit).strip()
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1e6:
+        raise ValueError(limit)
+    return value

@@ -1,0 +1,47 @@
+"""What a run is watched for beside its steps, out of its configuration: the detectors, and the evaluators that feed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trainer.challenges.base_rows import BaseRows
+from trainer.challenges.config import GENERAL, Reaction
+from trainer.challenges.look import Challenges, Watched
+from trainer.config.run import RunConfig
+from trainer.evaluation.base import Evaluator
+from trainer.evaluation.generation import GenerationEvaluator
+from trainer.evaluation.task_evaluator import TaskEvaluator
+from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.prepared import Ready
+from trainer.guards.told import EVENTS
+from trainer.step import Built
+from trainer.telling import Place
+
+
+def challenges_of(config: RunConfig, built: Built, total_steps: int, place: Place) -> Challenges:
+    """The detectors of a run of so many steps, told on rank 0."""
+    every, main = config.evaluation.every_steps, place.runtime.is_main
+    planned = -(-total_steps // every) if every else 1
+    events = place.run_dir / EVENTS if main else None
+    return Challenges(config.challenges, planned, built.step_module.objective.compared, place.console.say, events)
+
+
+def watched(
+    config: RunConfig,
+    challenges: Challenges,
+    evaluators: list[Evaluator],
+    tasks: list[Ready],
+    asking: Callable[[], Asking],
+    place: Place,
+) -> list[Evaluator]:
+    """The evaluators of a run with its tasks, so that the detectors see what they see."""
+    for each in evaluators:
+        if isinstance(each, GenerationEvaluator):
+            each.tell = challenges.wrote
+    if not tasks:
+        return evaluators
+    inner, forgetting = TaskEvaluator(tasks, asking()), config.challenges.forgetting
+    names = [*([GENERAL] if forgetting.data is not None else []), *forgetting.tasks]
+    if names and forgetting.action is not Reaction.off:
+        challenges.base = BaseRows(inner, names, place.run_dir, place.console.say)
+    return [*evaluators, Watched(inner, challenges, shows=config.logging.tables)]

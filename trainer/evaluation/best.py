@@ -1,0 +1,38 @@
+"""The best evaluation so far, by the metric that is watched, and how long ago it was."""
+
+from __future__ import annotations
+
+from strategies.base import Progress
+from strategies.errors import ConfigError
+from trainer.evaluation.base import EvaluationConfig
+
+
+def refuse_unknown(settings: EvaluationConfig, values: dict[str, float]) -> None:
+    """Raise ConfigError where the watched metric is none of those that an evaluation yields."""
+    if settings.watch not in values:
+        raise ConfigError(
+            f"evaluation.watch={settings.watch}: the evaluation yields {', '.join(values)}; watch one of them"
+        )
+
+
+def note_best(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
+    """Let the progress know of an evaluation; whether it is the best so far."""
+    value = values[settings.watch]
+    gain = float("inf") if progress.best_metric is None else progress.best_metric - value
+    if settings.greater_is_better and progress.best_metric is not None:
+        gain = -gain
+    if gain > settings.min_delta:
+        progress.best_metric, progress.best_step, progress.stale_evaluations = value, progress.step, 0
+        return True
+    progress.stale_evaluations += 1
+    return False
+
+
+def out_of_patience(settings: EvaluationConfig, progress: Progress) -> str | None:
+    """What is said where the metric has not improved for too many evaluations."""
+    if settings.patience == 0 or progress.stale_evaluations < settings.patience:
+        return None
+    return (
+        f"stopping early: {settings.watch} has not improved for {settings.patience} evaluations "
+        f"(best {progress.best_metric:.4f} at step {progress.best_step})"
+    )

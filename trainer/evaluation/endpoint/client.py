@@ -1,0 +1,144 @@
+"""A client of an OpenAI-compatible server: its address and key, what it serves, and its refusals in our words.
+
+Requests go through the `openai` package, which waits and tries again where a server is busy (408, 409, 429, 5xx, no connection;
+it obeys Retry-After). The key comes from an environment variable, whose name alone is a setting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from strategies.errors import ConfigError, ShardtuneError
+from strategies.redaction import HIDDEN
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NO_KEY = "none"
+"""What servers without keys are sent."""
+Result = TypeVar("Result")
+
+
+class EndpointFailed(ShardtuneError):
+    """A server does not answer, however often it is asked."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EndpointConfig:
+    """An OpenAI-compatible server."""
+
+    url: str | None = None
+    """Address up to its version, as http://localhost:8000/v1; null: there is none."""
+    model: str | None = None
+    """Name of the model there; null: the only one that it serves."""
+    key_env: str | None = None
+    """Name of the environment variable that holds its key; null sends none. The key itself is never a setting."""
+    parallel: int = 4
+    """Requests under way at a time."""
+    retries: int = 6
+    """Times that a request is sent again where the server is busy (429, 5xx) or not there, with growing pauses up to 8 s."""
+    timeout_s: float = 120.0
+    """Seconds after which a request that nobody answers is sent again."""
+
+    def problems(self, key: str) -> Iterator[str]:
+        """What is wrong with it, one line each; `key` is the setting that these are below."""
+        if self.url is None:
+            return
+        if not re.match(r"https?://[^/\s]+", self.url):
+            yield f"{key}.url={self.url}: is no address; give one such as http://localhost:8000/v1"
+        if self.key_env is not None and not VARIABLE.fullmatch(self.key_env):
+            yield (
+                f"{key}.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into "
+                f"a variable, as JUDGE_KEY, and set {key}.key_env=JUDGE_KEY"
+            )
+        elif self.key_env is not None and not os.environ.get(self.key_env):
+            yield f"{key}.key_env={self.key_env}: this environment variable is not set, or empty; export it"
+        if find_spec("openai") is None:
+            yield f"{key}.url={self.url}: needs the package openai; pip install 'shardtune[endpoint]'"
+
+
+@dataclass(slots=True)
+class Client:
+    """Sends requests and tells refusals apart. `key` is the setting that the server is below."""
+
+    config: EndpointConfig
+    key: str
+    _opened: Any = field(default=None, repr=False)
+
+    @property
+    def api(self) -> Any:
+        """The client of `openai`."""
+        if self._opened is None:
+            from openai import OpenAI
+
+            self._opened = OpenAI(
+                base_url=self.config.url,
+                api_key=self._secret() or NO_KEY,
+                max_retries=self.config.retries,
+                timeout=self.config.timeout_s,
+            )
+        return self._opened
+
+    def _secret(self) -> str:
+        return os.environ.get(self.config.key_env or "", "")
+
+    def send(self, request: Callable[[Any], Result]) -> Result:
+        """What `request` gets from the client. Raises ConfigError for what the server refuses, EndpointFailed where it fails."""
+        from openai import APIConnectionError, APIStatusError, OpenAIError
+
+        try:
+            return request(self.api)
+        except APIConnectionError as error:
+            raise EndpointFailed(
+                f"{self.key}.url={self.config.url}: no answer after {self.config.retries + 1} attempts "
+                f"({type(error).__name__}: {self._hidden(str(error.__cause__ or error))}); does the server run?"
+            ) from None
+        except APIStatusError as error:
+            raise self._refused(error.status_code, self._hidden(_said(error))) from None
+        except OpenAIError as error:
+            raise EndpointFailed(f"{self.key}.url={self.config.url}: {self._hidden(str(error))}") from None
+
+    def _refused(self, status: int, said: str) -> ShardtuneError:
+        if status in (401, 403):
+            how = f"{self.key}.key_env={self.config.key_env}"
+            return ConfigError(f"{how}: the server at {self.config.url} does not take the key ({status}: {said})")
+        if status == 404:
+            return ConfigError(
+                f"{self.key}.url={self.config.url}: has no such address or model ({status}: {said}); mend it, or {self.key}.model"
+            )
+        if status < 500 and status != 429:
+            return ConfigError(f"{self.key}.url={self.config.url}: the server refuses a request ({status}: {said})")
+        return EndpointFailed(
+            f"{self.key}.url={self.config.url}: the server answered {status} {self.config.retries + 1} times ({said}); try "
+            f"later, lower {self.key}.parallel, or raise {self.key}.retries"
+        )
+
+    def _hidden(self, text: str) -> str:
+        key = self._secret()
+        return text.replace(key, HIDDEN) if key else text
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server says that it serves (/v1/models)."""
+        return self.send(lambda api: [model.to_dict() for model in api.models.list()])
+
+    def model(self) -> str:
+        """The model that is asked for. Raises ConfigError where none is named and it serves not exactly one."""
+        if self.config.model is not None:
+            return self.config.model
+        names = [str(model["id"]) for model in self.models()]
+        if len(names) != 1:
+            raise ConfigError(
+                f"{self.key}.model: not set, and the server at {self.config.url} serves "
+                f"{', '.join(names[:20]) or 'none'}; name it"
+            )
+        self.config.model = names[0]
+        return names[0]
+
+
+def _said(error: Any) -> str:
+    body = error.body
+    text = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(text or error.message).split())[:300]

@@ -1,0 +1,169 @@
+"""A model behind an address that judges answers: cached, within a budget, on rank 0 alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from strategies.cache import cache_directory
+from strategies.errors import LimitReached, ShardtuneError
+from strategies.runtime import Runtime, broadcast_object
+from trainer.evaluation.endpoint.client import Client, EndpointConfig
+from trainer.evaluation.loss import Interrupted
+from trainer.records.status import write_text_atomic
+
+KEY = "evaluation.judge"
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig(EndpointConfig):
+    """The model that judges answers of others, of tasks `judge` and `preference`."""
+
+    temperature: float = 0.0
+    """Of its sampling; 0 where verdicts should be the same again."""
+    max_new_tokens: int = 1024
+    """Longest verdict in tokens, thoughts of reasoning models with it."""
+    max_calls: int = 1000
+    """Most questions that one command may ask it; those that the cache knows do not count."""
+    max_tokens: int | None = None
+    """Most tokens that one command may use, questions and verdicts together, as the server counts them; null: no bound."""
+    cache_dir: str | None = None
+    """Directory of verdicts, which are not asked for twice; null: ~/.cache/shardtune/judge."""
+
+
+@dataclass(slots=True)
+class Judge:
+    """Asks the judge. One for a command: its budget is that of all tasks together."""
+
+    config: JudgeConfig
+    runtime: Runtime
+    stop_now: Callable[[], bool] = lambda: False
+    calls: int = 0
+    """Questions that were sent."""
+    tokens: int = 0
+    """Tokens that the server counted for them."""
+    cached: int = 0
+    """Questions that the cache answered."""
+    _client: Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._client = Client(self.config, KEY)
+
+    def verdicts(self, questions: Sequence[str]) -> list[str]:
+        """What it says to each question, in their order, the same on every rank. All ranks must call.
+
+        Raises on all ranks or none: LimitReached where the budget does not suffice (of calls before the first is sent),
+        ConfigError and EndpointFailed of the server, StorageError of the cache, Interrupted where the run is asked to stop.
+        """
+        known: dict[str, str] = {}
+        chunks: list[list[str]] = []
+
+        def begin() -> int:
+            model = self._client.model() if questions else ""
+            asked = list(dict.fromkeys(questions))
+            known.update({each: said for each in asked if (said := self._remembered(model, each)) is not None})
+            self.cached += len(known)
+            new = [each for each in asked if each not in known]
+            if self.calls + len(new) > self.config.max_calls:
+                raise LimitReached(
+                    f"{KEY}.max_calls={self.config.max_calls}: {len(new)} questions are to be asked, {self.calls} were, and "
+                    f"{len(known)} are in the cache; nothing was sent. Raise it, or ask fewer rows (max_rows)"
+                )
+            size = self.config.parallel
+            chunks.extend(new[begin : begin + size] for begin in range(0, len(new), size))
+            return len(chunks)
+
+        def go_on(number: int) -> None:
+            known.update(self._asked(chunks[number], sum(map(len, chunks[number:]))))
+
+        for number in range(self._on_main(begin)):
+            self._on_main(partial(go_on, number))
+            if self.stop_now():
+                raise Interrupted
+        return self._on_main(lambda: [known[each] for each in questions])
+
+    def _on_main(self, do: Callable[[], Any]) -> Any:
+        """What `do` returns on rank 0, where alone it is called; what it raises is raised on all ranks. All must call."""
+        said: tuple[Any, ShardtuneError | None] = (None, None)
+        if self.runtime.is_main:
+            try:
+                said = (do(), None)
+            except ShardtuneError as error:
+                said = (None, error)
+        result, failed = broadcast_object(said, self.runtime)
+        if failed is not None:
+            raise failed
+        return result
+
+    def _asked(self, questions: list[str], left: int) -> dict[str, str]:
+        """The verdicts of some questions, which are remembered."""
+        spent = self.config.max_tokens
+        if spent is not None and self.tokens >= spent:
+            raise LimitReached(
+                f"{KEY}.max_tokens={spent}: used up ({self.tokens}), with {left} questions left; what was said is in the cache "
+                "and not asked again: raise it and start the same command"
+            )
+        with ThreadPoolExecutor(self.config.parallel) as pool:
+            said = [*pool.map(self._one, questions)]
+        model = self._client.model()
+        for question, (text, used) in zip(questions, said, strict=True):
+            self.calls, self.tokens = self.calls + 1, self.tokens + used
+            write_text_atomic(
+                self._place(model, question), json.dumps({"model": model, "said": text, "tokens": used}) + "\n"
+            )
+        return {question: text for question, (text, _) in zip(questions, said, strict=True)}
+
+    def _one(self, question: str) -> tuple[str, int]:
+        model = self._client.model()
+        answer = self._client.send(
+            lambda api: api.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                temperature=self.config.temperature,
+                max_tokens=self.config.max_new_tokens,
+            )
+        )
+        text = answer.choices[0].message.content if answer.choices else None
+        return text or "", 0 if answer.usage is None else answer.usage.total_tokens
+
+    def _place(self, model: str, question: str) -> Path:
+        config = self.config
+        said = [config.url, model, question, config.temperature, config.max_new_tokens]
+        name = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return (
+            (Path(config.cache_dir).expanduser() if config.cache_dir else cache_directory() / "judge")
+            / name[:2]
+            / f"{name}.json"
+        )
+
+    def _remembered(self, model: str, question: str) -> str | None:
+        try:
+            return str(json.loads(self._place(model, question).read_text(encoding="utf-8"))["said"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def signature(self) -> str:
+        """What decides its verdicts, for the record."""
+        return f"judge:{self.config.model}|temperature:{self.config.temperature:g}"
+
+
+def request_of(document: Any) -> str:
+    """What a document asks, as the judge is shown it: its prompt, or all turns before the last answer."""
+    if document.messages is None:
+        return str(document.prompt)
+    last = max(place for place, turn in enumerate(document.messages) if turn["role"] == "assistant")
+    turns = document.messages[:last]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n\n".join(_turns(turns))
+
+
+def _turns(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for turn in turns:
+        yield f"{turn['role']}: {turn['content']}"

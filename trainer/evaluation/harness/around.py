@@ -1,0 +1,82 @@
+"""What lm-evaluation-harness is called within: what it says and draws kept to itself, and no network."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import numpy as np
+
+SEED, OTHER_SEED = 0, 1234
+"""What the harness seeds `random`, and numpy and few-shot examples, with."""
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """What the harness warns of goes into the list, each once, instead of to the screen; it draws no bars."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils import logging as datasets_logging
+    from lm_eval.api import task as tasks
+
+    said: list[str] = []
+    logger, handler = logging.getLogger("lm_eval"), _Into(said)
+    before = logger.level, logger.propagate, datasets_logging.get_verbosity(), are_progress_bars_disabled()
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    datasets_logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        with patch.object(tasks, "tqdm", lambda items, **_: items):
+            yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        datasets_logging.set_verbosity(before[2])
+        if not before[3]:
+            enable_progress_bars()
+
+
+class _Into(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())[:300]
+        if text not in self.said:
+            self.said.append(text)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Python's and numpy's generators as the harness seeds them, and afterwards as they were."""
+    before, arrays = random.getstate(), np.random.get_state()
+    random.seed(SEED)
+    np.random.seed(OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(arrays)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Nothing is fetched, whatever a task asks for; what lies in the caches is read."""
+    import datasets
+    import evaluate
+    import huggingface_hub
+
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, dict.fromkeys(names, "1")))
+        stack.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+        stack.enter_context(patch.object(datasets.config, "HF_HUB_OFFLINE", True))
+        stack.enter_context(patch.object(evaluate.config, "HF_EVALUATE_OFFLINE", True))
+        yield

@@ -1,0 +1,50 @@
+"""Rows of tasks as tables that trackers show: the worst ones, and those that changed sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainer.evaluation.report.against import changed, side_of
+from trainer.evaluation.report.page import WORST, worst
+from trainer.evaluation.tasks.base import Row, Task
+from trainer.records.trackers.base import Table
+
+
+def tables(task: Task, rows: Sequence[Row], before: Sequence[Row] | None) -> dict[str, Table]:
+    """Tables of one task by name; `before` are the same rows of another model, or of an earlier moment."""
+    name = f"eval/{task.name}"
+    found = {f"{name}/worst_rows": worst_rows(task, rows, before)} if rows else {}
+    if before is not None and [row.where for row in rows] == [row.where for row in before]:
+        score = side_of(task, [*rows, *before])
+        if score is not None:
+            sides = changed(rows, before, score)
+            found[f"{name}/changed_rows"] = Table(
+                ["now", "row", "prompt", "answer", "answer before"],
+                [
+                    [now, row["where"], row["prompt"], row["answer"], row["other"]]
+                    for now, side in (("wrong", "lost"), ("right", "won"))
+                    for row in sides[side]
+                ],
+            )
+    return found
+
+
+def worst_rows(task: Task, rows: Sequence[Row], before: Sequence[Row] | None) -> Table:
+    """The rows that the page shows, the worst one first."""
+    score = next(iter(rows[0].scores))
+    others = {row.where: row.answer for row in before or ()}
+    return Table(
+        ["row", score, "prompt", "answer", "answer before", "reference", "note"],
+        [
+            [
+                row.where,
+                row.scores.get(score),
+                row.prompt,
+                row.answer,
+                others.get(row.where, ""),
+                row.reference,
+                row.note,
+            ]
+            for row in worst(task, rows)[:WORST]
+        ],
+    )

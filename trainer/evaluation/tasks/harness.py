@@ -1,0 +1,202 @@
+"""Any task of lm-evaluation-harness (Gao et al. 2021) whose data is on this machine, asked of our engine.
+
+The harness reads the data, makes the requests and scores each row; intervals and comparisons are ours, over its rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+
+from strategies.errors import ConfigError, DataError
+from trainer.data.fields import shown
+from trainer.evaluation.base import TaskConfig, WritingConfig
+from trainer.evaluation.harness.finding import Named, named, not_local
+from trainer.evaluation.tasks.asking import Asking
+from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.harness_rows import Scored, counted, declared, scored, standard_errors
+
+OWN_WRITING = ("seed", "batch_tokens")
+"""What of `write` is not the harness's to say."""
+MOST_NOTES = 10
+
+
+class Harness(Task):
+    """A task of the harness, a group of them, or a YAML of one's own."""
+
+    kind = "lm_eval"
+    metrics: tuple[Metric, ...] = ()
+    reads = "a task of lm-evaluation-harness whose data is on this machine; path: a YAML of one's own, or a directory of such"
+    options: ClassVar[dict[str, Any]] = {
+        "task": None,
+        "num_fewshot": None,
+        "fewshot_seed": 1234,
+        "chat_template": False,
+        "system": None,
+        "generation": {},
+    }
+    own_rows = True
+    most_resamples = 200  # lm-eval takes 100 of its slow ones
+    needs = "lm_eval"
+    extra = "lm_eval"
+
+    def __init__(self, name: str, config: TaskConfig) -> None:
+        super().__init__(name, config)
+        self.what: Named | None = None
+        self.fault = ""
+        self.scored: Scored | None = None
+        """The harness's tasks with their data, once they were read."""
+        self.said: list[str] = []
+        """What the harness warned of."""
+        if find_spec("lm_eval") is None:
+            return
+        path = None if config.path is None else str(config.path)
+        asked = self.chosen["task"]
+        try:
+            self.what = named(str(asked) if asked else None if _is_yaml(path) else name, path)
+            self.metrics = declared(self.what)
+        except ConfigError as error:
+            at = "path" if path is not None and str(error).startswith(path) else "options.task"
+            self.fault = f"{self.key}.{at}={error}"
+
+    def problems(self) -> Iterator[str]:
+        known = bool(self.metrics)
+        yield from (
+            problem
+            for problem in super().problems()
+            if known
+            or not problem.startswith(f"{self.key}.limit.")  # a task in Python tells its metrics when it is read
+        )
+        if self.fault:
+            yield self.fault
+        plain = WritingConfig()
+        for field in fields(WritingConfig):
+            if field.name not in OWN_WRITING and getattr(self.config.write, field.name) != getattr(plain, field.name):
+                yield (
+                    f"{self.key}.write.{field.name}={getattr(self.config.write, field.name)}: how answers are written is the "
+                    f"harness's task's to say; change it by {self.key}.options.generation={{max_gen_toks: 64, ...}}"
+                )
+        if self.config.columns:
+            yield f"{self.key}.columns: the harness's task names its columns itself (doc_to_text, doc_to_target); leave it out"
+        shots = self.chosen["num_fewshot"]
+        if shots is not None and not (isinstance(shots, int) and shots >= 0):
+            yield f"{self.key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
+        if not isinstance(self.chosen["generation"], dict):
+            yield f"{self.key}.options.generation={self.chosen['generation']}: must be settings, as {{max_gen_toks: 64}}"
+
+    @property
+    def data(self) -> str | None:
+        """The one data set of a hub that it reads, else its YAML."""
+        leaves = {} if self.what is None else self.what.leaves
+        sets = {not_local(each)[1] and str(each["dataset_path"]) for each in leaves.values()}
+        only = sets.pop() if len(sets) == 1 else None
+        return f"hub:{only}" if only else None if self.config.path is None else str(self.config.path)
+
+    def cases(self) -> list[Case]:
+        """Every row, read by the harness. Errors: ConfigError, DataError."""
+        from trainer.evaluation.harness.loading import load
+
+        assert self.what is not None
+        try:
+            tasks = load(self.what, self.chosen)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
+        self.scored = Scored(tasks, by_size=self.what.by_size)
+        self.metrics = self.scored.metrics
+        most = self.config.max_rows
+        numbers = {name: len(task.eval_docs) for name, task in tasks.items()}
+        return [
+            Case(f"{name}:{number}")
+            for name, rows in numbers.items()
+            for number in range(rows if most is None else min(rows, most))
+        ]
+
+    def read(self, case: Case) -> None:
+        """The harness has read it."""
+
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+        from lm_eval import evaluator
+
+        from trainer.evaluation.harness.around import quiet, seeded
+        from trainer.evaluation.harness.model import EngineLM
+
+        assert self.scored is not None
+        model = EngineLM(asking.writer, asking.engine, asking.model_config, self.config.write)
+        with quiet() as said, seeded():
+            for task in self.scored.tasks.values():  # or each evaluation would draw other examples
+                task.set_fewshot_seed(seed=self.chosen["fewshot_seed"])
+            try:
+                found: Any = evaluator.evaluate(
+                    model,
+                    {"tasks": self.scored.tasks, "groups": {}},
+                    limit=self.config.max_rows,
+                    bootstrap_iters=0,
+                    system_instruction=self.chosen["system"],
+                    apply_chat_template=bool(self.chosen["chat_template"]),
+                    fewshot_as_multiturn=True,
+                )
+            except Exception as error:
+                if model.ended_by is not None:
+                    raise
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise DataError(f"{self.name}: lm-eval cannot score its rows ({what})") from error
+        self.said = [*model.notes(), *said][:MOST_NOTES]
+        rows = [row for name in self.scored.tasks for row in scored(name, found["samples"][name], self.scored)]
+        return counted(rows, self.scored)
+
+    def metrics_of(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+        """Those that its rows have: a task may score other things than its YAML says."""
+        known = {metric.name: metric for metric in self.metrics}
+        there = dict.fromkeys(name for row in rows for name in (*row.scores, *row.items))
+        names = [name for name in known if name in there or f"loss.{name}" in there]
+        names += [name for name in there if name not in known and "." not in name]
+        found = []
+        for name in names:
+            metric = known.get(name) or Metric(name, "mean over rows, as lm-eval has it", None, ratio=(name, None))
+            if any(name in row.items for row in rows):
+                metric = replace(metric, ratio=None)
+            elif f"rows.{name}" in there and metric.ratio is not None:
+                metric = replace(metric, ratio=(metric.ratio[0], f"rows.{name}"))
+            found.append(metric)
+        return tuple(found)
+
+    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+        assert self.scored is not None
+        return {
+            metric.name: self.scored.weighted(metric.name, rows)
+            for metric in self.metrics_of(rows)
+            if metric.ratio is None
+        }
+
+    def values(self, rows: Sequence[Row]) -> dict[str, float]:
+        return self.by_source(rows)
+
+    def errors(self, rows: Sequence[Row]) -> dict[str, float]:
+        assert self.scored is not None
+        return standard_errors(self.scored, self.metrics_of(rows), rows)
+
+    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in self.errors(rows).items() if "/" not in name)
+        if told:
+            yield f"standard errors as lm-eval reckons them: {told}"
+        if slow := [*self.weighted(rows)]:
+            yield f"intervals of {', '.join(slow)}: {self.most_resamples} resamples at most, since they are slow to reckon"
+        yield from self.said
+
+    def signatures(self) -> dict[str, str]:
+        from importlib.metadata import version
+
+        assert self.scored is not None
+        about = [f"lm-eval:{version('lm-eval')}", *self.scored.says()]
+        about += ["chat template" if self.chosen["chat_template"] else "no chat template"]
+        about += [f"generation:{shown(self.chosen['generation'])}"] if self.chosen["generation"] else []
+        return dict.fromkeys((metric.name for metric in self.metrics), "|".join(about))
+
+
+def _is_yaml(path: str | None) -> bool:
+    return path is not None and re.search(r"\.ya?ml$", path) is not None

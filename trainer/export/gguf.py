@@ -1,0 +1,124 @@
+"""A GGUF file of a whole model by llama.cpp's own converter, in an environment of its own, read back by transformers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError, ShardtuneError
+from trainer.export.ending import GENERATION
+from trainer.export.ollama import modelfile
+
+COMMAND = "convert-hf-to-gguf"
+FOLDER = "gguf"
+HOW = (
+    "name llama.cpp's convert_hf_to_gguf.py, or a program that is it, with gguf.converter=<file>, and the Python of its "
+    "environment with gguf.python=<file> (docs/deployment.md)"
+)
+
+
+class GgufType(StrEnum):
+    """Stored type of a GGUF file."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
+ALLOWED = {GgufType.f32: 1e-4, GgufType.f16: 1e-2, GgufType.bf16: 5e-2, GgufType.q8_0: 5e-2}
+"""Largest difference of a logit, relative to the largest, by stored type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """How it is called."""
+
+    command: list[str]
+
+
+def find_converter(named: str | None, python: str | None) -> Converter:
+    """The converter. Raises ConfigError where it is not there; nothing is fetched."""
+    if python is not None and shutil.which(Path(python).expanduser()) is None:
+        raise ConfigError(f"gguf.python={python}: there is no such program; {HOW}")
+    file = named or shutil.which(COMMAND)
+    if file is None:
+        raise ConfigError(f"gguf: no {COMMAND} is found on this machine; {HOW}")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"gguf.converter={file}: there is no such file; {HOW}")
+    if path.suffix == ".py":
+        return Converter([python or sys.executable, str(path)])
+    if not os.access(path, os.X_OK):
+        raise ConfigError(f"gguf.converter={file}: is neither a .py nor a program; {HOW}")
+    return Converter([python, str(path)] if python else [str(path)])
+
+
+def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter) -> tuple[Path, str | None]:
+    """(`<directory>/gguf/<name>-<type>.gguf` with a Modelfile beside it, what that lacks). Raises ShardtuneError."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = directory / FOLDER
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}-{kind}.gguf"
+    aside = folder / f".{file.name}.writing"
+    command = [*converter.command, str(directory), "--outfile", str(aside), "--outtype", str(kind)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONPATH", None)  # ours is not that of its environment
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, check=False)
+        if done.returncode or not aside.is_file():
+            said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            raise ShardtuneError(
+                f"gguf={kind}: the converter failed ({done.returncode}: {' / '.join(said[-2:])[:400]}); the export in "
+                f"{directory} is whole. It was called as: {' '.join(command)}"
+            )
+        aside.rename(file)
+    except OSError as error:
+        raise ShardtuneError(f"gguf={kind}: the converter cannot be started ({error})") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    there = (directory / GENERATION).is_file()
+    generation = GenerationConfig.from_pretrained(directory) if there else GenerationConfig()
+    text, lacking = modelfile(file.name, tokenizer, generation)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return file, lacking
+
+
+def verify_gguf(file: Path, kind: GgufType) -> str:
+    """Compare it, read by transformers, with the export it was made from: a line about it. Raises DriftError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trainer.export.load import load_export
+    from trainer.export.verify import PROBE, DriftError
+
+    directory = file.parent.parent
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        ).eval()
+    except Exception as error:  # noqa: BLE001 - its reader knows some architectures, and says so in several types
+        return (
+            f"not verified: transformers cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    ids = torch.tensor([tokenizer(PROBE, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        ours, theirs = (model(ids, labels=ids) for model in (load_export(directory), read))
+    largest = float(ours.logits.abs().max())
+    apart = (
+        float((ours.logits - theirs.logits).abs().max()) / largest if ours.logits.shape == theirs.logits.shape else 1.0
+    )
+    loss = float(theirs.loss - ours.loss)
+    said = f"logits differ by at most {apart:.1e} of the largest (allowed {ALLOWED[kind]:.0e}), loss by {loss:+.4f}"
+    if not apart <= ALLOWED[kind]:
+        raise DriftError(f"{file}: computes something else than {directory}: {said}")
+    return f"verified: {said}, on a sentence of {ids.shape[1]} tokens"

@@ -1,0 +1,78 @@
+"""Noise on the embeddings while a model trains: NEFTune (Jain et al. 2023, arXiv:2310.05914).
+
+Each document's embeddings `[L, d]` get noise drawn evenly from -1 to 1, times `alpha / sqrt(L d)`. What is drawn is a function of
+the run's seed, the step, the document's tokens, the position and the dimension alone: however documents are dealt to ranks and
+micro-batches, and in whatever layout they lie, the noise is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+"""Odd 64-bit constants of splitmix64 (Steele et al. 2014), as signed numbers."""
+
+
+@contextmanager
+def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[None]:
+    """Within it the model's input embedding adds noise to what it looks up in `batch`, where gradients are made."""
+    if not alpha or not torch.is_grad_enabled() or "drawn_by" not in batch:
+        yield
+        return
+    ids = batch["input_ids"]
+
+    def add(_module: nn.Module, args: tuple[Any, ...], looked_up: Tensor) -> Tensor | None:
+        # Not where a reference or a teacher looks up, nor another batch than the one that is trained on.
+        if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or looked_up.dim() != 3:
+            return None
+        return looked_up + drawn(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def drawn(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
+    """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads."""
+    ids = batch["input_ids"]
+    rows, columns = ids.shape
+    if "attention_mask" in batch and batch["attention_mask"] is not None:
+        document = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
+        position = torch.arange(columns, device=ids.device).repeat(rows)
+        there = batch["attention_mask"].reshape(-1).long()
+    else:
+        position = batch["position_ids"].reshape(-1)
+        document, there = (position == 0).long().cumsum(0) - 1, torch.ones_like(position)
+    count = int(ids.numel()) + 1  # more than there are documents: no wait for the device
+    lengths = torch.zeros(count, dtype=torch.int64, device=ids.device).index_add_(0, document, there)
+    names = torch.zeros_like(lengths).index_add_(0, document, there * _mixed(ids.reshape(-1) * _ODD[0] + position))
+    seed, step = batch["drawn_by"]
+    key = _mixed(names[document] + _signed(seed * 1_000_003 + step)) + position * _ODD[1]
+    each = _mixed(_mixed(key)[:, None] + torch.arange(width, device=ids.device) * _ODD[0])
+    even = (each >> 40).float() / 2**23  # of 24 bits with their sign: -1 to 1
+    size = alpha / (lengths[document].clamp(min=1) * width).float().sqrt()
+    return (even * size[:, None]).view(rows, columns, width)
+
+
+def _mixed(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, whose products wrap around."""
+    value = (value ^ _shifted(value, 30)) * _ODD[1]
+    value = (value ^ _shifted(value, 27)) * _ODD[2]
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Right by so many bits, without the sign."""
+    return (value >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(value: int) -> int:
+    """A whole number modulo 2**64, as int64 holds it."""
+    return (value + 2**63) % 2**64 - 2**63

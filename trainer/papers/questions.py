@@ -1,0 +1,87 @@
+"""What no run can know and papers must say: questions by name, whose answers come from a file of the owner's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class Paper(StrEnum):
+    """A paper, by the name users type."""
+
+    datasheet = "datasheet"
+    annex_xi = "annex_xi"
+    annex_xii = "annex_xii"
+    training_summary = "training_summary"
+    processing = "processing"
+
+
+QUESTIONS = {
+    "provider": "Who provides the model (name, address)?",
+    "contact": "Who answers questions about it?",
+    "intended_use": "Which tasks is it meant for, and in which kinds of systems?",
+    "out_of_scope": "What must it not be used for?",
+    "acceptable_use": "Which policy of acceptable use applies?",
+    "release_date": "When was it, or will it be, released?",
+    "distribution": "How is it distributed?",
+    "licence": "Under which licence is the tuned model given?",
+    "interaction": "With which hardware and software can it interact that is not part of it?",
+    "base_flop": "How many floating-point operations did the training of the base take (a number)?",
+    "base_training_data": "What was the base trained on, and where is its own summary?",
+    "data_collection": "Who collected the data, how, when, and for what?",
+    "data_subjects": "Whom is the data about, and were they asked?",
+    "data_rights": "By what right is the data used, and how are reservations of rights (opt-outs) respected?",
+    "illegal_content": "What was done so that no illegal content was learned?",
+    "legal_basis": "On which legal basis is personal data processed, and for which purpose?",
+    "recipients": "Who receives the data or the model, also outside the European Union?",
+    "retention": "How long are data, checkpoints and exports kept, and who deletes them?",
+    "security": "Which technical and organisational measures protect the data?",
+    "controller": "Who is the controller, and who the data protection officer?",
+    "known_risks": "Which risks are known, and what was done about them?",
+    "device_watts": "How many watts did one device draw on average (a number)? Without it no energy is estimated.",
+}
+NUMBERS = ("base_flop", "device_watts")
+
+
+def paper_problems(papers: list[str]) -> Iterator[str]:
+    """What is wrong with the papers asked for, one line each."""
+    for name in papers:
+        if name not in [*Paper]:
+            near = difflib.get_close_matches(name, [*Paper], n=1)
+            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(Paper)}"
+            yield f"export.papers=[{name}]: there is no such paper; {known}"
+
+
+def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
+    """(answers by question, problems) of a YAML file; empty without one."""
+    import yaml
+
+    if path is None:
+        return {}, []
+    try:
+        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return {}, [f"export.answers={path}: cannot be read ({' '.join(str(error).split())[:120]})"]
+    if not isinstance(found, dict):
+        return {}, [f"export.answers={path}: must be pairs of a question and its answer, such as provider: Clinic of X"]
+    problems = []
+    for name, answer in found.items():
+        if name not in QUESTIONS:
+            near = difflib.get_close_matches(str(name), QUESTIONS, n=1)
+            known = f"did you mean {near[0]}?" if near else f"one of {', '.join(QUESTIONS)}"
+            problems.append(f"export.answers={path}: {name}: there is no such question; {known}")
+        elif name in NUMBERS and number(answer) is None:
+            problems.append(f"export.answers={path}: {name}: {answer}: must be a number above 0, such as 1e21")
+    return {name: answer for name, answer in found.items() if answer not in (None, "")}, problems
+
+
+def number(answer: Any) -> float | None:
+    """An answer as a number above 0 (YAML takes 1e21 for a text)."""
+    try:
+        value = float(answer)
+    except (TypeError, ValueError):
+        return None
+    return value if 0 < value < float("inf") and not isinstance(answer, bool) else None

@@ -1,0 +1,216 @@
+"""Operations on tensors without memory, answered by what they gave before for operands of the same form.
+
+A step repeats a few hundred operations in block after block, and torch works out anew each time what comes out. Only what is
+told by the form of the operands is remembered: never what depends on values, and nothing of real tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_SPACES = ("aten", "prims", "fsdp")
+_BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.inplace_view)
+"""Tags of operations whose result depends on values, and of those that change the form of their operand."""
+_MASKS = (torch.bool, torch.int8, torch.uint8)
+"""Types of an index whose result is as long as it has true values."""
+_ABSOLUTE = ("as_strided", "as_strided_", "as_strided_scatter", "_reshape_alias")
+"""Operations that are told places in a storage; all others go by those of their operands."""
+_SLICE = torch.ops.aten.slice.Tensor
+_PLAIN = (type(None), str, int, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+class _NotByForm(Exception):
+    """What comes out is not told by the form of the operands, or cannot be made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor that came out."""
+
+    itself: int | None
+    """The operand that it is."""
+    shares: int | None
+    """The operand whose storage it shares; with neither, it is a new one."""
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    """In the storage, beyond that of the operand whose storage it shares."""
+    dtype: torch.dtype
+    state: dict[str, Any]
+    """Attributes of the fake tensor, but for the simulation that it is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an operation gives."""
+
+    out: Any
+    """`_Made`, None, a whole number, or a list or tuple of these."""
+    flops: float
+    moved: int
+    """As the recorder counts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An operation with its operands."""
+
+    key: Any
+    """What decides what comes out."""
+    tensors: list[FakeTensor]
+    """Its operands that are tensors."""
+    mode: FakeTensorMode
+    start: int
+    """Elements by which a slice begins beyond its operand: what is remembered of one serves all of its length."""
+
+
+_GIVEN: dict[Any, Given] = {}
+"""Of all simulations of this process."""
+
+
+def asked(func: Any, args: Any, kwargs: Any) -> Asked | None:
+    """The operation, where what comes out is told by the form of its operands; None elsewhere, as for real tensors."""
+    mode: Any = torch._C._get_dispatch_mode(_FAKE)
+    if mode is None or not _by_form(func):
+        return None
+    key: list[Any] = [func, torch.get_default_dtype(), torch._C._get_default_device()]
+    tensors: list[Any] = []
+    start = 0
+    try:
+        if func is _SLICE:
+            args, start = _from_start(*args)
+        for value in args:
+            _describe(value, key, tensors)
+        for name, value in kwargs.items():
+            key.append(name)
+            _describe(value, key, tensors)
+    except _NotByForm:
+        return None
+    if torch.Tag.dynamic_output_shape in func.tags and any(tensor.dtype in _MASKS for tensor in tensors):
+        return None
+    if any(tensor.fake_mode is not mode for tensor in tensors):
+        return None
+    if func._opname in _ABSOLUTE:
+        key += [tensor.storage_offset() for tensor in tensors]
+    return Asked(tuple(key), tensors, mode, start)
+
+
+def _from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> tuple[Any, int]:
+    """Arguments of the slice of the same length from the start on, and the elements that it begins later."""
+    if type(tensor) is not FakeTensor:
+        raise _NotByForm
+    first, last, _ = slice(start, end).indices(tensor.shape[dim])
+    return (tensor, dim, 0, max(0, last - first), step), first * tensor.stride(dim)
+
+
+@cache
+def _by_form(func: Any) -> bool:
+    if func.namespace not in _SPACES or any(tag in func.tags for tag in _BY_VALUE):
+        return False
+    if torch.Tag.dynamic_output_shape in func.tags and func is not torch.ops.aten.index.Tensor:
+        return False
+    return func not in FakeTensorMode.lift_fns
+
+
+def _describe(value: Any, key: list[Any], tensors: list[Any]) -> None:
+    """Add the form of an argument to the key, and its tensors to those of the operation."""
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.constant is not None or value.layout is not torch.strided or value.is_conj() or value.is_neg():
+            raise _NotByForm
+        key += (value.shape, value.stride(), value.dtype, value.fake_device)
+        tensors.append(value)
+    elif kind is list or kind is tuple:
+        key.append(len(value))
+        for each in value:
+            _describe(each, key, tensors)
+    elif kind is float or kind is bool:  # which equal whole numbers, and give other types
+        key += (kind, value)
+    elif kind in _PLAIN:
+        key.append(value)
+    else:
+        raise _NotByForm
+
+
+def given(operation: Asked) -> Given | None:
+    """What it gave before."""
+    return _GIVEN.get(operation.key)
+
+
+def again(what: Given, operation: Asked) -> Any:
+    """The same, made anew."""
+    with torch._C._DisableTorchDispatch():
+        return _make(what.out, operation)
+
+
+def _make(made: Any, operation: Asked) -> Any:
+    if isinstance(made, list | tuple):
+        return type(made)(_make(each, operation) for each in made)
+    if not isinstance(made, _Made):
+        return made
+    if made.itself is not None:
+        return operation.tensors[made.itself]
+    # As FakeTensor's constructor does, of which this is what is the same for all tensors of one form.
+    empty = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
+    if made.shares is not None:
+        operand = operation.tensors[made.shares]
+        offset = operand.storage_offset() + operation.start + made.offset
+        empty.set_(operand.untyped_storage(), offset, made.shape, made.stride)
+    device = made.state["_fake_device"]
+    tensor = Tensor._make_subclass(FakeTensor, empty, False, dispatch_device=True, device_for_backend_keys=device)
+    if operation.mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(tensor)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
+    vars(tensor).update(made.state)
+    tensor.fake_mode = operation.mode
+    return tensor
+
+
+def remember(operation: Asked, out: Any, flops: float, moved: int) -> None:
+    """Note what came out, where a tensor made anew is no other."""
+    try:
+        made = _noted(out, operation, set())
+    except _NotByForm:
+        return
+    _GIVEN[operation.key] = Given(made, flops, moved)
+
+
+def _noted(out: Any, operation: Asked, new: set[int]) -> Any:
+    """`out` as it is remembered; `new` has the storages of what came out with it."""
+    if isinstance(out, list | tuple):
+        return type(out)(_noted(each, operation, new) for each in out)
+    if out is None or type(out) is int:
+        return out
+    if type(out) is not FakeTensor or out.constant is not None or out.real_tensor is not None:
+        raise _NotByForm
+    if out.layout is not torch.strided or out.is_conj() or out.is_neg() or out.is_inference():
+        raise _NotByForm
+    state = {name: value for name, value in vars(out).items() if name != "fake_mode"}
+    storage = out.untyped_storage()
+    found = [i for i, t in enumerate(operation.tensors) if t.untyped_storage()._cdata == storage._cdata]
+    if len(found) > 1:  # which of them it goes by, another time?
+        raise _NotByForm
+    shares = found[0] if found else None
+    itself = shares if shares is not None and operation.tensors[shares] is out else None
+    before = 0 if shares is None else operation.tensors[shares].storage_offset() + operation.start
+    made = _Made(itself, shares, out.shape, out.stride(), int(out.storage_offset() - before), out.dtype, state)
+    if itself is not None:
+        return made
+    if out.requires_grad or storage._cdata in new:
+        raise _NotByForm
+    other = again(Given(made, 0, 0), operation)
+    if shares is None:
+        new.add(storage._cdata)
+        if other.untyped_storage().nbytes() != storage.nbytes() or made.offset:
+            raise _NotByForm
+    if torch._C._dispatch_key_set(other) != torch._C._dispatch_key_set(out):
+        raise _NotByForm
+    return made

@@ -1,0 +1,36 @@
+"""Which code runs: the clone's revision, or what a job's copy of it says of itself. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The directory that holds the packages."""
+MANIFEST = "CODE.json"
+"""Beside the packages of a copy: `sha256` of its files, `revision` of the clone they are from, `source`, its place."""
+
+
+def manifest(root: Path = ROOT) -> dict[str, Any]:
+    """What a copy says of itself; empty for a clone or an installation."""
+    try:
+        told = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def revision(root: Path = ROOT) -> str | None:
+    """Revision of the code, `-dirty` where it was changed since; of a copy that of its clone. None outside a clone."""
+    if told := manifest(root):
+        return told.get("revision") or f"code {str(told.get('sha256'))[:12]}"
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

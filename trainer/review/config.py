@@ -1,0 +1,39 @@
+"""Settings of a review by people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from trainer.evaluation.base import WritingConfig
+
+OVERALL = "overall"
+"""The question that every item has."""
+EXAMPLE = "Which one is easier to understand?"
+
+
+@dataclass(kw_only=True, slots=True)
+class ReviewConfig:
+    """What people are asked by `shardtune review` (docs/review.md); changes nothing of a training."""
+
+    rubric: dict[str, str] = field(default_factory=dict)
+    """Questions on each pair of answers beside which is better overall, by names of your choice."""
+    n: int = 50
+    """Prompts drawn from the file; all where it has fewer."""
+    seed: int = 0
+    """Seed of the prompts drawn, of their order and of the side each answer stands on."""
+    repeats: float = 0.1
+    """Share of the items that are shown once more, sides exchanged, to see whether a reviewer agrees with itself; 0: none."""
+    write: WritingConfig = field(default_factory=lambda: WritingConfig(max_new_tokens=256))
+    """How the answers are written."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it, one line each."""
+        for name, question in self.rubric.items():
+            if not name.replace("-", "_").isidentifier() or name in (OVERALL, "item", "comment"):
+                yield f"review.rubric.{name}: the name is one of a column; use letters, digits, - and _, and not {OVERALL}"
+            if not str(question).strip():
+                yield f"review.rubric.{name}: is empty; write the question, as in {EXAMPLE!r}"
+        yield from self.write.problems("review.write")
+        if self.write.draws > 1:
+            yield f"review.write.draws={self.write.draws}: one answer of each model is judged; set it to 1"

@@ -1,0 +1,1 @@
+"""The exported model for people and programs: in the terminal, and behind an OpenAI-compatible address."""

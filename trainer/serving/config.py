@@ -1,0 +1,116 @@
+"""Settings of `shardtune serve`, typed as `serve.<name>=`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from trainer.config.ranges import Range
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class EngineKind(StrEnum):
+    """What computes the answers; `auto` is vLLM where it is installed."""
+
+    auto = "auto"
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+class ServedType(StrEnum):
+    """Type that is computed in; `auto` is the stored one."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(kw_only=True, slots=True)
+class ServeConfig:
+    """How an export is served."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any that others can reach needs a key."""
+    port: int = 8000
+    """Port; 0 takes a free one and says which."""
+    key_env: str | None = None
+    """Name of the environment variable that holds the key clients must send; null: no key."""
+    name: str | None = None
+    """What clients call the model; null: the run's name."""
+    engine: EngineKind = EngineKind.auto
+    """What computes: auto, transformers or vllm."""
+    max_tokens: int = 1024
+    """Most new tokens of an answer, and how many where a request names none."""
+    max_requests: int = 256
+    """Requests answered or waiting at a time; more are told to try later (429)."""
+    max_body_kib: int = 1024
+    """Largest request in KiB."""
+    batching: bool = False
+    """Answer many requests at once; all are then sampled as the export's own settings say."""
+    device: str = "auto"
+    """Where it is computed: auto, cpu, cuda, cuda:1."""
+    dtype: ServedType = ServedType.auto
+    """Type that is computed in: auto (the stored one), float32, bfloat16, float16."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with them, one line each."""
+        for name, (allowed, hint) in RANGES.items():
+            if not allowed.holds(value := getattr(self, name)):
+                yield f"serve.{name}={value}: must be {allowed}; {hint}"
+        if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
+            yield (
+                "serve.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into a "
+                "variable, as SERVE_KEY, and set serve.key_env=SERVE_KEY"
+            )
+        elif self.key_env is not None and not self.key:
+            yield f"serve.key_env={self.key_env}: this environment variable is not set, or empty; export it"
+        elif self.key_env is None and self.host not in LOOPBACK:
+            yield (
+                f"serve.host={self.host}: others can reach this address, so clients must send a key; put one into a variable "
+                "and set serve.key_env=<its name>"
+            )
+
+    @property
+    def key(self) -> str:
+        """What clients must send; empty: nothing."""
+        return os.environ.get(self.key_env or "", "")
+
+
+RANGES = {
+    "port": (Range(least=0, most=65535), "8000 is usual, and 0 takes a free one"),
+    "max_tokens": (Range(least=1), "1024 is usual"),
+    "max_requests": (Range(least=1), "256 is usual"),
+    "max_body_kib": (Range(least=1), "1024 is usual"),
+}
+
+
+def read_words(words: dict[str, str]) -> tuple[ServeConfig, list[str]]:
+    """(the settings that `serve.<name>` words say, a line about each that cannot be one)."""
+    config, problems = ServeConfig(), []
+    for field in fields(ServeConfig):
+        if (typed := words.get(f"serve.{field.name}")) is None:
+            continue
+        value, problem = _value(getattr(config, field.name), typed)
+        if problem:
+            problems.append(f"serve.{field.name}={typed}: must be {problem}")
+        else:
+            setattr(config, field.name, value)
+    return config, problems or list(config.problems())
+
+
+def _value(default: Any, typed: str) -> tuple[Any, str]:
+    if isinstance(default, bool):
+        return typed.lower() == "true", "" if typed.lower() in ("true", "false") else "true or false"
+    if isinstance(default, StrEnum):
+        known = type(default)
+        return (known(typed), "") if typed in [*known] else (None, f"one of {', '.join(known)}")
+    if isinstance(default, int):
+        return (int(typed), "") if re.fullmatch(r"-?\d+", typed) else (None, "a whole number")
+    return (None if typed == "null" else typed), ""

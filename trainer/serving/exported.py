@@ -1,0 +1,77 @@
+"""What lies in the directory of an export, read without torch: whether it can talk, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+
+ADAPTER, BOTTLENECK, WHOLE = "adapter_config.json", "bottleneck_config.json", "config.json"
+UNFIT = {
+    "SEQ_CLS": "a classifier, which writes nothing",
+    "SEQ_2_SEQ_LM": "an encoder-decoder model, which no server here takes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export that writes text."""
+
+    path: Path
+    name: str
+    """What it is called where it is asked for: the run's name, or the directory's."""
+    base: str | None
+    """Where the base of an adapter is; None of a whole model."""
+    settings: dict[str, Any]
+    """The adapter's settings, or the model's."""
+
+    @property
+    def plain_lora(self) -> bool:
+        """Whether it is an adapter that other engines take as it is."""
+        return self.base is not None and self.settings.get("peft_type") == "LORA" and not self.settings.get("use_dora")
+
+
+def find_export(named: str) -> Exported:
+    """The export of a run, or in a directory. Raises ConfigError where there is none, or it cannot talk."""
+    path = Path(named).expanduser()
+    name = path.resolve().name
+    if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (WHOLE, ADAPTER)):
+        path = path / "export"
+        if not path.is_dir():
+            raise ConfigError(f"{named}: this run has no export; write it first: shardtune export {named}")
+    elif name == "export" and (path.parent / "config.yaml").is_file():
+        name = path.resolve().parent.name
+    if not path.is_dir():
+        raise ConfigError(f"{named}: there is no such directory; name a run or an export, as runs/x or runs/x/export")
+    for file in (ADAPTER, BOTTLENECK, WHOLE):
+        if (path / file).is_file():
+            return _read(path, file, name)
+    raise ConfigError(f"{path}: holds neither {WHOLE} nor {ADAPTER}; name a run or an export")
+
+
+def _read(path: Path, file: str, name: str) -> Exported:
+    try:
+        settings = json.loads((path / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path / file}: cannot be read ({error})") from error
+    if file == WHOLE:
+        base, kind = None, _kind(settings)
+    else:
+        base, kind = settings.get("base_model_name_or_path"), settings.get("task_type")
+        if not base:
+            raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
+    if kind in UNFIT:
+        raise ConfigError(f"{path}: is {UNFIT[kind]}; shardtune evaluate asks such models")
+    return Exported(path, name, base, settings)
+
+
+def _kind(settings: dict[str, Any]) -> str | None:
+    if settings.get("is_encoder_decoder"):
+        return "SEQ_2_SEQ_LM"
+    architectures = [str(each) for each in settings.get("architectures") or []]
+    if any(each.endswith("ForSequenceClassification") for each in architectures):
+        return "SEQ_CLS"
+    return None
