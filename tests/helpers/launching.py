@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from tests.helpers.speed import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +22,14 @@ def clean_environment(**extra: str) -> dict[str, str]:
         and key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     }
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **extra}
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is over. One whose parent is gone may stay as a zombie: not every machine has an init that reaps."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def command_here(words: list[str]) -> int:

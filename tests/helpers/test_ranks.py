@@ -1,11 +1,11 @@
 """A case that fails, dies or hangs fails alone; the next one is computed by new ranks."""
 
-import os
 import time
 
 import pytest
 
 from tests.helpers import speed
+from tests.helpers.launching import ended
 from tests.helpers.ranks import Ranks
 
 
@@ -16,20 +16,12 @@ def ranks(tmp_path):
     some.stop()
 
 
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 def test_ranks_stay_up_between_cases_and_answer_a_case_once(ranks):
     first, again, other = ranks.ask("echo", 1), ranks.ask("echo", 1), ranks.ask("echo", 2)
     assert first == again == [1, first[1]] and other == [2, first[1]]
     assert ranks.starts == 1
     ranks.stop()
-    assert gone(first[1])
+    assert ended(first[1])
 
 
 def test_ranks_are_renewed_after_many_cases(ranks, monkeypatch):
@@ -48,7 +40,7 @@ def test_a_test_that_is_broken_off_leaves_no_answer_to_the_next(ranks, monkeypat
         patch.setattr("tests.helpers.ranks.wait", broken_off)
         with pytest.raises(KeyboardInterrupt):
             ranks.ask("echo", 1)
-    assert gone(pid)
+    assert ended(pid)
     assert ranks.ask("echo", 2)[0] == 2
 
 
@@ -63,7 +55,7 @@ def test_one_bad_case_is_one_failure(ranks, monkeypatch, what, said):
     for _ in range(2):  # asked a second time, it is not tried again
         with pytest.raises(pytest.fail.Exception, match=said):
             ranks.ask(what, limit_s=1)
-    assert gone(pid) and ranks.starts == 1
+    assert ended(pid) and ranks.starts == 1
     assert time.monotonic() - begun < speed.seconds(30)
     assert ranks.ask("echo", 3)[0] == 3
     assert ranks.starts == 2

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.launching import ROOT, clean_environment, ended
 from tests.helpers.speed import seconds
 
 FORKS = """
@@ -33,9 +33,7 @@ def test_what_was_forked_ends_with_a_parent_that_is_killed(module, number):
         parent.wait()
     end = time.monotonic() + seconds(20)
     while time.monotonic() < end:
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
+        if ended(child):
             return
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
