@@ -60,9 +60,8 @@ def only_traced() -> Iterator[None]:
         yield
 
 
-def config(job: Job, tuning: TuningConfig, strategy: str, layers: int = 2) -> RunConfig:
-    place = job.root if layers == 2 else job.root / f"{layers}-layers"
-    model = job.first_here(lambda: model_dir(place, num_hidden_layers=layers))
+def config(job: Job, tuning: TuningConfig, strategy: str) -> RunConfig:
+    model = job.first_here(lambda: model_dir(job.root))
     plain = run_config(model, "single", "lora", micro=4, steps=STEPS)
     return replace(plain, tuning=tuning, strategy=SHARDING.get(strategy, plain.strategy))
 
@@ -72,7 +71,7 @@ def curves(job: Job, case: str, strategy: str, feature: str, optim: str) -> dict
     run = Run(case, strategy, feature, optim)
     with released_at_once(), only_traced():
         lone, start, far = _lone(job, run)
-        trainer = job.trainer(run.config(config(job, CASES[case], strategy, run.layers)))
+        trainer = job.trainer(run.config(config(job, CASES[case], strategy)))
         trained = {name for name, p in named_parameters(trainer.engine.step_module) if p.requires_grad}
         # In bf16 a frozen base is kept rounded.
         worst = job.gathered_apart(trainer, start, of=trained if feature == "bf16" else set(start))
@@ -84,7 +83,7 @@ def curves(job: Job, case: str, strategy: str, feature: str, optim: str) -> dict
 def _lone(job: Job, run: Run) -> tuple[Curve, dict[str, torch.Tensor], float]:
     """The curve of rank 0 alone, the values at its start, and how far it is from one that learns nothing."""
     feature = run.feature if run.feature in OTHERWISE else "plain"
-    settings = Run(run.case, "single", feature, run.optim).config(config(job, CASES[run.case], "single", run.layers))
+    settings = Run(run.case, "single", feature, run.optim).config(config(job, CASES[run.case], "single"))
 
     def computed() -> tuple[Curve, dict[str, torch.Tensor], float]:
         trainer = job.lone_trainer(settings)

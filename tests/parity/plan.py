@@ -54,15 +54,9 @@ class Run:
         return f"{self.case}, {self.strategy}, {self.feature}, {self.optim}"
 
     @property
-    def layers(self) -> int:
-        """Blocks of its model: each is traced for itself."""
-        return 1 if self.feature == "compile" and not EVERYTHING else 2
-
-    @property
     def oracle(self) -> str:
         """What the lone run has in common with it."""
-        rows = self.feature if self.feature in OTHERWISE else "documents"
-        return f"{self.case}, {rows}, {self.optim}, {self.layers}"
+        return f"{self.case}, {self.feature if self.feature in OTHERWISE else 'documents'}, {self.optim}"
 
     @property
     def row(self) -> str:
