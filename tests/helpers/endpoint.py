@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def as_vllm_says(directory) -> Callable[[dict], dict]:
-    """Plain transformers as vLLM answers /v1/completions: token ids in, stops cut off, log-probabilities of a prompt for `echo`."""
+    """Plain transformers as vLLM answers /v1/completions: token ids in, stops cut off, log-probabilities for `echo`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
