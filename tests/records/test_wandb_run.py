@@ -303,6 +303,9 @@ def test_rows_of_tasks_are_tables_where_that_is_asked_for(site):
         "after a stop since the first one"
     )
 
+    kept = [(site / run / "first-rows.json").stat().st_mtime_ns for run in ("tables", "stopped")]
+    assert kept[0] == kept[1], "it went on from step 15"
+
     told = ["evaluate", str(site / "tables"), "against=base", f"to={site}/judged", "evaluation.resamples=50"]
     assert command_here(told) == 0
     part = part_of(site / "judged" / "evaluation")

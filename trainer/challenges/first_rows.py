@@ -1,4 +1,4 @@
-"""What a run's tasks looked like when they were first asked, kept in the run directory: rows that changed sides are told since then."""
+"""What a run's tasks looked like when they were first asked, kept in the run directory: what changed sides is told since then."""
 
 from __future__ import annotations
 
