@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast faults check format lock bench bench-scaling bench-gpu bench-data gpu-proof clean
+.PHONY: install demo test test-all test-fast test-slurm faults check format lock bench bench-scaling bench-gpu bench-data gpu-proof clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -31,6 +31,10 @@ test-all: $(STAMP)
 
 test-fast: $(STAMP)
 	@$(TESTS) -m "not slurm" --ignore tests/parity
+
+# All that needs a SLURM of its own (as root on Debian, which it installs) and hosts of their own over ssh.
+test-slurm: $(STAMP)
+	@env -u PYTHONDONTWRITEBYTECODE SHARDTUNE_TEST_ALL=1 $(BIN)/python -m pytest tests/slurm tests/launch/test_ssh.py --durations=15
 
 # 200 kills -9 at random moments: some 20 minutes. A seed of its own: make faults KILLS='--kills 40 --seed 7 --strategies zero3'.
 faults: $(STAMP)
