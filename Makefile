@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: install demo test test-all test-fast faults check format lock bench bench-scaling bench-gpu bench-data gpu-proof clean
+.PHONY: install demo test test-all test-fast test-slurm faults check format lock bench bench-scaling bench-gpu bench-data gpu-proof clean
 
 # The environment is rebuilt only when the dependency list changes.
 $(STAMP): setup.py pyproject.toml
@@ -32,6 +32,10 @@ test-all: $(STAMP)
 test-fast: $(STAMP)
 	@$(TESTS) -m "not slurm" --ignore tests/parity
 
+# All that needs a SLURM of its own (as root on Debian, which it installs) and hosts of their own over ssh.
+test-slurm: $(STAMP)
+	@env -u PYTHONDONTWRITEBYTECODE SHARDTUNE_TEST_ALL=1 $(BIN)/python -m pytest tests/slurm tests/launch/test_ssh.py --durations=15
+
 # 200 kills -9 at random moments: some 20 minutes. A seed of its own: make faults KILLS='--kills 40 --seed 7 --strategies zero3'.
 faults: $(STAMP)
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m tests.faults.kills $(KILLS)
@@ -52,8 +56,9 @@ DECIDE = torch|transformers|tokenizers|accelerate|peft|datasets|deepspeed|hydra-
 lock: $(STAMP)
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/pip freeze | grep -E '^($(DECIDE))==' | sed 's/+.*//' >build.constraints
-	@$(BIN)/uv pip compile setup.py --extra remote --extra evaluate --extra report --extra search --extra qlora --extra schedule_free \
-		--extra tensorboard --constraint build.constraints --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+	@$(BIN)/uv pip compile setup.py --extra remote --extra evaluate --extra lm_eval --extra endpoint --extra serve --extra report --extra search \
+		--extra qlora --extra torchao --extra schedule_free --extra energy --extra tensorboard --constraint build.constraints \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 		--upgrade --quiet --no-header --no-annotate --output-file docker/requirements.lock; code=$$?; rm -f build.constraints; exit $$code
 
 bench: $(STAMP)

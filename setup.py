@@ -8,6 +8,7 @@ ENDPOINT = ["openai>=2"]  # a judge, or a server that writes answers, behind an 
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", *ENDPOINT]  # transformers' own server
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # report.html and compare.html
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]  # tasks of lm-evaluation-harness; its base alone, without torch
+TORCHAO = ["torchao>=0.18"]  # exports in 4 and 8 bits
 TRACKIO = ["trackio>=0.43"]
 ENERGY = ["codecarbon>=3.3"]
 WORKSPACE = ["wandb-workspaces>=0.4"]  # workspace.py, which compare writes
@@ -84,6 +85,7 @@ setup(
         "pii": PII,
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
+        "torchao": TORCHAO,
         "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
         "test": [
             *PII,
@@ -97,6 +99,7 @@ setup(
             *WORKSPACE,
             *MLFLOW,
             *SEARCH,
+            *TORCHAO,
             "aiohttp>=3.11",
             "bitsandbytes>=0.50",
             "schedulefree>=1.4",

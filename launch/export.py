@@ -4,7 +4,7 @@
                      [dtype=bfloat16] [--verify]
                      [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
                      [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
-                     [bits=nf4|int8]
+                     [bits=nf4|int8|torchao_int8|torchao_nvfp4]
                      [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
                      [--json]
 

@@ -86,5 +86,6 @@ def write_bits(kind: FewBits, directory: Path, data: Prepared) -> Path:
     measured = data.train if data.evaluation is None else data.evaluation
     samples = [measured.sample(number) for number in range(min(len(measured), DOCUMENTS))]
     folder, cost = write_few_bits(directory, kind, samples, "training" if data.evaluation is None else "held-out")
-    print(f"{kind}:   {folder}; {cost}")
+    whole, few = (sum(file.stat().st_size for file in of.glob("*.safetensors")) for of in (directory, folder))
+    print(f"{kind}: {folder}, {few:,} bytes of {whole:,}; {cost}")
     return folder

@@ -20,7 +20,7 @@ from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
 from trainer.config.run import MICRO, STRATEGY, RunConfig, asked_micro, asked_strategy
-from trainer.following.queue import Queue, ask
+from trainer.following.queue import Job, Queue, ask
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
 from trainer.records.status import FROZEN, State, read_status, write_text_atomic
@@ -109,13 +109,26 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
 
 def refuse_queued(run_dir: Path) -> None:
     """Raise InUse where a job of this user, other than this process's, is in SLURM's queue for the run: it would start in it."""
-    job = _queue(int(time.monotonic() // QUEUE_S)).by_run.get(run_dir.resolve())
-    if job is None or job.raw_id == os.environ.get("SLURM_JOB_ID") or job.state == "COMPLETING":
+    if (job := _queued(run_dir)) is None:
         return
     raise InUse(
         f"run.dir={run_dir}: {job.says} is for this run, and would train with what is frozen now; `shardtune stop {run_dir}` "
         "ends it, or choose another run.dir"
     )
+
+
+def queued_as_asked(composed: Composed, run_dir: Path) -> Job | None:
+    """The job by which SLURM will run, or runs, this very configuration in this directory; None where there is none."""
+    try:
+        frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return _queued(run_dir) if frozen is not None and frozen[1] == composed.sha256 else None
+
+
+def _queued(run_dir: Path) -> Job | None:
+    job = _queue(int(time.monotonic() // QUEUE_S)).job_of(run_dir, None)
+    return None if job is None or job.raw_id == os.environ.get("SLURM_JOB_ID") or job.state == "COMPLETING" else job
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,8 @@ EXTRAS = {
     "pii": "names and places in the search for personal data",
     "remote": "https://, s3:// and gs:// paths",
     "schedule_free": "the schedule-free optimizer",
-    "qlora": "bases in 4 and 8 bits, 8-bit AdamW",
+    "torchao": "exports in 4 and 8 bits by torchao",
+    "qlora": "bases and exports in 4 and 8 bits by bitsandbytes, 8-bit AdamW",
 }
 """Extras that users ask for, and what each brings."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")

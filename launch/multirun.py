@@ -64,12 +64,19 @@ def multirun(words: list[str], *, launch: Launch, show: Callable[[Composed], Non
 
 
 def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs and submit those that are not finished: one job array for all that ask for the same; returns 0."""
+    """Freeze the runs and submit those that are not finished, nor in the queue; returns 0.
+
+    One job array for all that ask for the same.
+    """
     from launch.compose import freeze, is_finished
+    from launch.frozen import queued_as_asked
     from launch.submission import submit
 
     left = []
     for one, run_dir in zip(composed, run_dirs, strict=True):
+        if (job := queued_as_asked(one, run_dir)) is not None:
+            print(f"{run_dir}: {job.says}; not submitted again")
+            continue
         finished = is_finished(run_dir)
         freeze(one, run_dir)
         if finished:

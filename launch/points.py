@@ -204,6 +204,7 @@ def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
     Where every run failed: the first one's code. Raises ConfigError where a directory holds another run, StorageError.
     """
     from launch.compose import freeze, is_finished
+    from launch.frozen import queued_as_asked
     from launch.multirun import submit_array
     from launch.progress import Progress
     from trainer.config.run import LauncherName
@@ -217,7 +218,8 @@ def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
     by_slurm = LauncherName.slurm in {point.composed.config.launcher.name for point, _ in runs}
     try:
         for point, run_dir in runs:
-            freeze(point.composed, run_dir)
+            if not (by_slurm and queued_as_asked(point.composed, run_dir)):  # what is in the queue is as it shall be
+                freeze(point.composed, run_dir)
     except NotOurs:
         raise
     except ConfigError as error:

@@ -5,6 +5,7 @@ Every refusal of `sbatch` is passed on; what can never start is refused before (
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from launch.slurm import head, job_name, render
 from strategies.errors import ConfigError, StorageError
 from trainer.config.resuming import plain
 from trainer.config.run import Code, RunConfig, SlurmConfig
+from trainer.following.queue import note_submitted
 from trainer.records.code import ROOT, revision
 
 
@@ -75,6 +77,8 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
         raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
     jobs = pipeline.submit_chain(written, run_dirs[0], sbatch)
     job = dict(jobs)["train"]
+    with contextlib.suppress(OSError):  # SLURM has it; the script in its directory tells too
+        note_submitted(run_dirs, job)
     print(f"submitted job {job}: {written['train']}")
     if len(jobs) > 1:
         print(pipeline.table(jobs, config, run_dirs[0]))

@@ -1,4 +1,4 @@
-"""DeepSpeed in a simulation: an accelerator that is not there, and no look at values that do not exist."""
+"""DeepSpeed in a simulation: an accelerator that is not there, no look at values that do not exist, and no view for each rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.real_accelerator import set_accelerator
 from deepspeed.comm import comm
+from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from deepspeed.runtime.zero.utils import assert_ints_same_as_other_ranks
 from deepspeed.utils import groups
 from torch import Tensor
@@ -88,8 +90,53 @@ class SimulatedAccelerator(CPU_Accelerator):
     max_memory_allocated = memory_reserved = max_memory_reserved = memory_allocated
 
 
+@torch.no_grad()
+def reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+    """`reduce_scatter_coalesced` as far as shapes go: its buffers and its exchange, without views of each rank's parts.
+
+    They are most of what a step of many ranks would otherwise compute.
+    """
+    ranks, rank = comm.get_world_size(group), comm.get_rank(group)
+    counts = [tensor.numel() for tensor in tensors]
+    parts = [-(-count // ranks) for count in counts]
+    pieces: list[Tensor] = []
+    for tensor, count, part in zip(tensors, counts, parts, strict=True):
+        pieces.append(tensor.view(-1))
+        lacking = (part - min(part, max(0, count - part * each)) for each in range(count // part, ranks))
+        pieces += [torch.empty(n, dtype=tensor.dtype, device=tensor.device) for n in lacking if n]
+    flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    flat.div_(ranks)
+    mine = flat.narrow(0, rank * sum(parts), sum(parts))
+    comm.reduce_scatter_fn(mine, flat, group=group)
+    starts = [sum(parts[:index]) for index in range(len(parts))]
+    held = (min(part, max(0, count - part * rank)) for count, part in zip(counts, parts, strict=True))
+    return [mine.narrow(0, start, count) for start, count in zip(starts, held, strict=True)]
+
+
+class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
+    """Parameters gathered in one buffer, each copied out of it as one part in place of one of each rank."""
+
+    complete: bool
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        if self.complete or self.quantization or self.use_secondary_tensor:
+            super().wait(handle_dependency)
+            return
+        self.allgather_handle.wait()
+        for param in self.params:
+            part = self.partitions[0].as_strided((param.ds_numel,), (1,), 0)
+            param.data = torch.cat([part]).view(param.ds_shape).to(param.ds_tensor.dtype)
+            param.ds_status = ZeroParamStatus.AVAILABLE
+        self.complete = True
+        if not handle_dependency:
+            AllGatherCoalescedHandle.data_buffer.append([part])
+
+
 def settle(runtime: Runtime) -> None:
     """Give DeepSpeed the accelerator of `runtime`, and no memory of the process groups of an earlier simulation."""
+    stage3.reduce_scatter_coalesced = reduce_scatter if runtime.simulated else reduce_scatter_coalesced
+    gathered = GatheredTogether if runtime.simulated else AllGatherCoalescedHandle
+    partition_parameters.AllGatherCoalescedHandle = gathered
     simulated = runtime.device == SIMULATED
     if isinstance(get_accelerator(), SimulatedAccelerator) != simulated:
         set_accelerator(SimulatedAccelerator() if simulated else CPU_Accelerator())

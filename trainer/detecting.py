@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from trainer.challenges.base_rows import BaseRows
 from trainer.challenges.config import GENERAL, Reaction
+from trainer.challenges.first_rows import FirstRows
 from trainer.challenges.look import Challenges, Watched
 from trainer.config.run import RunConfig
 from trainer.evaluation.base import Evaluator
@@ -44,4 +45,6 @@ def watched(
     names = [*([GENERAL] if forgetting.data is not None else []), *forgetting.tasks]
     if names and forgetting.action is not Reaction.off:
         challenges.base = BaseRows(inner, names, place.run_dir, place.console.say)
+    if config.logging.tables and place.runtime.is_main:
+        challenges.first = FirstRows(place.run_dir)
     return [*evaluators, Watched(inner, challenges, shows=config.logging.tables)]

@@ -112,7 +112,10 @@ def _evaluate(config: RunConfig, job: Job, job_dir: Path, request: StopRequest, 
 def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked: Callable[[], bool]) -> ServedAsking:
     """The model of `evaluation.server`, told what this one would be told; nothing is loaded. Errors: ConfigError."""
     about = read_config(config.model.path) or {}
-    positions = about.get("max_position_embeddings") or (about.get("text_config") or {}).get("max_position_embeddings")
+    names = ("max_position_embeddings", "n_positions")
+    positions = next(
+        (n for each in (about, about.get("text_config") or {}) for at in names if (n := each.get(at))), None
+    )
     encoder = Around.of(config.data, config.objective).encoder(tokenizer)
     return served_asking(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
 

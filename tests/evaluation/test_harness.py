@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.building import model_dir
+from tests.helpers.endpoint import as_vllm_says, serving
 from tests.helpers.launching import command_here
 from tests.helpers.warm import command_warm
 from trainer.evaluation.base import TaskConfig
@@ -201,6 +202,23 @@ def test_two_ranks_share_the_requests_under_fsdp2(site, report):
     for name, task in report["tasks"].items():
         for metric, each in task["metrics"].items():
             assert two["tasks"][name]["metrics"][metric]["value"] == pytest.approx(each["value"], rel=1e-6), (
+                name,
+                metric,
+            )
+
+
+def test_a_server_gives_the_numbers_of_the_same_weights_loaded_here(site, report):
+    """Likelihoods and answers through /v1/completions of a stub that answers as vLLM does; texts are longer than the model."""
+    words = asked(site, f"model.path={site}/run/export", f"to={site}/served")[1:]
+    with serving(complete=as_vllm_says(site / "run" / "export")) as stub:
+        stub.models = [{"id": "tuned", "root": str(site / "run" / "export")}]
+        assert command_here(["evaluate", *words, f"evaluation.server={stub.url}"]) == 0
+        bodies = stub.sent("/v1/completions")
+    assert any(body.get("echo") for body in bodies) and any(body.get("stop") for body in bodies)
+    served = json.loads((site / "served" / "evaluation.json").read_text())
+    for name, task in report["tasks"].items():
+        for metric, each in task["metrics"].items():
+            assert served["tasks"][name]["metrics"][metric]["value"] == pytest.approx(each["value"], rel=1e-5), (
                 name,
                 metric,
             )

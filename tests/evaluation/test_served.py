@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
-from tests.helpers.endpoint import serving
+from tests.helpers.endpoint import as_vllm_says, serving
 from tests.helpers.launching import command_here
 from trainer.evaluation.base import WritingConfig
 from trainer.evaluation.endpoint.client import Client, EndpointConfig
@@ -27,24 +26,7 @@ def _site(tmp_path_factory):
 
 @pytest.fixture(scope="module", name="stub")
 def _stub(site):
-    """Plain transformers behind the address, as vLLM answers: token ids in, log-probabilities of the prompt where asked for."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(site / "llama", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(site / "llama")
-
-    def complete(body):
-        ids = torch.tensor([body["prompt"]])
-        with torch.no_grad():
-            if body.get("echo"):
-                likely = model(ids).logits[0].log_softmax(-1)
-                held = [None, *(float(likely[n - 1, ids[0, n]]) for n in range(1, ids.shape[1]))]
-                best = [None, *({"x": float(likely[n - 1].max())} for n in range(1, ids.shape[1]))]
-                return {"text": "", "logprobs": {"token_logprobs": [*held, -1.0], "top_logprobs": [*best, {"x": -1.0}]}}
-            new = model.generate(ids, max_new_tokens=body["max_tokens"], do_sample=False)[0, ids.shape[1] :]
-        return {"text": tokenizer.decode(new, skip_special_tokens=True)}
-
-    with serving(complete=complete) as stub:
+    with serving(complete=as_vllm_says(site / "llama")) as stub:
         stub.models = [{"id": "other", "root": "/models/other"}, {"id": "tuned", "root": str(site / "llama")}]
         yield stub
 
@@ -131,6 +113,11 @@ def test_a_server_without_log_probabilities_of_prompts_is_told(stub, monkeypatch
     )
     with pytest.raises(ConfigError, match="tells no log-probabilities of a prompt's tokens"):
         writer(stub).likelihoods(None, [([1, 2], [3])])
+
+
+def test_beams_of_a_task_are_refused(stub):
+    with pytest.raises(ConfigError, match="4 beams are asked for"):
+        writer(stub).answers(None, [[1, 2]], WritingConfig(beams=4))
 
 
 def test_which_model_a_server_has(stub):

@@ -14,6 +14,7 @@ from strategies import runtime
 from strategies.heartbeat import Seen, Silent
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import whole
+from trainer.lifecycle.attempt import first_sentence
 from trainer.records.status import read_failure, read_status, record_failure
 
 SBATCH = "#!/bin/bash\necho 7\n"
@@ -134,3 +135,13 @@ def test_kills_are_counted_in_the_own_control_group_else_on_the_host(tmp_path, m
     (groups / "job_7" / "step_0" / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
     (groups / "job_7" / "memory.events").write_text("oom_kill 9\n")
     assert runtime.out_of_memory_kills() == 2
+
+
+def test_a_reason_goes_on_behind_a_colon():
+    """Some messages begin with a heading, which alone says nothing."""
+    text = (
+        "the data cannot be used, of 8 rows:\n  bad.jsonl:1: messages is no list\n  bad.jsonl:2: messages is no list\n"
+    )
+    assert first_sentence(text) == "the data cannot be used, of 8 rows: bad.jsonl:1: messages is no list"
+    assert first_sentence("no room\nat step 3") == "no room" and first_sentence("rows:\n") == "rows:"
+    assert first_sentence("") == ""

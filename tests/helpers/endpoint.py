@@ -82,6 +82,30 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
 
+def as_vllm_says(directory) -> Callable[[dict], dict]:
+    """Plain transformers as vLLM answers /v1/completions: token ids in, stops cut off, log-probabilities for `echo`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def complete(body):
+        ids = torch.tensor([body["prompt"]])
+        with torch.no_grad():
+            if body.get("echo"):
+                likely = model(ids).logits[0].log_softmax(-1)
+                held = [None, *(float(likely[n - 1, ids[0, n]]) for n in range(1, ids.shape[1]))]
+                best = [None, *({"x": float(likely[n - 1].max())} for n in range(1, ids.shape[1]))]
+                return {"text": "", "logprobs": {"token_logprobs": [*held, -1.0], "top_logprobs": [*best, {"x": -1.0}]}}
+            new = model.generate(ids, max_new_tokens=body["max_tokens"], do_sample=False)[0, ids.shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        ends = [at for stop in body.get("stop") or [] if (at := text.find(stop)) >= 0]
+        return {"text": text[: min(ends, default=len(text))]}
+
+    return complete
+
+
 @contextmanager
 def serving(**how):
     stub = Stub(**how)

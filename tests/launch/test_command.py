@@ -37,6 +37,7 @@ def test_composing_imports_torch_at_most():
     assert "hydra" in modules
     assert not {"transformers", "peft", "datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow"} & modules
     assert not {"torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "sympy"} & modules
+    assert "trainer.data.stages.privacy.stage" not in modules, "seventy expressions, for who asks for them"
 
 
 def test_a_wheel_carries_every_package(monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import progress
+from launch import frozen, progress
 from launch.main import main
 from launch.points import plan_points
 from strategies.errors import ConfigError
@@ -259,6 +259,37 @@ def test_points_by_slurm_are_one_job_array_of_what_is_not_done(site, tmp_path, c
     assert main(["compare", *asked, new]) == 0
     assert (tmp_path / "asked").read_text().splitlines()[1] == str(tmp_path / "new/fsdp2/train.sbatch")
     assert "--array=0-1" in (tmp_path / "new/fsdp2/train.sbatch").read_text()
+    # Of the second array one task waits, and the other has failed: that one alone is submitted, as a job of its own.
+    row = [
+        "7_0",
+        "12",
+        "PENDING",
+        "Resources",
+        "N/A",
+        "1:00",
+        "",
+        str(tmp_path),
+        "x",
+        submitted.replace("ddp", "fsdp2"),
+    ]
+    (tmp_path / "queue").write_text("\x1f".join(row) + "\n")
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
+    (tmp_path / "squeue").chmod(0o755)
+    script.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/asked\necho 8\n')
+    frozen._queue.cache_clear()
+    assert main(["compare", *asked, new]) == 0
+    assert f"{tmp_path / 'new/fsdp2'}: job 7_0 pending: waits for nodes" in capsys.readouterr().err
+    asked_for = (tmp_path / "asked").read_text().splitlines()[2:]
+    assert asked_for == [str(tmp_path / "new/zero2/train.sbatch")]
+    # All wait: fsdp2 by the array whose script it has, zero2 by its own job.
+    (tmp_path / "queue").write_text("\x1f".join(row) + "\n" + "\x1f".join(["8", "8", "RUNNING", *row[3:]]) + "\n")
+    frozen._queue.cache_clear()
+    assert main(["compare", *asked, new]) == 0
+    assert "zero2: job 8 RUNNING; not submitted again" in capsys.readouterr().err
+    assert (tmp_path / "asked").read_text().splitlines()[2:] == asked_for
+    (tmp_path / "squeue").unlink()
+    (tmp_path / "asked").write_text("1\n2\n")
+    frozen._queue.cache_clear()
     assert main(["compare", *asked, "launcher.nodes=1,2", f"to={tmp_path / 'other'}"]) == 0
     scripts = [Path(line).read_text() for line in (tmp_path / "asked").read_text().splitlines()[2:]]
     requests = [re.findall(r"^#SBATCH --(?:array|nodes)=(\S+)$", script, re.MULTILINE) for script in scripts]

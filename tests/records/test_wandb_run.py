@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -280,6 +281,7 @@ def test_rows_of_tasks_are_tables_where_that_is_asked_for(site):
         "logging.tensorboard=true",
         "run.threads=1",
         "export.at_end=false",
+        "checkpoint.every_steps=15",
     ]
     shared = ["evaluation.watch=eval/facts/exact_match", *asked, *learns]
     assert command_here(["train", *words(site, "tables", *shared)]) == 0
@@ -292,6 +294,17 @@ def test_rows_of_tasks_are_tables_where_that_is_asked_for(site):
     assert {row[3] for row in changed["data"]} <= {"fox", "dog", "lazy | world", "7"}
     assert worst["columns"][:2] == ["row", "match"] and len(worst["data"]) == 4
     assert [row[1] for row in worst["data"]] == sorted(row[1] for row in worst["data"])
+
+    shutil.copytree(
+        site / "tables", site / "stopped", ignore=shutil.ignore_patterns("wandb", "step-000025", "status.json")
+    )
+    assert command_here(["train", *words(site, "stopped", *shared)]) == 0
+    assert shown_tables(part_of(site / "stopped"))["eval/facts/changed_rows"] == changed, (
+        "after a stop since the first one"
+    )
+
+    kept = [(site / run / "first-rows.json").stat().st_mtime_ns for run in ("tables", "stopped")]
+    assert kept[0] == kept[1], "it went on from step 15"
 
     told = ["evaluate", str(site / "tables"), "against=base", f"to={site}/judged", "evaluation.resamples=50"]
     assert command_here(told) == 0

@@ -1,5 +1,9 @@
 """The server on exports of real runs, asked by the `openai` client: answers, refusals, many at a time."""
 
+import re
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -220,8 +224,23 @@ def many(client, count):
 
 
 def test_many_at_once_lose_nothing(place, client):
-    many(client, 200 if EVERYTHING else 24)
+    many(client, 24)
     assert place[1].config.app.under_way == 0
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="a process of its own takes ten seconds to begin")
+def test_the_command_answers_200_at_once_and_ends_when_it_is_told_to(site):
+    command = [sys.executable, "-m", "launch.main", "serve", str(site / "lora"), "serve.port=0", "serve.device=cpu"]
+    with subprocess.Popen([*command, "serve.dtype=float32"], stdout=subprocess.PIPE, text=True) as served:
+        said = ""
+        while not (found := re.search(r"http://[\d.]+:\d+/v1", said)):
+            line = served.stdout.readline()
+            assert line, said
+            said += line
+        many(openai.OpenAI(base_url=found[0], api_key="none", max_retries=0, timeout=300), 200)
+        served.send_signal(signal.SIGINT)
+        served.communicate(timeout=60)
+    assert served.returncode in (0, 130)
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="continuous batching takes a minute to begin on a CPU")

@@ -43,7 +43,13 @@ def test_a_point_that_fails_is_a_row_and_the_others_are_done(cluster: Cluster, t
         ("bad.jsonl", 0),
     ]
     assert rows[2]["state"] == "failed" and "data.max_bad_share=0" in rows[2]["reason"]
+    nodes = f"NodeName={','.join(cluster.nodes)}"
+    cluster.on("ctl", "scontrol", "update", nodes, "State=DRAIN", "Reason=test")  # what is submitted now waits
     again = cluster.on("ctl", *command, cwd=CLONE, env=env).stdout
     ((job, script),) = re.findall(r"submitted job (\d+): (\S+)", again)
-    cluster.on("ctl", "scancel", job)
     assert script == str(tmp_path / "to/bad.jsonl/train.sbatch"), "what failed is tried once more, alone"
+    waiting = cluster.on("ctl", *command, cwd=CLONE, env=env).stdout
+    cluster.on("ctl", "scancel", job)
+    cluster.on("ctl", "scontrol", "update", nodes, "State=RESUME")
+    assert f"bad.jsonl: job {job} pending" in waiting and "not submitted again" in waiting
+    assert "submitted job" not in waiting

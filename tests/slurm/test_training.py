@@ -60,6 +60,7 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
         out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", unasked, cwd=clone, env=ENV
     )
     submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2", unasked]
+    submit += [f"launcher.stage={tmp_path / 'disk'}"]
     said = cluster.on("ctl", *submit, cwd=clone, env=ENV).stdout
     torn_id = re.search(r"submitted job (\d+)", said)
     assert torn_id, said
@@ -77,6 +78,9 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
     assert losses(torn) == pytest.approx(losses(calm), rel=1e-5)
     record = json.loads((torn / "run.json").read_text())
     assert [start["start"] for start in record["jobs"]] == [0, 1] and record["jobs"][1]["elapsed_s"] > 1
+    assert all(Path(copy["to"]).is_relative_to(tmp_path / "disk") for copy in record["staged"].values())
+    assert logs(torn).count("staging model on ") == 1, "the start after the requeue finds the copies"
+    assert not [*(tmp_path / "disk").rglob("model.safetensors")], "a run that is done takes them away"
     assert f"job {torn_id[1]}, start 1: 0:0" in logs(torn) and "Slurm accounting storage is disabled" in logs(torn)
     [code] = (torn / "code").iterdir()
     assert json.loads((torn / "run.json").read_text())["git_revision"] == f"code {code.name}"

@@ -14,9 +14,9 @@ from trainer.challenges import forgetting, instability, output, overfitting
 from trainer.challenges.base import Answer, Finding, Seen
 from trainer.challenges.base_rows import BaseRows
 from trainer.challenges.config import ChallengesConfig, Reaction
+from trainer.challenges.first_rows import FirstRows
 from trainer.evaluation.report.tables import tables
 from trainer.evaluation.task_evaluator import Done, TaskEvaluator
-from trainer.evaluation.tasks.base import Row
 from trainer.evaluation.tasks.written import WrittenTask
 from trainer.records.jsonl import json_text
 from trainer.records.trackers.base import Table
@@ -45,8 +45,8 @@ class Challenges:
         """By detector: what was found first, or what was measured last. Into `run.json`."""
         self.ends: Finding | None = None
         """What ends the run once its state is saved."""
-        self.from_the_start = False
-        """Whether this process saw the run's first step."""
+        self.first = FirstRows(None)
+        """What the tasks looked like at first, where that is to be shown."""
         self._answers: list[Answer] = []
         self._compared: list[forgetting.Compared] = []
 
@@ -54,7 +54,7 @@ class Challenges:
 
     def begin(self, engine: Engine, progress: Progress) -> None:
         """Before the first step of this start: ask the base, where forgetting is measured. All ranks must call."""
-        self.from_the_start = progress.step == 0
+        self.first.begin(progress.step)
         if self.base is not None:
             self.base.begin(engine, progress.step)
 
@@ -160,7 +160,6 @@ class Watched:
         self.inner, self.challenges, self.shows = inner, challenges, shows
         self.tables: dict[str, Table] = {}
         """Worst rows of the last run, and those that changed sides since the first one."""
-        self._first: dict[str, list[Row]] = {}
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
@@ -179,9 +178,6 @@ class Watched:
         self.challenges.task(done)
         task = done.ready.task
         if self.shows:
-            before = self._first.get(task.name)
-            self.tables |= tables(task, done.rows, before)
-            if before is None and self.challenges.from_the_start:
-                self._first[task.name] = done.rows
+            self.tables |= tables(task, done.rows, self.challenges.first.before(task.name, done.rows))
         for metric, value in done.values.items():
             yield f"eval/{done.ready.task.name}/{metric}", value

@@ -27,7 +27,6 @@ from trainer.data.reading import Reading
 from trainer.data.stages.checks import Checks, Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
 from trainer.data.stages.filters import Filters
-from trainer.data.stages.privacy.stage import Privacy
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.cut import last_learned
@@ -105,6 +104,8 @@ class BlockMaker:
         if config.filters != FilterConfig():
             yield Filters(config.filters)
         if config.privacy.mode is not PrivacyMode.none:
+            from trainer.data.stages.privacy.stage import Privacy  # which makes seventy expressions
+
             yield Privacy(config.privacy, seen=job.offset)
         if self.decontaminator is not None and job.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves

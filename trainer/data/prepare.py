@@ -31,8 +31,6 @@ from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.reading import Reading
 from trainer.data.report.describe import Description
-from trainer.data.stages.privacy.stage import check as check_findings
-from trainer.data.stages.privacy.stage import key_identity
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
 
@@ -97,6 +95,8 @@ class Preparation:
             against = Origin(key, expand(config.decontamination.paths, key, remote=config.remote))
             identities.append(("decontamination", against.identity(self.digest)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
+            from trainer.data.stages.privacy.stage import key_identity  # which makes seventy expressions
+
             identities.append(("key of the pseudonyms", key_identity()))
         self.fingerprint = fingerprint(identities, tokenizer, options)
         self.directory = cache / self.fingerprint[:32]
@@ -140,6 +140,8 @@ class Preparation:
                 assembly.append(block)
             columns, table = assembly.columns(), DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
+                from trainer.data.stages.privacy.stage import check as check_findings
+
                 check_findings(assembly.totals.tally.findings, self.config.privacy)
             names, label_ids = self.reading.numbered(columns, table)
             selection = choose(self.config, columns, table, seed=self.seed, log=assembly.log_drop)

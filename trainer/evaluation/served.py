@@ -42,6 +42,10 @@ class ServedWriter:
 
     def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[Written]:
         """What the server writes to each prompt, draw by draw, in their order; without the ids of its tokens."""
+        if settings.beams > 1:  # which a task of lm-evaluation-harness may ask for in its YAML
+            raise ConfigError(
+                f"{KEY}: {settings.beams} beams are asked for, and servers of this kind search none; evaluate without it"
+            )
         began = time.perf_counter()
         rows = [(number, draw) for number in range(len(prompts)) for draw in range(settings.draws)]
         hidden = [text for text in settings.stop if text in self.tokenizer.all_special_tokens]

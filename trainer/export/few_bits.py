@@ -1,4 +1,4 @@
-"""A whole model in 4 or 8 bits by bitsandbytes, read back, and what that costs: its loss beside that of the export."""
+"""A whole model in 4 or 8 bits by bitsandbytes or torchao, read back, and what that costs: its loss beside that of the export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, ShardtuneError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.data.store.sequences import Sample
 
 DOCUMENTS, TOKENS = 32, 1024
@@ -19,10 +21,23 @@ DOCUMENTS, TOKENS = 32, 1024
 
 
 class FewBits(StrEnum):
-    """How values are stored: NF4 in blocks (Dettmers et al. 2023, arXiv:2305.14314), or LLM.int8() (2022, arXiv:2208.07339)."""
+    """How the matrices of the blocks are stored. By bitsandbytes: NF4 in blocks (Dettmers et al. 2023, arXiv:2305.14314), or
+    LLM.int8() (2022, arXiv:2208.07339). By torchao: 8 bits with a scale a row, or NVFP4, four with a scale of 8 for each 16."""
 
     nf4 = "nf4"
     int8 = "int8"
+    torchao_int8 = "torchao_int8"
+    torchao_nvfp4 = "torchao_nvfp4"
+
+    @property
+    def kit(self) -> str:
+        """The library that stores it, and that whoever loads it needs."""
+        return "torchao" if self.startswith("torchao") else "bitsandbytes"
+
+
+BLOCK = 16
+"""Values that share a scale in NVFP4."""
+EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,39 +49,50 @@ class Cost:
     documents: int
     what: str
     """`held-out` or `training`."""
+    apart: float
+    """Largest difference of a logit, relative to the largest, between the files read back and what they were written from."""
 
     def __str__(self) -> str:
         change = f"{self.before:.4f} -> {self.after:.4f} ({self.after - self.before:+.4f})"
-        return f"loss {change} on {self.documents} {self.what} documents"
+        return (
+            f"loss {change} on {self.documents} {self.what} documents; read back, logits differ by at most {self.apart:.1e} of "
+            "the largest"
+        )
 
 
 def check_few_bits(kind: str) -> FewBits:
-    """The type. Raises ConfigError where it is none, or bitsandbytes is not here."""
+    """The type. Raises ConfigError where it is none, or its library is not here."""
     if kind not in [*FewBits]:
         raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"bits={kind}: needs bitsandbytes; pip install 'shardtune[qlora]'")
+    kit = FewBits(kind).kit
+    if find_spec(kit) is None:
+        raise ConfigError(f"bits={kind}: needs {kit}; pip install 'shardtune[{EXTRAS[kit]}]'")
     return FewBits(kind)
 
 
 def write_few_bits(directory: Path, kind: FewBits, samples: list[Sample], what: str) -> tuple[Path, Cost]:
-    """(`<directory>/<type>`, what it costs); both cards say so. The loss is that of the files, loaded again."""
+    """(`<directory>/<type>`, what it costs); both cards say so. The loss is that of the files, loaded again.
+
+    Raises ShardtuneError where the library cannot store this model so, DriftError where the files compute something else than
+    the model that they were written from; the export stays whole.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder, aside = directory / kind, directory / f".{kind}.writing"
     shutil.rmtree(aside, ignore_errors=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     try:
-        model = _load(directory, quantization_config=_scheme(kind), dtype=_type(kind))
-        model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(directory, local_files_only=True).save_pretrained(aside)
-        del model
+        written = _write(directory, aside, kind, tokenizer)
+        tokenizer.save_pretrained(aside)
         plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
-        cost = Cost(loss_of(plain, samples), loss_of(_load(aside), samples), len(samples), what)
+        before, read = loss_of(plain, samples), _load(aside)
+        apart = _apart(written, _probed(read, tokenizer), kind, folder)
+        cost = Cost(before, loss_of(read, samples), len(samples), what, apart)
         card = directory / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        section = f"\n## In {kind}\n\nBy bitsandbytes, in `{kind}/`: {cost}, at most {TOKENS} tokens of each.\n"
+        section = f"\n## In {kind}\n\nBy {kind.kit}, in `{kind}/`: {cost}. At most {TOKENS} tokens of each document.\n"
         (aside / "README.md").write_text(text + section, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -74,6 +100,65 @@ def write_few_bits(directory: Path, kind: FewBits, samples: list[Sample], what: 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder, cost
+
+
+def _write(directory: Path, aside: Path, kind: FewBits, tokenizer: Any) -> Tensor:
+    """Store the model; what it computes on the probe."""
+    from torch.nn import Parameter
+
+    try:
+        if kind is FewBits.torchao_nvfp4 and (odd := _odd(directory)):
+            raise ValueError(f"it needs matrices whose sides are divisible by {BLOCK}: {', '.join(odd[:3])} are not")
+        model = _load(directory, quantization_config=_scheme(kind), dtype=_type(kind))
+        if all(type(each) is Parameter for each in model.parameters()):
+            raise ValueError("it stores none of its matrices in few bits")
+        model.save_pretrained(aside)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ShardtuneError(
+            f"bits={kind}: {kind.kit} cannot store this model so ({why}); the export in {directory} is whole, and another type "
+            f"({', '.join(each for each in FewBits if each is not kind)}) may do"
+        ) from error
+    return _probed(model, tokenizer)
+
+
+def _odd(directory: Path) -> list[str]:
+    """The matrices that blocks of NVFP4 do not fill, with their sides."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+    linear = {
+        name: each
+        for name, each in model.named_modules()
+        if isinstance(each, torch.nn.Linear) and each is not model.get_output_embeddings()
+    }
+    sides = {name: tuple(each.weight.shape) for name, each in linear.items()}
+    return [f"{name} {shape}" for name, shape in sides.items() if any(side % BLOCK for side in shape)]
+
+
+def _probed(model: Any, tokenizer: Any) -> Tensor:
+    """Logits of a fixed sentence, float32 `[T, V]`, on the CPU."""
+    import torch
+
+    from trainer.export.verify import probe_ids
+
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([probe_ids(tokenizer)], device=model.device)).logits[0]
+    return logits.float().cpu()
+
+
+def _apart(written: Tensor, read: Tensor, kind: FewBits, folder: Path) -> float:
+    from trainer.export.verify import TOLERANCE, DriftError
+
+    apart, allowed = float((written - read).abs().max() / written.abs().max()), TOLERANCE[_type(kind)]
+    if not apart <= allowed:
+        raise DriftError(
+            f"{folder}: not written, since its files compute something else than the model that they were written from: logits "
+            f"differ by {apart:.1e} of the largest (allowed {allowed:.0e})"
+        )
+    return apart
 
 
 def _load(directory: Path, **how: Any) -> Any:
@@ -87,20 +172,28 @@ def _load(directory: Path, **how: Any) -> Any:
 def _type(kind: FewBits) -> Any:
     import torch
 
-    return torch.bfloat16 if kind is FewBits.nf4 else torch.float16  # which is what LLM.int8() computes in
+    return torch.float16 if kind is FewBits.int8 else torch.bfloat16  # LLM.int8() computes in the former
 
 
 def _scheme(kind: FewBits) -> Any:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind is FewBits.int8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_type(kind),
-    )
+    if kind is FewBits.nf4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=_type(kind),
+        )
+    if kind is FewBits.torchao_int8:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+
+    return TorchAoConfig(NVFP4WeightOnlyConfig())
 
 
 def loss_of(model: Any, samples: list[Sample]) -> float:

@@ -15,6 +15,8 @@ PATIENCE_S = 5.0
 """Seconds that squeue may take; a controller that is down lets it wait for minutes."""
 RUNS = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
 MOST_SCRIPT = 2**20
+SUBMITTED = "submitted"
+"""The file in a run's directory with the id of its job."""
 REASONS = {
     "Priority": "jobs of higher priority come first",
     "Resources": "waits for nodes to become free",
@@ -75,9 +77,30 @@ class Queue:
     """Why it could not be asked; None also where there is no SLURM."""
 
     def job_of(self, run_dir: Path, job_id: str | None) -> Job | None:
-        """The job of a run: by the id that its records name, or by the script in its directory."""
-        named = next((job for job in self.jobs if job_id in (job.raw_id, job.id)), None)
-        return named or (self.by_run.get(run_dir.resolve()) if self.by_run else None)
+        """The job of a run: by the id that its records name or that it was submitted as, or by the script in its directory."""
+        if not self.jobs:
+            return None
+        submitted = submitted_as(run_dir)
+        for known in filter(None, (job_id, submitted)):
+            if (named := next((job for job in self.jobs if known in (job.raw_id, job.id)), None)) is not None:
+                return named
+        found = self.by_run.get(run_dir.resolve())
+        # The script of an array that was submitted before may have been written anew, for other runs.
+        return None if found is not None and submitted and "_" in found.id else found
+
+
+def note_submitted(run_dirs: list[Path], job: str) -> None:
+    """Leave in each run's directory which job it was submitted as; of an array the task. Errors: OSError."""
+    for number, run_dir in enumerate(run_dirs):
+        (run_dir / SUBMITTED).write_text(f"{job}_{number}\n" if len(run_dirs) > 1 else f"{job}\n", encoding="utf-8")
+
+
+def submitted_as(run_dir: Path) -> str | None:
+    """The job that a run was submitted as last, as scancel takes it; None where it never was."""
+    try:
+        return (run_dir / SUBMITTED).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 def ask() -> Queue:

@@ -121,6 +121,9 @@ def _begin(parent: int) -> None:
 def _simulate(config: RunConfig, length: int, accumulation: int, job: Job, exact: bool) -> Form | str:
     from trainer.forecast.simulation import simulate_form
 
+    # Left by ways before, and by what they imported: each simulation collects garbage, and need not look through it again.
+    gc.collect()
+    gc.freeze()
     # What gradients that wait whole would add is known without.
     config = replace(config, strategy=simulable(config.strategy), precision=job.precision)
     per = job.lengths.per

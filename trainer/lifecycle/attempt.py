@@ -173,7 +173,7 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
         about = {"host": seen.host, "pid": seen.pid, "gone": not cause.hung}
     if not record_failure(where.run_dir, rank, error, phase, step, **about) and read_failure(where.run_dir):
         return  # another rank was first; else the disk has no room for it
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = first_sentence(str(error)) or type(error).__name__
     with contextlib.suppress(StorageError):  # which would hide what ended the run
         write_status(where.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {first}")
     if waited and where.heartbeats is not None:
@@ -181,6 +181,13 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
             exchanges = where.heartbeats.ask(cause.seen if cause else None)
         about |= _where_all_were(where.run_dir, error, exchanges)
         record_failure(where.run_dir, rank, error, phase, step, replace=True, **about)
+
+
+def first_sentence(text: str) -> str:
+    """The first line of a message, with what it announces by a colon."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    ends = next((n for n, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:ends])
 
 
 def _where_all_were(run_dir: Path, error: BaseException, exchanges: dict[int, Exchange]) -> dict[str, Any]:

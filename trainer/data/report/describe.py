@@ -24,7 +24,6 @@ from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
 from trainer.data.report.wording import KNOBS
 from trainer.data.stages.filters import share
-from trainer.data.stages.privacy.stage import coverage
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 
@@ -187,6 +186,8 @@ class Description:
         config, found = self.config.privacy, totals.tally.findings
         if config.mode is PrivacyMode.none:
             return None
+        from trainer.data.stages.privacy.stage import coverage  # which makes seventy expressions
+
         return form.PersonalData(
             mode=str(config.mode),
             preset=str(config.preset),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.config import PrivacyConfig, PrivacyPreset
-from trainer.data.stages.privacy.stage import Finder, problems
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, Metric, Row
 from trainer.evaluation.tasks.written import WrittenTask
+
+if TYPE_CHECKING:
+    from trainer.data.stages.privacy.stage import Finder
 
 
 class PersonalData(WrittenTask):
@@ -35,6 +37,8 @@ class PersonalData(WrittenTask):
         if self.chosen["preset"] not in [*PrivacyPreset]:
             yield f"{self.key}.options.preset={self.chosen['preset']}: must be one of {', '.join(PrivacyPreset)}"
             return
+        from trainer.data.stages.privacy.stage import problems  # which makes seventy expressions
+
         for problem in problems(self.privacy):
             yield problem.replace("data.privacy.", f"{self.key}.options.")
 
@@ -47,6 +51,8 @@ class PersonalData(WrittenTask):
     @cached_property
     def finder(self) -> Finder:
         """What finds it."""
+        from trainer.data.stages.privacy.stage import Finder
+
         return Finder(self.privacy)
 
     def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:

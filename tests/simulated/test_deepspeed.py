@@ -1,0 +1,43 @@
+"""What stands in for DeepSpeed's own exchange holds, moves and exchanges what that does."""
+
+import pytest
+import torch
+
+from strategies.runtime import SIMULATED
+from strategies.simulation import fake_tensors, simulated_rank
+
+RANKS = 4
+
+
+@pytest.mark.parametrize("rank", [0, 2, 3])
+@pytest.mark.parametrize("sizes", [[64], [13], [64, 32], [13, 3, 40], [1, 8]], ids=str)
+def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
+    """Whole buffers, with padding where ranks get less than their part, and the part of this rank."""
+    from strategies.deepspeed_library import import_deepspeed, settle_accelerator
+    from trainer.planning.record import Recorder
+
+    with simulated_rank(rank, RANKS) as runtime:
+        import_deepspeed(on_cpu=True).init_distributed(auto_mpi_discovery=False, verbose=False)
+        settle_accelerator(runtime)
+        import deepspeed.comm
+        from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+
+        from strategies.simulated_deepspeed import reduce_scatter
+
+        deepspeed.comm.init_distributed(auto_mpi_discovery=False, verbose=False)
+        found = []
+        for deal in (reduce_scatter_coalesced, reduce_scatter):
+            with fake_tensors(SIMULATED):
+                recorder = Recorder(SIMULATED)
+                with recorder:
+                    given = [torch.empty(1, size, device=SIMULATED) for size in sizes]
+                    recorder.begin()
+                    parts = deal(given, torch.distributed.group.WORLD)
+                    (highest,) = recorder.highest.values()
+                    storages = {part.untyped_storage()._cdata for part in parts}
+                    exchanged = [(each.name, each.bytes, each.ranks) for each in recorder.record.collectives]
+                    shapes = [(part.shape, part.storage_offset()) for part in parts]
+                    moved = dict(recorder.record.moved)
+                    found.append((shapes, highest.total, recorder.now, moved, exchanged, len(storages)))
+    assert found[0] == found[1]
+    assert found[1][4], "there was an exchange"
