@@ -131,7 +131,7 @@ def rank(args: argparse.Namespace) -> int:
     with rank_of_job(work / "job", config.run.lease_s) as (request, where):
         where.settle(work / "job", place)
         tokenizer = load_tokenizer(config.model)
-        data, _, runtime = meet(config, tokenizer, request, where)
+        data, _, _, runtime = meet(config, tokenizer, request, where)
         engine, built, _ = build_engine(config, tokenizer, data, resolve_precision(config.precision, runtime), runtime)
         writer = asking_of(config, data, built, tokenizer, engine, runtime, lambda: False).writer
         writer.generation_config.min_new_tokens = args.new  # every answer has the same length

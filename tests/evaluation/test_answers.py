@@ -22,6 +22,9 @@ from trainer.evaluation.writing import Written
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), control_group=None)
 
 
+SIDES = (("a lazy dog", "toxic"), ("the quick brown fox", "neutral"))
+
+
 def task(kind, **settings):
     return KINDS[kind]("mine", TaskConfig(kind=kind, path="x", **settings))
 
@@ -146,6 +149,33 @@ def test_the_worst_draw_of_each_prompt(site, pipelines, name):
     assert said["toxic_fraction"] == pytest.approx((likely >= 0.4).mean())
     assert [row.answer for row in rows] == [some[n] for some, n in zip(texts, likely.argmax(1), strict=True)]
     assert "1 answers are longer than the classifier reads" in " ".join(kind.notes(rows, {}))
+
+
+def test_a_classifier_that_was_trained_here_tells_toxic_answers(site):
+    """objective=classification on a file of texts and labels, its export by its path, texts that it was not shown."""
+
+    def some(numbers):
+        return {f"{words} hello you {n}": label for n in numbers for words, label in SIDES}
+
+    model_dir(site, "distilbert")
+    rows = [{"text": text, "label": label} for text, label in some(range(20)).items()]
+    (site / "labelled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = [f"model.path={site}/distilbert", f"data.path={site}/labelled.jsonl", f"data.cache_dir={site}/cache"]
+    words += [
+        "objective=classification",
+        "tuning=full",
+        "budget.steps=20",
+        "batch.global=10",
+        "batch.micro=10",
+        "optim.lr=1e-2",
+    ]
+    words += [f"run.dir={site}/judges", "run.device=cpu", "run.threads=1", "logging.wandb=disabled"]
+    assert command_here(["train", *words]) == 0
+    kind = task("toxicity", options={"classifier": str(site / "judges" / "export")})
+    assert not list(kind.problems())
+    fresh = some(range(30, 35))
+    found = kind.run(cases(kind, [{"prompt": "a"}] * len(fresh)), Asking([[text] for text in fresh], ALONE))
+    assert [row.scores["toxic"] == 1 for row in found] == [label == "toxic" for label in fresh.values()]
 
 
 def test_an_empty_answer_is_not_toxic(site):

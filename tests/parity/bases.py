@@ -13,7 +13,7 @@ from strategies.state import read_index
 from tests.helpers.adapters import plain_adapter
 from tests.helpers.building import model_dir, pair_set, run_config, take_steps
 from tests.parity.base import Curve, Job, lone_steps, values_of
-from tests.parity.methods import STEPS, released_at_once
+from tests.parity.methods import FEWER, STEPS, released_at_once
 from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
@@ -81,7 +81,7 @@ def _lone(job: Job, case: str) -> tuple[dict[str, torch.Tensor], Curve, float]:
     def computed():
         trainer = job.lone_trainer(config)
         start = values_of(trainer)
-        curve = lone_steps(trainer, STEPS)
+        curve = lone_steps(trainer, FEWER)
         return start, curve, job.far(trainer, curve, config)
 
     return job.oracle(("base", case), computed, elsewhere=({}, [], 0.0))
@@ -99,7 +99,7 @@ def curve(job: Job, case: str, name: str) -> dict[str, Any]:
     with released_at_once():
         trainer = job.trainer(_config(job, model, tuning, STRATEGIES[name]))
         same = _same(job, trainer, _lone(job, case)[0])
-        return {"found": take_steps(trainer, STEPS), "same": same}
+        return {"found": take_steps(trainer, FEWER), "same": same}
 
 
 def _same(job: Job, trainer: Any, expected: dict[str, torch.Tensor]) -> bool:
@@ -118,14 +118,14 @@ def evaluated(job: Job, kind: str, name: str) -> dict[str, Any]:
         for evaluate in (False, True):
             trainer = job.trainer(_config(job, MODELS[kind], LORA, STRATEGIES[name]))
             rows = []
-            for _ in range(STEPS):
+            for _ in range(FEWER):
                 if evaluate:
                     _evaluation(job, trainer)
                 rows += take_steps(trainer, 1)
             curves.append(rows)
         still = AdamwConfig(lr=1e-30, weight_decay=0.0)
         trainer = job.trainer(_config(job, MODELS[kind], LORA, STRATEGIES[name], optim=still))
-        for _ in range(3):
+        for _ in range(2):
             losses.append(_evaluation(job, trainer))
             take_steps(trainer, 1)
         return {"without": curves[0], "with": curves[1], "still": losses}
@@ -163,12 +163,12 @@ def preference(job: Job, case: str, name: str) -> dict[str, Any]:
     with released_at_once():
         config = _config(job, PREFERENCE[case], FIRST, STRATEGIES[name], objective=DpoConfig(beta=0.5))
         expected, far = job.oracle(
-            ("preference", case), lambda: job.lone_and_far(config, STEPS, data), elsewhere=([], 0.0)
+            ("preference", case), lambda: job.lone_and_far(config, FEWER, data), elsewhere=([], 0.0)
         )
-        return {"found": job.curve(config, STEPS, data), "expected": expected, "learned": far}
+        return {"found": job.curve(config, FEWER, data), "expected": expected, "learned": far}
 
 
 def half(job: Job, name: str) -> Curve:
     """bf16 under the strategies that convert parameters."""
     with released_at_once():
-        return job.curve(_config(job, QUANTISED, LORA, STRATEGIES[name], precision=Precision.bf16), STEPS)
+        return job.curve(_config(job, QUANTISED, LORA, STRATEGIES[name], precision=Precision.bf16), FEWER)

@@ -19,7 +19,7 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config
 from strategies.runtime import dist_sum, gather_objects
 from tests.helpers.building import model_dir, run_config
 from tests.parity.base import Job
-from tests.parity.methods import STEPS, released_at_once
+from tests.parity.methods import FEWER, STEPS, released_at_once
 from tests.parity.plan import SHARDING
 from trainer.config.run import RunConfig
 from trainer.loop import Trainer
@@ -129,7 +129,7 @@ def _reading() -> Iterator[list[int]]:
 def _steps(trainer: Trainer, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """Loss, grad norm and the routers' losses of every step, and the tokens by expert that the run itself counts in it."""
     rows, counted = [], []
-    for batch in trainer.loader.steps(trainer.progress.samples, STEPS):
+    for batch in trainer.loader.steps(trainer.progress.samples, FEWER):
         record = trainer.train_step(batch)
         sums = {name: float(total(value.double())) for name, value in sorted(record.local_sums.items())}
         rows.append([sums["loss"] / record.counts["loss"], float(record.result.grad_norm)])

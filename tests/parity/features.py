@@ -258,11 +258,11 @@ def half(job: Job, strategy: str, tuning: str, precision: str) -> dict:
 
 
 def resume(job: Job, strategy: str, tuning: str) -> dict:
-    """Three steps after a saved state, by the run that saved it and by a fresh one; also across strategies."""
-    config = plain(job, strategy, tuning.removeprefix("rank-1 "), micro=2, steps=6)
+    """Two steps after a saved state, by the run that saved it and by a fresh one; also across strategies."""
+    config = plain(job, strategy, tuning.removeprefix("rank-1 "), steps=4)
     if tuning == "rank-1 lora":  # matrices of one row: a shard of them is all or nothing
         config = replace(config, tuning=LoraConfig(rank=1))
-    return job.resumed(config, STRATEGIES[ELSEWHERE[strategy]], before=3, steps=3, look=True)
+    return job.resumed(config, STRATEGIES[ELSEWHERE[strategy]], before=2, steps=2, look=True)
 
 
 def gathered(job: Job, strategy: str, tuning: str) -> dict[str, float]:

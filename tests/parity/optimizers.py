@@ -75,10 +75,10 @@ def curve(job: Job, name: str, strategy: str, tuning: str) -> Curve:
 
 
 def resuming(job: Job, name: str, strategy: str) -> dict:
-    """Three steps after a saved state: by the run that saved it, by a fresh one, and under another strategy."""
-    config = _config(job, strategy, "full", name, micro=2, steps=6)
+    """Two steps after a saved state: by the run that saved it, by a fresh one, and under another strategy."""
+    config = _config(job, strategy, "full", name, steps=4)
     other = "ddp" if strategy != "ddp" else runs(config.optim)[-1]
-    return job.resumed(config, STRATEGIES[other], before=3, steps=3, look=True)
+    return job.resumed(config, STRATEGIES[other], before=2, steps=2, look=True)
 
 
 def averaging(job: Job, strategy: str) -> dict[str, list[float]]:

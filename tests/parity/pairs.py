@@ -5,6 +5,7 @@ from dataclasses import replace
 from strategies.base import ActivationCheckpointing, Fsdp2Config
 from tests.helpers.building import STRATEGIES, model_dir, pair_set, run_config
 from tests.parity.base import Curve, Job
+from tests.parity.methods import FEWER
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss, SimpoConfig
 from trainer.objectives.reward import RewardConfig
 
@@ -54,7 +55,7 @@ def compare(job: Job, name: str) -> dict[str, Curve]:
 def curve(job: Job, config, data) -> Curve:
     """Loss, gradient norm and margin of each step. All ranks must call."""
     trainer = job.trainer(config, data)
-    for batch in trainer.loader.steps(0, STEPS):
+    for batch in trainer.loader.steps(0, FEWER):
         trainer.meter.add(trainer.train_step(batch))
     return [[row["loss"], row["grad_norm"], row["margin"]] for row in trainer.meter.flush()]
 
@@ -63,7 +64,7 @@ def alone_curve(job: Job, config, data) -> Curve:
     """The same in this process alone, without any communication."""
     trainer = job.lone_trainer(config, data)
     rows = []
-    for batch in trainer.loader.steps(0, STEPS):
+    for batch in trainer.loader.steps(0, FEWER):
         record = trainer.train_step(batch)
         sums, count = record.local_sums, record.counts["loss"]
         rows.append([float(sums["loss"]) / count, float(record.result.grad_norm), float(sums["margin"]) / count])

@@ -14,6 +14,8 @@ from tests.helpers.building import (
     run_config,
 )
 from tests.parity.base import Curve, Job
+from trainer.config.run import RunConfig
+from trainer.data.prepare import Prepared
 from trainer.heads.divergence import Divergence
 from trainer.loop import Trainer
 from trainer.objectives.base import TeacherConfig
@@ -68,6 +70,18 @@ NAMES = [" ".join(case) for case in CASES]
 
 def compare(job: Job, name: str) -> dict[str, Curve]:
     """The curve of all ranks, and that of `single`, which takes each step in one micro-batch."""
+    config, data = _asked(job, name)
+    return {"found": curve(job.trainer(config, data), job.runtime.world_size), "expected": lone(job, name)}
+
+
+def lone(job: Job, name: str) -> Curve:
+    """The curve of `single` alone."""
+    config, data = _asked(job, name)
+    key = "teachers", *CASES[NAMES.index(name)][:3]
+    return job.oracle(key, lambda: curve(job.lone_trainer(config, data), 1), elsewhere=[])
+
+
+def _asked(job: Job, name: str) -> tuple[RunConfig, Prepared]:
     objective, tuning, architecture, strategy = CASES[NAMES.index(name)]
 
     def made():
@@ -88,9 +102,7 @@ def compare(job: Job, name: str) -> dict[str, Curve]:
         objective=objective_of(objective, job.root),
     )
     config.tuning = LOCAL_TUNINGS.get(tuning, config.tuning)
-    key = "teachers", objective, tuning, architecture
-    expected = job.oracle(key, lambda: curve(job.lone_trainer(config, data), 1), elsewhere=[])
-    return {"found": curve(job.trainer(config, data), job.runtime.world_size), "expected": expected}
+    return config, data
 
 
 def curve(trainer: Trainer, world: int) -> Curve:

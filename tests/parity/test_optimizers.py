@@ -23,13 +23,18 @@ def assert_close(found, expected):
         assert norm == pytest.approx(right_norm, rel=TOLERANCE)
 
 
-def each(case):
-    """Each optimizer and each strategy with both tunings; each optimizer under each strategy is in test_methods.py."""
-    name, strategy, tuning = case
-    return {(name, tuning), (strategy, tuning)}
+def kind(case):
+    """Each optimizer, and each kind of engine; each optimizer under each engine is in test_methods.py too."""
+    name, strategy, *_ = case
+    return {name, ("engine", strategy.startswith("zero"), strategy in ("fsdp2", "hsdp", "zero3"))}
 
 
-@pytest.mark.parametrize(("name", "strategy", "tuning"), chosen(TUNED, each))
+def dear(case):
+    """The states of DeepSpeed's stages take longest."""
+    return case[1].startswith("zero")
+
+
+@pytest.mark.parametrize(("name", "strategy", "tuning"), chosen(TUNED, lambda case: {*kind(case), case[2]}, dear))
 def test_strategy_equals_single(ask, name, strategy, tuning):
     needs(name)
     found = ask("optimizers", "curve", name, strategy, tuning)
@@ -49,7 +54,7 @@ def test_the_oracles_differ_and_are_clipped(ask, tuning):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    chosen([(name, strategy) for name, optim in GROUPED.items() for strategy in runs(optim)], values),
+    chosen([(name, strategy) for name, optim in GROUPED.items() for strategy in runs(optim)], kind, dear),
 )
 def test_groups_have_their_own_rates_under_every_strategy(ask, name, strategy):
     expected = ask("optimizers", "lone", name, "full")
@@ -58,7 +63,7 @@ def test_groups_have_their_own_rates_under_every_strategy(ask, name, strategy):
     assert abs(expected[-1][0] / plain[-1][0] - 1) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "strategy"), chosen(CASES, values))
+@pytest.mark.parametrize(("name", "strategy"), chosen(CASES, values, dear))
 def test_resuming_is_bit_equal_and_crosses_where_both_run(ask, name, strategy):
     needs(name)
     found = ask("optimizers", "resuming", name, strategy)

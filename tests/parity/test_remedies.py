@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.building import STRATEGIES
 from tests.helpers.covering import chosen, values
-from tests.parity.test_features import assert_close
+from tests.parity.test_features import assert_close, kinds
 
 MANY = [name for name in STRATEGIES if name != "single"]
 
@@ -15,7 +15,9 @@ def product(*axes):
     return list(itertools.product(*axes))
 
 
-@pytest.mark.parametrize(("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), values))
+@pytest.mark.parametrize(
+    ("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), lambda case: {case[1], *kinds(case)})
+)
 def test_the_average_is_that_of_one_process_and_training_does_not_see_it(ask, strategy, tuning):
     found = ask("remedies", "average", strategy, tuning)
     assert max(found["apart"]) < 1e-6 < 1e-4 < found["moved"]

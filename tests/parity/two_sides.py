@@ -10,6 +10,7 @@ from tests.helpers import writing
 from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, take_steps, two_sided_set
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity.base import Job
+from tests.parity.methods import FEWER
 from trainer.build import build_engine
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare
@@ -53,8 +54,8 @@ def compare(job: Job, name: str) -> dict[str, Any]:
     architecture, tuning, strategy = CASES[name]
     config, data = config_of(job, architecture, tuning, strategy)
     key = architecture, tuning
-    expected, far = job.oracle(("two sides", *key), lambda: job.lone_and_far(config, STEPS, data), elsewhere=([], 0.0))
-    return {"found": job.curve(config, STEPS, data), "expected": expected, "learned": far}
+    expected, far = job.oracle(("two sides", *key), lambda: job.lone_and_far(config, FEWER, data), elsewhere=([], 0.0))
+    return {"found": job.curve(config, FEWER, data), "expected": expected, "learned": far}
 
 
 def config_of(job: Job, architecture: str, tuning: str, strategy: StrategyConfig) -> tuple[RunConfig, Prepared]:
@@ -130,8 +131,8 @@ WRITING = [
     for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
     for how in ("gathered", "by block")
 ]
-GREEDY = WritingConfig(max_new_tokens=12)
-DRAWN = WritingConfig(max_new_tokens=6, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
+GREEDY = WritingConfig(max_new_tokens=6)
+DRAWN = WritingConfig(max_new_tokens=4, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
 
 
 def write(job: Job, case: str) -> dict[str, Any]:

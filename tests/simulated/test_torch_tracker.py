@@ -5,6 +5,7 @@ import torch
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from tests.helpers.building import model_dir
+from tests.helpers.covering import EVERYTHING
 from tests.simulated.cases import Case, simulated
 from trainer.guards.config import GuardsConfig
 from trainer.guards.watch import WATCHED
@@ -38,7 +39,9 @@ class Followed(simulate.Watched):
         super().at(phase, place)
 
 
-@pytest.mark.parametrize(("tuning", "checkpointing"), [("full", "none"), ("full", "full"), ("lora", "selective")])
+@pytest.mark.parametrize(
+    ("tuning", "checkpointing"), [("full", "full"), ("lora", "selective"), *([("full", "none")] if EVERYTHING else [])]
+)
 def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpointing):
     """Both watch the same step of one rank of 8, to the byte: torch's does not round what lies on a CPU."""
     monkeypatch.setattr(live, "GRAIN", 1)
