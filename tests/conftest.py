@@ -4,6 +4,7 @@ The summary says which part of the matrices was run, by which seed, and how slow
 With `-n auto` several workers share the tests: `tests/helpers/parallel.py`.
 """
 
+import hashlib
 import os
 import pickle
 import signal
@@ -112,18 +113,35 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def composed_once():
-    """Hydra takes most of the time of composing, and gives the same for the same choices as long as no file changed."""
+def no_wait_for_the_disk():
+    """No test cuts the power: a run syncs thirty files, a sixth of its time. That it does has tests with disks of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once(tmp_path_factory):
+    """Hydra takes most of the time of composing, and gives the same for the same choices as long as no file changed.
+
+    What one worker has composed the others read.
+    """
     from launch import compose
 
-    composed, original = {}, compose._base
+    original, base_of_worker = compose._base, tmp_path_factory.getbasetemp()
+    place = (base_of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else base_of_worker) / "composed"
+    place.mkdir(exist_ok=True)
 
     def base(choices):
-        files = {(path, path.stat().st_mtime_ns) for path in compose.CONF_DIR.rglob("*.yaml")}
-        key = tuple(choices.items()), frozenset(files)
-        if key not in composed:
-            composed[key] = pickle.dumps(original(choices))
-        return pickle.loads(composed[key])
+        places = (compose.CONF_DIR, *compose.OWN_DIRECTORIES)
+        found = {path.resolve() for each in places for kind in ("*.yaml", "*/*.yaml") for path in each.glob(kind)}
+        files = sorted((str(path), path.stat().st_mtime_ns) for path in found)
+        path = place / hashlib.sha256(repr((tuple(choices.items()), files)).encode()).hexdigest()
+        if not path.exists():
+            aside = path.with_suffix(f".{os.getpid()}")
+            aside.write_bytes(pickle.dumps(original(choices)))
+            aside.replace(path)
+        return pickle.loads(path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compose, "_base", base)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -74,12 +74,15 @@ class Runs:
         given = [f"{key}={value}" for key, value in settings.items() if key not in typed]
         return [sys.executable, "-m", "launch.main", verb, *given, *words]
 
-    def start(self, run: str, *words: str, paced: bool = True, own: bool = False, **extra: str) -> Process:
+    def start(
+        self, run: str, *words: str, paced: bool = True, own: bool = False, ranks: bool = False, **extra: str
+    ) -> Process:
         """`shardtune train` in a session of its own, resting after each step unless not `paced`; what it says goes to files.
 
-        `own`: started as from a shell; else forked. What torchrun starts is started in any case.
+        `own`: started as from a shell; else forked. What torchrun starts is started, but for `ranks`, where nothing is asked of
+        torchrun.
         """
-        started = self._popen if own else self.forked
+        started = self._popen if own else partial(self.forked, ranks=ranks)
         return started(self.words(run, *words), run, {**(PACED if paced else {}), **extra})
 
     def start_ranks(self, run: str, *words: str) -> list[Forked]:
@@ -90,10 +93,10 @@ class Runs:
         command = [sys.executable, "-m", "launch.train", *self.words(run, *words)[4:]]
         return [self.forked(command, f"{run}.{rank}", {**job, "RANK": str(rank)}) for rank in range(2)]
 
-    def forked(self, command: list[str], name: str, extra: dict[str, str]) -> Forked:
-        """The command in a forked process; what it says goes to `<name>.out`."""
+    def forked(self, command: list[str], name: str, extra: dict[str, str], *, ranks: bool = False) -> Forked:
+        """The command in a forked process; what it says goes to `<name>.out`. `ranks`: those it starts are forked as well."""
         with (self.root / f"{name}.out").open("w") as out:
-            self.started.append(forked(command, environment(**extra), out.fileno()))
+            self.started.append(forked(command, environment(**extra), out.fileno(), ranks=ranks))
         return self.started[-1]
 
     def _popen(self, command: list[str], name: str, extra: dict[str, str]) -> subprocess.Popen:
@@ -207,6 +210,12 @@ def rank_of(launcher: int, rank: int) -> psutil.Process | None:
         if environ.get("RANK") == str(rank) and process.ppid() != launcher:
             return process
     return None
+
+
+def forked_rank_of(launcher: int, rank: int) -> psutil.Process:
+    """The same where ranks are forked: children of the one child of the launcher, in the order of their ranks."""
+    [nursery] = psutil.Process(launcher).children()
+    return sorted(nursery.children(), key=lambda process: process.pid)[rank]
 
 
 def flood(process: Process, number: int, every_s: float = 0.02) -> int:

@@ -13,6 +13,7 @@ from launch import torchrun
 from strategies import runtime
 from strategies.heartbeat import Seen, Silent
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
+from tests.helpers.covering import whole
 from trainer.lifecycle.attempt import first_sentence
 from trainer.records.status import read_failure, read_status, record_failure
 
@@ -66,6 +67,7 @@ def group():
     pytest.skip("this process may not make a control group with a limit of memory")
 
 
+@whole("how it is seen is shown below, and what a job does then in tests/slurm/test_job.py")
 def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, group):
     tools = runs.root / "slurm-tools"
     tools.mkdir()

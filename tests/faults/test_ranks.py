@@ -16,7 +16,7 @@ from launch import torchrun
 from strategies import durable, flight, heartbeat
 from strategies.flight import Exchange
 from strategies.heartbeat import LAST_WORDS, Heartbeats, last_words
-from tests.faults.runs import ROOT, environment, rank_of, read, wait
+from tests.faults.runs import ROOT, environment, forked_rank_of, rank_of, read, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from trainer.records.status import record_failure
@@ -24,15 +24,16 @@ from trainer.records.status import record_failure
 
 def two() -> tuple[str, ...]:
     """Words for two ranks that miss each other soon, but not while one of them is still starting on a busy machine."""
-    return "strategy=ddp", "launcher.processes=2", f"run.timeout_s={round(seconds(7.5))}"
+    return "strategy=ddp", "launcher.processes=2", "tuning=full", f"run.timeout_s={round(seconds(7.5))}"
 
 
 def test_a_killed_and_a_stopped_rank_are_named(runs):
-    started = {name: runs.start(name, *two()) for name in ("killed", "stopped")}
+    # That one was killed is told by torchrun; that one stopped, by its peer.
+    started = {name: runs.start(name, *two(), ranks=name == "stopped") for name in ("killed", "stopped")}
     for name, process in started.items():
         runs.wait_for_step(name, 2, process)
-    time.sleep(seconds(3))  # a sign of life comes each second, and later on a busy machine
-    ranks = {name: rank_of(process.pid, 1) for name, process in started.items()}
+    time.sleep(seconds(1.5))  # a sign of life comes each second, and later on a busy machine
+    ranks = {"killed": rank_of(started["killed"].pid, 1), "stopped": forked_rank_of(started["stopped"].pid, 1)}
     ranks["killed"].send_signal(signal.SIGKILL)
     ranks["stopped"].send_signal(signal.SIGSTOP)
     for name, said in (("killed", "was killed by SIGKILL"), ("stopped", "stopped")):

@@ -12,7 +12,12 @@ STEPS = 30
 
 
 def test_a_run_goes_on_by_itself_after_usr2_and_after_a_killed_rank(runs):
-    words = ["launcher.retry={preempted: 1, node_fail: 1}", f"budget.steps={STEPS}", "checkpoint.every_steps=20"]
+    words = [
+        "tuning=full",
+        "launcher.retry={preempted: 1, node_fail: 1}",
+        f"budget.steps={STEPS}",
+        "checkpoint.every_steps=20",
+    ]
     process = runs.start("again", *words)
     runs.wait_for_step("again", 5, process)
     first = rank_of(process.pid, 0).pid

@@ -10,21 +10,22 @@ import pytest
 import torch.distributed as dist
 
 from strategies.meeting import Meeting
-from tests.faults.runs import ROOT, environment, flood, rank_of, wait
+from tests.faults.runs import ROOT, environment, flood, forked_rank_of, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 
 
 def test_one_process_saves_at_every_signal(runs):
-    # One whose libraries start their threads when they are loaded, as of a user.
-    flooded = runs.start("flooded", "run.threads=0", paced=False, own=True)
-    interrupted, suspended = (runs.start(name, "run.threads=0") for name in ("interrupted", "suspended"))
-    for name, process in (("flooded", flooded), ("interrupted", interrupted), ("suspended", suspended)):
+    # One whose libraries start their threads when they are loaded, as of a user; the others train when it has ended.
+    flooded = runs.start("flooded", "run.threads=0", "tuning=full", paced=False, own=True)
+    runs.wait_for_step("flooded", 3, flooded)
+    codes = {"flooded": flood(flooded, signal.SIGTERM)}
+    interrupted, suspended = (runs.start(name) for name in ("interrupted", "suspended"))
+    for name, process in (("interrupted", interrupted), ("suspended", suspended)):
         runs.wait_for_step(name, 3, process)
     interrupted.send_signal(signal.SIGINT)
     # As `scontrol suspend` and resume do; longer than what waits for signals may look away.
     suspended.send_signal(signal.SIGSTOP)
-    codes = {"flooded": flood(flooded, signal.SIGTERM)}
     time.sleep(1)
     suspended.send_signal(signal.SIGCONT)
     time.sleep(0.2)
@@ -95,10 +96,10 @@ def test_what_waits_for_signals_cannot_be_lost_and_a_second_ctrl_c_ends_at_once(
 
 def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
     with runs.data_held() as word:
-        process = runs.start("early", word, "strategy=ddp", "launcher.processes=2")
+        process = runs.start("early", word, "strategy=ddp", "launcher.processes=2", ranks=True)
         wait(lambda: runs.said("early").count("waiting for another process") == 2, "both ranks wait", process)
         begun = time.monotonic()
-        rank_of(process.pid, 1).send_signal(signal.SIGUSR2)
+        forked_rank_of(process.pid, 1).send_signal(signal.SIGUSR2)
         assert runs.end(process) == 75
     assert time.monotonic() - begun < seconds(30)  # not the 600 of run.timeout_s
     assert runs.status("early")["state"] == "preempted"

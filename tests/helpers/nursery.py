@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,23 +44,47 @@ def main(descriptor: int, *also: str) -> None:
     for name in (*IMPORTED, *also):
         importlib.import_module(name)
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]  # as in the process of the tests
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=descriptor) as asked:
-        while True:
-            while not select.select([asked], [], [], 1.0)[0]:
-                _bury()
-            request, given, _, _ = socket.recv_fds(asked, 1 << 20, 16)
-            if not request:
-                return
-            job = json.loads(request)
-            if "world" in job:
-                asked.send(str(_ranks(job, given)).encode())
-            elif os.fork() == 0:
-                asked.close()
-                _beside(job, *given)
-            for descriptor in given:
-                os.close(descriptor)
+        _serve(asked)
+
+
+def _serve(asked: socket.socket) -> None:
+    while True:
+        while not select.select([asked], [], [], 1.0)[0]:
+            _bury()
+        request, given, _, _ = socket.recv_fds(asked, 1 << 20, 16)
+        if not request:
+            return
+        job = json.loads(request)
+        if "world" in job:
+            asked.send(str(_ranks(job, given)).encode())
+        elif os.fork() == 0:
+            asked.close()
+            _beside(job, *given)
+        for descriptor in given:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _ranks_forked() -> Iterator[None]:
+    """Have the ranks of what this process is to run forked by a child of it, which imports nothing either."""
+    from tests.helpers import warm
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if (pid := os.fork()) == 0:
+        try:
+            os.setsid()  # a terminal's Ctrl-C is for the launcher
+            ours.close()
+            _serve(theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+    found = cache(lambda: warm.Nursery.of(ours, pid))
+    with mock.patch.object(warm, "nursery", found), mock.patch("launch.torchrun.start", warm.interrupted):
+        yield
 
 
 def _bury() -> None:
@@ -108,9 +134,7 @@ def _alone(job: dict[str, Any], *given: int) -> None:
         sys.argv = ["", *job["words"]]
         sys.modules.pop(job["module"], None)
         _customize()
-        from tests.helpers import warm
-
-        with mock.patch("launch.torchrun.start", warm.interrupted) if job["ranks"] else contextlib.nullcontext():
+        with _ranks_forked() if job["ranks"] else contextlib.nullcontext():
             runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:

@@ -34,9 +34,16 @@ class Nursery:
         command = [sys.executable, "-m", "tests.helpers.nursery", str(theirs.fileno()), *also]
         # A process with threads cannot be forked: neither of OpenBLAS, nor of the memory that Arrow gives back.
         env = clean_environment(OPENBLAS_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
-        self._process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
-        self._socket = ours
+        self._socket, self._pid, self._wait = ours, process.pid, process.wait
+
+    @classmethod
+    def of(cls, ours: socket.socket, pid: int) -> "Nursery":
+        """One that this process has forked: its child `pid`, asked through `ours`."""
+        made = cls.__new__(cls)
+        made._socket, made._pid, made._wait = ours, pid, lambda: os.waitpid(pid, 0)[1]
+        return made
 
     def run(self, world: int, env: dict[str, str], outputs: list[int], look: Any) -> int:
         """The first exit code of ranks 0 to `world - 1` that is not 0; `look` is called a few times a second."""
@@ -61,8 +68,8 @@ class Nursery:
         """End it with the ranks that it has forked."""
         self._socket.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            os.killpg(self._pid, signal.SIGKILL)
+        self._wait()
         nursery.cache_clear()
 
 

@@ -1,9 +1,7 @@
 """Mistakes that users make: each ends with one screen of message and its exit code, and leaves nothing half-done."""
 
 import json
-import resource
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +9,9 @@ import pytest
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
+from tests.helpers.warm import forked
 
 
 def bad_models(path):
@@ -125,27 +125,19 @@ def test_message_and_exit_code(root, capfd, name):
 
 
 def test_full_disk_at_checkpoint_time(tmp_path, root):
-    """No file may grow beyond 60 kB in this process: the state cannot be written, everything else can."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    run = tmp_path / "run"
+    """No file may grow beyond 60 kB in that process: the state cannot be written, everything else can."""
+    run, said = tmp_path / "run", tmp_path / "said"
     command = words(root, run__dir=run, budget__steps=6, checkpoint__every_steps=2)
-    script = (
-        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from launch.main import main\nsys.exit(main(sys.argv[1:]))"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *command],
-        env=clean_environment(),
-        cwd=ROOT,
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 74, done.stderr
-    assert "checkpoint" in done.stderr and "free space" in done.stderr
+    env = clean_environment(PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}")
+    with said.open("w") as out:
+        process = forked([sys.executable, "-m", "launch.main", *command], env, out.fileno())
+    assert process.wait(seconds(120)) == 74, said.read_text()
+    assert "checkpoint" in said.read_text() and "free space" in said.read_text()
     assert list((run / "checkpoints").iterdir()) == []
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     # With room again, the same command runs to the end.

@@ -12,7 +12,7 @@ import pytest
 from launch import pipeline_part
 from launch.main import main
 from tests.following.made import made, stand_in_for_squeue
-from tests.helpers.covering import EVERYTHING
+from tests.helpers.covering import whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import Cluster
@@ -178,8 +178,9 @@ def test_status_says_which_part_failed_and_what_became_of_the_rest(tmp_path, mon
 
 
 @pytest.mark.slurm
+@whole("what SLURM is asked and what becomes of parts that fail is shown above")
 def test_a_chain_on_a_real_slurm(cluster: Cluster, tmp_path: Path) -> None:
-    """A part that fails takes the rest out of the queue; with SHARDTUNE_TEST_ALL a chain that does not fail goes to its end."""
+    """A part that fails takes the rest out of the queue; a chain that does not fail goes to its end."""
     tiny_tokenizer().save_pretrained(tiny_model_dir(tmp_path / "model"))
     data = write_chat_data(tmp_path / "train.jsonl", 24)
     (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
@@ -208,7 +209,6 @@ def test_a_chain_on_a_real_slurm(cluster: Cluster, tmp_path: Path) -> None:
     found = chain(tmp_path / "bad.jsonl", tmp_path / "broken")
     assert [part["state"] for part in found] == ["failed", "cancelled", "cancelled", "cancelled"], found
     assert found[0]["says"] == "failed with exit code 65"
-    if EVERYTHING:
-        found = chain(data, tmp_path / "whole")
-        assert [part["state"] for part in found] == ["done"] * 4, found
-        assert (tmp_path / "whole/evaluation.json").exists() and (tmp_path / "whole/export/config.json").exists()
+    found = chain(data, tmp_path / "whole")
+    assert [part["state"] for part in found] == ["done"] * 4, found
+    assert (tmp_path / "whole/evaluation.json").exists() and (tmp_path / "whole/export/config.json").exists()

@@ -54,7 +54,7 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
 ) -> None:
     calm, torn, clone = tmp_path / "calm", tmp_path / "torn", tmp_path / "clone"
     for part in ("conf", "launch", "strategies", "trainer", "slurm"):
-        shutil.copytree(CLONE / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CLONE / part, clone / part)  # with what is compiled: eight processes would do so anew
     out, unasked = f"--output={tmp_path}/calm.out", "launcher.preflight=none"
     calm_id = cluster.sbatch(
         out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", unasked, cwd=clone, env=ENV

@@ -8,6 +8,7 @@ from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from tests.helpers.building import collate, samples
+from tests.helpers.covering import chosen, values
 from tests.helpers.exports import LABELS, export, logits_of, trained
 from tests.helpers.methods import ADDED
 from trainer.build import build_step
@@ -35,6 +36,11 @@ CAUSAL = [
     *((kind, name) for kind in ("mistral", "gemma", "gemma3_text", "phi3", "qwen3") for name in ("prompt", "prefix")),
     *(("falcon", name) for name in ("prompt", "bottleneck")),
     *(("qwen2", name) for name in ("prefix", "bottleneck pfeiffer")),
+]
+CONTINUED = [
+    (kind, name)
+    for kind in ("llama", "gpt2", "qwen3")
+    for name in ("prompt", "p_tuning mlp", "prefix", "prefix projection", "bottleneck")
 ]
 
 
@@ -64,7 +70,7 @@ def nll(model, sample):
     return losses[torch.from_numpy(sample.supervised[1:])].sum()
 
 
-@pytest.mark.parametrize(("architecture", "name"), CAUSAL)
+@pytest.mark.parametrize(("architecture", "name"), chosen(CAUSAL, values))
 def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(architecture, name, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime)
@@ -83,7 +89,7 @@ def test_a_batch_computes_what_plain_peft_computes_of_each_document_alone(archit
         assert_close(-sequence_logps(step.model, batch)[0], expected)
 
 
-@pytest.mark.parametrize(("architecture", "name"), CLASSIFIERS)
+@pytest.mark.parametrize(("architecture", "name"), chosen(CLASSIFIERS, values))
 def test_a_classifier_judges_each_document_as_plain_peft_does_alone(architecture, name, bases, runtime, tmp_path):
     base = bases(architecture)
     parts = trained(base, ADDED[name], runtime, objective=ClassificationConfig())
@@ -177,8 +183,7 @@ def greedy(model, ids, num):
     return ids
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
-@pytest.mark.parametrize("name", ["prompt", "p_tuning mlp", "prefix", "prefix projection", "bottleneck"])
+@pytest.mark.parametrize(("architecture", "name"), chosen(CONTINUED, values))
 def test_generation_continues_as_the_forward_pass_of_plain_peft_says(architecture, name, bases, runtime, tmp_path):
     """peft's own generation loses virtual tokens from the cache; `virtual.load` keeps them, as does the tuned model."""
     base = bases(architecture)
