@@ -57,10 +57,12 @@ def main(argv: list[str]) -> int:
     from launch.plan_job import job_of
     from trainer.forecast.plan import micro_batches, ways
     from trainer.forecast.sweep import sweep
+    from trainer.model.loading import load_model_config
 
     config, typed = composed(words, card)
     # What can be known to be wrong is said before data is prepared, which may take an hour.
     found, refused = ways(config, settings, typed, ranks_of(config))
+    load_model_config(config.model)
     measured = measured_by(froms, card, settings)
     job = job_of(config, measured.card)
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)

@@ -86,6 +86,10 @@ def _read(run_dir: Path) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
     """(configuration, `run.json`, what was measured) of a run on GPUs."""
     from launch.frozen import load_frozen
 
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(
+            f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
+        )
     config, path = load_frozen(run_dir / "config.yaml"), run_dir / "run.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,10 @@ import errno
 import json
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +230,24 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     (entry.parent / "go").touch()
     assert second.communicate(timeout=seconds(60))[0] == "False\n"
     assert first.communicate(timeout=seconds(60))[0] == "True\n"
+
+
+def test_rank_0_whose_progress_is_seen_goes_before_those_that_come_earlier(tmp_path):
+    entry, made = tmp_path / "cache" / "abc", []
+
+    def build(name, target):
+        made.append(name)
+        (target / "manifest.json").write_text("{}")
+
+    earlier = threading.Thread(
+        target=cache.build_once, args=(entry, partial(build, "another rank")), kwargs={"after_s": seconds(60)}
+    )
+    earlier.start()
+    time.sleep(0.2)
+    assert cache.build_once(entry, partial(build, "rank 0"))
+    earlier.join(seconds(30))
+    assert not earlier.is_alive() and made == ["rank 0"]
+    assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), after_s=0.1)
 
 
 def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):

@@ -108,9 +108,14 @@ def test_what_is_wrong_with_a_card_or_a_plan_is_said(capsys, monkeypatch, tmp_pa
     assert code == 64 and said in out
 
 
-def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model):
+def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model, tmp_path):
     assert command.main(["plan", "hardware=l4"]) == 64
     assert "model.path: not set" in capsys.readouterr().err
+    assert command.main(["plan", "hardware=l4", f"model.path={tmp_path}", "data.max_length=64"]) == 64
+    said = capsys.readouterr().err
+    assert said.count("holds no config.json") == 1 and "simulated" not in said, (
+        "said once, before anything is simulated"
+    )
     code, out = plan(capsys, model, "hardware=l4", *GPUS, "batch.global=16", "batch.micro=4", "strategy=ddp")
     assert code == 64 and "batch.micro=4 x 8 ranks = 32; set batch.global=32, or batch.micro=1 or 2" in out
 

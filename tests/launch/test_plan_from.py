@@ -113,7 +113,7 @@ def test_runs_that_tell_nothing_are_refused(capsys, tmp_path, words, measured, f
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("from=", "from=: names no run"), ("from=nowhere", "nowhere/config.yaml: cannot be read")]
+    ("word", "said"), [("from=", "from=: names no run"), ("from=nowhere", "from=nowhere: not a run directory")]
 )
 def test_words_that_name_no_run_are_refused(capsys, monkeypatch, tmp_path, words, word, said):
     monkeypatch.chdir(tmp_path)

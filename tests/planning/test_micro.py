@@ -23,6 +23,7 @@ from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import command_warm
+from trainer.comparison.profiled import profiled
 from trainer.config.run import MICRO, Device, LauncherConfig
 from trainer.forecast import micro as micro_module
 from trainer.forecast import simulation, tried
@@ -240,8 +241,13 @@ def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strat
 
     part = 8 if strategy == "single" else 4
     said = train("auto", "budget.steps=3", "batch.micro=auto")
-    told = [*words, f"run.dir={tmp_path / 'told'}", "budget.steps=3", f"batch.micro={part}"]
+    told = [*words, f"run.dir={tmp_path / 'told'}", "budget.steps=3", f"batch.micro={part}", "profile.steps=[2,3]"]
     assert command_warm(["train", *told]) == 0
+    traced = profiled(tmp_path / "told")  # each rank leaves a trace, of which one page tells; its steps are the same
+    ranks = [str(rank) for rank in range(1 if strategy == "single" else 2)]
+    assert traced.steps == (2, 3) and [row[0] for row in traced.ranks] == ranks
+    assert traced.operators and {each["rank"] for each in traced.memory} == {*ranks}
+    assert all((tmp_path / f"told/profile/rank-{rank}.json.gz").stat().st_size > 1000 for rank in ranks)
     rows = [rows_of(tmp_path / name) for name in ("auto", "told")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert f"substituted: batch.micro: auto -> {part} (planned " in said

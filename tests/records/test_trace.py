@@ -83,6 +83,22 @@ def test_a_rank_traces_its_steps_and_the_page_reads_what_it_left(tmp_path):
     assert profiled(tmp_path) == found
 
 
+def test_operators_are_of_all_ranks(tmp_path):
+    (tmp_path / "profile").mkdir()
+    for rank, own in enumerate(([("mm", 2.0, 1), ("add", 1.0, 4)], [("mm", 1.0, 1), ("cat", 4.0, 2)])):
+        operators = [{"name": name, "self_s": s, "calls": calls} for name, s, calls in own]
+        about = {"rank": rank, "steps": [1, 2], "of": "device", "window_s": 5.0, "memory": [], "operators": operators}
+        about |= {"communication_s": 1.0, "exposed_s": 0.5, "idle_s": 0.0}
+        (tmp_path / f"profile/rank-{rank}.summary.json").write_text(json.dumps(about))
+    found = profiled(tmp_path)
+    assert [row[0] for row in found.ranks] == ["0", "1"]
+    assert found.operators == [
+        ["cat", "4000.00", "50%", "2"],
+        ["mm", "3000.00", "38%", "2"],
+        ["add", "1000.00", "12%", "4"],
+    ]
+
+
 def test_the_last_step_may_be_the_runs_last(tmp_path):
     runtime = SimpleNamespace(rank=0, device=torch.device("cpu"))
     with Profiler(ProfileConfig(steps=[1, 1]), tmp_path, runtime, lambda step: None, lambda text: None) as profiler:

@@ -79,7 +79,7 @@ def profile_of(point: Point) -> dict[str, Any] | None:
 
     if (found := profiled(point.directory)) is None:
         return None
-    made = [("", RANKS, found.ranks), ("Operators of the first rank", OPERATORS, found.operators)]
+    made = [("", RANKS, found.ranks), ("Operators, all ranks together", OPERATORS, found.operators)]
     cells = [
         (title, headings, [[(shown, sort_value(shown)) for shown in row] for row in rows])
         for title, headings, rows in made

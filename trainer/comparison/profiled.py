@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Profiled:
     ranks: list[list[str]]
     """A row a rank, as `RANKS` names its cells."""
     operators: list[list[str]]
-    """Of the first rank, as `OPERATORS` does."""
+    """Of all ranks together, as `OPERATORS` does; a rank tells those that took longest on it."""
     memory: list[dict[str, Any]]
     """Points of the memory's course: rank, ms, GiB."""
     traces: str
@@ -38,14 +39,18 @@ def profiled(directory: Path) -> Profiled | None:
     if not found:
         return None
     first, last = found[0]["steps"]
-    whole = sum(each["self_s"] for each in found[0]["operators"]) or 1.0
+    seconds, calls = Counter[str](), Counter[str]()
+    for each in (operator for rank in found for operator in rank["operators"]):
+        seconds[each["name"]] += each["self_s"]
+        calls[each["name"]] += each["calls"]
+    whole = seconds.total() or 1.0
     return Profiled(
         steps=(first, last),
         of=found[0]["of"],
         ranks=[_rank(each) for each in found],
         operators=[
-            [each["name"], f"{1e3 * each['self_s']:.2f}", f"{each['self_s'] / whole:.0%}", str(each["calls"])]
-            for each in found[0]["operators"][:TOP]
+            [name, f"{1e3 * took:.2f}", f"{took / whole:.0%}", str(calls[name])]
+            for name, took in seconds.most_common(TOP)
         ],
         memory=[
             {"rank": str(each["rank"]), "ms": 1e3 * point["s"], "GiB": point["gib"]}

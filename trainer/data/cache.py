@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -87,18 +87,20 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def build_once(directory: Path, build: Callable[[Path], None], *, stop: Callable[[], None] = lambda: None) -> bool:
+def build_once(
+    directory: Path, build: Callable[[Path], None], *, stop: Callable[[], None] = lambda: None, after_s: float = 0
+) -> bool:
     """Make `directory` by `build(temporary directory)` unless it is there; True if this process made it.
 
     One process builds, others wait for it. The result appears under its name by one rename; whatever a dead or failed
-    builder left is removed. `stop` is called while waiting, and may raise. Raises StorageError where the cache cannot
-    be written or locked.
+    builder left is removed. `stop` is called while waiting, and may raise. Another that comes within `after_s` seconds
+    goes first. Raises StorageError where the cache cannot be written or locked.
     """
     if (directory / DONE).exists():
         return False
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory.parent / f".{directory.name}.lock", directory, stop):
+        with _lock(directory.parent / f".{directory.name}.lock", directory, stop, after_s):
             if (directory / DONE).exists():
                 return False
             shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
@@ -148,10 +150,13 @@ def _remedy(directory: Path) -> str:
 
 
 @contextmanager
-def _lock(path: Path, directory: Path, stop: Callable[[], None]) -> Iterator[None]:
+def _lock(path: Path, directory: Path, stop: Callable[[], None], after_s: float) -> Iterator[None]:
     """An exclusive lock between processes; the kernel releases it when its holder dies."""
     with path.open("a") as file:
         began, told = time.monotonic(), False
+        while time.monotonic() - began < after_s and not (directory / DONE).exists() and not _held(file):
+            stop()
+            time.sleep(0.05)
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,6 +167,16 @@ def _lock(path: Path, directory: Path, stop: Callable[[], None]) -> Iterator[Non
             stop()
             time.sleep(0.05)
         yield
+
+
+def _held(file: IO[str]) -> bool:
+    """Whether another process has the lock; one that asks at this moment asks again."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
 
 
 COMPLETE = "complete"

@@ -62,7 +62,8 @@ def sweep(
             simulated[index] = form
             made[index] = choices(way, form, job, micros, settings.theirs)
     if not made:
-        raise ConfigError([f"{' '.join(way.words)}: {why}" for way, why in refused])
+        alike = len({why for _, why in refused}) == 1
+        raise ConfigError([refused[0][1]] if alike else [f"{' '.join(way.words)}: {why}" for way, why in refused])
     best = sorted(made, key=lambda index: _order(made[index][0]))
     every = [choice for all_of in made.values() for choice in all_of]
     return Answer(job, [made[index][0] for index in best], sorted(every, key=_order), refused, simulated[best[0]])
