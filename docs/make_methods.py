@@ -55,8 +55,8 @@ In a mixture of experts `tuning=lora` adapts linear layers; `tuning.experts=true
 A cell says *tested* (a tiny run takes the same steps as `single`; in bf16 within 1e-2), *refused* (when the run is composed,
 before any process starts, with the reason below and the nearest legal choice), or *GPU only*. `make test` runs a covering
 choice: each method meets `fsdp2` or `zero3`, a strategy that keeps parameters whole, recomputed blocks and another layout of
-rows; each feature and each optimizer meets each strategy under some method (`torch.compile` only one); `make test-all` runs each
-method under each strategy with each feature and with each optimizer.
+rows; each feature meets each strategy under some method (`torch.compile` only one), each optimizer the engines of torch and of
+DeepSpeed; `make test-all` runs each method under each strategy with each feature and with each optimizer.
 `torch.compile` is tested as far as its graphs: they are traced and differentiated as ever, and then run without generated code.
 """
 SETTINGS: dict[str, tuple[TuningConfig, str]] = {

@@ -126,9 +126,8 @@ def marks(run: Run) -> set[Hashable]:
     """What one run proves, for the covering choice."""
     if run.feature == "compile":
         return {("compile", run.case)}
-    # bf16 and quantised bases meet every strategy plainly in test_features.py and test_bases.py.
-    kind = (run.strategy in GATHERING) if run.feature in APART else run.strategy
-    found: set[Hashable] = {("strategy", kind, run.feature), ("optim", engine_of(run), run.optim), ("case", run.case)}
+    found: set[Hashable] = {("strategy", run.strategy, run.feature), ("case", run.case)}
+    found |= {("optim", engine_of(run), run.optim)}
     if run.strategy in ("fsdp2", "zero3"):
         found |= {("sharded", run.case)}
     if run.case in main_cases().values():
