@@ -296,14 +296,14 @@ def test_rows_of_tasks_are_tables_where_that_is_asked_for(site):
     assert [row[1] for row in worst["data"]] == sorted(row[1] for row in worst["data"])
 
     shutil.copytree(
-        site / "tables", site / "stopped", ignore=shutil.ignore_patterns("wandb", "step-000025", "status.json")
+        site / "tables", site / "tables-stopped", ignore=shutil.ignore_patterns("wandb", "step-000025", "status.json")
     )
-    assert command_here(["train", *words(site, "stopped", *shared)]) == 0
-    assert shown_tables(part_of(site / "stopped"))["eval/facts/changed_rows"] == changed, (
+    assert command_here(["train", *words(site, "tables-stopped", *shared)]) == 0
+    assert shown_tables(part_of(site / "tables-stopped"))["eval/facts/changed_rows"] == changed, (
         "after a stop since the first one"
     )
 
-    kept = [(site / run / "first-rows.json").stat().st_mtime_ns for run in ("tables", "stopped")]
+    kept = [(site / run / "first-rows.json").stat().st_mtime_ns for run in ("tables", "tables-stopped")]
     assert kept[0] == kept[1], "it went on from step 15"
 
     told = ["evaluate", str(site / "tables"), "against=base", f"to={site}/judged", "evaluation.resamples=50"]
