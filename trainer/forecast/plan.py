@@ -259,18 +259,23 @@ def deferred(form: Form, waiting: int) -> Form:
     kept = {key: found for key, found in form.exchanged.items() if key[4] != "each" or "reduce" not in key[0]}
     large = form.moments[1]
 
-    def later(moment: Moment, highest: Highest) -> Highest:
+    def released(moment: Moment) -> int:
+        """Of what is in buffers, that of a reduction."""
         first = large.get(replace(moment, micro=0), large[moment])  # where only what is gathered is in buffers
         over = large[moment].kinds.get(Kind.communication, 0) - first.kinds.get(Kind.communication, 0)
-        over = over if moment.phase == "forward" else 0
+        return over if moment.phase == "forward" else 0
+
+    def later(moment: Moment, highest: Highest) -> Highest:
         kinds = highest.kinds
         if kinds:
             kinds = kinds | {Kind.gradients: kinds.get(Kind.gradients, 0) + waiting}
-            kinds[Kind.communication] = kinds.get(Kind.communication, 0) - over
-        return Highest(highest.total + waiting - over, highest.operation, kinds)
+            kinds[Kind.communication] = kinds.get(Kind.communication, 0) - released(moment)
+        return Highest(highest.total + more[moment], highest.operation, kinds)
 
+    more = {moment: waiting - released(moment) for moment in large}
     small, large_later = ({m: later(m, h) for m, h in of.items()} for of in form.moments)
-    return replace(form, exchanged=kept, moments=(small, large_later))
+    bends = {m: [(one + more[m], two + more[m]) for one, two in of] for m, of in form.bends.items()}
+    return replace(form, exchanged=kept, moments=(small, large_later), bends=bends)
 
 
 def _load(form: Form, job: Job, micro: int, accumulation: int) -> Load:

@@ -59,7 +59,14 @@ def moments_at(
     """The moments of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
     line, fewer = line_of(depths, blocks), from_ends(low, depths[0], ends)
     return {
-        moment: Highest(line(fewer[moment].total, highest.total), 0, lines(fewer[moment].kinds, highest.kinds, line))
+        moment: Highest(
+            line(fewer[moment].total, highest.total),
+            0,
+            lines(fewer[moment].kinds, highest.kinds, line),
+            [*map(line, fewer[moment].course, highest.course)]
+            if len(fewer[moment].course) == len(highest.course)
+            else [],
+        )
         for moment, highest in from_ends(high, depths[1], ends).items()
     }
 

@@ -59,6 +59,8 @@ class Form:
     sizes: tuple[Size, Size]
     moments: tuple[dict[Moment, Highest], dict[Moment, Highest]]
     """At either size, in the whole model."""
+    bends: dict[Moment, list[tuple[int, int]]]
+    """Of a moment, bytes at either size after each operation that may be its highest in larger micro-batches."""
     resting: dict[Kind, int]
     """Bytes between steps."""
     flops: tuple[float, float]
@@ -89,7 +91,10 @@ class Form:
     def at(self, units: float) -> Taken:
         """The peak of micro-batches of so many units."""
         small, large = self.moments
-        totals = {moment: self._on_line(small[moment].total, h.total, units) for moment, h in large.items()}
+        totals = {
+            moment: max(self._on_line(*one, units) for one in ((small[moment].total, h.total), *self.bends[moment]))
+            for moment, h in large.items()
+        }
         peak = max(totals, key=lambda moment: totals[moment])
         total = totals[peak]
         kinds = dict(large[peak].kinds)
@@ -104,12 +109,13 @@ class Form:
         """The largest units whose peak holds in `limit` bytes; 0 where even none does."""
         fits = float("inf")
         for moment, high in self.moments[1].items():
-            first, second = self._on_line(self.moments[0][moment].total, high.total, 0), high.total
-            slope = (second - first) / self.sizes[1].units
-            if first > limit:
+            if self._on_line(self.moments[0][moment].total, high.total, 0) > limit:
                 return 0.0
-            if slope > 0:
-                fits = min(fits, (limit - first) / slope)
+            for one in ((self.moments[0][moment].total, high.total), *self.bends[moment]):
+                first = self._on_line(*one, 0)
+                slope = (one[1] - first) / self.sizes[1].units
+                if slope > 0:
+                    fits = min(fits, (limit - first) / slope)
         return fits
 
     def work(self, units: float, squares: float) -> tuple[float, float, float]:
@@ -205,6 +211,7 @@ def form_of(
         rows=rows,
         sizes=(sizes[0], sizes[1]),
         moments=(moments[0], moments[1]),
+        bends={moment: bends(moments[0][moment], highest) for moment, highest in moments[1].items()},
         resting=lines(low[1].resting, high[1].resting, line),
         flops=deep(lambda one: one.flops / accumulation),
         moved=deep(lambda one: sum(n for phase, n in one.moved.items() if phase != "update") / accumulation),
@@ -213,6 +220,20 @@ def form_of(
         exchanged={key: (calls[key], size.get(key, 0)) for key in calls},
         host=line(low[1].host, high[1].host),
     )
+
+
+def bends(small: Highest, large: Highest) -> list[tuple[int, int]]:
+    """Bytes at two sizes after each operation that may be a moment's highest at a larger one: those that none other exceeds
+    both there and in how it grows. The highest of a moment is another operation's in large micro-batches (what a block keeps for
+    its backward pass grows, the gradients of its weights do not). None where the sizes do not have the same operations.
+    """
+    found: list[tuple[int, int]] = []
+    if len(small.course) == len(large.course):
+        for first, second in sorted({*zip(small.course, large.course, strict=True)}, key=lambda one: (-one[1], one[0])):
+            if not found or second - first > found[-1][1] - found[-1][0]:
+                found.append((first, second))
+    small.course, large.course = [], []
+    return found
 
 
 def _exchanged(found: Simulated, accumulation: int, local_world_size: int) -> dict[Exchange, tuple[int, int]]:

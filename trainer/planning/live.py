@@ -53,6 +53,8 @@ class Highest:
     total: int = 0
     operation: int = -1
     kinds: dict[Kind, int] = field(default_factory=dict)
+    course: list[int] = field(default_factory=list, repr=False, compare=False)
+    """Live bytes after each operation of the moment."""
 
 
 @dataclass(slots=True)
@@ -164,6 +166,7 @@ class LiveBytes(TorchDispatchMode):
         highest = self._highest
         if self.now > highest.total or highest.operation < 0:
             highest.total, highest.operation = self.now, self.operation
+        highest.course.append(self.now)
         if self.operation in self._explain:
             kinds = self.tally()
             for moment in self._explain[self.operation]:
