@@ -51,6 +51,11 @@ PARTS: tuple[Column, ...] = (
         for name, width in (("data", 8), ("forward", 9), ("backward", 10), ("optimizer", 11), ("rest", 7))
     ),
 )
+EXCHANGED: tuple[Column, ...] = (
+    ("GiB a step", 13, lambda run: _number(run.measured.exchanged_gib, ".3g")),
+    ("planned", 9, lambda run: _number(run.measured.planned_exchanged_gib, ".3g")),
+    ("exposed ms", 13, lambda run: _ms(run.measured.exposed_s)),
+)
 
 
 def _ms(seconds: float | None) -> str:
@@ -73,6 +78,7 @@ def tables(found: Comparison) -> list[tuple[str, list[Column]]]:
     begun = [run for run in found.runs if run.measured.steps]
     more = [("what it took", TAKEN)]
     more += [("a step in ms", PARTS)] if any(run.taken.parts_s for run in begun) else []
+    more += [("exchanged", EXCHANGED)] if any(run.measured.exchanged_gib for run in begun) else []
     kept = [(title, [c for c in columns if any(c[2](run) != "-" for run in begun)]) for title, columns in more]
     first = [column for column in COLUMNS if len(found.runs) > 1 or column[0] != "apart"]
     return [("", first), *((title, columns) for title, columns in kept if columns)]
@@ -221,11 +227,14 @@ def as_dict(found: Comparison) -> dict[str, Any]:
 def as_csv(found: Comparison) -> str:
     """One row a run: what it measured, then the settings in which runs differ."""
     metrics = dict.fromkeys(key for run in found.runs for key in {**run.measured.before, **run.measured.after})
+    collectives = dict.fromkeys(name for run in found.runs for name in run.measured.exchanged_bytes)
     rows = []
     for number, run in enumerate(found.runs):
         measured = asdict(run.measured)
         before, after, quartiles = (measured.pop(key) for key in ("before", "after", "tokens_per_s_quartiles"))
         low, high = quartiles or (None, None)
+        exchanged = measured.pop("exchanged_bytes")
+        measured |= {f"exchanged_{name}_gib": exchanged.get(name, 0) / 2**30 for name in collectives}
         taken = {
             key: value for key, value in asdict(run.taken).items() if key not in ("tokens_per_s_repeats", "parts_s")
         }

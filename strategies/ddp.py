@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from strategies.activation import apply_to_blocks
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
+from strategies.exchanged import REDUCE, asked, tell
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
 from strategies.simulation import without_reading
@@ -27,6 +28,14 @@ class DdpEngine(NativeEngine):
         # DDP decides in the forward pass whether the coming backward pass synchronises.
         self.wrapped.require_backward_grad_sync = last or not self.defer_sync
         return super().forward(batch, last=last)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        super().backward(loss, last=last)
+        hooked = (
+            self.host_memory is not None or self.runtime.simulated
+        )  # what stands in for DDP's own reduction is seen
+        if asked() and self.wrapped.require_backward_grad_sync and not hooked:
+            tell(REDUCE, sum(p.grad.nbytes for _, p in self.trainable if p.grad is not None))
 
 
 def _reduce_bucket(memory: HostMemory, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from strategies.exchanged import GATHER, REDUCE, SCATTER, waits
 from strategies.runtime import Runtime
 
 _HEAD = 4096
@@ -43,6 +44,7 @@ class HostMemory:
         self._ranks, self._processes, self._timeout_s = dist.get_process_group_ranks(group), processes, timeout_s
         self._meetings = self._turn = 0
 
+    @waits(GATHER, 0)
     def all_gather(self, output: Tensor, input: Tensor) -> None:
         """The ranks' `input`s [n], one after another, to `output` [ranks * n] on every rank; `input` may be its own part."""
         whole, own = output.view(self.size, -1), input.view(-1)
@@ -55,6 +57,7 @@ class HostMemory:
             for other in self._others():
                 whole[other, at : at + part.numel()].copy_(slots[other])
 
+    @waits(SCATTER, 1)
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
         """The sum or mean over the ranks of the part of `input` [ranks * n] that belongs to this rank, to `output` [n]."""
         parts, total = input.view(self.size, -1), output.view(-1)
@@ -66,6 +69,7 @@ class HostMemory:
             theirs = [slots[other].view(self.size, -1)[self.rank] for other in self._others()]
             self._combine(parts[self.rank, at : at + count], theirs, total[at : at + count], average)
 
+    @waits(REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
         """The sum or mean of `tensor` over the ranks, in place, the same to the bit on every rank."""
         flat = tensor.view(-1)

@@ -31,6 +31,7 @@ from trainer.papers.known import gather
 from trainer.papers.questions import read_answers
 from trainer.planning.activations import device_gib
 from trainer.planning.receipt import memory_text, predicted
+from trainer.planning.volume import expected_bytes
 from trainer.records.code import revision
 from trainer.records.energy import taken
 from trainer.records.jsonl import json_text
@@ -79,6 +80,8 @@ def run_facts(config: RunConfig, checked: Mapping[str, Any], started: Started) -
     """Everything `run.json` records before the first step; `checked` is part of it. All ranks must call."""
     facts = {**_facts(config, started), **checked}
     expected = predicted(started.built, facts, str(config.optim.name), device_gib(started.runtime))
+    parts = started.built, config.strategy, started.precision, started.runtime
+    expected["exchanged_bytes"] = expected_bytes(*parts, started.loader.accumulation)
     return facts | {"receipt": {"predicted": expected, "measured": None}}
 
 

@@ -99,8 +99,8 @@ class Trainer:
         with closing(self.loader.steps(self.progress.samples, left)) as batches:
             for batch in batches:
                 self.agreement.ask()
-                self.meter.begin_step()
-                self.meter.add(self.train_step(batch))
+                with self.meter.step():
+                    self.meter.add(self.train_step(batch))
                 last = self.progress.step == total
                 if last or self.meter.pending >= self.settings.log_every:
                     self._flush()

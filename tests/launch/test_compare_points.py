@@ -136,6 +136,12 @@ def test_the_answer(compared, site):
         assert took["planned_gib"] == receipts[0]["predicted"]["memory_gib"] > 0
         assert took["memory_gib"] == max(receipt["measured"]["memory_gib"] for receipt in receipts)
         assert took["start_s"] == pytest.approx(sum(r["measured"]["start_s"] for r in receipts) / 2)
+        exchanged = [receipts[0][key]["exchanged_bytes"] for key in ("predicted", "measured")]
+        sums = [sum(each.values()) / 2**30 for each in exchanged]
+        assert [took["planned_exchanged_gib"], took["exchanged_gib"]] == sums and sums[1] == pytest.approx(
+            sums[0], rel=0.02
+        )
+        assert took["exchanged_bytes"] == exchanged[1] and 0 < took["exposed_s"] < took["start_s"]
         assert min(r["measured"]["checkpoint_s"] for r in receipts) <= took["checkpoint_s"]
         parts = took["parts_s"]
         assert min(parts[name] for name in ("forward", "backward", "optimizer")) > 0

@@ -59,6 +59,15 @@ def test_what_was_measured_is_what_rows_and_files_say(left):
     assert took["checkpoint_bytes"] == sum(path.stat().st_size for path in files)
 
 
+def test_as_much_is_exchanged_as_was_expected(left):
+    run_dir, _ = left
+    expected, took = (record(run_dir)["receipt"][key] for key in ("predicted", "measured"))
+    for name, size in expected["exchanged_bytes"].items():
+        assert took["exchanged_bytes"][name] == pytest.approx(size, rel=0.02), name
+    assert expected["exchanged_bytes"].keys() == {"all_gather", "reduce_scatter"}
+    assert 0 < took["exposed_s"] < took["start_s"]
+
+
 def test_what_was_expected_stands_beside_it_and_says_what_it_is(left):
     run_dir, _ = left
     facts = record(run_dir)

@@ -1,5 +1,6 @@
 """What a meter makes of steps: sums and maxima over ranks in one reduction, medians over intervals, and known cards."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from strategies.base import StepResult
 from strategies.runtime import Runtime, peak_memory_gib
 from trainer.facts import start_text
-from trainer.records import metrics, parts
+from trainer.records import gpus, metrics, parts
 from trainer.records.cards import PEAK_TFLOPS
 from trainer.records.metrics import Meter, StepRecord, reference_tflops
 from trainer.records.parts import PARTS
@@ -51,6 +52,36 @@ def test_memory_is_the_largest_of_all_ranks_and_costs_no_second_reduction(monkey
         assert first["loss"] == 17.0 / 16 and first["accuracy"] == 6.0 / 16
         assert first["data_wait_s"] == 1.0 and second["data_wait_s"] == 0.5
         assert "skipped" not in first and second["skipped"] == 1
+
+
+def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
+    """Two ranks, each the first of its host; the driver of the second does not tell its power."""
+    figures = [(50, 2**31, 300_000, 60), (90, 2**32, None, 70)]
+    asked = ("utilization", "device_memory_used", "power_draw", "temperature")
+    sent, names = [], ["gpu/0/utilization_percent", "gpu/0/memory_gib", "gpu/0/power_w", "gpu/0/temperature_c"]
+
+    def flushed(number, reduce):
+        for name, figure in zip(asked, figures[number], strict=True):
+            monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure + device.index)
+        monkeypatch.setattr(metrics, "dist_sum", reduce)
+        monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: {"memory_gib": 1.0})
+        meter = Meter(rank(number, 2), 1.0, None)
+        meter.gpu = gpus.Gpu(torch.device("cuda:0"))
+        meter.gpu.see()
+        meter.gpu.see()
+        meter.add(step(1))
+        meter.add(step(2))
+        return meter.flush(), meter
+
+    for number in (0, 1):
+        flushed(number, lambda values: sent.append(values.clone()) or values)
+    for number in (0, 1):
+        (first, second), meter = flushed(number, lambda _: sent[0] + sent[1])
+        assert [second[name] for name in names] == [50, 2, 300, 60]
+        assert second["gpu/1/utilization_percent"] == 90 and second["gpu/1/memory_gib"] == 4
+        assert "gpu/1/power_w" not in second and not any(name.startswith("gpu/") for name in first)
+        assert [each.tokens for each in meter.by_rank] == [60, 60]
+        assert all(math.isnan(value) for value in meter.gpu.take())  # nothing was seen since
 
 
 def test_peaks_on_a_gpu_tell_allocated_from_reserved(monkeypatch):

@@ -61,6 +61,13 @@ def profiled(directory: Path) -> Profiled | None:
     )
 
 
+def exposed_s(directory: Path) -> float | None:
+    """Seconds of a traced step of GPUs in which there was exchange and nothing was computed, mean over the ranks; else None."""
+    found = filter(None, map(_read, (directory / "profile").glob("rank-*.summary.json")))
+    each = [told["exposed_s"] / (told["steps"][1] - told["steps"][0] + 1) for told in found if told["of"] == "device"]
+    return sum(each) / len(each) if each else None
+
+
 def _rank(told: dict[str, Any]) -> list[str]:
     window = told["window_s"] or 1.0
     shares = [f"{told[key] / window:.0%}" for key in ("communication_s", "exposed_s", "idle_s")]

@@ -95,6 +95,14 @@ class Measured:
     """What a rank was expected to take."""
     planned_by: str | None
     """How that was found."""
+    exchanged_gib: float | None = None
+    """What rank 0 exchanged in a step, each collective with the whole that is gathered or reduced; from the receipt, too."""
+    planned_exchanged_gib: float | None = None
+    """What it was expected to."""
+    exchanged_bytes: dict[str, float] = field(default_factory=dict)
+    """The first of these by collective."""
+    exposed_s: float | None = None
+    """Seconds of that step in which it waited for exchange; where that is known, see docs/comparing.md."""
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
 
@@ -216,6 +224,10 @@ def measure(point: Point, warmup: int = 1) -> Measured:
         evaluation_before_s=_number(took, "evaluation_before_s"),
         planned_gib=_number(planned, "memory_gib"),
         planned_by=planned.get("memory_by"),
+        exchanged_gib=_gib(exchanged := _sizes(took)),
+        planned_exchanged_gib=_gib(_sizes(planned)),
+        exchanged_bytes=exchanged or {},
+        exposed_s=_number(took, "exposed_s"),
         before=point.evaluations.get(0, {}),
         after=point.evaluations[evaluated[-1]] if evaluated and evaluated[-1] > 0 else {},
     )
@@ -228,6 +240,16 @@ def _finite(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 def _number(found: dict[str, Any], key: str) -> float | None:
     return next(iter(_finite([found], key)), None)
+
+
+def _sizes(found: dict[str, Any]) -> dict[str, float] | None:
+    """Bytes by collective; None where they are not told."""
+    sizes = found.get("exchanged_bytes")
+    return {str(name): _number(sizes, name) or 0.0 for name in sizes} if isinstance(sizes, dict) else None
+
+
+def _gib(sizes: dict[str, float] | None) -> float | None:
+    return None if sizes is None else sum(sizes.values()) / GIB
 
 
 def _checkpoint(point: Point) -> float | None:

@@ -9,11 +9,12 @@ from statistics import median
 from typing import Any
 
 from trainer.comparison.asked import Row
+from trainer.comparison.profiled import exposed_s
 from trainer.comparison.reading import RATES, Measured, Point, is_run, measure, read_point, usual_rows
 from trainer.comparison.wandb_files import is_server, is_wandb, read_server, read_wandb
 
 REFUSED = "refused"
-MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s")
+MEDIANS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
 """What is a median over the repeats; memory is the largest."""
 PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
 """Parts of a step, and what rows call them."""
@@ -85,7 +86,8 @@ def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
     speeds = tuple(each.tokens_per_s for each in begun if each.tokens_per_s is not None)
     over: dict[str, Any] = {key: _median([getattr(each, key) for each in begun]) for key in MEDIANS}
     over |= {key: _largest([getattr(each, key) for each in begun]) for key in ("memory_gib", "memory_reserved_gib")}
-    measured = replace(numbers[0], **over)
+    traced = _median([exposed_s(point.directory) for point in points])
+    measured = replace(numbers[0], **over | ({} if traced is None else {"exposed_s": traced}))
     taken = Taken(
         repeats=sum(bool(each.steps) for each in numbers),
         tokens_per_s_repeats=speeds,

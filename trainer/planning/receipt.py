@@ -98,6 +98,8 @@ def measured(meter: Meter, device: torch.device, checkpoint: Saved | None) -> di
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "memory_of": f"{ON_GPU if device.type == 'cuda' else ON_CPU}, {where}",
         "step_s": meter.step_s(),
+        "exchanged_bytes": None if meter.exchanged is None else dict(meter.exchanged.sizes),
+        "exposed_s": None if meter.exchanged is None else meter.exchanged.waited_s,
         "start_s": meter.start_s,
         "evaluation_before_s": None if meter.start_s is None else meter.evaluation_s,
         "checkpoint_bytes": None if checkpoint is None else checkpoint.size,

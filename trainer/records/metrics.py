@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -13,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from strategies.base import Engine, StepResult
+from strategies.exchanged import Exchanged, counting
 from strategies.runtime import Runtime, dist_sum, peak_memory_gib
-from trainer.records import load
+from trainer.records import gpus, load
 from trainer.records.busy import Busy
 from trainer.records.cards import peak_tflops
 from trainer.records.parts import PARTS, Parts, timed
+
+COUNTED_IN = 2
+"""The step of an attempt whose exchange is counted: in the first, engines still find out what they need when."""
 
 
 @dataclass(slots=True)
@@ -84,9 +90,17 @@ class Meter:
     """Seconds of that for the evaluation before the first step."""
     busy: Busy | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
+    exchanged: Exchanged | None = None
+    """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)
     """What it came to in the last interval, by rank; equal on all ranks."""
+    gpu: gpus.Gpu | None = None
+    """Looks at this rank's GPU; None where it has none."""
+    _gpus: dict[str, float] = field(default_factory=dict)
+    """What all ranks' GPUs did in the last interval, as rows have it."""
     _records: list[StepRecord] = field(default_factory=list)
+    _steps: int = 0
+    """Taken in this attempt."""
     _clock: float = field(default_factory=time.perf_counter)
     _intervals: list[tuple[float, float, float]] = field(default_factory=list)
     """(tokens, supervised tokens, seconds) of a mean step of each flushed interval."""
@@ -94,6 +108,9 @@ class Meter:
     def begin(self, evaluation_s: float) -> None:
         """The first step is about to be taken, after an evaluation of so many seconds."""
         self.start_s, self.evaluation_s = process_age_s(), evaluation_s
+        if self.runtime.kind == "cuda":
+            self.gpu = gpus.Gpu(self.runtime.device)
+            self.gpu.start()
         self.restart_clock()
 
     def timing(self, engine: Engine) -> Engine:
@@ -107,10 +124,17 @@ class Meter:
             self.busy = Busy(self.runtime.device)
             self.busy.watch(blocks)
 
-    def begin_step(self) -> None:
-        """A step is about to be taken: the first one of an interval is looked at."""
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step: the first one of an interval is looked at, and what one of an attempt exchanges is counted."""
+        self._steps += 1
         if self.busy is not None:
             self.busy.on = not self._records
+        if self._steps != COUNTED_IN or self.runtime.world_size == 1:
+            yield
+            return
+        with counting() as self.exchanged:
+            yield
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
@@ -166,6 +190,7 @@ class Meter:
             row |= {part: seconds / self.runtime.world_size for part, seconds in zip(PARTS, took, strict=False)}
         for row, skip in zip(rows, skipped, strict=True):
             row |= memory | ({"skipped": 1} if skip else {})
+        rows[-1] |= self._gpus
         return rows
 
     def _over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
@@ -179,7 +204,8 @@ class Meter:
             tokens=tokens,
             step_s=self._intervals[-1][-1] if self._intervals else 0.0,
         )
-        values = [*peaks.values(), own.seconds, own.tokens, own.step_s]
+        seen = [] if self.gpu is None else self.gpu.take()
+        values = [*peaks.values(), own.seconds, own.tokens, own.step_s, *seen]
         places = torch.zeros(self.runtime.world_size, len(values), dtype=table.dtype)
         places[self.runtime.rank] = torch.tensor(values, dtype=table.dtype)
         both = dist_sum(torch.cat([table.view(-1), places.view(-1).to(table.device)])).cpu()
@@ -188,8 +214,9 @@ class Meter:
         self.peaks = dict(zip(peaks, found.amax(0).tolist(), strict=False))
         self.by_rank = [
             RankTime(seconds=seconds, tokens=tokens, step_s=step_s)
-            for seconds, tokens, step_s in found[:, len(peaks) :].tolist()
+            for seconds, tokens, step_s in found[:, len(peaks) : len(values) - len(seen)].tolist()
         ]
+        self._gpus = gpus.told(found[:, len(values) - len(seen) :].tolist()) if seen else {}
         return summed.view(table.shape), self.peaks
 
     def speed(self) -> dict[str, float]:
