@@ -89,7 +89,7 @@ def _partitioned(engine: Any) -> Iterator[tuple[Kind, Tensor]]:
         return
     for parameter in engine.step_module.parameters():
         if hasattr(parameter, "ds_tensor"):
-            yield Kind.gathered, parameter.data
+            yield Kind.gathered, parameter
             yield Kind.parameters, parameter.ds_tensor
     yield from _states(inner.optimizer)
     for kind, names in _KEPT.items():

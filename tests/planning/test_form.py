@@ -143,3 +143,20 @@ def test_a_model_of_few_blocks_is_simulated_whole(tmp_path):
     form, taken, found = both(path, Case("fsdp2", "full", "fp32"), "padding_free", 4, 512)
     assert form.blocks < 5
     assert taken.total == pytest.approx(found.total, rel=WITHIN)
+
+
+def test_a_mixture_whose_first_block_has_no_experts(tmp_path):
+    """Fewer blocks say what all do, although the first one gathers so much less than the others."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 256, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
+    heads |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = transformers.DeepseekV3Config(
+        **sizes, **heads, **experts, first_k_dense_replace=1, num_hidden_layers=13, pad_token_id=0
+    )
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    run = Case("fsdp2", "lora", "bf16", "full").config(tmp_path, 8)
+    shallow, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
+    found, whole = shallow.at(256), exact.at(256)
+    assert found.peak == whole.peak and found.total == pytest.approx(whole.total, rel=1e-3)

@@ -27,6 +27,7 @@ from trainer.optim.build import build_optimizer
 from trainer.planning.activations import micro_batch_of
 from trainer.planning.depth import ENDS, Extended, at_depth
 from trainer.planning.form import Form, Size, form_of, sizes_for, take_sizes
+from trainer.planning.live import Moment
 from trainer.planning.simulate import Parts, ShapesOnly, Simulated, simulate
 from trainer.step import Built
 
@@ -105,7 +106,7 @@ def simulate_form(
     told: dict[str, Any] = {}
     counts: dict[int, tuple[int, int]] = {}
 
-    def take(depth: int) -> tuple[list[Simulated], list[Size], bool]:
+    def take(depth: int, expected: dict[Moment, int] | None) -> tuple[list[Simulated], list[Size], bool]:
         with (
             simulated_rank(0, world_size, local_world_size=local_world_size, device=device) as runtime,
             _at_depth(config, depth, blocks) as shallow,
@@ -120,7 +121,8 @@ def simulate_form(
             batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
             squares = [sum(n * n for n in each) for each in lengths]
             units = [len(each) // per(shallow) if rows else sum(each) for each in lengths]
-            return take_sizes(parts, batches, runtime), [Size(*one) for one in zip(units, squares, strict=True)], rows
+            found = take_sizes(parts, batches, runtime, expected)
+            return found, [Size(*one) for one in zip(units, squares, strict=True)], rows
 
     def per(of: RunConfig) -> int:
         return reading_of(of.objective).sequences_per_document
@@ -149,18 +151,23 @@ def simulate_form(
 
 
 def ends_of(config: RunConfig, period: int) -> int:
-    """Blocks at either end of a model that differ from those between: more under ZeRO-3, which keeps further ones gathered."""
+    """Blocks at either end of a model that differ from those between: more where the first ones are of a kind of their own, and
+    under ZeRO-3, which keeps further ones gathered."""
+    ends = ENDS + _dense(config.model)
     if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
-        return ENDS
+        return ends
     with TemporaryDirectory() as place, simulated_rank(0, 1) as runtime:
         few = replace(config, model=_with_blocks(config.model, period, Path(place)))
         units = parts_of(few, [1], runtime).built.step_module.shard_units()
     smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
-    return max(ENDS, LIVE // smallest + 1)
+    return max(ends, LIVE // smallest + 1)
 
 
 def joined(config: RunConfig) -> bool:
-    """Whether the ends of a shallow model may have a block in common: not where buckets are filled by several blocks."""
+    """Whether the ends of a shallow model may have a block in common: not where buckets are filled by several blocks,
+    nor where the first ones are of a kind of their own."""
+    if _dense(config.model):
+        return False
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
 
 
@@ -190,6 +197,11 @@ def _at_depth(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]
         return
     with TemporaryDirectory() as place:
         yield replace(config, model=_with_blocks(config.model, depth, Path(place)))
+
+
+def _dense(config: ModelConfig) -> int:
+    """How many blocks of a mixture of experts, from the first on, have none."""
+    return int(getattr(load_model_config(config).get_text_config(), "first_k_dense_replace", 0) or 0)
 
 
 def _period(text: Any) -> int | None:

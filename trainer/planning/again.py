@@ -75,6 +75,11 @@ _GIVEN: dict[Any, Given] = {}
 """Of all simulations of this process."""
 
 
+def simulating() -> bool:
+    """Whether tensors have no memory now."""
+    return torch._C._get_dispatch_mode(_FAKE) is not None
+
+
 def asked(func: Any, args: Any, kwargs: Any) -> Asked | None:
     """The operation, where what comes out is told by the form of its operands; None elsewhere, as for real tensors."""
     mode: Any = torch._C._get_dispatch_mode(_FAKE)

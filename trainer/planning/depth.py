@@ -152,6 +152,21 @@ def from_ends(found: Simulated, depth: int, ends: int = ENDS) -> dict[Moment, Hi
     return out
 
 
+def deeper(low: dict[Moment, Highest], depths: tuple[int, int], ends: int) -> dict[Moment, Highest]:
+    """The moments of a model of the second depth, each with that of the first one in which a block does the same."""
+    more = depths[1] - depths[0]
+
+    def alike(moment: Moment, place: int) -> Moment:
+        from_start = place < ends or (place < depths[1] - ends and moment.phase == "forward")
+        return replace(moment, place=place if from_start else place - more)
+
+    out = {moment: highest for moment, highest in low.items() if not isinstance(moment.place, int)}
+    kinds = {replace(moment, place=0) for moment in low if isinstance(moment.place, int)}
+    for place in range(depths[1]):
+        out |= {replace(m, place=place): low[alike(m, place)] for m in kinds if alike(m, place) in low}
+    return out
+
+
 def _exchanged(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
     calls: Counter[tuple[str, int, str]] = Counter()
     size: Counter[tuple[str, int, str]] = Counter()

@@ -16,10 +16,10 @@ from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from trainer.data.config import Layout
 from trainer.heads.loss import CHUNK_LOGITS
-from trainer.planning.depth import ENDS, line_of, lines, moments_at, shallow
+from trainer.planning.depth import ENDS, deeper, line_of, lines, moments_at, shallow
 from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
-from trainer.planning.simulate import Parts, Simulated, watching
+from trainer.planning.simulate import Parts, Simulated, operations, watching
 
 Batches = list[dict[str, Any]]
 Exchange = tuple[str, int, int, str, str]
@@ -154,28 +154,36 @@ def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tu
     return False, [[length] * per, [2 * length] * per]
 
 
-def take_sizes(parts: Parts, sizes: list[Batches], runtime: Runtime) -> list[Simulated]:
+def take_sizes(
+    parts: Parts, sizes: list[Batches], runtime: Runtime, expected: dict[Moment, int] | None = None
+) -> list[Simulated]:
     """`simulate` for steps of several sizes by one engine, which takes one before; kinds are told of the last alone.
 
-    The model is on meta, and is used up. Raises what the engine raises, and ConfigError for what it refuses.
+    `expected`: the operations after which moments will be highest at the last size. Without, or where that is
+    not so, its step is taken twice. The model is on meta, and is used up. Raises what the engine raises, and ConfigError for
+    what it refuses.
     """
     with fake_tensors(runtime.device):
         batches = faked(parts.built, sizes)
         with watching(replace(parts, batches=batches[0]), runtime) as watched:
             watched.take(batches[0][:1])
-            found = []
-            for each in batches:
-                record = watched.take(each)
-                found.append((watched.recorder.highest, record))
-            watched.take(batches[-1], explain=found[-1][0])
-            explained = watched.recorder.highest
-            for moment, highest in found[-1][0].items():
-                highest.kinds = explained[moment].kinds
+            found = [watched.again(each) for each in batches[:-1]]
+            if expected is not None:  # what an update does depends on the depth, not on the size
+                updates = {m: at for m, at in operations(found[-1][0]).items() if m.phase in ("update", "between")}
+                expected |= updates
+            labels = watched.recorder.labels()
+            found.append(watched.again(batches[-1], expected))
+            highest, _ = found[-1]
+            if expected is None or any(m not in highest or highest[m].operation != at for m, at in expected.items()):
+                watched.recorder.relabel(labels)
+                explained, _ = watched.again(batches[-1], operations(highest))
+                for moment, each in explained.items():
+                    highest[moment].kinds = each.kinds
             return [watched.report(*one) for one in found]
 
 
 def form_of(
-    take: Callable[[int], tuple[list[Simulated], list[Size], bool]],
+    take: Callable[[int, dict[Moment, int] | None], tuple[list[Simulated], list[Size], bool]],
     blocks: int,
     *,
     period: int | None,
@@ -184,14 +192,16 @@ def form_of(
     ends: int = ENDS,
     joined: bool = False,
 ) -> Form:
-    """The form of a model of `blocks` blocks; `take` simulates two sizes at the depth that it is told.
+    """The form of a model of `blocks` blocks; `take` simulates two sizes at the depth that it is told; see
+    `take_sizes` for what it is told to expect.
 
     `period`: after how many blocks their kinds repeat; None simulates the whole model. `ends`, `joined`: blocks
     at either end that may do otherwise than those between, and whether they may have one in common.
     """
     depths = shallow(blocks, period, ends, joined=joined) if period else None
-    low, sizes, rows = take(depths[0] if depths else blocks)
-    high = take(depths[1])[0] if depths else low
+    low, sizes, rows = take(depths[0] if depths else blocks, None)
+    # A block more changes how much lives, not where in a moment it is most.
+    high = take(depths[1], operations(deeper(low[1].moments, depths, ends)))[0] if depths else low
     steps = (blocks - depths[1]) / (depths[1] - depths[0]) if depths else 0.0
     line = line_of(depths, blocks) if depths else lambda _, second: second
 

@@ -48,7 +48,7 @@ class Moment:
 
 @dataclass(slots=True)
 class Highest:
-    """The most bytes that were live at once in a moment, and after which operation of the step that was."""
+    """The most bytes that were live at once in a moment, and after which of its operations that was."""
 
     total: int = 0
     operation: int = -1
@@ -69,22 +69,22 @@ class LiveBytes(TorchDispatchMode):
     """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
 
     `moment` is set by whoever knows; the highest of each is in `highest`. With `explain`, a tally by kind is taken after
-    the operations listed there, which a step before this one has found to be the highest.
+    the operations told there, which another step has found to be the highest of their moments.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.now = self.operation = 0
+        self.now = 0
         self.moment = Moment("between", 0, "before")
         self.highest: dict[Moment, Highest] = {}
         self.made = Kind.other
         """The kind of what is made now, unless more is known."""
         self._noted: Moment | None = None
         """The moment that `_highest` is of."""
-        self._highest = Highest()
+        self._highest, self._tallied = Highest(), -1
         self._held: dict[int, _Held] = {}
-        self._explain: dict[int, list[Moment]] = {}
+        self._explain: dict[Moment, int] = {}
         self._owned: Callable[[], Iterable[tuple[Kind, Tensor]]] = lambda: ()
         self._resize: Any = None
         self._counts = True
@@ -135,20 +135,28 @@ class LiveBytes(TorchDispatchMode):
 
     def begin(self) -> None:
         """A step begins: operations are counted from here."""
-        self.operation, self.highest, self._explain, self._noted = 0, {}, {}, None
+        self.highest, self._explain, self._noted = {}, {}, None
 
-    def explain(self, found: dict[Moment, Highest], owned: Callable[[], Iterable[tuple[Kind, Tensor]]]) -> None:
-        """A step begins that repeats one: tally what is live by kind where `found` says that it was highest."""
+    def explain(self, operations: dict[Moment, int], owned: Callable[[], Iterable[tuple[Kind, Tensor]]]) -> None:
+        """A step begins: tally what is live by kind after these operations of their moments."""
         self.begin()
-        self._owned = owned
-        for moment, highest in found.items():
-            self._explain.setdefault(highest.operation, []).append(moment)
+        self._explain, self._owned = operations, owned
+
+    def labels(self) -> dict[int, tuple[_Held, Kind]]:
+        """What is known now of what is live; a tally learns more."""
+        return {key: (held, held.kind) for key, held in self._held.items()}
+
+    def relabel(self, labels: dict[int, tuple[_Held, Kind]]) -> None:
+        """Know of what is still live what was known then."""
+        for key, (held, kind) in labels.items():
+            if self._held.get(key) is held:
+                held.kind = kind
 
     def tally(self) -> dict[Kind, int]:
         """Live bytes by kind, now."""
-        at, self._counts = self.operation, False  # asking for a tensor can be an operation
+        self._counts = False  # asking for a tensor can be an operation
         found = list(self._owned())
-        self.operation, self._counts = at, True
+        self._counts = True
         for kind, tensor in found:
             if device_of(tensor) == self.device and tensor.untyped_storage()._cdata in self._held:
                 self.see(tensor, kind)
@@ -160,17 +168,15 @@ class LiveBytes(TorchDispatchMode):
     def _note(self) -> None:
         if not self._counts:
             return
-        self.operation += 1
         if self.moment is not self._noted:
             self._noted, self._highest = self.moment, self.highest.setdefault(self.moment, Highest())
-        highest = self._highest
+            self._tallied = self._explain.get(self.moment, -1)
+        highest, operation = self._highest, len(self._highest.course)
         if self.now > highest.total or highest.operation < 0:
-            highest.total, highest.operation = self.now, self.operation
+            highest.total, highest.operation = self.now, operation
         highest.course.append(self.now)
-        if self.operation in self._explain:
-            kinds = self.tally()
-            for moment in self._explain[self.operation]:
-                self.highest.setdefault(moment, Highest()).kinds = kinds
+        if operation == self._tallied:
+            highest.kinds = self.tally()
 
     def __enter__(self) -> Any:
         self._resize = resize = torch.UntypedStorage.resize_

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork, Work
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -76,6 +77,8 @@ class Recorder(LiveBytes):
                 self.record.host_reads[_caller()] += 1
             if hasattr(args[0], "fake_device"):  # there is no value: one that lets a run go on
                 return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
+        if known.answers and again.simulating():  # as the kernel for tensors without memory does, and sooner
+            return args[0], Work.boxed(FakeWork())
         asked = again.asked(func, args, kwargs)
         given = again.given(asked) if asked is not None else None
         if asked is not None and given is not None:
@@ -153,6 +156,8 @@ class _Known:
     """What is known of an operation, whatever it is given."""
 
     exchanges: bool
+    answers: bool
+    """Whether it is an exchange that gives the first of its operands, in which something was written, and a handle."""
     reads: bool
     copies: bool
     counted: bool
@@ -165,6 +170,7 @@ def _known(func: Any) -> _Known:
     packet = func._overloadpacket
     return _Known(
         exchanges=func in collective_ops and func not in sync_ops,
+        answers=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
         reads=func is torch.ops.aten._local_scalar_dense.default,
         copies=func in _COPIES,
         counted=func._schema.name.startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,

@@ -143,7 +143,7 @@ def _steps(parts: Parts, watched: Watched, warm: int, repeat: int) -> Simulated:
     record = watched.take(parts.batches)
     found = recorder.highest
     for _ in range(repeat):
-        watched.take(parts.batches, explain=found)
+        watched.take(parts.batches, explain=operations(found))
         again = recorder.highest
         if watched.runtime.simulated and (differ := [m for m, h in found.items() if h.total != again[m].total]):
             raise RuntimeError(f"two steps of one run hold different amounts of memory: {', '.join(map(str, differ))}")
@@ -151,6 +151,11 @@ def _steps(parts: Parts, watched: Watched, warm: int, repeat: int) -> Simulated:
             highest.total = min(highest.total, found[moment].total)
         found = again
     return watched.report(found, record)
+
+
+def operations(found: dict[Moment, Highest]) -> dict[Moment, int]:
+    """After which of its operations each moment was highest."""
+    return {moment: highest.operation for moment, highest in found.items()}
 
 
 class Watched:
@@ -164,8 +169,8 @@ class Watched:
         self._micro = 0
         self._trainer = bare_trainer(self)
 
-    def take(self, batches: list[dict[str, Any]], explain: dict[Moment, Highest] | None = None) -> Record:
-        """One step of these micro-batches, with nothing else counted; `explain` names the operations to tally after."""
+    def take(self, batches: list[dict[str, Any]], explain: dict[Moment, int] | None = None) -> Record:
+        """One step of these micro-batches, with nothing else counted; `explain` names operations of moments to tally after."""
         if explain is None:
             self.recorder.begin()
         else:
@@ -177,6 +182,13 @@ class Watched:
         self.at("between")
         self.recorder._note()
         return self.recorder.record
+
+    def again(
+        self, batches: list[dict[str, Any]], explain: dict[Moment, int] | None = None
+    ) -> tuple[dict[Moment, Highest], Record]:
+        """`take`, and what was highest in it."""
+        record = self.take(batches, explain)
+        return self.recorder.highest, record
 
     def report(self, moments: dict[Moment, Highest], record: Record) -> Simulated:
         """What a step was found to take, with what rests now that it is over."""
