@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from unittest import mock
 
 from launch import torchrun
 from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.speed import seconds
 
 
 class Nursery:
@@ -133,6 +135,30 @@ def heard(command: Sequence[Any], env: dict[str, str], **how: Any) -> tuple[Fork
         return forked(command, env, writes, **how), os.fdopen(reads)
     finally:
         os.close(writes)
+
+
+def run_ranks(words: Sequence[Any], world: int, *, cwd: Path = ROOT, timeout_s: float = 300) -> None:
+    """Run `python <words>`, of a module, on `world` gloo ranks, as torchrun does; all end well within `timeout_s`, scaled."""
+    with socket.create_server(("localhost", 0)) as free:
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    with tempfile.TemporaryFile("w+") as said:
+        ranks = [
+            forked(
+                [sys.executable, *words],
+                clean_environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
+                said.fileno(),
+                cwd=cwd,
+            )
+            for rank in range(world)
+        ]
+        try:
+            codes = [rank.wait(seconds(timeout_s)) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        said.seek(0)
+        assert codes == [0] * world, (codes, said.read()[-6000:])
 
 
 @cache
