@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from strategies.base import Precision, ZeroConfig
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -51,14 +52,15 @@ def simulate_run(
     world_size: int = 1,
     local_world_size: int = 8,
     device: torch.device = SIMULATED,
+    of: tuple[int, int | None] = (0, None),
 ) -> Simulated:
     """One step of rank `rank` as on a GPU (or on `device` "cpu"), each of its micro-batches of sequences of `lengths` tokens.
 
-    `model.path` needs a config.json alone. Raises ConfigError for what the run itself would refuse, RuntimeError in a
-    process that is part of a job.
+    `model.path` needs a config.json alone. `of`: how many blocks the model has that this one stands for, and after how many
+    their kinds repeat. Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
     with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime:
-        return simulate(parts_of(config, lengths, runtime), runtime)
+        return simulate(_standing_for(parts_of(config, lengths, runtime), *of), runtime)
 
 
 def simulate_depth(
@@ -80,7 +82,7 @@ def simulate_depth(
 
     def take(depth: int) -> Simulated:
         with _at_depth(config, depth, blocks) as shallow:
-            return simulate_run(shallow, lengths, device=device, **ranks)
+            return simulate_run(shallow, lengths, device=device, of=(blocks, period), **ranks)
 
     exact = exact or period is None
     ends = ENDS if exact else ends_of(config, period or 1)
@@ -97,20 +99,21 @@ def simulate_form(
     exact: bool = False,
     device: torch.device = SIMULATED,
 ) -> Form:
-    """Rank 0's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
+    """A rank's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
 
-    `accumulation` micro-batches are simulated. Errors: as `simulate_run`.
+    `accumulation` micro-batches are simulated, as the rank that holds most. Errors: as `simulate_run`.
     """
     blocks, period = _blocks(config.model)
+    rank = world_size - 1 if _by_bucket(config) else 0  # whose part of the gradients comes first: all is live beside it
     told: dict[str, Any] = {}
     counts: dict[int, tuple[int, int]] = {}
 
     def take(depth: int) -> tuple[list[Simulated], list[Size], bool]:
         with (
-            simulated_rank(0, world_size, local_world_size=local_world_size, device=device) as runtime,
+            simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime,
             _at_depth(config, depth, blocks) as shallow,
         ):
-            parts = parts_of(shallow, [length] * per(shallow), runtime)
+            parts = _standing_for(parts_of(shallow, [length] * per(shallow), runtime), blocks, period)
             straight = parts.precision is not Precision.fp32  # whose attention keeps its scores
             rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length, straight=straight)
             notes = parts.built.substitutions.items()  # kernels were asked of a machine that is not meant
@@ -162,6 +165,23 @@ def ends_of(config: RunConfig, period: int) -> int:
 def joined(config: RunConfig) -> bool:
     """Whether the ends of a shallow model may have a block in common: not where buckets are filled by several blocks."""
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
+
+
+def _by_bucket(config: RunConfig) -> bool:
+    return isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
+
+
+def _standing_for(parts: Parts, blocks: int, period: int | None) -> Parts:
+    """`parts`, which know how much a model of `blocks` blocks trains if they are of fewer; its kinds repeat after `period`."""
+
+    def trained(modules: list[nn.Module]) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    module = parts.built.step_module
+    units = module.shard_units()
+    if period is None or len(units) >= blocks:
+        return parts
+    return replace(parts, whole=trained([module]) + trained(units[:period]) * (blocks - len(units)) // period)
 
 
 def _parameters(built: Built) -> tuple[int, int]:

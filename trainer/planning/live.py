@@ -80,6 +80,10 @@ class LiveBytes(TorchDispatchMode):
         self.highest: dict[Moment, Highest] = {}
         self.made = Kind.other
         """The kind of what is made now, unless more is known."""
+        self.more = 0
+        """Bytes that count beside those that are live."""
+        self.hidden = False
+        """Whether what happens counts in no moment."""
         self._noted: Moment | None = None
         """The moment that `_highest` is of."""
         self._highest = Highest()
@@ -157,18 +161,28 @@ class LiveBytes(TorchDispatchMode):
             out[held.kind] = out.get(held.kind, 0) + held.size
         return {kind: size for kind, size in out.items() if size}
 
+    def suppose(self, more: int) -> None:
+        """Note a moment with `more` bytes beside those that are live."""
+        self.more = more
+        self._note()
+        self.more = 0
+
     def _note(self) -> None:
         if not self._counts:
             return
         self.operation += 1
+        if self.hidden:
+            return
         if self.moment is not self._noted:
             self._noted, self._highest = self.moment, self.highest.setdefault(self.moment, Highest())
-        highest = self._highest
-        if self.now > highest.total or highest.operation < 0:
-            highest.total, highest.operation = self.now, self.operation
-        highest.course.append(self.now)
+        highest, now = self._highest, self.now + self.more
+        if now > highest.total or highest.operation < 0:
+            highest.total, highest.operation = now, self.operation
+        highest.course.append(now)
         if self.operation in self._explain:
             kinds = self.tally()
+            if self.more:
+                kinds[Kind.communication] = kinds.get(Kind.communication, 0) + self.more
             for moment in self._explain[self.operation]:
                 self.highest.setdefault(moment, Highest()).kinds = kinds
 
