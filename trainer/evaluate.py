@@ -13,6 +13,7 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
+from trainer.as_stored import build_as_stored
 from trainer.build import build_engine, build_loader
 from trainer.checkpoints.seal import fingerprint
 from trainer.config.run import RunConfig
@@ -29,6 +30,7 @@ from trainer.facts import versions
 from trainer.forecast.exceeded import telling_of_evaluation
 from trainer.lifecycle.attempt import Where, rank_of_job
 from trainer.model.encoder_decoder import read_config
+from trainer.model.few_bits import stored_by
 from trainer.model.loading import load_tokenizer
 from trainer.records.console import Console
 from trainer.records.results import EVALUATION, keep
@@ -87,7 +89,10 @@ def _evaluate(config: RunConfig, job: Job, job_dir: Path, request: StopRequest, 
         evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, asked))
     else:
         with telling_of_evaluation(lambda: where.phase, config, runtime):
-            engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
+            if stored_by(config.model.path) is not None:
+                engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
+            else:
+                engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
         built = engine, step
         if step.step_module.around_update is not None:
             build_loader(config, data, step, engine, runtime)  # tells it the length of the run
