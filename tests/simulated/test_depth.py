@@ -1,6 +1,6 @@
 """A model's step out of two shallow ones is that of the model itself: bytes, kinds, moment, exchanges and arithmetic."""
 
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 
 import pytest
 import transformers
@@ -50,9 +50,9 @@ def model(place, size):
 
 
 def marks(case):
-    """A case's values, with strategies that keep the same of a block taken for one."""
+    """A case's values, with strategies that keep the same of a block taken for one; what accumulates is in test_form.py."""
     kept = {"ddp": "single", "hsdp": "fsdp2", "zero2": "zero1"}.get(case.strategy, case.strategy)
-    return values((kept, *astuple(case)[1:]))
+    return values((kept, *astuple(replace(case, accumulation=1))[1:]))
 
 
 def agree(path, case, world, lengths):
