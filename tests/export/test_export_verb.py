@@ -92,7 +92,8 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
         (["run.dir={run}", "dtype=int8"], "bfloat16"),
         (["run.dir={run}", "max_shard_gib=-1"], "above 0"),
         (["run.dir={run}", "to={run}"], "not empty"),
-        (["run.dir={run}/none"], "cannot be read"),
+        (["run.dir={run}/none"], "none: there is no such directory; name a run"),
+        (["{run}/checkpoints"], "not a run directory"),
     ],
 )
 def test_what_cannot_be_used_is_said(words, said, run_dir, capsys):
