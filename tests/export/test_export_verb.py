@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from launch.main import main
 from strategies import durable
@@ -74,7 +75,9 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
         run(f"run.dir={run_dir}", "checkpoint=4", "merge=true", "dtype=bfloat16", f"to={tmp_path / 'm'}", "verify=true")
         == 0
     )
-    assert (tmp_path / "m" / "model.safetensors").is_file()
+    whole = load_file(tmp_path / "m" / "model.safetensors")
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["base_parameters"] == sum(each.numel() for each in whole.values()) < record["sharding"]["parameters"]
     card = (tmp_path / "m" / "README.md").read_text()
     assert "- steps: 4" in card and "| eval/loss |" not in card, "metrics of step 6 are not those of step 4"
     assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'b'}") == 0
