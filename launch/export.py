@@ -224,7 +224,11 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path
         raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
     path = there[step]
     if problem := verify(path):
-        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {known}")
+        others = ", ".join(str(each) for each in there if each != step)
+        instead = (
+            f"take another one, checkpoint=<step> of {others}" if others else "it is the only one; restore the file"
+        )
+        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
     return path
 
 
