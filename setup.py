@@ -9,6 +9,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.34", *ENDPOINT]  # transformers' own serv
 REPORT = ["altair>=6,<7", "vl-convert-python>=1.9,<2"]  # report.html and compare.html
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]  # tasks of lm-evaluation-harness; its base alone, without torch
 TORCHAO = ["torchao>=0.18"]  # exports in 4 and 8 bits
+COMPRESSED = ["compressed-tensors>=0.19"]  # reads what llm-compressor writes, which has an environment of its own
 TRACKIO = ["trackio>=0.43"]
 ENERGY = ["codecarbon>=3.3"]
 WORKSPACE = ["wandb-workspaces>=0.4"]  # workspace.py, which compare writes
@@ -86,6 +87,7 @@ setup(
         "remote": ["aiohttp>=3.11", "s3fs>=2025.3", "gcsfs>=2025.3"],  # https://, s3:// and gs://; hf:// needs none
         "schedule_free": ["schedulefree>=1.4"],
         "torchao": TORCHAO,
+        "compressed": COMPRESSED,
         "qlora": ["bitsandbytes>=0.50"],  # 4- and 8-bit bases, and 8-bit AdamW
         "test": [
             *PII,

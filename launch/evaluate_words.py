@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,6 +115,7 @@ def plan(asked: Asked) -> Plan:
     _settle(config, asked)
     _check(
         config,
+        asked.settings,
         trained=asked.run is not None
         or any(word.startswith(("data.path=", "data.sources")) for word in asked.settings),
     )
@@ -164,16 +166,19 @@ def _of_model(asked: Asked, path: str, directory: Path) -> RunConfig:
 def _settle(config: RunConfig, asked: Asked) -> None:
     """What an evaluation needs no choice for."""
     from launch.compose import world_size_of
-    from strategies.base import Precision, SingleConfig
+    from strategies.base import DdpConfig, Precision, SingleConfig
     from trainer.challenges.config import ChallengesConfig
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import Around
+    from trainer.model.few_bits import stored_by
 
     ranks = world_size_of(config) or 1
     typed = any(word.startswith(("strategy=", "strategy.")) for word in asked.settings)
     if ranks == 1 and not typed:
         config.strategy = SingleConfig()
+    elif stored_by(config.model.path) is not None and not typed:
+        config.strategy = DdpConfig()
     config.batch = {"global": ranks, "micro": 1}
     config.export.at_end, config.evaluation.watch = False, "eval/loss"
     config.evaluation.every_steps = config.evaluation.patience = config.evaluation.generate.samples = 0
@@ -189,7 +194,7 @@ def _has_held_out(config: RunConfig) -> bool:
     return config.data.eval_path is not None or config.data.eval_share > 0
 
 
-def _check(config: RunConfig, *, trained: bool) -> None:
+def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
     """Everything that can be wrong before there is a model."""
     from launch.compose import refusals
     from trainer.evaluation.tasks.prepared import Around, check
@@ -201,6 +206,7 @@ def _check(config: RunConfig, *, trained: bool) -> None:
             f"evaluation.tasks.NAME.kind=... evaluation.tasks.NAME.path=...; kinds are {', '.join(KINDS)}"
         )
     found = [problem for problem in refusals(config) if not problem.startswith("evaluation.watch=")]
+    found += _few_bits(config, typed)
     if found:
         raise ConfigError(found)
     check(
@@ -209,6 +215,30 @@ def _check(config: RunConfig, *, trained: bool) -> None:
         held_out=_has_held_out(config),
         trained=trained,
     )
+
+
+def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
+    """What does not go with a model that lies in 4 or 8 bits, one line each."""
+    from strategies.base import StrategyName
+    from trainer.evaluation.tasks.prepared import Around
+    from trainer.model.few_bits import lacking, stored_by
+
+    path = config.model.path
+    if (kit := stored_by(path)) is None or config.evaluation.server.url is not None:
+        return
+    if lacks := lacking(kit):
+        yield f"model.path={path}: {lacks}"
+    if config.strategy.name not in (StrategyName.single, StrategyName.ddp):
+        yield (
+            f"strategy={config.strategy.name}: model.path={path} lies in few bits ({kit}), which every rank holds whole; set "
+            "strategy=ddp, or launcher.processes=1"
+        )
+    if any(word.startswith("precision=") for word in typed):
+        yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
+    if config.model.adapters:
+        yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"
+    if not Around.of(config.data, config.objective).language:
+        yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
 def _against(made: Plan, value: str) -> None:

@@ -4,7 +4,7 @@
                      [dtype=bfloat16] [--verify]
                      [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
                      [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
-                     [bits=nf4|int8|torchao_int8|torchao_nvfp4]
+                     [bits=nf4|int8|torchao_int8|torchao_nvfp4|llmcompressor_{w4a16,w8a8,fp8} [bits.python=<python>]]
                      [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
                      [--json]
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import export_average, export_gguf, export_hub, serve
 from launch.answers import FLAG, give, said_to_stderr
-from launch.export_words import destination, gates_of, parse
+from launch.export_words import destination, gates_of, parse, run_named
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ KEYS = (
     *export_hub.WORDS,
     *export_gguf.WORDS,
     export_gguf.BITS,
+    export_gguf.BITS_PYTHON,
 )
 
 
@@ -93,9 +94,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     words, more = parse(argv, KEYS)
     if problems := [*problems, *more]:
         raise ConfigError(problems)
-    if "run.dir" not in words:
-        raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export runs/x")
-    run_dir = Path(words["run.dir"]).expanduser()
+    run_dir = run_named(words)
     config = load_frozen(run_dir / "config.yaml")
     settle(config, words)
     averaged = []
@@ -126,7 +125,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     if gguf is not None:
         answer["gguf"] = str(export_gguf.write(gguf, asked.to, verify=config.export.verify))
     if bits is not None:
-        answer[str(bits)] = str(export_gguf.write_bits(bits, asked.to, data))
+        answer[str(bits.kind)] = str(export_gguf.write_bits(bits, asked.to, data))
     if hub is not None:
         answer["pushed"] = export_hub.push(hub)
     serve.print_lines(asked.to)
@@ -225,7 +224,11 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path
         raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
     path = there[step]
     if problem := verify(path):
-        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {known}")
+        others = ", ".join(str(each) for each in there if each != step)
+        instead = (
+            f"take another one, checkpoint=<step> of {others}" if others else "it is the only one; restore the file"
+        )
+        raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
     return path
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trainer.export.gguf import Converter, GgufType
 
 WORDS = ("gguf", "gguf.converter", "gguf.python")
-BITS = "bits"
+BITS, BITS_PYTHON = "bits", "bits.python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,27 +65,53 @@ def _whole(words: dict[str, str], key: str, config: RunConfig) -> None:
         raise ConfigError(f"{key}={words[key]}: is of a whole model; fold the adapter in with merge=true")
 
 
-def wanted_bits(words: dict[str, str], config: RunConfig) -> FewBits | None:
+@dataclass(frozen=True, slots=True)
+class Few:
+    """The type that `bits=` asks for."""
+
+    kind: FewBits
+    python: str | None
+    """Of the environment that stores it, where that is another one."""
+
+
+def wanted_bits(words: dict[str, str], config: RunConfig) -> Few | None:
     """The type that `bits=` asks for. Raises ConfigError before anything is written."""
+    named = words.get(BITS_PYTHON)
     if BITS not in words:
+        if named is not None:
+            raise ConfigError(f"{BITS_PYTHON}={named}: goes with bits=llmcompressor_...")
         return None
     from trainer.export.few_bits import check_few_bits
+    from trainer.export.llm_compressor import find_python
 
     kind = check_few_bits(words[BITS])
+    if named is not None and not kind.apart:
+        raise ConfigError(f"{BITS_PYTHON}={named}: goes with bits=llmcompressor_...; bits={kind} is stored here")
     _whole(words, BITS, config)
-    return kind
+    return Few(kind, find_python(named) if kind.apart else None)
 
 
-def write_bits(kind: FewBits, directory: Path, data: Prepared) -> Path:
-    """Write it, and say what it costs on held-out documents, or on those of the training where none were held out; the folder."""
-    from trainer.export.few_bits import DOCUMENTS, write_few_bits
+def write_bits(asked: Few, directory: Path, data: Prepared) -> Path:
+    """Write it, and say what it costs on held-out documents, or on those of the training where none were held out; the folder.
+
+    What is fitted to rows is fitted to the first ones of the training.
+    """
+    from trainer.export.few_bits import CALIBRATING, DOCUMENTS, TOKENS, write_few_bits
+    from trainer.export.llm_compressor import Compressor
     from trainer.serving.exported import find_export
 
+    kind = asked.kind
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
     measured = data.train if data.evaluation is None else data.evaluation
     samples = [measured.sample(number) for number in range(min(len(measured), DOCUMENTS))]
-    folder, cost = write_few_bits(directory, kind, samples, "training" if data.evaluation is None else "held-out")
+    compressor = None
+    if asked.python is not None:
+        seen = [data.train.sample(number) for number in range(min(len(data.train), CALIBRATING))]
+        compressor = Compressor(asked.python, [sample.input_ids[:TOKENS].tolist() for sample in seen])
+    folder, cost = write_few_bits(
+        directory, kind, samples, "training" if data.evaluation is None else "held-out", compressor
+    )
     whole, few = (sum(file.stat().st_size for file in of.glob("*.safetensors")) for of in (directory, folder))
     print(f"{kind}: {folder}, {few:,} bytes of {whole:,}; {cost}")
     return folder

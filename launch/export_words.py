@@ -49,6 +49,17 @@ def gates_of(argv: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
     return rest, gates, found
 
 
+def run_named(words: dict[str, str]) -> Path:
+    """The run that is exported. Errors: ConfigError where none is named, or there is none."""
+    if "run.dir" not in words:
+        raise ConfigError("run.dir: not set; name the directory of a run, as in shardtune export runs/x")
+    run = Path(words["run.dir"]).expanduser()
+    if not (run / "config.yaml").is_file():
+        what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
+        raise ConfigError(f"{run}: {what}; name a run, as in shardtune export runs/x")
+    return run
+
+
 def destination(run_dir: Path, to: str | None) -> Path:
     """Where the export goes. Errors: ConfigError for a directory that holds something else."""
     if to is None:

@@ -33,6 +33,7 @@ EXTRAS = {
     "remote": "https://, s3:// and gs:// paths",
     "schedule_free": "the schedule-free optimizer",
     "torchao": "exports in 4 and 8 bits by torchao",
+    "compressed": "exports in 4 and 8 bits by llm-compressor, read back",
     "qlora": "bases and exports in 4 and 8 bits by bitsandbytes, 8-bit AdamW",
 }
 """Extras that users ask for, and what each brings."""

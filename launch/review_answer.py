@@ -44,7 +44,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"{len(found['disagreements'])} items on which reviewers took opposite sides; the most even ones:")
     for each in found["disagreements"][:SHOWN]:
         votes = ", ".join(f"{reviewer} {vote}" for reviewer, vote in each["votes"].items())
-        lines.append(f"  {each['item']} (prompt {each['prompt']}): {votes}")
+        lines.append(f"  {each['item']} (answers/prompts.jsonl, line {each['prompt'] + 1}): {votes}")
     return "\n".join(lines)
 
 

@@ -12,10 +12,16 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import covering, garbage, speed
+from tests.helpers import covering, garbage, speed, uncompiled
 from trainer.stopping.signals import release
 
-settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=covering.examples(100),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")
 
 LIMIT_S = 300
@@ -97,6 +103,12 @@ def pytest_testnodedown(node, error):
 def garbage_set_aside():
     """Before each file: all that was imported, and what the files before it left."""
     garbage.set_aside()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bitsandbytes_as_written():
+    """Of files that ask for it, which imports it before their tests."""
+    uncompiled.as_written()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.main import main
 from tests.helpers.building import model_dir
-from tests.helpers.launching import clean_environment
+from tests.helpers.launching import clean_environment, command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
+from tests.helpers.warm import command_warm
 from trainer.data.batches.loader import EvalShare, eval_plan
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.prepare import Preparation
@@ -42,7 +42,7 @@ def train(run: str, *words: str, data: str = SOURCES) -> list[dict]:
     settings = f"model.path=llama {data} data.cache_dir=cache "
     settings += "batch.global=8 batch.micro=2 budget.steps=2 optim.lr=1e-2 logging.wandb=disabled "
     settings += f"run.device=cpu run.dir={run} export.at_end=true export.verify=false"
-    assert main(["train", *settings.split(), *words]) == 0
+    assert command_warm(["train", *settings.split(), *words]) == 0
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
@@ -119,7 +119,7 @@ def test_the_loss_of_a_source_can_be_watched(site, capsys):
     words = (
         "model.path=llama data.path=web.jsonl data.eval_share=0.2 data.cache_dir=cache run.device=cpu run.dir=unknown"
     )
-    assert main(["train", *words.split(), "budget.steps=1", "evaluation.watch=eval/loss/wep"]) != 0
+    assert command_here(["train", *words.split(), "budget.steps=1", "evaluation.watch=eval/loss/wep"]) != 0
     assert "evaluation.watch=eval/loss/wep: the evaluation documents have no such part" in capsys.readouterr().err
 
 
@@ -143,5 +143,5 @@ def test_sets_by_name(site, capsys):
     assert min(rows[-1]["eval/ward/loss"], rows[-1]["eval/general/loss"]) < rows[-1]["eval/loss"]
     assert "eval/loss/ward" not in rows[-1]
     words = "model.path=llama data.cache_dir=cache run.device=cpu run.dir=unknown budget.steps=1"
-    assert main(["train", *words.split(), *NAMED.split(), "evaluation.watch=eval/genral/loss"]) != 0
+    assert command_here(["train", *words.split(), *NAMED.split(), "evaluation.watch=eval/genral/loss"]) != 0
     assert "of their parts there are eval/ward/loss" in capsys.readouterr().err

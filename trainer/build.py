@@ -146,7 +146,7 @@ def build_model(
         half_on_gpu=half_on_gpu,
     )
     built.substitutions.update(noted | settled)
-    _check_fit(config, built, data)
+    check_fit(config, built, data)
     if config.export.at_end and not config.export.merge:
         check_read_back(built.step_module.model)
     checkpoint = built.base_weights(weights_directory(config.model))
@@ -167,7 +167,7 @@ def build_model(
     return built, source
 
 
-def _check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
+def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
     """Raise ConfigError where documents or packs do not fit the model that was built."""
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
     family = family_of(config.objective)

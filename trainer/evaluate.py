@@ -13,6 +13,7 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
+from trainer.as_stored import build_as_stored
 from trainer.build import build_engine, build_loader
 from trainer.checkpoints.seal import fingerprint
 from trainer.config.run import RunConfig
@@ -29,6 +30,7 @@ from trainer.facts import versions
 from trainer.forecast.exceeded import telling_of_evaluation
 from trainer.lifecycle.attempt import Where, rank_of_job
 from trainer.model.encoder_decoder import read_config
+from trainer.model.few_bits import stored_by
 from trainer.model.loading import load_tokenizer
 from trainer.records.console import Console
 from trainer.records.results import EVALUATION, keep
@@ -62,7 +64,7 @@ class Job:
     asked_first: bool = False
     """Whether another evaluation is compared with this one."""
     kept: bool = True
-    """Whether the report of a run is one of its records."""
+    """Whether the report of a run is one of its records, and not only its answers are wanted."""
 
 
 def evaluate_worker(config: RunConfig, job: Job, job_dir: Path) -> None:
@@ -87,7 +89,10 @@ def _evaluate(config: RunConfig, job: Job, job_dir: Path, request: StopRequest, 
         evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, asked))
     else:
         with telling_of_evaluation(lambda: where.phase, config, runtime):
-            engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
+            if stored_by(config.model.path) is not None:
+                engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
+            else:
+                engine, step, _ = build_engine(staged.reading(config), tokenizer, data, precision, runtime)
         built = engine, step
         if step.step_module.around_update is not None:
             build_loader(config, data, step, engine, runtime)  # tells it the length of the run
@@ -130,7 +135,7 @@ def _both(job: Job, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator
         ready.task.is_other = job.asked_first
         if ready.task.name in rows:
             ready.task.other = {row.where: row.answer for row in rows[ready.task.name]}
-    found[TUNED] = _ask(evaluator, console, TUNED)
+    found[TUNED] = _ask(evaluator, console, TUNED, scored=job.kept)
     return found
 
 
@@ -141,23 +146,23 @@ def _before(job: Job, engine: Engine, built: Built, evaluator: TaskEvaluator, co
     for ready in evaluator.tasks:
         ready.task.is_other = True
     if before:  # as it is before a checkpoint is loaded
-        found[BASE] = _ask(evaluator, console, BASE)
+        found[BASE] = _ask(evaluator, console, BASE, scored=job.kept)
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
     if job.base and not before:
         with built.tuning.reference(built.step_module.model):
-            found[BASE] = _ask(evaluator, console, BASE)
+            found[BASE] = _ask(evaluator, console, BASE, scored=job.kept)
     return found
 
 
-def _ask(evaluator: TaskEvaluator, console: Console, arm: str) -> Found:
-    """Every task of one model. All ranks must call."""
+def _ask(evaluator: TaskEvaluator, console: Console, arm: str, *, scored: bool) -> Found:
+    """Every task of one model. All ranks must call. `scored`: its metrics mean something (a review's prompts have no answer)."""
     found = Found()
     for done in evaluator.each():
         name = done.ready.task.name
         found.rows[name], found.values[name], found.seconds[name] = done.rows, done.values, done.seconds
         shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.values.items())
-        console.say(f"{arm}: {name}: {shown}  ({len(done.rows)} rows, {done.seconds:.1f} s)")
+        console.say(f"{arm}: {name}:{f' {shown} ' if scored else ''} ({len(done.rows)} rows, {done.seconds:.1f} s)")
         if done.pace is not None:
             found.paces[name] = done.pace
             console.say(f"{arm}: {name}: {done.pace}")

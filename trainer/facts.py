@@ -126,6 +126,7 @@ def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "weights_left_out": _left_out(started.source),
         "routers": routed.said(loader.accumulation) if (routed := built.step_module.routed) else [],
         "substitutions": _substitutions(config, built.substitutions, precision, runtime),
+        "base_parameters": sum(each.numel() for each in built.plain.parameters()),
         "flops_per_token": _flops(
             built, mean_tokens, float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.runs import PACED
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import clean_environment
@@ -15,8 +16,8 @@ from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import command_warm, forked
 
-STEPS = 40
-"""Enough that the signal, sent after the fifth, comes before the last also where this process is kept waiting."""
+STEPS = 20
+"""Enough that the signal, sent after the fifth, comes before the last of a run that rests after each."""
 
 
 def command(root: Path, run: str, *words: str) -> list[str]:
@@ -29,7 +30,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "run.device": "cpu",
         "run.threads": 1,
         "run.matmul": "blas",  # which library is faster is measured at each start, and other work may sway it
-        "batch.global": 8,
+        "batch.global": 4,
         "batch.micro": 2,
         "budget.steps": STEPS,
         "optim.lr": 1e-3,
@@ -38,7 +39,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "tuning.dropout": 0.1,
         "logging.every_steps": 1,
         "logging.wandb": "disabled",
-        "evaluation.every_steps": 15,
+        "evaluation.every_steps": 8,
         "export.at_end": "false",
     }
     return [sys.executable, "-m", "launch.main", "train", *(f"{k}={v}" for k, v in settings.items()), *words]
@@ -56,7 +57,7 @@ def numbers(root: Path, run: str) -> list[tuple]:
 
 def stop_after(root: Path, run: str, step: int, number: int, words: list[str]) -> int:
     with (root / f"{run}.out").open("w") as out:
-        process = forked(command(root, run, *words), clean_environment(), out.fileno())
+        process = forked(command(root, run, *words), clean_environment(**PACED), out.fileno())
     deadline = time.monotonic() + seconds(120)
     while not any(row["step"] >= step for row in rows(root, run)):
         assert process.poll() is None and time.monotonic() < deadline
@@ -94,7 +95,7 @@ def test_stopped_run_continues_bit_for_bit(root, capsys, name, words):
     assert [r["step"] for r in rows(root, f"{name}-cut")][-1] == reached
     assert command_warm(command(root, f"{name}-cut", *words)[3:]) == 0
     assert numbers(root, f"{name}-cut") == numbers(root, f"{name}-whole")
-    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 15, 30 and the end
+    assert len(numbers(root, f"{name}-whole")) == STEPS + 4  # evaluations at 0, 8, 16 and the end
     if name != "alone":
         return
     capsys.readouterr()

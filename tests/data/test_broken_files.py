@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import DataError
 from tests.data.broken_files import CASES, whole
+from tests.helpers.covering import examples
 from trainer.data.document import Rejected, Row
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
@@ -66,7 +67,7 @@ def test_the_corpus_is_large_and_its_names_differ():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzz

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.covering import examples
 from trainer.data.choose.signatures import content
 from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
@@ -156,7 +157,7 @@ def test_every_kind_can_be_found_and_quarantined(kind):
     assert tally.dropped == {"checks": {kind: 1}}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text()), min_size=1))
 def test_any_conversation_is_left_as_it_is_and_its_kinds_are_known(said):
     document = chat(*said)

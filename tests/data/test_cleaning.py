@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.covering import examples
 from trainer.data.config import CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Tally
 from trainer.data.stages.checks import Cleaner, encoding_fixer, remove_controls
@@ -76,7 +77,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text())
 def test_cleaning_is_idempotent(text):
     cleaner = Cleaner(EVERYTHING)

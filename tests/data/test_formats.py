@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
+from tests.helpers.covering import examples
 from trainer.data.choose.signatures import content
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
@@ -402,7 +403,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.dictionaries(KEYS | st.text(max_size=3), VALUES, max_size=5), st.sampled_from(FORMATS), st.data())
 def test_whatever_a_row_holds_it_becomes_a_document_or_is_rejected(fields, format, data):
     spelling = data.draw(st.sampled_from(SPELLINGS[format]))
@@ -455,7 +456,7 @@ def valid_rows(draw, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_valid_rows_come_back_with_the_same_texts(format):
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=examples(60), deadline=None)
     @given(valid_rows(format))
     def check(made):
         fields, wanted = made

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
+from tests.helpers.covering import examples
 from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder, learned_tokens
 from trainer.data.tokens.template import Rendered
 
 FAMILIES = chat_templates.FAMILIES
-CHECK = settings(max_examples=80, deadline=None, derandomize=True)
+CHECK = settings(max_examples=examples(80), deadline=None, derandomize=True)
 LOOK_ALIKES = ["assistant\n", "<|im_start|>assistant\n", "[INST] ", "<|im_end|>", "user\n", "</s>", "<|assistant|>\n"]
 words = st.sampled_from(
     ["a", "b", "the", "7", "42", "\n", " ", "\t", ".", "é", "e\u0301", "日本", "🙂", "👩‍👩‍👧", "\u200b"]
@@ -172,7 +173,7 @@ WAYS = {"all": ENCODERS, "last": LAST, "users": USERS, "both": BOTH}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(CHECK, max_examples=60)
+@settings(CHECK, max_examples=examples(60))
 @given(data=st.data())
 def test_turns_roles_and_flags(name, data):
     family = FAMILIES[name]
@@ -336,7 +337,7 @@ def _composed():
 
 
 @pytest.mark.parametrize("made", [_metaspace, _wordpiece, _composed])
-@settings(CHECK, max_examples=200)
+@settings(CHECK, max_examples=examples(200))
 @given(prompt=contents, completion=contents)
 def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, completion):
     encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
+from tests.helpers.covering import examples
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data import prepare as module
 from trainer.data.batches.mixing import build_order
@@ -149,7 +150,7 @@ ROWS = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(ROWS, min_size=1, max_size=12))
 def test_random_rows_are_all_accounted_for(tmp_path_factory, rows):
     root = tmp_path_factory.mktemp("random")

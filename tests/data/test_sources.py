@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import DataError
 from tests.data.broken_files import arrow, parquet, whole, zst
-from tests.helpers.covering import EVERYTHING
+from tests.helpers.covering import examples
 from trainer.data.document import Rejected, Row
 from trainer.data.read import json_rows
 from trainer.data.read import text as text_files
@@ -119,9 +119,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 objects = st.dictionaries(st.text(max_size=8), json_values, max_size=5)
-fuzz = settings(
-    max_examples=80 if EVERYTHING else 25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fuzz = settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzz
@@ -173,7 +171,7 @@ def written(draw, depth=0):
     return f"{{{','.join(pairs)}}}", len({*names}) < len(names) or any(doubled for _, doubled in inner)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.lists(st.tuples(NAMES, written()), min_size=1, max_size=4))
 def test_a_key_that_is_there_twice_is_always_found_and_numbers_stay_exact(columns):
     line = ",".join(f"{json.dumps(name)}:{text}" for name, (text, _) in columns)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
+from tests.helpers.covering import examples
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder, truncate
 from trainer.data.tokens.template import ChatTemplate
@@ -44,7 +45,7 @@ ascii_texts = st.text(st.sampled_from("ab \n\t.<>[]|/é🙂"), min_size=1, max_s
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data())
 def test_supervised_text_is_exactly_the_replies_and_their_end_tokens(name, data):
     _, end, trims, takes_system = TEMPLATES[name]
@@ -154,7 +155,7 @@ def test_control_tokens_in_the_text_are_noticed():
 
 
 @given(prompt=texts, completion=texts)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_prompt_completion_without_a_template(prompt, completion):
     encoder = PLAIN
     doc = Document("f", 1, prompt=prompt, completion=completion)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError
 from tests.helpers import chat_templates
 from tests.helpers import tokenizers as make
+from tests.helpers.covering import examples
 from trainer.data.config import LearnConfig, LearnTurns, OverLength
 from trainer.data.document import Document
 from trainer.data.tokens.cut import fit, oddities
@@ -251,7 +252,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("encoder", [CHAT, BOS, PLAIN])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=8))
 def test_the_short_way_finds_what_the_long_way_finds(encoder, contents):
     documents = [Document("f", 1, prompt=q, completion=a, separator=" ") for q, a in contents]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies.errors import DataError
 from tests.helpers import tokenizers as make
 from tests.helpers import tool_templates
+from tests.helpers.covering import examples
 from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
 from trainer.data.choose.signatures import content
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
@@ -127,7 +128,7 @@ asked = st.builds(lambda content: {"role": "user", "content": content}, texts)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_masks_are_those_of_generation_blocks(name, data):
     """Blocks written into the template by hand, and found by transformers, mark the tokens that marks find without them."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import socket
 import subprocess
 import sys
 
@@ -13,10 +14,14 @@ import pytest
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
+from launch import torchrun
 from launch.evaluate_words import Asked, plan
 from tests.helpers.building import model_dir
+from tests.helpers.covering import whole
 from tests.helpers.launching import clean_environment, command_here
 from tests.helpers.speed import seconds
+from tests.helpers.warm import command_warm, forked
+from trainer.config.run import LauncherConfig
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
 WORDS = TEXT.split()
@@ -81,7 +86,7 @@ def site(tmp_path_factory):
 def all_tasks(root):
     facts = root / "facts.jsonl"
     return [
-        *("evaluation.tasks=[loss,token_accuracy]", "evaluation.resamples=2000", "run.threads=1"),
+        *("evaluation.tasks=[loss,token_accuracy]", "evaluation.resamples=300", "run.threads=1"),
         *task("facts", "exact_match", facts),
         *task("words", "f1", facts),
         *task("translated", "translation", facts),
@@ -217,9 +222,8 @@ def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_
     """The report of the whole run is the yardstick, first of itself on two ranks, then of an early checkpoint."""
     _, rows = evaluated
     same = [*all_tasks(site), f"against={site}/all/evaluation.json", "strategy=fsdp2", "launcher.processes=2"]
-    done = evaluate([f"{site}/run", *same, f"to={site}/two", "--json"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
+    assert command_warm(["evaluate", f"{site}/run", *same, f"to={site}/two", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["processes"] == 2 and report["regressions"] == []
     written = report["tasks"]["facts"]["written"]
     assert written["tokens"] > 0 and written["gathering"]["sharded"] and written["gathering"]["whole"]
@@ -234,7 +238,14 @@ def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_
         *task("facts", "exact_match", facts, "limit.exact_match=0.05"),
         *task("words", "f1", facts, "limit.exact_match=1"),
     ]
-    early = [f"{site}/run", "checkpoint=20", "evaluation.tasks=[loss]", *some, f"against={site}/all/evaluation.json"]
+    early = [
+        f"{site}/run",
+        "checkpoint=20",
+        "evaluation.tasks=[loss]",
+        "evaluation.resamples=300",
+        *some,
+        f"against={site}/all/evaluation.json",
+    ]
     capsys.readouterr()
     assert command_here(["evaluate", *early, f"to={site}/early"]) == 69
     told = capsys.readouterr().err.split("fell against")[1]
@@ -243,9 +254,35 @@ def test_two_ranks_under_another_strategy_give_the_same_and_what_fell_ends_with_
     assert "words: exact_match" not in told  # which may fall by 1
 
 
-def evaluate(words):
-    command = [sys.executable, "-m", "launch.main", "evaluate", *words]
-    return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=seconds(300))
+def of_loss(site, to):
+    return [f"{site}/run", "evaluation.tasks=[loss]", "evaluation.resamples=20", "run.threads=1", f"to={site}/{to}"]
+
+
+def test_a_rank_is_given_the_same_words(site, evaluated, capfd):
+    """As torchrun and srun start it: a module with the variables of a rank. It prints the report."""
+    assert torchrun.arguments(LauncherConfig(processes=2), "x", module="launch.evaluate")[-2:] == [
+        "-m",
+        "launch.evaluate",
+    ]
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    env = clean_environment(**rank, MASTER_ADDR="localhost", MASTER_PORT=port)
+    started = forked([sys.executable, "-m", "launch.evaluate", *of_loss(site, "rank")], env, 1)
+    assert started.wait(seconds(120)) == 0
+    assert "perplexity" in capfd.readouterr().out
+    assert value(read(site / "rank")[0], "loss", "loss") == pytest.approx(value(evaluated[0], "loss", "loss"), rel=1e-6)
+
+
+@whole("ranks of training are started by the same torchrun, and the module of evaluating above")
+def test_two_ranks_by_torchrun(site, evaluated):
+    command = [sys.executable, "-m", "launch.main", "evaluate", *of_loss(site, "by-torchrun"), "launcher.processes=2"]
+    command += ["strategy=fsdp2"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=seconds(300))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, _ = read(site / "by-torchrun")
+    assert found["processes"] == 2
+    assert value(found, "loss", "loss") == pytest.approx(value(evaluated[0], "loss", "loss"), rel=1e-6)
 
 
 def test_a_resumed_run_gives_equal_rows(site):

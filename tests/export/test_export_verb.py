@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from launch.main import main
 from strategies import durable
@@ -74,7 +75,9 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
         run(f"run.dir={run_dir}", "checkpoint=4", "merge=true", "dtype=bfloat16", f"to={tmp_path / 'm'}", "verify=true")
         == 0
     )
-    assert (tmp_path / "m" / "model.safetensors").is_file()
+    whole = load_file(tmp_path / "m" / "model.safetensors")
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["base_parameters"] == sum(each.numel() for each in whole.values()) < record["sharding"]["parameters"]
     card = (tmp_path / "m" / "README.md").read_text()
     assert "- steps: 4" in card and "| eval/loss |" not in card, "metrics of step 6 are not those of step 4"
     assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'b'}") == 0
@@ -92,7 +95,8 @@ def test_another_checkpoint_merged_elsewhere(run_dir, tmp_path):
         (["run.dir={run}", "dtype=int8"], "bfloat16"),
         (["run.dir={run}", "max_shard_gib=-1"], "above 0"),
         (["run.dir={run}", "to={run}"], "not empty"),
-        (["run.dir={run}/none"], "cannot be read"),
+        (["run.dir={run}/none"], "none: there is no such directory; name a run"),
+        (["{run}/checkpoints"], "not a run directory"),
     ],
 )
 def test_what_cannot_be_used_is_said(words, said, run_dir, capsys):
@@ -106,7 +110,8 @@ def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
     try:
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         assert run(f"run.dir={run_dir}", "checkpoint=4") == 64
-        assert "does not have the bytes" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "does not have the bytes" in said and "take another one, checkpoint=<step> of " in said
     finally:
         file.write_bytes(whole)
 

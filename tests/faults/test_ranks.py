@@ -8,7 +8,6 @@ import threading
 import time
 import types
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,38 +16,37 @@ from strategies import durable, flight, heartbeat
 from strategies.flight import Exchange
 from strategies.heartbeat import LAST_WORDS, Heartbeats, last_words
 from tests.faults.runs import ROOT, environment, forked_rank_of, rank_of, read, wait
-from tests.helpers.covering import EVERYTHING
+from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
 from trainer.records.status import record_failure
 
 
 def two() -> tuple[str, ...]:
     """Words for two ranks that miss each other soon, but not while one of them is still starting on a busy machine."""
-    return "strategy=ddp", "launcher.processes=2", "tuning=full", f"run.timeout_s={round(seconds(7.5))}"
+    return "strategy=ddp", "launcher.processes=2", "tuning=full", f"run.timeout_s={round(seconds(5))}"
 
 
-def test_a_killed_and_a_stopped_rank_are_named(runs):
-    # That one was killed is told by torchrun; that one stopped, by its peer.
-    started = {name: runs.start(name, *two(), ranks=name == "stopped") for name in ("killed", "stopped")}
-    for name, process in started.items():
-        runs.wait_for_step(name, 2, process)
+@whole("test_retry kills a rank under torchrun too, and what is told of one is shown below")
+def test_a_killed_rank_is_named(runs):
+    """By torchrun."""
+    started = runs.start("killed", *two())
+    runs.wait_for_step("killed", 2, started)
     time.sleep(seconds(1.5))  # a sign of life comes each second, and later on a busy machine
-    ranks = {"killed": rank_of(started["killed"].pid, 1), "stopped": forked_rank_of(started["stopped"].pid, 1)}
-    ranks["killed"].send_signal(signal.SIGKILL)
-    ranks["stopped"].send_signal(signal.SIGSTOP)
-    for name, said in (("killed", "was killed by SIGKILL"), ("stopped", "stopped")):
-        assert runs.end(started[name]) == 70
-        failure = read(runs.root / name / "failure.json")
-        assert (failure["rank"], failure["phase"], failure["pid"]) == (1, "training", ranks[name].pid), failure
-        assert failure["step"] is not None  # as of its last sign of life
-        assert str(ranks[name].pid) in failure["message"] and said in failure["message"]
-        assert "memory" not in failure["message"]  # nothing says that it was
-        assert "ChildFailedError" not in runs.said(name)
-        last = runs.said(name).strip().splitlines()
-        place = max(number for number, line in enumerate(last) if "shardtune train: rank 1 on " in line)
-        assert said in last[place + 1]
-        assert runs.status(name)["state"] == "failed"
-    # Where the other one waited for it (a step has several places to wait in), and where it was.
+    killed = rank_of(started.pid, 1)
+    killed.send_signal(signal.SIGKILL)
+    failure = named(runs, "killed", started, killed.pid, "was killed by SIGKILL")
+    assert "ChildFailedError" not in runs.said("killed")
+    assert "memory" not in failure["message"]  # nothing says that it was
+
+
+def test_a_stopped_rank_is_named(runs):
+    """By its peer: where that one waited for it (a step has several places to wait in), and where it was."""
+    started = runs.start("stopped", *two(), ranks=True)
+    runs.wait_for_step("stopped", 2, started)
+    time.sleep(seconds(1.5))
+    stopped = forked_rank_of(started.pid, 1)
+    stopped.send_signal(signal.SIGSTOP)
+    failure = named(runs, "stopped", started, stopped.pid, "stopped")
     assert ", in fit" in failure["traceback"] and "timed out" in failure["traceback"].lower()
     assert " in fit" in (runs.root / "stopped" / "logs" / "rank-1.stacks").read_text()
     assert set(failure["stacks"]) == {"logs/rank-0.stacks", "logs/rank-1.stacks"}, failure
@@ -56,7 +54,21 @@ def test_a_killed_and_a_stopped_rank_are_named(runs):
     assert "gloo:" in failure["exchanges"]["0"], failure
 
 
-@pytest.mark.skipif(not EVERYTHING, reason="that a success removes it is shown by test_retry, too")
+def named(runs, name, started, pid, said):
+    """The failure of a run that rank 1 ended, as it is told at the end."""
+    assert runs.end(started) == 70
+    failure = read(runs.root / name / "failure.json")
+    assert (failure["rank"], failure["phase"], failure["pid"]) == (1, "training", pid), failure
+    assert failure["step"] is not None  # as of its last sign of life
+    assert str(pid) in failure["message"] and said in failure["message"]
+    last = runs.said(name).strip().splitlines()
+    place = max(number for number, line in enumerate(last) if "shardtune train: rank 1 on " in line)
+    assert said in last[place + 1]
+    assert runs.status(name)["state"] == "failed"
+    return failure
+
+
+@whole("test_retry shows it, too")
 def test_under_torchrun_a_success_removes_what_an_earlier_attempt_left(runs):
     (runs.root / "plain").mkdir()
     record_failure(runs.root / "plain", 1, RuntimeError("of an earlier attempt"), "training")
@@ -169,7 +181,7 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
     try:
         for _ in range(2):
             dist.all_reduce(torch.ones(4, 2))
-        last, until = flight.last_exchange(), time.monotonic() + 30
+        last, until = flight.last_exchange(), time.monotonic() + seconds(30)
         while last.waits_s is not None and time.monotonic() < until:  # gloo's own thread notes that it is over
             last = flight.last_exchange()
     finally:

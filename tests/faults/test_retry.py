@@ -6,31 +6,40 @@ import pytest
 
 from launch.outcome import _cause
 from tests.faults.runs import rank_of, wait
+from tests.helpers.covering import whole
 from trainer.records.status import record_failure
 
 STEPS = 30
 
 
-def test_a_run_goes_on_by_itself_after_usr2_and_after_a_killed_rank(runs):
-    words = [
-        "tuning=full",
-        "launcher.retry={preempted: 1, node_fail: 1}",
-        f"budget.steps={STEPS}",
-        "checkpoint.every_steps=20",
-    ]
-    process = runs.start("again", *words)
-    runs.wait_for_step("again", 5, process)
-    first = rank_of(process.pid, 0).pid
+@whole("the same is started again after a killed rank, and USR2 is the cause of it below")
+def test_a_run_goes_on_by_itself_after_usr2(runs):
+    process = begun(runs, "launcher.retry={preempted: 1}")
     process.send_signal(signal.SIGUSR2)
     wait(lambda: "started again (preempted; 0 more times)" in runs.said("again"), "the second start", process)
-    reached = runs.status("again")["step"]
-    runs.wait_for_step("again", reached + 5, process)
-    second = rank_of(process.pid, 0)
-    assert second.pid != first
-    second.kill()
+    gone_on(runs, process)
+
+
+def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
+    process = begun(runs, "launcher.retry={preempted: 1, node_fail: 1}")
+    first = rank_of(process.pid, 0)
+    first.kill()
+    wait(lambda: "started again (node_fail; 0 more times)" in runs.said("again"), "the second start", process)
+    said = runs.said("again")
+    assert f"(process {first.pid}) was killed by SIGKILL" in said and "ChildFailedError" not in said, said
+    gone_on(runs, process)
+
+
+def begun(runs, retry):
+    process = runs.start("again", retry, "tuning=full", f"budget.steps={STEPS}", "checkpoint.every_steps=20")
+    runs.wait_for_step("again", 5, process)
+    return process
+
+
+def gone_on(runs, process):
+    """The second start ends well, and each step is there once."""
     assert runs.end(process, 400) == 0, runs.said("again")
-    assert "started again (node_fail; 0 more times)" in runs.said("again")
-    assert (runs.status("again")["state"], runs.status("again")["restart"]) == ("done", 2)
+    assert (runs.status("again")["state"], runs.status("again")["restart"]) == ("done", 1)
     assert not (runs.root / "again" / "failure.json").exists()
     assert [row["step"] for row in runs.rows("again")] == list(range(1, STEPS + 1))
 

@@ -70,3 +70,8 @@ def chosen(
 ) -> list[Case]:
     """What this session of tests runs of a matrix: a covering choice, or with SHARDTUNE_TEST_ALL all of it."""
     return list(cases) if EVERYTHING else cover(cases, marks, cost=cost)
+
+
+def examples(number: int) -> int:
+    """How many examples of a property this session of tests tries, of as many as should be: a third, or with EVERYTHING all."""
+    return number if EVERYTHING else max(10, number // 3)

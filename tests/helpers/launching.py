@@ -1,14 +1,9 @@
-"""Starts a test job on several gloo ranks and returns what its rank 0 reported."""
+"""Processes of tests: their environment, their end, and the command in this one."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
-
-from tests.helpers.speed import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,19 +37,3 @@ def command_here(words: list[str]) -> int:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def run_job(module: str, world: int, directory: Path, *arguments: str, timeout_s: float = 300) -> dict:
-    """Run `python -m module directory *arguments` on `world` ranks; the job writes `directory/report.json`.
-
-    `timeout_s` is scaled to the machine.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += ["-m", module, str(directory), *arguments]
-    done = subprocess.run(
-        command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=seconds(timeout_s)
-    )
-    report = directory / "report.json"
-    assert done.returncode == 0 and report.exists(), (done.stdout + done.stderr)[-6000:]
-    return json.loads(report.read_text())

@@ -188,7 +188,7 @@ def _rank(rank: int, job: dict[str, Any], outputs: list[int]) -> None:
         _customize()
         if FAULT in os.environ:
             importlib.import_module(os.environ[FAULT])
-        end(guarded("train", []))
+        end(guarded(job["verb"], []))
     finally:
         os._exit(70)  # `end` did not come back: never on into the loop of the process that forked this one
 

@@ -14,16 +14,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 from launch import torchrun
 from tests.helpers.launching import ROOT, clean_environment, command_here
-
-_by_torchrun = torchrun.start
+from tests.helpers.speed import seconds
 
 
 class Nursery:
@@ -45,9 +45,9 @@ class Nursery:
         made._socket, made._pid, made._wait = ours, pid, lambda: os.waitpid(pid, 0)[1]
         return made
 
-    def run(self, world: int, env: dict[str, str], outputs: list[int], look: Any) -> int:
-        """The first exit code of ranks 0 to `world - 1` that is not 0; `look` is called a few times a second."""
-        request = json.dumps({"world": world, "env": env, "cwd": str(Path.cwd())})
+    def run(self, verb: str, world: int, env: dict[str, str], outputs: list[int], look: Any) -> int:
+        """The first exit code that is not 0 of ranks 0 to `world - 1` of `verb`; `look` is called a few times a second."""
+        request = json.dumps({"verb": verb, "world": world, "env": env, "cwd": str(Path.cwd())})
         socket.send_fds(self._socket, [request.encode()], outputs)
         self._socket.settimeout(0.2)
         while True:
@@ -128,6 +128,39 @@ def forked(
     return nursery().process(job, [output, output if errors is None else errors, *passed])
 
 
+def heard(command: Sequence[Any], env: dict[str, str], **how: Any) -> tuple[Forked, TextIO]:
+    """The same, and what it says, to be read as it comes."""
+    reads, writes = os.pipe()
+    try:
+        return forked(command, env, writes, **how), os.fdopen(reads)
+    finally:
+        os.close(writes)
+
+
+def run_ranks(words: Sequence[Any], world: int, *, cwd: Path = ROOT, timeout_s: float = 300) -> None:
+    """Run `python <words>`, of a module, on `world` gloo ranks, as torchrun does; all end well within `timeout_s`, scaled."""
+    with socket.create_server(("localhost", 0)) as free:
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    with tempfile.TemporaryFile("w+") as said:
+        ranks = [
+            forked(
+                [sys.executable, *words],
+                clean_environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
+                said.fileno(),
+                cwd=cwd,
+            )
+            for rank in range(world)
+        ]
+        try:
+            codes = [rank.wait(seconds(timeout_s)) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        said.seek(0)
+        assert codes == [0] * world, (codes, said.read()[-6000:])
+
+
 @cache
 def nursery() -> Nursery:
     found = Nursery()
@@ -138,9 +171,7 @@ def nursery() -> Nursery:
 def start(
     config: Any, run_dir: Path, run_id: str, aside: Any = None, *, what: torchrun.What = torchrun.TRAIN
 ) -> tuple[int, set[int]]:
-    """In place of `launch.torchrun.start`: the same ranks of a training run in the same environment, without torchrun."""
-    if what is not torchrun.TRAIN:
-        return _by_torchrun(config, run_dir, run_id, aside, what=what)
+    """In place of `launch.torchrun.start`: the same ranks in the same environment, without torchrun."""
     world = config.launcher.processes or 1
     env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env |= {"SHARDTUNE_LAUNCHER": str(os.getpid()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -155,7 +186,8 @@ def start(
             aside.output.parent.mkdir(parents=True, exist_ok=True)
             outputs = [opened.enter_context(aside.output.open("ab")).fileno()] * 2
         try:
-            return forks.run(world, env, outputs, (lambda: None) if aside is None else aside.look), set()
+            verb = what.module.rpartition(".")[2]
+            return forks.run(verb, world, env, outputs, (lambda: None) if aside is None else aside.look), set()
         except BaseException:  # the test's limit, say
             forks.close()
             raise

@@ -8,6 +8,7 @@ import pytest
 
 from launch.completion import script
 from launch.main import VERBS
+from tests.helpers.speed import seconds
 
 ASK = {
     "bash": """
@@ -41,7 +42,7 @@ def test_a_real_shell_completes(shell, tmp_path):
     file = tmp_path / "completion"
     file.write_text(script(shell, VERBS))
     commands = ASK[shell].format(script=file, directory=tmp_path)
-    done = subprocess.run([shell, "-c", commands], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([shell, "-c", commands], capture_output=True, text=True, timeout=seconds(60))
     verbs, keys, choices, switch, flags, paths, files = done.stdout.splitlines()
     assert verbs.split() == ["train"]
     assert {"strategy=", "strategy.compile="} <= set(keys.split())
@@ -58,5 +59,5 @@ def test_zsh_loads_the_script(tmp_path):
     (tmp_path / "_shardtune").write_text(script("zsh", VERBS))
     told = "words=(shardtune train strategy=z); CURRENT=3; compadd() { echo $@ }; compset() { }; "
     commands = f"autoload -U compinit; compinit -u -d {tmp_path}/dump; source {tmp_path}/_shardtune; {told} _shardtune"
-    done = subprocess.run(["zsh", "-fc", commands], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["zsh", "-fc", commands], capture_output=True, text=True, timeout=seconds(60))
     assert "zero1 zero2 zero3" in done.stdout, done.stderr

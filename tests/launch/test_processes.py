@@ -14,7 +14,7 @@ import pytest
 
 from launch import torchrun
 from strategies.errors import ConfigError
-from tests.helpers.covering import EVERYTHING
+from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.speed import seconds
 from tests.launch.stand_in import STAND_IN
 from trainer.records.status import read_failure, record_failure
@@ -103,8 +103,8 @@ def test_two_ranks_finish_and_starting_again_is_a_no_op(job, tmp_path):
 FAILURES = [("user", 64, "matches no module"), ("kill", 70, "killed by SIGKILL"), ("raise", 70, "rank 1 on ")]
 
 
-# That a killed rank is named is shown of a real run, in tests/faults/test_ranks.py.
-@pytest.mark.parametrize(("what", "code", "last"), FAILURES[: None if EVERYTHING else 1])
+@whole("a rank is killed under torchrun in test_retry.py, and one that fails is named in test_warm.py")
+@pytest.mark.parametrize(("what", "code", "last"), FAILURES)
 def test_a_failing_rank_ends_the_job_and_is_named_last(job, tmp_path, what, code, last):
     process = job(what)
     begun = time.monotonic()

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import heard
 
 
 def test_keywords_are_the_words_of_the_command_line():
@@ -45,6 +48,22 @@ def test_keywords_are_the_words_of_the_command_line():
         shardtune.compose(check=False, learning_rate=2e-4)
 
 
+class Warm:
+    """As `subprocess.Popen` of what `shardtune` starts, forked."""
+
+    def __init__(self, command, env, **_):
+        python, safe_path, unbuffered, *words = command
+        assert (safe_path, unbuffered) == ("-P", "-u")
+        self.process, self.stdout = heard([python, *words], env, cwd=Path.cwd())
+        self.wait = self.process.wait
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+
+
 def test_a_run_and_what_it_left(tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -61,6 +80,7 @@ def test_a_run_and_what_it_left(tmp_path, monkeypatch, capsys):
         "run_device": "cpu",
     }
     asked |= {"batch.global": 8, "batch.micro": 4, "budget_steps": 2, "logging_wandb": "disabled", "run_dir": "first"}
+    asked |= {"logging_report": False}
     run = shardtune.train(tuning="lora", **asked)
     assert run.dir == tmp_path / "first" and run.status["state"] == "done"
     assert "step 2/2" in capsys.readouterr().out
@@ -69,6 +89,8 @@ def test_a_run_and_what_it_left(tmp_path, monkeypatch, capsys):
     model = run.model()
     assert type(model).__name__.startswith("Peft") and not model.training
     assert run.tokenizer().vocab_size
+    # What starts has been seen to start.
+    monkeypatch.setattr(shardtune, "subprocess", SimpleNamespace(Popen=Warm, PIPE=None, STDOUT=None))
     assert (run.export("merged", merge=True) / "model.safetensors").exists()
     with pytest.raises(shardtune.RunFailed) as failed:
         shardtune.train(tuning="lora", **asked | {"optim_lr": 1e-3})

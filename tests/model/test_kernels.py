@@ -10,6 +10,7 @@ import transformers
 
 from strategies.parameters import meta_context
 from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.speed import seconds
 from tests.models import tiny
 from trainer.data.config import Layout
 from trainer.model import kernels
@@ -120,7 +121,7 @@ def test_on_a_cpu_the_packages_are_not_called(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=seconds(150),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("Way(fused=True, positions=True, alone=False)")

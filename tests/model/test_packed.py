@@ -2,18 +2,16 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.launching import ROOT, clean_environment
+from tests.helpers.launching import clean_environment
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.speed import seconds
+from tests.helpers.warm import heard
 from trainer.model import packed
 from trainer.model.packed import PackedWeights, fingerprint
 from trainer.model.quantisation import Quantisation, Scheme
@@ -35,50 +33,32 @@ def small_ones_too(monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 0)
 
 
-RANK = """
-    import json, sys, time
-    from pathlib import Path
-    from tests.model.test_packed import SIZES, made
-    from trainer.model import packed
+class Rank:
+    """A process of its own that packs; what it says can be read."""
 
-    directory, index, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    packed.SMALLEST, log = 0, []
+    def __init__(self, directory, index, count, pause):
+        command = [sys.executable, "-m", "tests.model.packing_rank", directory, index, count, pause]
+        self.process, self.said = heard(command, clean_environment())
 
-    def pack(name):
-        log.append(name)
-        print("packs", name, flush=True)
-        time.sleep(float(sys.argv[4]))
-        return made(name)
-
-    weights = packed.PackedWeights(directory, SIZES, pack, share=(index, count))
-    same = all(weights.run(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
-    print(json.dumps({"packed": log, "same": same, "reason": weights.reason}))
-"""
-
-
-def start(directory, index, count, pause):
-    command = [sys.executable, "-c", textwrap.dedent(RANK), str(directory), str(index), str(count), str(pause)]
-    return subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
-
-
-def answer(process):
-    out, _ = process.communicate(timeout=seconds(120))
-    return json.loads(out.splitlines()[-1])
+    def answer(self):
+        """What it says last; it has ended well."""
+        *_, last = self.said.read().splitlines()
+        assert self.process.wait(seconds(120)) == 0
+        return json.loads(last)
 
 
 def test_two_ranks_pack_each_weight_once_and_a_dead_one_is_replaced(tmp_path):
     """Real processes, the first of which dies while it packs; what it had locked is packed by another."""
-    dead = start(tmp_path, 0, 1, 600)
-    assert dead.stdout.readline().startswith("packs")
-    two = [start(tmp_path, index, 2, 0.2) for index in range(2)]
-    for process in two:
-        assert process.stdout.readline().startswith("packs")
-    os.kill(dead.pid, signal.SIGKILL)
-    dead.communicate()
-    found = [answer(process) for process in two]
+    dead = Rank(tmp_path, 0, 1, 600)
+    assert dead.said.readline().startswith("packs")
+    two = [Rank(tmp_path, index, 2, 0.2) for index in range(2)]
+    for rank in two:
+        assert rank.said.readline().startswith("packs")
+    dead.process.kill()
+    found = [rank.answer() for rank in two]
     assert all(one["same"] and not one["reason"] for one in found)
     assert sorted(found[0]["packed"] + found[1]["packed"]) == sorted(SIZES)
-    later = answer(start(tmp_path, 0, 1, 0))
+    later = Rank(tmp_path, 0, 1, 0).answer()
     assert later == {"packed": [], "same": True, "reason": ""}
 
 

@@ -41,11 +41,16 @@ def built(name):
         )
 
 
-@pytest.mark.parametrize("name", chosen(WHOLE, marks))
-def test_a_whole_size_is_proven_as_its_tiny_model_trains(name):
+@pytest.fixture(scope="module", params=chosen(WHOLE, marks))
+def whole(request):
+    """A whole size: its name, configuration and model."""
+    return request.param, *built(request.param)
+
+
+def test_a_whole_size_is_proven_as_its_tiny_model_trains(whole):
     attention.register()
+    name, config, plain = whole
     row = TABLE[WHOLE[name][0]]["full"]
-    config, plain = built(name)
     found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.tried, found.reason
     assert found.causal == (row["outcome"] != "refused")
@@ -57,13 +62,12 @@ def test_a_whole_size_is_proven_as_its_tiny_model_trains(name):
         )
 
 
-@pytest.mark.parametrize("name", chosen(WHOLE, marks))
-def test_the_small_copy_has_each_kind_that_settings_name_and_short_windows(name):
-    config, plain = built(name)
+def test_the_small_copy_has_each_kind_that_settings_name_and_short_windows(whole):
+    _, config, plain = whole
     small = next(small_copies(config, plain)).get_text_config().to_dict()
-    whole = config.get_text_config().to_dict()
+    large = config.get_text_config().to_dict()
     for names in KINDS:
-        assert set(map(str, whole.get(names) or ())) <= set(map(str, small.get(names) or ())), names
+        assert set(map(str, large.get(names) or ())) <= set(map(str, small.get(names) or ())), names
     assert all((small.get(window) or 0) <= WINDOW for window in WINDOWS)
 
 

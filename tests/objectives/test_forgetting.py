@@ -19,6 +19,7 @@ from tests.helpers.building import (
     take_steps,
     trainer_for,
 )
+from tests.helpers.covering import EVERYTHING
 from tests.helpers.launching import clean_environment
 from tests.helpers.stores import write
 from tests.helpers.tokenizers import write_chat_data, write_jsonl
@@ -135,7 +136,7 @@ def educated(tmp_path_factory, runtime) -> Path:
     return root
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["full", *(["lora"] if EVERYTHING else [])])
 def test_less_is_forgotten(tmp_path, educated, runtime, tuning):
     """A model that counts up learns to count down: how much worse it then counts up, a divergence at least halves.
 

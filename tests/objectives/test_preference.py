@@ -1,5 +1,6 @@
 """Objectives over pairs: TRL's numbers, and what no order, grouping or layout may change."""
 
+import itertools
 import json
 import math
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from tests.golden.make_preference_vectors import CASES, FILE, fill, fingerprints, model_config, pairs
 from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, pair_set, run_config, take_steps, trainer_for
+from tests.helpers.covering import chosen, values
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.heads.fuse import fuse_head
@@ -135,13 +137,16 @@ def test_odds_stay_finite_for_certain_answers():
     one, zero = torch.ones(3), torch.zeros(3)
     losses, _, _ = Orpo(OrpoConfig()).losses(Pairs(chosen, rejected, one, one, zero, zero))
     losses.sum().backward()
-    for values in (losses, chosen.grad, rejected.grad):
-        assert torch.isfinite(values).all()
+    for found in (losses, chosen.grad, rejected.grad):
+        assert torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize("objective", [DpoConfig(beta=0.5), OrpoConfig(), SimpoConfig(), RewardConfig()])
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_steps_do_not_depend_on_the_micro_batch(tmp_path, runtime, objective, tuning):
+OBJECTIVES = {"dpo": DpoConfig(beta=0.5), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "reward": RewardConfig()}
+
+
+@pytest.mark.parametrize(("name", "tuning"), chosen(itertools.product(OBJECTIVES, ("lora", "full")), values))
+def test_steps_do_not_depend_on_the_micro_batch(tmp_path, runtime, name, tuning):
+    objective = OBJECTIVES[name]
     curves = []
     for micro in (GLOBAL_BATCH, 4, 1):
         config = run_config(model_dir(tmp_path), "single", tuning, micro=micro, steps=4, objective=objective)

@@ -1,11 +1,14 @@
 """Weights of turns in the loss: against plain transformers, whose logits are made whole and whose rows are weighed by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps, trainer_for
+from tests.helpers.covering import chosen, values
 from tests.helpers.tokenizers import WORDS, write_jsonl
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, Layout, SourceConfig
@@ -80,8 +83,7 @@ class Plain:
         return (nll * weights[1:]).sum(), float(right @ weights[1:]), float(weights[1:].double().sum())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("micro", [4, GLOBAL_BATCH])
+@pytest.mark.parametrize(("layout", "micro"), chosen(itertools.product(LAYOUTS, (4, GLOBAL_BATCH)), values))
 def test_loss_and_gradient_are_those_of_transformers(tmp_path, runtime, model, layout, micro):
     made = rows(48, weighted=True)
     data = prepared(tmp_path, model, made, max_length=96)

@@ -12,7 +12,7 @@ from trainer.papers.write import paper
 RUN = {
     "flops_per_token": 6e9,
     "world_size": 4,
-    "sharding": {"parameters": 1_000_000_000},
+    "base_parameters": 1_000_000_000,
     "outcome": {"speed": {"tokens_per_s": 1000.0}},
 }
 

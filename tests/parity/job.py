@@ -11,6 +11,7 @@ from typing import Any
 
 from strategies import runtime as processes
 from strategies.matmul import Matmul
+from tests.helpers import uncompiled
 from tests.helpers.ranks import serve
 from tests.parity.base import Job
 
@@ -25,6 +26,7 @@ def main(directory: Path) -> None:
     # Not the faster one: which that is, is a matter of the processor and of what else runs.
     products = Matmul.blas if os.environ["WORLD_SIZE"] == "2" else Matmul.onednn
     runtime = processes.start("cpu", timeout_s=600, threads=1, matmul=products)
+    uncompiled.as_written(load=True)
     job = Job(directory, runtime)
 
     def answer(part: str, function: str, *arguments: Any) -> Any:

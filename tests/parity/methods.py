@@ -12,6 +12,7 @@ import strategies.zero
 from strategies import runtime as processes
 from strategies.parameters import named_parameters
 from tests.helpers.building import model_dir, run_config, take_steps
+from tests.helpers.covering import EVERYTHING
 from tests.helpers.learning import LEAST_LEARNED
 from tests.parity.base import Curve, Job, lone_steps, values_of
 from tests.parity.plan import CASES, OTHERWISE, SHARDING, Run
@@ -50,11 +51,14 @@ def released_at_once() -> Iterator[None]:
 
 @contextmanager
 def only_traced() -> Iterator[None]:
-    """Make `torch.compile` trace forward and backward as ever, but run the graphs as they are: no C++ is compiled."""
+    """Make `torch.compile` trace as ever, but run the graphs as they are: no C++ is compiled.
+
+    The backward pass is traced too in `make test-all`, in twice the time.
+    """
     compiled = torch.nn.Module.compile
 
     def traced(module: torch.nn.Module, **options: Any) -> Any:
-        return compiled(module, backend="aot_eager", **options)
+        return compiled(module, backend="aot_eager" if EVERYTHING else "eager", **options)
 
     with mock.patch.object(torch.nn.Module, "compile", traced):
         yield

@@ -1,10 +1,10 @@
 """Which combinations the parity tests of the tuning methods run: a covering choice, or every legal one.
 
 Each run is compared with `single` under the same optimizer and rows, so one run proves a strategy, a feature and an
-optimizer for its method at once. The choice (`tests/helpers/covering.py`): every strategy meets every feature, every
+optimizer for its method at once. The choice (`tests/helpers/covering.py`): every kind of strategy meets every feature, every
 optimizer torch's engines and DeepSpeed's, and every method meets strategies that gather parameters and strategies that keep
-them whole, blocks that are computed a second time, and rows that are laid out otherwise. With SHARDTUNE_TEST_ALL=1 every
-method meets every strategy with every feature and with every optimizer.
+them whole, and blocks that are computed a second time. With SHARDTUNE_TEST_ALL=1 every method meets every strategy with
+every feature and with every optimizer.
 """
 
 from collections.abc import Hashable
@@ -122,18 +122,22 @@ def engine_of(run: Run) -> str:
     return "deepspeed" if run.strategy.startswith("zero") else "torch"
 
 
+def kind_of(run: Run) -> str:
+    """What a feature can meet: parameters kept whole, or gathered by block, of torch or of DeepSpeed."""
+    return f"{engine_of(run)}, {'gathered' if run.strategy in GATHERING else 'whole'}"
+
+
 def marks(run: Run) -> set[Hashable]:
     """What one run proves, for the covering choice."""
     if run.feature == "compile":
         return {("compile", run.case)}
-    found: set[Hashable] = {("strategy", run.strategy, run.feature), ("case", run.case)}
+    found: set[Hashable] = {("strategy", run.strategy), ("feature", kind_of(run), run.feature), ("case", run.case)}
     found |= {("optim", engine_of(run), run.optim)}
     if run.strategy in ("fsdp2", "zero3"):
         found |= {("sharded", run.case)}
     if run.case in main_cases().values():
         found |= {("gathered" if run.strategy in GATHERING else "whole", run.case)}
         found |= {("computed again", run.case)} if run.feature in ("checkpointing", "selective") else set()
-        found |= {("laid out otherwise", run.case)} if run.feature in ("packing", "padded") else set()
     return found
 
 

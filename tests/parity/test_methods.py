@@ -9,7 +9,7 @@ from tests.helpers.learning import LEAST_LEARNED
 from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
 from tests.parity.methods import FEWER, RESUMED, STEPS
-from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything, main_cases, missing, plan
+from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything, kind_of, main_cases, missing, plan
 from trainer.config.combinations import FEATURES, State, cell, rows
 from trainer.config.validate import problems_of
 from trainer.optim.support import SUPPORT
@@ -55,12 +55,13 @@ def test_the_whole_matrix_leaves_no_row_without_a_case_and_no_cell_without_a_run
 
 
 def test_the_choice_meets_every_pair_that_it_promises():
-    """Strategies with features, engines with optimizers; each method with what its modules are likely to break under."""
+    """Kinds of strategies with features, engines with optimizers; each method with what its modules are likely to break under."""
     runs, met = everything(), covering()
     assert {run.key for run in met} == {run.key for run in met if run.legal} and {run.case for run in met} == set(CASES)
     for run in runs:
         if run.feature != "compile":
-            assert any((run.strategy, run.feature) == (one.strategy, one.feature) for one in met), run
+            assert any((kind_of(run), run.feature) == (kind_of(one), one.feature) for one in met), run
+        assert any(run.strategy == one.strategy for one in met), run
         assert (engine_of(run), run.optim) in {(engine_of(one), one.optim) for one in met}, run
     for case in main_cases().values():
         legal, own = ([run for run in some if run.case == case] for some in (runs, met))
@@ -69,7 +70,6 @@ def test_the_choice_meets_every_pair_that_it_promises():
             lambda run: run.strategy in GATHERING,
             lambda run: run.strategy not in GATHERING,
             lambda run: run.feature in ("checkpointing", "selective"),
-            lambda run: run.feature in ("packing", "padded"),
         ):
             assert any(map(kind, own)) or not any(map(kind, legal)), case
 

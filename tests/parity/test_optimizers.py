@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.helpers.covering import chosen, values
+from tests.helpers.covering import EVERYTHING, chosen, values, whole
 from tests.parity.optimizers import GROUPED, INSTALLED, OPTIMIZERS, runs
 
 TOLERANCE = 1e-5
@@ -34,6 +34,7 @@ def dear(case):
     return case[1].startswith("zero")
 
 
+@whole("each optimizer under each engine is in test_methods.py, and resumes below")
 @pytest.mark.parametrize(("name", "strategy", "tuning"), chosen(TUNED, lambda case: {*kind(case), case[2]}, dear))
 def test_strategy_equals_single(ask, name, strategy, tuning):
     needs(name)
@@ -71,7 +72,7 @@ def test_resuming_is_bit_equal_and_crosses_where_both_run(ask, name, strategy):
     assert_close(found["elsewhere"], found["uninterrupted"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2, kept gathered"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", *(["fsdp2, kept gathered"] if EVERYTHING else [])])
 def test_looking_at_the_average_changes_nothing(ask, strategy):
     needs("schedule_free")
     found, single = ask("optimizers", "averaging", strategy), ask("optimizers", "averaging", "single")

@@ -3,8 +3,6 @@
 import gc
 import json
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from datetime import timedelta
@@ -19,7 +17,6 @@ from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime
 from tests.helpers.building import STRATEGIES, TUNINGS, data_set, model_dir, run_config, trainer_for
 from tests.helpers.covering import EVERYTHING
-from tests.helpers.launching import clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import command_warm
@@ -191,13 +188,13 @@ def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
 def test_ranks_agree_or_the_run_ends(monkeypatch, answers, agreed):
     """A rank that runs out alone leaves the others in an exchange: it waits for no answer of theirs for ever."""
     store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=30))
+    store.set_timeout(timedelta(seconds=seconds(30)))
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     trial = _trial(8)
     told = {}
 
     def rank(number, answer):
-        runtime = Runtime(number, 2, number, 2, torch.device("cpu"), None, timeout_s=3)
+        runtime = Runtime(number, 2, number, 2, torch.device("cpu"), None, timeout_s=round(seconds(1.5)))
         try:
             told[number] = tried.agreed(trial, "no memory" if answer == "out" else None, runtime)
         except DoesNotFit as error:
@@ -219,9 +216,9 @@ def test_divisors():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
-@pytest.mark.parametrize("strategy", ["zero3", *(["single", "ddp", "fsdp2", "hsdp", "zero2"] if EVERYTHING else [])])
-def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strategy):
-    """As it is started by a user, and with what was tried before thrown away; the choice is frozen."""
+@pytest.mark.parametrize("strategy", ["fsdp2", *(["single", "ddp", "hsdp", "zero2", "zero3"] if EVERYTHING else [])])
+def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strategy, capfd):
+    """With what was tried before thrown away; the choice is frozen."""
     words = [f"model.path={model_dir(tmp_path)}", f"data.path={write_chat_data(tmp_path / 'train.jsonl', 16)}"]
     words += ["debug=cpu2" if strategy != "single" else "debug=tiny", f"strategy={strategy}", "export.at_end=false"]
     words += [
@@ -232,15 +229,10 @@ def test_a_run_that_chooses_takes_the_steps_of_one_that_was_told(tmp_path, strat
     ]
     words += ["run.matmul=blas", "run.threads=1", "batch.global=8"]
 
-    def train(name, *more):
-        command = [sys.executable, "-m", "launch.main", "train", *words, f"run.dir={tmp_path / name}", *more]
-        env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds(240))
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
     part = 8 if strategy == "single" else 4
-    said = train("auto", "budget.steps=3", "batch.micro=auto")
+    auto = [*words, f"run.dir={tmp_path / 'auto'}", "budget.steps=3", "batch.micro=auto"]
+    assert command_warm(["train", *auto]) == 0
+    said = capfd.readouterr().out
     told = [*words, f"run.dir={tmp_path / 'told'}", "budget.steps=3", f"batch.micro={part}", "profile.steps=[2,3]"]
     assert command_warm(["train", *told]) == 0
     traced = profiled(tmp_path / "told")  # each rank leaves a trace, of which one page tells; its steps are the same

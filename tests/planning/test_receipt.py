@@ -1,17 +1,14 @@
 """The receipt of a run: what `run.json` says was expected and measured, beside the files and rows that the run left."""
 
 import json
-import subprocess
-import sys
 import time
 from statistics import median
 
 import pytest
 
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment
-from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
+from tests.helpers.warm import command_warm
 
 STEPS = 6
 
@@ -26,17 +23,8 @@ def left(tmp_path_factory):
     words += [f"data.eval_path={root / 'eval.jsonl'}", f"data.cache_dir={root / 'cache'}", f"run.dir={root / 'run'}"]
     words += ["strategy=fsdp2", "launcher.processes=2", "run.device=cpu", f"budget.steps={STEPS}", "batch.global=8"]
     words += ["batch.micro=2", "logging.wandb=disabled", "logging.every_steps=1", "export.at_end=false"]
-    environment = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", *words],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=seconds(300),
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert command_warm(["train", *words]) == 0
     return root / "run", time.monotonic() - began
 
 

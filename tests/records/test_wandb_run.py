@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.helpers.launching import clean_environment, command_here
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.wandb_files import inspected, record, summary
+from tests.helpers.warm import heard
 from tests.records.test_tracking import tracked
 from trainer.records.config import Alert, LoggingConfig, WandbMode
 from trainer.records.lease import LeaseLost
@@ -44,7 +44,7 @@ def site(tmp_path_factory):
 
 def words(site, run, *more):
     found = [f"model.path={site / 'llama'}", f"data.path={site / 'train.jsonl'}", f"data.cache_dir={site / 'cache'}"]
-    found += ["debug=tiny", "run.device=cpu", "logging.wandb=auto", f"run.dir={site / run}"]
+    found += ["debug=tiny", "run.device=cpu", "logging.wandb=auto", "logging.report=false", f"run.dir={site / run}"]
     return [*found, *more]
 
 
@@ -126,14 +126,14 @@ def _in_process(given):
 
 
 def test_a_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(site):
-    """As from a shell: TERM saves, and the same command goes on."""
+    """TERM saves, and the same command goes on."""
     command = [sys.executable, "-m", "launch.main", "train"]
     command += words(site, "stopped", "budget.steps=400", "logging.alerts=[failed]", "checkpoint.save_final=false")
     env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
     env["WANDB_DIR"] = str(site / "elsewhere")
-    first = subprocess.Popen(command, env=env, cwd=site, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first, lines = heard(command, env, cwd=site)
     said = ""
-    for line in first.stdout:
+    for line in lines:
         said += line
         if line.startswith("step 2/"):
             first.send_signal(signal.SIGTERM)
@@ -144,9 +144,9 @@ def test_a_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(
     assert '"type":"preempting"' in inspected(part) and record(part, "alert") == {}
     step = int(re.search(r"stopped at step (\d+)", said)[1])
     time.sleep(1.1)  # the parts are told apart by the second
-    second = subprocess.Popen(command, env=env, cwd=site, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    second, lines = heard(command, env, cwd=site)
     said = ""
-    for line in second.stdout:
+    for line in lines:
         said += line
         if line.startswith(f"step {step + 1}/"):
             second.send_signal(signal.SIGTERM)
@@ -213,9 +213,9 @@ def test_online_without_a_network_is_offline_and_says_so(site):
     env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
     env |= {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "launch.main", "train", *words(site, "nobody", "budget.steps=1")]
-    done = subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, timeout=seconds(200))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "Traceback" not in said, said
+    done, lines = heard(command, env, cwd=site)
+    said = lines.read()
+    assert done.wait(seconds(200)) == 0 and "Traceback" not in said, said
     assert "logging.wandb: offline (http://127.0.0.1:9 cannot be reached: Connection refused)" in said
     assert "wandb sync nobody/wandb/offline-run" in said
     left = b"".join(path.read_bytes() for path in (site / "nobody").rglob("*") if path.is_file())

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -125,12 +126,20 @@ def test_several_reviewers_agreement_and_what_stands_out(run, capsys):
     draws = sorted(sum(drawn.choices(means, k=len(means))) / len(means) for _ in range(4000))
     assert low == pytest.approx(draws[100], abs=0.03) and high == pytest.approx(draws[3900], abs=0.03)
     assert found["disagreements"] and found["metrics"]["num_reviewers"]["value"] == 3
+    assert command_here(["review", "score", str(run), ada, bert]) == 0
+    lines = {int(line) for line in re.findall(r"answers/prompts\.jsonl, line (\d+)\)", capsys.readouterr().out)}
+    assert lines and all(line % 3 == 1 for line in lines), "they part where a prompt's number is divisible by three"
     assert command_here(["review", "score", str(run), ada, dice, "drop=[dice]"]) == 0
     assert result(run)["metrics"]["win_rate"]["value"] == pytest.approx(sum(n % 3 > 0 for n in range(12)) / 12)
 
 
 def lefts(run):
     return {item["prompt"]: item["tuned"] == "a" for item in key_of(run)["key"]["items"] if item["repeats"] is None}
+
+
+def test_while_answers_are_written_no_score_is_told(made):
+    said = "".join(path.read_text() for path in (made / "review" / "answers").rglob("rank-0.log"))
+    assert "tuned: answers: (12 rows" in said and "exact_match" not in said
 
 
 def test_a_table_filled_in_with_a_spreadsheet_counts_as_a_page_does(run):

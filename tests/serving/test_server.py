@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.helpers.covering import EVERYTHING
+from tests.helpers.speed import seconds
 from trainer.export.load import load_export
 from trainer.serving.config import ServeConfig
 from trainer.serving.exported import find_export
@@ -226,7 +227,7 @@ def many(client, count):
 
 def test_many_at_once_lose_nothing(place, client):
     many(client, 24)
-    until = time.monotonic() + 60
+    until = time.monotonic() + seconds(60)
     while place[1].config.app.under_way and time.monotonic() < until:  # the last answer is read before its task ends
         time.sleep(0.01)
     assert place[1].config.app.under_way == 0

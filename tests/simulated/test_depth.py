@@ -1,6 +1,6 @@
 """A model's step out of two shallow ones is that of the model itself: bytes, kinds, moment, exchanges and arithmetic."""
 
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 
 import pytest
 import transformers
@@ -14,12 +14,13 @@ from trainer.planning.live import GRAIN
 
 SIZES = {
     "moderate": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 7, "vocab_size": 4096},
+    "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 128256},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256},
 }
 FLAT = 16
 """Flat buffers of ZeRO at most: parameters, gradients, masters, moments, by group."""
-HEADS = {"moderate": 8, "8B": 32, "70B": 64}
+HEADS = {"moderate": 8, "3B": 24, "8B": 32, "70B": 64}
 MATRIX = [
     Case(strategy, tuning, precision, checkpointing, False, accumulation)
     for strategy in STRATEGIES[:-1]  # of a small model ZeRO-3 keeps all blocks gathered: it is simulated whole
@@ -31,11 +32,13 @@ MATRIX = [
 LARGE = [
     ("8B", Case("fsdp2", "full", "bf16", "full", False, 2), 8),
     ("8B", Case("zero2", "full", "bf16", "full"), 8),
+    ("8B", Case("zero2", "full", "bf16", "none"), 8),
+    ("3B", Case("zero2", "full", "bf16", "full"), 8),
     ("8B", Case("zero3", "lora", "bf16", "none"), 8),
     ("70B", Case("fsdp2", "full", "bf16", "full"), 64),
 ]
-BUCKET = 400 * 2**20
-"""Bytes of the bucket in which ZeRO reduces float32 gradients. It is full at other blocks than in a shallow model."""
+NEAR = 0.005
+"""How near a large model's peak under ZeRO-2 is to its own, whose buckets are full at other blocks than in shallow ones."""
 
 
 def model(place, size):
@@ -47,28 +50,38 @@ def model(place, size):
 
 
 def marks(case):
-    """A case's values, with strategies that keep the same of a block taken for one."""
+    """A case's values, with strategies that keep the same of a block taken for one; what accumulates is in test_form.py."""
     kept = {"ddp": "single", "hsdp": "fsdp2", "zero2": "zero1"}.get(case.strategy, case.strategy)
-    return values((kept, *astuple(case)[1:]))
+    return values((kept, *astuple(replace(case, accumulation=1))[1:]))
 
 
 def agree(path, case, world, lengths):
     config = case.config(path, world)
     options = {"world_size": world, "rank": world - 1}
     found, exact = (asdict(simulate_depth(config, lengths, exact=e, **options)) for e in (False, True))
+    if case.strategy == "zero2" and config.model.path.endswith("B"):
+        _near(found, exact)
+        return
     # ZeRO joins parameters into a few flat buffers, each of which is rounded once, whatever the depth.
     slack = FLAT * GRAIN if case.strategy.startswith("zero") else 0
-    if case.strategy == "zero2" and exact["total"] > BUCKET * 10:
-        slack += BUCKET
-        assert abs(found.pop("peak")["place"] - exact.pop("peak")["place"]) <= 1
-        calls = [part.pop("exchanged") for part in (found, exact)]
-        assert calls[0].keys() == calls[1].keys()
-        assert all(calls[0][key][1] == calls[1][key][1] for key in calls[0]), "bytes exchanged"
     for part in ("kinds", "resting"):
         one, other = found.pop(part), exact.pop(part)
         assert one.keys() == other.keys()
         assert all(abs(one[kind] - other[kind]) <= slack for kind in one), part
     assert abs(found.pop("total") - exact.pop("total")) <= slack
+    assert found == exact
+
+
+def _near(found, exact):
+    """As `agree`, where buckets are filled: the peak is what a full one takes wherever it comes."""
+    assert abs(found.pop("peak")["place"] - exact.pop("peak")["place"]) <= 1
+    assert found.pop("total") == pytest.approx(exact.pop("total"), rel=NEAR)
+    assert sum(found.pop("kinds").values()) == pytest.approx(sum(exact.pop("kinds").values()), rel=NEAR)
+    calls = [part.pop("exchanged") for part in (found, exact)]
+    assert calls[0].keys() == calls[1].keys()
+    assert all(calls[0][key][1] == calls[1][key][1] for key in calls[0]), "bytes exchanged"
+    assert all(abs(size - exact["resting"][kind]) <= FLAT * GRAIN for kind, size in found.pop("resting").items())
+    del exact["resting"]
     assert found == exact
 
 

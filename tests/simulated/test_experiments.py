@@ -3,6 +3,7 @@
 import pytest
 
 from strategies.owned import Kind
+from tests.helpers.covering import EVERYTHING
 from tests.simulated.experiments import MODELS, simulated_experiment
 from tests.simulated.goldens import golden_experiment
 
@@ -12,7 +13,7 @@ WEIGHTS = {"llama2_7b_lora_fsdp2": 6_738_415_616 / 4, "qwen3_30b_a3b_lora_fsdp2"
 """Published parameters a rank."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS][: None if EVERYTHING else 1])
 def test_the_step_fits_the_cards_that_the_experiment_names(tmp_path, name):
     found = simulated_experiment(name, tmp_path)
     assert WEIGHTS[name] * 2 < found.resting[Kind.parameters] < WEIGHTS[name] * 2 * 1.05, "16 bits each, and adapters"

@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
-STEPS = 150
+STEPS = 40
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
@@ -32,7 +32,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"strategy=fsdp2 run.device=cpu precision=fp32 optim.lr=1e-3 budget.steps={STEPS} batch.global=8 batch.micro=2"
     )
     paths = [f"model.path={site / 'model'}", f"data.path={data}", f"data.cache_dir={site / 'cache'}"]
-    return [*settings.split(), *paths, "logging.wandb=disabled", "logging.every_steps=1", "logging.report=false"]
+    return [
+        *settings.split(),
+        *paths,
+        "logging.wandb=disabled",
+        "logging.every_steps=1",
+        "logging.report=false",
+        "export.at_end=false",
+    ]
 
 
 def losses(run: Path) -> list[float]:
@@ -61,7 +68,9 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
     )
     submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2", unasked]
     submit += [f"launcher.stage={tmp_path / 'disk'}"]
-    said = cluster.on("ctl", *submit, cwd=clone, env=ENV).stdout
+    gate, pace = tmp_path / "gate", CLONE / "tests" / "faults" / "pace"
+    held = {"PYTHONPATH": f"{clone}:{pace}", "PACE_GATE": str(gate)}  # until the signal is sent
+    said = cluster.on("ctl", *submit, cwd=clone, env=ENV | held).stdout
     torn_id = re.search(r"submitted job (\d+)", said)
     assert torn_id, said
 
@@ -70,6 +79,7 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
     for file in [*clone.rglob("*.py"), *clone.rglob("*.yaml")]:
         file.write_text("} what was changed since")
     cluster.on("ctl", "scancel", "--signal=USR2", torn_id[1])
+    gate.touch()
     ended = cluster.wait(torn_id[1], 120)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(torn)
     assert cluster.wait(calm_id, 120)["JobState"] == "COMPLETED", logs(calm)

@@ -126,8 +126,6 @@ def compared(here: processes.Runtime, directory: Path) -> None:
     norms = [float(norm_of(grads, [])) for grads in ([torch.full((9,), 1.0 + here.rank)], [torch.tensor([1e30])])]
     report["norms"] = norms
     (directory / f"rank{here.rank}.json").write_text(json.dumps(report))
-    if here.is_main:
-        (directory / "report.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from launch.torchrun import LOST_PEER
 from strategies import host_memory
 from strategies.host_memory import HostMemory
-from tests.helpers.launching import run_job
+from tests.helpers.warm import run_ranks
 
 EXACT = {"torch.float32": 1e-6, "torch.float64": 1e-14, "torch.bfloat16": 2e-2}
 
@@ -19,7 +19,7 @@ EXACT = {"torch.float32": 1e-6, "torch.float64": 1e-14, "torch.bfloat16": 2e-2}
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     directory = tmp_path_factory.mktemp("exchange")
-    run_job("tests.strategies.exchange_job", 3, directory)
+    run_ranks(["-m", "tests.strategies.exchange_job", directory], 3)
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(3)]
 
 

@@ -1,43 +1,66 @@
-"""A whole model in 4 or 8 bits by bitsandbytes or torchao, read back, and what that costs: its loss beside that of the export."""
+"""A whole model in 4 or 8 bits by bitsandbytes, torchao or llm-compressor, read back, and what that costs: its loss beside
+that of the export."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, ShardtuneError
+from trainer.model.few_bits import lacking
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.data.store.sequences import Sample
+    from trainer.export.llm_compressor import Compressor
 
 DOCUMENTS, TOKENS = 32, 1024
 """Most documents that are measured, and most tokens of each."""
+CALIBRATING = 256
+"""Most documents of the training that roundings are fitted to, by what fits them."""
 
 
 class FewBits(StrEnum):
     """How the matrices of the blocks are stored. By bitsandbytes: NF4 in blocks (Dettmers et al. 2023, arXiv:2305.14314), or
-    LLM.int8() (2022, arXiv:2208.07339). By torchao: 8 bits with a scale a row, or NVFP4, four with a scale of 8 for each 16."""
+    LLM.int8() (2022, arXiv:2208.07339). By torchao: 8 bits with a scale a row, or NVFP4, four with a scale of 8 for each 16.
+    By llm-compressor: its own schemes."""
 
     nf4 = "nf4"
     int8 = "int8"
     torchao_int8 = "torchao_int8"
     torchao_nvfp4 = "torchao_nvfp4"
+    llmcompressor_w4a16 = "llmcompressor_w4a16"
+    llmcompressor_w8a8 = "llmcompressor_w8a8"
+    llmcompressor_fp8 = "llmcompressor_fp8"
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is stored by a Python of its own."""
+        return self.startswith("llmcompressor")
 
     @property
     def kit(self) -> str:
-        """The library that stores it, and that whoever loads it needs."""
-        return "torchao" if self.startswith("torchao") else "bitsandbytes"
+        """The library that whoever loads it needs, and that stores it unless that is done apart."""
+        return "compressed-tensors" if self.apart else "torchao" if self.startswith("torchao") else "bitsandbytes"
+
+    @property
+    def by(self) -> str:
+        """What stores it."""
+        return "llm-compressor" if self.apart else self.kit
 
 
 BLOCK = 16
 """Values that share a scale in NVFP4."""
-EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao"}
+SCHEMES = {
+    FewBits.llmcompressor_w4a16: "W4A16",
+    FewBits.llmcompressor_w8a8: "W8A8",
+    FewBits.llmcompressor_fp8: "FP8_DYNAMIC",
+}
+"""llm-compressor's names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +87,16 @@ def check_few_bits(kind: str) -> FewBits:
     """The type. Raises ConfigError where it is none, or its library is not here."""
     if kind not in [*FewBits]:
         raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
-    kit = FewBits(kind).kit
-    if find_spec(kit) is None:
-        raise ConfigError(f"bits={kind}: needs {kit}; pip install 'shardtune[{EXTRAS[kit]}]'")
+    if lacks := lacking(FewBits(kind).kit):
+        raise ConfigError(f"bits={kind}: {lacks}")
     return FewBits(kind)
 
 
-def write_few_bits(directory: Path, kind: FewBits, samples: list[Sample], what: str) -> tuple[Path, Cost]:
-    """(`<directory>/<type>`, what it costs); both cards say so. The loss is that of the files, loaded again.
+def write_few_bits(
+    directory: Path, kind: FewBits, samples: list[Sample], what: str, compressor: Compressor | None = None
+) -> tuple[Path, Cost]:
+    """(`<directory>/<type>`, what it costs); both cards say so. The loss is that of the files, loaded again. `compressor` is
+    given with the types that are stored apart.
 
     Raises ShardtuneError where the library cannot store this model so, DriftError where the files compute something else than
     the model that they were written from; the export stays whole.
@@ -84,7 +109,7 @@ def write_few_bits(directory: Path, kind: FewBits, samples: list[Sample], what: 
     shutil.rmtree(aside, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     try:
-        written = _write(directory, aside, kind, tokenizer)
+        written = _write(directory, aside, kind, tokenizer, compressor)
         tokenizer.save_pretrained(aside)
         plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
         before, read = loss_of(plain, samples), _load(aside)
@@ -92,7 +117,7 @@ def write_few_bits(directory: Path, kind: FewBits, samples: list[Sample], what: 
         cost = Cost(before, loss_of(read, samples), len(samples), what, apart)
         card = directory / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        section = f"\n## In {kind}\n\nBy {kind.kit}, in `{kind}/`: {cost}. At most {TOKENS} tokens of each document.\n"
+        section = f"\n## In {kind}\n\nBy {kind.by}, in `{kind}/`: {cost}. At most {TOKENS} tokens of each document.\n"
         (aside / "README.md").write_text(text + section, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -102,21 +127,25 @@ def write_few_bits(directory: Path, kind: FewBits, samples: list[Sample], what: 
     return folder, cost
 
 
-def _write(directory: Path, aside: Path, kind: FewBits, tokenizer: Any) -> Tensor:
+def _write(directory: Path, aside: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
     """Store the model; what it computes on the probe."""
     from torch.nn import Parameter
 
+    from trainer.export.verify import probe_ids
+
     try:
+        if compressor is not None:
+            return compressor.store(directory, aside, SCHEMES[kind], probe_ids(tokenizer))
         if kind is FewBits.torchao_nvfp4 and (odd := _odd(directory)):
             raise ValueError(f"it needs matrices whose sides are divisible by {BLOCK}: {', '.join(odd[:3])} are not")
         model = _load(directory, quantization_config=_scheme(kind), dtype=_type(kind))
         if all(type(each) is Parameter for each in model.parameters()):
             raise ValueError("it stores none of its matrices in few bits")
         model.save_pretrained(aside)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        why = " ".join(str(error).split())[:300]
+    except (RuntimeError, ValueError, NotImplementedError, ShardtuneError) as error:
+        why = " ".join(str(error).split())[:400]
         raise ShardtuneError(
-            f"bits={kind}: {kind.kit} cannot store this model so ({why}); the export in {directory} is whole, and another type "
+            f"bits={kind}: {kind.by} cannot store this model so ({why}); the export in {directory} is whole, and another type "
             f"({', '.join(each for each in FewBits if each is not kind)}) may do"
         ) from error
     return _probed(model, tokenizer)

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from strategies.base import Precision, ZeroConfig
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -52,14 +53,15 @@ def simulate_run(
     world_size: int = 1,
     local_world_size: int = 8,
     device: torch.device = SIMULATED,
+    of: tuple[int, int | None] = (0, None),
 ) -> Simulated:
     """One step of rank `rank` as on a GPU (or on `device` "cpu"), each of its micro-batches of sequences of `lengths` tokens.
 
-    `model.path` needs a config.json alone. Raises ConfigError for what the run itself would refuse, RuntimeError in a
-    process that is part of a job.
+    `model.path` needs a config.json alone. `of`: how many blocks the model has that this one stands for, and after how many
+    their kinds repeat. Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
     with simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime:
-        return simulate(parts_of(config, lengths, runtime), runtime)
+        return simulate(_standing_for(parts_of(config, lengths, runtime), *of), runtime)
 
 
 def simulate_depth(
@@ -81,7 +83,7 @@ def simulate_depth(
 
     def take(depth: int) -> Simulated:
         with _at_depth(config, depth, blocks) as shallow:
-            return simulate_run(shallow, lengths, device=device, **ranks)
+            return simulate_run(shallow, lengths, device=device, of=(blocks, period), **ranks)
 
     exact = exact or period is None
     ends = ENDS if exact else ends_of(config, period or 1)
@@ -98,20 +100,21 @@ def simulate_form(
     exact: bool = False,
     device: torch.device = SIMULATED,
 ) -> Form:
-    """Rank 0's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
+    """A rank's step at any size of micro-batch, of sequences of `length` tokens; with `exact`, of the whole model at two sizes.
 
-    `accumulation` micro-batches are simulated. Errors: as `simulate_run`.
+    `accumulation` micro-batches are simulated, as the rank that holds most. Errors: as `simulate_run`.
     """
     blocks, period = _blocks(config.model)
+    rank = world_size - 1 if _by_bucket(config) else 0  # whose part of the gradients comes first: all is live beside it
     told: dict[str, Any] = {}
     counts: dict[int, tuple[int, int]] = {}
 
     def take(depth: int, expected: dict[Moment, int] | None) -> tuple[list[Simulated], list[Size], bool]:
         with (
-            simulated_rank(0, world_size, local_world_size=local_world_size, device=device) as runtime,
+            simulated_rank(rank, world_size, local_world_size=local_world_size, device=device) as runtime,
             _at_depth(config, depth, blocks) as shallow,
         ):
-            parts = parts_of(shallow, [length] * per(shallow), runtime)
+            parts = _standing_for(parts_of(shallow, [length] * per(shallow), runtime), blocks, period)
             straight = parts.precision is not Precision.fp32  # whose attention keeps its scores
             rows, lengths = sizes_for(parts.built, vocabulary_of(shallow.model), length, straight=straight)
             notes = parts.built.substitutions.items()  # kernels were asked of a machine that is not meant
@@ -119,10 +122,8 @@ def simulate_form(
             told["layout"], told["alone"] = str(parts.built.layout), right_alone(parts.built, config.objective)
             counts[depth] = _parameters(parts.built)
             batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
-            squares = [sum(n * n for n in each) for each in lengths]
-            units = [len(each) // per(shallow) if rows else sum(each) for each in lengths]
-            found = take_sizes(parts, batches, runtime, expected)
-            return found, [Size(*one) for one in zip(units, squares, strict=True)], rows
+            sizes = [Size(len(e) // per(shallow) if rows else sum(e), sum(n * n for n in e)) for e in lengths]
+            return take_sizes(parts, batches, runtime, expected), sizes, rows
 
     def per(of: RunConfig) -> int:
         return reading_of(of.objective).sequences_per_document
@@ -169,6 +170,23 @@ def joined(config: RunConfig) -> bool:
     if _dense(config.model):
         return False
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
+
+
+def _by_bucket(config: RunConfig) -> bool:
+    return isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
+
+
+def _standing_for(parts: Parts, blocks: int, period: int | None) -> Parts:
+    """`parts`, which know how much a model of `blocks` blocks trains if they are of fewer; its kinds repeat after `period`."""
+
+    def trained(modules: list[nn.Module]) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    module = parts.built.step_module
+    units = module.shard_units()
+    if period is None or len(units) >= blocks:
+        return parts
+    return replace(parts, whole=trained([module]) + trained(units[:period]) * (blocks - len(units)) // period)
 
 
 def _parameters(built: Built) -> tuple[int, int]:

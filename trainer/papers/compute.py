@@ -28,6 +28,7 @@ class Compute:
     energy: str | None
     """How that is known."""
     parameters: int | None
+    """Of the base, without what the tuning method added."""
     base_flop: float | None
     share: float | None
     """Of the base's compute that tuning used."""
@@ -66,7 +67,7 @@ def compute(run: Mapping[str, Any], answers: Mapping[str, Any], tokens: int | No
         device_hours=hours,
         kwh=kwh,
         energy=by,
-        parameters=(run.get("sharding") or {}).get("parameters"),
+        parameters=run.get("base_parameters"),
         base_flop=base,
         share=flop / base if flop and base else None,
     )

@@ -59,16 +59,18 @@ def moments_at(
     """The moments of a model of `blocks` blocks; those of its last blocks are counted from the end, from -1."""
     line, fewer = line_of(depths, blocks), from_ends(low, depths[0], ends)
     return {
-        moment: Highest(
-            line(fewer[moment].total, highest.total),
-            0,
-            lines(fewer[moment].kinds, highest.kinds, line),
-            [*map(line, fewer[moment].course, highest.course)]
-            if len(fewer[moment].course) == len(highest.course)
-            else [],
-        )
-        for moment, highest in from_ends(high, depths[1], ends).items()
+        moment: _on_lines(fewer[moment], highest, line) for moment, highest in from_ends(high, depths[1], ends).items()
     }
+
+
+def _on_lines(low: Highest, high: Highest, line: Callable[[int, int], int]) -> Highest:
+    """A moment on the lines of its operations, of which another one may be the highest than in the shallow models."""
+    aligned = len(low.course) == len(high.course)
+    course = [*map(line, low.course, high.course)] if aligned else []
+    total, kinds = line(low.total, high.total), lines(low.kinds, high.kinds, line)
+    if course and (more := max(course) - total) and kinds:  # kinds are known of the highest alone
+        kinds[Kind.activations] = kinds.get(Kind.activations, 0) + more
+    return Highest(max(course, default=total), 0, kinds, course)
 
 
 def line_of(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:

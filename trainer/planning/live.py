@@ -80,6 +80,10 @@ class LiveBytes(TorchDispatchMode):
         self.highest: dict[Moment, Highest] = {}
         self.made = Kind.other
         """The kind of what is made now, unless more is known."""
+        self.more = 0
+        """Bytes that count beside those that are live."""
+        self.hidden = False
+        """Whether what happens counts in no moment."""
         self._noted: Moment | None = None
         """The moment that `_highest` is of."""
         self._highest, self._tallied = Highest(), -1
@@ -165,18 +169,26 @@ class LiveBytes(TorchDispatchMode):
             out[held.kind] = out.get(held.kind, 0) + held.size
         return {kind: size for kind, size in out.items() if size}
 
+    def suppose(self, more: int) -> None:
+        """Note a moment with `more` bytes beside those that are live."""
+        self.more = more
+        self._note()
+        self.more = 0
+
     def _note(self) -> None:
-        if not self._counts:
+        if not self._counts or self.hidden:
             return
         if self.moment is not self._noted:
             self._noted, self._highest = self.moment, self.highest.setdefault(self.moment, Highest())
             self._tallied = self._explain.get(self.moment, -1)
-        highest, operation = self._highest, len(self._highest.course)
-        if self.now > highest.total or highest.operation < 0:
-            highest.total, highest.operation = self.now, operation
-        highest.course.append(self.now)
+        highest, now, operation = self._highest, self.now + self.more, len(self._highest.course)
+        if now > highest.total or highest.operation < 0:
+            highest.total, highest.operation = now, operation
+        highest.course.append(now)
         if operation == self._tallied:
             highest.kinds = self.tally()
+            if self.more:
+                highest.kinds[Kind.communication] = highest.kinds.get(Kind.communication, 0) + self.more
 
     def __enter__(self) -> Any:
         self._resize = resize = torch.UntypedStorage.resize_

@@ -20,6 +20,7 @@ from strategies.owned import Kind, owned
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from trainer.planning.bare import bare_trainer, batch_of
+from trainer.planning.buckets import bucketed
 from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
 from trainer.planning.record import Collective, Record, Recorder
@@ -50,6 +51,8 @@ class Parts:
     """One rank's micro-batches of a step, on the CPU."""
     source: Any = field(default_factory=ShapesOnly)
     """A `ParameterSource`."""
+    whole: int | None = None
+    """Trained elements of the deeper model that this one stands for; none where it stands for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ def watching(parts: Parts, runtime: Runtime) -> Iterator[Watched]:
         for kind, tensor in owned(engine):
             recorder.see(tensor, kind)
         watched = Watched(engine, recorder, blocks)
-        with watched.places():
+        with watched.places(), bucketed(engine, recorder, parts.whole):
             yield watched
 
 

@@ -1,0 +1,82 @@
+"""A model in 4 or 8 bits is evaluated as it is shipped: its losses and answers are those of transformers on the same files."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers.building import model_dir
+from tests.helpers.launching import command_here
+from trainer.data.store.sequences import Sample
+from trainer.export.few_bits import FewBits, write_few_bits
+from trainer.model import few_bits
+
+pytestmark = pytest.mark.skipif(not all(map(find_spec, ("bitsandbytes", "torchao"))), reason="needs qlora and torchao")
+ROWS = [{"prompt": f"question {n} brown fox\n", "completion": f"hello world {n} dog"} for n in range(5)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A model, and the same in few bits."""
+    root = tmp_path_factory.mktemp("few")
+    model_dir(root, hidden_size=64, intermediate_size=64, pad_token_id=2)
+    (root / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return root
+
+
+def words(root, path):
+    found = [f"model.path={path}", "evaluation.resamples=100", "run.threads=1", f"to={root / 'told'}"]
+    for name, kind in (("loss", "loss"), ("said", "exact_match")):
+        found += [f"evaluation.tasks.{name}.kind={kind}", f"evaluation.tasks.{name}.path={root}/rows.jsonl"]
+    return [*found, "evaluation.tasks.said.write.max_new_tokens=6", "logging.wandb=disabled"]
+
+
+@pytest.mark.parametrize("kind", [FewBits.nf4, FewBits.int8, FewBits.torchao_int8])
+def test_its_numbers_are_those_of_transformers_on_the_same_files(site, kind, monkeypatch):
+    monkeypatch.chdir(site)
+    samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
+    folder, _ = write_few_bits(site / "llama", kind, samples, "held-out")
+    assert command_here(["evaluate", *words(site, folder), f"against={site}/llama"]) == 0
+    report = json.loads((site / "told" / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (site / "told" / "evaluation_rows.jsonl").read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    total, count, answers = 0.0, 0, []
+    for row in ROWS:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        before = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        texts = before, f"{before}{row['completion']}<|im_end|>"
+        asked, told = (torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]]) for text in texts)
+        cut = asked.shape[1]
+        with torch.no_grad():
+            likely = model(told).logits[0, cut - 1 : -1].float().log_softmax(-1)
+            written = model.generate(asked, max_new_tokens=6, do_sample=False, pad_token_id=2)
+        total, count = total - float(likely.gather(1, told[0, cut:, None]).sum()), count + told.shape[1] - cut
+        answers.append(tokenizer.decode(written[0, cut:], skip_special_tokens=True))
+    found = report["tasks"]["loss"]["metrics"]["loss"]["value"]
+    changed = report["against"]["tasks"]["loss"]["metrics"]["loss"]["difference"]
+    assert abs(changed) > 5e-3 and found == pytest.approx(total / count, abs=abs(changed) / 5)
+    assert [row["answer"].strip() for row in rows if row["task"] == "said"] == [each.strip() for each in answers]
+    assert report["precision"] == ("fp16" if kind is FewBits.int8 else "bf16")
+
+
+def test_what_does_not_go_with_it_is_told_at_once(site, capsys, monkeypatch):
+    monkeypatch.chdir(site)
+    settings = json.loads((site / "llama" / "config.json").read_text())
+    small = site / "small"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "torchao"}}))
+    monkeypatch.setattr(few_bits, "find_spec", lambda name: None)
+    code = command_here(["evaluate", *words(site, small), "strategy=fsdp2", "precision=bf16", "adapter=x"])
+    said = capsys.readouterr().err
+    assert code == 64
+    for part in (
+        "needs torchao; pip install 'shardtune[torchao]'",
+        "strategy=ddp",
+        "leave it out",
+        "nothing is folded",
+    ):
+        assert part in said

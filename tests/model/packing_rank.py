@@ -1,0 +1,28 @@
+"""One of the ranks of `test_packed.py`: `python -m tests.model.packing_rank <directory> <index> <count> <pause>`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tests.model.test_packed import SIZES, made
+from trainer.model import packed
+
+
+def main(directory: str, index: str, count: str, pause: str) -> None:
+    """Say which weight it packs as it begins with it, then whether all are right."""
+    packed.SMALLEST, log = 0, []
+
+    def pack(name):
+        log.append(name)
+        print("packs", name, flush=True)
+        time.sleep(float(pause))
+        return made(name)
+
+    weights = packed.PackedWeights(Path(directory), SIZES, pack, share=(int(index), int(count)))
+    same = all(weights.run(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
+    print(json.dumps({"packed": log, "same": same, "reason": weights.reason}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,43 @@
+"""Run by the Python of llm-compressor's own environment, which pins another transformers: `python compress.py <job.json>`.
+
+The job says `model`, `to`, `scheme`, `rows` (token ids that it is calibrated on) and `probe` (token ids). Written are the model
+into `to`, and beside the job `probe.safetensors`: what the model computes on the probe, `logits [T, V]`. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CALIBRATED = ("W4A16", "W8A8")
+"""Schemes whose rounding is fitted to rows (GPTQ, Frantar et al. 2023); others look at the weights alone."""
+
+
+def main(path: Path) -> None:
+    """Do one job."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16, local_files_only=True)
+    calibrated, longest = job["scheme"] in CALIBRATED, max(map(len, job["rows"]))
+    modifier = (GPTQModifier if calibrated else QuantizationModifier)(
+        targets="Linear", scheme=job["scheme"], ignore=["lm_head"]
+    )
+    rows = {"input_ids": job["rows"], "attention_mask": [[1] * len(row) for row in job["rows"]]}
+    given = {"dataset": Dataset.from_dict(rows), "num_calibration_samples": len(job["rows"]), "max_seq_length": longest}
+    oneshot(model=model, recipe=modifier, **(given if calibrated else {}))
+    with torch.no_grad():
+        logits = model(torch.tensor([job["probe"]], device=model.device)).logits[0].float().cpu()
+    save_file({"logits": logits.contiguous()}, path.with_name("probe.safetensors"))
+    model.save_pretrained(job["to"], save_compressed=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

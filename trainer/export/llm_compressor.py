@@ -1,0 +1,66 @@
+"""llm-compressor in an environment of its own, since it pins an older transformers: it stores a model, we read it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from strategies.errors import ConfigError, ShardtuneError
+from trainer.export import compress
+
+HOW = "name the Python of its environment with bits.python=<file> (docs/deployment.md)"
+_IS_THERE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
+
+
+@dataclass(frozen=True, slots=True)
+class Compressor:
+    """Where llm-compressor is, and what it may look at."""
+
+    python: str
+    rows: list[list[int]]
+    """Token ids that roundings are fitted to."""
+
+    def store(self, directory: Path, to: Path, scheme: str, probe: list[int]) -> Tensor:
+        """Store the model of `directory` in `to`; what it computes on `probe`, float32 `[T, V]`. Raises ShardtuneError."""
+        from safetensors.torch import load_file
+
+        with TemporaryDirectory() as aside:
+            job = Path(aside) / "job.json"
+            about = {"model": str(directory.resolve()), "to": str(to.resolve()), "scheme": scheme}
+            job.write_text(json.dumps({**about, "rows": self.rows, "probe": probe}), encoding="utf-8")
+            env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            env.pop("PYTHONPATH", None)  # ours is not that of its environment
+            command = [self.python, compress.__file__, str(job)]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", env=env, cwd=aside, check=False
+                )
+            except OSError as error:
+                raise ShardtuneError(f"bits.python={self.python}: cannot be started ({error})") from error
+            if done.returncode:
+                said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+                raise ShardtuneError(f"it failed with {done.returncode}: {' / '.join(said[-2:])[:400]}")
+            return load_file(job.with_name("probe.safetensors"))["logits"]
+
+
+def find_python(named: str | None) -> str:
+    """The Python that has llm-compressor. Raises ConfigError where there is none; nothing is fetched."""
+    if named is None:
+        raise ConfigError(f"bits: llm-compressor pins an older transformers, so it lives apart; {HOW}")
+    found = shutil.which(Path(named).expanduser())
+    if found is None:
+        raise ConfigError(f"bits.python={named}: there is no such program; {HOW}")
+    try:
+        done = subprocess.run([found, "-c", _IS_THERE], capture_output=True, check=False, env={"PATH": os.defpath})
+    except OSError as error:
+        raise ConfigError(f"bits.python={named}: cannot be started ({error}); {HOW}") from error
+    if done.returncode:
+        raise ConfigError(f"bits.python={named}: is no Python that has llmcompressor; {HOW}")
+    return found

@@ -1,0 +1,67 @@
+"""Models that lie in 4 or 8 bits as others store them: which library reads one, and its layers as transformers loads them.
+
+Such a model is evaluated as it is, never trained: each rank holds it whole, and it computes in the types that it is stored with.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from strategies.errors import ConfigError
+from trainer.model.architecture import auto_class
+from trainer.model.config import Kind
+from trainer.model.encoder_decoder import read_config
+
+EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "compressed"}
+"""The library that reads a model, as its config.json names it, and the extra that brings it."""
+
+
+def stored_by(path: str | None) -> str | None:
+    """The library that a model directory is stored in few bits by; None where it holds numbers, or by another one."""
+    settings = (read_config(path) or {}).get("quantization_config")
+    kit = settings.get("quant_method") if isinstance(settings, dict) else None
+    return kit if kit in EXTRAS else None
+
+
+def lacking(kit: str) -> str | None:
+    """What to install where a library of `EXTRAS` is not there; None where it is."""
+    if find_spec(kit.replace("-", "_")) is not None:
+        return None
+    return f"needs {kit}; pip install 'shardtune[{EXTRAS[kit]}]'"
+
+
+def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.device) -> torch.dtype:
+    """Put the values and layers of the model in few bits, as transformers loads it, into its architecture on meta.
+
+    `settings`: transformers' configuration of the model. The type of what lies in no few bits. Raises ConfigError where the
+    two do not fit, or the output layer itself lies in few bits, which losses are computed in.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    loaded = auto_class(Kind.causal, settings).from_pretrained(
+        directory, dtype="auto", device_map=str(device), local_files_only=True
+    )
+    head, there = loaded.get_output_embeddings(), dict(loaded.named_modules())
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        raise ConfigError(
+            f"model.path={directory}: its output layer lies in few bits too, which losses cannot be computed in here; serve it, "
+            "and give evaluation.server=http://..."
+        )
+    for name, mine in list(model.named_modules()):
+        theirs = there.get(name)
+        if (
+            type(mine) is nn.Linear and theirs is not None
+        ):  # whatever it is by now, it computes what the layer stands for
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, theirs)
+        elif theirs is not None:
+            mine._parameters.update({key: theirs._parameters.get(key) for key in mine._parameters})
+            mine._buffers.update({key: theirs._buffers.get(key, mine._buffers[key]) for key in mine._buffers})
+    if left := [name for name, each in model.named_parameters() if each.is_meta]:
+        raise ConfigError(f"model.path={directory}: transformers loads nothing for {', '.join(left[:3])}")
+    return loaded.dtype  # type: ignore[no-any-return]
