@@ -224,10 +224,8 @@ def find_checkpoint(run_dir: Path, asked: str, config: CheckpointConfig) -> Path
         raise ConfigError(f"checkpoint={asked}: must be last, best or a step; {known}")
     path = there[step]
     if problem := verify(path):
-        others = ", ".join(str(each) for each in there if each != step)
-        instead = (
-            f"take another one, checkpoint=<step> of {others}" if others else "it is the only one; restore the file"
-        )
+        others = [each for each in there if each != step]
+        instead = f"checkpoint=<step> takes another one of {others}" if others else "there is no other"
         raise ConfigError(f"checkpoint={asked}: {path} {problem}; {instead}")
     return path
 

@@ -18,11 +18,11 @@ import pytest
 
 from launch.main import main
 from tests.helpers.building import model_dir
-from tests.helpers.covering import chosen
+from tests.helpers.covering import EVERYTHING, chosen
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
-from tests.helpers.warm import forked_ranks
+from tests.helpers.warm import forked_ranks, run_ranks
 
 MARKED = re.compile(r"<!-- (run|file: \S+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if MARKED.search(path.read_text(encoding="utf-8")))
@@ -64,6 +64,12 @@ def run(block: Block, page: Path) -> None:
 
 
 def torchrun(words: list[str]) -> None:
+    """torchrun itself in `make test-all`, and in test_retry.py and the jobs of SLURM; else the ranks that it would start."""
+    if not EVERYTHING:
+        flags, module = words[: words.index("-m")], words[words.index("-m") :]
+        [world] = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--nproc-per-node=")]
+        run_ranks(module, world, cwd=Path.cwd())
+        return
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         env=clean_environment(),

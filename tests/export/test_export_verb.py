@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         assert run(f"run.dir={run_dir}", "checkpoint=4") == 64
         said = capsys.readouterr().err
-        assert "does not have the bytes" in said and "take another one, checkpoint=<step> of " in said
+        assert "does not have the bytes" in said and "checkpoint=<step> takes another one of [" in said
     finally:
         file.write_bytes(whole)
 

@@ -51,8 +51,8 @@ def model(tmp_path_factory):
     )
 
 
-def both(model, case, layout, rows, length):
-    """(form, its answer for `rows` sequences, the simulation of them)."""
+def formed(model, case, layout, rows, length):
+    """(configuration, form, its answer for `rows` sequences) of eight ranks, or of one."""
     world = 1 if case.strategy == "single" else 8
     config = case.config(model, world)
     config = replace(config, data=replace(config.data, layout=Layout(layout)))
@@ -60,15 +60,24 @@ def both(model, case, layout, rows, length):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
     form = simulate_form(config, length, accumulation=case.accumulation, world_size=world)
-    found = simulate_depth(config, [length] * rows, world_size=world)
-    return form, form.at(rows if form.rows else rows * length), found
+    return config, form, form.at(rows if form.rows else rows * length)
+
+
+def both(model, case, layout, rows, length):
+    """(form, its answer for `rows` sequences, the simulation of them)."""
+    config, form, taken = formed(model, case, layout, rows, length)
+    world = 1 if case.strategy == "single" else 8
+    return form, taken, simulate_depth(config, [length] * rows, world_size=world)
 
 
 def marks(one):
-    """Every value, and of strategies each way of keeping parameters: whole, gathered by block, gathered by ZeRO-3."""
+    """Every value, and of strategies each way of keeping parameters: whole, gathered by block, gathered by ZeRO-3.
+
+    What accumulates is in `test_gradients_that_wait_are_beside_everything_else`.
+    """
     case, layout = one
     kept = "whole" if case.strategy in WHOLE else "blocks" if case.strategy in NATIVE else "zero3"
-    return values((kept, *astuple(case)[1:], layout))
+    return values((kept, *astuple(replace(case, accumulation=1))[1:], layout))
 
 
 @pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, lambda one: one[0].accumulation), ids=str)
@@ -108,10 +117,10 @@ def test_a_large_model(tmp_path, case, rows):
     assert taken.total == pytest.approx(found.total, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["full", *(["none"] if EVERYTHING else [])])
 def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
     case = Case("fsdp2", "full", "bf16", checkpointing, False, 2)
-    form, _, _ = both(model, case, "padding_free", 2, 512)
+    _, form, _ = formed(model, case, "padding_free", 2, 512)
     config = case.config(model, 8)
     config = replace(config, strategy=replace(config.strategy, defer_sync=True))
     found = simulate_depth(config, [512] * 2, world_size=8)
@@ -122,7 +131,7 @@ def test_gradients_that_wait_are_beside_everything_else(model, checkpointing):
 
 
 def test_what_fits_is_where_the_line_meets_the_limit(model):
-    form, taken, _ = both(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
+    _, form, taken = formed(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
     most = form.most(taken.total)
     assert form.at(most).total <= taken.total + GRAIN
     assert form.at(most + 64).total > taken.total
@@ -130,7 +139,7 @@ def test_what_fits_is_where_the_line_meets_the_limit(model):
 
 
 def test_parameters_are_those_of_the_whole_model(model):
-    form, _, _ = both(model, Case("zero2", "lora", "bf16"), "padding_free", 1, 64)
+    _, form, _ = formed(model, Case("zero2", "lora", "bf16"), "padding_free", 1, 64)
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
     adapters = 4 * 7 * 2 * (256 + 256)  # rank 4 beside each of the projections of width 256
     assert form.parameters - form.trained == sum(p.numel() for p in made.parameters())

@@ -46,6 +46,8 @@ def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.d
     loaded = auto_class(Kind.causal, settings).from_pretrained(
         directory, dtype="auto", device_map=str(device), local_files_only=True
     )
+    with torch.no_grad():  # compressed-tensors unpacks its layers where the whole model is first called
+        loaded(torch.zeros((1, 1), dtype=torch.long, device=device))
     head, there = loaded.get_output_embeddings(), dict(loaded.named_modules())
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         raise ConfigError(
