@@ -11,8 +11,10 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
+from trainer.forecast.blocks import blocks_of
 from trainer.forecast.plan import deferred, waiting_bytes
 from trainer.forecast.simulation import simulate_depth, simulate_form
+from trainer.planning.depth import ENDS, shallow
 from trainer.planning.live import GRAIN
 
 WITHIN = 0.05
@@ -154,18 +156,43 @@ def test_a_model_of_few_blocks_is_simulated_whole(tmp_path):
     assert taken.total == pytest.approx(found.total, rel=WITHIN)
 
 
-def test_a_mixture_whose_first_block_has_no_experts(tmp_path):
-    """Fewer blocks say what all do, although the first one gathers so much less than the others."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 256, "vocab_size": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
-    heads |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-    experts = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = transformers.DeepseekV3Config(
-        **sizes, **heads, **experts, first_k_dense_replace=1, num_hidden_layers=13, pad_token_id=0
-    )
-    config.architectures = ["DeepseekV3ForCausalLM"]
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "vocab_size": 512, "pad_token_id": 0}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+MIXED = {
+    "the first has no experts": transformers.DeepseekV3Config(
+        **SIZES,
+        **EXPERTS,
+        **LATENT,
+        n_routed_experts=16,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_hidden_layers=13,
+    ),
+    "every second has experts": transformers.Qwen2MoeConfig(
+        **SIZES,
+        **EXPERTS,
+        num_experts=16,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=2,
+        num_hidden_layers=20,
+    ),
+    "those named have none": transformers.Qwen3MoeConfig(
+        **SIZES, **EXPERTS, num_experts=16, mlp_only_layers=[0, 1], head_dim=16, num_hidden_layers=18
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
+    """Fewer blocks say what all do, although some gather so much less than the others."""
+    config = MIXED[kind]
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.save_pretrained(tmp_path)
     run = Case("fsdp2", "lora", "bf16", "full").config(tmp_path, 8)
-    shallow, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
-    found, whole = shallow.at(256), exact.at(256)
+    blocks = blocks_of(run.model)
+    assert shallow(blocks.number, blocks.period, ENDS + blocks.first) is not None
+    few, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))
+    found, whole = few.at(256), exact.at(256)
     assert found.peak == whole.peak and found.total == pytest.approx(whole.total, rel=1e-3)

@@ -112,6 +112,6 @@ def test_two_depths_are_of_the_remainder():
 def test_what_zero3_keeps_gathered_is_a_number_of_parameters(tmp_path):
     """Where it holds the blocks of both shallow models, their difference says nothing of further blocks."""
     wide = Case("zero3", "lora", "bf16").config(model(tmp_path, "8B"), 8)
-    assert ends_of(wide, 1) == 5  # four of 218 million each beside that in use
+    assert ends_of(wide) == 5  # four of 218 million each beside that in use
     narrow = Case("zero3", "lora", "bf16").config(model(tmp_path, "moderate"), 8)
-    assert shallow(80, ends=ends_of(narrow, 1)) is None
+    assert shallow(80, ends=ends_of(narrow)) is None

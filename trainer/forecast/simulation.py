@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from strategies.simulation import simulated_rank
 from strategies.zero_config import LIVE
 from trainer.build import attach_frozen, build_step, right_alone
 from trainer.config.run import RunConfig
+from trainer.forecast.blocks import blocks_of, with_blocks
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of, reading_of
@@ -78,7 +78,8 @@ def simulate_depth(
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
-    blocks, period = _blocks(config.model)
+    found = blocks_of(config.model)
+    blocks, period = found.number, found.period
     ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "local_world_size": local_world_size}
 
     def take(depth: int) -> Simulated:
@@ -86,7 +87,7 @@ def simulate_depth(
             return simulate_run(shallow, lengths, device=device, of=(blocks, period), **ranks)
 
     exact = exact or period is None
-    ends = ENDS if exact else ends_of(config, period or 1)
+    ends = ENDS if exact else ends_of(config)
     return at_depth(take, blocks, period or 1, ends=ends, joined=joined(config), exact=exact)
 
 
@@ -104,7 +105,8 @@ def simulate_form(
 
     `accumulation` micro-batches are simulated, as the rank that holds most. Errors: as `simulate_run`.
     """
-    blocks, period = _blocks(config.model)
+    known = blocks_of(config.model)
+    blocks, period = known.number, known.period
     rank = world_size - 1 if _by_bucket(config) else 0  # whose part of the gradients comes first: all is live beside it
     told: dict[str, Any] = {}
     counts: dict[int, tuple[int, int]] = {}
@@ -132,7 +134,7 @@ def simulate_form(
         take,
         blocks,
         period=None if exact else period,
-        ends=ends_of(config, period) if period and not exact else ENDS,
+        ends=ends_of(config) if period and not exact else ENDS,
         joined=joined(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
@@ -151,14 +153,15 @@ def simulate_form(
     )
 
 
-def ends_of(config: RunConfig, period: int) -> int:
+def ends_of(config: RunConfig) -> int:
     """Blocks at either end of a model that differ from those between: more where the first ones are of a kind of their own, and
     under ZeRO-3, which keeps further ones gathered."""
-    ends = ENDS + _dense(config.model)
+    blocks = blocks_of(config.model)
+    ends = ENDS + blocks.first
     if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
         return ends
     with TemporaryDirectory() as place, simulated_rank(0, 1) as runtime:
-        few = replace(config, model=_with_blocks(config.model, period, Path(place)))
+        few = replace(config, model=with_blocks(config.model, blocks.first + (blocks.period or 1), Path(place)))
         units = parts_of(few, [1], runtime).built.step_module.shard_units()
     smallest = min((sum(p.numel() for p in unit.parameters()) for unit in units), default=1)
     return max(ends, LIVE // smallest + 1)
@@ -167,7 +170,7 @@ def ends_of(config: RunConfig, period: int) -> int:
 def joined(config: RunConfig) -> bool:
     """Whether the ends of a shallow model may have a block in common: not where buckets are filled by several blocks,
     nor where the first ones are of a kind of their own."""
-    if _dense(config.model):
+    if blocks_of(config.model).first:
         return False
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
 
@@ -186,7 +189,7 @@ def _standing_for(parts: Parts, blocks: int, period: int | None) -> Parts:
     units = module.shard_units()
     if period is None or len(units) >= blocks:
         return parts
-    return replace(parts, whole=trained([module]) + trained(units[:period]) * (blocks - len(units)) // period)
+    return replace(parts, whole=trained([module]) + trained(units[-period:]) * (blocks - len(units)) // period)
 
 
 def _parameters(built: Built) -> tuple[int, int]:
@@ -200,13 +203,6 @@ def vocabulary_of(config: ModelConfig) -> int:
     return int(load_model_config(config).get_text_config().vocab_size)
 
 
-def _blocks(config: ModelConfig) -> tuple[int, int | None]:
-    """How many blocks a model has, and after how many their kinds repeat; None where two depths do not say the rest."""
-    settings = load_model_config(config)
-    text = settings.get_text_config()
-    return text.num_hidden_layers, None if getattr(settings, "is_encoder_decoder", False) else _period(text)
-
-
 @contextmanager
 def _at_depth(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]:
     """The run with a model of `depth` blocks of its `blocks`."""
@@ -214,32 +210,7 @@ def _at_depth(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]
         yield config
         return
     with TemporaryDirectory() as place:
-        yield replace(config, model=_with_blocks(config.model, depth, Path(place)))
-
-
-def _dense(config: ModelConfig) -> int:
-    """How many blocks of a mixture of experts, from the first on, have none."""
-    return int(getattr(load_model_config(config).get_text_config(), "first_k_dense_replace", 0) or 0)
-
-
-def _period(text: Any) -> int | None:
-    """After how many blocks their kinds repeat; None where they do not."""
-    kinds = getattr(text, "layer_types", None)
-    if not kinds:
-        return 1
-    fits = (n for n in range(1, len(kinds) // 2 + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
-    return next(fits, None)
-
-
-def _with_blocks(config: ModelConfig, depth: int, place: Path) -> ModelConfig:
-    """The model with `depth` blocks, as a directory with a config.json."""
-    settings = copy.deepcopy(load_model_config(config))
-    text = settings.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
-    settings.save_pretrained(place)
-    return replace(config, path=str(place))
+        yield replace(config, model=with_blocks(config.model, depth, Path(place)))
 
 
 def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> Parts:

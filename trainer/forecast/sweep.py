@@ -78,8 +78,12 @@ def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanC
     length = int(job.lengths.longest[0])
     out: list[Form | str] = [""] * len(found)
     workers = settings.workers or len(os.sched_getaffinity(0))
-    import trainer.forecast.simulation  # noqa: F401 - once, before there are processes that would each import it
+    # Once, before there are processes that would each import all that and build each model.
+    import trainer.forecast.simulation  # noqa: F401
+    from trainer.forecast.blocks import blocks_of
 
+    for way in found:
+        blocks_of(way.config.model)
     gc.freeze()  # what is there is looked through by no child's collections, which are many
     # Forked, so that what takes seconds to import is there; ZeRO first, which takes longest.
     context = multiprocessing.get_context("fork")

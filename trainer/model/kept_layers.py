@@ -90,7 +90,7 @@ def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[Kept]:
     A prefix keeps what recurs with a period; one of each kind is shorter where they are far apart.
     """
     depth = depth_of(settings)
-    kinds = _kinds(plain, settings, depth)
+    kinds = kinds_of(plain, settings, depth)
     if not kinds:
         yield Kept(tuple(range(min(FEWEST, depth))), depth)
         return
@@ -122,7 +122,7 @@ def layer_kinds(plain: nn.Module, depth: int) -> list[tuple[Any, ...]]:
     return [tuple(_kind(layers[index]) for layers in found) for index in range(depth)] if found else []
 
 
-def _kinds(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
+def kinds_of(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
     """What each layer is by its modules, by what settings call it, and by the stretch that it lies in."""
     kinds = layer_kinds(plain, depth) or [()] * depth
     called = [v for v in settings.values() if isinstance(v, list) and len(v) == depth and isinstance(v[0], str)]
