@@ -29,6 +29,8 @@ WINDOWED = ["sliding_attention"] * 5 + ["full_attention"]
 SOME = {
     "sliding": (transformers.Gemma3TextConfig, {"layer_types": WINDOWED * 3}, Blocks(18, 6)),
     "leading": (transformers.Glm4MoeConfig, {"first_k_dense_replace": 1}, Blocks(18, 1, 1)),
+    "every second": (transformers.Qwen2MoeConfig, {"decoder_sparse_step": 2, "num_experts": 4}, Blocks(18, 2)),
+    "named": (transformers.Qwen3MoeConfig, {"mlp_only_layers": [0, 1], "num_experts": 4}, Blocks(18, 1, 2)),
     "hybrid": (transformers.BambaConfig, {"attn_layer_indices": [3, 7, 11, 15]}, Blocks(18, 4)),
 }
 

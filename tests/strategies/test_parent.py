@@ -2,24 +2,35 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.helpers.launching import clean_environment, ended
+from tests.helpers.launching import ROOT, clean_environment, ended
 from tests.helpers.speed import seconds
-from tests.helpers.warm import heard
+
+FORKS = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from {module} import _begin
+pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+print(pool.submit(os.getpid).result(), flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 @pytest.mark.parametrize("module", ["trainer.forecast.sweep", "trainer.data.maker"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_was_forked_ends_with_a_parent_that_is_killed(module, number):
-    parent, said = heard([sys.executable, "-m", "tests.strategies.forking_job", module], clean_environment())
-    child = int(said.readline())
-    parent.send_signal(number)
-    parent.wait()
+    command = [sys.executable, "-c", FORKS.format(module=module)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=clean_environment()) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(parent.pid, number)
+        parent.wait()
     end = time.monotonic() + seconds(20)
     while time.monotonic() < end:
         if ended(child):
