@@ -42,9 +42,9 @@ def blocks_of(config: ModelConfig) -> Blocks:
         try:
             with meta_context():
                 plain = auto.from_config(copy.deepcopy(settings), attn_implementation="eager", **own)
+            _KNOWN[key] = repeating(kinds_of(plain, text.to_dict(), text.num_hidden_layers))
         except Exception:  # noqa: BLE001 - what a class finds wrong is told when the run's own model is built
-            return Blocks(text.num_hidden_layers, None)
-        _KNOWN[key] = repeating(kinds_of(plain, text.to_dict(), text.num_hidden_layers))
+            _KNOWN[key] = Blocks(text.num_hidden_layers, None)
     return _KNOWN[key]
 
 
