@@ -143,7 +143,8 @@ class Heartbeats:
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS, "1")
         if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
-            for number in (signal.SIGCONT, signal.SIGQUIT):  # a stopped process takes no other signal
+            # Held back until it goes on, the first is then taken before it can leave the place where it was stopped.
+            for number in (signal.SIGQUIT, signal.SIGCONT):
                 with contextlib.suppress(OSError):
                     os.kill(stopped.pid, number)
         time.sleep(2 * self.every_s)

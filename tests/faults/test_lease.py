@@ -24,6 +24,7 @@ from trainer import run as run_module
 from trainer import telling
 from trainer.config.run import RunConfig
 from trainer.lifecycle.attempt import Where, attempt
+from trainer.records import files
 from trainer.records import lease as lease_module
 from trainer.records.lease import InUse, Lease, LeaseLost, Owner, other_owner
 from trainer.records.status import record_failure
@@ -44,6 +45,12 @@ def start_elsewhere(runs, out, run, *words):
         process = subprocess.Popen(command, env=environment(**PACED), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     runs.started.append(process)
     return process
+
+
+def take_over(run_dir, owner):
+    """As another attempt claims a directory that is looked at: at once whole."""
+    claim = run_dir / "lease" / "000002.json"
+    files.claim(claim, json.dumps(asdict(owner)).encode(), "elsewhere")
 
 
 def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):
@@ -100,8 +107,7 @@ def test_who_was_taken_over_while_data_is_prepared_leaves_the_records_to_the_new
             wait(lambda name=name: "waiting for another process" in runs.said(name), f"{name} waits", process)
         for run in ("alone", "both"):
             (runs.root / run / "status.json").write_text('{"state": "running", "host": "elsewhere"}')
-            taken = Owner(host="elsewhere", process="boot/namespace/1")
-            (runs.root / run / "lease" / "000002.json").write_text(json.dumps(asdict(taken)))
+            take_over(runs.root / run, Owner(host="elsewhere", process="boot/namespace/1"))
         codes = {name: runs.end(process) for name, process in started.items()}
     assert codes == dict.fromkeys(started, 74), {name: runs.said(name) for name in started}
     for name in started:
@@ -116,7 +122,7 @@ def test_who_was_taken_over_while_data_is_prepared_leaves_the_records_to_the_new
 def test_however_an_attempt_ends_it_looks_whose_the_directory_is(tmp_path, another_host, end):
     status = tmp_path / "status.json"
     with pytest.raises(BaseException, match="on elsewhere") as caught, attempt(tmp_path, 60, StopRequest()):
-        (tmp_path / "lease" / "000002.json").write_text(json.dumps(asdict(Owner(host="elsewhere"))))
+        take_over(tmp_path, Owner(host="elsewhere"))
         status.write_text("the other's")
         raise end
     assert isinstance(caught.value, LeaseLost)
