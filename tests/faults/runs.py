@@ -169,6 +169,8 @@ class Runs:
 
     def close(self) -> None:
         for started in self.started:
+            if started.poll() is not None:  # its number may be another one's by now
+                continue
             for left in [*descendants(started.pid), started]:
                 try:
                     left.send_signal(signal.SIGCONT)
@@ -213,15 +215,20 @@ def rank_of(launcher: int, rank: int) -> psutil.Process | None:
 
 
 def forked_rank_of(launcher: int, rank: int) -> psutil.Process:
-    """The same where ranks are forked: children of the one child of the launcher, in the order of their ranks."""
+    """The same where ranks are forked: children of the one child of the launcher, in the order of their ranks.
+
+    Linux lists them as they were made; by their numbers the last one comes first where those begin anew.
+    """
     [nursery] = psutil.Process(launcher).children()
-    return sorted(nursery.children(), key=lambda process: process.pid)[rank]
+    made = Path(f"/proc/{nursery.pid}/task/{nursery.pid}/children").read_text().split()
+    return psutil.Process(int(made[rank]))
 
 
 def flood(process: Process, number: int, every_s: float = 0.02) -> int:
     """Send a signal again and again until the process is gone; its exit code."""
     deadline = time.monotonic() + seconds(120)
     while process.poll() is None and time.monotonic() < deadline:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            process.send_signal(number)
         time.sleep(every_s)
     return process.wait(timeout=seconds(10))
