@@ -112,6 +112,14 @@ class Runs:
         self.started.append(started)
         return started
 
+    def held_at(self, run: str, step: int) -> dict[str, str]:
+        """What keeps a paced run from going on after the row of this step before it is told to stop, or `let_on`."""
+        return {"PACE_GATE": str(self.root / f"{run}.gate"), "PACE_LAST": str(step)}
+
+    def let_on(self, run: str) -> None:
+        """Let a run that is `held_at` a step go on."""
+        (self.root / f"{run}.gate").touch()
+
     @contextlib.contextmanager
     def data_held(self) -> Iterator[str]:
         """The word by which runs wait for their data, as where another process prepares the same, as long as this is entered."""
