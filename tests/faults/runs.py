@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from unittest.mock import patch
 import psutil
 
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.launching import ROOT, clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import Forked, command_warm, forked
@@ -87,9 +86,8 @@ class Runs:
 
     def start_ranks(self, run: str, *words: str) -> list[Forked]:
         """Two forked ranks without torchrun, as srun starts them, each the first one of its host; they say to `<run>.<rank>`."""
-        with socket.create_server(("localhost", 0)) as free:
-            job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-            job["MASTER_PORT"] = str(free.getsockname()[1])
+        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         command = [sys.executable, "-m", "launch.train", *self.words(run, *words)[4:]]
         return [self.forked(command, f"{run}.{rank}", {**job, "RANK": str(rank)}) for rank in range(2)]
 
