@@ -1,5 +1,6 @@
 """Real processes: two gloo ranks under the launcher end together, whatever ends them; the first cause is told last."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,12 +10,12 @@ import time
 import types
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launch import torchrun
 from strategies.errors import ConfigError
 from tests.helpers.covering import EVERYTHING, whole
+from tests.helpers.launching import ended
 from tests.helpers.speed import seconds
 from tests.launch.stand_in import STAND_IN
 from trainer.records.status import read_failure, record_failure
@@ -50,13 +51,13 @@ def job(tmp_path):
     yield start
     for process in started:
         process.kill()
-    for pid in ranks(tmp_path / "run"):
-        if psutil.pid_exists(pid):
+    for pid in running(tmp_path / "run"):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def ranks(run_dir: Path) -> list[int]:
-    return [int(path.read_text() or 0) for path in run_dir.glob("**/rank-*.pid")]
+    return [int(path.read_text()) for path in run_dir.glob("**/rank-*.pid")]
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -73,8 +74,8 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def running(run_dir: Path) -> list[int]:
-    """Ranks that have not ended. Not all that adopt orphans ask at once how they ended: until then those are zombies."""
-    return [pid for pid in ranks(run_dir) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    """Ranks that have not ended."""
+    return [pid for pid in ranks(run_dir) if not ended(pid)]
 
 
 def assert_gone(run_dir: Path, count: int = 2) -> None:
