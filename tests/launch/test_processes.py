@@ -10,10 +10,12 @@ import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import torchrun
 from strategies.errors import ConfigError
+from tests.faults.runs import wait
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.launching import ended
 from tests.helpers.speed import seconds
@@ -166,3 +168,20 @@ def test_a_killed_rank_is_the_cause_unless_another_rank_said_why_it_failed(
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     torchrun._note_killed(types.SimpleNamespace(failures={1: ended, 0: killed}), memory=False)
     assert read_failure(tmp_path)["rank"] == first_cause
+
+
+def test_a_signal_is_kept_until_there_is_a_rank_to_take_it():
+    """What torchrun starts before its ranks took it, and no rank ever heard of it."""
+    agent = subprocess.Popen(
+        ["bash", "-c", "sleep 60 & read; RANK=0 sleep 60 & wait -n; kill %1"], stdin=subprocess.PIPE
+    )
+    try:
+        wait(psutil.Process(agent.pid).children, "a helper")
+        assert not torchrun._signal_ranks(agent.pid, signal.SIGTERM)
+        agent.stdin.write(b"\n")
+        agent.stdin.flush()
+        wait(lambda: torchrun._signal_ranks(agent.pid, signal.SIGTERM), "a rank")
+        assert agent.wait(seconds(30)) == 0, "the rank has ended, and the helper was there to be ended"
+    finally:
+        agent.kill()
+        agent.communicate()
