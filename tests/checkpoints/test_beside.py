@@ -12,6 +12,7 @@ from strategies.base import Progress
 from strategies.runtime import Runtime
 from strategies.saving import Run, State
 from strategies.state import StateHeader, load_state
+from tests.faults.runs import wait
 from trainer.checkpoints.beside import Copies
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
@@ -101,6 +102,7 @@ def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, tmp_path):
     made.save(engine, engine.train(progress), must=True)
     disk.let.clear()
     made.save(engine, engine.train(progress), must=False)
+    wait(lambda: disk.threads[1:], "the thread that writes")  # else it meets the disk of the next one
     names = sorted(path.name for path in made.places[0].iterdir())
     assert names == [".step-000002.writing", "step-000001"]
     later, *_ = job()
