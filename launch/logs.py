@@ -185,7 +185,7 @@ class Follow:
                     queue, asked_at = ask(), now
                     run = self._look(queue)
                 self._tell(run)
-                over = self._over(run)
+                over = self._over(run, queue)
                 ended_at = (now if ended_at is None else ended_at) if over else None
             with suppress(ConfigError):  # a rank that has not said anything yet
                 for path in choose(self.run_dir, self.wanted, None):
@@ -207,13 +207,15 @@ class Follow:
         self._launcher = (launcher(owner) if owner is not None else None) or self._launcher
         return look(self.run_dir, queue)
 
-    def _over(self, run: Seen) -> bool:
+    def _over(self, run: Seen, queue: Queue) -> bool:
         """Whether nothing is known that would go on with the run."""
         from trainer.records.lease import process_identity
 
         if run.state == "done":
             return True
         if run.state not in ("failed", "preempted", "lost") or run.job is not None:
+            return False
+        if run.job_id is not None and queue.problem is not None:  # its job may be waiting there
             return False
         return self._launcher is None or process_identity(self._launcher[0]) != self._launcher[1]
 

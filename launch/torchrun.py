@@ -205,16 +205,17 @@ def _watch(agent: subprocess.Popen[bytes], pending: list[int], looks: list[Calla
 
 
 def _signal_ranks(agent_pid: int, number: int) -> bool:
-    """Pass a signal on to torchrun's children, never to torchrun, whom it would end first; whether there were any."""
+    """Pass a signal on to torchrun's ranks, never to torchrun, whom it would end first; whether there were any."""
     import psutil
 
-    ranks: list[psutil.Process] = []
+    told = False
     with contextlib.suppress(psutil.NoSuchProcess):
-        ranks = psutil.Process(agent_pid).children()
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(number)
-    return bool(ranks)
+        for child in psutil.Process(agent_pid).children():
+            with contextlib.suppress(psutil.Error):
+                if "RANK" in child.environ():  # else a helper of a library, or a rank that has not begun
+                    child.send_signal(number)
+                    told = True
+    return told
 
 
 def _end_all(agent: subprocess.Popen[bytes]) -> None:

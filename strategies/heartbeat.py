@@ -37,6 +37,8 @@ LAST_WORDS = "SHARDTUNE_LAST_WORDS"
 """The variable that names a directory of this host, in which each rank keeps what it last said of itself."""
 LATE = 0.8
 """Share of the timeout after which a rank tells of an exchange that is not over, before the backend may end the process."""
+ANSWER_BEATS = 5
+"""Beats for which ranks that were asked where they are may keep the one that asks waiting; a busy host lets them wait, too."""
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
@@ -136,9 +138,9 @@ class Heartbeats:
         return Silent(silent[0], hung=hung, since_s=look_s, told=told) if silent else None
 
     def ask(self, stopped: Seen | None) -> dict[int, Exchange]:
-        """Let every rank write its stacks, and wake one that was `stopped` for it; takes two beats. Errors: none.
+        """Let every rank write its stacks, and wake one that was `stopped` for it. Errors: none.
 
-        The last exchange of each rank that answers.
+        The last exchange of each rank that answers. It is back when all have, which takes a beat, or after `ANSWER_BEATS`.
         """
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS, "1")
@@ -147,9 +149,11 @@ class Heartbeats:
             for number in (signal.SIGQUIT, signal.SIGCONT):
                 with contextlib.suppress(OSError):
                     os.kill(stopped.pid, number)
-        time.sleep(2 * self.every_s)
         keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
+        deadline = time.monotonic() + ANSWER_BEATS * self.every_s
         try:
+            while not self._store.check([*keys.values()]) and time.monotonic() < deadline:
+                time.sleep(self.every_s / 4)
             return {
                 rank: Exchange(**json.loads(self._store.get(key)))
                 for rank, key in keys.items()

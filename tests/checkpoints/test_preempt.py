@@ -17,7 +17,6 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import command_warm, forked
 
 STEPS = 20
-"""Enough that the signal, sent after the fifth, comes before the last of a run that rests after each."""
 
 
 def command(root: Path, run: str, *words: str) -> list[str]:
@@ -47,7 +46,8 @@ def command(root: Path, run: str, *words: str) -> list[str]:
 
 def rows(root: Path, run: str) -> list[dict]:
     path = root / run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")  # one may be being written
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def numbers(root: Path, run: str) -> list[tuple]:
@@ -56,8 +56,9 @@ def numbers(root: Path, run: str) -> list[tuple]:
 
 
 def stop_after(root: Path, run: str, step: int, number: int, words: list[str]) -> int:
+    held = {"PACE_GATE": str(root / f"{run}.told"), "PACE_LAST": str(step)}
     with (root / f"{run}.out").open("w") as out:
-        process = forked(command(root, run, *words), clean_environment(**PACED), out.fileno())
+        process = forked(command(root, run, *words), clean_environment(**PACED, **held), out.fileno())
     deadline = time.monotonic() + seconds(120)
     while not any(row["step"] >= step for row in rows(root, run)):
         assert process.poll() is None and time.monotonic() < deadline

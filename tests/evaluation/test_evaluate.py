@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-import socket
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from launch import torchrun
 from launch.evaluate_words import Asked, plan
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
-from tests.helpers.launching import clean_environment, command_here
+from tests.helpers.launching import clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.warm import command_warm, forked
 from trainer.config.run import LauncherConfig
@@ -264,10 +263,8 @@ def test_a_rank_is_given_the_same_words(site, evaluated, capfd):
         "-m",
         "launch.evaluate",
     ]
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    env = clean_environment(**rank, MASTER_ADDR="localhost", MASTER_PORT=port)
+    env = clean_environment(**rank, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     started = forked([sys.executable, "-m", "launch.evaluate", *of_loss(site, "rank")], env, 1)
     assert started.wait(seconds(120)) == 0
     assert "perplexity" in capfd.readouterr().out

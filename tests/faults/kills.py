@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from pathlib import Path
 from launch.compose import compose
 from launch.frozen import freeze
 from tests.faults.runs import Runs, environment
-from tests.helpers.launching import ROOT
+from tests.helpers.launching import ROOT, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.warm import Forked, Nursery
 
@@ -123,8 +122,7 @@ class Campaign:
         world = RANKS[self.strategy]
         job = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
         job |= {"SHARDTUNE_CONFIG": self.run / "config.yaml", "SHARDTUNE_RUN_DIR": self.run}
-        with socket.create_server(("localhost", 0)) as free:
-            job["MASTER_PORT"] = free.getsockname()[1]
+        job["MASTER_PORT"] = free_port()
         ranks = []
         for rank in range(world):
             env = environment(**{key: str(value) for key, value in {**job, "RANK": rank, "LOCAL_RANK": rank}.items()})

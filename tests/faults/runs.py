@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from unittest.mock import patch
 import psutil
 
 from tests.helpers.building import model_dir
-from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.launching import ROOT, clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import Forked, command_warm, forked
@@ -87,9 +86,8 @@ class Runs:
 
     def start_ranks(self, run: str, *words: str) -> list[Forked]:
         """Two forked ranks without torchrun, as srun starts them, each the first one of its host; they say to `<run>.<rank>`."""
-        with socket.create_server(("localhost", 0)) as free:
-            job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-            job["MASTER_PORT"] = str(free.getsockname()[1])
+        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         command = [sys.executable, "-m", "launch.train", *self.words(run, *words)[4:]]
         return [self.forked(command, f"{run}.{rank}", {**job, "RANK": str(rank)}) for rank in range(2)]
 
@@ -111,6 +109,14 @@ class Runs:
             )
         self.started.append(started)
         return started
+
+    def held_at(self, run: str, step: int) -> dict[str, str]:
+        """What keeps a paced run from going on after the row of this step before it is told to stop, or `let_on`."""
+        return {"PACE_GATE": str(self.root / f"{run}.gate"), "PACE_LAST": str(step)}
+
+    def let_on(self, run: str) -> None:
+        """Let a run that is `held_at` a step go on."""
+        (self.root / f"{run}.gate").touch()
 
     @contextlib.contextmanager
     def data_held(self) -> Iterator[str]:
@@ -169,6 +175,8 @@ class Runs:
 
     def close(self) -> None:
         for started in self.started:
+            if started.poll() is not None:  # its number may be another one's by now
+                continue
             for left in [*descendants(started.pid), started]:
                 try:
                     left.send_signal(signal.SIGCONT)
@@ -213,15 +221,20 @@ def rank_of(launcher: int, rank: int) -> psutil.Process | None:
 
 
 def forked_rank_of(launcher: int, rank: int) -> psutil.Process:
-    """The same where ranks are forked: children of the one child of the launcher, in the order of their ranks."""
+    """The same where ranks are forked: children of the one child of the launcher, in the order of their ranks.
+
+    Linux lists them as they were made; by their numbers the last one comes first where those begin anew.
+    """
     [nursery] = psutil.Process(launcher).children()
-    return sorted(nursery.children(), key=lambda process: process.pid)[rank]
+    made = Path(f"/proc/{nursery.pid}/task/{nursery.pid}/children").read_text().split()
+    return psutil.Process(int(made[rank]))
 
 
 def flood(process: Process, number: int, every_s: float = 0.02) -> int:
     """Send a signal again and again until the process is gone; its exit code."""
     deadline = time.monotonic() + seconds(120)
     while process.poll() is None and time.monotonic() < deadline:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            process.send_signal(number)
         time.sleep(every_s)
     return process.wait(timeout=seconds(10))

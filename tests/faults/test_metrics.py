@@ -39,8 +39,8 @@ def test_an_evaluation_broken_off_by_a_signal_is_made_up(runs):
     words = [f"data.eval_path={runs.root / 'long-eval.jsonl'}", "budget.steps=4", "evaluation.every_steps=2"]
     words += ["evaluation.batch=1", "evaluation.at_start=false", "evaluation.patience=9"]
     assert runs.run_here("uncut", *words)[0] == 0
-    process = runs.start("cut", *words)
-    runs.wait_for_step("cut", 2, process)  # its row is written, and the evaluation begins
+    process = runs.start("cut", *words, **runs.held_at("cut", 2))
+    runs.wait_for_step("cut", 2, process)  # its row is written, and the evaluation begins with the signal
     process.send_signal(signal.SIGTERM)
     assert runs.end(process) == 75
     assert runs.status("cut")["step"] == 2

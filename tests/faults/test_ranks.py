@@ -41,9 +41,10 @@ def test_a_killed_rank_is_named(runs):
 
 def test_a_stopped_rank_is_named(runs):
     """By its peer: where that one waited for it (a step has several places to wait in), and where it was."""
-    started = runs.start("stopped", *two(), ranks=True)
-    runs.wait_for_step("stopped", 2, started)
-    time.sleep(seconds(1.5))
+    words = runs.root / "stopped-words"
+    words.mkdir()
+    started = runs.start("stopped", *two(), ranks=True, **{LAST_WORDS: str(words)})
+    wait(lambda: (said := last_words(words, 1)) is not None and said.step, "a sign of life of training", started)
     stopped = forked_rank_of(started.pid, 1)
     stopped.send_signal(signal.SIGSTOP)
     failure = named(runs, "stopped", started, stopped.pid, "stopped")
@@ -112,23 +113,37 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "second"
 
 
-def test_only_a_rank_that_does_not_count_on_is_the_cause():
+def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
+    """In a time of its own: whoever looks does so until all that live have counted on, as a busy machine may not let them."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    over = threading.Event()
+    over, stands, looked = threading.Event(), threading.Event(), []
 
     def state():
-        while over.is_set():  # its thread counts no more, as where its process is gone
-            time.sleep(1)
+        if over.is_set():  # its thread counts no more, as where its process is gone
+            stands.set()
+            threading.Event().wait()
         return "training", 7
 
+    def sleep(for_s):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.01)
+            return
+        looked.append(for_s)
+        before = [seen.count for seen in beats[0]._seen()]
+        living = [0] if over.is_set() else [0, 1]
+        wait(lambda: all(beats[0]._seen()[rank].count > before[rank] for rank in living), "a beat of all that live")
+
+    monkeypatch.setattr(heartbeat, "time", types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     beats = [Heartbeats(store, 0, 2, lambda: ("training", 7)), Heartbeats(store, 1, 2, state)]
     lost, other = RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("the batch is bad")
-    assert beats[0].cause(other) is None
+    assert beats[0].cause(other) is None and looked == []
     assert beats[0].cause(lost) is None  # both live
     over.set()
+    assert stands.wait(seconds(30))
     found = beats[0].cause(lost)
     assert (found.seen.rank, found.seen.phase, found.seen.step, found.hung) == (1, "training", 7, False)
     assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
+    assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
 
 def exchange(number: int, waits_s: float | None = None, group: str = "default_pg") -> Exchange:
@@ -150,7 +165,9 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
         7,
         None,
     )
-    assert beats[0].ask(None) == {1: exchange(12, 5.0)}  # rank 0 has no file for its stacks
+    beats[0].write_stacks_to(tmp_path / "rank-0.stacks")
+    monkeypatch.setattr(heartbeat, "ANSWER_BEATS", seconds(60))  # it waits for those that are slow, and for nobody else
+    assert beats[0].ask(None) == dict.fromkeys((0, 1), exchange(12, 5.0))
 
     late = RuntimeError("Timed out waiting 15000ms for recv")
     for others, said in (

@@ -24,6 +24,7 @@ def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
     process = begun(runs, "launcher.retry={preempted: 1, node_fail: 1}")
     first = rank_of(process.pid, 0)
     first.kill()
+    runs.let_on("again")
     wait(lambda: "started again (node_fail; 0 more times)" in runs.said("again"), "the second start", process)
     said = runs.said("again")
     assert f"(process {first.pid}) was killed by SIGKILL" in said and "ChildFailedError" not in said, said
@@ -31,7 +32,8 @@ def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
 
 
 def begun(runs, retry):
-    process = runs.start("again", retry, "tuning=full", f"budget.steps={STEPS}", "checkpoint.every_steps=20")
+    words = ["tuning=full", f"budget.steps={STEPS}", "checkpoint.every_steps=20"]
+    process = runs.start("again", retry, *words, **runs.held_at("again", 5))
     runs.wait_for_step("again", 5, process)
     return process
 

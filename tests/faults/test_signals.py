@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from strategies.meeting import Meeting
+from strategies.meeting import DECISION, Meeting
 from tests.faults.runs import ROOT, environment, flood, forked_rank_of, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
@@ -106,14 +106,18 @@ def test_a_signal_to_one_rank_while_data_is_prepared_stops_all(runs):
     assert "stopped before training began, nothing lost" in runs.said("early")
 
 
+def until_decided(store):
+    wait(lambda: store.check([DECISION]), "a decision")
+
+
 def test_ranks_decide_once_whether_they_go_on():
-    def meet(told, *, slow=lambda: None):
+    def meet(told, *, slow=lambda store: None):
         """What two ranks decide: rank 0 is ready and asks `told`; rank 1 prepares until `slow` returns."""
         store, answers = dist.HashStore(), {}
         first, second = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)
         thread = threading.Thread(target=lambda: answers.update(first=first.go_on(told)))
         thread.start()
-        slow()
+        slow(store)
         stops = second.stopping(False)
         answers["second"] = not stops and second.go_on(lambda: False)
         thread.join()
@@ -121,7 +125,7 @@ def test_ranks_decide_once_whether_they_go_on():
 
     assert meet(lambda: False) == {"first": True, "second": True}
     # Told while it waits for the other one, which hears of it between two blocks of its data.
-    assert meet(lambda: True, slow=lambda: time.sleep(0.5)) == {"first": False, "second": False}
+    assert meet(lambda: True, slow=until_decided) == {"first": False, "second": False}
     # Told too late: the other has decided, and the group, which exists now, hears of it.
     store = dist.HashStore()
     both = Meeting(store, 0, 2, 30), Meeting(store, 1, 2, 30)

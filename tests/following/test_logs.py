@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launch import logs
 from launch.main import main
 from tests.following.made import made, owned, stand_in_for_squeue, without_torch
 from tests.helpers.speed import seconds
+from trainer.following.queue import Queue
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +126,7 @@ def test_what_is_not_there_is_named(tmp_path, capsys, words, problem):
     assert problem in capsys.readouterr().err
 
 
-def test_it_follows_over_a_requeue_to_the_end(tmp_path, capsys, monkeypatch):
+def test_it_follows_over_a_requeue_to_the_end(tmp_path, monkeypatch):
     for name in ("EVERY_S", "LOOK_S", "ASK_S"):
         monkeypatch.setattr(logs, name, 0.02)
     monkeypatch.setattr(logs, "AGAIN_S", 0.3)
@@ -132,21 +134,24 @@ def test_it_follows_over_a_requeue_to_the_end(tmp_path, capsys, monkeypatch):
     row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", [row]))
     queue = tmp_path / "bin" / "queue"
-    seen: list[str] = []
-    status = run / "status.json"
+    told = StringIO()  # not capsys: what is said while that is read is lost
+    monkeypatch.setattr("sys.stdout", told)
+    monkeypatch.setattr("sys.stderr", told)
 
     def until(part: str) -> None:
         deadline = time.monotonic() + seconds(60)
-        while part not in "".join(seen):
-            assert time.monotonic() < deadline, f"never came: {part}: {seen}"
-            captured = capsys.readouterr()
-            seen.append(captured.out + captured.err)
+        while part not in told.getvalue():
+            assert time.monotonic() < deadline, f"never came: {part}: {told.getvalue()}"
             time.sleep(0.01)
 
+    def replace(path: Path, text: str) -> None:
+        """At once: it is being read."""
+        path.with_suffix(".new").write_text(text)
+        path.with_suffix(".new").replace(path)
+
     def write(state: str, step: int) -> None:
-        aside = status.with_suffix(".new")
-        aside.write_text(json.dumps({"state": state, "step": step, "reason": "stopped", "time": time.time()}))
-        aside.replace(status)
+        about = {"state": state, "step": step, "reason": "stopped", "time": time.time()}
+        replace(run / "status.json", json.dumps(about))
 
     ended: list[int] = []
     following = threading.Thread(target=lambda: ended.append(main(["logs", str(run), "--follow"])), daemon=True)
@@ -154,31 +159,30 @@ def test_it_follows_over_a_requeue_to_the_end(tmp_path, capsys, monkeypatch):
     until("waiting: job 17 pending: waits for nodes")
     log = said(run, "rank-0.log", "step 1\nst")
     owned(run, job="17")
-    queue.write_text(queue.read_text().replace("PENDING", "RUNNING"))
+    replace(queue, queue.read_text().replace("PENDING", "RUNNING"))
     write("running", 1)
     until("step 1\n")
     with log.open("a") as file:
         file.write("ep 2\n")
     until("step 2\n")
     write("preempted", 2)
-    queue.write_text(queue.read_text().replace("RUNNING", "PENDING").replace("Resources", "BeginTime"))
+    replace(queue, queue.read_text().replace("RUNNING", "PENDING").replace("Resources", "BeginTime"))
     until("about two minutes after a requeue")
     time.sleep(1)  # longer than what has ended is waited for
     assert following.is_alive()
     owned(run, 2, job="17")
-    queue.write_text("")
     write("running", 2)
+    replace(queue, "")
     log.write_text("anew\n")  # shorter: written again from the beginning
     until("anew\n")
     with log.open("a") as file:
         file.write("step 3\n")
     write("done", 3)
     following.join(seconds(60))
-    captured = capsys.readouterr()
-    told = "".join(seen) + captured.out + captured.err
     assert ended == [0]
-    assert [line for line in told.splitlines() if line.startswith("step")] == ["step 1", "step 2", "step 3"]
-    assert told.endswith(f"{run}: done at step 3\n") or "step 3\n" in captured.out, told
+    lines = told.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("step")] == ["step 1", "step 2", "step 3"]
+    assert lines[-1] == f"{run}: done at step 3: stopped"
 
 
 def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeypatch):
@@ -190,10 +194,26 @@ def test_it_ends_where_nothing_will_go_on_with_the_run(tmp_path, capsys, monkeyp
     assert main(["logs", str(run), "--follow"]) == 0
     captured = capsys.readouterr()
     assert "T: cut" in captured.out and f"{run}: failed at step 3\n" in captured.err
+    monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
+    monkeypatch.setenv("SQUEUE_CODE", "1")  # of a run that had no job its queue says nothing
     lost = made(tmp_path, "lost")
     owned(lost, silent_s=10**6)
     assert main(["logs", str(lost), "--follow"]) == 0
     assert "lost: lost at step 3: no sign of life for 12 d" in capsys.readouterr().err
+
+
+def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path, capsys, monkeypatch):
+    """A controller that was busy for a moment used to end it, though the job was about to go on."""
+    for name in ("EVERY_S", "LOOK_S", "ASK_S", "AGAIN_S"):
+        monkeypatch.setattr(logs, name, 0.0)
+    run = made(tmp_path, "run", state="preempted")
+    owned(run, job="17")
+    silent, asked = Queue(problem="squeue gave no answer"), []
+    monkeypatch.setattr(
+        "trainer.following.queue.ask", lambda: asked.append(silent) or (Queue() if asked[5:] else silent)
+    )
+    assert main(["logs", str(run), "--follow"]) == 0
+    assert len(asked) > 5 and "run: preempted at step 3" in capsys.readouterr().err
 
 
 def test_following_for_a_script_is_an_object_a_line_and_how_it_ended_the_last(tmp_path, capsys):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.garbage import set_aside
-from tests.helpers.launching import clean_environment
+from tests.helpers.launching import clean_environment, free_port
 from tests.helpers.nursery import PASSED
 from tests.helpers.speed import seconds
 from tests.helpers.warm import Forked, forked
@@ -88,9 +88,7 @@ class Ranks:
 
     def _start(self) -> None:
         self.starts, self._answered = self.starts + 1, 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(self.world):
             ours, theirs = socket.socketpair()
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world}

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from unittest import mock
 
 from launch import torchrun
-from tests.helpers.launching import ROOT, clean_environment, command_here
+from tests.helpers.launching import ROOT, clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 
 
@@ -139,8 +139,7 @@ def heard(command: Sequence[Any], env: dict[str, str], **how: Any) -> tuple[Fork
 
 def run_ranks(words: Sequence[Any], world: int, *, cwd: Path = ROOT, timeout_s: float = 300) -> None:
     """Run `python <words>`, of a module, on `world` gloo ranks, as torchrun does; all end well within `timeout_s`, scaled."""
-    with socket.create_server(("localhost", 0)) as free:
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     with tempfile.TemporaryFile("w+") as said:
         ranks = [
@@ -175,8 +174,7 @@ def start(
     world = config.launcher.processes or 1
     env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env |= {"SHARDTUNE_LAUNCHER": str(os.getpid()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    with socket.create_server(("localhost", 0)) as free:
-        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     forks = nursery()
     with contextlib.ExitStack() as opened:
         if aside is None:

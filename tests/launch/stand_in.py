@@ -14,7 +14,9 @@ def run_worker(config, run_dir, sha256, freeze):
     if world > 1:
         dist.init_process_group("gloo")
     if os.path.isdir(run_dir):
-        open(os.path.join(run_dir, f"rank-{rank}.pid"), "w").write(str(os.getpid()))
+        aside = os.path.join(run_dir, f"{rank}.writing")
+        open(aside, "w").write(str(os.getpid()))
+        os.rename(aside, os.path.join(run_dir, f"rank-{rank}.pid"))  # at once whole
     if what == "user" and rank == 1:
         raise ConfigError(["tuning.targets=nope: matches no module"])
     if what == "raise" and rank == 1:

@@ -1,5 +1,6 @@
 """Real processes: two gloo ranks under the launcher end together, whatever ends them; the first cause is told last."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ import pytest
 
 from launch import torchrun
 from strategies.errors import ConfigError
+from tests.faults.runs import wait
 from tests.helpers.covering import EVERYTHING, whole
+from tests.helpers.launching import ended
 from tests.helpers.speed import seconds
 from tests.launch.stand_in import STAND_IN
 from trainer.records.status import read_failure, record_failure
@@ -50,13 +53,13 @@ def job(tmp_path):
     yield start
     for process in started:
         process.kill()
-    for pid in ranks(tmp_path / "run"):
-        if psutil.pid_exists(pid):
+    for pid in running(tmp_path / "run"):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def ranks(run_dir: Path) -> list[int]:
-    return [int(path.read_text() or 0) for path in run_dir.glob("**/rank-*.pid")]
+    return [int(path.read_text()) for path in run_dir.glob("**/rank-*.pid")]
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -73,8 +76,8 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def running(run_dir: Path) -> list[int]:
-    """Ranks that have not ended. Not all that adopt orphans ask at once how they ended: until then those are zombies."""
-    return [pid for pid in ranks(run_dir) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    """Ranks that have not ended."""
+    return [pid for pid in ranks(run_dir) if not ended(pid)]
 
 
 def assert_gone(run_dir: Path, count: int = 2) -> None:
@@ -165,3 +168,20 @@ def test_a_killed_rank_is_the_cause_unless_another_rank_said_why_it_failed(
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     torchrun._note_killed(types.SimpleNamespace(failures={1: ended, 0: killed}), memory=False)
     assert read_failure(tmp_path)["rank"] == first_cause
+
+
+def test_a_signal_is_kept_until_there_is_a_rank_to_take_it():
+    """What torchrun starts before its ranks took it, and no rank ever heard of it."""
+    agent = subprocess.Popen(
+        ["bash", "-c", "sleep 60 & read; RANK=0 sleep 60 & wait -n; kill %1"], stdin=subprocess.PIPE
+    )
+    try:
+        wait(psutil.Process(agent.pid).children, "a helper")
+        assert not torchrun._signal_ranks(agent.pid, signal.SIGTERM)
+        agent.stdin.write(b"\n")
+        agent.stdin.flush()
+        wait(lambda: torchrun._signal_ranks(agent.pid, signal.SIGTERM), "a rank")
+        assert agent.wait(seconds(30)) == 0, "the rank has ended, and the helper was there to be ended"
+    finally:
+        agent.kill()
+        agent.communicate()

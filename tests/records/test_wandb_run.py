@@ -14,6 +14,7 @@ import pytest
 
 from launch.multirun import multirun
 from strategies.errors import Diverged, Preempted
+from tests.faults.runs import PACED
 from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment, command_here
 from tests.helpers.speed import seconds
@@ -129,7 +130,7 @@ def test_a_run_that_was_stopped_is_no_failure_and_its_sync_line_names_all_parts(
     """TERM saves, and the same command goes on."""
     command = [sys.executable, "-m", "launch.main", "train"]
     command += words(site, "stopped", "budget.steps=400", "logging.alerts=[failed]", "checkpoint.save_final=false")
-    env = {key: value for key, value in clean_environment().items() if key != "OMP_NUM_THREADS"}
+    env = {key: value for key, value in clean_environment(**PACED).items() if key != "OMP_NUM_THREADS"}
     env["WANDB_DIR"] = str(site / "elsewhere")
     first, lines = heard(command, env, cwd=site)
     said = ""

@@ -23,6 +23,8 @@ from trainer.serving.exported import find_export
 from trainer.serving.run import address, bound, server
 
 KEY = "secret-of-the-test"
+PATIENCE_S = 60
+"""Seconds for an answer; httpx's own are five."""
 ASK = [{"role": "user", "content": "hello there"}]
 
 
@@ -39,8 +41,13 @@ def started(export, **settings):
         yield address(config, listening), running
     finally:
         running.should_exit = True
-        thread.join(30)
+        thread.join(seconds(30))
         listening.close()
+
+
+def asked(method, address, **given):
+    """What the server answers."""
+    return httpx.request(method, address, timeout=seconds(PATIENCE_S), **given)
 
 
 @pytest.fixture(scope="module", name="place")
@@ -53,7 +60,7 @@ def _place(site):
 
 @pytest.fixture(name="client")
 def _client(place):
-    return openai.OpenAI(base_url=place[0], api_key=KEY, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=place[0], api_key=KEY, max_retries=0, timeout=seconds(PATIENCE_S))
 
 
 @pytest.fixture(scope="module", name="alone")
@@ -156,18 +163,18 @@ def test_only_four_addresses_are_open(place):
     url, _ = place
     root, key = url.removesuffix("/v1"), {"Authorization": f"Bearer {KEY}"}
     for path in ("/load_model", "/reset", "/v1/responses", "/v1/systemone", "/docs", "/openapi.json", "//load_model"):
-        said = httpx.post(f"{root}{path}", json={"model": "gpt2"}, headers=key)
+        said = asked("post", f"{root}{path}", json={"model": "gpt2"}, headers=key)
         assert said.status_code == 404 and "no such address" in said.json()["error"]["message"], path
-    assert httpx.delete(f"{root}/v1/models", headers=key).status_code == 405
-    assert httpx.get(f"{root}/health").status_code == 200
-    assert httpx.get(f"{url}/models", headers=key).json()["data"][0]["id"] == "lora"
+    assert asked("delete", f"{root}/v1/models", headers=key).status_code == 405
+    assert asked("get", f"{root}/health").status_code == 200
+    assert asked("get", f"{url}/models", headers=key).json()["data"][0]["id"] == "lora"
 
 
 def test_without_the_key_nothing_is_answered(place):
     url, _ = place
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
         for path in ("/models", "/chat/completions"):
-            said = httpx.request("GET" if path == "/models" else "POST", url + path, headers=headers)
+            said = asked("get" if path == "/models" else "post", url + path, headers=headers)
             assert said.status_code == 401 and KEY not in said.text
             assert said.headers["www-authenticate"] == "Bearer"
 
@@ -184,7 +191,7 @@ def test_a_body_that_is_none_is_refused(place):
         (b"{}", {**key, "Content-Type": "text/plain"}, 415, "application/json"),
     ]
     for content, headers, status, said in cases:
-        found = httpx.post(f"{url}/completions", content=content, headers=headers)
+        found = asked("post", f"{url}/completions", content=content, headers=headers)
         assert (found.status_code, said in found.json()["error"]["message"]) == (status, True), (
             content[:20],
             found.text,
@@ -193,11 +200,11 @@ def test_a_body_that_is_none_is_refused(place):
 
 def test_a_server_without_a_key_answers_to_this_machines_names_alone(site):
     with started(site / "full", max_requests=1) as (url, running):
-        assert httpx.get(f"{url}/models").status_code == 200
-        said = httpx.get(f"{url}/models", headers={"Host": "evil.example:80"})
+        assert asked("get", f"{url}/models").status_code == 200
+        said = asked("get", f"{url}/models", headers={"Host": "evil.example:80"})
         assert said.status_code == 403 and "evil.example" in said.text
         running.config.app.under_way = 1
-        said = httpx.post(f"{url}/completions", json={"prompt": "hello"})
+        said = asked("post", f"{url}/completions", json={"prompt": "hello"})
         assert said.status_code == 429 and said.headers["retry-after"] and "serve.max_requests" in said.text
 
 
@@ -242,9 +249,9 @@ def test_the_command_answers_200_at_once_and_ends_when_it_is_told_to(site):
             line = served.stdout.readline()
             assert line, said
             said += line
-        many(openai.OpenAI(base_url=found[0], api_key="none", max_retries=0, timeout=300), 200)
+        many(openai.OpenAI(base_url=found[0], api_key="none", max_retries=0, timeout=seconds(300)), 200)
         served.send_signal(signal.SIGINT)
-        served.communicate(timeout=60)
+        served.communicate(timeout=seconds(60))
     assert served.returncode in (0, 130)
 
 
@@ -252,7 +259,7 @@ def test_the_command_answers_200_at_once_and_ends_when_it_is_told_to(site):
 def test_many_answers_at_once_are_those_one_after_the_other(site, alone):
     answer, tokenizer = alone
     with started(site / "lora", batching=True) as (url, _):
-        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=seconds(300))
         ends = [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
         said = client.completions.create(model="lora", prompt="you are", max_tokens=6)
         assert said.choices[0].text == answer(tokenizer("you are")["input_ids"], 6, ends)

@@ -54,12 +54,14 @@ def site(tmp_path: Path) -> Path:
     return site
 
 
-def environment(steps: int = 20) -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "STANDIN_STEPS": str(steps), "PYTHON": sys.executable}
+def environment(steps: int = 20, gate: Path = Path("/")) -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": "1", "STANDIN_STEPS": str(steps), "STANDIN_GATE": str(gate), "PYTHON": sys.executable}
     return os.environ | own | {"PYTHONPATH": str(CLONE)}  # the rest of the packages, behind the site's
 
 
-def submit(cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, **launcher: object) -> list[Job]:
+def submit(
+    cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, gate: Path = Path("/"), **launcher: object
+) -> list[Job]:
     """Render, for two nodes unless told, and submit; one job for each run (the tasks of an array)."""
     settings = {"nodes": 2, "preflight": Preflight.none, **launcher}
     config = RunConfig(launcher=SlurmConfig(**settings))  # type: ignore[arg-type]
@@ -69,7 +71,7 @@ def submit(cluster: Cluster, site: Path, runs: list[str], *, steps: int = 20, **
         (run / "config.yaml").write_text(to_yaml(config))
     script = site / "script"
     script.write_text(render(config, dirs, clone=site, cwd=site))
-    job = cluster.sbatch(str(script), cwd=Path("/"), env=environment(steps))
+    job = cluster.sbatch(str(script), cwd=Path("/"), env=environment(steps, gate))
     return [Job(cluster, f"{job}_{i}" if len(dirs) > 1 else job, run) for i, run in enumerate(dirs)]
 
 
@@ -77,15 +79,18 @@ def test_rendered_array_saves_at_usr2_and_requeues_the_signalled_task_alone(clus
     # The last task's own job id is the array's: a requeue by that id would start every task again.
     setup = ['export GREETING="hello there"', 'echo "$GREETING from $SLURMD_NODENAME"']
     nodes = 2 if EVERYTHING else 1  # on two they are told apart below, and requeued in test_training.py
-    other, job = submit(cluster, site, ["other", "a b 100%j"], steps=40, setup=setup, nodes=nodes)
+    gate = site / "gate"
+    other, job = submit(cluster, site, ["other", "a b 100%j"], steps=8, gate=gate, setup=setup, nodes=nodes)
     job.wait_step()
     job.signal("--signal=USR2")
+    wait_for((job.run / "starts.jsonl").exists, 60, "the end of its first start")
+    gate.touch()
     ended = cluster.wait(job.id)
     logs = job.logs()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs
     first, second = job.starts()
     assert (first["from"], first["state"]) == (0, "preempted")
-    assert second == {"from": first["to"], "to": 40, "state": "done"}
+    assert second == {"from": first["to"], "to": 8, "state": "done"}
     if nodes == 2:  # in SLURM's order, so that the first log is rank 0's
         assert all(f"rank {rank} of 2 on {host}, threads 1" in logs for rank, host in enumerate(("n9", "n10"))), logs
     assert len(re.findall(rf"^rank 0 of {nodes} on n\d+, threads 1", logs, re.MULTILINE)) == 2, logs

@@ -1,7 +1,8 @@
 """Lets a run rest after each step, in every process of it whose PYTHONPATH has this directory.
 
 Training is the same, but a test that looks at a run at work, or waits for another one, does not pay for thousands of steps.
-Where PACE_GATE names a file, no step follows the first one before that file is there.
+Where PACE_GATE names a file, nothing follows the row of step PACE_LAST (1) before that file is there; the first signal that asks
+a process of the run to stop makes it. So the signal comes neither before nor after that step, however busy the machine is.
 """
 
 import os
@@ -9,17 +10,24 @@ import time
 from pathlib import Path
 
 from trainer.records.jsonl import JsonlTracker
+from trainer.stopping.signals import StopRequest
 
 PAUSE_S = 0.1
-GATE = Path(os.environ.get("PACE_GATE") or "/")
-_log = JsonlTracker.log
+GATE, LAST = os.environ.get("PACE_GATE"), int(os.environ.get("PACE_LAST") or 1)
+_log, _note = JsonlTracker.log, StopRequest._note
 
 
 def log(self, metrics, *, step):
     _log(self, metrics, step=step)
     time.sleep(PAUSE_S)
-    while not GATE.exists():
+    while GATE and step >= LAST and not Path(GATE).exists():
         time.sleep(PAUSE_S)
 
 
-JsonlTracker.log = log
+def note(self, number, frame):
+    _note(self, number, frame)
+    if GATE:
+        Path(GATE).touch()
+
+
+JsonlTracker.log, StopRequest._note = log, note
