@@ -8,7 +8,6 @@ from dataclasses import fields
 from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, LoraConfig
@@ -46,8 +45,11 @@ def load_peft() -> ModuleType:
         made = cache(lambda: compiled(function, **settings))
         return wraps(function)(lambda *given, **named: made()(*given, **named))
 
-    with mock.patch.object(torch, "compile", later):
+    torch.compile = later  # type: ignore[assignment]
+    try:
         import peft
+    finally:
+        torch.compile = compiled
     return peft
 
 
