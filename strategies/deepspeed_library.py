@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ _AVERAGES = {"SUM": False, "AVG": True}
 def import_deepspeed(*, on_cpu: bool) -> Any:
     """DeepSpeed, quiet, and on a CPU without the shared-memory op that would need a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+    with _without("mlflow"):  # its autotuner would report there; where it is installed, importing it takes seconds
+        import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
@@ -39,6 +42,19 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Within it, `module` cannot be imported, unless it is already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def restore_linear() -> None:

@@ -26,6 +26,8 @@ def bad_models(path):
         "tokenizer-lfs": {"tokenizer.json": b"version https://git-lfs.github.com/spec/v1\n"},
         "unknown": {"config.json": json.dumps(config | {"model_type": "llama9"}).encode()},
         "misfit": {"config.json": json.dumps(config | {"hidden_size": "many"}).encode()},
+        "headless": {"config.json": json.dumps(config | {"num_attention_heads": 0}).encode()},
+        "negative": {"config.json": json.dumps(config | {"num_hidden_layers": -2}).encode()},
         "torn": {"config.json": b'{"model_type": "llama",'},
         "narrow": {"config.json": json.dumps(config | {"max_position_embeddings": 16}).encode()},
         "reformer": {"config.json": json.dumps(REFORMER).encode()},
@@ -99,6 +101,8 @@ CASES = {
     "no tokenizer": ({"model__path": "{root}/speechless"}, 64, ["holds no tokenizer", "model.tokenizer="]),
     "tokenizer left to git-lfs": ({"model__path": "{root}/tokenizer-lfs"}, 64, ["holds no tokenizer that can be"]),
     "unknown model": ({"model__path": "{root}/unknown"}, 64, ["'llama9'", "install a newer transformers"]),
+    "no attention heads": ({"model__path": "{root}/headless"}, 64, ["config.json cannot be read", "by zero", "mend"]),
+    "negative size": ({"model__path": "{root}/negative"}, 64, ["config.json has num_hidden_layers=-2", "at least 1"]),
     "value of the wrong type": ({"model__path": "{root}/misfit"}, 64, ["config.json cannot be read", "'hidden_size'"]),
     "torn config.json": (
         {"model__path": "{root}/torn"},

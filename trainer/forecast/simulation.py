@@ -26,7 +26,7 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.registry import family_of, reading_of
 from trainer.optim.build import build_optimizer
 from trainer.planning.activations import micro_batch_of
-from trainer.planning.depth import ENDS, Extended, at_depth
+from trainer.planning.depth import ENDS, Extended, at_depth, near_an_end
 from trainer.planning.form import Form, Size, form_of, sizes_for, take_sizes
 from trainer.planning.live import Moment
 from trainer.planning.simulate import Parts, ShapesOnly, Simulated, simulate
@@ -108,6 +108,7 @@ def simulate_form(
     known = blocks_of(config.model)
     blocks, period = known.number, known.period
     rank = world_size - 1 if _by_bucket(config) else 0  # whose part of the gradients comes first: all is live beside it
+    ends = ends_of(config) if period and not exact else ENDS
     told: dict[str, Any] = {}
     counts: dict[int, tuple[int, int]] = {}
 
@@ -125,7 +126,8 @@ def simulate_form(
             counts[depth] = _parameters(parts.built)
             batches = [[_micro_batch(parts, each, accumulation * world_size)] * accumulation for each in lengths]
             sizes = [Size(len(e) // per(shallow) if rows else sum(e), sum(n * n for n in e)) for e in lengths]
-            return take_sizes(parts, batches, runtime, expected), sizes, rows
+            matters = partial(near_an_end, depth=depth, ends=ends)
+            return take_sizes(parts, batches, runtime, expected, matters), sizes, rows
 
     def per(of: RunConfig) -> int:
         return reading_of(of.objective).sequences_per_document
@@ -134,7 +136,7 @@ def simulate_form(
         take,
         blocks,
         period=None if exact else period,
-        ends=ends_of(config) if period and not exact else ENDS,
+        ends=ends,
         joined=joined(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
@@ -147,9 +149,7 @@ def simulate_form(
         parameters=parameters,
         trained=trained,
         vocabulary=vocabulary_of(config.model),
-        notes=told["notes"],
-        layout=told["layout"],
-        alone=told["alone"],
+        **told,
     )
 
 

@@ -12,6 +12,8 @@ from trainer.model.files import Files
 
 WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
 """What of a hub model a run reads."""
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""What every configuration has, by one name or another, and no model can be without."""
 
 
 def resolve_path(config: ModelConfig, value: str | None = None) -> str:
@@ -58,17 +60,28 @@ def load_model_config(config: ModelConfig) -> Any:
 
     path = resolve_path(config)
     try:
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             path,
             revision=config.revision,
             local_files_only=not config.download,
             trust_remote_code=config.trust_remote_code,
         )
-    except StrictDataclassError as error:  # a value of the wrong type, or that does not go with another
-        said = " ".join(str(error).split())
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        TypeError,
+    ) as error:  # of the wrong type, or does not go with another
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.path={path}: its config.json cannot be read: {said[:300]}; mend it there") from error
     except (OSError, ValueError) as error:
         raise _config_error(path, error) from error
+    text = found.get_text_config()
+    sizes = {name: vars(text).get(name) for name in (text.attribute_map.get(size, size) for size in SIZES)}
+    if senseless := [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]:
+        raise ConfigError(
+            f"model.path={path}: config.json has {', '.join(senseless)}, where at least 1 is needed; mend it there"
+        )
+    return found
 
 
 def check_files(config: ModelConfig) -> None:

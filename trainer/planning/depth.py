@@ -154,6 +154,12 @@ def from_ends(found: Simulated, depth: int, ends: int = ENDS) -> dict[Moment, Hi
     return out
 
 
+def near_an_end(moment: Moment, depth: int, ends: int = ENDS) -> bool:
+    """Whether `from_ends` keeps the moment of a model of `depth` blocks."""
+    place = moment.place
+    return not isinstance(place, int) or place < ends or place >= depth - ends
+
+
 def deeper(low: dict[Moment, Highest], depths: tuple[int, int], ends: int) -> dict[Moment, Highest]:
     """The moments of a model of the second depth, each with that of the first one in which a block does the same."""
     more = depths[1] - depths[0]

@@ -155,26 +155,31 @@ def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tu
 
 
 def take_sizes(
-    parts: Parts, sizes: list[Batches], runtime: Runtime, expected: dict[Moment, int] | None = None
+    parts: Parts,
+    sizes: list[Batches],
+    runtime: Runtime,
+    expected: dict[Moment, int] | None = None,
+    matters: Callable[[Moment], bool] = lambda _: True,
 ) -> list[Simulated]:
     """`simulate` for steps of several sizes by one engine, which takes one before; kinds are told of the last alone.
 
-    `expected`: the operations after which moments will be highest at the last size. Without, or where that is
-    not so, its step is taken twice. The model is on meta, and is used up. Raises what the engine raises, and ConfigError for
-    what it refuses.
+    `expected`: the operations after which moments will be highest at the last size; without, those of the size before. Where
+    one that `matters` is highest sooner, the step is taken twice. The model is on meta, and is used up. Raises what the engine
+    raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
         batches = faked(parts.built, sizes)
         with watching(replace(parts, batches=batches[0]), runtime) as watched:
             watched.take(batches[0][:1])
             found = [watched.again(each) for each in batches[:-1]]
-            if expected is not None:  # what an update does depends on the depth, not on the size
-                updates = {m: at for m, at in operations(found[-1][0]).items() if m.phase in ("update", "between")}
-                expected |= updates
+            smaller = operations(found[-1][0])
+            # What an update does depends on the depth alone.
+            updates = {m: at for m, at in smaller.items() if m.phase in ("update", "between")}
+            expected = smaller if expected is None else expected | updates
             labels = watched.recorder.labels()
             found.append(watched.again(batches[-1], expected))
             highest, _ = found[-1]
-            if expected is None or any(m not in highest or highest[m].operation != at for m, at in expected.items()):
+            if any(m not in highest or highest[m].operation < at for m, at in expected.items() if matters(m)):
                 watched.recorder.relabel(labels)
                 explained, _ = watched.again(batches[-1], operations(highest))
                 for moment, each in explained.items():

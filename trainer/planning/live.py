@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
 
     `moment` is set by whoever knows; the highest of each is in `highest`. With `explain`, a tally by kind is taken after
-    the operations told there, which another step has found to be the highest of their moments.
+    the operations told there, which another step has found to be the highest of their moments, and where a later one is higher.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -182,10 +182,10 @@ class LiveBytes(TorchDispatchMode):
             self._noted, self._highest = self.moment, self.highest.setdefault(self.moment, Highest())
             self._tallied = self._explain.get(self.moment, -1)
         highest, now, operation = self._highest, self.now + self.more, len(self._highest.course)
-        if now > highest.total or highest.operation < 0:
+        if more := now > highest.total or highest.operation < 0:
             highest.total, highest.operation = now, operation
         highest.course.append(now)
-        if operation == self._tallied:
+        if operation == self._tallied or (more and 0 <= self._tallied < operation):
             highest.kinds = self.tally()
             if self.more:
                 highest.kinds[Kind.communication] = highest.kinds.get(Kind.communication, 0) + self.more
