@@ -27,8 +27,8 @@ from trainer.preflight.look import VARIABLE, VISIBLE_S, Asked
 
 LOOK_S = 30.0
 """Seconds within which each node must have said what it sees."""
-GRACE_S = 3.0
-"""Seconds that the others have to say what they see once one has ended without a word."""
+GRACE_S, LATE_S = 3.0, 10.0
+"""Seconds for what is still said when a node has ended without a word, and for what others see that are slow."""
 LABELLED = re.compile(r"\s*(\d+): ?(.*)")
 LINE = re.compile(rf"{MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
 GONE = re.compile(r"srun: error: (\S+): task (\d+): ")
@@ -186,7 +186,11 @@ def _hear(gathering: _Gathering, started: list[subprocess.Popen[str]], waits: bo
         whole = len(heard.looks) == asked.nodes
         if gathering.gone - set(heard.looks) and not gone_at:
             gone_at = now
-        if pipes == 0 or (gone_at and now - gone_at > GRACE_S) or (not whole and waited > LOOK_S):
+        if pipes == 0 or (not whole and waited > LOOK_S):
+            return waited
+        left = set(range(asked.nodes)) - set(heard.looks) - gathering.gone
+        if gone_at and now - gone_at > (LATE_S if left else GRACE_S):
+            heard.cut_off = left
             return waited
         if whole:
             looked_at = looked_at or now

@@ -19,6 +19,7 @@ from trainer.config.resuming import plain
 from trainer.config.run import Code, RunConfig, SlurmConfig
 from trainer.following.queue import note_submitted
 from trainer.records.code import ROOT, revision
+from trainer.records.status import write_text_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,13 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
             # Older SLURM fails a job without a word where the directory of its output is missing.
             (run / "logs").mkdir(parents=True, exist_ok=True)
             for part, text in scripts.items():
-                (run / f"{part}.sbatch").write_text(text)
+                write_text_atomic(run / f"{part}.sbatch", text)
                 written.setdefault(part, run.absolute() / f"{part}.sbatch")
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
     jobs = pipeline.submit_chain(written, run_dirs[0], sbatch)
     job = dict(jobs)["train"]
-    with contextlib.suppress(OSError):  # SLURM has it; the script in its directory tells too
+    with contextlib.suppress(StorageError):  # SLURM has it; the script in its directory tells too
         note_submitted(run_dirs, job)
     print(f"submitted job {job}: {written['train']}")
     if len(jobs) > 1:

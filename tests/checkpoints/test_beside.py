@@ -12,6 +12,7 @@ from strategies.base import Progress
 from strategies.runtime import Runtime
 from strategies.saving import Run, State
 from strategies.state import StateHeader, load_state
+from tests.faults.runs import wait
 from trainer.checkpoints.beside import Copies
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
@@ -95,19 +96,22 @@ def test_what_is_written_is_the_moment_in_which_it_was_begun(job):
     assert "of which training waited" in said[-1]
 
 
-def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, tmp_path):
+def test_killed_amid_it_is_not_chosen_and_leaves_nothing(job, monkeypatch):
     made, engine, progress, disk, _ = job()
     disk.let.set()
     made.save(engine, engine.train(progress), must=True)
     disk.let.clear()
     made.save(engine, engine.train(progress), must=False)
+    wait(lambda: disk.threads[1:], "the thread that writes")  # else it meets the disk of the next one
     names = sorted(path.name for path in made.places[0].iterdir())
     assert names == [".step-000002.writing", "step-000001"]
     later, *_ = job()
     resumed = choose(later.places, "auto", ALONE)
     later.begin(resumed)
     assert resumed.name == "step-000001" and [path.name for path in made.places[0].iterdir()] == ["step-000001"]
+    monkeypatch.setattr(durable, "PATIENCE_S", 0.0)  # else it looks for its directory while others are tested
     disk.let.set()
+    made._writing.wait()
 
 
 def test_another_disk_takes_the_same_moment(job):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.speed import seconds
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder, MixedOrder, deal, steps_for_tokens
 
@@ -120,9 +121,9 @@ def test_packs_hold_every_document_once_and_never_overflow(lengths, capacity):
 
 def test_packing_is_fast_and_full():
     lengths = np.random.default_rng(0).integers(1, 1000, 50_000)
-    began = time.process_time()
+    began = time.thread_time()  # of nobody else in this process
     packs = best_fit_decreasing(lengths, 2048)
-    assert time.process_time() - began < 1
+    assert time.thread_time() - began < seconds(1)  # where each document looks at each pack it is minutes
     assert lengths.sum() / (2048 * len(packs)) > 0.99
 
 

@@ -10,8 +10,10 @@ import pytest
 from launch import status
 from launch.main import main
 from launch.status_answer import text
+from strategies import durable
+from strategies.errors import StorageError
 from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
-from trainer.following.queue import Queue
+from trainer.following.queue import Queue, note_submitted, submitted_as
 from trainer.following.reading import Seen, find, look
 
 
@@ -174,6 +176,19 @@ def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SQUEUE_WAITS", "60")
     assert main(["status", str(tmp_path)]) == 0
     assert "queue: squeue gave no answer" in capsys.readouterr().out
+
+
+def test_which_job_a_run_is_for_is_replaced_whole(tmp_path, monkeypatch):
+    """Whoever looks meanwhile reads the job before, and so does everybody where the disk is full."""
+
+    def full(self, descriptor, content):
+        raise OSError(28, "No space left on device")
+
+    note_submitted([tmp_path], "7")
+    monkeypatch.setattr(durable.Disk, "write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        note_submitted([tmp_path], "8")
+    assert submitted_as(tmp_path) == "7"
 
 
 def test_a_watched_table_fits_the_terminal_and_begins_with_what_works(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_it_takes_several_intervals_in_a_row_to_be_slow_and_to_be_so_no_more(mon
 
 def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("trainer.records.parts.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("trainer.records.parts.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)) for _ in range(2)]
     busy, model = Busy(torch.device("cpu")), nn.Sequential(*blocks)
     busy.watch(blocks)

@@ -166,6 +166,19 @@ def test_what_nodes_say_comes_whole_out_of_mixed_lines():
     assert gathering.heard.hosts == ["n0", "n1"]  # srun knows its name
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_node_that_is_slow_is_not_blamed_for_one_that_ended_without_a_word(monkeypatch, answers):
+    """It was, three seconds after the other one had ended, and its row was missing."""
+    monkeypatch.setattr(preflight_ask, "GRACE_S", 0.0)
+    monkeypatch.setattr(preflight_ask, "LATE_S", 3600.0 if answers else 0.0)
+    script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
+    script += f"sleep 0.5; echo '0: {lines_of(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
+    command = preflight_ask.Command(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
+    heard, verdict = preflight_ask.ask(Asked(nodes=2, exchange=False), [command], ["n0", "node 1"])
+    assert set(heard.looks) == ({0} if answers else set())
+    assert verdict.problems == ["n1: gave no answer: no module cuda / srun: error: n1: task 1: Exited with exit code 3"]
+
+
 SMI = """#!/bin/sh
 case "$1" in
   *slowdown*) [ -z "$OLD" ] || { echo 'Field "clocks_throttle_reasons.hw_slowdown" is not a valid field to query.'; exit 2; }

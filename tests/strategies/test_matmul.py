@@ -16,6 +16,8 @@ from trainer.model import attention
 
 @pytest.fixture(autouse=True)
 def as_before():
+    """Whatever ran before in this process."""
+    matmul.restore()
     yield
     matmul.restore()
 

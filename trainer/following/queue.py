@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.records.status import write_text_atomic
+
 SEPARATOR = "\x1f"
 FIELDS = ("%i", "%A", "%T", "%r", "%S", "%L", "%N", "%Z", "%j", "%o")
 PATIENCE_S = 5.0
@@ -90,9 +92,9 @@ class Queue:
 
 
 def note_submitted(run_dirs: list[Path], job: str) -> None:
-    """Leave in each run's directory which job it was submitted as; of an array the task. Errors: OSError."""
+    """Leave in each run's directory which job it was submitted as; of an array the task. Errors: StorageError."""
     for number, run_dir in enumerate(run_dirs):
-        (run_dir / SUBMITTED).write_text(f"{job}_{number}\n" if len(run_dirs) > 1 else f"{job}\n", encoding="utf-8")
+        write_text_atomic(run_dir / SUBMITTED, f"{job}_{number}\n" if len(run_dirs) > 1 else f"{job}\n")
 
 
 def submitted_as(run_dir: Path) -> str | None:

@@ -36,6 +36,8 @@ class Heard:
     visible: set[int] = field(default_factory=set)
     """Nodes whose file in the run directory was seen by the one that asked."""
     waited_s: float = 0.0
+    cut_off: set[int] = field(default_factory=set)
+    """Nodes that were not waited for, since another one had ended without a word: nobody knows what is wrong with them."""
 
     def name(self, node: int) -> str:
         """A node for messages."""
@@ -61,7 +63,7 @@ def judge(asked: Asked, heard: Heard, *, whole: bool = True) -> Verdict:
 
 def _silent(asked: Asked, heard: Heard) -> Iterable[str]:
     for node in range(asked.nodes):
-        if node not in heard.looks:
+        if node not in heard.looks and node not in heard.cut_off:
             said = " / ".join(heard.said.get(node, [])[-3:]) or " / ".join(heard.unplaced[-3:])
             why = f": {said}" if said else f" within {heard.waited_s:.0f} s"
             yield f"{heard.name(node)}: gave no answer{why}"
