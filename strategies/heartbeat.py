@@ -35,6 +35,8 @@ PEER = re.compile(r"waited \d+ s for its peer (\d+)")
 STACKS = "shardtune/stacks"
 LAST_WORDS = "SHARDTUNE_LAST_WORDS"
 """The variable that names a directory of this host, in which each rank keeps what it last said of itself."""
+EVERY_S = 1.0
+"""Seconds between two signs of life of a rank of up to 200."""
 LATE = 0.8
 """Share of the timeout after which a rank tells of an exchange that is not over, before the backend may end the process."""
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -99,7 +101,7 @@ class Heartbeats:
         self._store = store.clone()  # a connection of its own: nothing may wait behind a call of the group's
         self.rank, self.world, self._state, self._timeout_s = rank, world, state, timeout_s
         self._was, self._since = state(), time.monotonic()
-        self.every_s = max(1.0, world / 200)
+        self.every_s = max(EVERY_S, world / 200)
         self._stacks: IO[str] | None = None
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 

@@ -21,15 +21,15 @@ from tests.helpers.speed import seconds
 from trainer.records.status import record_failure
 
 
-def two() -> tuple[str, ...]:
+def two(within_s: float) -> tuple[str, ...]:
     """Words for two ranks that miss each other soon, but not while one of them is still starting on a busy machine."""
-    return "strategy=ddp", "launcher.processes=2", "tuning=full", f"run.timeout_s={round(seconds(5))}"
+    return "strategy=ddp", "launcher.processes=2", "tuning=full", f"run.timeout_s={round(seconds(within_s))}"
 
 
 @whole("test_retry kills a rank under torchrun too, and what is told of one is shown below")
 def test_a_killed_rank_is_named(runs):
     """By torchrun."""
-    started = runs.start("killed", *two())
+    started = runs.start("killed", *two(5))
     runs.wait_for_step("killed", 2, started)
     time.sleep(seconds(1.5))  # a sign of life comes each second, and later on a busy machine
     killed = rank_of(started.pid, 1)
@@ -41,9 +41,9 @@ def test_a_killed_rank_is_named(runs):
 
 def test_a_stopped_rank_is_named(runs):
     """By its peer: where that one waited for it (a step has several places to wait in), and where it was."""
-    started = runs.start("stopped", *two(), ranks=True)
+    started = runs.start("stopped", *two(2), ranks=True)  # forked: they start at once
     runs.wait_for_step("stopped", 2, started)
-    time.sleep(seconds(1.5))
+    time.sleep(seconds(0.8))
     stopped = forked_rank_of(started.pid, 1)
     stopped.send_signal(signal.SIGSTOP)
     failure = named(runs, "stopped", started, stopped.pid, "stopped")
@@ -112,13 +112,14 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "second"
 
 
-def test_only_a_rank_that_does_not_count_on_is_the_cause():
+def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.4)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     over = threading.Event()
 
     def state():
         while over.is_set():  # its thread counts no more, as where its process is gone
-            time.sleep(1)
+            time.sleep(0.1)
         return "training", 7
 
     beats = [Heartbeats(store, 0, 2, lambda: ("training", 7)), Heartbeats(store, 1, 2, state)]
