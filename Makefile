@@ -57,7 +57,7 @@ lock: $(STAMP)
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/pip freeze | grep -E '^($(DECIDE))==' | sed 's/+.*//' >build.constraints
 	@$(BIN)/uv pip compile setup.py --extra remote --extra evaluate --extra lm_eval --extra endpoint --extra serve --extra report --extra search \
-		--extra qlora --extra torchao --extra schedule_free --extra energy --extra tensorboard --constraint build.constraints \
+		--extra qlora --extra torchao --extra compressed --extra schedule_free --extra energy --extra tensorboard --constraint build.constraints \
 		--python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 		--upgrade --quiet --no-header --no-annotate --output-file docker/requirements.lock; code=$$?; rm -f build.constraints; exit $$code
 

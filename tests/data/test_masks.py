@@ -160,15 +160,19 @@ def test_what_questions_spell_is_encoded_as_text(name, data):
     assert sample.supervised.tolist() == mask
 
 
-def encoders(control_tokens=ControlTokens.keep, **learn):
-    return {
-        name: Encoder(chat_templates.tokenizer(name), learn=LearnConfig(**learn), control_tokens=control_tokens)
-        for name in FAMILIES
-    }
+class Encoders(dict):
+    """Of families of templates, by name: each is made when it is asked for, not wherever tests are collected."""
+
+    def __init__(self, control_tokens=ControlTokens.keep, **learn):
+        self.settings = {"control_tokens": control_tokens, "learn": LearnConfig(**learn)}
+
+    def __missing__(self, name):
+        self[name] = Encoder(chat_templates.tokenizer(name), **self.settings)
+        return self[name]
 
 
-ENCODERS, APART = encoders(), encoders(ControlTokens.text)
-LAST, USERS, BOTH = encoders(turns=LearnTurns.last), encoders(roles=["user"]), encoders(roles=["user", "assistant"])
+ENCODERS, APART = Encoders(), Encoders(ControlTokens.text)
+LAST, USERS, BOTH = Encoders(turns=LearnTurns.last), Encoders(roles=["user"]), Encoders(roles=["user", "assistant"])
 WAYS = {"all": ENCODERS, "last": LAST, "users": USERS, "both": BOTH}
 
 

@@ -28,7 +28,7 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
     "torch._dynamo",
     "torch.distributed.fsdp",
-    "peft",
+    "wandb",
 )
 """DeepSpeed is not among them: ranks that need it import it themselves, so that others are what they are for a user."""
 FAULT = "TESTS_FAULT"
@@ -41,17 +41,24 @@ GRACE_S = 5
 
 def main(descriptor: int, *also: str) -> None:
     """In the process that forks: import, and start ranks as they are asked for, until nobody asks any more."""
-    for name in (*IMPORTED, *also):
-        importlib.import_module(name)
-    assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
+    _import(*IMPORTED)
+    importlib.import_module("trainer.tuning.peft_configs").load_peft()
+    _import(*also)
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # as in the process of the tests
-    gc.collect()
-    gc.freeze()
     with socket.socket(fileno=descriptor) as asked:
         _serve(asked)
 
 
+def _import(*names: str) -> None:
+    for name in names:
+        importlib.import_module(name)
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
+    gc.collect()
+    gc.freeze()
+
+
 def _serve(asked: socket.socket) -> None:
+    others: dict[str, socket.socket] = {}
     while True:
         while not select.select([asked], [], [], 1.0)[0]:
             _bury()
@@ -59,13 +66,33 @@ def _serve(asked: socket.socket) -> None:
         if not request:
             return
         job = json.loads(request)
-        if "world" in job:
+        if also := job.pop("also", ""):
+            if also not in others:
+                others[also] = _with(also)
+            socket.send_fds(others[also], [json.dumps(job).encode()], given)
+            if "world" in job:
+                asked.send(others[also].recv(64))
+        elif "world" in job:
             asked.send(str(_ranks(job, given)).encode())
         elif os.fork() == 0:
             asked.close()
             _beside(job, *given)
         for descriptor in given:
             os.close(descriptor)
+
+
+def _with(module: str) -> socket.socket:
+    """Asked through it: one that is forked from this process, with another module imported."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        try:
+            ours.close()
+            _import(module)
+            _serve(theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+    return ours
 
 
 @contextlib.contextmanager

@@ -33,10 +33,13 @@ _PIPE = "RANKS_PIPE"
 
 
 class Ranks:
-    """`world` processes of `python -m module directory`, each of which calls `serve`; forked when first asked."""
+    """`world` processes of `python -m module directory`, each of which calls `serve`; forked when first asked.
 
-    def __init__(self, module: str, world: int, directory: Path) -> None:
-        self.module, self.world, self.directory = module, world, directory
+    `also`: a module that all need; it is imported once, not by each rank.
+    """
+
+    def __init__(self, module: str, world: int, directory: Path, *, also: str = "") -> None:
+        self.module, self.world, self.directory, self.also = module, world, directory, also
         self._processes: list[Forked] = []
         self._pipes: list[Connection] = []
         self._known: dict[str, tuple[bool, str]] = {}
@@ -96,7 +99,7 @@ class Ranks:
             env = clean_environment(**{name: str(value) for name, value in place.items()})
             command = [sys.executable, "-m", self.module, self.directory]
             with (self.directory / f"rank{rank}.log").open("w") as log:
-                self._processes.append(forked(command, env, log.fileno(), passed=[theirs.fileno()]))
+                self._processes.append(forked(command, env, log.fileno(), passed=[theirs.fileno()], also=self.also))
             theirs.close()
             self._pipes.append(Connection(ours.detach()))
 

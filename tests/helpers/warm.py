@@ -45,9 +45,12 @@ class Nursery:
         made._socket, made._pid, made._wait = ours, pid, lambda: os.waitpid(pid, 0)[1]
         return made
 
-    def run(self, verb: str, world: int, env: dict[str, str], outputs: list[int], look: Any) -> int:
-        """The first exit code that is not 0 of ranks 0 to `world - 1` of `verb`; `look` is called a few times a second."""
-        request = json.dumps({"verb": verb, "world": world, "env": env, "cwd": str(Path.cwd())})
+    def run(self, verb: str, world: int, env: dict[str, str], outputs: list[int], look: Any, *, also: str = "") -> int:
+        """The first exit code that is not 0 of ranks 0 to `world - 1` of `verb`; `look` is called a few times a second.
+
+        `also`: a module that each of them imports.
+        """
+        request = json.dumps({"verb": verb, "world": world, "env": env, "cwd": str(Path.cwd()), "also": also})
         socket.send_fds(self._socket, [request.encode()], outputs)
         self._socket.settimeout(0.2)
         while True:
@@ -115,16 +118,18 @@ def forked(
     cwd: Path = ROOT,
     ranks: bool = False,
     passed: Sequence[int] = (),
+    also: str = "",
 ) -> Forked:
     """`subprocess.Popen` of `[sys.executable, "-m", module, ...]`; what it says to stderr goes to `output` too without `errors`.
 
-    `ranks`: those that it starts are forked as well. `passed`: descriptors that it has as `PASSED` and following ones. What
+    `ranks`: those that it starts are forked as well. `passed`: descriptors that it has as `PASSED` and following ones. `also`: a
+    module that is imported beside what all need, once for all that name it. What
     its environment says to libraries when they are imported, such as the number of their threads, comes too late;
     `sitecustomize` on its PYTHONPATH is found.
     """
     python, flag, module, *words = map(str, command)
     assert (python, flag) == (sys.executable, "-m"), command
-    job = {"module": module, "words": words, "env": env, "cwd": str(cwd), "ranks": ranks}
+    job = {"module": module, "words": words, "env": env, "cwd": str(cwd), "ranks": ranks, "also": also}
     return nursery().process(job, [output, output if errors is None else errors, *passed])
 
 
@@ -184,8 +189,9 @@ def start(
             aside.output.parent.mkdir(parents=True, exist_ok=True)
             outputs = [opened.enter_context(aside.output.open("ab")).fileno()] * 2
         try:
-            verb = what.module.rpartition(".")[2]
-            return forks.run(verb, world, env, outputs, (lambda: None) if aside is None else aside.look), set()
+            verb, look = what.module.rpartition(".")[2], (lambda: None) if aside is None else aside.look
+            also = "deepspeed" if config.strategy.name.startswith("zero") else ""
+            return forks.run(verb, world, env, outputs, look, also=also), set()
         except BaseException:  # the test's limit, say
             forks.close()
             raise

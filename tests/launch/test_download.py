@@ -14,7 +14,13 @@ from tests.helpers.hub import COMMIT, hub
 from tests.helpers.launching import ROOT, clean_environment
 from tests.helpers.tokenizers import write_chat_data
 
-CALLS = "import sys, json; from launch.main import main; sys.exit(max(main(call) for call in json.loads(sys.argv[1])))"
+CALLS = """
+import json, sys
+from launch.main import main
+codes = [main(call) for call in json.loads(sys.argv[1])]
+print(codes, file=sys.stderr)
+sys.exit(max(codes))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +33,9 @@ def site(tmp_path_factory):
     words = ["model.path=org/llama", "data.path=hub:org/chats", "to=pinned.yaml"]
     with hub(root / "served") as (address, asked):
         calls = [["download", *words, "--dry-run"], ["download", *words], ["download", *words, "--json"]]
-        done = here(root, calls, HF_ENDPOINT=address)
-        missing = here(root, [["download", "model.path=org/none", "to=pinned.yaml"]], HF_ENDPOINT=address)
-    assert done.returncode == 0, done.stderr
-    return root, done.stdout, asked, missing
+        done = here(root, [*calls, ["download", "model.path=org/none", "to=pinned.yaml"]], HF_ENDPOINT=address)
+    assert done.stderr.endswith("[0, 0, 0, 64]\n"), done.stderr
+    return root, done.stdout, asked, done.stderr
 
 
 def here(root, calls, **env):
@@ -64,6 +69,7 @@ def test_what_was_fetched_is_pinned_listed_and_not_fetched_twice(site):
 def test_a_run_of_it_needs_no_hub_and_damage_is_named(site):
     root, *_ = site
     words = ["strategy=single", "debug=tiny", "run.device=cpu", "budget.steps=1", "run.dir=run", "export.at_end=false"]
+    words += ["logging.wandb=disabled", "logging.report=false"]
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     done = here(root, [["download", "--verify", "pinned.yaml"], ["train", "pinned.yaml", *words]], **offline)
     assert done.returncode == 0, done.stderr
@@ -80,8 +86,7 @@ def test_a_run_of_it_needs_no_hub_and_damage_is_named(site):
 
 
 def test_refusals(site, tmp_path, capsys):
-    assert site[3].returncode == 64
-    assert "model.path=org/none: cannot be had from the hub" in site[3].stderr and "HF_TOKEN" in site[3].stderr
+    assert "model.path=org/none: cannot be had from the hub" in site[3] and "HF_TOKEN" in site[3]
     for words, said in (
         ([f"model.path={tmp_path}"], "nothing here is named by a hub id"),
         (["model.path=org/llama", "to=there"], "a name that ends in .yaml"),

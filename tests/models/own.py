@@ -108,6 +108,7 @@ OWN: dict[str, dict[str, Any]] = {
         "per_layer_config": {"1": {"num_local_experts": 4, "num_experts_per_tok": 2}},
     },
     "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4, "<|visual token 000000|>": 5}},
+    "emu3_vqgan": {"channel_multiplier": [1, 1], "num_res_blocks": 1},
     "ernie4_5_moe": {"moe_layer_end_index": 1},
     "falcon_h1": {
         "mamba_d_ssm": 64,

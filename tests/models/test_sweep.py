@@ -28,7 +28,10 @@ def trains(model_type, case):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """{number of ranks: `Ranks`}."""
-    found = {world: Ranks(sweep.JOB, world, tmp_path_factory.mktemp(f"models{world}")) for world in (1, 2)}
+    found = {
+        world: Ranks(sweep.JOB, world, tmp_path_factory.mktemp(f"models{world}"), also="deepspeed" if world > 1 else "")
+        for world in (1, 2)
+    }
     yield found
     for some in found.values():
         some.stop()

@@ -8,7 +8,10 @@ from tests.helpers.ranks import Ranks
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """{number of ranks: `Ranks`}; started when a test first asks."""
-    found = {world: Ranks("tests.parity.job", world, tmp_path_factory.mktemp(f"ranks{world}")) for world in (2, 4)}
+    found = {
+        world: Ranks("tests.parity.job", world, tmp_path_factory.mktemp(f"ranks{world}"), also="deepspeed")
+        for world in (2, 4)
+    }
     yield found
     for some in found.values():
         some.stop()

@@ -84,6 +84,14 @@ def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
         assert all(math.isnan(value) for value in meter.gpu.take())  # nothing was seen since
 
 
+def test_a_driver_that_tells_nothing_is_asked_once(monkeypatch):
+    monkeypatch.setattr(gpus, "EVERY_S", 0)
+    nothing = [math.nan] * len(gpus.NAMES)
+    looks = iter([[50, math.nan, math.nan, math.nan], nothing])
+    gpus.Gpu(torch.device("cuda:0"), lambda _: next(looks)).run()
+    assert next(looks, None) is None
+
+
 def test_peaks_on_a_gpu_tell_allocated_from_reserved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**32)

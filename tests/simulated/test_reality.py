@@ -53,7 +53,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(place):
-    two = Ranks("tests.simulated.job", 2, place)
+    two = Ranks("tests.simulated.job", 2, place, also="deepspeed")
     yield two
     two.stop()
 

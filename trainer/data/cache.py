@@ -88,19 +88,24 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
 
 
 def build_once(
-    directory: Path, build: Callable[[Path], None], *, stop: Callable[[], None] = lambda: None, after_s: float = 0
+    directory: Path,
+    build: Callable[[Path], None],
+    *,
+    stop: Callable[[], None] = lambda: None,
+    after_s: float | None = None,
 ) -> bool:
     """Make `directory` by `build(temporary directory)` unless it is there; True if this process made it.
 
     One process builds, others wait for it. The result appears under its name by one rename; whatever a dead or failed
-    builder left is removed. `stop` is called while waiting, and may raise. Another that comes within `after_s` seconds
-    goes first. Raises StorageError where the cache cannot be written or locked.
+    builder left is removed. `stop` is called while waiting, and may raise. Another that comes within `after_s` seconds (by
+    default, those that rank 0 may take) goes first. Raises StorageError where the cache cannot be written or locked.
     """
     if (directory / DONE).exists():
         return False
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory.parent / f".{directory.name}.lock", directory, stop, after_s):
+        wait_s = _after_s() if after_s is None else after_s
+        with _lock(directory.parent / f".{directory.name}.lock", directory, stop, wait_s):
             if (directory / DONE).exists():
                 return False
             shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
@@ -118,6 +123,13 @@ def build_once(
             f"data.cache_dir={directory.parent}: {error.strerror or error}; free space or choose another directory"
         ) from error
     return True
+
+
+def _after_s() -> float:
+    """Seconds in which rank 0, whose lines a user sees, may come and prepare; a host with a cache of its own begins soon."""
+    if os.environ.get("RANK", "0") == "0":
+        return 0
+    return 2 if os.environ.get("LOCAL_RANK") == "0" else 30
 
 
 def hashes_of(directory: Path) -> dict[str, dict[str, str]]:

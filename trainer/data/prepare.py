@@ -105,7 +105,7 @@ class Preparation:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
         began = time.perf_counter()
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
-        made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop, after_s=_after_s())
+        made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
         verify = None if made else self.config.verify
         if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:  # once a host
             verify = Verify.sampled
@@ -178,13 +178,6 @@ class Preparation:
         mine = every if parts == 1 else (job for job in every if job.number % parts == part)
         workers = 1 if self.small else self.config.workers or cores()
         return ordered_map(maker, mine, workers=workers) if workers > 1 else map(maker, mine)
-
-
-def _after_s() -> float:
-    """Seconds in which rank 0, whose lines a user sees, may come and prepare; a host with a cache of its own begins soon."""
-    if os.environ.get("RANK", "0") == "0":
-        return 0
-    return 2 if os.environ.get("LOCAL_RANK") == "0" else 30
 
 
 def open_prepared(

@@ -33,7 +33,7 @@ def _asked(one: Callable[[torch.device], float], device: torch.device) -> float:
 
 
 class Gpu(threading.Thread):
-    """Looks at this rank's GPU until its process ends."""
+    """Looks at this rank's GPU until its process ends, or a look tells nothing at all."""
 
     def __init__(self, device: torch.device, look: Look = look) -> None:
         super().__init__(name="gpu", daemon=True)
@@ -43,11 +43,14 @@ class Gpu(threading.Thread):
     def run(self) -> None:
         wait = threading.Event()
         while not wait.wait(EVERY_S):
-            self.see()
+            if all(map(math.isnan, self.see())):  # nobody here can tell, nor will later
+                return
 
-    def see(self) -> None:
-        """Take a look."""
-        self._seen.append(list(self._look(self._device)))
+    def see(self) -> list[float]:
+        """Take a look; what was seen."""
+        seen = list(self._look(self._device))
+        self._seen.append(seen)
+        return seen
 
     def take(self) -> list[float]:
         """Means since the last call, as `NAMES` has them; NaN where nothing was seen."""
