@@ -103,6 +103,7 @@ class Heartbeats:
         self._was, self._since = state(), time.monotonic()
         self.every_s = max(1.0, world / 200)
         self._stacks: IO[str] | None = None
+        self._telling = threading.Lock()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
@@ -152,6 +153,7 @@ class Heartbeats:
         keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
         deadline = time.monotonic() + ANSWER_BEATS * self.every_s
         try:
+            self._tell()  # its own beat may be late
             while not self._store.check([*keys.values()]) and time.monotonic() < deadline:
                 time.sleep(self.every_s / 4)
             return {
@@ -200,18 +202,22 @@ class Heartbeats:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(about))
                 self._keep(about)
                 if self._stacks is not None and (self._is_late((phase, step)) or self._store.check([STACKS])):
-                    self._tell(self._stacks)
-                    self._stacks = None
+                    self._tell()
             except RuntimeError:  # the store is gone, and with it the job
                 return
             time.sleep(self.every_s)
 
-    def _tell(self, stacks: IO[str]) -> None:
-        """Write where the threads of this rank are, and tell its last exchange."""
-        faulthandler.dump_traceback(stacks, all_threads=True)
-        if (last := last_exchange()) is not None:
-            self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
-            print(f"\nlast exchange: {last}, {'over' if last.waits_s is None else 'not over'}", file=stacks, flush=True)
+    def _tell(self) -> None:
+        """Write where the threads of this rank are, and tell its last exchange; once. Errors: RuntimeError of the store."""
+        with self._telling:
+            stacks, self._stacks = self._stacks, None
+            if stacks is None:
+                return
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            if (last := last_exchange()) is not None:
+                self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
+                over = "over" if last.waits_s is None else "not over"
+                print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
     def _is_late(self, now: tuple[str, int | None]) -> bool:
         """Whether this rank stands still in an exchange that will soon have lasted too long."""

@@ -188,6 +188,23 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     )
 
 
+def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
+    """Its own beat was late on a busy host, and its exchange, for which it had waited, was missing in failure.json."""
+
+    def state():
+        if threading.current_thread() is not threading.main_thread():
+            threading.Event().wait()
+        return "training", 7
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(3))
+    monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
+    beats = Heartbeats(store, 1, 2, state)
+    beats.write_stacks_to(tmp_path / "rank-1.stacks")
+    assert beats.ask(None) == {1: exchange(3)}
+    assert stacks(tmp_path).count("last exchange: ") == 1 and "test_who_asks" in stacks(tmp_path)
+
+
 def stacks(directory) -> str:
     path = directory / "rank-1.stacks"
     return path.read_text() if path.exists() else ""
