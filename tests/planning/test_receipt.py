@@ -70,3 +70,11 @@ def test_what_was_expected_stands_beside_it_and_says_what_it_is(left):
     flops = facts["flops_per_token"] * facts["tokens_per_step"] / 2
     assert expected["step_s"] == pytest.approx(flops / (0.75e12 * facts["reference_tflops"]))
     assert expected["step_by"].startswith("matrix products and attention alone")
+
+
+def test_each_rank_reads_what_it_holds_and_says_how_much(left):
+    run_dir, _ = left
+    read = record(run_dir)["weights_read_bytes"]
+    whole = sum(path.stat().st_size for path in next(run_dir.parent.glob("llama*")).glob("*.safetensors"))
+    assert len(read) == 2 and 0.95 * whole < sum(read) < 1.05 * whole
+    assert max(read) < 0.55 * whole
