@@ -68,25 +68,27 @@ def _serve(asked: socket.socket) -> None:
         job = json.loads(request)
         if also := job.pop("also", ""):
             if also not in others:
-                others[also] = _with(also)
+                others[also] = _with(also, asked, *others.values())
             socket.send_fds(others[also], [json.dumps(job).encode()], given)
             if "world" in job:
                 asked.send(others[also].recv(64))
         elif "world" in job:
             asked.send(str(_ranks(job, given)).encode())
         elif os.fork() == 0:
-            asked.close()
+            for other in (asked, *others.values()):
+                other.close()
             _beside(job, *given)
         for descriptor in given:
             os.close(descriptor)
 
 
-def _with(module: str) -> socket.socket:
-    """Asked through it: one that is forked from this process, with another module imported."""
+def _with(module: str, *kept: socket.socket) -> socket.socket:
+    """Asked through it: one that is forked from this process, with another module imported; what was `kept` is not its own."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         try:
-            ours.close()
+            for other in (ours, *kept):
+                other.close()
             _import(module)
             _serve(theirs)
         finally:
