@@ -9,13 +9,14 @@ from tests.faults.runs import rank_of, wait
 from tests.helpers.covering import whole
 from trainer.records.status import record_failure
 
-STEPS = 30
+STEPS = 8
 
 
 @whole("the same is started again after a killed rank, and USR2 is the cause of it below")
 def test_a_run_goes_on_by_itself_after_usr2(runs):
     process = begun(runs, "launcher.retry={preempted: 1}")
     process.send_signal(signal.SIGUSR2)
+    gate(runs).touch()
     wait(lambda: "started again (preempted; 0 more times)" in runs.said("again"), "the second start", process)
     gone_on(runs, process)
 
@@ -24,6 +25,7 @@ def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
     process = begun(runs, "launcher.retry={preempted: 1, node_fail: 1}")
     first = rank_of(process.pid, 0)
     first.kill()
+    gate(runs).touch()
     wait(lambda: "started again (node_fail; 0 more times)" in runs.said("again"), "the second start", process)
     said = runs.said("again")
     assert f"(process {first.pid}) was killed by SIGKILL" in said and "ChildFailedError" not in said, said
@@ -31,9 +33,15 @@ def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
 
 
 def begun(runs, retry):
-    process = runs.start("again", retry, "tuning=full", f"budget.steps={STEPS}", "checkpoint.every_steps=20")
-    runs.wait_for_step("again", 5, process)
+    """A run that has taken its first step, and takes no other before the gate is there."""
+    gate(runs).unlink(missing_ok=True)
+    process = runs.start("again", retry, "tuning=full", f"budget.steps={STEPS}", PACE_GATE=str(gate(runs)))
+    runs.wait_for_step("again", 1, process)
     return process
+
+
+def gate(runs):
+    return runs.root / "gate"
 
 
 def gone_on(runs, process):
