@@ -5,14 +5,25 @@ That takes seconds for each, and is what the library does with its own functions
 
 import sys
 from importlib.util import find_spec
+from typing import Any
+
+import pytest
 
 from tests.helpers.covering import EVERYTHING
+from trainer.tuning.peft_configs import load_peft
+
+
+def bitsandbytes() -> Any:
+    """The package, imported without torch's compiler, which it asks for at once; skips the file where it is not installed."""
+    load_peft()
+    return pytest.importorskip("bitsandbytes")
 
 
 def as_written(*, load: bool = False) -> None:
     """Have bitsandbytes, where it is loaded (or with `load` installed), call its functions as they are written."""
     if EVERYTHING or not ("bitsandbytes" in sys.modules or (load and find_spec("bitsandbytes"))):
         return
+    load_peft()
     from bitsandbytes.backends.default import ops
 
     for name, function in vars(ops).copy().items():

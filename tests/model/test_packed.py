@@ -11,12 +11,13 @@ import torch
 from tests.helpers.launching import clean_environment
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.speed import seconds
+from tests.helpers.uncompiled import bitsandbytes
 from tests.helpers.warm import heard
 from trainer.model import packed
 from trainer.model.packed import PackedWeights, fingerprint
 from trainer.model.quantisation import Quantisation, Scheme
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes()
 SCHEME = Scheme(Quantisation.nf4)
 SHAPES = {f"layers.{index}.weight": (64, 128) for index in range(6)}
 SIZES = {name: SCHEME.num_bytes(shape) for name, shape in SHAPES.items()}

@@ -6,10 +6,11 @@ import pytest
 
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.helpers.learning import LEAST_LEARNED
-
-pytest.importorskip("bitsandbytes")
+from tests.helpers.uncompiled import bitsandbytes
 from tests.parity.bases import CASES, ELSEWHERE, PREFERENCE, RESUMED, STRATEGIES
 from tests.parity.methods import FEWER
+
+bitsandbytes()
 
 EXACT = 1e-5
 MATRIX = [(case, name) for case, (_, _, names) in CASES.items() for name in names]

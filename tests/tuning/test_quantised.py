@@ -15,13 +15,14 @@ from tests.helpers.methods import ADAPTERS
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer
+from tests.helpers.uncompiled import bitsandbytes
 from trainer.export.verify import DriftError, probe_ids, reference_logits, shifted, verify_export
 from trainer.model.quantisation import Quantisation, QuantisedLinear, Scheme
 from trainer.objectives.seq2seq import Seq2seqConfig
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
 
-bnb = pytest.importorskip("bitsandbytes")
+bnb = bitsandbytes()
 SCHEMES = {
     "nf4": Scheme(Quantisation.nf4, double=True),
     "nf4 single": Scheme(Quantisation.nf4, double=False),

@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers.exports import assert_same_logits, export, logits_of, token_batch, trained
 from tests.helpers.tokenizers import tiny_tokenizer
+from tests.helpers.uncompiled import bitsandbytes
 from tests.models.tiny import tiny_model
 from tests.tuning.test_expert_lora_files import BOTH
 from tests.tuning.test_quantised import SCHEMES, rounded_base, settings_of
@@ -15,7 +16,7 @@ from trainer.model.quantisation import Quantisation
 from trainer.model.quantised_experts import num_bytes, pack_run, rounded_stack, unpack_stack
 from trainer.tuning.base import LoraConfig
 
-bnb = pytest.importorskip("bitsandbytes")
+bnb = bitsandbytes()
 parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
 SHAPES = [(3, 64, 32), (2, 33, 7), (2, 160, 128)]
 """Rows are no whole blocks of 64, once of whole experts and once not; they are, with more scales than share one."""
