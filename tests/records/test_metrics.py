@@ -84,12 +84,15 @@ def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
         assert all(math.isnan(value) for value in meter.gpu.take())  # nothing was seen since
 
 
-def test_a_driver_that_tells_nothing_is_asked_once(monkeypatch):
+def test_a_driver_that_tells_nothing_is_asked_once_and_one_that_fails_later_is_asked_again(monkeypatch):
     monkeypatch.setattr(gpus, "EVERY_S", 0)
-    nothing = [math.nan] * len(gpus.NAMES)
-    looks = iter([[50, math.nan, math.nan, math.nan], nothing])
+    nothing, something = [math.nan] * len(gpus.NAMES), [50, math.nan, math.nan, math.nan]
+    looks = iter([nothing, something])
     gpus.Gpu(torch.device("cuda:0"), lambda _: next(looks)).run()
-    assert next(looks, None) is None
+    assert next(looks) is something
+    looks = iter([something, nothing, something])
+    with pytest.raises(StopIteration):  # it goes on for as long as there is something to look at
+        gpus.Gpu(torch.device("cuda:0"), lambda _: next(looks)).run()
 
 
 def test_peaks_on_a_gpu_tell_allocated_from_reserved(monkeypatch):

@@ -66,11 +66,8 @@ def load_model_config(config: ModelConfig) -> Any:
             local_files_only=not config.download,
             trust_remote_code=config.trust_remote_code,
         )
-    except (
-        StrictDataclassError,
-        ArithmeticError,
-        TypeError,
-    ) as error:  # of the wrong type, or does not go with another
+    # A value of the wrong type, or that does not go with another.
+    except (StrictDataclassError, ArithmeticError, TypeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.path={path}: its config.json cannot be read: {said[:300]}; mend it there") from error
     except (OSError, ValueError) as error:

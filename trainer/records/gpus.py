@@ -33,7 +33,7 @@ def _asked(one: Callable[[torch.device], float], device: torch.device) -> float:
 
 
 class Gpu(threading.Thread):
-    """Looks at this rank's GPU until its process ends, or a look tells nothing at all."""
+    """Looks at this rank's GPU until its process ends, or once, where the first look tells nothing."""
 
     def __init__(self, device: torch.device, look: Look = look) -> None:
         super().__init__(name="gpu", daemon=True)
@@ -42,9 +42,11 @@ class Gpu(threading.Thread):
 
     def run(self) -> None:
         wait = threading.Event()
+        wait.wait(EVERY_S)
+        if all(map(math.isnan, self.see())):  # the driver's package is missing; later, a driver may fail to answer once
+            return
         while not wait.wait(EVERY_S):
-            if all(map(math.isnan, self.see())):  # nobody here can tell, nor will later
-                return
+            self.see()
 
     def see(self) -> list[float]:
         """Take a look; what was seen."""
