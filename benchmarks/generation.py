@@ -102,7 +102,7 @@ def rank(args: argparse.Namespace) -> int:
     from launch.evaluate_words import plan, sort
     from strategies.build import resolve_precision
     from strategies.runtime import gather_objects
-    from trainer.build import build_engine
+    from trainer.assembly.build import build_engine
     from trainer.lifecycle.attempt import rank_of_job
     from trainer.model.loading import load_tokenizer
     from trainer.run import asking_of, meet

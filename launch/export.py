@@ -258,7 +258,7 @@ def export(config: RunConfig, asked: Asked) -> Prepared:
 
 def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> Prepared:
     from strategies.base import Precision
-    from trainer.build import build_engine, build_loader, prepare_data
+    from trainer.assembly.build import build_engine, build_loader, prepare_data
     from trainer.checkpoints.seal import fingerprint
     from trainer.export.card import CardFacts
     from trainer.export.write import write_export

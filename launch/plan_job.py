@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.build import prepare_data
+from trainer.assembly.build import prepare_data
 from trainer.config.run import RunConfig
 from trainer.forecast.lengths import Lengths, drawn
 from trainer.forecast.plan import Job

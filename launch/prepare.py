@@ -70,7 +70,7 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig
     problems = [p for p in problems_of(config) if p.startswith(("data.", "model.", "objective"))]
     if problems:
         raise ConfigError(problems)
-    from trainer.build import prepare_data, prepare_shard
+    from trainer.assembly.build import prepare_data, prepare_shard
     from trainer.model.loading import load_tokenizer
     from trainer.stopping.signals import StopRequest
 

@@ -13,8 +13,8 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
-from trainer.as_stored import build_as_stored
-from trainer.build import build_engine, build_loader
+from trainer.assembly.as_stored import build_as_stored
+from trainer.assembly.build import build_engine, build_loader
 from trainer.checkpoints.seal import fingerprint
 from trainer.config.run import RunConfig
 from trainer.evaluation.loss import Interrupted
@@ -26,7 +26,6 @@ from trainer.evaluation.served import ServedAsking, served_asking
 from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.base import Task
 from trainer.evaluation.tasks.prepared import Around
-from trainer.facts import versions
 from trainer.forecast.exceeded import telling_of_evaluation
 from trainer.lifecycle.attempt import Where, rank_of_job
 from trainer.model.encoder_decoder import read_config
@@ -40,7 +39,8 @@ from trainer.run import asking_of, meet
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling import track_evaluation
+from trainer.telling.facts import versions
+from trainer.telling.live import track_evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,9 @@ from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
-from trainer.build import build_engine, build_loader, prepare_data
+from trainer.assembly.build import build_engine, build_loader, prepare_data
+from trainer.assembly.detecting import challenges_of, watched
+from trainer.assembly.staging import Staged, stage
 from trainer.challenges.look import Challenges
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
@@ -20,14 +22,12 @@ from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
-from trainer.detecting import challenges_of, watched
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_asking, build_evaluators
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.prepared import Around, Ready, prepare
 from trainer.export.card import CardFacts
 from trainer.export.write import write_export
-from trainer.facts import Started, card_facts, run_facts
 from trainer.forecast.exceeded import telling_of_memory
 from trainer.forecast.fitting import must_fit
 from trainer.forecast.micro import settle_micro
@@ -45,11 +45,11 @@ from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
 from trainer.records.metrics import Meter
 from trainer.records.profile import Profiler
-from trainer.staging import Staged, stage
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling import Place, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
+from trainer.telling.facts import Started, card_facts, run_facts
+from trainer.telling.live import Place, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
 from trainer.tuning.start import adapter_hash
 
 Freeze = Callable[[Path, RunConfig], None]

@@ -162,7 +162,7 @@ def test_a_whole_model_in_few_bits_says_what_it_costs(run_dir, tmp_path, capsys)
     from transformers import AutoModelForCausalLM
 
     from launch.compose import load_frozen
-    from trainer.build import prepare_data
+    from trainer.assembly.build import prepare_data
     from trainer.model.loading import load_tokenizer
 
     to = tmp_path / "whole"

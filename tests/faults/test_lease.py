@@ -21,7 +21,6 @@ from tests.faults.runs import PACED, ROOT, descendants, environment, read, wait
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
 from trainer import run as run_module
-from trainer import telling
 from trainer.config.run import RunConfig
 from trainer.lifecycle.attempt import Where, attempt
 from trainer.records import files
@@ -29,6 +28,7 @@ from trainer.records import lease as lease_module
 from trainer.records.lease import InUse, Lease, LeaseLost, Owner, other_owner
 from trainer.records.status import record_failure
 from trainer.stopping.signals import StopRequest
+from trainer.telling import live as telling
 
 ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
 ELSEWHERE += ['hostname elsewhere && exec "$@"', "elsewhere"]

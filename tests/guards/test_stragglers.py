@@ -13,7 +13,7 @@ from tests.helpers.nursery import FAULT
 from trainer.guards.stragglers import INTERVALS, Slow, Stragglers, factor_of
 from trainer.records.busy import Busy, timed_modules
 from trainer.records.metrics import RankTime
-from trainer.telling import tell_of_slow
+from trainer.telling.live import tell_of_slow
 
 FACTOR = 1.5
 

@@ -21,7 +21,7 @@ from strategies.base import (
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.build import build_engine, build_loader
+from trainer.assembly.build import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
 from trainer.data.batches.budget import BudgetConfig
 from trainer.data.config import Layout
@@ -48,7 +48,7 @@ from trainer.run import loop_settings, record_reference
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling import Place
+from trainer.telling.live import Place
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {

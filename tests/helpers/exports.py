@@ -4,7 +4,7 @@ import torch
 
 from strategies.base import Precision, SingleConfig
 from strategies.build import build_strategy
-from trainer.build import build_step
+from trainer.assembly.build import build_step
 from trainer.data.config import Layout
 from trainer.export.card import CardFacts
 from trainer.export.config import ExportConfig

@@ -21,7 +21,7 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from tests.strategies.test_mesh import SHARDS
-from trainer.build import prepare_data
+from trainer.assembly.build import prepare_data
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.forecast import plan as plan_module
@@ -144,7 +144,7 @@ def test_what_train_would_refuse_is_refused_once_and_before_data_is_prepared(
     def prepared(*args, **kwargs):
         raise AssertionError("data was prepared")
 
-    monkeypatch.setattr("trainer.build.prepare_data", prepared)
+    monkeypatch.setattr("trainer.assembly.build.prepare_data", prepared)
     data = write_chat_data(tmp_path / "chats.jsonl")
     code, out = plan(capsys, model, "hardware=l4", *[word.format(data=data) for word in words])
     assert code == 64 and out.count(said) == 1

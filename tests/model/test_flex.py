@@ -14,7 +14,7 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
-from trainer.build import build_model, workload
+from trainer.assembly.build import build_model, workload
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex

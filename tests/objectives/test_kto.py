@@ -16,7 +16,7 @@ from tests.helpers.building import GLOBAL_BATCH, collate, model_dir, rated_set, 
 from tests.helpers.launching import clean_environment
 from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl, write_pairs
-from trainer.build import prepare_data
+from trainer.assembly.build import prepare_data
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, DataFormat, Layout

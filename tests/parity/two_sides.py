@@ -11,7 +11,7 @@ from tests.helpers.building import STRATEGIES, alone, model_dir, run_config, tak
 from tests.helpers.seq2seq import seq2seq_dir
 from tests.parity.base import Job
 from tests.parity.methods import FEWER
-from trainer.build import build_engine
+from trainer.assembly.build import build_engine
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig

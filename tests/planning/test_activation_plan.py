@@ -24,7 +24,7 @@ from tests.helpers.building import (
     trainer_for,
 )
 from tests.helpers.stores import write
-from trainer.build import build_engine, build_model, workload
+from trainer.assembly.build import build_engine, build_model, workload
 from trainer.config.validate import problems_of
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import Sample, TokenDataset

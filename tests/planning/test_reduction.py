@@ -9,7 +9,7 @@ from strategies.base import DdpConfig, Fsdp2Config, Precision, StrategyName, Zer
 from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
-from trainer.build import build_model, workload
+from trainer.assembly.build import build_model, workload
 from trainer.config.validate import problems_of
 from trainer.forecast.dry_run import _waiting
 from trainer.model.loading import load_tokenizer

@@ -8,11 +8,11 @@ import torch
 
 from strategies.base import StepResult
 from strategies.runtime import Runtime, peak_memory_gib
-from trainer.facts import start_text
 from trainer.records import gpus, metrics, parts
 from trainer.records.cards import PEAK_TFLOPS
 from trainer.records.metrics import Meter, StepRecord, reference_tflops
 from trainer.records.parts import PARTS
+from trainer.telling.facts import start_text
 
 
 def rank(number=0, world=1, device="cpu"):

@@ -10,8 +10,8 @@ from strategies import runtime as processes
 from strategies.matmul import Matmul
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
-from trainer import facts as report
 from trainer.model import attention
+from trainer.telling import facts as report
 
 
 @pytest.fixture(autouse=True)

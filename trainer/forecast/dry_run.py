@@ -8,7 +8,7 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, Str
 from strategies.hardware import advice
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
-from trainer.build import build_model, prepare_data, workload
+from trainer.assembly.build import build_model, prepare_data, workload
 from trainer.config.run import MICRO, STRATEGY, RunConfig
 from trainer.data.batches.budget import steps_from_budget
 from trainer.data.prepare import Prepared

@@ -13,7 +13,7 @@ from typing import Any
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.errors import ConfigError, DoesNotFit
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.build import workload
+from trainer.assembly.build import workload
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.model.quantisation import Quantisation

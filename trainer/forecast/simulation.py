@@ -18,7 +18,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import simulated_rank
 from strategies.zero_config import LIVE
-from trainer.build import attach_frozen, build_step, right_alone
+from trainer.assembly.build import attach_frozen, build_step, right_alone
 from trainer.config.run import RunConfig
 from trainer.forecast.blocks import blocks_of, with_blocks
 from trainer.model.config import ModelConfig

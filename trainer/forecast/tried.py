@@ -13,7 +13,7 @@ import torch.distributed as dist
 from strategies.base import Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory
-from trainer.build import build_engine, workload
+from trainer.assembly.build import build_engine, workload
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.forecast.exceeded import of_memory

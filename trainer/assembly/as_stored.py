@@ -10,7 +10,7 @@ from strategies.base import Engine, Precision
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, meta_context
 from strategies.runtime import Runtime
-from trainer.build import build_step, check_fit
+from trainer.assembly.build import build_step, check_fit
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.model.few_bits import take_layers

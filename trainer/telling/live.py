@@ -13,12 +13,10 @@ from strategies import runtime as processes
 from strategies.base import Progress
 from strategies.errors import ShardtuneError
 from trainer.checkpoints.kept import Checkpoints
-from trainer.columns import name_of, tracker_settings
 from trainer.config.resuming import plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
-from trainer.facts import end_text, outcome_record, start_text, write_run_record
 from trainer.guards.stragglers import Slow, Tell
 from trainer.lifecycle.attempt import Where
 from trainer.objectives.registry import reading_of
@@ -31,6 +29,8 @@ from trainer.records.status import State, write_status
 from trainer.records.trackers.base import Ended, Table, Tracked
 from trainer.records.tracking import Trackers, open_apart, open_trackers, summary_of
 from trainer.stopping.preempt import Agreement
+from trainer.telling.columns import name_of, tracker_settings
+from trainer.telling.facts import end_text, outcome_record, start_text, write_run_record
 
 
 @dataclass(slots=True)

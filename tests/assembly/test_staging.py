@@ -13,9 +13,9 @@ from strategies.errors import ConfigError, Preempted, StorageError
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer import build, staging
+from trainer.assembly import build, staging
+from trainer.assembly.staging import stage
 from trainer.config.run import LauncherConfig, ModelConfig
-from trainer.staging import stage
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.prepared import Ready
 from trainer.guards.told import EVENTS
 from trainer.step import Built
-from trainer.telling import Place
+from trainer.telling.live import Place
 
 
 def challenges_of(config: RunConfig, built: Built, total_steps: int, place: Place) -> Challenges:
