@@ -39,12 +39,15 @@ class Composed:
     """A run as it was asked for."""
 
     config: RunConfig
-    yaml: str
-    """The whole configuration, defaults included, as YAML."""
     sha256: str
     """Identity of the run: see `identity` for what it leaves out."""
     overrides: list[str]
     """The words it was composed from."""
+
+    @property
+    def yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML."""
+        return to_yaml(self.config)
 
 
 def identity(config: RunConfig) -> str:
@@ -59,15 +62,9 @@ def identity(config: RunConfig) -> str:
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included."""
-    return written(config)[0]
-
-
-def written(config: RunConfig) -> tuple[str, str]:
-    """`to_yaml` and `identity` of it, by one walk over its settings."""
     from omegaconf import OmegaConf
 
-    settings = plain(config)
-    return OmegaConf.to_yaml(OmegaConf.create(settings)), _hash(_identifying(settings))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def default_run_dir(sha256: str) -> Path:

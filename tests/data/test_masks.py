@@ -15,6 +15,7 @@ from tests.helpers.covering import examples
 from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder, learned_tokens
+from trainer.data.tokens.places import ByBytes, ByOffsets, Places
 from trainer.data.tokens.template import Rendered
 
 FAMILIES = chat_templates.FAMILIES
@@ -171,6 +172,7 @@ class Encoders(dict):
         return self[name]
 
 
+PLACES = {}
 ENCODERS, APART = Encoders(), Encoders(ControlTokens.text)
 LAST, USERS, BOTH = Encoders(turns=LearnTurns.last), Encoders(roles=["user"]), Encoders(roles=["user", "assistant"])
 WAYS = {"all": ENCODERS, "last": LAST, "users": USERS, "both": BOTH}
@@ -273,8 +275,7 @@ def test_a_template_that_writes_the_date_is_followed_over_midnight(monkeypatch):
 
     def dated(conversations, **kwargs):
         calls.append(day := next(days))
-        texts, blocks = render(conversations, **kwargs)
-        return [day + text for text in texts], blocks
+        return [(day + text, blocks) for text, blocks in render(conversations, **kwargs)]
 
     monkeypatch.setattr(encoder.template, "_rendered", dated)
     for _ in range(8):
@@ -340,16 +341,43 @@ def _composed():
     return tokenizer
 
 
-@pytest.mark.parametrize("made", [_metaspace, _wordpiece, _composed])
+def _spaced():
+    """As the Gemma family: spaces are written otherwise, and nothing is put before a text."""
+    from tokenizers import normalizers
+
+    tokenizer = _metaspace()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return tokenizer
+
+
+def _bytes():
+    return make.tiny_tokenizer(None)
+
+
+@pytest.mark.parametrize("made", [_metaspace, _spaced, _wordpiece, _composed, _bytes])
 @settings(CHECK, max_examples=examples(200))
 @given(prompt=contents, completion=contents)
 def test_edges_of_spans_give_the_tokens_that_all_offsets_give(made, prompt, completion):
-    encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
+    if made not in PLACES:
+        backend = Encoder(made())._backend
+        PLACES[made] = Places(backend), Places(backend, after=0)
     text, begin, end = f"{prompt}{completion}{prompt}", len(prompt), len(prompt + completion)
-    ((encoding,), _) = encoder.encodings([Rendered(text, [])])
-    learned = learned_tokens(encoding, Rendered(text, [(begin, end)]))[1]
+    encoding = PLACES[made][0].backend.encode(text, add_special_tokens=False)
     inside = [n for n, (first, last) in enumerate(encoding.offsets) if first < last and last > begin and first < end]
-    assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])
+    for (tokens,) in (places.of([text]) for places in PLACES[made]):
+        assert tokens.ids.tolist() == encoding.ids
+        learned = learned_tokens(tokens, Rendered(text, [(begin, end)]))[1]
+        assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])
+        assert tokens.before(begin) == sum(last <= begin for _, last in encoding.offsets)
+
+
+@pytest.mark.parametrize(
+    ("made", "by_bytes"), [(_metaspace, False), (_spaced, True), (_wordpiece, False), (_bytes, True)]
+)
+def test_tokens_are_placed_by_their_bytes_where_these_are_the_text(made, by_bytes):
+    places = Places(made().backend_tokenizer, after=0)
+    assert isinstance(places.of(["a b é"])[0], ByBytes) is by_bytes
+    assert isinstance(Places(made().backend_tokenizer, after=1).of(["a b é"])[0], ByOffsets)
 
 
 def test_a_tokenizer_whose_merges_hold_a_control_token_is_told_of():

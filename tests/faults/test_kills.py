@@ -1,4 +1,4 @@
-"""Kills with -9 at random moments: twenty of `make faults`, which does 200 under four strategies."""
+"""Kills with -9 at random moments: a dozen of `make faults`, which does 200 under four strategies."""
 
 import random
 
@@ -8,7 +8,7 @@ from tests.faults.kills import MOMENTS, RANKS, STEPS, Campaign
 from tests.helpers.covering import EVERYTHING, SEED
 from tests.helpers.warm import Nursery, nursery
 
-KILLS = 20
+KILLS = 20 if EVERYTHING else 12
 """Of each strategy."""
 
 

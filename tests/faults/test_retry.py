@@ -9,7 +9,7 @@ from tests.faults.runs import rank_of, wait
 from tests.helpers.covering import whole
 from trainer.records.status import record_failure
 
-STEPS = 30
+STEPS = 12
 
 
 @whole("the same is started again after a killed rank, and USR2 is the cause of it below")
@@ -32,7 +32,7 @@ def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
 
 
 def begun(runs, retry):
-    words = ["tuning=full", f"budget.steps={STEPS}", "checkpoint.every_steps=20"]
+    words = ["tuning=full", f"budget.steps={STEPS}", "checkpoint.every_steps=8"]
     process = runs.start("again", retry, *words, **runs.held_at("again", 5))
     runs.wait_for_step("again", 5, process)
     return process

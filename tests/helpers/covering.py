@@ -7,6 +7,7 @@ import heapq
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ import pytest
 
 Case = TypeVar("Case")
 EVERYTHING = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
+TRIES = 20
+"""Orders in which cases are looked at."""
 SEED = int(os.environ.get("SHARDTUNE_TEST_SEED", "0"))
 
 
@@ -41,17 +44,27 @@ def cover(
 ) -> list[Case]:
     """A small part of `cases` with every mark that a case of them has, in their order; always the same for a seed.
 
-    Greedy: the case with the most marks that are still missing comes next, of several the cheapest. `marks` says what a case
-    proves.
+    Greedy: the case with the most marks that are still missing comes next, of several the cheapest; what the others prove as well
+    is left out again. Of several orders the one that leaves fewest is taken, of these the cheapest. `marks`: what a case proves.
     """
     cases = list(cases)
-    order = random.Random(seed).sample(range(len(cases)), len(cases))
-    order.sort(key=lambda index: cost(cases[index]))
-    proves = {index: marks(cases[index]) for index in order}
-    missing = set().union(*proves.values())
+    proves, costs = [marks(case) for case in cases], [cost(case) for case in cases]
+    draw = random.Random(seed)
+    tries = []
+    for _ in range(TRIES):
+        order = draw.sample(range(len(cases)), len(cases))
+        order.sort(key=costs.__getitem__)
+        tries.append(_needed(_greedy(order, proves), proves))
+    best = min(tries, key=lambda found: (len(found), sorted((costs[index] for index in found), reverse=True)))
+    return [cases[index] for index in sorted(best)]
+
+
+def _greedy(order: list[int], proves: list[set[Hashable]]) -> list[int]:
+    """Indices in `order` with all marks, the most telling first."""
+    missing = set().union(*proves)
     heap = [(-len(proves[index]), place, index) for place, index in enumerate(order)]
     heapq.heapify(heap)
-    chosen = []
+    found = []
     while missing:
         gain, place, index = heapq.heappop(heap)
         now = len(proves[index] & missing)
@@ -60,9 +73,21 @@ def cover(
         if now < -gain:  # others were chosen since: look at it again in its turn
             heapq.heappush(heap, (-now, place, index))
             continue
-        chosen.append(index)
+        found.append(index)
         missing -= proves[index]
-    return [cases[index] for index in sorted(chosen)]
+    return found
+
+
+def _needed(found: list[int], proves: list[set[Hashable]]) -> list[int]:
+    """Of these the ones without which a mark would be missing."""
+    times = Counter(itertools.chain.from_iterable(proves[index] for index in found))
+    kept = []
+    for index in found:
+        if all(times[mark] > 1 for mark in proves[index]):
+            times.subtract(proves[index])
+        else:
+            kept.append(index)
+    return kept
 
 
 def chosen(

@@ -29,8 +29,13 @@ IMPORTED = (
     "torch._dynamo",
     "torch.distributed.fsdp",
     "wandb",
+    "wandb.sdk.launch.inputs.internal",  # which takes each run three seconds when it begins
+    "hydra",
+    "requests",
 )
 """DeepSpeed is not among them: ranks that need it import it themselves, so that others are what they are for a user."""
+WITH = {"deepspeed": ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")}
+"""A module that some need beside it, and what it imports itself when it is first used."""
 FAULT = "TESTS_FAULT"
 """The variable that names a module for ranks to import before they begin: what it changes goes wrong in them."""
 PASSED = 200
@@ -89,7 +94,7 @@ def _with(module: str, *kept: socket.socket) -> socket.socket:
         try:
             for other in (ours, *kept):
                 other.close()
-            _import(module)
+            _import(*WITH.get(module, (module,)))
             _serve(theirs)
         finally:
             os._exit(0)

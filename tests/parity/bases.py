@@ -57,6 +57,10 @@ ELSEWHERE = {"fsdp2": "zero3", "zero3": "ddp"}
 PREFERENCE = {"plain": {}, "nf4": QUANTISED}
 
 
+EVALUATED = 16
+"""Documents of an evaluation between steps."""
+
+
 def _config(job: Job, model: dict, tuning: LoraConfig, strategy: Any, **changes: Any) -> RunConfig:
     def made():
         path = model_dir(job.root)
@@ -135,10 +139,10 @@ def _evaluation(job: Job, trainer: Any) -> float:
     engine = trainer.engine
 
     def batches():
-        share = EvalShare(4, engine.dp_rank, engine.dp_size)
+        share = EvalShare(4, engine.dp_rank, engine.dp_size, EVALUATED)
         return eval_batches(job.data.train, share, trainer.loader.collator, job.runtime.device)
 
-    count = int(job.data.train.counts["loss"].sum())
+    count = int(job.data.train.counts["loss"][:EVALUATED].sum())
     evaluator = LossEvaluator(batches, count=count, prefix="eval", perplexity=True)
     return dict(evaluator.run(engine))["eval/loss"]
 
@@ -148,7 +152,7 @@ def resumed(job: Job, case: str, name: str) -> dict[str, Any]:
     model, tuning = RESUMED[case]
     with released_at_once():
         first = job.trainer(_config(job, model, tuning, STRATEGIES[name]))
-        take_steps(first, 3)
+        take_steps(first, 2)
         path = job.saved(first)
         row: dict[str, Any] = {"uninterrupted": take_steps(first, 2)}
         for key, strategy in (("resumed", name), ("elsewhere", ELSEWHERE[name])):

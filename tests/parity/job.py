@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deepspeed.utils import nvtx
+
 from strategies import runtime as processes
 from strategies.matmul import Matmul
 from tests.helpers import uncompiled
@@ -27,6 +29,7 @@ def main(directory: Path) -> None:
     products = Matmul.blas if os.environ["WORLD_SIZE"] == "2" else Matmul.onednn
     runtime = processes.start("cpu", timeout_s=600, threads=1, matmul=products)
     uncompiled.as_written(load=True)
+    nvtx.enable_nvtx = False  # marks around each call of DeepSpeed, for a profiler
     job = Job(directory, runtime)
 
     def answer(part: str, function: str, *arguments: Any) -> Any:

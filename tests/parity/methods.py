@@ -108,7 +108,7 @@ def resume(job: Job, case: str, strategy: str) -> dict[str, Any]:
         if case == "adalora":  # replicated strategies only: the other one is a single process
             return _resume_adalora(job)
         other = SHARDING[ELSEWHERE[strategy]]
-        return job.resumed(config(job, RESUMED[case], strategy), other, before=3, steps=2)
+        return job.resumed(config(job, RESUMED[case], strategy), other, before=2, steps=2)
 
 
 def _resume_adalora(job: Job) -> dict[str, Any]:

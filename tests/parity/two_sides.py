@@ -131,8 +131,8 @@ WRITING = [
     for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
     for how in ("gathered", "by block")
 ]
-GREEDY = WritingConfig(max_new_tokens=6)
-DRAWN = WritingConfig(max_new_tokens=4, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
+GREEDY = WritingConfig(max_new_tokens=4)
+DRAWN = WritingConfig(max_new_tokens=3, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
 
 
 def write(job: Job, case: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import astuple, replace
 
 import pytest
+import torch
 import transformers
 
 from strategies.base import Fsdp2Config
@@ -142,7 +143,8 @@ def test_what_fits_is_where_the_line_meets_the_limit(model):
 
 def test_parameters_are_those_of_the_whole_model(model):
     _, form, _ = formed(model, Case("zero2", "lora", "bf16"), "padding_free", 1, 64)
-    made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
+    with torch.device("meta"):
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
     adapters = 4 * 7 * 2 * (256 + 256)  # rank 4 beside each of the projections of width 256
     assert form.parameters - form.trained == sum(p.numel() for p in made.parameters())
     assert form.trained >= adapters
@@ -160,6 +162,9 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "vocab_size":
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
 MIXED = {
+    "one that is named has none": transformers.Qwen3MoeConfig(
+        **SIZES, **EXPERTS, num_experts=16, mlp_only_layers=[0], head_dim=16, num_hidden_layers=13
+    ),
     "the first has no experts": transformers.DeepseekV3Config(
         **SIZES,
         **EXPERTS,
@@ -190,7 +195,8 @@ def test_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, kind):
     config = MIXED[kind]
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.save_pretrained(tmp_path)
-    run = Case("fsdp2", "lora", "bf16", "full").config(tmp_path, 8)
+    case = Case("fsdp2", "lora", "bf16", "full") if EVERYTHING else Case("fsdp2", "full", "bf16", "none")
+    run = case.config(tmp_path, 8)
     blocks = blocks_of(run.model)
     assert shallow(blocks.number, blocks.period, ENDS + blocks.first) is not None
     few, exact = (simulate_form(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True))

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.helpers.covering import chosen, values
 from tests.helpers.launching import ROOT, clean_environment, ended
 from tests.helpers.speed import seconds
 
@@ -22,8 +23,13 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-@pytest.mark.parametrize("module", ["trainer.forecast.sweep", "trainer.data.maker"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "module"),
+    chosen(
+        [(n, m) for n in (signal.SIGTERM, signal.SIGKILL) for m in ("trainer.forecast.sweep", "trainer.data.maker")],
+        values,
+    ),
+)
 def test_what_was_forked_ends_with_a_parent_that_is_killed(module, number):
     command = [sys.executable, "-c", FORKS.format(module=module)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=clean_environment()) as parent:

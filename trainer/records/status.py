@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 import traceback
 from enum import StrEnum
@@ -51,8 +52,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def _token() -> str:
-    """Tells this process from others that write the same file."""
-    return f"{socket.gethostname()}.{os.getpid()}"
+    """Tells this thread from others, of any process, that write the same file."""
+    return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
 
 
 STARTED_AGAIN = "SHARDTUNE_STARTED_AGAIN"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, Refused, texts_in, thought_of
-from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, leading, mark_trimmed, mark_whole, marked
+from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
 if TYPE_CHECKING:
@@ -103,25 +103,28 @@ class ChatTemplate:
         are no spans. `fast=False` renders every conversation twice. Raises Refused for one that cannot be used.
         """
         jobs = [self._job(messages, where, tools) for messages, where, tools in conversations]
-        plain = iter(self._apply_all([job for job in jobs if job[3] is None]))
+        turns = [job for job in jobs if job[3] is None]
+        in_blocks = [job for job in turns if self._by_blocks(*job[:2])]
+        plain = iter(self._apply_all([job for job in turns if not self._by_blocks(*job[:2])]))
+        with_blocks = iter(self._apply_all(in_blocks, return_assistant_tokens_mask=True))
         rendered = []
         for messages, learned, where, chat in jobs:
-            text = next(plain) if chat is None else ""
             if chat is not None:
                 rendered.append(self._guard(self._called, chat, learned, where=where))
-            elif not learned:
-                rendered.append(Rendered(text, []))
             elif self._by_blocks(messages, learned):
-                rendered.append(self._guard(self._blocks, messages, learned, where, where=where))
+                rendered.append(self._guard(self._blocks, messages, learned, where, next(with_blocks), where=where))
+            elif not learned:
+                rendered.append(Rendered(next(plain)[0], []))
             else:
                 find = partial(self._marker.spans, fast=fast)
+                text, _ = next(plain)
                 rendered.append(Rendered(*self._guard(find, messages, learned, text, where, where=where)))
         return rendered
 
     def text(self, messages: Sequence[Message], where: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises Refused."""
         job = messages, _, _, chat = self._job(messages, where, tools)
-        return self._apply_all([job])[0] if chat is None else self._guard(chat.apply, chat.messages, where=where)
+        return self._apply_all([job])[0][0] if chat is None else self._guard(chat.apply, chat.messages, where=where)
 
     def first_content(self, messages: Sequence[Message], where: str, tools: Tools = None) -> int | None:
         """Where the content of the first message that is no system turn begins in the text; None if not to be told."""
@@ -160,14 +163,14 @@ class ChatTemplate:
         chat = self._guard(self._turnwise.chat, bare, tools, where, where=where)
         return chat.messages, learned, where, chat
 
-    def _apply_all(self, jobs: list[Job]) -> list[str]:
-        """Texts of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
+    def _apply_all(self, jobs: list[Job], **options: Any) -> list[tuple[str, Spans]]:
+        """`_rendered` of a batch; where the template refuses one of them, they are rendered one by one to tell which."""
         try:
-            return self._rendered([messages for messages, _, _, _ in jobs])[0]
+            return self._rendered([messages for messages, _, _, _ in jobs], **options) if jobs else []
         except TooMuch as error:
             raise self._endless(error, jobs[0][2], len(jobs)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
-            return [self._guard(lambda job: self._apply(job[0]), job, where=job[2]) for job in jobs]
+            return [self._guard(lambda job: self._rendered([job[0]], **options)[0], job, where=job[2]) for job in jobs]
 
     def _guard(self, work: Callable[..., Any], *args: Any, where: str) -> Any:
         """What a template raises refuses the document at `where`; a template that is none is a ConfigError."""
@@ -192,7 +195,8 @@ class ChatTemplate:
         if not self._by_blocks(chat.messages, learned):
             return Rendered(*self._turnwise.spans(chat, learned, text, str(self.tokenizer.eos_token)))
         self._turnwise.check_thought(chat, learned[-1], text)
-        rendered = self._blocks(chat.messages, learned, chat.where, chat.tools)
+        (found,) = self._rendered([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
+        rendered = self._blocks(chat.messages, learned, chat.where, found)
         if self.learn.reasoning is Reasoning.context:
             spans = zip(rendered.spans, learned, strict=True)
             rendered.spans = [(after_thought(chat, i, rendered.text, *span), span[1]) for span, i in spans]
@@ -206,25 +210,25 @@ class ChatTemplate:
             "give another in model.chat_template"
         )
 
-    def _rendered(self, conversations: list[list[Message]], **options: Any) -> tuple[list[str], list[Any]]:
-        """Texts of conversations, and where a mask is asked for the spans of their generation blocks."""
+    def _rendered(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
+        """Texts of conversations; each with its spans of generation blocks where a mask is asked for, else with none."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         special = self.tokenizer.special_tokens_map
         with bounded():
             texts, blocks = render_jinja_template(conversations, chat_template=self.source, **options, **special)
-        return list(texts), list(blocks)
+        return list(zip(texts, blocks or [[]] * len(texts), strict=True))
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
         return self._rendered([messages], add_generation_prompt=prompt, tools=tools)[0][0]
 
     def _by_blocks(self, messages: list[Message], learned: list[int]) -> bool:
         """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
-        return self.marks_generation and all(messages[i]["role"] == "assistant" for i in learned)
+        return self.marks_generation and bool(learned) and all(messages[i]["role"] == "assistant" for i in learned)
 
-    def _blocks(self, messages: list[Message], learned: list[int], where: str, tools: Tools = None) -> Rendered:
-        texts, found = self._rendered([messages], tools=tools, return_assistant_tokens_mask=True)
-        spans = [(int(begin), int(end)) for begin, end in found[0]]
+    def _blocks(self, messages: list[Message], learned: list[int], where: str, found: tuple[str, Spans]) -> Rendered:
+        """Text and spans by the generation blocks that `found` has."""
+        spans = [(int(begin), int(end)) for begin, end in found[1]]
         if not spans or any(begin >= end for begin, end in spans):
             message = "the {% generation %} blocks of the chat template are empty here"
             raise refused(where, message)
@@ -238,7 +242,7 @@ class ChatTemplate:
                     "in model.chat_template",
                 )
             spans = [spans[assistants.index(i)] for i in learned]
-        return Rendered(*self._marker.close(texts[0], spans, ["assistant"] * len(spans), tuple(self.end_tokens)))
+        return Rendered(*self._marker.close(found[0], spans, ["assistant"] * len(spans), tuple(self.end_tokens)))
 
     def _ends(self) -> tuple[set[str], set[str]]:
         """Tokens with which the template closes assistant turns, in the middle and at the end; and user turns."""
