@@ -120,7 +120,7 @@ def json_lines() -> list[Case]:
         file("x.jsonl", b'\xef\xbb\xbf{"text": "a"}', 1, title="utf-8 bom, no last line end"),
         file("x.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n', 2, title="crlf"),
         file("x.jsonl", b'{"text": "a\xe2\x80\xa8b\xc2\x85c"}\n', 1, title="unicode line separators"),
-        file("x.jsonl", b'{"text": "a"}\r{"text": "b"}\r', error="carriage returns alone", title="cr only"),
+        file("x.jsonl", b'{"text": "a"}\r{"text": "b"}\r', 0, "not_json", title="cr only"),
         file("x.jsonl", b"", error="empty", title="jsonl of 0 bytes"),
         file("x.jsonl", b"\n \n\r\n", error="no rows", title="blank lines only"),
         file("x.jsonl", GOOD.decode().encode("utf-16"), error="UTF-16.*save the file as UTF-8", title="utf-16"),

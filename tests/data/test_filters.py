@@ -118,9 +118,3 @@ def test_language_counts_of_a_sample(monkeypatch):
     counts = filters.share(documents)
     assert counts == {"de": 2, "fr": 2, "unjudged": 2, "en": 1, "th": 1, "zh": 1}
     assert list(counts) == ["de", "fr", "unjudged", "en", "th", "zh"]
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(filters, "find_spec", lambda name: None)
-    (line,) = filters.problems(FilterConfig(languages=["en"]))
-    assert "pip install py3langid" in line

@@ -368,7 +368,8 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
     turns[1]["reasoning_content"] = "ask a@b.org"
     doc = document(turns)
     assert doc.texts() == ["How warm?", "ask a@b.org", "a@b.org", "c@d.org", '{"degrees": 0}', "Warm."]
-    assert doc.map_texts(lambda text: text.replace("@", " at ")) and "@" not in content(doc)
+    doc.map_texts(lambda text: text.replace("@", " at "))
+    assert "@" not in content(doc)
     assert doc.messages[1]["tool_calls"][0]["function"]["arguments"] == {
         "to": "a at b.org",
         "cc": ["c at d.org", 3],

@@ -23,7 +23,7 @@ from tests.helpers.stores import write
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.assembly.build import build_engine, build_loader
 from trainer.config.run import RunConfig, RunSettings
-from trainer.data.batches.budget import BudgetConfig
+from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset

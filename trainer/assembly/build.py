@@ -14,9 +14,9 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.config.run import RunConfig
-from trainer.data.batches.budget import steps_from_budget
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
+from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import Preparation, Prepared
 from trainer.heads.fuse import fuse_head

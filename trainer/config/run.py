@@ -14,7 +14,7 @@ from strategies.base import Precision, StrategyConfig
 from strategies.matmul import Matmul
 from trainer.challenges.config import ChallengesConfig
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.data.batches.budget import BudgetConfig
+from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
 from trainer.export.config import ExportConfig

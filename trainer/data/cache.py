@@ -16,11 +16,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block
@@ -108,21 +108,28 @@ def build_once(
         with _lock(directory.parent / f".{directory.name}.lock", directory, stop, wait_s):
             if (directory / DONE).exists():
                 return False
-            shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
-            temporary = directory.with_name(f".{directory.name}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                temporary.mkdir()
+            with _appearing(directory) as temporary:
                 build(temporary)
-                temporary.rename(directory)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
     except OSError as error:
         raise StorageError(
             f"data.cache_dir={directory.parent}: {error.strerror or error}; free space or choose another directory"
         ) from error
     return True
+
+
+@contextmanager
+def _appearing(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the name and the place of `directory` by one rename, or is removed."""
+    temporary = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _after_s() -> float:
@@ -191,7 +198,6 @@ def _held(file: IO[str]) -> bool:
     return False
 
 
-COMPLETE = "complete"
 PLAIN = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
 """What JSON can have of a block as it is."""
 
@@ -210,18 +216,12 @@ class Shards:
     @contextmanager
     def writing(self, number: int) -> Iterator[Callable[[Block], None]]:
         """Gives a function that keeps a block; the shard appears under its name when all are kept."""
-        final = self.path(number)
-        temporary = final.with_name(final.name + ".partial")
-        if (final / COMPLETE).exists():
+        if self.path(number).exists():
             yield lambda block: None
             return
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
-            (temporary / COMPLETE).touch()
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            with _appearing(self.path(number)) as temporary:
+                yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
         except OSError as error:
             raise StorageError(
                 f"{self.home}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"
@@ -231,13 +231,12 @@ class Shards:
     def finished(cls, directory: Path) -> Shards | None:
         """The shards of an entry if there are any; raises DataError where some are missing."""
         home = directory.parent / f".{directory.name}.shards"
-        found = [path.name for path in home.glob("*-of-*") if (path / COMPLETE).exists()]
-        if not found:
+        counts = sorted({int(path.name.split("-of-")[1]) for path in home.glob("[0-9]*-of-*")})
+        if not counts:
             return None
-        counts = sorted({int(name.split("-of-")[1]) for name in found})
         for count in counts:
             shards = cls(directory, count)
-            missing = [n for n in range(count) if not (shards.path(n) / COMPLETE).exists()]
+            missing = [n for n in range(count) if not shards.path(n).exists()]
             if not missing:
                 return shards
         raise DataError(
@@ -267,11 +266,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 def save(block: Block, path: Path) -> None:
     """Write a block to a file. Raises OSError."""
     assert block.sequences is not None and block.documents is not None
-    about = {name: getattr(block, name) for name in PLAIN}
-    about |= {"bad": [_fields(bad) for bad in block.bad], "tally": _fields(block.tally)}
-    about["tally"]["findings"] = _fields(block.tally.findings)
+    about = {name: getattr(block, name) for name in (*PLAIN, "bad", "tally")}
     arrays: dict[str, Any] = {
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "about": np.frombuffer(orjson.dumps(about), np.uint8),
         "documents": np.frombuffer(block.documents.serialize(), np.uint8),
         "pieces": block.pieces,
         "tokens": block.sequences.tokens,
@@ -290,7 +287,7 @@ def load(path: Path) -> Block:
 
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    about = json.loads(arrays["about"].tobytes())
+    about = orjson.loads(arrays["about"].tobytes())
     return Block(
         **{name: about[name] for name in PLAIN},
         bad=[Rejected(**bad) for bad in about["bad"]],
@@ -302,7 +299,3 @@ def load(path: Path) -> Block:
         ),
         signatures=named(arrays, "signature."),
     )
-
-
-def _fields(part: Any) -> dict[str, Any]:
-    return {field.name: getattr(part, field.name) for field in fields(part)}

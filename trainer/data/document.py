@@ -90,26 +90,18 @@ class Document:
         plain = [text for text in (self.prompt, self.completion, self.text) if text is not None]
         return [*chain.from_iterable(map(texts_in, self.turns())), *plain]
 
-    def map_texts(self, change: Callable[[str], str]) -> bool:
-        """Replace every text by `change(text)`, in place; whether any differs."""
-        differs = False
+    def map_texts(self, change: Callable[[str], str]) -> None:
+        """Replace every text by `change(text)`, in place."""
         for message in self.turns():
             for name in ("reasoning_content", "content"):
                 if old := message.get(name):
                     message[name] = change(old)
-                    differs |= message[name] != old
             for number, call in enumerate(message.get("tool_calls", ())):
-                old = call["function"]["arguments"]
-                new = with_texts(old, change)
-                differs |= new != old
+                new = with_texts(call["function"]["arguments"], change)
                 message["tool_calls"][number] = {**call, "function": {**call["function"], "arguments": new}}
         for name in ("prompt", "completion", "text"):
-            old = getattr(self, name)
-            if old is not None:
-                new = change(old)
-                differs |= new != old
-                setattr(self, name, new)
-        return differs
+            if (text := getattr(self, name)) is not None:
+                setattr(self, name, change(text))
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -58,9 +58,7 @@ SPELLINGS: dict[DataFormat, list[Spelling]] = {
 }
 _OF_TALK = ("system", "tools")
 _WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
-OPTIONAL: dict[DataFormat, Spelling] = {f: () if f in _WITHOUT_SYSTEM else _OF_TALK for f in DataFormat}
 _OF_INSTRUCTIONS = ("input", "context", "history")
-OPTIONAL[DataFormat.alpaca] += _OF_INSTRUCTIONS
 _ALSO_READS = {  # a format that was named reads these spellings too
     DataFormat.messages: SPELLINGS[DataFormat.sharegpt],
     DataFormat.sharegpt: SPELLINGS[DataFormat.messages],
@@ -115,7 +113,7 @@ def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFor
     found: dict[DataFormat, Spelling] = {}
     for format, spellings in SPELLINGS.items():
         for spelling in spellings:
-            if columns.keys() <= {*spelling, *OPTIONAL[format]} and all(name in fields for name in spelling):
+            if columns.keys() <= {*_read_with(spelling, format)} and all(name in fields for name in spelling):
                 found.setdefault(format, spelling)
     sure = True
     if found.get(DataFormat.thumbs, ("",))[-1] == "label" and "label" not in columns:
@@ -133,8 +131,8 @@ def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFor
 
 
 def _check_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
-    spellings = [s for f in formats for s in (*SPELLINGS[f], *_ALSO_READS.get(f, ()), OPTIONAL[f])]
-    known = list(dict.fromkeys(name for spelling in spellings for name in spelling))
+    spellings = [(s, f) for f in formats for s in (*SPELLINGS[f], *_ALSO_READS.get(f, ()))]
+    known = list(dict.fromkeys(name for spelling, format in spellings for name in _read_with(spelling, format)))
     for name in columns:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

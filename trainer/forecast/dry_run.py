@@ -10,7 +10,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED
 from trainer.assembly.build import build_model, prepare_data, workload
 from trainer.config.run import MICRO, STRATEGY, RunConfig
-from trainer.data.batches.budget import steps_from_budget
+from trainer.data.batches.order import steps_from_budget
 from trainer.data.prepare import Prepared
 from trainer.data.report.preview import preview, summary
 from trainer.forecast.fitting import one_step, unsimulated

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.batches.order import Order
 from trainer.data.batches.prefetch import pinned, prefetched
-from trainer.data.store.sequences import Sample, TokenDataset, summed
+from trainer.data.store.sequences import Sample, TokenDataset, runs_of, summed
 
 
 @dataclass(slots=True)
@@ -129,17 +130,16 @@ class StepLoader:
         """int64: the sequences of `units` (int64 [U]), one unit after another."""
         if self.units is None:
             return units
-        begins, sizes = self._begins[units], self._begins[units + 1] - self._begins[units]
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return self._members[np.repeat(begins, sizes) + within]
+        begins = self._begins[units]
+        return self._members[runs_of(begins, self._begins[units + 1] - begins)]
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
 
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
         """
-        made = prefetched(self._step(first_sample + step * self.share.global_batch) for step in range(num_steps))
-        try:
+        batches = (self._step(first_sample + step * self.share.global_batch) for step in range(num_steps))
+        with closing(prefetched(batches)) as made:
             for _ in range(num_steps):
                 began = time.perf_counter()
                 item = next(made)
@@ -147,8 +147,6 @@ class StepLoader:
                 item.ahead = [to_device(batch, self.device) for batch in item.ahead]
                 item.wait_s = time.perf_counter() - began
                 yield item
-        finally:
-            made.close()
 
     def _step(self, first_sample: int) -> StepBatch:
         slots = self._slots(first_sample)
@@ -278,9 +276,6 @@ def eval_batches(
             batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
         return pinned({**batch, "ahead_of": True} if ahead is not None else batch, device)
 
-    made = prefetched(map(on_host, eval_plan(dataset, share)))
-    try:
+    with closing(prefetched(map(on_host, eval_plan(dataset, share)))) as made:
         for batch in made:
             yield to_device(batch, device)
-    finally:
-        made.close()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.order import GlobalOrder, MixedOrder, Order
-from trainer.data.config import DataConfig, EpochEnd, MixOver
+from trainer.data.config import DataConfig, EpochEnd, MixingConfig, MixOver
 from trainer.data.store.sequences import TokenDataset
 
 
@@ -53,49 +54,92 @@ LONGEST_EPOCH = 1 << 28
 """Most units of one epoch: its order is held in memory, at 8 bytes a unit and three times that while it is drawn."""
 
 
-def quotas(
-    units: Sequence[int] | np.ndarray,
-    tokens: Sequence[int] | np.ndarray,
-    weights: Sequence[float],
-    over: MixOver = MixOver.documents,
-    epoch: EpochEnd = EpochEnd.first,
-    *,
-    documents: Sequence[int] | np.ndarray | None = None,
-    names: Sequence[str] | None = None,
-) -> np.ndarray:
-    """Units of each source in one epoch, int64 [S].
+@dataclass(slots=True)
+class Mix:
+    """What the sources of a data set hold, and the weights with which they are mixed; each by the number of the source."""
 
-    `units` are the documents or packs of each source, `tokens` what they hold, `documents` how many documents the packs
-    hold (by default a unit is a document). The shares over documents or tokens come as near to the weights as whole
-    units allow, by the largest remainder; a source with a weight above 0 gives at least one unit, so that none
-    vanishes by rounding. Raises DataError for a weighted source without documents or without tokens, ConfigError for an
-    epoch that is too long.
-    """
-    sizes, called = [int(size) for size in units], names or [*map(str, range(len(units)))]
-    shares = [Fraction(repr(float(weight))) for weight in weights]  # the decimal number the user wrote
-    held = tokens if over is MixOver.tokens else sizes if documents is None else documents
-    for name, share, size, amount in zip(called, shares, sizes, held, strict=True):
-        if share and (size < 1 or amount < 1):
-            lacking = "documents" if size < 1 else str(over)
-            raise DataError(
-                f"data.sources.{name}.weight={float(share):g}: the source has no {lacking} to mix in; "
-                "set its weight to 0 or look at what cleaning dropped"
-            )
-    # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
-    rates = [
-        share * size / int(amount) if share else share for share, size, amount in zip(shares, sizes, held, strict=True)
-    ]
-    lengths = [size / rate for size, rate in zip(sizes, rates, strict=True) if rate]  # where each has been seen once
-    weighted = [name for name, rate in zip(called, rates, strict=True) if rate]
-    length = min(lengths) if epoch is EpochEnd.first else max(lengths)
-    quota = _whole([length * rate for rate in rates])
-    if sum(quota) > LONGEST_EPOCH:
-        small = min((length, name) for length, name in zip(lengths, weighted, strict=True))[1]
-        raise ConfigError(
-            f"data.mixing.epoch={epoch}: an epoch would hold {sum(quota):,} units, more than {LONGEST_EPOCH:,}, for {small} is "
-            "repeated until every source has been seen; set data.mixing.epoch=first or weights nearer to the sizes"
+    names: list[str]
+    weights: Sequence[float]
+    units: Sequence[int] | np.ndarray
+    """Documents, or packs."""
+    documents: Sequence[int] | np.ndarray
+    """Documents, also those in packs."""
+    tokens: Sequence[int] | np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        config: DataConfig,
+        names: list[str],
+        sources: np.ndarray,
+        tokens: np.ndarray,
+        documents: np.ndarray | None = None,
+    ) -> Mix:
+        """The mix of units with these sources, tokens, and documents in each (None: one), int [units]."""
+        units, held, each = (
+            np.bincount(sources, amounts, minlength=len(names)).astype(np.int64)
+            for amounts in (None, tokens, documents)
         )
-    return np.array(quota, dtype=np.int64)
+        return cls(names, source_weights(config, names), units, each, held)
+
+    def quotas(self, mixing: MixingConfig) -> np.ndarray:
+        """Units of each source in one epoch, int64 [S].
+
+        The shares over documents or tokens come as near to the weights as whole units allow, by the largest remainder; a
+        source with a weight above 0 gives at least one unit, so that none vanishes by rounding. Raises DataError for a
+        weighted source without documents or without tokens, ConfigError for an epoch that is too long.
+        """
+        sizes = [int(size) for size in self.units]
+        shares = [Fraction(repr(float(weight))) for weight in self.weights]  # the decimal number the user wrote
+        held = self.tokens if mixing.over is MixOver.tokens else self.documents
+        for name, share, size, amount in zip(self.names, shares, sizes, held, strict=True):
+            if share and (size < 1 or amount < 1):
+                lacking = "documents" if size < 1 else str(mixing.over)
+                raise DataError(
+                    f"data.sources.{name}.weight={float(share):g}: the source has no {lacking} to mix in; "
+                    "set its weight to 0 or look at what cleaning dropped"
+                )
+        # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
+        rates = [
+            share * size / int(amount) if share else share
+            for share, size, amount in zip(shares, sizes, held, strict=True)
+        ]
+        # The lengths of an epoch in which each has been seen once.
+        lengths = {name: size / rate for name, size, rate in zip(self.names, sizes, rates, strict=True) if rate}
+        length = min(lengths.values()) if mixing.epoch is EpochEnd.first else max(lengths.values())
+        quota = _whole([length * rate for rate in rates])
+        if sum(quota) > LONGEST_EPOCH:
+            small = min(lengths, key=lambda name: (lengths[name], name))
+            raise ConfigError(
+                f"data.mixing.epoch={mixing.epoch}: an epoch would hold {sum(quota):,} units, more than {LONGEST_EPOCH:,}, for "
+                f"{small} is repeated until every source has been seen; set data.mixing.epoch=first or weights nearer to the "
+                "sizes"
+            )
+        return np.array(quota, dtype=np.int64)
+
+    def realised(self, quota: np.ndarray) -> dict[str, dict[str, float]]:
+        """Requested against realised shares of each source, by name; `quota` is the answer of `quotas`.
+
+        Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over
+        epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
+        in an epoch.
+        """
+        passes = [int(number) / int(size) if size else 0.0 for number, size in zip(quota, self.units, strict=True)]
+        documents = [rate * int(number) for rate, number in zip(passes, self.documents, strict=True)]
+        tokens = [rate * int(number) for rate, number in zip(passes, self.tokens, strict=True)]
+        columns = {
+            "weight": self.weights,
+            "requested": _shares(self.weights),
+            "units": quota.tolist(),
+            "documents": documents,
+            "tokens": tokens,
+            "share_documents": _shares(documents),
+            "share_tokens": _shares(tokens),
+            "passes": passes,
+        }
+        return {
+            name: {key: column[source] for key, column in columns.items()} for source, name in enumerate(self.names)
+        }
 
 
 def _whole(wanted: list[Fraction]) -> list[int]:
@@ -106,40 +150,6 @@ def _whole(wanted: list[Fraction]) -> list[int]:
     for source in by_remainder[:missing]:
         floors[source] += 1
     return [max(floor, 1) if number else 0 for floor, number in zip(floors, wanted, strict=True)]
-
-
-def realised(
-    units: Sequence[int] | np.ndarray,
-    tokens: Sequence[int] | np.ndarray,
-    weights: Sequence[float],
-    quota: Sequence[int] | np.ndarray,
-    *,
-    documents: Sequence[int] | np.ndarray | None = None,
-    names: Sequence[str] | None = None,
-) -> dict[str, dict[str, float | None]]:
-    """Requested against realised shares of each source, by name. Arguments as in `quotas`; `quota` is its answer.
-
-    Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over epochs of
-    `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen in an epoch.
-    """
-    held = units if documents is None else documents
-    passes = [int(number) / int(size) if size else 0.0 for number, size in zip(quota, units, strict=True)]
-    epoch_documents = [rate * int(number) for rate, number in zip(passes, held, strict=True)]
-    epoch_tokens = [rate * int(number) for rate, number in zip(passes, tokens, strict=True)]
-    of_documents, of_tokens, requested = _shares(epoch_documents), _shares(epoch_tokens), _shares(weights)
-    return {
-        name: {
-            "weight": weights[source],
-            "requested": requested[source],
-            "units": int(quota[source]),
-            "documents": epoch_documents[source],
-            "tokens": epoch_tokens[source],
-            "share_documents": of_documents[source],
-            "share_tokens": of_tokens[source],
-            "passes": passes[source],
-        }
-        for source, name in enumerate(names or map(str, range(len(units))))
-    }
 
 
 def _shares(amounts: Sequence[float]) -> list[float]:
@@ -157,8 +167,6 @@ def pack_by_source(
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     sources = np.asarray(source_of_document, dtype=np.int64)
-    if len(lengths) != len(sources):
-        raise ValueError(f"{len(lengths)} lengths, but sources of {len(sources)} documents")
     packs: list[list[int]] = []
     source_of_pack = []
     for source in np.unique(sources):
@@ -195,13 +203,5 @@ def build_order(
         return packs, GlobalOrder(len(train) if packs is None else len(packs), seed=seed, shuffle=shuffle)
     unit_tokens = train.lengths if packs is None else np.array([train.lengths[pack].sum() for pack in packs])
     unit_documents = np.ones(len(train), np.int64) if packs is None else np.array([len(pack) // per for pack in packs])
-    quota = quotas(
-        np.bincount(sources, minlength=len(weights)),
-        np.bincount(sources, unit_tokens, minlength=len(weights)).astype(np.int64),
-        weights,
-        config.mixing.over,
-        config.mixing.epoch,
-        documents=np.bincount(sources, unit_documents, minlength=len(weights)).astype(np.int64),
-        names=train.source_names,
-    )
-    return packs, MixedOrder(sources, quota, seed=seed, shuffle=shuffle)
+    mix = Mix.of(config, train.source_names, sources, unit_tokens, unit_documents)
+    return packs, MixedOrder(sources, mix.quotas(config.mixing), seed=seed, shuffle=shuffle)

@@ -1,4 +1,5 @@
-"""The order of training: a function of (seed, epoch, number of the sample) alone, never of ranks or workers.
+"""The order of training: a function of (seed, epoch, number of the sample) alone, never of ranks or workers; and how long it is
+followed.
 
 The whole state of the order is one integer, the number of samples consumed since the start of the run; and, where a run has given
 up samples, which places of the order are passed over.
@@ -10,6 +11,7 @@ import bisect
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -110,15 +112,9 @@ class MixedOrder(Order):
     ) -> None:
         sources = np.asarray(source_of_unit, dtype=np.int64)
         self.quotas = np.asarray(quotas, dtype=np.int64)
-        if len(sources) and not 0 <= sources.min() <= sources.max() < len(self.quotas):
-            raise ValueError(f"sources {sources.min()}..{sources.max()} of units, but {len(self.quotas)} quotas")
-        if (self.quotas < 0).any():
-            raise ValueError(f"quotas must not be negative: {self.quotas.tolist()}")
         by_source = np.argsort(sources, kind="stable")
         sizes = np.bincount(sources, minlength=len(self.quotas))
         self._members = np.split(by_source, np.cumsum(sizes)[:-1]) if len(sizes) else []
-        if (empty := np.flatnonzero((self.quotas > 0) & (sizes == 0))).size:
-            raise ValueError(f"source {empty[0]} has a quota of {self.quotas[empty[0]]} but no units")
         self._last_pass: dict[int, tuple[int, np.ndarray]] = {}
         super().__init__(int(self.quotas.sum()), len(sources), seed, shuffle)
 
@@ -218,3 +214,28 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
     running = np.cumsum(unit_tokens[order.epoch(epoch)])
     units = epoch * order.num_units + int(np.searchsorted(running, tokens - before(epoch), side="left")) + 1
     return -(-units // global_batch)
+
+
+@dataclass(kw_only=True, slots=True)
+class BudgetConfig:
+    """How long the run trains; exactly one is set."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the training data; the last step may reach into the next pass."""
+    tokens: int | None = None
+    """Training tokens, all ranks together; the step that reaches the number is the last."""
+
+
+def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:
+    """Optimizer steps of the run: set directly, or enough for the epochs or tokens asked for.
+
+    `unit_tokens` is int [order.population].
+    """
+    if budget.steps is not None:
+        return budget.steps
+    if budget.tokens is not None:
+        return steps_for_tokens(order, unit_tokens, global_batch, budget.tokens)
+    epochs = budget.epochs if budget.epochs is not None else 1.0
+    return max(1, -(-round(epochs * order.num_units) // global_batch))

@@ -36,8 +36,6 @@ def resample(
     """
     groups = list(groups)
     group_of = np.asarray(group_of, dtype=np.int64)
-    if len(group_of) and not 0 <= group_of.min() <= group_of.max() < len(groups):
-        raise ValueError(f"group numbers {group_of.min()}..{group_of.max()}, but {len(groups)} groups")
     before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
     limited: list[str | None] = [None] * len(groups)
     if config.by is BalanceBy.none or not len(group_of):

@@ -18,7 +18,7 @@ from strategies.errors import DataError
 from trainer.data.choose.balance import resample
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.choose.near import near_copies
-from trainer.data.choose.signatures import compared_text, mix
+from trainer.data.choose.signatures import compared_text, first_equal, mix
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.store.documents import DocumentTable
@@ -86,15 +86,6 @@ def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
     return {kind: order[most] for place, kind in enumerate(KINDS) if (most := max(given[place:]))}
 
 
-def exact_groups(digest: np.ndarray, alive: np.ndarray | None = None) -> np.ndarray:
-    """Index of the first document with the same digest: int64[n] from uint64[n]. Where not `alive`, a row's own index."""
-    first = np.arange(len(digest), dtype=np.int64)
-    rows = first if alive is None else np.flatnonzero(alive)
-    _, index, inverse = np.unique(digest[rows], return_index=True, return_inverse=True)
-    first[rows] = rows[index[inverse]]
-    return first
-
-
 def find_duplicates(
     config: DuplicatesConfig, columns: Mapping[str, np.ndarray], text_of: Callable[[int], str]
 ) -> Duplicates:
@@ -109,7 +100,8 @@ def find_duplicates(
         if kind == "near":
             stands, result.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
         else:
-            stands = exact_groups(columns["digest" if kind == "exact" else "normal"], alive)
+            digests, stands = columns["digest" if kind == "exact" else "normal"][alive], rows.copy()
+            stands[alive] = first_equal(digests, digests, rows[alive])
         found = stands != rows
         result.stands[found], result.kind[found] = stands[found], 1 + KINDS.index(kind)
     # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected, Row, excerpt
+from trainer.data.document import Rejected, Row
 from trainer.data.fields import Fault, Refusal
-from trainer.data.read.opening import MAX_ROW_BYTES, File, decode_utf8, identify, open_binary, unreadable
+from trainer.data.read.opening import MAX_ROW_BYTES, File, decode_utf8, identify, open_binary, too_long, unreadable
 from trainer.data.read.remote import Remote
 
 if TYPE_CHECKING:
@@ -25,53 +26,51 @@ if TYPE_CHECKING:
 
 BATCH = 512
 """Rows turned into Python values at a time."""
+HEADS = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
+"""How a file of each kind may begin."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-def read_parquet(path: File, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-    """Rows of a Parquet file with the columns `wanted` (None: all). Raises DataError where the file is damaged or none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def read_table(path: File, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
+    """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `wanted` (None: all).
 
-    _require_head(path, (b"PAR1",), "Parquet")
-    try:
-        with open_binary(path) as source, pq.ParquetFile(source) as file:
-            taken, others = taken_of(_names(file.schema_arrow, str(path)), wanted)
-            batches = (batch.select(taken) for batch in file.iter_batches(BATCH, columns=taken))
-            yield from table_rows(_validated(batches), str(path), others=others)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, "Parquet", error) from error
-
-
-def read_arrow(path: File, wanted: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-    """Rows of an Arrow IPC file or stream, memory-mapped, as of `read_parquet`. Raises DataError likewise."""
-    import pyarrow as pa
-
-    _require_head(path, (b"ARROW1", b"\xff\xff\xff\xff"), "Arrow")
-    try:
-        with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
-            schema, batches = _arrow_batches(path, source)
-            taken, others = taken_of(_names(schema, str(path)), wanted)
-            chosen = _validated(batch.select(taken) for batch in batches)
-            slices = (batch.slice(at, BATCH) for batch in chosen for at in range(0, batch.num_rows, BATCH))
-            yield from table_rows(slices, str(path), others=others)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, "Arrow", error) from error
+    Raises DataError where the file is damaged or none.
+    """
+    _require_head(path)
+    with _opened(path) as (schema, batches):
+        taken, others = taken_of(_names(schema, str(path)), wanted)
+        chosen = _validated(batch.select(taken) for batch in batches(taken))
+        slices = (batch.slice(at, BATCH) for batch in chosen for at in range(0, batch.num_rows, BATCH))
+        yield from table_rows(slices, str(path), others=others)
 
 
 def count_rows(path: Path) -> int:
     """Rows of a Parquet or Arrow file, of which only the outline is read. Raises DataError where it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with _opened(path) as (_, batches):
+        return sum(batch.num_rows for batch in batches([]))
 
-    kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+
+def _kind(path: File) -> str:
+    return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+
+
+@contextmanager
+def _opened(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
+    """The schema of a file, and what reads its batches: of Parquet with the named columns alone, of Arrow, mapped, with all."""
+    import pyarrow as pa
+
     try:
-        if kind == "Parquet":
-            return int(pq.read_metadata(path).num_rows)
-        with pa.memory_map(str(path)) as source:
-            return sum(batch.num_rows for batch in _arrow_batches(path, source)[1])
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, kind, error) from error
+        if _kind(path) == "Parquet":
+            import pyarrow.parquet as pq
+
+            with open_binary(path) as source, pq.ParquetFile(source) as file:
+                yield file.schema_arrow, lambda names: file.iter_batches(BATCH, columns=names)
+        else:
+            with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
+                schema, batches = _arrow_batches(path, source)
+                yield schema, lambda names: batches
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -102,7 +101,7 @@ def taken_of(names: list[str], wanted: Collection[str] | None) -> tuple[list[str
     return taken, tuple(name for name in names if name not in taken)
 
 
-def _require_head(path: File, heads: tuple[bytes, ...], kind: str) -> None:
+def _require_head(path: File) -> None:
     try:
         with open_binary(path) as file:
             head = file.read(4096)
@@ -110,16 +109,16 @@ def _require_head(path: File, heads: tuple[bytes, ...], kind: str) -> None:
         raise unreadable(path, error) from error
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
-    if not head.startswith(heads):
+    if not head.startswith(HEADS[_kind(path)]):
         found = identify(head) or ("JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else")
-        raise DataError(f"{path}: not {kind} as its name says: it holds {found}; rename it")
+        raise DataError(f"{path}: not {_kind(path)} as its name says: it holds {found}; rename it")
 
 
-def _damaged(path: File, kind: str, error: BaseException) -> DataError:
+def _damaged(path: File, error: BaseException) -> DataError:
     if isinstance(path, Remote) and isinstance(error, OSError):
         return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return DataError(f"{path}: the {kind} file is damaged or cut off ({cause[:200]}); copy or make it again")
+    return DataError(f"{path}: the {_kind(path)} file is damaged or cut off ({cause[:200]}); copy or make it again")
 
 
 def table_rows(
@@ -138,8 +137,7 @@ def table_rows(
             number += 1
             row = Row(name, number, dict(zip(names, values, strict=True)), others=others)
             if large and (size := len(json.dumps(row.fields, ensure_ascii=False, default=str))) > MAX_ROW_BYTES:
-                message = f"the row has {size / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
-                yield Rejected(name, number, "too_long", message, excerpt(repr(row.fields)))
+                yield too_long(name, number, repr(row.fields), size)
             else:
                 yield row
 
@@ -181,28 +179,20 @@ def _values(column: pa.Array) -> list[Any]:
     except (TypeError, pa.ArrowException) as error:
         fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
         return [fault if valid else None for valid in column.is_valid().to_pylist()]
-    ready = _ready(wanted)
-    try:
-        values = column.to_pylist(maps_as_pydicts="strict")
-    except (UnicodeDecodeError, KeyError):  # only now is it worth to look value by value
-        return [_value(item, ready) for item in column]
-    return values if ready else [_faultless(value) for value in values]
+    if _ready(wanted):
+        with suppress(UnicodeDecodeError, KeyError):  # only where these come is it worth to look value by value
+            return list(column.to_pylist(maps_as_pydicts="strict"))
+    return [_value(item) for item in column]
 
 
-def _value(item: pa.Scalar, ready: bool) -> Any:
+def _value(item: pa.Scalar) -> Any:
     try:
-        value = item.as_py(maps_as_pydicts="strict")
+        return _json(item.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
     except KeyError:
         return Fault("duplicate_key", "a map has the same key twice; only one can be meant")
-    return value if ready else _faultless(value)
-
-
-def _faultless(value: Any) -> Any:
-    try:
-        return _json(value)
     except Refusal as refused:
         return Fault(refused.reason, refused.message)
 

@@ -20,7 +20,7 @@ import orjson
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Fault, Refusal, shown
-from trainer.data.read.opening import BUFFER, MAX_ROW_BYTES, File, decode_utf8, open_text
+from trainer.data.read.opening import BUFFER, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long
 
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
@@ -60,36 +60,17 @@ def read_json_lines(path: File) -> Iterator[Row | Rejected]:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
             if len(raw) > MAX_ROW_BYTES:
-                yield _too_long(name, number, raw[:1000], _skip_line(stream, raw))
+                yield too_long(name, number, raw[:1000], _skip_line(stream, raw))
             elif not raw.isspace():
-                if number == 1 and b"\r" in raw.strip() and not raw.endswith(b"\n"):
-                    _refuse_carriage_returns(Line(name, 1, raw=raw))
                 yield Line(name, number, raw=raw)
 
 
 def _skip_line(stream: BinaryIO, raw: bytes) -> int:
     """Read on to the end of a line of which `raw` was the beginning; its length in bytes."""
     length = len(raw)
-    while not raw.endswith(b"\n"):
-        raw = stream.readline(BUFFER)
-        if not raw:
-            break
+    while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER)):
         length += len(raw)
     return length
-
-
-def _too_long(name: str, line: int, start: bytes, length: int) -> Rejected:
-    message = f"the row has {length / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
-    return Rejected(name, line, "too_long", message, excerpt(start))
-
-
-def _refuse_carriage_returns(row: Line) -> None:
-    """A whole file that is one line only because its lines end with carriage returns would be lost as one bad row."""
-    if isinstance(row.parse(), Rejected):
-        raise DataError(
-            f"{row.file}:1: the lines end with carriage returns alone; end them with line feeds, for example by "
-            f"tr '\\r' '\\n' < {row.file}"
-        )
 
 
 def read_json(path: File) -> Iterator[Row | Rejected]:
@@ -160,7 +141,7 @@ def _list_rows(path: File) -> Iterator[Row | Rejected]:
             elif raw := own.strip():
                 empty, number = False, line + own[: own.index(raw)].count(b"\n")
                 whole = len(raw) <= MAX_ROW_BYTES
-                yield Line(str(path), number, raw=raw) if whole else _too_long(str(path), number, raw[:1000], len(raw))
+                yield Line(str(path), number, raw=raw) if whole else too_long(str(path), number, raw[:1000], len(raw))
             elif what == b"," or not empty:
                 raise broken(
                     own, f"a comma before {'another' if what == b',' else 'the closing bracket'} is not allowed"

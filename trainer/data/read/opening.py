@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import re
 import stat
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from strategies.errors import DataError
+from trainer.data.document import Rejected, excerpt
 from trainer.data.fields import Refusal
 from trainer.data.read.remote import HEAD, Remote
 
@@ -32,35 +34,36 @@ MAX_ROW_BYTES = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _UNREADABLE = (OSError, EOFError, *_DAMAGED)
-_MAGIC = (
-    (rb"\x1f\x8b", "gzip-compressed data"),
-    (rb"\x28\xb5\x2f\xfd", "Zstandard-compressed data"),
-    (rb"BZh[1-9]1AY&SY", "bzip2-compressed data"),
-    (rb"\xfd7zXZ\x00", "xz-compressed data"),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (rb"PK(\x03\x04|\x05\x06)", "a zip archive (or an office document)"),
-    (rb".{257}ustar", "a tar archive"),
-    (rb"PAR1", "a Parquet file"),
-    (rb"ARROW1\x00\x00", "an Arrow file"),
-    (rb"\xff\xff\xff\xff.{2}\x00\x00", "an Arrow stream"),
-    (rb"\x89PNG\r\n\x1a\n", "a PNG image"),
-    (rb"\xff\xd8\xff", "a JPEG image"),
-    (rb"GIF8[79]a", "a GIF image"),
-    (rb"%PDF-\d", "a PDF document"),
-    (rb"SQLite format 3\x00", "an SQLite database"),
-    (rb"GGUF", "a GGUF model"),
-    (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32 text"),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16 text"),
+_KNOWN = (  # how contents begin, what they are, and the suffix of those that can be read
+    (rb"\x1f\x8b", "gzip-compressed data", ".gz"),
+    (rb"\x28\xb5\x2f\xfd", "Zstandard-compressed data", ".zst"),
+    (rb"BZh[1-9]1AY&SY", "bzip2-compressed data", ".bz2"),
+    (rb"\xfd7zXZ\x00", "xz-compressed data", ".xz"),
+    (rb"PK(\x03\x04|\x05\x06)", "a zip archive (or an office document)", ".zip"),
+    (rb"PAR1", "a Parquet file", ".parquet"),
+    (rb"ARROW1\x00\x00", "an Arrow file", ".arrow"),
+    (rb"\xff\xff\xff\xff.{2}\x00\x00", "an Arrow stream", ".arrow"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", ""),
+    (rb".{257}ustar", "a tar archive", ""),
+    (rb"\x89PNG\r\n\x1a\n", "a PNG image", ""),
+    (rb"\xff\xd8\xff", "a JPEG image", ""),
+    (rb"GIF8[79]a", "a GIF image", ""),
+    (rb"%PDF-\d", "a PDF document", ""),
+    (rb"SQLite format 3\x00", "an SQLite database", ""),
+    (rb"GGUF", "a GGUF model", ""),
+    (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32 text", ""),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", ""),
 )
-_SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name in _MAGIC)
-COMPRESSION = {
-    ".gz": "gzip-compressed data",
-    ".zst": "Zstandard-compressed data",
-    ".bz2": "bzip2-compressed data",
-    ".xz": "xz-compressed data",
-    ".zip": "a zip archive (or an office document)",
-}
+_SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name, _ in _KNOWN)
+SUFFIXES = {name: suffix for _, name, suffix in _KNOWN}
+"""The suffix of what a file was found to hold; empty where that cannot be read."""
+COMPRESSION = {suffix: name for _, name, suffix in _KNOWN[:5]}
 """Suffixes of compressed files, and what their first bytes say."""
+
+
+def compression_of(path: File) -> str:
+    """The suffix of a file's compression; empty where its name has none."""
+    return path.suffix.lower() if path.suffix.lower() in COMPRESSION else ""
 
 
 def require_regular(path: Path) -> None:
@@ -74,6 +77,17 @@ def require_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise DataError(f"{path}: is {kind}; data is read more than once, so write it to a regular file first")
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError with what to do about a file that has none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold a JSON object; {remedy}")
+    return found
 
 
 def identify(head: bytes) -> str | None:
@@ -107,7 +121,7 @@ def open_text(path: File) -> Iterator[BinaryIO]:
             head = file.peek(HEAD)[:HEAD]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
-            compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else None
+            compression = compression_of(path)
             found = identify(head)
             if compression and found != COMPRESSION[compression]:
                 what = f"it holds {found}" if found else "it is not compressed"
@@ -123,9 +137,9 @@ def open_text(path: File) -> Iterator[BinaryIO]:
         raise unreadable(path, error) from error
 
 
-def _decompressed(path: File, file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
+def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.BufferedReader:
     raw: Any
-    if compression is None:
+    if not compression:
         return file
     if compression == ".gz":
         raw = gzip.GzipFile(fileobj=file)
@@ -146,8 +160,7 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str | None) 
 
 def expansion(path: Path) -> float:
     """Decompressed bytes for each byte of the file, judged by its first MiB; 1 for what is not compressed. Raises DataError."""
-    suffix = path.suffix.lower()
-    if suffix not in COMPRESSION:
+    if not (suffix := compression_of(path)):
         return 1.0
     made = 0
     try:
@@ -203,19 +216,20 @@ def decode_utf8(raw: bytes) -> str:
         raise Refusal("not_utf8", said) from None
 
 
+def too_long(name: str, line: int, start: bytes | str, length: int) -> Rejected:
+    """A row of `length` bytes, which begins with `start`, as one that cannot be read."""
+    message = f"the row has {length / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
+    return Rejected(name, line, "too_long", message, excerpt(start))
+
+
 def _remedy(path: File, found: str) -> str:
     if found.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
-    compressed = path.suffix.lower() in COMPRESSION
-    for suffix, name in COMPRESSION.items():
-        if found == name and compressed:
-            return " inside the compression; decompress it once"
-        if found == name:
-            return f"; name it {path.name}{suffix}"
-    if found == "a Parquet file":
-        return "; name it .parquet"
-    if found.startswith("an Arrow"):
-        return "; name it .arrow"
+    compressed, suffix = compression_of(path), SUFFIXES[found]
+    if suffix in COMPRESSION:
+        return " inside the compression; decompress it once" if compressed else f"; name it {path.name}{suffix}"
+    if suffix:
+        return f"; name it {suffix}"
     promised = path.suffixes[-2] if compressed else path.suffix
     return f", not the text that {promised} promises; export it as text first, or remove it"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row
-from trainer.data.read.columnar import BATCH, count_rows, read_arrow, read_parquet, table_rows, taken_of
+from trainer.data.read.columnar import BATCH, count_rows, read_table, table_rows, taken_of
 from trainer.data.read.json_rows import read_json, read_json_lines
-from trainer.data.read.opening import COMPRESSION, File, expansion
+from trainer.data.read.opening import File, compression_of, expansion
 from trainer.data.read.paths import COLUMN_KINDS, PREFIX, SUPPORTED, TEXT_KINDS, check_name, is_hub, kind_of
 from trainer.data.read.remote import Remote
 from trainer.data.read.text import read_csv, read_text_file
@@ -28,8 +28,8 @@ _READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
     ".tsv": partial(read_csv, delimiter="\t"),
     ".txt": read_text_file,
     ".md": read_text_file,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
+    ".parquet": read_table,
+    ".arrow": read_table,
 }
 UNREACHED = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
 """Errors that mean that no hub answered."""
@@ -91,8 +91,8 @@ class Origin:
                 found.append(("hub", ":".join("" if part is None else str(part) for part in parts)))
                 continue
             content = path.identity() if isinstance(path, Remote) else digest(path)
-            compression = path.suffix.lower() if path.suffix.lower() in COMPRESSION else ""
-            found.append((path.name if kind_of(path) in TEXT_KINDS else f"{kind_of(path)}{compression}", content))
+            kind = f"{kind_of(path)}{compression_of(path)}"
+            found.append((path.name if kind_of(path) in TEXT_KINDS else kind, content))
         return found
 
     def size(self) -> int:

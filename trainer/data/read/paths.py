@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.read.opening import COMPRESSION, File, require_regular
+from trainer.data.read.opening import COMPRESSION, File, compression_of, read_object, require_regular
 from trainer.data.read.remote import remote_files
 
 TEXT_KINDS = (".txt", ".md")
@@ -34,20 +33,13 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
-_PACKED = "|".join(map(re.escape, COMPRESSION))
-_READABLE = (
-    rf"({'|'.join(map(re.escape, LINE_KINDS + TEXT_KINDS))})({_PACKED})?$|({'|'.join(map(re.escape, COLUMN_KINDS))})$"
-)
 
 
 def kind_of(path: File) -> str | None:
     """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSION:
-        inner = suffixes[-2] if len(suffixes) > 1 else ""
-        return inner if inner in LINE_KINDS + TEXT_KINDS else None
-    last = suffixes[-1] if suffixes else ""
-    return last if last in LINE_KINDS + TEXT_KINDS + COLUMN_KINDS else None
+    packed = bool(compression_of(path))
+    kind = "".join(path.suffixes[: -1 if packed else None][-1:]).lower()
+    return kind if kind in LINE_KINDS + TEXT_KINDS + (() if packed else COLUMN_KINDS) else None
 
 
 def is_address(value: str) -> bool:
@@ -95,7 +87,7 @@ def expand(path_value: Any, key: str, *, remote: bool = False) -> list[File]:
                     f"{key}={value} is an address; set data.remote=true to read it over the network, or download the file, "
                     "or write hub:ORGANISATION/NAME"
                 )
-            files.update({file: file for file in remote_files(str(value), key, _READABLE)})
+            files.update({file: file for file in remote_files(str(value), key, kind_of)})
             continue
         for found in _expand_one(str(value).removeprefix("file://"), key):
             files.setdefault(found.resolve(), found)
@@ -197,7 +189,7 @@ def _walk(directory: Path, key: str, above: tuple[Path, ...]) -> Iterator[Path]:
 def _saved_files(directory: Path, key: str) -> list[Path] | None:
     """Arrow files, in order, of a directory that `datasets.save_to_disk` made; None for any other directory."""
     if (directory / "dataset_dict.json").is_file():
-        splits = list(_json(directory / "dataset_dict.json", key).get("splits", []))
+        splits = list(read_object(directory / "dataset_dict.json", "save the data set again").get("splits", []))
         if len(splits) != 1:
             names = ", ".join(splits)
             example = directory / (splits[0] if splits else "train")
@@ -206,7 +198,7 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
     state = directory / "state.json"
     if not (state.is_file() and (directory / "dataset_info.json").is_file()):
         return None
-    described = _json(state, key)
+    described = read_object(state, "save the data set again")
     if described.get("_indices_data_files"):
         raise DataError(
             f"{key}={directory} was saved with a selection of rows; call flatten_indices() and save it again"
@@ -215,16 +207,6 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
     for file in files:
         require_regular(file)
     return files
-
-
-def _json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{key}: {path}: cannot be read ({error}); save the data set again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{key}: {path}: must hold an object; save the data set again")
-    return value
 
 
 def _nearest(path: Path) -> str:

@@ -73,17 +73,21 @@ class Remote:
         return digest.hexdigest()
 
 
-def remote_files(value: str, key: str, readable: str) -> list[Remote]:
+def remote_files(value: str, key: str, kind_of: Callable[[Remote], str | None]) -> list[Remote]:
     """Files of an address: one file, a pattern with `*`, or all below a directory. Raises DataError.
 
-    `readable`: a pattern of the names that can be read; it tells a file from a directory.
+    `kind_of` says how a file is read, None where it cannot be; that tells a file from a directory.
     """
-    if re.search(readable, Remote(value).name, re.IGNORECASE) and "*" not in value:
+    if kind_of(Remote(value)) and "*" not in value:
         Remote(value).size()
         return [Remote(value)]
-    names = _asked(value, lambda files, path: files.glob(path) if "*" in value else files.find(path))
-    found = [Remote(_found(value)[0].unstrip_protocol(name)) for name in sorted(names)]
-    found = [file for file in found if re.search(readable, file.name, re.IGNORECASE) and not file.name.startswith(".")]
+
+    def below(files: Any, path: str) -> list[str]:
+        names = files.glob(path) if "*" in value else files.find(path)
+        return [files.unstrip_protocol(name) for name in sorted(names)]
+
+    found = [Remote(url) for url in _asked(value, below)]
+    found = [file for file in found if kind_of(file) and not file.name.startswith(".")]
     if not found:
         raise DataError(f"{key}={value} names no file that can be read")
     return found
@@ -131,38 +135,21 @@ class _Reading(io.RawIOBase):
 
 
 def _asked(url: str, ask: Callable[[Any, str], Any]) -> Any:
-    """What the file system of an address answers, given its path there. Raises DataError."""
-    filesystem, path = _found(url)
-    try:
-        return ask(filesystem, path)
-    except Exception as error:
-        raise _failed(url, error) from error
-
-
-def _found(url: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it. Raises DataError, also for a package that is missing."""
+    """What the file system of an address answers, given its path there. Raises DataError, also for a package that is missing."""
     from fsspec.core import url_to_fs
 
     try:
-        filesystem, path = url_to_fs(url)
+        files, path = url_to_fs(url)
+        return ask(files, str(path))
     except ImportError as error:
         package = re.search(r"\b(s3fs|gcsfs|adlfs|ossfs|paramiko|aiohttp|huggingface_hub|\w+fs)\b", str(error))
         name = package.group() if package else str(error)
         raise DataError(f"{url}: reading it needs the package {name}: pip install {name}") from error
-    except ValueError as error:
-        raise DataError(f"{url}: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: does not exist, or nobody answers there") from error
     except Exception as error:
-        raise _failed(url, error) from error
-    return filesystem, str(path)
-
-
-def _failed(url: str, error: Exception) -> DataError:
-    if isinstance(error, DataError):
-        return error
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{url}: does not exist, or nobody answers there")
-    cause = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-    return DataError(
-        f"{url}: cannot be read: {type(error).__name__}{f': {cause}' if cause else ''}; check the address, the network and "
-        "your credentials, or download the file and give its path"
-    )
+        cause = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+        raise DataError(
+            f"{url}: cannot be read: {type(error).__name__}{f': {cause}' if cause else ''}; check the address, the network "
+            "and your credentials, or download the file and give its path"
+        ) from error

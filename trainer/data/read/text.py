@@ -13,7 +13,7 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Refusal
-from trainer.data.read.opening import COMPRESSION, MAX_ROW_BYTES, File, decode_utf8, open_text
+from trainer.data.read.opening import MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
 
 INDEX = "Unnamed: 0"
 """Name of a first column without one, as pandas calls it."""
@@ -135,11 +135,14 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
         message = f"the file is longer than {MAX_ROW_BYTES >> 20} MiB, the most one document may have; split it"
         yield Rejected(name, 1, "too_long", message, excerpt(raw))
         return
-    try:
-        text = decode_utf8(raw)
-    except Refusal as refused:
-        yield Rejected(name, 1, refused.reason, _by_line(raw, refused), excerpt(raw))
-        return
+    lines = list[str]()
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        try:
+            lines.append(decode_utf8(line))
+        except Refusal as refused:
+            yield Rejected(name, 1, refused.reason, f"line {number}: {refused.message}", excerpt(raw))
+            return
+    text = "\n".join(lines)
     if not text.strip():
         yield Rejected(name, 1, "empty", "the file holds only blanks", excerpt(text))
         return
@@ -149,15 +152,5 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
 
 def title(path: File) -> str:
     """The file's name without its suffixes."""
-    name = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSION else path.name
+    name = path.name.removesuffix(path.suffix) if compression_of(path) else path.name
     return PurePath(name).stem
-
-
-def _by_line(raw: bytes, refused: Refusal) -> str:
-    """The message with the line of the first bad byte, which `decode_utf8` counts from the start of the file."""
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        try:
-            decode_utf8(line)
-        except Refusal as here:
-            return f"line {number}: {here.message}"
-    return refused.message

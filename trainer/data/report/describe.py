@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.batches.mixing import quotas, realised, source_weights
+from trainer.data.batches.mixing import Mix, source_weights
 from trainer.data.blocks import QUARANTINE, Totals
 from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat, PrivacyMode
@@ -171,15 +171,10 @@ class Description:
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
         """What the weights ask for, and what an epoch of unpacked documents makes of them."""
-        if train.sources is None or all(source.weight is None for source in self.config.sources.values()):
+        if train.sources is None or not source_weights(self.config, train.source_names):
             return {}
-        names = train.source_names
-        weights = source_weights(self.config, names)
-        units = np.bincount(train.sources, minlength=len(names))
-        tokens = np.bincount(train.sources, train.lengths, minlength=len(names)).astype(np.int64)
-        over, epoch = self.config.mixing.over, self.config.mixing.epoch
-        quota = quotas(units, tokens, weights, over, epoch, names=names)
-        told = realised(units, tokens, weights, quota, names=names)
+        mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)
+        told = mix.realised(mix.quotas(self.config.mixing))
         return {name: part for name, part in told.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> form.PersonalData | None:

@@ -6,7 +6,6 @@ never as markup or as terminal codes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from strategies.errors import ConfigError, DataError
+from trainer.data.read.opening import read_object
 from trainer.data.report.audit import distribution, sizes
 from trainer.data.report.wording import percent, visible
 from trainer.data.store.documents import NAME, DocumentTable
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 ORDER = {"train": 0, "eval": 1, "test": 2}
+AGAIN = "prepare the data again"
 
 
 @dataclass(slots=True)
@@ -78,12 +79,12 @@ def locate(path: Path) -> Entry:
     inside = [entry for entry in path.iterdir() if (entry / "manifest.json").is_file()]
     inside.sort(key=lambda entry: (ORDER.get(entry.name, len(ORDER)), entry.name))
     splits = {entry.name: entry for entry in inside} or {path.name: path}
-    return Entry(path, _json(path / "manifest.json"), splits)
+    return Entry(path, read_object(path / "manifest.json", AGAIN), splits)
 
 
 def _of_run(run: Path) -> Path:
     """The data directory of a run; a relative one counts from the working directory, else from the run."""
-    named = _json(run / "run.json").get("data_directory")
+    named = read_object(run / "run.json", AGAIN).get("data_directory")
     if not named:
         raise ConfigError(f"{run / 'run.json'}: does not say where the data of the run is; name its prepared directory")
     for directory in (Path(named).expanduser(), run / named):
@@ -94,16 +95,6 @@ def _of_run(run: Path) -> Path:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); prepare the data again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: must hold a JSON object; prepare the data again")
-    return found
-
-
 def find(prepared: Entry, split: str, text: str) -> np.ndarray:
     """Sequences of a split whose document holds `text`, whatever its case: int64, in order.
 
@@ -111,7 +102,7 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
     """
     path, data = prepared.directory / NAME, prepared.split(split)
     if data.documents is None or not path.is_file():
-        raise DataError(f"find=: {path} is not there, so texts cannot be searched; prepare the data again")
+        raise DataError(f"find=: {path} is not there, so texts cannot be searched; {AGAIN}")
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -130,7 +121,7 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
             hits.append(np.flatnonzero(found) + first)
             first += batch.num_rows
     except pa.ArrowException as error:
-        raise DataError(f"{path}: cannot be read ({error}); prepare the data again") from error
+        raise DataError(f"{path}: cannot be read ({error}); {AGAIN}") from error
     return np.flatnonzero(np.isin(data.documents, np.concatenate(hits))).astype(np.int64)
 
 

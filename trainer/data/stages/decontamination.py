@@ -30,9 +30,9 @@ def _words(text: str) -> np.ndarray:
 
 
 def _runs(words: np.ndarray, length: int) -> np.ndarray:
-    """uint64: the distinct runs of `length` words."""
+    """uint64: the distinct runs of `length` words, other numbers than those of any other length."""
     number = max(len(words) - length + 1, 0)
-    total = np.zeros(number, np.uint64)
+    total = np.full(number, length, np.uint64)
     for step in range(length):
         total = total * np.uint64(0x9E3779B97F4A7C15) + words[step : step + number]
     return np.unique(total)
@@ -64,8 +64,7 @@ class Decontaminator:
         self.skipped: Counter[str] = Counter()
         """Evaluation texts that are not looked for, by reason."""
         self._places: list[str] = []
-        parts: dict[int, list[np.ndarray]] = {}
-        owners: dict[int, list[int]] = {}
+        parts, lengths = list[np.ndarray](), list[int]()
         seen: set[bytes] = set()
         for where, text in texts:
             words = _words(text)
@@ -73,21 +72,19 @@ class Decontaminator:
                 self.skipped["too_short" if len(words) < MIN_WORDS else "repeated"] += 1
                 continue
             seen.add(words.tobytes())
-            length = min(NGRAM, len(words))
-            parts.setdefault(length, []).append(_runs(words, length))
-            owners.setdefault(length, []).append(len(self._places))
+            lengths.append(min(NGRAM, len(words)))
+            parts.append(_runs(words, lengths[-1]))
             self._places.append(where)
-        self._sizes = np.zeros(len(self._places), np.int64)
-        self._tables: list[tuple[int, np.ndarray, np.ndarray]] = []
-        """(words of a run, the runs sorted, the evaluation text that each is of)."""
-        for length, found in sorted(parts.items()):
-            runs, texts_of = np.concatenate(found), np.repeat(owners[length], [len(part) for part in found])
-            if length == NGRAM:
-                _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
-                runs, texts_of = runs[counts[inverse] <= MAX_SHARED], texts_of[counts[inverse] <= MAX_SHARED]
-            order = np.argsort(runs, kind="stable")
-            self._sizes += np.bincount(texts_of, minlength=len(self._sizes))
-            self._tables.append((length, runs[order], texts_of[order]))
+        self._lengths = sorted({*lengths})
+        """Words of a run: 13, and those of the shorter texts."""
+        runs = np.concatenate([np.zeros(0, np.uint64), *parts])
+        owners = np.repeat(np.arange(len(parts)), np.array([len(part) for part in parts], np.int64))
+        _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
+        own = (counts[inverse] <= MAX_SHARED) | (np.array(lengths, np.int64)[owners] < NGRAM)
+        order = np.argsort(runs[own], kind="stable")
+        self._runs, self._texts_of = runs[own][order], owners[own][order]
+        """Sorted, and the evaluation text that each is of."""
+        self._sizes = np.bincount(self._texts_of, minlength=len(parts))
         self.skipped["only_shared_wording"] = int((self._sizes == 0).sum())
         if not self._sizes.any():
             raise DataError(
@@ -99,11 +96,10 @@ class Decontaminator:
     def match(self, text: str) -> tuple[str, float] | None:
         """The evaluation text (its place) of which `text` holds the largest share, and that share; None where clean."""
         words, counts = _words(text), np.zeros(len(self._sizes), np.int64)
-        for length, runs, texts_of in self._tables:
-            own = _runs(words, length)
-            left, right = np.searchsorted(runs, own, "left"), np.searchsorted(runs, own, "right")
-            for begin, end in zip(left[left < right].tolist(), right[left < right].tolist(), strict=True):
-                counts[texts_of[begin:end]] += 1
+        own = np.concatenate([_runs(words, length) for length in self._lengths])
+        left, right = np.searchsorted(self._runs, own, "left"), np.searchsorted(self._runs, own, "right")
+        for begin, end in zip(left[left < right].tolist(), right[left < right].tolist(), strict=True):
+            counts[self._texts_of[begin:end]] += 1
         shares = counts / np.maximum(self._sizes, 1)
         best = int(np.argmax(shares))
         return (self._places[best], float(shares[best])) if shares[best] > 0 else None

@@ -8,7 +8,6 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 from trainer.data.config import FilterConfig
@@ -126,9 +125,6 @@ def problems(config: FilterConfig) -> Iterator[str]:
     if any(not phrase.strip() for phrase in config.drop_phrases):
         yield "data.filters.drop_phrases has an empty phrase, which every text contains; remove it"
     if not config.languages:
-        return
-    if find_spec("py3langid") is None:
-        yield "data.filters.languages needs the package py3langid, which is not installed: pip install py3langid"
         return
     known = {str(code) for code in _identifier().labels} - {NO_LANGUAGE}
     for code in config.languages:

@@ -160,11 +160,14 @@ def summed(counts: np.ndarray) -> float:
 
 def sequences_of(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another."""
-    first = np.cumsum(pieces) - pieces
-    counts = pieces[documents]
-    ends = np.cumsum(counts)
-    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return (np.repeat(first[documents], counts) + within).astype(np.int64)
+    return runs_of((np.cumsum(pieces) - pieces)[documents], pieces[documents])
+
+
+def runs_of(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """int64: whole numbers in runs, one after another, of which each has its begin and its size."""
+    ends = np.cumsum(sizes)
+    within = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)
+    return (np.repeat(begins, sizes) + within).astype(np.int64)
 
 
 def _map(path: Path, dtype: type, count: int) -> np.ndarray:

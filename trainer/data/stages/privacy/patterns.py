@@ -10,20 +10,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable
+from importlib import import_module
 
-from stdnum import iban as _iban
-from stdnum import luhn as _luhn
 from stdnum import numdb
-from stdnum.br import cpf as _cpf
-from stdnum.de import idnr
-from stdnum.es import dni, nie
-from stdnum.fr import nir as _nir
-from stdnum.gb import nhs as _nhs
-from stdnum.in_ import aadhaar as _aadhaar
-from stdnum.it import codicefiscale
-from stdnum.nl import bsn as _bsn
-from stdnum.pl import pesel as _pesel
-from stdnum.us import ssn as _ssn
 
 from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule
 
@@ -56,28 +45,19 @@ def compact(text: str) -> str:
     return "".join(character for character in text if character.isalnum()).upper()
 
 
-def _checked(is_valid: Callable[[str], bool]) -> Callable[[str], bool]:
-    """A check of stdnum for numbers written with any separators; one repeated digit is nobody's number."""
+def known(module: str, **options: bool) -> Callable[[str], bool]:
+    """The check of a module of stdnum, for numbers written with any separators; one repeated digit is nobody's number."""
+    is_valid = import_module(f"stdnum.{module}").is_valid
 
     def holds(text: str) -> bool:
         number = compact(text)
-        return number.isascii() and len(set(number)) > 1 and is_valid(number)
+        return number.isascii() and len(set(number)) > 1 and is_valid(number, **options)
 
     return holds
 
 
-luhn = _checked(_luhn.is_valid)
-iban = _checked(lambda number: _iban.is_valid(number, check_country=False))
-nhs = _checked(_nhs.is_valid)
-ssn = _checked(_ssn.is_valid)
-tax_id_de = _checked(idnr.is_valid)
-nir = _checked(_nir.is_valid)
-nif_es = _checked(lambda number: nie.is_valid(number) or dni.is_valid(number.rjust(9, "0")))
-fiscal_code = _checked(codicefiscale.is_valid)
-bsn = _checked(_bsn.is_valid)
-pesel = _checked(_pesel.is_valid)
-aadhaar = _checked(_aadhaar.is_valid)
-cpf = _checked(_cpf.is_valid)
+luhn, iban = known("luhn"), known("iban", check_country=False)
+nie, dni = known("es.nie"), known("es.dni")
 
 
 def card(text: str) -> bool:
@@ -86,6 +66,11 @@ def card(text: str) -> bool:
     return any(
         low <= number[: len(low)] <= high and len(number) in lengths for low, high, lengths in CARD_LENGTHS
     ) and luhn(number)
+
+
+def nif_es(text: str) -> bool:
+    """Spanish NIE, or DNI, which may lack its leading zeros."""
+    return nie(text) or dni(compact(text).rjust(9, "0"))
 
 
 def nino(text: str) -> bool:
@@ -181,26 +166,30 @@ FISCAL_CODE = (
 NIF = r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]"
 SSN_WORDS, AADHAAR_WORDS = r"ssn|social security(?: number| no\.?)?", "aadhaar|aadhar|uidai"
 NATIONAL = [
-    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, ssn, SSN_WORDS),
-    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, ssn, SSN_WORDS),
-    _number("US_SSN", r"\d{9}", 0.2, ssn, SSN_WORDS, boosted=0.9),
+    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, known("us.ssn"), SSN_WORDS),
+    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, known("us.ssn"), SSN_WORDS),
+    _number("US_SSN", r"\d{9}", 0.2, known("us.ssn"), SSN_WORDS, boosted=0.9),
     _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, itin, r"itin|taxpayer (?:id|identification)\w*"),
     _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, itin),
-    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, nhs, "nhs"),
-    _number("UK_NHS", r"\d{10}", 0.3, nhs, "nhs"),
+    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, known("gb.nhs"), "nhs"),
+    _number("UK_NHS", r"\d{10}", 0.3, known("gb.nhs"), "nhs"),
     rule("UK_NINO", NINO, 0.75, check=nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
-    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, tax_id_de, r"steuer\S*|idnr|tax id|tin"),
-    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, nir),
+    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, known("de.idnr"), r"steuer\S*|idnr|tax id|tin"),
+    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, known("fr.nir")),
     _number("ES_NIF", NIF, 0.65, nif_es, "dni|nie|nif"),
-    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=fiscal_code, needs="digit"),
+    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=known("it.codicefiscale"), needs="digit"),
     _number(
-        "NL_BSN", r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}", 0.3, bsn, r"bsn|burgerservicenummer|sofi\S*"
+        "NL_BSN",
+        r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
+        0.3,
+        known("nl.bsn"),
+        r"bsn|burgerservicenummer|sofi\S*",
     ),
-    _number("PL_PESEL", r"\d{11}", 0.55, pesel, "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, aadhaar, AADHAAR_WORDS),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, aadhaar, AADHAAR_WORDS),
-    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, cpf),
-    _number("BR_CPF", r"\d{11}", 0.4, cpf, "cpf"),
+    _number("PL_PESEL", r"\d{11}", 0.55, known("pl.pesel"), "pesel"),
+    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, known("in_.aadhaar"), AADHAAR_WORDS),
+    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, known("in_.aadhaar"), AADHAAR_WORDS),
+    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, known("br.cpf")),
+    _number("BR_CPF", r"\d{11}", 0.4, known("br.cpf"), "cpf"),
 ]
 
 MBI = "[AC-HJKMNP-RT-Y]"

@@ -36,6 +36,8 @@ NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
 DIGIT = re.compile(r"\d")
 PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
 """What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
+FREE = re.compile(b"1+")
+"""Characters that no finding has taken."""
 ORDER = {name: place for place, name in enumerate(TYPES)}
 RULES = (*patterns.RULES, *context.RULES)
 KEY = "SHARDTUNE_PSEUDONYM_KEY"
@@ -107,24 +109,16 @@ def resolve(text: str, found: list[Finding]) -> list[Finding]:
 
     What a later one adds stays, so every character that any finding covers is covered by exactly one finding of the result.
     """
-    taken: list[Finding] = []
+    taken, free = list[Finding](), bytearray(b"1") * len(text)
     for finding in sorted(
         found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, ORDER[f.type], f.start)
     ):
-        pieces = [(finding.start, finding.end)]
-        for other in taken:
-            pieces = [piece for start, end in pieces for piece in _without(start, end, other.start, other.end)]
-        for start, end in pieces:
+        for piece in list(FREE.finditer(free, finding.start, finding.end)):
+            start, end = piece.span()
             if any(c.isalnum() for c in text[start:end]):
                 taken.append(Finding(finding.type, start, end, finding.score))
+                free[start:end] = bytes(end - start)
     return sorted(taken, key=lambda f: f.start)
-
-
-def _without(start: int, end: int, cut_start: int, cut_end: int) -> list[tuple[int, int]]:
-    """The parts of start:end outside cut_start:cut_end."""
-    if end <= cut_start or cut_end <= start:
-        return [(start, end)]
-    return [(a, b) for a, b in ((start, cut_start), (cut_end, end)) if a < b]
 
 
 HEX_DIGITS = 8
@@ -182,14 +176,12 @@ class Privacy:
         """The text with every finding replaced by its placeholder."""
         parts, end = [], 0
         for finding in found:
-            parts += [text[end : finding.start], self._placeholder(finding.type, text[finding.start : finding.end])]
+            placeholder, value = f"[{finding.type}]", text[finding.start : finding.end]
+            if self.config.mode == PrivacyMode.pseudonymise:
+                placeholder = pseudonym(finding.type, value, self._key, self.config.regions)
+            parts += [text[end : finding.start], placeholder]
             end = finding.end
         return "".join([*parts, text[end:]])
-
-    def _placeholder(self, type_: str, value: str) -> str:
-        if self.config.mode == PrivacyMode.pseudonymise:
-            return pseudonym(type_, value, self._key, self.config.regions)
-        return f"[{type_}]"
 
 
 def check(findings: Findings, config: PrivacyConfig) -> None:
