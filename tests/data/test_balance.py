@@ -43,14 +43,16 @@ CONFIGS = st.builds(
 )
 
 
-@given(sizes=st.lists(st.integers(0, 25), min_size=1, max_size=5), config=CONFIGS, seed=st.integers(0, 2**40))
+@given(
+    sizes=st.lists(st.integers(0, 25), min_size=1, max_size=5).filter(any), config=CONFIGS, seed=st.integers(0, 2**40)
+)
 def test_what_always_holds(sizes, config, seed):
     group_of = members(*sizes)
     chosen, report = resample(names(len(sizes)), group_of, config, seed)
     assert chosen.dtype == np.int64 and (np.diff(chosen) >= 0).all()  # input order, repeats side by side
     assert chosen.tolist() == resample(names(len(sizes)), group_of, config, seed)[0].tolist()
     uses = np.bincount(chosen, minlength=len(group_of))
-    assert len(chosen) == sum(after(report)) and uses.max(initial=0) <= config.max_repeats
+    assert 0 < len(chosen) == sum(after(report)) and uses.max(initial=0) <= config.max_repeats
     for group, row in enumerate(report.values()):
         of_group = uses[group_of == group]
         assert row["before"] == sizes[group] and row["after"] == of_group.sum()
@@ -60,9 +62,8 @@ def test_what_always_holds(sizes, config, seed):
         assert config.cap is None or row["after"] <= config.cap
         if config.max_repeats > 1:
             assert row["after"] >= min(sizes[group], config.cap or sizes[group])
-    if len(chosen):
-        for share in ("share_before", "share_after", "share_target"):
-            assert math.isclose(sum(row[share] for row in report.values()), 1)
+    for share in ("share_before", "share_after", "share_target"):
+        assert math.isclose(sum(row[share] for row in report.values()), 1)
 
 
 @given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=5), temperature=st.floats(1, 6))
@@ -77,9 +78,8 @@ def test_shares_are_those_of_the_temperature_within_rounding(sizes, temperature)
 
 
 def test_nothing_changes_unless_asked():
-    for settings in ({"by": BalanceBy.none, "target": BalanceTarget.uniform}, {"by": LABEL}):
-        chosen, report = resample(names(2), members(30, 5), BalanceConfig(**settings), 1)
-        assert chosen.tolist() == list(range(35)) and after(report) == [30, 5]
+    chosen, report = resample(names(2), members(30, 5), BalanceConfig(by=LABEL), 1)
+    assert chosen.tolist() == list(range(35)) and after(report) == [30, 5]
 
 
 def test_uniform_by_repeating_and_by_leaving_out():
@@ -169,8 +169,3 @@ def test_a_share_for_a_group_without_documents_is_refused():
     config = BalanceConfig(by=LABEL, target=BalanceTarget.shares, shares={"a": 1, "b": 1})
     with pytest.raises(ConfigError, match=r"data\.balance\.shares\.b=1: no document is in that group"):
         resample(["a", "b"], np.zeros(3, dtype=np.int64), config, 0)
-
-
-def test_no_documents_stay_no_documents():
-    chosen, report = resample([], np.zeros(0, dtype=np.int64), BalanceConfig(by=LABEL, cap=3), 0)
-    assert chosen.tolist() == [] and report == {}

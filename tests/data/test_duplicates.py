@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from trainer.data.choose.near import MAX_CHECKED, jaccard, ngrams
-from trainer.data.choose.signatures import Signer, compared_text, first_equal, normalize, prompt_of
+from trainer.data.choose.signatures import Signer, compared_text, normalize, prompt_of
 from trainer.data.choose.splits import KINDS, find_duplicates, policies_of
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
@@ -144,14 +144,6 @@ def test_jaccard_is_the_true_one(corpus, similarities):
         got = jaccard(*(set(ngrams(normalize(corpus[row]))) for row in (first, second)))
         assert got == pytest.approx(similarities[first, second], abs=1e-12)
     assert jaccard(set(), set()) == 0
-
-
-def test_first_equal():
-    digest = np.array([5, 7, 5, 9, 7, 5], dtype=np.uint64)
-    assert first_equal(digest, digest, np.arange(6)).tolist() == [0, 1, 0, 3, 1, 0]
-    assert first_equal(digest, digest[1:], np.arange(1, 6)).tolist() == [2, 1, 2, 3, 1, 2]
-    assert first_equal(digest, digest[3:4], np.array([8])).tolist() == [-1, -1, -1, 8, -1, -1]
-    assert first_equal(digest, digest[:0], np.arange(0)).tolist() == [-1] * 6
 
 
 def test_short_texts_are_near_only_with_the_same_words():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from strategies.errors import DataError
-from trainer.data.choose.leakage import LEAKS, find_leaks, settle
+from trainer.data.choose.leakage import LEAKS, find_leaks, first_equal, settle
 from trainer.data.choose.signatures import Signer, compared_text
 from trainer.data.config import (
     ComparedText,
@@ -228,3 +228,11 @@ def test_texts_of_an_evaluation_document():
     chat = Document(file="e", line=3, messages=[{"role": role, "content": text} for role, text in turns])
     assert list(evaluation_texts(chat)) == [("e:3", "Who?"), ("e:3", "Why?"), ("e:3", long)]
     assert list(evaluation_texts(row("p", "yes", "e", 4))) == [("e:4", "p")]
+
+
+def test_first_equal():
+    digest = np.array([5, 7, 5, 9, 7, 5], dtype=np.uint64)
+    assert first_equal(digest, digest, np.arange(6)).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_equal(digest, digest[1:], np.arange(1, 6)).tolist() == [2, 1, 2, 3, 1, 2]
+    assert first_equal(digest, digest[3:4], np.array([8])).tolist() == [-1, -1, -1, 8, -1, -1]
+    assert first_equal(digest, digest[:0], np.arange(0)).tolist() == [-1] * 6

@@ -5,15 +5,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trainer.data.document import Document
+from trainer.data.store.documents import NAME, schema, to_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 
 def write(
     directory: Path, samples: Iterable[Sample], counts: Callable[[Sample], dict[str, float]], manifest: dict[str, Any]
 ) -> None:
-    """Write samples as a store of their own into `directory`, which must not exist."""
+    """Write samples as a store of their own into `directory`, which must not exist: a document each, of one source."""
+    import pyarrow as pa
+
     directory.mkdir(parents=True)
-    store = StoreWriter(directory)
-    store.append(Sequences.of(list(samples), counts))
+    store, sequences = StoreWriter(directory), Sequences.of(list(samples), counts)
+    number = len(sequences.lengths)
+    none = np.zeros(number, np.int64)
+    sequences.columns |= {"document": np.arange(number), "source": none, "ended": none}
+    store.append(sequences)
     store.finish()
-    (directory / "manifest.json").write_text(json.dumps({**manifest, "documents": len(store.lengths)}, default=str))
+    with pa.ipc.new_stream(str(directory / NAME), schema()) as table:
+        table.write_batch(to_batch([Document("made", line, text="") for line in range(1, number + 1)]))
+    about = {"sources": ["data"], **manifest, "documents": number}
+    (directory / "manifest.json").write_text(json.dumps(about, default=str))

@@ -245,12 +245,12 @@ class Tally:
 
     def drop(self, stage: str, reason: str, where: str) -> None:
         """Count one dropped document; `where` is its file:line, perhaps with a word on it."""
-        self._add(self.dropped, stage, reason, where, 1)
+        self._add(self.dropped, stage, reason, where)
         self.drops.append((stage, reason, where))
 
-    def note(self, stage: str, what: str, where: str, number: int = 1) -> None:
+    def note(self, stage: str, what: str, where: str) -> None:
         """Count something seen in (or done to) a document that stays."""
-        self._add(self.noted, stage, what, where, number)
+        self._add(self.noted, stage, what, where)
 
     def merge(self, other: Tally) -> None:
         """Add a later block's tally."""
@@ -261,8 +261,8 @@ class Tally:
             keep_first(self.examples, key, places)
         self.findings.merge(other.findings)
 
-    def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str, number: int) -> None:
-        table.setdefault(stage, Counter())[reason] += number
+    def _add(self, table: dict[str, Counter[str]], stage: str, reason: str, where: str) -> None:
+        table.setdefault(stage, Counter())[reason] += 1
         keep_first(self.examples, f"{stage}/{reason}", [where])
 
 

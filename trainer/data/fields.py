@@ -87,7 +87,10 @@ def is_texts(value: Any) -> bool:
 
 
 def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
-    """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text, surrogate."""
+    """The text in a column, or the one in its list. Raises Refusal: not_text, empty_text.
+
+    What is no character is refused where files are read.
+    """
     value: Any = fields.get(key)
     choice = "" if name else f", or choose one with data.columns, as in data.columns.{key}={key}.0"
     name = name or f'"{key}"'
@@ -100,11 +103,6 @@ def text_of(fields: dict[str, Any], key: str, name: str | None = None) -> str:
         raise Refusal("not_text", f"{name} is {shown(value) if key in fields else 'missing'}; it must be a text")
     if not value or value.isspace():
         raise Refusal("empty_text", f"{name} is an empty text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"half a surrogate pair (character {error.start + 1})"
-        raise Refusal("surrogate", f"{name} holds {half}, which is no character") from None
     return value
 
 
@@ -130,17 +128,10 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns, and keys of turns, that hold what is no text."""
 _TALK = ("history", "tool_calls", "reasoning_content", "thinking")
 _BESIDE = ("passage", "context")
-_TURNS, _ASKED = (*MEDIA, *_TALK), (*MEDIA, *_TALK, *_BESIDE)
 CARRIERS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.messages: _TURNS,
-    DataFormat.sharegpt: _TURNS,
-    DataFormat.alpaca: _ASKED,
-    DataFormat.prompt_completion: _ASKED,
-    DataFormat.preference: _ASKED,
-    DataFormat.thumbs: _ASKED,
-    DataFormat.pair: MEDIA,
-    DataFormat.labelled: MEDIA,
-    DataFormat.text: MEDIA,
+    **dict.fromkeys(DataFormat, (*MEDIA, *_TALK, *_BESIDE)),
+    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA, *_TALK)),
+    **dict.fromkeys((DataFormat.pair, DataFormat.labelled, DataFormat.text), MEDIA),
 }
 """Columns that carry meaning beside what a format reads."""
 MOST_NAMES = 1000

@@ -181,8 +181,6 @@ class RowReader:
         refuses: bool = True,
         group: str | None = None,
     ) -> None:
-        if format is DataFormat.auto:
-            raise ValueError("a reader needs a format; recognise() finds it from the first row")
         self.format, self.columns, self.source, self.ignored = format, dict(columns), source, frozenset(ignored)
         self.label_of, self.group = label, group
         self._setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"

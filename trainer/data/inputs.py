@@ -197,15 +197,13 @@ def readers_of(
 
 
 def _first_row(item: Input) -> Row:
-    first_bad: Rejected | None = None
+    bad = list[Rejected]()
     for row in islice(item.origin.rows(), 1000):
         parsed = row.parse()
         if isinstance(parsed, Row):
             return parsed
-        first_bad = first_bad or parsed
-    if first_bad is None:
-        raise DataError(f"{item.key}: holds no rows")
-    raise DataError(f"{first_bad.file}:{first_bad.line}: {first_bad.message}; no row of the first 1000 can be read")
+        bad.append(parsed)
+    raise DataError(f"{bad[0]}; no row of the first 1000 can be read")
 
 
 def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
@@ -295,9 +293,7 @@ def require_room(
 
 def _measured(item: Input, make: Callable[[Job], Block]) -> tuple[int, int, int]:
     """(bytes read, rows read, bytes that are written of them), of an input's first block."""
-    first = next(jobs((item.id, row) for row in item.origin.rows(item.wanted)), None)
-    if first is None:
-        return 0, 0, 0
+    first = next(jobs((item.id, row) for row in item.origin.rows(item.wanted)))
     read = sum(_size(row) for row in first.rows if isinstance(row, Row))
     block = make(first)
     assert block.sequences is not None and block.documents is not None

@@ -105,9 +105,7 @@ class StepLoader:
         return [self._part(slots, rank) for rank in range(self.share.dp_size)]
 
     def documents(self, first_sample: int) -> list[int]:
-        """Rows of `documents.arrow` of the global batch that begins at `first_sample`, ascending; none where not known."""
-        if self.dataset.documents is None:
-            return []
+        """Rows of `documents.arrow` of the global batch that begins at `first_sample`, ascending."""
         sequences = self._sequences(self.order.units(first_sample, self.share.global_batch))
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
@@ -176,7 +174,7 @@ class StepLoader:
 
     def _by_source(self, values: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
         """The sum of `values` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
-        if len(self.sources) < 2 or self.dataset.sources is None:
+        if len(self.sources) < 2:
             return {}
         chosen, sources = values[sequences], self.dataset.sources[sequences]
         return {name: summed(chosen[sources == number]) for number, name in self.sources.items()}
@@ -185,7 +183,7 @@ class StepLoader:
         """Samples as a micro-batch; of the sequences `numbers`, with whose source each supervised row is: `row_source`
         (int64, a place in `source_names`), where there are several."""
         batch = self.collator(samples)
-        if numbers is not None and len(self.sources) > 1 and self.dataset.sources is not None:
+        if numbers is not None and len(self.sources) > 1:
             places = np.searchsorted(np.array([*self.sources]), self.dataset.sources[numbers])
             batch["row_source"] = torch.from_numpy(np.repeat(places, self.dataset.num_supervised[numbers]))
             batch["source_names"] = [*self.sources.values()]
@@ -213,10 +211,8 @@ class EvalShare:
     def groups(self, dataset: TokenDataset) -> np.ndarray:
         """int64 [documents]: the source of each document, where sources are told apart; else 0."""
         per = self.sequences_per_document
-        sources = dataset.sources if self.by_source else None
-        return (
-            np.zeros(len(dataset) // per, np.int64) if sources is None else sources[: len(sources) // per * per : per]
-        )
+        sources = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
+        return sources[: len(sources) // per * per : per]
 
     def documents(self, dataset: TokenDataset) -> np.ndarray:
         """int64: the documents that the pass covers, all ranks together, in their order."""
@@ -232,8 +228,6 @@ class EvalShare:
 
 def sources_of(dataset: TokenDataset) -> dict[int, str]:
     """The sources of which a data set has sequences, by number."""
-    if dataset.sources is None:
-        return {}
     return {number: dataset.source_names[number] for number in np.unique(dataset.sources).tolist()}
 
 
@@ -272,7 +266,7 @@ def eval_batches(
         samples = [(ahead or TokenDataset.sample)(dataset, number) for number in sequences]
         samples = samples or collator.fillers(dataset, share.sequences_per_document)
         batch = {**collator(samples), "totals": totals}
-        if share.by_source and dataset.sources is not None:
+        if share.by_source:
             batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
         return pinned({**batch, "ahead_of": True} if ahead is not None else batch, device)
 

@@ -191,8 +191,7 @@ def build_order(
 
     Raises ConfigError and DataError for weights of sources that cannot be used.
     """
-    sources = train.sources if train.sources is not None else np.zeros(len(train), np.int64)
-    per, shuffle = sequences_per_document, config.shuffle
+    sources, per, shuffle = train.sources, sequences_per_document, config.shuffle
     weights = source_weights(config, train.source_names)
     packs: list[list[int]] | None = None
     if per > 1:

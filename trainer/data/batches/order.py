@@ -173,8 +173,6 @@ def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
 
     Longest first, into the lightest slot with room. Deterministic. Slots come back heaviest first, positions ascending.
     """
-    if len(lengths) != num_slots * capacity:
-        raise ValueError(f"{len(lengths)} positions do not fill {num_slots} slots of {capacity}")
     slots: list[list[int]] = [[] for _ in range(num_slots)]
     tokens = np.asarray(lengths, dtype=np.int64)
     weights = tokens.tolist()
@@ -196,13 +194,8 @@ def deal(lengths: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
 def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, tokens: int) -> int:
     """Steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts.
 
-    `unit_tokens` is int [order.population]. Exact also where epochs differ in their tokens.
+    `unit_tokens` is int64 [order.population], at least 1 each. Exact also where epochs differ in their tokens.
     """
-    if tokens <= 0:
-        return 0
-    unit_tokens = np.asarray(unit_tokens, dtype=np.int64)
-    if order.tokens_before(order.population, unit_tokens) <= 0:  # by then every unit in use has been drawn
-        raise ValueError("the units hold no tokens")
 
     def before(epoch: int) -> int:
         return order.tokens_before(epoch, unit_tokens)

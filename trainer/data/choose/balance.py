@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from strategies.errors import ConfigError, DataError
-from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
+from strategies.errors import ConfigError
+from trainer.data.config import BalanceConfig, BalanceTarget
 
 _STREAM = 3  # keeps these draws apart from those of the training order, which uses the same seed
 
@@ -23,24 +23,19 @@ Shares = dict[str, float | str | None]
 
 
 def resample(
-    groups: Sequence[str], group_of: np.ndarray, config: BalanceConfig, seed: int
+    groups: list[str], group_of: np.ndarray, config: BalanceConfig, seed: int
 ) -> tuple[np.ndarray, dict[str, Shares]]:
     """The documents to use, int64 numbers in the order of the input with repeats side by side, and a report by group.
 
-    `group_of` is int [n], numbers into `groups`. Which documents are left out or repeated once more depends on the
-    seed and on their numbers alone. The largest group relative to its share stays whole and the others follow; where nothing
-    may be repeated, the smallest. `cap` bounds the sizes that the
-    shares are computed from, as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2), and the result. A group with a
-    share above 0 keeps at least one document. Raises ConfigError for settings that cannot be met, DataError where
-    nothing would be left; a target missed because of `cap` or `max_repeats` is stated in the report.
+    `group_of` is int64 [n], numbers into `groups`, n at least 1. Which documents are left out or repeated once more depends
+    on the seed and on their numbers alone. The largest group relative to its share stays whole and the others follow; where
+    nothing may be repeated, the smallest. `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020
+    (arXiv:1910.10683, section 3.5.2), and the result. A group with a
+    share above 0 keeps at least one document. Raises ConfigError for settings that cannot be met; a target missed because
+    of `cap` or `max_repeats` is stated in the report.
     """
-    groups = list(groups)
-    group_of = np.asarray(group_of, dtype=np.int64)
     before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
     limited: list[str | None] = [None] * len(groups)
-    if config.by is BalanceBy.none or not len(group_of):
-        times = np.ones(len(group_of), dtype=np.int64)
-        return np.arange(len(group_of), dtype=np.int64), _report(groups, group_of, times, _share(before), limited)
     base = before if config.cap is None else np.minimum(before, config.cap)
     target = _targets(groups, base, config)
     after = _sizes(base, target, config)
@@ -48,8 +43,6 @@ def resample(
         if bound is not None:
             limited = [name if over else old for over, old in zip(after > bound, limited, strict=True)]
             after = np.minimum(after, bound)
-    if not after.sum():
-        raise DataError("data.balance: no document is left; give a group that has documents a share above 0")
     times = _times(group_of, before, after, seed)
     return np.repeat(np.arange(len(group_of)), times), _report(groups, group_of, times, target, limited)
 
@@ -113,8 +106,7 @@ def _times(group_of: np.ndarray, before: np.ndarray, after: np.ndarray, seed: in
 
 
 def _share(amounts: np.ndarray) -> np.ndarray:
-    total = amounts.sum()
-    return amounts / total if total else np.zeros(len(amounts))
+    return amounts / amounts.sum()
 
 
 def _report(

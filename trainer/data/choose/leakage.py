@@ -14,7 +14,6 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.choose.near import NearIndex
-from trainer.data.choose.signatures import first_equal
 from trainer.data.config import DataConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES
 
@@ -83,6 +82,16 @@ def find_leaks(
         kind[rows[found >= 0]] = place
     leaking = np.flatnonzero(partner >= 0)
     return Leaks(train[leaking], partner[leaking], kind[leaking], incomplete)
+
+
+def first_equal(values: np.ndarray, others: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """For each value the one of `names` that stands beside the first equal one in `others`, -1 where there is none: int64."""
+    if not len(others):
+        return np.full(len(values), -1, dtype=np.int64)
+    order = np.argsort(others, kind="stable")
+    ordered = others[order]
+    place = np.minimum(np.searchsorted(ordered, values), len(others) - 1)
+    return np.where(ordered[place] == values, names[order[place]], -1)
 
 
 def settle(

@@ -129,7 +129,5 @@ def choose_bands(threshold: float) -> tuple[int, int]:
     rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
     rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
     """
-    for rows in range(VALUES, 0, -1):
-        if recall(threshold, VALUES // rows, rows) >= MIN_RECALL:
-            return VALUES // rows, rows
-    return VALUES, 1
+    rows = next(rows for rows in range(VALUES, 0, -1) if recall(threshold, VALUES // rows, rows) >= MIN_RECALL)
+    return VALUES // rows, rows

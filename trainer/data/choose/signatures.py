@@ -37,16 +37,6 @@ def digest64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def first_equal(values: np.ndarray, others: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """For each value the one of `names` that stands beside the first equal one in `others`, -1 where there is none: int64."""
-    if not len(others):
-        return np.full(len(values), -1, dtype=np.int64)
-    order = np.argsort(others, kind="stable")
-    ordered = others[order]
-    place = np.minimum(np.searchsorted(ordered, values), len(others) - 1)
-    return np.where(ordered[place] == values, names[order[place]], -1)
-
-
 def group_digest(name: str | None) -> int:
     """64 bits that stand for a group; 0 for none."""
     return 0 if name is None else digest64(name.encode("utf-8", "surrogatepass")) or 1

@@ -18,7 +18,7 @@ from strategies.errors import DataError
 from trainer.data.choose.balance import resample
 from trainer.data.choose.leakage import find_leaks, settle
 from trainer.data.choose.near import near_copies
-from trainer.data.choose.signatures import compared_text, first_equal, mix
+from trainer.data.choose.signatures import compared_text, mix
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import EXAMPLES, Tally
 from trainer.data.store.documents import DocumentTable
@@ -101,7 +101,8 @@ def find_duplicates(
             stands, result.search = near_copies(alive, text_of, columns["verdict"], config.threshold)
         else:
             digests, stands = columns["digest" if kind == "exact" else "normal"][alive], rows.copy()
-            stands[alive] = first_equal(digests, digests, rows[alive])
+            _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+            stands[alive] = rows[alive][first[which]]
         found = stands != rows
         result.stands[found], result.kind[found] = stands[found], 1 + KINDS.index(kind)
     # A copy was compared with its first exemplar only; where that one turned out a duplicate, so is the copy.

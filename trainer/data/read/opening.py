@@ -67,13 +67,11 @@ def compression_of(path: File) -> str:
 
 
 def require_regular(path: Path) -> None:
-    """Raise DataError unless `path` is a file that can be read twice: no directory, pipe or device (none may hang)."""
+    """Raise DataError unless `path` is a file that can be read twice: no pipe or device (none may hang)."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise unreadable(path, error) from error
-    if stat.S_ISDIR(mode):
-        raise DataError(f"{path}: is a directory, not a file")
     if not stat.S_ISREG(mode):
         kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise DataError(f"{path}: is {kind}; data is read more than once, so write it to a regular file first")

@@ -14,7 +14,7 @@ from trainer.data.document import Rejected, Row
 from trainer.data.read.columnar import BATCH, count_rows, read_table, table_rows, taken_of
 from trainer.data.read.json_rows import read_json, read_json_lines
 from trainer.data.read.opening import File, compression_of, expansion
-from trainer.data.read.paths import COLUMN_KINDS, PREFIX, SUPPORTED, TEXT_KINDS, check_name, is_hub, kind_of
+from trainer.data.read.paths import COLUMN_KINDS, PREFIX, TEXT_KINDS, check_name, is_hub, kind_of
 from trainer.data.read.remote import Remote
 from trainer.data.read.text import read_csv, read_text_file
 
@@ -56,11 +56,9 @@ class Origin:
         Raises DataError, naming the file, for whatever concerns a file as a whole or leaves its further rows unknown.
         """
         for path in self.paths:
-            kind = kind_of(path)
+            kind = kind_of(path) or ""  # `expand` lets no other names pass
             if is_hub(path):
                 rows = self._hub_rows(path, wanted)
-            elif kind is None:
-                raise DataError(f"{self.key}: cannot read {path}; files must end in {SUPPORTED}")
             else:
                 rows = _READERS[kind](path, wanted) if kind in COLUMN_KINDS else _READERS[kind](path)
             count = 0

@@ -285,7 +285,7 @@ def sizes(data: TokenDataset) -> dict[str, Any]:
     weighing = supervised if data.weights is None else summed(data.counts["loss"])
     middle, most = np.quantile(lengths, (0.5, 0.9)).round().astype(int).tolist() if len(data) else (0, 0)
     return {
-        "documents": len(data) if data.documents is None else len(np.unique(data.documents)),
+        "documents": len(np.unique(data.documents)),
         "sequences": len(data),
         "tokens": tokens,
         "supervised_tokens": supervised,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.batches.mixing import Mix, source_weights
+from trainer.data.batches.mixing import Mix
 from trainer.data.blocks import QUARANTINE, Totals
 from trainer.data.choose.splits import Columns, Selection
 from trainer.data.config import DataConfig, DataFormat, PrivacyMode
@@ -153,7 +153,7 @@ class Description:
             for file in item.origin.files(self.digest)
         ]
         tokens = supervised = 0
-        if item.source in columns.sources and data is not None and data.sources is not None:
+        if item.source in columns.sources and data is not None:
             mine = data.sources == columns.sources.index(item.source)
             tokens, supervised = int(data.lengths[mine].sum()), int(data.num_supervised[mine].sum())
         return form.Source(
@@ -171,7 +171,7 @@ class Description:
 
     def _mixing(self, train: TokenDataset) -> dict[str, Any]:
         """What the weights ask for, and what an epoch of unpacked documents makes of them."""
-        if train.sources is None or not source_weights(self.config, train.source_names):
+        if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)
         told = mix.realised(mix.quotas(self.config.mixing))
@@ -207,14 +207,9 @@ class Description:
         table, samples = DocumentTable(self.directory), []
         for number in np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(int).tolist():
             runs = pieces(data.sample(number), self.tokenizer)
-            document = table.document(int(data.documents[number])) if data.documents is not None else None
-            samples.append(
-                form.DecodedSample(
-                    where=document.where if document else "",
-                    label=document.label if document else None,
-                    pieces=[_piece(text, weight) for text, weight in runs],
-                )
-            )
+            document = table.document(int(data.documents[number]))
+            made = [_piece(text, weight) for text, weight in runs]
+            samples.append(form.DecodedSample(where=document.where, label=document.label, pieces=made))
         return samples
 
 

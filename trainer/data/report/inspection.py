@@ -101,7 +101,7 @@ def find(prepared: Entry, split: str, text: str) -> np.ndarray:
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError where the data set has none.
     """
     path, data = prepared.directory / NAME, prepared.split(split)
-    if data.documents is None or not path.is_file():
+    if not path.is_file():
         raise DataError(f"find=: {path} is not there, so texts cannot be searched; {AGAIN}")
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -174,7 +174,7 @@ def groups_table(prepared: Entry, split: str) -> RenderableType | None:
     """Sequences and tokens of a split by source and by label; None where there is one source and no label."""
     data = prepared.split(split)
     rows: list[tuple[str, str, np.ndarray]] = []
-    if data.sources is not None and len(data.source_names) > 1:
+    if len(data.source_names) > 1:
         rows += [("source", name, data.sources == number) for number, name in enumerate(data.source_names)]
     if data.labels is not None:
         names = prepared.manifest.get("label_names") or [str(n) for n in range(int(data.labels.max(initial=-1)) + 1)]
@@ -184,7 +184,7 @@ def groups_table(prepared: Entry, split: str) -> RenderableType | None:
     table = _table("", "name", "sequences", "share", "tokens", title=f"{split}: by source and label")
     for kind, name, chosen in rows[:MOST_GROUPS]:
         number = int(chosen.sum())
-        share = percent(number / len(data) if len(data) else 0.0)
+        share = percent(number / len(data))
         table.add_row(kind, _text(name), f"{number:,}", share, f"{int(data.lengths[chosen].sum()):,}")
     if len(rows) > MOST_GROUPS:
         table.add_row("", f"... and {len(rows) - MOST_GROUPS} more", "", "", "")
@@ -194,8 +194,6 @@ def groups_table(prepared: Entry, split: str) -> RenderableType | None:
 def histogram(prepared: Entry, split: str, width: int) -> RenderableType:
     """Lengths of the sequences of a split in tokens, as bars within `width` columns."""
     data, title = prepared.split(split), Text(f"{split}: length of sequences in tokens", style="bold")
-    if not len(data):
-        return Group(title, "  no sequences")
     found = distribution(data.lengths, BINS)
     ends = [(int(begin), int(end) - 1) for begin, end in pairwise(found.edges)]
     names = [f"{begin:,}-{end:,}" if end > begin else f"{begin:,}" for begin, end in ends]
@@ -225,7 +223,7 @@ def sample(
 
     data = prepared.split(split)
     raw: dict[str, Any] | None = None
-    if data.documents is not None and (prepared.directory / NAME).is_file():
+    if (prepared.directory / NAME).is_file():
         raw = DocumentTable(prepared.directory).row(int(data.documents[index]))
     colour = console.is_terminal and not console.no_color
     shown = preview(data, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)

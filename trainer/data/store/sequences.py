@@ -97,11 +97,11 @@ class TokenDataset:
         """[N] each, by term: int64, or float64 where they are sums of weights."""
         self.marks = named(chosen, MARK_PREFIX)
         """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
-        self.sources = chosen.get("source")
+        self.sources = chosen["source"]
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
-        self.documents = chosen.get("document")
+        self.documents = chosen["document"]
         """int64 [N]: row of `documents.arrow`."""
-        self.num_ended = int(chosen["ended"].sum()) if "ended" in chosen else 0
+        self.num_ended = int(chosen["ended"].sum())
         """Sequences whose last target is an end token."""
 
     @classmethod
@@ -206,8 +206,6 @@ class Sequences:
             for term, column in counted.items()
         }
         for name in {name for sample in samples for name in sample.marks}:
-            if any(name not in sample.marks for sample in samples):
-                raise ValueError(f"some samples have a {name} and some have none")
             terms[MARK_PREFIX + name] = np.array([sample.marks[name] for sample in samples], np.int64)
         return cls(
             tokens=_joined([sample.input_ids for sample in samples], np.int32),

@@ -206,10 +206,7 @@ def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
     if kind == "PHONE":
         return canonical(text, regions)
     if kind == "IP":
-        try:
-            return str(ipaddress.ip_address(text))
-        except ValueError:
-            return text.casefold()
+        return str(ipaddress.ip_address(text))
     if kind in {"EMAIL", "URL", "PERSON", "LOCATION", "ORGANISATION"}:
         return text.casefold()
     if kind == "SECRET":
