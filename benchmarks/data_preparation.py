@@ -23,6 +23,8 @@ from environments import WORK, hardware, install, python_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "data_preparation.md"
+NOTES = "\n## Notes\n"
+"""What follows it in the results was written by hand, and stays."""
 LENGTH = 2048
 PEERS = ("trl", "llamafactory", "datasets", "axolotl")
 
@@ -219,7 +221,7 @@ def main() -> None:
     facts |= {"checked": checked, "measured": measured, "two": two, "packing": pack_many(1_000_000)}
     facts["command"] = " ".join(["python benchmarks/data_preparation.py", *sys.argv[1:]])
     (WORK / "measured.json").write_text(json.dumps(facts, indent=1))
-    RESULTS.write_text(report(facts))
+    RESULTS.write_text(report(facts) + NOTES + RESULTS.read_text().partition(NOTES)[2])
     print(RESULTS.read_text())
 
 

@@ -64,7 +64,7 @@ def run(block: Block, page: Path) -> None:
 
 
 def torchrun(words: list[str]) -> None:
-    """torchrun itself in `make test-all`, and in test_retry.py and the jobs of SLURM; else the ranks that it would start."""
+    """torchrun itself in `make test-all`, and in test_ranks.py and the jobs of SLURM; else the ranks that it would start."""
     if not EVERYTHING:
         flags, module = words[: words.index("-m")], words[words.index("-m") :]
         [world] = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--nproc-per-node=")]

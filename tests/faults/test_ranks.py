@@ -8,6 +8,7 @@ import threading
 import time
 import types
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,7 +16,8 @@ from launch import torchrun
 from strategies import durable, flight, heartbeat
 from strategies.flight import Exchange
 from strategies.heartbeat import LAST_WORDS, Heartbeats, last_words
-from tests.faults.runs import ROOT, environment, forked_rank_of, rank_of, read, wait
+from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, read, wait
+from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
 from trainer.records.status import record_failure
@@ -26,7 +28,7 @@ def two() -> tuple[str, ...]:
     return "strategy=ddp", "launcher.processes=2", "tuning=full", f"run.timeout_s={round(seconds(5))}"
 
 
-@whole("test_retry kills a rank under torchrun too, and what is told of one is shown below")
+@whole("a rank is killed under torchrun below too, and what is told of one is shown there")
 def test_a_killed_rank_is_named(runs):
     """By torchrun."""
     started = runs.start("killed", *two())
@@ -39,15 +41,38 @@ def test_a_killed_rank_is_named(runs):
     assert "memory" not in failure["message"]  # nothing says that it was
 
 
-def test_a_stopped_rank_is_named(runs):
-    """By its peer: where that one waited for it (a step has several places to wait in), and where it was."""
-    words = runs.root / "stopped-words"
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run whose rank 1 was stopped, and that process; it waits out three times of its own before it ends."""
+    runs = Runs(tmp_path_factory.mktemp("stopped"))
+    words = runs.root / "words"
     words.mkdir()
     started = runs.start("stopped", *two(), ranks=True, **{LAST_WORDS: str(words)})
-    wait(lambda: (said := last_words(words, 1)) is not None and said.step, "a sign of life of training", started)
-    stopped = forked_rank_of(started.pid, 1)
-    stopped.send_signal(signal.SIGSTOP)
-    failure = named(runs, "stopped", started, stopped.pid, "stopped")
+    try:
+        wait(lambda: (said := last_words(words, 1)) is not None and said.step, "a sign of life of training", started)
+        rank = forked_rank_of(started.pid, 1)
+        rank.send_signal(signal.SIGSTOP)
+        yield runs, started, rank
+    finally:
+        runs.close()
+
+
+def test_a_run_goes_on_by_itself_after_a_killed_rank(runs, stopped):
+    """By torchrun, which starts the ranks of both starts; the one that was stopped waits meanwhile."""
+    process = begun(runs, "launcher.retry={preempted: 1, node_fail: 1}")
+    first = rank_of(process.pid, 0)
+    first.kill()
+    runs.let_on("again")
+    wait(lambda: "started again (node_fail; 0 more times)" in runs.said("again"), "the second start", process)
+    said = runs.said("again")
+    assert f"(process {first.pid}) was killed by SIGKILL" in said and "ChildFailedError" not in said, said
+    gone_on(runs, process)
+
+
+def test_a_stopped_rank_is_named(stopped):
+    """By its peer: where that one waited for it (a step has several places to wait in), and where it was."""
+    runs, started, rank = stopped
+    failure = named(runs, "stopped", started, rank.pid, "stopped")
     assert ", in fit" in failure["traceback"] and "timed out" in failure["traceback"].lower()
     assert " in fit" in (runs.root / "stopped" / "logs" / "rank-1.stacks").read_text()
     assert set(failure["stacks"]) == {"logs/rank-0.stacks", "logs/rank-1.stacks"}, failure
@@ -69,7 +94,7 @@ def named(runs, name, started, pid, said):
     return failure
 
 
-@whole("test_retry shows it, too")
+@whole("a run that goes on by itself shows it, too")
 def test_under_torchrun_a_success_removes_what_an_earlier_attempt_left(runs):
     (runs.root / "plain").mkdir()
     record_failure(runs.root / "plain", 1, RuntimeError("of an earlier attempt"), "training")

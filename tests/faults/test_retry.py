@@ -5,29 +5,18 @@ import signal
 import pytest
 
 from launch.outcome import _cause
-from tests.faults.runs import rank_of, wait
+from tests.faults.runs import wait
 from tests.helpers.covering import whole
 from trainer.records.status import record_failure
 
 STEPS = 12
 
 
-@whole("the same is started again after a killed rank, and USR2 is the cause of it below")
+@whole("the same is started again after a killed rank in test_ranks.py, and USR2 is the cause of it below")
 def test_a_run_goes_on_by_itself_after_usr2(runs):
     process = begun(runs, "launcher.retry={preempted: 1}")
     process.send_signal(signal.SIGUSR2)
     wait(lambda: "started again (preempted; 0 more times)" in runs.said("again"), "the second start", process)
-    gone_on(runs, process)
-
-
-def test_a_run_goes_on_by_itself_after_a_killed_rank(runs):
-    process = begun(runs, "launcher.retry={preempted: 1, node_fail: 1}")
-    first = rank_of(process.pid, 0)
-    first.kill()
-    runs.let_on("again")
-    wait(lambda: "started again (node_fail; 0 more times)" in runs.said("again"), "the second start", process)
-    said = runs.said("again")
-    assert f"(process {first.pid}) was killed by SIGKILL" in said and "ChildFailedError" not in said, said
     gone_on(runs, process)
 
 

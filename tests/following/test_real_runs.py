@@ -100,7 +100,7 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
         assert max(map(len, done.stdout.replace(str(runs.root), "runs").splitlines())) <= 80
 
 
-@whole("a restart is in tests/faults/test_retry.py, following and stopping in the test before")
+@whole("a restart is in tests/faults/test_ranks.py, following and stopping in the test before")
 def test_a_run_is_followed_over_a_restart_and_stopped_for_good_though_it_may_be_started_again(runs):
     """By two ranks of a launcher that starts them again after USR2."""
     launcher = runs.start("again", "launcher.processes=2", "strategy=ddp", "launcher.retry={preempted:9}")

@@ -106,7 +106,7 @@ def test_two_ranks_finish_and_starting_again_is_a_no_op(job, tmp_path, monkeypat
 FAILURES = [("user", 64, "matches no module"), ("kill", 70, "killed by SIGKILL"), ("raise", 70, "rank 1 on ")]
 
 
-@whole("a rank is killed under torchrun in test_retry.py, and one that fails is named in test_warm.py")
+@whole("a rank is killed under torchrun in test_ranks.py, and one that fails is named in test_warm.py")
 @pytest.mark.parametrize(("what", "code", "last"), FAILURES)
 def test_a_failing_rank_ends_the_job_and_is_named_last(job, tmp_path, what, code, last):
     process = job(what)
@@ -148,6 +148,7 @@ def test_a_killed_launcher_leaves_no_orphan(job, tmp_path):
     assert_gone(tmp_path / "run")
 
 
+@whole("status names the process that was started as the one that trains in tests/following/test_real_runs.py")
 def test_one_process_trains_without_torchrun(job, tmp_path):
     process = job("short", "strategy=single", processes=1)
     _, err = process.communicate(timeout=seconds(60))

@@ -17,7 +17,7 @@ from tests.helpers.building import (
     two_sided_samples,
     two_sided_set,
 )
-from tests.helpers.covering import chosen
+from tests.helpers.covering import EVERYTHING, chosen
 from tests.helpers.methods import CASES
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
@@ -230,6 +230,8 @@ def test_what_goes_together_is_not_refused(words):
 
 
 ALLOWED = [case for case, tuning in CASES.items() if not method_of(tuning).no_seq2seq]
+STEPS = 3 if EVERYTHING else 2
+"""The second is taken from what the first has learned."""
 ALLOWED.remove("freeze modules")  # by names that these models do not have
 
 
@@ -239,7 +241,8 @@ def test_a_method_that_is_not_refused_takes_steps_that_do_not_depend_on_the_micr
     for micro in (GLOBAL_BATCH, 4):
         changes = {"objective": Seq2seqConfig(max_target=64), "data": DataConfig(max_length=64)}
         config = run_config(seq2seq_dir(root, "t5"), "single", "full", micro=micro, steps=3, **changes)
-        curves.append(take_steps(trainer_for(replace(config, tuning=CASES[case]), two_sided_set(root), runtime), 3))
-    assert len({norm for _, norm in curves[0]}) == 3
+        trainer = trainer_for(replace(config, tuning=CASES[case]), two_sided_set(root), runtime)
+        curves.append(take_steps(trainer, STEPS))
+    assert len({norm for _, norm in curves[0]}) == STEPS
     for found, expected in zip(*curves, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)

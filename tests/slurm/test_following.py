@@ -15,6 +15,18 @@ from tests.slurm.cluster import Cluster, wait_for
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
 ENV = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+PACED = ENV | {"PYTHONPATH": f"{CLONE}:{CLONE / 'tests' / 'faults' / 'pace'}"}
+"""Where a run rests after each step: it is only looked at."""
+BETWEEN = "\f"
+ONE_BY_ONE = f"""
+import json, sys
+from launch.main import main
+for words in json.loads(sys.argv[1]):
+    code = main(words)
+    print({BETWEEN!r}, end="", flush=True)
+    if code:
+        sys.exit(code)
+"""
 
 
 def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
@@ -31,45 +43,52 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     ]
     words += ["logging.wandb=disabled", "logging.every_steps=1", "launcher.nodes=2", "logging.report=false"]
 
-    def shardtune(verb: str, *more: object, code: int = 0) -> str:
-        command = [sys.executable, "-m", "launch.main", verb, *map(str, more)]
-        done = cluster.on("ctl", *command, cwd=CLONE, env=ENV, check=False)
-        assert done.returncode == code, done.stdout
-        return done.stdout
-
-    def rows() -> dict[str, dict]:
-        return {Path(row["directory"]).name: row for row in json.loads(shardtune("status", runs, "--json"))["runs"]}
+    def shardtune(*asked: list[object]) -> list[str]:
+        """What each of these commands says, one after the other in one process of the login node; all end well."""
+        commands = [list(map(str, words)) for words in asked]
+        env = PACED if commands[0][0] == "submit" else ENV
+        done = cluster.on(
+            "ctl", sys.executable, "-c", ONE_BY_ONE, json.dumps(commands), cwd=CLONE, env=env, check=False
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout.split(BETWEEN)[:-1]
 
     runs = tmp_path / "runs"
-    ids = {}
-    for name in ("works", "waits"):
-        said = shardtune("submit", *words, f"run.dir={runs / name}", "launcher.exclusive=true")
-        found = re.search(r"submitted job (\d+)", said)
-        assert found, said
-        ids[name] = found[1]
-    metrics = runs / "works" / "metrics.jsonl"
+    works, waits = runs / "works", runs / "waits"
+    begun = shardtune(
+        *(["submit", *words, f"run.dir={run}", "launcher.exclusive=true"] for run in (works, waits)),
+    )
+    found = [re.search(r"submitted job (\d+)", said) for said in begun]
+    assert all(found), begun
+    ids = [one[1] for one in found if one]
+    metrics = works / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 180, "steps")
-    found = rows()
-    assert {name: (row["state"], row["job_id"]) for name, row in found.items()} == {
-        "works": ("running", ids["works"]),
-        "waits": ("queued", ids["waits"]),
+    listed, shown, job, line = shardtune(
+        ["status", runs, "--json"], ["status", runs], ["logs", works, "job=last"], ["logs", works, "lines=1"]
+    )
+    rows = {Path(row["directory"]).name: row for row in json.loads(listed)["runs"]}
+    assert {name: (row["state"], row["job_id"]) for name, row in rows.items()} == {
+        "works": ("running", ids[0]),
+        "waits": ("queued", ids[1]),
     }
-    assert (found["works"]["host"], found["works"]["job"]["state"]) == ("n9", "RUNNING")
-    assert "waits for nodes to become free" in shardtune("status", runs)
-    said = shardtune("logs", runs / "works", "job=last")
-    assert f"job {ids['works']}, start 0, on n[9-10]" in said and "the nodes are fit" in said
-    assert "| loss " in shardtune("logs", runs / "works", "lines=1")
+    assert (rows["works"]["host"], rows["works"]["job"]["state"]) == ("n9", "RUNNING")
+    assert "waits for nodes to become free" in shown
+    assert f"job {ids[0]}, start 0, on n[9-10]" in job and "the nodes are fit" in job
+    assert "| loss " in line
 
-    said = shardtune("stop", runs / "waits")
-    assert f"job {ids['waits']} was taken out of the queue; nothing was begun" in said
-    assert cluster.job(ids["waits"])["JobState"] == "CANCELLED"
-    said = shardtune("stop", runs / "works")
-    status = json.loads((runs / "works" / "status.json").read_text())
-    assert f"saved at step {status['step']}: " in said, said
-    assert (runs / "works" / "checkpoints" / f"step-{status['step']:06d}" / "manifest.json").exists()
-    ended = cluster.wait(ids["works"])
+    taken_out, stopped = shardtune(["stop", waits], ["stop", works])
+    assert f"job {ids[1]} was taken out of the queue; nothing was begun" in taken_out
+    assert cluster.job(ids[1])["JobState"] == "CANCELLED"
+    status = json.loads((works / "status.json").read_text())
+    assert f"saved at step {status['step']}: " in stopped, stopped
+    assert (works / "checkpoints" / f"step-{status['step']:06d}" / "manifest.json").exists()
+    ended = cluster.wait(ids[0])
     assert (ended["Restarts"], status["state"]) == ("0", "preempted")
-    assert "not requeued from here" in shardtune("logs", runs / "works", "job=last")
-    assert rows()["works"]["state"] == "preempted"
-    assert "is not running: preempted" in shardtune("stop", runs / "works")
-    assert f"works: preempted at step {status['step']}" in shardtune("logs", runs / "works", "--follow")
+    job, listed, stopped, followed = shardtune(
+        ["logs", works, "job=last"], ["status", runs, "--json"], ["stop", works], ["logs", works, "--follow"]
+    )
+    assert "not requeued from here" in job
+    [state] = [row["state"] for row in json.loads(listed)["runs"] if Path(row["directory"]) == works]
+    assert state == "preempted"
+    assert "is not running: preempted" in stopped
+    assert f"works: preempted at step {status['step']}" in followed

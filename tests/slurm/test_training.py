@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from launch.main import main
-from tests.helpers.covering import whole
+from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = pytest.mark.slurm
 CLONE = Path(__file__).parents[2]
-STEPS = 40
+STEPS = 12
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
@@ -63,8 +63,16 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
     for part in ("conf", "launch", "strategies", "trainer", "slurm"):
         shutil.copytree(CLONE / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
     out, unasked = f"--output={tmp_path}/calm.out", "launcher.preflight=none"
+    # On one node, which the other's two give the curve of; how the script asks for two is shown by the stand-ins.
     calm_id = cluster.sbatch(
-        out, "--nodes=2", "slurm/train.sbatch", *words, f"run.dir={calm}", unasked, cwd=clone, env=ENV
+        out,
+        f"--nodes={2 if EVERYTHING else 1}",
+        "slurm/train.sbatch",
+        *words,
+        f"run.dir={calm}",
+        unasked,
+        cwd=clone,
+        env=ENV,
     )
     submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2", unasked]
     submit += [f"launcher.stage={tmp_path / 'disk'}"]
