@@ -14,8 +14,8 @@ from tests.helpers import tokenizers as make
 from tests.helpers.covering import examples
 from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
-from trainer.data.tokens.encode import Encoder, learned_tokens
-from trainer.data.tokens.places import ByBytes, ByOffsets, Places
+from trainer.data.tokens.characters import ByBytes, ByOffsets, Places, learned_tokens
+from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.template import Rendered
 
 FAMILIES = chat_templates.FAMILIES

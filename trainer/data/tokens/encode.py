@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.characters import MARK, Control
-from trainer.data.tokens.places import ByOffsets, Placed, Places
+from trainer.data.tokens.characters import MARK, ByOffsets, Control, Placed, Places, learned_tokens
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -54,11 +54,19 @@ class Encoder:
         self._backend.no_padding()
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
-        self._places = Places(self._backend)
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
-        ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
-        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
-        self.control, self.control_tokens = Control(tokenizer, self._backend, ends), control_tokens
+        self._ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
+        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in self._ends if token}
+        self.control_tokens = control_tokens
+
+    @cached_property
+    def control(self) -> Control:
+        """The control tokens of the tokenizer, those that close turns among them."""
+        return Control(self.tokenizer, self._backend, self._ends)
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self._backend)
 
     def _natural_affixes(self) -> tuple[list[int], list[int]]:
         """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
@@ -234,22 +242,6 @@ class Encoder:
                 "the labels of the training data)"
             )
         return self.label_ids[document.label]
-
-
-def learned_tokens(tokens: Placed, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids of a text, which of its tokens are learned, and where spans have weights those of their tokens.
-
-    A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
-    their own between two that have some.
-    """
-    supervised = np.zeros(len(tokens.ids), dtype=np.bool_)
-    weights = None if rendered.weights is None else np.zeros(len(tokens.ids), dtype=np.float32)
-    for place, span in enumerate(rendered.spans if len(tokens.ids) else ()):
-        inside = tokens.inside(*span)
-        supervised[inside] = True
-        if weights is not None and rendered.weights is not None:
-            weights[inside] = rendered.weights[place]
-    return tokens.ids, supervised, weights
 
 
 def span_weights(learned: list[int], messages: list[Message], rendered: Rendered, where: str) -> list[float] | None:
