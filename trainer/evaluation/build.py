@@ -138,5 +138,4 @@ def parts_of(held_out: TokenDataset, *, generates: bool = False) -> dict[int, di
 
 
 def _count(held_out: TokenDataset, covered: np.ndarray, source: int) -> float:
-    assert held_out.sources is not None
     return summed(held_out.counts["loss"][covered[held_out.sources[covered] == source]])

@@ -73,7 +73,6 @@ class GenerationEvaluator:
         """Scores by the name of their metric: of all answers, and of those to each set."""
         values = {f"eval/{name}": value for name, value in scores(found).items()}
         for number, name in self._sets.items():
-            assert self.dataset.sources is not None
             mine = [one for one in found if self.dataset.sources[one.document] == number]
             values |= {f"eval/{name}/{metric}": value for metric, value in scores(mine).items()}
         return values

@@ -137,8 +137,7 @@ def _read(run: Path, config: RunConfig, record: dict[str, Any], wanted: Wanted) 
 
 
 def _among(split: Any, rows: np.ndarray) -> np.ndarray:
-    documents = split.documents if split.documents is not None else np.arange(len(split))
-    return np.intersect1d(documents, rows)
+    return np.intersect1d(split.documents, rows)
 
 
 def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, int]], rows: np.ndarray) -> int:
@@ -149,8 +148,7 @@ def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, i
     per = reading_of(config.objective).sequences_per_document
     units, order = build_order(config.data, train, sequences_per_document=per, seed=config.run.seed)
     order.pass_over((each["first"], each["count"]) for each in passed)
-    documents = train.documents if train.documents is not None else np.arange(len(train))
-    named = np.isin(documents, rows)
+    named = np.isin(train.documents, rows)
     holds = named.astype(np.int64) if units is None else np.array([named[unit].sum() // per for unit in units])
     return int(holds[order.units(0, samples)].sum())
 

@@ -43,7 +43,7 @@ class HeldOut(Task):
                 "right": right,
                 "bytes": float(len(text.encode())),
             }
-            source = data.source_names[int(data.sources[number])] if data.sources is not None else ""
+            source = data.source_names[int(data.sources[number])]
             where = cases[number].where if number < len(cases) else f"row {number}"
             told = asking.tell(sample.input_ids[: sample.answer_begin()].tolist())
             rows.append(Row(where, told, "", text[:2000], scores, source))

@@ -174,7 +174,7 @@ def _named(text: str, task: Task) -> str:
 
 def _documents(dataset: TokenDataset | None, task: Task, made: Prepared) -> list[Any]:
     """The documents of a split, each once; of tasks that draw some, these, in the order of the data."""
-    if dataset is None or dataset.documents is None:
+    if dataset is None:
         return []
     table, numbers = DocumentTable(made.directory), list(dict.fromkeys(dataset.documents.tolist()))
     if task.sampled and len(numbers) > (most := int(task.chosen["sample"])):
@@ -184,6 +184,6 @@ def _documents(dataset: TokenDataset | None, task: Task, made: Prepared) -> list
 
 def _cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
     """A case for each sequence of a data set."""
-    assert dataset is not None and dataset.documents is not None
+    assert dataset is not None
     table = DocumentTable(directory)
     return [Case(table.document(int(number)).where) for number in dataset.documents.tolist()]
