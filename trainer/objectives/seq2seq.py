@@ -151,8 +151,8 @@ class SourceTargetEncoder(Encoder):
                 yield document, sample
 
     def _texts(self, texts: list[Rendered]) -> Iterator[np.ndarray]:
-        for tokens in self.placed(texts)[0]:
-            yield np.array([*self.opening, *tokens.ids, *self.closing], dtype=np.int32)
+        for encoding in self.encodings(texts)[0]:
+            yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
         """The sample with both sides within their bounds; none where `policy` drops it.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,11 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, Refused
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.characters import MARK, ByOffsets, Control, Placed, Places, learned_tokens
+from trainer.data.tokens.characters import MARK, Control
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
 BATCH = 512
@@ -55,18 +55,9 @@ class Encoder:
         self.opening, self.closing = self._natural_affixes()
         self._drop_post_processor()
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
-        self._ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
-        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in self._ends if token}
-        self.control_tokens = control_tokens
-
-    @cached_property
-    def control(self) -> Control:
-        """The control tokens of the tokenizer, those that close turns among them."""
-        return Control(self.tokenizer, self._backend, self._ends)
-
-    @cached_property
-    def _places(self) -> Places:
-        return Places(self._backend)
+        ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
+        self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
+        self.control, self.control_tokens = Control(tokenizer, self._backend, ends), control_tokens
 
     def _natural_affixes(self) -> tuple[list[int], list[int]]:
         """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
@@ -124,8 +115,9 @@ class Encoder:
         begin = self.template.first_content(turns, document.where, document.tools)
         if begin is None:
             return None
-        (tokens,), (rendered,) = self.placed([Rendered(rendered.text, [(0, begin)], rendered.apart)])
-        return tokens.before(rendered.spans[0][1])
+        (encoding,), (rendered,) = self.encodings([Rendered(rendered.text, [(0, begin)], rendered.apart)])
+        ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
+        return int(np.count_nonzero(ends <= rendered.spans[0][1]))
 
     def told(self, document: Document, text: str) -> str:
         """A text of a document with the control tokens that it spells broken; the same object where it spells none."""
@@ -139,15 +131,16 @@ class Encoder:
             raise Refused(document.where, "reserved_character", said)
         return self.control.broken(text)
 
-    def placed(self, rendered: list[Rendered]) -> tuple[list[Placed], list[Rendered]]:
-        """The tokens of texts, and the texts as the places of tokens mean them."""
-        # no special tokens are added: templates write their own BOS, and the other formats get theirs below
-        tokens, meant = self._places.of([text.text for text in rendered]), list(rendered)
+    def encodings(self, rendered: list[Rendered]) -> tuple[list[Encoding], list[Rendered]]:
+        """The tokens of texts, and the texts as their offsets mean them."""
+        # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
+        encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
+        meant = list(rendered)
         for number, text in enumerate(rendered):
             if text.apart:
                 meant[number] = Rendered(*self.control.told(text.text, text.spans), weights=text.weights)
-                tokens[number] = ByOffsets(self.control.backend.encode(meant[number].text, add_special_tokens=False))
-        return tokens, meant
+                encodings[number] = self.control.backend.encode(meant[number].text, add_special_tokens=False)
+        return encodings, meant
 
     def asked(self, document: Document) -> list[str]:
         """The texts of a document that are neither answers nor learned turns."""
@@ -217,8 +210,8 @@ class Encoder:
 
     def _samples(self, documents: list[Document], rendered: list[Rendered]) -> list[Sample]:
         samples, bos = [], self.bos_id
-        for document, tokens, text in zip(documents, *self.placed(rendered), strict=True):
-            (input_ids, supervised, weights), marks = learned_tokens(tokens, text), dict[str, float]()
+        for document, encoding, text in zip(documents, *self.encodings(rendered), strict=True):
+            (input_ids, supervised, weights), marks = learned_tokens(encoding, text), dict[str, float]()
             if document.label is not None:
                 marks[LABEL] = self._label(document)
                 input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
@@ -242,6 +235,35 @@ class Encoder:
                 "the labels of the training data)"
             )
         return self.label_ids[document.label]
+
+
+def learned_tokens(encoding: Encoding, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids of a text, which of its tokens are learned, and where spans have weights those of their tokens.
+
+    A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
+    their own between two that have some.
+    """
+    input_ids = np.array(encoding.ids, dtype=np.int32)
+    supervised = np.zeros(len(input_ids), dtype=np.bool_)
+    weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
+    for place, span in enumerate(rendered.spans if len(input_ids) else ()):
+        inside = _tokens_of(encoding, *span)
+        supervised[inside] = True
+        if weights is not None and rendered.weights is not None:
+            weights[inside] = rendered.weights[place]
+    return input_ids, supervised, weights
+
+
+def _tokens_of(encoding: Encoding, begin: int, end: int) -> slice:
+    """The tokens of the characters [begin, end): by the first and the last of these, or by all offsets where one has none."""
+    first, last = (encoding.char_to_token(at) if begin < end else None for at in (begin, end - 1))
+    if first is not None and last is not None:
+        while (after := encoding.token_to_chars(last + 1)) is not None and after[0] < end <= after[1]:
+            last += 1  # a character may be several tokens
+        return slice(first, last + 1)
+    begins, ends = np.array(encoding.offsets, dtype=np.int64).T
+    inside = np.flatnonzero((begins < ends) & (ends > begin) & (begins < end))
+    return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
 
 
 def span_weights(learned: list[int], messages: list[Message], rendered: Rendered, where: str) -> list[float] | None:
