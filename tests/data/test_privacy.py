@@ -212,6 +212,14 @@ def test_long_texts_of_one_kind_are_no_trap():
 # What the stage does
 
 
+def test_what_another_finding_left_of_an_address_has_a_pseudonym(monkeypatch):
+    monkeypatch.setenv("SHARDTUNE_PSEUDONYM_KEY", KEY)
+    document = Document("f", 1, text="customer number 12 34 10.0.0.1 then")
+    kept = Privacy(PrivacyConfig(mode=PrivacyMode.pseudonymise), seen=0)(document, Tally())
+    assert re.fullmatch(r"customer number \[?ACCOUNT\S+ then", kept.text), kept.text
+    assert "IP" in kept.text and "0.0.1" not in kept.text
+
+
 def test_redaction_puts_types_and_changes_nothing_else():
     text = 'Say "hi" to {jane@example.com}\\n\tand [x]: 4111111111111111.'
     assert redacted(text) == 'Say "hi" to {[EMAIL]}\\n\tand [x]: [CREDIT_CARD].'

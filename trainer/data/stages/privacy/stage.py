@@ -206,7 +206,10 @@ def normalise(type_: str, value: str, regions: Sequence[str]) -> str:
     if kind == "PHONE":
         return canonical(text, regions)
     if kind == "IP":
-        return str(ipaddress.ip_address(text))
+        try:
+            return str(ipaddress.ip_address(text))
+        except ValueError:  # what another finding left of one
+            return text.casefold()
     if kind in {"EMAIL", "URL", "PERSON", "LOCATION", "ORGANISATION"}:
         return text.casefold()
     if kind == "SECRET":
