@@ -10,6 +10,7 @@ A launcher that gives its ranks a directory (`LAST_WORDS`) finds in it what each
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -107,10 +108,14 @@ class Heartbeats:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
-        """Where this rank writes its threads' stacks when it is asked to, or is sent SIGQUIT. In the main thread."""
+        """Where this rank writes its threads' stacks when it is asked to, and its main one when it is sent SIGQUIT.
+
+        In the main thread.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a")
-        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
+        # A handler does not hold the lock of the interpreter: another thread's frames change while it reads them, and it dies.
+        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
     def silent(self, look_s: float) -> list[Seen]:
         """Ranks that do not count on in `look_s`, while this one looks."""
@@ -147,9 +152,9 @@ class Heartbeats:
             self._store.set(STACKS, "1")
         if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
             # Held back until it goes on, the first is then taken before it can leave the place where it was stopped.
-            for number in (signal.SIGQUIT, signal.SIGCONT):
-                with contextlib.suppress(OSError):
-                    os.kill(stopped.pid, number)
+            with contextlib.suppress(OSError):
+                _signal_main_thread(stopped.pid, signal.SIGQUIT)
+                os.kill(stopped.pid, signal.SIGCONT)
         keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
         deadline = time.monotonic() + ANSWER_BEATS * self.every_s
         try:
@@ -234,6 +239,12 @@ class Heartbeats:
                 new = Path(directory) / f".{self.rank}"
                 new.write_text(json.dumps(about))
                 new.replace(Path(directory) / str(self.rank))
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    """To no other thread of the process: the kernel gives a stopped one's signal to whichever wakes first."""
+    send = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc before 2.30 has none
+    os.kill(pid, number) if send is None else send(pid, pid, number)
 
 
 def last_words(directory: Path, rank: int) -> Seen | None:

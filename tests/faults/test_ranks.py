@@ -230,6 +230,41 @@ def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
     assert stacks(tmp_path).count("last exchange: ") == 1 and "test_who_asks" in stacks(tmp_path)
 
 
+BUSY = """
+import json, pathlib, sys, threading, time
+from torch.distributed import TCPStore
+from strategies.heartbeat import Heartbeats
+
+def work():
+    while True:
+        json.dumps({"a": [1, {"b": 2}]}, indent=1)
+        sorted("3 2 1".split(), key=lambda word: pathlib.Path("x") / word)
+
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+Heartbeats(store, 1, 2, lambda: ("training", 7)).write_stacks_to(pathlib.Path(sys.argv[1]))
+threading.Thread(target=work, daemon=True).start()
+print("busy", flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_rank_outlives_being_asked_where_it_is_while_its_threads_run(tmp_path):
+    """Another thread's frames, read in the handler of a signal, ended it by SIGSEGV: at times a stopped rank that was woken."""
+    command = [sys.executable, "-c", BUSY, str(tmp_path / "rank-1.stacks")]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "busy\n"
+            for _ in range(300):
+                process.send_signal(signal.SIGSTOP)
+                heartbeat._signal_main_thread(process.pid, signal.SIGQUIT)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.002)
+                assert process.poll() is None
+            wait(lambda: "in <module>" in stacks(tmp_path), "the main thread's stack", process)
+        finally:
+            process.kill()
+
+
 def stacks(directory) -> str:
     path = directory / "rank-1.stacks"
     return path.read_text() if path.exists() else ""
