@@ -224,7 +224,8 @@ class Heartbeats:
             if (last := last_exchange()) is not None:
                 self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
                 over = "over" if last.waits_s is None else "not over"
-                print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
+                with contextlib.suppress(OSError):  # a full disk makes no rank that lives a silent one
+                    print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
     def _is_late(self, now: tuple[str, int | None]) -> bool:
         """Whether this rank stands still in an exchange that will soon have lasted too long."""

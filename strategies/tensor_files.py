@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from strategies.durable import NewFile, WrittenFile, fill, opened
+from strategies.durable import NewFile, WrittenFile, fill, opened, patiently
 
 INDEX = "index.json"
 ITEM = 4
@@ -172,10 +173,14 @@ def read_tensors(directory: Path, index: Index, wanted: Iterable[HeldElements]) 
             raise Malformed(f"does not cover {held.name[:80]}")
         buffers.append(buffer)
     for file, pieces in by_file.items():
-        with opened(directory / file, patient=True) as (descriptor, _):
-            for offset, piece in sorted(pieces, key=lambda each: each[0]):
-                fill(descriptor, piece.numpy().data.cast("B"), offset)
+        patiently(partial(_fill_all, directory / file, sorted(pieces, key=lambda each: each[0])))
     return buffers
+
+
+def _fill_all(file: Path, pieces: list[tuple[int, Tensor]]) -> None:
+    with opened(file) as (descriptor, _):
+        for offset, piece in pieces:
+            fill(descriptor, piece.numpy().data.cast("B"), offset)
 
 
 def size_on_disk(head: bytes, held: Iterable[HeldElements]) -> int:

@@ -230,6 +230,17 @@ def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
     assert stacks(tmp_path).count("last exchange: ") == 1 and "test_who_asks" in stacks(tmp_path)
 
 
+def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
+    """Where the stacks cannot be written, its signs of life ended with that, or the cause of the failure did."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(3))
+    beats = Heartbeats(store, 1, 2, lambda: ("training", 7))
+    (tmp_path / "rank-1.stacks").symlink_to("/dev/full")
+    beats.write_stacks_to(tmp_path / "rank-1.stacks")
+    monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
+    assert beats.ask(None) == {1: exchange(3)}
+
+
 BUSY = """
 import json, pathlib, sys, threading, time
 from torch.distributed import TCPStore

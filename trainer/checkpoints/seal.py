@@ -14,11 +14,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from strategies import durable
 from strategies.durable import WrittenFile, difference, read_bytes, reason, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
-from trainer.checkpoints.places import places_of, published
+from trainer.checkpoints.places import listed, places_of, published
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -47,7 +46,7 @@ def _render(files: dict[str, WrittenFile]) -> bytes:
 def read_manifest(directory: Path) -> list[WrittenFile]:
     """What the files of a sealed directory must be. Errors: Malformed, with what is wrong with the directory."""
     try:
-        present = set(durable.disk.names(directory))
+        present = set(listed(directory))
         if "state" in present and (directory / "state" / OF_OLD).exists():
             raise Malformed(OLD)
     except (FileNotFoundError, NotADirectoryError) as error:

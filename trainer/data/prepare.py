@@ -117,7 +117,9 @@ class Preparation:
         if (self.directory / DONE).exists():
             return
         readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
-        with Shards(self.directory, count).writing(number) as keep:
+        with Shards(self.directory, count).writing(number, self.check_stop) as keep:
+            if keep is None:
+                return
             for block in self._blocks(readers, number, count):
                 self.check_stop()
                 keep(block)
