@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from trainer.data.store.sequences import TokenDataset
 
-SCHEMA = 3
+SCHEMA = 4
 AUDIT = "audit.json"
 TELLING = ("exact", "normalized", "near")
 """Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
@@ -192,7 +192,8 @@ class DecodedSample(_Strict):
     count for less than 1."""
 
     where: str
-    label: str | None
+    note: str
+    """What its objective says of it (chosen, rejected, a label, a verdict); empty for nothing."""
     pieces: list[dict[str, Any]]
 
 
