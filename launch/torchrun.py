@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from launch.hosts import HostPlace, place_of
-from strategies.heartbeat import LAST_WORDS, LOST_PEER, last_words
+from strategies.heartbeat import LAST_WORDS, LOST_PEER, WAITED, last_words
 from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
@@ -285,7 +285,8 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     )
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     before = read_failure(run_dir)
-    replace = only_lost_a_peer(before)
+    # NCCL aborts whoever waits too long, and each has said before what it waited for.
+    replace = only_lost_a_peer(before) and not (name == "SIGABRT" and WAITED.search(before.get("message", "")))
     same = before.get("rank") == rank and before.get("gone")
     phase, step = (before["phase"], before["step"]) if same else ("killed", None)
     if not same and (seen := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:

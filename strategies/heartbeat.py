@@ -38,6 +38,8 @@ LAST_WORDS = "SHARDTUNE_LAST_WORDS"
 """The variable that names a directory of this host, in which each rank keeps what it last said of itself."""
 LATE = 0.8
 """Share of the timeout after which a rank tells of an exchange that is not over, before the backend may end the process."""
+WARN_BEATS = 15
+"""Beats before the timeout at which a rank that waits under NCCL says why: what NCCL then does to it, nobody can catch."""
 ANSWER_BEATS = 5
 """Beats for which ranks that were asked where they are may keep the one that asks waiting; a busy host lets them wait, too."""
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -105,6 +107,8 @@ class Heartbeats:
         self.every_s = max(1.0, world / 200)
         self._stacks: IO[str] | None = None
         self._telling = threading.Lock()
+        self.at_timeout: Callable[[Exchange], None] | None = None
+        """Told once, in a thread of its own, of an exchange for which NCCL is about to end this process."""
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
@@ -184,7 +188,7 @@ class Heartbeats:
         absent = [
             rank
             for rank, last in others.items()
-            if last.waits_s is None and not (last.group == own.group and last.number >= own.number)
+            if last.waits_s is None and not (last.row == own.row and last.number >= own.number)
         ]
         try:
             return Behind(self._seen()[absent[0]], others[absent[0]], own, _first_line(error)) if absent else None
@@ -208,8 +212,10 @@ class Heartbeats:
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(about))
                 self._keep(about)
-                if self._stacks is not None and (self._is_late((phase, step)) or self._store.check([STACKS])):
+                late = self._late((phase, step))
+                if self._stacks is not None and (late is not None or self._store.check([STACKS])):
                     self._tell()
+                self._warn(late)
             except RuntimeError:  # the store is gone, and with it the job
                 return
             time.sleep(self.every_s)
@@ -227,14 +233,24 @@ class Heartbeats:
                 with contextlib.suppress(OSError):  # a full disk makes no rank that lives a silent one
                     print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
-    def _is_late(self, now: tuple[str, int | None]) -> bool:
-        """Whether this rank stands still in an exchange that will soon have lasted too long."""
+    def _late(self, now: tuple[str, int | None]) -> Exchange | None:
+        """The exchange in which this rank stands still, where it will soon have lasted too long."""
         if now != self._was:
             self._was, self._since = now, time.monotonic()
         if time.monotonic() - self._since < LATE * self._timeout_s:
-            return False
+            return None
         last = last_exchange()
-        return last is not None and last.waits_s is not None and last.waits_s > LATE * self._timeout_s
+        waits = last is not None and last.waits_s is not None and last.waits_s > LATE * self._timeout_s
+        return last if waits else None
+
+    def _warn(self, late: Exchange | None) -> None:
+        """Hand on what is late under NCCL, whose watchdog aborts the process; gloo raises an error where it is waited for."""
+        if late is None or self.at_timeout is None or not late.what.startswith("nccl"):
+            return
+        if (late.waits_s or 0.0) > self._timeout_s - WARN_BEATS * self.every_s:
+            # Another thread, which may take its time: without beats this rank would seem stopped itself.
+            threading.Thread(target=self.at_timeout, args=(late,), name="timeout", daemon=True).start()
+            self.at_timeout = None
 
     def _keep(self, about: dict[str, Any]) -> None:
         if (directory := os.environ.get(LAST_WORDS)) is not None:

@@ -187,11 +187,14 @@ class NativeEngine:
             group["lr"] = base * lr_factor
         if self._skips_on_device():
             # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
-            where = self._local(self.trainable[0][1]).device  # the host, where parameters are offloaded
-            self.optimizer.found_inf = (~kept).float().to(where)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._beside_parameters((~kept).float())  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(kept):
             self.optimizer.step()
+
+    def _beside_parameters(self, flag: Tensor) -> Tensor:
+        """Where they are, on the host where they are offloaded: torch's optimizers would copy it there and not wait for that."""
+        return flag.to(self._local(self.trainable[0][1]).device)
 
     def _skips_on_device(self) -> bool:
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
@@ -247,7 +250,7 @@ class NativeEngine:
         for _, parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
         if self._skips_on_device():
-            self.optimizer.found_inf = torch.zeros((), device=self.runtime.device)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._beside_parameters(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for group, values in zip(groups, before, strict=True):

@@ -131,7 +131,7 @@ def main() -> int:
         cwd=ROOT,
         text=True,
     ).split()
-    files = [ROOT / f for f in listed if f.endswith(".py") and (ROOT / f).exists()]
+    files = [ROOT / f for f in sorted(set(listed)) if f.endswith(".py") and (ROOT / f).exists()]
     found = [line for f in files for line in violations(f)] + same_names(files)
     found += [line for path in sorted((ROOT / "benchmarks").rglob("*.py")) for line in not_there(path)]
     found += [
