@@ -197,7 +197,8 @@ def _watch(agent: subprocess.Popen[bytes], pending: list[int], looks: list[Calla
             return 130  # a second Ctrl-C does not wait
         if signal.SIGINT in pending:
             interrupted_at = time.monotonic()
-            pending[:] = [signal.SIGTERM if number == signal.SIGINT else number for number in pending]
+            for place, number in enumerate(pending):  # in its place: what comes meanwhile is not lost
+                pending[place] = signal.SIGTERM if number == signal.SIGINT else number
         if pending and _signal_ranks(agent.pid, pending[0]):  # kept until there are ranks
             pending.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:

@@ -301,6 +301,22 @@ def test_a_remembered_digest_that_a_power_cut_emptied_is_taken_anew(tmp_path):
         assert cache.remembered_digest(tmp_path / "big", tmp_path, big=0) == told == entry.read_text()
 
 
+def test_a_file_that_changes_meanwhile_is_not_kept_under_the_name_of_what_it_was(tmp_path):
+    def begun():
+        return Preparation(config(tmp_path), tiny_tokenizer(), Reading(), seed=1)
+
+    write_chat_data(tmp_path / "train.jsonl", 4)
+    whole, part = begun(), begun()
+    write_chat_data(tmp_path / "train.jsonl", 6)
+    for made in (whole.open_or_make, lambda: part.make_shard(0, 1)):
+        with pytest.raises(DataError, match=r"train\.jsonl: changed while it was prepared"):
+            made()
+    assert cache.Shards.finished(part.directory) is None
+    assert len(begun().open_or_make().train) == 6
+    write_chat_data(tmp_path / "train.jsonl", 4)
+    assert len(begun().open_or_make().train) == 4
+
+
 def test_a_shard_that_two_tasks_write_is_whole(tmp_path, monkeypatch):
     """A job that is requeued while its first start still lives."""
     monkeypatch.setattr(cache, "save", lambda block, path: path.write_text(str(block.number)))

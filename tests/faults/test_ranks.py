@@ -21,6 +21,7 @@ from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
 from trainer.lifecycle import attempt
+from trainer.records import status
 from trainer.records.status import record_failure
 
 
@@ -135,8 +136,11 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(durable.Disk, "write", full)
         assert not record_failure(tmp_path, 0, ValueError("first"), "training")
     assert list(tmp_path.iterdir()) == []  # no empty file that would hide the cause
+    # Of an attempt that was killed amid this: in a container the next has the same host's name and number.
+    (tmp_path / f".failure.json.{status._token()}").touch()
     assert record_failure(tmp_path, 1, ValueError("second"), "training")
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "second"
+    assert [each.name for each in tmp_path.iterdir()] == ["failure.json"]
 
 
 def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):

@@ -96,9 +96,20 @@ def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, mon
     assert rows["locked"]["why"].startswith("its lease cannot be read: ")
     assert rows["shut"]["why"] == "cannot be read: Permission denied"
     assert main(["status", str(tmp_path)]) == 0
+
+    class Shut(durable.Disk):
+        def names(self, directory):
+            if directory == pipe / "checkpoints":
+                raise PermissionError(13, "Permission denied", str(directory))
+            return super().names(directory)
+
+    monkeypatch.setattr(durable, "disk", Shut())
     for name in rows:
         assert main(["status", str(tmp_path / name)]) == 0 or name == "shut"
     capsys.readouterr()
+    assert main(["status", str(pipe), "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["runs"]
+    assert row["checkpoints_problem"].startswith(f"{pipe}/checkpoints: cannot be listed (Permission denied")
 
 
 def test_hundreds_of_runs_are_read_from_few_bytes_of_few_files(tmp_path):

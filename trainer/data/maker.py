@@ -7,10 +7,11 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -169,6 +170,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+LOOK_S = 1.0
+"""Seconds between looks whether workers live that are waited for."""
+
+
+class Worker(ForkProcess):
+    """Ends when its pool asks for it: where a stop may be asked for, processes hold back the pool's own SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class Workers(ForkContext):
+    """How a pool starts them."""
+
+    Process = Worker
+
+
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Results of `function` in the order of `items`, of which few more are taken than there are workers.
 
@@ -177,20 +195,18 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
     """
     global _function
     _function = function
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_begin, initargs=(os.getpid(),))
     waiting: deque[Future[Result]] = deque()
+    team: list[Worker] = []
     try:
         for item in items:
             waiting.append(pool.submit(_call, item))
+            team = team or [child for child in active_children() if isinstance(child, Worker)]  # all, with the first
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft(), pool, team)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), pool, team)
     except BrokenProcessPool as error:
-        # The pool's own SIGTERM does nothing where a stop may be asked for: such processes hold it back.
-        for worker in set(active_children()) - others:
-            worker.kill()
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
             "set data.workers lower"
@@ -199,6 +215,20 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
         _function = None
         with _uninterrupted():
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[Result], pool: ProcessPoolExecutor, workers: list[Worker]) -> Result:
+    """What a worker handed over.
+
+    Of one that dies amid that the pool would read the rest for ever. Where one is gone, all go, and this process keeps no end to
+    write at: then the reading ends, and the pool says that it is broken.
+    """
+    while not wait([future], LOOK_S).done:
+        if not all(worker.is_alive() for worker in workers):
+            pool._result_queue._writer.close()  # type: ignore[attr-defined]
+            for worker in workers:
+                worker.kill()
+    return future.result()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import durable
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.places import STEP_NAME, places_of, published
 from trainer.records.settings_file import read_tree
 
@@ -66,6 +66,8 @@ def saved(run_dir: Path) -> Store:
             for path in sorted(place.glob("given-up-*/step-*"))
             if STEP_NAME.fullmatch(path.name)
         ]
+    except StorageError as error:
+        return Store((), None, str(error))
     except OSError as error:
         return Store((), None, f"cannot be listed: {durable.reason(error)}")
     progress: dict[str, Any] = next((told for _, path in reversed(there) if (told := _progress(path))), {})
