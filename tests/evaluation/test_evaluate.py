@@ -296,7 +296,7 @@ def test_a_resumed_run_gives_equal_rows(site):
     assert second == pytest.approx(first, rel=1e-5)
 
 
-def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
+def test_a_classifier_is_evaluated_as_it_is(site, tmp_path, capsys):
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     names = {0: "world", 1: "dog", 2: "fox"}
@@ -311,6 +311,12 @@ def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
     words = [f"model.path={tmp_path}/classifier", *task("labels", "classification", site / "labels.jsonl")]
     words += [f"data.cache_dir={tmp_path}/cache", f"to={tmp_path}/out", "evaluation.resamples=200", "run.threads=1"]
     assert command_here(["evaluate", *words]) == 0
+    capsys.readouterr()
+    assert command_here(["evaluate", words[0]]) == 64  # no kind is named that could not be asked of it
+    said = capsys.readouterr().err
+    assert "objective=classification has no task by itself" in said and "evaluation.tasks=[loss]" not in said
+    assert command_here(["evaluate", f"model.path={site}/llama"]) == 64
+    assert "not set, and there are no evaluation documents to ask about" in capsys.readouterr().err
     _, rows = read(tmp_path / "out")
     for row in rows["labels"]:
         with torch.no_grad():
