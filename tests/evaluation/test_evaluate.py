@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -205,7 +206,7 @@ def test_likelihoods_are_those_of_plain_transformers(site, evaluated):
 
 
 def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, evaluated):
-    report, _ = evaluated
+    report, rows = evaluated
     facts = report["against"]["tasks"]["facts"]
     metric, changed = facts["metrics"]["exact_match"], facts["changed"]
     assert metric["value"] == 0 and metric["verdict"] == "better" and metric["low"] > 0 and metric["p"] < 0.01
@@ -214,6 +215,10 @@ def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, eva
     loss = report["against"]["tasks"]["loss"]["metrics"]["loss"]
     assert loss["low"] <= loss["difference"] <= loss["high"]
     page = (site / "all" / "evaluation.html").read_text()
+    losses = sorted((row["scores"]["nats"] / row["scores"]["targets"] for row in rows["loss"]), reverse=True)
+    shown = page.split("<h3>Worst rows</h3>")[1].split("</table>")[0]
+    assert '<th scope="col">loss</th>' in shown  # what rows are ordered by, not its sum over a row's targets
+    assert re.findall(r"</td><td>([\d.]+)</td>", shown) == [f"{loss:.4g}" for loss in losses[:20]]
     assert "Wrong before, right now" in page and "data:image/svg+xml;base64," in page
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert not [word for word in ("http://", "https://") if word in page]
