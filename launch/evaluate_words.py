@@ -200,10 +200,14 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
     from trainer.evaluation.tasks.prepared import TaskContext, check
     from trainer.evaluation.tasks.registry import KINDS
 
+    around = TaskContext.of(config.data, config.objective)
     if not config.evaluation.tasks:
+        without = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
+        if around.language:
+            without = "there are no evaluation documents to ask about"
         raise ConfigError(
-            f"evaluation.tasks: not set; name kinds, as in evaluation.tasks=[loss], or a task with a file: "
-            f"evaluation.tasks.NAME.kind=... evaluation.tasks.NAME.path=...; kinds are {', '.join(KINDS)}"
+            f"evaluation.tasks: not set, and {without}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
+            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(KINDS)}"
         )
     found = [problem for problem in refusals(config) if not problem.startswith("evaluation.watch=")]
     found += _few_bits(config, typed)
@@ -211,7 +215,7 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
         raise ConfigError(found)
     check(
         config.evaluation.tasks,
-        TaskContext.of(config.data, config.objective),
+        around,
         held_out=_has_held_out(config),
         trained=trained,
     )

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import export_average, export_gguf, export_hub, serve
 from launch.answers import FLAG, give, said_to_stderr
-from launch.export_words import destination, gates_of, parse, run_named
+from launch.export_words import destination, gates_of, parse, run_named, unfinished
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     )
     asked.gates = pass_gates(config, typed, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
-    print(f"exporting {what} to {asked.to}", flush=True)
+    print(f"exporting {what} to {asked.to}{unfinished(run_dir)}", flush=True)
     data = export(config, asked)
     if asked.gates is not None:
         record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})

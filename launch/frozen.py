@@ -198,14 +198,11 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
         print(f"{path.parent}: goes on in another way: {'; '.join(changed)}", file=sys.stderr)
         return
     more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
-    raise ConfigError(
-        [
-            f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
-            f"state: run.resume={path.parent}/checkpoints/<step>), or undo:",
-            *changed[:SHOWN_DIFFERENCES],
-            *more,
-        ]
+    refusal = (
+        f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
+        f"state: run.resume={path.parent}/checkpoints/<step>), or undo:"
     )
+    raise ConfigError("\n    ".join([refusal, *changed[:SHOWN_DIFFERENCES], *more]))  # one problem, however it shows
 
 
 def _identifying(tree: Any) -> dict[str, Any]:

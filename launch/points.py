@@ -223,7 +223,8 @@ def run_points(plan: PointsPlan, to: Path, pages: Meanwhile | None = None) -> in
     except NotOurs:
         raise
     except ConfigError as error:
-        raise ConfigError([f"to={to}: holds other runs; name another directory, or undo:", *error.problems]) from error
+        refusal = f"to={to}: holds other runs; name another directory, or undo:"
+        raise ConfigError("\n    ".join([refusal, *error.problems])) from error
     write_rows(to, plan.rows(to), list(plan.words))
     if by_slurm and left:
         release()

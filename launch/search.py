@@ -148,7 +148,8 @@ def open_study(search: Search, base: Path) -> Study:
             for key in {**before, **asked}
             if before.get(key) != asked.get(key)
         ]
-        raise ConfigError([f"run.dir={base}: holds another search; choose another run.dir, or undo:", *changed])
+        refusal = f"run.dir={base}: holds another search; choose another run.dir, or undo:"
+        raise ConfigError("\n    ".join([refusal, *changed]))
     return study
 
 

@@ -142,10 +142,12 @@ def test_a_shared_prompt_is_told_apart_from_a_leak(tmp_path):
     path = str(write_jsonl(tmp_path / "eval.jsonl", other))
     made, audit = prepare(tmp_path, rows, eval_path=path)
     assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].documents == 0
-    assert "5 training documents have a prompt of the eval split" in summary(made.report)
+    assert "5 training documents have a prompt of the eval split, with another answer or system turn" in summary(
+        made.report
+    )
     shown, card = read(made.directory)
     assert "near (not looked for) 0" in shown and "near leaks were not looked for" in card
-    assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts with other answers" in shown
+    assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts shared" in shown
 
 
 def test_rows_lost_stand_in_the_first_lines(tmp_path):

@@ -185,7 +185,8 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
-            raise refused(where, f"the chat template refuses the conversation: {error}") from error
+            why = f"the chat template refuses the conversation: {error}; change the row, or give another in"
+            raise refused(where, f"{why} model.chat_template") from error
 
     def _called(self, chat: Chat, learned: list[int]) -> Rendered:
         """Text and spans of a conversation with tools, calls or thoughts."""

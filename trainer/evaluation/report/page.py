@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,7 +39,8 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Evaluat
                 "said": report["tasks"][task.name],
                 "apart": report.get("against", {}).get("tasks", {}).get(task.name),
                 "worst": worst(task, rows)[:WORST],
-                "score": next(iter(rows[0].scores)),
+                "score": value_of(task, rows)[0],
+                "value": value_of(task, rows)[1],
                 "base": base,
                 "matrix": matrix,
                 "picture": picture(*matrix) if drawn and matrix and len(matrix[0]) <= MOST_LABELS else None,
@@ -49,17 +50,22 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Evaluat
 
 
 def worst(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """Rows from bad to good by the first metric's score; a loss is one a target."""
+    """Rows from bad to good by the value that `value_of` names."""
+    metric, (_, value) = task.metrics_of(rows)[0], value_of(task, rows)
+    sign = 1 if metric.ratio is None or metric.greater_is_better else -1
+    return sorted(rows, key=lambda row: sign * value(row))
+
+
+def value_of(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
+    """What of the first metric a row has: its name, and the number; of a loss that of one target, as of all rows together."""
     metric = task.metrics_of(rows)[0]
-
-    def badness(row: TaskRow) -> float:
-        if metric.ratio is None:
-            return float(next(iter(row.scores.values())))
-        over, below = metric.ratio
-        value = row.scores[over] / ((row.scores[below] or 1.0) if below else 1.0)
-        return value if metric.greater_is_better else -value
-
-    return sorted(rows, key=badness)
+    if metric.ratio is None:
+        name = next(iter(rows[0].scores))
+        return name, lambda row: float(next(iter(row.scores.values())))
+    over, below = metric.ratio
+    if below is None:
+        return over, lambda row: row.scores[over]
+    return metric.name, lambda row: float(metric.of(row.scores[over], row.scores[below] or 1.0))
 
 
 def picture(names: list[str], counts: list[list[int]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.evaluation.report.against import changed, side_of
-from trainer.evaluation.report.page import WORST, worst
+from trainer.evaluation.report.page import WORST, value_of, worst
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.records.trackers.base import Table
 
@@ -31,14 +31,14 @@ def tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None
 
 def worst_rows(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> Table:
     """The rows that the page shows, the worst one first."""
-    score = next(iter(rows[0].scores))
+    score, value = value_of(task, rows)
     others = {row.where: row.answer for row in before or ()}
     return Table(
         ["row", score, "prompt", "answer", "answer before", "reference", "note"],
         [
             [
                 row.where,
-                row.scores.get(score),
+                value(row),
                 row.prompt,
                 row.answer,
                 others.get(row.where, ""),
