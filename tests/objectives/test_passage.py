@@ -193,3 +193,19 @@ def test_what_a_card_has_proven_counts_for_that_card_and_these_packages(monkeypa
     assert [times(on_gpu=True), times(on_gpu=False), times(on_gpu=False)] == [3, 4, 4]
     card[0] = Gpu("H100", (9, 0))
     assert times(on_gpu=False) == 4
+
+
+def test_what_a_full_card_says_is_not_kept(monkeypatch):
+    """It was: what another process left no memory for stood as unproven for good."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = CONFIGS["mistral"]()
+    with meta_context():
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+    with monkeypatch.context() as busy:
+        busy.setattr(passage._Proof, "_difference", full)
+        found = passage.passage_of(config, lambda: plain, attention.NAME, on_gpu=False)
+    assert not found.tried and "CUDA out of memory" in found.reason
+    assert passage.passage_of(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED

@@ -223,6 +223,8 @@ class _Proof:
             for dtype in (torch.bfloat16,) if on_gpu else (self.dtype, torch.float32):
                 try:
                     reason = self._difference(layout, way, attention, dtype)
+                except torch.OutOfMemoryError:  # of a GPU that others fill: that may pass
+                    raise
                 except Exception as error:  # noqa: BLE001 - as above
                     reason = _said(error)
                 if not reason:
