@@ -16,7 +16,7 @@ from trainer.config.resuming import plain
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.preflight.exchange import rounds
 from trainer.preflight.judge import Heard, judge
-from trainer.preflight.look import PreflightRequest, gpus, holdings, look, shared
+from trainer.preflight.look import VISIBLE, PreflightRequest, gpus, holdings, look, shared
 
 
 def seen(node: int, **other: Any) -> dict[str, Any]:
@@ -183,7 +183,8 @@ SMI = """#!/bin/sh
 case "$1" in
   *slowdown*) [ -z "$OLD" ] || { echo 'Field "clocks_throttle_reasons.hw_slowdown" is not a valid field to query.'; exit 2; }
     echo '0, NVIDIA H100, 81559, 12, 0, 1980, Not Active'; echo '1, NVIDIA H100, 81559, 40000, 3, 1980, Active' ;;
-  *gpu*) echo '0, NVIDIA H100, 81559, 12, [N/A], 1980' ;;
+  *gpu*) [ -z "$ODD" ] || { echo '0, NVIDIA H100, 81559, [Insufficient Permissions], [N/A], [Unknown Error]'; exit; }
+    echo '0, NVIDIA H100, 81559, 12, [N/A], 1980' ;;
   *compute-apps*) echo '4711, /usr/bin/python, 39000' ;;
 esac
 """
@@ -214,6 +215,27 @@ def test_what_a_node_says_of_its_gpus(tmp_path, monkeypatch):
             "slowed": False,
         }
     ]
+    monkeypatch.setenv("ODD", "1")  # a card that is cut up, or lost: what is said instead is no number
+    odd = gpus()
+    assert [(gpu["used_mib"], gpu["clock_mhz"]) for gpu in odd["gpus"]] == [(None, None)]
+    assert judged(seen(0, **odd), gpus=1)[0] == []
+
+
+def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
+    """A node of theirs has no nvidia-smi, and every job on such nodes was refused for showing no GPUs."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("trainer.preflight.look.KFD", tmp_path)
+    for number, (name, simd) in enumerate([("", 0), ("aldebaran", 440), ("aldebaran", 440)]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "name").write_text(f"{name}\n")
+        (tmp_path / str(number) / "properties").write_text(f"cpu_cores_count 0\nsimd_count {simd}\n")
+    for variable in VISIBLE:
+        monkeypatch.delenv(variable, raising=False)
+    found = gpus()
+    assert [gpu["name"] for gpu in found["gpus"]] == ["aldebaran", "aldebaran"] and found["gpu_count"] == 2
+    assert judged(seen(0, **found), gpus=2) == ([], [])
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
+    assert gpus()["gpu_count"] == 1
 
 
 def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):

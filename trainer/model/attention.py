@@ -71,7 +71,7 @@ def varlen_attention(
     if (size := _chunk_of(module)) is not None or getattr(module, "attn_temperature_tuning", False):
         documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
         query, document_bounds, cu_seq_lens_q = _by_place(module, query, documents, size)
-    if sinks is None and _has_varlen_kernel(query, softcap, dropout):
+    if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
@@ -230,8 +230,10 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tenso
     return F.dropout(weights.to(q.dtype), rule.dropout) @ v
 
 
-def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
+def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
     if device_kind(query.device) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if value.shape[-1] > query.shape[-1]:
         return False
     return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
 
@@ -265,7 +267,9 @@ def _varlen_kernel(
     """torch's own variable-length kernel (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q.shape[1] != k.shape[1]
+    grouped, width = q.shape[1] != k.shape[1], v.shape[-1]
+    if width < q.shape[-1]:  # values of latent attention are narrower, and the kernel knows one size of heads
+        v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
     left = window - 1 if window is not None else -1
     longest = int(max_length) if max_length is not None else q.shape[0]
@@ -281,4 +285,4 @@ def _varlen_kernel(
         window_size=(left, 0 if causal else left),
         enable_gqa=grouped,
     )
-    return out.unsqueeze(0)
+    return out.unsqueeze(0)[..., :width]

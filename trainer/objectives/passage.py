@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.cache import cache_directory
+from strategies.hardware import gpu_of
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.heads.fuse import fuse_head
 from trainer.model.architecture import auto_class, set_dropout, text_settings
 from trainer.model.config import ModelKind
-from trainer.model.kernels import torch_alone
+from trainer.model.kernels import kernel_versions, torch_alone
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
 from trainer.objectives.causal import WAYS, CausalWay, plain_model, summed_loss
 
@@ -76,7 +77,9 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
     `config`: transformers' configuration; `build` makes its model on meta; `attention`: the kernel for documents in one row.
     """
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-    known = {"config": settings, "attention": attention, "gpu": on_gpu, "edition": EDITION}
+    # Hosts with other cards may share the cache, and packages come and go.
+    where = [repr(gpu_of(torch.device("cuda"))), kernel_versions()] if on_gpu else False
+    known = {"config": settings, "attention": attention, "gpu": where, "edition": EDITION}
     known |= {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = cache_directory() / "proofs" / f"{key}.json"
@@ -220,6 +223,8 @@ class _Proof:
             for dtype in (torch.bfloat16,) if on_gpu else (self.dtype, torch.float32):
                 try:
                     reason = self._difference(layout, way, attention, dtype)
+                except torch.OutOfMemoryError:  # of a GPU that others fill: that may pass
+                    raise
                 except Exception as error:  # noqa: BLE001 - as above
                     reason = _said(error)
                 if not reason:
