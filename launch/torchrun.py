@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.hosts import Place, place_of
+from launch.hosts import HostPlace, place_of
 from strategies.heartbeat import LAST_WORDS, LOST_PEER, WAITED, last_words
 from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
@@ -83,7 +83,7 @@ TRAIN = What("launch.train", "config.yaml")
 
 
 def arguments(
-    launcher: LauncherConfig, run_id: str, place: Place | None = None, module: str = TRAIN.module
+    launcher: LauncherConfig, run_id: str, place: HostPlace | None = None, module: str = TRAIN.module
 ) -> list[str]:
     """torchrun's own arguments for these processes; `run_id` names the rendezvous of several hosts, `place` this one."""
     words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
@@ -197,7 +197,8 @@ def _watch(agent: subprocess.Popen[bytes], pending: list[int], looks: list[Calla
             return 130  # a second Ctrl-C does not wait
         if signal.SIGINT in pending:
             interrupted_at = time.monotonic()
-            pending[:] = [signal.SIGTERM if number == signal.SIGINT else number for number in pending]
+            for place, number in enumerate(pending):  # in its place: what comes meanwhile is not lost
+                pending[place] = signal.SIGTERM if number == signal.SIGINT else number
         if pending and _signal_ranks(agent.pid, pending[0]):  # kept until there are ranks
             pending.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:

@@ -46,7 +46,7 @@ WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
+class SignOfLife:
     """What a rank last said of itself."""
 
     rank: int
@@ -62,7 +62,7 @@ class Silent(ShardtuneError):
 
     retry = "node_fail"
 
-    def __init__(self, seen: Seen, *, hung: bool, since_s: float, told: str) -> None:
+    def __init__(self, seen: SignOfLife, *, hung: bool, since_s: float, told: str) -> None:
         self.seen, self.hung = seen, hung
         at = f", step {seen.step}" if seen.step is not None else ""
         what = (
@@ -80,7 +80,7 @@ class Behind(ShardtuneError):
 
     retry = "node_fail"
 
-    def __init__(self, seen: Seen, last: Exchange | None, awaited: Exchange | str, told: str) -> None:
+    def __init__(self, seen: SignOfLife, last: Exchange | None, awaited: Exchange | str, told: str) -> None:
         self.seen, self.hung = seen, True
         at = f", step {seen.step}" if seen.step is not None else ""
         super().__init__(
@@ -121,7 +121,7 @@ class Heartbeats:
         # A handler does not hold the lock of the interpreter: another thread's frames change while it reads them, and it dies.
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
-    def silent(self, look_s: float) -> list[Seen]:
+    def silent(self, look_s: float) -> list[SignOfLife]:
         """Ranks that do not count on in `look_s`, while this one looks."""
         before = self._seen()
         time.sleep(look_s)
@@ -147,7 +147,7 @@ class Heartbeats:
             return None
         return Silent(silent[0], hung=hung, since_s=look_s, told=told) if silent else None
 
-    def ask(self, stopped: Seen | None) -> dict[int, Exchange]:
+    def ask(self, stopped: SignOfLife | None) -> dict[int, Exchange]:
         """Let every rank write its stacks, and wake one that was `stopped` for it. Errors: none.
 
         The last exchange of each rank that answers. It is back when all have, which takes a beat, or after `ANSWER_BEATS`.
@@ -195,10 +195,12 @@ class Heartbeats:
         except RuntimeError:
             return None
 
-    def _seen(self) -> list[Seen]:
+    def _seen(self) -> list[SignOfLife]:
         keys = [f"shardtune/beat/{rank}" for rank in range(self.world)]
         return [
-            Seen(rank=rank, **json.loads(self._store.get(key))) if self._store.check([key]) else Seen(rank=rank)
+            SignOfLife(rank=rank, **json.loads(self._store.get(key)))
+            if self._store.check([key])
+            else SignOfLife(rank=rank)
             for rank, key in enumerate(keys)
         ]
 
@@ -228,7 +230,8 @@ class Heartbeats:
             if (last := last_exchange()) is not None:
                 self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
                 over = "over" if last.waits_s is None else "not over"
-                print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
+                with contextlib.suppress(OSError):  # a full disk makes no rank that lives a silent one
+                    print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
     def _late(self, now: tuple[str, int | None]) -> Exchange | None:
         """The exchange in which this rank stands still, where it will soon have lasted too long."""
@@ -263,10 +266,10 @@ def _signal_main_thread(pid: int, number: int) -> None:
     os.kill(pid, number) if send is None else send(pid, pid, number)
 
 
-def last_words(directory: Path, rank: int) -> Seen | None:
+def last_words(directory: Path, rank: int) -> SignOfLife | None:
     """What a rank of this host last said of itself, for the launcher that gave it the directory; None where it said nothing."""
     try:
-        return Seen(rank=rank, **json.loads((directory / str(rank)).read_text()))
+        return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -21,7 +21,7 @@ from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
-from strategies.saving import Run, State
+from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 
 _GROWTH_INTERVAL = 2000
@@ -213,7 +213,7 @@ class NativeEngine:
         """This rank's part of a parameter (or moment of it), flattened, and where it starts in the whole."""
         return parameter.view(-1), 0
 
-    def _runs(self, *, writing: bool) -> Iterator[Run]:
+    def _runs(self, *, writing: bool) -> Iterator[FlatRange]:
         for number, (name, parameter) in enumerate(self.trainable):
             held, start = self._held(parameter)
             tensors, wholes = {"weight": held.detach()}, dict[str, Tensor]()
@@ -232,9 +232,9 @@ class NativeEngine:
                 low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
                 tensors = {key: value[low:high] for key, value in tensors.items()}
                 start = low
-            yield Run(name, parameter.numel(), start, tensors, write=self._writes())
+            yield FlatRange(name, parameter.numel(), start, tensors, write=self._writes())
             for key, value in wholes.items():  # factored moments and the like: whole, and the same, on every rank
-                yield Run(name, value.numel(), 0, {key: value}, write=self.runtime.is_main)
+                yield FlatRange(name, value.numel(), 0, {key: value}, write=self.runtime.is_main)
 
     def _writes(self) -> bool:
         return True
@@ -265,7 +265,7 @@ class NativeEngine:
             elif "step" in state:
                 state["step"] = updates
 
-    def state(self, progress: Progress) -> State:
+    def state(self, progress: Progress) -> RankState:
         """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         header = StateHeader(
@@ -276,7 +276,7 @@ class NativeEngine:
             loss_scale=None if self.scale is None else float(self.scale),
             groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
         )
-        return State(self._runs(writing=True), header.json(), self.runtime)
+        return RankState(self._runs(writing=True), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:

@@ -21,6 +21,7 @@ from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
 from trainer.lifecycle import attempt
+from trainer.records import status
 from trainer.records.status import record_failure
 
 
@@ -135,8 +136,11 @@ def test_a_failure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(durable.Disk, "write", full)
         assert not record_failure(tmp_path, 0, ValueError("first"), "training")
     assert list(tmp_path.iterdir()) == []  # no empty file that would hide the cause
+    # Of an attempt that was killed amid this: in a container the next has the same host's name and number.
+    (tmp_path / f".failure.json.{status._token()}").touch()
     assert record_failure(tmp_path, 1, ValueError("second"), "training")
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "second"
+    assert [each.name for each in tmp_path.iterdir()] == ["failure.json"]
 
 
 def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
@@ -284,6 +288,17 @@ def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
     assert beats.ask(None) == {1: exchange(3)}
     assert stacks(tmp_path).count("last exchange: ") == 1 and "test_who_asks" in stacks(tmp_path)
+
+
+def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
+    """Where the stacks cannot be written, its signs of life ended with that, or the cause of the failure did."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(3))
+    beats = Heartbeats(store, 1, 2, lambda: ("training", 7))
+    (tmp_path / "rank-1.stacks").symlink_to("/dev/full")
+    beats.write_stacks_to(tmp_path / "rank-1.stacks")
+    monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
+    assert beats.ask(None) == {1: exchange(3)}
 
 
 BUSY = """

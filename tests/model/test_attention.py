@@ -184,7 +184,7 @@ def test_what_gpus_compute_equals_one_mask_over_the_document(kv_heads, window, s
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     weights = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
     given = torch.randn(4, generator=generator, dtype=torch.float64) if sinks else None
-    rule = attention.Rule(0.3, 0.0, window, softcap, causal, given)
+    rule = attention.AttentionRule(0.3, 0.0, window, softcap, causal, given)
     found = []
     for out in (attention._one_document(*inputs, rule), attention._on_gpu(*inputs, rule)):
         found.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
@@ -206,6 +206,6 @@ def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
     q, (k, v) = torch.randn(1, 4, length, 8), torch.randn(2, 1, 2, length, 8)
     for window in (None, 64):
         with Largest() as largest:
-            attention._on_gpu(q, k, v, attention.Rule(None, 0.0, window, None, True, None))
+            attention._on_gpu(q, k, v, attention.AttentionRule(None, 0.0, window, None, True, None))
         assert largest.numel <= 128 * (128 + 64) + q.numel()
     assert len(asked) == 1 + length // 128 and not any(asked)

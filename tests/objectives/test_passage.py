@@ -16,7 +16,7 @@ from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 from trainer.objectives import passage
 from trainer.objectives.arranged import causal_model
-from trainer.objectives.causal import FUSED, WAYS, Way
+from trainer.objectives.causal import FUSED, WAYS, CausalWay
 
 SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 WINDOWED = {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4096, "intermediate_size": 11008}
@@ -89,7 +89,7 @@ def test_a_model_that_padding_changes_reads_one_document_at_a_time():
     """Its head makes several predictions of each token, of which one are the logits."""
     model, found = arranged("prophetnet")
     assert (found.layout, found.attention) == (Layout.padded, "eager")
-    assert model.way == Way(fused=False, positions=False, alone=True)
+    assert model.way == CausalWay(fused=False, positions=False, alone=True)
 
 
 @pytest.mark.parametrize(("off", "own", "right"), [(4e-5, 5e-5, True), (6e-5, 5e-5, False), (2e-4, 1e-3, False)])
@@ -148,7 +148,7 @@ def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
     assert passage._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED
     monkeypatch.setattr("trainer.heads.fuse.head_transform", lambda _config: (None, 1.0))
     found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
-    assert found.padding_free == Way(fused=False, positions=True)
+    assert found.padding_free == CausalWay(fused=False, positions=True)
 
 
 def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeypatch):

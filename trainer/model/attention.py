@@ -79,7 +79,7 @@ def varlen_attention(
     wide = torch.promote_types(computes_in, torch.float32) if device_kind(query.device) == "cpu" else computes_in
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
-        rule = Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
+        rule = AttentionRule(scaling, dropout, sliding_window, softcap, causal, sinks)
         out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, rule))
     return out.to(computes_in).transpose(1, 2).contiguous(), None
 
@@ -141,7 +141,7 @@ def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tens
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class AttentionRule:
     """How a layer attends within a document."""
 
     scaling: float | None
@@ -161,7 +161,7 @@ class Rule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     if q.device.type == "cuda":
         return _on_gpu(q, k, v, rule)
     mask = rule.mask(q.shape[2], q.device)
@@ -179,7 +179,7 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     )
 
 
-def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     """As `_one_document`, for the kernels of a GPU: heads repeated, and a window in stretches of at least `STRETCH` queries.
 
     The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
@@ -211,7 +211,7 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return torch.cat(pieces, dim=2)
 
 
-def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: Rule, mask: Tensor | None) -> Tensor:
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
     """What no kernel has: scores that are capped, and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

@@ -57,7 +57,7 @@ VARIABLE = "SHARDTUNE_PREFLIGHT"
 
 
 @dataclass(kw_only=True, slots=True)
-class Asked:
+class PreflightRequest:
     """What the nodes are to look at; travels as JSON in an environment variable."""
 
     nodes: int = 1
@@ -86,12 +86,12 @@ class Asked:
         return json.dumps(asdict(self))
 
     @classmethod
-    def told(cls) -> Asked:
+    def told(cls) -> PreflightRequest:
         """What the environment says. Errors: KeyError where it says nothing."""
         return cls(**json.loads(os.environ[VARIABLE]))
 
 
-def look(asked: Asked, node: int) -> dict[str, Any]:
+def look(asked: PreflightRequest, node: int) -> dict[str, Any]:
     """Everything that node number `node` sees, as JSON; what is wrong is `judge`'s to say. Raises nothing for what is missing."""
     seen: dict[str, Any] = {
         "node": node,

@@ -33,7 +33,7 @@ def _asked(one: Callable[[torch.device], float], device: torch.device) -> float:
         return math.nan
 
 
-class Gpu(threading.Thread):
+class GpuWatcher(threading.Thread):
     """Looks at this rank's GPU until its process ends, or once, where the first look tells nothing."""
 
     def __init__(self, device: torch.device, look: Look = look) -> None:
