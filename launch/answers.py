@@ -1,11 +1,12 @@
-"""`--json` of verbs that also talk: stdout is for the answer alone, and what is said meanwhile goes to stderr."""
+"""What verbs say: answers of `--json` alone on stdout, and nothing that ends a run when whoever read it has gone away."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
 
 FLAG = "--json"
 
@@ -34,3 +35,43 @@ class said_to_stderr:
 def give(answer: dict[str, Any]) -> None:
     """Print the answer for a script."""
     print(json.dumps(answer, indent=1, ensure_ascii=False), flush=True)
+
+
+class Lasting:
+    """A stream of which nobody need be there to read: what cannot be written goes nowhere from then on, and is no error.
+
+    A terminal may be closed, and Ctrl-C ends the `tee` behind a command before that has saved.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As that of a stream."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        """As that of a stream."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._leave()
+
+    def _leave(self) -> None:
+        with suppress(OSError):  # what is buffered, too: it would be tried again at the end, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """Within it stdout and stderr are `Lasting`."""
+    both = ExitStack()
+    both.enter_context(redirect_stdout(Lasting(sys.stdout)))  # type: ignore[type-var]
+    both.enter_context(redirect_stderr(Lasting(sys.stderr)))  # type: ignore[type-var]
+    return both

@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 
 from trainer.stopping.signals import hold
 
@@ -106,7 +107,17 @@ def completion(words: list[str]) -> int:
 
 
 def guarded(verb: str, argv: list[str]) -> int:
-    """Run `launch.<verb>.main(argv)`; every error becomes a message and an exit code."""
+    """Run `launch.<verb>.main(argv)`; every error becomes a message and an exit code.
+
+    What saves does so whether or not anybody reads what it says.
+    """
+    from launch.answers import lasting
+
+    with lasting() if verb in SAVING else nullcontext():
+        return _guarded(verb, argv)
+
+
+def _guarded(verb: str, argv: list[str]) -> int:
     from importlib import import_module
 
     from strategies.errors import ConfigError, ShardtuneError

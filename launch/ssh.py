@@ -162,7 +162,7 @@ class Screen:
         number = max(numbers, default=0) + 1
         for rank, node in enumerate(nodes):
             node.log = (self._logs / f"hosts-{number}-{rank}.log").open("ab", buffering=0)
-            node.log.write(f"# {node.name}\n".encode())
+            self._keep(node, f"# {node.name}\n".encode())
             for pipe, error in ((node.process.stdout, False), (node.process.stderr, True)):
                 reader = threading.Thread(target=self._read, args=(node, pipe, error, rank == 0), daemon=True)
                 reader.start()
@@ -179,10 +179,16 @@ class Screen:
                 continue
             if error:
                 node.said = [*node.said[-SHOWN:], text.strip()]
-            assert node.log is not None
-            node.log.write(line)
+            self._keep(node, line)
             if node.hello is not None and (first or error):
                 self._show(line if first else f"{node.name}: ".encode() + line, error)
+
+    def _keep(self, node: Node, line: bytes) -> None:
+        assert node.log is not None
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: what a node says is read on, or its ranks would wait to say it
+            node.log.write(line)
 
     def _show(self, line: bytes, error: bool) -> None:
         stream = sys.stderr if error else sys.stdout

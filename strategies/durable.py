@@ -26,6 +26,7 @@ PIECE = 2**23
 """Bytes that are read and hashed at a time."""
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+WAITED = (errno.ENOENT, errno.ESTALE)  # of what, or in what, another host has made a moment ago
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 Result = TypeVar("Result")
@@ -92,7 +93,7 @@ disk = Disk()
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenFile:
     """A file as it was meant to be on the disk: what it must be found to be."""
 
     name: str
@@ -114,9 +115,7 @@ class NewFile:
 
     def __enter__(self) -> NewFile:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if self._exclusive else os.O_TRUNC)
-        # The directory may have been made on another host a moment ago.
-        wait: Callable[[Callable[[], int]], int] = (lambda call: call()) if self._exclusive else patiently
-        self._descriptor = wait(lambda: disk.open(self.path, flags))
+        self._descriptor = patiently(lambda: disk.open(self.path, flags), () if self._exclusive else WAITED)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -143,12 +142,12 @@ class NewFile:
             rest = rest[done:]
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFile:
         """What was written so far."""
-        return Written(self.path.name, self.size, self._hash.hexdigest())
+        return WrittenFile(self.path.name, self.size, self._hash.hexdigest())
 
 
-def write_new(path: Path, data: bytes) -> Written:
+def write_new(path: Path, data: bytes) -> WrittenFile:
     """The file `path` with these bytes, synced. Its name is durable once its directory is synced. Errors: OSError."""
     with NewFile(path) as file:
         file.write(data)
@@ -219,27 +218,26 @@ def publish_again(source: Path, target: Path, replaced: Path) -> None:
         disk.remove_tree(replaced)
 
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """What `call` returns, tried again while a network file system has not heard of what another host wrote."""
+def patiently(call: Callable[[], Result], codes: tuple[int, ...] = WAITED) -> Result:
+    """What `call`, which opens, returns, tried again while a network file system has not heard of what another host wrote."""
     waited, pause = 0.0, 0.05
     while True:
         try:
             return call()
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE) or waited >= PATIENCE_S:
+            if error.errno not in codes or waited >= PATIENCE_S:
                 raise
         disk.sleep(pause)
         waited, pause = waited + pause, min(2 * pause, 5.0)
 
 
 @contextmanager
-def opened(path: Path, *, patient: bool = False) -> Iterator[tuple[int, int]]:
-    """(descriptor, size in bytes) of a regular file, to be read. `patient` where another host may have just written it.
+def opened(path: Path) -> Iterator[tuple[int, int]]:
+    """(descriptor, size in bytes) of a regular file, to be read.
 
     Errors: OSError, also for what is no regular file: links, pipes and devices of others are not followed.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    descriptor = patiently(lambda: disk.open(path, flags)) if patient else disk.open(path, flags)
+    descriptor = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
@@ -259,8 +257,10 @@ def fill(descriptor: int, into: memoryview, offset: int) -> None:
 
 
 def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
-    """All of a regular file of at most `most` bytes; `patient` as in `opened`. Errors: OSError, also where it has more."""
-    with opened(path, patient=patient) as (descriptor, size):
+    """All of a regular file of at most `most` bytes; `patient` where another host may have just written it. Errors: OSError."""
+    if patient:
+        return patiently(lambda: read_bytes(path, most=most))
+    with opened(path) as (descriptor, size):
         if size > most:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {most}", str(path))
         data = bytearray(size)
@@ -268,24 +268,27 @@ def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
     return bytes(data)
 
 
-def difference(directory: Path, expected: Written) -> str | None:
+def difference(directory: Path, expected: WrittenFile) -> str | None:
     """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors."""
-    found = hashlib.sha256()
     buffer = memoryview(bytearray(min(PIECE, max(1, expected.size))))
-    try:
-        with opened(directory / expected.name, patient=True) as (descriptor, size):
+
+    def look() -> str | None:
+        found = hashlib.sha256()
+        with opened(directory / expected.name) as (descriptor, size):
             if size != expected.size:
                 return f"{expected.name} has {size} bytes instead of {expected.size}"
             for offset in range(0, size, len(buffer)):
                 part = buffer[: min(len(buffer), size - offset)]
                 fill(descriptor, part, offset)
                 found.update(part)
-    except FileNotFoundError:
-        return f"{expected.name} is missing"
+        same = found.hexdigest() == expected.sha256
+        return None if same else f"{expected.name} does not have the bytes that were written"
+
+    try:
+        return patiently(look)
     except OSError as error:
-        return f"{expected.name} cannot be read ({reason(error)})"
-    same = found.hexdigest() == expected.sha256
-    return None if same else f"{expected.name} does not have the bytes that were written"
+        how = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({reason(error)})"
+        return f"{expected.name} {how}"
 
 
 def no_room(directory: Path, needed: int) -> str | None:
@@ -294,9 +297,8 @@ def no_room(directory: Path, needed: int) -> str | None:
         free = disk.free(directory)
     except OSError:
         return None
-    if free >= needed:
-        return None
-    return f"No space left on {directory}: {size_text(needed)} are needed and {size_text(free)} are free"
+    full = f"No space left on {directory}: {size_text(needed)} are needed and {size_text(free)} are free"
+    return None if free >= needed else full
 
 
 def size_text(size: float) -> str:

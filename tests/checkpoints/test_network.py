@@ -104,3 +104,20 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
     else:
         raise AssertionError("every start fails")
     assert met >= {"open", "write", "read", "sync", "names", "rename", "exchange", "make_directory"}, met
+
+
+def test_a_stale_handle_at_any_call_makes_no_start_take_an_older_one(tmp_path, monkeypatch):
+    places = [tmp_path / "checkpoints"]
+    made = Checkpoints(places, CheckpointConfig(keep=3, background=False), ALONE)
+    for step in (1, 2):
+        made.save(Engine(), Progress(step=step))
+    met = set()
+    for number in range(1, 99):
+        disk = Network(errno.ESTALE, lost_answer=False)
+        disk.fails_at = number
+        monkeypatch.setattr(durable, "disk", disk)
+        assert choose(places, "auto", ALONE) == places[0] / "step-000002", (number, disk.failed)
+        if not disk.failed:
+            break
+        met.add(disk.failed)
+    assert met == {"names", "open", "read"}

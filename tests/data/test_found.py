@@ -35,6 +35,37 @@ for pid, _ in ordered_map(slow, map(Item, range(12)), workers=2):
     print(pid, flush=True)
 """
 
+CUT_OFF = """
+import os, signal, time
+from multiprocessing.connection import Connection
+from strategies.errors import ShardtuneError
+from trainer.data.maker import ordered_map
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def half(self, data):
+    os.write(self.fileno(), bytes(data)[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+def dies(item):
+    if item == 2:
+        Connection._send = half
+    return bytes(50000)
+try:
+    print(len(list(ordered_map(dies, range(9), workers=2))))
+except ShardtuneError as error:
+    print(error, flush=True)
+def hangs(item):
+    if item:
+        os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(3600 if item > 1 else 0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+blocks = ordered_map(hangs, range(9), workers=2)
+next(blocks)
+signal.sigwait({signal.SIGUSR1})
+time.sleep(1)
+blocks.close()
+print("left off")
+"""
+
 
 def test_another_key_makes_other_pseudonyms(tmp_path, monkeypatch):
     # Found: the key was no part of the fingerprint, so that a new key opened what the old one had made.
@@ -107,3 +138,13 @@ def test_a_killed_worker_ends_the_others(preparing):
     os.kill(worker, signal.SIGKILL)
     _, said = child.communicate(timeout=seconds(20))
     assert child.returncode != 0 and "data.workers" in said
+
+
+def test_a_worker_that_is_killed_at_a_bad_moment_lets_nobody_wait_for_ever():
+    # Found: amid handing over, or while what it had made before was still looked at and then no more was wanted.
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_OFF], capture_output=True, text=True, check=False, timeout=seconds(30)
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert "data.workers" in first and last == "left off"

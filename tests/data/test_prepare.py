@@ -1,5 +1,7 @@
 import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -7,10 +9,12 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from strategies import durable
 from strategies.errors import ConfigError, DataError, StorageError
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import CHATML, chat_rows, tiny_tokenizer, write_chat_data, write_jsonl
@@ -248,6 +252,89 @@ def test_rank_0_whose_progress_is_seen_goes_before_those_that_come_earlier(tmp_p
     earlier.join(seconds(30))
     assert not earlier.is_alive() and made == ["rank 0"]
     assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), after_s=0.1)
+
+
+def test_a_lock_is_had_where_shared_ones_ask_for_reading(tmp_path, monkeypatch):
+    """As Linux's NFS client does (flock(2), nfs4_proc_lock): of a file that is open for writing alone there is no shared lock."""
+    real, shared = fcntl.flock, []
+
+    def flock(file, how):
+        if how & fcntl.LOCK_SH:
+            shared.append(file)
+            if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(file, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    build = lambda target: (target / "manifest.json").write_text("{}")  # noqa: E731
+    assert cache.build_once(tmp_path / "cache" / "abc", build, after_s=0.1) and shared
+
+
+def test_what_is_prepared_is_on_the_disk_before_its_name_is(tmp_path, data, monkeypatch):
+    """A power cut after the rename would leave what was not synced empty, under a name by which it is taken for whole."""
+
+    class Watched(durable.Disk):
+        synced, published = set[Path](), 0
+
+        def sync(self, descriptor):
+            super().sync(descriptor)
+            self.synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+        def rename(self, source, target):
+            lacking = {source, *source.rglob("*")} - self.synced
+            assert not lacking, f"not on the disk: {lacking}"
+            super().rename(source, target)
+            self.published += 1
+            self.synced.discard(target.parent)
+
+    monkeypatch.setattr(durable, "disk", Watched())
+    prepared = run(config(tmp_path))
+    assert durable.disk.published == 1 and prepared.directory.parent in durable.disk.synced
+
+
+def test_a_remembered_digest_that_a_power_cut_emptied_is_taken_anew(tmp_path):
+    (tmp_path / "big").write_bytes(b"big")
+    told = cache.remembered_digest(tmp_path / "big", tmp_path, big=0)
+    [entry] = (tmp_path / "digests").iterdir()
+    for left in (b"", bytes(64), b"\xff"):
+        entry.write_bytes(left)
+        assert cache.remembered_digest(tmp_path / "big", tmp_path, big=0) == told == entry.read_text()
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept_under_the_name_of_what_it_was(tmp_path):
+    def begun():
+        return Preparation(config(tmp_path), tiny_tokenizer(), Reading(), seed=1)
+
+    write_chat_data(tmp_path / "train.jsonl", 4)
+    whole, part = begun(), begun()
+    write_chat_data(tmp_path / "train.jsonl", 6)
+    for made in (whole.open_or_make, lambda: part.make_shard(0, 1)):
+        with pytest.raises(DataError, match=r"train\.jsonl: changed while it was prepared"):
+            made()
+    assert cache.Shards.finished(part.directory) is None
+    assert len(begun().open_or_make().train) == 6
+    write_chat_data(tmp_path / "train.jsonl", 4)
+    assert len(begun().open_or_make().train) == 4
+
+
+def test_a_shard_that_two_tasks_write_is_whole(tmp_path, monkeypatch):
+    """A job that is requeued while its first start still lives."""
+    monkeypatch.setattr(cache, "save", lambda block, path: path.write_text(str(block.number)))
+    shards, waits, others = cache.Shards(tmp_path / "entry", 1), threading.Event(), []
+
+    def second():
+        with shards.writing(0, waits.set) as keep:
+            others.append(keep)
+
+    with shards.writing(0, lambda: None) as keep:
+        keep(SimpleNamespace(number=0))
+        other = threading.Thread(target=second)
+        other.start()
+        assert waits.wait(seconds(30))
+        keep(SimpleNamespace(number=1))
+    other.join(seconds(30))
+    assert others == [None]
+    assert len(list(shards.path(0).glob("*.npz"))) == 2 and cache.Shards.finished(tmp_path / "entry") is not None
 
 
 def test_a_builder_that_dies_leaves_nothing_that_counts(tmp_path):

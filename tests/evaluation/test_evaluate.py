@@ -15,7 +15,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from launch import torchrun
-from launch.evaluate_words import Asked, plan
+from launch.evaluate_words import EvaluationWords, plan
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.launching import clean_environment, command_here, free_port
@@ -367,4 +367,4 @@ def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, 
 
 def test_the_report_that_would_be_written_over_is_no_yardstick(site, evaluated):
     with pytest.raises(Exception, match="is the report that this evaluation writes"):
-        plan(Asked(site / "run", {"to": f"{site}/all", "against": f"{site}/all/evaluation.json"}, []))
+        plan(EvaluationWords(site / "run", {"to": f"{site}/all", "against": f"{site}/all/evaluation.json"}, []))

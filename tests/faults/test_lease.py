@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -185,6 +186,40 @@ def test_only_signs_of_life_decide_between_hosts(tmp_path, another_host):
     begun = time.monotonic()
     with Lease.acquire(tmp_path, 10**6):  # what is over is not waited for
         assert time.monotonic() - begun < seconds(60)
+
+
+HIDDEN = """
+import os, subprocess, time
+from trainer.records.lease import Owner, lives_here, process_identity, this_process
+def become(user):
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+there = os.fork()
+if not there:
+    become(4711)
+    time.sleep(3600)
+owner, mine = Owner(pid=there, process=process_identity(there)), this_process(1)
+subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
+asker = os.fork()
+if not asker:
+    become(4712)
+    assert process_identity(there) == "" and lives_here(owner, mine) is None
+    os._exit(0)
+told = os.waitstatus_to_exitcode(os.waitpid(asker, 0)[1])
+os.kill(there, 9)
+os.waitpid(there, 0)
+os._exit(told or lives_here(owner, mine) is not False)
+"""
+
+
+@pytest.mark.skipif(not can_be_elsewhere(), reason="needs root, and namespaces")
+def test_a_process_of_another_user_that_is_not_shown_is_not_taken_for_gone():
+    """As on hosts of many users, where /proc shows each their own (`hidepid`): its run was taken over while it lived."""
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", HIDDEN], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_who_waits_for_a_silent_owner_can_be_told_to_stop(tmp_path, another_host):

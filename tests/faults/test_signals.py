@@ -78,7 +78,11 @@ with StopRequest() as request:  # as CPython's resource tracker does when it is 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     send(signal.SIGTERM, lambda: request.signal_name == "SIGTERM")
 with StopRequest(interrupts=True) as request:
+    said, gone = os.dup(2), os.pipe()
+    os.close(gone[0])
+    os.dup2(gone[1], 2)  # the `tee` that read it has ended of the same Ctrl-C
     send(signal.SIGINT, lambda: request.signal_name == "SIGINT")
+    os.dup2(said, 2)
     try:
         send(signal.SIGINT, lambda: False)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from strategies import durable
 from strategies.errors import StorageError
 from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
 from trainer.following.queue import Queue, note_submitted, submitted_as
-from trainer.following.reading import Seen, find, look
+from trainer.following.reading import RunView, find, look
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def no_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
 
-def seen(run: Path) -> Seen:
+def seen(run: Path) -> RunView:
     return look(run, Queue())
 
 
@@ -96,9 +96,20 @@ def test_what_is_torn_empty_or_not_readable_is_still_a_row(tmp_path, capsys, mon
     assert rows["locked"]["why"].startswith("its lease cannot be read: ")
     assert rows["shut"]["why"] == "cannot be read: Permission denied"
     assert main(["status", str(tmp_path)]) == 0
+
+    class Shut(durable.Disk):
+        def names(self, directory):
+            if directory == pipe / "checkpoints":
+                raise PermissionError(13, "Permission denied", str(directory))
+            return super().names(directory)
+
+    monkeypatch.setattr(durable, "disk", Shut())
     for name in rows:
         assert main(["status", str(tmp_path / name)]) == 0 or name == "shut"
     capsys.readouterr()
+    assert main(["status", str(pipe), "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["runs"]
+    assert row["checkpoints_problem"].startswith(f"{pipe}/checkpoints: cannot be listed (Permission denied")
 
 
 def test_hundreds_of_runs_are_read_from_few_bytes_of_few_files(tmp_path):

@@ -38,6 +38,37 @@ def leave(code, **environment):
     )
 
 
+UNHEARD = """
+import os, sys
+from types import ModuleType
+from launch.main import guarded
+
+def main(argv):
+    for number in range(3):
+        for stream in (sys.stdout, sys.stderr):
+            print(f"step {number} of a run", file=stream, flush=True)
+    print("what is still buffered when the interpreter ends")
+    with open(argv[0], "w") as saved:
+        saved.write("saved")
+    return 75
+
+sys.modules["launch.train"] = ModuleType("launch.train")
+sys.modules["launch.train"].main = main
+sys.exit(guarded("train", sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, full):
+    end, theirs = (None, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if end is not None:
+        os.close(end)  # as when the `tee` behind a command has ended, or the terminal is closed
+    words = [sys.executable, "-c", UNHEARD, str(tmp_path / "progress")]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], stdout=theirs, stderr=theirs, check=False)
+    os.close(theirs)
+    assert (done.returncode, (tmp_path / "progress").read_text()) == (75, "saved")
+
+
 def test_a_rank_of_several_cannot_be_aborted_at_its_end():
     done = leave(0, RANK="0", WORLD_SIZE="2")
     assert (done.returncode, done.stdout) == (0, "said beforewhat was registered\n")

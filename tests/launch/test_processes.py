@@ -186,3 +186,25 @@ def test_a_signal_is_kept_until_there_is_a_rank_to_take_it():
     finally:
         agent.kill()
         agent.communicate()
+
+
+def test_a_signal_that_comes_while_others_are_looked_through_is_passed_on(monkeypatch):
+    class Pending(list):
+        later = [signal.SIGUSR2]  # noqa: RUF012
+
+        def __iter__(self):
+            yield from super().__iter__()
+            self.extend(self.later)  # as a handler does, which runs between any two steps of the interpreter
+            self.later = []
+
+    passed, ends = [], iter([None, None, 0])
+
+    def wait_for(timeout):
+        if (code := next(ends)) is None:
+            raise subprocess.TimeoutExpired("torchrun", timeout)
+        return code
+
+    monkeypatch.setattr(torchrun, "_signal_ranks", lambda pid, number: passed.append(number) or True)
+    agent = types.SimpleNamespace(pid=1, wait=wait_for)
+    assert torchrun._watch(agent, Pending([signal.SIGINT]), []) == 130
+    assert passed == [signal.SIGTERM, signal.SIGUSR2]

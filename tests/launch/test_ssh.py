@@ -180,6 +180,23 @@ def test_a_host_that_differs_is_refused(hello, said):
     assert said in str(refused.value) and "a: " not in str(refused.value)
 
 
+def test_what_a_host_says_is_read_on_when_it_cannot_be_kept(tmp_path, capsys, monkeypatch):
+    """Else its ranks would wait for ever to say more: a pipe takes 64 KiB."""
+    says = "echo shardtune-node {}; yes step | head -n 100000; echo over"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    talks = ssh_nodes.Node("alpha", subprocess.Popen(["sh", "-c", says], **pipes))
+    (tmp_path / "hosts-1-0.log").symlink_to("/dev/full")
+    monkeypatch.setattr(ssh, "re", SimpleNamespace(match=lambda *_: None))  # takes that file for the first start's
+    try:
+        ssh.Screen(tmp_path, None).listen([talks])
+        assert talks.process.wait(seconds(60)) == 0
+    finally:
+        talks.process.kill()
+    for reader in talks.readers:
+        reader.join(seconds(30))
+    assert capsys.readouterr().out.endswith("step\nover\n")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "met"),
     [

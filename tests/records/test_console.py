@@ -98,3 +98,12 @@ def test_elsewhere_an_interval_is_a_line(why, capsys, monkeypatch):
         re.match(r"step 20/20 \| loss 1.0000 \| grad 1.500 \| lr 1.00e-04 \| 4,812 tok/s", line) for line in lines
     )
     assert not any("\x1b" in line for line in lines)
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+    """Such as a rank's, when it says that a checkpoint could not be written and that the run goes on without."""
+    (tmp_path / "rank-0.log").symlink_to("/dev/full")
+    console = Console(enabled=True, log=tmp_path / "rank-0.log")
+    for _ in range(2):
+        console.say("warning: No space left on device; the run goes on without this checkpoint")
+    assert capsys.readouterr().out.count("goes on without") == 2

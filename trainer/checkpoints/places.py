@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from pathlib import Path
 
 from strategies import durable
-from strategies.durable import reason
+from strategies.durable import patiently, reason
 from strategies.errors import StorageError
 
 STEP_DIR = "step-{:06d}"
@@ -45,10 +46,15 @@ def published(places: list[Path]) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found)]
 
 
+def listed(directory: Path) -> list[str]:
+    """What is in a directory; a stale handle of it is waited for. Errors: OSError."""
+    return patiently(lambda: durable.disk.names(directory), (errno.ESTALE,))
+
+
 def names_in(directory: Path) -> list[str]:
     """What is in a directory; nothing where there is none. Errors: StorageError where it is there and cannot be listed."""
     try:
-        return durable.disk.names(directory)
+        return listed(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
+from strategies.durable import publish, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block
 from trainer.data.config import Verify
@@ -39,6 +41,8 @@ DONE = "manifest.json"
 """The file whose presence under the final name makes an entry complete."""
 ARRAYS = (".bin", ".npy", ".npz", ".arrow")
 """Suffixes of what training reads of an entry."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +70,8 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
     identity = [str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
     entry = cache_dir / "digests" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
     with suppress(OSError):
-        return entry.read_text()
+        if SHA256.fullmatch(known := entry.read_text(errors="replace")):  # a power cut may have emptied it
+            return known
     digest = file_digest(path)
     with suppress(OSError):  # a cache that cannot be written only costs time
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +125,19 @@ def build_once(
 
 @contextmanager
 def _appearing(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the name and the place of `directory` by one rename, or is removed."""
+    """A directory to fill, which takes the name and the place of `directory` by one rename, or is removed.
+
+    All of it is on the disk before its name is.
+    """
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
-        temporary.rename(directory)
+        for path in temporary.rglob("*"):
+            sync_directory(path) if path.is_dir() else sync_file(path)
+        publish(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -172,7 +182,7 @@ def _remedy(directory: Path) -> str:
 @contextmanager
 def _lock(path: Path, directory: Path, stop: Callable[[], None], after_s: float) -> Iterator[None]:
     """An exclusive lock between processes; the kernel releases it when its holder dies."""
-    with path.open("a") as file:
+    with path.open("a+") as file:  # NFS gives no shared lock of what is open for writing alone
         began, told = time.monotonic(), False
         while time.monotonic() - began < after_s and not (directory / DONE).exists() and not _held(file):
             stop()
@@ -215,14 +225,20 @@ class Shards:
         return self.home / f"{number}-of-{self.count}"
 
     @contextmanager
-    def writing(self, number: int) -> Iterator[Callable[[Block], None]]:
-        """Gives a function that keeps a block; the shard appears under its name when all are kept."""
-        if self.path(number).exists():
-            yield lambda block: None
-            return
+    def writing(self, number: int, stop: Callable[[], None]) -> Iterator[Callable[[Block], None] | None]:
+        """Gives a function that keeps a block, None where the shard is there; it appears under its name when all are kept.
+
+        One process writes a shard, others wait for it and call `stop`, which may raise. Errors: StorageError.
+        """
+        path = self.path(number)
         try:
-            with _appearing(self.path(number)) as temporary:
-                yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
+            self.home.mkdir(parents=True, exist_ok=True)
+            with _lock(self.home / f".{path.name}.lock", path, stop, 0):
+                if path.exists():
+                    yield None
+                    return
+                with _appearing(path) as temporary:
+                    yield lambda block: save(block, temporary / f"{block.number:09d}.npz")
         except OSError as error:
             raise StorageError(
                 f"{self.home}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"

@@ -7,10 +7,11 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -20,9 +21,9 @@ from strategies.parent import die_with_parent
 from trainer.data.blocks import LOST, Block
 from trainer.data.choose.signatures import Signer, content, group_digest
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
-from trainer.data.document import Document, Refused, Rejected, Stage, Tally
+from trainer.data.document import Document, RefusedDocument, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
-from trainer.data.inputs import Job, evaluation_documents
+from trainer.data.inputs import RowRange, evaluation_documents
 from trainer.data.reading import Reading
 from trainer.data.stages.checks import Checks, Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
@@ -60,7 +61,7 @@ class BlockMaker:
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
         self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(splits))
 
-    def __call__(self, job: Job) -> Block:
+    def __call__(self, job: RowRange) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
         files = Counter(row.file for row in job.rows)
         block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
@@ -95,7 +96,7 @@ class BlockMaker:
             block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
         return block
 
-    def _stages(self, job: Job) -> Iterator[Stage]:
+    def _stages(self, job: RowRange) -> Iterator[Stage]:
         """What the configuration asks for, in its order, each made when the documents come to it."""
         config = self.config
         yield Checks(config.checks)
@@ -138,7 +139,7 @@ class BlockMaker:
         tally = Tally()
         try:
             found = list(self.reading.sequences(self.encoder, documents, self.config, tally))
-        except Refused as refused:
+        except RefusedDocument as refused:
             if len(documents) > 1:
                 for document in documents:
                     yield from self._sequences([document], block)
@@ -169,6 +170,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+LOOK_S = 1.0
+"""Seconds between looks whether workers live that are waited for."""
+
+
+class Worker(ForkProcess):
+    """Ends when its pool asks for it: where a stop may be asked for, processes hold back the pool's own SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class Workers(ForkContext):
+    """How a pool starts them."""
+
+    Process = Worker
+
+
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Results of `function` in the order of `items`, of which few more are taken than there are workers.
 
@@ -177,20 +195,18 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
     """
     global _function
     _function = function
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, mp_context=Workers(), initializer=_begin, initargs=(os.getpid(),))
     waiting: deque[Future[Result]] = deque()
+    team: list[Worker] = []
     try:
         for item in items:
             waiting.append(pool.submit(_call, item))
+            team = team or [child for child in active_children() if isinstance(child, Worker)]  # all, with the first
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft(), pool, team)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), pool, team)
     except BrokenProcessPool as error:
-        # The pool's own SIGTERM does nothing where a stop may be asked for: such processes hold it back.
-        for worker in set(active_children()) - others:
-            worker.kill()
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
             "set data.workers lower"
@@ -199,6 +215,20 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
         _function = None
         with _uninterrupted():
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[Result], pool: ProcessPoolExecutor, workers: list[Worker]) -> Result:
+    """What a worker handed over.
+
+    Of one that dies amid that the pool would read the rest for ever. Where one is gone, all go, and this process keeps no end to
+    write at: then the reading ends, and the pool says that it is broken.
+    """
+    while not wait([future], LOOK_S).done:
+        if not all(worker.is_alive() for worker in workers):
+            pool._result_queue._writer.close()  # type: ignore[attr-defined]
+            for worker in workers:
+                worker.kill()
+    return future.result()
 
 
 @contextmanager

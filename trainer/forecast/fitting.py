@@ -12,6 +12,7 @@ from typing import Any
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig
 from strategies.errors import ConfigError, DoesNotFit
+from strategies.parent import die_with_parent
 from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.assembly.build import workload
 from trainer.config.run import RunConfig
@@ -147,6 +148,8 @@ def answered_apart(ask: Callable[..., Any], given: tuple[Any, ...], patience_s: 
 
 
 def _answer(out: Connection, ask: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    asker = multiprocessing.parent_process()
+    die_with_parent(None if asker is None else asker.pid)
     for number in (*SIGNALS, signal.SIGINT):  # meant for the run, which saves and ends
         signal.signal(number, signal.SIG_IGN)
     for name in OF_A_JOB:

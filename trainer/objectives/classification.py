@@ -21,7 +21,7 @@ from trainer.data.fields import Refusal, label_of
 from trainer.data.reading import Reading
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig
 
 BALANCED = "balanced"
@@ -288,7 +288,7 @@ CLASSIFICATION = Family(
     reading=lambda config: LabelReading(config.labels, several=config.multi_label),
     build=build,
     problems=problems,
-    kind=Kind.classifier,
+    kind=ModelKind.classifier,
     several=lambda config: config.multi_label,
     settle=settle,
     judges_labels=True,

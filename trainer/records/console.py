@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,8 +61,9 @@ class Console:
     def note(self, text: str) -> None:
         """A line for the log file alone."""
         if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
-            self._log.flush()
+            with suppress(OSError):  # a full disk is told of, or gone on with, by what must be written
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
+                self._log.flush()
 
     def progress(self, row: dict[str, Any], course: Course) -> None:
         """Show the newest step."""

@@ -29,10 +29,7 @@ def read(path: Path) -> bytes:
 
 def replace(path: Path, content: bytes, token: str) -> None:
     """Put this content under the name, at once; `token` tells apart who writes at the same time."""
-    aside = _aside(path, token)
-    with suppress(FileNotFoundError):
-        aside.unlink()
-    _create(aside, content)
+    aside = _written_aside(path, content, token)
     try:
         durable.disk.rename(aside, path)
     except OSError:
@@ -47,8 +44,7 @@ def claim(path: Path, content: bytes, token: str) -> bool:
     NFS may report an error for a link that was made, and the reverse; the number of links tells. Where there are no links,
     the name is created exclusively instead.
     """
-    aside = _aside(path, token)
-    _create(aside, content)
+    aside = _written_aside(path, content, token)
     try:
         try:
             durable.disk.link(aside, path)
@@ -61,8 +57,12 @@ def claim(path: Path, content: bytes, token: str) -> bool:
             aside.unlink()
 
 
-def _aside(path: Path, token: str) -> Path:
-    return path.with_name(f".{path.name}.{token}")
+def _written_aside(path: Path, content: bytes, token: str) -> Path:
+    aside = path.with_name(f".{path.name}.{token}")
+    with suppress(FileNotFoundError):  # of one that was killed amid this; in a container the next has its number again
+        aside.unlink()
+    _create(aside, content)
+    return aside
 
 
 def _create(path: Path, content: bytes) -> None:

@@ -263,7 +263,19 @@ def lives_here(owner: Owner, mine: Owner) -> bool | None:
     its, here = owner.process.split("/"), mine.process.split("/")
     if len(its) != 3 or its[:2] != here[:2]:  # another host, another start of it, or a container
         return None
-    return process_identity(owner.pid) == owner.process
+    found = process_identity(owner.pid)
+    return None if not found and _hidden(owner.pid) else found == owner.process
+
+
+def _hidden(pid: int) -> bool:
+    """Whether a process is another user's, which /proc may not show at all (`hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def other_owner(run_dir: Path) -> str | None:

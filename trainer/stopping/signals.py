@@ -11,6 +11,7 @@ import _thread
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -101,4 +102,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self._note(number, frame)
         self._name = signal.Signals(signal.SIGINT).name
-        os.write(2, INTERRUPTED)
+        with suppress(OSError):  # the same Ctrl-C has ended the `tee` that reads it
+            os.write(2, INTERRUPTED)

@@ -37,7 +37,7 @@ class _Strict:
 
 
 @dataclass(kw_only=True, slots=True)
-class Stage(_Strict):
+class StageReport(_Strict):
     """One stage of preparation: documents that it took out and that it noted (and kept), by reason, with first places."""
 
     stage: str
@@ -209,7 +209,7 @@ class Audit(_Strict):
     """Settings by dotted name."""
     conserved: dict[str, int]
     """{"rows_in", "kept", "dropped"}: the first is the sum of the others."""
-    flow: list[Stage]
+    flow: list[StageReport]
     quarantine: dict[str, Any]
     """{"rows", "file"}: rows that could not be used."""
     splits: dict[str, Split]

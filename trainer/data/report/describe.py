@@ -135,7 +135,7 @@ class Description:
             turns_histogram=form.distribution(turns) if turns.any() else None,
         )
 
-    def _check(self, split: str, part: form.Split, flow: list[form.Stage]) -> None:
+    def _check(self, split: str, part: form.Split, flow: list[form.StageReport]) -> None:
         """Law 5: refuse what would teach nothing."""
         own = getattr(self.config, f"{split}_path", None) is not None
         key = f"data.{split}_path" if own else "data.path"
@@ -224,7 +224,7 @@ class Description:
         return samples
 
 
-def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
+def _flow(rows: int, first: Tally, second: Tally) -> list[form.StageReport]:
     """Every stage that did something, with what went in and came out."""
     flow, left = [], rows
     for stage in (*FIRST_PASS, *SECOND_PASS):
@@ -233,7 +233,9 @@ def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
         examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
         out = left - sum(dropped.values())
         if dropped or noted or stage == "read":
-            made = form.Stage(stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples)
+            made = form.StageReport(
+                stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples
+            )
             flow.append(made)
         left = out
     unknown = {*first.dropped, *second.dropped} - {*FIRST_PASS, *SECOND_PASS}

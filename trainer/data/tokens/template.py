@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
-from trainer.data.document import THINK, Message, Refused, texts_in, thought_of
+from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
@@ -152,7 +152,7 @@ class ChatTemplate:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED.search(text):
                     said = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                    raise Refused(where, "reserved_character", said)
+                    raise RefusedDocument(where, "reserved_character", said)
         bare = [_bare(message) if "train" in message else message for message in messages]
         thinks = self.learn.reasoning is not Reasoning.learn
         if thinks and self.learn.reasoning is Reasoning.drop:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from trainer.evaluation.report.record import BASE, TUNED, Found
-from trainer.evaluation.tasks.base import Row, Task
-from trainer.evaluation.tasks.classification import Classification, confusion
+from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel
+from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.tasks.classification import ClassificationTask, confusion
 
 NEEDS = ("altair", "vl_convert")
 """What draws pictures, of the extra `report`; without them the numbers stand in a table."""
@@ -19,7 +19,7 @@ MOST_LABELS = 40
 """Labels up to which a confusion matrix is drawn."""
 
 
-def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found]) -> str:
+def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, EvaluatedModel]) -> str:
     """The text of the page; what comes from rows is escaped."""
     from jinja2 import Environment, PackageLoader
 
@@ -32,7 +32,7 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found])
     for task in tasks:
         rows = found[TUNED].rows[task.name]
         base = {row.where: row.answer for row in found[BASE].rows[task.name]} if BASE in found else {}
-        matrix = confusion(rows) if isinstance(task, Classification) else None
+        matrix = confusion(rows) if isinstance(task, ClassificationTask) else None
         parts.append(
             {
                 "name": task.name,
@@ -49,14 +49,14 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found])
     return environment.get_template("page.html.j2").render(report=report, parts=parts)
 
 
-def worst(task: Task, rows: Sequence[Row]) -> list[Row]:
+def worst(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
     """Rows from bad to good by the value that `value_of` names."""
     metric, (_, value) = task.metrics_of(rows)[0], value_of(task, rows)
     sign = 1 if metric.ratio is None or metric.greater_is_better else -1
     return sorted(rows, key=lambda row: sign * value(row))
 
 
-def value_of(task: Task, rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
+def value_of(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
     """What of the first metric a row has: its name, and the number; of a loss that of one target, as of all rows together."""
     metric = task.metrics_of(rows)[0]
     if metric.ratio is None:
