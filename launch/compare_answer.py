@@ -32,7 +32,7 @@ COLUMNS: tuple[Column, ...] = (
     ("loss", 8, lambda run: _number(run.measured.loss, ".4f")),
     ("apart", 7, lambda run: bound(run.apart.early) if run.apart else "-"),
     ("tokens/s", 10, lambda run: _rate(run.measured.tokens_per_s)),
-    ("learned/s", 10, lambda run: _rate(run.measured.supervised_tokens_per_s)),
+    ("learned/s", 10, lambda run: _rate(run.measured.supervised_tokens_per_s or None)),
     ("MFU", 7, lambda run: _number(run.measured.mfu, ".1%")),
     ("GiB", 6, lambda run: _number(run.measured.memory_gib, ".3g")),
 )

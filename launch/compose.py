@@ -54,11 +54,9 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         config.substitutions |= settle_merge(config.export, config.tuning)
         if check:
             # A word that could not be used was meant for some key; complaints about that key would only be echoes.
-            problems += [
-                p
-                for p in refusals(config)
-                if not any(p.startswith((f"{key}=", f"{key}:", f"{key}.")) for key in parsed.suspects)
-            ]
+            echoes = [f"{key}{sign}" for key in parsed.suspects for sign in "=:."]
+            echoes += [f"{key.rpartition('.')[0]}: not set" for key in parsed.suspects]  # as of budget, of budget.steps
+            problems += [problem for problem in refusals(config) if not problem.startswith(tuple(echoes))]
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, identity(config), list(argv))

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch.compare_answer import COLUMNS
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import ROOT, command_here
@@ -245,3 +247,9 @@ def test_it_needs_no_torch(runs):
         [sys.executable, "-c", asked, "compare", str(runs / "runs")], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_learns_labels_has_no_rate_of_learned_tokens():
+    learned = next(say for name, _, say in COLUMNS if name == "learned/s")
+    runs = [SimpleNamespace(measured=SimpleNamespace(supervised_tokens_per_s=rate)) for rate in (0.0, None, 12.34)]
+    assert [learned(run) for run in runs] == ["-", "-", "12.3"]

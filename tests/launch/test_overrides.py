@@ -227,6 +227,9 @@ def test_everything_wrong_is_reported_at_once_without_echoes(tmp_path):
         assert part in text
     assert "data.path: not set" not in text  # the misspelt word was meant for it
     assert len(caught.value.problems) == 7
+    with pytest.raises(ConfigError) as caught:
+        compose([f"data.path={tmp_path}", "budget.steps=two", f"model.path={tmp_path}"])
+    assert not [problem for problem in caught.value.problems if "budget: not set" in problem]
 
 
 def test_a_typed_budget_replaces_that_of_an_experiment():
