@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from strategies.base import Precision
 from strategies.errors import ConfigError, StorageError
 from tests.helpers.exports import LABELS, export, logits_of, trained
+from trainer.export import write as export_write
 from trainer.export.config import ExportType
 from trainer.export.load import load_export
-from trainer.export import write as export_write
 from trainer.export.tensors import hub_name, write_tensors
 from trainer.export.verify import DriftError, probe_ids, reference_logits, verify_export
 from trainer.objectives.classification import ClassificationConfig
