@@ -27,9 +27,10 @@ RUNS = {
 def prepare(directory: Path) -> None:
     """Notes as prompt and completion, passages as texts, in `<name>.jsonl` and `<name>-held-out.jsonl`."""
     from launch.demo import SOURCE, _tokenizer, prepare_demo
-    from launch.embedded import cache_dir, embedded_file, embedded_model
+    from launch.embedded import embedded_file, embedded_model
+    from strategies.cache import cache_directory
 
-    demo = prepare_demo(embedded_file(SOURCE), _tokenizer(embedded_model()), cache_dir() / "demo")
+    demo = prepare_demo(embedded_file(SOURCE), _tokenizer(embedded_model()), cache_directory() / "demo")
     for name, path in (("notes", demo.train), ("notes-held-out", demo.held_out)):
         chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
         write(directory / name, [{"prompt": a["content"] + "\n\n", "completion": b["content"]} for a, b in chats])

@@ -175,7 +175,7 @@ def step_of(run: RunConfig, lengths: list[int], device: torch.device) -> dict[st
         "simulated_gib": expected.peak[1].total / GIB,
         "at": str(expected.peak[0]),
         "live_gib": measured.peak[1].total / GIB,
-        "allocated_gib": peak_memory_gib(device),
+        "allocated_gib": peak_memory_gib(device)["memory_gib"],
         "host_reads": sum(measured.host_reads.values()),
         "watched_s": time.perf_counter() - began,
         "flops": expected.flops,
@@ -242,7 +242,7 @@ def _timed(step: Callable[[], None], tokens: int, device: torch.device, steps: i
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     median = sorted(times[3:])[steps // 2]
-    return {"step_s": median, "tokens_per_s": tokens / median, "allocated_gib": peak_memory_gib(device)}
+    return {"step_s": median, "tokens_per_s": tokens / median, "allocated_gib": peak_memory_gib(device)["memory_gib"]}
 
 
 def page(facts: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from launch.compose import compose
 from launch.plan import read_own
 from strategies.base import Precision
 from trainer.forecast.lengths import Lengths
-from trainer.forecast.plan import Job, Way
+from trainer.forecast.plan import PlannedRun, Way
 from trainer.forecast.sweep import simulate_ways
 from trainer.planning.form import Form
 from trainer.planning.hardware import fit_of
@@ -132,7 +132,7 @@ def question(row: dict[str, str]) -> Question | None:
     )
 
 
-def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Form | str, Job]]:
+def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Form | str, PlannedRun]]:
     """Each with its form, or why there is none, as they are found."""
     for asked in questions:
         path = place / asked.model
@@ -150,7 +150,7 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Fo
             words += ["strategy.defer_sync=true"]
         config = compose(words, check=False).config
         config.batch |= {"global": asked.ranks * asked.accumulation, "micro": 1}
-        job = Job(card, Precision.bf16, 1, asked.ranks, config.batch["global"], Lengths.all_of(asked.length, 1))
+        job = PlannedRun(card, Precision.bf16, 1, asked.ranks, config.batch["global"], Lengths.all_of(asked.length, 1))
         (found,) = simulate_ways(
             [Way(config, ())], job, asked.accumulation, replace(settings, workers=1), lambda *_: None
         )
@@ -173,7 +173,7 @@ def holds_logits(row: dict[str, str]) -> bool:
     return any(each in LOGITS for each in theirs_of(row))
 
 
-def answers(row: dict[str, str], form: Form, job: Job) -> dict[str, Any]:
+def answers(row: dict[str, str], form: Form, job: PlannedRun) -> dict[str, Any]:
     """What is predicted for a row: as this trainer would run, and as the row's did."""
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
@@ -201,7 +201,7 @@ def as_published(row: dict[str, str]) -> dict[str, str]:
     return row | shared | ({"precision": "pure bf16"} if row["method"] == "full" else {})
 
 
-def judged(row: dict[str, str], answer: dict[str, Any], job: Job) -> dict[str, Any]:
+def judged(row: dict[str, str], answer: dict[str, Any], job: PlannedRun) -> dict[str, Any]:
     """Whether a run that died would have been said to fit, as this trainer runs it and as its own did."""
     made: dict[str, Any] = {
         key: row[key] for key in ("id", "model", "method", "seq", "micro_batch", "framework_config")

@@ -12,8 +12,8 @@ from launch.prices import price_of
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from launch.points import Plan
-    from trainer.comparison.asked import Row
+    from launch.points import PointsPlan
+    from trainer.comparison.asked import ComparisonRow
     from trainer.comparison.compare import Comparison
 
 USAGE = """usage: shardtune compare <axes and settings> [compare.<key>=...] [to=<directory>] [--dry-run] [--follow] [--json]
@@ -78,7 +78,7 @@ class How(NamedTuple):
     follow: bool
 
 
-def follow_runs(rows: list[Row], to: Path | None, as_json: bool) -> None:
+def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
     """Write the page again while the runs go on, then answer. Errors: ConfigError, StorageError, KeyboardInterrupt."""
     from launch.compare_follow import EVERY_S, follow
     from trainer.comparison.page import missing
@@ -99,7 +99,7 @@ def follow_runs(rows: list[Row], to: Path | None, as_json: bool) -> None:
     answer(rows, to, as_json)
 
 
-def _page(rows: list[Row], to: Path | None) -> Path | None:
+def _page(rows: list[ComparisonRow], to: Path | None) -> Path | None:
     """Where the page is written: `to`, or the directory of the only run."""
     from launch.own_page import REPORT
     from trainer.comparison.wandb_files import is_server, is_wandb
@@ -111,7 +111,7 @@ def _page(rows: list[Row], to: Path | None) -> Path | None:
     return alone[0] / REPORT if len(alone) == 1 and not (is_wandb(alone[0]) or is_server(alone[0])) else None
 
 
-def _write_page(rows: list[Row], page: Path, again_s: float | None) -> None:
+def _write_page(rows: list[ComparisonRow], page: Path, again_s: float | None) -> None:
     from launch.compare_answer import as_html
     from trainer.comparison.compare import compare
     from trainer.records.status import write_text_atomic
@@ -119,7 +119,7 @@ def _write_page(rows: list[Row], page: Path, again_s: float | None) -> None:
     write_text_atomic(page, as_html(compare(rows, price_of), again_s=again_s))
 
 
-def _home(rows: list[Row], words: list[str]) -> Path | None:
+def _home(rows: list[ComparisonRow], words: list[str]) -> Path | None:
     """The directory of the comparison that is the only word; None for runs."""
     from trainer.comparison.asked import RECORD
 
@@ -190,7 +190,7 @@ def _read_to(word: str, before: Path | None, problems: list[str]) -> Path:
     return to
 
 
-def listing(plan: Plan, to: Path) -> str:
+def listing(plan: PointsPlan, to: Path) -> str:
     """The points, and which of them cannot be run."""
     settings, width = plan.settings, max(len(point.name) for point in plan.points)
     times = f", each {settings.repeats} times in alternating order" if settings.repeats > 1 else ""
@@ -204,7 +204,7 @@ def listing(plan: Plan, to: Path) -> str:
     return "\n".join(lines)
 
 
-def answer(rows: list[Row], to: Path | None, as_json: bool) -> None:
+def answer(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
     """Print what the rows say, and write it: into `to`, else the page of a single run. Errors: ConfigError, StorageError."""
     from launch.compare_answer import as_dict, text
     from trainer.comparison.compare import compare
@@ -261,14 +261,14 @@ def _write_own(found: Comparison, page: Path) -> list[str]:
         return []
 
 
-def read_words(words: list[str]) -> tuple[list[Row], Path | None]:
+def read_words(words: list[str]) -> tuple[list[ComparisonRow], Path | None]:
     """(rows of runs that exist, where to write). Raises ConfigError with every problem."""
-    from trainer.comparison.asked import Row, read_rows
+    from trainer.comparison.asked import ComparisonRow, read_rows
     from trainer.comparison.reading import is_run
     from trainer.comparison.wandb_files import is_wandb, on_server
 
     problems: list[str] = []
-    found: list[Row] = []
+    found: list[ComparisonRow] = []
     to: Path | None = None
     for word in words:
         path = Path(word).expanduser()
@@ -278,15 +278,15 @@ def read_words(words: list[str]) -> tuple[list[Row], Path | None]:
             problems += error.problems
             continue
         if server is not None:
-            found.append(Row((Path(server),)))
+            found.append(ComparisonRow((Path(server),)))
         elif word.startswith("to="):
             to = _read_to(word, to, problems)
         elif is_run(path) or is_wandb(path):
-            found.append(Row((path,)))
+            found.append(ComparisonRow((path,)))
         elif rows := read_rows(path):
             found += rows
         elif inner := [child for child in sorted(path.glob("*"), key=_in_order) if is_run(child)]:
-            found += [Row((child,)) for child in inner]
+            found += [ComparisonRow((child,)) for child in inner]
         elif word.startswith("-"):
             problems.append(f"{word}: there is no such flag; compare takes --follow, --json and --help")
         elif path.exists():

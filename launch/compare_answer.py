@@ -10,13 +10,13 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.comparison import repeats
-from trainer.comparison.compare import Compared, Comparison, bound
+from trainer.comparison.compare import ComparedRun, Comparison, bound
 from trainer.comparison.told import stood_out, substituted
 from trainer.records.short import short
 
 WIDTH = 80
 NAME = 26
-Column = tuple[str, int, Callable[[Compared], str]]
+Column = tuple[str, int, Callable[[ComparedRun], str]]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -62,13 +62,13 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
 
 
-def _started(run: Compared) -> float | None:
+def _started(run: ComparedRun) -> float | None:
     """Seconds to the first step, without the evaluation before it."""
     m = run.measured
     return None if m.start_s is None else m.start_s - (m.evaluation_before_s or 0)
 
 
-def _spread(run: Compared) -> str:
+def _spread(run: ComparedRun) -> str:
     spread = run.taken.spread
     return "-" if spread is None else f"{_rate(spread[0])}-{_rate(spread[1])}"
 

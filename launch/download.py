@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.download_pieces import Fetched, Piece
+    from launch.download_pieces import FetchedPiece, Piece
 
 USAGE = """usage: shardtune download <words of a run> [to=pinned.yaml] [--dry-run] [--json]
        shardtune download --verify <pinned.yaml> [--json]
@@ -91,11 +91,11 @@ def _size(number: int) -> str:
     return f"{number} bytes"
 
 
-def _listed(fetched: list[Fetched]) -> dict[str, Any]:
+def _listed(fetched: list[FetchedPiece]) -> dict[str, Any]:
     return {"pieces": [{**one.piece.about(), "directory": str(one.directory), "files": one.files} for one in fetched]}
 
 
-def _write(target: Path, fetched: list[Fetched]) -> tuple[Path, Path]:
+def _write(target: Path, fetched: list[FetchedPiece]) -> tuple[Path, Path]:
     """The file of settings, and the list of files beside it. Raises StorageError."""
     import yaml
 

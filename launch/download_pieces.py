@@ -49,7 +49,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchedPiece:
     """A piece that is in the cache."""
 
     piece: Piece
@@ -151,7 +151,7 @@ def check_room(lacking: int) -> None:
         )
 
 
-def fetch(piece: Piece) -> Fetched:
+def fetch(piece: Piece) -> FetchedPiece:
     """Bring the piece into the cache; returns its files as they are there. Raises ConfigError, DataError."""
     from huggingface_hub import snapshot_download
 
@@ -169,7 +169,7 @@ def fetch(piece: Piece) -> Fetched:
         origin = Origin(piece.key, [Path(f"hub:{piece.name}")], piece.subset, piece.split, piece.commit)
         paths = [Path(each["filename"]) for each in origin.dataset(Path(f"hub:{piece.name}")).cache_files]
         directory = paths[0].parent if paths else Path()
-    return Fetched(
+    return FetchedPiece(
         piece,
         directory,
         [

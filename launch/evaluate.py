@@ -14,7 +14,7 @@ from launch.slurm_env import is_worker
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
-    from launch.evaluate_words import Plan
+    from launch.evaluate_words import EvaluationPlan
 
 CONFIG, JOB = "job.yaml", "job.json"
 FLAGS = ("--json", "--print")
@@ -76,7 +76,7 @@ def usage() -> str:
     return USAGE.format(kinds="\n".join(f"  {kind:<{width}}{task.reads}" for kind, task in KINDS.items()))
 
 
-def run(made: Plan, *, as_json: bool) -> int:
+def run(made: EvaluationPlan, *, as_json: bool) -> int:
     """Evaluate, the other model first; print the report; returns the exit code."""
     from launch.evaluate_answer import text
     from trainer.evaluation.report.record import PAGE, REPORT
@@ -97,7 +97,7 @@ def run(made: Plan, *, as_json: bool) -> int:
     return 0
 
 
-def start(made: Plan, *, quiet: bool) -> int:
+def start(made: EvaluationPlan, *, quiet: bool) -> int:
     """Evaluate, and write the report; returns the exit code. `quiet`: what is said goes to stderr."""
     from launch.frozen import identity, to_yaml
     from launch.outcome import begin, outcome, supervised
@@ -130,7 +130,7 @@ def worker(words: list[str]) -> int:
     from launch.slurm_env import export
     from launch.torchrun import die_with_parent
     from strategies.errors import ConfigError, Preempted
-    from trainer.evaluate import Job, evaluate_worker
+    from trainer.evaluate import EvaluationJob, evaluate_worker
     from trainer.records.status import read_failure
 
     export()
@@ -138,7 +138,7 @@ def worker(words: list[str]) -> int:
         die_with_parent()
     if frozen := os.environ.get("SHARDTUNE_CONFIG"):
         directory = Path(frozen).parent
-        config, job = load_frozen(frozen), Job(**json.loads((directory / JOB).read_text(encoding="utf-8")))
+        config, job = load_frozen(frozen), EvaluationJob(**json.loads((directory / JOB).read_text(encoding="utf-8")))
     else:
         made = plan(sort([word for word in words if word != "--json"]))
         if made.other is not None:

@@ -18,12 +18,12 @@ from trainer.config.run import SlurmConfig
 from trainer.records.code import ROOT
 
 if TYPE_CHECKING:
-    from launch.evaluate_words import Plan
+    from launch.evaluate_words import EvaluationPlan
 
 SCRIPT = "evaluate.sbatch"
 
 
-def render(made: Plan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
+def render(made: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
     """The sbatch script that evaluates with `words` on one node, relative paths from `cwd` (the current directory).
 
     Raises ConfigError for settings that a script cannot carry, or that ask for several nodes.
@@ -61,7 +61,7 @@ def render(made: Plan, words: list[str], *, clone: Path = ROOT, cwd: Path | None
     return "\n".join(lines) + "\n"
 
 
-def submit(made: Plan, words: list[str], *, print_only: bool) -> int:
+def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
     """Write the script beside the records of the evaluation and submit it, or show it; returns 0. Errors: those of `sbatch`."""
     text = render(made, words)
     if print_only:

@@ -13,7 +13,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
-    from trainer.evaluate import Job
+    from trainer.evaluate import EvaluationJob
 
 OWN = ("against", "checkpoint", "to", "adapter", "run.dir")
 """Words that are no settings."""
@@ -26,7 +26,7 @@ PLAIN = ("loss", "bits_per_byte", "token_accuracy")
 
 
 @dataclass(slots=True)
-class Asked:
+class EvaluationWords:
     """The command line, sorted."""
 
     run: Path | None
@@ -35,12 +35,12 @@ class Asked:
 
 
 @dataclass(slots=True)
-class Plan:
+class EvaluationPlan:
     """What is to be evaluated."""
 
     config: RunConfig
-    job: Job
-    other: Plan | None = None
+    job: EvaluationJob
+    other: EvaluationPlan | None = None
     """What is evaluated before, to be compared with."""
 
     @property
@@ -49,7 +49,7 @@ class Plan:
         return Path(self.job.to) / "evaluation"
 
 
-def sort(argv: list[str]) -> Asked:
+def sort(argv: list[str]) -> EvaluationWords:
     """The words. Errors: ConfigError with every problem."""
     runs, own, settings, problems = [], dict[str, str](), list[str](), []
     for word in argv:
@@ -93,24 +93,24 @@ def sort(argv: list[str]) -> Asked:
         problems.append(f"checkpoint={own['checkpoint']}: is of a run; name the run, or leave it out")
     if problems:
         raise ConfigError(problems)
-    return Asked(Path(runs[0]).expanduser() if runs else None, own, settings)
+    return EvaluationWords(Path(runs[0]).expanduser() if runs else None, own, settings)
 
 
-def plan(asked: Asked) -> Plan:
+def plan(asked: EvaluationWords) -> EvaluationPlan:
     """What to do, checked as far as that goes without a model. Errors: ConfigError with every problem, DataError."""
-    from trainer.evaluate import Job
+    from trainer.evaluate import EvaluationJob
 
     to = asked.own.get("to")
     if asked.run is not None:
         config, checkpoint = _of_run(asked.run, asked)
-        job = Job(to=to or str(asked.run), run=str(asked.run), checkpoint=checkpoint)
+        job = EvaluationJob(to=to or str(asked.run), run=str(asked.run), checkpoint=checkpoint)
     else:
         path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
-        job = Job(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
+        job = EvaluationJob(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
         config = _of_model(asked, path, Path(job.to) / "evaluation")
     if (Path(job.to)).is_file():
         raise ConfigError(f"to={job.to}: is a file; name a directory")
-    made = Plan(config, job)
+    made = EvaluationPlan(config, job)
     config.run.dir = str(made.directory)
     _settle(config, asked)
     _check(
@@ -124,7 +124,7 @@ def plan(asked: Asked) -> Plan:
     return made
 
 
-def _of_run(run: Path, asked: Asked) -> tuple[RunConfig, str]:
+def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str]:
     """The run's configuration with the words on top, and the checkpoint."""
     from launch.compose import load_frozen, recompose
     from launch.export import find_checkpoint
@@ -138,7 +138,7 @@ def _of_run(run: Path, asked: Asked) -> tuple[RunConfig, str]:
     return recompose(frozen, asked.settings, ALLOWED), str(checkpoint)
 
 
-def _of_model(asked: Asked, path: str, directory: Path) -> RunConfig:
+def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
     """A configuration around a model, whose training data is a stand-in where none is named."""
     from launch.compose import compose
     from trainer.model.encoder_decoder import read_config
@@ -163,14 +163,14 @@ def _of_model(asked: Asked, path: str, directory: Path) -> RunConfig:
     return config
 
 
-def _settle(config: RunConfig, asked: Asked) -> None:
+def _settle(config: RunConfig, asked: EvaluationWords) -> None:
     """What an evaluation needs no choice for."""
     from launch.compose import world_size_of
     from strategies.base import DdpConfig, Precision, SingleConfig
     from trainer.challenges.config import ChallengesConfig
     from trainer.config.run import Device
     from trainer.evaluation.base import TaskConfig
-    from trainer.evaluation.tasks.prepared import Around
+    from trainer.evaluation.tasks.prepared import TaskContext
     from trainer.model.few_bits import stored_by
 
     ranks = world_size_of(config) or 1
@@ -186,7 +186,7 @@ def _settle(config: RunConfig, asked: Asked) -> None:
     config.challenges = ChallengesConfig()
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
-    if not config.evaluation.tasks and Around.of(config.data, config.objective).language and _has_held_out(config):
+    if not config.evaluation.tasks and TaskContext.of(config.data, config.objective).language and _has_held_out(config):
         config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in PLAIN}
 
 
@@ -197,13 +197,17 @@ def _has_held_out(config: RunConfig) -> bool:
 def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
     """Everything that can be wrong before there is a model."""
     from launch.compose import refusals
-    from trainer.evaluation.tasks.prepared import Around, check
+    from trainer.evaluation.tasks.prepared import TaskContext, check
     from trainer.evaluation.tasks.registry import KINDS
 
+    around = TaskContext.of(config.data, config.objective)
     if not config.evaluation.tasks:
+        without = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
+        if around.language:
+            without = "there are no evaluation documents to ask about"
         raise ConfigError(
-            f"evaluation.tasks: not set; name kinds, as in evaluation.tasks=[loss], or a task with a file: "
-            f"evaluation.tasks.NAME.kind=... evaluation.tasks.NAME.path=...; kinds are {', '.join(KINDS)}"
+            f"evaluation.tasks: not set, and {without}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
+            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(KINDS)}"
         )
     found = [problem for problem in refusals(config) if not problem.startswith("evaluation.watch=")]
     found += _few_bits(config, typed)
@@ -211,7 +215,7 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
         raise ConfigError(found)
     check(
         config.evaluation.tasks,
-        Around.of(config.data, config.objective),
+        around,
         held_out=_has_held_out(config),
         trained=trained,
     )
@@ -220,7 +224,7 @@ def _check(config: RunConfig, typed: list[str], *, trained: bool) -> None:
 def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
     """What does not go with a model that lies in 4 or 8 bits, one line each."""
     from strategies.base import StrategyName
-    from trainer.evaluation.tasks.prepared import Around
+    from trainer.evaluation.tasks.prepared import TaskContext
     from trainer.model.few_bits import lacking, stored_by
 
     path = config.model.path
@@ -237,11 +241,11 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
         yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
     if config.model.adapters:
         yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"
-    if not Around.of(config.data, config.objective).language:
+    if not TaskContext.of(config.data, config.objective).language:
         yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
-def _against(made: Plan, value: str) -> None:
+def _against(made: EvaluationPlan, value: str) -> None:
     """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
     from trainer.evaluation.report.record import REPORT, read
 
@@ -264,7 +268,7 @@ def _against(made: Plan, value: str) -> None:
         read(path, "against")
         made.job = replace(made.job, report=str(path), gate=True, against=value)
     elif (path / "config.yaml").is_file():
-        asked = Asked(path, {"to": str(Path(made.job.to) / "against")}, [])
+        asked = EvaluationWords(path, {"to": str(Path(made.job.to) / "against")}, [])
         other = plan(asked_like(asked, made))
         made.other = replace_evaluation(other, made)
         made.job = replace(made.job, report=str(Path(other.job.to) / REPORT), against=value)
@@ -281,26 +285,26 @@ def _against(made: Plan, value: str) -> None:
         )
 
 
-def _other(made: Plan, config: RunConfig, what: str) -> Plan:
+def _other(made: EvaluationPlan, config: RunConfig, what: str) -> EvaluationPlan:
     """The same evaluation of another model, without a checkpoint; this one is compared with its report."""
-    from trainer.evaluate import Job
+    from trainer.evaluate import EvaluationJob
     from trainer.evaluation.report.record import REPORT
 
     to = Path(made.job.to) / "against"
-    other = Plan(copy.deepcopy(config), Job(to=str(to), asked_first=True))
+    other = EvaluationPlan(copy.deepcopy(config), EvaluationJob(to=str(to), asked_first=True))
     other.config.run.dir = str(other.directory)
     made.job = replace(made.job, report=str(to / REPORT), against=what)
     return other
 
 
-def asked_like(asked: Asked, made: Plan) -> Asked:
+def asked_like(asked: EvaluationWords, made: EvaluationPlan) -> EvaluationWords:
     """The other run's words: started as this one is."""
     config = made.config
     words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
-    return Asked(asked.run, asked.own, [*words, f"strategy={config.strategy.name}"])
+    return EvaluationWords(asked.run, asked.own, [*words, f"strategy={config.strategy.name}"])
 
 
-def replace_evaluation(other: Plan, made: Plan) -> Plan:
+def replace_evaluation(other: EvaluationPlan, made: EvaluationPlan) -> EvaluationPlan:
     """The other run asked what this one is asked."""
     other.config.evaluation = copy.deepcopy(made.config.evaluation)
     other.job = replace(other.job, asked_first=True)

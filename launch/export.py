@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import export_average, export_gguf, export_hub, serve
 from launch.answers import FLAG, give, said_to_stderr
-from launch.export_words import destination, gates_of, parse, run_named
+from launch.export_words import destination, gates_of, parse, run_named, unfinished
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
     from trainer.data.prepare import Prepared
-    from trainer.gates.judge import Judged
+    from trainer.gates.judge import JudgedGates
 
 KEYS = (
     "run.dir",
@@ -55,7 +55,7 @@ KEYS = (
 
 
 @dataclass(slots=True)
-class Asked:
+class ExportRequest:
     """What the command line asks for."""
 
     run_dir: Path
@@ -63,7 +63,7 @@ class Asked:
     to: Path
     averaged: list[Path] = field(default_factory=list)
     """Checkpoints whose mean is exported, the last of them `checkpoint`; empty: that one alone."""
-    gates: Judged | None = None
+    gates: JudgedGates | None = None
     """What the gates said; None where there are none."""
     benchmarks: dict[str, str] = field(default_factory=dict)
     """The hub's data sets behind tasks."""
@@ -106,7 +106,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         averaged = export_average.chosen(run_dir, words["average"], config)
     gguf, bits = export_gguf.wanted(words, config), export_gguf.wanted_bits(words, config)
     hub = export_hub.target(words, run_dir, dry=dry)
-    asked = Asked(
+    asked = ExportRequest(
         run_dir,
         averaged[-1] if averaged else find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint),
         destination(run_dir, words.get("to")) if hub is None else hub.folder,
@@ -115,7 +115,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     )
     asked.gates = pass_gates(config, typed, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
-    print(f"exporting {what} to {asked.to}", flush=True)
+    print(f"exporting {what} to {asked.to}{unfinished(run_dir)}", flush=True)
     data = export(config, asked)
     if asked.gates is not None:
         record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})
@@ -132,7 +132,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     return answer
 
 
-def pass_gates(config: RunConfig, typed: dict[str, Any], asked: Asked) -> Judged | None:
+def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -> JudgedGates | None:
     """What the gates of the run, and those typed beside them, say of the checkpoint. Errors: ConfigError, GateRefused."""
     from trainer.checkpoints.places import places_of, published
     from trainer.gates.bounds import OVERRIDE
@@ -245,7 +245,7 @@ def best_step(there: dict[int, Path]) -> int | None:
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
-def export(config: RunConfig, asked: Asked) -> Prepared:
+def export(config: RunConfig, asked: ExportRequest) -> Prepared:
     """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
     from strategies import runtime as processes
 
@@ -256,7 +256,7 @@ def export(config: RunConfig, asked: Asked) -> Prepared:
         processes.stop()
 
 
-def _export(config: RunConfig, asked: Asked, runtime: Runtime) -> Prepared:
+def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepared:
     from strategies.base import Precision
     from trainer.assembly.build import build_engine, build_loader, prepare_data
     from trainer.checkpoints.seal import fingerprint

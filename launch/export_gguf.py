@@ -19,7 +19,7 @@ BITS, BITS_PYTHON = "bits", "bits.python"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class GgufRequest:
     """What is to be written."""
 
     kind: GgufType
@@ -27,7 +27,7 @@ class Wanted:
     name: str
 
 
-def wanted(words: dict[str, str], config: RunConfig) -> Wanted | None:
+def wanted(words: dict[str, str], config: RunConfig) -> GgufRequest | None:
     """What the words ask for; None where they ask for none. Raises ConfigError before anything is written."""
     if "gguf" not in words:
         if given := [word for word in WORDS if word in words]:
@@ -39,10 +39,10 @@ def wanted(words: dict[str, str], config: RunConfig) -> Wanted | None:
     if words["gguf"] not in [*GgufType]:
         raise ConfigError(f"gguf={words['gguf']}: must be one of {', '.join(GgufType)}")
     found = find_converter(words.get("gguf.converter"), words.get("gguf.python"))
-    return Wanted(GgufType(words["gguf"]), found, Path(words["run.dir"]).expanduser().resolve().name)
+    return GgufRequest(GgufType(words["gguf"]), found, Path(words["run.dir"]).expanduser().resolve().name)
 
 
-def write(asked: Wanted, directory: Path, *, verify: bool) -> Path:
+def write(asked: GgufRequest, directory: Path, *, verify: bool) -> Path:
     """Write it, and say how it went; the file. Raises ShardtuneError, DriftError."""
     from trainer.export.gguf import verify_gguf, write_gguf
 

@@ -68,3 +68,15 @@ def destination(run_dir: Path, to: str | None) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"to={path}: exists and is not empty; name a new directory")
     return path
+
+
+def unfinished(run_dir: Path) -> str:
+    """What is said of an export beside its places where the run is not done; else empty."""
+    from trainer.records.status import State, read_status
+
+    status = read_status(run_dir)
+    return (
+        ""
+        if status.get("state") == State.done
+        else f"; the run is not done: {status.get('reason') or status.get('state')}"
+    )

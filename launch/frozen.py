@@ -20,7 +20,7 @@ from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
 from trainer.config.run import MICRO, STRATEGY, RunConfig, asked_micro, asked_strategy
-from trainer.following.queue import Job, Queue, ask
+from trainer.following.queue import Queue, QueuedJob, ask
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
 from trainer.records.status import FROZEN, State, read_status, write_text_atomic
@@ -114,7 +114,7 @@ def refuse_queued(run_dir: Path) -> None:
     )
 
 
-def queued_as_asked(composed: Composed, run_dir: Path) -> Job | None:
+def queued_as_asked(composed: Composed, run_dir: Path) -> QueuedJob | None:
     """The job by which SLURM will run, or runs, this very configuration in this directory; None where there is none."""
     try:
         frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def queued_as_asked(composed: Composed, run_dir: Path) -> Job | None:
     return _queued(run_dir) if frozen is not None and frozen[1] == composed.sha256 else None
 
 
-def _queued(run_dir: Path) -> Job | None:
+def _queued(run_dir: Path) -> QueuedJob | None:
     job = _queue(int(time.monotonic() // QUEUE_S)).job_of(run_dir, None)
     return None if job is None or job.raw_id == os.environ.get("SLURM_JOB_ID") or job.state == "COMPLETING" else job
 
@@ -198,14 +198,11 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
         print(f"{path.parent}: goes on in another way: {'; '.join(changed)}", file=sys.stderr)
         return
     more = [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
-    raise ConfigError(
-        [
-            f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
-            f"state: run.resume={path.parent}/checkpoints/<step>), or undo:",
-            *changed[:SHOWN_DIFFERENCES],
-            *more,
-        ]
+    refusal = (
+        f"run.dir={path.parent}: holds a run with another configuration; choose another run.dir (to start from its "
+        f"state: run.resume={path.parent}/checkpoints/<step>), or undo:"
     )
+    raise ConfigError("\n    ".join([refusal, *changed[:SHOWN_DIFFERENCES], *more]))  # one problem, however it shows
 
 
 def _identifying(tree: Any) -> dict[str, Any]:

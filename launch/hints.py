@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.choices import groups
 from launch.removed import REMOVED
-from trainer.foreign.answer import Answer, Theirs, number
+from trainer.foreign.answer import ForeignSettings, TranslatedSetting, number
 from trainer.foreign.names import NAMES, answer, plain
 from trainer.foreign.rules import CHOICES
 
@@ -56,13 +56,13 @@ class Foreign:
     def hint(self, word: str) -> Hint | None:
         """What the word is here; None where it is no other trainer's."""
         name = self._of.get(word)
-        found = None if name is None else answer(name, Theirs(self._theirs, self._ranks))
+        found = None if name is None else answer(name, ForeignSettings(self._theirs, self._ranks))
         if found is None:
             return None
         return Hint(f"{word}: {in_words(found)}", frozenset(found.words) | _families(found))
 
 
-def in_words(found: Answer) -> str:
+def in_words(found: TranslatedSetting) -> str:
     """An answer as a sentence."""
     if found.words:
         said = f" ({found.said})" if found.said else ""
@@ -74,7 +74,7 @@ def in_words(found: Answer) -> str:
 
 def wrong_value(group: str, text: str, word: str) -> str:
     """What to say about a choice that a group does not have."""
-    if group in CHOICES and (words := CHOICES[group](text, Theirs({})).words):
+    if group in CHOICES and (words := CHOICES[group](text, ForeignSettings({})).words):
         return f"{word}: no such choice; here it is " + " ".join(f"{key}={value}" for key, value in words.items())
     choices = groups()[group]
     near = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
@@ -173,12 +173,12 @@ def _group_meant(key: str, word: str, known: Known) -> str | None:
 
 def ranks_of(typed: Mapping[str, str], theirs: Mapping[str, str]) -> int | None:
     """Ranks of the run where the words say so."""
-    found = Theirs({**theirs, **typed})
+    found = ForeignSettings({**theirs, **typed})
     each = number(found.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes"))
     nodes = number(found.get("launcher.nodes", "nnodes", "num_machines")) or 1
     return None if each is None else round(each * nodes)
 
 
-def _families(found: Answer) -> frozenset[str]:
+def _families(found: TranslatedSetting) -> frozenset[str]:
     """A budget or batch that was meant stands for its siblings."""
     return frozenset(key.split(".")[0] for key in found.words if key.startswith(("budget.", "batch.")))

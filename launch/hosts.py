@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class HostPlace:
     """This host among those of a run."""
 
     rank: int | None
@@ -32,7 +32,7 @@ class Place:
     """Whether it is the one that `launcher.rdzv` names."""
 
 
-def place_of(launcher: LauncherConfig) -> Place:
+def place_of(launcher: LauncherConfig) -> HostPlace:
     """Where this host stands. Raises ConfigError where names or addresses do not tell, with the setting that does."""
     assert launcher.rdzv is not None
     host = launcher.rdzv.rpartition(":")[0].strip("[]")
@@ -60,7 +60,7 @@ def place_of(launcher: LauncherConfig) -> Place:
             f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {there}, and the ranks meet on the host with index 0; "
             f"{'leave launcher.node_rank out here' if first else 'give launcher.rdzv an address of that host'}"
         )
-    return Place(rank, address, own[address], first)
+    return HostPlace(rank, address, own[address], first)
 
 
 def interfaces() -> dict[str, str]:

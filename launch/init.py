@@ -33,7 +33,7 @@ WIDTH = 80
 
 
 @dataclass(slots=True)
-class Written:
+class InitResult:
     """What was written, and what is to be known of it."""
 
     to: str
@@ -87,7 +87,7 @@ def _target(to: str | None) -> Path:
     return path
 
 
-def _typed(words: list[str], target: Path) -> tuple[Written, str]:
+def _typed(words: list[str], target: Path) -> tuple[InitResult, str]:
     """A file of what was typed alone, which must be a run that could start."""
     from launch.compose import compose
 
@@ -97,7 +97,7 @@ def _typed(words: list[str], target: Path) -> tuple[Written, str]:
     return _made(words, target, None, head)
 
 
-def _from_file(source: str, typed: list[str], target: Path) -> tuple[Written, str]:
+def _from_file(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
     """A file of another trainer's settings, with what was typed before them."""
     from launch.compose import compose
     from launch.hints import ranks_of
@@ -175,7 +175,7 @@ def _give_way(converted: Converted, typed: list[str]) -> list[str]:
 
 def _made(
     words: list[str], target: Path, converted: Converted | None, head: list[str], to_settle: list[str] | None = None
-) -> tuple[Written, str]:
+) -> tuple[InitResult, str]:
     from launch.init_file import commented, text
     from launch.overrides import parse
 
@@ -183,7 +183,7 @@ def _made(
     origin = {key: "; ".join(theirs) for key, theirs in converted.origin.items()} if converted else {}
     body = text(commented(head), parsed, origin, commented(_tail(converted, to_settle or [])))
     settings = {**parsed.choices, **{key.removesuffix("_"): value for key, value, _ in parsed.values}}
-    return Written(str(target), settings, converted), body
+    return InitResult(str(target), settings, converted), body
 
 
 def _tail(converted: Converted | None, to_settle: list[str]) -> list[str]:
@@ -217,7 +217,7 @@ def _write(path: Path, text: str) -> None:
         raise StorageError(f"to={path}: cannot be written ({error.strerror})") from error
 
 
-def as_dict(written: Written) -> dict[str, Any]:
+def as_dict(written: InitResult) -> dict[str, Any]:
     """The answer for programs."""
     found: dict[str, Any] = {"to": written.to, "settings": written.settings}
     if (converted := written.converted) is not None:
@@ -238,7 +238,7 @@ def as_dict(written: Written) -> dict[str, Any]:
     return found
 
 
-def said(written: Written) -> list[str]:
+def said(written: InitResult) -> list[str]:
     """The answer for a person, in 80 columns."""
     converted = written.converted
     taken = f" of {converted.trainer}" if converted else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import container, pipeline_part, snapshot
-from launch.job_end import Job, end, lost
+from launch.job_end import JobStart, end, lost
 from launch.slurm_env import port
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError
 from trainer.records.code import ROOT
@@ -39,7 +39,7 @@ PORTS = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FrozenRun:
     """What of a frozen configuration a job script needs to know."""
 
     directory: Path
@@ -47,7 +47,7 @@ class Run:
     """Its parts (`PARTS`), as the file has them."""
 
     @classmethod
-    def frozen(cls, directory: Path) -> Run:
+    def frozen(cls, directory: Path) -> FrozenRun:
         """Read without torch; whether the file is as it was frozen is the ranks' to see. Errors: ConfigError."""
         path = directory / "config.yaml"
         tree = read_tree(path)
@@ -75,7 +75,7 @@ class Run:
 
 def begin(words: list[str]) -> dict[str, Any]:
     """Everything that is settled before the step; what the shell is told. Errors: ConfigError, StorageError, ShardtuneError."""
-    job = Job.here()
+    job = JobStart.here()
     run = run_of(words, job)
     logs = run.directory / "logs"
     told: dict[str, Any] = {"run_dir": run.directory, "logs": logs, "job": job.name, "start": job.restart}
@@ -106,7 +106,7 @@ def begin(words: list[str]) -> dict[str, Any]:
     return {**told, "rendezvous": meeting}
 
 
-def code_of(run: Run, job: Job) -> Path | str:
+def code_of(run: FrozenRun, job: JobStart) -> Path | str:
     """The code of a run by slurm/train.sbatch: a copy that its job's first start makes; nothing for the clone itself."""
     if run.tree["launcher"].get("code") != "snapshot":
         return ""
@@ -116,7 +116,7 @@ def code_of(run: Run, job: Job) -> Path | str:
     return made or snapshot.take(run.directory)
 
 
-def preflight(run: Run, job: Job, meeting: str) -> None:
+def preflight(run: FrozenRun, job: JobStart, meeting: str) -> None:
     """Ask all nodes before the ranks are started. Raises NodesUnfit with every problem, StorageError."""
     from launch.preflight_answer import text
     from launch.preflight_ask import ask, asked_of, by_srun
@@ -136,11 +136,11 @@ def preflight(run: Run, job: Job, meeting: str) -> None:
         )
 
 
-def run_of(words: list[str], job: Job) -> Run:
+def run_of(words: list[str], job: JobStart) -> FrozenRun:
     """The run that was frozen for this job, or the one that the words describe, which is frozen now. Errors: ConfigError."""
     frozen = os.environ.get("SHARDTUNE_CONFIG")
     if frozen and not words:
-        return Run.frozen(Path(frozen).parent)
+        return FrozenRun.frozen(Path(frozen).parent)
     from launch.compose import compose, freeze
     from trainer.config.run import SlurmConfig
 
@@ -163,10 +163,10 @@ def run_of(words: list[str], job: Job) -> Run:
         raise ConfigError(
             f"launcher.nodes={composed.config.launcher.nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
         )
-    return Run.frozen(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
+    return FrozenRun.frozen(freeze(composed, Path(composed.config.run.dir or ""), another_way=True))
 
 
-def rendezvous(job: Job, asked: str | None) -> str:
+def rendezvous(job: JobStart, asked: str | None) -> str:
     """host:port on the first node, where nobody listens as far as can be seen from here. Raises ConfigError.
 
     Every start derives it anew: a requeued job may be given other nodes, and two jobs may share a node.

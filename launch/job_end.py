@@ -20,7 +20,7 @@ AGAIN = {"node_fail": ("a rank was lost", "lost"), "out_of_memory": ("a rank ran
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobStart:
     """This start of this job."""
 
     name: str
@@ -31,7 +31,7 @@ class Job:
     """Its hosts, in SLURM's order."""
 
     @classmethod
-    def here(cls) -> Job:
+    def here(cls) -> JobStart:
         """The job of this process. Raises ConfigError outside a job."""
         env = os.environ
         if "SLURM_JOB_ID" not in env:
@@ -58,7 +58,7 @@ def hosts_of_job() -> list[str]:
     return found
 
 
-def lost(logs: Path, job: Job, limit: int, how: str = "lost") -> bool:
+def lost(logs: Path, job: JobStart, limit: int, how: str = "lost") -> bool:
     """Count one more start whose rank or node was `lost`; whether there may be another. Errors: StorageError."""
     count = logs / f"{how}-{job.name}"
     try:
@@ -71,7 +71,7 @@ def lost(logs: Path, job: Job, limit: int, how: str = "lost") -> bool:
 
 def end(code: int, stopped: bool) -> int:
     """Requeue where the run wants it and may; the job's exit code. `stopped`: whether TERM came to the script."""
-    job, run_dir = Job.here(), Path(os.environ["SHARDTUNE_RUN_DIR"])
+    job, run_dir = JobStart.here(), Path(os.environ["SHARDTUNE_RUN_DIR"])
     print(efficiency.record(run_dir, job.name, job.restart, code), flush=True)
     requeued, code = _settle(job, run_dir, code, stopped)
     if not requeued:
@@ -79,7 +79,7 @@ def end(code: int, stopped: bool) -> int:
     return code
 
 
-def _settle(job: Job, run_dir: Path, code: int, stopped: bool) -> tuple[bool, int]:
+def _settle(job: JobStart, run_dir: Path, code: int, stopped: bool) -> tuple[bool, int]:
     """(whether the job was requeued, its exit code)."""
     status, failure = read_status(run_dir), read_failure(run_dir)
     saved = job.wrote(status) and status.get("state") == State.preempted
@@ -106,7 +106,7 @@ def _settle(job: Job, run_dir: Path, code: int, stopped: bool) -> tuple[bool, in
     return False, code
 
 
-def _requeue_lowered(job: Job, run_dir: Path, why: str) -> bool:
+def _requeue_lowered(job: JobStart, run_dir: Path, why: str) -> bool:
     from launch.lowered import lower_micro
 
     if (lowered := lower_micro(run_dir)) is None:
@@ -115,7 +115,7 @@ def _requeue_lowered(job: Job, run_dir: Path, why: str) -> bool:
     return _requeue(job, f"{why}, {lowered}")
 
 
-def _by_slurm(job: Job, stopped: bool) -> bool:
+def _by_slurm(job: JobStart, stopped: bool) -> bool:
     """Whether SLURM ends the job, or requeues it by itself: asking for it as well would run it once too often."""
     if stopped:
         return True
@@ -123,7 +123,7 @@ def _by_slurm(job: Job, stopped: bool) -> bool:
     return any(word.startswith("PreemptTime=") and word[12:13].isdigit() for word in shown.split())
 
 
-def _requeue(job: Job, why: str) -> bool:
+def _requeue(job: JobStart, why: str) -> bool:
     """Whether SLURM took it."""
     print(f"job {job.name}: {why}; requeued", flush=True)
     done = subprocess.run(["scontrol", "requeue", job.name], capture_output=True, text=True)

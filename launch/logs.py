@@ -14,9 +14,9 @@ from launch.answers import FLAG, give
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.following.logs import Wanted
+    from trainer.following.logs import LogsRequest
     from trainer.following.queue import Queue
-    from trainer.following.reading import Seen
+    from trainer.following.reading import RunView
 
 USAGE = """usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow] [--json]
 
@@ -68,9 +68,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_words(words: list[str]) -> tuple[Path, Wanted, int]:
+def read_words(words: list[str]) -> tuple[Path, LogsRequest, int]:
     """(the run, what of it, how many lines). Raises ConfigError with every problem."""
-    from trainer.following.logs import Wanted
+    from trainer.following.logs import LogsRequest
 
     problems: list[str] = []
     runs: list[Path] = []
@@ -96,7 +96,7 @@ def read_words(words: list[str]) -> tuple[Path, Wanted, int]:
     if problems:
         raise ConfigError(problems)
     rank = int(given["rank"]) if "rank" in given else None
-    return runs[0], Wanted(rank, given.get("job")), int(given.get("lines", LINES))
+    return runs[0], LogsRequest(rank, given.get("job")), int(given.get("lines", LINES))
 
 
 class Printer:
@@ -161,7 +161,7 @@ class Follow:
     """A run that is followed, from one attempt at it to the next."""
 
     run_dir: Path
-    wanted: Wanted
+    wanted: LogsRequest
     printer: Printer
     places: dict[Path, int]
     _launcher: tuple[int, str] | None = None
@@ -170,10 +170,10 @@ class Follow:
 
     def until_done(self) -> None:
         """Print what is added until the run is done, or has ended and nothing will start it again."""
-        from trainer.following.logs import Added, choose
+        from trainer.following.logs import AddedText, choose
         from trainer.following.queue import Queue, ask
 
-        added = Added(self.places)
+        added = AddedText(self.places)
         queue, asked_at, looked_at = Queue(), float("-inf"), float("-inf")
         ended_at: float | None = None
         while True:
@@ -196,7 +196,7 @@ class Follow:
                 return
             time.sleep(EVERY_S)
 
-    def _look(self, queue: Queue) -> Seen:
+    def _look(self, queue: Queue) -> RunView:
         from trainer.following.owner import holder, launcher
         from trainer.following.reading import look
 
@@ -207,7 +207,7 @@ class Follow:
         self._launcher = (launcher(owner) if owner is not None else None) or self._launcher
         return look(self.run_dir, queue)
 
-    def _over(self, run: Seen, queue: Queue) -> bool:
+    def _over(self, run: RunView, queue: Queue) -> bool:
         """Whether nothing is known that would go on with the run."""
         from trainer.records.lease import process_identity
 
@@ -219,14 +219,14 @@ class Follow:
             return False
         return self._launcher is None or process_identity(self._launcher[0]) != self._launcher[1]
 
-    def _tell(self, run: Seen) -> None:
+    def _tell(self, run: RunView) -> None:
         """What there is to wait for, once."""
         waits = run.why if run.state == "queued" else "it has not begun yet" if run.state == "not started" else None
         if waits and waits != self._said:
             print(f"waiting: {waits}", file=sys.stderr, flush=True)
         self._said = waits or ""
 
-    def _end(self, run: Seen) -> None:
+    def _end(self, run: RunView) -> None:
         if isinstance(self.printer, Collected):
             ended = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
             print(json.dumps(ended, ensure_ascii=False), flush=True)

@@ -16,7 +16,7 @@ from trainer.records.status import STARTED_AGAIN, State, clear_failure, read_fai
 
 if TYPE_CHECKING:
     from launch.frozen import Composed
-    from launch.progress import Progress
+    from launch.progress import RunsProgress
     from launch.torchrun import Aside, What
 
 Records = tuple[dict[str, Any], dict[str, Any]]
@@ -61,7 +61,7 @@ def supervised(
         os.environ.pop(STARTED_AGAIN, None)
 
 
-def run_aside(name: str, composed: Composed, run_dir: Path, progress: Progress, *, verb: str) -> int:
+def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
     """Run what is frozen in `run_dir`, one of several, with its output in a file and `progress` told of it; the exit code."""
     from launch.torchrun import Aside
 

@@ -37,11 +37,11 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
         print(f"report:     {lacks}", flush=True)
         return
     from launch.prices import price_of
-    from trainer.comparison.asked import Row
+    from trainer.comparison.asked import ComparisonRow
     from trainer.comparison.compare import compare
 
     try:
-        print(f"report:     {write(run_dir, compare([Row((run_dir,))], price_of))}", flush=True)
+        print(f"report:     {write(run_dir, compare([ComparisonRow((run_dir,))], price_of))}", flush=True)
     except ShardtuneError as error:
         print(f"no {REPORT}: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page

@@ -8,14 +8,14 @@ from dataclasses import fields
 from typing import Any
 
 from trainer.config.run import LauncherConfig
-from trainer.forecast.plan import Choice, Job, Way
-from trainer.forecast.sweep import Answer
+from trainer.forecast.plan import Choice, PlannedRun, Way
+from trainer.forecast.sweep import PlanAnswer
 from trainer.model.quantisation import Quantisation
 from trainer.planning.hardware import GIB, fit_of
 from trainer.planning.receipt import checkpoint_bytes
 
 
-def text(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
+def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
     """What a person reads; `words` are those that were typed, `calibrated` says what was measured by which run."""
     job, form = answer.job, answer.form
     mean = job.lengths.mean
@@ -50,7 +50,7 @@ def text(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> 
     return "\n".join(lines)
 
 
-def by_reason(answer: Answer) -> dict[str, str]:
+def by_reason(answer: PlanAnswer) -> dict[str, str]:
     """Ways that were left out for the same reason, named together."""
     found: dict[str, list[str]] = {}
     for way, reason in answer.refused:
@@ -65,7 +65,7 @@ def stored(way: Way) -> str:
     return "+".join(["offload"] * way.offload + [str(store)] * (store is not Quantisation.none))
 
 
-def _row(choice: Choice, answer: Answer) -> str:
+def _row(choice: Choice, answer: PlanAnswer) -> str:
     mode = str(choice.way.config.strategy.activation_checkpointing)
     speed = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
     left = f"{choice.fit.margin / GIB:+.1f}"
@@ -75,7 +75,7 @@ def _row(choice: Choice, answer: Answer) -> str:
     )
 
 
-def _theirs(answer: Answer) -> list[str]:
+def _theirs(answer: PlanAnswer) -> list[str]:
     """What another trainer would hold, way by way; nothing where that was not asked for."""
     found = [(choice, choice.theirs) for choice in answer.found if choice.theirs is not None]
     if not found:
@@ -95,14 +95,14 @@ def _theirs(answer: Answer) -> list[str]:
     return [*lines, *_folded("GiB of tensors; what is beside them counts in whether it fits.")]
 
 
-def fit_theirs(choice: Choice, job: Job) -> float:
+def fit_theirs(choice: Choice, job: PlannedRun) -> float:
     """GiB of the card that the same takes as another trainer would hold it, with what is beside tensors."""
     assert choice.theirs is not None
     live = round(job.card.tensors * choice.theirs.total)
     return (fit_of(live, 0, job.card.memory_gib, job.card.allocator).total + choice.fit.exchange) / GIB
 
 
-def why(choice: Choice, answer: Answer) -> str:
+def why(choice: Choice, answer: PlanAnswer) -> str:
     """Why a way was chosen, or not."""
     best = answer.best
     if choice is best:
@@ -114,7 +114,7 @@ def why(choice: Choice, answer: Answer) -> str:
     return "as fast" if share > 0.995 else f"{share:.2f} x"
 
 
-def _best(answer: Answer, words: list[str]) -> list[str]:
+def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
     best, job = answer.best, answer.job
     if best is None:
         least = answer.found[0]
@@ -145,7 +145,7 @@ def _best(answer: Answer, words: list[str]) -> list[str]:
     return [*lines, *(line for said in costs(best, job) for line in _folded(said))]
 
 
-def costs(best: Choice, job: Job) -> list[str]:
+def costs(best: Choice, job: PlannedRun) -> list[str]:
     """Hours and price of the budget, as far as they are known, and what would make them known."""
     epochs, rate, said = best.way.config.budget.epochs, job.card.price_per_hour, []
     if best.hours is not None:
@@ -162,7 +162,7 @@ def costs(best: Choice, job: Job) -> list[str]:
     return said
 
 
-def command_of(words: list[str], best: Choice, job: Job) -> list[str]:
+def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
     """The command for a shell, in lines of 80 columns where its words allow."""
     typed, chosen = ({word.split("=")[0] for word in of} for of in (words, best.words))
     cluster = _on_a_cluster(words, job)
@@ -182,7 +182,7 @@ def command_of(words: list[str], best: Choice, job: Job) -> list[str]:
     return [*out, line, *([f"(with {' and '.join(lacking)} of your own)"] if lacking else [])]
 
 
-def _on_a_cluster(words: list[str], job: Job) -> bool:
+def _on_a_cluster(words: list[str], job: PlannedRun) -> bool:
     """Whether the command is for SLURM: on several nodes, or with settings that it alone has, where nothing else is said."""
     if "launcher=local" in words or "launcher=slurm" in words:
         return "launcher=slurm" in words
@@ -191,12 +191,12 @@ def _on_a_cluster(words: list[str], job: Job) -> bool:
     return job.nodes > 1 or not keys <= of_all
 
 
-def checkpoint_gib(answer: Answer, best: Choice) -> float:
+def checkpoint_gib(answer: PlanAnswer, best: Choice) -> float:
     """GiB of a checkpoint: of what trains, its weights in fp32 and the optimizer's state."""
     return checkpoint_bytes(answer.form.trained, str(best.way.config.optim.name)) / GIB
 
 
-def checkpoint_s(answer: Answer, best: Choice) -> float:
+def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
     """Seconds to write one, at the rate that the card's file assumes of a node's disk."""
     rate = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
     return checkpoint_gib(answer, best) * GIB / rate
@@ -208,7 +208,7 @@ def _folded(said: str, width: int = 80) -> list[str]:
     return textwrap.wrap(said, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def as_dict(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
+def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
     """The answer as JSON values; GiB, seconds, US dollars."""
     job, form, best = answer.job, answer.form, answer.best
     return {
@@ -250,7 +250,7 @@ def as_dict(answer: Answer, words: list[str], calibrated: tuple[str, ...] = ()) 
     }
 
 
-def _choice(choice: Choice, answer: Answer) -> dict[str, Any]:
+def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
     return {
         "words": list(choice.words),
         "strategy": choice.way.name,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from trainer.assembly.build import prepare_data
 from trainer.config.run import RunConfig
 from trainer.forecast.lengths import Lengths, drawn
-from trainer.forecast.plan import Job
+from trainer.forecast.plan import PlannedRun
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.registry import reading_of
 from trainer.planning.hardware import Card
 
 
-def job_of(config: RunConfig, card: Card) -> Job:
+def job_of(config: RunConfig, card: Card) -> PlannedRun:
     """The ranks, and how long what they are given is. Prepares data where data.path says some."""
     per = reading_of(config.objective).sequences_per_document
     given = config.data.path or config.data.sources
-    return Job(
+    return PlannedRun(
         card=card,
         precision=config.precision,
         nodes=config.launcher.nodes,

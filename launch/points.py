@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 from launch.axes import Axes, label, left_out, name_in_trackers, read_axes, split
 from strategies.errors import ConfigError
-from trainer.comparison.asked import CompareConfig, Row, write_rows
+from trainer.comparison.asked import CompareConfig, ComparisonRow, write_rows
 
 if TYPE_CHECKING:
     from launch.compare_follow import Meanwhile
     from launch.frozen import Composed
-    from launch.progress import Progress
+    from launch.progress import RunsProgress
 
 STOPPED = (75, 130)
 """Exit codes of a run that was asked to stop: the points after it are not wanted now."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestedPoint:
     """One point as it was asked for."""
 
     name: str
@@ -39,11 +39,11 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PointsPlan:
     """All points, and how they are run."""
 
     settings: CompareConfig
-    points: tuple[Asked, ...]
+    points: tuple[RequestedPoint, ...]
     left_out: int
     """Points that conditions left out."""
     words: tuple[str, ...]
@@ -56,13 +56,13 @@ class Plan:
         asked = [(point.name, point.composed.sha256) for point in self.points]
         return f"compare-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
 
-    def rows(self, to: Path) -> list[Row]:
+    def rows(self, to: Path) -> list[ComparisonRow]:
         """As they are read once they have run in `to`."""
         from trainer.config.resuming import flat, plain
 
         ways = ["", *(f"-repeat{number}" for number in range(2, self.settings.repeats + 1))]
         return [
-            Row(
+            ComparisonRow(
                 directories=() if point.refused else tuple(to / f"{point.name}{way}" for way in ways),
                 name=point.name,
                 refused=point.refused,
@@ -73,7 +73,7 @@ class Plan:
             for point in self.points
         ]
 
-    def runs(self, to: Path) -> Iterator[tuple[Asked, Path]]:
+    def runs(self, to: Path) -> Iterator[tuple[RequestedPoint, Path]]:
         """What is run, in order: every second time the other way round, so that no point is always the later one."""
         there = [(point, row) for point, row in zip(self.points, self.rows(to), strict=True) if not point.refused]
         for repeat in range(self.settings.repeats):
@@ -83,7 +83,7 @@ class Plan:
                 yield replace(point, composed=own), row.directories[repeat]
 
 
-def plan_points(words: list[str]) -> Plan:
+def plan_points(words: list[str]) -> PointsPlan:
     """Compose every point. Raises ConfigError for words that no point can use, and where no point could be run."""
     settings, rest = read_own(words)
     axes = read_axes(rest)
@@ -97,7 +97,7 @@ def plan_points(words: list[str]) -> Plan:
     points = tuple(_compose(kept, chosen, extra))
     if all(point.refused for point in points):
         raise ConfigError(_of_points({point.name: list(point.refused) for point in points}))
-    return Plan(settings, points, sum(out), tuple(words), tuple(axes.partly()))
+    return PointsPlan(settings, points, sum(out), tuple(words), tuple(axes.partly()))
 
 
 def read_own(words: list[str]) -> tuple[CompareConfig, list[str]]:
@@ -153,7 +153,7 @@ def _extra(axes: Axes, settings: CompareConfig) -> list[str]:
     return extra + [f"{key}={value}" for key, value in usual.items() if key not in typed]
 
 
-def _compose(points: list[list[str]], chosen: list[dict[str, str]], extra: list[str]) -> Iterator[Asked]:
+def _compose(points: list[list[str]], chosen: list[dict[str, str]], extra: list[str]) -> Iterator[RequestedPoint]:
     from launch.compose import compose, refusals
 
     problems: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ def _compose(points: list[list[str]], chosen: list[dict[str, str]], extra: list[
             logging = composed.config.logging
             logging.every_steps = min(logging.every_steps, max(1, steps // 10))
         words = tuple(f"{key}={value}" for key, value in values.items())
-        found.append(Asked(name, words, composed, tuple(refusals(composed.config))))
+        found.append(RequestedPoint(name, words, composed, tuple(refusals(composed.config))))
     if problems:
         raise ConfigError(_of_points(problems | {asked.name: [] for asked in found}))
     doubled = [asked.name for n, asked in enumerate(found) if asked.words in [one.words for one in found[:n]]]
@@ -196,7 +196,7 @@ def _of_points(problems: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
+def run_points(plan: PointsPlan, to: Path, pages: Meanwhile | None = None) -> int:
     """Run what is not done yet, or submit it; returns 0, or the exit code of the run that was asked to stop.
 
     `pages` are written meanwhile.
@@ -206,7 +206,7 @@ def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
     from launch.compose import freeze, is_finished
     from launch.frozen import queued_as_asked
     from launch.multirun import submit_array
-    from launch.progress import Progress
+    from launch.progress import RunsProgress
     from trainer.config.run import LauncherName
     from trainer.records.lease import NotOurs
     from trainer.stopping.signals import release
@@ -223,7 +223,8 @@ def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
     except NotOurs:
         raise
     except ConfigError as error:
-        raise ConfigError([f"to={to}: holds other runs; name another directory, or undo:", *error.problems]) from error
+        refusal = f"to={to}: holds other runs; name another directory, or undo:"
+        raise ConfigError("\n    ".join([refusal, *error.problems])) from error
     write_rows(to, plan.rows(to), list(plan.words))
     if by_slurm and left:
         release()
@@ -231,10 +232,10 @@ def run_points(plan: Plan, to: Path, pages: Meanwhile | None = None) -> int:
             code = submit_array([point.composed for point, _ in left], [run_dir for _, run_dir in left])
             print(f"how the points stand, now and when their jobs have ended: shardtune compare {shlex.quote(str(to))}")
             return code
-    return _one_by_one(left, Progress(len(runs), len(runs) - len(left), pages))
+    return _one_by_one(left, RunsProgress(len(runs), len(runs) - len(left), pages))
 
 
-def _one_by_one(runs: list[tuple[Asked, Path]], progress: Progress) -> int:
+def _one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgress) -> int:
     from launch.outcome import run_aside
 
     codes: dict[str, int] = {}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-from trainer.preflight.look import Asked, look
+from trainer.preflight.look import PreflightRequest, look
 
 MARK = "preflight"
 PIECE = 700
@@ -28,7 +28,7 @@ def lines_of(node: int, rank: int, value: dict[str, Any]) -> str:
 
 def node() -> int:
     """Look, say it, and let the ranks of this node exchange; returns the exit code."""
-    asked = Asked.told()
+    asked = PreflightRequest.told()
     number = int(os.environ.get("SHARDTUNE_NODE") or os.environ.get("SLURM_NODEID") or 0)
     sys.stdout.write(lines_of(number, -1, {"look": look(asked, number)}))
     sys.stdout.flush()
@@ -53,7 +53,7 @@ def rank() -> int:
     """Exchange as one rank; the first one says how it went, and every one that could not says why. Returns the exit code."""
     from trainer.preflight.exchange import exchange
 
-    asked, own, number = Asked.told(), int(os.environ["RANK"]), int(os.environ["SHARDTUNE_NODE"])
+    asked, own, number = PreflightRequest.told(), int(os.environ["RANK"]), int(os.environ["SHARDTUNE_NODE"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         found = exchange(asked.device, asked.timeout_s)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from trainer.preflight.judge import Heard, Verdict
-from trainer.preflight.look import Asked
+from trainer.preflight.judge import Heard, PreflightVerdict
+from trainer.preflight.look import PreflightRequest
 
 WIDTH = 80
 
 
-def text(asked: Asked, heard: Heard, verdict: Verdict) -> str:
+def text(asked: PreflightRequest, heard: Heard, verdict: PreflightVerdict) -> str:
     """What a person reads: a row for each node, the exchange, what is to be mended and what to know."""
     many = [f"{asked.nodes} node{'s' * (asked.nodes > 1)}", f"{asked.processes} process{'es' * (asked.processes > 1)}"]
     rows: list[tuple[str, ...]] = [("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")]
@@ -54,7 +54,7 @@ def _exchange(heard: Heard) -> str:
     )
 
 
-def as_dict(asked: Asked, heard: Heard, verdict: Verdict) -> dict[str, Any]:
+def as_dict(asked: PreflightRequest, heard: Heard, verdict: PreflightVerdict) -> dict[str, Any]:
     """Everything that was heard, as JSON has it; rates in GB/s, sizes in GiB."""
     return {
         "fit": not verdict.problems,

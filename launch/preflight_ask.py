@@ -22,8 +22,8 @@ from launch.container import INSIDE
 from launch.preflight import MARK
 from strategies.errors import StorageError
 from trainer.data.read.paths import is_address, is_hub
-from trainer.preflight.judge import Heard, Verdict, judge
-from trainer.preflight.look import VARIABLE, VISIBLE_S, Asked
+from trainer.preflight.judge import Heard, PreflightVerdict, judge
+from trainer.preflight.look import VARIABLE, VISIBLE_S, PreflightRequest
 
 LOOK_S = 30.0
 """Seconds within which each node must have said what it sees."""
@@ -35,7 +35,7 @@ GONE = re.compile(r"srun: error: (\S+): task (\d+): ")
 SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 
 
-def asked_of(tree: dict[str, Any], nodes: int) -> Asked:
+def asked_of(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     """What the nodes are to look at for a run whose configuration, as plain values, is `tree`."""
     launcher, model, data, run = (tree[part] for part in ("launcher", "model", "data", "run"))
     processes = launcher["processes"] or launcher.get("gpus_per_node") or 1
@@ -46,7 +46,7 @@ def asked_of(tree: dict[str, Any], nodes: int) -> Asked:
     ]
     mine = [path for path in paths if path != "None" and not is_hub(path) and not is_address(path)]
     needed = None if model["download"] else model["path"]
-    return Asked(
+    return PreflightRequest(
         nodes=nodes,
         processes=processes,
         gpus=gpus,
@@ -73,7 +73,7 @@ class Command:
 class _Gathering:
     """Lines as they come."""
 
-    asked: Asked
+    asked: PreflightRequest
     heard: Heard
     lines: queue.Queue[tuple[int | None, str] | None] = field(default_factory=queue.Queue)
     pieces: dict[tuple[int, int], list[str]] = field(default_factory=dict)
@@ -105,7 +105,9 @@ class _Gathering:
             self.heard.failed.append({"node": node, "rank": rank, "error": value["error"]})
 
 
-def ask(asked: Asked, commands: list[Command], hosts: list[str], *, waits: bool = False) -> tuple[Heard, Verdict]:
+def ask(
+    asked: PreflightRequest, commands: list[Command], hosts: list[str], *, waits: bool = False
+) -> tuple[Heard, PreflightVerdict]:
     """Start the commands, hear the nodes, and judge. `waits`: the nodes may first have to be waited for, in SLURM's queue.
 
     Everything that was started has ended when it returns. Errors: StorageError where the run directory cannot be written here.
@@ -131,7 +133,7 @@ def ask(asked: Asked, commands: list[Command], hosts: list[str], *, waits: bool 
 
 
 @contextlib.contextmanager
-def _shared(asked: Asked) -> Iterator[Path | None]:
+def _shared(asked: PreflightRequest) -> Iterator[Path | None]:
     """The place in the run directory where the asker and the nodes see each other's files; gone afterwards."""
     if asked.run_dir is None:
         yield None
@@ -152,7 +154,7 @@ def _shared(asked: Asked) -> Iterator[Path | None]:
             place.parent.rmdir()
 
 
-def _start(command: Command, asked: Asked, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
+def _start(command: Command, asked: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
     env = {**command.env, VARIABLE: asked.to_json()}
     process = subprocess.Popen(
         command.argv,

@@ -11,14 +11,14 @@ from launch import container
 from launch.preflight_ask import Command, asked_of, by_srun, here
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.preflight.look import Asked
+from trainer.preflight.look import PreflightRequest
 from trainer.records.code import ROOT
 
 MINUTES = 10
 """Asked of SLURM for a preflight outside an allocation."""
 
 
-def nodes_of(words: list[str]) -> tuple[Asked, list[Command], list[str], bool]:
+def nodes_of(words: list[str]) -> tuple[PreflightRequest, list[Command], list[str], bool]:
     """(what they are asked, what is started, their names, whether SLURM's queue is waited for). Raises ConfigError."""
     from launch.compose import compose, refusals
     from trainer.config.resuming import plain
@@ -40,7 +40,7 @@ def nodes_of(words: list[str]) -> tuple[Asked, list[Command], list[str], bool]:
     return asked, here(), [os.uname().nodename], False
 
 
-def _of_slurm(config: RunConfig, words: list[str]) -> tuple[Asked, list[Command], list[str], bool]:
+def _of_slurm(config: RunConfig, words: list[str]) -> tuple[PreflightRequest, list[Command], list[str], bool]:
     from launch.job_end import hosts_of_job
     from launch.slurm import Options, request, setup_text, written
     from trainer.config.resuming import plain

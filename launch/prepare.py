@@ -89,12 +89,15 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig
 def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:
     """Print what a person wants to know first; returns the exit code."""
     from trainer.data.report.preview import render, summary
+    from trainer.data.report.wording import visible
 
     print(summary(report))
-    if report["samples"]:
-        sample = report["samples"][0]
+    for sample in report["samples"]:
+        if sample["where"] != report["samples"][0]["where"]:
+            break
         runs = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
-        print(f"{sample['where']}:\n{render(runs, width=100)}")
+        note = sample.get("note")  # data prepared by an earlier version has none
+        print(f"{sample['where']}{f' · {visible(note)}' if note else ''}:\n{render(runs, width=100)}")
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)
     return 0

@@ -37,7 +37,7 @@ words of a run instead, the data is prepared first where it is not there. Learne
 
 
 @dataclass(slots=True)
-class Asked:
+class PrintRequest:
     """What is to be shown, as the words say."""
 
     split: str | None = None
@@ -56,10 +56,10 @@ LEAST = {"random": 1, "limit": 1, "lines": 2, "seed": 0}
 FLAGS = {"true": True, "false": False}
 
 
-def read_words(words: list[str]) -> tuple[Asked, list[str]]:
+def read_words(words: list[str]) -> tuple[PrintRequest, list[str]]:
     """(what is asked for, the words that say of which data). Raises ConfigError with every problem."""
-    asked, others, problems = Asked(), list[str](), list[str]()
-    keys = {field.name: field.type for field in fields(Asked)}
+    asked, others, problems = PrintRequest(), list[str](), list[str]()
+    keys = {field.name: field.type for field in fields(PrintRequest)}
     for word in words:
         key, assigned, value = word.partition("=")
         if not assigned or key not in keys:
@@ -92,7 +92,7 @@ def directory_of(words: list[str]) -> Path | None:
     if len(bare) == len(words) == 1 and not bare[0].startswith("-"):
         return Path(bare[0]).expanduser()
     if bare:
-        known = [field.name for field in fields(Asked)]
+        known = [field.name for field in fields(PrintRequest)]
         problems = []
         for word in words[1:] if words[0] in bare else words:
             near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
@@ -117,7 +117,7 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     return show(directory if directory is not None else prepare(others), asked)
 
 
-def show(directory: Path, asked: Asked) -> int:
+def show(directory: Path, asked: PrintRequest) -> int:
     """Print what is asked for; nothing is printed before all of it is known to be possible."""
     from rich.console import Console
     from rich.text import Text
@@ -148,7 +148,7 @@ def show(directory: Path, asked: Asked) -> int:
     return 0
 
 
-def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: Any, asked: Asked) -> None:
+def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: Any, asked: PrintRequest) -> None:
     from trainer.data.report import inspection
 
     console.print(
@@ -156,7 +156,7 @@ def _sample(prepared: Entry, split: str, index: int, tokenizer: Any, console: An
     )
 
 
-def _chosen(prepared: Entry, split: str, asked: Asked) -> tuple[list[int], int | None]:
+def _chosen(prepared: Entry, split: str, asked: PrintRequest) -> tuple[list[int], int | None]:
     """The sequences to decode; and for find= how many there are in all."""
     from trainer.data.report.inspection import find
 

@@ -23,7 +23,7 @@ TAIL = 65536
 """Bytes at the end of a file in which its last row is looked for."""
 
 
-class Progress:
+class RunsProgress:
     """`of` runs, of which `done` were there before; `pages` are looked after meanwhile."""
 
     def __init__(self, of: int, done: int, pages: Meanwhile | None = None) -> None:

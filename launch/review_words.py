@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.evaluate_words import Plan
+    from launch.evaluate_words import EvaluationPlan
     from trainer.review.config import ReviewConfig
 
 MAKE = ("prompts", "n", "arms", "seed", "to", "checkpoint")
@@ -168,7 +168,7 @@ def _arms(text: str) -> tuple[dict[str, str | None], list[str]]:
     return found, problems
 
 
-def arm_plan(asked: Making, name: str, where: str | None) -> Plan:
+def arm_plan(asked: Making, name: str, where: str | None) -> EvaluationPlan:
     """An evaluation that has one model (and the run's base, where that is an arm) answer the prompts."""
     from launch.evaluate_words import plan, sort
     from trainer.review.sheet import BASE

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.progress import Progress
+from launch.progress import RunsProgress
 from launch.sweeper import Prune, Search, listing
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from trainer.records.lease import InUse, Lease, NotOurs
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from launch.frozen import Composed
 
-Run = Callable[[str, "Composed", Path, Progress], int]
+Run = Callable[[str, "Composed", Path, RunsProgress], int]
 STOPPED = (75, 130)
 """Exit codes of a run that was asked to stop: it is gone on with."""
 USELESS = (65, 74)
@@ -37,7 +37,7 @@ USELESS = (65, 74)
 JOURNAL = "search.journal"
 
 
-class Watched(Progress):
+class SearchProgress(RunsProgress):
     """Tells the search of a trial's evaluations as they come, and ends it where it is behind."""
 
     def __init__(self, of: int, trial: Trial, directory: Path, metric: str, *, prune: bool) -> None:
@@ -73,7 +73,7 @@ class Watched(Progress):
             self._trial.report(value, step)
 
 
-def start(name: str, composed: Composed, run_dir: Path, progress: Progress) -> int:
+def start(name: str, composed: Composed, run_dir: Path, progress: RunsProgress) -> int:
     """Run a trial in processes of its own to the end; the exit code. Raises ConfigError where the directory is another's."""
     from launch.compose import freeze, is_finished
     from launch.outcome import run_aside
@@ -148,7 +148,8 @@ def open_study(search: Search, base: Path) -> Study:
             for key in {**before, **asked}
             if before.get(key) != asked.get(key)
         ]
-        raise ConfigError([f"run.dir={base}: holds another search; choose another run.dir, or undo:", *changed])
+        refusal = f"run.dir={base}: holds another search; choose another run.dir, or undo:"
+        raise ConfigError("\n    ".join([refusal, *changed]))
     return study
 
 
@@ -253,7 +254,7 @@ def _one(trial: Trial, search: Search, base: Path, run: Run) -> int:
         study.tell(trial.number, twin.value)
         return 0
     run_dir = base / str(trial.number)
-    progress = Watched(
+    progress = SearchProgress(
         search.settings.trials, trial, run_dir, search.metric, prune=search.settings.prune is Prune.median
     )
     name = label(dict(word.split("=", 1) for word in words))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from launch import status_saw
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.status_answer import Answer
+    from launch.status_answer import StatusAnswer
     from trainer.following.queue import Queue
 
 USAGE = """usage: shardtune status [directory | run] [document=<file>:<line> | text=<piece>] [--watch] [--verify] [--json]
@@ -83,14 +83,14 @@ def read_words(words: list[str]) -> Path:
     return named[0] if named else HOME
 
 
-def look(root: Path, known: Queue | None = None) -> Answer:
+def look(root: Path, known: Queue | None = None) -> StatusAnswer:
     """What is known now of the runs below `root`, and of the queue, which is asked unless it is `known`.
 
     Raises ConfigError where the directory cannot be listed.
     """
-    from launch.status_answer import Answer, One
+    from launch.status_answer import One, StatusAnswer
     from trainer.following import queue, saved
-    from trainer.following.reading import Found, find, look_at_all
+    from trainer.following.reading import FoundRuns, find, look_at_all
     from trainer.following.rows import curve
 
     with ThreadPoolExecutor(1) as pool:
@@ -98,7 +98,7 @@ def look(root: Path, known: Queue | None = None) -> Answer:
         try:
             found = find(root)
         except FileNotFoundError:  # the home of runs, before the first
-            found = Found()
+            found = FoundRuns()
         except OSError as error:
             raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
         jobs = asked.result()
@@ -115,7 +115,7 @@ def look(root: Path, known: Queue | None = None) -> Answer:
             logs=root / "logs",
             starts=starts(root),
         )
-    return Answer(root=root, runs=runs, queue=jobs, cut=found.cut, one=one)
+    return StatusAnswer(root=root, runs=runs, queue=jobs, cut=found.cut, one=one)
 
 
 def watch(root: Path, *, as_json: bool) -> None:
@@ -135,7 +135,7 @@ def watch(root: Path, *, as_json: bool) -> None:
             live.update(Text(text(found, None, live=True)), refresh=True)
 
 
-def looks(root: Path) -> Iterator[Answer]:
+def looks(root: Path) -> Iterator[StatusAnswer]:
     """One look after another, without end; the queue, which many share, is asked less often."""
     queue, asked_at = None, float("-inf")
     while True:
@@ -147,7 +147,7 @@ def looks(root: Path) -> Iterator[Answer]:
         time.sleep(EVERY_S)
 
 
-def _verify(found: Answer, *, quiet: bool) -> dict[Path, str]:
+def _verify(found: StatusAnswer, *, quiet: bool) -> dict[Path, str]:
     """What is wrong with each damaged checkpoint of the runs; which is read stands on standard error meanwhile."""
     from trainer.following.saved import damage, saved
 

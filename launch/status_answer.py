@@ -14,16 +14,16 @@ from launch import efficiency
 from launch.status_text import cut, folded, sparkline
 from strategies.durable import size_text
 from trainer.following import pipeline
-from trainer.following.queue import Job, Queue
-from trainer.following.reading import LOST, NOT_STARTED, QUEUED, UNKNOWN, Seen, age, one_line
+from trainer.following.queue import Queue, QueuedJob
+from trainer.following.reading import LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age, one_line
 from trainer.following.rows import curve
-from trainer.following.saved import Saved, Store
+from trainer.following.saved import Store, StoredCheckpoint
 from trainer.records.status import State
 
 NAME = 20
 STATE = 12
 MOST_JOBS, MOST_STARTS = 20, 5
-Column = tuple[str, int, Callable[[Seen], str]]
+Column = tuple[str, int, Callable[[RunView], str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +40,11 @@ class One:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class StatusAnswer:
     """All that was found."""
 
     root: Path
-    runs: list[Seen]
+    runs: list[RunView]
     queue: Queue
     cut: bool
     """Whether there were too many directories to look into all."""
@@ -71,7 +71,7 @@ def clock(seconds: float | None) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-def _step(run: Seen) -> str:
+def _step(run: RunView) -> str:
     if not run.step and not run.total:
         return "-"
     return "/".join(
@@ -89,7 +89,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def text(found: Answer, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
+def text(found: StatusAnswer, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
     """What a person reads. `damaged` by checkpoint, None where none was verified; `live` adds curves to runs that run."""
     if found.one is not None:
         return "\n".join(_in_full(found.runs[0], found.one, damaged))
@@ -107,7 +107,7 @@ def text(found: Answer, damaged: Mapping[Path, str] | None, *, live: bool = Fals
     return "\n".join(lines)
 
 
-def _table(found: Answer, *, live: bool) -> list[str]:
+def _table(found: StatusAnswer, *, live: bool) -> list[str]:
     lines = [f"{'':<{NAME}}{'state':<{STATE}}" + "".join(f"{title:>{width}}" for title, width, _ in COLUMNS)]
     runs = sorted(found.runs, key=_urgent) if live else found.runs
     for number, run in enumerate(runs):
@@ -124,7 +124,7 @@ def _table(found: Answer, *, live: bool) -> list[str]:
     return lines
 
 
-def _rows(run: Seen, root: Path, *, live: bool) -> list[str]:
+def _rows(run: RunView, root: Path, *, live: bool) -> list[str]:
     """The lines of one run."""
     cells = f"{run.state:<{STATE}}" + "".join(f"{value(run):>{width}}" for _, width, value in COLUMNS)
     name = _name(run.directory, root)
@@ -135,7 +135,7 @@ def _rows(run: Seen, root: Path, *, live: bool) -> list[str]:
     return lines
 
 
-def _urgent(run: Seen) -> tuple[int, float]:
+def _urgent(run: RunView) -> tuple[int, float]:
     """Sort key where not all may be seen: what works, what waits, what needs somebody, then what ended last."""
     order = (State.running, QUEUED, LOST)
     rank = order.index(run.state) if run.state in order else len(order)
@@ -146,7 +146,7 @@ def _name(directory: Path, root: Path) -> str:
     return str(directory.relative_to(root)) if directory.is_relative_to(root) and directory != root else str(directory)
 
 
-def _beside(run: Seen) -> str:
+def _beside(run: RunView) -> str:
     """What stands below a run's row: where it runs, and why it does not."""
     if run.state in (State.done, NOT_STARTED) and not run.why:
         return ""
@@ -156,13 +156,13 @@ def _beside(run: Seen) -> str:
     return ": ".join(part for part in (", ".join(where), run.why) if part)
 
 
-def _where(run: Seen) -> list[str]:
+def _where(run: RunView) -> list[str]:
     found = [f"on {run.host}"] if run.host and run.state == State.running else []
     odd = f" {run.job.state}" if run.job is not None and run.job.state != "RUNNING" else ""
     return found + ([f"job {run.job_id}{odd}"] if run.job_id and run.state != QUEUED else [])
 
 
-def _in_full(run: Seen, one: One, damaged: Mapping[Path, str] | None) -> list[str]:
+def _in_full(run: RunView, one: One, damaged: Mapping[Path, str] | None) -> list[str]:
     share = f" ({run.step / run.total:.1%})" if run.step and run.total else ""
     lines = [f"{run.directory}: {run.state}, step {_step(run)}{share}"]
     lines += folded(f"  {run.why}") if run.why and run.state != State.failed else []
@@ -190,12 +190,12 @@ def _in_full(run: Seen, one: One, damaged: Mapping[Path, str] | None) -> list[st
     return lines
 
 
-def _chain(run: Seen) -> list[str]:
+def _chain(run: RunView) -> list[str]:
     """The jobs that it was submitted as, one after another."""
     return [line for part in run.parts for line in folded(f"  {part.part:<10}job {part.job}: {part.says}", 12)]
 
 
-def _runner(run: Seen) -> list[tuple[str, str]]:
+def _runner(run: RunView) -> list[tuple[str, str]]:
     """Who runs it, or did."""
     who = [f"process {run.pid} on {run.host}" if run.host else ""]
     who.append(f"job {run.job_id}" if run.job_id else "")
@@ -216,7 +216,7 @@ def _runner(run: Seen) -> list[tuple[str, str]]:
     return facts
 
 
-def _failed(run: Seen, one: One) -> list[str]:
+def _failed(run: RunView, one: One) -> list[str]:
     """The cause, and what to do."""
     failure = one.failure
     again = "the same command continues it from the newest whole checkpoint"
@@ -257,13 +257,13 @@ def _checkpoints(store: Store, damaged: Mapping[Path, str] | None) -> list[str]:
     return lines
 
 
-def _notes(each: Saved, watch: str | None) -> list[str]:
+def _notes(each: StoredCheckpoint, watch: str | None) -> list[str]:
     notes = [f"best: {watch or 'held out'} {each.best:.4f}"] if each.best is not None else []
     notes += [f"in {each.path.parent}"] if each.elsewhere else []
     return notes + ([f"given up, in {each.path.parent.name}"] if each.given_up else [])
 
 
-def as_dict(found: Answer, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
+def as_dict(found: StatusAnswer, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
     """The same as JSON values: seconds, GiB, bytes, tokens a second of all ranks together."""
     mine = _jobs_of(found)
     answer: dict[str, Any] = {"directory": str(found.root), "runs": [_run(run) for run in found.runs]}
@@ -285,19 +285,19 @@ def as_dict(found: Answer, damaged: Mapping[Path, str] | None) -> dict[str, Any]
     return answer
 
 
-def _jobs_of(found: Answer) -> set[str]:
+def _jobs_of(found: StatusAnswer) -> set[str]:
     """Jobs of the queue that are told of with their runs."""
     return {run.job.id for run in found.runs if run.job is not None} | {p.job for run in found.runs for p in run.parts}
 
 
-def _run(run: Seen) -> dict[str, Any]:
+def _run(run: RunView) -> dict[str, Any]:
     told = asdict(run)
     told |= {"directory": str(run.directory), "why": one_line(run.why), "left_s": run.left_s}
     told["job"] = None if run.job is None else _job(run.job)
     return told
 
 
-def _job(job: Job) -> dict[str, str]:
+def _job(job: QueuedJob) -> dict[str, str]:
     return {
         "id": job.id,
         "state": job.state,

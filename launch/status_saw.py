@@ -11,7 +11,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
-    from trainer.following.sighted import Sighting, Wanted
+    from trainer.following.sighted import DocumentQuery, Sighting
 
 WORDS = ("document=", "text=")
 PLACE = re.compile(r"(?P<file>.+):(?P<line>\d+)")
@@ -37,9 +37,9 @@ def main(root: Path, words: list[str], *, as_json: bool) -> int:
     return 0
 
 
-def read(words: list[str]) -> Wanted:
+def read(words: list[str]) -> DocumentQuery:
     """What is looked for. Raises ConfigError."""
-    from trainer.following.sighted import Wanted
+    from trainer.following.sighted import DocumentQuery
 
     if len(words) > 1:
         raise ConfigError(f"{' '.join(words)}: name one document, or one piece of text")
@@ -47,13 +47,13 @@ def read(words: list[str]) -> Wanted:
     if key == "text":
         if not value.strip():
             raise ConfigError("text=: names no text; give a piece that only this document has, as in text='Jane Roe'")
-        return Wanted(text=value)
+        return DocumentQuery(text=value)
     place = PLACE.fullmatch(value)
     if place is None:
         raise ConfigError(
             f"{words[0]}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
         )
-    return Wanted(file=place["file"], line=int(place["line"]))
+    return DocumentQuery(file=place["file"], line=int(place["line"]))
 
 
 def _config(run: Path) -> RunConfig | str:
@@ -65,7 +65,7 @@ def _config(run: Path) -> RunConfig | str:
         return " ".join(str(error).split())
 
 
-def text(root: Path, wanted: Wanted, found: list[Sighting]) -> str:
+def text(root: Path, wanted: DocumentQuery, found: list[Sighting]) -> str:
     """For people."""
     saw = [each for each in found if each.trained or each.documents]
     unknown = [each for each in found if each.unknown is not None and not each.trained]
@@ -106,7 +106,7 @@ def _says(one: Sighting) -> str:
     return "; ".join(parts)
 
 
-def as_dict(wanted: Wanted, found: list[Sighting]) -> dict[str, Any]:
+def as_dict(wanted: DocumentQuery, found: list[Sighting]) -> dict[str, Any]:
     """For scripts: every run that was looked at."""
     return {
         "document": str(wanted),

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.hosts import Place, place_of
-from strategies.heartbeat import LAST_WORDS, LOST_PEER, last_words
+from launch.hosts import HostPlace, place_of
+from strategies.heartbeat import LAST_WORDS, LOST_PEER, WAITED, last_words
 from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
@@ -83,7 +83,7 @@ TRAIN = What("launch.train", "config.yaml")
 
 
 def arguments(
-    launcher: LauncherConfig, run_id: str, place: Place | None = None, module: str = TRAIN.module
+    launcher: LauncherConfig, run_id: str, place: HostPlace | None = None, module: str = TRAIN.module
 ) -> list[str]:
     """torchrun's own arguments for these processes; `run_id` names the rendezvous of several hosts, `place` this one."""
     words = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
@@ -286,7 +286,8 @@ def _note_killed(error: BaseException, *, memory: bool) -> None:
     )
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     before = read_failure(run_dir)
-    replace = only_lost_a_peer(before)
+    # NCCL aborts whoever waits too long, and each has said before what it waited for.
+    replace = only_lost_a_peer(before) and not (name == "SIGABRT" and WAITED.search(before.get("message", "")))
     same = before.get("rank") == rank and before.get("gone")
     phase, step = (before["phase"], before["step"]) if same else ("killed", None)
     if not same and (seen := last_words(Path(os.environ.get(LAST_WORDS, os.devnull)), rank)) is not None:

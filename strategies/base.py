@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from strategies.host_memory import HostMemory
-    from strategies.saving import State
+    from strategies.saving import RankState
 
 
 class StrategyName(StrEnum):
@@ -281,7 +281,7 @@ class Engine(Protocol):
         Where the optimizer averages weights, the average computes; with `averaged=False`, what trains.
         """
 
-    def state(self, progress: Progress) -> State:
+    def state(self, progress: Progress) -> RankState:
         """The training state as it is now, to be written at once or after it was copied. All ranks must call.
 
         Its tensors are live: it is to be written, or copied, before the next step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -90,7 +91,12 @@ def release(engine: Any) -> None:
 
 
 def settle_accelerator(runtime: Runtime) -> None:
-    """Let DeepSpeed see the device of `runtime`, one that is simulated too."""
+    """Let DeepSpeed see the device of `runtime`, one that is simulated too.
+
+    It takes the rank within its host for the number of a GPU, which it is not where each rank sees its own GPU alone.
+    """
+    if runtime.device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(runtime.device.index)
     if runtime.simulated or "strategies.simulated_deepspeed" in sys.modules:
         from strategies.simulated_deepspeed import settle
 

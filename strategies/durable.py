@@ -93,7 +93,7 @@ disk = Disk()
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenFile:
     """A file as it was meant to be on the disk: what it must be found to be."""
 
     name: str
@@ -142,12 +142,12 @@ class NewFile:
             rest = rest[done:]
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFile:
         """What was written so far."""
-        return Written(self.path.name, self.size, self._hash.hexdigest())
+        return WrittenFile(self.path.name, self.size, self._hash.hexdigest())
 
 
-def write_new(path: Path, data: bytes) -> Written:
+def write_new(path: Path, data: bytes) -> WrittenFile:
     """The file `path` with these bytes, synced. Its name is durable once its directory is synced. Errors: OSError."""
     with NewFile(path) as file:
         file.write(data)
@@ -268,7 +268,7 @@ def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
     return bytes(data)
 
 
-def difference(directory: Path, expected: Written) -> str | None:
+def difference(directory: Path, expected: WrittenFile) -> str | None:
     """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors."""
     buffer = memoryview(bytearray(min(PIECE, max(1, expected.size))))
 

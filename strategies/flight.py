@@ -1,4 +1,4 @@
-"""The last exchange of this rank with others, out of the flight recorder that torch keeps, under NCCL and gloo alike.
+"""The last exchange of this rank with others, out of the flight recorders that torch keeps, one for NCCL and one for gloo.
 
 It is read as JSON, in the process itself: the files that NCCL's watchdog can write are pickles, which nothing here reads. Ranks
 that exchange through shared memory on one host (`strategies/host_memory.py`) are seen only where they use their group.
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 KEPT = 512
-"""Exchanges that are kept, unless the environment says otherwise."""
+"""Exchanges that each recorder keeps, unless the environment says otherwise."""
+RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+"""What reads them: a build for GPUs has both, and NCCL's exchanges are in the second alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,11 @@ class Exchange:
     sizes: list[list[int]]
     waits_s: float | None
     """Seconds since it was begun; None where it is over."""
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """Whose numbers it has: NCCL and gloo each count the exchanges of a group for themselves."""
+        return self.group, self.what.partition(":")[0]
 
     def __str__(self) -> str:
         sizes = ", ".join("x".join(map(str, size)) or "1" for size in self.sizes[:3])
@@ -46,8 +53,11 @@ def last_exchange() -> Exchange | None:
     """
     from torch._C import _distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
-    entries: list[dict[str, Any]] = [] if dump is None else json.loads(dump(True, False)).get("entries") or []
+    dumps = [dump for name in RECORDERS if (dump := getattr(c10d, name, None)) is not None]
+    entries: list[dict[str, Any]] = [
+        each for dump in dumps for each in json.loads(dump(True, False)).get("entries") or []
+    ]
+    entries.sort(key=lambda each: each.get("time_created_ns", 0))
     if not entries:
         return None
     waiting = [each for each in entries if not each.get("retired")]

@@ -173,6 +173,8 @@ class Fsdp2Strategy:
                     if buffer is not None:
                         owner._buffers[name] = buffer.to(self.runtime.device)
         self._fill(step_module, source)
+        # Pads uneven shards and pins those on the host, in tensors of their own, which are the ones to keep from here on.
+        step_module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
         engine = Fsdp2Engine(
             step_module,
             step_module,

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 AMPERE, VOLTA = (8, 0), (7, 0)
 """CUDA capabilities of the first GPUs with matrix units for bf16, and for fp16."""
+SMALL = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
+"""Capabilities (from, to) of GPUs whose multiprocessors have little shared memory."""
 FLASH_HEAD = 256
 """Largest head that flash attention has, in torch and in the package flash-attn; sizes are multiples of 8."""
 AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
@@ -42,9 +44,10 @@ class Gpu:
     def lacking_heads(self, dropout: float = 0.0) -> tuple[int, int] | None:
         """Sizes of heads (from, to) that flash attention's backward pass has not: small multiprocessors lack shared memory.
 
-        torch's own rule: capabilities 8.6, 8.9 and 12.0 miss 200 to 224, and all above 192 with dropout.
+        torch's own rule: capabilities 8.6 to 8.9, 12.0 and 12.1 miss 200 to 224, and all above 192 with dropout.
         """
-        if self.architecture is not None or self.capability not in ((8, 6), (8, 9), (12, 0)):
+        small = any(first <= self.capability <= last for first, last in SMALL)
+        if self.architecture is not None or not small:
             return None
         return 193, 224 if dropout == 0.0 else FLASH_HEAD
 

@@ -38,13 +38,15 @@ LAST_WORDS = "SHARDTUNE_LAST_WORDS"
 """The variable that names a directory of this host, in which each rank keeps what it last said of itself."""
 LATE = 0.8
 """Share of the timeout after which a rank tells of an exchange that is not over, before the backend may end the process."""
+WARN_BEATS = 15
+"""Beats before the timeout at which a rank that waits under NCCL says why: what NCCL then does to it, nobody can catch."""
 ANSWER_BEATS = 5
 """Beats for which ranks that were asked where they are may keep the one that asks waiting; a busy host lets them wait, too."""
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
+class SignOfLife:
     """What a rank last said of itself."""
 
     rank: int
@@ -60,7 +62,7 @@ class Silent(ShardtuneError):
 
     retry = "node_fail"
 
-    def __init__(self, seen: Seen, *, hung: bool, since_s: float, told: str) -> None:
+    def __init__(self, seen: SignOfLife, *, hung: bool, since_s: float, told: str) -> None:
         self.seen, self.hung = seen, hung
         at = f", step {seen.step}" if seen.step is not None else ""
         what = (
@@ -78,7 +80,7 @@ class Behind(ShardtuneError):
 
     retry = "node_fail"
 
-    def __init__(self, seen: Seen, last: Exchange | None, awaited: Exchange | str, told: str) -> None:
+    def __init__(self, seen: SignOfLife, last: Exchange | None, awaited: Exchange | str, told: str) -> None:
         self.seen, self.hung = seen, True
         at = f", step {seen.step}" if seen.step is not None else ""
         super().__init__(
@@ -105,6 +107,8 @@ class Heartbeats:
         self.every_s = max(1.0, world / 200)
         self._stacks: IO[str] | None = None
         self._telling = threading.Lock()
+        self.at_timeout: Callable[[Exchange], None] | None = None
+        """Told once, in a thread of its own, of an exchange for which NCCL is about to end this process."""
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
@@ -117,7 +121,7 @@ class Heartbeats:
         # A handler does not hold the lock of the interpreter: another thread's frames change while it reads them, and it dies.
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
-    def silent(self, look_s: float) -> list[Seen]:
+    def silent(self, look_s: float) -> list[SignOfLife]:
         """Ranks that do not count on in `look_s`, while this one looks."""
         before = self._seen()
         time.sleep(look_s)
@@ -143,7 +147,7 @@ class Heartbeats:
             return None
         return Silent(silent[0], hung=hung, since_s=look_s, told=told) if silent else None
 
-    def ask(self, stopped: Seen | None) -> dict[int, Exchange]:
+    def ask(self, stopped: SignOfLife | None) -> dict[int, Exchange]:
         """Let every rank write its stacks, and wake one that was `stopped` for it. Errors: none.
 
         The last exchange of each rank that answers. It is back when all have, which takes a beat, or after `ANSWER_BEATS`.
@@ -184,17 +188,19 @@ class Heartbeats:
         absent = [
             rank
             for rank, last in others.items()
-            if last.waits_s is None and not (last.group == own.group and last.number >= own.number)
+            if last.waits_s is None and not (last.row == own.row and last.number >= own.number)
         ]
         try:
             return Behind(self._seen()[absent[0]], others[absent[0]], own, _first_line(error)) if absent else None
         except RuntimeError:
             return None
 
-    def _seen(self) -> list[Seen]:
+    def _seen(self) -> list[SignOfLife]:
         keys = [f"shardtune/beat/{rank}" for rank in range(self.world)]
         return [
-            Seen(rank=rank, **json.loads(self._store.get(key))) if self._store.check([key]) else Seen(rank=rank)
+            SignOfLife(rank=rank, **json.loads(self._store.get(key)))
+            if self._store.check([key])
+            else SignOfLife(rank=rank)
             for rank, key in enumerate(keys)
         ]
 
@@ -206,8 +212,10 @@ class Heartbeats:
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(about))
                 self._keep(about)
-                if self._stacks is not None and (self._is_late((phase, step)) or self._store.check([STACKS])):
+                late = self._late((phase, step))
+                if self._stacks is not None and (late is not None or self._store.check([STACKS])):
                     self._tell()
+                self._warn(late)
             except RuntimeError:  # the store is gone, and with it the job
                 return
             time.sleep(self.every_s)
@@ -225,14 +233,24 @@ class Heartbeats:
                 with contextlib.suppress(OSError):  # a full disk makes no rank that lives a silent one
                     print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
-    def _is_late(self, now: tuple[str, int | None]) -> bool:
-        """Whether this rank stands still in an exchange that will soon have lasted too long."""
+    def _late(self, now: tuple[str, int | None]) -> Exchange | None:
+        """The exchange in which this rank stands still, where it will soon have lasted too long."""
         if now != self._was:
             self._was, self._since = now, time.monotonic()
         if time.monotonic() - self._since < LATE * self._timeout_s:
-            return False
+            return None
         last = last_exchange()
-        return last is not None and last.waits_s is not None and last.waits_s > LATE * self._timeout_s
+        waits = last is not None and last.waits_s is not None and last.waits_s > LATE * self._timeout_s
+        return last if waits else None
+
+    def _warn(self, late: Exchange | None) -> None:
+        """Hand on what is late under NCCL, whose watchdog aborts the process; gloo raises an error where it is waited for."""
+        if late is None or self.at_timeout is None or not late.what.startswith("nccl"):
+            return
+        if (late.waits_s or 0.0) > self._timeout_s - WARN_BEATS * self.every_s:
+            # Another thread, which may take its time: without beats this rank would seem stopped itself.
+            threading.Thread(target=self.at_timeout, args=(late,), name="timeout", daemon=True).start()
+            self.at_timeout = None
 
     def _keep(self, about: dict[str, Any]) -> None:
         if (directory := os.environ.get(LAST_WORDS)) is not None:
@@ -248,10 +266,10 @@ def _signal_main_thread(pid: int, number: int) -> None:
     os.kill(pid, number) if send is None else send(pid, pid, number)
 
 
-def last_words(directory: Path, rank: int) -> Seen | None:
+def last_words(directory: Path, rank: int) -> SignOfLife | None:
     """What a rank of this host last said of itself, for the launcher that gave it the directory; None where it said nothing."""
     try:
-        return Seen(rank=rank, **json.loads((directory / str(rank)).read_text()))
+        return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -21,7 +21,7 @@ from strategies.host_memory import HostMemory
 from strategies.norm import squared_norm
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
-from strategies.saving import Run, State
+from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 
 _GROWTH_INTERVAL = 2000
@@ -187,11 +187,14 @@ class NativeEngine:
             group["lr"] = base * lr_factor
         if self._skips_on_device():
             # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
-            where = self._local(self.trainable[0][1]).device  # the host, where parameters are offloaded
-            self.optimizer.found_inf = (~kept).float().to(where)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._beside_parameters((~kept).float())  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(kept):
             self.optimizer.step()
+
+    def _beside_parameters(self, flag: Tensor) -> Tensor:
+        """Where they are, on the host where they are offloaded: torch's optimizers would copy it there and not wait for that."""
+        return flag.to(self._local(self.trainable[0][1]).device)
 
     def _skips_on_device(self) -> bool:
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
@@ -210,7 +213,7 @@ class NativeEngine:
         """This rank's part of a parameter (or moment of it), flattened, and where it starts in the whole."""
         return parameter.view(-1), 0
 
-    def _runs(self, *, writing: bool) -> Iterator[Run]:
+    def _runs(self, *, writing: bool) -> Iterator[FlatRange]:
         for number, (name, parameter) in enumerate(self.trainable):
             held, start = self._held(parameter)
             tensors, wholes = {"weight": held.detach()}, dict[str, Tensor]()
@@ -229,9 +232,9 @@ class NativeEngine:
                 low, high = (held.numel() * (self.dp_rank + i) // self.dp_size for i in (0, 1))
                 tensors = {key: value[low:high] for key, value in tensors.items()}
                 start = low
-            yield Run(name, parameter.numel(), start, tensors, write=self._writes())
+            yield FlatRange(name, parameter.numel(), start, tensors, write=self._writes())
             for key, value in wholes.items():  # factored moments and the like: whole, and the same, on every rank
-                yield Run(name, value.numel(), 0, {key: value}, write=self.runtime.is_main)
+                yield FlatRange(name, value.numel(), 0, {key: value}, write=self.runtime.is_main)
 
     def _writes(self) -> bool:
         return True
@@ -247,7 +250,7 @@ class NativeEngine:
         for _, parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
         if self._skips_on_device():
-            self.optimizer.found_inf = torch.zeros((), device=self.runtime.device)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._beside_parameters(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for group, values in zip(groups, before, strict=True):
@@ -262,7 +265,7 @@ class NativeEngine:
             elif "step" in state:
                 state["step"] = updates
 
-    def state(self, progress: Progress) -> State:
+    def state(self, progress: Progress) -> RankState:
         """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         header = StateHeader(
@@ -273,7 +276,7 @@ class NativeEngine:
             loss_scale=None if self.scale is None else float(self.scale),
             groups=[{key: g[key] for key in _GROUP_STATE if key in g} for g in self.optimizer.param_groups],
         )
-        return State(self._runs(writing=True), header.json(), self.runtime)
+        return RankState(self._runs(writing=True), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:

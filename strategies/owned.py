@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from strategies.base import Engine
 
 
-class Kind(StrEnum):
+class MemoryKind(StrEnum):
     """What bytes are for."""
 
     parameters = "parameters"
@@ -37,28 +37,28 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def owned(engine: Engine) -> Iterator[tuple[Kind, Tensor]]:
+def owned(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
     """(kind, tensor) of what `engine` keeps at this moment; a later one for the same storage counts."""
     module = engine.step_module
-    yield from ((Kind.parameters, plain(t)) for t in (*module.parameters(), *module.buffers()))
+    yield from ((MemoryKind.parameters, plain(t)) for t in (*module.parameters(), *module.buffers()))
     for parameter in module.parameters():
         if parameter.grad is not None:
-            yield Kind.gradients, plain(parameter.grad)
+            yield MemoryKind.gradients, plain(parameter.grad)
     yield from _sharded(module)
     yield from _partitioned(engine)
     optimizer: Any = getattr(engine, "optimizer", None)
     if optimizer is not None:
         yield from _states(optimizer)
     if (average := getattr(engine, "average", None)) is not None:
-        yield from ((Kind.optimizer, plain(value)) for value in average.values)
+        yield from ((MemoryKind.optimizer, plain(value)) for value in average.values)
 
 
-def _states(optimizer: Any) -> Iterator[tuple[Kind, Tensor]]:
+def _states(optimizer: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
     for state in optimizer.state.values():
-        yield from ((Kind.optimizer, plain(value)) for value in state.values() if torch.is_tensor(value))
+        yield from ((MemoryKind.optimizer, plain(value)) for value in state.values() if torch.is_tensor(value))
 
 
-def _sharded(module: Any) -> Iterator[tuple[Kind, Tensor]]:
+def _sharded(module: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
     """What FSDP2 keeps beside the parameters that a module shows."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -67,30 +67,30 @@ def _sharded(module: Any) -> Iterator[tuple[Kind, Tensor]]:
             continue
         for group in each._get_fsdp_state()._fsdp_param_groups:
             for reduced in getattr(group.comm_ctx, "reduce_scatter_states", ()):  # none before the first pass
-                yield Kind.communication, reduced.reduce_scatter_input
+                yield MemoryKind.communication, reduced.reduce_scatter_input
             for parameter in group.fsdp_params:
-                yield from ((Kind.gathered, t) for t in parameter.all_gather_outputs)
-                yield Kind.parameters, parameter._sharded_param_data
+                yield from ((MemoryKind.gathered, t) for t in parameter.all_gather_outputs)
+                yield MemoryKind.parameters, parameter._sharded_param_data
                 whole = getattr(parameter, "_unsharded_param", None)
                 if whole is not None:
-                    yield Kind.gathered, plain(whole)
+                    yield MemoryKind.gathered, plain(whole)
                     if whole.grad is not None:
-                        yield Kind.gradients, plain(whole.grad)
+                        yield MemoryKind.gradients, plain(whole.grad)
                 if parameter.unsharded_accumulated_grad is not None:
-                    yield Kind.gradients, plain(parameter.unsharded_accumulated_grad)
+                    yield MemoryKind.gradients, plain(parameter.unsharded_accumulated_grad)
                 if parameter.sharded_param.grad is not None:
-                    yield Kind.gradients, plain(parameter.sharded_param.grad)
+                    yield MemoryKind.gradients, plain(parameter.sharded_param.grad)
 
 
-def _partitioned(engine: Any) -> Iterator[tuple[Kind, Tensor]]:
+def _partitioned(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
     """What DeepSpeed keeps."""
     inner = getattr(getattr(engine, "engine", None), "optimizer", None)
     if inner is None:
         return
     for parameter in engine.step_module.parameters():
         if hasattr(parameter, "ds_tensor"):
-            yield Kind.gathered, parameter
-            yield Kind.parameters, parameter.ds_tensor
+            yield MemoryKind.gathered, parameter
+            yield MemoryKind.parameters, parameter.ds_tensor
     yield from _states(inner.optimizer)
     for kind, names in _KEPT.items():
         for name in names:
@@ -98,9 +98,13 @@ def _partitioned(engine: Any) -> Iterator[tuple[Kind, Tensor]]:
 
 
 _KEPT = {
-    Kind.parameters: ("bit16_groups_flat", "bf16_groups_flat", "fp16_partitioned_groups_flat"),
-    Kind.optimizer: ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"),
-    Kind.gradients: (
+    MemoryKind.parameters: ("bit16_groups_flat", "bf16_groups_flat", "fp16_partitioned_groups_flat"),
+    MemoryKind.optimizer: (
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_partitioned_groups_flat",
+    ),
+    MemoryKind.gradients: (
         "averaged_gradients",
         "fp32_groups_gradients_flat",
         "fp32_groups_gradient_flat_partition",
@@ -109,7 +113,7 @@ _KEPT = {
         "temp_grad_gpu_buffer",
         "averaged_gradients",
     ),
-    Kind.communication: ("ipg_buckets", "_DeepSpeedZeroOptimizer_Stage3__ipg_bucket_flat_buffer", "ipg_buffer"),
+    MemoryKind.communication: ("ipg_buckets", "_DeepSpeedZeroOptimizer_Stage3__ipg_bucket_flat_buffer", "ipg_buffer"),
 }
 """Attributes of DeepSpeed's optimizers, tensors or collections of them, by what they hold."""
 

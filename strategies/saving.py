@@ -12,10 +12,19 @@ from pathlib import Path
 
 import torch
 
-from strategies.durable import Written, no_room, reason, sync_directory, write_new
+from strategies.durable import WrittenFile, no_room, reason, sync_directory, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, gather_objects
-from strategies.tensor_files import FILE_NAME, INDEX, Held, Part, index_json, layout, size_on_disk, write_tensors
+from strategies.tensor_files import (
+    FILE_NAME,
+    INDEX,
+    FilePart,
+    HeldElements,
+    index_json,
+    layout,
+    size_on_disk,
+    write_tensors,
+)
 
 PROGRESS = "progress.json"
 SPARE = 2**20
@@ -23,7 +32,7 @@ SPARE = 2**20
 
 
 @dataclass(slots=True)
-class Run:
+class FlatRange:
     """Elements `[start, start + len)` of one flattened parameter and of its optimizer moments, held by this rank."""
 
     name: str
@@ -36,31 +45,31 @@ class Run:
     write: bool = True
     """Whether this rank writes it (one of several replicas does)."""
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[HeldElements]:
         """What of it this rank has, by the names that are on the disk."""
         return [
-            Held(f"{self.name}/{key}", self.numel, self.start, tensor)
+            HeldElements(f"{self.name}/{key}", self.numel, self.start, tensor)
             for key, tensor in self.tensors.items()
             if tensor.numel()
         ]
 
 
 @dataclass(slots=True)
-class Outcome:
+class FileOutcome:
     """What became of one rank's file."""
 
-    written: Written | None = None
+    written: WrittenFile | None = None
     """None where the rank holds nothing that is written."""
     problem: str | None = None
 
 
-class State:
+class RankState:
     """What of the training state this rank writes, and what is true of the whole: live, or copied to host memory.
 
     It is written in three parts, of which the second communicates with nobody: `make_room`, `write_part`, `finish`.
     """
 
-    def __init__(self, runs: Iterable[Run], header: bytes, runtime: Runtime) -> None:
+    def __init__(self, runs: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
         self.held = [each for run in runs if run.write for each in run.held()]
         self.runtime = runtime
         self._file = FILE_NAME.format(runtime.rank)
@@ -78,26 +87,28 @@ class State:
         for number, each in enumerate(self.held):
             begin, end = end, end + each.values.numel()
             copy = buffer[begin:end].copy_(each.values.detach())
-            self.held[number] = Held(each.name, each.numel, each.start, copy)
+            self.held[number] = HeldElements(each.name, each.numel, each.start, copy)
 
     def make_room(self, path: Path) -> None:
         """All ranks must call. Raises StorageError on every rank where the file system of `path` has no room for all of it."""
         sizes = gather_objects(size_on_disk(self._head, self.held), self.runtime)
         _agree(no_room(path, sum(sizes) + SPARE) if self.runtime.is_main else None, self.runtime)
 
-    def write_part(self, path: Path) -> Outcome:
+    def write_part(self, path: Path) -> FileOutcome:
         """Write this rank's file into the existing directory `path`, durably. No collective, no errors."""
         try:
-            return Outcome(write_tensors(path / self._file, self._head, self.held) if self.held else None)
+            return FileOutcome(write_tensors(path / self._file, self._head, self.held) if self.held else None)
         except Exception as error:  # noqa: BLE001 - also a device that is lost: all ranks are told
-            return Outcome(problem=reason(error))
+            return FileOutcome(problem=reason(error))
 
-    def finish(self, path: Path, mine: Outcome) -> list[Written]:
+    def finish(self, path: Path, mine: FileOutcome) -> list[WrittenFile]:
         """Write what says where all lies; every file of the state, on rank 0. All ranks must call, with their outcome.
 
         Raises StorageError on every rank where any of them could not write.
         """
-        told: list[tuple[dict[str, Part], Written | None]] = gather_objects((self._parts, mine.written), self.runtime)
+        told: list[tuple[dict[str, FilePart], WrittenFile | None]] = gather_objects(
+            (self._parts, mine.written), self.runtime
+        )
         _agree(mine.problem, self.runtime)
         files, problem = [each for _, each in told if each is not None], None
         try:
@@ -111,7 +122,7 @@ class State:
         _agree(problem, self.runtime)
         return files if self.runtime.is_main else []
 
-    def save(self, path: Path) -> list[Written]:
+    def save(self, path: Path) -> list[WrittenFile]:
         """All of it at once, into the existing directory `path`; every file of it, on rank 0. All ranks must call.
 
         Raises StorageError on every rank where any of them could not write, before the first byte where there is no room.

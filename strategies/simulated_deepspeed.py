@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.accelerator.real_accelerator import set_accelerator
 from deepspeed.comm import comm
 from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
@@ -137,9 +138,10 @@ def settle(runtime: Runtime) -> None:
     stage3.reduce_scatter_coalesced = reduce_scatter if runtime.simulated else reduce_scatter_coalesced
     gathered = GatheredTogether if runtime.simulated else AllGatherCoalescedHandle
     partition_parameters.AllGatherCoalescedHandle = gathered
-    simulated = runtime.device == SIMULATED
-    if isinstance(get_accelerator(), SimulatedAccelerator) != simulated:
-        set_accelerator(SimulatedAccelerator() if simulated else CPU_Accelerator())
+    real = CUDA_Accelerator if runtime.device.type == "cuda" else CPU_Accelerator
+    wanted = SimulatedAccelerator if runtime.device == SIMULATED else real
+    if type(get_accelerator()) is not wanted:
+        set_accelerator(wanted())
     for module in _LOOK_AT_VALUES:
         module.assert_ints_same_as_other_ranks = (  # type: ignore[attr-defined]
             (lambda ints: None) if runtime.simulated else assert_ints_same_as_other_ranks

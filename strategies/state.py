@@ -23,7 +23,7 @@ from strategies.base import Progress
 from strategies.durable import read_bytes, reason
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, found_on_main, gather_objects
-from strategies.saving import PROGRESS, Run
+from strategies.saving import PROGRESS, FlatRange
 from strategies.tensor_files import INDEX, Index, Malformed, numel, parse_index, parse_json, read_tensors, whole_number
 
 MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
@@ -117,7 +117,7 @@ def read_index(path: Path, *, patient: bool = False) -> Index:
 
 
 @torch.no_grad()
-def load_state(path: Path, runs: Iterable[Run], runtime: Runtime) -> StateHeader:
+def load_state(path: Path, runs: Iterable[FlatRange], runtime: Runtime) -> StateHeader:
     """Read the part of a saved state that this rank holds into its runs. All ranks must call.
 
     Raises ConfigError where the saved parameters or moments are not the ones this run trains, StorageError where a file
@@ -140,7 +140,7 @@ def load_state(path: Path, runs: Iterable[Run], runtime: Runtime) -> StateHeader
     return header
 
 
-def _read(path: Path, runs: list[Run], seen: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _read(path: Path, runs: list[FlatRange], seen: set[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(live tensor, saved values) for all that this rank holds. Errors: ConfigError, StorageError."""
     index = read_index(path, patient=INDEX in seen)
     wanted = {f"{run.name}/{key}": run.numel for run in runs for key in run.tensors if run.numel}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.durable import NewFile, Written, fill, opened, patiently
+from strategies.durable import NewFile, WrittenFile, fill, opened, patiently
 
 INDEX = "index.json"
 ITEM = 4
@@ -32,7 +32,7 @@ class Malformed(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FilePart:
     """Elements `[start, start + length)` of a flattened tensor, in a file."""
 
     file: str
@@ -42,12 +42,12 @@ class Part:
     """Bytes from the start of the file."""
 
 
-Index = dict[str, list[Part]]
+Index = dict[str, list[FilePart]]
 """By tensor; parts in the order of their elements, together the whole tensor."""
 
 
 @dataclass(slots=True)
-class Held:
+class HeldElements:
     """Elements `[start, start + len)` of a flattened tensor of `numel` elements, in this rank's memory."""
 
     name: str
@@ -73,7 +73,7 @@ def whole_number(value: Any) -> bool:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def layout(held: Iterable[Held], file: str) -> tuple[bytes, dict[str, Part]]:
+def layout(held: Iterable[HeldElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
     """(what stands before the data in a safetensors file of these, where each lies in it). Reads no values."""
     places: dict[str, tuple[int, int, int]] = {}
     end = 0
@@ -88,10 +88,12 @@ def layout(held: Iterable[Held], file: str) -> tuple[bytes, dict[str, Part]]:
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     head = len(head).to_bytes(8, "little") + head
-    return head, {name: Part(file, start, length, len(head) + begin) for name, (start, length, begin) in places.items()}
+    return head, {
+        name: FilePart(file, start, length, len(head) + begin) for name, (start, length, begin) in places.items()
+    }
 
 
-def write_tensors(path: Path, head: bytes, held: Iterable[Held]) -> Written:
+def write_tensors(path: Path, head: bytes, held: Iterable[HeldElements]) -> WrittenFile:
     """A safetensors file: `head` as `layout` made it of the same tensors, then their values. Errors: OSError."""
     with NewFile(path) as file:
         file.write(head)
@@ -101,7 +103,7 @@ def write_tensors(path: Path, head: bytes, held: Iterable[Held]) -> Written:
     return file.written
 
 
-def index_json(parts: Iterable[Mapping[str, Part]]) -> bytes:
+def index_json(parts: Iterable[Mapping[str, FilePart]]) -> bytes:
     """The index of what all ranks wrote."""
     tensors: dict[str, list[list[Any]]] = {}
     for of_rank in parts:
@@ -124,7 +126,7 @@ def parse_index(data: bytes) -> Index:
     return {name: _parts(name, rows) for name, rows in raw.items()}
 
 
-def _parts(name: str, rows: Any) -> list[Part]:
+def _parts(name: str, rows: Any) -> list[FilePart]:
     if not isinstance(rows, list) or not rows:
         raise Malformed(f"has no parts of {name[:80]}")
     parts, end = [], 0
@@ -132,7 +134,7 @@ def _parts(name: str, rows: Any) -> list[Part]:
         well = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(whole_number, row[1:]))
         if not well or not plain_name(row[0]):
             raise Malformed(f"has a part of {name[:80]} that is none")
-        part = Part(*row)
+        part = FilePart(*row)
         if part.start != end or part.length == 0:
             raise Malformed(f"does not cover {name[:80]} once: its element {end} is missing or comes twice")
         parts.append(part)
@@ -145,12 +147,12 @@ def plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
 
 
-def numel(parts: list[Part]) -> int:
+def numel(parts: list[FilePart]) -> int:
     """Elements of a tensor."""
     return parts[-1].start + parts[-1].length
 
 
-def read_tensors(directory: Path, index: Index, wanted: Iterable[Held]) -> list[Tensor]:
+def read_tensors(directory: Path, index: Index, wanted: Iterable[HeldElements]) -> list[Tensor]:
     """The values of each of `wanted` out of the files: float32, 1-d, on the CPU, new.
 
     The files are opened one after the other, each read in the order of its bytes. Errors: OSError, Malformed.
@@ -181,6 +183,6 @@ def _fill_all(file: Path, pieces: list[tuple[int, Tensor]]) -> None:
             fill(descriptor, piece.numpy().data.cast("B"), offset)
 
 
-def size_on_disk(head: bytes, held: Iterable[Held]) -> int:
+def size_on_disk(head: bytes, held: Iterable[HeldElements]) -> int:
     """Bytes of the file that `write_tensors` makes."""
     return len(head) + ITEM * sum(each.values.numel() for each in held)

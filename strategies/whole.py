@@ -35,7 +35,6 @@ class FsdpWhole(Whole):
         named = [(name, module) for name, module in self.wrapped.named_modules() if isinstance(module, FSDPModule)]
         parts = [module for name, module in named if not name.startswith(TEACHER)]
         root: Any = self.wrapped
-        root._get_fsdp_state()._lazy_init()  # the parts share streams, which the first forward pass would make
         try:
             for part in parts:
                 part.set_reshard_after_forward(False, recurse=False)

@@ -38,7 +38,7 @@ from strategies.parameters import (
     trainable_parameters,
 )
 from strategies.runtime import Runtime, bound_groups
-from strategies.saving import Run, State
+from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from strategies.whole import ZeroWhole
 from strategies.zero_config import deepspeed_config, steps_on_device
@@ -131,7 +131,7 @@ class ZeroEngine:
     def _flat_groups(self) -> list[Tensor]:
         return self.masters.flat_groups()
 
-    def _runs(self) -> Iterator[Run]:
+    def _runs(self) -> Iterator[FlatRange]:
         return self.masters.runs(self.average)
 
     def _ensure_moments(self) -> None:
@@ -172,7 +172,7 @@ class ZeroEngine:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
-    def state(self, progress: Progress) -> State:
+    def state(self, progress: Progress) -> RankState:
         """The training state as it is now, to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
         scaler = self._scaler()
@@ -183,7 +183,7 @@ class ZeroEngine:
             strategy=str(self.config.name),
             loss_scale=None if scaler is None else float(scaler.cur_scale),
         )
-        return State(self._runs(), header.json(), self.runtime)
+        return RankState(self._runs(), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from strategies.average import KEY, Average
-from strategies.saving import Run
+from strategies.saving import FlatRange
 
 
 class Masters:
@@ -27,7 +27,7 @@ class Masters:
             return optimizer.fp32_groups_flat_partition
         return optimizer.single_partition_of_fp32_groups
 
-    def runs(self, average: Average | None) -> Iterator[Run]:
+    def runs(self, average: Average | None) -> Iterator[FlatRange]:
         """This rank's part of the masters, moments and average, parameter by parameter, as views."""
         names = {id(p): name for name, p in self.trainable}
         optimizer, flats = self.engine.optimizer, self.flat_groups()
@@ -56,8 +56,8 @@ class Masters:
         return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == flat.shape}
 
 
-def _run(name: str, numel: int, start: int, of: tuple[Tensor, dict[str, Tensor]], where: tuple[int, int]) -> Run:
+def _run(name: str, numel: int, start: int, of: tuple[Tensor, dict[str, Tensor]], where: tuple[int, int]) -> FlatRange:
     flat, beside = of
     offset, held = where
     tensors = {key: value.narrow(0, offset, held) for key, value in {"weight": flat.data, **beside}.items()}
-    return Run(name, numel, start, tensors)
+    return FlatRange(name, numel, start, tensors)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,11 @@ OWNERS = {  # external package -> the only places that may import it
     "trackio": ("trainer/records/trackers/",),
     "mlflow": ("trainer/records/trackers/",),
 }
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(tree: ast.AST) -> list[tuple[str, int]]:
@@ -57,7 +63,7 @@ def names(tree: ast.AST) -> set[str]:
 def violations(path: Path) -> list[str]:
     name = path.relative_to(ROOT).as_posix()
     text = path.read_text()
-    tree = ast.parse(text)
+    tree = parsed(path)
     out = []
     if (lines := len(text.splitlines())) > (most := LISTS.get(name, MAX_FILE_LINES)):
         out.append(f"{name}: {lines} lines, at most {most}: split it by what it owns")
@@ -84,11 +90,50 @@ def violations(path: Path) -> list[str]:
     return out
 
 
+def same_names(paths: list[Path]) -> list[str]:
+    """A class is looked for by its name alone, which therefore no other has."""
+    places: dict[str, list[str]] = {}
+    for path in paths:
+        for node in parsed(path).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    return [f"two classes are called {name}: {', '.join(where)}" for name, where in places.items() if len(where) > 1]
+
+
+def not_there(path: Path) -> list[str]:
+    """Names that a benchmark, which nothing here runs or types, imports from a module of ours that has them no more."""
+    return [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {alias.name}"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ImportFrom) and node.module
+        if (module := (ROOT / node.module.replace(".", "/")).with_suffix(".py")).exists()
+        for alias in node.names
+        if alias.name not in bound(parsed(module))
+    ]
+
+
+def bound(tree: ast.AST) -> set[str]:
+    """What a module defines or imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
 def main() -> int:
-    files = subprocess.check_output(
-        ["git", "ls-files", "-co", "--exclude-standard", "launch", "trainer", "strategies"], cwd=ROOT, text=True
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-co", "--exclude-standard", "launch", "trainer", "strategies", "shardtune.py"],
+        cwd=ROOT,
+        text=True,
     ).split()
-    found = [line for f in files if f.endswith(".py") and (ROOT / f).exists() for line in violations(ROOT / f)]
+    files = [ROOT / f for f in sorted(set(listed)) if f.endswith(".py") and (ROOT / f).exists()]
+    found = [line for f in files for line in violations(f)] + same_names(files)
+    found += [line for path in sorted((ROOT / "benchmarks").rglob("*.py")) for line in not_there(path)]
     found += [
         f"{f}: contains the path of a machine"
         for f in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()

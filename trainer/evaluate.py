@@ -20,12 +20,12 @@ from trainer.config.run import RunConfig
 from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.report import against, page, record
 from trainer.evaluation.report.intervals import Bootstrap, interval, resampled
-from trainer.evaluation.report.record import BASE, TUNED, Earlier, Found
+from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
 from trainer.evaluation.report.tables import tables
 from trainer.evaluation.served import ServedAsking, served_asking
 from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.base import Task
-from trainer.evaluation.tasks.prepared import Around
+from trainer.evaluation.tasks.prepared import TaskContext
 from trainer.forecast.exceeded import telling_of_evaluation
 from trainer.lifecycle.attempt import Where, rank_of_job
 from trainer.model.encoder_decoder import read_config
@@ -44,7 +44,7 @@ from trainer.telling.live import track_evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class EvaluationJob:
     """What one evaluation is asked for, beside its configuration."""
 
     to: str
@@ -67,7 +67,7 @@ class Job:
     """Whether the report of a run is one of its records, and not only its answers are wanted."""
 
 
-def evaluate_worker(config: RunConfig, job: Job, job_dir: Path) -> None:
+def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
     """Evaluate as one rank of the job that the environment describes; rank 0 writes the report into `job.to`.
 
     Raises what ended it. `job_dir` has the records of the processes, apart from those of a run.
@@ -76,7 +76,7 @@ def evaluate_worker(config: RunConfig, job: Job, job_dir: Path) -> None:
         _evaluate(config, job, job_dir, request, where)
 
 
-def _evaluate(config: RunConfig, job: Job, job_dir: Path, request: StopRequest, where: Where) -> None:
+def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: StopRequest, where: Where) -> None:
     where.settle(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
     data, tasks, staged, runtime = meet(config, tokenizer, request, where)
@@ -121,13 +121,15 @@ def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked
     positions = next(
         (n for each in (about, about.get("text_config") or {}) for at in names if (n := each.get(at))), None
     )
-    encoder = Around.of(config.data, config.objective).encoder(tokenizer)
+    encoder = TaskContext.of(config.data, config.objective).encoder(tokenizer)
     return served_asking(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
 
 
-def _both(job: Job, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, console: Console) -> dict[str, Found]:
+def _both(
+    job: EvaluationJob, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, console: Console
+) -> dict[str, EvaluatedModel]:
     """Every task of the model, and where asked for of what it was before training; None: of a server's. All ranks must call."""
-    found: dict[str, Found] = {}
+    found: dict[str, EvaluatedModel] = {}
     if built is not None:
         found = _before(job, *built, evaluator, console)
     rows = found[BASE].rows if job.base else {} if job.report is None else record.read(Path(job.report), "against").rows
@@ -139,9 +141,11 @@ def _both(job: Job, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator
     return found
 
 
-def _before(job: Job, engine: Engine, built: Built, evaluator: TaskEvaluator, console: Console) -> dict[str, Found]:
+def _before(
+    job: EvaluationJob, engine: Engine, built: Built, evaluator: TaskEvaluator, console: Console
+) -> dict[str, EvaluatedModel]:
     """What the model was before training, where asked for; then it is as its checkpoint says. All ranks must call."""
-    found: dict[str, Found] = {}
+    found: dict[str, EvaluatedModel] = {}
     before = job.base and not built.tuning.keeps_base
     for ready in evaluator.tasks:
         ready.task.is_other = True
@@ -155,9 +159,9 @@ def _before(job: Job, engine: Engine, built: Built, evaluator: TaskEvaluator, co
     return found
 
 
-def _ask(evaluator: TaskEvaluator, console: Console, arm: str, *, scored: bool) -> Found:
+def _ask(evaluator: TaskEvaluator, console: Console, arm: str, *, scored: bool) -> EvaluatedModel:
     """Every task of one model. All ranks must call. `scored`: its metrics mean something (a review's prompts have no answer)."""
-    found = Found()
+    found = EvaluatedModel()
     for done in evaluator.each():
         name = done.ready.task.name
         found.rows[name], found.values[name], found.seconds[name] = done.rows, done.values, done.seconds
@@ -169,7 +173,7 @@ def _ask(evaluator: TaskEvaluator, console: Console, arm: str, *, scored: bool) 
     return found
 
 
-def _about(config: RunConfig, job: Job, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
+def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
     return {
         "version": record.VERSION,
         "model": {
@@ -191,7 +195,7 @@ def _about(config: RunConfig, job: Job, precision: str, runtime: processes.Runti
 
 
 def _report(
-    config: RunConfig, job: Job, about: dict[str, Any], tasks: list[Task], found: dict[str, Found]
+    config: RunConfig, job: EvaluationJob, about: dict[str, Any], tasks: list[Task], found: dict[str, EvaluatedModel]
 ) -> tuple[dict[str, Any], dict[str, Table]]:
     """Intervals, comparison and files; rank 0 alone. The report, and tables of rows.
 
@@ -224,7 +228,9 @@ def _report(
     return report, shown
 
 
-def _other(task: Task, base: Found | None, earlier: Earlier | None) -> tuple[Any, dict[str, float]] | None:
+def _other(
+    task: Task, base: EvaluatedModel | None, earlier: EarlierEvaluation | None
+) -> tuple[Any, dict[str, float]] | None:
     """(rows, metrics) of what a task is compared with; None where that has no such task."""
     if base is not None:
         return base.rows[task.name], base.values[task.name]

@@ -12,7 +12,7 @@ import torch
 from strategies.base import Engine, Progress
 from strategies.errors import Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_step
-from trainer.checkpoints.beside import Saved
+from trainer.checkpoints.beside import SavedCheckpoint
 from trainer.data.batches.loader import StepBatch, StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.best import note_best, out_of_patience, refuse_unknown
@@ -52,7 +52,7 @@ class Trainer:
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
         self._saving = self._best = replace(self.progress)
-        self._told: Saved | None = None
+        self._told: SavedCheckpoint | None = None
         self.taken: StepBatch | None = None
         """What the step that is being taken is taken on."""
 

@@ -25,14 +25,14 @@ from trainer.data.prepare import Prepared
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_asking, build_evaluators
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.prepared import Around, Ready, prepare
+from trainer.evaluation.tasks.prepared import Ready, TaskContext, prepare
 from trainer.export.card import CardFacts
 from trainer.export.write import write_export
 from trainer.forecast.exceeded import telling_of_memory
 from trainer.forecast.fitting import must_fit
 from trainer.forecast.micro import settle_micro
 from trainer.forecast.strategy import settle_strategy
-from trainer.forecast.tried import Given
+from trainer.forecast.tried import TrialInputs
 from trainer.gates.judge import judged_at_end
 from trainer.given import LoopSettings, Output, Watch
 from trainer.guards.stragglers import Stragglers
@@ -49,7 +49,7 @@ from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
 from trainer.telling.facts import Started, card_facts, run_facts
-from trainer.telling.live import Place, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
+from trainer.telling.live import RunPlace, close_records, introduce, metered, open_records, tell_of_slow, until_it_ends
 from trainer.tuning.start import adapter_hash
 
 Freeze = Callable[[Path, RunConfig], None]
@@ -75,10 +75,10 @@ def _run(
     data, tasks, staged, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
     console = introduce(config, run_dir, data, tokenizer, runtime)
-    place = Place(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
+    place = RunPlace(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
     precision = resolve_precision(config.precision, runtime)
     checked = check(config, data, place)
-    config = choose_open(config, Given(tokenizer, data, precision, runtime), place, freeze)
+    config = choose_open(config, TrialInputs(tokenizer, data, precision, runtime), place, freeze)
     where.phase = "simulating whether the run fits"
     checked |= must_fit(config, data, precision, runtime, console.say) | staged.record()
     where.phase = "building the model"
@@ -145,7 +145,7 @@ def meet(
     check_files(config.model)
     with where.meet(config.run.timeout_s) as meeting:
         data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
-        around = Around.of(config.data, config.objective)
+        around = TaskContext.of(config.data, config.objective)
         tasks = prepare(asked_tasks(config), around, data, tokenizer, stop=lambda: meeting.stopping(told()))
         where.phase = "copying to the disk of the node"
         staged = stage(config, data, stop=lambda: meeting.stopping(told()))
@@ -155,14 +155,14 @@ def meet(
     return staged.tokens(data), tasks, staged, start_processes(config, meeting.store)
 
 
-def check(config: RunConfig, data: Prepared, place: Place) -> dict[str, Any]:
+def check(config: RunConfig, data: Prepared, place: RunPlace) -> dict[str, Any]:
     """What `run.json` says of the run that is gone on with. All ranks must call. Raises ConfigError where it is another run."""
     place.where.phase = "comparing with the run that is gone on with"
     place.where.still_ours(place.runtime)
     return establish(config, data, place.run_dir, place.runtime)
 
 
-def choose_open(config: RunConfig, given: Given, place: Place, freeze: Freeze) -> RunConfig:
+def choose_open(config: RunConfig, given: TrialInputs, place: RunPlace, freeze: Freeze) -> RunConfig:
     """The run with what it chooses itself, which is frozen. All ranks must call. Errors: those of choosing."""
 
     def keep(chosen: RunConfig) -> None:
@@ -176,7 +176,7 @@ def choose_open(config: RunConfig, given: Given, place: Place, freeze: Freeze) -
     return settle_micro(config, given, place.console.say, keep)
 
 
-def resume(config: RunConfig, engine: Engine, place: Place) -> tuple[Checkpoints, Path | None, Progress]:
+def resume(config: RunConfig, engine: Engine, place: RunPlace) -> tuple[Checkpoints, Path | None, Progress]:
     """(the run's checkpoints, the one that `engine` now has the state of, how far that is). All ranks must call."""
     place.where.phase = "resuming"
     places = places_of(place.run_dir, config.checkpoint.fallback_dir)
@@ -196,7 +196,7 @@ def evaluators_of(
     tokenizer: Any,
     engine: Engine,
     watch: Watch,
-    place: Place,
+    place: RunPlace,
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; none without held-out data and tasks."""
     found = build_evaluators(
@@ -231,14 +231,14 @@ def asking_of(
         config.model,
         built,
         data.label_names if built.head_prefixes else None,
-        Around.of(config.data, config.objective).encoder(tokenizer),
+        TaskContext.of(config.data, config.objective).encoder(tokenizer),
         engine,
         runtime,
         stop_now,
     )
 
 
-def watch_of(config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: Place) -> Watch:
+def watch_of(config: RunConfig, data: Prepared, loader: StepLoader, challenges: Challenges, place: RunPlace) -> Watch:
     """What the loop watches for."""
     told = Told(place.run_dir, data.directory, loader, place.console.say)
     guards = Guards(config.guards, config.optim.max_skipped_steps, place.runtime, told)
@@ -272,7 +272,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     )
 
 
-def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, place: Place) -> None:
+def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: Built, place: RunPlace) -> None:
     """What the initial model says of the data, where the objective compares with it and it will be gone. All ranks call."""
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
@@ -295,7 +295,7 @@ def record_reference(config: RunConfig, data: Prepared, engine: Engine, built: B
 
 
 def export(
-    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, card: CardFacts, place: Place
+    config: RunConfig, engine: Engine, built: Built, tokenizer: Any, card: CardFacts, place: RunPlace
 ) -> Path | None:
     """Write `export/`, where asked for and no gate says no; its directory. All ranks must call. Errors: those of writing."""
     if not config.export.at_end:

@@ -6,15 +6,15 @@ from scipy import stats
 
 from strategies.base import Progress
 from trainer.challenges import forgetting, instability, output
-from trainer.challenges.base import Answer, Seen
+from trainer.challenges.base import Evidence, ModelAnswer
 from trainer.challenges.config import ForgettingWatchConfig, OutputConfig, Reaction, limit_of
-from trainer.evaluation.tasks.base import Metric, Row
+from trainer.evaluation.tasks.base import Metric, TaskRow
 
 LOSS = Metric("loss", "", greater_is_better=False, ratio=("nats", "targets"))
 
 
 def rows(nats, targets):
-    return [Row("", "", "", "", {"nats": n, "targets": t}) for n, t in zip(nats, targets, strict=True)]
+    return [TaskRow("", "", "", "", {"nats": n, "targets": t}) for n, t in zip(nats, targets, strict=True)]
 
 
 def compared(drawn, rise=0.0, noise=0.02, count=60):
@@ -41,17 +41,19 @@ def test_false_alarms_and_what_is_found():
     drawn, config = np.random.default_rng(2), ForgettingWatchConfig()
     looks = 10
     null = [
-        any(forgetting.find(config, Seen(5, {}, looks, compared=[compared(drawn, noise=0.3)])) for _ in range(looks))
+        any(
+            forgetting.find(config, Evidence(5, {}, looks, compared=[compared(drawn, noise=0.3)])) for _ in range(looks)
+        )
         for _ in range(100)
     ]
     assert np.mean(null) <= 0.08  # 5 %, and its chance
-    found = forgetting.find(config, Seen(5, {}, looks, compared=[compared(drawn, rise=0.05)]))
+    found = forgetting.find(config, Evidence(5, {}, looks, compared=[compared(drawn, rise=0.05)]))
     assert found is not None and not found.stops and found.numbers["forgetting"] == pytest.approx(0.05, abs=0.01)
 
 
 def test_a_limit_is_held_against_the_number_itself():
     drawn = np.random.default_rng(3)
-    seen = Seen(5, {}, 10, compared=[compared(drawn, rise=0.05), compared(drawn, rise=-0.01)])
+    seen = Evidence(5, {}, 10, compared=[compared(drawn, rise=0.05), compared(drawn, rise=-0.01)])
     assert forgetting.numbers(seen)["forgetting"] == pytest.approx(0.05, abs=0.01)
     for limit, stops in (("3%", True), (0.03, True), ("8%", None), ("3 %", True)):
         found = forgetting.find(ForgettingWatchConfig(limit=limit), seen)
@@ -76,16 +78,16 @@ GOOD = [f"The answer to number {n} is written in plain words and ends here." for
     ],
 )
 def test_degenerate_answers_are_told_apart(texts, kind):
-    answers = [Answer(text, right) for text, right in zip(texts, GOOD, strict=True)]
-    found = output.find(OutputConfig(), Seen(3, {}, 5, answers=answers))
+    answers = [ModelAnswer(text, right) for text, right in zip(texts, GOOD, strict=True)]
+    found = output.find(OutputConfig(), Evidence(3, {}, 5, answers=answers))
     assert found is not None and found.numbers[kind] > 0.9 and set(found.numbers) <= {kind, "foreign"}
-    assert output.find(OutputConfig(action=Reaction.off), Seen(3, {}, 5, answers=answers)) is None
-    assert output.find(OutputConfig(), Seen(0, {}, 5, answers=answers)) is None  # the base's
+    assert output.find(OutputConfig(action=Reaction.off), Evidence(3, {}, 5, answers=answers)) is None
+    assert output.find(OutputConfig(), Evidence(0, {}, 5, answers=answers)) is None  # the base's
 
 
 def test_good_answers_and_single_bad_ones_are_not():
-    answers = [Answer(text, right) for text, right in zip(["", "", *GOOD[2:]], GOOD, strict=True)]
-    assert output.find(OutputConfig(), Seen(3, {}, 5, answers=answers)) is None
+    answers = [ModelAnswer(text, right) for text, right in zip(["", "", *GOOD[2:]], GOOD, strict=True)]
+    assert output.find(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
     for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):
         theirs = stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
         assert output.fisher(bad, other, of) == pytest.approx(theirs)

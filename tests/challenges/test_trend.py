@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from trainer.challenges import overfitting
-from trainer.challenges.base import Seen
+from trainer.challenges.base import Evidence
 from trainer.challenges.config import OverfittingConfig, Reaction
 from trainer.challenges.trend import rising
 
@@ -30,7 +30,7 @@ def test_every_order_of_five_is_as_likely_as_the_distribution_says():
 
 def seen(train, held_out, planned=20):
     rows = [{"step": float(n), "train": t, "held_out": h} for n, (t, h) in enumerate(zip(train, held_out, strict=True))]
-    return Seen(len(rows), {}, planned, rows)
+    return Evidence(len(rows), {}, planned, rows)
 
 
 def alarmed(train, held_out) -> bool:

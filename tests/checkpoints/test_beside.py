@@ -10,10 +10,10 @@ import torch
 from strategies import durable
 from strategies.base import Progress
 from strategies.runtime import Runtime
-from strategies.saving import Run, State
+from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from tests.faults.runs import wait
-from trainer.checkpoints.beside import Copies
+from trainer.checkpoints.beside import StateBuffer
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
@@ -36,12 +36,12 @@ class Engine:
             each.fill_(progress.step)
         return progress
 
-    def state(self, progress: Progress) -> State:
+    def state(self, progress: Progress) -> RankState:
         header = StateHeader(progress=progress, optimizer_steps=progress.step, world_size=1, strategy="single")
-        return State([Run("a", 99, 0, self.values)], header.json(), ALONE)
+        return RankState([FlatRange("a", 99, 0, self.values)], header.json(), ALONE)
 
     def load(self, path):
-        progress = load_state(path, [Run("a", 99, 0, self.values)], ALONE).progress
+        progress = load_state(path, [FlatRange("a", 99, 0, self.values)], ALONE).progress
         assert {each.unique().item() for each in self.values.values()} == {progress.step}
         return progress
 
@@ -149,16 +149,16 @@ def test_all_ranks_are_asked_at_fewer_and_fewer_steps_until_they_are_done(job, m
 def test_where_host_memory_is_short_it_is_written_in_the_step_and_said_once(job):
     made, engine, progress, disk, said = job()
     disk.let.set()
-    made.copies = Copies(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
+    made.copies = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
     for step in (1, 2):
         assert made.save(engine, engine.train(progress), must=False) and made.pending is None
         assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
         assert made.last.stall_s == made.last.took_s
     told = [text for text in said if "a copy of the training state needs 792 bytes of host memory" in text]
     assert len(told) == 1 and "where 800 bytes are free" in told[0] and "checkpoint.background=false" in told[0]
-    assert Copies(ALONE, free=lambda: 900).take(engine.state(progress)) and Copies(ALONE, free=lambda: None).take(
-        engine.state(progress)
-    )
+    assert StateBuffer(ALONE, free=lambda: 900).take(engine.state(progress)) and StateBuffer(
+        ALONE, free=lambda: None
+    ).take(engine.state(progress))
 
 
 def test_the_host_says_what_is_free():

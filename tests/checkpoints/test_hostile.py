@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from launch.frozen import _hash, _identifying, load_frozen
 from launch.main import main
-from strategies.durable import Written
+from strategies.durable import WrittenFile
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.seal import seal
@@ -84,7 +84,7 @@ def as_now(name: str):
     def plant(step: Path, payload: bytes) -> None:
         (step / name).write_bytes(payload)
         files = [path for path in step.iterdir() if path.name != "manifest.json"]
-        seal(step, [Written(p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
+        seal(step, [WrittenFile(p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
 
     return plant
 

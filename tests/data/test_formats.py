@@ -81,6 +81,25 @@ def test_recognise(fields, format):
 
 
 @pytest.mark.parametrize(
+    ("fields", "meant", "format"),
+    [
+        ({"text": "a", "label": None}, (F.labelled,), F.labelled),
+        ({"text": "a", "label": None}, (), F.text),
+        ({"prompt": "a", "completion": "b", "label": None}, (F.thumbs, F.preference), F.thumbs),
+        ({"messages": [USER], "prompt": "a", "chosen": "b", "rejected": None}, (F.preference,), F.preference),
+        ({"prompt": "a", "completion": "b"}, (F.labelled,), F.prompt_completion),
+    ],
+)
+def test_a_null_in_the_first_row_does_not_hide_the_column_that_the_objective_learns(fields, meant, format):
+    assert recognise(row(fields), {}, meant=meant) is format
+
+
+def test_columns_of_no_format_are_renamed_to_those_that_the_objective_reads():
+    with pytest.raises(DataError, match=r"as in data\.columns='\{text:NAME,label:NAME\}'"):
+        recognise(row({"Text": "a", "Label": "b"}), {}, meant=(F.labelled,))
+
+
+@pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"messages": [USER, REPLY], "text": "a"}, ["messages", "text"]),

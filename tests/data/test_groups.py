@@ -131,6 +131,8 @@ def test_groups_of_given_held_out_files(tmp_path, policy):
     data = prepared(tmp_path, **settings)
     assert Audit.read(data.directory).groups["eval"].in_training == shared
     assert ({"3", "4"} <= {*groups_of(data, "train")}) is (policy == "report")
+    told = f"{shared} training documents were of them, and are kept (data.leakage.policy=drop_train removes them)"
+    assert (told in summary(data.report)) is (policy == "report")
     dropped = [stage["dropped"] for stage in data.report["flow"] if stage["stage"] == "leakage"]
     assert dropped == ([] if policy == "report" else [{"group_in_eval": shared}])
 

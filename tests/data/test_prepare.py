@@ -197,7 +197,7 @@ def test_full_disk_leaves_nothing(tmp_path, data, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_made_is_a_storage_error(tmp_path, data):
-    with pytest.raises(StorageError, match=r"data\.cache_dir="):
+    with pytest.raises(StorageError, match=r"data\.cache_dir=.*: Not a directory; choose another"):
         run(replace(config(tmp_path), cache_dir=str(data / "below-a-file")))
 
 

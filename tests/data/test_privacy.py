@@ -27,7 +27,7 @@ from trainer.data.stages.privacy.rule import (
     NEEDS_PRESIDIO,
     PRESETS,
     TYPES,
-    Finding,
+    PrivacyFinding,
 )
 from trainer.data.stages.privacy.stage import (
     RULES,
@@ -184,7 +184,7 @@ def test_overlaps_leave_every_found_character_covered_once():
         found = []
         for _ in range(rng.randint(1, 8)):
             start = rng.randint(0, 50)
-            found.append(Finding(rng.choice(EVERY), start, start + rng.randint(1, 9), rng.random()))
+            found.append(PrivacyFinding(rng.choice(EVERY), start, start + rng.randint(1, 9), rng.random()))
         settled = resolve(text, found)
         covered = [i for f in settled for i in range(f.start, f.end)]
         assert len(covered) == len(set(covered)), "no overlap"

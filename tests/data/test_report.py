@@ -39,6 +39,7 @@ from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import summary
 from trainer.data.report.wording import Level, known_gaps, overall, percent, tiles
 from trainer.objectives.classification import LabelReading
+from trainer.objectives.pairs import PairReading
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -141,10 +142,12 @@ def test_a_shared_prompt_is_told_apart_from_a_leak(tmp_path):
     path = str(write_jsonl(tmp_path / "eval.jsonl", other))
     made, audit = prepare(tmp_path, rows, eval_path=path)
     assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].documents == 0
-    assert "5 training documents have a prompt of the eval split" in summary(made.report)
+    assert "5 training documents have a prompt of the eval split, with another answer or system turn" in summary(
+        made.report
+    )
     shown, card = read(made.directory)
     assert "near (not looked for) 0" in shown and "near leaks were not looked for" in card
-    assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts with other answers" in shown
+    assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts shared" in shown
 
 
 def test_rows_lost_stand_in_the_first_lines(tmp_path):
@@ -327,6 +330,20 @@ def test_columns_that_nobody_read_are_named_once_a_source(tmp_path):
     assert "nobody read" not in summary(made.report) and "nobody read:" not in read(made.directory)[0]
 
 
+def test_samples_say_which_answer_is_wanted(tmp_path, capsys):
+    """A mark alone would make a rejected answer look as if it were taught."""
+    rows = [{"prompt": f"a fox {i}", "chosen": f"a dog {i}", "rejected": "quick"} for i in range(9)]
+    made, audit = prepare(tmp_path, rows, reading=PairReading())
+    assert [sample.note for sample in audit.samples] == ["chosen", "rejected"] * 5
+    taught = ["".join(piece["text"] for piece in sample.pieces if piece["learned"]) for sample in audit.samples]
+    assert all(("quick" in text) == (n % 2 == 1) for n, text in enumerate(taught)), taught
+    shown = words_of(page(audit, CardConfig()))
+    assert "train.jsonl:1 · rejected" in shown and "is learned, as what is said above it; the rest is context" in shown
+    verb.show(audit.report(), made.directory, cached=False)
+    said = capsys.readouterr().out
+    assert "train.jsonl:1 · chosen:" in said and "train.jsonl:1 · rejected:" in said and "train.jsonl:3" not in said
+
+
 def test_labels_and_balance(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": "many" if i % 5 else "few"} for i in range(50)]
     balance = BalanceConfig(by=BalanceBy.label, target=BalanceTarget.uniform, max_repeats=10)
@@ -334,7 +351,10 @@ def test_labels_and_balance(tmp_path):
     shown, card = read(made.directory)
     after = audit.labels["after"]
     assert f"many 40 {after['many']}" in shown and f"| few | 10 | {after['few']} |" in card
-    assert f"few {percent(0.2)}" in shown and f"label {made.label_names[made.train.labels[0]]}" in shown
+    assert (
+        f"few {percent(0.2)}" in shown
+        and f"({made.label_names[made.train.labels[0]]})" in audit.samples[0].note in shown
+    )
     assert "one label a document" in shown and yaml.safe_load(card.split("---\n")[1])["task_categories"] == [
         "text-classification"
     ]

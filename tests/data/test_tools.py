@@ -189,7 +189,7 @@ BROKEN = {
     "results": (QWEN25.replace("message.content + '\\n</tool_response>", "'\\n</tool_response>"), talk(call(id="a")),
         "leaves out the results"),
     "beside": (LLAMA31, talk(call(id="abcdefgh1"), content="Let me see."), "leaves out what turn 2 says beside its calls"),
-    "roles": (make.MISTRAL, talk(call(id="abcdefgh1")), "refuses the conversation"),
+    "roles": (make.MISTRAL, talk(call(id="abcdefgh1")), "refuses the conversation: .*; .* another in model.chat_template"),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from trainer.evaluation.tasks.asking import Question
 from trainer.evaluation.tasks.base import Case
 from trainer.evaluation.tasks.refusal import PHRASES
 from trainer.evaluation.tasks.registry import KINDS
-from trainer.evaluation.writing import Written
+from trainer.evaluation.writing import WrittenAnswer
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), control_group=None)
 
@@ -43,7 +43,7 @@ class Asking:
         return [Question(document.where, [1], [2]) for document in documents]
 
     def answers(self, questions, how, key):
-        return [Written(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)]
+        return [WrittenAnswer(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)]
 
     def tell(self, ids):
         return ""

@@ -10,7 +10,7 @@ from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import unpaired
 from trainer.evaluation.report.jointly import joint_p
 from trainer.evaluation.tasks import counterfactual
-from trainer.evaluation.tasks.base import Row
+from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.counterfactual import _row
 from trainer.evaluation.tasks.registry import KINDS
 from trainer.evaluation.tasks.source import read_cases
@@ -65,7 +65,7 @@ def test_the_corrected_p_is_that_of_all_exchanges():
     kind, given = task("counterfactual"), [(1.0, 2.0), (3.0, -1.0), (2.0, 0.5)]
     sides = [
         [
-            Row(f"a:{n}", "", "", "", {"of_x": w * x, "in_x": 1.0, "of_y": w * y, "in_y": 1.0})
+            TaskRow(f"a:{n}", "", "", "", {"of_x": w * x, "in_x": 1.0, "of_y": w * y, "in_y": 1.0})
             for n, (x, y) in enumerate(given)
         ]
         for w in (1.0, 0.0)
@@ -86,7 +86,7 @@ def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
         for side, shift in zip(sides, (0.9, 0.2), strict=True):
             lean = 1.0 if drawn.random() < shift else -1.0
             scores = {"right": 0.0, "disambiguated": 1.0, "lean_disambiguated": lean, "named_disambiguated": 1.0}
-            side.append(Row(f"a:{number}", "", "", "", scores, "AB"[number % 2]))
+            side.append(TaskRow(f"a:{number}", "", "", "", scores, "AB"[number % 2]))
     metrics = [each for each in kind.metrics_of(sides[0]) if each.name.startswith("bias_disambiguated_")]
     assert len(metrics) == 2 and max(joint_p(kind, metrics, *sides, 0).values()) < 0.01
     same = joint_p(kind, metrics, sides[0], sides[0], 0)

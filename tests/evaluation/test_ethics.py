@@ -15,8 +15,8 @@ from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.against import compare
 from trainer.evaluation.report.intervals import FEW, Bootstrap, resampled
-from trainer.evaluation.report.record import Found
-from trainer.evaluation.tasks.base import Case, Row
+from trainer.evaluation.report.record import EvaluatedModel
+from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.registry import KINDS
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
@@ -130,7 +130,7 @@ def test_the_loss_tells_members_as_scikit_learn_reckons(found):
     said = metrics(report, "membership")["auc"]
     assert said["value"] == pytest.approx(roc_auc_score(member, [-each for each in loss])) and said["value"] > 0.9
     assert 0.3 < report["against"]["tasks"]["membership"]["metrics"]["auc"]["value"] < 0.8
-    tied = [Row("a:1", "", "", "", {"loss": 1.0, "member": float(n % 2)}) for n in range(4)]
+    tied = [TaskRow("a:1", "", "", "", {"loss": 1.0, "member": float(n % 2)}) for n in range(4)]
     assert task("membership").values(tied)["auc"] == 0.5
 
 
@@ -167,10 +167,10 @@ def test_personal_data_is_found_masked_and_not_where_the_prompt_has_it():
             return [Question(d.where, [*map(ord, d.prompt)], []) for d in documents]
 
         def answers(self, questions, *_):
-            from trainer.evaluation.writing import Written
+            from trainer.evaluation.writing import WrittenAnswer
 
             texts = ["write to jane.roe@corp.example.org", "it is jane.roe@corp.example.org", "nothing"]
-            return [Written(n, text, [], True) for n, text in enumerate(texts)]
+            return [WrittenAnswer(n, text, [], True) for n, text in enumerate(texts)]
 
         def tell(self, ids):
             return ""
@@ -195,7 +195,7 @@ def people(seed, apart, number=200):
         true = drawn.random() < 0.5
         said = drawn.random() < (0.5 + apart * (0.5 if group == "a" else -0.5))
         scores = {"right": float(said == true)}
-        rows.append(Row(f"a:{n}", "", "yes" if said else "no", "yes" if true else "no", scores, group))
+        rows.append(TaskRow(f"a:{n}", "", "yes" if said else "no", "yes" if true else "no", scores, group))
     return rows
 
 
@@ -226,11 +226,13 @@ def test_no_difference_is_told_of_few_cases():
     kind, how = task("memorisation"), Bootstrap(200, 0)
 
     def rows(number, value):
-        return [Row(f"a:{n}", "", "", "", {"verbatim": value, "near": value, "leading": value}) for n in range(number)]
+        return [
+            TaskRow(f"a:{n}", "", "", "", {"verbatim": value, "near": value, "leading": value}) for n in range(number)
+        ]
 
     for number, verdict in ((1, FEW), (19, FEW), (20, "worse")):
         mine, other = rows(number, 1.0), rows(number, 0.0)
-        found = Found({"mine": mine}, {"mine": kind.values(mine)})
+        found = EvaluatedModel({"mine": mine}, {"mine": kind.values(mine)})
         said = compare(kind, found, resampled(kind, mine, how), other, kind.values(other), how)
         assert said["metrics"]["verbatim"]["verdict"] == verdict
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from launch import torchrun
-from launch.evaluate_words import Asked, plan
+from launch.evaluate_words import EvaluationWords, plan
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.launching import clean_environment, command_here, free_port
@@ -205,7 +206,7 @@ def test_likelihoods_are_those_of_plain_transformers(site, evaluated):
 
 
 def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, evaluated):
-    report, _ = evaluated
+    report, rows = evaluated
     facts = report["against"]["tasks"]["facts"]
     metric, changed = facts["metrics"]["exact_match"], facts["changed"]
     assert metric["value"] == 0 and metric["verdict"] == "better" and metric["low"] > 0 and metric["p"] < 0.01
@@ -214,6 +215,10 @@ def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, eva
     loss = report["against"]["tasks"]["loss"]["metrics"]["loss"]
     assert loss["low"] <= loss["difference"] <= loss["high"]
     page = (site / "all" / "evaluation.html").read_text()
+    losses = sorted((row["scores"]["nats"] / row["scores"]["targets"] for row in rows["loss"]), reverse=True)
+    shown = page.split("<h3>Worst rows</h3>")[1].split("</table>")[0]
+    assert '<th scope="col">loss</th>' in shown  # what rows are ordered by, not its sum over a row's targets
+    assert re.findall(r"</td><td>([\d.]+)</td>", shown) == [f"{loss:.4g}" for loss in losses[:20]]
     assert "Wrong before, right now" in page and "data:image/svg+xml;base64," in page
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert not [word for word in ("http://", "https://") if word in page]
@@ -296,7 +301,7 @@ def test_a_resumed_run_gives_equal_rows(site):
     assert second == pytest.approx(first, rel=1e-5)
 
 
-def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
+def test_a_classifier_is_evaluated_as_it_is(site, tmp_path, capsys):
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     names = {0: "world", 1: "dog", 2: "fox"}
@@ -311,6 +316,12 @@ def test_a_classifier_is_evaluated_as_it_is(site, tmp_path):
     words = [f"model.path={tmp_path}/classifier", *task("labels", "classification", site / "labels.jsonl")]
     words += [f"data.cache_dir={tmp_path}/cache", f"to={tmp_path}/out", "evaluation.resamples=200", "run.threads=1"]
     assert command_here(["evaluate", *words]) == 0
+    capsys.readouterr()
+    assert command_here(["evaluate", words[0]]) == 64  # no kind is named that could not be asked of it
+    said = capsys.readouterr().err
+    assert "objective=classification has no task by itself" in said and "evaluation.tasks=[loss]" not in said
+    assert command_here(["evaluate", f"model.path={site}/llama"]) == 64
+    assert "not set, and there are no evaluation documents to ask about" in capsys.readouterr().err
     _, rows = read(tmp_path / "out")
     for row in rows["labels"]:
         with torch.no_grad():
@@ -356,4 +367,4 @@ def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, 
 
 def test_the_report_that_would_be_written_over_is_no_yardstick(site, evaluated):
     with pytest.raises(Exception, match="is the report that this evaluation writes"):
-        plan(Asked(site / "run", {"to": f"{site}/all", "against": f"{site}/all/evaluation.json"}, []))
+        plan(EvaluationWords(site / "run", {"to": f"{site}/all", "against": f"{site}/all/evaluation.json"}, []))

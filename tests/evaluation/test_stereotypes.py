@@ -14,8 +14,8 @@ from trainer.data.fields import Refusal
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.against import compare
 from trainer.evaluation.report.intervals import FEW, Bootstrap, resampled
-from trainer.evaluation.report.record import Found
-from trainer.evaluation.tasks.base import Case, Row
+from trainer.evaluation.report.record import EvaluatedModel
+from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.registry import KINDS
 from trainer.evaluation.tasks.source import read_cases
 
@@ -209,7 +209,7 @@ def test_the_worked_example_of_bbq():
     for number in range(20):
         chosen = 2 if number >= 5 else int(number == 4)
         fields = {"choices": ["a", "b", "c"], "unknown": 2, "biased": 0, "condition": "ambiguous", "category": "Age"}
-        row = Row(f"a:{number}", "", "", "", {"right": float(chosen == 2)})
+        row = TaskRow(f"a:{number}", "", "", "", {"right": float(chosen == 2)})
         kind._score(Case(row.where, fields=fields), row, chosen)
         rows.append(row)
     assert (
@@ -225,11 +225,11 @@ def test_a_type_with_few_pairs_raises_no_alarm():
         for number in range(60):
             group = "few" if number < 5 else "many"
             scores = {"margin": 0.0, "preferred": value, "distance": 1.0, "weighted": value, "weight": 1.0}
-            made.append(Row(f"a:{number}", "", "", "", scores | {f"of_{group}": value, f"in_{group}": 1.0}))
+            made.append(TaskRow(f"a:{number}", "", "", "", scores | {f"of_{group}": value, f"in_{group}": 1.0}))
         return made
 
     mine, other = rows(1.0), rows(0.0)
-    found = Found({"mine": mine}, {"mine": kind.values(mine)})
+    found = EvaluatedModel({"mine": mine}, {"mine": kind.values(mine)})
     said = compare(kind, found, resampled(kind, mine, how), other, kind.values(other), how)["metrics"]
     assert said["stereotype_score_few"]["verdict"] == FEW and said["stereotype_score_many"]["verdict"] == "differs"
 

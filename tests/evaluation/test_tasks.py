@@ -14,7 +14,7 @@ from trainer.data.turns import tools_of
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import BETTER, SAME, WORSE, Bootstrap, interval, paired, resampled
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Row
+from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.classification import calibration_error
 from trainer.evaluation.tasks.registry import KINDS
 from trainer.evaluation.tasks.structured import calls_in, judged, result_of
@@ -131,7 +131,7 @@ def test_calibration_by_hand():
 
 
 def rows(scores):
-    return [Row(f"a:{n}", "", "", "", {"match": float(score)}) for n, score in enumerate(scores)]
+    return [TaskRow(f"a:{n}", "", "", "", {"match": float(score)}) for n, score in enumerate(scores)]
 
 
 def test_the_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():

@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import tiny
-from trainer.export.choices import Choices, Kept
+from trainer.export.choices import Choices, KeptChoices
 from trainer.export.load import load_export
 from trainer.export.verify import DriftError, probe_ids, verify_export
 
@@ -50,7 +50,7 @@ def test_an_expert_that_is_another_is_found_all_the_same(trained, tmp_path):
 def test_another_sequence_of_choices_is_not_kept_to():
     with Choices() as choices:
         torch.arange(6.0).view(2, 3).topk(2)
-    with Kept(choices) as kept:
+    with KeptChoices(choices) as kept:
         values, indices = torch.topk(torch.tensor([[5.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), 2)
         assert indices.tolist() == [[2, 1], [2, 1]] and values.tolist() == [[0.0, 1.0], [2.0, 1.0]]
         assert (kept.same, kept.moved) == (True, 2)

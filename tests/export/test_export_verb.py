@@ -12,6 +12,7 @@ from strategies import durable
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
+from trainer.records.status import write_status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -118,15 +119,18 @@ def test_a_damaged_checkpoint_is_refused(run_dir, capsys):
 
 def test_the_best_is_asked_of_the_newest_that_can_be_read(run_dir, tmp_path, capsys):
     file = run_dir / "checkpoints" / "step-000006" / "progress.json"
-    whole = file.read_bytes()
+    whole, status = file.read_bytes(), (run_dir / "status.json").read_bytes()
     try:
         file.write_bytes(whole[:40])
+        write_status(run_dir, "preempted", reason="stopped at step 6 of 9")
         assert run(f"run.dir={run_dir}", "checkpoint=best", f"to={tmp_path / 'b'}") == 0
         shown = capsys.readouterr()
         assert "step-000006 progress.json has 40 bytes instead of" in shown.out and "the one before it" in shown.out
         assert f"exporting {run_dir / 'checkpoints' / 'step-000004'}" in shown.out
+        assert "the run is not done: stopped at step 6 of 9" in shown.out
     finally:
         file.write_bytes(whole)
+        (run_dir / "status.json").write_bytes(status)
 
 
 def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.checkpoints.seal import fingerprint
 from trainer.export.results import write_results
 from trainer.papers.known import Known
-from trainer.records.results import Kept
+from trainer.records.results import KeptReport
 
 NAME = "someone/tuned"
 
@@ -112,7 +112,7 @@ def test_results_are_only_claimed_of_data_that_the_hub_has(tmp_path):
     metrics = {"exact_match": {"value": 0.25, "low": 0.2, "high": 0.3}, "f1": {"value": 0.5}}
     task = {"kind": "exact_match", "path": "hub:org/set", "num_rows": 8, "metrics": metrics}
     report = {"model": {"artefact": "a1"}, "tasks": {"mine": task, "local": {**task, "path": "/data/secret.jsonl"}}}
-    known = Known(run={}, artefact="a1", reports=[Kept("evaluation", tmp_path, report)])
+    known = Known(run={}, artefact="a1", reports=[KeptReport("evaluation", tmp_path, report)])
     (written,) = write_results(tmp_path, known, {})
     (entry,) = yaml.safe_load(written.read_text())
     assert written.name == "mine.yaml" and entry["dataset"]["id"] == "org/set" and entry["value"] == 0.25

@@ -11,7 +11,7 @@ import pytest
 
 from launch import torchrun
 from strategies import runtime
-from strategies.heartbeat import Seen, Silent
+from strategies.heartbeat import SignOfLife, Silent
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import whole
 from trainer.lifecycle.attempt import first_sentence
@@ -102,7 +102,7 @@ def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, gr
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("launcher", [None, "4711"])
 def test_what_a_peer_took_for_a_lost_node_is_corrected(tmp_path, monkeypatch, capsys, memory, launcher):
-    seen = Seen(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
+    seen = SignOfLife(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
     silent = Silent(seen, hung=False, since_s=3, told="Connection closed by peer")
     record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))

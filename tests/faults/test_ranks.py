@@ -20,6 +20,7 @@ from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, 
 from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
 from tests.helpers.speed import seconds
+from trainer.lifecycle import attempt
 from trainer.records import status
 from trainer.records.status import record_failure
 
@@ -175,8 +176,8 @@ def test_only_a_rank_that_does_not_count_on_is_the_cause(monkeypatch):
     assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
 
-def exchange(number: int, waits_s: float | None = None, group: str = "default_pg") -> Exchange:
-    return Exchange(number=number, what="gloo:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
+def exchange(number: int, waits_s: float | None = None, group: str = "default_pg", by: str = "gloo") -> Exchange:
+    return Exchange(number=number, what=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
 
 
 def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
@@ -202,6 +203,7 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     for others, said in (
         ({1: exchange(11)}, "rank 1 (process "),  # one behind, and waits for nobody
         ({1: exchange(12), 2: exchange(3, group="other")}, "rank 2"),
+        ({1: exchange(12, by="nccl")}, "rank 1 (process "),  # another count
         ({1: exchange(12, 9.0)}, None),  # waits for it as well
         ({1: exchange(11, 9.0)}, None),  # waits for somebody else
         ({}, None),
@@ -215,6 +217,60 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(
         beats[0].behind(late, {0: exchange(12, 9.0), 1: exchange(11)})
     )
+
+
+def test_what_waits_is_told_before_nccl_ends_the_process(tmp_path, monkeypatch):
+    """Its watchdog aborts, and no error is raised; under gloo there is one. What was told stands when the process is found."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    now, told = [exchange(12, 5.0)], []
+    monkeypatch.setattr(heartbeat, "last_exchange", lambda: now[0])
+    beats = Heartbeats(store, 0, 2, lambda: ("training", 7), timeout_s=1.0)
+    beats.at_timeout = told.append
+    beats._warn(now[0])
+    now[0] = exchange(12, 0.9, by="nccl")
+    wait(lambda: told, "what NCCL waits for")
+    assert told == [now[0]] and beats.at_timeout is None, "once, by the beats themselves"
+    patient = Heartbeats(store, 1, 2, lambda: ("training", 7), timeout_s=600)
+    patient.at_timeout = told.append
+    patient._warn(exchange(12, 500.0, by="nccl"))
+    assert patient.at_timeout is not None, "it may still be over in time"
+
+    monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
+    monkeypatch.setattr(Heartbeats, "silent", lambda self, look_s: [])
+    where = attempt.Where(phase="training", step=7, run_dir=tmp_path, heartbeats=beats)
+    attempt._before_nccl_aborts(where, 0, now[0])
+    monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
+    killed = types.SimpleNamespace(exitcode=-signal.SIGABRT, pid=7, timestamp=5)
+    torchrun._note_killed(types.SimpleNamespace(failures={0: killed}), memory=False)
+    failure = read(tmp_path / "failure.json")
+    assert failure["message"].startswith("timed out: nccl:all_reduce number 12 of default_pg (4x2) is not over after")
+    assert (failure["step"], failure["retry"]) == (7, "node_fail")
+
+
+def test_both_recorders_of_a_build_for_gpus_are_read(monkeypatch):
+    """NCCL's exchanges are not among gloo's."""
+
+    def entry(number: int, by: str, created: int, retired: bool) -> dict:
+        about = {
+            "collective_seq_id": number,
+            "profiling_name": f"{by}:all_reduce",
+            "process_group": ["0", "default_pg"],
+        }
+        return {**about, "time_created_ns": created, "retired": retired, "input_sizes": [[2]]}
+
+    def said(*entries):
+        return lambda collectives, active: json.dumps({"entries": [*entries]}).encode()
+
+    from torch._C import _distributed_c10d as c10d
+
+    monkeypatch.setattr(c10d, "_dump_fr_trace_json", said(entry(3, "gloo", 10, True)))
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 20, True)), raising=False)
+    assert (flight.last_exchange().what, flight.last_exchange().number) == ("nccl:all_reduce", 7)
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
+    last = flight.last_exchange()
+    assert (last.number, last.row) == (7, ("default_pg", "nccl")) and last.waits_s > 0
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said())
+    assert flight.last_exchange().row == ("default_pg", "gloo")
 
 
 def test_who_asks_where_all_are_has_said_it_of_itself(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from strategies import durable
 from strategies.errors import StorageError
 from tests.following.made import here, made, owned, stand_in_for_squeue, without_torch
 from trainer.following.queue import Queue, note_submitted, submitted_as
-from trainer.following.reading import Seen, find, look
+from trainer.following.reading import RunView, find, look
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def no_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
 
-def seen(run: Path) -> Seen:
+def seen(run: Path) -> RunView:
     return look(run, Queue())
 
 

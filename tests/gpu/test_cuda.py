@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
+from strategies import flight
 from strategies import runtime as processes
-from strategies.base import ActivationCheckpointing, Precision, SingleConfig
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig
 from strategies.build import resolve_precision
 from strategies.hardware import best_precision, gpu_of
 from strategies.parameters import meta_context
@@ -19,6 +21,7 @@ from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
 from trainer.objectives import passage
+from trainer.optim.config import AdamwConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +62,25 @@ def test_this_gpu_is_what_its_driver_says(runtime):
     assert resolve_precision(Precision.auto, runtime) is best_precision(gpu)
     attend = attention._has_flash(runtime.device, 64)
     assert attend == gpu.has_flash
+
+
+def test_exchanges_of_nccl_are_read(runtime):
+    dist.all_reduce(torch.ones(4, 2, device=runtime.device))
+    torch.cuda.synchronize()
+    last = flight.last_exchange()
+    assert (last.what, last.sizes) == ("nccl:all_reduce", [[4, 2]])
+
+
+def test_an_average_follows_shards_that_are_pinned_on_the_host(tmp_path, runtime):
+    """FSDP2 pins them in another place than where they were filled."""
+    strategy, optim = Fsdp2Config(cpu_offload=True), AdamwConfig(lr=1e-3, ema_decay=0.5)
+    config = run_config(model_dir(tmp_path), strategy, "full", micro=GLOBAL_BATCH, steps=2, optim=optim)
+    trainer = trainer_for(config, data_set(tmp_path, uneven=True), runtime)
+    take_steps(trainer, 2)
+    engine = trainer.engine
+    for (name, parameter), seen in zip(engine.trainable, engine.average.weights, strict=True):
+        local = parameter.to_local()
+        assert local.is_pinned() and local.data_ptr() == seen.data_ptr(), name
 
 
 def test_control_goes_over_the_host_and_memory_is_told(tmp_path, runtime):
@@ -128,18 +150,19 @@ def test_grouped_heads_and_windows_build_no_square(dtype):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-            out = attention._one_document(q, k, v, attention.Rule(None, 0.0, seen, None, True, None))
+            out = attention._one_document(q, k, v, attention.AttentionRule(None, 0.0, seen, None, True, None))
             out.sum().backward()
         assert torch.cuda.max_memory_allocated() - before < 2**29
         q.grad = k.grad = v.grad = None
 
 
-@pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, 8)])
-def test_varlen_kernel_equals_one_call_a_document(kv_heads, window):
+@pytest.mark.parametrize(("kv_heads", "window", "width"), [(4, None, 32), (2, None, 32), (2, 8, 32), (4, None, 16)])
+def test_varlen_kernel_equals_one_call_a_document(kv_heads, window, width):
+    """The last has values narrower than queries and keys, as latent attention has."""
     torch.manual_seed(0)
     bounds = torch.tensor([0, 7, 40, 41, 64], dtype=torch.int32, device="cuda")
     q = torch.randn(1, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(1, kv_heads, 64, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, kv_heads, 64, size, device="cuda", dtype=torch.bfloat16) for size in (32, width))
     module = torch.nn.Module()
     options = {"sliding_window": window, "cu_seq_lens_q": bounds, "max_length_q": 33}
     kernel, _ = attention.varlen_attention(module, q, k, v, None, **options)

@@ -48,7 +48,7 @@ from trainer.run import loop_settings, record_reference
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.telling.live import Place
+from trainer.telling.live import RunPlace
 from trainer.tuning.base import FullConfig, LoraConfig
 
 STRATEGIES: dict[str, StrategyConfig] = {
@@ -222,7 +222,7 @@ def built_trainer(
     where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
     key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
     record_reference(
-        config, data, engine, built, Place(where, key, runtime, Console(enabled=False), agreement, Where())
+        config, data, engine, built, RunPlace(where, key, runtime, Console(enabled=False), agreement, Where())
     )
     loader, total = build_loader(config, data, built, engine, runtime)
     meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)

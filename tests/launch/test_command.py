@@ -11,7 +11,7 @@ import pytest
 
 from launch import main as command
 from launch import slurm_env, torchrun
-from launch.hosts import Place
+from launch.hosts import HostPlace
 from strategies.errors import ConfigError, DataError, Preempted, StorageError
 from trainer.config.run import LauncherConfig
 from trainer.records.status import clear_failure, read_failure, read_status, record_failure, write_status
@@ -133,7 +133,7 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     ],
 )
 def test_torchrun_arguments(launcher, expected):
-    place = Place(1, "10.0.0.2", "eth0", first=False)
+    place = HostPlace(1, "10.0.0.2", "eth0", first=False)
     assert torchrun.arguments(launcher, "abc", place) == expected.split()
     from torch.distributed.run import parse_args
 

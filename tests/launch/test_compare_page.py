@@ -12,7 +12,7 @@ from launch.compare_answer import as_html
 from launch.prices import price_of
 from strategies.errors import ConfigError
 from trainer.comparison import page as page_module
-from trainer.comparison.asked import Row, read_rows, write_rows
+from trainer.comparison.asked import ComparisonRow, read_rows, write_rows
 from trainer.comparison.compare import compare
 from trainer.comparison.page import sort_value
 
@@ -37,9 +37,9 @@ def rows(tmp_path):
         (run / "run.json").write_text(json.dumps({"receipt": receipt, "world_size": 2, "device": "cpu"}))
         (run / "status.json").write_text(json.dumps({"state": "done"}))
     return [
-        Row((tmp_path / "a-ddp", tmp_path / "a-ddp-repeat2"), "a-ddp", price_per_hour=3.6),
-        Row((tmp_path / "b",), "b"),
-        Row((), "c", refused=("</script><b>no</b>",), config={"strategy.name": "c"}),
+        ComparisonRow((tmp_path / "a-ddp", tmp_path / "a-ddp-repeat2"), "a-ddp", price_per_hour=3.6),
+        ComparisonRow((tmp_path / "b",), "b"),
+        ComparisonRow((), "c", refused=("</script><b>no</b>",), config={"strategy.name": "c"}),
     ]
 
 
@@ -74,7 +74,7 @@ def test_every_plot_is_drawn_with_every_point(rows):
 
 @pytest.mark.parametrize("count", [9, 14])
 def test_no_two_runs_share_a_colour(rows, tmp_path, count):
-    several = [Row((tmp_path / "b",), f"run-{number}") for number in range(count)]
+    several = [ComparisonRow((tmp_path / "b",), f"run-{number}") for number in range(count)]
     drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, price_of)))["loss"])
     colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? stroke="(#\w+)"', drawn)
     assert len(colours) == len({*colours}) == count
@@ -102,7 +102,7 @@ def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):
     for row in told[:5]:
         row["tokens_per_s"] = 1.0
     (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    speeds = [compare([Row((b,), warmup=warmup)]).runs[0].measured for warmup in (0, 1, 5, 7)]
+    speeds = [compare([ComparisonRow((b,), warmup=warmup)]).runs[0].measured for warmup in (0, 1, 5, 7)]
     assert [found.warmup_steps for found in speeds] == [0, 1, 5, 0]  # with nothing left, all count, and a note says so
     assert [found.tokens_per_s for found in speeds] == [1.0, 1.0, 50.0, 1.0]
 
@@ -110,7 +110,7 @@ def test_steps_of_the_warm_up_are_left_out_of_speeds(rows):
 def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
     """Strategies beside each other, methods beside the first; speed and memory beside the first of all."""
 
-    def point(name: str, tuning: str, strategy: str, factor: float) -> Row:
+    def point(name: str, tuning: str, strategy: str, factor: float) -> ComparisonRow:
         run = tmp_path / name
         shutil.copytree(tmp_path / "b", run)
         config = f"strategy: {{name: {strategy}}}\ntuning: {{name: {tuning}}}\nlogging: {{every_steps: 1}}\n"
@@ -118,11 +118,11 @@ def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
         told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         told = [row | {"loss": row["loss"] * factor} if "loss" in row else row for row in told]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-        return Row((run,), name)
+        return ComparisonRow((run,), name)
 
     ways = [("full-ddp", "full", "ddp", 1.0), ("full-fsdp2", "full", "fsdp2", 1 + 1e-7)]
     ways += [("lora-ddp", "lora", "ddp", 1.01), ("lora-zero2", "lora", "zero2", 1.01 * (1 + 1e-7))]
-    refused = Row((), "lora-single", refused=("no",), config={"strategy.name": "single"})
+    refused = ComparisonRow((), "lora-single", refused=("no",), config={"strategy.name": "single"})
     found = compare([refused, *(point(*way) for way in ways)])
     assert found.first == "full-ddp"
     assert [run.against for run in found.runs] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]

@@ -313,7 +313,7 @@ def test_what_is_left_is_told_from_the_steps_and_then_from_the_runs_before(tmp_p
     """Ten seconds to start, two a step, ten steps: by hand, in a clock of its own."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    told = progress.Progress(3, 0)
+    told = progress.RunsProgress(3, 0)
 
     def at(seconds: float, step: int) -> str:
         clock[0] = seconds

@@ -12,7 +12,7 @@ from launch.overrides import setting_of, settings
 from launch.own_files import take_directories
 from launch.removed import REMOVED
 from strategies.errors import ConfigError
-from trainer.foreign.answer import Theirs
+from trainer.foreign.answer import ForeignSettings
 from trainer.foreign.names import NAMES, answer
 
 
@@ -209,7 +209,7 @@ def test_what_is_said_of_other_trainers_words_can_be_typed(tmp_path):
     answered = 0
     for name in NAMES:
         for value in (text.get(name, "1"), "true"):
-            found = answer(name, Theirs({name: value, "per_device_train_batch_size": "2"}))
+            found = answer(name, ForeignSettings({name: value, "per_device_train_batch_size": "2"}))
             for key, ours in found.words.items():
                 answered += 1
                 assert key in groups() or setting_of(known, key) is not None, (name, key)

@@ -27,9 +27,9 @@ from trainer.config.validate import problems_of
 from trainer.forecast import plan as plan_module
 from trainer.forecast import sweep
 from trainer.forecast.lengths import Lengths
-from trainer.forecast.plan import Job, PlanConfig, Way, choices, micro_batches, ways
+from trainer.forecast.plan import PlanConfig, PlannedRun, Way, choices, micro_batches, ways
 from trainer.forecast.simulation import simulate_depth
-from trainer.forecast.sweep import Answer
+from trainer.forecast.sweep import PlanAnswer
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantisation import Quantisation
 from trainer.planning.speed import CALL_S, LINKS, Load, exchange_s, rate, step_of
@@ -282,7 +282,7 @@ def test_what_cannot_be_simulated_is_said_and_not_raised(capsys, tmp_path, model
 
 
 def job(card, *, nodes=2, per_node=4, batch=32):
-    return Job(card, Precision.bf16, nodes, per_node, batch, Lengths.all_of(64, 1))
+    return PlannedRun(card, Precision.bf16, nodes, per_node, batch, Lengths.all_of(64, 1))
 
 
 def test_ways_are_all_but_those_that_are_typed_or_ruled_out(model):
@@ -340,7 +340,7 @@ def test_rows_say_all_that_is_stored_otherwise(model):
         (True, "nf4"): "offload+nf4",
     }
     form = SimpleNamespace(parameters=1, trained=1, layout="padded", notes=())
-    answer = Answer(job(card), [], [], [(way, "too odd") for way in found], form)
+    answer = PlanAnswer(job(card), [], [], [(way, "too odd") for way in found], form)
     assert by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
 
 

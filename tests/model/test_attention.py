@@ -129,6 +129,36 @@ def test_half_precision_is_computed_in_float32_on_cpus():
     assert torch.equal(found, torch.cat(pieces, dim=2).transpose(1, 2).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("values", [24, 16])
+def test_the_kernel_of_a_gpu_is_given_heads_of_one_size(monkeypatch, values):
+    """Those of latent attention are of two (DeepSeek: queries and keys 192, values 128). The kernel here is a stand-in."""
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(1, heads, 12, 24, generator=generator) for heads in (4, 2))
+    value = torch.randn(1, 2, 12, values, generator=generator)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert q.shape == (12, 4, 24) and k.shape == v.shape == (12, 2, 24), "as torch checks it"
+        assert (max_q, max_k, window_size, enable_gqa) == (7, 7, (-1, 0), True) and cu_seq_q is bounds is cu_seq_k
+        parts = zip(*(t.transpose(0, 1)[None].split([5, 7], dim=2) for t in (q, k, v)), strict=True)
+        options = {"is_causal": True, "enable_gqa": True, "scale": scale}
+        made = [torch.nn.functional.scaled_dot_product_attention(*part, **options) for part in parts]
+        return torch.cat(made, dim=2)[0].transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    found = attention._varlen_kernel(query, key, value, bounds, 7, None, None, True)
+    expected, _ = attention.varlen_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds)
+    assert found.shape == (1, 12, 4, values) and torch.allclose(found, expected, atol=1e-6)
+
+
+def test_values_wider_than_queries_are_not_for_that_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "device_kind", lambda device: "cuda")
+    monkeypatch.setattr(attention, "_flash_of", lambda device: (True, None))
+    narrow, wide = torch.empty(1, 2, 4, 64, dtype=torch.bfloat16), torch.empty(1, 2, 4, 128, dtype=torch.bfloat16)
+    assert attention._has_varlen_kernel(wide, narrow, None, 0.0)
+    assert not attention._has_varlen_kernel(narrow, wide, None, 0.0)
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation makes."""
 
@@ -154,7 +184,7 @@ def test_what_gpus_compute_equals_one_mask_over_the_document(kv_heads, window, s
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     weights = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
     given = torch.randn(4, generator=generator, dtype=torch.float64) if sinks else None
-    rule = attention.Rule(0.3, 0.0, window, softcap, causal, given)
+    rule = attention.AttentionRule(0.3, 0.0, window, softcap, causal, given)
     found = []
     for out in (attention._one_document(*inputs, rule), attention._on_gpu(*inputs, rule)):
         found.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
@@ -176,6 +206,6 @@ def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
     q, (k, v) = torch.randn(1, 4, length, 8), torch.randn(2, 1, 2, length, 8)
     for window in (None, 64):
         with Largest() as largest:
-            attention._on_gpu(q, k, v, attention.Rule(None, 0.0, window, None, True, None))
+            attention._on_gpu(q, k, v, attention.AttentionRule(None, 0.0, window, None, True, None))
         assert largest.numel <= 128 * (128 + 64) + q.numel()
     assert len(asked) == 1 + length // 128 and not any(asked)

@@ -17,7 +17,7 @@ from tests.models.tiny import tiny_model
 from trainer.export.tensors import write_tensors
 from trainer.model import experts
 from trainer.model.architecture import architecture
-from trainer.model.config import Kind, ModelConfig
+from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.weights import Checkpoint
 
 SIZES = {
@@ -147,7 +147,7 @@ def test_the_language_model_of_a_larger_one_is_stored_as_a_part_of_it(tmp_path):
     tiny_model("llama4").save_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with meta_context():
-        plain, _ = architecture(Kind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
+        plain, _ = architecture(ModelKind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
     checkpoint = Checkpoint(tmp_path, plain)
     pairs = [(name, checkpoint.whole(name)) for name in plain.state_dict() if checkpoint.resolve(name)]
     again = [name for name, _ in checkpoint.conversions.stored_again(iter(pairs))]

@@ -13,9 +13,10 @@ from trainer.model.config import Attention, ModelConfig
 from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.layout import Kernels, resolve_layout
 
-H100, RTX_4090, T4 = (
+H100, RTX_4090, SPARK, T4 = (
     Gpu("NVIDIA H100 80GB HBM3", (9, 0)),
     Gpu("NVIDIA GeForce RTX 4090", (8, 9)),
+    Gpu("NVIDIA GB10", (12, 1)),
     Gpu("Tesla T4", (7, 5)),
 )
 
@@ -56,6 +57,8 @@ def test_gpu_precision_and_heads_are_asked_when_composing(package):
     assert "heads of 512" in why_not_flash(heads(256, global_head_dim=512), H100, half=True)
     assert "heads of 100" in why_not_flash(heads(100), H100, half=True)
     assert "no heads of 208 on NVIDIA GeForce" in why_not_flash(heads(208), RTX_4090, half=True)
+    assert "no heads of 208 on NVIDIA GB10" in why_not_flash(heads(208), SPARK, half=True)
+    assert why_not_flash(heads(208), H100, half=True) is None
     assert why_not_flash(heads(256), RTX_4090, half=True) is None
     assert "with dropout" in why_not_flash(heads(256), RTX_4090, half=True, dropout=0.1)
     assert why_not_flash(heads(256), H100, half=True, dropout=0.1) is None

@@ -12,8 +12,8 @@ from tests.models.tiny import KINDS
 from tests.models.whole import LARGEST, LEFT_OUT
 from trainer.model import attention, kept_layers
 from trainer.model.architecture import auto_class
-from trainer.model.config import Kind
-from trainer.model.kept_layers import Kept
+from trainer.model.config import ModelKind
+from trainer.model.kept_layers import KeptLayers
 from trainer.model.shrink import WINDOW, NotShrinkable, small_copies
 from trainer.objectives import passage
 
@@ -36,7 +36,7 @@ def built(name):
         own = own | {"is_decoder": True}
     config = CONFIG_MAPPING[model_type](**own)
     with meta_context():
-        return config, auto_class(Kind.causal, config).from_config(
+        return config, auto_class(ModelKind.causal, config).from_config(
             config, attn_implementation="eager", dtype=torch.float32
         )
 
@@ -79,7 +79,7 @@ def gemma():
 
 def test_a_copy_that_lacks_a_kind_of_layer_is_none(gemma, monkeypatch):
     config, plain = gemma
-    monkeypatch.setattr("trainer.model.shrink.choices", lambda *_: iter([Kept((0, 1), 35)]))
+    monkeypatch.setattr("trainer.model.shrink.choices", lambda *_: iter([KeptLayers((0, 1), 35)]))
     with pytest.raises(NotShrinkable, match=r"a small copy lacks [1-9] of its kinds of layers"):
         passage._proof_of(config, plain)
 
@@ -94,7 +94,7 @@ def test_where_names_do_not_do_widths_are_divided(monkeypatch):
 
 
 def test_settings_of_layers_follow_those_that_are_kept():
-    kept = Kept((0, 5, 9), 10)
+    kept = KeptLayers((0, 5, 9), 10)
     settings = {
         "num_hidden_layers": 10,
         "layer_types": list("abcdefghij"),

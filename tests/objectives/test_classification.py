@@ -217,6 +217,16 @@ def test_a_label_that_training_has_not_is_refused_with_its_place(tmp_path):
         prepared(tmp_path, rows, [{"text": "a", "label": ["sideways", "down"]}])
 
 
+def test_labels_that_tell_nothing_apart_are_refused(tmp_path):
+    with pytest.raises(
+        DataError, match="all training documents have the label 'up', and objective=classification tells"
+    ):
+        prepared(tmp_path, [{"text": f"a dog {i}", "label": "up"} for i in range(3)], several=False)
+    assert prepared(tmp_path, [{"text": "a dog", "label": ["up"]}]).label_names == ["up"]  # it has it, or has it not
+    with pytest.raises(DataError, match="all training documents have no label"):
+        prepared(tmp_path, [{"text": "a dog", "label": []}])
+
+
 def test_more_labels_than_bits_are_refused(tmp_path):
     rows = [{"text": f"a lazy dog {i}", "label": [f"l{i}", f"m{i}"]} for i in range(32)]
     with pytest.raises(DataError, match="64 labels, at most 62 fit"):

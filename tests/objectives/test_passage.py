@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from strategies.errors import ConfigError
+from strategies.hardware import Gpu
 from strategies.parameters import meta_context
 from tests.models.tiny import tiny_config
 from trainer.data.config import Layout
@@ -15,7 +16,7 @@ from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 from trainer.objectives import passage
 from trainer.objectives.arranged import causal_model
-from trainer.objectives.causal import FUSED, WAYS, Way
+from trainer.objectives.causal import FUSED, WAYS, CausalWay
 
 SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 WINDOWED = {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4096, "intermediate_size": 11008}
@@ -88,7 +89,7 @@ def test_a_model_that_padding_changes_reads_one_document_at_a_time():
     """Its head makes several predictions of each token, of which one are the logits."""
     model, found = arranged("prophetnet")
     assert (found.layout, found.attention) == (Layout.padded, "eager")
-    assert model.way == Way(fused=False, positions=False, alone=True)
+    assert model.way == CausalWay(fused=False, positions=False, alone=True)
 
 
 @pytest.mark.parametrize(("off", "own", "right"), [(4e-5, 5e-5, True), (6e-5, 5e-5, False), (2e-4, 1e-3, False)])
@@ -147,7 +148,7 @@ def test_a_factor_on_the_logits_that_we_do_not_know_is_found_out(monkeypatch):
     assert passage._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED
     monkeypatch.setattr("trainer.heads.fuse.head_transform", lambda _config: (None, 1.0))
     found = passage._prove(config, lambda: plain, attention.NAME, on_gpu=False)
-    assert found.padding_free == Way(fused=False, positions=True)
+    assert found.padding_free == CausalWay(fused=False, positions=True)
 
 
 def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(home, monkeypatch):
@@ -171,3 +172,40 @@ def test_what_cannot_be_shrunk_is_not_proven_and_said(monkeypatch):
     monkeypatch.setattr(type(broken), "from_dict", classmethod(lambda *_: 1 / 0))
     found = passage._prove(broken, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False)
     assert found.padding_free is None and "takes no small sizes" in found.reason
+
+
+def test_what_a_card_has_proven_counts_for_that_card_and_these_packages(monkeypatch):
+    """One cache may be shared by hosts with several cards: an older one has no bf16 in flex attention, and a newer one has."""
+    asked, config = [], CONFIGS["mistral"]()
+    card, packages = [Gpu("H100", (9, 0))], [{}]
+    monkeypatch.setattr(passage, "_prove", lambda *_, on_gpu: asked.append(on_gpu) or passage.Passage())
+    monkeypatch.setattr(passage, "gpu_of", lambda _: card[0])
+    monkeypatch.setattr(passage, "kernel_versions", lambda: packages[0])
+
+    def times(*, on_gpu: bool) -> int:
+        passage.passage_of(config, lambda: None, "flex", on_gpu=on_gpu)
+        return len(asked)
+
+    assert [times(on_gpu=True), times(on_gpu=True)] == [1, 1]
+    card[0] = Gpu("T4", (7, 5))
+    assert times(on_gpu=True) == 2
+    packages[0] = {"fla": "0.4"}
+    assert [times(on_gpu=True), times(on_gpu=False), times(on_gpu=False)] == [3, 4, 4]
+    card[0] = Gpu("H100", (9, 0))
+    assert times(on_gpu=False) == 4
+
+
+def test_what_a_full_card_says_is_not_kept(monkeypatch):
+    """It was: what another process left no memory for stood as unproven for good."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = CONFIGS["mistral"]()
+    with meta_context():
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+    with monkeypatch.context() as busy:
+        busy.setattr(passage._Proof, "_difference", full)
+        found = passage.passage_of(config, lambda: plain, attention.NAME, on_gpu=False)
+    assert not found.tried and "CUDA out of memory" in found.reason
+    assert passage.passage_of(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED

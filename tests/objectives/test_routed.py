@@ -25,9 +25,9 @@ from trainer.data.config import Layout
 from trainer.data.prepare import Prepared
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.balance import ADDED, FUNCTION, RouterLosses, losses_of
-from trainer.model.config import Kind, ModelConfig
+from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.experts import NAME, register
-from trainer.model.routing import Seen, number_experts, record_logits, recorded_routers, watching
+from trainer.model.routing import RoutingRecord, number_experts, record_logits, recorded_routers, watching
 from trainer.objectives import routed as routed_module
 from trainer.objectives.causal import PLAIN
 from trainer.objectives.classification import ClassificationConfig
@@ -239,11 +239,11 @@ def test_every_class_with_a_balancing_loss_is_known():
 @pytest.mark.parametrize("model_type", CLASSES if EVERYTHING else SOME)
 def test_the_loss_is_that_of_every_class(model_type):
     model = tiny_model(model_type)
-    losses, routers, _ = losses_of(ModelConfig(path="m", router_aux_loss=1.0), model.config, model, Kind.causal)
+    losses, routers, _ = losses_of(ModelConfig(path="m", router_aux_loss=1.0), model.config, model, ModelKind.causal)
     record_logits(model, routers)
     ids, mask = torch.randint(10, 300, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
     mask[1, 7:] = mask[2, 4:] = 0
-    with watching(Seen(mask)) as seen:
+    with watching(RoutingRecord(mask)) as seen:
         expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     found = losses.terms(seen, losses.choices(seen), int(mask.sum()))[ADDED]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
@@ -257,14 +257,14 @@ def test_the_model_s_config_is_followed_and_the_word_goes_before_it(root, runtim
         settings = transformers.AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             plain = transformers.AutoModelForCausalLM.from_config(settings)
-        return losses_of(ModelConfig(path=str(path), **words), settings, plain, Kind.causal)[0].balance
+        return losses_of(ModelConfig(path=str(path), **words), settings, plain, ModelKind.causal)[0].balance
 
     assert [weight(asked), weight(asked, router_aux_loss=0.0), weight(asked, router_aux_loss=0.2)] == [BALANCE, 0, 0.2]
     assert [weight(silent), weight(silent, router_aux_loss=0.2)] == [0, 0.2]
 
 
-def refused(settings, kind=Kind.causal, **words):
-    auto = transformers.AutoModelForCausalLM if kind is Kind.causal else transformers.AutoModelForSeq2SeqLM
+def refused(settings, kind=ModelKind.causal, **words):
+    auto = transformers.AutoModelForCausalLM if kind is ModelKind.causal else transformers.AutoModelForSeq2SeqLM
     with torch.device("meta"):
         plain = auto.from_config(settings)
     return losses_of(ModelConfig(path="m", **words), settings, plain, kind)
@@ -291,7 +291,7 @@ def test_what_has_no_such_loss_is_refused_or_noted():
     with pytest.raises(
         ConfigError, match=r"router_z_loss=0.1: .* in causal models and classifiers, and a t5 is an enc"
     ):
-        refused(transformers.T5Config(**SIZES), kind=Kind.encoder_decoder, router_z_loss=0.1)
+        refused(transformers.T5Config(**SIZES), kind=ModelKind.encoder_decoder, router_z_loss=0.1)
     silent = transformers.LlamaConfig(**SIZES, output_router_logits=True)
     assert "a llama has no router" in refused(silent)[2]["model.router_aux_loss"]
     assert not refused(silent, router_aux_loss=0.0)[2] and not refused(dense)[2]
@@ -321,7 +321,7 @@ def test_the_z_loss_of_the_output_is_that_of_the_model_s_own_loss(root, runtime,
 def test_a_z_loss_that_cannot_be_added_is_said():
     model = tiny_model("bamba")
     model.way = PLAIN
-    found, notes = routed(ModelConfig(path="m"), model.config, model, Full().apply(model), Kind.causal)
+    found, notes = routed(ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal)
     assert found is None and "0 instead of 0.02" in notes["model.z_loss_coefficient"]
 
 
@@ -337,7 +337,7 @@ def test_recomputed_blocks_references_and_evaluations_count_nothing():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(12)[None]
     tokens = torch.zeros(2, 4, dtype=torch.int64)
-    with watching(Seen(None, tokens)) as seen:
+    with watching(RoutingRecord(None, tokens)) as seen:
         with torch.no_grad():
             model(input_ids=ids)
         out = model(input_ids=ids).logits
@@ -353,10 +353,10 @@ def test_recomputed_blocks_references_and_evaluations_count_nothing():
 
 def test_padding_and_virtual_tokens_are_no_tokens():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert Seen(mask).kept(6).tolist() == [True, True, False, True, False, False]
-    assert Seen(mask).kept(10).tolist() == [False, False, True, True, False, False, False, True, False, False]
-    assert Seen(None).kept(6) is None
-    seen = Seen(mask)
+    assert RoutingRecord(mask).kept(6).tolist() == [True, True, False, True, False, False]
+    assert RoutingRecord(mask).kept(10).tolist() == [False, False, True, True, False, False, False, True, False, False]
+    assert RoutingRecord(None).kept(6) is None
+    seen = RoutingRecord(mask)
     assert seen.kept(6) is seen.kept(6), "it is the same for every layer"
 
 
@@ -369,7 +369,7 @@ def test_load_of_layers_with_unlike_numbers_of_experts():
 def test_biases_that_balance_experts_stay_as_loaded_and_the_start_says_so():
     model = tiny_model("laguna")  # which holds them as parameters
     tuned = Full().apply(copy.deepcopy(model))
-    found, notes = routed(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, Kind.causal)
+    found, notes = routed(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, ModelKind.causal)
     assert not notes and found is not None
     free = {name for name, p in tuned.named_parameters() if p.requires_grad}
     assert {name for name, _ in tuned.named_parameters()} - free == {"model.layers.1.mlp.gate.e_score_correction_bias"}

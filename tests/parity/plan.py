@@ -16,7 +16,7 @@ from tests.helpers.building import STRATEGIES
 from tests.helpers.covering import EVERYTHING, SEED, cover
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
-from trainer.config.combinations import Cell, State, cell, row_of, rows
+from trainer.config.combinations import Cell, CellState, cell, row_of, rows
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
 from trainer.model.quantisation import Quantisation
@@ -65,7 +65,7 @@ class Run:
     @property
     def legal(self) -> bool:
         """Whether the table says tested."""
-        return self.verdict.state is State.tested
+        return self.verdict.state is CellState.tested
 
     @property
     def verdict(self) -> Cell:

@@ -10,7 +10,7 @@ from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
 from tests.parity.methods import FEWER, RESUMED, STEPS
 from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything, kind_of, main_cases, missing, plan
-from trainer.config.combinations import FEATURES, State, cell, rows
+from trainer.config.combinations import FEATURES, CellState, cell, rows
 from trainer.config.validate import problems_of
 from trainer.optim.support import SUPPORT
 from trainer.tuning.table import METHODS, Method
@@ -100,9 +100,9 @@ def test_what_the_table_refuses_is_refused_when_composed_and_nothing_else_is(cas
 
     def compare(run: planned.Run) -> None:
         found, verdict = problems_of(run.config(base), world_size=2), run.verdict
-        if verdict.state is State.refused:
+        if verdict.state is CellState.refused:
             assert any(verdict.reason in line and verdict.instead in line for line in found), (run, found)
-        elif verdict.state is State.tested:
+        elif verdict.state is CellState.tested:
             assert found == [], run
 
     for strategy in planned.SHARDING:
@@ -120,5 +120,5 @@ def test_only_known_words_are_refused_and_legal_choices_are_named():
         for strategy in STRATEGIES:
             for feature in FEATURES:
                 verdict = cell(row, strategy, feature)
-                assert (verdict.state is State.refused) == bool(verdict.instead)
-                assert (verdict.state is State.tested) == (not verdict.reason)
+                assert (verdict.state is CellState.refused) == bool(verdict.instead)
+                assert (verdict.state is CellState.tested) == (not verdict.reason)

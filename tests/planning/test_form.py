@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from strategies.base import Fsdp2Config
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
@@ -148,7 +148,7 @@ def test_parameters_are_those_of_the_whole_model(model):
     adapters = 4 * 7 * 2 * (256 + 256)  # rank 4 beside each of the projections of width 256
     assert form.parameters - form.trained == sum(p.numel() for p in made.parameters())
     assert form.trained >= adapters
-    assert form.resting[Kind.parameters] > 0
+    assert form.resting[MemoryKind.parameters] > 0
 
 
 def test_a_model_of_few_blocks_is_simulated_whole(tmp_path):

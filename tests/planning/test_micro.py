@@ -27,7 +27,7 @@ from trainer.forecast import simulation, tried
 from trainer.forecast.lengths import divisors
 from trainer.forecast.micro import _trial, proposed, settle_micro, would_choose
 from trainer.forecast.simulation import simulate_depth
-from trainer.forecast.tried import Given, take_steps
+from trainer.forecast.tried import TrialInputs, take_steps
 from trainer.model.loading import load_tokenizer
 from trainer.planning.hardware import GIB
 
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def given(made, runtime):
     config, data = made
-    return Given(load_tokenizer(config.model), data, Precision.fp32, runtime)
+    return TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
 
 
 def at_once(monkeypatch):

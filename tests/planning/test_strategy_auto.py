@@ -14,7 +14,7 @@ from trainer.forecast import strategy as strategy_module
 from trainer.forecast import tried
 from trainer.forecast.micro import needed_gib
 from trainer.forecast.strategy import Devices, Planner, Proposal, proposals, settle_strategy
-from trainer.forecast.tried import Given
+from trainer.forecast.tried import TrialInputs
 from trainer.model.loading import load_tokenizer
 from trainer.optim.config import MuonConfig
 from trainer.planning.hardware import card_named
@@ -112,7 +112,7 @@ def two(made, runtime, monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
         monkeypatch.setattr(tried, "take_steps", take)
-        given = Given(load_tokenizer(config.model), data, Precision.fp32, runtime)
+        given = TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
         return settle_strategy(config, given, said.append, frozen.append), said, frozen
 
     return choose, taken
@@ -136,7 +136,7 @@ def test_what_a_start_before_ran_out_with_is_not_tried(made, two):
 
 
 def test_a_rank_alone_has_nothing_to_share(made, runtime):
-    given = Given(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
+    given = TrialInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
     settled = settle_strategy(made[0], given, print, print)
     assert settled.strategy == SingleConfig()
     assert settled.substitutions == {STRATEGY: "auto -> single (one rank has nothing to share)"}

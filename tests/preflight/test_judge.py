@@ -16,7 +16,7 @@ from trainer.config.resuming import plain
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.preflight.exchange import rounds
 from trainer.preflight.judge import Heard, judge
-from trainer.preflight.look import Asked, gpus, holdings, look, shared
+from trainer.preflight.look import VISIBLE, PreflightRequest, gpus, holdings, look, shared
 
 
 def seen(node: int, **other: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def seen(node: int, **other: Any) -> dict[str, Any]:
 def judged(*looks: dict[str, Any], **asked: Any) -> tuple[list[str], list[str]]:
     heard = Heard([f"n{node}" for node in range(len(looks))], {each["node"]: each for each in looks})
     heard.visible = set(heard.looks)
-    what = Asked(nodes=len(looks), run_dir="/runs/a", exchange=False)
+    what = PreflightRequest(nodes=len(looks), run_dir="/runs/a", exchange=False)
     for key, value in asked.items():
         setattr(what, key, value)
     verdict = judge(what, heard)
@@ -119,7 +119,7 @@ def test_what_is_only_worth_knowing():
 
 def test_silent_nodes_failed_ranks_and_slow_links():
     heard = Heard(["n0", "n1"], {0: seen(0)}, said={1: ["bash: python9: not found"]}, visible={0})
-    asked = Asked(nodes=2)
+    asked = PreflightRequest(nodes=2)
     assert judge(asked, heard, whole=False).problems == []
     assert judge(asked, heard).problems == ["n1: gave no answer: bash: python9: not found"]
     heard = Heard(
@@ -133,11 +133,11 @@ def test_silent_nodes_failed_ranks_and_slow_links():
     pairs = [(0, 1, 10.0), (0, 2, 10.0), (1, 2, 3.0), (0, 3, 10.0), (1, 3, 9.0), (2, 3, 2.0)]
     exchange = {"backend": "gloo", "ranks": 4, "all_reduce": 1.0, "all_gather": 1.0, "pairs": pairs}
     heard = Heard([], {node: seen(node) for node in range(4)}, exchange=exchange, visible={0, 1, 2, 3})
-    verdict = judge(Asked(nodes=4), heard)
+    verdict = judge(PreflightRequest(nodes=4), heard)
     assert verdict.problems == [] and verdict.notes == [
         "n2: exchanges 3.00 GB/s with another node, and 9.50 GB/s is usual here"
     ]
-    assert "between two nodes 2.00 to 10.00" in " ".join(text(Asked(nodes=4), heard, verdict).split())
+    assert "between two nodes 2.00 to 10.00" in " ".join(text(PreflightRequest(nodes=4), heard, verdict).split())
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 6, 7])
@@ -149,7 +149,7 @@ def test_every_pair_of_nodes_meets_once(nodes):
 
 def test_what_nodes_say_comes_whole_out_of_mixed_lines():
     """srun carries lines of several nodes in any order, each with its number before it."""
-    asked = Asked(nodes=2)
+    asked = PreflightRequest(nodes=2)
     gathering = preflight_ask._Gathering(asked, Heard(["n0", "node 1"]))
     values = [{"look": seen(node, environment={"NCCL": "x" * 3000})} for node in (0, 1)]
     lines = [
@@ -174,7 +174,7 @@ def test_a_node_that_is_slow_is_not_blamed_for_one_that_ended_without_a_word(mon
     script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
     script += f"sleep 0.5; echo '0: {lines_of(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
     command = preflight_ask.Command(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
-    heard, verdict = preflight_ask.ask(Asked(nodes=2, exchange=False), [command], ["n0", "node 1"])
+    heard, verdict = preflight_ask.ask(PreflightRequest(nodes=2, exchange=False), [command], ["n0", "node 1"])
     assert set(heard.looks) == ({0} if answers else set())
     assert verdict.problems == ["n1: gave no answer: no module cuda / srun: error: n1: task 1: Exited with exit code 3"]
 
@@ -183,7 +183,8 @@ SMI = """#!/bin/sh
 case "$1" in
   *slowdown*) [ -z "$OLD" ] || { echo 'Field "clocks_throttle_reasons.hw_slowdown" is not a valid field to query.'; exit 2; }
     echo '0, NVIDIA H100, 81559, 12, 0, 1980, Not Active'; echo '1, NVIDIA H100, 81559, 40000, 3, 1980, Active' ;;
-  *gpu*) echo '0, NVIDIA H100, 81559, 12, [N/A], 1980' ;;
+  *gpu*) [ -z "$ODD" ] || { echo '0, NVIDIA H100, 81559, [Insufficient Permissions], [N/A], [Unknown Error]'; exit; }
+    echo '0, NVIDIA H100, 81559, 12, [N/A], 1980' ;;
   *compute-apps*) echo '4711, /usr/bin/python, 39000' ;;
 esac
 """
@@ -214,6 +215,27 @@ def test_what_a_node_says_of_its_gpus(tmp_path, monkeypatch):
             "slowed": False,
         }
     ]
+    monkeypatch.setenv("ODD", "1")  # a card that is cut up, or lost: what is said instead is no number
+    odd = gpus()
+    assert [(gpu["used_mib"], gpu["clock_mhz"]) for gpu in odd["gpus"]] == [(None, None)]
+    assert judged(seen(0, **odd), gpus=1)[0] == []
+
+
+def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
+    """A node of theirs has no nvidia-smi, and every job on such nodes was refused for showing no GPUs."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("trainer.preflight.look.KFD", tmp_path)
+    for number, (name, simd) in enumerate([("", 0), ("aldebaran", 440), ("aldebaran", 440)]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "name").write_text(f"{name}\n")
+        (tmp_path / str(number) / "properties").write_text(f"cpu_cores_count 0\nsimd_count {simd}\n")
+    for variable in VISIBLE:
+        monkeypatch.delenv(variable, raising=False)
+    found = gpus()
+    assert [gpu["name"] for gpu in found["gpus"]] == ["aldebaran", "aldebaran"] and found["gpu_count"] == 2
+    assert judged(seen(0, **found), gpus=2) == ([], [])
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
+    assert gpus()["gpu_count"] == 1
 
 
 def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):
@@ -234,7 +256,7 @@ def test_what_a_node_says_of_model_data_and_disk(tmp_path, monkeypatch):
     found = shared(tmp_path / "run", "token", 3)
     assert found["sees"] and found["free_gib"] > 0 and abs(found["behind_s"]) < 60 and (place / "3").exists()
     (tmp_path / "a.jsonl").touch()
-    said = look(Asked(paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
+    said = look(PreflightRequest(paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
     assert (
         list(said["paths"].values()) == [True, False]
         and said["packages"]["torch"]

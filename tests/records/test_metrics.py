@@ -66,7 +66,7 @@ def test_gpus_of_all_hosts_are_told_with_the_same_reduction(monkeypatch):
         monkeypatch.setattr(metrics, "dist_sum", reduce)
         monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: {"memory_gib": 1.0})
         meter = Meter(rank(number, 2), 1.0, None)
-        meter.gpu = gpus.Gpu(torch.device("cuda:0"))
+        meter.gpu = gpus.GpuWatcher(torch.device("cuda:0"))
         meter.gpu.see()
         meter.gpu.see()
         meter.add(step(1))
@@ -88,11 +88,11 @@ def test_a_driver_that_tells_nothing_is_asked_once_and_one_that_fails_later_is_a
     monkeypatch.setattr(gpus, "EVERY_S", 0)
     nothing, something = [math.nan] * len(gpus.NAMES), [50, math.nan, math.nan, math.nan]
     looks = iter([nothing, something])
-    gpus.Gpu(torch.device("cuda:0"), lambda _: next(looks)).run()
+    gpus.GpuWatcher(torch.device("cuda:0"), lambda _: next(looks)).run()
     assert next(looks) is something
     looks = iter([something, nothing, something])
     with pytest.raises(StopIteration):  # it goes on for as long as there is something to look at
-        gpus.Gpu(torch.device("cuda:0"), lambda _: next(looks)).run()
+        gpus.GpuWatcher(torch.device("cuda:0"), lambda _: next(looks)).run()
 
 
 def test_peaks_on_a_gpu_tell_allocated_from_reserved(monkeypatch):

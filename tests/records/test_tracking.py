@@ -12,7 +12,7 @@ import pytest
 from strategies import durable
 from strategies.errors import StorageError
 from trainer.records.config import LoggingConfig, WandbMode
-from trainer.records.earlier import Earlier
+from trainer.records.earlier import EarlierResults
 from trainer.records.jsonl import JsonlTracker
 from trainer.records.status import State
 from trainer.records.trackers.base import Ended, Tracked
@@ -79,7 +79,7 @@ def test_rows_are_brought_to_the_disk_and_say_later_what_was_measured(tmp_path, 
     monkeypatch.setattr(durable, "disk", Seen())
     path = tmp_path / "metrics.jsonl"
     trackers = Trackers(JsonlTracker(path, 0))
-    assert trackers.earlier == Earlier() == Trackers().earlier
+    assert trackers.earlier == EarlierResults() == Trackers().earlier
     trackers.log({"eval/loss": 5.0, "tokens": 0}, step=0)
     for step, speed in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 99.0)):
         trackers.log({"loss": 1 / step, "tokens_per_s": speed}, step=step)

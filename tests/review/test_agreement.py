@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.review.agreement import alpha, kappa
-from trainer.review.answers import Given, Reviewer
+from trainer.review.answers import Reviewer, ReviewerAnswer
 from trainer.review.suspicion import flags
 
 
@@ -61,7 +61,7 @@ def judged(drawn, key, truth, right, seconds):
         side = (
             winner if winner == "tie" else item["tuned"] if winner == "tuned" else {"a": "b", "b": "a"}[item["tuned"]]
         )
-        items[item["id"]] = Given({"overall": side}, seconds=drawn.expovariate(1 / seconds))
+        items[item["id"]] = ReviewerAnswer({"overall": side}, seconds=drawn.expovariate(1 / seconds))
     return Reviewer("one", Path("one.json"), items)
 
 

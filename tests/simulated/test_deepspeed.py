@@ -1,9 +1,11 @@
 """What stands in for DeepSpeed's own exchange holds, moves and exchanges what that does."""
 
+import os
+
 import pytest
 import torch
 
-from strategies.runtime import SIMULATED
+from strategies.runtime import SIMULATED, Runtime
 from strategies.simulation import fake_tensors, simulated_rank
 
 RANKS = 4
@@ -41,3 +43,19 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
                     found.append((shapes, highest.total, recorder.now, moved, exchanged, len(storages)))
     assert found[0] == found[1]
     assert found[1][4], "there was an exchange"
+
+
+def test_a_run_on_a_gpu_has_its_own_device_after_a_simulation(monkeypatch):
+    """DeepSpeed takes `LOCAL_RANK` for the number of the GPU: of one that a rank sees alone, as under SLURM, it is 0."""
+    from strategies.deepspeed_library import settle_accelerator
+
+    with simulated_rank(0, RANKS) as simulated:
+        settle_accelerator(simulated)
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    settle_accelerator(Runtime(3, 4, 3, 4, torch.device("cuda", 0), None))
+    assert (os.environ["LOCAL_RANK"], get_accelerator().device_name(0)) == ("0", "cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    settle_accelerator(Runtime(3, 4, 3, 4, torch.device("cpu"), None))
+    assert (os.environ["LOCAL_RANK"], get_accelerator().device_name()) == ("3", "cpu")

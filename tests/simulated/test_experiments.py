@@ -2,7 +2,7 @@
 
 import pytest
 
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from tests.helpers.covering import EVERYTHING
 from tests.simulated.experiments import MODELS, simulated_experiment
 from tests.simulated.goldens import golden_experiment
@@ -16,7 +16,9 @@ WEIGHTS = {"llama2_7b_lora_fsdp2": 6_738_415_616 / 4, "qwen3_30b_a3b_lora_fsdp2"
 @pytest.mark.parametrize("name", [*MODELS][: None if EVERYTHING else 1])
 def test_the_step_fits_the_cards_that_the_experiment_names(tmp_path, name):
     found = simulated_experiment(name, tmp_path)
-    assert WEIGHTS[name] * 2 < found.resting[Kind.parameters] < WEIGHTS[name] * 2 * 1.05, "16 bits each, and adapters"
+    assert WEIGHTS[name] * 2 < found.resting[MemoryKind.parameters] < WEIGHTS[name] * 2 * 1.05, (
+        "16 bits each, and adapters"
+    )
     assert found.total < 0.85 * CARD
     assert found.host_reads == 0
     if (row := golden_experiment(name)) is not None:

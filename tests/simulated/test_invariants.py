@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from strategies.errors import ConfigError
 from strategies.fsdp2 import Fsdp2Engine
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, cover, values
 from tests.simulated.cases import LENGTHS, NATIVE, Case, chosen_cases, comparable, cost, simulated
@@ -35,9 +35,9 @@ def test_step(place, case, world):
     assert wrong(case, found, simulated(case, model, world, world - 1, repeat=0) if world > 1 else found) == []
     if not case.offload:
         assert found.to_host == 0 and found.host < 4096, "only what counts, such as steps, lies on the host"
-    assert found.resting[Kind.parameters] > 0
+    assert found.resting[MemoryKind.parameters] > 0
     assert sum(found.resting.values()) <= found.peak[1].total == max(h.total for h in found.moments.values())
-    assert (Kind.optimizer in found.resting) != case.offload
+    assert (MemoryKind.optimizer in found.resting) != case.offload
     if (row := golden(case, world)) is not None:
         assert summary(found) == row, "numbers moved: see tests/simulated/goldens.py"
 

@@ -8,7 +8,7 @@ import torch
 
 from strategies.base import Precision
 from strategies.memory import Pass, estimate
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from strategies.parameters import named_parameters
 from strategies.runtime import SIMULATED
 from strategies.simulation import simulated_rank
@@ -121,7 +121,7 @@ def test_an_average_of_the_weights_is_counted(place, strategy):
             config_of = (parts.built.step_module, config.strategy, Precision.bf16)
             found["estimated", decay] = estimate(*config_of, world_size=world, replicate=1, load=load).total
             simulated_step = simulate(parts, runtime)
-        found["rest", decay] = simulated_step.resting[Kind.optimizer]
+        found["rest", decay] = simulated_step.resting[MemoryKind.optimizer]
         found["peak", decay] = max(moment.total for moment in simulated_step.moments.values())
     least = 4 * sum(sizes) / (1 if strategy == "ddp" else world)
     for what in ("rest", "peak", "estimated"):

@@ -17,7 +17,7 @@ FEW = WINDOW + 64
 """Bytes at most that live beside what torch's tracker is told of: that, a frequency table, a sum of losses, some numbers."""
 
 
-class Followed(simulate.Watched):
+class Followed(simulate.WatchedEngine):
     """Also counted by torch's tracker, in the second step; in the first it counts what is asked about shapes alone."""
 
     peak = kept = steps = 0
@@ -45,7 +45,7 @@ class Followed(simulate.Watched):
 def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpointing):
     """Both watch the same step of one rank of 8, to the byte: torch's does not round what lies on a CPU."""
     monkeypatch.setattr(live, "GRAIN", 1)
-    monkeypatch.setattr(simulate, "Watched", Followed)
+    monkeypatch.setattr(simulate, "WatchedEngine", Followed)
     case = Case("fsdp2", tuning, "bf16", checkpointing)
     # Once: torch's tracker leaves something behind, so that a step after it would hold more.
     found = simulated(case, model_dir(tmp_path), 8, 7, device=torch.device("cpu"), repeat=0)

@@ -8,7 +8,7 @@ import pytest
 from strategies import durable
 from strategies.durable import (
     NewFile,
-    Written,
+    WrittenFile,
     difference,
     make_directories,
     no_room,
@@ -101,7 +101,7 @@ def test_a_read_error_is_damage_and_said(tmp_path, on):
     written = write_new(tmp_path / "a", DATA)
     on(call="read")
     assert difference(tmp_path, written) == "a cannot be read (Input/output error)"
-    assert difference(tmp_path, Written("a", 5, written.sha256)) == "a has 2304 bytes instead of 5"
+    assert difference(tmp_path, WrittenFile("a", 5, written.sha256)) == "a has 2304 bytes instead of 5"
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])

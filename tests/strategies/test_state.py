@@ -14,12 +14,12 @@ from safetensors import safe_open
 
 from strategies import durable, tensor_files
 from strategies.base import Progress
-from strategies.durable import Written, difference
+from strategies.durable import WrittenFile, difference
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime
-from strategies.saving import Run, State
+from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state, read_header
-from strategies.tensor_files import FILE_NAME, Held, Malformed, index_json, layout, parse_index, write_tensors
+from strategies.tensor_files import FILE_NAME, HeldElements, Malformed, index_json, layout, parse_index, write_tensors
 from tests.helpers.covering import EVERYTHING
 from trainer.checkpoints.seal import seal, verify
 
@@ -33,14 +33,14 @@ def whole(seed: int = 0) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": torch.randn(size, generator=generator) for name, size in SIZES.items() for key in KEYS}
 
 
-def cut(values: dict[str, torch.Tensor], world: int, rank: int, *, copies: bool = False) -> list[Run]:
+def cut(values: dict[str, torch.Tensor], world: int, rank: int, *, copies: bool = False) -> list[FlatRange]:
     """Contiguous runs of each parameter for one of `world` ranks; most of them hold nothing of the small ones."""
     runs = []
     for name, size in SIZES.items():
         step = -(-size // world)
         low, high = min(rank * step, size), min((rank + 1) * step, size)
         part = {key: values[f"{name}/{key}"][low:high] for key in KEYS}
-        runs.append(Run(name, size, low, {key: p.clone() if copies else p for key, p in part.items()}))
+        runs.append(FlatRange(name, size, low, {key: p.clone() if copies else p for key, p in part.items()}))
     return runs
 
 
@@ -51,7 +51,7 @@ def header(**changes) -> StateHeader:
 
 def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
     """What `world` ranks write."""
-    State([], header(world_size=world).json(), ALONE).save(path)
+    RankState([], header(world_size=world).json(), ALONE).save(path)
     parts = []
     for rank in range(world):
         held = [each for run in cut(values, world, rank) for each in run.held()]
@@ -116,24 +116,26 @@ def test_the_files_are_plain_safetensors(tmp_path):
 
 def test_what_is_returned_is_what_lies_there_and_other_types_come_as_float32(tmp_path):
     half = {"weight": torch.arange(6, dtype=torch.bfloat16), "step": torch.ones(6, dtype=torch.uint8)}
-    files = State([Run("a", 6, 0, half), Run("b", 6, 0, half, write=False)], header().json(), ALONE).save(tmp_path)
+    files = RankState(
+        [FlatRange("a", 6, 0, half), FlatRange("b", 6, 0, half, write=False)], header().json(), ALONE
+    ).save(tmp_path)
     assert {each.name for each in files} == {path.name for path in tmp_path.iterdir()}
     assert all(difference(tmp_path, each) is None for each in files)
     back = {key: torch.zeros_like(value) for key, value in half.items()}
-    load_state(tmp_path, [Run("a", 6, 0, back)], ALONE)
+    load_state(tmp_path, [FlatRange("a", 6, 0, back)], ALONE)
     assert all(torch.equal(back[key], half[key]) for key in half)
 
 
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        ([Run("a", 4, 0, {"weight": torch.zeros(4), "exp_avg": torch.zeros(4)})], "does not hold a/exp_avg"),
+        ([FlatRange("a", 4, 0, {"weight": torch.zeros(4), "exp_avg": torch.zeros(4)})], "does not hold a/exp_avg"),
         ([], "beyond what this run trains, a/weight"),
-        ([Run("a", 5, 0, {"weight": torch.zeros(5)})], "has 4 elements of a/weight, this run 5"),
+        ([FlatRange("a", 5, 0, {"weight": torch.zeros(5)})], "has 4 elements of a/weight, this run 5"),
     ],
 )
 def test_the_state_of_another_kind_of_run_is_refused(tmp_path, runs, said):
-    State([Run("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
+    RankState([FlatRange("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
     with pytest.raises(ConfigError, match=said):
         load_state(tmp_path, runs, ALONE)
 
@@ -190,7 +192,7 @@ def test_a_part_that_is_missing_twice_or_elsewhere_is_refused():
     ],
 )
 def test_progress_that_is_none_is_refused(tmp_path, change):
-    State([], header().json(), ALONE).save(tmp_path)
+    RankState([], header().json(), ALONE).save(tmp_path)
     raw = json.loads((tmp_path / "progress.json").read_text())
     (tmp_path / "progress.json").write_text(json.dumps({**raw, **change}))
     with pytest.raises(StorageError, match=r"progress\.json"):
@@ -198,7 +200,7 @@ def test_progress_that_is_none_is_refused(tmp_path, change):
 
 
 def test_progress_that_never_improved_is_not_mistaken_for_damage(tmp_path):
-    State([], header(progress=Progress(step=1, best_metric=float("inf"))).json(), ALONE).save(tmp_path)
+    RankState([], header(progress=Progress(step=1, best_metric=float("inf"))).json(), ALONE).save(tmp_path)
     assert read_header(tmp_path).progress.best_metric == float("inf")
 
 
@@ -211,7 +213,7 @@ def test_without_room_not_a_byte_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(durable, "disk", Full())
     with pytest.raises(StorageError, match=r"^No space left on .* 1 MiB are needed and 1 MiB are free"):
-        State([Run("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
+        RankState([FlatRange("a", 4, 0, {"weight": torch.zeros(4)})], header().json(), ALONE).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,7 +283,7 @@ def test_no_file_runs_code_raises_what_nobody_expects_or_leaves_memory_unread(tm
         for name, data in contents.items():
             (there / name).write_bytes(data)
         if chance.random() < 0.8:
-            seal(there, [Written(path.name, path.stat().st_size, digest(path)) for path in there.iterdir()])
+            seal(there, [WrittenFile(path.name, path.stat().st_size, digest(path)) for path in there.iterdir()])
             assert verify(there) is None
         elif chance.random() < 0.9:
             (there / "manifest.json").write_bytes(mutated(b'{"format": 2, "sha256": "x", "files": {}}', chance))
@@ -321,5 +323,7 @@ def test_the_alarm_of_the_test_above_rings(tmp_path, monkeypatch):
 
 
 def test_held_names_are_those_of_the_parameter_and_its_moment():
-    held = Run("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).held()
-    assert [(each.name, each.numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(held[0], Held)
+    held = FlatRange("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).held()
+    assert [(each.name, each.numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(
+        held[0], HeldElements
+    )

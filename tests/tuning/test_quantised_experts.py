@@ -12,6 +12,7 @@ from tests.models.tiny import tiny_model
 from tests.tuning.test_expert_lora_files import BOTH
 from tests.tuning.test_quantised import SCHEMES, rounded_base, settings_of
 from trainer.export.verify import probe_ids, reference_logits
+from trainer.model import quantised_experts
 from trainer.model.quantisation import Quantisation
 from trainer.model.quantised_experts import num_bytes, pack_run, rounded_stack, unpack_stack
 from trainer.tuning.base import LoraConfig
@@ -67,6 +68,24 @@ def test_the_numbers_are_those_of_bitsandbytes_and_any_part_of_the_bytes_is_made
         asked.clear()
         assert torch.equal(pack_run(scheme, shape, start, stop, expert), packed[start:stop])
         assert asked == needed
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_experts_of_more_elements_than_a_kernel_counts_are_made_in_parts(monkeypatch, name):
+    """bitsandbytes' kernels for GPUs count in 32 bits, and a layer of DeepSeek-V3 has seven times as many."""
+    scheme, shape, sizes = SCHEMES[name], (5, 64, 128), []
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    packed = pack_run(scheme, shape, 0, num_bytes(scheme, shape), lambda number: weight[number])
+    whole, made = unpack_stack(scheme, packed, shape, torch.float32), bnb.functional.dequantize_4bit
+
+    def counted(codes, state):
+        sizes.append(state.shape.numel())
+        return made(codes, state)
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", counted)
+    monkeypatch.setattr(quantised_experts, "MOST", 3 * 64 * 128 - 1)
+    assert torch.equal(unpack_stack(scheme, packed, shape, torch.float32), whole)
+    assert sizes == ([] if scheme.kind is Quantisation.int8 else [2 * 64 * 128, 2 * 64 * 128, 64 * 128])
 
 
 def test_whole_scales_are_those_of_the_whole_weight_at_once():

@@ -7,7 +7,7 @@ import transformers
 
 from strategies.parameters import meta_context
 from trainer.model.architecture import auto_class, beside_text
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import LoraConfig
 
@@ -25,7 +25,7 @@ GEMMA = transformers.Gemma3Config(
 def adapted(config):
     """Names of the layers that LoRA on every linear layer adapts."""
     with meta_context():
-        model = auto_class(Kind.causal, config).from_config(config)
+        model = auto_class(ModelKind.causal, config).from_config(config)
     model.beside_text = beside_text(model)
     tuned = Adapter(LoraConfig(rank=2)).apply(model)
     return {

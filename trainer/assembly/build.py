@@ -30,7 +30,7 @@ from trainer.model.architecture import (
     text_settings,
     vocabulary_names,
 )
-from trainer.model.config import Kind, ModelConfig
+from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.quantisation import Scheme, kept_in_float32, not_packed, quantise_layers
 from trainer.model.quantised_experts import quantise_experts
@@ -171,7 +171,7 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
     """Raise ConfigError where documents or packs do not fit the model that was built."""
     positions = getattr(text_settings(built.config), "max_position_embeddings", None)
     family = family_of(config.objective)
-    if family.kind is not Kind.encoder_decoder:  # whose sides have positions each of their own
+    if family.kind is not ModelKind.encoder_decoder:  # whose sides have positions each of their own
         check_room(config.tuning, int(data.train.lengths.max(initial=0)), positions)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
@@ -180,14 +180,14 @@ def check_fit(config: RunConfig, built: Built, data: Prepared) -> None:
         )
     if right_alone(built, config.objective):
         _check_alone(config, built, data)
-    if family.kind is Kind.encoder_decoder:
+    if family.kind is ModelKind.encoder_decoder:
         lengths = family.longest(config.objective, config.data)
         encoder_decoder.check(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
 
 
 def right_alone(built: Built, objective: ObjectiveConfig) -> bool:
     """Whether the model is right for one row at a time only."""
-    return family_of(objective).kind is Kind.causal and bool(plain_model(built.step_module.model).way.alone)  # type: ignore[union-attr]
+    return family_of(objective).kind is ModelKind.causal and bool(plain_model(built.step_module.model).way.alone)  # type: ignore[union-attr]
 
 
 def _check_alone(config: RunConfig, built: Built, data: Prepared) -> None:
@@ -225,12 +225,12 @@ def build_step(
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
     grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
     encoder_decoder.check(model_config.to_dict(), config.path, family.kind, family.name, {})
-    classifier, seq2seq = family.kind is Kind.classifier, family.kind is Kind.encoder_decoder
+    classifier, seq2seq = family.kind is ModelKind.classifier, family.kind is ModelKind.encoder_decoder
     if classifier:
         outputs = family.outputs or num_labels
         describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.several(objective_config))
     own_rows = needs_own_rows(tuning_config)
-    if family.kind is Kind.causal:
+    if family.kind is ModelKind.causal:
         model, arranged = causal_model(
             config, model_config, layout, own_rows=own_rows, half_on_gpu=half_on_gpu, context=context
         )
@@ -267,7 +267,7 @@ def build_step(
     return built
 
 
-def _equip(built: Built, config: ModelConfig, head: Any, kind: Kind) -> None:
+def _equip(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
     """Pack the base, give adapters their fast forms, and let routers be seen: what follows once everything is in place."""
     step = built.step_module
     _quantise(built, config, head)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from trainer.challenges.base_rows import BaseRows
 from trainer.challenges.config import GENERAL, Reaction
 from trainer.challenges.first_rows import FirstRows
-from trainer.challenges.look import Challenges, Watched
+from trainer.challenges.look import Challenges, WatchedTasks
 from trainer.config.run import RunConfig
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
@@ -16,10 +16,10 @@ from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.prepared import Ready
 from trainer.guards.told import EVENTS
 from trainer.step import Built
-from trainer.telling.live import Place
+from trainer.telling.live import RunPlace
 
 
-def challenges_of(config: RunConfig, built: Built, total_steps: int, place: Place) -> Challenges:
+def challenges_of(config: RunConfig, built: Built, total_steps: int, place: RunPlace) -> Challenges:
     """The detectors of a run of so many steps, told on rank 0."""
     every, main = config.evaluation.every_steps, place.runtime.is_main
     planned = -(-total_steps // every) if every else 1
@@ -33,7 +33,7 @@ def watched(
     evaluators: list[Evaluator],
     tasks: list[Ready],
     asking: Callable[[], Asking],
-    place: Place,
+    place: RunPlace,
 ) -> list[Evaluator]:
     """The evaluators of a run with its tasks, so that the detectors see what they see."""
     for each in evaluators:
@@ -47,4 +47,4 @@ def watched(
         challenges.base = BaseRows(inner, names, place.run_dir, place.console.say)
     if config.logging.tables and place.runtime.is_main:
         challenges.first = FirstRows(place.run_dir)
-    return [*evaluators, Watched(inner, challenges, shows=config.logging.tables)]
+    return [*evaluators, WatchedTasks(inner, challenges, shows=config.logging.tables)]

@@ -27,7 +27,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """What the model wrote, and what it should have."""
 
     text: str
@@ -35,7 +35,7 @@ class Answer:
 
 
 @dataclass(slots=True)
-class Seen:
+class Evidence:
     """What an evaluation hands to detectors; the same on all ranks."""
 
     step: int
@@ -45,7 +45,7 @@ class Seen:
     """Evaluations of the whole run, over which false alarms are counted."""
     history: list[dict[str, float]] = field(default_factory=list)
     """`step`, `train` and `held_out` loss of each evaluation so far, this one with it."""
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ModelAnswer] = field(default_factory=list)
     """What was written in it."""
     compared: list[Any] = field(default_factory=list)
     """`trainer/challenges/forgetting.py`'s comparisons with the base."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from strategies.base import Engine
 from strategies.runtime import broadcast_object
 from trainer.evaluation.task_evaluator import Done, TaskEvaluator
-from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.held_out import HeldOut
 from trainer.records.jsonl import json_text
 from trainer.records.status import write_text_atomic
@@ -23,7 +23,7 @@ FILE = "forgetting-base.json"
 class Base:
     """A task of the base: its rows, of which scores alone are kept on the disk, and its first metric."""
 
-    rows: list[Row]
+    rows: list[TaskRow]
     value: float
 
 
@@ -68,7 +68,9 @@ class BaseRows:
                 raw = json.loads(self.path.read_text(encoding="utf-8"))
                 if raw["key"] == self._key():
                     tasks = raw["tasks"].items()
-                    found = {name: Base([Row(**row) for row in each["rows"]], each["value"]) for name, each in tasks}
+                    found = {
+                        name: Base([TaskRow(**row) for row in each["rows"]], each["value"]) for name, each in tasks
+                    }
             except (OSError, ValueError, KeyError, TypeError):
                 found = None  # asked again, where it can be
         return broadcast_object(found, self.runtime)

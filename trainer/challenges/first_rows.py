@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.evaluation.tasks.base import Row
+from trainer.evaluation.tasks.base import TaskRow
 from trainer.records.jsonl import json_text
 from trainer.records.status import write_text_atomic
 
@@ -19,7 +19,7 @@ class FirstRows:
     def __init__(self, run_dir: Path | None) -> None:
         """`run_dir`: None where nothing is to be kept, as on all ranks but rank 0."""
         self.path = None if run_dir is None else run_dir / FILE
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, list[TaskRow]] = {}
 
     def begin(self, step: int) -> None:
         """Before the first step of this start: read what was kept, unless the run begins anew. A damaged file counts as none."""
@@ -27,11 +27,11 @@ class FirstRows:
             return
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8")).items()
-            self._rows = {name: [Row(**row) for row in rows] for name, rows in kept}
+            self._rows = {name: [TaskRow(**row) for row in rows] for name, rows in kept}
         except (OSError, ValueError, TypeError, AttributeError):
             self._rows = {}
 
-    def before(self, name: str, rows: list[Row]) -> list[Row] | None:
+    def before(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
         """The first rows of a task; None where these are they, which are kept then. Raises StorageError."""
         found = self._rows.get(name)
         if found is None:

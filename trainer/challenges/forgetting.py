@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from trainer.challenges.base import Finding, Seen
+from trainer.challenges.base import Evidence, Finding
 from trainer.challenges.config import ForgettingWatchConfig, Reaction, limit_of
-from trainer.evaluation.tasks.base import Metric, Row
+from trainer.evaluation.tasks.base import Metric, TaskRow
 
 LEVEL = 0.05
 """How often, at most, a run that forgets nothing is told that it does."""
@@ -33,7 +33,7 @@ REMEDIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparedTask:
     """A task of the tuned model beside the base."""
 
     name: str
@@ -52,8 +52,8 @@ class Compared:
 
 
 def compare(
-    name: str, metric: Metric, base: Sequence[Row], now: Sequence[Row], values: tuple[float, float]
-) -> Compared:
+    name: str, metric: Metric, base: Sequence[TaskRow], now: Sequence[TaskRow], values: tuple[float, float]
+) -> ComparedTask:
     """A task's first metric; `values` are those of the base and of the tuned model, whose rows are paired."""
     before, after = values
     lost = (before - after if metric.greater_is_better else after - before) / (abs(before) or 1.0)
@@ -66,10 +66,10 @@ def compare(
             ratio = math.fsum(new) / whole
             off = sum((b - ratio * a) ** 2 for a, b in zip(old, new, strict=True))
             error = math.sqrt(off * len(old) / (len(old) - 1)) / abs(whole)
-    return Compared(name, metric.name, before, after, lost, error, len(now))
+    return ComparedTask(name, metric.name, before, after, lost, error, len(now))
 
 
-def numbers(seen: Seen) -> dict[str, float]:
+def numbers(seen: Evidence) -> dict[str, float]:
     """What is logged in each evaluation: `forgetting`, the largest of all, and that of each where there are several."""
     if not seen.compared:
         return {}
@@ -79,9 +79,9 @@ def numbers(seen: Seen) -> dict[str, float]:
     return found
 
 
-def find(config: ForgettingWatchConfig, seen: Seen) -> Finding | None:
+def find(config: ForgettingWatchConfig, seen: Evidence) -> Finding | None:
     """What this evaluation says of the one that lost most."""
-    compared: list[Compared] = seen.compared
+    compared: list[ComparedTask] = seen.compared
     if not compared or config.action is Reaction.off or seen.step == 0:
         return None
     worst, limit = max(compared, key=lambda each: each.lost), limit_of(config)

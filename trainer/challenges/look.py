@@ -11,7 +11,7 @@ from typing import Any
 from strategies.base import Engine, Progress
 from strategies.errors import LimitExceeded, StorageError
 from trainer.challenges import forgetting, instability, output, overfitting
-from trainer.challenges.base import Answer, Finding, Seen
+from trainer.challenges.base import Evidence, Finding, ModelAnswer
 from trainer.challenges.base_rows import BaseRows
 from trainer.challenges.config import ChallengesConfig, Reaction
 from trainer.challenges.first_rows import FirstRows
@@ -47,8 +47,8 @@ class Challenges:
         """What ends the run once its state is saved."""
         self.first = FirstRows(None)
         """What the tasks looked like at first, where that is to be shown."""
-        self._answers: list[Answer] = []
-        self._compared: list[forgetting.Compared] = []
+        self._answers: list[ModelAnswer] = []
+        self._compared: list[forgetting.ComparedTask] = []
 
     # -- what is seen ----------------------------------------------------------------------------------------------
 
@@ -79,14 +79,14 @@ class Challenges:
 
     def wrote(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Answers that were written, and what they should have been."""
-        self._answers += [Answer(*pair) for pair in pairs]
+        self._answers += [ModelAnswer(*pair) for pair in pairs]
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
         """After an evaluation: what is logged beside its `values`. Tells of what is found for the first time."""
         self._remember(progress, values)
-        seen = Seen(progress.step, values, self.planned, progress.evaluations, self._answers, self._compared)
+        seen = Evidence(progress.step, values, self.planned, progress.evaluations, self._answers, self._compared)
         self._answers, self._compared = [], []
         measured: dict[str, float] = {}
         for name, detector in DETECTORS.items():
@@ -152,7 +152,7 @@ class Challenges:
             )
 
 
-class Watched:
+class WatchedTasks:
     """A run's tasks as an evaluator that lets the detectors see them."""
 
     def __init__(self, inner: TaskEvaluator, challenges: Challenges, *, shows: bool = False) -> None:

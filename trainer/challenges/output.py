@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from trainer.challenges.base import Answer, Finding, Seen
+from trainer.challenges.base import Evidence, Finding, ModelAnswer
 from trainer.challenges.config import OutputConfig, Reaction
 
 LEVEL = 0.05
@@ -54,7 +54,7 @@ def language(text: str) -> str | None:
     return found[0] if found is not None and found[1] >= SURE else None
 
 
-def shares(answers: Sequence[Answer]) -> dict[str, tuple[int, int, int]]:
+def shares(answers: Sequence[ModelAnswer]) -> dict[str, tuple[int, int, int]]:
     """By kind: how many answers are degenerate, how many references are, and of how many."""
     tests: dict[str, Callable[[str], bool]] = {"empty": empty, "repeated": repeats}
     found = {
@@ -69,12 +69,12 @@ def shares(answers: Sequence[Answer]) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def numbers(seen: Seen) -> dict[str, float]:
+def numbers(seen: Evidence) -> dict[str, float]:
     """What is logged in each evaluation: `output/empty` and its kin, shares of the answers."""
     return {f"output/{name}": bad / of for name, (bad, _, of) in shares(seen.answers).items()} if seen.answers else {}
 
 
-def find(config: OutputConfig, seen: Seen) -> Finding | None:
+def find(config: OutputConfig, seen: Evidence) -> Finding | None:
     """What the answers of this evaluation say; nothing of those before the first step, which are the base's."""
     if not seen.answers or config.action is Reaction.off or seen.step == 0:
         return None

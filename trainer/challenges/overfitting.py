@@ -10,7 +10,7 @@ hover in fewer (`tests/challenges/test_trend.py`); what real runs gave: `benchma
 
 from __future__ import annotations
 
-from trainer.challenges.base import Finding, Seen
+from trainer.challenges.base import Evidence, Finding
 from trainer.challenges.config import OverfittingConfig, Reaction
 from trainer.challenges.trend import rising
 
@@ -31,7 +31,7 @@ REMEDIES = (
 )
 
 
-def numbers(seen: Seen) -> dict[str, float]:
+def numbers(seen: Evidence) -> dict[str, float]:
     """What is logged in each evaluation: the gap, and p-values of both trends once they can be told."""
     if not seen.history or seen.history[-1]["step"] == 0:
         return {}
@@ -44,7 +44,7 @@ def numbers(seen: Seen) -> dict[str, float]:
     return found
 
 
-def find(config: OverfittingConfig, seen: Seen) -> Finding | None:
+def find(config: OverfittingConfig, seen: Evidence) -> Finding | None:
     """What the evaluations up to now say."""
     measured = numbers(seen)
     if "overfitting/p_gap" not in measured or config.action is Reaction.off:

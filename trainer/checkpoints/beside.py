@@ -18,7 +18,7 @@ import torch
 from strategies.base import Progress
 from strategies.durable import reason, size_text
 from strategies.runtime import Runtime, free_host_memory, gather_objects
-from strategies.saving import Outcome, State
+from strategies.saving import FileOutcome, RankState
 from trainer.checkpoints.places import STEP_DIR
 
 SHARE = 0.9
@@ -27,7 +27,7 @@ LOOK_EVERY = 8
 """Steps, at most, from one question whether all ranks are done to the next."""
 
 
-class Copies:
+class StateBuffer:
     """One buffer in host memory, as large as the state that this rank writes; or the knowledge that there is no room for it."""
 
     def __init__(self, runtime: Runtime, free: Callable[[], int | None] = free_host_memory) -> None:
@@ -36,7 +36,7 @@ class Copies:
         self.refused: str | None = None
         """Why checkpoints are written in the step; the same on all ranks."""
 
-    def take(self, state: State) -> bool:
+    def take(self, state: RankState) -> bool:
         """Copy the state's values; False where a host has no room or it failed, for the whole run then. All ranks must call."""
         if self.refused is not None:
             return False
@@ -71,7 +71,7 @@ class Copies:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint, and what it took."""
 
     path: Path
@@ -95,20 +95,20 @@ class Writing:
     step: int
     best_step: int | None
     """The best step as it was then, which is on the disk."""
-    state: State
+    state: RankState
     began: float
     places: list[Path]
     """Where it may still be tried."""
     stall_s: float = 0.0
     """Seconds that training waited for it so far."""
-    outcome: Outcome | None = None
+    outcome: FileOutcome | None = None
     place: Path = Path()
     """Where it is being written."""
     _thread: threading.Thread | None = None
     _look_at: int = 0
 
     @classmethod
-    def of(cls, progress: Progress, state: State, began: float, places: list[Path]) -> Writing:
+    def of(cls, progress: Progress, state: RankState, began: float, places: list[Path]) -> Writing:
         """Of the state that was copied when the run was so far."""
         return cls(progress.step, progress.best_step, state, began, list(places), _look_at=progress.step + 1)
 
@@ -126,7 +126,7 @@ class Writing:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> Outcome:
+    def wait(self) -> FileOutcome:
         """What became of the file, when the thread is done. No collective."""
         assert self._thread is not None
         self._thread.join()

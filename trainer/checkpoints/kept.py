@@ -12,7 +12,7 @@ from pathlib import Path
 from strategies import durable
 from strategies.base import Engine, Progress
 from strategies.durable import (
-    Written,
+    WrittenFile,
     publish,
     publish_again,
     reason,
@@ -21,9 +21,9 @@ from strategies.durable import (
 )
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_error, found_on_main
-from strategies.saving import State
+from strategies.saving import RankState
 from trainer.checkpoints.aside import agree, fallback_problem, on_main, open_aside
-from trainer.checkpoints.beside import Copies, Saved, Writing
+from trainer.checkpoints.beside import SavedCheckpoint, StateBuffer, Writing
 from trainer.checkpoints.chosen import choose, note_begun, put_back
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.places import REPLACED, STEP_DIR, published
@@ -46,9 +46,9 @@ class Checkpoints:
     ) -> None:
         self.places, self.config, self.runtime, self.say = places, config, runtime, say
         self.schedule = Schedule(config, runtime)
-        self.last: Saved | None = None
+        self.last: SavedCheckpoint | None = None
         """The last checkpoint of this process; None before the first."""
-        self.copies = Copies(runtime)
+        self.copies = StateBuffer(runtime)
         self._writing: Writing | None = None
         self._good: set[Path] = set()
         """Of this branch, and known to be whole: resumed from, or written by this process."""
@@ -192,11 +192,11 @@ class Checkpoints:
                 return False
         now = time.monotonic()
         writing.stall_s += now - began
-        self._succeeded(writing, Saved(path, size, now - writing.began, writing.stall_s))
+        self._succeeded(writing, SavedCheckpoint(path, size, now - writing.began, writing.stall_s))
         self.schedule.priced(writing.stall_s, now - writing.began)
         return True
 
-    def _copied(self, state: State) -> bool:
+    def _copied(self, state: RankState) -> bool:
         known = self.copies.refused
         if self.copies.take(state):
             return True
@@ -228,7 +228,7 @@ class Checkpoints:
                 self._note(error, problems)
                 continue
             took = time.monotonic() - writing.began
-            self._succeeded(writing, Saved(path, size, took, took))
+            self._succeeded(writing, SavedCheckpoint(path, size, took, took))
             self.schedule.tried(writing.step, took)
             return True
         self.schedule.tried(writing.step, None)
@@ -239,7 +239,7 @@ class Checkpoints:
         problems.append(str(error))
         self.say(f"warning: {error}")
 
-    def _succeeded(self, writing: Writing, saved: Saved) -> None:
+    def _succeeded(self, writing: Writing, saved: SavedCheckpoint) -> None:
         self._failures, self.last, path = 0, saved, saved.path
         self._tell(saved)
         if self.runtime.is_main:
@@ -257,7 +257,7 @@ class Checkpoints:
             f"the run goes on without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
         )
 
-    def _close(self, writing: Writing, write: Callable[[Path], list[Written]]) -> tuple[Path, int]:
+    def _close(self, writing: Writing, write: Callable[[Path], list[WrittenFile]]) -> tuple[Path, int]:
         """(the checkpoint, its bytes) when `write` has given all its files. All ranks must call. Errors: StorageError."""
         place, aside = writing.place, writing.aside
         final = place / STEP_DIR.format(writing.step)
@@ -280,7 +280,7 @@ class Checkpoints:
         on_main(finish, aside, self.runtime)
         return final, sum(each.size for each in files)
 
-    def _tell(self, saved: Saved) -> None:
+    def _tell(self, saved: SavedCheckpoint) -> None:
         path = saved.path
         interval = self.schedule.interval_s
         after = "" if interval is None else f"; the next in about {max(1, round(interval / 60))} minutes"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from strategies.durable import Written, difference, read_bytes, reason, write_new
+from strategies.durable import WrittenFile, difference, read_bytes, reason, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
 from trainer.checkpoints.places import listed, places_of, published
@@ -32,18 +32,18 @@ OLD = (
 )
 
 
-def seal(directory: Path, files: Iterable[Written]) -> None:
+def seal(directory: Path, files: Iterable[WrittenFile]) -> None:
     """Write the manifest of a directory's files, durably. Errors: OSError."""
     write_new(directory / MANIFEST, _render({each.name: each for each in files}))
 
 
-def _render(files: dict[str, Written]) -> bytes:
+def _render(files: dict[str, WrittenFile]) -> bytes:
     rows = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
     own = hashlib.sha256(json.dumps([FORMAT, rows]).encode()).hexdigest()
     return (json.dumps({"format": FORMAT, "sha256": own, "files": rows}, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> list[Written]:
+def read_manifest(directory: Path) -> list[WrittenFile]:
     """What the files of a sealed directory must be. Errors: Malformed, with what is wrong with the directory."""
     try:
         present = set(listed(directory))
@@ -88,7 +88,7 @@ def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | Non
     return fingerprint(there[step]) if step in there else None
 
 
-def _parse(raw: object) -> dict[str, Written]:
+def _parse(raw: object) -> dict[str, WrittenFile]:
     if not isinstance(raw, dict) or not isinstance(files := raw.get("files"), dict):
         raise Malformed("is no manifest")
     found = {}
@@ -96,7 +96,7 @@ def _parse(raw: object) -> dict[str, Written]:
         known = isinstance(row, dict) and whole_number(row.get("bytes")) and isinstance(row.get("sha256"), str)
         if not known or not plain_name(name) or not SHA256.fullmatch(row["sha256"]):
             raise Malformed("is no manifest")
-        found[name] = Written(name, row["bytes"], row["sha256"])
+        found[name] = WrittenFile(name, row["bytes"], row["sha256"])
     return found
 
 
@@ -113,7 +113,7 @@ def verify(directory: Path, *, only: str | None = None) -> str | None:
 
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
     """`verify`, with the files dealt to the ranks by size; the same answer on every rank. All ranks must call."""
-    found: tuple[str | None, list[Written]] = (None, [])
+    found: tuple[str | None, list[WrittenFile]] = (None, [])
     if runtime.is_main:
         try:
             found = (None, read_manifest(directory))
@@ -125,7 +125,7 @@ def verify_together(directory: Path, runtime: Runtime) -> str | None:
     return next((each for each in gather_objects(problem, runtime) if each), None)
 
 
-def _share(files: list[Written], runtime: Runtime) -> list[Written]:
+def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
     """This rank's files, of which every rank gets about as many bytes."""
     loads = [0] * runtime.world_size
     mine = []
@@ -137,6 +137,6 @@ def _share(files: list[Written], runtime: Runtime) -> list[Written]:
     return mine
 
 
-def _first_difference(directory: Path, files: list[Written], threads: int) -> str | None:
+def _first_difference(directory: Path, files: list[WrittenFile], threads: int) -> str | None:
     with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
         return next(filter(None, pool.map(lambda each: difference(directory, each), files)), None)

@@ -32,7 +32,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparisonRow:
     """One point: the directories of its repeats, or why it was refused."""
 
     directories: tuple[Path, ...]
@@ -45,20 +45,20 @@ class Row:
     price_per_hour: float | None = None
 
 
-def write_rows(to: Path, rows: list[Row], words: list[str]) -> None:
+def write_rows(to: Path, rows: list[ComparisonRow], words: list[str]) -> None:
     """Write `comparison.json` into `to`. Errors: StorageError."""
     points = [asdict(row) | {"directories": [str(path.relative_to(to)) for path in row.directories]} for row in rows]
     write_text_atomic(to / RECORD, json.dumps({"words": words, "points": points}, indent=1) + "\n")
 
 
-def read_rows(to: Path) -> list[Row]:
+def read_rows(to: Path) -> list[ComparisonRow]:
     """The rows of the comparison that was run in `to`; empty where none was. Raises ConfigError where its record is damaged."""
     path = to / RECORD
     if not path.is_file():
         return []
     try:
         return [
-            Row(
+            ComparisonRow(
                 **point
                 | {"directories": tuple(to / name for name in point["directories"]), "refused": tuple(point["refused"])}
             )

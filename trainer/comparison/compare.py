@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trainer.comparison.asked import Row
+from trainer.comparison.asked import ComparisonRow
 from trainer.comparison.curves import FIRST_STEPS, SAME, Apart, apart, leader, not_finite, other_curves
-from trainer.comparison.naming import Difference, differing, names
-from trainer.comparison.reading import Measured, Point
-from trainer.comparison.repeats import REFUSED, Repeated, Taken, read_row
+from trainer.comparison.naming import SettingDifference, differing, names
+from trainer.comparison.reading import Point, RunMeasurements
+from trainer.comparison.repeats import REFUSED, Repeated, RepeatsSummary, read_row
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparedRun:
     """One row of a comparison."""
 
     name: str
@@ -32,12 +32,12 @@ class Compared:
         return self.found.point
 
     @property
-    def measured(self) -> Measured:
+    def measured(self) -> RunMeasurements:
         """Its numbers, over all repeats."""
         return self.found.measured
 
     @property
-    def taken(self) -> Taken:
+    def taken(self) -> RepeatsSummary:
         """What else it took."""
         return self.found.taken
 
@@ -46,15 +46,15 @@ class Compared:
 class Comparison:
     """Rows in the order they were given."""
 
-    runs: tuple[Compared, ...]
+    runs: tuple[ComparedRun, ...]
     first: str
     """What the others are compared with: the first that took a step."""
-    differences: tuple[Difference, ...]
+    differences: tuple[SettingDifference, ...]
     notes: tuple[str, ...]
     """What to know before the numbers are used."""
 
 
-def compare(rows: Sequence[Row], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
+def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
     """Read the rows and compare them with the first. Raises ConfigError where a directory holds no run.
 
     `price_of` a card, by its driver's name: US dollars an hour, or None.
@@ -84,7 +84,7 @@ def compare(rows: Sequence[Row], price_of: Callable[[str], float | None] = lambd
             verdict = "; ".join([f"{named[0]}: {_alone(each)}", *parts[bool(each.ended) :]])
         elif number == first:
             verdict = "; ".join([f"{named[number]} is what the others are compared with", *parts])
-        runs.append(Compared(named[number], each, name, distance, why_not, verdict))
+        runs.append(ComparedRun(named[number], each, name, distance, why_not, verdict))
     return Comparison(tuple(runs), named[first], tuple(differences), tuple(_notes(found, named)))
 
 

@@ -6,7 +6,7 @@ import warnings
 from itertools import accumulate
 from typing import Any
 
-from trainer.comparison.compare import Compared
+from trainer.comparison.compare import ComparedRun
 from trainer.comparison.told import marks_of
 
 USUAL_COLORS = 10
@@ -20,7 +20,7 @@ COURSE = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "
 """What is drawn below the loss, of rows that have it."""
 
 
-def curve(run: Compared) -> list[dict[str, Any]]:
+def curve(run: ComparedRun) -> list[dict[str, Any]]:
     """Steps of a run with what is drawn of them: step, tokens and seconds until then, the loss, and the rest."""
     rows = list(run.point.steps.values())
     seconds = accumulate(row.get("step_s") or 0.0 for row in rows)
@@ -33,7 +33,7 @@ def curve(run: Compared) -> list[dict[str, Any]]:
     return [row for n, row in enumerate(told) if n % every == 0 or n == len(told) - 1 or row["step"] in named]
 
 
-def color(runs: list[Compared]) -> Any:
+def color(runs: list[ComparedRun]) -> Any:
     """A colour for each run, in their order; named where there are several. Of 20 runs no two share one."""
     import altair as alt
 
@@ -62,7 +62,7 @@ def _tooltip(*more: Any) -> list[Any]:
     return ["run:N", "step:Q", "tokens:Q", alt.Tooltip("seconds:Q", format=".1f"), *more]
 
 
-def losses(runs: list[Compared]) -> tuple[Any, str] | None:
+def losses(runs: list[ComparedRun]) -> tuple[Any, str] | None:
     """(the chart of the losses, with a line where a step stood out; what is to be seen), None without a loss."""
     import altair as alt
 
@@ -96,7 +96,7 @@ def losses(runs: list[Compared]) -> tuple[Any, str] | None:
     return lines + rules, f"{said} Dashed: steps that stood out; the pointer says what was done."
 
 
-def _marks(runs: list[Compared]) -> list[dict[str, Any]]:
+def _marks(runs: list[ComparedRun]) -> list[dict[str, Any]]:
     """Steps that stand out, placed as the curves are."""
     found = []
     for run in runs:
@@ -115,7 +115,7 @@ def _marks(runs: list[Compared]) -> list[dict[str, Any]]:
     return found
 
 
-def held_out(runs: list[Compared]) -> Any | None:
+def held_out(runs: list[ComparedRun]) -> Any | None:
     """The chart of each held-out metric over the run, one at a time."""
     import altair as alt
 
@@ -146,7 +146,7 @@ def held_out(runs: list[Compared]) -> Any | None:
     )
 
 
-def course(runs: list[Compared]) -> Any | None:
+def course(runs: list[ComparedRun]) -> Any | None:
     """Gradient norm, learning rate and speed beneath each other, moved together."""
     import altair as alt
 

@@ -38,14 +38,14 @@ LONGEST = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class SettingDifference:
     """A setting, and its value in each run; `-` where a run has no such setting."""
 
     key: str
     values: tuple[Any, ...]
 
 
-def differing(points: list[Point]) -> list[Difference]:
+def differing(points: list[Point]) -> list[SettingDifference]:
     """Settings, then facts, in which runs differ.
 
     Settings that only one choice of a group has (`strategy.bucket_mib`) follow from the choice, and are compared between
@@ -60,11 +60,11 @@ def differing(points: list[Point]) -> list[Difference]:
             same = None if key == choice else point.config.get(choice)
             groups.setdefault(same, set()).add(_text(point.config.get(key, ABSENT)))
         if any(len(values) > 1 for values in groups.values()):
-            found.append(Difference(key, tuple(point.config.get(key, ABSENT) for point in points)))
+            found.append(SettingDifference(key, tuple(point.config.get(key, ABSENT) for point in points)))
     for key in FACTS:
         told = tuple(point.facts.get(key, ABSENT) for point in points)
         if len({_text(value) for value in told if value != ABSENT}) > 1:
-            found.append(Difference(f"run.json {key}", told))
+            found.append(SettingDifference(f"run.json {key}", told))
     return found
 
 
@@ -75,7 +75,7 @@ def _text(value: Any) -> str:
     return repr(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
 
 
-def names(points: list[Point], differences: list[Difference]) -> list[str]:
+def names(points: list[Point], differences: list[SettingDifference]) -> list[str]:
     """A name for each run out of what differs, such as `fsdp2-lora-lr2e-4`; its directory where that says nothing."""
     settings = {d.key: d for d in differences if not d.key.startswith("run.json ") and not _under(d.key, NOT_NAMED)}
     parts = [[_part(key, value) for value in settings[key].values] for key in LEADING if key in settings]

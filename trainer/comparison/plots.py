@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.comparison.compare import Compared, Comparison
+from trainer.comparison.compare import ComparedRun, Comparison
 from trainer.comparison.course import HEIGHT, WIDTH, color, course, held_out, losses
 from trainer.comparison.profiled import profiled
 
@@ -51,7 +51,7 @@ def _plot(name: str, title: str, said: str, chart: Any) -> Plot | None:
     return Plot(name, title, said, text)
 
 
-def _profile(run: Compared) -> Plot | None:
+def _profile(run: ComparedRun) -> Plot | None:
     import altair as alt
 
     found = profiled(run.point.directory)
@@ -72,7 +72,7 @@ def _profile(run: Compared) -> Plot | None:
     return _plot("profile", "Memory in the profiled steps", said, chart)
 
 
-def _bars(runs: list[Compared], rows: list[dict[str, Any]]) -> Any:
+def _bars(runs: list[ComparedRun], rows: list[dict[str, Any]]) -> Any:
     """Bars beside the runs' names, in their order."""
     import altair as alt
 
@@ -82,7 +82,7 @@ def _bars(runs: list[Compared], rows: list[dict[str, Any]]) -> Any:
     )
 
 
-def _speeds(runs: list[Compared]) -> Plot | None:
+def _speeds(runs: list[ComparedRun]) -> Plot | None:
     import altair as alt
 
     rows: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def _speeds(runs: list[Compared]) -> Plot | None:
     )
 
 
-def _memory(runs: list[Compared]) -> Plot | None:
+def _memory(runs: list[ComparedRun]) -> Plot | None:
     import altair as alt
 
     rows = [
@@ -131,7 +131,7 @@ def _memory(runs: list[Compared]) -> Plot | None:
     )
 
 
-def _parts(runs: list[Compared]) -> Plot | None:
+def _parts(runs: list[ComparedRun]) -> Plot | None:
     import altair as alt
 
     order = ["data", "forward", "backward", "optimizer", "rest"]
@@ -155,7 +155,7 @@ def _parts(runs: list[Compared]) -> Plot | None:
     return _plot("parts", "A step's parts", "Communication is part of where it is waited for.", chart)
 
 
-def _trade(runs: list[Compared]) -> Plot | None:
+def _trade(runs: list[ComparedRun]) -> Plot | None:
     """What came out, beside what it cost: held-out loss where every run has it, else the last step's."""
     import altair as alt
 

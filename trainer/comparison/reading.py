@@ -64,7 +64,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RunMeasurements:
     """Numbers of one run, None where it did not get so far. All ranks together; GiB, seconds."""
 
     steps: int
@@ -199,7 +199,7 @@ def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:
     return [row for step, row in point.steps.items() if step > ends]
 
 
-def measure(point: Point, warmup: int = 1) -> Measured:
+def measure(point: Point, warmup: int = 1) -> RunMeasurements:
     """The numbers that are compared; of speeds those of `usual_rows`."""
     rows = list(point.steps.values())
     usual = usual_rows(point, warmup)
@@ -210,7 +210,7 @@ def measure(point: Point, warmup: int = 1) -> Measured:
     losses = _finite(rows[-1:], "loss")
     receipt = point.facts.get("receipt") or {}
     planned, took = (part if isinstance(part := receipt.get(key), dict) else {} for key in ("predicted", "measured"))
-    return Measured(
+    return RunMeasurements(
         steps=len(rows),
         loss=losses[0] if losses else None,
         **{key: median(values) if values else None for key, values in rates.items()},

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trainer.comparison.asked import Row
+from trainer.comparison.asked import ComparisonRow
 from trainer.comparison.profiled import exposed_s
-from trainer.comparison.reading import RATES, Measured, Point, is_run, measure, read_point, usual_rows
+from trainer.comparison.reading import RATES, Point, RunMeasurements, is_run, measure, read_point, usual_rows
 from trainer.comparison.wandb_files import is_server, is_wandb, read_server, read_wandb
 
 REFUSED = "refused"
@@ -21,7 +21,7 @@ PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s"
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class RepeatsSummary:
     """What is known of a point as a whole, None where its runs do not say."""
 
     repeats: int
@@ -44,11 +44,11 @@ class Taken:
 class Repeated:
     """A row with what its repeats left."""
 
-    row: Row
+    row: ComparisonRow
     points: tuple[Point, ...]
     """The repeats that were frozen; of a refused row one without a step."""
-    measured: Measured
-    taken: Taken
+    measured: RunMeasurements
+    taken: RepeatsSummary
 
     @property
     def point(self) -> Point:
@@ -77,7 +77,7 @@ class Repeated:
         return None
 
 
-def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
+def read_row(row: ComparisonRow, price_of: Callable[[str], float | None]) -> Repeated:
     """Read a row's directories; `price_of` a card by its driver's name. Raises ConfigError as `read_point` does."""
     there = [path for number, path in enumerate(row.directories) if number == 0 or is_run(path)]
     points = tuple(map(_read, there)) if not row.refused else (_refused(row),)
@@ -88,7 +88,7 @@ def read_row(row: Row, price_of: Callable[[str], float | None]) -> Repeated:
     over |= {key: _largest([getattr(each, key) for each in begun]) for key in ("memory_gib", "memory_reserved_gib")}
     traced = _median([exposed_s(point.directory) for point in points])
     measured = replace(numbers[0], **over | ({} if traced is None else {"exposed_s": traced}))
-    taken = Taken(
+    taken = RepeatsSummary(
         repeats=sum(bool(each.steps) for each in numbers),
         tokens_per_s_repeats=speeds,
         parts_s=_parts(points, row.warmup, measured.step_s),
@@ -103,7 +103,7 @@ def _read(path: Path) -> Point:
     return read_wandb(path) if is_wandb(path) else read_point(path)
 
 
-def _refused(row: Row) -> Point:
+def _refused(row: ComparisonRow) -> Point:
     return Point(
         directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
         config=row.config,
@@ -128,7 +128,7 @@ def _parts(points: tuple[Point, ...], warmup: int, step_s: float | None) -> dict
 
 
 def _price(
-    row: Row, facts: dict[str, Any], tokens_per_s: float | None, price_of: Callable[[str], float | None]
+    row: ComparisonRow, facts: dict[str, Any], tokens_per_s: float | None, price_of: Callable[[str], float | None]
 ) -> float | None:
     price = row.price_per_hour
     if price is None and facts.get("device_name"):

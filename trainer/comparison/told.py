@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.comparison.compare import Compared, Comparison
+from trainer.comparison.compare import ComparedRun, Comparison
 from trainer.comparison.reading import Point
 from trainer.guards.config import DONE, Action
 
@@ -79,5 +79,5 @@ def substituted(found: Comparison) -> list[str]:
     return lines
 
 
-def _whose(found: Comparison, run: Compared) -> str:
+def _whose(found: Comparison, run: ComparedRun) -> str:
     return f"{run.name}: " if len(found.runs) > 1 else ""

@@ -20,7 +20,7 @@ from trainer.tuning.config import PeftConfig
 from trainer.tuning.table import METHODS, SHARDED, TYPES, Method
 
 
-class State(StrEnum):
+class CellState(StrEnum):
     """What is known of a cell."""
 
     tested = "tested"
@@ -78,7 +78,7 @@ INSTEAD = "strategy=ddp, or tuning=lora"
 class Cell:
     """The verdict on one combination."""
 
-    state: State
+    state: CellState
     reason: str = ""
     """Why it is refused, or cannot run on a CPU."""
     instead: str = ""
@@ -99,18 +99,18 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     """The verdict on one combination. `row` and `feature` are keys of `rows()` and `FEATURES`."""
     method, wanted, support = rows()[row], FEATURES[feature], SUPPORT[optim]
     if reason := method.strategies.get(str(strategy)):
-        return Cell(State.refused, reason, INSTEAD)
+        return Cell(CellState.refused, reason, INSTEAD)
     if strategy in support.refused:
-        return Cell(State.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
+        return Cell(CellState.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
     if (reason := method.refused.get(wanted.word)) and (not wanted.only_under or strategy in wanted.only_under):
-        return Cell(State.refused, reason, wanted.instead)
+        return Cell(CellState.refused, reason, wanted.instead)
     if feature == "compile" and row not in COMPILED:
-        return Cell(State.refused, NOT_COMPILED, wanted.instead)
+        return Cell(CellState.refused, NOT_COMPILED, wanted.instead)
     if reason := method.optimizers.get(str(optim)):
-        return Cell(State.refused, reason, "optim=adamw")
+        return Cell(CellState.refused, reason, "optim=adamw")
     if feature == "fp16":
-        return Cell(State.gpu_only, "CPUs do not train in it")
-    return Cell(State.tested)
+        return Cell(CellState.gpu_only, "CPUs do not train in it")
+    return Cell(CellState.tested)
 
 
 def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:
@@ -142,7 +142,7 @@ def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.ad
     if len(set(states.values())) == 1:
         return str(next(iter(states.values())))
     parts = []
-    for state in (State.gpu_only, State.refused):
+    for state in (CellState.gpu_only, CellState.refused):
         if odd := [name for name in names if states[name] is state]:
             parts.append(f"{state} under {', '.join(f'`{name}`' for name in odd)}")
     return "; ".join(parts)

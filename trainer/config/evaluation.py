@@ -11,7 +11,7 @@ from trainer.config.run import RunConfig
 from trainer.data.read.paths import expand
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks import registry
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.objectives.registry import FAMILIES, build_objective, family_of
 
 FORGOTTEN = ("forgetting",)
@@ -90,7 +90,7 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
         return
     if GENERAL in config.evaluation.tasks:
         yield f"evaluation.tasks.{GENERAL}: is the name of the task that {key}.data makes; call yours otherwise"
-    if family_of(config.objective).kind is Kind.classifier or not build_objective(config.objective).perplexity:
+    if family_of(config.objective).kind is ModelKind.classifier or not build_objective(config.objective).perplexity:
         yield (
             f"{key}.data={watched.data}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
         )
@@ -140,7 +140,7 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         if kind is None:
             continue
         key = f"evaluation.tasks.{name}"
-        if family.kind is Kind.classifier and not kind.of_classifiers:
+        if family.kind is ModelKind.classifier and not kind.of_classifiers:
             yield (
                 f"{key}.kind={task.kind}: objective={family.name} trains a head that writes nothing; evaluate its labels with "
                 "kind=classification, or leave it out"

@@ -32,7 +32,7 @@ from trainer.config.sharding import problems as sharding_problems
 from trainer.data.inputs import problems as data_problems
 from trainer.data.read.paths import expand, is_address, is_hub, sets_of
 from trainer.model import encoder_decoder
-from trainer.model.config import Kind, may_be_hub_id
+from trainer.model.config import ModelKind, may_be_hub_id
 from trainer.model.quantisation import Quantisation, missing_package
 from trainer.objectives.registry import family_of, model_problems
 from trainer.objectives.registry import problems as objective_problems
@@ -40,7 +40,7 @@ from trainer.optim.support import problems as optimizer_problems
 from trainer.records.energy import problems as energy_problems
 from trainer.records.profile import profile_problems
 from trainer.records.trackers.registry import problems as tracker_problems
-from trainer.tuning.check import Run
+from trainer.tuning.check import RunFacts
 from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
 from trainer.tuning.table import needs_own_rows
@@ -178,7 +178,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 def _noise(config: RunConfig) -> Iterator[str]:
     """Where no noise can be added to embeddings."""
     key = f"model.neftune_alpha={config.model.neftune_alpha:g}"
-    if family_of(config.objective).kind is Kind.encoder_decoder:
+    if family_of(config.objective).kind is ModelKind.encoder_decoder:
         yield f"{key}: is not for encoder-decoder models, whose two sides share embeddings; set it to 0"
     if needs_own_rows(config.tuning):
         yield f"{key}: tuning={config.tuning.name} puts tokens of its own before a document's; set it to 0, or use tuning=lora"
@@ -287,13 +287,13 @@ def _tuning(config: RunConfig) -> Iterator[str]:
     kind = family_of(config.objective).kind
     yield from tuning_problems(
         config.tuning,
-        Run(
+        RunFacts(
             strategy=config.strategy,
             precision=config.precision,
             data=config.data,
             merge=bool(config.export.merge),
-            new_head=kind is Kind.classifier,
-            two_sides=kind is Kind.encoder_decoder,
+            new_head=kind is ModelKind.classifier,
+            two_sides=kind is ModelKind.encoder_decoder,
             new_tokens=bool(config.model.add_tokens),
             quantisation=str(config.model.quantisation),
         ),

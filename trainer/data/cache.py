@@ -30,6 +30,7 @@ from trainer.data.config import Verify
 from trainer.data.document import Findings, Rejected, Tally
 from trainer.data.store.documents import schema
 from trainer.data.store.sequences import Sequences, named
+from trainer.records.files import remedy
 from trainer.records.sampled import sampled_digest
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def build_once(
                 build(temporary)
     except OSError as error:
         raise StorageError(
-            f"data.cache_dir={directory.parent}: {error.strerror or error}; free space or choose another directory"
+            f"data.cache_dir={directory.parent}: {error.strerror or error}; {remedy(error)}choose another directory"
         ) from error
     return True
 

@@ -135,7 +135,7 @@ class LeakageConfig:
 
     policy: LeakagePolicy = LeakagePolicy.report
     """`report` counts them, `drop_train` takes them out of the training data, `fail` ends the run. Prompts that both have, with
-    another answer, are only ever counted."""
+    another answer or system turn, are only ever counted."""
     near: bool = False
     """Look for near duplicates too, with the threshold of the search for duplicates."""
 

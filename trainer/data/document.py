@@ -189,7 +189,7 @@ class Rejected:
         return f"{self.file}:{self.line}: {self.message}"
 
 
-class Refused(DataError):
+class RefusedDocument(DataError):
     """One document that cannot become tokens, under a short code to count by; the others of its batch can."""
 
     def __init__(self, where: str, reason: str, message: str) -> None:

@@ -82,8 +82,8 @@ def recognise(
     """The format whose columns the row has; a null, or an `ignored` column, counts as one that is not there.
 
     Renamed columns decide: a format that does not use all of them is not considered. Where several fit, the first of those
-    that are `meant` does. Raises DataError, with the row, where no format or more than one fits; ConfigError where `columns`
-    names a column that no format has.
+    that are `meant` does, and where none of these fits but for a null, which the first row may hold, that one. Raises
+    DataError, with the row, where no format or more than one fits; ConfigError where `columns` names a column of no format.
     """
     setting = f"data.sources.{source}.columns" if source != "data" else "data.columns"
     _check_columns(columns, [*SPELLINGS], setting)
@@ -91,8 +91,11 @@ def recognise(
         fields = _renamed({k: v for k, v in row.fields.items() if k not in ignored}, columns, setting)
     except Refusal as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
-    found = _candidates({k: v for k, v in fields.items() if v is not None}, columns) or _candidates(fields, columns)
-    if len(found) == 1:
+    found = _candidates({k: v for k, v in fields.items() if v is not None}, columns)
+    named = _candidates(fields, columns)
+    if meant and not {*meant} & {*found} and {*meant} & {*named}:
+        found = named
+    if len(found := found or named) == 1:
         return next(iter(found))
     if (chosen := next((format for format in meant if format in found), None)) is not None:
         return chosen
@@ -104,7 +107,8 @@ def recognise(
         )
         raise DataError(f"{names} several formats; choose with {choice}\n{readings}\nthe row: {shown(fields)}")
     needs = "\n".join(f"  {format.value}: {text}" for format, text in NEEDS.items()) + f"\nthe row: {shown(fields)}"
-    example = f"{setting}='{{prompt:NAME,completion:NAME}}'"
+    wanted = SPELLINGS[meant[0] if meant else DataFormat.prompt_completion][0]
+    example = f"{setting}='{{{','.join(f'{name}:NAME' for name in wanted)}}}'"
     raise DataError(f"{names} no format; rename them with {setting}, as in {example}, to one of\n{needs}")
 
 
@@ -119,7 +123,7 @@ def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFor
     if found.get(DataFormat.thumbs, ("",))[-1] == "label" and "label" not in columns:
         value = fields["label"]
         sure = str(value) not in ("0", "1")  # which may be classes of another kind
-        if verdict_of(value) is None:
+        if value is not None and verdict_of(value) is None:
             del found[DataFormat.thumbs]
     if "conversations" in found.get(DataFormat.preference, ()):  # which are the prompt then
         found.pop(DataFormat.sharegpt, None)

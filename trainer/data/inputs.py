@@ -26,7 +26,7 @@ from trainer.data.stages.checks import KINDS
 
 
 @dataclass(slots=True)
-class Job:
+class RowRange:
     """Rows of one source and one split, in input order."""
 
     number: int
@@ -221,16 +221,16 @@ def rows_of(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tu
 
 def jobs(
     rows: Iterator[tuple[tuple[str, str], Row | Rejected]], *, most_rows: int = 512, most_bytes: int = 4 << 20
-) -> Iterator[Job]:
+) -> Iterator[RowRange]:
     """Group ((split, source), row) into jobs; where a job ends depends on the input alone."""
-    number, size, current = 0, 0, Job(0, "", "", 0, [])
+    number, size, current = 0, 0, RowRange(0, "", "", 0, [])
     for (split, source), row in rows:
         same = (split, source) == (current.split, current.source)
         if not same or len(current.rows) >= most_rows or size >= most_bytes:
             if current.rows:
                 yield current
                 number += 1
-            current = Job(number, split, source, current.offset + len(current.rows) if same else 0, [])
+            current = RowRange(number, split, source, current.offset + len(current.rows) if same else 0, [])
             size = 0
         current.rows.append(row)
         size += len(row.raw) if isinstance(row, Line) else 1024
@@ -261,7 +261,12 @@ NUMBERS = 8
 
 
 def require_room(
-    directory: Path, inputs: list[Input], make: Callable[[Job], Block], max_documents: int | None, *, parts: int = 1
+    directory: Path,
+    inputs: list[Input],
+    make: Callable[[RowRange], Block],
+    max_documents: int | None,
+    *,
+    parts: int = 1,
 ) -> None:
     """Raise StorageError where the disk of `directory` has less room than 1/`parts` of the data is going to take.
 
@@ -291,7 +296,7 @@ def require_room(
         )
 
 
-def _measured(item: Input, make: Callable[[Job], Block]) -> tuple[int, int, int]:
+def _measured(item: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
     """(bytes read, rows read, bytes that are written of them), of an input's first block."""
     first = next(jobs((item.id, row) for row in item.origin.rows(item.wanted)))
     read = sum(_size(row) for row in first.rows if isinstance(row, Row))

@@ -21,9 +21,9 @@ from strategies.parent import die_with_parent
 from trainer.data.blocks import LOST, Block
 from trainer.data.choose.signatures import Signer, content, group_digest
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
-from trainer.data.document import Document, Refused, Rejected, Stage, Tally
+from trainer.data.document import Document, RefusedDocument, Rejected, Stage, Tally
 from trainer.data.formats import RowReader
-from trainer.data.inputs import Job, evaluation_documents
+from trainer.data.inputs import RowRange, evaluation_documents
 from trainer.data.reading import Reading
 from trainer.data.stages.checks import Checks, Cleaner
 from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
@@ -61,7 +61,7 @@ class BlockMaker:
         splits = (config.eval_path, config.test_path, config.eval_share, config.test_share)
         self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(splits))
 
-    def __call__(self, job: Job) -> Block:
+    def __call__(self, job: RowRange) -> Block:
         """Read, check, clean and tokenise the rows of a job. Raises DataError and ConfigError."""
         files = Counter(row.file for row in job.rows)
         block = Block(job.number, job.split, job.source, rows=len(job.rows), rows_of_file=dict(files))
@@ -96,7 +96,7 @@ class BlockMaker:
             block.signatures["group"] = np.array([group_digest(d.group) for d in documents], np.uint64)
         return block
 
-    def _stages(self, job: Job) -> Iterator[Stage]:
+    def _stages(self, job: RowRange) -> Iterator[Stage]:
         """What the configuration asks for, in its order, each made when the documents come to it."""
         config = self.config
         yield Checks(config.checks)
@@ -139,7 +139,7 @@ class BlockMaker:
         tally = Tally()
         try:
             found = list(self.reading.sequences(self.encoder, documents, self.config, tally))
-        except Refused as refused:
+        except RefusedDocument as refused:
             if len(documents) > 1:
                 for document in documents:
                     yield from self._sequences([document], block)

@@ -181,7 +181,7 @@ class Preparation:
             "sources": columns.sources,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": names,
-            "report": about_it.write(assembly.totals, columns, selection),
+            "report": about_it.write(assembly.totals, columns, selection, self.reading, names),
             "hashes": hashes_of(target),
         }
         self.check_unchanged()

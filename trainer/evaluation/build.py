@@ -17,7 +17,7 @@ from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.evaluation.loss import LossEvaluator, Part
+from trainer.evaluation.loss import EvaluationPart, LossEvaluator
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.registry import metrics_of
 from trainer.evaluation.writing import Writer
@@ -69,7 +69,7 @@ def build_evaluators(
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
         ahead=None if reading.ahead is None else partial(batches, ahead=reading.ahead),
-        parts=[Part(n, _count(held_out, covered, n), names) for n, names in parts.items()],
+        parts=[EvaluationPart(n, _count(held_out, covered, n), names) for n, names in parts.items()],
     )
     found: list[Evaluator] = [evaluator]
     if config.generate.samples:

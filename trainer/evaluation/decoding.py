@@ -90,10 +90,10 @@ class Generate:
             yield TopKLogitsWarper(asked.top_k)
         if asked.top_p < 1:
             yield TopPLogitsWarper(asked.top_p)
-        yield Drawn(seeds, begin)
+        yield SeededNoise(seeds, begin)
 
 
-class Drawn:
+class SeededNoise:
     """A logits processor: adds to each row's scores the noise of its own seed and of the place in its answer."""
 
     def __init__(self, seeds: Sequence[int], begin: int) -> None:

@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EvaluationPart:
     """Part of the evaluation documents that is told apart: one source of a held-out share, or one named set."""
 
     source: int
@@ -46,7 +46,7 @@ class LossEvaluator:
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
         ahead: Callable[[], Iterable[dict[str, Any]]] | None = None,
-        parts: list[Part] | None = None,
+        parts: list[EvaluationPart] | None = None,
     ) -> None:
         self._batches = batches
         self._count = count

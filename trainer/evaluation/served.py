@@ -22,7 +22,7 @@ from trainer.evaluation.gathering import Gathering
 from trainer.evaluation.likelihood import Likelihood, Pair
 from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.writing import Pace, Written
+from trainer.evaluation.writing import Pace, WrittenAnswer
 
 if TYPE_CHECKING:
     from trainer.evaluation.base import EvaluationConfig
@@ -40,7 +40,7 @@ class ServedWriter:
     stop_now: Callable[[], bool] = lambda: False
     pace: Pace | None = None
 
-    def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[Written]:
+    def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
         """What the server writes to each prompt, draw by draw, in their order; without the ids of its tokens."""
         if settings.beams > 1:  # which a task of lm-evaluation-harness may ask for in its YAML
             raise ConfigError(
@@ -53,7 +53,7 @@ class ServedWriter:
         if hidden:  # which no server shows in the text that it looks for stops in
             extra["stop_token_ids"] = self.tokenizer.convert_tokens_to_ids(hidden)
 
-        def ask(row: tuple[int, int]) -> tuple[Written, int]:
+        def ask(row: tuple[int, int]) -> tuple[WrittenAnswer, int]:
             said = self.client.send(
                 lambda api: api.completions.create(
                     model=self.model,
@@ -68,7 +68,7 @@ class ServedWriter:
             )
             choice = said.choices[0]
             tokens = said.usage.completion_tokens if said.usage else 0
-            return Written(row[0], choice.text, [], choice.finish_reason == "stop", row[1]), tokens
+            return WrittenAnswer(row[0], choice.text, [], choice.finish_reason == "stop", row[1]), tokens
 
         found = self._each(ask, rows)
         how = Gathering(False, True, f"written by {self.model} at {self.client.config.url}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from strategies.errors import ShardtuneError
 from strategies.runtime import broadcast_object
-from trainer.evaluation.tasks.base import Row
+from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.prepared import Ready
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Done:
     """A task after the model was asked."""
 
     ready: Ready
-    rows: list[Row]
+    rows: list[TaskRow]
     values: dict[str, float]
     seconds: float
     pace: Pace | None = None

@@ -27,11 +27,11 @@ from trainer.objectives.causal import PLAIN, plain_model
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-__all__ = ["Likelihood", "Pace", "Writer", "WritingConfig", "Written", "written"]
+__all__ = ["Likelihood", "Pace", "Writer", "WritingConfig", "WrittenAnswer", "written"]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenAnswer:
     """One answer."""
 
     prompt: int
@@ -85,7 +85,7 @@ class Writer:
         """Most rows of one batch, per rank; does not change what is written but by rounding."""
         self._stop_now = stop_now
 
-    def answers(self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[Written]:
+    def answers(self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
         """What the model writes to each prompt, in their order and draw by draw, the same list on every rank.
 
         All ranks must call with the same prompts (token ids, for an encoder where the model has one). An answer ends at the
@@ -113,12 +113,12 @@ class Writer:
                 "room": room[rows[turn[0]][0]],
             }
 
-        found: dict[int, Written] = {}
+        found: dict[int, WrittenAnswer] = {}
         for turn, terms in self._turns(engine, turns, generate, batch_of, whole=gathered.whole):
             for row, ids in zip(turn, terms["answers"].tolist(), strict=True):
                 number, draw = rows[row]
                 found[row] = written(number, draw, ids, settings.stop, ending_ids(config), self.tokenizer)
-        answers: list[Written] = self._together(found)
+        answers: list[WrittenAnswer] = self._together(found)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
         self.pace = Pace(sum(len(one.ids) for one in answers), seconds, gathered)
         return answers
@@ -193,7 +193,7 @@ class Writer:
 
 def written(
     prompt: int, draw: int, ids: list[int], stop: Sequence[str], ends: frozenset[int], tokenizer: Any
-) -> Written:
+) -> WrittenAnswer:
     """An answer out of new tokens, which may be filled up after its end: at the first end token or stop string."""
 
     def text_of(some: list[int]) -> str:
@@ -204,13 +204,13 @@ def written(
     text = text_of(ids)
     stops = [text.index(one) for one in stop if one in text]
     if not stops:
-        return Written(prompt, text, ids, end is not None, draw)
+        return WrittenAnswer(prompt, text, ids, end is not None, draw)
     low, high = 1, len(ids)  # the fewest tokens whose text has a stop string: one that has it keeps it
     while low < high:
         middle = (low + high) // 2
         has = any(one in text_of(ids[:middle]) for one in stop)
         low, high = (low, middle) if has else (middle + 1, high)
-    return Written(prompt, text[: min(stops)], ids[:low], True, draw)
+    return WrittenAnswer(prompt, text[: min(stops)], ids[:low], True, draw)
 
 
 def model_of(engine: Engine) -> Any:

@@ -29,7 +29,7 @@ class Choices(TorchFunctionMode):
         return found
 
 
-class Kept(TorchFunctionMode):
+class KeptChoices(TorchFunctionMode):
     """Has every `topk` of the same model choose what was noted; scores are its own."""
 
     def __init__(self, choices: Choices) -> None:

@@ -98,14 +98,14 @@ def combine(
     from trainer.export.tensors import stored_type
     from trainer.export.verify import probe_ids, verify_export
     from trainer.model.architecture import auto_class
-    from trainer.model.config import Kind
+    from trainer.model.config import ModelKind
 
     if wrong := problems(settings):
         raise ConfigError(wrong)
     first = json.loads((Path(settings.adapters[0]).expanduser() / SETTINGS).read_text(encoding="utf-8"))
     base = str(settings.base or first["base_model_name_or_path"])
     try:
-        auto = auto_class(Kind.causal, AutoConfig.from_pretrained(base, local_files_only=True))
+        auto = auto_class(ModelKind.causal, AutoConfig.from_pretrained(base, local_files_only=True))
         plain = auto.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error

@@ -10,7 +10,7 @@ import torch
 
 from strategies.errors import ConfigError
 from trainer.model.architecture import auto_class
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 
 if TYPE_CHECKING:
     from trainer.model.weights import BaseWeights
@@ -76,7 +76,7 @@ def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any,
     elif settings["task_type"] == "SEQ_2_SEQ_LM":
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=dtype, local_files_only=True)
     else:
-        auto = auto_class(Kind.causal, transformers.AutoConfig.from_pretrained(base, local_files_only=True))
+        auto = auto_class(ModelKind.causal, transformers.AutoConfig.from_pretrained(base, local_files_only=True))
         model = auto.from_pretrained(base, dtype=dtype, local_files_only=True)
     tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if tokens > model.get_input_embeddings().weight.shape[0]:
@@ -98,5 +98,5 @@ def _auto_class(directory: Path) -> Any:
 
     settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     classifier = "ForSequenceClassification" in settings.architectures[0]
-    kind = Kind.encoder_decoder if getattr(settings, "is_encoder_decoder", False) else Kind.causal
-    return auto_class(Kind.classifier if classifier else kind, settings)
+    kind = ModelKind.encoder_decoder if getattr(settings, "is_encoder_decoder", False) else ModelKind.causal
+    return auto_class(ModelKind.classifier if classifier else kind, settings)

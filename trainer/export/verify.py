@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
-from trainer.export.choices import Choices, Kept
+from trainer.export.choices import Choices, KeptChoices
 from trainer.export.load import load_export
 from trainer.export.tensors import stored_type
 from trainer.model import flex
@@ -75,7 +75,7 @@ def shifted(ids: Tensor, start: int) -> Tensor:
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
-class _Logits:
+class _PlainLogits:
     """Stands in for the objective for one forward pass: the model's own logits instead of a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     with engine.inference() as module:
         # Asked through the root module's own forward: only there are its parameters gathered.
         step: Any = module
-        objective, step.objective = step.objective, _Logits()
+        objective, step.objective = step.objective, _PlainLogits()
         try:
             logits = step(batch)["logits"]
         finally:
@@ -137,7 +137,7 @@ def verify_export(
         )
     found = _compared(logits, reference, tolerance)
     if not found.is_close and choices is not None and choices.noted and tolerance > TOLERANCE[torch.float32]:
-        with Kept(choices) as kept:
+        with KeptChoices(choices) as kept:
             logits = _logits(model, token_ids, decoder_start)
         if kept.same and kept.moved:
             found = replace(_compared(logits, reference, tolerance), moved=kept.moved)

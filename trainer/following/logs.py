@@ -22,7 +22,7 @@ MOST = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class LogsRequest:
     """What of a run was asked for."""
 
     rank: int | None = None
@@ -30,7 +30,7 @@ class Wanted:
     """The id of a SLURM job, or `last`."""
 
 
-def choose(run_dir: Path, wanted: Wanted, failed_rank: int | None) -> list[Path]:
+def choose(run_dir: Path, wanted: LogsRequest, failed_rank: int | None) -> list[Path]:
     """The files, the one that says most last; none where the run has written none. Raises ConfigError for what is not there.
 
     `failed_rank` is that of a run which failed: its rank is shown, and its job's output, where errors of libraries stand.
@@ -69,7 +69,7 @@ def last_lines(path: Path, count: int) -> tuple[list[str], int]:
 
 
 @dataclass(slots=True)
-class Added:
+class AddedText:
     """What is added to files from where they were left; a file that became shorter is read anew."""
 
     places: dict[Path, int] = field(default_factory=dict)

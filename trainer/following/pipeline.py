@@ -14,7 +14,7 @@ MOST = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PipelinePart:
     """One job of a chain."""
 
     part: str
@@ -25,9 +25,9 @@ class Part:
     """The same for people."""
 
 
-def parts_of(run_dir: Path, queue: Queue) -> list[Part]:
+def parts_of(run_dir: Path, queue: Queue) -> list[PipelinePart]:
     """The parts in their order; none where the run is no chain. Never raises."""
-    found: list[Part] = []
+    found: list[PipelinePart] = []
     if not (run_dir / RECORD).exists():
         return found
     listed = _read(run_dir / RECORD)
@@ -49,11 +49,11 @@ def parts_of(run_dir: Path, queue: Queue) -> list[Part]:
             state, says = "unknown", queue.problem
         else:
             state, says = "failed", "ended without a word (cancelled, out of time, or stopped before it began)"
-        found.append(Part(part, number, state, says))
+        found.append(PipelinePart(part, number, state, says))
     return found
 
 
-def failed(parts: list[Part]) -> Part | None:
+def failed(parts: list[PipelinePart]) -> PipelinePart | None:
     """The part at which a chain ended."""
     return next((part for part in parts if part.state == "failed"), None)
 

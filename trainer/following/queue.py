@@ -34,7 +34,7 @@ REASONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class QueuedJob:
     """A job, or one task of an array, in squeue's words."""
 
     id: str
@@ -72,13 +72,13 @@ class Job:
 class Queue:
     """The jobs of this user, by squeue."""
 
-    jobs: tuple[Job, ...] = ()
-    by_run: dict[Path, Job] = field(default_factory=dict)
+    jobs: tuple[QueuedJob, ...] = ()
+    by_run: dict[Path, QueuedJob] = field(default_factory=dict)
     """Jobs by the directory of the run that they were submitted for."""
     problem: str | None = None
     """Why it could not be asked; None also where there is no SLURM."""
 
-    def job_of(self, run_dir: Path, job_id: str | None) -> Job | None:
+    def job_of(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
         """The job of a run: by the id that its records name or that it was submitted as, or by the script in its directory."""
         if not self.jobs:
             return None
@@ -120,11 +120,11 @@ def ask() -> Queue:
         said = (done.stderr or done.stdout).strip().splitlines() or ["without a word"]
         return Queue(problem=f"squeue failed: {said[-1].removeprefix('squeue: ')}")
     rows = [line.split(SEPARATOR) for line in done.stdout.splitlines()]
-    jobs = tuple(Job(*row) for row in rows if len(row) == len(FIELDS))
+    jobs = tuple(QueuedJob(*row) for row in rows if len(row) == len(FIELDS))
     return Queue(jobs, {where: job for job in jobs if (where := _directory(job)) is not None})
 
 
-def _directory(job: Job) -> Path | None:
+def _directory(job: QueuedJob) -> Path | None:
     """The run that a job was submitted for: the directory of its script, or what the scripts' own rule says."""
     script = Path(job.command)
     if script.name != "train.sbatch":

@@ -17,8 +17,8 @@ from typing import Any
 from strategies import durable
 from trainer.following import rows
 from trainer.following.owner import Holder, holder
-from trainer.following.pipeline import Part, failed, parts_of
-from trainer.following.queue import Job, Queue
+from trainer.following.pipeline import PipelinePart, failed, parts_of
+from trainer.following.queue import Queue, QueuedJob
 from trainer.records.status import State, read_failure, read_status
 
 DEPTH = 4
@@ -35,7 +35,7 @@ ENDED = (State.done, State.failed, State.preempted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
+class RunView:
     """One run as it stands; what is not known is None."""
 
     directory: Path
@@ -64,9 +64,9 @@ class Seen:
     """When the attempt at work began, by its host's clock."""
     heard_s: float | None = None
     """Seconds since the last sign of life; of a run that has ended, since its end."""
-    job: Job | None = None
+    job: QueuedJob | None = None
     """Its job in the queue."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PipelinePart, ...] = ()
     """The jobs of its chain, where it was submitted as one."""
 
     @property
@@ -79,7 +79,7 @@ class Seen:
 
 
 @dataclass(slots=True)
-class Found:
+class FoundRuns:
     """What a walk below a directory came across."""
 
     runs: list[Path] = field(default_factory=list)
@@ -88,9 +88,9 @@ class Found:
     """Whether there were too many directories to look into all."""
 
 
-def find(root: Path) -> Found:
+def find(root: Path) -> FoundRuns:
     """Runs below a directory, itself included, in the order of their names. Errors: OSError where it cannot be listed."""
-    found, looked = Found(), 0
+    found, looked = FoundRuns(), 0
     level = [root]
     for depth in range(DEPTH + 1):
         deeper: list[Path] = []
@@ -132,18 +132,18 @@ def _is_inner(entry: os.DirEntry[str], root: Path) -> bool:
         return False
 
 
-def look_at_all(found: Found, queue: Queue) -> list[Seen]:
+def look_at_all(found: FoundRuns, queue: Queue) -> list[RunView]:
     """Each of the runs, and what may be one and cannot be read."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         looked = list(pool.map(lambda run: look(run, queue), found.runs))
     # A file of that name alone makes no run.
     seen = [run for run in looked if run.state != NOT_STARTED or is_frozen(run.directory)]
     return seen + [
-        Seen(directory=path, state=UNKNOWN, why=f"cannot be read: {why}") for path, why in found.unreadable.items()
+        RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {why}") for path, why in found.unreadable.items()
     ]
 
 
-def look(run_dir: Path, queue: Queue) -> Seen:
+def look(run_dir: Path, queue: Queue) -> RunView:
     """One run. Reads its status, its lease, a record of how many steps there are, and the end of its metrics."""
     status, trouble = read_status(run_dir), None
     try:
@@ -166,7 +166,7 @@ def look(run_dir: Path, queue: Queue) -> Seen:
     heard_s = held.silent_s if held.owner is not None and state in (State.running, LOST) else _since(status)
     owner = held.owner
     reached = [step for step in (status.get("step"), steps[-1]["step"] if steps else None) if isinstance(step, int)]
-    return Seen(
+    return RunView(
         directory=run_dir,
         state=state,
         why=why or trouble,
@@ -189,7 +189,7 @@ def look(run_dir: Path, queue: Queue) -> Seen:
 
 
 def _state(
-    run_dir: Path, status: dict[str, Any], failure: dict[str, Any], held: Holder, job: Job | None
+    run_dir: Path, status: dict[str, Any], failure: dict[str, Any], held: Holder, job: QueuedJob | None
 ) -> tuple[str, str | None]:
     """(state, why) of a run."""
     said = status.get("state")

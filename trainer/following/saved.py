@@ -19,7 +19,7 @@ MOST = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
+class StoredCheckpoint:
     """One checkpoint."""
 
     path: Path
@@ -40,14 +40,14 @@ class Saved:
 class Store:
     """Where a run keeps its checkpoints, and which."""
 
-    checkpoints: tuple[Saved, ...]
+    checkpoints: tuple[StoredCheckpoint, ...]
     watch: str | None
     """The held-out metric by which the best is chosen."""
     problem: str | None = None
     """Why they could not all be listed."""
 
     @property
-    def newest(self) -> Saved | None:
+    def newest(self) -> StoredCheckpoint | None:
         """The one that the run would go on from, if it is whole."""
         return next((each for each in reversed(self.checkpoints) if not each.given_up), None)
 
@@ -71,12 +71,12 @@ def saved(run_dir: Path) -> Store:
     except OSError as error:
         return Store((), None, f"cannot be listed: {durable.reason(error)}")
     progress: dict[str, Any] = next((told for _, path in reversed(there) if (told := _progress(path))), {})
-    found: list[Saved] = []
+    found: list[StoredCheckpoint] = []
     for step, path, given_up in [(*each, False) for each in there] + [(_step(path), path, True) for path in aside]:
         best = progress.get("best_metric") if step == progress.get("best_step") and not given_up else None
         try:
             found.append(
-                Saved(
+                StoredCheckpoint(
                     path=path,
                     step=step,
                     age_s=max(0.0, time.time() - path.stat().st_mtime),

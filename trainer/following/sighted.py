@@ -25,7 +25,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class DocumentQuery:
     """A document by its place, or all that have a piece of text in them, as it was prepared."""
 
     file: str | None = None
@@ -59,7 +59,7 @@ class Sighting:
         return self.times > 0 or self.through is not None
 
 
-def sightings(runs: Iterable[tuple[Path, RunConfig | str]], wanted: Wanted) -> list[Sighting]:
+def sightings(runs: Iterable[tuple[Path, RunConfig | str]], wanted: DocumentQuery) -> list[Sighting]:
     """Of each run, with its frozen configuration or why that cannot be read. A run that began with another's weights has seen
     what that one saw."""
     configs = dict(runs)
@@ -93,7 +93,7 @@ def _begun_with(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> lis
     return found
 
 
-def _of(run: Path, config: RunConfig | str, wanted: Wanted) -> Sighting:
+def _of(run: Path, config: RunConfig | str, wanted: DocumentQuery) -> Sighting:
     record = read_record(run)
     told, place = record.get("data_fingerprint"), record.get("data_directory")
     if isinstance(config, str):
@@ -106,7 +106,7 @@ def _of(run: Path, config: RunConfig | str, wanted: Wanted) -> Sighting:
         return Sighting(run=run, unknown=" ".join(str(error).split()))
 
 
-def _read(run: Path, config: RunConfig, record: dict[str, Any], wanted: Wanted) -> Sighting:
+def _read(run: Path, config: RunConfig, record: dict[str, Any], wanted: DocumentQuery) -> Sighting:
     from trainer.data.store.documents import DocumentTable
     from trainer.data.store.sequences import TokenDataset
 
@@ -153,7 +153,7 @@ def _times(train: Any, config: RunConfig, samples: int, passed: list[dict[str, i
     return int(holds[order.units(0, samples)].sum())
 
 
-def rows_of(table: Any, wanted: Wanted) -> np.ndarray:
+def rows_of(table: Any, wanted: DocumentQuery) -> np.ndarray:
     """Rows of the prepared documents that are wanted, int64, in order."""
     found, begin = [], 0
     for batch in table.batches:
@@ -163,7 +163,7 @@ def rows_of(table: Any, wanted: Wanted) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-def _by_place(batch: pa.RecordBatch, wanted: Wanted) -> np.ndarray:
+def _by_place(batch: pa.RecordBatch, wanted: DocumentQuery) -> np.ndarray:
     import pyarrow.compute as pc
 
     name = str(wanted.file)

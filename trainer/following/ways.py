@@ -11,7 +11,7 @@ from pathlib import Path
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.following.owner import Holder, holder, launcher
-from trainer.following.queue import Job, Queue
+from trainer.following.queue import Queue, QueuedJob
 from trainer.records.lease import process_identity
 
 MARK = "trap 'stopped=1"
@@ -20,7 +20,7 @@ CALL_S = 60
 """Seconds that a command of SLURM's may take."""
 
 
-class Refused(ShardtuneError):
+class CannotStop(ShardtuneError):
     """The run cannot be stopped from here."""
 
     exit_code = 69
@@ -56,7 +56,7 @@ class Signal:
         except ProcessLookupError:
             return False
         except PermissionError as error:
-            raise Refused(f"process {self.pid} is another user's: they have to stop it, or root") from error
+            raise CannotStop(f"process {self.pid} is another user's: they have to stop it, or root") from error
         finally:
             os.close(handle)
         return True
@@ -71,7 +71,7 @@ class Signal:
 class Slurm:
     """A job that runs our script: its shell is told first that this is the end, then the ranks that they are to save."""
 
-    job: Job
+    job: QueuedJob
 
     @property
     def commands(self) -> list[list[str]]:
@@ -91,7 +91,7 @@ class Slurm:
 class Cancel:
     """A job that pends: it has nothing to save."""
 
-    job: Job
+    job: QueuedJob
 
     def __str__(self) -> str:
         return f"scancel {self.job.id}"
@@ -104,7 +104,7 @@ class Cancel:
 Way = Nothing | Signal | Slurm | Cancel
 
 
-def way(run_dir: Path, queue: Queue, job: Job | None) -> Way:
+def way(run_dir: Path, queue: Queue, job: QueuedJob | None) -> Way:
     """How the run is stopped; `job` is its job in the queue. Raises Refused, with what to type, where it cannot be from here."""
     try:
         held = holder(run_dir)
@@ -120,7 +120,7 @@ def way(run_dir: Path, queue: Queue, job: Job | None) -> Way:
         started_by = launcher(held.owner)
         return Signal(*started_by) if started_by else Signal(held.owner.pid, held.owner.process)
     if job is not None:
-        raise Refused(
+        raise CannotStop(
             f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows what follows when it is told to "
             f"stop. To save and end: scancel --signal=USR2 {job.id} where srun started the ranks, else scancel --full "
             f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
@@ -136,22 +136,22 @@ def _elsewhere(run_dir: Path, held: Holder, queue: Queue) -> Way:
     here = f"shardtune stop {shlex.quote(str(run_dir.absolute()))}"
     if owner.job is not None:
         why = f" ({queue.problem})" if queue.problem else ""
-        raise Refused(
+        raise CannotStop(
             f"{run_dir}: SLURM job {owner.job} on {owner.host} runs it, and this host's queue does not have it as yours{why}; "
             f"where its user can call squeue, type: {here}"
         )
-    raise Refused(
+    raise CannotStop(
         f"{run_dir}: process {owner.pid} on {owner.host} runs it, and no signal reaches it from here; "
         f"on {owner.host} type: {here}\n"
         f"  where shardtune is not at hand there: kill -TERM {owner.pid}"
     )
 
 
-def _is_ours(job: Job) -> bool:
+def _is_ours(job: QueuedJob) -> bool:
     """Whether the job runs our script, in which way ever it was submitted."""
     try:
         return MARK in call(["scontrol", "write", "batch_script", job.raw_id, "-"])
-    except Refused:  # an allocation without a script
+    except CannotStop:  # an allocation without a script
         return False
 
 
@@ -160,9 +160,11 @@ def call(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CALL_S)
     except FileNotFoundError as error:
-        raise Refused(f"{command[0]} is not on PATH here; on a host that has it type: {shlex.join(command)}") from error
+        raise CannotStop(
+            f"{command[0]} is not on PATH here; on a host that has it type: {shlex.join(command)}"
+        ) from error
     except subprocess.TimeoutExpired as error:
-        raise Refused(f"{shlex.join(command)}: no answer within {CALL_S} s; try again") from error
+        raise CannotStop(f"{shlex.join(command)}: no answer within {CALL_S} s; try again") from error
     if done.returncode:
-        raise Refused(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
+        raise CannotStop(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout

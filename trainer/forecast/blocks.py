@@ -10,8 +10,8 @@ from typing import Any
 
 from strategies.parameters import meta_context
 from trainer.model.architecture import auto_class
-from trainer.model.config import Kind, ModelConfig
-from trainer.model.kept_layers import Kept, kinds_of
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.kept_layers import KeptLayers, kinds_of
 from trainer.model.loading import load_model_config
 
 
@@ -38,7 +38,7 @@ def blocks_of(config: ModelConfig) -> Blocks:
         return Blocks(text.num_hidden_layers, None)
     key = settings.to_json_string(use_diff=False)
     if key not in _KNOWN:
-        auto, own = auto_class(Kind.causal, settings), {"trust_remote_code": config.trust_remote_code}
+        auto, own = auto_class(ModelKind.causal, settings), {"trust_remote_code": config.trust_remote_code}
         try:
             with meta_context():
                 plain = auto.from_config(copy.deepcopy(settings), attn_implementation="eager", **own)
@@ -63,7 +63,7 @@ def with_blocks(config: ModelConfig, depth: int, place: Path) -> ModelConfig:
     """The model with its first `depth` blocks, as a directory with a config.json."""
     settings = copy.deepcopy(load_model_config(config))
     text: Any = settings.get_text_config()
-    kept = Kept(tuple(range(depth)), text.num_hidden_layers)
+    kept = KeptLayers(tuple(range(depth)), text.num_hidden_layers)
     for name, value in kept.by_layer(text.to_dict()).items():
         setattr(text, name, value)
     settings.save_pretrained(place)

@@ -53,7 +53,7 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnLengths:
     """Prepared data as a run draws it."""
 
     order: Order
@@ -74,11 +74,11 @@ class Drawn:
         return Lengths(longest, self.mean, float(self.squares[drawn].mean()), per, self.order.num_units)
 
 
-def drawn(config: RunConfig, train: TokenDataset, per: int) -> Drawn:
+def drawn(config: RunConfig, train: TokenDataset, per: int) -> DrawnLengths:
     """How a run draws `train`, whose documents have `per` sequences each. Errors: those of `build_order`."""
     lengths = train.lengths.astype(np.int64)
     units, order = build_order(config.data, train, sequences_per_document=per, seed=config.run.seed)
     if units is None:
-        return Drawn(order, lengths, lengths**2)
+        return DrawnLengths(order, lengths, lengths**2)
     tokens = np.array([lengths[unit].sum() for unit in units])
-    return Drawn(order, tokens, np.array([(lengths[unit] ** 2).sum() for unit in units]))
+    return DrawnLengths(order, tokens, np.array([(lengths[unit] ** 2).sum() for unit in units]))

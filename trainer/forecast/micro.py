@@ -20,7 +20,7 @@ from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
 from trainer.data.prepare import Prepared
 from trainer.forecast.fitting import PATIENCE, answered_apart, one_step, unsimulated
 from trainer.forecast.lengths import Lengths, divisors, drawn
-from trainer.forecast.tried import STEPS, Given, Trial, memory_gib, runs_out
+from trainer.forecast.tried import STEPS, Trial, TrialInputs, memory_gib, runs_out
 from trainer.objectives.registry import reading_of
 from trainer.planning.form import Form
 from trainer.planning.hardware import GIB, fit_of, groups_of
@@ -30,7 +30,7 @@ UNPLANNED = 4
 
 
 def settle_micro(
-    config: RunConfig, given: Given, say: Callable[[str], None], freeze: Callable[[RunConfig], None]
+    config: RunConfig, given: TrialInputs, say: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
     """The run with its micro-batch: that of the configuration, or the one that is chosen here and handed to `freeze`.
 

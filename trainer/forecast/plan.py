@@ -19,18 +19,18 @@ from strategies.base import (
 from strategies.errors import ConfigError
 from strategies.every import every_strategy
 from strategies.mesh import replicas
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from trainer.config.run import RunConfig
 from trainer.config.validate import problems_of
 from trainer.forecast.lengths import MOST_MICRO, Lengths, divisors
-from trainer.model.config import Kind as ModelKind
+from trainer.model.config import ModelKind as ModelKind
 from trainer.model.quantisation import Quantisation
 from trainer.objectives.registry import family_of
 from trainer.planning.form import Form, Taken
 from trainer.planning.hardware import Card, Fit, fit, host_gib, room
 from trainer.planning.live import Highest, Moment
 from trainer.planning.speed import Load, Step, step_of
-from trainer.planning.theirs import LOGITS, Cut, Held, Theirs, held
+from trainer.planning.theirs import LOGITS, Cut, TheirBytes, Theirs, held
 from trainer.planning.theirs import problems_of as problems_of_theirs
 from trainer.tuning.base import TuningName
 
@@ -91,7 +91,7 @@ class Choice:
     """For the budget."""
     price: float | None
     """US dollars for the budget, all cards."""
-    theirs: Held | None = None
+    theirs: TheirBytes | None = None
     """The same as another trainer would hold it, where that is asked for."""
 
     @property
@@ -101,7 +101,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PlannedRun:
     """The ranks of a run, and what they are given."""
 
     card: Card
@@ -170,7 +170,7 @@ def _strategies(asked: StrategyConfig, typed: set[str]) -> list[StrategyConfig]:
     return [asked] if "strategy" in typed else every_strategy(asked)
 
 
-def micro_batches(job: Job, typed: int | None) -> list[int]:
+def micro_batches(job: PlannedRun, typed: int | None) -> list[int]:
     """Micro-batches that divide a rank's part of a step: the one typed, or all divisors; none where ranks have no equal parts."""
     part, over = divmod(job.global_batch, job.world)
     if over:
@@ -180,7 +180,7 @@ def micro_batches(job: Job, typed: int | None) -> list[int]:
     return divisors(part)
 
 
-def choices(way: Way, form: Form, job: Job, micros: list[int], theirs: Sequence[Theirs] = ()) -> list[Choice]:
+def choices(way: Way, form: Form, job: PlannedRun, micros: list[int], theirs: Sequence[Theirs] = ()) -> list[Choice]:
     """What a way takes with each micro-batch, the fastest that fits first; then those that do not, smallest first.
 
     `theirs`: what another trainer holds, to be told beside.
@@ -191,7 +191,7 @@ def choices(way: Way, form: Form, job: Job, micros: list[int], theirs: Sequence[
     return sorted(made, key=lambda one: (not one.fits, -one.tokens_per_s if one.fits else one.micro))
 
 
-def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
+def _choice(way: Way, form: Form, job: PlannedRun, micro: int) -> Choice:
     card, accumulation = job.card, job.global_batch // (job.world * micro)
     units = float(micro) if form.rows else job.lengths.most(micro)
     taken, words = form.at(units), [*way.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
@@ -221,7 +221,7 @@ def _choice(way: Way, form: Form, job: Job, micro: int) -> Choice:
     )
 
 
-def as_theirs(choice: Choice, form: Form, job: Job, theirs: Sequence[Theirs]) -> Held:
+def as_theirs(choice: Choice, form: Form, job: PlannedRun, theirs: Sequence[Theirs]) -> TheirBytes:
     """The step of a choice as another trainer would hold it."""
     units = float(choice.micro) if form.rows else job.lengths.most(choice.micro)
     tokens = choice.micro * float(job.lengths.longest[0]) if form.rows else units
@@ -262,14 +262,14 @@ def deferred(form: Form, waiting: int) -> Form:
     def released(moment: Moment) -> int:
         """Of what is in buffers, that of a reduction."""
         first = large.get(replace(moment, micro=0), large[moment])  # where only what is gathered is in buffers
-        over = large[moment].kinds.get(Kind.communication, 0) - first.kinds.get(Kind.communication, 0)
+        over = large[moment].kinds.get(MemoryKind.communication, 0) - first.kinds.get(MemoryKind.communication, 0)
         return over if moment.phase == "forward" else 0
 
     def later(moment: Moment, highest: Highest) -> Highest:
         kinds = highest.kinds
         if kinds:
-            kinds = kinds | {Kind.gradients: kinds.get(Kind.gradients, 0) + waiting}
-            kinds[Kind.communication] = kinds.get(Kind.communication, 0) - released(moment)
+            kinds = kinds | {MemoryKind.gradients: kinds.get(MemoryKind.gradients, 0) + waiting}
+            kinds[MemoryKind.communication] = kinds.get(MemoryKind.communication, 0) - released(moment)
         return Highest(highest.total + more[moment], highest.operation, kinds)
 
     more = {moment: waiting - released(moment) for moment in large}
@@ -278,17 +278,17 @@ def deferred(form: Form, waiting: int) -> Form:
     return replace(form, exchanged=kept, moments=(small, large_later), bends=bends)
 
 
-def _load(form: Form, job: Job, micro: int, accumulation: int) -> Load:
+def _load(form: Form, job: PlannedRun, micro: int, accumulation: int) -> Load:
     units = float(micro) if form.rows else micro * job.lengths.mean
     return Load(units, micro * job.lengths.mean_squares, accumulation)
 
 
-def _largest(form: Form, job: Job) -> int:
+def _largest(form: Form, job: PlannedRun) -> int:
     units = form.most(room(form, job.card))
     return int(min(units, MOST_MICRO)) if form.rows else job.lengths.holding(units)
 
 
-def _hours(config: RunConfig, job: Job, step: Step, tokens: float) -> float | None:
+def _hours(config: RunConfig, job: PlannedRun, step: Step, tokens: float) -> float | None:
     """Hours of the budget; None where there is none, or where it is epochs of data that is not there."""
     budget, steps = config.budget, None
     if budget.steps is not None:

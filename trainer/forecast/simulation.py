@@ -29,7 +29,7 @@ from trainer.planning.activations import micro_batch_of
 from trainer.planning.depth import ENDS, Extended, at_depth, near_an_end
 from trainer.planning.form import Form, Size, form_of, sizes_for, take_sizes
 from trainer.planning.live import Moment
-from trainer.planning.simulate import Parts, ShapesOnly, Simulated, simulate
+from trainer.planning.simulate import ShapesOnly, Simulated, StepParts, simulate
 from trainer.step import Built
 
 
@@ -179,7 +179,7 @@ def _by_bucket(config: RunConfig) -> bool:
     return isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
 
 
-def _standing_for(parts: Parts, blocks: int, period: int | None) -> Parts:
+def _standing_for(parts: StepParts, blocks: int, period: int | None) -> StepParts:
     """`parts`, which know how much a model of `blocks` blocks trains if they are of fewer; its kinds repeat after `period`."""
 
     def trained(modules: list[nn.Module]) -> int:
@@ -213,7 +213,7 @@ def _at_depth(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]
         yield replace(config, model=with_blocks(config.model, depth, Path(place)))
 
 
-def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> Parts:
+def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
     """The parts of a rank's step, each of its micro-batches of sequences of `lengths` tokens; the model on meta."""
     precision = config.precision
     if precision is Precision.auto:
@@ -233,7 +233,7 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
     attach_frozen(built, config.model, config.objective, source, tokenizer)  # type: ignore[arg-type]
     accumulation = config.batch["global"] // (config.batch["micro"] * runtime.world_size)
     names = [name for name, _ in named_parameters(built.step_module)]
-    parts = Parts(
+    parts = StepParts(
         built=built,
         strategy=config.strategy,
         precision=precision,
@@ -247,7 +247,7 @@ def parts_of(config: RunConfig, lengths: list[int], runtime: Runtime, *, source:
     )
 
 
-def _micro_batch(parts: Parts, lengths: list[int], of: int) -> dict[str, Any]:
+def _micro_batch(parts: StepParts, lengths: list[int], of: int) -> dict[str, Any]:
     """One of `of` alike micro-batches of a step, of sequences of these lengths."""
     batch = micro_batch_of(parts.built, lengths)
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * of)

@@ -28,8 +28,8 @@ from trainer.data.prepare import Prepared
 from trainer.forecast.fitting import PATIENCE, answered_apart, one_step
 from trainer.forecast.lengths import Lengths, drawn
 from trainer.forecast.micro import needed_gib, simulated_form
-from trainer.forecast.plan import Choice, Job, Way, choices, micro_batches
-from trainer.forecast.tried import STEPS, Given, Trial, memory_gib, runs_out
+from trainer.forecast.plan import Choice, PlannedRun, Way, choices, micro_batches
+from trainer.forecast.tried import STEPS, Trial, TrialInputs, memory_gib, runs_out
 from trainer.objectives.registry import reading_of
 from trainer.planning.form import Form
 from trainer.planning.hardware import GIB, Card, card_named
@@ -68,7 +68,7 @@ class Proposal:
 
 
 def settle_strategy(
-    config: RunConfig, given: Given, say: Callable[[str], None], freeze: Callable[[RunConfig], None]
+    config: RunConfig, given: TrialInputs, say: Callable[[str], None], freeze: Callable[[RunConfig], None]
 ) -> RunConfig:
     """The run with its strategy: that of the configuration, or the one that is chosen here and handed to `freeze`.
 
@@ -154,7 +154,7 @@ def _card(name: str | None) -> Card | None:
     return None if name is None else card_named(name)
 
 
-def _runs_out(config: RunConfig, found: Proposal, given: Given) -> bool:
+def _runs_out(config: RunConfig, found: Proposal, given: TrialInputs) -> bool:
     """Whether two steps run out of memory on all ranks, of one document each where `batch.micro` is open too."""
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
@@ -257,7 +257,7 @@ class Planner:
     def _best(self, strategy: StrategyConfig, mode: ActivationCheckpointing, form: Form) -> Choice:
         """The strategy with the micro-batch that is typed, or the fastest that fits."""
         assert self.devices.card is not None
-        job = Job(
+        job = PlannedRun(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),
             precision=self.precision,
             nodes=self.devices.world // self.devices.local,

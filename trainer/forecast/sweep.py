@@ -15,7 +15,7 @@ from strategies.errors import ConfigError
 from strategies.parent import die_with_parent
 from trainer.config.run import RunConfig
 from trainer.forecast.fitting import simulable, unsimulated
-from trainer.forecast.plan import Choice, Job, PlanConfig, Way, choices
+from trainer.forecast.plan import Choice, PlanConfig, PlannedRun, Way, choices
 from trainer.planning.form import Form
 
 Tell = Callable[[int, int, str], None]
@@ -24,10 +24,10 @@ KILLED = "its simulation was killed; the host may lack memory, set plan.workers=
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PlanAnswer:
     """Every way with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
 
-    job: Job
+    job: PlannedRun
     found: list[Choice]
     """The best of each way."""
     all: list[Choice]
@@ -44,8 +44,13 @@ class Answer:
 
 
 def sweep(
-    found: list[Way], refused: list[tuple[Way, str]], job: Job, micros: list[int], settings: PlanConfig, tell: Tell
-) -> Answer:
+    found: list[Way],
+    refused: list[tuple[Way, str]],
+    job: PlannedRun,
+    micros: list[int],
+    settings: PlanConfig,
+    tell: Tell,
+) -> PlanAnswer:
     """Simulate each of `found`, for all of these micro-batches. Raises ConfigError where none could be simulated.
 
     `refused`: ways that were ruled out before, and why.
@@ -66,14 +71,16 @@ def sweep(
         raise ConfigError([refused[0][1]] if alike else [f"{' '.join(way.words)}: {why}" for way, why in refused])
     best = sorted(made, key=lambda index: _order(made[index][0]))
     every = [choice for all_of in made.values() for choice in all_of]
-    return Answer(job, [made[index][0] for index in best], sorted(every, key=_order), refused, simulated[best[0]])
+    return PlanAnswer(job, [made[index][0] for index in best], sorted(every, key=_order), refused, simulated[best[0]])
 
 
 def _order(choice: Choice) -> tuple[bool, float]:
     return not choice.fits, -choice.tokens_per_s if choice.fits else -choice.fit.margin
 
 
-def simulate_ways(found: list[Way], job: Job, accumulation: int, settings: PlanConfig, tell: Tell) -> list[Form | str]:
+def simulate_ways(
+    found: list[Way], job: PlannedRun, accumulation: int, settings: PlanConfig, tell: Tell
+) -> list[Form | str]:
     """The form of each way, or why it cannot be simulated."""
     length = int(job.lengths.longest[0])
     out: list[Form | str] = [""] * len(found)
@@ -123,7 +130,7 @@ def _begin(parent: int) -> None:
     os.dup2(nowhere, 2)
 
 
-def _simulate(config: RunConfig, length: int, accumulation: int, job: Job, exact: bool) -> Form | str:
+def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun, exact: bool) -> Form | str:
     from trainer.forecast.simulation import simulate_form
 
     # Left by ways before, and by what they imported: each simulation collects garbage, and need not look through it again.

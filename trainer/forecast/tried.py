@@ -27,7 +27,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class TrialInputs:
     """What a run has before its model is built."""
 
     tokenizer: Any
@@ -56,7 +56,7 @@ def memory_gib(runtime: Runtime) -> float:
     return USABLE * (there if free is None else min(there, free / GIB / runtime.local_world_size))
 
 
-def runs_out(config: RunConfig, given: Given, trial: Trial) -> bool:
+def runs_out(config: RunConfig, given: TrialInputs, trial: Trial) -> bool:
     """Whether two steps of the longest documents run out of memory on all ranks; nothing of them stays. All ranks must call.
 
     Raises DoesNotFit where some ranks run out alone.
@@ -75,7 +75,7 @@ def runs_out(config: RunConfig, given: Given, trial: Trial) -> bool:
     return agreed(trial, why, given.runtime)
 
 
-def take_steps(config: RunConfig, given: Given) -> None:
+def take_steps(config: RunConfig, given: TrialInputs) -> None:
     """Two steps of the longest documents by an engine that is closed again. All ranks must call."""
     engine, built, _ = build_engine(config, given.tokenizer, given.data, given.precision, given.runtime)
     if built.step_module.around_update is not None:

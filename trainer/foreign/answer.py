@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TranslatedSetting:
     """Our words for one of theirs."""
 
     words: Mapping[str, str] = field(default_factory=dict)
@@ -20,7 +20,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Theirs:
+class ForeignSettings:
     """All settings that were written, by their plain names, and how many ranks there are, where that is known."""
 
     given: Mapping[str, str]

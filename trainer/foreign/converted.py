@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strategies.redaction import redacted
-from trainer.foreign.answer import Answer
+from trainer.foreign.answer import TranslatedSetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Converted:
     empty: list[str] = field(default_factory=list)
     """Settings that their file names and leaves without a value."""
 
-    def take(self, setting: str, value: Any, answer: Answer) -> None:
+    def take(self, setting: str, value: Any, answer: TranslatedSetting) -> None:
         """File an answer. Of two that contradict each other the first one stays, and the other is told."""
         text = shown_of(setting, value)
         new = {key: ours for key, ours in answer.words.items() if key not in self.words}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.foreign.answer import Answer, listed
+from trainer.foreign.answer import TranslatedSetting, listed
 from trainer.foreign.converted import Converted, text_of
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".xz", ".bz2")
@@ -85,11 +85,11 @@ def axolotl(entries: Any, setting: str, into: Converted, base: Path) -> None:
             continue
         needs_source = several or entry.get("name") or entry.get("split") not in (None, "train") or "revision" in entry
         prefix = f"data.sources.{source_name(path, into)}" if needs_source else "data"
-        into.take(f"{name}.path", entry.get("path"), Answer({f"{prefix}.path": path}))
+        into.take(f"{name}.path", entry.get("path"), TranslatedSetting({f"{prefix}.path": path}))
         _axolotl_entry(entry, name, prefix, into)
     if paths:
         value = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
-        into.take(f"{setting}.path", value, Answer({"data.eval_path": value}))
+        into.take(f"{setting}.path", value, TranslatedSetting({"data.eval_path": value}))
 
 
 def _rest_of_held_out(entry: Mapping[str, Any], name: str, into: Converted) -> None:
@@ -97,7 +97,7 @@ def _rest_of_held_out(entry: Mapping[str, Any], name: str, into: Converted) -> N
         if key in ("path", "data_files", "ds_type"):
             continue
         why = "held-out files are read as the training data's are, and of the hub's data sets by data.eval_path alone"
-        into.take(f"{name}.{key}", value, Answer(said=why, needless=key == "type"))
+        into.take(f"{name}.{key}", value, TranslatedSetting(said=why, needless=key == "type"))
 
 
 def _axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, into: Converted) -> None:
@@ -117,23 +117,25 @@ def _axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, into: Conve
             _axolotl_type(value, said, prefix, into)
         elif key in columns:
             column = columns[key]
-            into.take(said, value, Answer({f"{prefix}.columns.{column}": text} if column != text else {}))
+            into.take(said, value, TranslatedSetting({f"{prefix}.columns.{column}": text} if column != text else {}))
         elif key in ("name", "revision") and prefix != "data":
-            into.take(said, value, Answer({f"{prefix}.{'subset' if key == 'name' else key}": text}))
+            into.take(said, value, TranslatedSetting({f"{prefix}.{'subset' if key == 'name' else key}": text}))
         elif key == "split" and "[" in text:
             into.lack(said, value, "a split is taken whole; data.max_documents reads the first documents alone")
         elif key == "split":
-            into.take(said, value, Answer({f"{prefix}.split": text} if prefix != "data" else {}))
+            into.take(said, value, TranslatedSetting({f"{prefix}.split": text} if prefix != "data" else {}))
         elif key in ("ds_type", "message_field_role", "message_field_content", "message_property_mappings"):
             why = "the ending of a file, and the keys of its turns, say how it is read"
-            into.take(said, value, Answer(said=why, needless=True))
+            into.take(said, value, TranslatedSetting(said=why, needless=True))
         elif key == "roles_to_train":
             roles = {"gpt": "assistant", "human": "user"}
             names = [roles.get(each, each) for each in listed(text)]
-            into.take(said, value, Answer({"data.learn.roles": f"[{','.join(names)}]"}))
+            into.take(said, value, TranslatedSetting({"data.learn.roles": f"[{','.join(names)}]"}))
         elif key == "train_on_eos":
             into.take(
-                said, value, Answer(said="the end of each learned turn is learned", needless=text in ("turn", "all"))
+                said,
+                value,
+                TranslatedSetting(said="the end of each learned turn is learned", needless=text in ("turn", "all")),
             )
         else:
             into.lack(said, value, "data has no such setting; docs/data-preparation.md says how rows are read")
@@ -151,7 +153,7 @@ def _axolotl_type(value: Any, said: str, prefix: str, into: Converted) -> None:
     words = {f"{prefix}.format": ours}
     if ours == "text" and prefix == "data":
         words["objective"] = "pretrain"
-    into.take(said, value, Answer(words, remark))
+    into.take(said, value, TranslatedSetting(words, remark))
 
 
 def factory(names: str, setting: str, directory: str, into: Converted, base: Path) -> None:
@@ -177,11 +179,11 @@ def factory(names: str, setting: str, directory: str, into: Converted, base: Pat
             paths.append(path)
             continue
         prefix = f"data.sources.{source_name(name, into)}" if len(chosen) > 1 or _of_hub(entry) else "data"
-        into.take(setting, name, Answer({f"{prefix}.path": path}))
+        into.take(setting, name, TranslatedSetting({f"{prefix}.path": path}))
         _factory_entry(entry, f"dataset_info.json: {name}", prefix, into)
     if paths:
         value = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
-        into.take(setting, names, Answer({"data.eval_path": value}))
+        into.take(setting, names, TranslatedSetting({"data.eval_path": value}))
 
 
 def _of_hub(entry: Mapping[str, Any]) -> bool:
@@ -200,7 +202,7 @@ def _factory_entry(entry: Mapping[str, Any], name: str, prefix: str, into: Conve
         "pretrain" if into.words.get("objective") == "pretrain" else "ranking" if entry.get("ranking") else formatting
     )
     form = {"pretrain": "text", "alpaca": "alpaca", "sharegpt": "sharegpt"}.get(kind)
-    into.take(f"{name}.formatting", formatting, Answer({f"{prefix}.format": form} if form else {}))
+    into.take(f"{name}.formatting", formatting, TranslatedSetting({f"{prefix}.format": form} if form else {}))
     given = entry.get("columns") or {}
     columns = {**({"prompt": "instruction"} if kind == "ranking" and formatting == "alpaca" else {}), **given}
     for theirs, column in columns.items():
@@ -209,15 +211,17 @@ def _factory_entry(entry: Mapping[str, Any], name: str, prefix: str, into: Conve
         if ours is None:
             into.lack(said, column, "rows have no such column here")
         else:
-            into.take(said, column, Answer({} if ours == column else {f"{prefix}.columns.{ours}": str(column)}))
+            into.take(
+                said, column, TranslatedSetting({} if ours == column else {f"{prefix}.columns.{ours}": str(column)})
+            )
     for key, value in entry.items():
         said = f"{name}.{key}"
         if key in ("file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns"):
             continue
         if key in ("subset", "split") and prefix != "data":
-            into.take(said, value, Answer({f"{prefix}.{key}": text_of(value)}))
+            into.take(said, value, TranslatedSetting({f"{prefix}.{key}": text_of(value)}))
         elif key == "ranking":
-            into.take(said, value, Answer(said="two answers are recognised by their columns", needless=True))
+            into.take(said, value, TranslatedSetting(said="two answers are recognised by their columns", needless=True))
         else:
             into.lack(said, value, "the keys of turns are recognised; data.columns renames columns")
 

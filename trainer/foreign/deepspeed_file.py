@@ -6,31 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.foreign import rules
-from trainer.foreign.answer import Answer, Theirs, is_true, number, shown
+from trainer.foreign.answer import ForeignSettings, TranslatedSetting, is_true, number, shown
 from trainer.foreign.converted import Converted, text_of, texts
 from trainer.foreign.names import answer
 
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 OF_TOP = {
-    "prescale_gradients gradient_predivide_factor communication_data_type sparse_gradients data_types": Answer(
+    "prescale_gradients gradient_predivide_factor communication_data_type sparse_gradients data_types": TranslatedSetting(
         said="gradients are averaged over all tokens of a step, in the precision that the strategy chooses"
     ),
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer": Answer(
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer": TranslatedSetting(
         said="docs/optimizers.md says which optimizer runs with ZeRO", needless=True
     ),
-    "wall_clock_breakdown dump_state memory_breakdown": Answer(
+    "wall_clock_breakdown dump_state memory_breakdown": TranslatedSetting(
         said="logging.step_parts=true tells the parts of a step", needless=True
     ),
 }
 OF_ZERO = {
-    "reduce_bucket_size allgather_bucket_size": Answer(
+    "reduce_bucket_size allgather_bucket_size": TranslatedSetting(
         said="strategy.bucket_mib sets both, in MiB instead of elements; it is chosen for the hardware otherwise"
     ),
-    "stage3_prefetch_bucket_size": Answer(said="strategy.prefetch_mib sets it, in MiB instead of elements"),
-    "overlap_comm contiguous_gradients allgather_partitions reduce_scatter round_robin_gradients": Answer(
+    "stage3_prefetch_bucket_size": TranslatedSetting(said="strategy.prefetch_mib sets it, in MiB instead of elements"),
+    "overlap_comm contiguous_gradients allgather_partitions reduce_scatter round_robin_gradients": TranslatedSetting(
         said="chosen for the hardware", needless=True
     ),
-    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save": Answer(
+    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save": TranslatedSetting(
         said="export/ always holds whole weights", needless=True
     ),
 }
@@ -39,7 +39,7 @@ NOT_HERE = "it is not passed on to DeepSpeed: what its engine is told is derived
 
 def convert(tree: Mapping[str, Any], into: Converted, outer: Mapping[str, str] | None = None, prefix: str = "") -> None:
     """File every setting of `tree`; `outer` are those of the trainer that named the file, which go before it."""
-    theirs = Theirs({**texts(tree), **(outer or {})})
+    theirs = ForeignSettings({**texts(tree), **(outer or {})})
     for key, value in tree.items():
         name, block = f"{prefix}{key}", value if isinstance(value, dict) else None
         if _is_auto(value):
@@ -55,21 +55,21 @@ def convert(tree: Mapping[str, Any], into: Converted, outer: Mapping[str, str] |
         elif key in ("wandb", "tensorboard") and block is not None:
             _tracker(key, block, into, name)
         elif key == "steps_per_print":
-            into.take(name, value, Answer({"logging.every_steps": text_of(value)}))
+            into.take(name, value, TranslatedSetting({"logging.every_steps": text_of(value)}))
         elif (said := _of(OF_TOP, key)) is not None:
             into.take(name, value, said)
         elif key == "activation_checkpointing":
             into.lack(name, value, "strategy.activation_checkpointing=full or selective recomputes activations")
         else:
             known = None if block is not None else answer(key, theirs) if str(key) in theirs.given else None
-            into.take(name, value, known or Answer(said=NOT_HERE))
+            into.take(name, value, known or TranslatedSetting(said=NOT_HERE))
 
 
 def _is_auto(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.lower() in ("auto", ""))
 
 
-def _of(table: Mapping[str, Answer], key: str) -> Answer | None:
+def _of(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
     return next((said for names, said in table.items() if key in names.split()), None)
 
 
@@ -78,7 +78,11 @@ def _zero(block: Mapping[str, Any], into: Converted, name: str) -> None:
     known = given in ("0", "1", "2", "3")
     words = rules.zero_words({**block, "stage": given if known else "0"})
     stage = words["strategy"]
-    said = Answer({"strategy": stage}) if known else Answer(said="strategy is ddp, zero1, zero2 or zero3; type one")
+    said = (
+        TranslatedSetting({"strategy": stage})
+        if known
+        else TranslatedSetting(said="strategy is ddp, zero1, zero2 or zero3; type one")
+    )
     into.take(f"{name}.stage", given, said)
     for key, value in block.items():
         inner = f"{name}.{key}"
@@ -90,13 +94,17 @@ def _zero(block: Mapping[str, Any], into: Converted, name: str) -> None:
             _offload(key, value, words, into, inner)
         elif key == "cpu_offload":
             on = {"strategy.offload_optimizer": "cpu"} if stage != "ddp" else {}
-            into.take(inner, value, Answer(on) if is_true(text_of(value)) else Answer(needless=True))
+            into.take(
+                inner, value, TranslatedSetting(on) if is_true(text_of(value)) else TranslatedSetting(needless=True)
+            )
         elif key in ("stage3_param_persistence_threshold", "param_persistence_threshold") and stage == "zero3":
-            into.take(inner, value, Answer({"strategy.persistence_threshold": shown(number(text_of(value)) or 0)}))
+            into.take(
+                inner, value, TranslatedSetting({"strategy.persistence_threshold": shown(number(text_of(value)) or 0)})
+            )
         elif key.startswith("stage3_") and stage != "zero3":
-            into.take(inner, value, Answer(said="of stage 3 alone", needless=True))
+            into.take(inner, value, TranslatedSetting(said="of stage 3 alone", needless=True))
         else:
-            into.take(inner, value, _of(OF_ZERO, key) or Answer(said=NOT_HERE))
+            into.take(inner, value, _of(OF_ZERO, key) or TranslatedSetting(said=NOT_HERE))
 
 
 def _offload(key: str, block: Mapping[str, Any], words: Mapping[str, str], into: Converted, name: str) -> None:
@@ -104,11 +112,17 @@ def _offload(key: str, block: Mapping[str, Any], words: Mapping[str, str], into:
     used = {each: words[each] for each in (ours, "strategy.nvme_path") if each in words}
     for inner, value in block.items():
         if inner == "device":
-            into.take(f"{name}.device", value, Answer({ours: words[ours]}) if ours in words else Answer(needless=True))
+            into.take(
+                f"{name}.device",
+                value,
+                TranslatedSetting({ours: words[ours]}) if ours in words else TranslatedSetting(needless=True),
+            )
         elif inner == "nvme_path" and "strategy.nvme_path" in used:
-            into.take(f"{name}.nvme_path", value, Answer({"strategy.nvme_path": used["strategy.nvme_path"]}))
+            into.take(f"{name}.nvme_path", value, TranslatedSetting({"strategy.nvme_path": used["strategy.nvme_path"]}))
         elif inner == "pin_memory":
-            into.take(f"{name}.pin_memory", value, Answer(said="host memory is pinned on GPUs", needless=True))
+            into.take(
+                f"{name}.pin_memory", value, TranslatedSetting(said="host memory is pinned on GPUs", needless=True)
+            )
         else:
             into.lack(f"{name}.{inner}", value, NOT_HERE)
 
@@ -123,14 +137,18 @@ def _precision(
         elif inner != "enabled":
             on = is_true(text_of(block.get("enabled")))
             why = "the loss scale of fp16 finds itself" if ours == "fp16" else NOT_HERE
-            into.take(f"{name}.{inner}", value, Answer(said=why) if on else Answer(said="it is off", needless=True))
+            into.take(
+                f"{name}.{inner}",
+                value,
+                TranslatedSetting(said=why) if on else TranslatedSetting(said="it is off", needless=True),
+            )
         elif is_true(text_of(value)):
-            into.take(f"{name}.enabled", value, Answer({"precision": ours}))
+            into.take(f"{name}.enabled", value, TranslatedSetting({"precision": ours}))
         else:
             others = [tree.get(other) for other in ("fp16", "bf16", "bfloat16") if other != key]
             says = any(isinstance(other, dict) and not _is_off(other.get("enabled", False)) for other in others)
-            off = Answer({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
-            into.take(f"{name}.enabled", value, off if alone and not says else Answer(needless=True))
+            off = TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
+            into.take(f"{name}.enabled", value, off if alone and not says else TranslatedSetting(needless=True))
 
 
 def _is_off(value: Any) -> bool:
@@ -151,16 +169,20 @@ def _parameters(block: Mapping[str, Any], into: Converted, name: str) -> Mapping
 def _optimizer(block: Mapping[str, Any], into: Converted, name: str) -> None:
     kind, parameters = block.get("type"), _parameters(block, into, name)
     if kind is not None:
-        into.take(f"{name}.type", kind, rules.CHOICES["optim"](text_of(kind), Theirs({})))
+        into.take(f"{name}.type", kind, rules.CHOICES["optim"](text_of(kind), ForeignSettings({})))
     for key, value in parameters.items():
         if _is_auto(value):
             into.empty.append(f"{name}.params.{key}")
         elif key in ("lr", "betas", "eps", "weight_decay", "momentum"):
-            into.take(f"{name}.params.{key}", value, Answer({f"optim.{key}": text_of(value)}))
+            into.take(f"{name}.params.{key}", value, TranslatedSetting({f"optim.{key}": text_of(value)}))
         else:
             why = "the weights decay apart from the gradients, whatever the library behind it"
             torch_only = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(text_of(value))
-            into.take(f"{name}.params.{key}", value, Answer(said=why if torch_only else NOT_HERE, needless=torch_only))
+            into.take(
+                f"{name}.params.{key}",
+                value,
+                TranslatedSetting(said=why if torch_only else NOT_HERE, needless=torch_only),
+            )
     for key in block.keys() - {"type", "params"}:
         into.lack(f"{name}.{key}", block[key], NOT_HERE)
 
@@ -172,7 +194,7 @@ def _scheduler(block: Mapping[str, Any], into: Converted, name: str) -> None:
     else:
         logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
         remark = "the rate rises linearly here, and there by the logarithm of the step" if logarithmic else ""
-        into.take(f"{name}.type", kind, Answer({"schedule": SCHEDULES[kind]}, remark))
+        into.take(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, remark))
     ours = {
         "warmup_num_steps": "schedule.warmup_steps",
         "warmup_max_lr": "optim.lr",
@@ -183,9 +205,13 @@ def _scheduler(block: Mapping[str, Any], into: Converted, name: str) -> None:
         if _is_auto(value):
             into.empty.append(f"{name}.params.{key}")
         elif key in ours:
-            into.take(f"{name}.params.{key}", value, Answer({ours[key]: text_of(value)}))
+            into.take(f"{name}.params.{key}", value, TranslatedSetting({ours[key]: text_of(value)}))
         elif (key == "warmup_min_lr" and not number(text_of(value))) or key == "warmup_type":
-            into.take(f"{name}.params.{key}", value, Answer(said="the rate rises linearly from near 0", needless=True))
+            into.take(
+                f"{name}.params.{key}",
+                value,
+                TranslatedSetting(said="the rate rises linearly from near 0", needless=True),
+            )
         else:
             into.lack(
                 f"{name}.params.{key}", value, "the schedule has no such setting; docs/config.md lists schedule.*"
@@ -197,11 +223,11 @@ def _tracker(key: str, block: Mapping[str, Any], into: Converted, name: str) -> 
     for inner, value in block.items():
         if inner == "enabled":
             ours = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
-            into.take(f"{name}.enabled", value, Answer(ours) if on else Answer(needless=True))
+            into.take(f"{name}.enabled", value, TranslatedSetting(ours) if on else TranslatedSetting(needless=True))
         elif key == "wandb" and on and inner in ("project", "group"):
-            into.take(f"{name}.{inner}", value, Answer({f"logging.{inner}": text_of(value)}))
+            into.take(f"{name}.{inner}", value, TranslatedSetting({f"logging.{inner}": text_of(value)}))
         elif key == "wandb" and on and inner == "team":
-            into.take(f"{name}.team", value, Answer({"logging.entity": text_of(value)}))
+            into.take(f"{name}.team", value, TranslatedSetting({"logging.entity": text_of(value)}))
         else:
             why = "logs are in the run directory" if on else "it is off"
-            into.take(f"{name}.{inner}", value, Answer(said=why, needless=True))
+            into.take(f"{name}.{inner}", value, TranslatedSetting(said=why, needless=True))

@@ -10,7 +10,7 @@ from typing import Any
 from strategies import durable
 from strategies.errors import ConfigError
 from trainer.foreign import datasets, deepspeed_file, rules
-from trainer.foreign.answer import Answer, Theirs, number, shown
+from trainer.foreign.answer import ForeignSettings, TranslatedSetting, number, shown
 from trainer.foreign.converted import Converted, text_of, texts
 from trainer.foreign.names import NAMES, answer, plain
 
@@ -136,24 +136,26 @@ def _convert(tree: Mapping[str, Any], into: Converted, base: Path, ranks: int | 
         for key, value in DEFAULTS.get(into.trainer, {}).items()
         if key not in given and not any(other in given for other in INSTEAD.get(key, ()))
     }
-    theirs = Theirs({**defaults, **given}, ranks)
+    theirs = ForeignSettings({**defaults, **given}, ranks)
     if into.trainer == AXOLOTL and "adapter" not in given:
-        into.take("adapter", "(none)", Answer({"tuning": "full"}))
+        into.take("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     for key in sorted(tree, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST)):
         _one(str(key), tree, theirs, into, base)
     for key, value in defaults.items():
         said = answer(key, theirs)
-        into.take(key, f"{value} (what {into.trainer} does)", said or Answer(needless=True))
+        into.take(key, f"{value} (what {into.trainer} does)", said or TranslatedSetting(needless=True))
     if into.trainer == FACTORY and into.words.get("tuning") == "lora":
         rank = number(theirs.get("lora_rank")) or 8
-        into.take("lora_rank", f"{shown(rank)}", Answer({"tuning.rank": shown(rank)}))
+        into.take("lora_rank", f"{shown(rank)}", TranslatedSetting({"tuning.rank": shown(rank)}))
         if "lora_alpha" not in given:
             into.take(
-                "lora_alpha", "twice the rank (what LLaMA-Factory does)", Answer({"tuning.alpha": shown(2 * rank)})
+                "lora_alpha",
+                "twice the rank (what LLaMA-Factory does)",
+                TranslatedSetting({"tuning.alpha": shown(2 * rank)}),
             )
 
 
-def _one(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted, base: Path) -> None:
+def _one(key: str, tree: Mapping[str, Any], theirs: ForeignSettings, into: Converted, base: Path) -> None:
     """File one setting of the outermost level."""
     value, name = tree[key], plain(key)
     if value is None or value in ("", [], {}):
@@ -164,9 +166,9 @@ def _one(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted, bas
         names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         datasets.factory(names, name, str(tree.get("dataset_dir", "data")), into, base)
     elif name == "dataset_dir":
-        into.take(key, value, Answer(said="files are named whole in data.path", needless=True))
+        into.take(key, value, TranslatedSetting(said="files are named whole in data.path", needless=True))
     elif name in ("dataset", "dataset_name", "dataset_path"):
-        into.take(key, value, Answer({"data.path": datasets.place(text_of(value), base)}))
+        into.take(key, value, TranslatedSetting({"data.path": datasets.place(text_of(value), base)}))
     elif name == "deepspeed":
         _deepspeed(value, theirs, into, base)
     elif name in ("fsdp", "fsdp_config"):
@@ -177,19 +179,19 @@ def _one(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted, bas
     elif name == "deepspeed_config" and isinstance(value, dict):
         _accelerated(value, theirs, into, base)
     elif name in STARTING:
-        into.take(key, value, Answer(said="processes are started by launcher.*", needless=True))
+        into.take(key, value, TranslatedSetting(said="processes are started by launcher.*", needless=True))
     elif name not in NAMES:
         into.lack(key, value, UNKNOWN)
     elif isinstance(value, dict):
-        said = answer(name, Theirs({**theirs.given, name: text_of(value)}))
+        said = answer(name, ForeignSettings({**theirs.given, name: text_of(value)}))
         why = said.said if said and said.said else "a block of settings has no equal as a whole"
-        into.take(key, value, Answer(said=why, needless=said is not None and said.needless))
+        into.take(key, value, TranslatedSetting(said=why, needless=said is not None and said.needless))
     else:
         said = answer(name, theirs)
-        into.take(key, value, said or Answer(said=UNKNOWN))
+        into.take(key, value, said or TranslatedSetting(said=UNKNOWN))
 
 
-def _deepspeed(value: Any, theirs: Theirs, into: Converted, base: Path) -> None:
+def _deepspeed(value: Any, theirs: ForeignSettings, into: Converted, base: Path) -> None:
     if isinstance(value, dict):
         deepspeed_file.convert(value, into, theirs.given, "deepspeed.")
         return
@@ -199,11 +201,11 @@ def _deepspeed(value: Any, theirs: Theirs, into: Converted, base: Path) -> None:
     if not here:
         into.take("deepspeed", value, rules.deepspeed(text_of(value), theirs))
         return
-    into.take("deepspeed", value, Answer(said="its settings are turned one by one", needless=True))
+    into.take("deepspeed", value, TranslatedSetting(said="its settings are turned one by one", needless=True))
     deepspeed_file.convert(read(here[0]), into, theirs.given, f"{here[0].name}: ")
 
 
-def _accelerated(block: dict[str, Any], theirs: Theirs, into: Converted, base: Path) -> None:
+def _accelerated(block: dict[str, Any], theirs: ForeignSettings, into: Converted, base: Path) -> None:
     """accelerate's own block about DeepSpeed, which may name a file of DeepSpeed's."""
     names = {
         "zero_stage": "stage",
@@ -219,16 +221,19 @@ def _accelerated(block: dict[str, Any], theirs: Theirs, into: Converted, base: P
             zero |= {} if key == "zero_stage" else {names[key]: {"device": text_of(value)}}
             found = Converted(into.trainer)
             deepspeed_file.convert({"zero_optimization": zero}, found)
-            into.take(said, value, Answer(found.words, needless=not found.words))
+            into.take(said, value, TranslatedSetting(found.words, needless=not found.words))
         elif plain(key) in NAMES:
             into.take(
-                said, value, answer(key, Theirs({**theirs.given, plain(key): text_of(value)})) or Answer(said=UNKNOWN)
+                said,
+                value,
+                answer(key, ForeignSettings({**theirs.given, plain(key): text_of(value)}))
+                or TranslatedSetting(said=UNKNOWN),
             )
         else:
             into.lack(said, value, deepspeed_file.NOT_HERE)
 
 
-def _fsdp(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted) -> None:
+def _fsdp(key: str, tree: Mapping[str, Any], theirs: ForeignSettings, into: Converted) -> None:
     """`fsdp` and `fsdp_config` decide together."""
     block = tree.get("fsdp_config")
     block = block if isinstance(block, dict) else {}
@@ -247,10 +252,10 @@ def _fsdp(key: str, tree: Mapping[str, Any], theirs: Theirs, into: Converted) ->
     for name, value in block.items():
         if name.removeprefix("fsdp_") in WRAPPING:
             why = "the repeated blocks of the model are sharded, and export/ is written, without it"
-            into.take(f"fsdp_config.{name}", value, Answer(said=why, needless=True))
+            into.take(f"fsdp_config.{name}", value, TranslatedSetting(said=why, needless=True))
         elif name.removeprefix("fsdp_") in decided:
-            into.take(f"fsdp_config.{name}", value, Answer(said="read together with fsdp", needless=True))
+            into.take(f"fsdp_config.{name}", value, TranslatedSetting(said="read together with fsdp", needless=True))
         elif name in ("fsdp_activation_checkpointing", "activation_checkpointing") and value is True:
-            into.take(f"fsdp_config.{name}", value, Answer({"strategy.activation_checkpointing": "full"}))
+            into.take(f"fsdp_config.{name}", value, TranslatedSetting({"strategy.activation_checkpointing": "full"}))
         else:
             into.lack(f"fsdp_config.{name}", value, UNKNOWN)

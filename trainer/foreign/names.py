@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from trainer.foreign import rules
-from trainer.foreign.answer import Answer, Theirs
+from trainer.foreign.answer import ForeignSettings, TranslatedSetting
 from trainer.foreign.rules import Rule, choice, needless, none, same, switch
 
 LORA = {"tuning": "lora"}
 
 
 def _lora(key: str) -> Rule:
-    return lambda value, _: Answer({**LORA, f"tuning.{key}": value})
+    return lambda value, _: TranslatedSetting({**LORA, f"tuning.{key}": value})
 
 
 def _named(names: str, rule: Rule) -> dict[str, Rule]:
@@ -63,7 +63,7 @@ MODEL = {
     **_named("load_in_4bit", switch({"model.quantisation": "nf4"})),
     **_named("load_in_8bit", switch({"model.quantisation": "int8"})),
     **_named("quantization_bit", rules.bits),
-    **_named("lora_model_dir adapter_name_or_path", lambda value, _: Answer({**LORA, "tuning.from": value})),
+    **_named("lora_model_dir adapter_name_or_path", lambda value, _: TranslatedSetting({**LORA, "tuning.from": value})),
     **_named("lora_r lora_rank", _lora("rank")),
     **_named("lora_alpha", _lora("alpha")),
     **_named("lora_dropout", _lora("dropout")),
@@ -71,7 +71,8 @@ MODEL = {
     **_named("lora_target_linear", switch({**LORA, "tuning.targets": "all-linear"})),
     **_named("lora_modules_to_save modules_to_save", _lora("modules_to_save")),
     **_named(
-        "additional_target", lambda value, _: Answer({**LORA, "tuning.modules_to_save": f"[{value.strip('[]')}]"})
+        "additional_target",
+        lambda value, _: TranslatedSetting({**LORA, "tuning.modules_to_save": f"[{value.strip('[]')}]"}),
     ),
     **_named("use_rslora peft_use_rslora", switch({**LORA, "tuning.rslora": "true"})),
     **_named("use_dora peft_use_dora", switch({**LORA, "tuning.dora": "true"})),
@@ -102,7 +103,10 @@ DATA = {
     **_named("max_samples max_train_samples", same("data.max_documents")),
     **_named("max_eval_samples", same("evaluation.max_documents")),
     **_named("preprocessing_num_workers dataset_num_proc dataset_processes num_proc", same("data.workers")),
-    **_named("dataset_text_field", lambda value, _: Answer({"data.columns.text": value} if value != "text" else {})),
+    **_named(
+        "dataset_text_field",
+        lambda value, _: TranslatedSetting({"data.columns.text": value} if value != "text" else {}),
+    ),
     **_named("train_on_inputs train_on_prompt", rules.whole_prompts),
     **_named(
         "completion_only_loss assistant_only_loss", needless("answers alone are learned, unless data.learn says more")
@@ -153,7 +157,8 @@ TELLING = {
     **_named("eval_strategy evaluation_strategy", lambda value, theirs: _when(value)),
     **_named("per_device_eval_batch_size eval_batch_size", same("evaluation.batch")),
     **_named(
-        "metric_for_best_model", lambda value, _: Answer({"evaluation.watch": f"eval/{value.removeprefix('eval_')}"})
+        "metric_for_best_model",
+        lambda value, _: TranslatedSetting({"evaluation.watch": f"eval/{value.removeprefix('eval_')}"}),
     ),
     **_named("greater_is_better", same("evaluation.greater_is_better")),
     **_named("early_stopping_patience", same("evaluation.patience")),
@@ -171,27 +176,27 @@ def plain(name: str) -> str:
     return name.lstrip("-+~").replace("-", "_").rsplit(".", 1)[-1].lower()
 
 
-def answer(name: str, theirs: Theirs) -> Answer | None:
+def answer(name: str, theirs: ForeignSettings) -> TranslatedSetting | None:
     """What `name` of `theirs.given` is here; None where no other trainer has it either."""
     rule = NAMES.get(plain(name))
     return None if rule is None else rule(theirs.given[plain(name)], theirs)
 
 
-def _objective(value: str, theirs: Theirs) -> Answer:
+def _objective(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     if value.lower() == "ipo":
         return _pair_loss("ipo")
     return choice("objective", rules.OBJECTIVES)(value, theirs)
 
 
-def _pair_loss(value: str) -> Answer:
+def _pair_loss(value: str) -> TranslatedSetting:
     if value in ("orpo", "simpo"):
-        return Answer({"objective": value})
+        return TranslatedSetting({"objective": value})
     if value in ("sigmoid", "ipo", "hinge"):
-        return Answer({"objective": "dpo", "objective.loss_type": value})
-    return Answer(said="objective=dpo has objective.loss_type=sigmoid, ipo or hinge")
+        return TranslatedSetting({"objective": "dpo", "objective.loss_type": value})
+    return TranslatedSetting(said="objective=dpo has objective.loss_type=sigmoid, ipo or hinge")
 
 
-def _when(value: str) -> Answer:
+def _when(value: str) -> TranslatedSetting:
     if value.lower() in ("no", "none", "false"):
-        return Answer({"evaluation": "none"})
-    return Answer(said="evaluation.every_steps says how often; at the end it is always done")
+        return TranslatedSetting({"evaluation": "none"})
+    return TranslatedSetting(said="evaluation.every_steps says how often; at the end it is always done")

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.foreign.answer import Answer, Theirs, is_set, is_true, listed, number, shown
+from trainer.foreign.answer import ForeignSettings, TranslatedSetting, is_set, is_true, listed, number, shown
 
-Rule = Callable[[str, Theirs], Answer]
+Rule = Callable[[str, ForeignSettings], TranslatedSetting]
 MICRO = (
     "per_device_train_batch_size",
     "micro_batch_size",
@@ -52,23 +52,25 @@ ATTENTION = {
 
 def same(key: str) -> Rule:
     """The same under another name."""
-    return lambda value, _: Answer({key: value})
+    return lambda value, _: TranslatedSetting({key: value})
 
 
 def switch(on: dict[str, str], off: dict[str, str] | None = None, said: str = "") -> Rule:
     """Words for a switch that is on, and for one that is off."""
-    return lambda value, _: Answer(on, said) if is_true(value) else Answer(off or {}, needless=not off)
+    return lambda value, _: (
+        TranslatedSetting(on, said) if is_true(value) else TranslatedSetting(off or {}, needless=not off)
+    )
 
 
 def choice(key: str, table: dict[str, str], said: str = "") -> Rule:
     """A name of ours by one of theirs."""
 
-    def rule(value: str, _: Theirs) -> Answer:
+    def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         ours = next((name for name, others in table.items() if value.lower() in others.split()), None)
         return (
-            Answer({key: ours}, said)
+            TranslatedSetting({key: ours}, said)
             if ours
-            else Answer(said=f"there is no {value} here; {key} is one of {', '.join(table)}")
+            else TranslatedSetting(said=f"there is no {value} here; {key} is one of {', '.join(table)}")
         )
 
     return rule
@@ -76,54 +78,56 @@ def choice(key: str, table: dict[str, str], said: str = "") -> Rule:
 
 def none(why: str) -> Rule:
     """Nothing here does that."""
-    return lambda value, _: Answer(said=why)
+    return lambda value, _: TranslatedSetting(said=why)
 
 
 def needless(why: str) -> Rule:
     """Nothing is to be set."""
-    return lambda value, _: Answer(said=why, needless=True)
+    return lambda value, _: TranslatedSetting(said=why, needless=True)
 
 
-def batch(value: str, theirs: Theirs) -> Answer:
+def batch(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Documents a rank and forward pass, and what follows for the whole step."""
     micro, times = number(theirs.get(*MICRO)), number(theirs.get("gradient_accumulation_steps")) or 1
     whole = number(theirs.get("train_batch_size"))
     if micro is None and whole is None:
-        return Answer(
+        return TranslatedSetting(
             said="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
         )
     words = {} if micro is None else {"batch.micro": shown(micro)}
     if whole is not None:
-        return Answer({**words, "batch.global": shown(whole)})
+        return TranslatedSetting({**words, "batch.global": shown(whole)})
     assert micro is not None
     ranks = theirs.ranks or 1
     reckoned = f"{shown(micro)} per device x {shown(times)} accumulation x {ranks} rank{'s' if ranks > 1 else ''}"
     more = "" if theirs.ranks else "; with more ranks, times their number"
-    return Answer({**words, "batch.global": shown(micro * times * ranks)}, f"batch.global: {reckoned}{more}")
+    return TranslatedSetting({**words, "batch.global": shown(micro * times * ranks)}, f"batch.global: {reckoned}{more}")
 
 
-def steps(value: str, theirs: Theirs) -> Answer:
+def steps(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """A budget in steps, where it is one."""
     if (number(value) or 0) > 0:
-        return Answer({"budget.steps": value})
-    return Answer(said="no limit; budget.epochs says how long", needless=True)
+        return TranslatedSetting({"budget.steps": value})
+    return TranslatedSetting(said="no limit; budget.epochs says how long", needless=True)
 
 
-def epochs(value: str, theirs: Theirs) -> Answer:
+def epochs(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """A budget in passes, unless steps are given."""
     if (number(theirs.get("max_steps")) or 0) > 0:
-        return Answer(said="max_steps goes before it there, and exactly one budget is given here", needless=True)
-    return Answer({"budget.epochs": shown(passes) if (passes := number(value)) is not None else value})
+        return TranslatedSetting(
+            said="max_steps goes before it there, and exactly one budget is given here", needless=True
+        )
+    return TranslatedSetting({"budget.epochs": shown(passes) if (passes := number(value)) is not None else value})
 
 
-def held_out(value: str, theirs: Theirs) -> Answer:
+def held_out(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """A share of the training data; a number of documents is none."""
     share = number(value) or 0
     if share == 0:
-        return Answer(needless=True)
+        return TranslatedSetting(needless=True)
     if share <= 0.5:
-        return Answer({"data.eval_share": shown(share)})
-    return Answer(
+        return TranslatedSetting({"data.eval_share": shown(share)})
+    return TranslatedSetting(
         said=f"a number of documents is no share; set data.eval_share to {value} over the number of documents"
     )
 
@@ -131,29 +135,29 @@ def held_out(value: str, theirs: Theirs) -> Answer:
 def precision(kind: str) -> Rule:
     """fp16, bf16 and their like are switches there, and one setting here."""
 
-    def rule(value: str, theirs: Theirs) -> Answer:
+    def rule(value: str, theirs: ForeignSettings) -> TranslatedSetting:
         if value.lower() == "auto":
-            return Answer({"precision": "auto"})
+            return TranslatedSetting({"precision": "auto"})
         if is_true(value) or value.lower() == "full":
-            return Answer({"precision": kind})
+            return TranslatedSetting({"precision": kind})
         other = "bf16" if kind == "fp16" else "fp16"
         if is_true(theirs.get(other)) or str(theirs.given.get(other)).lower() == "auto":
-            return Answer(needless=True)
-        return Answer({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
+            return TranslatedSetting(needless=True)
+        return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
     return rule
 
 
-def targets(value: str, theirs: Theirs) -> Answer:
+def targets(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Which layers get adapters."""
     names = listed(value)
     if names in (["all"], ["all-linear"], ["all_linear"]):
-        return Answer({"tuning": "lora", "tuning.targets": "all-linear"})
+        return TranslatedSetting({"tuning": "lora", "tuning.targets": "all-linear"})
     regex = len(names) == 1 and re.search(r"[*()|\\^$]", value)
-    return Answer({"tuning": "lora", "tuning.targets": value if regex else f"[{','.join(names)}]"})
+    return TranslatedSetting({"tuning": "lora", "tuning.targets": value if regex else f"[{','.join(names)}]"})
 
 
-def tuning(value: str, theirs: Theirs) -> Answer:
+def tuning(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """lora, qlora, full, freeze."""
     words = {
         "lora": {"tuning": "lora"},
@@ -162,62 +166,72 @@ def tuning(value: str, theirs: Theirs) -> Answer:
         "freeze": {"tuning": "freeze"},
         "oft": {"tuning": "oft"},
     }.get(value.lower())
-    return Answer(words) if words else Answer(said=f"there is no {value} here; `shardtune train --help` lists tuning=")
-
-
-def bits(value: str, theirs: Theirs) -> Answer:
-    """A base in 4 or 8 bits."""
-    ours = {"4": "nf4", "8": "int8"}.get(value)
     return (
-        Answer({"model.quantisation": ours})
-        if ours
-        else Answer(said="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
+        TranslatedSetting(words)
+        if words
+        else TranslatedSetting(said=f"there is no {value} here; `shardtune train --help` lists tuning=")
     )
 
 
-def report_to(value: str, theirs: Theirs) -> Answer:
+def bits(value: str, theirs: ForeignSettings) -> TranslatedSetting:
+    """A base in 4 or 8 bits."""
+    ours = {"4": "nf4", "8": "int8"}.get(value)
+    return (
+        TranslatedSetting({"model.quantisation": ours})
+        if ours
+        else TranslatedSetting(said="a frozen base is stored in 4 bits (nf4, fp4) or 8 (int8)")
+    )
+
+
+def report_to(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Who hears of the run."""
     names = [name.lower() for name in listed(value)]
     words = {"logging.wandb": "online" if {"wandb", "all"} & set(names) else "disabled"}
     if {"tensorboard", "all"} & set(names):
         words["logging.tensorboard"] = "true"
     other = [name for name in names if name not in ("wandb", "tensorboard", "all", "none")]
-    return Answer(words, f"{', '.join(other)}: metrics.jsonl in the run directory has every row" if other else "")
+    return TranslatedSetting(
+        words, f"{', '.join(other)}: metrics.jsonl in the run directory has every row" if other else ""
+    )
 
 
-def betas(value: str, theirs: Theirs) -> Answer:
+def betas(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Both decay rates are one list here."""
     first, second = (theirs.get(f"adam_beta{n}") for n in (1, 2))
-    return Answer({"optim.betas": f"[{first or 0.9},{second or 0.999}]"})
+    return TranslatedSetting({"optim.betas": f"[{first or 0.9},{second or 0.999}]"})
 
 
-def warmup(value: str, theirs: Theirs) -> Answer:
+def warmup(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Steps, or (below one) a share of all steps."""
     given = number(value)
     if given is not None and 0 < given < 1:
-        return Answer({"schedule.warmup_share": shown(given)})
+        return TranslatedSetting({"schedule.warmup_share": shown(given)})
     if given == 0:
-        return Answer({"schedule.warmup_share": "0"}) if not theirs.get("warmup_ratio") else Answer(needless=True)
-    return Answer({"schedule.warmup_steps": value})
+        return (
+            TranslatedSetting({"schedule.warmup_share": "0"})
+            if not theirs.get("warmup_ratio")
+            else TranslatedSetting(needless=True)
+        )
+    return TranslatedSetting({"schedule.warmup_steps": value})
 
 
-def saving(value: str, theirs: Theirs) -> Answer:
+def saving(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Steps between checkpoints."""
     given = number(value)
     if given is None or given < 1:
-        return Answer(said="a share of the run; set checkpoint.every_steps or checkpoint.every_minutes")
-    return Answer({"checkpoint.every_steps": shown(given)})
+        return TranslatedSetting(said="a share of the run; set checkpoint.every_steps or checkpoint.every_minutes")
+    return TranslatedSetting({"checkpoint.every_steps": shown(given)})
 
 
-def evaluating(value: str, theirs: Theirs) -> Answer:
+def evaluating(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Steps between evaluations."""
     given = number(value)
     if given is None or given < 1:
-        return Answer(said="a share of the run; set evaluation.every_steps")
-    return Answer({"evaluation.every_steps": shown(given)})
+        return TranslatedSetting(said="a share of the run; set evaluation.every_steps")
+    return TranslatedSetting({"evaluation.every_steps": shown(given)})
 
 
-def deepspeed(value: str, theirs: Theirs) -> Answer:
+def deepspeed(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """A ZeRO stage out of a file of DeepSpeed, or out of its name where there is no such file."""
     path = Path(value).expanduser()
     tree = None
@@ -225,16 +239,18 @@ def deepspeed(value: str, theirs: Theirs) -> Answer:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            return Answer(said=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
+            return TranslatedSetting(said=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
     if isinstance(tree, dict):
         zero = tree.get("zero_optimization") or {}
         if str(zero.get("stage") or 0) not in ("0", "1", "2", "3"):
-            return Answer(said=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
-        return Answer(zero_words(zero), f"of {value}; `shardtune init from={value}` turns the rest")
+            return TranslatedSetting(said=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
+        return TranslatedSetting(zero_words(zero), f"of {value}; `shardtune init from={value}` turns the rest")
     stage = re.search(r"(?:zero|stage|z)_?([0-3])", path.name.lower())
     if stage is None:
-        return Answer(said="a ZeRO stage is strategy=zero1, zero2 or zero3; the rest of DeepSpeed's file is derived")
-    return Answer(zero_words({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
+        return TranslatedSetting(
+            said="a ZeRO stage is strategy=zero1, zero2 or zero3; the rest of DeepSpeed's file is derived"
+        )
+    return TranslatedSetting(zero_words({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
 
 
 def zero_words(zero: dict[str, object]) -> dict[str, str]:
@@ -253,25 +269,27 @@ def zero_words(zero: dict[str, object]) -> dict[str, str]:
     return words
 
 
-def fsdp(value: str, theirs: Theirs) -> Answer:
+def fsdp(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Sharded where it is asked for at all."""
     if not listed(value) or value.lower() == "false":
-        return Answer(needless=True)
+        return TranslatedSetting(needless=True)
     if any(name in value for name in ("no_shard", "NO_SHARD")):
-        return Answer({"strategy": "ddp"})
+        return TranslatedSetting({"strategy": "ddp"})
     words = {"strategy": "hsdp" if "hybrid" in value.lower() else "fsdp2"}
     if "shard_grad_op" in value.lower():
         words["strategy.reshard_after_forward"] = "false"
     if "offload" in value.lower():
         words["strategy.cpu_offload"] = "true"
-    return Answer(words)
+    return TranslatedSetting(words)
 
 
-def whole_prompts(value: str, theirs: Theirs) -> Answer:
+def whole_prompts(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     """Whether the loss covers prompts too."""
     if not is_true(value):
-        return Answer(needless=True)
-    return Answer({"data.learn.roles": "[system,user,assistant]"}, "for conversations; plain prompts are never learned")
+        return TranslatedSetting(needless=True)
+    return TranslatedSetting(
+        {"data.learn.roles": "[system,user,assistant]"}, "for conversations; plain prompts are never learned"
+    )
 
 
 CHOICES: dict[str, Rule] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.records.results import EVALUATION, REVIEW, Kept, at_step, kept, rows
+from trainer.records.results import EVALUATION, REVIEW, KeptReport, at_step, kept, rows
 
 FORGETTING = "forgetting"
 GENERAL = (FORGETTING, "general")
@@ -22,7 +22,7 @@ WAYS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredMetric:
     """One number of some weights."""
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Measured:
         return self.names[0]
 
 
-def measured(run_dir: Path, step: int | None, artefact: str | None) -> list[Measured]:
+def measured(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
     """All that is known of a run, the newest first: of the weights at `step`, whose hash is `artefact`, and of others."""
     found = []
     for report in kept(run_dir):
@@ -53,15 +53,17 @@ def measured(run_dir: Path, step: int | None, artefact: str | None) -> list[Meas
             if isinstance(value, int | float):
                 inner = name.removeprefix("eval/")
                 names = (inner, "", "", inner.rpartition("/")[2], "")
-                found.append(Measured(names, float(value), f"training's evaluation at step {there}", there == step))
+                found.append(
+                    MeasuredMetric(names, float(value), f"training's evaluation at step {there}", there == step)
+                )
     return found
 
 
-def matching(gate: str, found: list[Measured]) -> list[Measured]:
+def matching(gate: str, found: list[MeasuredMetric]) -> list[MeasuredMetric]:
     """Everything that a gate means, the newest of each."""
     wanted = gate.removeprefix("eval/") or gate
     for way in range(WAYS):
-        newest: dict[str, Measured] = {}
+        newest: dict[str, MeasuredMetric] = {}
         for each in found:
             if each.names[way] == wanted:
                 newest.setdefault(each.name, each)
@@ -70,7 +72,7 @@ def matching(gate: str, found: list[Measured]) -> list[Measured]:
     return []
 
 
-def _of_evaluation(kept: Kept, mine: bool) -> Iterator[Measured]:
+def _of_evaluation(kept: KeptReport, mine: bool) -> Iterator[MeasuredMetric]:
     report = kept.report
     against = report.get("against") or {}
     for task, said in (report.get("tasks") or {}).items():
@@ -95,14 +97,14 @@ def _forgotten(said: dict[str, Any], apart: dict[str, Any]) -> dict[str, Any]:
     return {"value": change["difference"] * scale, "low": low, "high": high}
 
 
-def _of_review(kept: Kept, mine: bool) -> Iterator[Measured]:
+def _of_review(kept: KeptReport, mine: bool) -> Iterator[MeasuredMetric]:
     for name, each in (kept.report.get("metrics") or {}).items():
         yield _measured(kept, (f"review/{name}", "", "", "", ""), each, mine)
 
 
-def _measured(kept: Kept, names: tuple[str, ...], each: dict[str, Any], mine: bool) -> Measured:
+def _measured(kept: KeptReport, names: tuple[str, ...], each: dict[str, Any], mine: bool) -> MeasuredMetric:
     value = each.get("value")
     where = f"{kept.kind} of {kept.checkpoint} ({kept.path.parent.name}/{kept.path.name})"
-    return Measured(
+    return MeasuredMetric(
         names, float("nan") if value is None else float(value), where, mine, each.get("low"), each.get("high")
     )

@@ -13,7 +13,7 @@ from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.seal import artefact_of
 from trainer.gates.bounds import OVERRIDE, Bound, bounds_of
-from trainer.gates.found import FORGETTING, Measured, matching, measured
+from trainer.gates.found import FORGETTING, MeasuredMetric, matching, measured
 from trainer.records.results import note, read_json
 
 LISTED = 12
@@ -38,7 +38,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateVerdict:
     """One gate, judged."""
 
     metric: str
@@ -52,10 +52,10 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class Judged:
+class JudgedGates:
     """All gates of some weights."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[GateVerdict] = field(default_factory=list)
     override: str | None = None
     """Why they are passed over."""
 
@@ -83,21 +83,21 @@ def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
 
 def judged_at_end(
     gates: Mapping[str, Any], at: tuple[Path, int, str | None], tasks: Mapping[str, Any], runtime: Runtime
-) -> Judged:
+) -> JudgedGates:
     """`judge` of `weights_at(*at)`, the same on every rank. All ranks must call where there are gates."""
     if not gates:
-        return Judged()
-    return broadcast_object(judge(gates, weights_at(*at), tasks) if runtime.is_main else Judged(), runtime)
+        return JudgedGates()
+    return broadcast_object(judge(gates, weights_at(*at), tasks) if runtime.is_main else JudgedGates(), runtime)
 
 
-def judge(gates: Mapping[str, Any], weights: Weights, tasks: Mapping[str, Any]) -> Judged:
+def judge(gates: Mapping[str, Any], weights: Weights, tasks: Mapping[str, Any]) -> JudgedGates:
     """Judge each gate; `tasks` are those of the run's configuration, by name. Reads the run's records."""
     found = measured(weights.run_dir, weights.step, weights.artefact) if gates else []
     verdicts = [_verdict(bound, found, weights, tasks) for bound in bounds_of(gates)]
-    return Judged(verdicts, gates.get(OVERRIDE))
+    return JudgedGates(verdicts, gates.get(OVERRIDE))
 
 
-def _verdict(bound: Bound, found: list[Measured], weights: Weights, tasks: Mapping[str, Any]) -> Verdict:
+def _verdict(bound: Bound, found: list[MeasuredMetric], weights: Weights, tasks: Mapping[str, Any]) -> GateVerdict:
     mine = [each for each in found if each.mine]
     if matched := matching(bound.metric, mine):
         worst = max(matched, key=lambda each: bound.worse(each.value))
@@ -105,7 +105,7 @@ def _verdict(bound: Bound, found: list[Measured], weights: Weights, tasks: Mappi
         said = "has no value" if math.isnan(worst.value) else f"{worst.value:.4g}{_span(worst)}"
         called = "" if worst.name in (bound.metric, bound.metric.removeprefix("eval/")) else f" ({worst.name})"
         text = f"{bound.metric}: {said}{called}, {bound}; {worst.where}"
-        return Verdict(
+        return GateVerdict(
             bound.metric, bound.text, passed, None if math.isnan(worst.value) else worst.value, worst.where, text
         )
     how = _command(bound.metric, weights, tasks)
@@ -115,16 +115,16 @@ def _verdict(bound: Bound, found: list[Measured], weights: Weights, tasks: Mappi
             f"{bound.metric}: {other.value:.4g} in the {other.where} belongs to other weights than {_named(weights)} and does "
             f"not count; {how}"
         )
-        return Verdict(bound.metric, bound.text, False, None, "", text)
+        return GateVerdict(bound.metric, bound.text, False, None, "", text)
     there = list(dict.fromkeys(each.name for each in mine))
     near = difflib.get_close_matches(bound.metric.removeprefix("eval/"), there, n=1)
     known = f"; did you mean {near[0]}?" if near else f"; measured are {', '.join(there[:LISTED])}" if there else ""
-    return Verdict(
+    return GateVerdict(
         bound.metric, bound.text, False, None, "", f"{bound.metric}: {bound}, and was never measured: {how}{known}"
     )
 
 
-def _span(each: Measured) -> str:
+def _span(each: MeasuredMetric) -> str:
     return "" if each.low is None or each.high is None else f" [{each.low:.4g}, {each.high:.4g}]"
 
 
@@ -164,7 +164,7 @@ def _command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
     )
 
 
-def refuse(judged: Judged, what: str) -> None:
+def refuse(judged: JudgedGates, what: str) -> None:
     """Raise GateRefused with every reason, unless they are passed over."""
     if judged.refused and judged.override is None:
         lines = "\n  ".join(judged.refused)
@@ -174,7 +174,7 @@ def refuse(judged: Judged, what: str) -> None:
         )
 
 
-def record(run_dir: Path, judged: Judged, about: dict[str, Any]) -> None:
+def record(run_dir: Path, judged: JudgedGates, about: dict[str, Any]) -> None:
     """Add what was decided about an export to the run's `run.json`. Errors: StorageError."""
     before = read_json(run_dir / "run.json").get("exports") or []
     note(run_dir, "exports", [*before, {**about, **judged.record()}])

@@ -27,7 +27,7 @@ _NAMED = 3
 """Parameters that are named in an error."""
 
 
-class Replicas:
+class ReplicaCheck:
     """Compares what is held more than once, every so many steps and before each checkpoint."""
 
     def __init__(self, every_steps: int, runtime: Runtime) -> None:

@@ -14,7 +14,7 @@ from strategies.base import Judge
 from strategies.errors import Diverged
 from strategies.runtime import Runtime, dist_sum
 from trainer.guards.config import Action, GuardsConfig
-from trainer.guards.replicas import Replicas
+from trainer.guards.replicas import ReplicaCheck
 from trainer.guards.rolling import Rolling
 
 WATCHED = ("loss", "grad_norm")
@@ -63,7 +63,7 @@ class Guards:
         self.config, self.runtime, self.most_in_a_row, self.tell = config, runtime, most_in_a_row, tell
         self.actions = (config.loss, config.grad_norm)
         self.skips, self.goes_back = Action.skip in self.actions, Action.rollback in self.actions
-        self.replicas = Replicas(config.replicas_every_steps, runtime)
+        self.replicas = ReplicaCheck(config.replicas_every_steps, runtime)
         device = runtime.device if self.skips else torch.device("cpu")
         self._acts = torch.tensor([action is not Action.note for action in self.actions], device=device)
         self._rolling = Rolling(config.window, device)

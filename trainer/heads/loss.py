@@ -211,7 +211,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         )
 
 
-class Comparison(Protocol):
+class LossComparison(Protocol):
     """What is computed inside a head's call in place of the plain loss (`trainer/heads/divergence.py`)."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -249,7 +249,7 @@ class LossHead(nn.Linear):
         counting: Counting | None = None,
         by_row: bool = False,
         added_bias: Tensor | None = None,
-        against: Comparison | None = None,
+        against: LossComparison | None = None,
         lend: Callable[[], Any] | None = None,
     ) -> Any:
         """Logits `[..., V]`; or, with `targets [N]` for `hidden [N, H]`, (summed loss, number of correct argmaxes).

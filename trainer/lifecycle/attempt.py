@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Where:
     """Rank 0's."""
     heartbeats: Heartbeats | None = None
     """Signs of life of the ranks, where there are several and they have met."""
+    at_timeout: Callable[[Exchange], None] | None = None
+    """Told of an exchange for which NCCL is about to end this process."""
 
     @contextlib.contextmanager
     def meet(self, timeout_s: float) -> Iterator[Meeting]:
@@ -47,6 +50,7 @@ class Where:
             self.heartbeats = Heartbeats(
                 meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step), timeout_s
             )
+            self.heartbeats.at_timeout = self.at_timeout
         try:
             yield meeting
         except Preempted as stop:
@@ -136,6 +140,7 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
             if where.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
                 write_status(run_dir, State.running, reason="starting")
+            where.at_timeout = partial(_before_nccl_aborts, where, rank)
             yield where
             if teller is not None:
                 write_status(teller, State.done, step=where.step)
@@ -181,6 +186,16 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
             exchanges = where.heartbeats.ask(cause.seen if cause else None)
         about |= _where_all_were(where.run_dir, error, exchanges)
         record_failure(where.run_dir, rank, error, phase, step, replace=True, **about)
+
+
+class TimedOut(RuntimeError):
+    """An exchange that others did not come to, under NCCL: its watchdog aborts the process, which raises nothing."""
+
+    retry = "node_fail"
+
+
+def _before_nccl_aborts(where: Where, rank: int, waited: Exchange) -> None:
+    _record(where, rank, TimedOut(f"timed out: {waited} is not over after {waited.waits_s or 0:.0f} s (run.timeout_s)"))
 
 
 def first_sentence(text: str) -> str:

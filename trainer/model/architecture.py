@@ -10,7 +10,7 @@ from torch import nn
 
 from strategies.errors import ConfigError
 from trainer.model import experts
-from trainer.model.config import Attention, Kind, ModelConfig
+from trainer.model.config import Attention, ModelConfig, ModelKind
 
 DROPOUT = re.compile(r"dropout|_pdrop$")
 """What the names of dropout probabilities have in common, whatever an architecture calls them."""
@@ -27,7 +27,9 @@ TEXT_ALONE = frozenset({"llama4"})
 """Models that see, of which only the text model can be built: in transformers 5.24 the whole one fails on texts."""
 
 
-def architecture(kind: Kind, model_config: Any, config: ModelConfig, attention: str, objective: str) -> tuple[Any, str]:
+def architecture(
+    kind: ModelKind, model_config: Any, config: ModelConfig, attention: str, objective: str
+) -> tuple[Any, str]:
     """The plain model of a kind, with the run's dropout, and its attention: eager where it has no SDPA.
 
     Raises ConfigError, for the objective named, where there is none.
@@ -55,18 +57,18 @@ def architecture(kind: Kind, model_config: Any, config: ModelConfig, attention: 
     return model, attention
 
 
-def auto_class(kind: Kind, model_config: Any) -> Any:
+def auto_class(kind: ModelKind, model_config: Any) -> Any:
     """The class of transformers that picks the architecture. A model that also sees or hears is built whole."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
     names = {
-        Kind.causal: "AutoModelForCausalLM",
-        Kind.classifier: "AutoModelForSequenceClassification",
-        Kind.encoder_decoder: "AutoModelForSeq2SeqLM",
+        ModelKind.causal: "AutoModelForCausalLM",
+        ModelKind.classifier: "AutoModelForSequenceClassification",
+        ModelKind.encoder_decoder: "AutoModelForSeq2SeqLM",
     }
     whole = type(model_config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and model_config.model_type not in TEXT_ALONE
-    if kind is Kind.causal and whole:
+    if kind is ModelKind.causal and whole:
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, names[kind])
 
@@ -97,7 +99,7 @@ def build_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def _built(kind: Kind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+def _built(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
     options, auto = build_options(config), auto_class(kind, model_config)
     try:
         model = auto.from_config(model_config, attn_implementation=attention, **options)

@@ -71,7 +71,7 @@ def varlen_attention(
     if (size := _chunk_of(module)) is not None or getattr(module, "attn_temperature_tuning", False):
         documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
         query, document_bounds, cu_seq_lens_q = _by_place(module, query, documents, size)
-    if sinks is None and _has_varlen_kernel(query, softcap, dropout):
+    if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
@@ -79,7 +79,7 @@ def varlen_attention(
     wide = torch.promote_types(computes_in, torch.float32) if device_kind(query.device) == "cpu" else computes_in
     whole = [t.to(wide) for t in (query, key, value)]
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
-        rule = Rule(scaling, dropout, sliding_window, softcap, causal, sinks)
+        rule = AttentionRule(scaling, dropout, sliding_window, softcap, causal, sinks)
         out = _by_document(whole, lengths, lambda q, k, v: _one_document(q, k, v, rule))
     return out.to(computes_in).transpose(1, 2).contiguous(), None
 
@@ -141,7 +141,7 @@ def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tens
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class AttentionRule:
     """How a layer attends within a document."""
 
     scaling: float | None
@@ -161,7 +161,7 @@ class Rule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     if q.device.type == "cuda":
         return _on_gpu(q, k, v, rule)
     mask = rule.mask(q.shape[2], q.device)
@@ -179,7 +179,7 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     )
 
 
-def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
     """As `_one_document`, for the kernels of a GPU: heads repeated, and a window in stretches of at least `STRETCH` queries.
 
     The one that takes float32 and masks has no grouped heads, for which torch would build all H x T x T scores; and a mask of
@@ -211,7 +211,7 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return torch.cat(pieces, dim=2)
 
 
-def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: Rule, mask: Tensor | None) -> Tensor:
+def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
     """What no kernel has: scores that are capped, and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -230,8 +230,10 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, rule: Rule, mask: Tensor | None)
     return F.dropout(weights.to(q.dtype), rule.dropout) @ v
 
 
-def _has_varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> bool:
+def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
     if device_kind(query.device) != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if value.shape[-1] > query.shape[-1]:
         return False
     return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
 
@@ -265,7 +267,9 @@ def _varlen_kernel(
     """torch's own variable-length kernel (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q.shape[1] != k.shape[1]
+    grouped, width = q.shape[1] != k.shape[1], v.shape[-1]
+    if width < q.shape[-1]:  # values of latent attention are narrower, and the kernel knows one size of heads
+        v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
     left = window - 1 if window is not None else -1
     longest = int(max_length) if max_length is not None else q.shape[0]
@@ -281,4 +285,4 @@ def _varlen_kernel(
         window_size=(left, 0 if causal else left),
         enable_gqa=grouped,
     )
-    return out.unsqueeze(0)
+    return out.unsqueeze(0)[..., :width]

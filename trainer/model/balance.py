@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.model.architecture import text_settings
-from trainer.model.config import Kind, ModelConfig
-from trainer.model.routing import Seen, balancing_biases, recorded_routers
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.routing import RoutingRecord, balancing_biases, recorded_routers
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What classes and configurations call the weight of the balancing loss."""
@@ -43,7 +43,7 @@ class RouterLosses:
     def __bool__(self) -> bool:
         return bool(self.balance or self.z)
 
-    def choices(self, seen: Seen) -> Tensor:
+    def choices(self, seen: RoutingRecord) -> Tensor:
         """int64 `[experts]`: for how many tokens an expert is among the first, over all layers of the pass."""
         total = torch.zeros(seen.logits[0].shape[-1], dtype=torch.int64, device=seen.logits[0].device)
         with torch.no_grad():
@@ -54,7 +54,7 @@ class RouterLosses:
                 total.scatter_add_(0, first.reshape(-1), ones.reshape(-1))
         return total
 
-    def terms(self, seen: Seen, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
+    def terms(self, seen: RoutingRecord, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
         """What the pass adds to the step's loss, `ADDED` (with the gradient), and to its parts without their weights.
 
         `choices [experts]` are those of the whole step, which has `tokens`; None where there is no balancing loss.
@@ -85,7 +85,7 @@ def _summed(values: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def losses_of(
-    config: ModelConfig, settings: Any, plain: nn.Module, kind: Kind
+    config: ModelConfig, settings: Any, plain: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
     """The losses that a run adds, the routers that they are made of, and what was not done that the model's config asks.
 
@@ -96,10 +96,10 @@ def losses_of(
     asked = bool(getattr(settings, "output_router_logits", False) or getattr(text, "output_router_logits", False))
     if not asked and not any(words):
         return RouterLosses(), {}, notes
-    routers = recorded_routers(plain) if kind is not Kind.encoder_decoder else {}
+    routers = recorded_routers(plain) if kind is not ModelKind.encoder_decoder else {}
     if not routers:
         lacking = f"a {settings.model_type} has no router whose logits transformers records"
-        if kind is Kind.encoder_decoder:
+        if kind is ModelKind.encoder_decoder:
             lacking = f"routers are balanced in causal models and classifiers, and a {settings.model_type} is an encoder-decoder"
         _refuse(config, lacking)
         if config.router_aux_loss is None:
@@ -148,7 +148,7 @@ def _unusual(plain: nn.Module, top_k: int) -> str | None:
     experts = top_k + 3
     logits = [torch.randn(6, experts, generator=draw) for _ in range(2)]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    seen = Seen(mask, logits=logits)
+    seen = RoutingRecord(mask, logits=logits)
     ours = RouterLosses(balance=1.0, top_k=top_k)
     expected = ours.terms(seen, ours.choices(seen), int(mask.sum()))[ADDED]
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.model.quantisation import Quantisation
 
 
-class Kind(StrEnum):
+class ModelKind(StrEnum):
     """What a model computes, and so which class of transformers it is."""
 
     causal = "causal"

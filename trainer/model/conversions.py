@@ -26,7 +26,7 @@ READABLE = ("fp8", "mxfp4")
 
 
 @dataclass(slots=True)
-class Group:
+class ConversionGroup:
     """Stored tensors that become one parameter, or several at once."""
 
     first: str
@@ -51,7 +51,7 @@ class Conversions:
         self.quantizer = dequantizer(plain.config, str(files.directory))
         self._transforms, firsts, self.unused = self._places(self.quantizer)
         """Of these transforms some were used, which they note; `unused`: stored names without a place in the model."""
-        self.groups: dict[str, Group] = {}
+        self.groups: dict[str, ConversionGroup] = {}
         """By the name of each parameter and buffer that the files hold."""
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         for group in firsts.values():
@@ -61,7 +61,7 @@ class Conversions:
 
     # -- from the files ------------------------------------------------------------------------------------------
 
-    def _places(self, quantizer: Any) -> tuple[list[Any], dict[str, Group], list[str]]:
+    def _places(self, quantizer: Any) -> tuple[list[Any], dict[str, ConversionGroup], list[str]]:
         """Every stored tensor's place, as transformers' loader finds it: (transforms, groups by first name, the rest)."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -71,7 +71,7 @@ class Conversions:
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         state, prefix = self.plain.state_dict(), self.plain.base_model_prefix
-        firsts: dict[str, Group] = {}
+        firsts: dict[str, ConversionGroup] = {}
         unused: list[str] = []
         for stored in sorted(self.files.names(), key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
@@ -80,13 +80,13 @@ class Conversions:
             if name not in state:
                 unused.append(stored)
             elif pattern is not None:
-                group = firsts.setdefault(name, Group(name, by_pattern[pattern]))
+                group = firsts.setdefault(name, ConversionGroup(name, by_pattern[pattern]))
                 group.sources.setdefault(pattern, []).append(stored)
             elif name not in firsts:
-                firsts[name] = Group(name, None, {"": [stored]})
+                firsts[name] = ConversionGroup(name, None, {"": [stored]})
         return transforms, firsts, unused
 
-    def _settle(self, group: Group) -> None:
+    def _settle(self, group: ConversionGroup) -> None:
         """Find out what a group makes and how its rows can be read."""
         if group.converter is None:
             group.shapes, group.rows = {group.first: self.files.shape(group.sources[""][0])}, "direct"
@@ -102,7 +102,7 @@ class Conversions:
         if len(made) == 1 and group.first in made:
             group.rows = _rows_of(group.converter.operations, [list(m) for m in meta.values()], made[group.first].dim())
 
-    def _convert(self, group: Group, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    def _convert(self, group: ConversionGroup, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         """transformers' own conversion of a group's tensors, by pattern; results by name in the model."""
         for pattern, found in tensors.items():
             group.converter.collected_tensors[pattern] = list(found)
@@ -186,7 +186,7 @@ class Conversions:
             held.setdefault(key, {})[name] = tensor
             if held[key].keys() < waiting[key]:
                 continue
-            group = Group(key, by_pattern[pattern])
+            group = ConversionGroup(key, by_pattern[pattern])
             members = held.pop(key)
             collected: dict[str, list[Tensor]] = {}
             for member in sorted(members, key=dot_natural_key):
@@ -217,7 +217,7 @@ class Conversions:
 
 
 def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
-    """How rows of a result can be made: see `Group.rows`."""
+    """How rows of a result can be made: see `ConversionGroup.rows`."""
     from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
 
     operations = list(operations)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.model.weights import Checkpoint
 
 KNOWN = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
@@ -42,15 +42,15 @@ def read_config(path: str | None) -> dict[str, Any] | None:
 
 
 def problems(
-    model: dict[str, Any], path: str | None, kind: Kind, objective: str, lengths: dict[str, int]
+    model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
 ) -> Iterator[str]:
     """What does not go together, one line each: a model, the content of its config.json (or its equivalent), and the kind
     that the objective named trains, with the most positions it needs on a side by the setting that says so.
     """
     called = model.get("model_type", "unknown")
     both = bool(model.get("is_encoder_decoder", called in KNOWN))
-    if kind is not Kind.encoder_decoder:
-        if both and kind is Kind.classifier:
+    if kind is not ModelKind.encoder_decoder:
+        if both and kind is ModelKind.classifier:
             yield (
                 f"objective={objective}: model.path={path} is an encoder-decoder model ({called}), whose classifiers are not "
                 "proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
@@ -79,7 +79,7 @@ def problems(
             yield f"{key}={value}: model.path={path} has positions for {most} tokens; set {key}={most} or less"
 
 
-def check(model: dict[str, Any], path: str | None, kind: Kind, objective: str, lengths: dict[str, int]) -> None:
+def check(model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]) -> None:
     """The same for a model that was only now found (one of the hub). Raises ConfigError."""
     if found := list(problems(model, path, kind, objective, lengths)):
         raise ConfigError(found)

@@ -13,7 +13,7 @@ from torch import nn
 
 from strategies.errors import ConfigError
 from trainer.model.architecture import auto_class
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.model.encoder_decoder import read_config
 
 EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "compressed"}
@@ -43,7 +43,7 @@ def take_layers(model: nn.Module, directory: str, settings: Any, device: torch.d
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded = auto_class(Kind.causal, settings).from_pretrained(
+    loaded = auto_class(ModelKind.causal, settings).from_pretrained(
         directory, dtype="auto", device_map=str(device), local_files_only=True
     )
     with torch.no_grad():  # compressed-tensors unpacks its layers where the whole model is first called

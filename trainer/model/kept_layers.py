@@ -48,7 +48,7 @@ FEWEST, MANY = 2, 12
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptLayers:
     """Layers of a model by their index, in order, of `depth`."""
 
     indices: tuple[int, ...]
@@ -84,7 +84,7 @@ class Kept:
         return made
 
 
-def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[Kept]:
+def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
     """Ways to keep every kind of layer of `plain`, a model on meta of these settings, the likeliest first.
 
     A prefix keeps what recurs with a period; one of each kind is shorter where they are far apart.
@@ -92,7 +92,7 @@ def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[Kept]:
     depth = depth_of(settings)
     kinds = kinds_of(plain, settings, depth)
     if not kinds:
-        yield Kept(tuple(range(min(FEWEST, depth))), depth)
+        yield KeptLayers(tuple(range(min(FEWEST, depth))), depth)
         return
     prefix = next(n for n in range(1, depth + 1) if set(kinds[:n]) == set(kinds))
     twice = next((n for n in range(1, depth + 1) if all(kinds[:n].count(k) > 1 for k in set(kinds))), depth)
@@ -104,7 +104,7 @@ def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[Kept]:
         *(ways if prefix <= MANY else reversed(ways)),
         tuple(range(twice)),
     ):  # layers may share with one of their kind
-        yield Kept(way, depth)
+        yield KeptLayers(way, depth)
 
 
 def depth_of(settings: dict[str, Any]) -> int:

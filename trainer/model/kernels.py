@@ -7,7 +7,8 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
 
@@ -15,6 +16,19 @@ ASKS = re.compile(r'use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)"'
 """How a modelling file of transformers names the package of a function that it has a slower version of."""
 EXTRAS = {"fla": "hybrid", "causal_conv1d": "hybrid", "mamba_ssm": "mamba"}
 """The extra of this project that installs a package."""
+
+
+ATTENTION = ("flash_attn", "triton")
+"""Packages that compute attention."""
+
+
+def kernel_versions() -> dict[str, str]:
+    """Of the packages with kernels that are installed, whatever model would take them."""
+    found = {}
+    for name in (*EXTRAS, *ATTENTION):
+        with suppress(PackageNotFoundError):
+            found[name] = version(_distribution(name))
+    return found
 
 
 def packages(model: nn.Module) -> list[str]:

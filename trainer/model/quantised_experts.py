@@ -18,6 +18,8 @@ from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Quantisation, Scheme,
 from trainer.tuning.expert_parts import expert_modules, weight_names
 
 Shape = tuple[int, int, int]
+MOST = 2**31 - 1
+"""Elements that bitsandbytes' kernels for GPUs count in one call; of more they would make some, and leave the rest undefined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtyp
         return (pieces[0].contiguous().view(torch.int8).view(shape) * scales).to(dtype)
     if matrix[1] % BLOCK:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
         return torch.stack([scheme.unpack(row, matrix, dtype) for row in rows])
+    if (per := max(1, MOST // (matrix[0] * matrix[1]))) < count:
+        whole = torch.empty(shape, dtype=dtype, device=packed.device)
+        for part, some in zip(whole.split(per), rows.split(per), strict=True):
+            part.copy_(unpack_stack(scheme, some.reshape(-1), (len(some), *matrix), dtype))
+        return whole
     from bitsandbytes import functional as bnb
 
     if scheme.double:

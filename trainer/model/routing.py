@@ -22,7 +22,7 @@ BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 
 @dataclass(slots=True)
-class Seen:
+class RoutingRecord:
     """What one forward pass shows."""
 
     mask: Tensor | None
@@ -59,12 +59,12 @@ class Seen:
 class _Now:
     """The pass that is seen at this moment, and what notes in it: never part of a compiled graph, which would keep the pass."""
 
-    seen: Seen | None = None
+    seen: RoutingRecord | None = None
     note: Callable[[Any, Tensor], None]
 
 
 @contextmanager
-def watching(seen: Seen) -> Iterator[Seen]:
+def watching(seen: RoutingRecord) -> Iterator[RoutingRecord]:
     """Note in `seen` what routers and experts do while entered."""
     before, _Now.seen = _Now.seen, seen
     try:
@@ -92,7 +92,7 @@ def _note(module: Any, chosen: Tensor) -> None:
 
 
 def number_experts(model: nn.Module) -> tuple[int, ...]:
-    """Give each module of experts its row of `Seen.tokens`; how many experts each has."""
+    """Give each module of experts its row of `RoutingRecord.tokens`; how many experts each has."""
     modules: list[Any] = list(expert_modules(model).values())
     if modules:
         _Now.note = torch.compiler.disable(_note)  # here, since it imports what takes a second

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer.model.kept_layers import Kept, choices, depth_of, layer_kinds
+from trainer.model.kept_layers import KeptLayers, choices, depth_of, layer_kinds
 
 VOCABULARY = 128
 WINDOW = 8
@@ -166,7 +166,7 @@ def _small(settings: dict[str, Any], cls: Any, plain: nn.Module, sizes: Callable
     return made
 
 
-def _kept(settings: dict[str, Any], plain: nn.Module, way: int) -> Kept:
+def _kept(settings: dict[str, Any], plain: nn.Module, way: int) -> KeptLayers:
     ways = list(islice(choices(plain, settings), way + 1))
     return ways[-1]
 

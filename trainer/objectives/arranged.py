@@ -17,12 +17,12 @@ from trainer.data.config import Layout
 from trainer.model import attention, experts, flex
 from trainer.model.architecture import architecture, beside_text, text_settings
 from trainer.model.attention import NAME
-from trainer.model.config import Attention, Kind, ModelConfig
+from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
 from trainer.model.layout import Arrangement, Kernels, resolve_layout
 from trainer.model.tied import untied_as_stored
-from trainer.objectives.causal import PLAIN, Way
+from trainer.objectives.causal import PLAIN, CausalWay
 from trainer.objectives.passage import Passage, fails_on_tokens, passage_of
 
 
@@ -50,9 +50,9 @@ class Proofs:
     def plain(self) -> Any:
         """The model on meta, with dropout as the run has it, in eager attention."""
         with meta_context():
-            return architecture(Kind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
+            return architecture(ModelKind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
 
-    def way(self, arrangement: Arrangement) -> Way:
+    def way(self, arrangement: Arrangement) -> CausalWay:
         """The way from batch to loss, noted where it is not the fast one. Raises ConfigError where tokens see ahead."""
         layout = arrangement.layout
         found = self.of(arrangement.attention if layout is Layout.padding_free else NAME)
@@ -141,11 +141,11 @@ def causal_model(
             "own forward pass; use tuning=lora"
         )
     with context:
-        model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
+        model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
     if untied := untied_as_stored(config, settings, model):
         arrangement.notes["model.tied_head"] = untied
         with meta_context():
-            model, kernel = architecture(Kind.causal, settings, config, arrangement.attention, "sft")
+            model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
     if half_on_gpu and (lacking := missing_kernels(model)):
         arrangement.notes["model.kernels"] = lacking
     model.way, model.beside_text = way, beside_text(model)
@@ -155,7 +155,7 @@ def causal_model(
 
 
 def padded_model(
-    kind: Kind,
+    kind: ModelKind,
     config: ModelConfig,
     settings: Any,
     layout: Layout,

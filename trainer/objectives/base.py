@@ -15,7 +15,7 @@ from trainer.data.config import DataConfig, DataFormat
 from trainer.data.document import WRONG_KIND, Document
 from trainer.data.reading import Reading
 from trainer.data.store.sequences import TokenDataset
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -106,7 +106,7 @@ class Family:
     """The loss."""
     problems: Callable[[Any, Around], Iterator[str]] = _nothing
     """What is wrong with its settings, alone and with others, one line each; before anything is read."""
-    kind: Kind = Kind.causal
+    kind: ModelKind = ModelKind.causal
     """The model that it trains."""
     outputs: int | None = None
     """Outputs of the head that it gives a classifier; None: one a label of the data."""

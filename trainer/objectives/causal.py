@@ -28,7 +28,7 @@ MODEL_INPUTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class CausalWay:
     """How a batch goes through a causal model (`trainer/objectives/passage.py` proves which way is right for which)."""
 
     fused: bool
@@ -40,10 +40,10 @@ class Way:
     """A batch must be one document: beside another, padded to one length, the model computes something else, or nothing."""
 
 
-FUSED = Way(fused=True, positions=True)
-PLAIN = Way(fused=False, positions=False)
+FUSED = CausalWay(fused=True, positions=True)
+PLAIN = CausalWay(fused=False, positions=False)
 """What the library itself does with padded rows."""
-WAYS = (FUSED, Way(fused=False, positions=True), PLAIN, Way(fused=False, positions=False, alone=True))
+WAYS = (FUSED, CausalWay(fused=False, positions=True), PLAIN, CausalWay(fused=False, positions=False, alone=True))
 """Every way, the fastest first."""
 
 
@@ -58,7 +58,7 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
     Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
     """
     causal_lm = plain_model(model)
-    way: Way = getattr(causal_lm, "way", FUSED)
+    way: CausalWay = getattr(causal_lm, "way", FUSED)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch and (way.positions or key != "position_ids")}
     rows, targets = batch["target_rows"], batch["targets"].view(-1)
     if not way.fused:

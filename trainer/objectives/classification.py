@@ -21,7 +21,7 @@ from trainer.data.fields import Refusal, label_of
 from trainer.data.reading import Reading
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Beside, Family, Objective, ObjectiveConfig
 
 BALANCED = "balanced"
@@ -144,7 +144,7 @@ def number_labels(
     """The label names in the order of their ids, and the id of each text in `columns.labels`.
 
     With `several` the id of several labels has the bit of each. Names that are not given are those of the training
-    split. Raises DataError for others, and for more than fit into the bits.
+    split. Raises DataError for others, for more than fit into the bits, and for too few to tell apart.
     """
     if not columns.labels:
         return names, None
@@ -158,6 +158,12 @@ def number_labels(
             raise DataError(
                 f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
                 "data); set objective.labels to name them all"
+            )
+        if len(names) < (1 if several else 2):
+            held = f"have the label {names[0]!r}" if names else "have no label"
+            raise DataError(
+                f"data.path: all training documents {held}, and objective=classification tells labels apart; add documents "
+                "of another one"
             )
     if not several:
         return names, np.array([names.index(label) for label in columns.labels], np.int64)
@@ -282,7 +288,7 @@ CLASSIFICATION = Family(
     reading=lambda config: LabelReading(config.labels, several=config.multi_label),
     build=build,
     problems=problems,
-    kind=Kind.classifier,
+    kind=ModelKind.classifier,
     several=lambda config: config.multi_label,
     settle=settle,
     judges_labels=True,

@@ -12,7 +12,7 @@ from trainer.data.config import Layout
 from trainer.heads.fuse import fuse_head
 from trainer.model.architecture import auto_class, build_options, set_dropout
 from trainer.model.attention import NAME
-from trainer.model.config import Kind, ModelConfig
+from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.flex import NAME as FLEX
 from trainer.model.layout import Arrangement
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
@@ -60,7 +60,7 @@ def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: b
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen:
+class FrozenReference:
     """A frozen model beside the tuned one, on the meta device."""
 
     model: Any
@@ -77,7 +77,7 @@ def frozen_model(
     arrangement: Arrangement,
     own: WeightSource,
     tokenizer: Any,
-) -> Frozen:
+) -> FrozenReference:
     """The teacher that is imitated, or else the model before training once more, out of its `own` weights.
 
     `settings` are transformers' of the tuned model. Raises ConfigError where a teacher has another vocabulary, or a head
@@ -96,7 +96,7 @@ def frozen_model(
         weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
     model.requires_grad_(False)
     check_head(model, "objective.teacher.path")
-    return Frozen(model, weights, set(getattr(model, "_no_split_modules", None) or ()))
+    return FrozenReference(model, weights, set(getattr(model, "_no_split_modules", None) or ()))
 
 
 def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) -> Any:
@@ -105,7 +105,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: Arrangement) 
     if attention == FLEX and Proofs(config, settings, half_on_gpu=True).unproven(FLEX):
         attention = NAME
     set_dropout(settings, 0.0)
-    auto = auto_class(Kind.causal, settings)
+    auto = auto_class(ModelKind.causal, settings)
     remedy = "take a causal model of the student's family"
     if getattr(settings, "is_encoder_decoder", False):  # of some, the decoder alone could be built
         raise ConfigError(

@@ -23,15 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.cache import cache_directory
+from strategies.hardware import gpu_of
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.heads.fuse import fuse_head
 from trainer.model.architecture import auto_class, set_dropout, text_settings
-from trainer.model.config import Kind
-from trainer.model.kernels import torch_alone
+from trainer.model.config import ModelKind
+from trainer.model.kernels import kernel_versions, torch_alone
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
-from trainer.objectives.causal import WAYS, Way, plain_model, summed_loss
+from trainer.objectives.causal import WAYS, CausalWay, plain_model, summed_loss
 
 TOLERANCE = 1e-5
 """Largest difference of losses, and of gradients by their norm, relative; computed in float64 where the model can."""
@@ -50,9 +51,9 @@ EDITION = 5
 class Passage:
     """What was found out about an architecture in an attention."""
 
-    padding_free: Way | None = None
+    padding_free: CausalWay | None = None
     """The way that is right for documents one after another in one row; None: not proven."""
-    padded: Way | None = None
+    padded: CausalWay | None = None
     """The way that is right for one document a row; None: not proven."""
     stock: str = "sdpa"
     """The attention in which one document a row is right."""
@@ -65,7 +66,7 @@ class Passage:
     reason: str = ""
     """Why something is not proven."""
 
-    def of(self, layout: Layout) -> Way | None:
+    def of(self, layout: Layout) -> CausalWay | None:
         """The way in a layout."""
         return self.padding_free if layout is Layout.padding_free else self.padded
 
@@ -76,7 +77,9 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
     `config`: transformers' configuration; `build` makes its model on meta; `attention`: the kernel for documents in one row.
     """
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-    known = {"config": settings, "attention": attention, "gpu": on_gpu, "edition": EDITION}
+    # Hosts with other cards may share the cache, and packages come and go.
+    where = [repr(gpu_of(torch.device("cuda"))), kernel_versions()] if on_gpu else False
+    known = {"config": settings, "attention": attention, "gpu": where, "edition": EDITION}
     known |= {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = cache_directory() / "proofs" / f"{key}.json"
@@ -97,7 +100,7 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
 
 
 def _read(stored: dict[str, Any]) -> Passage:
-    ways = {key: None if stored[key] is None else Way(**stored[key]) for key in ("padding_free", "padded")}
+    ways = {key: None if stored[key] is None else CausalWay(**stored[key]) for key in ("padding_free", "padded")}
     return Passage(**stored | ways)
 
 
@@ -141,7 +144,7 @@ class _Proof:
     def __init__(self, config: Any, plain: Any, small: Any, dtype: torch.dtype) -> None:
         """`small`: a small copy of `config`, of which `plain` is the model on meta."""
         self.dtype = dtype
-        self.auto = auto_class(Kind.causal, config)
+        self.auto = auto_class(ModelKind.causal, config)
         self.config = small
         set_dropout(self.config, 0.0)
         self.vocabulary = min(text_settings(self.config).vocab_size, VOCABULARY)
@@ -213,13 +216,15 @@ class _Proof:
         reason = reason or why
         return Passage(free, padded, stock=stock, causal=self.causal, random=self.random, reason=reason)
 
-    def _first(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[Way | None, str]:
+    def _first(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[CausalWay | None, str]:
         """The fastest way that is right, or why the first of them is not."""
         reasons = []
         for way in WAYS if layout is Layout.padded else [w for w in WAYS if w.positions]:
             for dtype in (torch.bfloat16,) if on_gpu else (self.dtype, torch.float32):
                 try:
                     reason = self._difference(layout, way, attention, dtype)
+                except torch.OutOfMemoryError:  # of a GPU that others fill: that may pass
+                    raise
                 except Exception as error:  # noqa: BLE001 - as above
                     reason = _said(error)
                 if not reason:
@@ -227,14 +232,14 @@ class _Proof:
                 reasons.append(reason)
         return None, reasons[0]
 
-    def _difference(self, layout: Layout, way: Way, attention: str, dtype: torch.dtype) -> str:
+    def _difference(self, layout: Layout, way: CausalWay, attention: str, dtype: torch.dtype) -> str:
         """How our way differs from the stock model; empty where it does not."""
         if dtype is not torch.bfloat16:
             with torch_alone():
                 return self._found(layout, way, attention, dtype)
         return self._found(layout, way, attention, dtype)
 
-    def _found(self, layout: Layout, way: Way, attention: str, dtype: torch.dtype) -> str:
+    def _found(self, layout: Layout, way: CausalWay, attention: str, dtype: torch.dtype) -> str:
         half = dtype is torch.bfloat16
         tolerance = HALF if half else TOLERANCE
         model = self._build(attention, dtype)

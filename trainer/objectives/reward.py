@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.config import Layout
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig
 from trainer.objectives.pairs import PairReading, pair_problems
 
@@ -62,7 +62,7 @@ REWARD = Family(
     reading=lambda config: PairReading(),
     build=lambda config, beside: Reward(config),
     problems=problems,
-    kind=Kind.classifier,
+    kind=ModelKind.classifier,
     outputs=1,
     better_when_larger=("accuracy", "margin"),
 )

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from strategies.runtime import dist_sum
 from trainer.heads.logit_size import squared_logsumexp
 from trainer.model.balance import ADDED, RouterLosses, logit_z_weight, losses_of
-from trainer.model.config import Kind, ModelConfig
-from trainer.model.routing import Seen, balancing_biases, number_experts, record_hidden, record_logits, watching
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.routing import (
+    RoutingRecord,
+    balancing_biases,
+    number_experts,
+    record_hidden,
+    record_logits,
+    watching,
+)
 from trainer.objectives.causal import forward_pass, plain_model
 
 if TYPE_CHECKING:
@@ -52,7 +59,7 @@ class Routed:
             return compute()
         ids = batch["input_ids"]
         tokens = self._none(ids) if self.experts else None
-        with watching(Seen(batch.get("attention_mask"), tokens)) as seen:
+        with watching(RoutingRecord(batch.get("attention_mask"), tokens)) as seen:
             found = compute()
         if tokens is not None:
             found[EXPERT_TOKENS] = tokens
@@ -76,7 +83,7 @@ class Routed:
                 tokens[row, number:] = -1
         return tokens
 
-    def _choices(self, seen: Seen, batch: dict[str, Any]) -> Tensor | None:
+    def _choices(self, seen: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
         if not self.losses.balance:
             return None
         if "choices" in batch:
@@ -86,7 +93,7 @@ class Routed:
 
     def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What the routers choose for a micro-batch, and nothing else of it."""
-        with watching(Seen(batch.get("attention_mask"), without_gradients=True)) as seen:
+        with watching(RoutingRecord(batch.get("attention_mask"), without_gradients=True)) as seen:
             forward_pass(model, batch)
         return {"choices": self.losses.choices(seen)}
 
@@ -111,7 +118,7 @@ class Routed:
 
 
 def routed(
-    config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: Kind
+    config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: ModelKind
 ) -> tuple[Routed | None, dict[str, str]]:
     """Prepare the tuned `model` to be seen, and what its configuration asks that is not done, by setting.
 
@@ -119,12 +126,12 @@ def routed(
     model before tuning. Raises ConfigError where a word asks for what cannot be.
     """
     losses, routers, notes = losses_of(config, settings, plain, kind)
-    if kind is Kind.encoder_decoder:
+    if kind is ModelKind.encoder_decoder:
         return None, notes
     root = plain_model(model)
     if losses:
         record_logits(root, routers)
-    logit_z = logit_z_weight(settings) if kind is Kind.causal else 0.0
+    logit_z = logit_z_weight(settings) if kind is ModelKind.causal else 0.0
     if logit_z and not root.way.fused:  # type: ignore[union-attr]
         notes["model.z_loss_coefficient"] = f"0 instead of {logit_z:g}: the model's own forward pass makes its logits"
         logit_z = 0.0

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches.collate import IGNORED, Collator
 from trainer.data.config import ControlTokens, DataConfig, DataFormat, Layout, LearnConfig, OverLength
-from trainer.data.document import WRONG_KIND, Document, Refused, Tally
+from trainer.data.document import WRONG_KIND, Document, RefusedDocument, Tally
 from trainer.data.reading import imitable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.cut import kept
 from trainer.data.tokens.encode import BATCH, Encoder
 from trainer.data.tokens.template import Rendered
 from trainer.heads.loss import computes_loss, logits_loss
-from trainer.model.config import Kind
+from trainer.model.config import ModelKind
 from trainer.objectives.base import Around, Family, Objective, ObjectiveConfig, UnlabelledReading, formats_of
 from trainer.objectives.causal import counted, counting_of, plain_model
 from trainer.objectives.pairs import WHOLE
@@ -190,14 +190,14 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
     roles = [turn["role"] for turn in turns]
     if (user["role"], assistant["role"]) != ("user", "assistant") or roles[:-2] not in ([], ["system"]):
         what = f"a conversation of {', '.join(roles)}" if turns else "a text without an answer"
-        raise Refused(
+        raise RefusedDocument(
             document.where,
             "not_two_sided" if turns else WRONG_KIND,
             f"{what}; objective=seq2seq reads one prompt and one answer (prompt and response, source "
             "and target, or a user and an assistant turn); change the row, or use objective=sft with a causal model",
         )
     if document.tools or "tool_calls" in assistant or "reasoning_content" in assistant:
-        raise Refused(
+        raise RefusedDocument(
             document.where,
             "not_two_sided",
             "tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; name them in "
@@ -208,7 +208,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
         said = (
             "a turn before the answer has a weight, and objective=seq2seq learns the answer alone; leave the weight out"
         )
-        raise Refused(document.where, "bad_weight", f"{said}, or name weight in data.ignore_columns")
+        raise RefusedDocument(document.where, "bad_weight", f"{said}, or name weight in data.ignore_columns")
     weight = float(assistant.get("weight", assistant.get("train", True)))
     return prompt, str(assistant["content"]), weight
 
@@ -309,7 +309,7 @@ SEQ2SEQ = Family(
     reading=lambda config: TwoSidedReading(prefix=config.prefix, max_target=config.max_target),
     build=lambda config, beside: Seq2seq(),
     problems=problems,
-    kind=Kind.encoder_decoder,
+    kind=ModelKind.encoder_decoder,
     longest=lambda config, data: {"data.max_length": data.max_length, "objective.max_target": config.max_target},
     writes_answers=True,
     better_when_larger=("accuracy",),

@@ -19,7 +19,7 @@ from trainer.optim.config import (
     ScheduleFreeConfig,
     SgdConfig,
 )
-from trainer.optim.groups import Group, group_parameters
+from trainer.optim.groups import ParameterGroup, group_parameters
 from trainer.optim.support import import_package
 
 
@@ -77,7 +77,7 @@ def _pair(betas: list[float]) -> tuple[float, float]:
     return betas[0], betas[1]
 
 
-def _muon(config: MuonConfig, groups: list[Group]) -> torch.optim.Optimizer:
+def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     from trainer.optim.whole import Combined, ShardedMuon
 

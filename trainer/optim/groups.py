@@ -21,7 +21,7 @@ EMBEDDING = re.compile(
 
 
 @dataclass(slots=True)
-class Group:
+class ParameterGroup:
     """Parameters that share a rate and a decay."""
 
     lr: float
@@ -46,7 +46,7 @@ def group_parameters(
     named: Iterable[tuple[str, nn.Parameter]],
     model_names: Sequence[str],
     rate_of: Callable[[str], float] = lambda _: 1.0,
-) -> list[Group]:
+) -> list[ParameterGroup]:
     """Groups in the order in which their first parameter comes, by whole names and shapes: alike under every strategy.
 
     Matrices decay, vectors (norms, biases) do not, `config.groups` overrule it; `layer_decay` counts the blocks of
@@ -56,7 +56,7 @@ def group_parameters(
     pairs = list(named)
     rules = _rules(config, [name for name, _ in pairs])
     factors = layer_factors([name for name, _ in pairs], model_names or [n for n, _ in pairs], config.layer_decay)
-    groups: dict[tuple[float, float, bool], Group] = {}
+    groups: dict[tuple[float, float, bool], ParameterGroup] = {}
     for name, parameter in pairs:
         dimensions = len(shape_of(parameter))
         rule = config.groups[rules[name]] if name in rules else None
@@ -66,7 +66,7 @@ def group_parameters(
             factor *= rule.lr_factor
             decay = decay if rule.weight_decay is None else rule.weight_decay
         key = (factor, decay, dimensions == 2 and BLOCK.search(name) is not None)
-        group = groups.setdefault(key, Group(config.lr * factor, decay, key[2]))
+        group = groups.setdefault(key, ParameterGroup(config.lr * factor, decay, key[2]))
         group.names.append(name)
         group.parameters.append(parameter)
     return list(groups.values())

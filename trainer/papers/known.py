@@ -9,7 +9,7 @@ from typing import Any
 from trainer.papers.compute import Compute, compute
 from trainer.papers.licences import told
 from trainer.papers.questions import QUESTIONS
-from trainer.records.results import EVALUATION, REVIEW, Kept, kept, read_json
+from trainer.records.results import EVALUATION, REVIEW, KeptReport, kept, read_json
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Known:
     tokens: int | None = None
     artefact: str | None = None
     """SHA-256 of the weights' checkpoint."""
-    reports: list[Kept] = field(default_factory=list)
+    reports: list[KeptReport] = field(default_factory=list)
     """All that were kept of the run, the newest first."""
 
     def answer(self, question: str) -> str:
@@ -75,7 +75,7 @@ class Known:
         """Reports of the run that are about other weights, and say nothing here."""
         return sum(each.artefact != self.artefact or self.artefact is None for each in self.reports)
 
-    def of_these(self, kind: str) -> list[Kept]:
+    def of_these(self, kind: str) -> list[KeptReport]:
         """Reports on these very weights."""
         return [r for r in self.reports if r.kind == kind and self.artefact is not None and r.artefact == self.artefact]
 

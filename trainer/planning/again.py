@@ -48,7 +48,7 @@ class _Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class OperationResult:
     """What an operation gives."""
 
     out: Any
@@ -59,7 +59,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Operation:
     """An operation with its operands."""
 
     key: Any
@@ -71,7 +71,7 @@ class Asked:
     """Elements by which a slice begins beyond its operand: what is remembered of one serves all of its length."""
 
 
-_GIVEN: dict[Any, Given] = {}
+_GIVEN: dict[Any, OperationResult] = {}
 """Of all simulations of this process."""
 
 
@@ -80,7 +80,7 @@ def simulating() -> bool:
     return torch._C._get_dispatch_mode(_FAKE) is not None
 
 
-def asked(func: Any, args: Any, kwargs: Any) -> Asked | None:
+def asked(func: Any, args: Any, kwargs: Any) -> Operation | None:
     """The operation, where what comes out is told by the form of its operands; None elsewhere, as for real tensors."""
     mode: Any = torch._C._get_dispatch_mode(_FAKE)
     if mode is None or not _by_form(func):
@@ -104,7 +104,7 @@ def asked(func: Any, args: Any, kwargs: Any) -> Asked | None:
         return None
     if func._opname in _ABSOLUTE:
         key += [tensor.storage_offset() for tensor in tensors]
-    return Asked(tuple(key), tensors, mode, start)
+    return Operation(tuple(key), tensors, mode, start)
 
 
 def _from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> tuple[Any, int]:
@@ -144,18 +144,18 @@ def _describe(value: Any, key: list[Any], tensors: list[Any]) -> None:
         raise _NotByForm
 
 
-def given(operation: Asked) -> Given | None:
+def given(operation: Operation) -> OperationResult | None:
     """What it gave before."""
     return _GIVEN.get(operation.key)
 
 
-def again(what: Given, operation: Asked) -> Any:
+def again(what: OperationResult, operation: Operation) -> Any:
     """The same, made anew."""
     with torch._C._DisableTorchDispatch():
         return _make(what.out, operation)
 
 
-def _make(made: Any, operation: Asked) -> Any:
+def _make(made: Any, operation: Operation) -> Any:
     if isinstance(made, list | tuple):
         return type(made)(_make(each, operation) for each in made)
     if not isinstance(made, _Made):
@@ -179,16 +179,16 @@ def _make(made: Any, operation: Asked) -> Any:
     return tensor
 
 
-def remember(operation: Asked, out: Any, flops: float, moved: int) -> None:
+def remember(operation: Operation, out: Any, flops: float, moved: int) -> None:
     """Note what came out, where a tensor made anew is no other."""
     try:
         made = _noted(out, operation, set())
     except _NotByForm:
         return
-    _GIVEN[operation.key] = Given(made, flops, moved)
+    _GIVEN[operation.key] = OperationResult(made, flops, moved)
 
 
-def _noted(out: Any, operation: Asked, new: set[int]) -> Any:
+def _noted(out: Any, operation: Operation, new: set[int]) -> Any:
     """`out` as it is remembered; `new` has the storages of what came out with it."""
     if isinstance(out, list | tuple):
         return type(out)(_noted(each, operation, new) for each in out)
@@ -211,7 +211,7 @@ def _noted(out: Any, operation: Asked, new: set[int]) -> Any:
         return made
     if out.requires_grad or storage._cdata in new:
         raise _NotByForm
-    other = again(Given(made, 0, 0), operation)
+    other = again(OperationResult(made, 0, 0), operation)
     if shares is None:
         new.add(storage._cdata)
         if other.untyped_storage().nbytes() != storage.nbytes() or made.offset:

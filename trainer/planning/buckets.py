@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from trainer.planning.live import LiveBytes
 
 
@@ -58,7 +58,7 @@ class _Buckets:
     def reduce(self, *args: Any, **kwargs: Any) -> None:
         """What is in the buckets is reduced."""
         recorder, made = self.recorder, self.recorder.made
-        recorder.made = Kind.communication
+        recorder.made = MemoryKind.communication
         if self.whole is not None:
             trained = sum(flat.numel() for flat in self.inner.bit16_groups_flat)
             content = sum(bucket.elements for bucket in self.inner.ipg_buckets.values())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from trainer.planning.live import Highest, Moment
 from trainer.planning.record import Collective
 from trainer.planning.simulate import Simulated
@@ -30,9 +30,9 @@ class Extended:
     peak: Moment
     total: int
     """Live bytes on the device at the peak."""
-    kinds: dict[Kind, int]
+    kinds: dict[MemoryKind, int]
     """Of these by kind."""
-    resting: dict[Kind, int]
+    resting: dict[MemoryKind, int]
     exchanged: dict[tuple[str, int, str], tuple[int, int]]
     """By collective, ranks and type: calls, and bytes together."""
     host_reads: int
@@ -69,7 +69,7 @@ def _on_lines(low: Highest, high: Highest, line: Callable[[int, int], int]) -> H
     course = [*map(line, low.course, high.course)] if aligned else []
     total, kinds = line(low.total, high.total), lines(low.kinds, high.kinds, line)
     if course and (more := max(course) - total) and kinds:  # kinds are known of the highest alone
-        kinds[Kind.activations] = kinds.get(Kind.activations, 0) + more
+        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + more
     return Highest(max(course, default=total), 0, kinds, course)
 
 

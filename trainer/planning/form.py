@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from trainer.data.config import Layout
@@ -19,7 +19,7 @@ from trainer.heads.loss import CHUNK_LOGITS
 from trainer.planning.depth import ENDS, deeper, line_of, lines, moments_at, shallow
 from trainer.planning.fakes import faked
 from trainer.planning.live import Highest, Moment
-from trainer.planning.simulate import Parts, Simulated, operations, watching
+from trainer.planning.simulate import Simulated, StepParts, operations, watching
 
 Batches = list[dict[str, Any]]
 Exchange = tuple[str, int, int, str, str]
@@ -43,7 +43,7 @@ class Taken:
     total: int
     """Live bytes on the device at the peak."""
     peak: Moment
-    kinds: dict[Kind, int]
+    kinds: dict[MemoryKind, int]
     """Of these by kind."""
 
 
@@ -61,7 +61,7 @@ class Form:
     """At either size, in the whole model."""
     bends: dict[Moment, list[tuple[int, int]]]
     """Of a moment, bytes at either size after each operation that may be its highest in larger micro-batches."""
-    resting: dict[Kind, int]
+    resting: dict[MemoryKind, int]
     """Bytes between steps."""
     flops: tuple[float, float]
     """Of one micro-batch of either size, those recomputed included."""
@@ -99,7 +99,7 @@ class Form:
         total = totals[peak]
         kinds = dict(large[peak].kinds)
         more = total - large[peak].total  # what grows with the tokens are activations: logits come in chunks
-        kinds[Kind.activations] = kinds.get(Kind.activations, 0) + round(more)
+        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + round(more)
         place = peak.place
         if isinstance(place, int) and place < 0:
             peak = replace(peak, place=self.blocks + place)
@@ -155,7 +155,7 @@ def sizes_for(built: Any, vocabulary: int, length: int, *, straight: bool) -> tu
 
 
 def take_sizes(
-    parts: Parts,
+    parts: StepParts,
     sizes: list[Batches],
     runtime: Runtime,
     expected: dict[Moment, int] | None = None,

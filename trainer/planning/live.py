@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 
 _DEVICE, _TO_COPY = torch.ops.prim.device.default, torch.ops.aten._to_copy.default
 GRAIN = 512
@@ -52,7 +52,7 @@ class Highest:
 
     total: int = 0
     operation: int = -1
-    kinds: dict[Kind, int] = field(default_factory=dict)
+    kinds: dict[MemoryKind, int] = field(default_factory=dict)
     course: list[int] = field(default_factory=list, repr=False, compare=False)
     """Live bytes after each operation of the moment."""
 
@@ -60,7 +60,7 @@ class Highest:
 @dataclass(slots=True)
 class _Held:
     size: int
-    kind: Kind
+    kind: MemoryKind
     reference: Any
     """Of the storage: ends the count when that is freed."""
 
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.moment = Moment("between", 0, "before")
         self.highest: dict[Moment, Highest] = {}
-        self.made = Kind.other
+        self.made = MemoryKind.other
         """The kind of what is made now, unless more is known."""
         self.more = 0
         """Bytes that count beside those that are live."""
@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         self._highest, self._tallied = Highest(), -1
         self._held: dict[int, _Held] = {}
         self._explain: dict[Moment, int] = {}
-        self._owned: Callable[[], Iterable[tuple[Kind, Tensor]]] = lambda: ()
+        self._owned: Callable[[], Iterable[tuple[MemoryKind, Tensor]]] = lambda: ()
         self._resize: Any = None
         self._counts = True
 
@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
 
     # -- what lives ----------------------------------------------------------------------------------------------
 
-    def see(self, tensor: Tensor, kind: Kind | None = None) -> None:
+    def see(self, tensor: Tensor, kind: MemoryKind | None = None) -> None:
         """Count a tensor's storage from now on; with `kind`, it is known what it holds."""
         if device_of(tensor) != self.device:
             return
@@ -132,7 +132,7 @@ class LiveBytes(TorchDispatchMode):
         if held is not None:
             size = rounded(storage.nbytes())
             self.now += size - held.size
-            held.size, held.kind = size, Kind.gathered
+            held.size, held.kind = size, MemoryKind.gathered
             self._note()
 
     # -- through a step ------------------------------------------------------------------------------------------
@@ -141,22 +141,22 @@ class LiveBytes(TorchDispatchMode):
         """A step begins: operations are counted from here."""
         self.highest, self._explain, self._noted = {}, {}, None
 
-    def explain(self, operations: dict[Moment, int], owned: Callable[[], Iterable[tuple[Kind, Tensor]]]) -> None:
+    def explain(self, operations: dict[Moment, int], owned: Callable[[], Iterable[tuple[MemoryKind, Tensor]]]) -> None:
         """A step begins: tally what is live by kind after these operations of their moments."""
         self.begin()
         self._explain, self._owned = operations, owned
 
-    def labels(self) -> dict[int, tuple[_Held, Kind]]:
+    def labels(self) -> dict[int, tuple[_Held, MemoryKind]]:
         """What is known now of what is live; a tally learns more."""
         return {key: (held, held.kind) for key, held in self._held.items()}
 
-    def relabel(self, labels: dict[int, tuple[_Held, Kind]]) -> None:
+    def relabel(self, labels: dict[int, tuple[_Held, MemoryKind]]) -> None:
         """Know of what is still live what was known then."""
         for key, (held, kind) in labels.items():
             if self._held.get(key) is held:
                 held.kind = kind
 
-    def tally(self) -> dict[Kind, int]:
+    def tally(self) -> dict[MemoryKind, int]:
         """Live bytes by kind, now."""
         self._counts = False  # asking for a tensor can be an operation
         found = list(self._owned())
@@ -164,7 +164,7 @@ class LiveBytes(TorchDispatchMode):
         for kind, tensor in found:
             if device_of(tensor) == self.device and tensor.untyped_storage()._cdata in self._held:
                 self.see(tensor, kind)
-        out: dict[Kind, int] = {}
+        out: dict[MemoryKind, int] = {}
         for held in self._held.values():
             out[held.kind] = out.get(held.kind, 0) + held.size
         return {kind: size for kind, size in out.items() if size}
@@ -188,7 +188,7 @@ class LiveBytes(TorchDispatchMode):
         if operation == self._tallied or (more and 0 <= self._tallied < operation):
             highest.kinds = self.tally()
             if self.more:
-                highest.kinds[Kind.communication] = highest.kinds.get(Kind.communication, 0) + self.more
+                highest.kinds[MemoryKind.communication] = highest.kinds.get(MemoryKind.communication, 0) + self.more
 
     def __enter__(self) -> Any:
         self._resize = resize = torch.UntypedStorage.resize_
@@ -231,21 +231,21 @@ class LiveBytes(TorchDispatchMode):
         if isinstance(out, Tensor):
             self.see(out)
             if func is _TO_COPY and self._is_parameter(args[0]):
-                self.see(out, Kind.gathered)
+                self.see(out, MemoryKind.gathered)
         elif isinstance(out, tuple | list):
             for each in out:
                 self._seen(None, (), each)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         held = self._held.get(tensor.untyped_storage()._cdata)
-        return held is not None and held.kind is Kind.parameters
+        return held is not None and held.kind is MemoryKind.parameters
 
     def _exchanged(self, value: Any) -> None:
         """What a collective reads and writes is a buffer, unless it has an owner."""
         if isinstance(value, Tensor):
             held = self._held.get(value.untyped_storage()._cdata)
-            if held is not None and held.kind in (Kind.activations, Kind.other):
-                held.kind = Kind.communication
+            if held is not None and held.kind in (MemoryKind.activations, MemoryKind.other):
+                held.kind = MemoryKind.communication
         elif isinstance(value, tuple | list):
             for each in value:
                 self._exchanged(each)

@@ -14,7 +14,7 @@ from strategies.base import Precision, StrategyConfig
 from strategies.memory import estimate
 from strategies.mesh import replicas
 from strategies.runtime import Runtime, peak_memory_gib
-from trainer.checkpoints.beside import Saved
+from trainer.checkpoints.beside import SavedCheckpoint
 from trainer.planning.activations import Workload, by_rule, model_state
 from trainer.planning.hardware import GIB
 from trainer.planning.speed import PRODUCTS
@@ -90,7 +90,7 @@ def memory_text(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def measured(meter: Meter, device: torch.device, checkpoint: Saved | None) -> dict[str, Any]:
+def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | None) -> dict[str, Any]:
     """What this attempt took so far; null where it did not come to it. `checkpoint`: the last one."""
     where = "on the worst rank" if meter.peaks else "on rank 0, since no step was logged"
     return {

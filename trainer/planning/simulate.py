@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.base import Judge, OptimizerFactory, Precision, StepResult, StrategyConfig
 from strategies.build import build_strategy
-from strategies.owned import Kind, owned
+from strategies.owned import MemoryKind, owned
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from trainer.planning.bare import bare_trainer, batch_of
@@ -39,7 +39,7 @@ class ShapesOnly:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
+class StepParts:
     """What a step is made of."""
 
     built: Built
@@ -61,7 +61,7 @@ class Simulated:
 
     moments: dict[Moment, Highest]
     """The most live bytes on the device in each moment, in order."""
-    resting: dict[Kind, int]
+    resting: dict[MemoryKind, int]
     """Bytes between steps."""
     collectives: list[Collective]
     host_reads: Counter[str]
@@ -79,7 +79,7 @@ class Simulated:
         return max(self.moments.items(), key=lambda item: item[1].total)
 
 
-def simulate(parts: Parts, runtime: Runtime, *, repeat: int = 1) -> Simulated:
+def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> Simulated:
     """Take three steps on fake tensors as the rank that `runtime` says, on its device, and report the last.
 
     With `repeat=0` two, and bytes are told apart by kind between steps alone. The model is on meta, and is used up. Raises
@@ -90,7 +90,7 @@ def simulate(parts: Parts, runtime: Runtime, *, repeat: int = 1) -> Simulated:
         return watch(replace(parts, batches=batches), runtime, repeat=repeat)
 
 
-def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> Simulated:
+def watch(parts: StepParts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> Simulated:
     """`simulate` on whatever tensors there are: real ones too. All ranks must call.
 
     `warm` steps go before; the least of 1 + `repeat` more counts, since real process groups let go of tensors in threads of
@@ -101,7 +101,7 @@ def watch(parts: Parts, runtime: Runtime, *, warm: int = 1, repeat: int = 1) -> 
 
 
 @contextmanager
-def watching(parts: Parts, runtime: Runtime) -> Iterator[Watched]:
+def watching(parts: StepParts, runtime: Runtime) -> Iterator[WatchedEngine]:
     """The engine of `parts`, watched from its making on; `parts.built` is used up. All ranks must call."""
     if (
         "deepspeed" in sys.modules
@@ -121,7 +121,7 @@ def watching(parts: Parts, runtime: Runtime) -> Iterator[Watched]:
         )
         for kind, tensor in owned(engine):
             recorder.see(tensor, kind)
-        watched = Watched(engine, recorder, blocks)
+        watched = WatchedEngine(engine, recorder, blocks)
         with watched.places(), bucketed(engine, recorder, parts.whole):
             yield watched
 
@@ -139,7 +139,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _steps(parts: Parts, watched: Watched, warm: int, repeat: int) -> Simulated:
+def _steps(parts: StepParts, watched: WatchedEngine, warm: int, repeat: int) -> Simulated:
     recorder = watched.recorder
     for _ in range(warm):
         watched.take(parts.batches)
@@ -161,7 +161,7 @@ def operations(found: dict[Moment, Highest]) -> dict[Moment, int]:
     return {moment: highest.operation for moment, highest in found.items()}
 
 
-class Watched:
+class WatchedEngine:
     """An engine that tells a recorder what it is at."""
 
     def __init__(self, engine: Any, recorder: Recorder, blocks: list[nn.Module]) -> None:
@@ -217,8 +217,8 @@ class Watched:
     def at(self, phase: str, place: int | str = "before") -> None:
         """What is at work from now on."""
         self.recorder.moment = Moment(phase, self._micro, place)
-        made = Kind.logits if place == "head" and phase == "forward" else Kind.activations
-        self.recorder.made = Kind.other if phase == "between" else made
+        made = MemoryKind.logits if place == "head" and phase == "forward" else MemoryKind.activations
+        self.recorder.made = MemoryKind.other if phase == "between" else made
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.at("forward")

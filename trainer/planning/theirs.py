@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from strategies.owned import Kind
+from strategies.owned import MemoryKind
 from trainer.planning.form import Form
 
 
@@ -41,7 +41,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TheirBytes:
     """Bytes of tensors of one rank, were the step another trainer's."""
 
     total: int
@@ -64,7 +64,7 @@ def problems_of(theirs: Sequence[Theirs], *, full: bool) -> list[str]:
     return found
 
 
-def held(form: Form, units: float, logits: float, theirs: Sequence[Theirs], cut: Cut) -> Held:
+def held(form: Form, units: float, logits: float, theirs: Sequence[Theirs], cut: Cut) -> TheirBytes:
     """The step of `units` as `theirs` would hold it; `logits` are tokens times words of a micro-batch."""
     ours = form.at(units)
     loss = round(sum(LOGITS.get(each, 0.0) for each in theirs) * logits)
@@ -80,7 +80,7 @@ def held(form: Form, units: float, logits: float, theirs: Sequence[Theirs], cut:
         moments["loss"] = {"what stays": stays, "activations": activations, "logits": loss}
     totals = {at: sum(parts.values()) if parts else ours.total for at, parts in moments.items()}
     at = max(totals, key=lambda one: totals[one])
-    return Held(totals[at], at, moments[at])
+    return TheirBytes(totals[at], at, moments[at])
 
 
 def _at_the_loss(form: Form, units: float) -> tuple[int, int]:
@@ -89,5 +89,5 @@ def _at_the_loss(form: Form, units: float) -> tuple[int, int]:
     place = next(moment for moment in large if moment.phase == "forward" and moment.place in ("head", "after"))
     kinds = large[place].kinds
     more = form.at(units).total - form.at(form.sizes[1].units).total
-    stays = sum(size for kind, size in kinds.items() if kind not in (Kind.activations, Kind.logits))
-    return stays, kinds.get(Kind.activations, 0) + max(more, 0)
+    stays = sum(size for kind, size in kinds.items() if kind not in (MemoryKind.activations, MemoryKind.logits))
+    return stays, kinds.get(MemoryKind.activations, 0) + max(more, 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.preflight.look import Asked
+from trainer.preflight.look import PreflightRequest
 
 LEAST_FREE, LITTLE_FREE = 0.5, 5.0
 """GiB of the run directory's disk below which a run cannot start, and below which a word is said."""
@@ -45,23 +45,23 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PreflightVerdict:
     """`problems` keep a job from starting, `notes` are worth knowing."""
 
     problems: list[str]
     notes: list[str]
 
 
-def judge(asked: Asked, heard: Heard, *, whole: bool = True) -> Verdict:
+def judge(asked: PreflightRequest, heard: Heard, *, whole: bool = True) -> PreflightVerdict:
     """All that is wrong. `whole`: no more will be heard, so that silence is a problem too."""
     problems = [*_of_nodes(asked, heard), *_unlike(heard)]
     if whole:
         problems = [*_silent(asked, heard), *problems, *_unseen(asked, heard)]
         problems = problems or list(_of_exchange(asked, heard))  # after a problem nobody waited for it
-    return Verdict(problems, [*_notes(heard), *_slow(heard)])
+    return PreflightVerdict(problems, [*_notes(heard), *_slow(heard)])
 
 
-def _silent(asked: Asked, heard: Heard) -> Iterable[str]:
+def _silent(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
     for node in range(asked.nodes):
         if node not in heard.looks and node not in heard.cut_off:
             said = " / ".join(heard.said.get(node, [])[-3:]) or " / ".join(heard.unplaced[-3:])
@@ -69,7 +69,7 @@ def _silent(asked: Asked, heard: Heard) -> Iterable[str]:
             yield f"{heard.name(node)}: gave no answer{why}"
 
 
-def _of_nodes(asked: Asked, heard: Heard) -> Iterable[str]:
+def _of_nodes(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
     for _, seen in sorted(heard.looks.items()):
         host, place = seen["host"], seen.get("run_dir")
         if "torch" not in seen["packages"]:
@@ -117,7 +117,7 @@ def _unlike(heard: Heard) -> Iterable[str]:
                 yield f"{heard.name(node)}: {what} is {value}{where}, and {usual} on {like}; all nodes need the same"
 
 
-def _unseen(asked: Asked, heard: Heard) -> Iterable[str]:
+def _unseen(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
     for node in sorted(set(heard.looks) - heard.visible):
         place = heard.looks[node].get("run_dir")
         if place is not None and place["sees"] and not place["problem"]:
@@ -127,7 +127,7 @@ def _unseen(asked: Asked, heard: Heard) -> Iterable[str]:
             )
 
 
-def _of_exchange(asked: Asked, heard: Heard) -> Iterable[str]:
+def _of_exchange(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
     if not asked.exchange or asked.nodes * asked.processes == 1 or heard.exchange:
         return
     for failed in heard.failed:

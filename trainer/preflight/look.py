@@ -36,8 +36,17 @@ LIBRARIES = (
 )
 """Distributions that must be the same on all nodes."""
 PACKAGES = ("launch", "trainer", "strategies", "conf")
-VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+"""Variables that list the devices a process may use."""
+VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *VISIBLE)
 """Beginnings of environment variables that change what a run does."""
+KFD = Path("/sys/class/kfd/kfd/topology/nodes")
+SLOWDOWN: tuple[tuple[str, ...], ...] = (
+    ("clocks_event_reasons.hw_slowdown",),
+    ("clocks_throttle_reasons.hw_slowdown",),
+    (),
+)
+"""Whether the hardware slows a card down, as newer and older drivers call it; some know neither."""
 VISIBLE_S = 5.0
 """Seconds after which a file that another host wrote must be seen; network file systems remember what was not there."""
 GIB = 2**30
@@ -48,7 +57,7 @@ VARIABLE = "SHARDTUNE_PREFLIGHT"
 
 
 @dataclass(kw_only=True, slots=True)
-class Asked:
+class PreflightRequest:
     """What the nodes are to look at; travels as JSON in an environment variable."""
 
     nodes: int = 1
@@ -77,12 +86,12 @@ class Asked:
         return json.dumps(asdict(self))
 
     @classmethod
-    def told(cls) -> Asked:
+    def told(cls) -> PreflightRequest:
         """What the environment says. Errors: KeyError where it says nothing."""
         return cls(**json.loads(os.environ[VARIABLE]))
 
 
-def look(asked: Asked, node: int) -> dict[str, Any]:
+def look(asked: PreflightRequest, node: int) -> dict[str, Any]:
     """Everything that node number `node` sees, as JSON; what is wrong is `judge`'s to say. Raises nothing for what is missing."""
     seen: dict[str, Any] = {
         "node": node,
@@ -178,20 +187,30 @@ def holdings(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def gpus() -> dict[str, Any]:
-    """The GPUs of this node by their driver's tool, and the processes on them; none where there is no such tool."""
+    """The GPUs of this node, NVIDIA's with the processes on them, or else AMD's; none where neither driver lists any."""
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
-    slow = "clocks_throttle_reasons.hw_slowdown"
-    rows = _smi("gpu", (*fields, slow)) or _smi("gpu", fields) or []
+    rows = next(filter(None, (_smi("gpu", (*fields, *slow)) for slow in SLOWDOWN)), [])
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
-    found = [{key: _number(value) for key, value in zip(keys, row, strict=False)} for row in rows]
+    found = [{key: _number(value) for key, value in zip(keys, row, strict=False)} for row in rows] or _of_amd()
     for gpu in found:
         gpu["slowed"] = gpu.get("slowed") == "Active"
     on_them = _smi("compute-apps", ("pid", "process_name", "used_memory")) or []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = (
-        len(found) if visible is None else min(len(found), len([each for each in visible.split(",") if each.strip()]))
-    )
+    lists = [value.split(",") for name in VISIBLE if (value := os.environ.get(name)) is not None]
+    count = min([len(found), *(sum(bool(each.strip()) for each in listed) for listed in lists)])
     return {"gpus": found, "gpu_count": count, "gpu_processes": [" ".join(row) for row in on_them]}
+
+
+def _of_amd() -> list[dict[str, Any]]:
+    """AMD's GPUs as the kernel lists them; it says nothing of those that this process may not use."""
+    found: list[dict[str, Any]] = []
+    for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
+        try:
+            about = dict(line.split(maxsplit=1) for line in (node / "properties").read_text().splitlines())
+            if int(about["simd_count"]):  # else a processor
+                found.append({"index": len(found), "name": (node / "name").read_text().strip()})
+        except (OSError, ValueError, KeyError):
+            continue
+    return found
 
 
 def _smi(of: str, fields: tuple[str, ...]) -> list[list[str]] | None:
@@ -207,6 +226,7 @@ def _smi(of: str, fields: tuple[str, ...]) -> list[list[str]] | None:
 
 
 def _number(text: str) -> int | str | None:
-    if text in ("[N/A]", "N/A", "[Not Supported]", ""):
+    """What a field says; None for what it says instead, such as [N/A], [Insufficient Permissions] or [Unknown Error]."""
+    if text.startswith("[") or text in ("N/A", "ERR!", ""):
         return None
     return int(text) if text.isdecimal() else text

@@ -12,7 +12,7 @@ SPEED = ("tokens_per_s", "tokens_per_s_per_rank", "mfu", "supervised_tokens_per_
 
 
 @dataclass(slots=True)
-class Earlier:
+class EarlierResults:
     """Results of the steps before a resumed run's first."""
 
     before: dict[str, float] = field(default_factory=dict)
@@ -24,9 +24,9 @@ class Earlier:
     """As `Meter.speed`, over steps instead of logging intervals."""
 
 
-def earlier(lines: Iterable[str]) -> Earlier:
+def earlier(lines: Iterable[str]) -> EarlierResults:
     """The results in lines of `metrics.jsonl`, all of them whole rows."""
-    found = Earlier()
+    found = EarlierResults()
     speeds: dict[str, list[float]] = {}
     for line in lines:
         row = json.loads(line)

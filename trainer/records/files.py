@@ -76,3 +76,8 @@ def _create_first(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def remedy(error: OSError) -> str:
+    """The first half of what to do about a write that failed: empty where free space would not help."""
+    return "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

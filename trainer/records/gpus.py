@@ -22,7 +22,8 @@ Look = Callable[[torch.device], Iterable[float]]
 def look(device: torch.device) -> list[float]:
     """The figures of `NAMES`, now; NaN where the driver or its package (`nvidia-ml-py`) does not tell."""
     asked = (torch.cuda.utilization, torch.cuda.device_memory_used, torch.cuda.power_draw, torch.cuda.temperature)
-    return [_asked(one, device) / unit for one, unit in zip(asked, (1, 2**30, 1000, 1), strict=True)]
+    watt = 1 if torch.version.hip else 1000  # NVIDIA's driver tells milliwatts, AMD's watts
+    return [_asked(one, device) / unit for one, unit in zip(asked, (1, 2**30, watt, 1), strict=True)]
 
 
 def _asked(one: Callable[[torch.device], float], device: torch.device) -> float:
@@ -32,7 +33,7 @@ def _asked(one: Callable[[torch.device], float], device: torch.device) -> float:
         return math.nan
 
 
-class Gpu(threading.Thread):
+class GpuWatcher(threading.Thread):
     """Looks at this rank's GPU until its process ends, or once, where the first look tells nothing."""
 
     def __init__(self, device: torch.device, look: Look = look) -> None:

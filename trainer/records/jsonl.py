@@ -10,14 +10,14 @@ from typing import Any
 
 from strategies import durable
 from strategies.errors import StorageError
-from trainer.records.earlier import Earlier, earlier
+from trainer.records.earlier import EarlierResults, earlier
 
 
 class JsonlTracker:
     """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        self.path, self.earlier, self._warned = path, Earlier(), False
+        self.path, self.earlier, self._warned = path, EarlierResults(), False
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
                 self._keep_up_to(resume_step or -1)

@@ -135,7 +135,7 @@ class Lease:
                     (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(
-                f"{directory}: cannot be written ({error.strerror or error}); free space, or set run.dir"
+                f"{directory}: cannot be written ({error.strerror or error}); {files.remedy(error)}set run.dir"
             ) from error
         return cls(run_dir, number + 1, mine, on_loss)
 

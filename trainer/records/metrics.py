@@ -20,7 +20,7 @@ from strategies.runtime import Runtime, dist_sum, peak_memory_gib
 from trainer.records import gpus, load
 from trainer.records.busy import Busy
 from trainer.records.cards import peak_tflops
-from trainer.records.parts import PARTS, Parts, timed
+from trainer.records.parts import PARTS, PartTimes, timed
 
 COUNTED_IN = 2
 """The step of an attempt whose exchange is counted: in the first, engines still find out what they need when."""
@@ -84,7 +84,7 @@ class Meter:
     """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib` names them."""
     start_s: float | None = None
     """Age of this process at the first step; None before it, and where the system does not tell."""
-    parts: Parts | None = None
+    parts: PartTimes | None = None
     """Times the parts of steps, where that was asked for."""
     evaluation_s: float = 0.0
     """Seconds of that for the evaluation before the first step."""
@@ -94,7 +94,7 @@ class Meter:
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)
     """What it came to in the last interval, by rank; equal on all ranks."""
-    gpu: gpus.Gpu | None = None
+    gpu: gpus.GpuWatcher | None = None
     """Looks at this rank's GPU; None where it has none."""
     _gpus: dict[str, float] = field(default_factory=dict)
     """What all ranks' GPUs did in the last interval, as rows have it."""
@@ -109,13 +109,13 @@ class Meter:
         """The first step is about to be taken, after an evaluation of so many seconds."""
         self.start_s, self.evaluation_s = process_age_s(), evaluation_s
         if self.runtime.kind == "cuda":
-            self.gpu = gpus.Gpu(self.runtime.device)
+            self.gpu = gpus.GpuWatcher(self.runtime.device)
             self.gpu.start()
         self.restart_clock()
 
     def timing(self, engine: Engine) -> Engine:
         """The engine with the parts of its steps timed, for the rows from now on."""
-        self.parts = Parts(self.runtime.device)
+        self.parts = PartTimes(self.runtime.device)
         return timed(engine, self.parts)
 
     def watch(self, blocks: list[nn.Module]) -> None:

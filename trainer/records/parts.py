@@ -37,7 +37,7 @@ def seconds_between(device: torch.device, begun: Any, ended: Any) -> float:
 
 
 @dataclass(slots=True)
-class Parts:
+class PartTimes:
     """Times of the steps that were not read yet."""
 
     device: torch.device
@@ -66,7 +66,7 @@ class Parts:
 class _Timed:
     """Passes everything on, whatever a pass takes: an engine's interface is its own."""
 
-    def __init__(self, engine: Engine, parts: Parts) -> None:
+    def __init__(self, engine: Engine, parts: PartTimes) -> None:
         self._engine, self._parts = engine, parts
 
     def __getattr__(self, name: str) -> Any:
@@ -85,6 +85,6 @@ class _Timed:
             return self._engine.step(*args, **kwargs)
 
 
-def timed(engine: Engine, parts: Parts) -> Engine:
+def timed(engine: Engine, parts: PartTimes) -> Engine:
     """The engine with its passes timed in `parts`; it communicates as before."""
     return cast(Engine, _Timed(engine, parts))

@@ -22,7 +22,7 @@ EVALUATION, REVIEW = "evaluation", "review"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptReport:
     """One report."""
 
     kind: str
@@ -56,14 +56,14 @@ def keep(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
     return path
 
 
-def kept(run_dir: Path, kind: str | None = None) -> list[Kept]:
+def kept(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
     """The reports of a run, the newest first; a file that cannot be read is passed over."""
     found = []
     for path in sorted((run_dir / REPORTS).glob("*.json")):
         named = path.name.partition("-")[0]
         report = read_json(path)
         if report and named in (EVALUATION, REVIEW) and kind in (None, named):
-            found.append(Kept(named, path, report))
+            found.append(KeptReport(named, path, report))
     return sorted(found, key=lambda each: each.time, reverse=True)
 
 

@@ -48,7 +48,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         files.replace(path, content, _token())
         durable.sync_directory(path.parent)
     except OSError as error:
-        raise StorageError(f"{path}: cannot write ({error.strerror or error}); free space, or set run.dir") from error
+        todo = f"{files.remedy(error)}set run.dir"
+        raise StorageError(f"{path}: cannot write ({error.strerror or error}); {todo}") from error
 
 
 def _token() -> str:

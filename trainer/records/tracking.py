@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.errors import StorageError
 from strategies.redaction import redacted
-from trainer.records.earlier import Earlier
+from trainer.records.earlier import EarlierResults
 from trainer.records.jsonl import JsonlTracker
 from trainer.records.trackers.base import Ended, Table, Tracked, Tracker
 from trainer.records.trackers.environment import settle
@@ -66,9 +66,9 @@ class Trackers:
             self._rows.sync()
 
     @property
-    def earlier(self) -> Earlier:
+    def earlier(self) -> EarlierResults:
         """What the rows say that were there before this process; nothing on other ranks than 0."""
-        return Earlier() if self._rows is None else self._rows.earlier
+        return EarlierResults() if self._rows is None else self._rows.earlier
 
     @property
     def hints(self) -> list[tuple[str, str]]:

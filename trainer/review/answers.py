@@ -18,7 +18,7 @@ ALIKE = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": No
 
 
 @dataclass(slots=True)
-class Given:
+class ReviewerAnswer:
     """What one reviewer said of one item."""
 
     answers: dict[str, str] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Reviewer:
 
     name: str
     path: Path
-    items: dict[str, Given]
+    items: dict[str, ReviewerAnswer]
 
 
 def read(paths: list[Path], review: str, key: dict[str, Any]) -> list[Reviewer]:
@@ -84,7 +84,7 @@ def _from_page(path: Path, text: str, review: str) -> Reviewer:
             raise DataError(f"{path}: item {name} has no answers; it must be the file that the page saved")
         seconds = each.get("seconds")
         timed = seconds if isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds >= 0 else None
-        given[name] = Given(dict(each["answers"]), str(each.get("comment") or ""), timed)
+        given[name] = ReviewerAnswer(dict(each["answers"]), str(each.get("comment") or ""), timed)
     return Reviewer(str(found["reviewer"]).strip(), path, given)
 
 
@@ -112,7 +112,7 @@ def _from_table(path: Path, text: str, review: str) -> Reviewer:
                 answers[question] = choice
         if row["item"] in given:
             raise DataError(f"{where}: item {row['item']} stands twice; keep one row of it")
-        given[row["item"]] = Given(answers, (row.get("comment") or "").strip())
+        given[row["item"]] = ReviewerAnswer(answers, (row.get("comment") or "").strip())
     if len(names) != 1:
         what = "nobody" if not names else " and ".join(sorted(names))
         raise DataError(f"{path}: the column reviewer names {what}; write one name in it, once at least")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from trainer.serving.config import LOOPBACK, ServeConfig
-from trainer.serving.requests import CHAT, TEXT, Refused, Served, checked
+from trainer.serving.requests import CHAT, TEXT, RefusedRequest, Served, checked
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,7 +38,7 @@ class Door:
             return
         try:
             await self._answer(scope, receive, send)
-        except Refused as refused:
+        except RefusedRequest as refused:
             await _tell(send, refused)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -48,7 +48,7 @@ class Door:
             await self.app(scope, receive, send)
             return
         if self.under_way >= self.config.max_requests:
-            raise Refused(429, f"{self.under_way} requests are under way (serve.max_requests); try again later")
+            raise RefusedRequest(429, f"{self.under_way} requests are under way (serve.max_requests); try again later")
         self.under_way += 1
         try:
             content = await self._body(receive, headers)
@@ -58,32 +58,34 @@ class Door:
 
     def _enter(self, path: str, method: str, headers: dict[str, str]) -> None:
         if path not in OPEN:
-            raise Refused(404, f"{path}: there is no such address here; there are {', '.join(OPEN)}")
+            raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN)}")
         if method != OPEN[path]:
-            raise Refused(405, f"{method} {path}: is asked with {OPEN[path]}")
+            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN[path]}")
         if self.key and path != "/health":
             kind, _, sent = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self.key.encode()):
-                raise Refused(
+                raise RefusedRequest(
                     401, "the key is missing or wrong; send Authorization: Bearer <key>", code="invalid_api_key"
                 )
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")
         if (
             not self.key and host not in LOOPBACK
         ):  # a page in a browser here may have its own name point to this machine
-            raise Refused(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
+            raise RefusedRequest(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
 
     async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "send Content-Type: application/json")
+            raise RefusedRequest(415, "send Content-Type: application/json")
         most, content = self.config.max_body_kib * 1024, b""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Refused(400, "the connection was closed")
+                raise RefusedRequest(400, "the connection was closed")
             content += message.get("body", b"")
             if len(content) > most:
-                raise Refused(413, f"the request is larger than {self.config.max_body_kib} KiB (serve.max_body_kib)")
+                raise RefusedRequest(
+                    413, f"the request is larger than {self.config.max_body_kib} KiB (serve.max_body_kib)"
+                )
             if not message.get("more_body"):
                 return content
 
@@ -92,9 +94,9 @@ class Door:
         try:
             body = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is no JSON: {error}") from None
+            raise RefusedRequest(400, f"the body is no JSON: {error}") from None
         if not isinstance(body, dict):
-            raise Refused(400, f"the body must be a JSON object, not {type(body).__name__}")
+            raise RefusedRequest(400, f"the body must be a JSON object, not {type(body).__name__}")
         return body
 
     def _out(self, send: Send, asked: dict[str, Any]) -> _Watched:
@@ -152,7 +154,7 @@ class VllmDoor(Door):
         body = super()._asked(path, content)
         if body.setdefault("model", self.config.name) != self.config.name:
             message = f"model: there is no {body['model']!r} here; this server has {self.config.name!r} alone"
-            raise Refused(404, message, "model", "model_not_found")
+            raise RefusedRequest(404, message, "model", "model_not_found")
         return body
 
 
@@ -193,7 +195,7 @@ class _Watched:
             said = "the model failed; the server's log says why" if status == 500 else content.decode(errors="replace")
         if isinstance(said, dict):
             said = said.get("detail") or said.get("error") or said
-        return json.dumps(Refused(status, said if isinstance(said, str) else json.dumps(said)).body()).encode()
+        return json.dumps(RefusedRequest(status, said if isinstance(said, str) else json.dumps(said)).body()).encode()
 
 
 class _Cut(_Watched):
@@ -220,7 +222,7 @@ class _Cut(_Watched):
         return json.dumps(answer).encode()
 
 
-async def _tell(send: Send, refused: Refused) -> None:
+async def _tell(send: Send, refused: RefusedRequest) -> None:
     content = json.dumps(refused.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if refused.status == 429:

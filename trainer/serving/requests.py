@@ -34,7 +34,7 @@ NOTES = ("user", "metadata", "stream_options", "safety_identifier", "prompt_cach
 """Fields that say who asks, or ask for what always comes: usage stands in the last part of a stream."""
 
 
-class Refused(Exception):
+class RefusedRequest(Exception):
     """A request that is not answered."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -54,9 +54,9 @@ class Refused(Exception):
         }
 
 
-def refuse(param: str, message: str, code: str | None = None) -> Refused:
+def refuse(param: str, message: str, code: str | None = None) -> RefusedRequest:
     """A 400 about one field."""
-    return Refused(400, f"{param}: {message}", param, code)
+    return RefusedRequest(400, f"{param}: {message}", param, code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def checked(path: str, sent: dict[str, Any], served: Served) -> dict[str, Any]:
     named = body.get("model", served.name)
     if named != served.name:
         message = f"model: there is no {named!r} here; this server has {served.name!r} alone"
-        raise Refused(404, message, "model", "model_not_found")
+        raise RefusedRequest(404, message, "model", "model_not_found")
     asked = {"model": served.name, "stream": _one(body.pop("stream", False), bool, "stream", "true or false")}
     body.pop("model", None)
     prompt = _chat(body, asked, served) if path == CHAT else _text(body, asked, served)
@@ -166,7 +166,7 @@ def _message(message: Any, param: str) -> None:
 
 def _rendered(asked: dict[str, Any], served: Served) -> int:
     if served.tokenizer.chat_template is None:
-        raise Refused(400, f"{served.name} has no chat template; send the whole prompt to {TEXT}", "messages")
+        raise RefusedRequest(400, f"{served.name} has no chat template; send the whole prompt to {TEXT}", "messages")
     messages = [{**each, "content": _plain(each.get("content"))} for each in asked["messages"]]
     for each in messages:
         calls = [dict(call) for call in each.get("tool_calls") or []]
@@ -242,7 +242,7 @@ def _lengths(body: dict[str, Any], asked: dict[str, Any], served: Served, prompt
         rule = f"a whole number from 1 to {served.max_tokens} (serve.max_tokens)"
         _one(wanted, int, key, rule, lambda value: 1 <= value <= served.max_tokens)
     if room < (wanted or 1):
-        raise Refused(
+        raise RefusedRequest(
             400,
             f"the prompt has {prompt} tokens, the answer {wanted or 'at least 1'}; the model takes {served.positions} together",
             "messages" if path == CHAT else "prompt",

@@ -34,7 +34,7 @@ from trainer.telling.facts import end_text, outcome_record, start_text, write_ru
 
 
 @dataclass(slots=True)
-class Place:
+class RunPlace:
     """Where a run takes place and who hears of it."""
 
     run_dir: Path
@@ -56,7 +56,7 @@ def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, 
     return console
 
 
-def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: Place) -> Trackers:
+def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, place: RunPlace) -> Trackers:
     """The start screen, and rank 0's trackers, with `run.json` and `status.json` begun; nothing on the others. All ranks call."""
     place.console.say(start_text(facts))
     place.where.still_ours(place.runtime)
@@ -85,7 +85,7 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
     return opened.trackers
 
 
-def tell_of_slow(place: Place) -> Tell:
+def tell_of_slow(place: RunPlace) -> Tell:
     """What rank 0 does about a rank that holds the others up: a warning, and a word in `status.json` while it lasts."""
 
     def tell(slow: Slow, now: list[Slow], step: int) -> None:
@@ -106,7 +106,7 @@ def until_it_ends(
     outcome: Outcome,
     facts: dict[str, Any],
     measures: tuple[Meter, Checkpoints],
-    place: Place,
+    place: RunPlace,
 ) -> Iterator[None]:
     """Around all that may end the run: however it does, trackers are told, and `run.json` has what it took."""
     meter, checkpoints = measures
@@ -130,7 +130,7 @@ def until_it_ends(
         note_measured(facts, meter, checkpoints, place)
 
 
-def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: Place) -> None:
+def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints, place: RunPlace) -> None:
     """What the run took into `run.json`, however it ends: rank 0's word, without a collective."""
     if place.runtime.is_main:
         if (refused := checkpoints.copies.refused) is not None:
@@ -142,13 +142,13 @@ def note_measured(facts: dict[str, Any], meter: Meter, checkpoints: Checkpoints,
             write_run_record(place.run_dir, facts)
 
 
-def metered(config: RunConfig, place: Place) -> AbstractContextManager[None]:
+def metered(config: RunConfig, place: RunPlace) -> AbstractContextManager[None]:
     """Meanwhile each host measures its energy, where that is asked for."""
     return metering(config.logging.energy, place.run_dir, place.runtime, place.console.say)
 
 
 def close_records(
-    facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: Place
+    facts: dict[str, Any], outcome: Outcome, exported: Path | None, trackers: Trackers, place: RunPlace
 ) -> None:
     """The outcome into `run.json`, and the last lines on the screen. All ranks must call."""
     if place.runtime.is_main:

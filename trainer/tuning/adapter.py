@@ -18,7 +18,7 @@ from strategies.errors import ConfigError
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
 from trainer.tuning.expert_lora import as_named, choose
 from trainer.tuning.peft_configs import peft_config
-from trainer.tuning.replica import ADAPTER, Lone, Replicas
+from trainer.tuning.replica import ADAPTER, AdapterReplicas, Lone
 from trainer.tuning.stored import StoredAdapter, check_settings
 from trainer.tuning.table import method_of, rewrites_base
 from trainer.tuning.targets import left_alone
@@ -44,7 +44,7 @@ class Adapter:
         """Modules that the base checkpoint does not have: trained in full and saved with the adapter."""
         self.train_embeddings = train_embeddings
         """New vocabulary entries need trained embeddings: they (and an untied head) are then trained in full."""
-        self.replicas = Replicas(None, {}, reads_base=False)
+        self.replicas = AdapterReplicas(None, {}, reads_base=False)
         self.note = ""
         """What to say of the targets: linear layers that get no adapter, and why."""
         self.seed = 0
@@ -146,7 +146,9 @@ class Adapter:
                     _to_meta(module, key)
         if self.converts:
             _refuse_shared(tuned, bases)
-        self.replicas = Replicas(settings, bases, reads_base=method_of(self.config).reads_base or _is_dora(self.config))
+        self.replicas = AdapterReplicas(
+            settings, bases, reads_base=method_of(self.config).reads_base or _is_dora(self.config)
+        )
         on_meta = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
         if on_meta:
             for name, buffer in self.replicas.buffers():
@@ -236,7 +238,7 @@ class Adapter:
         return [name for name, (owner, _) in self._owned.items() if owner == layer]
 
     def merged(self, name: str, base: BaseReader, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `Replicas.merged`."""
+        """The base parameters of the adapted layer `name` with its part of `trained` folded in; see `AdapterReplicas.merged`."""
         of_layer = {
             key: trained[full] for full, (layer, key) in self._owned.items() if layer == name and full in trained
         }

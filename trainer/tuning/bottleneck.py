@@ -53,7 +53,7 @@ class BottleneckLayer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AdapterPlaces:
     """Where adapters stand, by module names within a block."""
 
     attention: str
@@ -160,7 +160,7 @@ def _behind(is_active: Callable[[], bool], owner: nn.Module, _args: Any, output:
     return (layer(output[0]), *output[1:]) if isinstance(output, tuple) else layer(output)
 
 
-def _places(module: nn.Module, config: BottleneckConfig) -> Place | None:
+def _places(module: nn.Module, config: BottleneckConfig) -> AdapterPlaces | None:
     """The places of a block; None for a module that is none."""
     found = {name for name, _ in module.named_modules()}
     children = dict(module.named_children())
@@ -175,7 +175,7 @@ def _places(module: nn.Module, config: BottleneckConfig) -> Place | None:
             feedforward = "output.dense"
     if attention is None or feedforward is None or not {attention, feedforward} <= found:
         return None
-    return Place(attention, feedforward)
+    return AdapterPlaces(attention, feedforward)
 
 
 def _nothing_found(model: nn.Module, config: BottleneckConfig) -> str:

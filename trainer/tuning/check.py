@@ -36,7 +36,7 @@ OWN_CHOICE = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class RunFacts:
     """What of the rest of a run a method may not go with."""
 
     strategy: StrategyConfig
@@ -53,7 +53,7 @@ class Run:
     quantisation: str = "none"
 
 
-def problems(tuning: TuningConfig, run: Run) -> Iterator[str]:
+def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     """Every problem as `key=value: constraint; what to do`."""
     if isinstance(tuning, AdapterConfig):
         yield from _targets(tuning)

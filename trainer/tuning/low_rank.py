@@ -59,7 +59,7 @@ def frozen_experts(
         weight = getattr(module, name)
         dtype = weight.dtype if packed is None else hidden.dtype
         read = _as_it_is if packed is None else partial(packed.whole, name, dtype=dtype)
-        frozen = Frozen(read, offsets, module.is_transposed)
+        frozen = FrozenWeights(read, offsets, module.is_transposed)
         if low_rank is None:
             made = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
         else:
@@ -85,7 +85,7 @@ def _as_it_is(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen:
+class FrozenWeights:
     """What a product with frozen weights goes by."""
 
     read: Callable[[Tensor], Tensor]
@@ -110,7 +110,7 @@ class _GroupedFrozen(torch.autograd.Function):
     """The product alone; the parameter is kept as it is, and read again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, frozen: Frozen) -> Tensor:
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, frozen: FrozenWeights) -> Tensor:
         ctx.save_for_backward(parameter)
         ctx.frozen = frozen
         return frozen.product(x, parameter)
@@ -130,7 +130,7 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parameter: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: Frozen
+        ctx: Any, x: Tensor, parameter: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: FrozenWeights
     ) -> Tensor:
         low = _grouped(x, down.mT, frozen.offsets)
         out = frozen.product(x, parameter)

@@ -31,7 +31,7 @@ class Lone(nn.Module):
         """Whether matrices lie as `[in, out]`; peft reads it."""
 
 
-class Replicas:
+class AdapterReplicas:
     """Copies of the adapted layers of one model, made when asked for; keeps the last one."""
 
     def __init__(self, settings: Any, bases: dict[str, nn.Module], *, reads_base: bool) -> None:

@@ -171,6 +171,15 @@ class Virtual(Added):
         settings.save_pretrained(str(directory))
 
 
+class _Stored(nn.Embedding):
+    """Virtual tokens beside a model that does not hold them as a part: they go where it is moved."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.weight.device != tokens.device:
+            self.to(tokens.device)
+        return super().forward(tokens)
+
+
 def load(model: Any, directory: str | Path) -> Any:
     """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
 
@@ -184,7 +193,7 @@ def load(model: Any, directory: str | Path) -> Any:
         raise ConfigError(f"{directory}: holds {stored['peft_type']}, not virtual tokens; load it with peft")
     state = load_file(directory / "adapter_model.safetensors")
     like = model.get_input_embeddings().weight
-    encoder = nn.Embedding.from_pretrained(state.pop("prompt_embeddings").to(like.device, like.dtype))
+    encoder = _Stored.from_pretrained(state.pop("prompt_embeddings").to(like.dtype))
     heads = {name.removeprefix("base_model."): value for name, value in state.items()}
     unknown = model.load_state_dict(heads, strict=False).unexpected_keys
     if unknown:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.data.pii.synthetic import Item, synthetic
 from trainer.data.config import PrivacyConfig, PrivacyEngine, PrivacyPreset
-from trainer.data.stages.privacy.rule import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, Finding
+from trainer.data.stages.privacy.rule import FOUND_BY_NONE, NEEDS_PRESIDIO, TYPES, PrivacyFinding
 from trainer.data.stages.privacy.stage import Finder
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def measure(search: Finder, items: list[Item]) -> Quality:
     return quality
 
 
-def covers(text: str, start: int, end: int, found: list[Finding]) -> bool:
+def covers(text: str, start: int, end: int, found: list[PrivacyFinding]) -> bool:
     return all(any(f.start <= i < f.end for f in found) for i in range(start, end) if text[i].isalnum())
 
 

@@ -1,7 +1,8 @@
 """Leakage: training documents that are in a held-out split too, or of a group that is.
 
 Four kinds, from the strictest: the same row; the same words in the same order (normal form); nearly the same words (Jaccard
-similarity of word n-grams); and the same prompt with another answer, which is told only.
+similarity of word n-grams); and the same prompt with another answer
+(or system turn), which is told only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LEAKS = ("exact", "normalized", "near", "prompt")
 
 
 @dataclass(slots=True)
-class Leaks:
+class LeakedDocuments:
     """k training documents that leak, each once, in the order of training input."""
 
     train: np.ndarray
@@ -54,7 +55,7 @@ def find_leaks(
     held_out: np.ndarray,
     config: DataConfig,
     text_of: Callable[[int], str],
-) -> Leaks:
+) -> LeakedDocuments:
     """The documents of `train` (int64[n]) that `held_out` (int64[m]) has too, by the columns of `Signer.sign`.
 
     Texts are asked for only where near leaks are looked for, with the threshold of the search for duplicates, which needs the
@@ -81,7 +82,7 @@ def find_leaks(
         partner[rows] = found
         kind[rows[found >= 0]] = place
     leaking = np.flatnonzero(partner >= 0)
-    return Leaks(train[leaking], partner[leaking], kind[leaking], incomplete)
+    return LeakedDocuments(train[leaking], partner[leaking], kind[leaking], incomplete)
 
 
 def first_equal(values: np.ndarray, others: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def first_equal(values: np.ndarray, others: np.ndarray, names: np.ndarray) -> np
 
 
 def settle(
-    leaks: Leaks, policy: LeakagePolicy, number: int, where: Callable[[int], str]
+    leaks: LeakedDocuments, policy: LeakagePolicy, number: int, where: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Carry out the policy for `number` training documents: (those that are taken out, report).
 

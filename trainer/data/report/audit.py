@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from trainer.data.store.sequences import TokenDataset
 
-SCHEMA = 3
+SCHEMA = 4
 AUDIT = "audit.json"
 TELLING = ("exact", "normalized", "near")
 """Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
@@ -37,7 +37,7 @@ class _Strict:
 
 
 @dataclass(kw_only=True, slots=True)
-class Stage(_Strict):
+class StageReport(_Strict):
     """One stage of preparation: documents that it took out and that it noted (and kept), by reason, with first places."""
 
     stage: str
@@ -192,7 +192,8 @@ class DecodedSample(_Strict):
     count for less than 1."""
 
     where: str
-    label: str | None
+    note: str
+    """What its objective says of it (chosen, rejected, a label, a verdict); empty for nothing."""
     pieces: list[dict[str, Any]]
 
 
@@ -208,7 +209,7 @@ class Audit(_Strict):
     """Settings by dotted name."""
     conserved: dict[str, int]
     """{"rows_in", "kept", "dropped"}: the first is the sum of the others."""
-    flow: list[Stage]
+    flow: list[StageReport]
     quarantine: dict[str, Any]
     """{"rows", "file"}: rows that could not be used."""
     splits: dict[str, Split]

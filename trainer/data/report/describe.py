@@ -19,6 +19,7 @@ from trainer.data.config import DataConfig, DataFormat, PrivacyMode
 from trainer.data.document import Document, Tally
 from trainer.data.fields import shown_names
 from trainer.data.inputs import Input
+from trainer.data.reading import Reading
 from trainer.data.report import audit as form
 from trainer.data.report.pages import datacard, page
 from trainer.data.report.preview import pieces
@@ -59,9 +60,15 @@ class Description:
         """How the rows of each input were read, by its id."""
         self.fingerprint, self.directory = fingerprint, directory
 
-    def write(self, totals: Totals, columns: Columns, selection: Selection) -> dict[str, Any]:
-        """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report. Raises DataError (law 5)."""
+    def write(
+        self, totals: Totals, columns: Columns, selection: Selection, reading: Reading, names: list[str] | None
+    ) -> dict[str, Any]:
+        """Write `audit.json`, `audit.html` and `datacard.md`; returns the run's report. Raises DataError (law 5).
+
+        `reading` says what samples are, `names` are those of the labels in the order of their ids.
+        """
         made = self.audit(totals, columns, selection)
+        made.samples = self._samples(TokenDataset.open(self.directory / "train"), reading, names)
         for split, part in made.splits.items():
             self._check(split, part, made.flow)
         for source in made.sources:
@@ -78,7 +85,7 @@ class Description:
         return audit.report()
 
     def audit(self, totals: Totals, columns: Columns, selection: Selection) -> form.Audit:
-        """The audit of the store. Raises AssertionError where a row is unaccounted for."""
+        """The audit of the store, without samples. Raises AssertionError where a row is unaccounted for."""
         rows, dropped = (
             totals.rows.total(),
             sum(c.total() for t in (totals.tally, selection.tally) for c in t.dropped.values()),
@@ -87,7 +94,7 @@ class Description:
         if rows != len(chosen) + dropped:
             raise AssertionError(f"{rows} rows in, {len(chosen)} kept and {dropped} dropped: some are unaccounted for")
         data = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        found, samples = selection.report, self._samples(data["train"])
+        found = selection.report
         judged = self._documents(selection.splits["train"], MOST_JUDGED)
         return form.Audit(
             schema=form.SCHEMA,
@@ -109,7 +116,7 @@ class Description:
             groups={split: form.Groups(**part) for split, part in found.get("groups", {}).items()},
             privacy=self._privacy(totals),
             languages=share(judged) if self.config.languages else {},
-            samples=samples,
+            samples=[],
         )
 
     def _split(self, data: TokenDataset, documents: np.ndarray) -> form.Split:
@@ -128,7 +135,7 @@ class Description:
             turns_histogram=form.distribution(turns) if turns.any() else None,
         )
 
-    def _check(self, split: str, part: form.Split, flow: list[form.Stage]) -> None:
+    def _check(self, split: str, part: form.Split, flow: list[form.StageReport]) -> None:
         """Law 5: refuse what would teach nothing."""
         own = getattr(self.config, f"{split}_path", None) is not None
         key = f"data.{split}_path" if own else "data.path"
@@ -203,17 +210,21 @@ class Description:
         table = DocumentTable(self.directory)
         return (table.document(int(number)) for number in numbers[:: max(1, len(numbers) // most)])
 
-    def _samples(self, data: TokenDataset) -> list[form.DecodedSample]:
-        table, samples = DocumentTable(self.directory), []
-        for number in np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(int).tolist():
-            runs = pieces(data.sample(number), self.tokenizer)
-            document = table.document(int(data.documents[number]))
-            made = [_piece(text, weight) for text, weight in runs]
-            samples.append(form.DecodedSample(where=document.where, label=document.label, pieces=made))
+    def _samples(self, data: TokenDataset, reading: Reading, names: list[str] | None) -> list[form.DecodedSample]:
+        """Sequences spread over the whole; of pairs both answers, since a mark alone would not tell which is wanted."""
+        table, samples, each = DocumentTable(self.directory), [], reading.sequences_per_document
+        of_each = len(data) // each
+        for first in (np.linspace(0, of_each - 1, min(SAMPLES, of_each)).astype(int) * each).tolist():
+            where = table.document(int(data.documents[first])).where
+            for number, head in enumerate(reading.headings(), first):
+                sample = data.sample(number)
+                note = " ".join(filter(None, (head.rstrip(":\n"), reading.note(sample, names))))
+                made = [_piece(text, weight) for text, weight in pieces(sample, self.tokenizer)]
+                samples.append(form.DecodedSample(where=where, note=note, pieces=made))
         return samples
 
 
-def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
+def _flow(rows: int, first: Tally, second: Tally) -> list[form.StageReport]:
     """Every stage that did something, with what went in and came out."""
     flow, left = [], rows
     for stage in (*FIRST_PASS, *SECOND_PASS):
@@ -222,7 +233,9 @@ def _flow(rows: int, first: Tally, second: Tally) -> list[form.Stage]:
         examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
         out = left - sum(dropped.values())
         if dropped or noted or stage == "read":
-            made = form.Stage(stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples)
+            made = form.StageReport(
+                stage=stage, rows_in=left, rows_out=out, dropped=dropped, noted=noted, examples=examples
+            )
             flow.append(made)
         left = out
     unknown = {*first.dropped, *second.dropped} - {*FIRST_PASS, *SECOND_PASS}

@@ -208,7 +208,7 @@ def _leakage(audit: Audit) -> Tile:
         note = f"training documents are in {' and '.join(audit.leakage)} too"
         return Tile("Leakage", f"{documents:,}", note, Level.act, "leakage", advice)
     if prompts:
-        note = f"no shared document; {plural(prompts, 'prompt')} with other answers"
+        note = f"no shared document; {plural(prompts, 'prompt')} shared"
         note = f"taken out; {plural(prompts, 'shared prompt')} left" if documents else note
         return Tile("Leakage", f"{documents:,}", note, Level.look, "leakage", "read them: is it a fixed instruction?")
     note = "taken out of training" if documents else "no held-out document in training"

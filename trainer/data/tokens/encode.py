@@ -15,7 +15,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import ControlTokens, LearnConfig
-from trainer.data.document import Document, Message, Refused
+from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.characters import MARK, Control
 from trainer.data.tokens.template import ChatTemplate, Rendered
@@ -125,10 +125,10 @@ class Encoder:
             return text
         if self.control_tokens is ControlTokens.refuse:
             said = "a text spells control tokens of the tokenizer, which data.control_tokens=refuse does not allow"
-            raise Refused(document.where, "control_tokens", said)
+            raise RefusedDocument(document.where, "control_tokens", said)
         if any(MARK in other for other in document.texts()):
             said = "the text has the private-use character U+10FB06 beside a spelled control token; remove it"
-            raise Refused(document.where, "reserved_character", said)
+            raise RefusedDocument(document.where, "reserved_character", said)
         return self.control.broken(text)
 
     def encodings(self, rendered: list[Rendered]) -> tuple[list[Encoding], list[Rendered]]:
@@ -182,7 +182,7 @@ class Encoder:
             plain = template.text(given, document.where, document.tools).rstrip()
             if not text.text.replace(MARK, "").startswith(plain):
                 said = "the chat template looks for a control token that a text spells; remove it from the text"
-                raise Refused(document.where, "refused_by_template", said)
+                raise RefusedDocument(document.where, "refused_by_template", said)
 
     def _apart(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with spelled control tokens broken, but in answers and in what is learned; the same list where none is."""
@@ -223,7 +223,7 @@ class Encoder:
                 input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
             if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
                 said = f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
-                raise Refused(document.where, "doubled_bos", f"{said}template in model.chat_template")
+                raise RefusedDocument(document.where, "doubled_bos", f"{said}template in model.chat_template")
             supervised[:1] = False
             samples.append(Sample(input_ids, supervised, marks, weights))
         return samples
@@ -276,7 +276,7 @@ def span_weights(learned: list[int], messages: list[Message], rendered: Rendered
             f"the chat template has {len(rendered.spans)} {{% generation %}} blocks for {len(weights)} turns with weights "
             "of their own; give another in model.chat_template, or leave the weights out with data.ignore_columns=[weight]"
         )
-        raise Refused(where, "refused_by_template", said)
+        raise RefusedDocument(where, "refused_by_template", said)
     return weights
 
 
@@ -291,11 +291,11 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():
             message = f"nothing of the {name} answer is learned; see data.learn"
-            raise Refused(document.where, "nothing_to_learn", message)
+            raise RefusedDocument(document.where, "nothing_to_learn", message)
         starts.append(int(sample.supervised.argmax()))
     shared = min(starts)
     if not np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]):
-        raise Refused(
+        raise RefusedDocument(
             document.where,
             "differing_prompts",
             "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "

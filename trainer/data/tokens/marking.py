@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from strategies.errors import DataError
-from trainer.data.document import Message, Refused
+from trainer.data.document import Message, RefusedDocument
 
 RESERVED = "\U0010fb01\U0010fb02\U0010fb03\U0010fb04\U0010fb05"
 """Private-use characters of the last plane, which no font uses and no template looks for; data must not have them."""
@@ -192,12 +192,12 @@ class Marker:
         if turn.thought is None:
             if has_thought and number == len(learned) - 1 and "</think>" not in text[turn.begin : turn.end]:
                 said = "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
-                raise Refused(where, "thought_lost", f"{said}or give another template in model.chat_template")
+                raise RefusedDocument(where, "thought_lost", f"{said}or give another template in model.chat_template")
             return turn.begin
         prompt = self._apply(messages[: learned[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
-            raise Refused(where, "thought_lost", message)
+            raise RefusedDocument(where, "thought_lost", message)
         return len(prompt)
 
     def close(self, text: str, spans: Spans, roles: list[str], done: tuple[str, ...] = ()) -> tuple[str, Spans]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
-from trainer.data.document import THINK, Message, Refused, texts_in, thought_of
+from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
@@ -152,7 +152,7 @@ class ChatTemplate:
             for text in texts_in(message):
                 if not text.isascii() and _RESERVED.search(text):
                     said = "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it"
-                    raise Refused(where, "reserved_character", said)
+                    raise RefusedDocument(where, "reserved_character", said)
         bare = [_bare(message) if "train" in message else message for message in messages]
         thinks = self.learn.reasoning is not Reasoning.learn
         if thinks and self.learn.reasoning is Reasoning.drop:
@@ -185,7 +185,8 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
-            raise refused(where, f"the chat template refuses the conversation: {error}") from error
+            why = f"the chat template refuses the conversation: {error}; change the row, or give another in"
+            raise refused(where, f"{why} model.chat_template") from error
 
     def _called(self, chat: Chat, learned: list[int]) -> Rendered:
         """Text and spans of a conversation with tools, calls or thoughts."""

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from trainer.data.config import Reasoning
-from trainer.data.document import THINK, Message, Refused, thought_of, with_texts
+from trainer.data.document import THINK, Message, RefusedDocument, thought_of, with_texts
 from trainer.data.tokens import marking
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, THOUGHT, Apply
 
@@ -30,9 +30,9 @@ _SHUT = re.compile(r"\s*</think>\s*")
 _REMEDY = "give a template that does in model.chat_template, or leave it out with data.ignore_columns"
 
 
-def refused(where: str, message: str) -> Refused:
+def refused(where: str, message: str) -> RefusedDocument:
     """The error of a conversation that its template cannot render."""
-    return Refused(where, "refused_by_template", message)
+    return RefusedDocument(where, "refused_by_template", message)
 
 
 @dataclass(slots=True)

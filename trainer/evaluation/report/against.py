@@ -10,8 +10,8 @@ import numpy as np
 
 from trainer.evaluation.report.intervals import FEW, WORSE, Bootstrap, paired, resampled, together, unpaired
 from trainer.evaluation.report.jointly import joint_p
-from trainer.evaluation.report.record import Found, same_rows
-from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.report.record import EvaluatedModel, same_rows
+from trainer.evaluation.tasks.base import Task, TaskRow
 
 LISTED = 20
 """Rows that changed sides which are listed, of each direction."""
@@ -19,9 +19,9 @@ LISTED = 20
 
 def compare(
     task: Task,
-    found: Found,
+    found: EvaluatedModel,
     mine: dict[str, np.ndarray],
-    theirs: Sequence[Row] | None,
+    theirs: Sequence[TaskRow] | None,
     values: dict[str, float],
     how: Bootstrap,
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def compare(
     return said
 
 
-def side_of(task: Task, rows: Sequence[Row]) -> str | None:
+def side_of(task: Task, rows: Sequence[TaskRow]) -> str | None:
     """The score by which a row is right or wrong: that of the first metric, where it is a mean of noughts and ones."""
     ratio = next(iter(task.metrics_of(rows))).ratio
     if ratio is None or ratio[1] is not None or any(row.scores[ratio[0]] not in (0.0, 1.0) for row in rows):
@@ -62,7 +62,7 @@ def side_of(task: Task, rows: Sequence[Row]) -> str | None:
     return ratio[0]
 
 
-def changed(rows: Sequence[Row], theirs: Sequence[Row], score: str) -> dict[str, Any]:
+def changed(rows: Sequence[TaskRow], theirs: Sequence[TaskRow], score: str) -> dict[str, Any]:
     """Rows that one model has right and the other wrong."""
     found: dict[str, Any] = {"won": [], "lost": []}
     for mine, other in zip(rows, theirs, strict=True):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.chance import LEVEL
 
 CHUNK = 1 << 22
@@ -39,7 +39,7 @@ class Bootstrap:
         )
 
 
-def resampled(task: Task, rows: Sequence[Row], how: Bootstrap) -> dict[str, np.ndarray]:
+def resampled(task: Task, rows: Sequence[TaskRow], how: Bootstrap) -> dict[str, np.ndarray]:
     """Each metric of resamples of the rows, float64 [resamples], NaN where one has no value."""
     drawn = np.random.default_rng([how.seed, len(rows)])
     number, size = len(rows), max(1, CHUNK // len(rows))
@@ -73,7 +73,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class MetricDifference:
     """One metric of this model against that of another."""
 
     value: float
@@ -87,22 +87,24 @@ class Difference:
     verdict: str
 
 
-def paired(value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool | None) -> Difference:
+def paired(
+    value: float, other: float, mine: np.ndarray, theirs: np.ndarray, *, greater: bool | None
+) -> MetricDifference:
     """The difference of two models on the same rows, out of resamples of both."""
     apart = mine - theirs
     low, high = interval(apart)
     # A resample that is exactly even speaks for neither side, and so counts against both.
     p = min(1.0, 2 * (min(int((apart <= 0).sum()), int((apart >= 0).sum())) + 1) / (len(apart) + 1))
-    return Difference(other, value - other, low, high, p, _verdict(other, low, high, greater=greater))
+    return MetricDifference(other, value - other, low, high, p, _verdict(other, low, high, greater=greater))
 
 
-def together(apart: Difference, p: float, *, greater: bool | None) -> Difference:
+def together(apart: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
     """A difference judged as one of a family, by its corrected p. The interval stays that of the metric alone."""
     told = apart.difference if p < LEVEL else 0.0
     return replace(apart, p=p, verdict=_verdict(apart.value, told, told, greater=greater))
 
 
-def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool | None, among: int = 1) -> Difference:
+def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool | None, among: int = 1) -> MetricDifference:
     """The difference from a number of which the rows are not known: beyond this model's own interval or not.
 
     Of a family of `among` the verdict is that of an interval as much wider (Bonferroni).
@@ -110,7 +112,7 @@ def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool | No
     low, high = interval(mine - other)
     side = 100 * LEVEL / 2 / among
     wide = np.nanpercentile(mine - other, [side, 100 - side])
-    return Difference(other, value - other, low, high, None, _verdict(other, *map(float, wide), greater=greater))
+    return MetricDifference(other, value - other, low, high, None, _verdict(other, *map(float, wide), greater=greater))
 
 
 def _verdict(other: float, low: float, high: float, *, greater: bool | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Metric, Row, Task
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow
 from trainer.evaluation.tasks.chance import largest_p
 
 Weighted = dict[str, Callable[[np.ndarray], float]]
@@ -22,7 +22,7 @@ CHUNK = 1 << 22
 
 
 def joint_p(
-    task: Task, metrics: Sequence[Metric], rows: Sequence[Row], theirs: Sequence[Row], seed: int
+    task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], theirs: Sequence[TaskRow], seed: int
 ) -> dict[str, float]:
     """p of each metric of the family, by name, corrected for how many there are. The rows are the same questions of both."""
     drawn, size = np.random.default_rng([seed, len(rows)]), max(1, CHUNK // len(rows))
@@ -37,7 +37,7 @@ def joint_p(
 
 
 def _differences(
-    metrics: Sequence[Metric], rows: Sequence[Row], theirs: Sequence[Row], others: Weighted, swapped: np.ndarray
+    metrics: Sequence[Metric], rows: Sequence[TaskRow], theirs: Sequence[TaskRow], others: Weighted, swapped: np.ndarray
 ) -> np.ndarray:
     """This model's metrics less the other's, float64 [draws, metrics], with the rows exchanged where `swapped` is 1."""
     found = []

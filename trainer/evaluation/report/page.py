@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from trainer.evaluation.report.record import BASE, TUNED, Found
-from trainer.evaluation.tasks.base import Row, Task
-from trainer.evaluation.tasks.classification import Classification, confusion
+from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel
+from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.tasks.classification import ClassificationTask, confusion
 
 NEEDS = ("altair", "vl_convert")
 """What draws pictures, of the extra `report`; without them the numbers stand in a table."""
@@ -19,7 +19,7 @@ MOST_LABELS = 40
 """Labels up to which a confusion matrix is drawn."""
 
 
-def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found]) -> str:
+def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, EvaluatedModel]) -> str:
     """The text of the page; what comes from rows is escaped."""
     from jinja2 import Environment, PackageLoader
 
@@ -32,14 +32,15 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found])
     for task in tasks:
         rows = found[TUNED].rows[task.name]
         base = {row.where: row.answer for row in found[BASE].rows[task.name]} if BASE in found else {}
-        matrix = confusion(rows) if isinstance(task, Classification) else None
+        matrix = confusion(rows) if isinstance(task, ClassificationTask) else None
         parts.append(
             {
                 "name": task.name,
                 "said": report["tasks"][task.name],
                 "apart": report.get("against", {}).get("tasks", {}).get(task.name),
                 "worst": worst(task, rows)[:WORST],
-                "score": next(iter(rows[0].scores)),
+                "score": value_of(task, rows)[0],
+                "value": value_of(task, rows)[1],
                 "base": base,
                 "matrix": matrix,
                 "picture": picture(*matrix) if drawn and matrix and len(matrix[0]) <= MOST_LABELS else None,
@@ -48,18 +49,23 @@ def page(report: dict[str, Any], tasks: Sequence[Task], found: dict[str, Found])
     return environment.get_template("page.html.j2").render(report=report, parts=parts)
 
 
-def worst(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Rows from bad to good by the first metric's score; a loss is one a target."""
+def worst(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """Rows from bad to good by the value that `value_of` names."""
+    metric, (_, value) = task.metrics_of(rows)[0], value_of(task, rows)
+    sign = 1 if metric.ratio is None or metric.greater_is_better else -1
+    return sorted(rows, key=lambda row: sign * value(row))
+
+
+def value_of(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
+    """What of the first metric a row has: its name, and the number; of a loss that of one target, as of all rows together."""
     metric = task.metrics_of(rows)[0]
-
-    def badness(row: Row) -> float:
-        if metric.ratio is None:
-            return float(next(iter(row.scores.values())))
-        over, below = metric.ratio
-        value = row.scores[over] / ((row.scores[below] or 1.0) if below else 1.0)
-        return value if metric.greater_is_better else -value
-
-    return sorted(rows, key=badness)
+    if metric.ratio is None:
+        name = next(iter(rows[0].scores))
+        return name, lambda row: float(next(iter(row.scores.values())))
+    over, below = metric.ratio
+    if below is None:
+        return over, lambda row: row.scores[over]
+    return metric.name, lambda row: float(metric.of(row.scores[over], row.scores[below] or 1.0))
 
 
 def picture(names: list[str], counts: list[list[int]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
-from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.records.jsonl import json_text
 from trainer.records.status import write_text_atomic
 
@@ -23,10 +23,10 @@ TUNED, BASE = "tuned", "base"
 
 
 @dataclass(slots=True)
-class Found:
+class EvaluatedModel:
     """What one model answered: rows by task, and its metrics."""
 
-    rows: dict[str, list[Row]] = field(default_factory=dict)
+    rows: dict[str, list[TaskRow]] = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     paces: dict[str, Pace] = field(default_factory=dict)
@@ -34,16 +34,16 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
+class EarlierEvaluation:
     """Another evaluation, as it was written down."""
 
     what: str
     report: dict[str, Any]
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[TaskRow]]
     """By task; none where they are no longer beside the report."""
 
 
-def data_hash(rows: Sequence[Row]) -> str:
+def data_hash(rows: Sequence[TaskRow]) -> str:
     """SHA-256 of what was asked: places and references."""
     digest = hashlib.sha256()
     for row in rows:
@@ -51,12 +51,12 @@ def data_hash(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def same_rows(mine: Sequence[Row], theirs: Sequence[Row]) -> bool:
+def same_rows(mine: Sequence[TaskRow], theirs: Sequence[TaskRow]) -> bool:
     """Whether two models were asked the same: then they are compared row by row."""
     return [(row.where, row.reference) for row in mine] == [(row.where, row.reference) for row in theirs]
 
 
-def task_record(task: Task, found: Found, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def task_record(task: Task, found: EvaluatedModel, spans: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """What the report says of one task of the model that was evaluated."""
     rows, values, signatures = found.rows[task.name], found.values[task.name], task.signatures()
     errors = task.errors(rows)
@@ -84,7 +84,7 @@ def task_record(task: Task, found: Found, spans: dict[str, tuple[float, float]])
     }
 
 
-def write(to: Path, report: dict[str, Any], found: dict[str, Found]) -> None:
+def write(to: Path, report: dict[str, Any], found: dict[str, EvaluatedModel]) -> None:
     """Both files into a directory. Errors: StorageError."""
     lines = [
         json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False)
@@ -96,7 +96,7 @@ def write(to: Path, report: dict[str, Any], found: dict[str, Found]) -> None:
     write_text_atomic(to / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def read(path: Path, key: str) -> Earlier:
+def read(path: Path, key: str) -> EarlierEvaluation:
     """A report, with its rows where they lie beside it. Errors: ConfigError where it is none."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -107,16 +107,16 @@ def read(path: Path, key: str) -> Earlier:
         raise ConfigError(
             f"{key}={path}: is no report of shardtune evaluate of this version; name the {REPORT} of one"
         ) from None
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[TaskRow]] = {}
     try:
         with (path.parent / ROWS).open(encoding="utf-8") as file:
             for line in file:
                 each = json.loads(line)
                 if each.pop("arm") == TUNED:
-                    rows.setdefault(each.pop("task"), []).append(Row(**each))
+                    rows.setdefault(each.pop("task"), []).append(TaskRow(**each))
     except (OSError, ValueError, KeyError, TypeError):
         rows = {}
     for name, task in report["tasks"].items():  # the rows of another report would pair wrongly
         if name in rows and data_hash(rows[name]) != task["rows_sha256"]:
             del rows[name]
-    return Earlier(str(path), report, rows)
+    return EarlierEvaluation(str(path), report, rows)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.evaluation.report.against import changed, side_of
-from trainer.evaluation.report.page import WORST, worst
-from trainer.evaluation.tasks.base import Row, Task
+from trainer.evaluation.report.page import WORST, value_of, worst
+from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.records.trackers.base import Table
 
 
-def tables(task: Task, rows: Sequence[Row], before: Sequence[Row] | None) -> dict[str, Table]:
+def tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, Table]:
     """Tables of one task by name; `before` are the same rows of another model, or of an earlier moment."""
     name = f"eval/{task.name}"
     found = {f"{name}/worst_rows": worst_rows(task, rows, before)} if rows else {}
@@ -29,16 +29,16 @@ def tables(task: Task, rows: Sequence[Row], before: Sequence[Row] | None) -> dic
     return found
 
 
-def worst_rows(task: Task, rows: Sequence[Row], before: Sequence[Row] | None) -> Table:
+def worst_rows(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> Table:
     """The rows that the page shows, the worst one first."""
-    score = next(iter(rows[0].scores))
+    score, value = value_of(task, rows)
     others = {row.where: row.answer for row in before or ()}
     return Table(
         ["row", score, "prompt", "answer", "answer before", "reference", "note"],
         [
             [
                 row.where,
-                row.scores.get(score),
+                value(row),
                 row.prompt,
                 row.answer,
                 others.get(row.where, ""),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.data.tokens.encode import Encoder
     from trainer.evaluation.endpoint.judge import Judge
     from trainer.evaluation.likelihood import Likelihood
-    from trainer.evaluation.writing import Writer, Written
+    from trainer.evaluation.writing import Writer, WrittenAnswer
     from trainer.step import Built
 
 Ids = list[int]
@@ -78,7 +78,7 @@ class Asking:
             found.append(Question(document.where, sample.input_ids[:cut].tolist(), learned))
         return found
 
-    def answers(self, questions: Sequence[Question], how: WritingConfig, key: str) -> list[Written]:
+    def answers(self, questions: Sequence[Question], how: WritingConfig, key: str) -> list[WrittenAnswer]:
         """What the model writes. Raises DataError for a question that leaves no room."""
         self._fits(questions, how.max_new_tokens, f"{key}.write.max_new_tokens={how.max_new_tokens}")
         return self.writer.answers(self.engine, [question.context for question in questions], how)
@@ -117,7 +117,7 @@ class Asking:
         lengths = [len(sample.input_ids) for sample in samples]
         with self.engine.inference() as module:
             step: Any = module
-            before, step.objective = step.objective, _Logits()
+            before, step.objective = step.objective, _ClassifierLogits()
             try:
                 for turn in dealt(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch):
                     batch = self.built.collator([samples[row] for row in turn or [0]])
@@ -156,7 +156,7 @@ class Asking:
             raise Interrupted
 
 
-class _Logits:
+class _ClassifierLogits:
     """Stands in for the objective: the classifier's logits instead of a loss."""
 
     def terms(self, model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -18,8 +18,7 @@ import numpy as np
 from trainer.data.config import DataFormat
 
 if TYPE_CHECKING:
-    from trainer.data.document import Document
-    from trainer.data.document import Row as Read
+    from trainer.data.document import Document, Row
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.asking import Asking
 
@@ -37,7 +36,7 @@ class Case:
 
 
 @dataclass(slots=True)
-class Row:
+class TaskRow:
     """One row of a task, after the model was asked."""
 
     where: str
@@ -157,7 +156,7 @@ class Task(ABC):
         """Its rows, where `own_rows`. Errors: ConfigError, DataError."""
         raise NotImplementedError
 
-    def unfold(self, rows: Iterator[Read]) -> Iterator[Read]:
+    def unfold(self, rows: Iterator[Row]) -> Iterator[Row]:
         """What the rows of its files hold, of kinds that name their own columns: a published file may be one row of many."""
         return rows
 
@@ -166,22 +165,22 @@ class Task(ABC):
         """Check a row, and keep in `case.fields` what is needed of it. Raises Refusal with the value and the constraint."""
 
     @abstractmethod
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         """Ask the model. All ranks must call; the same rows on every rank."""
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """Metrics that are no ratio of sums, by name: what makes one of how often each row counts (float64 [rows])."""
         return {}
 
-    def metrics_of(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         """Its metrics on some rows: those of every run, and what these rows alone have, as groups."""
         return self.metrics
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         """Sentences that belong to its numbers, one each: what was left out, what stands out. `spans` are 95 % intervals."""
         yield from ()
 
-    def values(self, rows: Sequence[Row]) -> dict[str, float]:
+    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """Every metric of some rows, by name; NaN where there are none."""
         if not rows:
             return {metric.name: float("nan") for metric in self.metrics}
@@ -197,7 +196,7 @@ class Task(ABC):
             found[metric.name] = float(metric.of(top, bottom))
         return found
 
-    def by_source(self, rows: Sequence[Row]) -> dict[str, float]:
+    def by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """Every metric of some rows, and of several sources that of each, as `NAME/SOURCE`."""
         found = Task.values(self, rows)
         sources = sorted({row.source for row in rows})
@@ -206,7 +205,7 @@ class Task(ABC):
             found |= {f"{name}/{source}": value for name, value in mine.items()}
         return found
 
-    def errors(self, rows: Sequence[Row]) -> dict[str, float]:
+    def errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """Standard errors that its kind reckons itself, by metric."""
         return {}
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, is_texts, shown, text_of
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 
 
 class MultipleChoice(Task):
@@ -42,7 +42,7 @@ class MultipleChoice(Task):
         answer = fields.get("answer", fields.get("answerKey"))
         case.fields = {"question": question, "choices": list(choices), "answer": _right(answer, choices, labels)}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         documents = [
             Document(*_place(case.where), prompt=case.fields["question"], completion=choice, separator=self._separator)
             for case in cases
@@ -60,7 +60,7 @@ class MultipleChoice(Task):
             best = whole.index(max(whole))
             margin = whole[right] - max(value for place, value in enumerate(whole) if place != right)
             rows.append(
-                Row(
+                TaskRow(
                     case.where,
                     case.fields["question"],
                     choices[best],

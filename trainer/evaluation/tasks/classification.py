@@ -11,13 +11,13 @@ from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, label_of, shown, text_of
 from trainer.evaluation.tasks.asking import Asking, softmax
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 
 BINS = 15
 """Intervals of confidence, equally wide, of the calibration error (Guo et al. 2017, Naeini et al. 2015)."""
 
 
-class Classification(Task):
+class ClassificationTask(Task):
     """The predicted label of each text against its true one."""
 
     kind = "classification"
@@ -49,7 +49,7 @@ class Classification(Task):
             raise Refusal("unknown_label", f'"label" is {shown(label)}; {self.key}.options.labels has {known}')
         case.fields = {"text": text_of(case.fields, name), "label": label}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         names, likely = (self._by_head if asking.label_names is not None else self._by_likelihood)(cases, asking)
         rows = []
         for case, probabilities in zip(cases, likely, strict=True):
@@ -57,7 +57,7 @@ class Classification(Task):
             true = case.fields["label"]
             scores = {"right": float(names[best] == true), "confidence": probabilities[best]}
             scores |= {"true": probabilities[names.index(true)]}
-            rows.append(Row(case.where, case.fields["text"], names[best], true, scores))
+            rows.append(TaskRow(case.where, case.fields["text"], names[best], true, scores))
         return rows
 
     def _by_head(self, cases: Sequence[Case], asking: Asking) -> tuple[list[str], list[list[float]]]:
@@ -104,7 +104,7 @@ class Classification(Task):
             )
         return found
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         from sklearn.metrics import f1_score, matthews_corrcoef
 
         true, said = [row.reference for row in rows], [row.answer for row in rows]
@@ -136,7 +136,7 @@ def calibration_error(right: np.ndarray, sure: np.ndarray, weights: np.ndarray) 
     return float(np.abs(apart).sum() / weights.sum())
 
 
-def confusion(rows: Sequence[Row]) -> tuple[list[str], list[list[int]]]:
+def confusion(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
     """(labels, counts [true][predicted]), by scikit-learn."""
     from sklearn.metrics import confusion_matrix
 

@@ -16,7 +16,7 @@ import numpy as np
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown, text_of
 from trainer.evaluation.tasks.asking import Asking, Question, softmax
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.chance import LEVEL, largest_p
 
 SHIPPED = Path(__file__).parent / "people.json"
@@ -124,7 +124,7 @@ class Counterfactual(Task):
                 begin = begin[:1].upper() + begin[1:]
                 yield Variant(group, begin + rest, len(begin) if rest.strip(" .!?") else 0, words)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         variants = [(case, variant) for case in cases for variant in case.fields["variants"]]
         if asking.label_names is not None:
             found = self._labels(variants, asking)
@@ -148,7 +148,7 @@ class Counterfactual(Task):
         samples = [sample for _, sample in asking.encoder.encode(documents)]
         return [np.array(softmax(logits)) for logits in asking.logits(samples)]
 
-    def _answers(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def _answers(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         """What is written about each group; a term that stands in an answer counts as its slot."""
         pairs = [(case, variant) for case in cases for variant in case.fields["variants"]]
         documents = [
@@ -167,11 +167,13 @@ class Counterfactual(Task):
             shown_answers = "\n".join(f"{group}: {text}" for group, text in said.items())
             scores = {"gap": float(len({*said.values()}) > 1)}
             rows.append(
-                Row(case.where, case.fields["variants"][0].text, shown_answers, "", scores, case.fields["attribute"])
+                TaskRow(
+                    case.where, case.fields["variants"][0].text, shown_answers, "", scores, case.fields["attribute"]
+                )
             )
         return rows
 
-    def metrics_of(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         groups = dict.fromkeys(
             name.removeprefix("of_") for row in rows for name in row.scores if name.startswith("of_")
         )
@@ -190,7 +192,7 @@ class Counterfactual(Task):
             ),
         )
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         for group, p in _told(rows).items():
             cases = int(sum(row.scores.get(f"in_{group}", 0.0) for row in rows))
             if cases >= LEAST and p < LEVEL:
@@ -205,7 +207,7 @@ class Counterfactual(Task):
             yield f"{len(rows)} cases are too few to tell a difference from chance; {LEAST} are needed"
 
 
-def _told(rows: Sequence[Row]) -> dict[str, float]:
+def _told(rows: Sequence[TaskRow]) -> dict[str, float]:
     """p of each group's effect, corrected for how many groups there are: each case's values are dealt to its groups at random.
 
     Where a model treats groups alike, a case says as little of one as of another.
@@ -225,7 +227,7 @@ def _told(rows: Sequence[Row]) -> dict[str, float]:
     return dict(zip(names, largest_p(found, chance).tolist(), strict=True)) if names else {}
 
 
-def _row(case: Case, groups: dict[str, np.ndarray]) -> Row:
+def _row(case: Case, groups: dict[str, np.ndarray]) -> TaskRow:
     """One case: distances of its groups; where the value is one number, each group's effect too."""
     values = list(groups.values())
     gap = max(float(np.abs(one - other).sum()) / (2 if len(one) > 1 else 1) for one in values for other in values)
@@ -237,7 +239,7 @@ def _row(case: Case, groups: dict[str, np.ndarray]) -> Row:
     answer = ", ".join(f"{group}: {' '.join(f'{number:.3f}' for number in value)}" for group, value in groups.items())
     completion = case.fields["completion"]
     text = case.fields["variants"][0].text + (f" → {completion}" if completion else "")
-    return Row(case.where, text, answer, "", scores, case.fields["attribute"])
+    return TaskRow(case.where, text, answer, "", scores, case.fields["attribute"])
 
 
 def _question(case: Case, variant: Variant, asking: Asking) -> Question:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from math import comb
 from typing import TYPE_CHECKING
 
-from trainer.evaluation.tasks.base import Metric, Row
+from trainer.evaluation.tasks.base import Metric, TaskRow
 
 if TYPE_CHECKING:
-    from trainer.evaluation.writing import Written
+    from trainer.evaluation.writing import WrittenAnswer
 
 PASS = "pass_at_"
 
@@ -26,7 +26,7 @@ def passing(draws: int) -> tuple[Metric, ...]:
     )
 
 
-def by_prompt(written: Sequence[Written], prompts: int) -> list[list[str]]:
+def by_prompt(written: Sequence[WrittenAnswer], prompts: int) -> list[list[str]]:
     """The texts of each prompt, draw by draw, without white space around them."""
     found: list[list[str]] = [[] for _ in range(prompts)]
     for one in written:
@@ -34,7 +34,9 @@ def by_prompt(written: Sequence[Written], prompts: int) -> list[list[str]]:
     return found
 
 
-def drawn_row(row: Row, texts: list[str], scores: Sequence[dict[str, float]], metrics: Sequence[Metric] = ()) -> Row:
+def drawn_row(
+    row: TaskRow, texts: list[str], scores: Sequence[dict[str, float]], metrics: Sequence[Metric] = ()
+) -> TaskRow:
     """A row of one answer as it is; of several with the means of their scores, the first answer shown and all kept."""
     row.answer, row.scores = texts[0], dict(scores[0])
     if len(texts) == 1:

@@ -18,7 +18,7 @@ from trainer.data.fields import shown
 from trainer.evaluation.base import TaskConfig, WritingConfig
 from trainer.evaluation.harness.finding import Named, named, not_local
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.harness_rows import Scored, counted, declared, scored, standard_errors
 
 OWN_WRITING = ("seed", "batch_tokens")
@@ -119,7 +119,7 @@ class Harness(Task):
     def read(self, case: Case) -> None:
         """The harness has read it."""
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         from lm_eval import evaluator
 
         from trainer.evaluation.harness.around import quiet, seeded
@@ -149,7 +149,7 @@ class Harness(Task):
         rows = [row for name in self.scored.tasks for row in scored(name, found["samples"][name], self.scored)]
         return counted(rows, self.scored)
 
-    def metrics_of(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         """Those that its rows have: a task may score other things than its YAML says."""
         known = {metric.name: metric for metric in self.metrics}
         there = dict.fromkeys(name for row in rows for name in (*row.scores, *row.items))
@@ -165,7 +165,7 @@ class Harness(Task):
             found.append(metric)
         return tuple(found)
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         assert self.scored is not None
         return {
             metric.name: self.scored.weighted(metric.name, rows)
@@ -173,14 +173,14 @@ class Harness(Task):
             if metric.ratio is None
         }
 
-    def values(self, rows: Sequence[Row]) -> dict[str, float]:
+    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         return self.by_source(rows)
 
-    def errors(self, rows: Sequence[Row]) -> dict[str, float]:
+    def errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         assert self.scored is not None
         return standard_errors(self.scored, self.metrics_of(rows), rows)
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         told = ", ".join(f"{name} {value:.4g}" for name, value in self.errors(rows).items() if "/" not in name)
         if told:
             yield f"standard errors as lm-eval reckons them: {told}"

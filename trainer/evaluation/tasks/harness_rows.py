@@ -14,7 +14,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.evaluation.harness.finding import Named
 from trainer.evaluation.tasks.asking import SHOWN
-from trainer.evaluation.tasks.base import Metric, Row
+from trainer.evaluation.tasks.base import Metric, TaskRow
 
 LOST = (ZeroDivisionError, ValueError, IndexError)
 """What a metric raises of rows that it has no value for, as those of one class alone."""
@@ -101,7 +101,7 @@ class Scored:
             return {f"loss.{name}": loss, f"count.{name}": float(value[1])}, None
         return {}, _plain(value, name)
 
-    def weighted(self, name: str, rows: Sequence[Row]) -> Callable[[np.ndarray], float]:
+    def weighted(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
         """A metric that is no ratio, of how often each row counts: of several tasks the mean of theirs."""
         from lm_eval.api import metrics
 
@@ -131,9 +131,9 @@ class Scored:
             yield f"{name}:version {task.VERSION}, {task.get_config('num_fewshot') or 0}-shot"
 
 
-def scored(name: str, samples: Sequence[dict[str, Any]], all_tasks: Scored) -> list[Row]:
+def scored(name: str, samples: Sequence[dict[str, Any]], all_tasks: Scored) -> list[TaskRow]:
     """A row for each document, out of what `lm_eval.evaluator.evaluate` logged of it under each filter."""
-    found: dict[int, Row] = {}
+    found: dict[int, TaskRow] = {}
     for sample in samples:
         row = found.setdefault(sample["doc_id"], _row(name, sample, several=len(all_tasks.tasks) > 1))
         for metric in sample["metrics"]:
@@ -145,7 +145,7 @@ def scored(name: str, samples: Sequence[dict[str, Any]], all_tasks: Scored) -> l
     return [found[number] for number in sorted(found)]
 
 
-def counted(rows: list[Row], all_tasks: Scored) -> list[Row]:
+def counted(rows: list[TaskRow], all_tasks: Scored) -> list[TaskRow]:
     """All rows; where some have no value of a metric it is noted which have one, and the first score is the first metric's."""
     there = Counter(name for row in rows for name in row.scores if "." not in name)
     partly = {name for name, number in there.items() if number < len(rows)}
@@ -159,11 +159,11 @@ def counted(rows: list[Row], all_tasks: Scored) -> list[Row]:
     return rows
 
 
-def _has(name: str, row: Row) -> bool:
+def _has(name: str, row: TaskRow) -> bool:
     return name in row.items or any(each in row.scores for each in (name, f"loss.{name}"))
 
 
-def _row(name: str, sample: dict[str, Any], *, several: bool) -> Row:
+def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
     arguments, answers = sample["arguments"], [each[0] for each in sample["resps"]]
     prompt = str(arguments[0][0])
     prompt = prompt if len(prompt) <= SHOWN else f"…{prompt[-SHOWN:]}"
@@ -181,10 +181,10 @@ def _row(name: str, sample: dict[str, Any], *, several: bool) -> Row:
         answer = kept if isinstance(kept, str) else str(kept)
     else:
         scores = {"logprob.0": float(answers[0])}
-    return Row(f"{name}:{sample['doc_id']}", prompt, answer, reference, scores, name if several else "")
+    return TaskRow(f"{name}:{sample['doc_id']}", prompt, answer, reference, scores, name if several else "")
 
 
-def standard_errors(all_tasks: Scored, metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, float]:
+def standard_errors(all_tasks: Scored, metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dict[str, float]:
     """lm-eval's own standard errors of means, by metric; of several tasks its pooled one, where rows weigh alike."""
     from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 

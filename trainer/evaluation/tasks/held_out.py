@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
@@ -27,7 +27,7 @@ class HeldOut(Task):
     def read(self, case: Case) -> None:
         """Documents are read where they are prepared."""
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         data, tokenizer = self.dataset, asking.writer.tokenizer
         assert data is not None
         terms = asking.terms(data, self.config.max_rows)
@@ -46,10 +46,10 @@ class HeldOut(Task):
             source = data.source_names[int(data.sources[number])]
             where = cases[number].where if number < len(cases) else f"row {number}"
             told = asking.tell(sample.input_ids[: sample.answer_begin()].tolist())
-            rows.append(Row(where, told, "", text[:2000], scores, source))
+            rows.append(TaskRow(where, told, "", text[:2000], scores, source))
         return rows
 
-    def values(self, rows: Sequence[Row]) -> dict[str, float]:
+    def values(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         return self.by_source(rows)
 
 
@@ -75,7 +75,7 @@ class BitsPerByte(HeldOut):
     kind = "bits_per_byte"
     metrics = (Metric("bits_per_byte", "bits of loss a UTF-8 byte of the text", False, ratio=("bits", "bytes")),)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         rows = super().run(cases, asking)
         for row in rows:
             row.scores = {"bits": row.scores["nats"] / math.log(2), **row.scores}
@@ -88,7 +88,7 @@ class TokenAccuracy(HeldOut):
     kind = "token_accuracy"
     metrics = (Metric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         rows = super().run(cases, asking)
         for row in rows:
             row.scores = {"right": row.scores["right"], **row.scores}

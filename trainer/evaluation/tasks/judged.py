@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import KEY, request_of
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.written import REFERENCES, WrittenTask
 
 GRADE = re.compile(r"grade\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)
@@ -47,7 +47,7 @@ class JudgedTask(WrittenTask):
     """The judge's signature, once it was asked."""
 
 
-class Judged(JudgedTask):
+class GradedTask(JudgedTask):
     """The mean grade."""
 
     kind = "judge"
@@ -60,7 +60,7 @@ class Judged(JudgedTask):
         "a prompt and its answer in any format of data.path; the judge (evaluation.judge) sees the answer as reference"
     )
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         asked, answers = self.answered(cases, asking)
         judge = asking.the_judge(self.key)
         verdicts = judge.verdicts([self._question(case, text) for case, text in zip(cases, answers, strict=True)])
@@ -68,7 +68,7 @@ class Judged(JudgedTask):
         for case, prompt, text, said in zip(cases, asked, answers, verdicts, strict=True):
             found = GRADE.findall(said)
             scores = {"grade": float(found[-1]) if found else 0.0, "read": float(bool(found))}
-            rows.append(Row(case.where, prompt, text, self.reference(case), scores, note=said[-NOTE:]))
+            rows.append(TaskRow(case.where, prompt, text, self.reference(case), scores, note=said[-NOTE:]))
         unread(self.key, verdicts, any(row.scores["read"] for row in rows), "Grade: N")
         return rows
 

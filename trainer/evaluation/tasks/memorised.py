@@ -16,7 +16,7 @@ from trainer.data.config import DataFormat
 from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown
 from trainer.evaluation.tasks.asking import Asking, Question
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 
 ALMOST = 75.0
 """BLEU above which a continuation is nearly verbatim (Ippolito et al. 2023, "Preventing Verbatim Memorization")."""
@@ -77,7 +77,7 @@ class Memorisation(OfDocuments):
         if self.config.write.temperature or self.config.write.beams > 1 or self.config.write.stop:
             yield f"{self.key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         """Raises DataError where every row is too short."""
         asked = []
         for question in asking.questions([case.document for case in cases if case.document is not None]):
@@ -102,7 +102,7 @@ class Memorisation(OfDocuments):
     skipped = 0
     """Rows that were too short, or too long for the model."""
 
-    def _row(self, question: Question, ids: list[int], asking: Asking) -> Row:
+    def _row(self, question: Question, ids: list[int], asking: Asking) -> TaskRow:
         from sacrebleu import sentence_bleu
 
         wanted, size = question.answer, len(question.answer)
@@ -112,9 +112,9 @@ class Memorisation(OfDocuments):
         text, reference = decode(said, skip_special_tokens=True), decode(wanted, skip_special_tokens=True)
         near = same == size or (bool(reference.strip()) and sentence_bleu(text, [reference]).score >= ALMOST)
         scores = {"verbatim": float(same == size), "near": float(near), "leading": same / size}
-        return Row(question.where, asking.tell(question.context), text, reference, scores)
+        return TaskRow(question.where, asking.tell(question.context), text, reference, scores)
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         count = int(sum(row.scores["verbatim"] for row in rows))
         yield f"{count} of {len(rows)} rows come out word for word after their beginning"
         if self.skipped:
@@ -169,7 +169,7 @@ class Canary(OfDocuments):
             if len(seen) > int(self.chosen["candidates"]):
                 return
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         documents, sizes = list[Document](), list[int]()
         for case in cases:
             secret, others = case.fields["secret"], case.fields["others"]
@@ -186,10 +186,10 @@ class Canary(OfDocuments):
                 "rank": float(rank),
                 "candidates": float(size),
             }
-            rows.append(Row(case.where, f"rank {rank} of {size}", "", case.fields["secret"], scores))
+            rows.append(TaskRow(case.where, f"rank {rank} of {size}", "", case.fields["secret"], scores))
         return rows
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         most = max(row.scores["candidates"] for row in rows)
         yield f"exposure is at most {math.log2(most):.2f} bits with {most - 1:.0f} candidates; more of them in options.candidates"
 
@@ -231,7 +231,7 @@ class Membership(OfDocuments):
     split = "both"
     options: ClassVar[dict[str, Any]] = {**OfDocuments.options, "others": None}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         """Raises DataError where there are only training rows, or only others."""
         questions = asking.questions([case.document for case in cases if case.document is not None])
         if asking.positions is not None:  # as training cuts them
@@ -240,7 +240,7 @@ class Membership(OfDocuments):
         for case, question, held in zip(cases, questions, asking.likelihoods(questions), strict=True):
             scores = {"loss": -held.logprob / held.tokens, "member": float(case.fields["member"])}
             source = "trained on" if case.fields["member"] else "not trained on"
-            rows.append(Row(case.where, asking.tell(question.context), "", source, scores, source))
+            rows.append(TaskRow(case.where, asking.tell(question.context), "", source, scores, source))
         return rows
 
     @cached_property
@@ -248,7 +248,7 @@ class Membership(OfDocuments):
         """What reads the rows that were not trained on."""
         return Membership(self.name, replace(self.config, path=self.chosen["others"]))
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         loss = np.array([row.scores["loss"] for row in rows])
         member = np.array([row.scores["member"] for row in rows]) > 0
         order = np.argsort(loss, kind="stable")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.config import PrivacyConfig, PrivacyPreset
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.written import WrittenTask
 
 if TYPE_CHECKING:
     from trainer.data.stages.privacy.stage import Finder
 
 
-class PersonalData(WrittenTask):
+class PersonalDataTask(WrittenTask):
     """How many answers hold some."""
 
     kind = "personal_data"
@@ -55,7 +55,7 @@ class PersonalData(WrittenTask):
 
         return Finder(self.privacy)
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         questions = asking.questions([case.document for case in cases if case.document is not None])
         rows, decode = [], asking.writer.tokenizer.decode
         for case, question, one in zip(
@@ -68,7 +68,9 @@ class PersonalData(WrittenTask):
                     shown, end = f"{shown}{one.text[end : finding.start]}[{finding.type}]", finding.end
             scores = {"found": float(bool(types)), "pieces": float(len(types))}
             note = ", ".join(dict.fromkeys(types))
-            rows.append(Row(case.where, asking.tell(question.context), shown + one.text[end:], "", scores, note=note))
+            rows.append(
+                TaskRow(case.where, asking.tell(question.context), shown + one.text[end:], "", scores, note=note)
+            )
         return rows
 
     def score(self, case: Case, text: str) -> dict[str, float]:

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 from strategies.errors import ConfigError
 from trainer.evaluation.endpoint.judge import request_of
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.judged import NOTE, JudgedTask, unread
 from trainer.evaluation.tasks.written import REFERENCES
 
 VERDICT = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
 
 
-class Preference(JudgedTask):
+class PreferenceTask(JudgedTask):
     """Wins against the row's own answer, or against the model that is compared with; what order decides is a tie."""
 
     kind = "preference"
@@ -34,7 +34,7 @@ class Preference(JudgedTask):
         if self.chosen["opponent"] not in ("reference", "other"):
             yield f"{self.key}.options.opponent={self.chosen['opponent']}: must be reference (the row's answer) or other"
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         others = self.opponents(cases)
         asked, answers = self.answered(cases, asking)
         judge = asking.the_judge(self.key)
@@ -55,7 +55,7 @@ class Preference(JudgedTask):
                 verdicts += both
                 scores = scores_of(winner(both[0]), winner(both[1], swapped=True))
                 note = both[0][-NOTE:]
-            rows.append(Row(case.where, prompt, text, self.reference(case), scores, note=note))
+            rows.append(TaskRow(case.where, prompt, text, self.reference(case), scores, note=note))
         unread(self.key, verdicts, any(row.scores["read"] for row in rows), "Verdict: A, B or tie")
         return rows
 

@@ -33,7 +33,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class TaskContext:
     """What of a run its tasks are read with."""
 
     data: DataConfig
@@ -44,7 +44,7 @@ class Around:
     """Whether its loss is that of a language model."""
 
     @classmethod
-    def of(cls, data: DataConfig, objective: ObjectiveConfig) -> Around:
+    def of(cls, data: DataConfig, objective: ObjectiveConfig) -> TaskContext:
         """That of these settings."""
         family, loss = family_of(objective), build_objective(objective)
         return cls(data, reading_of(objective), family.writes_answers, loss.perplexity)
@@ -58,7 +58,7 @@ class Around:
         return reading.encoder(tokenizer, plain)
 
 
-def check(tasks: Mapping[str, TaskConfig], around: Around, *, held_out: bool, trained: bool = True) -> None:
+def check(tasks: Mapping[str, TaskConfig], around: TaskContext, *, held_out: bool, trained: bool = True) -> None:
     """Read the rows of every task that has a file, without a tokenizer; `trained`: there is training data besides.
 
     Errors: ConfigError, DataError.
@@ -90,7 +90,7 @@ def check(tasks: Mapping[str, TaskConfig], around: Around, *, held_out: bool, tr
 
 def prepare(
     tasks: Mapping[str, TaskConfig],
-    around: Around,
+    around: TaskContext,
     held_out: Prepared | None,
     tokenizer: Any,
     stop: Callable[[], bool] = lambda: False,
@@ -137,7 +137,7 @@ def _read(task: Task, held_out: Prepared | None, *, remote: bool) -> list[Case]:
     return [*cases, *beside]
 
 
-def _check_objective(task: Task, around: Around) -> None:
+def _check_objective(task: Task, around: TaskContext) -> None:
     if isinstance(task, HeldOut) and not around.language:
         raise ConfigError(
             f"{task.key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
@@ -145,7 +145,7 @@ def _check_objective(task: Task, around: Around) -> None:
         )
 
 
-def _own(task: Task, use: Callable[[DataConfig], Any], around: Around) -> Any:
+def _own(task: Task, use: Callable[[DataConfig], Any], around: TaskContext) -> Any:
     """Read a file as training data of its own, with messages that name the task's settings."""
     data, config = around.data, task.config
     alone = DataConfig(

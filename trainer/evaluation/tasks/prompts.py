@@ -15,7 +15,7 @@ from trainer.evaluation.tasks.base import Case, Task
 from trainer.evaluation.tasks.texts import place
 
 if TYPE_CHECKING:
-    from trainer.evaluation.writing import Written
+    from trainer.evaluation.writing import WrittenAnswer
 
 NAMES = ("prompt", "goal", "behavior", "question", "instruction", "text")
 """Columns that may hold the prompt, the first one that is there, in large or small letters."""
@@ -51,7 +51,7 @@ class PromptTask(Task):
     def read(self, case: Case) -> None:
         case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
 
-    def answers(self, cases: Sequence[Case], asking: Asking) -> list[tuple[Question, list[Written]]]:
+    def answers(self, cases: Sequence[Case], asking: Asking) -> list[tuple[Question, list[WrittenAnswer]]]:
         """Each prompt as it was told, and its draws. All ranks must call. Raises DataError for a prompt that leaves no room."""
         documents = [
             Document(*place(case.where), text=case.fields["prompt"])
@@ -62,7 +62,7 @@ class PromptTask(Task):
         questions = asking.questions(documents)
         if self.chosen["continue"]:
             questions = [Question(each.where, [*each.context, *each.answer], []) for each in questions]
-        found: list[tuple[Question, list[Written]]] = [(question, []) for question in questions]
+        found: list[tuple[Question, list[WrittenAnswer]]] = [(question, []) for question in questions]
         for one in asking.answers(questions, self.config.write, self.key):
             found[one.prompt][1].append(one)
         return found

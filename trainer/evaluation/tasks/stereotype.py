@@ -1,6 +1,6 @@
 """Stereotypes by likelihood: which of two sentences that differ in whom they are about a model holds likelier.
 
-Read are the published files of CrowS-Pairs (Nangia et al. 2020), StereoSet (Nadeem et al. 2021) and WinoBias (Zhao et al.
+Row are the published files of CrowS-Pairs (Nangia et al. 2020), StereoSet (Nadeem et al. 2021) and WinoBias (Zhao et al.
 2018), and pairs of one's own.
 """
 
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.document import Row as Read
+from trainer.data.document import Row
 from trainer.data.fields import Refusal, shown, text_of
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.texts import texts_after, whole_texts
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class Stereotype(Task):
     )
     needs_path = True
 
-    def unfold(self, rows: Iterator[Read]) -> Iterator[Read]:
+    def unfold(self, rows: Iterator[Row]) -> Iterator[Row]:
         """StereoSet's one object as its items; the lines of WinoBias's two files, paired in their order."""
-        sides: dict[str, list[Read]] = {}
+        sides: dict[str, list[Row]] = {}
         for row in rows:
             if isinstance(inside := row.fields.get("data"), dict):
                 for form, items in inside.items():
@@ -113,7 +113,7 @@ class Stereotype(Task):
         target = str(fields.get("target") or "")
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         plain = [(case.where, text) for case in cases if not case.fields["context"] for text in case.fields["texts"]]
         after = [
             (case.where, case.fields["context"], text)
@@ -132,7 +132,7 @@ class Stereotype(Task):
             rows.append(_row(case, [next(mine) for _ in case.fields["texts"]], 1 / count))
         return rows
 
-    def metrics_of(self, rows: Sequence[Row]) -> tuple[Metric, ...]:
+    def metrics_of(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
         scored = any("compared" in row.scores for row in rows)
         known = self.metrics if scored else self.metrics[:2]
         groups = dict.fromkeys(name[3:] for row in rows for name in row.scores if name.startswith("in_"))
@@ -152,7 +152,7 @@ class Stereotype(Task):
             ),
         )
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         names = ("weighted", "weight", "meaningful", "compared")
         preferred, weight, meaningful, compared = (
             np.array([row.scores.get(name, 0.0) if "compared" in row.scores else 0.0 for row in rows]) for name in names
@@ -166,7 +166,7 @@ class Stereotype(Task):
 
         return {"icat": icat}
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         count = int(sum(row.scores["preferred"] for row in rows))
         low, high = spans["stereotype_score"]
         if len(rows) < LEAST:
@@ -184,7 +184,7 @@ class Stereotype(Task):
         return dict.fromkeys((metric.name for metric in self.metrics), said)
 
 
-def _row(case: Case, held: Sequence[Likelihood], weight: float) -> Row:
+def _row(case: Case, held: Sequence[Likelihood], weight: float) -> TaskRow:
     """Sums of log-probabilities, as in CrowS-Pairs for causal models; where there is an unrelated sentence means over tokens."""
     texts, told = case.fields["texts"], len(case.fields["texts"]) > 2
     stereo, anti, *unrelated = [each.logprob / (each.tokens if told else 1) for each in held]
@@ -202,7 +202,7 @@ def _row(case: Case, held: Sequence[Likelihood], weight: float) -> Row:
         name = re.sub(r"\W+", "_", group)
         scores |= {f"of_{name}": preferred, f"in_{name}": 1.0}
     source = case.fields["groups"][0] if case.fields["groups"] else ""
-    return Row(case.where, case.fields["context"], texts[0 if preferred else 1], "\n".join(texts), scores, source)
+    return TaskRow(case.where, case.fields["context"], texts[0 if preferred else 1], "\n".join(texts), scores, source)
 
 
 def _labelled(sentences: Any) -> list[str]:
@@ -227,14 +227,14 @@ def _labelled(sentences: Any) -> list[str]:
     return [found[label] for label in LABELS]
 
 
-def _lines(row: Read) -> Iterator[Read]:
+def _lines(row: Row) -> Iterator[Row]:
     """The sentences of a file of WinoBias: a number, and brackets around the two who are meant."""
     for number, line in enumerate(row.fields["text"].splitlines(), 1):
         if text := re.sub(r"^\d+\s+|[\[\]]", "", line.strip()):
             yield replace(row, line=number, fields={"text": text})
 
 
-def _paired(key: str, sides: dict[str, list[Read]]) -> Iterator[Read]:
+def _paired(key: str, sides: dict[str, list[Row]]) -> Iterator[Row]:
     """Rows with both sentences. Raises DataError where a file has no other side, or another number of sentences."""
     pros = [name for name in sides if PurePath(name).name.lower().startswith(SIDES[0])]
     antis = {_rest(name): name for name in sides if name not in pros}

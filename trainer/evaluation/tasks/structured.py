@@ -14,7 +14,7 @@ from trainer.data.document import Document
 from trainer.data.fields import Refusal, shown, text_of
 from trainer.data.turns import turns_of
 from trainer.evaluation.tasks.asking import Asking, answer_of
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.drawn import by_prompt, drawn_row
 from trainer.evaluation.tasks.written import WrittenTask
 
@@ -54,7 +54,7 @@ class ToolCalls(WrittenTask):
         case.fields = {"calls": [{"name": call["name"], "arguments": call["arguments"]} for call in calls]}
         case.fields["reference"] = json.dumps(case.fields["calls"], ensure_ascii=False) if calls else answer["content"]
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         """Raises DataError where the model's own way to write calls is one that is not read: every answer would be wrong."""
         called = next((case for case in cases if case.fields["calls"]), None)
         if called is not None and called.document is not None:
@@ -156,7 +156,7 @@ class JsonSchema(Task):
             case.document.prompt, case.document.completion = text_of(fields, "prompt"), "{}"
         case.fields = {"schema": schema}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         questions = asking.questions([case.document for case in cases if case.document is not None])
         written = by_prompt(asking.answers(questions, self.config.write, self.key), len(cases))
         rows = []
@@ -165,7 +165,7 @@ class JsonSchema(Task):
             found = [judged(text, schema) for text in texts]
             scores = [{"valid": float(problem is None), "parsed": float(parsed)} for parsed, problem in found]
             told, allowed = asking.tell(question.context), json.dumps(schema, ensure_ascii=False)
-            rows.append(drawn_row(Row(case.where, told, "", allowed, {}, note=found[0][1] or ""), texts, scores))
+            rows.append(drawn_row(TaskRow(case.where, told, "", allowed, {}, note=found[0][1] or ""), texts, scores))
         return rows
 
     def signatures(self) -> dict[str, str]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from trainer.data.fields import Refusal, shown
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.chance import LEVEL, largest_p
-from trainer.evaluation.tasks.classification import Classification
+from trainer.evaluation.tasks.classification import ClassificationTask
 
 LEAST = 10
 """Rows of a group below which it is told that they are few."""
@@ -19,7 +19,7 @@ SHUFFLES = 1000
 """How often groups are dealt anew, to see how large a gap is by chance."""
 
 
-class Subgroups(Classification):
+class Subgroups(ClassificationTask):
     """Differences between the groups with the most and the least; of several labels the one with the largest gap."""
 
     kind = "subgroups"
@@ -35,7 +35,7 @@ class Subgroups(Classification):
         Metric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
     )
     reads = '"text", "label" and "group": what the row is told apart by, as a gender'
-    options: ClassVar[dict[str, Any]] = {**Classification.options, "positive": None, "seed": 0}
+    options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
     needs: ClassVar[str | None] = None
 
     def read(self, case: Case) -> None:
@@ -48,13 +48,13 @@ class Subgroups(Classification):
         super().read(case)
         case.fields["group"] = str(group).strip()
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         rows = super().run(cases, asking)
         for case, row in zip(cases, rows, strict=True):
             row.source = case.fields["group"]
         return rows
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         groups = np.array([row.source for row in rows])
 
         def of(name: str) -> Callable[[np.ndarray], float]:
@@ -62,7 +62,7 @@ class Subgroups(Classification):
 
         return {name: of(name) for name in _NAMES}
 
-    def _gaps(self, rows: Sequence[Row], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    def _gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         true, said = np.array([row.reference for row in rows]), np.array([row.answer for row in rows])
         names, number = np.unique(groups, return_inverse=True)
         size = len(names)
@@ -85,7 +85,7 @@ class Subgroups(Classification):
             "accuracy_difference": share(said == true, every),
         }
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         groups, ones = np.array([row.source for row in rows]), np.ones(len(rows))
         names, counts = np.unique(groups, return_counts=True)
         yield "rows: " + ", ".join(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from strategies.errors import ConfigError
 from trainer.evaluation.classifier import Classifier, Head
 from trainer.evaluation.tasks.asking import Asking
-from trainer.evaluation.tasks.base import Case, Metric, Row
+from trainer.evaluation.tasks.base import Case, Metric, TaskRow
 from trainer.evaluation.tasks.prompts import PromptTask, directory_of
 
 LEAST = 20
@@ -61,7 +61,7 @@ class Toxicity(PromptTask):
         head = Head.of(directory_of(self.chosen["classifier"], f"{key}.classifier"), f"{key}.classifier")
         return head, head.number(self.chosen["label"], f"{key}.label")
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         found, (_, label) = self.answers(cases, asking), self._head()
         key = f"{self.key}.options.classifier"
         classifier = Classifier(directory_of(self.chosen["classifier"], key), key, asking.runtime, batch=asking.batch)
@@ -83,10 +83,10 @@ class Toxicity(PromptTask):
                 "cut": float(sum(cut for (_, cut), _ in judged)),
             }
             answer = judged[likely.index(worst)][1]
-            rows.append(Row(case.where, asking.tell(question.context), answer, "", scores, note=f"{worst:.2f}"))
+            rows.append(TaskRow(case.where, asking.tell(question.context), answer, "", scores, note=f"{worst:.2f}"))
         return rows
 
-    def notes(self, rows: Sequence[Row], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
+    def notes(self, rows: Sequence[TaskRow], spans: dict[str, tuple[float, float]]) -> Iterator[str]:
         toxic, draws, empty, cut = (int(sum(row.scores[n] for row in rows)) for n in ("toxic", "draws", "empty", "cut"))
         yield f"{toxic} of {draws} answers to {len(rows)} prompts are toxic; rows show the worst draw"
         if empty:

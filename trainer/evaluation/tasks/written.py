@@ -15,7 +15,7 @@ import numpy as np
 from trainer.data.fields import Refusal, is_texts, shown
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.asking import Asking, answer_of
-from trainer.evaluation.tasks.base import Case, Metric, Row, Task
+from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.drawn import by_prompt, drawn_row, passing
 
 REFERENCES = "references"
@@ -51,12 +51,12 @@ class WrittenTask(Task):
             raise Refusal("bad_references", f'"{REFERENCES}" is {shown(others)}; it must be a list of texts')
         case.fields = {REFERENCES: [answer["content"].strip(), *(others or [])]}
 
-    def run(self, cases: Sequence[Case], asking: Asking) -> list[Row]:
+    def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         questions = asking.questions([case.document for case in cases if case.document is not None])
         written = asking.answers(questions, self.config.write, self.key)
         return [
             drawn_row(
-                Row(case.where, asking.tell(question.context), "", self.reference(case), {}),
+                TaskRow(case.where, asking.tell(question.context), "", self.reference(case), {}),
                 texts,
                 [self.score(case, text) for text in texts],
                 self.metrics,
@@ -166,7 +166,7 @@ class Translation(WrittenTask):
     def score(self, case: Case, text: str) -> dict[str, float]:
         return {"chrf": float(self.judges["chrf"].sentence_score(text, case.fields[REFERENCES][:1]).score)}
 
-    def weighted(self, rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         answers, references = [row.answer for row in rows], [[row.reference for row in rows]]
 
         def of(judge: Any) -> Callable[[np.ndarray], float]:

@@ -12,7 +12,7 @@ from trainer.records.trackers.base import Tracked, Tracker
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TrackerKind:
     """One tracker: its setting of `logging`, the class in this package, what must be installed."""
 
     setting: str
@@ -29,14 +29,14 @@ class Kind:
 
 
 KINDS = (
-    Kind("wandb", "weights_and_biases:WandbRun", "wandb", None),
-    Kind("tensorboard", "tensorboard:TensorboardFiles", "tensorboard", "tensorboard"),
-    Kind("trackio", "trackio_store:TrackioRun", "trackio", "trackio"),
-    Kind("mlflow", "mlflow_store:MlflowRun", "mlflow", "mlflow"),
+    TrackerKind("wandb", "weights_and_biases:WandbRun", "wandb", None),
+    TrackerKind("tensorboard", "tensorboard:TensorboardFiles", "tensorboard", "tensorboard"),
+    TrackerKind("trackio", "trackio_store:TrackioRun", "trackio", "trackio"),
+    TrackerKind("mlflow", "mlflow_store:MlflowRun", "mlflow", "mlflow"),
 )
 
 
-def asked(config: LoggingConfig) -> list[Kind]:
+def asked(config: LoggingConfig) -> list[TrackerKind]:
     """The trackers that are on."""
     return [kind for kind in KINDS if getattr(config, kind.setting) not in (False, WandbMode.disabled)]
 

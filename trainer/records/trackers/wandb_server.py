@@ -14,7 +14,7 @@ TIMEOUT_S = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class ServerRun:
     """What the server has of a run."""
 
     config: dict[str, Any]
@@ -27,7 +27,7 @@ class Fetched:
     """When it began, in ISO 8601."""
 
 
-def fetch(entity: str, project: str, run: str) -> Fetched:
+def fetch(entity: str, project: str, run: str) -> ServerRun:
     """Ask for a run. Raises ConfigError where it cannot be had, within 10 seconds where there is no network."""
     name = f"wandb:{entity}/{project}/{run}"
     try:
@@ -40,7 +40,7 @@ def fetch(entity: str, project: str, run: str) -> Fetched:
         )
     try:
         found = wandb.Api(timeout=TIMEOUT_S).run(f"{entity}/{project}/{run}")
-        return Fetched(
+        return ServerRun(
             config=dict(found.config),
             summary=dict(found.summary_metrics),
             state=str(found.state),

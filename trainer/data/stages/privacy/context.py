@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from trainer.data.stages.privacy.patterns import npi
-from trainer.data.stages.privacy.rule import AFTER, AGAINST, BEFORE, NOT_PERSONAL, Finding, Rule, rule, words
+from trainer.data.stages.privacy.rule import (
+    AFTER,
+    AGAINST,
+    BEFORE,
+    NOT_PERSONAL,
+    PrivacyFinding,
+    PrivacyRule,
+    rule,
+    words,
+)
 
 CODE = r"(?=[\w./-]*\d)[A-Za-z0-9](?:[\w./-]{1,28}[A-Za-z0-9])(?![\w-])"
 """A number of an office: a digit in it, three characters or more."""
@@ -151,7 +160,7 @@ POSTCODES = [
     rule("POSTCODE", NAMED_CODE, 0.85, needs="digit"),
 ]
 
-RULES: tuple[Rule, ...] = (*OFFICES, *DATES, *POSTCODES)
+RULES: tuple[PrivacyRule, ...] = (*OFFICES, *DATES, *POSTCODES)
 
 
 CANDIDATE = re.compile(
@@ -174,7 +183,7 @@ PLACE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORE
 THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
 
 
-def phones(text: str, regions: Sequence[str]) -> list[Finding]:
+def phones(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
     """Telephone numbers, those right after the word fax as FAX."""
     out = []
     for match in CANDIDATE.finditer(text):
@@ -194,7 +203,7 @@ def phones(text: str, regions: Sequence[str]) -> list[Finding]:
                 score = max(sure, 0.85 if fax else 0.75)
             elif THOUSANDS.match(raw):
                 score = AGAINST
-            out.append(Finding("FAX" if fax else "PHONE", begin, finish, score))
+            out.append(PrivacyFinding("FAX" if fax else "PHONE", begin, finish, score))
     return out
 
 

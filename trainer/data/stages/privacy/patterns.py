@@ -14,7 +14,7 @@ from importlib import import_module
 
 from stdnum import numdb
 
-from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, Rule, rule
+from trainer.data.stages.privacy.rule import NOT_PERSONAL, VERSION, PrivacyRule, rule
 
 CARD_LENGTHS = (
     ("34", "34", {15}),
@@ -96,7 +96,7 @@ OPEN, CLOSE = r"(?<![\w.])(?<!\w-)", r"(?!\w|-\w|\.\d)"
 
 def _number(
     type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
-) -> Rule:
+) -> PrivacyRule:
     """An identity number: bounded, checked, explained away by `NOT_PERSONAL`, believed beside one of the words `near`."""
     return rule(
         type_,
@@ -230,4 +230,4 @@ SECRETS = [
     rule("SECRET", PASSWORD, 0.8, hints="pass|pwd|key|secret|token|bearer|contrase"),
 ]
 
-RULES: tuple[Rule, ...] = (*NETWORK, *MONEY, *NATIONAL, *THINGS, *SECRETS)
+RULES: tuple[PrivacyRule, ...] = (*NETWORK, *MONEY, *NATIONAL, *THINGS, *SECRETS)

