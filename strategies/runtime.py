@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -197,13 +198,23 @@ def _cgroup_files(name: str) -> Iterator[str]:
             yield (place / name).read_text()
 
 
-def bound_groups(runtime: Runtime) -> None:
-    """Give the groups that a library has made the run's timeout; half an hour is torch's own. No collective."""
+def bound_groups(runtime: Runtime, more_s: float = 0) -> None:
+    """Give all groups the run's timeout, and `more_s` beside it; half an hour is torch's own. No collective."""
     from torch.distributed import distributed_c10d
 
     for group in list(distributed_c10d._world.pg_map):
         if dist.get_rank(group) >= 0 and dist.get_backend(group) != "fake":  # a simulated one answers at once
-            distributed_c10d._set_pg_timeout(timedelta(seconds=runtime.timeout_s), group)
+            distributed_c10d._set_pg_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
+
+
+@contextmanager
+def patience(runtime: Runtime, more_s: float) -> Iterator[None]:
+    """Meanwhile ranks wait so many seconds longer for each other: one works for all. No collective; all ranks are to enter."""
+    bound_groups(runtime, more_s)
+    try:
+        yield
+    finally:
+        bound_groups(runtime)
 
 
 def stop(*, failed: bool = False) -> None:

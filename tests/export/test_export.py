@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from strategies.base import Precision
 from strategies.errors import ConfigError, StorageError
 from tests.helpers.exports import LABELS, export, logits_of, trained
+from trainer.export import write as export_write
 from trainer.export.config import ExportType
 from trainer.export.load import load_export
 from trainer.export.tensors import hub_name, write_tensors
@@ -180,15 +182,23 @@ def test_types_auto_is_that_of_the_base_and_untouched_values_are_exact(bases, ru
     assert {t.dtype for t in load_file(wide / "model.safetensors").values()} == {torch.float32}
 
 
-def test_large_models_are_split_and_indexed(bases, runtime, tmp_path):
+def test_large_models_are_split_and_indexed(bases, runtime, tmp_path, monkeypatch):
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
+    group, waits, publish = dist.group.WORLD._get_backend(torch.device("cpu")), [], export_write._publish
+    monkeypatch.setattr(export_write, "SLOWEST", 1)
+    monkeypatch.setattr(
+        export_write, "_publish", lambda *given: (waits.append(group.options._timeout.total_seconds()), publish(*given))
+    )
     directory = export(parts, base, tmp_path / "export", runtime, max_shard_gib=3e-5, verify=True)
     files = sorted(directory.glob("model-*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == stored_names(directory)
     assert not list(directory.glob("part-*"))
+    # The other ranks wait as long as a slow disk may take for all of it, and then no longer than ever.
+    size = sum(4 * tensor.numel() for file in files for tensor in load_file(file).values())
+    assert [*waits, group.options._timeout.total_seconds()] == [runtime.timeout_s + size, runtime.timeout_s]
 
 
 def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tmp_path):

@@ -21,7 +21,7 @@ from strategies import durable
 from strategies.durable import make_directories, no_room, publish, reason, sync_file
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.parameters import element_counts, trainable_parameters
-from strategies.runtime import Runtime, first_error
+from strategies.runtime import Runtime, first_error, patience
 from trainer.export.card import CardFacts, licence_of, render_card
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.ending import write_endings
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 SPARE = 2**22
 """Bytes for the tokenizer, the card and settings."""
+SLOWEST = 10e6
+"""Bytes a second of the slowest disk for which ranks wait while one of them writes."""
 _REMEDY = "free space and run `shardtune export`. The checkpoints of the run are intact."
 
 
@@ -59,45 +61,51 @@ def write_export(
     possible, DriftError where `config.verify` finds that the export computes something else.
     """
     adapter = built.tuning.adapter and not config.merge
-    aside = destination.with_name(f".{destination.name}.writing")
-    error: BaseException | None = None
-    tensors = _Gathered(engine, built, base_path, adapter=adapter)
-    try:
-        if config.merge and built.tuning.adapter:
-            _check_mergeable(built)
-        if runtime.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            make_directories(aside)
-            if full := no_room(aside, bytes_needed(built, config, base_path, adapter=adapter)):
-                raise StorageError(f"{full}; {_REMEDY}")
-            if adapter:
-                _write_adapter(built, tensors.trained(), aside, base_path)
-            else:
-                _write_model(built, tensors.as_stored(), aside, base_path, config, card)
-            tokenizer.save_pretrained(str(aside))
-            if built.two_sides is None and _plain(built).can_generate():
-                write_endings(tokenizer, aside, base_path)
-            _with_added_tokens_note(built, tokenizer, card, adapter)
-            if card.known is not None:
-                card.known.base_licence = card.licence or licence_of(base_path)
-                write_papers(aside, config.papers, card.known)
-                write_results(aside, card.known, card.benchmarks)
-            (aside / "README.md").write_text(render_card(card, adapter=adapter, base_path=base_path), encoding="utf-8")
-    except Exception as caught:  # noqa: BLE001 - safetensors and peft have error types of their own; all ranks are told
-        error = caught
-    tensors.exhaust()
-    _agree(error, aside, destination, runtime)
-
-    if config.verify:
-        error = verify_written(engine, built, tokenizer, aside, base_path, adapter=adapter, runtime=runtime)
+    # Rank 0 alone writes, syncs, and loads what it wrote.
+    with patience(runtime, 4 * sum(element_counts(built.step_module).values()) / SLOWEST):
+        aside = destination.with_name(f".{destination.name}.writing")
+        error: BaseException | None = None
+        tensors = _Gathered(engine, built, base_path, adapter=adapter)
+        try:
+            if config.merge and built.tuning.adapter:
+                _check_mergeable(built)
+            if runtime.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+                make_directories(aside)
+                if full := no_room(aside, bytes_needed(built, config, base_path, adapter=adapter)):
+                    raise StorageError(f"{full}; {_REMEDY}")
+                if adapter:
+                    _write_adapter(built, tensors.trained(), aside, base_path)
+                else:
+                    _write_model(built, tensors.as_stored(), aside, base_path, config, card)
+                tokenizer.save_pretrained(str(aside))
+                if built.two_sides is None and _plain(built).can_generate():
+                    write_endings(tokenizer, aside, base_path)
+                _with_added_tokens_note(built, tokenizer, card, adapter)
+                _write_card(aside, config, card, base_path, adapter=adapter)
+        except Exception as caught:  # noqa: BLE001 - safetensors and peft have error types of their own; all ranks are told
+            error = caught
+        tensors.exhaust()
         _agree(error, aside, destination, runtime)
-    try:
-        if runtime.is_main:
-            _publish(aside, destination)
-    except OSError as caught:
-        error = caught
-    _agree(error, aside, destination, runtime)
-    return destination
+
+        if config.verify:
+            error = verify_written(engine, built, tokenizer, aside, base_path, adapter=adapter, runtime=runtime)
+            _agree(error, aside, destination, runtime)
+        try:
+            if runtime.is_main:
+                _publish(aside, destination)
+        except OSError as caught:
+            error = caught
+        _agree(error, aside, destination, runtime)
+        return destination
+
+
+def _write_card(aside: Path, config: ExportConfig, card: CardFacts, base_path: str, *, adapter: bool) -> None:
+    if card.known is not None:
+        card.known.base_licence = card.licence or licence_of(base_path)
+        write_papers(aside, config.papers, card.known)
+        write_results(aside, card.known, card.benchmarks)
+    (aside / "README.md").write_text(render_card(card, adapter=adapter, base_path=base_path), encoding="utf-8")
 
 
 def _agree(error: BaseException | None, aside: Path, destination: Path, runtime: Runtime) -> None:
