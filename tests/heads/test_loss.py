@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.heads import loss
+from trainer.heads import divergence, loss
+from trainer.heads.divergence import Against, Measure
 from trainer.heads.logit_size import squared_logsumexp
 from trainer.heads.loss import Counting, LossHead
 
@@ -38,6 +40,34 @@ def test_value_and_gradients(monkeypatch, bias, softcap, scale, rows):
     assert torch.allclose(a.grad, b.grad, atol=1e-6)
     for grad, parameter in zip(grads, plain.parameters(), strict=True):
         assert torch.allclose(grad, parameter.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["sum", "by row", "beside a teacher"])
+def test_a_weight_of_another_precision_is_cast_once_a_pass(monkeypatch, way):
+    """And not for each chunk of rows: on a GPU that took as long as the products. Gradients have the weight's precision."""
+    for module in (loss, divergence):
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 31 * 7)
+    casts = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == (31, 16):
+                casts.append((args[0].dtype, kwargs["dtype"]))
+            return function(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    head = LossHead.replace(nn.Linear(16, 31, bias=False), softcap=None, logit_scale=1.0)
+    hidden = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
+    against = Against(
+        Measure(), torch.randn(50, 16), LossHead.replace(nn.Linear(16, 31), softcap=None, logit_scale=1.0), 1.0, 1.0
+    )
+    more = {"by row": {"by_row": True}, "beside a teacher": {"against": against}}.get(way, {})
+    with Watching():
+        found = head(hidden, targets=torch.randint(0, 31, (50,)), **more)
+        (found.sum() if way == "by row" else found[0]).backward()
+    down = [cast for cast in casts if cast == (torch.float32, torch.bfloat16)]
+    assert len(down) == (2 if way == "by row" else 1)  # there the backward pass makes logits again
+    assert head.weight.grad.dtype == torch.float32 and head.weight.grad.abs().sum() > 0
 
 
 def test_counts_correct_predictions_without_gradients():

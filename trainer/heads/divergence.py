@@ -7,7 +7,7 @@ gathers its weight for that call on all ranks together: the student's head asks 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -120,6 +120,8 @@ class _LinearDivergence(torch.autograd.Function):
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
         need_bias = training and bias is not None and ctx.needs_input_grad[2]
         rows = max(1, CHUNK_LOGITS // (weight.shape[0] + teacher.weight.shape[0]))
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)  # once, not for each chunk
+        student = replace(student, weight=weight)
         nll = hidden.new_zeros((), dtype=torch.float32)
         apart = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
@@ -149,13 +151,12 @@ class _LinearDivergence(torch.autograd.Function):
             grad = grad * student.scale if student.scale != 1.0 else grad
             grad = (grad if counted is None else grad.mul_(counted[:, None])).to(chunk.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
                 grad_weight += grad.T @ chunk
             if grad_bias is not None:
                 grad_bias += grad.float().sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype = weight.dtype
         total = against.loss_weight * nll + against.divergence_weight * apart
         ctx.mark_non_differentiable(nll, apart, correct)
         return total, nll, apart, correct

@@ -99,6 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = training and ctx.needs_input_grad[0], training and ctx.needs_input_grad[1]
         need_bias = training and bias is not None and ctx.needs_input_grad[2]
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        ctx.weight_dtype, weight = (
+            weight.dtype,
+            weight.to(hidden.dtype),
+        )  # once: for each chunk it would take as long as products
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         apart = hidden.new_zeros(counting.num, dtype=torch.float32)
@@ -125,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = _product_gradient(logits, log_probabilities, target, softcap, scale, smoothing)
             grad = (grad if counted is None else grad.mul_(counted)).to(chunk.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if need_weight:
                 grad_weight = _sum_of_products(grad_weight, grad, chunk)
             if grad_bias is not None:
@@ -135,7 +139,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ):  # no supervised row here: the other ranks wait for a gradient all the same
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct, apart, *(() if plain is None else (plain,)))
         return total, correct, apart, plain
 
@@ -167,6 +170,7 @@ class _RowCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         softcap, scale, training = settings
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        given, weight = weight, weight.to(hidden.dtype)
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), rows):
@@ -176,9 +180,9 @@ class _RowCrossEntropy(torch.autograd.Function):
             nll[start : start + rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
             if grad_hidden is not None:
                 grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
-                torch.mm(grad, weight.to(chunk.dtype), out=grad_hidden[start : start + rows])
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
         head_trains = training and any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(grad_hidden, *((hidden, weight, bias, targets) if head_trains else ()))
+        ctx.save_for_backward(grad_hidden, *((hidden, given, bias, targets) if head_trains else ()))
         ctx.settings = softcap, scale, rows
         return nll
 
@@ -190,7 +194,7 @@ class _RowCrossEntropy(torch.autograd.Function):
             return for_hidden, None, None, None, None
         hidden, weight, bias, targets = again
         softcap, scale, rows = ctx.settings
-        wide = row_weight.dtype
+        wide, given, weight = row_weight.dtype, weight.dtype, weight.to(hidden.dtype)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(targets), rows):
@@ -204,7 +208,7 @@ class _RowCrossEntropy(torch.autograd.Function):
                 grad_bias += grad.sum(0)
         return (
             for_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.to(given),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
