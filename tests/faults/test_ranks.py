@@ -238,13 +238,19 @@ def test_what_waits_is_told_before_nccl_ends_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
     monkeypatch.setattr(Heartbeats, "silent", lambda self, look_s: [])
     where = attempt.Where(phase="training", step=7, run_dir=tmp_path, heartbeats=beats)
-    attempt._before_nccl_aborts(where, 0, now[0])
+    path = tmp_path / "failure.json"
+    teller = threading.Thread(target=attempt._before_nccl_aborts, args=(where, 0, now[0]))
+    teller.start()
+    wait(lambda: path.exists() and "exchanges" in read(path), "the failure with the last exchanges")
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     killed = types.SimpleNamespace(exitcode=-signal.SIGABRT, pid=7, timestamp=5)
     torchrun._note_killed(types.SimpleNamespace(failures={0: killed}), memory=False)
-    failure = read(tmp_path / "failure.json")
+    failure = read(path)
     assert failure["message"].startswith("timed out: nccl:all_reduce number 12 of default_pg (4x2) is not over after")
     assert (failure["step"], failure["retry"]) == (7, "node_fail")
+    where.step = 8  # the others came in time after all
+    teller.join(seconds(30))
+    assert not path.exists()
 
 
 def test_both_recorders_of_a_build_for_gpus_are_read(monkeypatch):
