@@ -161,12 +161,19 @@ def test_an_unknown_card_and_too_little_memory_are_told_at_the_start():
     facts = dict.fromkeys(("quantisation", "initialised", "weights_left_out", "resumed_from"))
     sharding = {"held_per_rank": [10], "trainable_parameters": 5, "parameters": 10, "exchange": "nccl"}
     numbers = dict.fromkeys(("global_batch", "micro_batch", "accumulation", "world_size", "tokens_per_step"), 1)
-    facts |= {**numbers, "total_steps": 1, "precision": "bf16", "attention": "varlen", "layout": "padded"}
+    facts |= {
+        **numbers,
+        "total_steps": 1,
+        "epochs": 12.5,
+        "precision": "bf16",
+        "attention": "varlen",
+        "layout": "padded",
+    }
     facts |= {"sharding": sharding, "substitutions": {}, "reference_tflops": None}
     facts["reference_tflops_source"] = reference_tflops_of("NVIDIA Z9000")
     facts["advice"] = "set precision=fp32"
     facts["receipt"] = {"predicted": {"memory_gib": 79.5, "device_gib": 80.0}}
-    assert "warning" not in start_text(facts)
+    assert "warning" not in start_text(facts) and "1 tokens a step, 1 steps, 12.50 epochs" in start_text(facts)
     facts["receipt"] = {"predicted": {"memory_gib": 80.5, "device_gib": 80.0}}
     assert "warning: a rank is estimated to need 80.50 GiB, and has 80.00" in start_text(facts)
     assert "\nadvice: set precision=fp32" in start_text(facts)

@@ -44,7 +44,8 @@ def describe(config: RunConfig) -> str:
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {size} = {micro} micro x {size // (micro * world)} accumulation x {world} ranks",
-        f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; documents: {len(data.train) // per:,}",
+        f"tokens per step: about {read.mean * size:,.0f}; steps: {steps:,}; epochs: "
+        f"{steps * size / read.order.num_units:,.2f} of {len(data.train) // per:,} documents",
         *_memory(config, built, data, world),
         *_waiting(config.strategy, trained, world, accumulation=size // (micro * world)),
         *([f"advice: {said}"] if (said := advice(config.precision, str(config.run.device))) else []),

@@ -105,6 +105,7 @@ def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "micro_batch": config.batch["micro"],
         "accumulation": loader.accumulation,
         "total_steps": started.total_steps,
+        "epochs": started.total_steps * config.batch["global"] / loader.order.num_units,
         "tokens_per_step": round(mean_tokens * config.batch["global"]),
         "host": socket.gethostname(),
         "device": str(runtime.device),
@@ -217,7 +218,8 @@ def start_text(facts: Mapping[str, Any]) -> str:
         f"parameters: {sharding['parameters']:,}, trainable {sharding['trainable_parameters']:,} ({share:.2%}); held per "
         f"rank {min(held):,}" + (f" to {max(held):,}" if max(held) != min(held) else ""),
         f"batch: {facts['global_batch']} = {facts['micro_batch']} micro x {facts['accumulation']} accumulation x "
-        f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps",
+        f"{facts['world_size']} {ranks}; about {facts['tokens_per_step']:,} tokens a step, {facts['total_steps']} steps, "
+        f"{facts['epochs']:,.2f} epochs",
         f"precision {facts['precision']}, attention {facts['attention']}, layout {facts['layout']}",
     ]
     lines += memory_text(facts)
