@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from strategies.errors import DataError
 from trainer.data.document import Rejected, excerpt
@@ -108,7 +108,7 @@ def open_binary(path: File) -> io.BufferedReader:
 
 
 @contextmanager
-def open_text(path: File) -> Iterator[BinaryIO]:
+def open_text(path: File) -> Iterator[io.BufferedReader]:
     """The file's bytes, decompressed, positioned after a UTF-8 byte order mark.
 
     Raises DataError: cannot be read, not compressed as its name says or the other way round, an image, UTF-16 and so
@@ -130,7 +130,7 @@ def open_text(path: File) -> Iterator[BinaryIO]:
                     raise DataError(f"{path}: holds {found}{_remedy(path, found)}")
                 if head.startswith(BOM):
                     stream.read(len(BOM))
-                yield cast("BinaryIO", stream)
+                yield stream
     except _UNREADABLE as error:
         raise unreadable(path, error) from error
 

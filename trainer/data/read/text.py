@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header line, one row a record (RFC 4180; TSV is the same with tabs); text files, one row a file.
+"""CSV (commas or semicolons) and TSV files with a header line, one row a record (RFC 4180); text files, one row a file.
 
 Cells stay texts. A record may span lines and is named by its first. A text file has its name as its title.
 """
@@ -13,7 +13,7 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row, excerpt
 from trainer.data.fields import Refusal
-from trainer.data.read.opening import MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
+from trainer.data.read.opening import HEAD, MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
 
 INDEX = "Unnamed: 0"
 """Name of a first column without one, as pandas calls it."""
@@ -23,11 +23,15 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
     """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
 
+    For commas semicolons may stand, as spreadsheets write them where numbers have a decimal comma: where the header has no comma.
     Raises DataError where what follows cannot be told apart: an unclosed or misplaced quote, a header with doubled or
     missing names, other separators than the name promises.
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents
     with open_text(path) as stream:
+        header = next((line for line in stream.peek(HEAD).splitlines() if line.strip()), b"")
+        if delimiter == "," and b";" in header and b"," not in header:
+            delimiter = ";"
         yield from _records(path, _Lines(path, stream), delimiter)
 
 
