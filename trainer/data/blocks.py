@@ -12,16 +12,17 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
 from strategies.errors import DataError
 from trainer.data.choose.splits import Columns
-from trainer.data.document import EXAMPLES, WRONG_KIND, Rejected, Tally
+from trainer.data.document import EXAMPLES, WRONG_KIND, Findings, Rejected, Tally
 from trainer.data.fields import MOST_NAMES
 from trainer.data.store.documents import NAME, schema
-from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter
+from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter, named
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -211,3 +212,45 @@ class Assembly:
         """Close the logs."""
         self._quarantine.close()
         self._dropped.close()
+
+
+PLAIN = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
+"""What JSON can have of a block as it is."""
+
+
+def save(block: Block, path: Path) -> None:
+    """Write a block to a file. Raises OSError."""
+    assert block.sequences is not None and block.documents is not None
+    about = {name: getattr(block, name) for name in (*PLAIN, "bad", "tally")}
+    arrays: dict[str, Any] = {
+        "about": np.frombuffer(orjson.dumps(about), np.uint8),
+        "documents": np.frombuffer(block.documents.serialize(), np.uint8),
+        "pieces": block.pieces,
+        "tokens": block.sequences.tokens,
+        "supervised": block.sequences.supervised,
+        **({} if block.sequences.weights is None else {"weights": block.sequences.weights}),
+        "lengths": block.sequences.lengths,
+        **{f"column.{name}": values for name, values in block.sequences.columns.items()},
+        **{f"signature.{name}": values for name, values in block.signatures.items()},
+    }
+    np.savez(path, **arrays)
+
+
+def load(path: Path) -> Block:
+    """Read a block that `save` wrote."""
+    import pyarrow as pa
+
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    about = orjson.loads(arrays["about"].tobytes())
+    return Block(
+        **{name: about[name] for name in PLAIN},
+        bad=[Rejected(**bad) for bad in about["bad"]],
+        tally=Tally(**{**about["tally"], "findings": Findings(**about["tally"]["findings"])}),
+        documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
+        pieces=arrays["pieces"],
+        sequences=Sequences(
+            arrays["tokens"], arrays["supervised"], arrays["lengths"], named(arrays, "column."), arrays.get("weights")
+        ),
+        signatures=named(arrays, "signature."),
+    )

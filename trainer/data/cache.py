@@ -17,19 +17,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-import orjson
-
 from strategies.durable import publish, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
-from trainer.data.blocks import Block
+from trainer.data.blocks import Block, load, save
 from trainer.data.config import Verify
-from trainer.data.document import Findings, Rejected, Tally
-from trainer.data.store.documents import schema
-from trainer.data.store.sequences import Sequences, named
 from trainer.records.files import remedy
 from trainer.records.sampled import sampled_digest
 
@@ -79,6 +74,28 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
         temporary.write_text(digest)
         temporary.replace(entry)
     return digest
+
+
+@dataclass(slots=True)
+class Digests:
+    """SHA-256 of files, each as it was when it was first asked for."""
+
+    cache_dir: Path
+    known: dict[Path, str] = field(default_factory=dict)
+
+    def __call__(self, path: Path) -> str:
+        """Raises DataError."""
+        if path not in self.known:
+            self.known[path] = remembered_digest(path, self.cache_dir)
+        return self.known[path]
+
+    def check(self) -> None:
+        """Raise DataError where a file is not what it was: rows would be kept under the name of others."""
+        for path, before in self.known.items():
+            if remembered_digest(path, self.cache_dir) != before:
+                raise DataError(
+                    f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
+                )
 
 
 def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
@@ -209,10 +226,6 @@ def _held(file: IO[str]) -> bool:
     return False
 
 
-PLAIN = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
-"""What JSON can have of a block as it is."""
-
-
 class Shards:
     """The shards of one entry of the cache, `count` of them, beside it."""
 
@@ -278,41 +291,3 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ConfigError(f"--shard {text}: must be i/n with i from 0 to n-1, as in --shard 0/8")
     return int(number), int(count)
-
-
-def save(block: Block, path: Path) -> None:
-    """Write a block to a file. Raises OSError."""
-    assert block.sequences is not None and block.documents is not None
-    about = {name: getattr(block, name) for name in (*PLAIN, "bad", "tally")}
-    arrays: dict[str, Any] = {
-        "about": np.frombuffer(orjson.dumps(about), np.uint8),
-        "documents": np.frombuffer(block.documents.serialize(), np.uint8),
-        "pieces": block.pieces,
-        "tokens": block.sequences.tokens,
-        "supervised": block.sequences.supervised,
-        **({} if block.sequences.weights is None else {"weights": block.sequences.weights}),
-        "lengths": block.sequences.lengths,
-        **{f"column.{name}": values for name, values in block.sequences.columns.items()},
-        **{f"signature.{name}": values for name, values in block.signatures.items()},
-    }
-    np.savez(path, **arrays)
-
-
-def load(path: Path) -> Block:
-    """Read a block that `save` wrote."""
-    import pyarrow as pa
-
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    about = orjson.loads(arrays["about"].tobytes())
-    return Block(
-        **{name: about[name] for name in PLAIN},
-        bad=[Rejected(**bad) for bad in about["bad"]],
-        tally=Tally(**{**about["tally"], "findings": Findings(**about["tally"]["findings"])}),
-        documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
-        pieces=arrays["pieces"],
-        sequences=Sequences(
-            arrays["tokens"], arrays["supervised"], arrays["lengths"], named(arrays, "column."), arrays.get("weights")
-        ),
-        signatures=named(arrays, "signature."),
-    )

@@ -21,7 +21,7 @@ import numpy as np
 
 from strategies.errors import DataError, Preempted
 from trainer.data.blocks import Assembly, Block
-from trainer.data.cache import DONE, Shards, build_once, compare, fingerprint, hashes_of, remembered_digest
+from trainer.data.cache import DONE, Digests, Shards, build_once, compare, fingerprint, hashes_of
 from trainer.data.choose.splits import choose
 from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode, Verify
 from trainer.data.formats import RowReader
@@ -87,8 +87,7 @@ class Preparation:
             "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
         }
         cache = Path(config.cache_dir).expanduser()
-        self._hash = partial(remembered_digest, cache_dir=cache)
-        self._digests: dict[Path, str] = {}
+        self.digest = Digests(cache)
         self.small = sum(item.origin.size() for item in self.inputs) <= SMALL
         identities: list[Any] = [(i.split, i.source, i.origin.identity(self.digest)) for i in self.inputs]
         if config.decontamination.paths is not None:
@@ -124,21 +123,7 @@ class Preparation:
             for block in self._blocks(readers, number, count):
                 self.check_stop()
                 keep(block)
-            self.check_unchanged()
-
-    def digest(self, path: Path) -> str:
-        """SHA-256 of a file as it was when it was first asked for. Raises DataError."""
-        if path not in self._digests:
-            self._digests[path] = self._hash(path)
-        return self._digests[path]
-
-    def check_unchanged(self) -> None:
-        """Raise DataError where a file is not what the fingerprint was taken of: rows would be kept under its name."""
-        for path, before in self._digests.items():
-            if self._hash(path) != before:
-                raise DataError(
-                    f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
-                )
+            self.digest.check()
 
     def check_stop(self) -> None:
         """A safe point: raise Preempted where this process was asked to stop."""
@@ -184,7 +169,7 @@ class Preparation:
             "report": about_it.write(assembly.totals, columns, selection, self.reading, names),
             "hashes": hashes_of(target),
         }
-        self.check_unchanged()
+        self.digest.check()
         (target / DONE).write_text(json.dumps(manifest, indent=1))
         if shards is not None:
             shards.remove()

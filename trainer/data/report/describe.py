@@ -67,8 +67,9 @@ class Description:
 
         `reading` says what samples are, `names` are those of the labels in the order of their ids.
         """
+        samples = self._samples(TokenDataset.open(self.directory / "train"), reading, names)
         made = self.audit(totals, columns, selection)
-        made.samples = self._samples(TokenDataset.open(self.directory / "train"), reading, names)
+        made.samples = samples
         for split, part in made.splits.items():
             self._check(split, part, made.flow)
         for source in made.sources:
@@ -155,10 +156,7 @@ class Description:
             )
 
     def _source(self, item: Input, totals: Totals, columns: Columns, data: TokenDataset | None) -> form.Source:
-        files = [
-            form.SourceFile(**{**file, "rows": totals.rows_of_file.get(file["path"])})
-            for file in item.origin.files(self.digest)
-        ]
+        files = item.origin.files(self.digest)
         tokens = supervised = 0
         if item.source in columns.sources and data is not None:
             mine = data.sources == columns.sources.index(item.source)
@@ -167,7 +165,7 @@ class Description:
             name=item.source,
             split=item.split,
             format=str(self.formats[item.id]),
-            files=files,
+            files=[form.SourceFile(**file, rows=totals.rows_of_file.get(file["path"])) for file in files],
             rows=totals.rows[item.id],
             kept=totals.kept[item.id],
             tokens=tokens,
@@ -215,9 +213,9 @@ class Description:
         table, samples, each = DocumentTable(self.directory), [], reading.sequences_per_document
         of_each = len(data) // each
         for first in (np.linspace(0, of_each - 1, min(SAMPLES, of_each)).astype(int) * each).tolist():
+            taken = [data.sample(number) for number in range(first, first + each)]
             where = table.document(int(data.documents[first])).where
-            for number, head in enumerate(reading.headings(), first):
-                sample = data.sample(number)
+            for sample, head in zip(taken, reading.headings(), strict=True):
                 note = " ".join(filter(None, (head.rstrip(":\n"), reading.note(sample, names))))
                 made = [_piece(text, weight) for text, weight in pieces(sample, self.tokenizer)]
                 samples.append(form.DecodedSample(where=where, note=note, pieces=made))
