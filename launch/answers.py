@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 FLAG = "--json"
@@ -69,9 +70,9 @@ class Lasting:
         return getattr(self._stream, name)
 
 
-def lasting() -> AbstractContextManager[Any]:
+@contextmanager
+def lasting() -> Iterator[None]:
     """Within it stdout and stderr are `Lasting`."""
-    both = ExitStack()
-    both.enter_context(redirect_stdout(Lasting(sys.stdout)))  # type: ignore[type-var]
-    both.enter_context(redirect_stderr(Lasting(sys.stderr)))  # type: ignore[type-var]
-    return both
+    out, err = Lasting(sys.stdout), Lasting(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        yield

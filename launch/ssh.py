@@ -185,9 +185,8 @@ class Screen:
 
     def _keep(self, node: Node, line: bytes) -> None:
         assert node.log is not None
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk: what a node says is read on, or its ranks would wait to say it
+        # On a full disk, too, what a node says is read on: its ranks would wait to say it.
+        with contextlib.suppress(OSError):
             node.log.write(line)
 
     def _show(self, line: bytes, error: bool) -> None:

@@ -51,18 +51,23 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def state_of(path: Path) -> tuple[str | int, ...]:
+    """Path, size, inode, and the times of the last change of a file. Raises DataError."""
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns
+
+
 def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
     """SHA-256 of a file, remembered for big ones: by path, size, inode, and the times of the last change.
 
     The inode's change time moves with every write and cannot be set back by a program. Raises DataError.
     """
-    try:
-        about = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if about.st_size < big:
+    identity = state_of(path)
+    if int(identity[1]) < big:
         return file_digest(path)
-    identity = [str(path.resolve()), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
     entry = cache_dir / "digests" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
     with suppress(OSError):
         if SHA256.fullmatch(known := entry.read_text(errors="replace")):  # a power cut may have emptied it
@@ -81,18 +86,19 @@ class Digests:
     """SHA-256 of files, each as it was when it was first asked for."""
 
     cache_dir: Path
-    known: dict[Path, str] = field(default_factory=dict)
+    known: dict[Path, tuple[tuple[str | int, ...], str]] = field(default_factory=dict)
+    """How each was found, and its digest."""
 
     def __call__(self, path: Path) -> str:
         """Raises DataError."""
         if path not in self.known:
-            self.known[path] = remembered_digest(path, self.cache_dir)
-        return self.known[path]
+            self.known[path] = state_of(path), remembered_digest(path, self.cache_dir)
+        return self.known[path][1]
 
     def check(self) -> None:
         """Raise DataError where a file is not what it was: rows would be kept under the name of others."""
-        for path, before in self.known.items():
-            if remembered_digest(path, self.cache_dir) != before:
+        for path, (state, digest) in self.known.items():
+            if state_of(path) != state and remembered_digest(path, self.cache_dir) != digest:
                 raise DataError(
                     f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
                 )

@@ -1,8 +1,7 @@
 """Leakage: training documents that are in a held-out split too, or of a group that is.
 
 Four kinds, from the strictest: the same row; the same words in the same order (normal form); nearly the same words (Jaccard
-similarity of word n-grams); and the same prompt with another answer
-(or system turn), which is told only.
+similarity of word n-grams); and the same prompt with another answer or system turn, which is told only.
 """
 
 from __future__ import annotations
