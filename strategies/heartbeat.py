@@ -245,12 +245,13 @@ class Heartbeats:
 
     def _warn(self, late: Exchange | None) -> None:
         """Hand on what is late under NCCL, whose watchdog aborts the process; gloo raises an error where it is waited for."""
-        if late is None or self.at_timeout is None or not late.what.startswith("nccl"):
+        tell = self.at_timeout
+        if late is None or tell is None or not late.what.startswith("nccl"):
             return
         if (late.waits_s or 0.0) > self._timeout_s - WARN_BEATS * self.every_s:
-            # Another thread, which may take its time: without beats this rank would seem stopped itself.
-            threading.Thread(target=self.at_timeout, args=(late,), name="timeout", daemon=True).start()
             self.at_timeout = None
+            # Another thread, which may take its time: without beats this rank would seem stopped itself.
+            threading.Thread(target=tell, args=(late,), name="timeout", daemon=True).start()
 
     def _keep(self, about: dict[str, Any]) -> None:
         if (directory := os.environ.get(LAST_WORDS)) is not None:
