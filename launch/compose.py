@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launch import hints, overrides
 from launch.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
 from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen
+from launch.node import idle_gpus
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
 from strategies.hardware import Gpu, best_precision
@@ -264,6 +265,7 @@ def _resolve(config: RunConfig) -> None:
     if config.run.device is Device.auto:
         config.run.device = Device.cuda if torch.cuda.is_available() else Device.cpu
         settle("run.device", config.run.device)
+        config.substitutions["run.device"] += idle_gpus() if config.run.device is Device.cpu else ""
     if config.precision is Precision.auto:
         config.precision = _best_precision(config.run.device)
         if config.precision is not Precision.auto:

@@ -150,6 +150,15 @@ def gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
+def idle_gpus() -> str:
+    """What to say of a run on CPUs where there are GPUs that torch cannot use; empty where there are none."""
+    if not (number := gpus()):
+        return ""
+    from strategies.runtime import missing_cuda
+
+    return f", beside {number} GPUs that their driver lists here: {missing_cuda()}"
+
+
 def _sha256(path: Path) -> str | None:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

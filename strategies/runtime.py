@@ -129,9 +129,13 @@ def missing_cuda() -> str | None:
         return None
     if not (torch.version.cuda or torch.version.hip):
         return f"this torch ({torch.__version__}) is built for CPUs alone"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible, said = os.environ.get("CUDA_VISIBLE_DEVICES"), ""
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
-    return f"torch {torch.__version__} finds no device{hidden}; does nvidia-smi or rocm-smi show one?"
+    try:
+        torch.cuda.init()  # says why: a driver that is too old for this torch, no driver, no device
+    except (RuntimeError, AssertionError) as error:
+        said = f": {str(error).split('. ')[0]}"
+    return f"torch {torch.__version__} finds no device{hidden}{said}; does nvidia-smi or rocm-smi show one?"
 
 
 def told_threads() -> int | None:

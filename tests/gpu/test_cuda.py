@@ -113,8 +113,10 @@ def test_batches_arrive_whole_from_pinned_memory(tmp_path, runtime, made):
             assert not torch.is_tensor(value) or torch.equal(device[name].cpu(), value), name
 
 
-def test_compiled_blocks_train_alike(tmp_path, runtime):
-    plain, compiled = curve(tmp_path, runtime), curve(tmp_path, runtime, strategy=SingleConfig(compile=True))
+@pytest.mark.parametrize("mode", [*ActivationCheckpointing][1:])
+def test_compiled_blocks_train_alike(tmp_path, runtime, mode):
+    strategy = SingleConfig(compile=True, activation_checkpointing=mode)
+    plain, compiled = curve(tmp_path, runtime), curve(tmp_path, runtime, strategy=strategy)
     for (loss, _), (right, _) in zip(compiled, plain, strict=True):
         assert loss == pytest.approx(right, rel=1e-4)
 

@@ -24,6 +24,7 @@ from trainer.comparison.profiled import profiled
 from trainer.config.run import MICRO, Device, LauncherConfig
 from trainer.forecast import micro as micro_module
 from trainer.forecast import simulation, tried
+from trainer.forecast.exceeded import of_memory
 from trainer.forecast.lengths import divisors
 from trainer.forecast.micro import _trial, proposed, settle_micro, would_choose
 from trainer.forecast.simulation import simulate_depth
@@ -179,6 +180,18 @@ def test_another_error_is_not_taken_for_memory(made, given, monkeypatch):
     running_out(monkeypatch, above=0, error=RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         settle_micro(made[0], given, print, None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the CUDA documentation",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_a_gpu_refuses_beside_the_allocator(said):
+    assert of_memory(RuntimeError(said)) and not of_memory(ValueError(said))
 
 
 @pytest.mark.parametrize(

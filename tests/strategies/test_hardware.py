@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import compose
+from launch import compose, node
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
@@ -120,6 +120,25 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
     compose.compose([*words, "launcher.processes=2", "strategy=fsdp2"])
     with pytest.raises(ConfigError, match=r"launcher.processes=4: each needs a GPU of its own, and this host has 2"):
         compose.compose([*words, "launcher.processes=4", "strategy=fsdp2"])
+
+
+def test_a_run_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
+    """A driver that is too old for this torch let a run of `run.device=auto` go on, without a word, on the CPU."""
+
+    def too_old():
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040). Please update it at https://"
+        )
+
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    words = [f"model.path={tmp_path}", f"data.path={tmp_path}/train.jsonl", "budget.steps=1"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert compose.compose(words).config.substitutions["run.device"] == "auto -> cpu"
+    monkeypatch.setattr(node, "gpus", lambda: 8)
+    found = compose.compose(words).config.substitutions["run.device"]
+    assert found.startswith("auto -> cpu, beside 8 GPUs") and "too old (found version 11040); does" in found
 
 
 EMULATES = """

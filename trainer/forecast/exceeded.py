@@ -18,10 +18,15 @@ from trainer.forecast.lengths import divisors
 from trainer.loop import Trainer
 from trainer.planning.hardware import GIB
 
+REFUSED = ("DefaultCPUAllocator: ", "error: out of memory", "'out of memory'", "BLAS_STATUS_ALLOC_FAILED")
+"""What those say of it who are refused memory beside torch's allocator of a GPU, and have no class for that: the host's, the
+driver (also for pinned memory), NCCL, and a library of products for its workspace."""
+
 
 def of_memory(error: BaseException) -> bool:
-    """Whether memory was asked for in vain; torch has no class of its own for that of a host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(error)
+    """Whether memory was asked for in vain."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in said for text in REFUSED)
 
 
 @contextmanager
