@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.helpers.garbage import look_seldom
+
 IMPORTED = (
     "launch.compose",
     "launch.train",
@@ -46,6 +48,7 @@ GRACE_S = 5
 
 def main(descriptor: int, *also: str) -> None:
     """In the process that forks: import, and start ranks as they are asked for, until nobody asks any more."""
+    look_seldom()  # and so do those that are forked
     _import(*IMPORTED)
     importlib.import_module("trainer.tuning.peft_configs").load_peft()
     _import(*also)
