@@ -4,6 +4,7 @@ The summary says which part of the matrices was run, by which seed, and how slow
 With `-n auto` several workers share the tests: `tests/helpers/parallel.py`.
 """
 
+import functools
 import gc
 import hashlib
 import os
@@ -143,6 +144,20 @@ def no_wait_for_the_disk():
     """No test cuts the power: a run syncs thirty files, a sixth of its time. That it does has tests with disks of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once():
+    """How fast this processor multiplies, and what the sources are: a quarter of a run of a few steps, and the same for all."""
+    from strategies import matmul
+    from trainer.lifecycle import identity
+    from trainer.records import metrics
+
+    asked = ((metrics, "measured_matmul_tflops"), (matmul, "_speedup"), (identity, "source_digest"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in asked:
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
 
 
