@@ -192,7 +192,11 @@ def _in_full(run: RunView, one: One, damaged: Mapping[Path, str] | None) -> list
 
 def _chain(run: RunView) -> list[str]:
     """The jobs that it was submitted as, one after another."""
-    return [line for part in run.parts for line in folded(f"  {part.part:<10}job {part.job}: {part.says}", 12)]
+    return [
+        line
+        for part in run.parts
+        for line in folded(f"  {part.part:<10}job {part.job}: {part.says.removeprefix(f'job {part.job} ')}", 12)
+    ]
 
 
 def _runner(run: RunView) -> list[tuple[str, str]]:
