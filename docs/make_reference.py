@@ -112,7 +112,7 @@ def table_rows(prefix: str, settings: type, names: list[str]) -> list[str]:
 
 def plain_group(group: str, settings: type) -> list[str]:
     """The section of a group whose choices, if any, share their keys."""
-    names = [f.name for f in fields(settings) if not (f.name == "name" and group in groups())]
+    names = [f.name for f in fields(settings) if not (f.name == "name" and isinstance(settings().name, Enum))]
     return [f"## {group}", "", (settings.__doc__ or "").strip(), "", *choices(group), *table(group, settings, names)]
 
 

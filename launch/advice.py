@@ -18,6 +18,7 @@ from trainer.config.run import RunConfig, SlurmConfig
 
 FORMAT = "%R|%l|%L|%D|%c|%m|%G"
 PATIENCE_S = 5.0
+MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 GPUS = re.compile(r"gpu(?::(?P<kind>[^:,()]+))?:(?P<count>\d+)")
 
 
@@ -59,9 +60,14 @@ def partitions() -> list[Partition]:
 
 
 def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
-    """Lines for people. Raises ConfigError for a job that can never start."""
+    """Lines for people. Raises ConfigError for a job that can never start, or would be told to save as soon as it starts."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
+    if slurm.signal_lead_s >= seconds(slurm.time):
+        raise ConfigError(
+            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(seconds(slurm.time))}) is no "
+            "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
+        )
     there = partitions()
     names = slurm.partition.split(",") if slurm.partition else [part.name for part in there if part.default]
     mine = [part for part in there if part.name in names]
@@ -90,12 +96,25 @@ def _never(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
             problems.append(
                 f"launcher.{key}={asked}: the nodes of partition {where} have {most or 'none'}: it would never start"
             )
+    memory, most = _mebibytes(slurm.mem), max(part.memory_mb for part in mine)
+    if memory > most:
+        problems.append(
+            f"launcher.mem={slurm.mem}: the nodes of partition {where} have {most}M at most: it would never start"
+        )
     fit = sum(
-        part.nodes for part in mine if part.gpus >= slurm.gpus_per_node and part.cpus >= (slurm.cpus_per_task or 0)
+        part.nodes
+        for part in mine
+        if part.gpus >= slurm.gpus_per_node and part.cpus >= (slurm.cpus_per_task or 0) and part.memory_mb >= memory
     )
     if slurm.nodes > fit and not problems:
         problems.append(f"launcher.nodes={slurm.nodes}: partition {where} has {fit} such nodes: it would never start")
     return problems
+
+
+def _mebibytes(asked: str | None) -> float:
+    """SLURM's memory of a node, in MiB; 0 (which is all of a node's) where nothing is asked, or nothing that is read here."""
+    found = MEMORY.fullmatch((asked or "").strip())
+    return float(found["number"]) * 1024.0 ** "KMGT".index(found["unit"].upper() or "M") / 1024 if found else 0.0
 
 
 def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:

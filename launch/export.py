@@ -18,7 +18,6 @@ prints where everything is, for a script; what is said goes to stderr.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import export_average, export_gguf, export_hub, serve
 from launch.answers import FLAG, give, said_to_stderr
-from launch.export_words import destination, gates_of, parse, run_named, unfinished
+from launch.export_words import destination, gates_of, parse, record_of, run_named, unfinished
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     )
     asked.gates = pass_gates(config, typed, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
-    print(f"exporting {what} to {asked.to}{unfinished(run_dir)}", flush=True)
+    print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
     data = export(config, asked)
     if asked.gates is not None:
         record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})
@@ -267,7 +266,7 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
     from trainer.papers.questions import read_answers
 
     tokenizer = load_tokenizer(config.model)
-    record = _record(asked.run_dir)
+    record = record_of(asked.run_dir)
     precision = Precision(record.get("precision", config.precision))
     if precision in (
         Precision.auto,
@@ -310,10 +309,3 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
         runtime=runtime,
     )
     return data
-
-
-def _record(run_dir: Path) -> dict[str, Any]:
-    try:
-        return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -1,8 +1,9 @@
-"""What both ways of `shardtune export` read alike: words of the form key=value, and where the result goes."""
+"""What both ways of `shardtune export` read alike: words of the form key=value, where the result goes, the run's own record."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,27 @@ def destination(run_dir: Path, to: str | None) -> Path:
     return path
 
 
-def unfinished(run_dir: Path) -> str:
-    """What is said of an export beside its places where the run is not done; else empty."""
+def unfinished(run_dir: Path, checkpoint: Path | None) -> str:
+    """What is said of an export beside its places where the run is not done, or went on behind the checkpoint; else empty."""
     from trainer.records.status import State, read_status
 
     status = read_status(run_dir)
-    return (
-        ""
-        if status.get("state") == State.done
-        else f"; the run is not done: {status.get('reason') or status.get('state')}"
-    )
+    if status.get("state") != State.done:
+        return f"; the run is not done: {status.get('reason') or status.get('state')}"
+    last = status.get("step")
+    behind = checkpoint is not None and isinstance(last, int) and last > int(checkpoint.name.rpartition("-")[2])
+    return f"; the run ended at step {last}" if behind else ""
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """The run's `run.json`. Errors: ConfigError where it cannot be read."""
+    try:
+        found = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{run_dir / 'run.json'}: cannot be read ({error}), and the precision and the card of an export come from it; "
+            "bring it back"
+        ) from None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from launch.torchrun import Aside, What
 
 Records = tuple[dict[str, Any], dict[str, Any]]
-FINAL = {signal.SIGTERM, signal.SIGINT}
+FINAL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
 
 
@@ -29,7 +29,8 @@ def supervised(
 ) -> int:
     """Run in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
 
-    Never again after an error of the user's or of ours, after TERM or Ctrl-C; where memory ran out, with half of `batch.micro`.
+    Never again after an error of the user's or of ours, nor after TERM, HUP or Ctrl-C; where memory ran out, with half of
+    `batch.micro`.
     """
     from launch.torchrun import TRAIN, start
 

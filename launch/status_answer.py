@@ -192,7 +192,11 @@ def _in_full(run: RunView, one: One, damaged: Mapping[Path, str] | None) -> list
 
 def _chain(run: RunView) -> list[str]:
     """The jobs that it was submitted as, one after another."""
-    return [line for part in run.parts for line in folded(f"  {part.part:<10}job {part.job}: {part.says}", 12)]
+    return [
+        line
+        for part in run.parts
+        for line in folded(f"  {part.part:<10}job {part.job}: {part.says.removeprefix(f'job {part.job} ')}", 12)
+    ]
 
 
 def _runner(run: RunView) -> list[tuple[str, str]]:
@@ -212,7 +216,9 @@ def _runner(run: RunView) -> list[tuple[str, str]]:
     facts = [("by", ", ".join(filter(None, who)))] if any(who) else []
     facts += [("restarts", str(run.restarts))] if run.restarts else []
     if run.job is not None and run.state != QUEUED:
-        facts.append(("queue", f"{run.job.says}, {run.job.left} left on {run.job.nodes}"))
+        # squeue's word for the left time of a job that is past its limit, and is about to be ended for it
+        left = "past its time limit" if run.job.left == "INVALID" else f"{run.job.left} left"
+        facts.append(("queue", f"{run.job.says}, {left} on {run.job.nodes}"))
     return facts
 
 
@@ -239,7 +245,11 @@ def _failed(run: RunView, one: One) -> list[str]:
     if run.state == LOST:
         end = "stop it, then " if run.why and "lives, but" in run.why else ""
         return ["", *folded(f"to do: {end}{again}")]
-    return ["", *folded(f"to do: {again}")] if run.state == State.preempted else []
+    if run.state != State.preempted:
+        return []
+    if run.job is not None and run.job.state == "RUNNING":
+        return ["", f"{run.job.says} starts it again"]
+    return ["", *folded(f"to do: {again}")]
 
 
 def _checkpoints(store: Store, damaged: Mapping[Path, str] | None) -> list[str]:

@@ -140,7 +140,8 @@ def sbatch(script: Path, options: list[str]) -> str:
             f"submit {script} on a login node, or use launcher=local"
         ) from None
     if done.returncode:
+        lines = [line.removeprefix("sbatch: error: ") for line in (done.stderr or done.stdout).strip().splitlines()]
         raise ConfigError(
-            f"sbatch refused {script}: {(done.stderr or done.stdout).strip()}; see the launcher's settings"
+            f"sbatch refused {script}: {'; '.join(lines)}; what it asks for is launcher.* (docs/slurm.md)"
         )
     return done.stdout.strip().splitlines()[-1].split(";")[0]  # "id" or "id;cluster"

@@ -97,6 +97,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         if step.step_module.around_update is not None:
             build_loader(config, data, step, engine, runtime)  # tells it the length of the run
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
+    evaluator.tell(console.say)
     where.phase = "evaluating"
     try:
         with telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.under_way}", config, runtime):

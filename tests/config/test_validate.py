@@ -26,6 +26,8 @@ def here(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
+    (tmp_path / "models/small").mkdir(parents=True)
+    (tmp_path / "models/small/config.json").write_text("{}")
 
 
 def problems(*words, world_size=1):
@@ -78,6 +80,7 @@ def test_no_number_is_infinite_or_not_a_number(value):
         ("model.path=./nowhere", "does not exist"),
         ("model.path=/no/where/model", "does not exist"),
         ("model.path=model/7b", "does not exist"),
+        ("model.path=models", "holds models, and is none; give one of them, as in model.path=models/small"),
         ("data.path=null", "data.path: not set"),
         ("data.path=no.jsonl", "data.path=no.jsonl: does not exist"),
         ("data.path=[train.jsonl,no.jsonl]", "data.path=no.jsonl: does not exist"),

@@ -58,7 +58,14 @@ def test_the_configuration_reference_is_up_to_date():
     written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     page = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]
     assert page() == written, "run: python docs/make_reference.py"
-    for key in ("batch.global", "data.eval_share", "tuning.lr_ratio", "strategy.replicate", "launcher.signal_lead_s"):
+    for key in (
+        "batch.global",
+        "data.eval_share",
+        "tuning.lr_ratio",
+        "strategy.replicate",
+        "launcher.signal_lead_s",
+        "logging.name",
+    ):
         assert written.count(f"| `{key}` |") == 1, key
 
 

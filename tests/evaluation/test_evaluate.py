@@ -219,6 +219,8 @@ def test_beside_the_base_stand_differences_and_rows_that_changed_sides(site, eva
     shown = page.split("<h3>Worst rows</h3>")[1].split("</table>")[0]
     assert '<th scope="col">loss</th>' in shown  # what rows are ordered by, not its sum over a row's targets
     assert re.findall(r"</td><td>([\d.]+)</td>", shown) == [f"{loss:.4g}" for loss in losses[:20]]
+    assert ">answer</th>" not in shown and ">base</th>" not in shown, "columns of answers that nobody wrote"
+    assert page.count('>answer</th><th scope="col" class="text">base</th>') > 1
     assert "Wrong before, right now" in page and "data:image/svg+xml;base64," in page
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert not [word for word in ("http://", "https://") if word in page]

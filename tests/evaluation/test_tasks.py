@@ -1,18 +1,20 @@
 """Tasks without a model: what they find in answers, which rows they refuse, and how the bootstrap judges."""
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from strategies.errors import DataError
 from tests.helpers import tool_templates
-from trainer.data.document import Document
+from trainer.data.document import Document, RefusedDocument
 from trainer.data.fields import Refusal
 from trainer.data.tokens.encode import Encoder
 from trainer.data.turns import tools_of
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import BETTER, SAME, WORSE, Bootstrap, interval, paired, resampled
+from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.base import Case, TaskRow
 from trainer.evaluation.tasks.classification import calibration_error
@@ -64,6 +66,40 @@ def test_tool_calls_are_scored_by_name_and_arguments_and_none_where_none_is_righ
     assert kind.score(plain, "hi")["right"] == 1 and kind.score(plain, '{"name":"f","arguments":{}}')["called"] == 0
     with pytest.raises(Refusal, match="no tools"):
         kind.read(Case("a:3", Document("a", 3, messages=turns)))
+
+
+def evaluator_of(run):
+    """Of one task, which asks nothing."""
+    ready = SimpleNamespace(task=SimpleNamespace(name="mine", key="evaluation.tasks.mine", run=run), cases=[])
+    runtime = SimpleNamespace(is_main=True, world_size=1)
+    return TaskEvaluator([ready], SimpleNamespace(seen=set(), writer=SimpleNamespace(pace=None), runtime=runtime))
+
+
+def test_a_row_that_the_template_cannot_write_is_told_with_its_task():
+    def run(cases, asking):
+        raise RefusedDocument("q.jsonl:1", "tools", "the chat template does not write the tools of the row")
+
+    with pytest.raises(DataError) as refused:
+        list(evaluator_of(run).each())
+    assert str(refused.value).startswith("evaluation.tasks.mine: q.jsonl:1: the chat template does not write")
+
+
+def test_a_task_that_takes_long_gives_a_sign_of_life_every_half_minute():
+    now, said = iter([0, 10, 31, 40, 62, 95]), []
+
+    def run(cases, asking):
+        for done in range(1, 7):
+            asking.writer.tell(done, 6)
+        raise DataError("enough")
+
+    evaluator = evaluator_of(run)
+    evaluator.tell(said.append, clock=lambda: next(now))
+    with pytest.raises(DataError, match="enough"):
+        list(evaluator.each())
+    assert said == [
+        "mine: 3 of 6 batches, 31 s since the first",
+        "mine: 5 of 6 batches, 62 s since the first",
+    ], "not of the last one, whose result is said"
 
 
 @pytest.mark.parametrize("family", sorted(tool_templates.FAMILIES))

@@ -133,6 +133,19 @@ def test_the_best_is_asked_of_the_newest_that_can_be_read(run_dir, tmp_path, cap
         (run_dir / "status.json").write_bytes(status)
 
 
+def test_an_older_checkpoint_is_told_and_a_record_that_cannot_be_read_is_refused(run_dir, tmp_path, capsys):
+    assert run(f"run.dir={run_dir}", "checkpoint=4", f"to={tmp_path / 'b'}") == 0
+    assert f"to {tmp_path / 'b'}; the run ended at step 6" in capsys.readouterr().out
+    file = run_dir / "run.json"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:40])
+        assert run(f"run.dir={run_dir}", f"to={tmp_path / 'c'}") == 64
+        assert "run.json: cannot be read" in capsys.readouterr().err and not (tmp_path / "c").exists()
+    finally:
+        file.write_bytes(whole)
+
+
 def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch):
     class Full(durable.Disk):
         def free(self, path):

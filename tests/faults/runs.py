@@ -6,6 +6,7 @@ about threads that libraries start when they are loaded, or about torchrun, is s
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -230,11 +231,12 @@ def forked_rank_of(launcher: int, rank: int) -> psutil.Process:
     return psutil.Process(int(made[rank]))
 
 
-def flood(process: Process, number: int, every_s: float = 0.02) -> int:
-    """Send a signal again and again until the process is gone; its exit code."""
+def flood(process: Process, *numbers: int, every_s: float = 0.02) -> int:
+    """Send signals in turn, again and again, until the process is gone; its exit code."""
     deadline = time.monotonic() + seconds(120)
+    again = itertools.cycle(numbers)
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError):  # it has ended since
-            process.send_signal(number)
+            process.send_signal(next(again))
         time.sleep(every_s)
     return process.wait(timeout=seconds(10))

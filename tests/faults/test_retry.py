@@ -49,6 +49,7 @@ def test_an_error_is_not_repeated(runs):
     [
         (75, {signal.SIGUSR2}, False, "preempted"),
         (75, {signal.SIGUSR2, signal.SIGTERM}, False, None),
+        (75, {signal.SIGHUP}, False, None),
         (75, set(), False, None),  # stopped for another reason than a signal to this command
         (70, set(), True, "node_fail"),
         (70, {signal.SIGUSR1}, True, "node_fail"),

@@ -19,7 +19,7 @@ def test_one_process_saves_at_every_signal(runs):
     # One whose libraries start their threads when they are loaded, as of a user; the others train when it has ended.
     flooded = runs.start("flooded", "run.threads=0", "tuning=full", paced=False, own=True)
     runs.wait_for_step("flooded", 3, flooded)
-    codes = {"flooded": flood(flooded, signal.SIGTERM)}
+    codes = {"flooded": flood(flooded, signal.SIGHUP, signal.SIGTERM)}
     interrupted, suspended = (runs.start(name) for name in ("interrupted", "suspended"))
     for name, process in (("interrupted", interrupted), ("suspended", suspended)):
         runs.wait_for_step(name, 3, process)
@@ -44,9 +44,23 @@ def test_one_process_saves_at_every_signal(runs):
 def test_two_ranks_and_their_launcher_outlive_a_flood(runs):
     process = runs.start("two", "strategy=ddp", "launcher.processes=2", paced=False)
     runs.wait_for_step("two", 3, process)
-    assert flood(process, signal.SIGTERM) == 75
+    assert flood(process, signal.SIGHUP, signal.SIGTERM) == 75
     assert runs.status("two")["state"] == "preempted"
     assert "saved; the same command continues it" in runs.said("two")
+
+
+TERMINAL = """
+import signal
+signal.signal(signal.SIGHUP, signal.{})
+from trainer.stopping.signals import SIGNALS
+print(signal.SIGHUP in SIGNALS)
+"""
+
+
+def test_a_terminal_that_closes_asks_to_save_but_under_nohup():
+    for disposition, asks in (("SIG_DFL", "True"), ("SIG_IGN", "False")):
+        words = [sys.executable, "-c", TERMINAL.format(disposition)]
+        assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == asks
 
 
 BY_ITSELF = """

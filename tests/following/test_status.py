@@ -174,6 +174,14 @@ def test_the_queue_says_which_runs_pend_and_why(tmp_path, capsys, monkeypatch):
     assert "  job 32 pending: jobs of higher priority come first" in out
     assert main(["status", str(works)]) == 0
     assert "job 31 RUNNING, 1:00:00 left on n1" in capsys.readouterr().out
+    ended = made(tmp_path, "ended", state="preempted")
+    note_submitted([ended], "33")
+    rows.append(["33", "33", "RUNNING", "None", tail[0], "INVALID", *tail[2:], "ended", f"{ended}/train.sbatch"])
+    stand_in_for_squeue(tmp_path / "bin", rows)
+    assert main(["status", str(ended)]) == 0
+    out = capsys.readouterr().out
+    assert "job 33 RUNNING, past its time limit on n1" in out and "job 33 RUNNING starts it again" in out
+    assert "the same command continues it" not in out, "its job does"
 
     queue = tmp_path / "bin" / "queue"
     queue.write_text(queue.read_text().replace("RUNNING", "SUSPENDED"))

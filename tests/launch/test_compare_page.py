@@ -74,10 +74,12 @@ def test_every_plot_is_drawn_with_every_point(rows):
 
 @pytest.mark.parametrize("count", [9, 14])
 def test_no_two_runs_share_a_colour(rows, tmp_path, count):
-    several = [ComparisonRow((tmp_path / "b",), f"run-{number}") for number in range(count)]
+    long = "train-single-lora-lr0.01-global8-1rank"  # as runs that exist are named by what differs
+    several = [ComparisonRow((tmp_path / "b",), f"{long}-{number}") for number in range(count)]
     drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, price_of)))["loss"])
     colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? stroke="(#\w+)"', drawn)
     assert len(colours) == len({*colours}) == count
+    assert all(f">{run.name}</text>" in drawn for run in several), "a name is cut where it differs"
 
 
 def test_numbers_over_repeats(rows):

@@ -254,6 +254,27 @@ def test_a_file_of_llama_factory_trains(tmp_path, capsys):
         ),
         ("train_batch_size: 8\nzero_optimization: {stage: auto}\nodd: 1", {"batch.global": 8}, "odd"),
         ("base_model: m\ngradient_accumulation_steps: .inf\nodd: 1\noptimizer: x", {"batch.micro": 1}, "odd"),
+        (
+            "base_model: m\noptimizer: paged_adamw_32bit\nwandb_name: x\nliger_rope: true\ncut_cross_entropy: true\n"
+            "rl: dpo\ndatasets: [{path: a/b, field_chosen: good, field_rejected: rejected}]",
+            {"optim": "adamw", "logging.name": "x", "data.columns.chosen": "good", "data.columns.rejected": None},
+            "liger_rope",
+        ),
+        (
+            "model_name_or_path: m\nstage: grpo\nreport_to: mlflow, swanlab\nsave_strategy: 'no'",
+            {"logging.mlflow": True, "logging.wandb": "disabled", "checkpoint.every_minutes": 0, "objective": None},
+            "stage",
+        ),
+        (
+            "model_name_or_path: m\nstage: cls\nsave_strategy: epoch",
+            {"objective": "classification", "checkpoint.every_minutes": None},
+            "save_strategy",
+        ),
+        (
+            "distributed_type: FSDP\nnum_machines: 2\nmain_process_ip: a\nmain_process_port: 29500\nuse_cpu: true\nodd: 1",
+            {"launcher.rdzv": "a:29500", "launcher.nodes": 2, "run.device": "cpu"},
+            "odd",
+        ),
         ("base_model: m\nlearning_rate: fast\nseed: '${oc.env:HOME}'", {"schedule": "cosine"}, "learning_rate"),
     ],
 )

@@ -57,6 +57,9 @@ def test_what_sinfo_says_is_read(sinfo):
         ({"time": "30:00", "gpus_per_node": 1}, "launcher.gpus_per_node=1: the nodes of partition main have none"),
         ({"partition": "gpu", "gpus_per_node": 8, "nodes": 5}, "launcher.nodes=5: partition gpu has 4 such nodes"),
         ({"time": "30:00", "cpus_per_task": 8}, "launcher.cpus_per_task=8: the nodes of partition main have 4"),
+        ({"time": "30:00", "mem": "4G"}, "launcher.mem=4G: the nodes of partition main have 4000M at most"),
+        ({"partition": "gpu", "mem": "300G", "nodes": 5}, "launcher.nodes=5: partition gpu has 4 such nodes"),
+        ({"time": "3:00"}, "launcher.signal_lead_s=180: launcher.time=3:00 (0:03:00) is no longer"),
         ({"partition": "gpus"}, "there is no such partition here; it has main, gpu, free"),
     ],
 )

@@ -14,6 +14,8 @@ USUAL_COLORS = 10
 MOST_POINTS = 400
 """Steps of one curve that are drawn; of a longer run evenly spread ones, and those that stand out."""
 HEIGHT, WIDTH, LOW = 320, 860, 110
+WIDEST_NAME = 280
+"""Pixels of a run's name, of which the end alone may tell two apart; vega cuts what is longer than 160."""
 """Pixels of a plot; `LOW`: of one of several beneath each other."""
 OVER = ("step", "tokens", "seconds")
 COURSE = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
@@ -37,7 +39,7 @@ def color(runs: list[ComparedRun]) -> Any:
     """A colour for each run, in their order; named where there are several. Of 20 runs no two share one."""
     import altair as alt
 
-    several: dict[str, Any] = {} if len(runs) > 1 else {"legend": None}
+    several: dict[str, Any] = {"legend": alt.Legend(labelLimit=WIDEST_NAME) if len(runs) > 1 else None}
     if len(runs) > USUAL_COLORS:
         several["scale"] = alt.Scale(scheme="tableau20")
     return alt.Color("run:N", sort=[run.name for run in runs], title=None, **several)

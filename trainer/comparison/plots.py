@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.comparison.compare import ComparedRun, Comparison
-from trainer.comparison.course import HEIGHT, WIDTH, color, course, held_out, losses
+from trainer.comparison.course import HEIGHT, WIDEST_NAME, WIDTH, color, course, held_out, losses
 from trainer.comparison.profiled import profiled
 
 BAR = 26
@@ -78,7 +78,7 @@ def _bars(runs: list[ComparedRun], rows: list[dict[str, Any]]) -> Any:
 
     height = BAR * len(runs)
     return alt.Chart(alt.Data(values=rows), width=WIDTH, height=height).encode(
-        y=alt.Y("run:N", sort=[run.name for run in runs], title=None, axis=alt.Axis(labelLimit=280))
+        y=alt.Y("run:N", sort=[run.name for run in runs], title=None, axis=alt.Axis(labelLimit=WIDEST_NAME))
     )
 
 

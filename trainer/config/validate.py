@@ -168,6 +168,9 @@ def _model(config: RunConfig) -> Iterator[str]:
         if value is not None and not path.is_dir() and (path.is_file() or not may_be_hub_id(value)):
             what = "is a file" if path.is_file() else "does not exist"
             yield f"model.{key}={value}: {what}; give a model directory, or a hub id such as org/name"
+    here = Path(model.path or "").expanduser()
+    if model.path and not (here / "config.json").is_file() and (inside := sorted(here.glob("*/config.json"))):
+        yield f"model.path={model.path}: holds models, and is none; give one of them, as in model.path={inside[0].parent}"
     yield from model_problems(config.objective, config, encoder_decoder.read_config(model.path))
     if model.neftune_alpha:
         yield from _noise(config)

@@ -70,7 +70,7 @@ def _turn(turn: Any, name: str, ignored: Collection[str]) -> Message:
         raise Refusal("unknown_role", f"{name}.{role_key} is {shown(role)}; known roles are {', '.join(ROLES)}")
     # most turns say something and have nothing else
     if len(turn) == 2 and role != "function_call" and isinstance(said := turn.get(text_key), str) and said.strip():
-        return {"role": ROLES[role], "content": text_of(turn, text_key, f"{name}.{text_key}")}
+        return {"role": ROLES[role], "content": said}
     if not _CARRIERS.isdisjoint(turn):
         _refuse_carriers(turn, name, ignored)
     message: Message = {"role": ROLES[role]}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from strategies.errors import ShardtuneError
+from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
+from trainer.data.document import RefusedDocument
 from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.prepared import Ready
 
 if TYPE_CHECKING:
     from trainer.evaluation.tasks.asking import Asking
     from trainer.evaluation.writing import Pace
+
+
+SIGN_OF_LIFE_S = 30.0
 
 
 @dataclass(slots=True)
@@ -37,6 +41,21 @@ class TaskEvaluator:
         self.under_way = ""
         """Name of the task that the model is asked at this moment."""
 
+    def tell(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """Have `say` hear of a task that takes long, every half minute of it."""
+        task, began, last = "", 0.0, 0.0
+
+        def heard(done: int, turns: int) -> None:
+            nonlocal task, began, last
+            now = clock()
+            if task != self.under_way:
+                task, began, last = self.under_way, now, now
+            elif now - last >= SIGN_OF_LIFE_S and done < turns:
+                last = now
+                say(f"{task}: {done} of {turns} batches, {now - began:.0f} s since the first")
+
+        self.asking.writer.tell = heard
+
     def each(self, names: Collection[str] | None = None) -> Iterator[Done]:
         """Every task with its rows, or those of these names. All ranks must exhaust it."""
         self.asking.seen.clear()
@@ -48,6 +67,8 @@ class TaskEvaluator:
             writer.pace = None
             try:
                 rows = ready.task.run(ready.cases, self.asking)
+            except RefusedDocument as error:  # one row that the chat template cannot write
+                raise DataError(f"{ready.task.key}: {error}") from None
             except ShardtuneError as error:  # the same on all ranks
                 raise type(error)(f"{ready.task.key}: {error}") from None
             values = ready.task.values(rows) if self.asking.runtime.is_main else {}

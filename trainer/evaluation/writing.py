@@ -84,6 +84,8 @@ class Writer:
         self.batch = batch
         """Most rows of one batch, per rank; does not change what is written but by rounding."""
         self._stop_now = stop_now
+        self.tell: Callable[[int, int], None] = lambda done, turns: None
+        """Hears after each batch how many of this rank's are done, and of how many."""
 
     def answers(self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
         """What the model writes to each prompt, in their order and draw by draw, the same list on every rank.
@@ -171,13 +173,14 @@ class Writer:
             # Asked through the root module's own forward: only there are its parameters gathered.
             before, step.objective = step.objective, objective
             try:
-                for turn in turns:
+                for done, turn in enumerate(turns, 1):
                     if (
                         turn or not whole
                     ):  # a rank that has run out takes part with the first row, and keeps nothing of it
                         terms = step(to_device(batch_of(turn or [0]), self.runtime.device))
                     if turn:
                         yield turn, terms
+                    self.tell(done, len(turns))
                     if self._stop_now():
                         raise Interrupted
             finally:

@@ -106,6 +106,8 @@ def _axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, into: Conve
         "field_messages": "messages",
         "field_instruction": "instruction",
         "field_output": "output",
+        "field_chosen": "chosen",
+        "field_rejected": "rejected",
     }
     for key, value in entry.items():
         said, text = f"{name}.{key}", text_of(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.foreign import rules
-from trainer.foreign.answer import ForeignSettings, TranslatedSetting
+from trainer.foreign.answer import ForeignSettings, TranslatedSetting, number
 from trainer.foreign.rules import Rule, choice, needless, none, same, switch
 
 LORA = {"tuning": "lora"}
@@ -24,6 +24,8 @@ RUN = {
     **_named("nproc_per_node num_processes n_gpu num_gpus", same("launcher.processes")),
     **_named("nnodes num_machines", same("launcher.nodes")),
     **_named("machine_rank", same("launcher.node_rank")),
+    **_named("main_process_ip main_process_port", lambda value, theirs: _rendezvous(theirs)),
+    **_named("use_cpu", switch({"run.device": "cpu"})),
     **_named("ddp_timeout", same("run.timeout_s")),
     **_named("max_steps", rules.steps),
     **_named("num_train_epochs num_epochs epochs n_epochs", rules.epochs),
@@ -45,7 +47,7 @@ RUN = {
         "do_train do_eval overwrite_output_dir overwrite_cache plot_loss disable_tqdm remove_unused_columns report_to_all "
         "save_safetensors local_rank ddp_find_unused_parameters dataloader_pin_memory strict debug model_type "
         "tokenizer_type is_llama_derived_model gradient_checkpointing_kwargs dataset_prepared_path use_fast_tokenizer "
-        "dataloader_num_workers ddp_backend xformers_attention include_tokens_per_second save_strategy "
+        "dataloader_num_workers ddp_backend xformers_attention include_tokens_per_second "
         "lora_fan_in_fan_out wandb_watch wandb_log_model eval_table_size logging_strategy save_only_model",
         needless("concerns that trainer alone"),
     ),
@@ -84,10 +86,15 @@ MODEL = {
     **_named("resize_token_embeddings", needless("model.add_tokens=[...] does it")),
     **_named("special_tokens", none("the tokenizer's own are used; model.add_tokens=[...] adds to the vocabulary")),
     **_named(
-        "enable_liger_kernel use_liger_kernel use_liger",
+        "enable_liger_kernel use_liger_kernel use_liger liger_fused_linear_cross_entropy cut_cross_entropy",
         needless("the loss never holds all logits, as Liger's kernel does"),
     ),
     **_named("use_unsloth", none("kernels of Unsloth are not used")),
+    **_named(
+        "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_swiglu liger_cross_entropy",
+        none("kernels of Liger are not used"),
+    ),
+    **_named("plugins", none("plugins of axolotl are not loaded")),
 }
 DATA = {
     **_named("max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size", same("data.max_length")),
@@ -144,12 +151,14 @@ TELLING = {
     **_named("logging_steps", same("logging.every_steps")),
     **_named("logging_dir", needless("logs are in the run directory")),
     **_named("report_to", rules.report_to),
-    **_named("run_name wandb_name wandb_run_id", none("the last part of run.dir is the name of the run")),
+    **_named("run_name wandb_name", same("logging.name")),
+    **_named("wandb_run_id", none("the last part of run.dir is the id of the run")),
     **_named("wandb_project", same("logging.project")),
     **_named("wandb_entity", same("logging.entity")),
     **_named("wandb_mode", same("logging.wandb")),
     **_named("use_tensorboard", same("logging.tensorboard")),
     **_named("save_steps", rules.saving),
+    **_named("save_strategy", lambda value, _: _saving_when(value)),
     **_named("save_total_limit", same("checkpoint.keep")),
     **_named("saves_per_epoch", none("checkpoint.every_steps or checkpoint.every_minutes says how often")),
     **_named("eval_steps", rules.evaluating),
@@ -200,3 +209,22 @@ def _when(value: str) -> TranslatedSetting:
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"evaluation": "none"})
     return TranslatedSetting(said="evaluation.every_steps says how often; at the end it is always done")
+
+
+def _saving_when(value: str) -> TranslatedSetting:
+    """Whether there are checkpoints before the last one."""
+    if value.lower() in ("no", "none", "false"):
+        return TranslatedSetting({"checkpoint.every_minutes": "0"})
+    if value.lower() == "steps":
+        return TranslatedSetting(said="save_steps says how often", needless=True)
+    return TranslatedSetting(said="checkpoint.every_steps or checkpoint.every_minutes says how often")
+
+
+def _rendezvous(theirs: ForeignSettings) -> TranslatedSetting:
+    """Where several hosts meet; one host alone finds a free port."""
+    host, port = theirs.get("main_process_ip"), theirs.get("main_process_port")
+    if (number(theirs.get("num_machines")) or 1) < 2:
+        return TranslatedSetting(said="one host alone finds a free port", needless=True)
+    if not host or not port:
+        return TranslatedSetting(said="launcher.rdzv=<host>:<port> says where several hosts meet")
+    return TranslatedSetting({"launcher.rdzv": f"{host}:{port}"})

@@ -17,10 +17,11 @@ MICRO = (
     "per_gpu_train_batch_size",
 )
 OPTIMIZERS = {
-    "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adam fusedadam torch_adam",
-    "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit paged_adamw_32bit adamw_torch_8bit",
+    "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adam fusedadam torch_adam "
+    "paged_adamw paged_adamw_32bit",
+    "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit",
     "adafactor": "adafactor",
-    "lion": "lion lion_32bit lion_8bit paged_lion_8bit lion_pytorch",
+    "lion": "lion lion_32bit lion_8bit paged_lion_32bit paged_lion_8bit lion_pytorch",
     "muon": "muon",
     "sgd": "sgd",
     "schedule_free": "schedule_free_adamw schedule_free_sgd schedule_free_radam",
@@ -40,6 +41,9 @@ OBJECTIVES = {
     "kto": "kto",
     "orpo": "orpo",
     "simpo": "simpo",
+    "classification": "cls classification",
+    "seq2seq": "seq2seq",
+    "distillation": "distillation",
 }
 ATTENTION = {
     "flash_attention_2": "flash_attention_2 fa2 flash_attention flash_attn true",
@@ -189,7 +193,8 @@ def report_to(value: str, theirs: ForeignSettings) -> TranslatedSetting:
     words = {"logging.wandb": "online" if {"wandb", "all"} & set(names) else "disabled"}
     if {"tensorboard", "all"} & set(names):
         words["logging.tensorboard"] = "true"
-    other = [name for name in names if name not in ("wandb", "tensorboard", "all", "none")]
+    words |= {f"logging.{name}": "true" for name in ("mlflow", "trackio") if name in names}
+    other = [name for name in names if name not in ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")]
     return TranslatedSetting(
         words, f"{', '.join(other)}: metrics.jsonl in the run directory has every row" if other else ""
     )

@@ -15,7 +15,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under `nohup` a terminal that closes asks for nothing
+    SIGNALS += (signal.SIGHUP,)
 INTERRUPTED = (
     b"\nCtrl-C: saving, then stopping. Once more ends the run at once, and what follows the last save is lost.\n"
 )
