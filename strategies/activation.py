@@ -53,6 +53,15 @@ class _OnlyKept(TorchDispatchMode):
         """As torch's own mode."""
         return True
 
+    @property
+    def ac_graph_id(self) -> Any:
+        """Which checkpointed part of a compiled block this is: torch writes it here, and its own mode reads it."""
+        return self.mode.ac_graph_id
+
+    @ac_graph_id.setter
+    def ac_graph_id(self, number: Any) -> None:
+        self.mode.ac_graph_id = number
+
     def __enter__(self) -> Any:
         self.mode.func_counter.clear()
         return super().__enter__()

@@ -81,6 +81,8 @@ def kept_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
             store[key] = make(*key)
         return store[key]
 
+    # As `torch.compiler.assume_constant_result` marks it, which would load the compiler: a compiled block has the tensor in it.
+    kept._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return kept
 
 

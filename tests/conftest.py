@@ -4,10 +4,13 @@ The summary says which part of the matrices was run, by which seed, and how slow
 With `-n auto` several workers share the tests: `tests/helpers/parallel.py`.
 """
 
+import functools
+import gc
 import hashlib
 import os
 import pickle
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -39,12 +42,24 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    garbage.look_seldom()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, which all it starts inherits
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--cpu"):
         from tests.helpers import cpu
 
         config.pluginmanager.register(cpu.Spent())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: nothing of it is looked at for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        garbage.set_aside()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -133,6 +148,30 @@ def no_wait_for_the_disk():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def measured_once():
+    """How fast this processor multiplies, and what the sources are: a quarter of a run of a few steps, and the same for all."""
+    from strategies import matmul
+    from trainer.lifecycle import identity
+    from trainer.records import metrics
+
+    asked = ((metrics, "measured_matmul_tflops"), (matmul, "_speedup"), (identity, "source_digest"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in asked:
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
+
+
+def _yaml_files(directory: Path):
+    """(path, time of its change) of each file that a choice may be read from; a glob takes as long as composing."""
+    if directory.is_dir():
+        directory = directory.resolve()
+        for place in (directory, *(entry.path for entry in os.scandir(directory) if entry.is_dir())):
+            for entry in os.scandir(place):
+                if entry.name.endswith(".yaml"):
+                    yield entry.path, entry.stat().st_mtime_ns
+
+
+@pytest.fixture(scope="session", autouse=True)
 def composed_once(tmp_path_factory):
     """Hydra takes most of the time of composing, and gives the same for the same choices as long as no file changed.
 
@@ -145,9 +184,7 @@ def composed_once(tmp_path_factory):
     place.mkdir(exist_ok=True)
 
     def base(choices):
-        places = (compose.CONF_DIR, *compose.OWN_DIRECTORIES)
-        found = {path.resolve() for each in places for kind in ("*.yaml", "*/*.yaml") for path in each.glob(kind)}
-        files = sorted((str(path), path.stat().st_mtime_ns) for path in found)
+        files = sorted(yaml for each in (compose.CONF_DIR, *compose.OWN_DIRECTORIES) for yaml in _yaml_files(each))
         path = place / hashlib.sha256(repr((tuple(choices.items()), files)).encode()).hexdigest()
         if not path.exists():
             aside = path.with_suffix(f".{os.getpid()}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from strategies.base import Progress
 from trainer.challenges import forgetting, instability, output
@@ -34,7 +34,7 @@ def test_the_loss_and_its_error_are_those_of_the_jackknife():
     assert found.lost == pytest.approx(now.sum() / base.sum() - 1)
     left = np.array([np.delete(now, i).sum() / np.delete(base, i).sum() for i in range(40)])
     assert found.error == pytest.approx(np.sqrt(39 / 40 * ((left - left.mean()) ** 2).sum()), rel=0.05)
-    assert found.bound(0.01) == pytest.approx(found.lost - stats.t.ppf(0.99, 39) * found.error, rel=1e-4)
+    assert found.bound(0.01) == pytest.approx(found.lost - scipy.stats.t.ppf(0.99, 39) * found.error, rel=1e-4)
 
 
 def test_false_alarms_and_what_is_found():
@@ -89,7 +89,7 @@ def test_good_answers_and_single_bad_ones_are_not():
     answers = [ModelAnswer(text, right) for text, right in zip(["", "", *GOOD[2:]], GOOD, strict=True)]
     assert output.find(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
     for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):
-        theirs = stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
+        theirs = scipy.stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
         assert output.fisher(bad, other, of) == pytest.approx(theirs)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from trainer.challenges import overfitting
 from trainer.challenges.base import Evidence
@@ -17,7 +17,7 @@ def test_the_test_is_scipys(count):
     drawn = np.random.default_rng(count)
     for _ in range(5):
         values = drawn.normal(size=count) + 0.2 * np.arange(count)
-        theirs = stats.kendalltau(np.arange(count), values, alternative="greater", method="exact").pvalue
+        theirs = scipy.stats.kendalltau(np.arange(count), values, alternative="greater", method="exact").pvalue
         assert rising(values.tolist()) == pytest.approx(theirs, rel=1e-9)
 
 

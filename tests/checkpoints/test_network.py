@@ -1,6 +1,7 @@
 """A network file system fails once at every single call of saving and choosing: nothing that was said to be saved is missed."""
 
 import errno
+import itertools
 import os
 import shutil
 
@@ -12,6 +13,7 @@ from strategies.base import Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime
 from tests.checkpoints.test_power import SAVED, Engine
+from tests.helpers.covering import chosen, values
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
@@ -66,8 +68,9 @@ for _name in CALLS:
     setattr(Network, _name, _wrapped(_name))
 
 
-@pytest.mark.parametrize("lost_answer", [False, True], ids=["not done", "done, and the answer lost"])
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    ("code", "lost_answer"), chosen(itertools.product((errno.EIO, errno.ESTALE), (False, True)), values)
+)
 def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_answer):
     """As a periodic save that may fail, four times, and as the next start looks for it, on the same network."""
     met = set()

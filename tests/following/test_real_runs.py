@@ -11,6 +11,7 @@ from launch.main import main
 from tests.faults.runs import ROOT, environment, wait
 from tests.following.made import without_torch
 from tests.helpers.covering import whole
+from tests.helpers.launching import command_here
 from tests.helpers.speed import seconds
 
 
@@ -76,14 +77,13 @@ def test_status_of_runs_as_they_come_and_go(runs, capsys):
         text=True,
     )
     assert followed.stdout is not None and "| loss " in [followed.stdout.readline() for _ in range(2)][1]
-    stopped = subprocess.run(
-        command("stop", runs.root / "alive"), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert (stopped.returncode, runs.end(alive)) == (0, 75), stopped.stderr
+    code = command_here(["stop", str(runs.root / "alive")])
+    stopped = capsys.readouterr()
+    assert (code, runs.end(alive)) == (0, 75), stopped.err
     step = runs.status("alive")["step"]
     newest = runs.root / "alive" / "checkpoints" / f"step-{step:06d}"
-    assert f"told to save and to end (kill -TERM {alive.pid})" in stopped.stdout
-    assert f"saved at step {step}: {newest}; the same command continues it" in stopped.stdout
+    assert f"told to save and to end (kill -TERM {alive.pid})" in stopped.out
+    assert f"saved at step {step}: {newest}; the same command continues it" in stopped.out
     assert (newest / "manifest.json").exists()
     rest, _ = followed.communicate(timeout=seconds(60))
     assert followed.returncode == 0 and f"checkpoint step-{step:06d}: " in rest, rest

@@ -30,6 +30,15 @@ def pairs(case: Sequence[Hashable]) -> set[Hashable]:
     return set(itertools.combinations(enumerate(case), 2))
 
 
+TAKES = {"single": 0.5, "ddp": 0.8, "zero1": 0.9, "zero2": 0.9, "hsdp": 1.1, "zero3": 2.6}
+"""What a run of two ranks takes under a strategy, beside one under `fsdp2`."""
+
+
+def takes(case: Sequence[Hashable]) -> float:
+    """The cost of a case by the strategies among its values, or its words."""
+    return max((TAKES[value] for value in case if value in TAKES), default=1.0)
+
+
 def values(case: Sequence[Hashable]) -> set[Hashable]:
     """Every value of every axis, each at least once."""
     return set(enumerate(case))
@@ -40,29 +49,34 @@ def cover(
     marks: Callable[[Case], set[Hashable]],
     *,
     seed: int = SEED,
-    cost: Callable[[Case], float] = lambda case: 0,
+    cost: Callable[[Case], float] = lambda case: 1.0,
+    given: Iterable[Case] = (),
 ) -> list[Case]:
-    """A small part of `cases` with every mark that a case of them has, in their order; always the same for a seed.
+    """A cheap part of `cases` with every mark that a case of them has, in their order; always the same for a seed.
 
-    Greedy: the case with the most marks that are still missing comes next, of several the cheapest; what the others prove as well
-    is left out again. Of several orders the one that leaves fewest is taken, of these the cheapest. `marks`: what a case proves.
+    Greedy: the case with the most marks that are still missing comes next, in half of the tries for what it costs; what the
+    others prove as well is left out again, the dearest first. Of several orders the one that costs least is taken. `marks`: what
+    a case proves. `cost`: what it takes, compared with others. `given`: what is run anyway, and need not be proven again.
     """
     cases = list(cases)
-    proves, costs = [marks(case) for case in cases], [cost(case) for case in cases]
+    there = set().union(*map(marks, given))
+    proves, costs = [marks(case) - there for case in cases], [cost(case) for case in cases]
+    assert min(costs, default=1.0) > 0, "what costs nothing cannot be compared"
     draw = random.Random(seed)
     tries = []
-    for _ in range(TRIES):
+    for number in range(TRIES):
         order = draw.sample(range(len(cases)), len(cases))
         order.sort(key=costs.__getitem__)
-        tries.append(_needed(_greedy(order, proves), proves))
-    best = min(tries, key=lambda found: (len(found), sorted((costs[index] for index in found), reverse=True)))
+        found = _greedy(order, proves, costs if number % 2 else [1.0] * len(costs))
+        tries.append(_needed(sorted(found, key=costs.__getitem__, reverse=True), proves))
+    best = min(tries, key=lambda found: (sum(costs[index] for index in found), len(found)))
     return [cases[index] for index in sorted(best)]
 
 
-def _greedy(order: list[int], proves: list[set[Hashable]]) -> list[int]:
-    """Indices in `order` with all marks, the most telling first."""
+def _greedy(order: list[int], proves: list[set[Hashable]], costs: list[float]) -> list[int]:
+    """Indices in `order` with all marks, the most telling for its cost first."""
     missing = set().union(*proves)
-    heap = [(-len(proves[index]), place, index) for place, index in enumerate(order)]
+    heap = [(-len(proves[index]) / costs[index], place, index) for place, index in enumerate(order)]
     heapq.heapify(heap)
     found = []
     while missing:
@@ -70,8 +84,8 @@ def _greedy(order: list[int], proves: list[set[Hashable]]) -> list[int]:
         now = len(proves[index] & missing)
         if now == 0:
             continue
-        if now < -gain:  # others were chosen since: look at it again in its turn
-            heapq.heappush(heap, (-now, place, index))
+        if now / costs[index] < -gain:  # others were chosen since: look at it again in its turn
+            heapq.heappush(heap, (-now / costs[index], place, index))
             continue
         found.append(index)
         missing -= proves[index]
@@ -91,7 +105,7 @@ def _needed(found: list[int], proves: list[set[Hashable]]) -> list[int]:
 
 
 def chosen(
-    cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], cost: Callable[[Case], float] = lambda case: 0
+    cases: Iterable[Case], marks: Callable[[Case], set[Hashable]], cost: Callable[[Case], float] = lambda case: 1.0
 ) -> list[Case]:
     """What this session of tests runs of a matrix: a covering choice, or with SHARDTUNE_TEST_ALL all of it."""
     return list(cases) if EVERYTHING else cover(cases, marks, cost=cost)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.helpers.garbage import look_seldom
+
 IMPORTED = (
     "launch.compose",
     "launch.train",
@@ -46,9 +48,11 @@ GRACE_S = 5
 
 def main(descriptor: int, *also: str) -> None:
     """In the process that forks: import, and start ranks as they are asked for, until nobody asks any more."""
+    look_seldom()  # and so do those that are forked
     _import(*IMPORTED)
     importlib.import_module("trainer.tuning.peft_configs").load_peft()
     _import(*also)
+    _measure()
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # as in the process of the tests
     with socket.socket(fileno=descriptor) as asked:
         _serve(asked)
@@ -60,6 +64,20 @@ def _import(*names: str) -> None:
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
     gc.collect()
     gc.freeze()
+
+
+def _measure() -> None:
+    """How fast this processor multiplies, for all that are forked: a tenth of a second at the start of each rank."""
+    import torch
+
+    from trainer.records import metrics
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others could not be forked
+    found = metrics.measured_matmul_tflops()
+    torch.set_num_threads(threads)
+    metrics.measured_matmul_tflops = lambda: found  # type: ignore[assignment]
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
 
 
 def _serve(asked: socket.socket) -> None:

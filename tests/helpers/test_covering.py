@@ -26,3 +26,19 @@ def test_every_value_of_every_axis_is_met():
 def test_another_seed_is_another_choice_and_the_same_seed_the_same():
     assert cover(WHOLE, pairs, seed=1) == cover(WHOLE, pairs, seed=1)
     assert len({str(cover(WHOLE, pairs, seed=seed)) for seed in range(5)}) > 1
+
+
+def dear(case):
+    return 9.0 if case[0] == "a" or case[1] == 3 else 1.0
+
+
+def test_of_coverings_the_cheapest_is_taken_and_what_is_given_is_not_proven_again():
+    """By hand: each value once, with the dear ones (a, 3) in one case where they may meet."""
+    found = cover(WHOLE, values, cost=dear)
+    assert set().union(*map(values, found)) == set().union(*map(values, WHOLE))
+    assert [case[:2] for case in found if dear(case) > 1] == [("a", 3)]
+    given = [("a", 3, True, "x")]
+    rest = cover(WHOLE, values, cost=dear, given=given)
+    assert not any(dear(case) > 1 for case in rest)
+    assert set().union(*map(values, [*rest, *given])) == set().union(*map(values, WHOLE))
+    assert cover(given, values, given=given) == []

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.models import tiny_model_dir
 from trainer.heads.fuse import head_transform
 from trainer.heads.loss import LossHead
-from trainer.model import attention
+from trainer.model import attention, routing
 
 LENGTHS = (7, 40, 1, 21)
 ARCHITECTURES = (
@@ -209,3 +209,32 @@ def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
             attention._on_gpu(q, k, v, attention.AttentionRule(None, 0.0, window, None, True, None))
         assert largest.numel <= 128 * (128 + 64) + q.numel()
     assert len(asked) == 1 + length // 128 and not any(asked)
+
+
+def test_compiled_layers_share_one_graph():
+    """A layer's own number, looked at while it is traced, would take one of the eight graphs that torch makes of one piece of
+    code; all further layers would run as written."""
+    from types import SimpleNamespace
+
+    from torch._dynamo.testing import CompileCounter
+
+    class Layer(torch.nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.layer_idx, self.row_of_load = number, number
+            self.config = SimpleNamespace(layer_types=["full_attention"] * 3)
+
+        def forward(self, x, bounds):
+            out = attention.varlen_attention(self, x, x, x, None, cu_seq_lens_q=bounds, document_bounds=[0, 2, 5])[0]
+            routing.note_chosen(self, out)
+            return out
+
+    routing._Now.note = torch.compiler.disable(routing._note)
+    traced, graphs = CompileCounter(), []
+    for number in range(3):
+        layer = Layer(number)
+        layer.compile(backend=traced)
+        layer(torch.ones(1, 2, 5, 8), torch.tensor([0, 2, 5], dtype=torch.int32))
+        graphs.append(traced.frame_count)
+    assert graphs[0] > 0 and graphs[2] == graphs[0]
+    torch.compiler.reset()

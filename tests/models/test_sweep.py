@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.helpers.covering import chosen
+from tests.helpers.covering import chosen, takes
 from tests.helpers.ranks import Ranks
 from tests.models import gradients, job, stock, sweep, tiny
 from tests.models.own import EXCLUDED
@@ -60,7 +60,7 @@ def test_alone_as_the_table_says(ranks, model_type):
     chosen(
         [(t, s, u) for t in TRIED for s, u in sweep.together(t) if trains(t, f"{s} {u}")],
         together_marks,
-        lambda case: case[1] == "zero3",
+        takes,
     ),
 )
 def test_together_as_the_table_says(ranks, model_type, strategy, tuning):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounter
 
 from tests.models.tiny import tiny_config
 from trainer.data.batches.loader import EvalShare
@@ -118,3 +119,25 @@ def test_what_is_written_is_what_plain_transformers_writes_in_eager_attention(ki
         with stock_attention(trained):
             assert torch.allclose(trained(**batch).logits[:, 4:], plain(**batch).logits[:, 4:], atol=1e-4)
     assert trained.config._attn_implementation == kernel.NAME
+
+
+def test_writing_compiles_nothing_on_a_gpu(monkeypatch):
+    """Neither transformers, where a model's settings ask for a static cache, nor blocks that are compiled for training: each
+    layer's keys would take one of torch's eight places, and none be left for the steps."""
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="sdpa").eval()
+    traced = CompileCounter()
+    model.model.norm.compile(backend=traced)  # in the place of its layers, which take longer to trace
+    asked = WritingConfig(max_new_tokens=3)
+    base = transformers.GenerationConfig(cache_implementation="static", pad_token_id=0)
+    settings = decoding(base, asked, SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[]))
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    with torch.no_grad():
+        Generate(settings, asked, SimpleNamespace(), synced=False).terms(model, {**batch, "seeds": [0]})
+    assert traced.frame_count == 0
+    model(**batch, use_cache=False)
+    assert traced.frame_count > 0
+    torch.compiler.reset()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    cache = {"cache": transformers.StaticCache(model.config, max_cache_len=8)}
+    assert model._valid_auto_compile_criteria(cache, base)
+    assert not model._valid_auto_compile_criteria(cache, settings)

@@ -13,7 +13,7 @@ from functools import cache
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyName, ZeroConfig
 from tests.helpers.building import STRATEGIES
-from tests.helpers.covering import EVERYTHING, SEED, cover
+from tests.helpers.covering import EVERYTHING, SEED, cover, takes
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
 from trainer.config.combinations import Cell, CellState, cell, row_of, rows
@@ -142,8 +142,10 @@ def marks(run: Run) -> set[Hashable]:
 
 
 def cost(run: Run) -> float:
-    """Of what proves as much: whole parameters are cheaper, and a lone run that others are compared with as well."""
-    return {"ddp": 0, "zero3": 2}.get(run.strategy, 1) + (run.feature in OTHERWISE or run.optim != "adamw")
+    """What it takes on two ranks, and a lone run that no other is compared with; blocks are computed again, or traced."""
+    alone = 0.4 * (run.feature in OTHERWISE or run.optim != "adamw")
+    again = {"checkpointing": 1.2, "selective": 1.4, "compile": 12.0}.get(run.feature, 1.0)
+    return takes([run.strategy]) * again + alone
 
 
 @cache
@@ -158,7 +160,7 @@ def covering() -> list[Run]:
         for optim in (OPTIMIZERS if feature in EXACT and case in tried else ["adamw"])
     ]
     able = [run for run in runs if run.legal and (run.feature != "compile" or run.case in COMPILED_ALWAYS)]
-    return list(dict.fromkeys([*cover(able, marks, seed=SEED, cost=cost), *TRAPS]))
+    return [*cover(able, marks, seed=SEED, cost=cost, given=TRAPS), *TRAPS]
 
 
 def everything() -> list[Run]:

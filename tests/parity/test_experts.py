@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.covering import chosen
+from tests.helpers.covering import chosen, takes
 from tests.helpers.learning import LEAST_LEARNED
 from tests.parity.experts import CASES, CLEAR, WORDS, marks
 from tests.parity.methods import FEWER
@@ -11,7 +11,7 @@ from tests.parity.methods import FEWER
 EXACT = 1e-5
 
 
-@pytest.mark.parametrize(("architecture", "tuning", "strategy", "losses"), chosen(CASES, marks))
+@pytest.mark.parametrize(("architecture", "tuning", "strategy", "losses"), chosen(CASES, marks, takes))
 def test_experts_take_the_steps_of_one_process(ask, architecture, tuning, strategy, losses):
     expected = ask("experts", "lone", architecture, tuning, losses)
     assert expected["gap"] > CLEAR, "a tie: roundings choose the experts, and nothing can be compared"

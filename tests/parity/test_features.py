@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.helpers.covering import chosen, values
+from tests.helpers.covering import chosen, takes, values
 from tests.helpers.learning import LEAST_LEARNED
 from tests.parity import teachers
 from tests.parity.features import TUNINGS, VARIANTS
@@ -70,7 +70,7 @@ def test_the_loss_by_source_is_alike(ask, strategy):
     chosen(
         product(("llama_tied", "qwen2", "qwen3", "gemma2", "gpt2", "falcon", "distilbert"), SHARDED),
         values,
-        lambda case: case[1] == "zero3",
+        takes,
     ),
 )
 def test_architecture_trains_alike(ask, architecture, strategy):
@@ -85,7 +85,7 @@ def grown(case):
 
 @pytest.mark.parametrize(
     ("architecture", "strategy", "tuning"),
-    chosen(product(("llama", "llama_tied"), SHARDED, TUNINGS), grown, lambda case: case[1] == "zero3"),
+    chosen(product(("llama", "llama_tied"), SHARDED, TUNINGS), grown, takes),
 )
 def test_tuning_trains_alike(ask, architecture, strategy, tuning):
     assert_close(ask("features", "tuning", architecture, strategy, tuning))
@@ -99,6 +99,7 @@ def test_tuning_trains_alike(ask, architecture, strategy, tuning):
             *((strategy, "full", "fp16", 2e-3) for strategy in ("ddp", "fsdp2")),
         ],
         values,
+        takes,
     ),
 )
 def test_half_precision_tracks_fp32(ask, strategy, tuning, precision, band):
@@ -116,7 +117,9 @@ def test_evaluation_does_not_depend_on_batch_or_ranks(ask):
         assert found["eval/accuracy"] == results[0]["eval/accuracy"] > 0
 
 
-@pytest.mark.parametrize(("labels", "strategy"), chosen(product(("one", "several"), ("ddp", "fsdp2", "zero3")), values))
+@pytest.mark.parametrize(
+    ("labels", "strategy"), chosen(product(("one", "several"), ("ddp", "fsdp2", "zero3")), values, takes)
+)
 def test_weighted_labels_train_alike(ask, labels, strategy):
     assert_close(ask("features", "weighted_labels", labels, strategy))
 
@@ -142,7 +145,7 @@ def resumed(case):
     chosen(
         product(STRATEGIES, ("full", "lora", "rank-1 lora")),
         resumed,
-        lambda case: "rank-1" in case[1] and case[0] != "fsdp2",
+        lambda case: takes(case) * (9 if "rank-1" in case[1] and case[0] != "fsdp2" else 1),
     ),
 )
 def test_resume_is_bit_equal_and_crosses_strategies(ask, strategy, tuning):
@@ -152,7 +155,8 @@ def test_resume_is_bit_equal_and_crosses_strategies(ask, strategy, tuning):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "tuning"), chosen(product(("ddp", "fsdp2", "zero1", "zero2", "zero3"), ("full", "lora")), values)
+    ("strategy", "tuning"),
+    chosen(product(("ddp", "fsdp2", "zero1", "zero2", "zero3"), ("full", "lora")), values, takes),
 )
 def test_gathered_parameters_are_the_same(ask, strategy, tuning):
     """Before training, adapters included, they are equal to the last bit; after it, within rounding."""
@@ -170,7 +174,7 @@ def words(case):
     return values([ALIKE.get(word, word) for word in case.split()])
 
 
-@pytest.mark.parametrize("case", chosen(PAIRS, words, lambda case: "zero3" in case))
+@pytest.mark.parametrize("case", chosen(PAIRS, words, lambda case: takes(case.split())))
 def test_pairs_train_alike(ask, case):
     curves = ask("pairs", "compare", case)
     assert len(curves["found"]) == len(curves["expected"]) == FEWER
@@ -192,7 +196,7 @@ def test_pairs_are_learned_and_clipped(ask, tuning):
     assert max(norms) > 0.5
 
 
-@pytest.mark.parametrize("case", chosen(TWO_SIDED, words))
+@pytest.mark.parametrize("case", chosen(TWO_SIDED, words, lambda case: takes(case.split())))
 def test_encoder_decoder_models_train_alike(ask, case):
     curves = ask("two_sides", "compare", case)
     assert_close(curves)
@@ -216,7 +220,7 @@ def answering_apart(case):
 
 def dear(case):
     """What gathers block by block takes longest, and longer where each document is a batch."""
-    return case.split()[1] == "zero3", case.startswith("bart")
+    return takes(case.split()) * (2 if case.startswith("bart") else 1)
 
 
 @pytest.mark.parametrize("case", chosen(GENERATING, answering, dear))
@@ -230,7 +234,7 @@ def test_answers_are_those_of_transformers(ask, case):
     assert found["values"].keys() - {"eval/weights_gathered"} == there
 
 
-@pytest.mark.parametrize("case", chosen(WRITING, answering_apart))
+@pytest.mark.parametrize("case", chosen(WRITING, answering_apart, lambda case: takes(case.split())))
 def test_what_is_written_and_scored_is_what_one_process_writes_and_scores(ask, case):
     """Greedy answers up to a place where two logits nearly meet; draws by their own seeds; weights gathered once, or by block."""
     found = ask("two_sides", "write", case)
@@ -259,7 +263,7 @@ def teaching(case):
 
 def slow(case):
     """More layers, gathered one by one; and what has no lone run that others are compared with as well."""
-    return case.endswith("gemma2 zero3"), not case.endswith(" full llama fsdp2")
+    return takes(case.split()) * (2 if "gemma2" in case else 1) + (not case.endswith(" full llama fsdp2"))
 
 
 @pytest.mark.parametrize("case", chosen(teachers.NAMES, teaching, slow))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.helpers.building import STRATEGIES
-from tests.helpers.covering import chosen, values
+from tests.helpers.covering import chosen, takes, values
 from tests.parity.test_features import assert_close, kinds
 
 MANY = [name for name in STRATEGIES if name != "single"]
@@ -16,7 +16,7 @@ def product(*axes):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), lambda case: {case[1], *kinds(case)})
+    ("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), lambda case: {case[1], *kinds(case)}, takes)
 )
 def test_the_average_is_that_of_one_process_and_training_does_not_see_it(ask, strategy, tuning):
     found = ask("remedies", "average", strategy, tuning)
@@ -25,14 +25,14 @@ def test_the_average_is_that_of_one_process_and_training_does_not_see_it(ask, st
     assert_close(found)
 
 
-@pytest.mark.parametrize(("strategy", "tuning"), chosen(product(("fsdp2", "zero3"), ("full", "lora")), values))
+@pytest.mark.parametrize(("strategy", "tuning"), chosen(product(("fsdp2", "zero3"), ("full", "lora")), values, takes))
 def test_smoothed_labels_train_alike(ask, strategy, tuning):
     assert_close(ask("remedies", "smoothed", strategy, tuning))
 
 
 @pytest.mark.parametrize(
     ("strategy", "tuning", "layout"),
-    chosen(product(("ddp", "fsdp2", "zero3"), ("full", "lora"), ("padding_free", "padded")), values),
+    chosen(product(("ddp", "fsdp2", "zero3"), ("full", "lora"), ("padding_free", "padded")), values, takes),
 )
 def test_noise_on_embeddings_is_the_same_under_every_strategy(ask, strategy, tuning, layout):
     found = ask("remedies", "noisy", strategy, tuning, layout)

@@ -97,11 +97,14 @@ def generate(job: Job, case: str) -> dict[str, Any]:
         ),
         runtime=job.runtime,
     )
-    answers = [[one.document, one.answer] for one in evaluator.answers(engine)]
+    written, write = [], evaluator.answers
+    evaluator.answers = lambda engine: written.extend(write(engine)) or written  # type: ignore[method-assign]
+    values = dict(evaluator.run(engine))
+    answers = [[one.document, one.answer] for one in written]
     expected, lengths = job.oracle(
         ("answers", architecture), lambda: plain_answers(config, data, tokenizer, settings), elsewhere=([], [])
     )
-    return {"found": answers, "expected": expected, "lengths": lengths, "values": dict(evaluator.run(engine))}
+    return {"found": answers, "expected": expected, "lengths": lengths, "values": values}
 
 
 def plain_answers(

@@ -9,7 +9,7 @@ import transformers
 from strategies.base import Fsdp2Config
 from strategies.owned import MemoryKind
 from tests.helpers.building import model_dir
-from tests.helpers.covering import EVERYTHING, chosen, values
+from tests.helpers.covering import EVERYTHING, chosen, takes, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
 from trainer.forecast.blocks import blocks_of
@@ -83,7 +83,13 @@ def marks(one):
     return values((kept, *astuple(replace(case, accumulation=1))[1:], layout))
 
 
-@pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, lambda one: one[0].accumulation), ids=str)
+def dear(one):
+    """Blocks that are computed again by choice are looked at most closely."""
+    case, _ = one
+    return takes([case.strategy]) * case.accumulation * (2 if case.checkpointing == "selective" else 1)
+
+
+@pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, dear), ids=str)
 def test_any_micro_batch(model, case, layout):
     form, taken, found = both(model, case, layout, 4, 512)
     assert form.layout == layout and form.rows == (layout == "padded")

@@ -1,4 +1,7 @@
-"""Runs seen and stopped from a login node: the queue, the output of a job, and an end that is not requeued."""
+"""Runs seen and stopped from a login node: the queue, the output of a job, and an end that is not requeued.
+
+The one that trains was started by the script for people, the one that waits by `shardtune submit`.
+"""
 
 import json
 import os
@@ -41,26 +44,26 @@ def test_status_logs_and_stop_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
         "batch.micro=2",
         "budget.steps=90000",
     ]
-    words += ["logging.wandb=disabled", "logging.every_steps=1", "launcher.nodes=2", "logging.report=false"]
+    words += ["logging.wandb=disabled", "logging.every_steps=1", "logging.report=false"]
 
     def shardtune(*asked: list[object]) -> list[str]:
         """What each of these commands says, one after the other in one process of the login node; all end well."""
         commands = [list(map(str, words)) for words in asked]
-        env = PACED if commands[0][0] == "submit" else ENV
         done = cluster.on(
-            "ctl", sys.executable, "-c", ONE_BY_ONE, json.dumps(commands), cwd=CLONE, env=env, check=False
+            "ctl", sys.executable, "-c", ONE_BY_ONE, json.dumps(commands), cwd=CLONE, env=ENV, check=False
         )
         assert done.returncode == 0, done.stdout
         return done.stdout.split(BETWEEN)[:-1]
 
     runs = tmp_path / "runs"
     works, waits = runs / "works", runs / "waits"
-    begun = shardtune(
-        *(["submit", *words, f"run.dir={run}", "launcher.exclusive=true"] for run in (works, waits)),
-    )
-    found = [re.search(r"submitted job (\d+)", said) for said in begun]
-    assert all(found), begun
-    ids = [one[1] for one in found if one]
+    (works / "logs").mkdir(parents=True)
+    asked = ["--nodes=2", "--exclusive", f"--output={works}/logs/%x-%j.out", "slurm/train.sbatch"]
+    ids = [cluster.sbatch(*asked, *words, f"run.dir={works}", cwd=CLONE, env=PACED | {"PYTHON": sys.executable})]
+    [begun] = shardtune(["submit", *words, f"run.dir={waits}", "launcher.nodes=2", "launcher.exclusive=true"])
+    found = re.search(r"submitted job (\d+)", begun)
+    assert found, begun
+    ids.append(found[1])
     metrics = works / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 180, "steps")
     listed, shown, job, line = shardtune(

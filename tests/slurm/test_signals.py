@@ -114,7 +114,7 @@ def test_restart_limit_ends_with_75_and_scancel_is_final(cluster: Cluster, site:
     assert [start["state"] for start in cancelled.starts()] == ["preempted"]  # saved all the same
 
 
-@whole("both scripts train in test_training.py")
+@whole("it trains in test_following.py, and the other script, which is the same but for its head, is requeued")
 def test_script_for_people_is_requeued_once_by_slurm_and_later_by_itself(cluster: Cluster, site: Path) -> None:
     shutil.copytree(CLONE / "slurm", site / "slurm")
     tiny_model_dir(site / "model")

@@ -1,4 +1,4 @@
-"""The trainer itself over two SLURM nodes, one Gloo rank each: both scripts, and a curve that a requeue leaves alone."""
+"""The trainer itself over two SLURM nodes, one Gloo rank each: a curve that a requeue leaves alone."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.main import main
-from tests.helpers.covering import EVERYTHING, whole
+from tests.helpers.covering import whole
+from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.slurm.cluster import Cluster, wait_for
@@ -47,6 +47,11 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, whole.splitlines()) if "loss" in row]
 
 
+def alone(words: list[str]) -> list[str]:
+    """The same run in one process."""
+    return [word.replace("strategy=fsdp2", "strategy=single") for word in words] + ["launcher.processes=1"]
+
+
 def state(run: Path) -> str:
     path = run / "status.json"
     return json.loads(path.read_text())["state"] if path.exists() else "none"
@@ -56,40 +61,28 @@ def logs(run: Path) -> str:
     return "".join(path.read_text() for path in sorted((run / "logs").iterdir()))
 
 
-def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code_it_was_submitted_with(
+def test_a_requeued_run_continues_its_curve_with_the_code_it_was_submitted_with(
     cluster: Cluster, words: list[str], tmp_path: Path
 ) -> None:
+    """That of one process; the script for people trains, and is stopped, in test_following.py."""
     calm, torn, clone = tmp_path / "calm", tmp_path / "torn", tmp_path / "clone"
     for part in ("conf", "launch", "strategies", "trainer", "slurm"):
         shutil.copytree(CLONE / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
-    out, unasked = f"--output={tmp_path}/calm.out", "launcher.preflight=none"
-    # On one node, which the other's two give the curve of; how the script asks for two is shown by the stand-ins.
-    calm_id = cluster.sbatch(
-        out,
-        f"--nodes={2 if EVERYTHING else 1}",
-        "slurm/train.sbatch",
-        *words,
-        f"run.dir={calm}",
-        unasked,
-        cwd=clone,
-        env=ENV,
-    )
-    submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2", unasked]
-    submit += [f"launcher.stage={tmp_path / 'disk'}"]
+    submit = [sys.executable, "-m", "launch.main", "submit", *words, f"run.dir={torn}", "launcher.nodes=2"]
+    submit += ["launcher.preflight=none", f"launcher.stage={tmp_path / 'disk'}"]
     gate, pace = tmp_path / "gate", CLONE / "tests" / "faults" / "pace"
     held = {"PYTHONPATH": f"{clone}:{pace}", "PACE_GATE": str(gate)}  # until the signal comes
     said = cluster.on("ctl", *submit, cwd=clone, env=ENV | held).stdout
-    torn_id = re.search(r"submitted job (\d+)", said)
-    assert torn_id, said
+    job = re.search(r"submitted job (\d+)", said)
+    assert job, said
 
-    for run in (torn, calm):
-        wait_for(lambda run=run: (run / "metrics.jsonl").exists() and losses(run), 120, "the first step")
+    assert command_here(["train", *alone(words), f"run.dir={calm}"]) == 0
+    wait_for(lambda: (torn / "metrics.jsonl").exists() and losses(torn), 120, "the first step")
     for file in [*clone.rglob("*.py"), *clone.rglob("*.yaml")]:
         file.write_text("} what was changed since")
-    cluster.on("ctl", "scancel", "--signal=USR2", torn_id[1])
-    ended = cluster.wait(torn_id[1], 120)
+    cluster.on("ctl", "scancel", "--signal=USR2", job[1])
+    ended = cluster.wait(job[1], 120)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(torn)
-    assert cluster.wait(calm_id, 120)["JobState"] == "COMPLETED", logs(calm)
     assert (state(calm), state(torn)) == ("done", "done")
     assert len(losses(calm)) == STEPS
     assert losses(torn) == pytest.approx(losses(calm), rel=1e-5)
@@ -98,17 +91,17 @@ def test_both_scripts_train_and_a_requeued_run_continues_its_curve_with_the_code
     assert all(Path(copy["to"]).is_relative_to(tmp_path / "disk") for copy in record["staged"].values())
     assert logs(torn).count("staging model on ") == 1, "the start after the requeue finds the copies"
     assert not [*(tmp_path / "disk").rglob("model.safetensors")], "a run that is done takes them away"
-    assert f"job {torn_id[1]}, start 1: 0:0" in logs(torn) and "Slurm accounting storage is disabled" in logs(torn)
+    assert f"job {job[1]}, start 1: 0:0" in logs(torn) and "Slurm accounting storage is disabled" in logs(torn)
     [code] = (torn / "code").iterdir()
     assert json.loads((torn / "run.json").read_text())["git_revision"] == f"code {code.name}"
 
 
-@whole("both scripts train there as well")
+@whole("ranks of torchrun take the same ways")
 def test_native_srun_is_the_same_run_also_on_another_number_of_nodes(
     cluster: Cluster, words: list[str], tmp_path: Path
 ) -> None:
     """No torchrun: SLURM starts the ranks, which take their places from its variables. Between starts `--nodes` changes."""
-    run, alone, pace = tmp_path / "native", tmp_path / "alone", CLONE / "tests" / "faults" / "pace"
+    run, calm, pace = tmp_path / "native", tmp_path / "alone", CLONE / "tests" / "faults" / "pace"
     short = [word for word in words if not word.startswith("budget.")] + ["budget.steps=60", "schedule=constant"]
     tasks = f"srun --ntasks-per-node=1 {shlex.join([sys.executable, '-m', 'launch.train', *short, f'run.dir={run}'])}"
     nodes = (2, 1, 2)
@@ -127,7 +120,6 @@ def test_native_srun_is_the_same_run_also_on_another_number_of_nodes(
         record = json.loads((run / "run.json").read_text())
         assert record["world_size"] == count and record["slurm_job_id"] == job
         assert ("resumed from step-" in told.read_text()) == (number > 0)
-    settings = [word.replace("strategy=fsdp2", "strategy=single") for word in short]
-    assert main(["train", *settings, f"run.dir={alone}", "launcher.processes=1"]) == 0
+    assert command_here(["train", *alone(short), f"run.dir={calm}"]) == 0
     assert len(losses(run)) == 60
-    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(run) == pytest.approx(losses(calm), rel=1e-5)

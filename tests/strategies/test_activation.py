@@ -3,9 +3,13 @@
 import warnings
 
 import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strategies.activation import apply_to_blocks
+from strategies.activation import _checkpoint_arguments, apply_to_blocks
 from strategies.base import ActivationCheckpointing, SingleConfig
 from tests.helpers.models import tiny_model_dir
 from trainer.objectives.sft import Sft
@@ -24,3 +28,39 @@ def test_nothing_that_transformers_has_deprecated_is_called(mode, tmp_path):
     assert all(block.gradient_checkpointing for block in blocks)
     kept = {"context_fn" in block._gradient_checkpointing_func.keywords for block in blocks}
     assert kept == {mode is ActivationCheckpointing.selective}
+
+
+def test_compiled_blocks_recompute_all_but_products():
+    """Torch tells the mode that it is given which part of the graph it is in, and fails where its own does not know."""
+    backward = []
+
+    def kept(graph, _):
+        return graph
+
+    def seen(graph, _):
+        backward.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    backend = aot_autograd(
+        fw_compiler=kept,
+        bw_compiler=seen,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
+
+    def block(x, w):
+        return (x @ w).sin().exp()
+
+    def loss(x, w):
+        return checkpoint(block, x, w, **_checkpoint_arguments(ActivationCheckpointing.selective)).sum()
+
+    def gradients(compute):
+        x, w = torch.ones(3, 4, requires_grad=True), torch.full((4, 5), 0.2, requires_grad=True)
+        return torch.autograd.grad(compute(x, w), (x, w))
+
+    found = gradients(torch.compile(loss, backend=backend))
+    for one, other in zip(found, gradients(loss), strict=True):
+        torch.testing.assert_close(one, other)
+    aten = torch.ops.aten
+    assert backward.count(aten.mm.default) == 2 and aten.sin.default in backward  # its two gradients alone
+    torch.compiler.reset()

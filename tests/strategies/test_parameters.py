@@ -27,3 +27,17 @@ def test_parameters_need_no_memory_and_buffers_have_values():
     assert layer.mask.sum() == 2048 * 2049 // 2
     assert layer.angles[3, 5] == 3
     assert torch.zeros(2, 2**10, 2**10).device.type == "cpu"
+
+
+def test_nothing_is_drawn_for_a_parameter_without_memory_and_all_else_is():
+    """Torch's own functions draw what is real; random numbers go on from where they were."""
+    before = torch.get_rng_state()
+    with meta_context():
+        layer = nn.Linear(8, 8)
+        assert nn.init.normal_(layer.weight) is layer.weight and layer.weight.normal_() is layer.weight
+        assert nn.init.kaiming_uniform_(tensor=layer.weight).is_meta
+    assert torch.equal(torch.get_rng_state(), before)
+    with meta_context():
+        real = nn.init.normal_(torch.zeros(8, device="cpu"))
+    torch.set_rng_state(before)
+    assert torch.equal(real, torch.zeros(8).normal_()) and real.std() > 0

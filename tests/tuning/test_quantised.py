@@ -103,6 +103,19 @@ def test_a_layer_computes_and_differentiates_as_a_plain_one_with_rounded_weights
     assert torch.equal(layer.weight, before), "evaluation changed the bytes"
 
 
+def test_a_compiled_layer_is_one_graph():
+    """Parted where the codes' values are looked up, a block would be compiled anew for each length, and then no more."""
+    plain = torch.nn.Linear(64, 32, bias=False)
+    layer = QuantisedLinear.replace(plain, SCHEMES["nf4"])
+    layer.weight = torch.nn.Parameter(SCHEMES["nf4"].pack(plain.weight.detach()), requires_grad=False)
+    x = torch.randn(3, 64, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    outs = [compute(x) for compute in (compiled, layer)]
+    assert torch.equal(*outs)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in outs))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_model_is_the_one_that_transformers_loads_quantised(name, base, runtime):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,9 @@ def decoding(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
     config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
     config.min_length = min(config.min_length or 0, settings.max_new_tokens)
     config.return_dict_in_generate, config.num_return_sequences = False, 1
+    config.disable_compile = (
+        True  # with a static cache transformers would compile the whole model on a GPU, shards and all
+    )
     config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
@@ -146,11 +149,16 @@ class AtStop:
 
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Attention that can go on from what it has seen, in place of that of padding-free rows."""
+    """Attention that can go on from what it has seen, in place of that of padding-free rows; compiled blocks run as written.
+
+    They would be compiled anew for each layer's keys, up to torch's limit, and then not once more for the steps of training.
+    """
     config, before = model.config, model.config._attn_implementation
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
     if before in (attention.NAME, flex.NAME):
         config._attn_implementation = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         config._attn_implementation = before

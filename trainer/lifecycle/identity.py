@@ -11,6 +11,8 @@ import hashlib
 import json
 import platform
 import socket
+from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -229,10 +231,18 @@ def source_digest() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in COMPUTING:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions_of(COMPUTING)}
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package; a missing one is left out."""
+    return {package: found for package in packages if (found := _version_of(package)) is not None}
+
+
+@cache
+def _version_of(package: str) -> str | None:
+    """Read once: what pip wrote of a package is long."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

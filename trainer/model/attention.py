@@ -68,9 +68,9 @@ def varlen_attention(
     computes_in = value.dtype  # under autocast, rotary embeddings leave the other two in float32
     if device_kind(query.device) == "cuda":
         query, key = query.to(computes_in), key.to(computes_in)
-    if (size := _chunk_of(module)) is not None or getattr(module, "attn_temperature_tuning", False):
+    if _has_chunks(module) or getattr(module, "attn_temperature_tuning", False):
         documents = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
-        query, document_bounds, cu_seq_lens_q = _by_place(module, query, documents, size)
+        query, document_bounds, cu_seq_lens_q = _by_place(module, query, documents)
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, causal), None
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
@@ -84,6 +84,11 @@ def varlen_attention(
     return out.to(computes_in).transpose(1, 2).contiguous(), None
 
 
+def _has_chunks(module: nn.Module) -> bool:
+    """Whether layers like this one may attend in chunks. Looks at no layer's number: each would be compiled apart."""
+    return getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None
+
+
 def _chunk_of(module: nn.Module) -> int | None:
     """Tokens of a chunk, in which a layer attends as in a document of its own; None where it attends to whole documents."""
     config: Any = getattr(module, "config", None)
@@ -94,12 +99,11 @@ def _chunk_of(module: nn.Module) -> int | None:
 
 
 @torch.compiler.disable  # a compiled block would be compiled anew for other documents
-def _by_place(
-    module: nn.Module, query: Tensor, bounds: list[int], size: int | None
-) -> tuple[Tensor, list[int], Tensor]:
+def _by_place(module: nn.Module, query: Tensor, bounds: list[int]) -> tuple[Tensor, list[int], Tensor]:
     """The query, and the boundaries of what attends to itself, where places are to be those in a document, not in the row."""
-    parts = _chunked(bounds, size)
-    return _timed(module, query, bounds), parts, torch.tensor(parts, dtype=torch.int32, device=query.device)
+    parts = _chunked(bounds, _chunk_of(module))
+    on_device = torch.tensor(parts, dtype=torch.int32).to(query.device, non_blocking=True)  # which would be waited for
+    return _timed(module, query, bounds), parts, on_device
 
 
 def _chunked(bounds: list[int], size: int | None) -> list[int]:
@@ -123,7 +127,7 @@ def _timed(module: Any, query: Tensor, bounds: list[int]) -> Tensor:
 
     row = torch.arange(bounds[-1])
     own = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
-    return query * (scale(own) / scale(row)).to(query.device, query.dtype)[:, None]
+    return query * (scale(own) / scale(row)).to(query.device, query.dtype, non_blocking=True)[:, None]
 
 
 def _by_document(whole: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:

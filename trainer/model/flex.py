@@ -3,7 +3,8 @@
 transformers builds the mask of each kind of layer (windows, chunks) as a function of two positions, of which torch's blocks
 are made; so this covers what the kernel of `trainer/model/attention.py` is not told of. torch has no backward
 pass of it on CPUs: there the same functions are computed over all pairs of positions, for proofs alone. Tensors that have
-shapes alone (on meta, or of a simulated GPU) get those of what the kernel makes and keeps.
+shapes alone (on meta, or of a simulated GPU) get those of what the kernel makes and keeps. torch's own part is imported where
+it is used: it brings sympy (torch 2.15), and whoever composes a configuration needs neither.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
-from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 from strategies.runtime import SIMULATED
-from trainer.model import flex_shapes
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "shardtune_flex"
 LEAST_HEAD = 16
@@ -85,6 +86,10 @@ def block_mask(
     Not every architecture tells `mask_function` of documents, so they are asked of `documents`. Errors: ValueError for
     padding, or without documents.
     """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from trainer.model import flex_shapes
+
     bounds = _BOUNDS.get()
     if bounds is None or attention_mask is not None:
         raise ValueError(
@@ -118,6 +123,8 @@ def flex_attention(
 
     Raises ValueError for what it does not compute.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     if not isinstance(attention_mask, BlockMask):
         raise ValueError(f"attention '{NAME}' needs a mask of blocks, and this architecture makes none")
     if dropout or kwargs.get("position_bias") is not None:
@@ -157,6 +164,9 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+    from torch.nn.attention.flex_attention import flex_attention as torch_flex
+
     kernel = torch_flex if torch.compiler.is_compiling() else _compiled(torch_flex)
     found = kernel(
         q,
@@ -175,6 +185,8 @@ def _by_shapes(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """What the kernel makes and keeps of tensors without values."""
+    from trainer.model import flex_shapes
+
     return flex_shapes.attention(q, k, v)
 
 
@@ -182,6 +194,8 @@ def _by_pairs(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _: bool
 ) -> tuple[Tensor, Tensor]:
     """What the kernel computes, over all pairs of positions."""
+    from torch.nn.attention.flex_attention import create_mask
+
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)

@@ -75,7 +75,7 @@ def watching(seen: RoutingRecord) -> Iterator[RoutingRecord]:
 
 def note_chosen(module: Any, chosen: Tensor) -> None:
     """Count the tokens of `chosen [positions, k]`, experts of `module`, where the pass is seen. Waits for no device."""
-    if getattr(module, "row_of_load", None) is not None:
+    if hasattr(module, "row_of_load"):  # its number would compile a block anew for each layer
         _Now.note(module, chosen)
 
 

@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
 from trainer.guards.stragglers import Slow
+from trainer.lifecycle.identity import versions_of
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.papers.known import gather
@@ -49,13 +49,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on; a missing one is left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions_of(PACKAGES)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
