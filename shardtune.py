@@ -40,9 +40,12 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run directory, whether the run goes on, has ended, or is another process's."""
+    """A run directory, whether the run goes on, has ended, or is another process's. A text is taken for a path."""
 
     dir: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", Path(self.dir).expanduser())
 
     @property
     def status(self) -> dict[str, Any]:

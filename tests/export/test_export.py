@@ -1,6 +1,8 @@
 """Round trips: what training left in an engine, exported, loaded by plain transformers and peft, computes the same."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -255,3 +257,12 @@ def test_folding_into_a_tied_head_is_refused(bases, runtime, tmp_path):
 def test_a_snapshot_of_the_hub_is_named_as_the_hub_names_it():
     assert hub_name("/c/models--org--name/snapshots/abc") == ("org/name", "abc")
     assert hub_name("/models/mine") == ("/models/mine", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(errno.EROFS, "choose another directory (to=) and run"), (errno.ENOSPC, "free space and run")]
+)
+def test_free_space_is_told_where_it_would_help_an_export(runtime, tmp_path, code, said):
+    with pytest.raises(StorageError) as refused:
+        export_write._agree(OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime)
+    assert said in str(refused.value)

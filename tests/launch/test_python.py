@@ -16,6 +16,11 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import heard
 
 
+def test_a_directory_may_be_typed_as_text(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "done"}')
+    assert shardtune.Run(str(tmp_path)).status == {"state": "done"}
+
+
 def test_keywords_are_the_words_of_the_command_line():
     config = shardtune.compose(
         "optim.lr=1e-3",

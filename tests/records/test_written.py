@@ -20,12 +20,14 @@ def test_threads_of_a_process_may_write_one_file_at_once(tmp_path):
 
 def test_free_space_is_told_where_there_is_none_and_nowhere_else(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot write \(Not a directory\); set run\.dir$"):
+    with pytest.raises(
+        StorageError, match=r"cannot write \(Not a directory\); choose another directory \(run\.dir=, or to=\)$"
+    ):
         write_text_atomic(tmp_path / "file" / "status.json", "{}")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("trainer.records.status.files.replace", full)
-    with pytest.raises(StorageError, match=r"free space, or set run\.dir$"):
+    with pytest.raises(StorageError, match=r"free space, or choose another directory \(run\.dir=, or to=\)$"):
         write_text_atomic(tmp_path / "status.json", "{}")

@@ -31,6 +31,7 @@ from trainer.export.verify import verify_written
 from trainer.model.architecture import TEXT_ALONE, text_settings
 from trainer.model.weights import BaseWeights
 from trainer.papers.write import write_papers
+from trainer.records import files
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -112,7 +113,10 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
     """Raise on every rank what any rank met; nothing half-written stays."""
     if error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         cause = error
-        error = StorageError(f"{reason(cause)}; writing the export {destination} failed: {_REMEDY}")
+        mend = _REMEDY
+        if isinstance(cause, OSError) and cause.errno is not None and not files.remedy(cause):  # space would not help
+            mend = mend.replace("free space", "choose another directory (to=)")
+        error = StorageError(f"{reason(cause)}; writing the export {destination} failed: {mend}")
         error.__cause__ = cause
     message = first_error(error, runtime)
     if message is None:

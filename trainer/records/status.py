@@ -48,7 +48,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         files.replace(path, content, _token())
         durable.sync_directory(path.parent)
     except OSError as error:
-        todo = f"{files.remedy(error)}set run.dir"
+        todo = f"{files.remedy(error)}choose another directory (run.dir=, or to=)"
         raise StorageError(f"{path}: cannot write ({error.strerror or error}); {todo}") from error
 
 
