@@ -20,8 +20,8 @@ from tests.simulated.cases import Case, comparable, real
 class OneThread(dist.ProcessGroupGloo):
     """gloo with a single thread, which begins an exchange when it has let go of the tensors of the one before."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        options = self._Options()
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **_: Any) -> None:
+        options = self._Options()  # later versions of torch tell more, none of which is asked for here
         options._devices = [self.create_default_device()]
         options._timeout, options._threads = timeout, 1
         super().__init__(store, rank, size, options)
