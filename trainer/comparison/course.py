@@ -14,9 +14,9 @@ USUAL_COLORS = 10
 MOST_POINTS = 400
 """Steps of one curve that are drawn; of a longer run evenly spread ones, and those that stand out."""
 HEIGHT, WIDTH, LOW = 320, 860, 110
+"""Pixels of a plot; `LOW`: of one of several beneath each other."""
 WIDEST_NAME = 280
 """Pixels of a run's name, of which the end alone may tell two apart; vega cuts what is longer than 160."""
-"""Pixels of a plot; `LOW`: of one of several beneath each other."""
 OVER = ("step", "tokens", "seconds")
 COURSE = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 """What is drawn below the loss, of rows that have it."""

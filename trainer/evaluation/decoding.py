@@ -36,9 +36,7 @@ def decoding(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
     config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
     config.min_length = min(config.min_length or 0, settings.max_new_tokens)
     config.return_dict_in_generate, config.num_return_sequences = False, 1
-    config.disable_compile = (
-        True  # with a static cache transformers would compile the whole model on a GPU, shards and all
-    )
+    config.disable_compile = True  # else transformers compiles a model with a static cache on a GPU, shards and all
     config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 SIGN_OF_LIFE_S = 30.0
+"""Seconds between two lines of a task that takes long."""
 
 
 @dataclass(slots=True)
