@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import threading
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from trainer.stopping.signals import hold
 
@@ -113,11 +117,31 @@ def guarded(verb: str, argv: list[str]) -> int:
     """
     from launch.answers import lasting
 
-    with lasting() if verb in SAVING else nullcontext():
-        return _guarded(verb, argv)
+    with lasting() if verb in SAVING else nullcontext(), _interrupts() as came:
+        return _guarded(verb, argv, came)
 
 
-def _guarded(verb: str, argv: list[str]) -> int:
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Each Ctrl-C that ends what is done here: a library that is being imported may make an error of its own of it."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield came
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
     from importlib import import_module
 
     from strategies.errors import ConfigError, ShardtuneError
@@ -141,6 +165,9 @@ def _guarded(verb: str, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:  # noqa: BLE001 - the outermost frame: a defect is shown whole, with its own exit code
+        if interrupts:
+            print(f"shardtune {verb}: interrupted", file=sys.stderr)
+            return 130
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return 70
 

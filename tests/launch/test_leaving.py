@@ -69,6 +69,33 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, full):
     assert (done.returncode, (tmp_path / "progress").read_text()) == (75, "saved")
 
 
+INTERRUPTED = """
+import os, signal, sys
+from types import ModuleType
+from launch.main import guarded
+
+def main(argv):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("the signal did not come")
+    except KeyboardInterrupt:  # as libraries do amid their imports
+        raise ImportError("cannot import a part of it")
+
+sys.modules["launch.plan"] = ModuleType("launch.plan")
+sys.modules["launch.plan"].main = main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+code = guarded("plan", [])
+print(code, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_ctrl_c_amid_an_import_that_fails_of_it_is_no_error_of_ours():
+    """Once in thirty starts it ended with 70 and the traceback of a library."""
+    words = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("130 True\n", "shardtune plan: interrupted\n")
+
+
 def test_a_rank_of_several_cannot_be_aborted_at_its_end():
     done = leave(0, RANK="0", WORLD_SIZE="2")
     assert (done.returncode, done.stdout) == (0, "said beforewhat was registered\n")
