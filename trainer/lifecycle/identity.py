@@ -136,13 +136,11 @@ def _same_everywhere(everybody: list[tuple[str, Kinds]], accept: list[str]) -> N
     for rank, (host, kinds) in enumerate(everybody):
         compared = first if kinds["code"] else {**first, "base": {}, "code": {}}
         if lines := differences(compared, kinds, accept=accept):
-            raise ConfigError(
-                [
-                    f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
-                    f"same, or accept it: {_word(lines)}",
-                    *_shown(lines),
-                ]
+            refusal = (
+                f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
+                f"same, or accept it: {_word(lines)}"
             )
+            raise ConfigError("\n    ".join([refusal, *_shown(lines)]))
 
 
 def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
@@ -160,13 +158,11 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
             "trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
     if lines := differences(before, mine, accept=config.run.accept):
-        raise ConfigError(
-            [
-                f"run.resume: what is in {home} was trained with something else (there); undo it, start a new run.dir without "
-                f"run.resume, or go on with the change and have it recorded: {_word(lines, config.run.accept)}",
-                *_shown(lines),
-            ]
+        refusal = (
+            f"run.resume: what is in {home} was trained with something else (there); undo it, start a new run.dir without "
+            f"run.resume, or go on with the change and have it recorded: {_word(lines, config.run.accept)}"
         )
+        raise ConfigError("\n    ".join([refusal, *_shown(lines)]))
     return list(dict.fromkeys([*accepted, *differences(before, mine, accept=[])]))
 
 
