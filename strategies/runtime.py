@@ -206,9 +206,11 @@ def bound_groups(runtime: Runtime, more_s: float = 0) -> None:
     """Give all groups the run's timeout, and `more_s` beside it; half an hour is torch's own. No collective."""
     from torch.distributed import distributed_c10d
 
+    # Before torch had a public one; it is deprecated since (2.15).
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
         if dist.get_rank(group) >= 0 and dist.get_backend(group) != "fake":  # a simulated one answers at once
-            distributed_c10d._set_pg_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
+            set_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
 
 
 @contextmanager

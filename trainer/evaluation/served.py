@@ -39,6 +39,8 @@ class ServedWriter:
     tokenizer: Any
     stop_now: Callable[[], bool] = lambda: False
     pace: Pace | None = None
+    tell: Callable[[int, int], None] = lambda done, turns: None
+    """Hears after each batch of requests how many are done, and of how many."""
 
     def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
         """What the server writes to each prompt, draw by draw, in their order; without the ids of its tokens."""
@@ -101,9 +103,11 @@ class ServedWriter:
 
     def _each(self, ask: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
         found, size = list[Any](), 4 * self.client.config.parallel
+        begins = range(0, len(rows), size)
         with ThreadPoolExecutor(self.client.config.parallel) as pool:
-            for begin in range(0, len(rows), size):
+            for done, begin in enumerate(begins, 1):
                 found += pool.map(ask, rows[begin : begin + size])
+                self.tell(done, len(begins))
                 if self.stop_now():
                     raise Interrupted
         return found

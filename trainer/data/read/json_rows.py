@@ -240,7 +240,8 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
         comma = text[position : position + 1] == ","
         return "; remove the comma after the object" if comma else "; a line holds one object"
     before = text[:position].rstrip()
-    if before.endswith(",") and text[position : position + 1] in ("}", "]"):
+    late = before.endswith(",") and text[position : position + 1] in ("}", "]")
+    if late or error.msg.startswith("Illegal trailing comma"):  # as Python says it since 3.13
         return "; a comma before the closing bracket is not allowed"
     if text[position : position + 1] == "'":
         return "; JSON takes double quotes"
