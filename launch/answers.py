@@ -62,6 +62,10 @@ class Lasting:
         except OSError:
             self._leave()
 
+    def close(self) -> None:
+        """Only flushes: a library that has kept it (absl's logging, which rouge-score brings) must not close the process's."""
+        self.flush()
+
     def _leave(self) -> None:
         with suppress(OSError):  # what is buffered, too: it would be tried again at the end, and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

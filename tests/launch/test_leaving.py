@@ -1,12 +1,15 @@
 """How a process leaves: several ranks before their interpreter takes itself apart, one alone in the ordinary way."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import absl.logging
 import pytest
 
+from launch.answers import Lasting
 from strategies.errors import Preempted
 from trainer import run
 from trainer.config.run import RunConfig
@@ -67,6 +70,14 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, full):
     done = subprocess.run(words, cwd=Path(__file__).parents[2], stdout=theirs, stderr=theirs, check=False)
     os.close(theirs)
     assert (done.returncode, (tmp_path / "progress").read_text()) == (75, "saved")
+
+
+def test_a_library_that_has_kept_a_stream_does_not_close_that_of_the_process():
+    """absl's handler closes what is no stream of the process when the logging of another library, uvicorn's, is set up."""
+    own = io.StringIO()
+    handler = absl.logging.PythonHandler(Lasting(own))
+    handler.close()
+    assert not own.closed
 
 
 INTERRUPTED = """
