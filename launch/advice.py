@@ -39,7 +39,8 @@ class Partition:
 
 def partitions() -> list[Partition]:
     """What the cluster has; empty where `sinfo` cannot tell."""
-    command = ["sinfo", "--noheader", "--all", f"--format=%P|{FORMAT}"]
+    # Exactly: else nodes that differ are one line, with the least that one of them has.
+    command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{FORMAT}"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -17,7 +17,11 @@ main*|main|1:00:00|10:00|3|4|4000|(null)
 gpu|gpu|2-00:00:00|n/a|4|64|512000|gpu:h100:8(S:0-1)
 gpu|gpu|2-00:00:00|n/a|8|64|256000|gpu:a100:4
 free|free|infinite|n/a|1|4|4000|(null)
+mixed|mixed|infinite|n/a|2|4|4000|(null)
+mixed|mixed|infinite|n/a|1|64|512000|(null)
 """
+GROUPED = SINFO.replace("2|4|4000", "3|4+|4000+").replace("mixed|mixed|infinite|n/a|1|64|512000|(null)\n", "")
+"""As it says it where `--exact` is not asked (its man page)."""
 
 
 @pytest.fixture
@@ -25,7 +29,8 @@ def sinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tool = tmp_path / "bin" / "sinfo"
     tool.parent.mkdir()
     (tmp_path / "answer").write_text(SINFO)
-    tool.write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    (tmp_path / "grouped").write_text(GROUPED)
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *--exact*) cat {tmp_path}/answer;; *) cat {tmp_path}/grouped;; esac\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     return tool
@@ -47,6 +52,12 @@ def test_what_sinfo_says_is_read(sinfo):
     found = {(part.name, part.gpus): part for part in partitions()}
     assert found["gpu", 8].kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
     assert found["main", 0].default and not found["gpu", 4].default and clock(found["free", 0].limit_s) == "any time"
+
+
+def test_a_job_that_fits_the_larger_nodes_of_a_mixed_partition_is_not_refused(sinfo, tmp_path):
+    assert advised(tmp_path, partition="mixed", time="30:00", mem="400G", cpus_per_task=32)
+    with pytest.raises(ConfigError, match=r"launcher\.nodes=2: partition mixed has 1 such nodes"):
+        advised(tmp_path, partition="mixed", time="30:00", mem="400G", nodes=2)
 
 
 @pytest.mark.parametrize(
