@@ -8,10 +8,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MAX_FILE_LINES = 320
-LISTS = {"trainer/data/config.py": 370}
-"""Files that are lists to look things up in: here a length would force a cut where there is none."""
-MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
 FOREIGN = {"varlen_attention"}
 """Functions that mirror an interface of another library."""
@@ -65,8 +63,8 @@ def violations(path: Path) -> list[str]:
     text = path.read_text()
     tree = parsed(path)
     out = []
-    if (lines := len(text.splitlines())) > (most := LISTS.get(name, MAX_FILE_LINES)):
-        out.append(f"{name}: {lines} lines, at most {most}: split it by what it owns")
+    if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+        out.append(f"{name}: {lines} lines, at most {MAX_FILE_LINES}: split it by what it owns")
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
