@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import hints, overrides
 from launch.choices import CONF_DIR, OWN_DIRECTORIES, register_schemas, settings_of, variants
-from launch.frozen import Composed, default_run_dir, freeze, identity, is_finished, load_frozen
+from launch.frozen import Composed, default_run_dir, freeze, is_finished, load_frozen
 from launch.node import idle_gpus
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
@@ -60,7 +60,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
             problems += [problem for problem in refusals(config) if not problem.startswith(tuple(echoes))]
     if problems or config is None:
         raise ConfigError(problems)
-    return Composed(config, identity(config), list(argv))
+    return Composed(config, list(argv))
 
 
 def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:

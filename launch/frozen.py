@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from launch.choices import settings_of, variants
+from launch.own_files import own_files_may_apply
 from strategies.errors import ConfigError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
@@ -30,6 +32,7 @@ SHOWN_DIFFERENCES = 12
 ANOTHER_WAY = ("strategy.", f"{MICRO}: ")
 """How differences begin that a run which is not done may go on with in its directory: how it is computed, and not what."""
 NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
+OVERRIDES = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
 QUEUE_S = 10.0
 """Seconds for which an answer of SLURM's queue is taken."""
 
@@ -39,10 +42,13 @@ class Composed:
     """A run as it was asked for."""
 
     config: RunConfig
-    sha256: str
-    """Identity of the run: see `identity` for what it leaves out."""
     overrides: list[str]
     """The words it was composed from."""
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the run, as its settings are now: see `identity` for what it leaves out."""
+        return identity(self.config)
 
     @property
     def yaml(self) -> str:
@@ -186,6 +192,10 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
             raise
         return
     changed = differences(composed.config, before)
+    if changed and reached and _only_defaults_changed(composed, changed, before, path):
+        _take_over(composed.config, before)
+        print(f"{path.parent}: keeps the defaults that it began with: {'; '.join(changed)}", file=sys.stderr)
+        changed = []
     if not changed and MICRO in before.substitutions:
         composed.config.batch["micro"] = before.batch["micro"]  # chosen once
         composed.config.substitutions[MICRO] = before.substitutions[MICRO]
@@ -203,6 +213,72 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
         f"state: run.resume={path.parent}/checkpoints/<step>), or undo:"
     )
     raise ConfigError("\n    ".join([refusal, *changed[:SHOWN_DIFFERENCES], *more]))  # one problem, however it shows
+
+
+def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
+    """Take over the defaults that the run in `run_dir` began with, as `freeze` does, without writing.
+
+    For the ranks that compose the run themselves but do not freeze it: all ranks must train the same. Errors: ConfigError.
+    """
+    path = run_dir / "config.yaml"
+    reached = published(places_of(run_dir, composed.config.checkpoint.fallback_dir)) or is_finished(run_dir)
+    if not path.exists() or not reached:
+        return
+    before = load_frozen(path)
+    changed = differences(composed.config, before)
+    if changed and _only_defaults_changed(composed, changed, before, path):
+        _take_over(composed.config, before)
+
+
+def _only_defaults_changed(composed: Composed, changed: list[str], before: RunConfig, path: Path) -> bool:
+    """Whether the settings differ although the user typed the same words: then a default of shardtune changed since.
+
+    False if the words alone do not decide the settings: a file of the user's, a variable of the environment, or a value that
+    this machine chose may have changed as well.
+    """
+    words = _identifying_words(composed.overrides)
+    if words != _identifying_words(_words_of(path)):
+        return False
+    if own_files_may_apply(words) or any("${" in word for word in words):
+        return False
+    changed_keys = {line.partition(":")[0] for line in changed}
+    return not changed_keys & {*composed.config.substitutions, *before.substitutions}
+
+
+def _take_over(config: RunConfig, before: RunConfig) -> None:
+    """Give `config` every identifying setting of `before`, and the note on what that run chose itself."""
+    for group in fields(RunConfig):
+        if group.name not in (*NOT_IDENTIFYING, "run"):
+            setattr(config, group.name, getattr(before, group.name))
+    config.run.seed = before.run.seed
+    for chosen in (MICRO, STRATEGY):
+        if chosen in before.substitutions:
+            config.substitutions[chosen] = before.substitutions[chosen]
+
+
+def _identifying_words(words: list[str]) -> set[str]:
+    """The words that decide the result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
+    identifying = set()
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        group = key.partition(".")[0]
+        if group not in (*NOT_IDENTIFYING, "run") or key == "run.seed":
+            identifying.add(word)
+    return identifying
+
+
+def _words_of(path: Path) -> list[str]:
+    """The words that `freeze` noted in the head of a `config.yaml`; empty if there are none."""
+    line = OVERRIDES.search(settings_file.read_text(path))
+    if line is None:
+        return []
+    decoder, text, words = json.JSONDecoder(), line[1], []
+    start = 0
+    while start < len(text):
+        word, end = decoder.raw_decode(text, start)
+        words.append(str(word))
+        start = end + 1  # the blank between two words
+    return words
 
 
 def _identifying(tree: Any) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from launch.choices import groups
+from launch.choices import CONF_DIR, OWN_DIRECTORIES, groups
 from strategies.errors import ConfigError
 
 ENDINGS = (".yaml", ".yml")
@@ -20,6 +20,13 @@ RECORDS = ("substitutions",)
 def is_file_word(word: str) -> bool:
     """Whether a bare word names a file of settings."""
     return word.endswith(ENDINGS) and "=" not in word and not word.startswith("-")
+
+
+def own_files_may_apply(words: Iterable[str]) -> bool:
+    """Whether files of the user's own can set something: a file among `words`, `--config-dir`, or `conf/local/default.yaml`."""
+    if any(is_file_word(word) for word in words):
+        return True
+    return bool(OWN_DIRECTORIES) or (CONF_DIR / "local" / "default.yaml").exists()
 
 
 def read(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:

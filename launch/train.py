@@ -150,7 +150,7 @@ def worker(words: list[str]) -> int:
     """Be one rank. Returns 0 also when preempted: another code would make torchrun or srun end the other ranks."""
     hold()
     from launch.compose import compose, freeze, is_finished, load_frozen
-    from launch.frozen import identity
+    from launch.frozen import identity, keep_earlier_defaults
     from launch.slurm_env import export
     from strategies.parent import die_with_parent
 
@@ -167,11 +167,14 @@ def worker(words: list[str]) -> int:
         finished = is_finished(run_dir)
     else:
         composed = compose(words)
-        config, sha256 = composed.config, composed.sha256
+        config = composed.config
         run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
         finished = run_dir is not None and is_finished(run_dir)
         if rank == 0:  # the others learn the directory from rank 0 when they meet
             run_dir = freeze(composed, run_dir or run_dir_of(composed), another_way=True)
+        elif run_dir is not None:
+            keep_earlier_defaults(composed, run_dir)
+        sha256 = composed.sha256
     if finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0

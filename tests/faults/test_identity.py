@@ -214,3 +214,28 @@ def test_large_files_are_sampled_and_small_ones_read_whole(tmp_path):
             content[place] ^= 1
     path.write_bytes(large + b"\0")
     assert sampled_digest(path) != whole
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_counts_as_its_default(monkeypatch):
+    """A run of that version goes on, unless the setting now has another value than the default."""
+    monkeypatch.setattr(identity, "_files", lambda config: {})
+    config = RunConfig()
+    data = SimpleNamespace(train=FakeDocuments())
+    today = identity.identity_of(config, data)
+    earlier = {kind: dict(values) for kind, values in today.items()}
+    del earlier["data"]["data.max_length"]
+    del earlier["optimizer"]["optim.weight_decay"]
+    assert differences(identity._with_later_settings(earlier, config), today, accept=[]) == []
+
+    config.optim.weight_decay = 0.5
+    today = identity.identity_of(config, data)
+    assert differences(identity._with_later_settings(earlier, config), today, accept=[]) == [
+        "optimizer: optim.weight_decay: 0.0 there, 0.5 here"
+    ]
+
+
+class FakeDocuments:
+    fingerprint = "0" * 64
+
+    def __len__(self):
+        return 3

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from launch.compose import compose, default_run_dir, freeze, load_frozen
-from launch.frozen import NOT_IDENTIFYING, freeze_choices, identity
+from launch.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep_earlier_defaults
 from strategies.errors import ConfigError, StorageError
 from trainer.records.lease import Lease
 from trainer.records.status import write_status
@@ -108,6 +108,46 @@ def test_a_directory_of_another_run_is_refused_with_what_differs(tmp_path):
         freeze(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
     (problem,) = caught.value.problems  # not counted as three
     assert "optim.lr: 0.001 there, 0.0001 here" in problem and "strategy.name: single there, ddp here" in problem
+
+
+def test_a_default_that_changed_since_the_run_began_stays_as_it_was(tmp_path, capsys):
+    words = ["optim.lr=1e-3", "logging.every_steps=1"]
+    freeze(with_earlier_default(composed(*words)), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    today = composed("optim.lr=1e-3", "logging.every_steps=2")
+    assert today.config.optim.weight_decay != EARLIER_WEIGHT_DECAY
+    of_another_rank = composed(*words)
+    keep_earlier_defaults(of_another_rank, tmp_path)
+    freeze(today, tmp_path)
+    assert of_another_rank.sha256 == today.sha256
+    assert today.config.optim.weight_decay == EARLIER_WEIGHT_DECAY
+    assert today.config.logging.every_steps == 2
+    assert load_frozen(tmp_path / "config.yaml") == today.config
+    assert f"keeps the defaults that it began with: optim.weight_decay: {EARLIER_WEIGHT_DECAY} there, " in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay"):  # other words may mean another value
+        freeze(composed("optim.lr=1e-3", "optim.weight_decay=0.5"), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["file", "variable"])
+def test_the_same_words_are_another_run_if_what_they_name_may_have_changed(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("LENGTH", "128")
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 1e-3}")
+    words = {"file": [str(tmp_path / "mine.yaml")], "variable": ["data.max_length=${oc.env:LENGTH}"]}[source]
+    freeze(with_earlier_default(composed(*words)), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="another configuration"):
+        freeze(composed(*words), tmp_path / "run")
+
+
+EARLIER_WEIGHT_DECAY = 0.125
+
+
+def with_earlier_default(one):
+    """The run as a version with another default of `optim.weight_decay` composed it."""
+    one.config.optim.weight_decay = EARLIER_WEIGHT_DECAY
+    return one
 
 
 def test_a_run_that_is_not_done_may_go_on_in_another_way(tmp_path, capsys):

@@ -6,7 +6,7 @@ A run that goes on with other data, another base or another order is another run
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -107,3 +107,38 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = value
     return found
+
+
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The default of each setting of `config` that has one, by dotted key, as `flat(plain(config))` names it.
+
+    A group that several classes can fill (`tuning`, `optim`, `schedule` ...) has the defaults of the class that `config` holds.
+    """
+    defaults: dict[str, Any] = {}
+    _collect_defaults(config, MISSING, "", defaults)
+    return defaults
+
+
+def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, Any]) -> None:
+    """Add the defaults of `value`, which stands at `key`, and of everything below it. `default` is MISSING if it has none."""
+    if is_dataclass(value):
+        for setting in fields(value):
+            # The default of the whole group counts before the defaults of its class.
+            if type(default) is type(value):
+                own_default = getattr(default, setting.name)
+            else:
+                own_default = _default_of_field(setting)
+            own_key = f"{key}.{setting.name}" if key else setting.name
+            _collect_defaults(getattr(value, setting.name), own_default, own_key, defaults)
+    elif isinstance(value, dict) and value:
+        # A table whose names the user chose, such as `evaluation.tasks`: no entry has a default, the fields of an entry do.
+        for name, entry in value.items():
+            _collect_defaults(entry, MISSING, f"{key}.{name}", defaults)
+    elif default is not MISSING:
+        defaults[key] = _plain(default)
+
+
+def _default_of_field(setting: Field[Any]) -> Any:
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return setting.default

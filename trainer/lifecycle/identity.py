@@ -21,7 +21,7 @@ from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
 from trainer.checkpoints.chosen import settled
 from trainer.checkpoints.places import places_of, published
-from trainer.config.resuming import KINDS, flat, kind_of, plain
+from trainer.config.resuming import KINDS, defaults_of, flat, kind_of, plain
 from trainer.config.run import RunConfig
 from trainer.data.prepare import Prepared
 from trainer.model.loading import weights_directory
@@ -157,6 +157,7 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
             f"run.resume: {home / IDENTITY} cannot be read ({error}), so that nobody knows what the checkpoints beside it were "
             "trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
+    before = _with_later_settings(before, config)
     if lines := differences(before, mine, accept=config.run.accept):
         refusal = (
             f"run.resume: what is in {home} was trained with something else (there); undo it, start a new run.dir without "
@@ -164,6 +165,21 @@ def _same_as_before(config: RunConfig, mine: Kinds, run_dir: Path) -> list[str]:
         )
         raise ConfigError("\n    ".join([refusal, *_shown(lines)]))
     return list(dict.fromkeys([*accepted, *differences(before, mine, accept=[])]))
+
+
+def _with_later_settings(before: Kinds, config: RunConfig) -> Kinds:
+    """`before` with the default of each setting that the version which wrote it did not know.
+
+    An earlier version behaved as a new setting's default says: a run of that version is refused only if the setting has
+    another value now.
+    """
+    kinds = {kind: dict(values) for kind, values in before.items()}
+    known_keys = {key for values in before.values() for key in values}
+    for key, default in defaults_of(config).items():
+        kind = kind_of(key)
+        if kind is not None and key not in known_keys:
+            kinds.setdefault(kind, {})[key] = json.loads(json.dumps(default, default=str))  # as it is read back
+    return kinds
 
 
 def _read(path: Path) -> tuple[Kinds, list[str]]:
