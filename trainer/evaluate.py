@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from trainer.evaluation.report import against, page, record
 from trainer.evaluation.report.intervals import Bootstrap, interval, resampled
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
 from trainer.evaluation.report.tables import tables
+from trainer.evaluation.report.unfinished import RESULTS as UNFINISHED
+from trainer.evaluation.report.unfinished import UnfinishedReport
 from trainer.evaluation.served import ServedAsking, served_asking
-from trainer.evaluation.task_evaluator import TaskEvaluator
-from trainer.evaluation.tasks.base import Task
+from trainer.evaluation.task_evaluator import Done, TaskEvaluator
+from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.prepared import TaskContext
 from trainer.forecast.exceeded import telling_of_evaluation
 from trainer.lifecycle.attempt import Where, rank_of_job
@@ -99,16 +102,24 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         evaluator = TaskEvaluator(tasks, asking_of(config, data, step, tokenizer, engine, runtime, asked))
     evaluator.tell(console.say)
     where.phase = "evaluating"
+    about = _about(config, job, str(precision), runtime)
+    unfinished = UnfinishedReport(Path(job.to), about["model"]) if runtime.is_main else None
+    earlier = None if job.report is None else record.read(Path(job.report), "against")
+    _name_opponents(job, evaluator, {} if earlier is None else earlier.rows)
+    evaluator.check_rows()
     try:
-        with telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.under_way}", config, runtime):
-            found = _both(job, built, evaluator, console)
+        with (
+            telling_of_evaluation(lambda: f"evaluation.tasks.{evaluator.under_way}", config, runtime),
+            _telling_of_finished(unfinished, console),
+        ):
+            found = _both(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))
     except Interrupted:
-        raise Preempted("asked to stop; an evaluation keeps nothing: the same command begins it again") from None
+        raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     where.phase = "writing the report"
     where.still_ours(runtime)
-    if runtime.is_main:
-        about = _about(config, job, str(precision), runtime)
+    if unfinished is not None:
         report, shown = _report(config, job, about, [ready.task for ready in tasks], found)
+        unfinished.discard()
         if config.logging.tables and not job.asked_first:
             track_evaluation(config, job_dir, report, shown, console.say)
     processes.barrier(runtime)
@@ -126,24 +137,64 @@ def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked
     return served_asking(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
 
 
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Who hears of each task that a model has answered: the console, and on rank 0 the unfinished report."""
+
+    console: Console
+    unfinished: UnfinishedReport | None
+    scored: bool
+    """Whether metrics mean something (prompts of a review have no right answer)."""
+
+    def finished(self, arm: str, done: Done) -> None:
+        """Tell of a task. Errors: StorageError."""
+        name = done.ready.task.name
+        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.values.items())
+        metrics = f" {shown} " if self.scored else ""
+        self.console.say(f"{arm}: {name}:{metrics} ({len(done.rows)} rows, {done.seconds:.1f} s)")
+        if done.pace is not None:
+            self.console.say(f"{arm}: {name}: {done.pace}")
+        if self.unfinished is not None:
+            self.unfinished.add(arm, done)
+
+
+@contextmanager
+def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) -> Iterator[None]:
+    """However the evaluation is broken off, say which tasks are written down, and where."""
+    try:
+        yield
+    except BaseException:
+        if unfinished is not None and (names := unfinished.names()):
+            console.say(f"finished before that: {', '.join(names)}; see {unfinished.to / UNFINISHED}")
+        raise
+
+
+def _name_opponents(job: EvaluationJob, evaluator: TaskEvaluator, rows: dict[str, list[TaskRow]]) -> None:
+    """Give tasks that judge two answers the other model's, as far as they are known; `rows` are its, by task."""
+    for ready in evaluator.tasks:
+        # The base has not answered yet: it meets the other model's answers once it has.
+        ready.task.is_other = job.asked_first or job.base
+        if ready.task.name in rows:
+            ready.task.other = {row.where: row.answer for row in rows[ready.task.name]}
+
+
 def _both(
-    job: EvaluationJob, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, console: Console
+    job: EvaluationJob, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
     """Every task of the model, and where asked for of what it was before training; None: of a server's. All ranks must call."""
     found: dict[str, EvaluatedModel] = {}
     if built is not None:
-        found = _before(job, *built, evaluator, console)
-    rows = found[BASE].rows if job.base else {} if job.report is None else record.read(Path(job.report), "against").rows
-    for ready in evaluator.tasks:  # what is judged beside the other's answers
+        found = _before(job, *built, evaluator, listener)
+    for ready in evaluator.tasks:
         ready.task.is_other = job.asked_first
-        if ready.task.name in rows:
-            ready.task.other = {row.where: row.answer for row in rows[ready.task.name]}
-    found[TUNED] = _ask(evaluator, console, TUNED, scored=job.kept)
+        if job.base:  # what is judged beside the other's answers
+            ready.task.other = {row.where: row.answer for row in found[BASE].rows[ready.task.name]}
+    found[TUNED] = _ask(evaluator, TUNED, listener)
     return found
 
 
 def _before(
-    job: EvaluationJob, engine: Engine, built: Built, evaluator: TaskEvaluator, console: Console
+    job: EvaluationJob, engine: Engine, built: Built, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
     """What the model was before training, where asked for; then it is as its checkpoint says. All ranks must call."""
     found: dict[str, EvaluatedModel] = {}
@@ -151,26 +202,24 @@ def _before(
     for ready in evaluator.tasks:
         ready.task.is_other = True
     if before:  # as it is before a checkpoint is loaded
-        found[BASE] = _ask(evaluator, console, BASE, scored=job.kept)
+        found[BASE] = _ask(evaluator, BASE, listener)
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
     if job.base and not before:
         with built.tuning.reference(built.step_module.model):
-            found[BASE] = _ask(evaluator, console, BASE, scored=job.kept)
+            found[BASE] = _ask(evaluator, BASE, listener)
     return found
 
 
-def _ask(evaluator: TaskEvaluator, console: Console, arm: str, *, scored: bool) -> EvaluatedModel:
-    """Every task of one model. All ranks must call. `scored`: its metrics mean something (a review's prompts have no answer)."""
+def _ask(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> EvaluatedModel:
+    """Every task of one model. All ranks must call."""
     found = EvaluatedModel()
     for done in evaluator.each():
         name = done.ready.task.name
         found.rows[name], found.values[name], found.seconds[name] = done.rows, done.values, done.seconds
-        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.values.items())
-        console.say(f"{arm}: {name}:{f' {shown} ' if scored else ''} ({len(done.rows)} rows, {done.seconds:.1f} s)")
         if done.pace is not None:
             found.paces[name] = done.pace
-            console.say(f"{arm}: {name}: {done.pace}")
+        listener.finished(arm, done)
     return found
 
 

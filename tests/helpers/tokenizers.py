@@ -72,7 +72,7 @@ WORDS = "the quick brown fox jumps over a lazy dog ; hello world , what is it ? 
 
 
 @lru_cache
-def _backend(vocab_size: int, adds_bos: bool) -> str:
+def _backend(vocab_size: int, adds_bos: bool, texts: tuple[str, ...] = (WORDS,)) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
@@ -84,7 +84,7 @@ def _backend(vocab_size: int, adds_bos: bool) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([WORDS] * 4, trainer)
+    backend.train_from_iterator(texts * 4, trainer)
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -93,14 +93,22 @@ def _backend(vocab_size: int, adds_bos: bool) -> str:
 
 
 def tiny_tokenizer(
-    chat_template: str | None = CHATML, *, eos_token: str = "</s>", adds_bos: bool = False, vocab_size: int = 384
+    chat_template: str | None = CHATML,
+    *,
+    eos_token: str = "</s>",
+    adds_bos: bool = False,
+    vocab_size: int = 384,
+    texts: tuple[str, ...] = (WORDS,),
 ):
-    """A byte-level BPE tokenizer of at most `vocab_size` entries (256 of them bytes); pad is `<pad>`, bos is `<s>`."""
+    """A byte-level BPE tokenizer of at most `vocab_size` entries (256 of them bytes); pad is `<pad>`, bos is `<s>`.
+
+    `texts`: what its pieces are learned from. A word that begins a text there is one token, if the vocabulary has room.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_backend(vocab_size, adds_bos)),
+        tokenizer_object=Tokenizer.from_str(_backend(vocab_size, adds_bos, texts)),
         bos_token="<s>",
         eos_token=eos_token,
         pad_token="<pad>",

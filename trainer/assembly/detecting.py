@@ -42,6 +42,7 @@ def watched(
     if not tasks:
         return evaluators
     inner, forgetting = TaskEvaluator(tasks, asking()), config.challenges.forgetting
+    inner.check_rows()  # before a first forward pass, not at the first evaluation
     names = [*([GENERAL] if forgetting.data is not None else []), *forgetting.tasks]
     if names and forgetting.action is not Reaction.off:
         challenges.base = BaseRows(inner, names, place.run_dir, place.console.say)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
 from trainer.data.document import RefusedDocument
+from trainer.evaluation.tasks.asking import FirstRequest
 from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.prepared import Ready
 
@@ -57,6 +59,30 @@ class TaskEvaluator:
 
         self.asking.writer.tell = heard
 
+    def check_rows(self) -> None:
+        """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
+
+        No collective; the same on all ranks. Errors: those of `each`. Rows of lm_eval are left out: the harness encodes them
+        while it asks.
+        """
+        self.asking.only_checks = True
+        try:
+            for ready in self.tasks:
+                if not ready.task.own_rows:
+                    with suppress(FirstRequest):
+                        self._run(ready)
+        finally:
+            self.asking.only_checks = False
+
+    def _run(self, ready: Ready) -> list[TaskRow]:
+        """The rows of one task, with its key before what went wrong. Errors: DataError, ConfigError, those of servers."""
+        try:
+            return ready.task.run(ready.cases, self.asking)
+        except RefusedDocument as error:  # one row that the chat template cannot write
+            raise DataError(f"{ready.task.key}: {error}") from None
+        except ShardtuneError as error:  # the same on all ranks
+            raise type(error)(f"{ready.task.key}: {error}") from None
+
     def each(self, names: Collection[str] | None = None) -> Iterator[Done]:
         """Every task with its rows, or those of these names. All ranks must exhaust it."""
         self.asking.seen.clear()
@@ -66,12 +92,7 @@ class TaskEvaluator:
             began, writer = time.perf_counter(), self.asking.writer
             self.under_way = ready.task.name
             writer.pace = None
-            try:
-                rows = ready.task.run(ready.cases, self.asking)
-            except RefusedDocument as error:  # one row that the chat template cannot write
-                raise DataError(f"{ready.task.key}: {error}") from None
-            except ShardtuneError as error:  # the same on all ranks
-                raise type(error)(f"{ready.task.key}: {error}") from None
+            rows = self._run(ready)
             values = ready.task.values(rows) if self.asking.runtime.is_main else {}
             values = broadcast_object(values, self.asking.runtime)
             yield Done(ready, rows, values, time.perf_counter() - began, writer.pace)

@@ -38,6 +38,10 @@ class Question:
     answer: Ids
 
 
+class FirstRequest(Exception):
+    """A task whose rows are only checked would now ask the model: its rows are encoded, and they fit."""
+
+
 @dataclass(slots=True)
 class Asking:
     """A model that can be asked, and how."""
@@ -57,6 +61,8 @@ class Asking:
     """The model that judges answers, where there is one."""
     seen: dict[tuple[int, int | None], dict[int, tuple[float, float]]] = field(default_factory=dict)
     """What `terms` found since the weights were last changed, so that several tasks of one data set share a pass."""
+    only_checks: bool = False
+    """Whether rows are only encoded and checked: a request raises FirstRequest before the model or a server hears of it."""
 
     @property
     def model_config(self) -> Any:
@@ -78,14 +84,24 @@ class Asking:
             found.append(Question(document.where, sample.input_ids[:cut].tolist(), learned))
         return found
 
+    def text_ids(self, document: Document) -> Ids:
+        """Token ids of a plain text, without the tokens that end it. No collective. Raises DataError with file and line."""
+        ((_, sample),) = self.encoder.encode([document])
+        ids: Ids = sample.input_ids.tolist()
+        while ids and ids[-1] in self.encoder.end_ids:
+            ids.pop()
+        return ids
+
     def answers(self, questions: Sequence[Question], how: WritingConfig, key: str) -> list[WrittenAnswer]:
         """What the model writes. Raises DataError for a question that leaves no room."""
         self._fits(questions, how.max_new_tokens, f"{key}.write.max_new_tokens={how.max_new_tokens}")
+        self._may_ask()
         return self.writer.answers(self.engine, [question.context for question in questions], how)
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
         """How likely the model holds each answer."""
         self._fits(questions, max(len(question.answer) for question in questions), "the answers")
+        self._may_ask()
         return self.writer.likelihoods(self.engine, [(question.context, question.answer) for question in questions])
 
     def the_judge(self, key: str) -> Judge:
@@ -109,6 +125,7 @@ class Asking:
 
     def logits(self, samples: Sequence[Sample]) -> list[list[float]]:
         """What a classifier's head says of each sample, a number for each label."""
+        self._may_ask()
         from strategies.runtime import gather_objects
         from trainer.data.batches.collate import to_device
         from trainer.evaluation.writing import dealt
@@ -131,6 +148,7 @@ class Asking:
 
     def terms(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
         """(summed loss, targets that were the likeliest token) of each sequence, one in a micro-batch, by its number."""
+        self._may_ask()
         from strategies.runtime import gather_objects
         from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
 
@@ -148,6 +166,11 @@ class Asking:
         together = {number: each for part in gather_objects(found, self.runtime) for number, each in part.items()}
         self.seen[id(dataset), max_rows] = together
         return together
+
+    def _may_ask(self) -> None:
+        """Raises FirstRequest where rows are only checked."""
+        if self.only_checks:
+            raise FirstRequest
 
     def _check_stop(self) -> None:
         from trainer.evaluation.loss import Interrupted

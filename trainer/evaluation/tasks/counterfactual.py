@@ -251,13 +251,23 @@ def _question(case: Case, variant: Variant, asking: Asking) -> Question:
     (whole,) = asking.questions([Document(*where, text=variant.text)])
     if variant.cut == 0:
         return whole
-    (before,) = asking.questions([Document(*where, text=variant.text[: variant.cut])])
-    ids, known = [*whole.context, *whole.answer], [*before.context, *before.answer]
-    same = next(
-        (n for n, (one, other) in enumerate(zip(ids, known, strict=False)) if one != other), min(len(ids), len(known))
-    )
-    same = max(1, min(same, len(ids) - 1))
-    return Question(whole.where, ids[:same], ids[same:])
+    # Only token ids are needed here: a beginning of one token ("Emily", without BOS) has no answer to ask for.
+    beginning = asking.text_ids(Document(*where, text=variant.text[: variant.cut]))
+    ids = [*whole.context, *whole.answer]
+    shared = _shared_prefix_length(ids, beginning)
+    # The context has a token at least, and the answer too.
+    split = max(1, min(shared, len(ids) - 1))
+    return Question(whole.where, ids[:split], ids[split:])
+
+
+def _shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that two texts begin with alike."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
 
 
 def _fill(text: str, words: dict[str, str]) -> str:
