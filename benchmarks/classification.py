@@ -81,7 +81,7 @@ def baseline(directory: Path) -> list[str]:
 
 def report(run: Path) -> str:
     """One line on a finished run."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = next(row for row in reversed(rows) if "eval/accuracy" in row)
     seconds = sum(row["step_s"] for row in rows if "step_s" in row)
     best = max(row["eval/accuracy"] for row in rows if "eval/accuracy" in row)

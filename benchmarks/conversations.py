@@ -106,7 +106,7 @@ def make_inputs(directory: Path, count: int, vocabulary: int = 32_000) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     texts = []
-    with data.open("w") as file:
+    with data.open("w", encoding="utf-8") as file:
         for row in conversations(count):
             file.write(json.dumps(row) + "\n")
             texts += [message["content"] for message in row["messages"]]

@@ -76,13 +76,13 @@ def measure(case: Case, data: Path, *, processes: int = 1, count: bool = False) 
         environment["PYTHONPATH"] = str(HERE.parent)
     log = WORK / "log.txt"
     began = time.perf_counter()
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=out)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{case.name}: exit code {process.returncode}\n{log.read_text()[-2000:]}")
-    found = json.loads(log.read_text().splitlines()[-1])
+        raise RuntimeError(f"{case.name}: exit code {process.returncode}\n{log.read_text(encoding='utf-8')[-2000:]}")
+    found = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     found["process_cpu"], found["process_wall"] = usage.ru_utime + usage.ru_stime, time.perf_counter() - began
     found["rss"] = max(found["rss_self"], found["rss_child"])
     return found
@@ -220,9 +220,11 @@ def main() -> None:
     facts = {"samples": args.samples, "rounds": args.rounds, "failed": failed, "hardware": hardware()}
     facts |= {"checked": checked, "measured": measured, "two": two, "packing": pack_many(1_000_000)}
     facts["command"] = " ".join(["python benchmarks/data_preparation.py", *sys.argv[1:]])
-    (WORK / "measured.json").write_text(json.dumps(facts, indent=1))
-    RESULTS.write_text(report(facts) + NOTES + RESULTS.read_text().partition(NOTES)[2])
-    print(RESULTS.read_text())
+    (WORK / "measured.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    RESULTS.write_text(
+        report(facts) + NOTES + RESULTS.read_text(encoding="utf-8").partition(NOTES)[2], encoding="utf-8"
+    )
+    print(RESULTS.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

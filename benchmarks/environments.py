@@ -38,7 +38,7 @@ def install(peer: str) -> str | None:
     """Make a peer's environment unless it is there with these packages; what went wrong, if anything did."""
     directory, wanted = envs() / peer, "\n".join(PACKAGES[peer]) + "\n"
     stamp = directory / "installed"
-    if stamp.exists() and stamp.read_text() == wanted:
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return None
     shutil.rmtree(directory, ignore_errors=True)
     print(f"installing {peer} ...", flush=True)
@@ -51,13 +51,13 @@ def install(peer: str) -> str | None:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = error.stderr if isinstance(error.stderr, str) and error.stderr.strip() else str(error)
         return f"cannot be installed: {said.strip().splitlines()[-1]}"
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, encoding="utf-8")
     return None
 
 
 def hardware() -> str:
     """The processor, the cores this process may use, and the memory."""
-    about = Path("/proc/cpuinfo").read_text().splitlines()
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(": ")[2] for line in about if line.startswith("model name")), "unknown processor")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"

@@ -70,15 +70,15 @@ def main() -> int:
         command += [f"--{name}={getattr(args, name)}" for name in ("rounds", "prompts", "new", "batch")]
         command += [f"--matmul={matmul}", f"--out={out}"]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        found.append(json.loads(out.read_text()))
+        found.append(json.loads(out.read_text(encoding="utf-8")))
     from importlib.metadata import version
 
     about = {name: version(name) for name in ("torch", "transformers")}
     settings = {name: getattr(args, name) for name in ("rounds", "prompts", "new", "batch")}
     name = args.model or "Llama of 16.9 M parameters"
     result = {"hardware": hardware(), "versions": about, "model": name, **settings, "jobs": found}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(page(result))
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(page(result), encoding="utf-8")
     print(page(result))
     return 0
 
@@ -112,7 +112,7 @@ def rank(args: argparse.Namespace) -> int:
     work = args.out.with_suffix("")
     work.mkdir(parents=True, exist_ok=True)
     rows = work / f"rows-{place}.jsonl"  # a task with a row, which asks nothing: it is what an evaluation starts with
-    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     words = [
         f"model.path={args.model}",
         f"to={work}",
@@ -158,7 +158,7 @@ def rank(args: argparse.Namespace) -> int:
                 "cpu_ms_per_token": per,
                 "same": same,
             }
-            args.out.write_text(json.dumps(job, indent=1) + "\n")
+            args.out.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

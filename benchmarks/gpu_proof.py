@@ -301,8 +301,8 @@ def main() -> int:
     print(text)
     if not dry:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "gpu_proof.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (RESULTS / "gpu_proof.md").write_text(text)
+        (RESULTS / "gpu_proof.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / "gpu_proof.md").write_text(text, encoding="utf-8")
     return int(not facts["tests"]["passed"] or not all(row.get("agrees", True) for row in facts["kernels"].values()))
 
 

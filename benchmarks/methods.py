@@ -134,7 +134,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "methods": {each.pop("row"): each for each in found},
     }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ WORDS = ["data.max_length=4096", "hardware=h100_80g", "launcher.nodes=4", "launc
 def measured(size: str, more: list[str], place: Path) -> dict[str, Any]:
     """Seconds of one plan, whose answer is left in `place`."""
     (place / size).mkdir(parents=True, exist_ok=True)
-    (place / size / "config.json").write_text(json.dumps(MODELS[SIZES[size]]))
+    (place / size / "config.json").write_text(json.dumps(MODELS[SIZES[size]]), encoding="utf-8")
     words = [*WORDS, *more]
     command = [sys.executable, "-m", "launch.main", "plan", f"model.path={place / size}", *words, "--json"]
     before, started, load = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), os.getloadavg()[0]
@@ -38,7 +38,7 @@ def measured(size: str, more: list[str], place: Path) -> dict[str, Any]:
     wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 69):
         raise SystemExit(done.stderr)
-    (place / f"{size}.json").write_text(done.stdout)
+    (place / f"{size}.json").write_text(done.stdout, encoding="utf-8")
     answer = json.loads(done.stdout)
     return {
         "model": SIZES[size],
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
             ["python -m benchmarks.plan_time", *options.sizes, *(["--words", *options.words] if options.words else [])]
         ),
     }
-    RESULTS.write_text(json.dumps(about | {"plans": rows}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(about | {"plans": rows}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1))
     return 0
 

@@ -137,7 +137,7 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Fo
     for asked in questions:
         path = place / asked.model
         path.mkdir(exist_ok=True)
-        (path / "config.json").write_text(json.dumps(MODELS[asked.model]))
+        (path / "config.json").write_text(json.dumps(MODELS[asked.model]), encoding="utf-8")
         card, settings = read_own([f"hardware={CARDS[asked.gpu]}"])
         words = [f"model.path={path}", f"strategy={asked.strategy}", f"tuning={asked.tuning}", "precision=bf16"]
         words += [f"strategy.activation_checkpointing={asked.recompute}", "launcher=slurm", "run.device=cuda"]
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> int:
     left_out += [{"id": row["id"], "why": "no equal strategy or model"} for row in rows if question(row) is None]
     made.sort(key=lambda one: one["as_theirs_gib"] if options.no_fit else -abs(one["off_percent"]))
     (options.results or (NO_FIT if options.no_fit else RESULTS)).write_text(
-        json.dumps({"rows": made, "left_out": left_out}, indent=1) + "\n"
+        json.dumps({"rows": made, "left_out": left_out}, indent=1) + "\n", encoding="utf-8"
     )
     print(*(["written"] if options.no_fit else summary(made)), sep="\n")
     return 0

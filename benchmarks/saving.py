@@ -134,7 +134,7 @@ def main() -> None:
         **turns.results(),
     }
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    given.results.write_text(json.dumps(found, indent=1) + "\n")
+    given.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in found.items() if key != "every"}, indent=1))
 
 

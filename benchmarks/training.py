@@ -112,8 +112,8 @@ def report(
 def keep(directory: Path, name: str, text: str, facts: dict[str, Any]) -> None:
     """The table as Markdown and the figures as JSON."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (directory / f"{name}.md").write_text(text)
+    (directory / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (directory / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

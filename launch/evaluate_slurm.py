@@ -70,7 +70,7 @@ def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
     script = made.directory.absolute() / SCRIPT
     try:
         (made.directory / "logs").mkdir(parents=True, exist_ok=True)
-        script.write_text(text)
+        script.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
     job = sbatch(script, [])

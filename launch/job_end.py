@@ -62,9 +62,9 @@ def lost(logs: Path, job: JobStart, limit: int, how: str = "lost") -> bool:
     """Count one more start whose rank or node was `lost`; whether there may be another. Errors: StorageError."""
     count = logs / f"{how}-{job.name}"
     try:
-        with count.open("a") as file:
+        with count.open("a", encoding="utf-8") as file:
             file.write(f"{job.restart}\n")
-        return len(count.read_text().splitlines()) <= limit
+        return len(count.read_text(encoding="utf-8").splitlines()) <= limit
     except OSError as error:
         raise StorageError(f"{count}: cannot be written ({error.strerror or error}); free space") from error
 

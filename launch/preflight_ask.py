@@ -141,7 +141,7 @@ def _shared(asked: PreflightRequest) -> Iterator[Path | None]:
     place = Path(asked.run_dir).expanduser() / "preflight" / asked.token
     try:
         place.mkdir(parents=True)
-        (place / "asked").write_text(asked.token)
+        (place / "asked").write_text(asked.token, encoding="utf-8")
     except OSError as error:
         raise StorageError(
             f"{place}: cannot be written ({error.strerror or error}); free space, or set run.dir"

@@ -47,11 +47,11 @@ def recall(words: list[str]) -> dict[str, Any] | None:
     from trainer.data.config import Verify
 
     try:
-        record = json.loads(_path(words).read_text())
+        record = json.loads(_path(words).read_text(encoding="utf-8"))
         if record["inputs"] != {key: _state(key, value) for key, value in record["values"].items()}:
             return None
         directory, how = Path(record["directory"]), Verify(record["verify"])
-        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         hashes = manifest["hashes"]
     except (OSError, ValueError, KeyError, ShardtuneError):
         return None
@@ -87,7 +87,7 @@ def remember(words: list[str], config: RunConfig, directory: Path) -> None:
         path = _path(words)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(record))
+        temporary.write_text(json.dumps(record), encoding="utf-8")
         temporary.replace(path)
 
 
@@ -96,14 +96,16 @@ def _path(words: list[str]) -> Path:
         "words": words,
         "from": str(Path.cwd()),
         "own": [
-            (str(f), f.read_text())
+            (str(f), f.read_text(encoding="utf-8"))
             for f in [
                 *map(Path, filter(is_file_word, words)),
                 *(g for d in OWN_DIRECTORIES for g in sorted(d.rglob("*.yaml"))),
             ]
             if f.is_file()
         ],
-        "conf": [(str(f.relative_to(CONF_DIR)), f.read_text()) for f in sorted(CONF_DIR.rglob("*.yaml"))],
+        "conf": [
+            (str(f.relative_to(CONF_DIR)), f.read_text(encoding="utf-8")) for f in sorted(CONF_DIR.rglob("*.yaml"))
+        ],
         "versions": {name: _version(name) for name in LIBRARIES},
         "code": [_file_state(f) for f in sorted(Path(__file__).parents[1].glob("trainer/data/**/*.py"))],
     }

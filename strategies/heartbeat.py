@@ -117,7 +117,7 @@ class Heartbeats:
         In the main thread.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = path.open("a")
+        self._stacks = path.open("a", encoding="utf-8")
         # A handler does not hold the lock of the interpreter: another thread's frames change while it reads them, and it dies.
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
@@ -257,7 +257,7 @@ class Heartbeats:
         if (directory := os.environ.get(LAST_WORDS)) is not None:
             with contextlib.suppress(OSError):
                 new = Path(directory) / f".{self.rank}"
-                new.write_text(json.dumps(about))
+                new.write_text(json.dumps(about), encoding="utf-8")
                 new.replace(Path(directory) / str(self.rank))
 
 
@@ -270,7 +270,7 @@ def _signal_main_thread(pid: int, number: int) -> None:
 def last_words(directory: Path, rank: int) -> SignOfLife | None:
     """What a rank of this host last said of itself, for the launcher that gave it the directory; None where it said nothing."""
     try:
-        return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text()))
+        return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -141,7 +141,7 @@ _ORDERED = platform.machine().lower() in ("x86_64", "amd64")
 def _ended(process: int) -> bool:
     """Whether a process is gone, or only its exit status is left."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
@@ -185,7 +185,9 @@ def _create() -> int | None:
 def _place() -> str | None:
     """Where a process's number means the same process: the running kernel and the namespace of its processes."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + str(
+            Path("/proc/self/ns/pid").readlink()
+        )
     except OSError:
         return None
 

@@ -168,7 +168,7 @@ def out_of_memory_kills() -> int | None:
     Of this process's cgroup and those below it (version 2), where its children are and no other job of the host; of the whole
     host where that is not counted.
     """
-    host = (path.read_text() for path in [_HOST] if path.is_file())
+    host = (path.read_text(encoding="utf-8") for path in [_HOST] if path.is_file())
     for text in (*_cgroup_files("memory.events"), *host):
         for line in text.splitlines():
             if line.startswith("oom_kill "):
@@ -179,7 +179,7 @@ def out_of_memory_kills() -> int | None:
 def free_host_memory() -> int | None:
     """Bytes that this process may still take of its host, by the kernel's estimate and its cgroups; None where nobody can say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
@@ -193,13 +193,13 @@ def free_host_memory() -> int | None:
 def _cgroup_files(name: str) -> Iterator[str]:
     """What the file `name` says in the cgroup (version 2) of this process and in those around it, where it exists."""
     try:
-        own = next(line[3:] for line in _MEMBERSHIP.read_text().splitlines() if line.startswith("0::"))
+        own = next(line[3:] for line in _MEMBERSHIP.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         own = "/"
     here = _CGROUPS / own.strip("/")
     for place in (here, *here.parents):
         if place.is_relative_to(_CGROUPS) and (place / name).is_file():
-            yield (place / name).read_text()
+            yield (place / name).read_text(encoding="utf-8")
 
 
 def bound_groups(runtime: Runtime, more_s: float = 0) -> None:

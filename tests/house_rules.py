@@ -27,7 +27,7 @@ OWNERS = {  # external package -> the only places that may import it
 
 @cache
 def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(tree: ast.AST) -> list[tuple[str, int]]:
@@ -60,7 +60,7 @@ def names(tree: ast.AST) -> set[str]:
 
 def violations(path: Path) -> list[str]:
     name = path.relative_to(ROOT).as_posix()
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     tree = parsed(path)
     out = []
     if (lines := len(text.splitlines())) > MAX_FILE_LINES:
@@ -98,6 +98,35 @@ def same_names(paths: list[Path]) -> list[str]:
     return [f"two classes are called {name}: {', '.join(where)}" for name, where in places.items() if len(where) > 1]
 
 
+def without_encoding(path: Path) -> list[str]:
+    """Texts that are read or written in the encoding of whoever runs us: a file of ours is UTF-8 everywhere."""
+    name = path.relative_to(ROOT).as_posix()
+    return [
+        f'{name}:{node.lineno}: a text file without encoding="utf-8"'
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and is_text_file_call(node)
+        if all(keyword.arg not in ("encoding", None) for keyword in node.keywords)
+    ]
+
+
+def is_text_file_call(call: ast.Call) -> bool:
+    """Whether it is read_text, write_text, or an open in a text mode; `place.open()` may be anybody's, and passes."""
+    is_method = isinstance(call.func, ast.Attribute)
+    function = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if function == "read_text":
+        return not call.args
+    if function == "write_text":
+        return len(call.args) < 2
+    if function not in ("open", "fdopen"):
+        return False
+    modes = call.args[:1] if is_method and function == "open" else call.args[1:2]
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or modes
+    if not modes:
+        return function == "open" and not is_method
+    mode = getattr(modes[0], "value", None)
+    return isinstance(mode, str) and set(mode) <= set("rwax+t")
+
+
 def not_there(path: Path) -> list[str]:
     """Names that a benchmark, which nothing here runs or types, imports from a module of ours that has them no more."""
     return [
@@ -131,12 +160,14 @@ def main() -> int:
     ).split()
     files = [ROOT / f for f in sorted(set(listed)) if f.endswith(".py") and (ROOT / f).exists()]
     found = [line for f in files for line in violations(f)] + same_names(files)
-    found += [line for path in sorted((ROOT / "benchmarks").rglob("*.py")) for line in not_there(path)]
+    scripts = [*sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "docs").glob("*.py"))]
+    found += [line for path in scripts for line in not_there(path)]
+    found += [line for path in [*files, *scripts] for line in without_encoding(path)]
     found += [
         f"{f}: contains the path of a machine"
         for f in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
         if (ROOT / f).suffix in {".py", ".md", ".yaml", ".toml", ".sh", ".sbatch"}
-        and re.search(r"/(work|farm|root)/(?!\*)", (ROOT / f).read_text())
+        and re.search(r"/(work|farm|root)/(?!\*)", (ROOT / f).read_text(encoding="utf-8"))
         and f != "tests/house_rules.py"
     ]
     print("\n".join(found) or "house rules: ok")

@@ -98,7 +98,7 @@ def _command(run: Path, verb: str, words: list[str]) -> None:
 
     run.mkdir(parents=True, exist_ok=True)
     screen = run / f"{verb}.txt"
-    with screen.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with screen.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main([verb, *words])
     if code:
         raise SystemExit(f"{run}: {verb} failed with {code}, see {screen}")

@@ -37,7 +37,7 @@ def cpu_seconds() -> float:
 
 def own_peak() -> float:
     """Most memory this process has held, in MB; `ru_maxrss` would remember the process that started it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -21,7 +21,7 @@ def settings(data: Path, tokenizer: Path, out: Path, length: int, processes: int
     shutil.copytree(tokenizer, base)
     about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "vocab_size": 32_000}
     sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    (base / "config.json").write_text(json.dumps({**about, **sizes}))
+    (base / "config.json").write_text(json.dumps({**about, **sizes}), encoding="utf-8")
     source = {
         "path": str(data),
         "ds_type": "json",

@@ -41,7 +41,7 @@ def settings(data: Path, tokenizer: Path, out: Path, length: int, processes: int
             "system_tag": "system",
         },
     }
-    (out / "dataset_info.json").write_text(json.dumps({"bench": about}))
+    (out / "dataset_info.json").write_text(json.dumps({"bench": about}), encoding="utf-8")
     return {
         "stage": "sft",
         "do_train": True,

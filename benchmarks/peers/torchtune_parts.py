@@ -15,7 +15,7 @@ class Documents(Dataset):
     """The tokens of the documents, as torchtune's collators take them, `count` of them."""
 
     def __init__(self, path: str, count: int) -> None:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         self.rows = [rows[index % len(rows)] for index in range(count)]
 
     def __len__(self) -> int:

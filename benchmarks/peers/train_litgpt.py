@@ -21,7 +21,7 @@ def checkpoint(args: Any) -> Path:
     from litgpt.utils import save_config
     from safetensors.torch import load_file
 
-    shape = json.loads((args.inputs / "model" / "config.json").read_text())
+    shape = json.loads((args.inputs / "model" / "config.json").read_text(encoding="utf-8"))
     config = Config(
         name="bench",
         hf_config={},

@@ -11,7 +11,7 @@ from stretches import Stretches, options
 
 def settings(args: Any) -> dict[str, Any]:
     """The recipe's configuration, as its YAML would say it."""
-    shape = json.loads((args.inputs / "model" / "config.json").read_text())
+    shape = json.loads((args.inputs / "model" / "config.json").read_text(encoding="utf-8"))
     model: dict[str, Any] = {
         "_component_": f"torchtune.models.llama3.{'lora_' if args.tuning == 'lora' else ''}llama3",
         "vocab_size": shape["vocab_size"],

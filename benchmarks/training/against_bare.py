@@ -61,7 +61,7 @@ def run(command: list[str], out: Path) -> dict[str, Any]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:3])} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def measure(case: str, model: Path, data: Path, work: Path, *, rounds: int, steps: int, matmul: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -131,12 +131,12 @@ def main() -> None:
         parser.add_argument(name, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps = json.loads(Path(args.batches).read_text())
+    steps = json.loads(Path(args.batches).read_text(encoding="utf-8"))
     model = build(args.model, args.tuning, args.precision)
     start = time.process_time()
     train(model, steps, lr=1e-3, precision=args.precision)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    Path(args.out).write_text(json.dumps({"start_s": start, "peak_mib": peak}))
+    Path(args.out).write_text(json.dumps({"start_s": start, "peak_mib": peak}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Process:
         environment.pop("PYTHONPATH", None)
         if case.environment is None:
             environment["PYTHONPATH"] = str(HERE.parent)
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [*command, f"--out={self.out}", *case.options],
                 stdout=log,
@@ -92,7 +92,9 @@ class Process:
             if not more:
                 self.kill()
                 silent = "" if ready else f"said nothing for {self.work.patience_s:.0f} s; "
-                raise Failed(f"{silent}{reason(self.log.read_text(errors='replace'))} (see {self.log})")
+                raise Failed(
+                    f"{silent}{reason(self.log.read_text(errors='replace', encoding='utf-8'))} (see {self.log})"
+                )
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\n")
         return json.loads(line)

@@ -93,7 +93,7 @@ def tokens_of(messages: list[dict[str, str]], tokenizer: Any) -> dict[str, list[
 
 def write(path: Path, rows: list[Any]) -> None:
     """JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_model(directory: Path, size: Size, tokenizer: Path) -> None:

@@ -43,7 +43,7 @@ def texts(work: Work, length: int, count: int) -> Path:
             words += said[at % len(said)].split()
             at += 1
         made.append(json.dumps({"text": " ".join(words)}))
-    (directory / "train.jsonl").write_text("\n".join(made) + "\n")
+    (directory / "train.jsonl").write_text("\n".join(made) + "\n", encoding="utf-8")
     (directory / "done").touch()
     return directory
 

@@ -65,7 +65,7 @@ def start(words: list[str], out: Path) -> subprocess.Popen:
     """Begin a run; its output goes to `<out>.log`."""
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with out.with_suffix(".log").open("w") as log:
+    with out.with_suffix(".log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=out.parent)
 
 
@@ -92,7 +92,7 @@ def once(work: Work, what: str, ranks: int, steps: int, batch: int) -> tuple[flo
     try:
         for out, process in processes:
             if process.wait(timeout=600):
-                raise Failed(reason(out.with_suffix(".log").read_text(errors="replace")))
+                raise Failed(reason(out.with_suffix(".log").read_text(errors="replace", encoding="utf-8")))
     finally:
         for _, process in processes:
             if process.poll() is None:

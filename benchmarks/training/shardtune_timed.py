@@ -120,7 +120,9 @@ def documents_of(loader: Any, first_sample: int) -> list[dict[str, list[int]]]:
 
 def write_batches(path: Path, loader: Any, num_steps: int) -> None:
     """The documents of each step, for the bare loop in a process of its own."""
-    path.write_text(json.dumps([documents_of(loader, i * loader.share.global_batch) for i in range(num_steps)]))
+    path.write_text(
+        json.dumps([documents_of(loader, i * loader.share.global_batch) for i in range(num_steps)]), encoding="utf-8"
+    )
 
 
 def main() -> int:
@@ -153,7 +155,7 @@ def main() -> int:
     Checkpoints.save = clock.without(Checkpoints.save)  # type: ignore[method-assign]
     code = shardtune(["train", *words])
     run_dir = next(Path(word.partition("=")[2]) for word in words if word.startswith("run.dir="))
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = {
         "losses": [row["loss"] for row in rows if "loss" in row],
         "seconds": clock.seconds(),
@@ -163,7 +165,7 @@ def main() -> int:
         "bare_seconds": clock.bare,
         "bare_losses": clock.bare_losses,
     }
-    out.write_text(json.dumps(result))
+    out.write_text(json.dumps(result), encoding="utf-8")
     return code
 
 

@@ -266,7 +266,7 @@ def _remove(path: Path) -> None:
 @contextmanager
 def _locked(root: Path, stop: Callable[[], bool]) -> Iterator[None]:
     """One process of the node at a time. Raises Preempted where this one is told to stop while it waits."""
-    with (root / ".lock").open("a") as file:
+    with (root / ".lock").open("a", encoding="utf-8") as file:
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

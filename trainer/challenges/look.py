@@ -129,7 +129,7 @@ class Challenges:
         if self.events is not None:
             event = {"event": "challenge", "time": time.time(), "challenge": finding.challenge, **finding.record()}
             try:
-                with self.events.open("a") as file:
+                with self.events.open("a", encoding="utf-8") as file:
                     file.write(json_text(event) + "\n")
             except OSError as error:
                 raise StorageError(f"{self.events}: cannot be written ({error}); free space") from error

@@ -70,13 +70,15 @@ def remembered_digest(path: Path, cache_dir: Path, big: int = 64 << 20) -> str:
         return file_digest(path)
     entry = cache_dir / "digests" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]
     with suppress(OSError):
-        if SHA256.fullmatch(known := entry.read_text(errors="replace")):  # a power cut may have emptied it
+        if SHA256.fullmatch(
+            known := entry.read_text(errors="replace", encoding="utf-8")
+        ):  # a power cut may have emptied it
             return known
     digest = file_digest(path)
     with suppress(OSError):  # a cache that cannot be written only costs time
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(digest)
+        temporary.write_text(digest, encoding="utf-8")
         temporary.replace(entry)
     return digest
 
@@ -205,7 +207,7 @@ def _remedy(directory: Path) -> str:
 @contextmanager
 def _lock(path: Path, directory: Path, stop: Callable[[], None], after_s: float) -> Iterator[None]:
     """An exclusive lock between processes; the kernel releases it when its holder dies."""
-    with path.open("a+") as file:  # NFS gives no shared lock of what is open for writing alone
+    with path.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
         began, told = time.monotonic(), False
         while time.monotonic() - began < after_s and not (directory / DONE).exists() and not _held(file):
             stop()

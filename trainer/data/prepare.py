@@ -155,7 +155,7 @@ class Preparation:
             np.save(target / split / "index.npy", sequences_of(documents, columns.pieces))
             about = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
             about |= {"sets": sets} if split == "eval" and sets else {}
-            (target / split / "manifest.json").write_text(json.dumps(about))
+            (target / split / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
         formats = {key: reader.format for key, reader in readers.items()}
         about_it = Description(
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digest=self.digest
@@ -170,7 +170,7 @@ class Preparation:
             "hashes": hashes_of(target),
         }
         self.digest.check()
-        (target / DONE).write_text(json.dumps(manifest, indent=1))
+        (target / DONE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if shards is not None:
             shards.remove()
 
@@ -189,7 +189,7 @@ def open_prepared(
 ) -> Prepared:
     """Open a finished entry of the cache, compared with its hashes. Raises DataError for one that is torn or changed."""
     try:
-        manifest = json.loads((directory / DONE).read_text())
+        manifest = json.loads((directory / DONE).read_text(encoding="utf-8"))
         hashes = manifest["hashes"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(

@@ -64,7 +64,7 @@ def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any,
             )
         model = _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
         return model, lambda model, directory: model
-    settings = json.loads(settings_file.read_text())
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
     base = base_path or settings["base_model_name_or_path"]
     if settings["task_type"] == "SEQ_CLS":
         from safetensors import safe_open

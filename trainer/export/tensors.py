@@ -23,7 +23,7 @@ def stored_type(directory: Path) -> torch.dtype:
     from safetensors import safe_open
 
     settings = directory / "config.json"
-    if settings.is_file() and json.loads(settings.read_text()).get("quantization_config"):
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("quantization_config"):
         return torch.bfloat16
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     with safe_open(str(min(directory.glob("*.safetensors"))), framework="pt") as handle:
@@ -68,4 +68,4 @@ def write_tensors(
         (directory / f"part-{number}").rename(directory / file)
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

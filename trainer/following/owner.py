@@ -63,7 +63,7 @@ def launcher(owner: Owner) -> tuple[int, str] | None:
         told = next(word for word in words if word.startswith(LAUNCHER))
         pid, above = int(told.removeprefix(LAUNCHER)), owner.pid
         while above > 1 and above != pid:  # the variable may be an older run's, handed down by a shell
-            above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
+            above = int(Path(f"/proc/{above}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
     except (OSError, StopIteration, ValueError):
         return None
     identity = process_identity(pid) if above == pid else ""

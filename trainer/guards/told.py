@@ -36,7 +36,7 @@ class Told:
         places = self.loader.order.places(outlier.first_sample, self.loader.share.global_batch)
         event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json_text(event) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error}); free space") from error

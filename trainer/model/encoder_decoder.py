@@ -35,7 +35,9 @@ class EncoderDecoder:
 def read_config(path: str | None) -> dict[str, Any] | None:
     """The config.json of a model directory; None where there is none to be read (a hub id)."""
     try:
-        found = None if path is None else json.loads((Path(path).expanduser() / "config.json").read_text())
+        found = (
+            None if path is None else json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -90,7 +92,9 @@ def start_token(config: Any, directory: Path) -> int:
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         try:
-            start = json.loads((directory / "generation_config.json").read_text()).get("decoder_start_token_id")
+            start = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get(
+                "decoder_start_token_id"
+            )
         except (OSError, ValueError):
             start = None
     if start is None:

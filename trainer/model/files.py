@@ -66,7 +66,7 @@ class Files:
     def _index(self) -> dict[str, Path]:
         listing = self.directory / INDEX
         if listing.exists():
-            weight_map = json.loads(listing.read_text())["weight_map"]
+            weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
             root = self.directory.resolve()
             files = {name: self.directory / file for name, file in weight_map.items()}
             for file in set(files.values()):

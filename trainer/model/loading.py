@@ -110,7 +110,11 @@ def _config_error(path: str, error: Exception) -> ConfigError:
     if "does not recognize this architecture" in str(error):
         import transformers
 
-        kind = json.loads((directory / "config.json").read_text()).get("model_type") if directory.is_dir() else "its"
+        kind = (
+            json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+            if directory.is_dir()
+            else "its"
+        )
         return ConfigError(
             f"model.path={path}: transformers {transformers.__version__} does not know the model_type {kind!r}; install a newer "
             "transformers, or set model.trust_remote_code=true where the model brings code that you trust"
@@ -150,7 +154,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer={path}: has no fast tokenizer (tokenizer.json); convert it first")
     if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).expanduser().read_text()
+        tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     known = set(tokenizer.get_vocab())

@@ -84,7 +84,7 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = cache_directory() / "proofs" / f"{key}.json"
     try:
-        return _read(json.loads(file.read_text()))
+        return _read(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         found = _prove(config, build, attention, on_gpu=on_gpu)
     if not found.tried:  # for a reason that may pass
@@ -92,7 +92,7 @@ def passage_of(config: Any, build: Callable[[], nn.Module], attention: str, *, o
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f"{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(asdict(found)))
+        aside.write_text(json.dumps(asdict(found)), encoding="utf-8")
         aside.replace(file)
     except OSError:  # it is only found out again
         pass

@@ -135,7 +135,7 @@ def _version(name: str) -> str | None:
 
 def _memory_free() -> float | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
@@ -156,7 +156,7 @@ def shared(run_dir: Path, token: str, node: int) -> dict[str, Any]:
     found["sees"] = True
     try:
         own = place / str(node)
-        own.write_text(socket.gethostname())
+        own.write_text(socket.gethostname(), encoding="utf-8")
         found["behind_s"] = own.stat().st_mtime - time.time()
         found["free_gib"] = shutil.disk_usage(place).free / GIB
     except OSError as error:
@@ -181,7 +181,7 @@ def holdings(name: str, revision: str | None) -> dict[str, Any]:
     lacking: list[str] = []
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         lacking = sorted(wanted - {file for file, _ in files})
     return {"files": len(files), "digest": hashlib.sha256(repr(files).encode()).hexdigest()[:12], "lacking": lacking}
 
@@ -205,9 +205,11 @@ def _of_amd() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
-            about = dict(line.split(maxsplit=1) for line in (node / "properties").read_text().splitlines())
+            about = dict(
+                line.split(maxsplit=1) for line in (node / "properties").read_text(encoding="utf-8").splitlines()
+            )
             if int(about["simd_count"]):  # else a processor
-                found.append({"index": len(found), "name": (node / "name").read_text().strip()})
+                found.append({"index": len(found), "name": (node / "name").read_text(encoding="utf-8").strip()})
         except (OSError, ValueError, KeyError):
             continue
     return found

@@ -21,7 +21,7 @@ class JsonlTracker:
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
                 self._keep_up_to(resume_step or -1)
-            self._file = path.open("a")
+            self._file = path.open("a", encoding="utf-8")
             durable.sync_directory(path.parent)
         except OSError as error:
             raise StorageError(
@@ -30,9 +30,9 @@ class JsonlTracker:
 
     def _keep_up_to(self, step: int) -> None:
         """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there."""
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         durable.sync_file(aside)
         durable.disk.rename(aside, self.path)
         self.earlier = earlier(kept)
@@ -41,7 +41,7 @@ class JsonlTracker:
         """Forget the rows after a step."""
         self._file.close()
         self._keep_up_to(step)
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")

@@ -86,9 +86,9 @@ def process_identity(pid: int) -> str:
     if sys.platform != "linux":
         return ""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         # The name in brackets may hold blanks; a zombie holds nothing any more.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return "" if state in "ZX" else f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{fields[18]}"  # noqa: PTH116
     except (OSError, IndexError):
         return ""

@@ -280,7 +280,7 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
     known.artefact = artefact_of(run_dir, known.step, config.checkpoint.fallback_dir)
     return CardFacts(
         known=known,
-        config_yaml=(run_dir / "config.yaml").read_text() if (run_dir / "config.yaml").exists() else "",
+        config_yaml=(run_dir / "config.yaml").read_text(encoding="utf-8") if (run_dir / "config.yaml").exists() else "",
         facts=dict(facts),
         before=outcome.before,
         after=outcome.after,

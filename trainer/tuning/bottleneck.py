@@ -104,7 +104,7 @@ class Bottleneck(Added):
             "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
             "num_labels": model.config.num_labels if classifier else None,  # type: ignore[union-attr]
         }
-        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -115,7 +115,7 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    stored = json.loads((directory / CONFIG_FILE).read_text())
+    stored = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     settings = BottleneckConfig(
         placement=Placement(stored["placement"]),
         size=stored["size"],

@@ -188,7 +188,7 @@ def load(model: Any, directory: str | Path) -> Any:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    stored = json.loads((directory / "adapter_config.json").read_text())
+    stored = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     if stored["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
         raise ConfigError(f"{directory}: holds {stored['peft_type']}, not virtual tokens; load it with peft")
     state = load_file(directory / "adapter_model.safetensors")

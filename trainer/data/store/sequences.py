@@ -109,7 +109,7 @@ class TokenDataset:
         """Open a finished split or store. Raises DataError for one that is torn or missing."""
         directory = Path(directory)
         try:
-            manifest = json.loads((directory / "manifest.json").read_text())
+            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
             return cls(directory, manifest)
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise DataError(
