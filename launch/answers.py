@@ -34,8 +34,10 @@ class said_to_stderr:
 
 
 def give(answer: dict[str, Any]) -> None:
-    """Print the answer for a script."""
-    print(json.dumps(answer, indent=1, ensure_ascii=False), flush=True)
+    """Print the answer for a script. A stream that is not UTF-8 gets JSON's own escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_utf8 = encoding.lower().replace("-", "").replace("_", "") == "utf8"
+    print(json.dumps(answer, indent=1, ensure_ascii=not is_utf8), flush=True)
 
 
 class Lasting:

@@ -173,6 +173,9 @@ def _told(job: Any) -> int:
 if __name__ == "__main__":
     hold()
     from launch.main import guarded
+    from launch.streams import restart_in_utf8
+
+    restart_in_utf8()
     from launch.train import end
 
     end(guarded("evaluate", sys.argv[1:]))

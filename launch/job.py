@@ -230,5 +230,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from launch.main import guarded
+    from launch.streams import restart_in_utf8
+
+    restart_in_utf8()
 
     sys.exit(guarded("job", sys.argv[1:]))

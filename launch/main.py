@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from launch import streams
 from trainer.stopping.signals import hold
 
 GROUPS = {
@@ -49,6 +50,8 @@ GROUPS = {
 VERBS = {verb: what for group in GROUPS.values() for verb, what in group.items()}
 SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
+LOOKING = ("status", "logs", "stop")
+"""Verbs that write no file of text and load no model: they work whatever the environment's encoding and options are."""
 GONE = {"data": "prepare --print"}
 """Verbs that are gone, with what does their job."""
 EXIT_CODES = (
@@ -59,6 +62,8 @@ EXIT_CODES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run `shardtune <verb> ...`; returns the exit code."""
+    if argv is None:
+        streams.restart_in_utf8()
     words = sys.argv[1:] if argv is None else list(argv)
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help", "help"):
@@ -117,6 +122,7 @@ def guarded(verb: str, argv: list[str]) -> int:
     """
     from launch.answers import lasting
 
+    streams.prepare()
     with lasting() if verb in SAVING else nullcontext(), _interrupts() as came:
         return _guarded(verb, argv, came)
 
@@ -150,6 +156,9 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
     try:
         from launch.own_files import take_directories
 
+        if verb not in LOOKING:
+            streams.refuse_stripped_docstrings()
+            streams.refuse_unwritable_words(argv)
         return int(import_module(f"launch.{verb}").main(take_directories(argv)) or 0)
     except ConfigError as error:
         title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"

@@ -299,5 +299,8 @@ def end(code: int) -> NoReturn:
 if __name__ == "__main__":
     hold()
     from launch.main import guarded
+    from launch.streams import restart_in_utf8
+
+    restart_in_utf8()
 
     end(guarded("train", sys.argv[1:]))

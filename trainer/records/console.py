@@ -43,7 +43,7 @@ class Console:
         self._log: TextIO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = log.open("a", encoding="utf-8")
+            self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
 
     @property
     def width(self) -> int:

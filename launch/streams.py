@@ -1,0 +1,86 @@
+"""What the process says, and in which encoding: made fit once, before a verb begins.
+
+A cron job or a daemon may start the command with its standard streams closed. A minimal container may give it a locale of
+ASCII alone, and a terminal an encoding that lacks most characters. None of that may end a run.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+from strategies.errors import ConfigError
+
+NAMES = ("stdin", "stdout", "stderr")
+"""The standard streams in the order of their descriptors, 0 to 2."""
+UTF8_MODE = "PYTHONUTF8"
+"""The environment variable of Python that makes UTF-8 the encoding of names, files and streams."""
+
+
+def prepare() -> None:
+    """Open the standard streams that are closed, and let each take every character."""
+    for descriptor, name in enumerate(NAMES):
+        _open_if_closed(descriptor, name)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks is written as its number.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _open_if_closed(descriptor: int, name: str) -> None:
+    """Put the null device in the place of a closed standard stream.
+
+    The next file that is opened would otherwise get the stream's descriptor, and libraries would print into that file.
+    """
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != descriptor:
+            os.dup2(null, descriptor)
+            os.close(null)
+        os.set_inheritable(descriptor, True)
+    if getattr(sys, name) is None:
+        mode = "r" if name == "stdin" else "w"
+        stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the whole process
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def restart_in_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if its file names are ASCII alone; does not return then.
+
+    Python does so by itself in the locale C, unless PYTHONUTF8=0 says otherwise. Libraries and the ranks inherit the mode.
+    """
+    if sys.getfilesystemencoding().lower() not in ("ascii", "us-ascii", "ansi_x3.4-1968"):
+        return
+    if os.environ.get(UTF8_MODE) == "1":  # an option such as -X utf8=0 keeps the mode off
+        return
+    os.environ[UTF8_MODE] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def refuse_unwritable_words(words: list[str]) -> None:
+    """Raise ConfigError if a word holds bytes that are no text in the environment's encoding.
+
+    Such a word cannot be written into the files of a run, which are UTF-8.
+    """
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            raise ConfigError(
+                f"{word.encode('ascii', 'backslashreplace').decode()}: is not valid {encoding}, the encoding of this "
+                "environment; type it in that encoding, or rename the file"
+            ) from None
+
+
+def refuse_stripped_docstrings() -> None:
+    """Raise ConfigError if Python removes docstrings: transformers builds its models' documentation from them at import."""
+    if sys.flags.optimize >= 2:
+        raise ConfigError(
+            "PYTHONOPTIMIZE=2 (python -OO) removes docstrings, and transformers cannot load a model without them; "
+            "set PYTHONOPTIMIZE=1, or unset it"
+        )
