@@ -128,6 +128,7 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str]:
     """The run's configuration with the words on top, and the checkpoint."""
     from launch.compose import load_frozen, recompose
     from launch.export import find_checkpoint
+    from trainer.config.run import kept_matmul
 
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
@@ -135,6 +136,7 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str]:
     frozen = load_frozen(run / "config.yaml")
     checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), frozen.checkpoint)
     frozen.run.dir, frozen.run.resume = None, "auto"
+    frozen.run.matmul = kept_matmul(frozen)
     return recompose(frozen, asked.settings, ALLOWED), str(checkpoint)
 
 

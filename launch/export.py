@@ -247,8 +247,10 @@ def best_step(there: dict[int, Path]) -> int | None:
 def export(config: RunConfig, asked: ExportRequest) -> Prepared:
     """Rebuild, load and write, as one process; the run's data. Errors: those of building, loading and writing."""
     from strategies import runtime as processes
+    from trainer.config.run import kept_matmul
 
-    runtime = processes.start("cpu", timeout_s=config.run.timeout_s, threads=config.run.threads)
+    run = config.run
+    runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
     try:
         return _export(config, asked, runtime)
     finally:

@@ -19,9 +19,19 @@ from typing import Any
 from launch.choices import settings_of, variants
 from launch.own_files import own_files_may_apply
 from strategies.errors import ConfigError
+from strategies.matmul import Matmul
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import flat, plain
-from trainer.config.run import MICRO, STRATEGY, RunConfig, asked_micro, asked_strategy
+from trainer.config.run import (
+    AUTO,
+    MATMUL,
+    MICRO,
+    STRATEGY,
+    RunConfig,
+    asked_micro,
+    asked_strategy,
+    kept_matmul,
+)
 from trainer.following.queue import Queue, QueuedJob, ask
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
@@ -196,6 +206,8 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
         _take_over(composed.config, before)
         print(f"{path.parent}: keeps the defaults that it began with: {'; '.join(changed)}", file=sys.stderr)
         changed = []
+    if not changed or another_way:
+        _take_matmul(composed.config, before)
     if not changed and MICRO in before.substitutions:
         composed.config.batch["micro"] = before.batch["micro"]  # chosen once
         composed.config.substitutions[MICRO] = before.substitutions[MICRO]
@@ -279,6 +291,14 @@ def _words_of(path: Path) -> list[str]:
         words.append(str(word))
         start = end + 1  # the blank between two words
     return words
+
+
+def _take_matmul(config: RunConfig, before: RunConfig) -> None:
+    """Let a run whose words leave the library of float32 products open go on with the one that it began with."""
+    library = kept_matmul(before)
+    if config.run.matmul is not Matmul.auto or library is Matmul.auto:
+        return
+    config.substitutions[MATMUL] = before.substitutions.get(MATMUL, f"{AUTO} -> {library} (as this run began)")
 
 
 def _identifying(tree: Any) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""Which library multiplies float32 matrices on CPUs: torch's BLAS, or oneDNN where that is much faster.
+"""Which library multiplies float32 matrices on CPUs: torch's BLAS, or oneDNN on processors where that is much faster.
 
 torch's published builds take MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which every build has for other
 types, uses it. torch takes oneDNN for float32 products where it may round them to bfloat16 on the way; a processor
 without AMX computes them in float32 all the same, and `choose` makes sure of that before it says yes.
+
+The two libraries round differently, so one run must keep one library. `auto` therefore looks the processor up in a table. It
+never takes the time, which other work on the host would sway.
 
 oneDNN compiles a kernel for each shape. That pays for the products of layers and for long documents, not for those inside
 the attention of one short document after another: `in_blas` and `as_chosen` bracket what stays with BLAS.
@@ -11,15 +14,17 @@ the attention of one short document after another: `in_blas` and `as_chosen` bra
 from __future__ import annotations
 
 import os
-import time
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FASTER = 1.5
-"""`auto` takes oneDNN where it is this many times as fast: more than noise, so that a resumed run chooses alike."""
+"""`auto` takes oneDNN from this measured ratio on: below it, compiling kernels and their memory cost more than they bring."""
 LONG = 512
 """Tokens of a document from which its attention pays for kernels of its own: 1.1 times as fast at 512 although they are
 compiled for each call, 1.8 times at 4,096."""
@@ -30,34 +35,84 @@ _onednn = False
 """Whether this process has chosen oneDNN."""
 
 
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
 class Matmul(StrEnum):
-    """`auto` takes oneDNN where it computes in float32 and is much faster than BLAS."""
+    """`auto` takes oneDNN on processors where it was measured to be much faster than BLAS."""
 
     auto = "auto"
     blas = "blas"
     onednn = "onednn"
 
 
-def choose(asked: Matmul) -> str:
-    """Settle the library for this process, on a CPU, before its first product; what was chosen, for the record."""
+@dataclass(frozen=True, slots=True)
+class MatmulChoice:
+    """The library of this process, `blas` or `onednn`, and why it was taken."""
+
+    library: Matmul
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.library} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What decides how fast each library is."""
+
+    vendor: str
+    """As the kernel calls it, such as `AuthenticAMD`; empty where it does not say."""
+    family: int
+    """The vendor's number of the processor's generation; 0 where the kernel does not say."""
+    instructions: str
+    """The widest that both libraries may use, such as `AVX512`."""
+    blas: str
+    """The BLAS that this torch was built with, such as `mkl`."""
+
+    def __str__(self) -> str:
+        family = f"{self.vendor} family {self.family}" if self.vendor else "this processor"
+        return f"{family} with {self.instructions} and BLAS {self.blas}"
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRatio:
+    """How many times as fast as BLAS oneDNN multiplied on a kind of processor. docs/speed.md says how it was measured."""
+
+    processor: Processor
+    name: str
+    ratio: float
+
+
+MEASURED = (
+    MeasuredRatio(Processor("AuthenticAMD", 26, "AVX512", "mkl"), "AMD Zen 5", 2.2),
+    MeasuredRatio(Processor("AuthenticAMD", 25, "AVX512", "mkl"), "AMD Zen 4", 1.1),
+)
+"""Quiet machines only. A processor that is not listed keeps BLAS."""
+
+
+def choose(asked: Matmul) -> MatmulChoice:
+    """Settle the library for this process, on a CPU, before its first product."""
     global _onednn
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
         os.environ.setdefault(name, _KEPT_KERNELS)
     _use(onednn=False)
-    _onednn, why = _judge(asked)
+    choice = _judge(asked)
+    _onednn = choice.library is Matmul.onednn
     _use(onednn=_onednn)
-    return f"{'onednn' if _onednn else 'blas'} ({why})"
+    return choice
 
 
-def agree(chosen: list[str], rank: int) -> str:
-    """Settle for one library where ranks have chosen different ones, by what each wrote for the record; what to write now.
+def agree(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
+    """Settle for BLAS where the ranks, by the choice of each, have different libraries; what this rank now has.
 
-    `auto` measures, and other hosts, or other work on this one, measure otherwise; replicas would drift apart by rounding.
+    Replicas that round differently would drift apart.
     """
-    if len({text.split()[0] for text in chosen}) == 1:
-        return chosen[rank]
+    if len({choice.library for choice in choices}) == 1:
+        return choices[rank]
     choose(Matmul.blas)
-    return "blas (ranks measured differently)"
+    odd_rank = next(number for number, choice in enumerate(choices) if choice.library is Matmul.blas)
+    return MatmulChoice(Matmul.blas, f"rank {odd_rank}: {choices[odd_rank].reason}")
 
 
 def restore() -> None:
@@ -101,18 +156,60 @@ def _use(*, onednn: bool) -> None:
     torch.set_float32_matmul_precision("medium" if onednn else "highest")
 
 
-def _judge(asked: Matmul) -> tuple[bool, str]:
-    """Whether to take oneDNN, and why."""
+def _judge(asked: Matmul) -> MatmulChoice:
+    """The library that this process can take, and why."""
     if asked is Matmul.blas:
-        return False, "as asked"
+        return MatmulChoice(Matmul.blas, "as asked")
     if not torch.backends.mkldnn.is_available():
-        return False, "this torch has no oneDNN"
+        return MatmulChoice(Matmul.blas, "this torch has no oneDNN")
     if not _is_float32():
-        return False, "oneDNN would round float32 products to bfloat16 here"
+        return MatmulChoice(Matmul.blas, "oneDNN would round float32 products to bfloat16 here")
     if asked is Matmul.onednn:
-        return True, "as asked"
-    ratio = _speedup()
-    return ratio >= FASTER, f"oneDNN is {ratio:.1f} times as fast here"
+        return MatmulChoice(Matmul.onednn, "as asked")
+    return _by_table(this_processor())
+
+
+def _by_table(processor: Processor) -> MatmulChoice:
+    measured = next((row for row in MEASURED if row.processor == processor), None)
+    if measured is None:
+        return MatmulChoice(Matmul.blas, f"oneDNN was not measured on {processor}")
+    if measured.ratio < FASTER:
+        return MatmulChoice(Matmul.blas, f"oneDNN is only {measured.ratio:.1f} times as fast on {measured.name}")
+    return MatmulChoice(Matmul.onednn, f"oneDNN is {measured.ratio:.1f} times as fast on {measured.name}")
+
+
+@cache
+def this_processor() -> Processor:
+    """The processor of this host, with the limits that the environment sets to its instructions."""
+    vendor, family = _vendor_and_family()
+    return Processor(vendor, family, _instructions(), _blas_of_torch())
+
+
+def _vendor_and_family() -> tuple[str, int]:
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return "", 0
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, text = line.partition(":")
+        fields.setdefault(key.strip(), text.strip())
+    family = fields.get("cpu family", "")
+    return fields.get("vendor_id", ""), int(family) if family.isdecimal() else 0
+
+
+def _instructions() -> str:
+    """The widest instructions of torch's own kernels, unless oneDNN or MKL is held back further by the environment."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"):
+        if limit := os.environ.get(name):
+            return f"{name}={limit}"
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _blas_of_torch() -> str:
+    """The BLAS that this torch was built with, as its build settings name it."""
+    settings = torch.__config__.show().partition("BLAS_INFO=")[2]
+    return settings.partition(",")[0].strip() or "unknown"
 
 
 def _is_float32() -> bool:
@@ -123,19 +220,3 @@ def _is_float32() -> bool:
         return bool(((odd @ torch.eye(64)) == odd).all())
     finally:
         _use(onednn=False)
-
-
-def _speedup(size: int = 512, rounds: int = 5) -> float:
-    """How many times as fast as BLAS oneDNN multiplies: the best of rounds in turn, about 20 ms in all."""
-    a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-    best = {False: float("inf"), True: float("inf")}
-    try:
-        for _ in range(rounds):
-            for onednn in best:
-                _use(onednn=onednn)
-                start = time.perf_counter()
-                a @ a
-                best[onednn] = min(best[onednn], time.perf_counter() - start)
-    finally:
-        _use(onednn=False)
-    return best[False] / best[True]

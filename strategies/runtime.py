@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from strategies.durable import reason
 from strategies.errors import ConfigError, StorageError
 from strategies.flight import keep_records
-from strategies.matmul import Matmul, agree, choose, restore
+from strategies.matmul import Matmul, MatmulChoice, agree, choose, restore
 
 MANY = 64
 """Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
@@ -43,8 +43,8 @@ class Runtime:
     local_world_size: int
     device: torch.device
     control_group: Any
-    matmul: str | None = None
-    """On a CPU, the library of float32 products and why it was taken."""
+    matmul: MatmulChoice | None = None
+    """On a CPU, the library of float32 products; None on GPUs."""
     shared_memory: bool = True
     """Whether CPU ranks on one host may exchange through shared memory."""
     timeout_s: float = 600
@@ -116,11 +116,17 @@ def start(
                 os.environ.setdefault(key, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.group.WORLD  # its CPU half: a second group of all ranks would connect each of them with each again
-    if products is not None and world > 1:
-        heard: list[Any] = [None] * world
-        dist.all_gather_object(heard, products, group=control)
-        products = agree(heard, rank)
-    return Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
+    runtime = Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
+    return runtime if products is None else replace(runtime, matmul=agree(gather_objects(products, runtime), rank))
+
+
+def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
+    """The runtime of a CPU with `library` for its float32 products from now on, or BLAS where a rank cannot take it.
+
+    All ranks must call, with the same library.
+    """
+    choice = agree(gather_objects(choose(library), runtime), runtime.rank)
+    return replace(runtime, matmul=choice)
 
 
 def missing_cuda() -> str | None:

@@ -19,7 +19,7 @@ from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.places import places_of
 from trainer.config.evaluation import asked_tasks, more_is_better
-from trainer.config.run import RunConfig
+from trainer.config.run import RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.evaluation.base import Evaluator
@@ -40,6 +40,7 @@ from trainer.guards.told import Told
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, rank_of_job, refuse_replaced
 from trainer.lifecycle.identity import agree_on_run, establish
+from trainer.lifecycle.matmul import settle_matmul
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
@@ -74,6 +75,8 @@ def _run(
     tokenizer = load_tokenizer(config.model)
     data, tasks, staged, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
+    where.still_ours(runtime)  # before the choice is written down
+    config, runtime = settle_matmul(config, run_dir, runtime, freeze)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = RunPlace(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
     precision = resolve_precision(config.precision, runtime)
@@ -266,7 +269,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
         str(run.device),
         timeout_s=run.timeout_s,
         threads=run.threads,
-        matmul=run.matmul,
+        matmul=kept_matmul(config),
         shared_memory=run.shared_memory,
         store=store,
     )

@@ -28,7 +28,7 @@ def command(root: Path, run: str, *words: str) -> list[str]:
         "run.dir": root / run,
         "run.device": "cpu",
         "run.threads": 1,
-        "run.matmul": "blas",  # which library is faster is measured at each start, and other work may sway it
+        "run.matmul": "blas",
         "batch.global": 4,
         "batch.micro": 2,
         "budget.steps": STEPS,

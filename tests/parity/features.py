@@ -284,8 +284,12 @@ def gathered(job: Job, strategy: str, tuning: str) -> dict[str, float]:
 
 
 def library(job: Job) -> list[list[str]]:
-    """The library of products that each rank records and takes, where one finds oneDNN faster and the other does not."""
-    with mock.patch.object(matmul, "_speedup", lambda: 2.2 - job.runtime.rank):
+    """The library of products that each rank records and takes, where oneDNN is faster on one host and unknown on the other."""
+    zen5, other = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
+    with (
+        mock.patch.object(matmul, "this_processor", lambda: [zen5, other][job.runtime.rank]),
+        mock.patch.object(matmul, "_is_float32", lambda: True),
+    ):
         runtime = processes.start("cpu", timeout_s=600, threads=1)
     found = processes.gather_objects([str(runtime.matmul), torch.get_float32_matmul_precision()], runtime)
     matmul.choose(matmul.Matmul.blas)

@@ -1,13 +1,14 @@
 """The library of float32 products: who is taken when, what it computes, and which stretches stay with BLAS."""
 
 import os
+import time
 
 import pytest
 import torch
 
 from strategies import matmul
 from strategies import runtime as processes
-from strategies.matmul import Matmul
+from strategies.matmul import Matmul, MatmulChoice, Processor
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 from trainer.model import attention
@@ -26,20 +27,69 @@ def taken() -> str:
     return {"medium": "onednn", "highest": "blas"}[torch.get_float32_matmul_precision()]
 
 
-def test_auto_takes_what_is_much_faster(monkeypatch):
-    for ratio, expected in ((matmul.FASTER + 0.7, "onednn"), (matmul.FASTER - 0.1, "blas")):
-        monkeypatch.setattr(matmul, "_speedup", lambda ratio=ratio: ratio)
-        assert matmul.choose(Matmul.auto) == f"{expected} (oneDNN is {ratio:.1f} times as fast here)"
-        assert taken() == expected
+ZEN5, ZEN4 = (row.processor for row in matmul.MEASURED)
+
+
+def on(monkeypatch, processor):
+    """As if this were another processor, on which oneDNN keeps all bits of float32."""
+    monkeypatch.setattr(matmul, "this_processor", lambda: processor)
+    monkeypatch.setattr(matmul, "_is_float32", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("processor", "chosen"),
+    [
+        (ZEN5, "onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"),
+        (ZEN4, "blas (oneDNN is only 1.1 times as fast on AMD Zen 4)"),
+        (
+            Processor("AuthenticAMD", 26, "AVX2", "mkl"),
+            "blas (oneDNN was not measured on AuthenticAMD family 26 with AVX2",
+        ),
+        (Processor("AuthenticAMD", 26, "AVX512", "open"), "blas (oneDNN was not measured on"),
+        (Processor("", 0, "default", "accelerate"), "blas (oneDNN was not measured on this processor with default"),
+    ],
+)
+def test_auto_goes_by_the_processor(monkeypatch, processor, chosen):
+    on(monkeypatch, processor)
+    choice = matmul.choose(Matmul.auto)
+    assert str(choice).startswith(chosen)
+    assert taken() == choice.library
     matmul.restore()
     assert taken() == "blas"
 
 
-def test_ranks_that_measured_differently_take_the_same():
+def test_auto_does_not_take_the_time(monkeypatch):
+    """Other work on the host must not sway the choice, so that two starts choose alike."""
+    on(monkeypatch, ZEN5)
+    for clock in ("perf_counter", "monotonic", "process_time", "time"):
+        monkeypatch.setattr(time, clock, lambda: pytest.fail("the choice asked a clock"))
+    assert {str(matmul.choose(Matmul.auto)) for _ in range(3)} == {"onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"}
+
+
+def test_the_processor_is_read_from_the_kernel_and_torch(monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(matmul, "_CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.__config__, "show", lambda: "PyTorch built with:\n  BLAS_INFO=mkl, BUILD_TYPE=Release")
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    here = matmul.this_processor.__wrapped__
+    assert here() == ZEN5
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert here().instructions == "ONEDNN_MAX_CPU_ISA=AVX2"
+    info.unlink()
+    assert (here().vendor, here().family) == ("", 0)
+    info.write_bytes(b"vendor_id: \xff\ncpu family: many\n")
+    assert here().family == 0
+
+
+def test_ranks_on_different_processors_take_the_same():
     matmul._use(onednn=True)
-    assert matmul.agree(["onednn (a)", "onednn (b)"], 1) == "onednn (b)"
+    blas, onednn = MatmulChoice(Matmul.blas, "unknown here"), MatmulChoice(Matmul.onednn, "fast here")
+    assert matmul.agree([onednn, onednn], 1) == onednn
     assert taken() == "onednn"
-    assert matmul.agree(["onednn (a)", "blas (b)"], 0) == "blas (ranks measured differently)"
+    assert str(matmul.agree([onednn, blas], 0)) == "blas (rank 1: unknown here)"
     assert taken() == "blas"
 
 
@@ -56,16 +106,16 @@ def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
 
     monkeypatch.setattr(matmul, "_use", switched)
     monkeypatch.setattr(torch, "eye", lambda n: eye(n) * (1.001 if rounding["on"] else 1.0))
-    assert matmul.choose(asked) == "blas (oneDNN would round float32 products to bfloat16 here)"
+    assert str(matmul.choose(asked)) == "blas (oneDNN would round float32 products to bfloat16 here)"
     assert taken() == "blas"
 
 
 @pytest.mark.parametrize(
     ("asked", "settled", "recorded"),
     [
-        ("auto", "onednn (oneDNN is 2.2 times as fast here)", "auto -> onednn (oneDNN is 2.2 times as fast here)"),
-        ("onednn", "blas (this torch has no oneDNN)", "onednn -> blas (this torch has no oneDNN)"),
-        ("onednn", "onednn (as asked)", None),
+        ("auto", MatmulChoice(Matmul.onednn, "fast here"), "auto -> onednn (fast here)"),
+        ("onednn", MatmulChoice(Matmul.blas, "this torch has no oneDNN"), "onednn -> blas (this torch has no oneDNN)"),
+        ("onednn", MatmulChoice(Matmul.onednn, "as asked"), None),
         ("auto", None, None),  # on a GPU nothing is chosen
     ],
 )
@@ -75,11 +125,6 @@ def test_run_json_tells_what_was_taken(tmp_path, asked, settled, recorded):
     runtime = Runtime(0, 1, 0, 1, torch.device("cpu"), None, matmul=settled)
     facts = report._substitutions(config, {}, config.precision, runtime)
     assert facts.get("run.matmul") == recorded
-
-
-def test_the_measurement_leaves_nothing_behind():
-    assert matmul._speedup(size=64, rounds=1) > 0
-    assert taken() == "blas"
 
 
 def test_kept_kernels_are_few(monkeypatch):
@@ -143,7 +188,7 @@ def test_both_libraries_take_the_same_steps(tmp_path):
     for asked in (Matmul.blas, Matmul.onednn):
         runtime = processes.start("cpu", timeout_s=60, threads=1, matmul=asked)
         try:
-            assert runtime.matmul.startswith(str(asked)) or "round" in runtime.matmul
+            assert runtime.matmul.library is asked or "round" in runtime.matmul.reason
             config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=4)
             curves[asked] = take_steps(trainer_for(config, data_set(tmp_path, uneven=True), runtime), 4)
         finally:

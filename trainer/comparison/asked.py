@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
+from trainer.records.shared_choice import COMPARISON
 from trainer.records.status import write_text_atomic
 
-RECORD = "comparison.json"
+RECORD = COMPARISON
 
 
 @dataclass(kw_only=True, slots=True)

@@ -37,7 +37,7 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-AUTO, MICRO, STRATEGY = "auto", "batch.micro", "strategy"
+AUTO, MICRO, STRATEGY, MATMUL = "auto", "batch.micro", "strategy", "run.matmul"
 RETRIES = ("preempted", "node_fail", "out_of_memory")
 """Causes after which a run may be started again by itself; an error is none."""
 
@@ -89,7 +89,7 @@ class RunSettings:
     threads: int = 0
     """CPU threads per rank; 0 divides the cores this job may use by the ranks on the host."""
     matmul: Matmul = Matmul.auto
-    """Library of fp32 matrix products on CPUs: torch's `blas`, `onednn`, or `auto` (onednn where it is 1.5 times as fast)."""
+    """Library of fp32 matrix products on CPUs: torch's `blas`, `onednn`, or `auto` (by processor, once for the whole run)."""
     shared_memory: bool = True
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
     lease_s: int = 120
@@ -259,6 +259,17 @@ def asked_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> d
     if not str(substitutions.get(STRATEGY)).startswith(f"{AUTO} -> {strategy['name']} "):
         return strategy
     return {each.name: strategy[each.name] for each in fields(StrategyConfig) if each.name in strategy} | {"name": AUTO}
+
+
+def kept_matmul(config: RunConfig) -> Matmul:
+    """The library of float32 products as typed, or what `auto` was resolved to at the run's first start; `auto` before that."""
+    if config.run.matmul is not Matmul.auto:
+        return config.run.matmul
+    note = str(config.substitutions.get(MATMUL, ""))
+    for library in (Matmul.blas, Matmul.onednn):
+        if note.startswith(f"{AUTO} -> {library} "):
+            return library
+    return Matmul.auto
 
 
 def leaves(settings: type, prefix: str) -> dict[str, Any]:

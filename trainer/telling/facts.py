@@ -19,7 +19,7 @@ from strategies.hardware import advice
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 from trainer.checkpoints.seal import artefact_of
-from trainer.config.run import RunConfig
+from trainer.config.run import MATMUL, RunConfig, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
@@ -160,9 +160,10 @@ def _substitutions(
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
     if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
         substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
-    as_asked = runtime.matmul is None or runtime.matmul.endswith("(as asked)")
-    if not as_asked:  # also where onednn was asked and refused
-        substitutions["run.matmul"] = f"{config.run.matmul} -> {runtime.matmul}"
+    if runtime.matmul is None:  # on GPUs; an earlier start may have been on CPUs
+        substitutions.pop(MATMUL, None)
+    elif runtime.matmul.library is not kept_matmul(config):
+        substitutions[MATMUL] = f"{config.run.matmul} -> {runtime.matmul}"
     return substitutions
 
 

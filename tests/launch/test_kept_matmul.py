@@ -1,0 +1,143 @@
+"""A run computes with one library of float32 products from its first step to its last, wherever it is resumed."""
+
+import json
+
+import pytest
+
+from launch.frozen import load_frozen
+from strategies import matmul
+from strategies import runtime as processes
+from strategies.matmul import Matmul
+from tests.helpers.building import model_dir
+from tests.helpers.launching import command_here
+from tests.helpers.tokenizers import write_chat_data
+from trainer.comparison.asked import write_rows
+from trainer.records.jsonl import JsonlTracker
+
+ZEN5, UNKNOWN = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
+NOTE = "auto -> onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"
+
+
+@pytest.fixture
+def root(tmp_path):
+    model_dir(tmp_path)
+    write_chat_data(tmp_path / "train.jsonl", 24)
+    return tmp_path
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """The libraries that processes took, in order."""
+    choices = []
+
+    def choose(asked):
+        choices.append(matmul.choose(asked))
+        return choices[-1]
+
+    monkeypatch.setattr(processes, "choose", choose)
+    return choices
+
+
+def on(monkeypatch, processor, *, keeps_float32=True):
+    monkeypatch.setattr(matmul, "this_processor", lambda: processor)
+    monkeypatch.setattr(matmul, "_is_float32", lambda: keeps_float32)
+
+
+def train(root, run_dir, *words):
+    settings = {
+        "model.path": root / "llama",
+        "data.path": root / "train.jsonl",
+        "data.cache_dir": root / "cache",
+        "run.device": "cpu",
+        "run.threads": 1,
+        "launcher.processes": 1,
+        "batch.global": 4,
+        "batch.micro": 4,
+        "budget.steps": 5,
+        "optim.lr": 1e-3,
+        "checkpoint.every_steps": 2,
+        "logging.wandb": "disabled",
+        "export.at_end": "false",
+    }
+    return command_here(["train", f"run.dir={run_dir}", *(f"{k}={v}" for k, v in settings.items()), *words])
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def noted(run_dir):
+    """The note in `config.yaml`, and what `run.json` says of the last start."""
+    in_record = json.loads((run_dir / "run.json").read_text())["substitutions"].get("run.matmul")
+    return load_frozen(run_dir / "config.yaml").substitutions.get("run.matmul"), in_record
+
+
+def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch, libraries):
+    on(monkeypatch, ZEN5)
+    calm, cut = tmp_path / "calm", tmp_path / "cut"
+    assert train(root, calm) == 0
+    assert noted(calm) == (NOTE, NOTE)
+    log = JsonlTracker.log
+
+    def fail_at_step_4(tracker, metrics, *, step):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        log(tracker, metrics, step=step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlTracker, "log", fail_at_step_4)
+        assert train(root, cut) == 74
+
+    on(monkeypatch, UNKNOWN)  # another host, where a new run would take BLAS
+    libraries.clear()
+    assert train(root, cut) == 0
+    assert libraries[-1].library is Matmul.onednn
+    assert noted(cut) == (NOTE, NOTE)
+    assert losses(cut) == losses(calm)
+
+    libraries.clear()
+    held_out = [f"evaluation.tasks.own.path={root / 'train.jsonl'}", "evaluation.tasks.own.kind=loss"]
+    assert command_here(["evaluate", str(cut), *held_out, "run.device=cpu"]) == 0
+    assert command_here(["export", str(cut), f"to={tmp_path / 'out'}"]) == 0
+    assert {choice.library for choice in libraries} == {Matmul.onednn}
+
+
+def test_a_host_that_cannot_keep_it_goes_on_with_blas_and_says_so(root, tmp_path, monkeypatch, libraries, capfd):
+    """Then a word of the user's, which any start takes; left out at the next start, it is kept."""
+    run = tmp_path / "run"
+    on(monkeypatch, ZEN5)
+    assert train(root, run) == 0
+    (run / "status.json").unlink()  # as of a run that was cut off after its last checkpoint
+    on(monkeypatch, ZEN5, keeps_float32=False)
+    capfd.readouterr()
+    assert train(root, run) == 0
+    reason = "auto -> blas (this run began with onednn; oneDNN would round float32 products to bfloat16 here)"
+    assert libraries[-1].library is Matmul.blas
+    assert noted(run) == (NOTE, reason)
+    assert f"substituted: run.matmul: {reason}" in " ".join(capfd.readouterr().out.split())
+
+    on(monkeypatch, ZEN5)
+    for words, library, note in (
+        (["run.matmul=blas"], Matmul.blas, None),
+        ([], Matmul.blas, "auto -> blas (as this run began)"),
+    ):
+        (run / "status.json").unlink()
+        assert train(root, run, *words) == 0
+        assert libraries[-1].library is library
+        assert noted(run)[1] == note
+
+
+def test_the_points_of_a_comparison_have_one_library(root, tmp_path, monkeypatch, libraries, capfd):
+    """The first point to start decides for those that other hosts start later."""
+    points = tmp_path / "points"
+    points.mkdir()
+    write_rows(points, [], [])
+    for name, processor in (("first", ZEN5), ("second", UNKNOWN)):
+        on(monkeypatch, processor)
+        assert train(root, points / name, "budget.steps=1") == 0
+        assert noted(points / name)[0] == NOTE
+        assert libraries[-1].library is Matmul.onednn
+    (points / "run.matmul.json").write_text("[]")
+    assert train(root, points / "third", "budget.steps=1") == 74
+    assert "run.matmul.json: does not say" in capfd.readouterr().err
