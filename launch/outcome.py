@@ -96,8 +96,10 @@ def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -
     status, failure = ({} if new == old else new for new, old in zip(now, before, strict=True))
     if status.get("state") == State.done:
         return 0
-    if status.get("state") == State.preempted:
-        step = status.get("step")
+    step = status.get("step")
+    # Before training a rank that was killed is the cause: torchrun has asked its peers to stop since.
+    was_killed = bool(failure) and not step
+    if status.get("state") == State.preempted and not was_killed:
         reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
         said = f"{reached}; the same command continues it"
         if verb == "evaluate":

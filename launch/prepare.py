@@ -7,8 +7,12 @@ n parts, as a job of an array; the same words without it merge them.
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from strategies.errors import Preempted
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
@@ -74,8 +78,9 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig
     from trainer.model.loading import load_tokenizer
     from trainer.stopping.signals import StopRequest
 
-    tokenizer = load_tokenizer(config.model)
     with StopRequest() as request:
+        request.leave_when_stuck(_leave)
+        tokenizer = load_tokenizer(config.model)
 
         def stop() -> bool:
             return request.signal_name is not None
@@ -84,6 +89,13 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig
             prepare_shard(config, tokenizer, shard, stop=stop)
             return config, None
         return config, prepare_data(config, tokenizer, stop=stop)
+
+
+def _leave(signal_name: str) -> None:
+    """End this process, which was asked to stop and is stuck: what is half prepared has no name in the cache."""
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, f"shardtune prepare: stopped ({signal_name}); the same command begins again\n".encode())
+    os._exit(Preempted.exit_code)
 
 
 def show(report: dict[str, Any], directory: Path, *, cached: bool) -> int:

@@ -116,6 +116,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     where.phase = "writing the report"
+    request.must_save()
     where.still_ours(runtime)
     if unfinished is not None:
         report, shown = _report(config, job, about, [ready.task for ready in tasks], found)

@@ -105,6 +105,7 @@ def _run(
             resumed_from=resumed_from,
         ),
     )
+    request.must_save()  # from here on trackers and checkpoints are to be ended in order
     trackers = open_records(config, facts, progress, place)
     meter = Meter(runtime, facts["flops_per_token"], facts["reference_tflops"], built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units())

@@ -14,12 +14,12 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError
 from strategies.flight import Exchange
-from strategies.heartbeat import WAITED, Behind, Heartbeats, Silent
+from strategies.heartbeat import LOST_PEER, WAITED, Behind, Heartbeats, Silent
 from strategies.meeting import Meeting
 from strategies.redaction import redacted
 from strategies.runtime import Runtime, first_error
 from trainer.records.lease import Lease, LeaseLost, NotOurs
-from trainer.records.status import FROZEN, State, clear_failure, read_failure, record_failure, write_status
+from trainer.records.status import FROZEN, State, clear_failure, read_failure, read_status, record_failure, write_status
 from trainer.stopping.signals import StopRequest
 
 SHOWN = 8
@@ -142,6 +142,7 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
                 clear_failure(run_dir)
                 write_status(run_dir, State.running, reason="starting")
             where.at_timeout = partial(_before_nccl_aborts, where, rank)
+            request.leave_when_stuck(partial(_leave, where))
             yield where
             if teller is not None:
                 write_status(teller, State.done, step=where.step)
@@ -149,6 +150,7 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
         except NotOurs:
             raise
         except BaseException as error:
+            request.must_save()  # this thread writes down how it ended
             if where.lease is not None:
                 where.lease.check()
             if isinstance(error, Preempted | KeyboardInterrupt):
@@ -164,6 +166,8 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
     """The first cause into `failure.json` and `status.json`: the silent rank, where this one only lost its peer."""
     if where.run_dir is None or read_failure(where.run_dir):
         return
+    if LOST_PEER.search(str(error)) and read_status(where.run_dir).get("state") == State.preempted:
+        return  # a peer was asked to stop and has ended, which this rank met as a lost connection
     cause: Silent | Behind | None = None if where.heartbeats is None else where.heartbeats.cause(error)
     waited = not isinstance(error, ShardtuneError) and WAITED.search(str(error)) is not None
     exchanges: dict[int, Exchange] | None = None
@@ -187,6 +191,31 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
             exchanges = where.heartbeats.ask(cause.seen if cause else None)
         about |= _where_all_were(where.run_dir, error, exchanges)
         record_failure(where.run_dir, rank, error, phase, step, replace=True, **about)
+
+
+def _leave(where: Where, signal_name: str) -> None:
+    """End this process, whose main thread does not look at a request to stop before training. Nothing is lost by it.
+
+    Several ranks: the exit code makes torchrun or srun end the others, whatever they wait in. In a thread of its own.
+    """
+    run_dir = where.run_dir
+    code = Preempted.exit_code
+    if signal_name == "SIGINT":
+        code = 130
+    with contextlib.suppress(ShardtuneError, OSError):  # a directory that is not ours any more, or a full disk
+        if where.lease is not None:
+            where.lease.check()
+        # torchrun sends TERM as well, to the peers of a rank that failed: that rank's record stays the cause.
+        if run_dir is not None and not read_failure(run_dir):
+            write_status(run_dir, State.preempted, reason=f"{signal_name} during: {where.phase}")
+        if where.lease is not None:
+            where.lease.release()
+    if "SHARDTUNE_LAUNCHER" not in os.environ:  # else the launcher says it
+        place = "" if run_dir is None else f"{run_dir}: "
+        text = f"{place}stopped during {where.phase}, nothing lost; the same command begins again"
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(2, f"{text}\n".encode())
+    os._exit(code)
 
 
 class TimedOut(RuntimeError):

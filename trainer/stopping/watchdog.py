@@ -1,0 +1,94 @@
+"""A small process beside the one that prepares a run: it kills that one where a request to stop cannot reach Python any more.
+
+Some native code keeps the interpreter's lock (the tokenizers library while it encodes a text, Python's own powers of large
+integers). No thread of the process runs then, and its blocked signals stay pending, which Linux shows in `/proc`. The watchdog
+looks there. It imports nothing of the project: `python -I -S watchdog.py <mask of the signals, hexadecimal> <seconds>`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+LOOK_EVERY_S = 0.5
+
+
+class Watchdog:
+    """The watchdog of this process, from here to `close`. Without Linux's `/proc` there is none."""
+
+    def __init__(self, signals: Iterable[signal.Signals], patience_s: float) -> None:
+        """`patience_s`: seconds that one of the signals may stay pending."""
+        self._process: subprocess.Popen[bytes] | None = None
+        if sys.platform != "linux" or not sys.executable:
+            return
+        mask = 0
+        for number in signals:
+            mask |= 1 << (number - 1)
+        environment = dict(os.environ)
+        environment.pop("RANK", None)  # it is no rank, and is not to be sent what ranks are sent
+        command = [sys.executable, "-I", "-S", __file__, f"{mask:x}", str(patience_s)]
+        with suppress(OSError):  # no room for another process: the run goes on without
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """End the watchdog. It also ends by itself when the watched process does."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process = None
+
+
+def pending_signals(status: str) -> int:
+    """The mask of signals that wait for any thread of a process, by the text of its `/proc/<pid>/status`."""
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == "ShdPnd":
+            return int(value, 16)
+    return 0
+
+
+def is_suspended(status: str) -> bool:
+    """Whether the process was stopped (SIGSTOP, `scontrol suspend`) or is traced; then it can take no signal."""
+    return "\nState:\tT" in status or "\nState:\tt" in status
+
+
+def watch(pid: int, mask: int, patience_s: float) -> None:
+    """Kill process `pid`, our parent, once a signal of `mask` was pending for so long; back when the parent needs no watchdog."""
+    waited_s = 0.0
+    while os.getppid() == pid:
+        needed, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY_S)
+        if needed:  # the pipe was closed
+            return
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return
+        if is_suspended(status):
+            continue
+        if not pending_signals(status) & mask:
+            waited_s = 0.0
+            continue
+        waited_s += LOOK_EVERY_S
+        if waited_s >= patience_s and os.getppid() == pid:
+            os.kill(pid, signal.SIGKILL)
+            return
+
+
+if __name__ == "__main__":
+    watch(os.getppid(), int(sys.argv[1], 16), float(sys.argv[2]))
