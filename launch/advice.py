@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.prices import price_by_word
 from launch.slurm_time import clock, seconds
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
+from trainer.config.sbatch_options import options_of
 
 FORMAT = "%R|%l|%L|%D|%c|%m|%G"
 PATIENCE_S = 5.0
@@ -62,8 +63,8 @@ def partitions() -> list[Partition]:
 
 def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     """Lines for people. Raises ConfigError for a job that can never start, or would be told to save as soon as it starts."""
-    slurm = config.launcher
-    assert isinstance(slurm, SlurmConfig)
+    assert isinstance(config.launcher, SlurmConfig)
+    slurm = as_submitted(config.launcher)
     if slurm.signal_lead_s >= seconds(slurm.time):
         raise ConfigError(
             f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(seconds(slurm.time))}) is no "
@@ -78,25 +79,57 @@ def advise(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     elif there and slurm.partition and not mine:
         known = ", ".join(dict.fromkeys(part.name for part in there))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
-    return [*_limits(slurm, mine), *_restarts(slurm, run_dirs), *_price(slurm, mine, len(run_dirs))]
+    price = _price(slurm, mine, len(run_dirs))
+    return [*ranks_lines(slurm), *_limits(slurm, mine), *_restarts(slurm, run_dirs), *price]
+
+
+def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
+    """The settings with what `launcher.extra` puts in their place: for sbatch the last option counts."""
+    extra = options_of(slurm.extra)
+    return replace(
+        slurm,
+        time=extra.get("time", slurm.time),
+        partition=extra.get("partition", slurm.partition),
+        qos=extra.get("qos", slurm.qos),
+        account=extra.get("account", slurm.account),
+        reservation=extra.get("reservation", slurm.reservation),
+    )
+
+
+def ranks_lines(slurm: SlurmConfig) -> list[str]:
+    """How many ranks a node has, and why; GPUs that no rank uses."""
+    request = slurm.gpu_request
+    if request is None:
+        return []
+    ranks = f"ranks   {slurm.nodes} x {slurm.per_node}"
+    if slurm.processes is None:
+        return [f"{ranks}, one for each GPU of a node ({request.setting})"]
+    idle = request.count - slurm.processes
+    lines = [f"{ranks} (launcher.processes={slurm.processes})"]
+    if idle > 0:
+        lines.append(
+            f"note    {idle} of {request.count} GPUs stay idle on each node: {request.setting}, but "
+            f"launcher.processes={slurm.processes}; leave launcher.processes out to train on all"
+        )
+    return lines
 
 
 def _never(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
     """Why no node of these partitions could ever be given."""
     where, problems = "/".join(dict.fromkeys(part.name for part in mine)), []
+    request = slurm.gpu_request
+    gpus = 0 if request is None else request.count
     longest = max(part.limit_s for part in mine)
     if seconds(slurm.time) > longest:
         problems.append(
             f"launcher.time={slurm.time}: partition {where} gives {clock(longest)} at most: it would never start"
         )
     for key, asked, most in (
-        ("gpus_per_node", slurm.gpus_per_node, max(part.gpus for part in mine)),
-        ("cpus_per_task", slurm.cpus_per_task or 0, max(part.cpus for part in mine)),
+        ("" if request is None else request.setting, gpus, max(part.gpus for part in mine)),
+        (f"launcher.cpus_per_task={slurm.cpus_per_task}", slurm.cpus_per_task or 0, max(part.cpus for part in mine)),
     ):
         if asked > most:
-            problems.append(
-                f"launcher.{key}={asked}: the nodes of partition {where} have {most or 'none'}: it would never start"
-            )
+            problems.append(f"{key}: the nodes of partition {where} have {most or 'none'}: it would never start")
     memory, most = _mebibytes(slurm.mem), max(part.memory_mb for part in mine)
     if memory > most:
         problems.append(
@@ -105,7 +138,7 @@ def _never(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
     fit = sum(
         part.nodes
         for part in mine
-        if part.gpus >= slurm.gpus_per_node and part.cpus >= (slurm.cpus_per_task or 0) and part.memory_mb >= memory
+        if part.gpus >= gpus and part.cpus >= (slurm.cpus_per_task or 0) and part.memory_mb >= memory
     )
     if slurm.nodes > fit and not problems:
         problems.append(f"launcher.nodes={slurm.nodes}: partition {where} has {fit} such nodes: it would never start")
@@ -120,7 +153,12 @@ def _mebibytes(asked: str | None) -> float:
 
 def _limits(slurm: SlurmConfig, mine: list[Partition]) -> list[str]:
     limit = seconds(slurm.time)
-    said = [f"time    {clock(limit)} a start, {slurm.signal_lead_s} s before its end it saves and is requeued"]
+    then = "is requeued"
+    if "no-requeue" in options_of(slurm.extra):
+        then = "ends with 75, not requeued (launcher.extra: --no-requeue)"
+    said = [f"time    {clock(limit)} a start, {slurm.signal_lead_s} s before its end it saves and {then}"]
+    if not slurm.signal_lead_s:
+        said = [f"time    {clock(limit)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"]
     if mine:
         said[0] += f"; partition {mine[0].name} gives {clock(max(part.limit_s for part in mine))} at most"
     if slurm.signal_lead_s * 2 > limit:
@@ -148,13 +186,11 @@ def _restarts(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def _price(slurm: SlurmConfig, mine: list[Partition], runs: int) -> list[str]:
-    gpus = slurm.gpus_per_node * slurm.nodes * runs
-    found = GPUS.search(slurm.gres or "")
-    if found and not gpus:
-        gpus = int(found["count"]) * slurm.nodes * runs
-    if not gpus:
+    request = slurm.gpu_request
+    if request is None:
         return []
-    kinds = {found["kind"]} if found and found["kind"] else {kind for part in mine for kind in part.kinds}
+    gpus = request.count * slurm.nodes * runs
+    kinds = {kind for part in mine for kind in part.kinds} if request.kind is None else {request.kind}
     prices = {price_by_word(kind) for kind in kinds if kind}
     price = prices.pop() if len(prices) == 1 else None
     hours = gpus * seconds(slurm.time) / 3600

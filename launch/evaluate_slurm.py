@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import slurm
+from launch import advice, slurm
 from launch.submission import sbatch
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import SlurmConfig
@@ -64,7 +64,11 @@ def render(made: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: P
 def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
     """Write the script beside the records of the evaluation and submit it, or show it; returns 0. Errors: those of `sbatch`."""
     text = render(made, words)
+    assert isinstance(made.config.launcher, SlurmConfig)
+    ranks = advice.ranks_lines(made.config.launcher)
     if print_only:
+        for line in ranks:
+            print(f"# {line}", file=sys.stderr)
         print(text, end="")
         return 0
     script = made.directory.absolute() / SCRIPT
@@ -75,6 +79,6 @@ def submit(made: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
     job = sbatch(script, [])
     print(f"submitted job {job}: {script}")
-    print(f"  queue   squeue --job {job}")
+    print(*(f"  {line}" for line in [*ranks, f"queue   squeue --job {job}"]), sep="\n")
     print(f"  output  below {shlex.quote(str(made.directory / 'logs'))}; the job's exit code is the evaluation's")
     return 0

@@ -22,6 +22,7 @@ from launch import container, pipeline_part, snapshot
 from launch.job_end import JobStart, end, lost
 from launch.slurm_env import port
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError
+from trainer.config.sbatch_options import ranks_per_node
 from trainer.records.code import ROOT
 from trainer.records.lease import SILENT, refuse_in_use
 from trainer.records.settings_file import read_tree
@@ -62,8 +63,7 @@ class FrozenRun:
     @property
     def processes(self) -> int:
         """Ranks of each node."""
-        launcher = self.tree["launcher"]
-        return launcher["processes"] or launcher.get("gpus_per_node") or 1
+        return ranks_per_node(self.tree["launcher"])
 
     @property
     def threads(self) -> int:

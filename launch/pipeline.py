@@ -15,6 +15,7 @@ from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
+from trainer.config.sbatch_options import without_gpus
 from trainer.following.pipeline import RECORD
 from trainer.records.status import write_text_atomic
 
@@ -40,15 +41,18 @@ def part_of(slurm: SlurmConfig, part: str, run_dir: Path) -> SlurmConfig:
     if part in WITHOUT_GPUS:
         partition = slurm.cpu_partition or slurm.partition
         constraint = None if slurm.cpu_partition else slurm.constraint
-        one = replace(one, gpus_per_node=0, gres=None, exclusive=False, partition=partition, constraint=constraint)
+        own_extra = [*without_gpus(slurm.extra), *slurm.part_options.get(part, [])]
+        one = replace(one, gpus_per_node=0, gres=None, extra=own_extra, exclusive=False)
+        one = replace(one, partition=partition, constraint=constraint)
     return one
 
 
 def script_of(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
     """The script of a part other than training. `head` is the header of a job script, up to its set-up."""
     assert isinstance(config.launcher, SlurmConfig)
-    own = replace(config, launcher=part_of(config.launcher, part, run_dir))
-    ranks = config.launcher.per_node if part == "evaluate" else 1
+    launcher = part_of(config.launcher, part, run_dir)
+    own = replace(config, launcher=launcher)
+    ranks = launcher.per_node if part == "evaluate" else 1
     lines = [*head(own, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
     return "\n".join(lines) + PART
 
@@ -83,7 +87,8 @@ def table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
     lines = [f"{'job':<12}{'part':<10}{'nodes':>5}{'gpus':>6}  {'partition':<12}starts"]
     for number, (part, job) in enumerate(jobs):
         asked = part_of(slurm, part, run_dir)
-        gpus = asked.gpus_per_node * asked.nodes
+        request = asked.gpu_request
+        gpus = request.count * asked.nodes if request is not None else 0
         starts = f"when {jobs[number - 1][0]} has ended well" if number else "when SLURM has the nodes"
         if not number and slurm.after:
             starts = f"when job {slurm.after} has ended well"

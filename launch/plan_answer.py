@@ -19,10 +19,11 @@ def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ())
     """What a person reads; `words` are those that were typed, `calibrated` says what was measured by which run."""
     job, form = answer.job, answer.form
     mean = job.lengths.mean
+    shape = f"{job.nodes} node{'s' if job.nodes > 1 else ''} x {job.per_node} GPU{'s' if job.per_node > 1 else ''}"
     lines = [
         f"{form.parameters / 1e9:.2f} billion parameters, {form.trained / 1e9:.3f} trained; {job.precision} on {job.world} x "
         f"{job.card.name}",
-        f"({job.nodes} of {job.per_node}); a step is {job.global_batch} x {mean:,.0f} tokens; {form.layout} rows",
+        f"({shape}); a step is {job.global_batch} x {mean:,.0f} tokens; {form.layout} rows",
         "",
         f"{'strategy':<9}{'recompute':<10}{'stored':<12}{'micro':>5}{'GiB':>7}{'of ' + format(job.card.memory_gib, '.1f'):>9}"
         f"{'largest':>8}{'tokens/s':>11}  why",

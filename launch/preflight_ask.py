@@ -21,6 +21,7 @@ from typing import Any
 from launch.container import INSIDE
 from launch.preflight import MARK
 from strategies.errors import StorageError
+from trainer.config.sbatch_options import gpu_request, ranks_per_node
 from trainer.data.read.paths import is_address, is_hub
 from trainer.preflight.judge import Heard, PreflightVerdict, judge
 from trainer.preflight.look import VARIABLE, VISIBLE_S, PreflightRequest
@@ -38,8 +39,11 @@ SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 def asked_of(tree: dict[str, Any], nodes: int) -> PreflightRequest:
     """What the nodes are to look at for a run whose configuration, as plain values, is `tree`."""
     launcher, model, data, run = (tree[part] for part in ("launcher", "model", "data", "run"))
-    processes = launcher["processes"] or launcher.get("gpus_per_node") or 1
-    gpus = launcher.get("gpus_per_node") or (processes if run["device"] == "cuda" else 0)
+    processes = ranks_per_node(launcher)
+    request = gpu_request(launcher)
+    gpus = processes if run["device"] == "cuda" else 0
+    if request is not None:
+        gpus = request.count
     sources = [source.get("path") for source in (data["sources"] or {}).values()]
     paths = [
         str(path) for value in (data["path"], *sources) for path in (value if isinstance(value, list) else [value])

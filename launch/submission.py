@@ -9,6 +9,7 @@ import contextlib
 import os
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     code = snapshot.place_of(run_dirs[0], snapshot.digest(snapshot.read())) if copied and run_dirs else ROOT
     scripts = scripts_of(config, run_dirs, code)
     if print_only:
+        assert isinstance(slurm, SlurmConfig)
+        for line in advice.ranks_lines(slurm):
+            print(f"# {line}", file=sys.stderr)
         for number, (part, text) in enumerate(scripts.items()):
             if len(scripts) > 1:
                 after = (

@@ -42,7 +42,9 @@ def data(tmp_path, monkeypatch):
 def test_every_experiment_is_a_legal_run(name):
     config = compose([f"experiment={name}", "data.path=train.jsonl"]).config
     assert config.model.path
-    assert config.launcher.processes in (1, 2, 4, 8)
+    tree = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())
+    # A number of ranks would leave GPUs idle on a larger node; strategy=single alone is one process.
+    assert "processes" not in tree.get("launcher", {}) or config.strategy.name == "single"
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])

@@ -113,7 +113,7 @@ def test_what_is_only_worth_knowing():
     ):
         assert part in said
     assert judged(seen(0, **more), seen(1), seen(2, **more), gpus=1)[0] == [
-        "n1: shows 0 GPUs, and 1 are needed (launcher.gpus_per_node)"
+        "n1: shows 0 GPUs, and 1 are needed (launcher.gpus_per_node, launcher.gres)"
     ]
 
 

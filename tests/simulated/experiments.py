@@ -1,9 +1,11 @@
 """Experiment files composed as a user types them, for models of the published sizes: a config.json without weights."""
 
+import re
 from pathlib import Path
 
 import transformers
 
+from launch.choices import CONF_DIR
 from launch.compose import compose
 from trainer.forecast.simulation import simulate_depth
 from trainer.planning.depth import Extended
@@ -45,7 +47,9 @@ def simulated_experiment(name: str, place: Path) -> Extended:
     MODELS[name].save_pretrained(place / name)
     words = [f"experiment={name}", f"model.path={place / name}", "data.path=train.jsonl", "precision=bf16"]
     config = compose(words, check=False).config
-    world = config.launcher.processes
+    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+    world = int(re.search(r"^# Hardware: (\d+) GPUs", text, re.MULTILINE)[1])
+    config.launcher.processes = world
     config.batch["global"] = config.batch["micro"] * world
     lengths = [config.data.max_length] * config.batch["micro"]
     return simulate_depth(config, lengths, rank=world - 1, world_size=world, local_world_size=world)

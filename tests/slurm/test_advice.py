@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.advice import advise, partitions
+from launch.advice import advise, partitions, ranks_lines
 from launch.prices import price_by_word
 from launch.slurm_time import clock, seconds
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
+from trainer.config.validate import problems_of
 
 SINFO = """\
 main*|main|1:00:00|10:00|3|4|4000|(null)
@@ -100,3 +101,48 @@ def test_price_and_restarts_are_told_as_far_as_they_are_known(sinfo, tmp_path):
     said = advised(tmp_path, time="1:00:00", retry={"preempted": 1})
     # 1000 steps of 10 s in starts of 3600 - 180 s: three
     assert "2:46:40 of steps are left at 10 s a step: 2 restarts at the limit, but launcher.retry allows 1" in said
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "reason"),
+    [
+        ({"gres": "gpu"}, 1, "launcher.gres=gpu"),
+        ({"gres": "gpu:8"}, 8, "launcher.gres=gpu:8"),
+        ({"gres": "gpu:h100:8"}, 8, "launcher.gres=gpu:h100:8"),
+        ({"gres": "gpu:h100:4,gpu:a100:2,shard:3"}, 6, "gpu:h100:4,gpu:a100:2"),
+        ({"gres": "shard:8"}, 1, ""),
+        ({"gres": "mps:100"}, 1, ""),
+        ({"gpus_per_node": 4, "gres": "gpu:8"}, 4, "launcher.gpus_per_node=4"),
+        ({"extra": ["--gpus-per-node=h100:8"]}, 8, "launcher.extra: --gpus-per-node=h100:8"),
+        ({"extra": ["-G 16"], "nodes": 2}, 8, "launcher.extra: --gpus=16"),
+        ({"extra": ["--gpus-per-task 8"]}, 8, "launcher.extra: --gpus-per-task=8"),
+        ({"extra": ["--gres=gpu:2"], "gres": "gpu:8"}, 2, "launcher.extra: --gres=gpu:2"),
+        ({"extra": ["--gpus-per-n=8"]}, 8, "--gpus-per-node=8"),
+    ],
+)
+def test_the_ranks_of_a_node_are_the_gpus_that_are_asked_for(launcher, ranks, reason):
+    slurm = SlurmConfig(**launcher)
+    assert slurm.per_node == ranks
+    said = "\n".join(ranks_lines(slurm))
+    assert reason in said and bool(said) == bool(reason)
+
+
+def test_gpus_that_no_rank_uses_are_told_with_the_price_of_all(sinfo, tmp_path):
+    said = advised(tmp_path, partition="gpu", gres="gpu:h100:8", processes=1, nodes=2, time="10:00:00")
+    assert "note    7 of 8 GPUs stay idle on each node: launcher.gres=gpu:h100:8, but launcher.processes=1" in said
+    assert "160 GPU hours" in said
+    with pytest.raises(ConfigError, match=r"launcher\.gres=gpu:8: the nodes of partition main have none"):
+        advised(tmp_path, gres="gpu:8", time="30:00")
+
+
+def test_options_that_contradict_the_script_are_refused_by_name_and_the_others_are_respected(sinfo, tmp_path):
+    extra = ["--array=0-2", "-o /tmp/x", "--no-requeue", "--sig=B:USR2@60", "-N2"]
+    problems = "\n".join(problems_of(RunConfig(launcher=SlurmConfig(extra=extra, nodes=3)), world_size=3))
+    for option in ("--array=0-2", "--output=/tmp/x", "--signal=B:USR2@60", "--nodes=2"):
+        assert f"launcher.extra: {option}: " in problems
+    assert "requeue:" not in problems
+    uneven = RunConfig(launcher=SlurmConfig(extra=["--gpus=10"], nodes=4))
+    assert "--gpus=10 cannot be shared evenly by launcher.nodes=4" in "\n".join(problems_of(uneven, world_size=8))
+    said = advised(tmp_path, extra=["--no-requeue", "--time=2:00:00", "--partition=gpu"])
+    assert "time    2:00:00 a start, 180 s before its end it saves and ends with 75, not requeued" in said
+    assert "partition gpu gives 2-0:00:00" in said

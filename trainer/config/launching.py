@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from trainer.config.run import RETRIES, LauncherConfig, RunConfig, SlurmConfig
+from trainer.config.sbatch_options import options_of, total_gpus
 
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 JOB_NAME = re.compile(r"[\w.-]+")
 PARTS = ("prepare", "train", "evaluate", "export")
 HOST = re.compile(r"[\w\[][\w.@:%\[\]-]*")
+NOT_EXTRA = {
+    "array": "the script is for one run, or for those of -m; launcher.array_limit bounds how many run at a time",
+    "nodes": "the ranks are counted by launcher.nodes; set that",
+    "output": "`shardtune logs` reads <run>/logs; leave it out",
+    "error": "`shardtune logs` reads <run>/logs; leave it out",
+    "open-mode": "a requeued job appends to its logs; leave it out",
+    "signal": "the script expects USR2 at the time of launcher.signal_lead_s; set that",
+}
+"""Options of sbatch that `launcher.extra` must not have, and what to do in their place."""
 JOBS = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
 
 
@@ -83,6 +94,25 @@ def _slurm(launcher: SlurmConfig) -> Iterator[str]:
         yield f"launcher.after={launcher.after}: must be the id of a job, as in launcher.after=17; several: 17:18"
     if launcher.mail_user is not None and launcher.mail is None:
         yield f"launcher.mail_user={launcher.mail_user}: nothing is mailed; say what: launcher.mail=END,FAIL"
+    yield from _extra(launcher)
+
+
+def _extra(launcher: SlurmConfig) -> Iterator[str]:
+    """Options of sbatch that would make something else of the job than what is printed of it and what its script does."""
+    for setting, words in (("launcher.extra", launcher.extra), *_part_words(launcher)):
+        for option, value in options_of(words).items():
+            if (remedy := NOT_EXTRA.get(option)) is not None:
+                yield f"{setting}: --{option}{f'={value}' if value else ''}: {remedy}"
+    gpus = total_gpus(asdict(launcher))
+    if gpus is not None and launcher.nodes > 1 and gpus % launcher.nodes:
+        yield (
+            f"launcher.extra: --gpus={gpus} cannot be shared evenly by launcher.nodes={launcher.nodes}; "
+            "each node needs the same number of ranks: set launcher.gpus_per_node"
+        )
+
+
+def _part_words(launcher: SlurmConfig) -> list[tuple[str, list[str]]]:
+    return [(f"launcher.part_options.{part}", words) for part, words in launcher.part_options.items()]
 
 
 def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:

@@ -6,7 +6,7 @@ run itself. Ranges and cross-field rules are `trainer.config.validate`'s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,6 +14,7 @@ from strategies.base import Precision, StrategyConfig
 from strategies.matmul import Matmul
 from trainer.challenges.config import ChallengesConfig
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.config.sbatch_options import GpuRequest, gpu_request, ranks_per_node
 from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import DataConfig
 from trainer.evaluation.base import EvaluationConfig
@@ -107,7 +108,7 @@ class LauncherConfig:
     name: LauncherName = LauncherName.local
     """Which launcher starts the processes; set by the group choice `launcher=<name>`."""
     processes: int | None = None
-    """Processes per host; default: one per GPU, or one on a CPU-only host."""
+    """Processes per host; default: one per GPU (under SLURM: that the job asks for), or one on a CPU-only host."""
     nodes: int = 1
     """Number of hosts; without SLURM name them in `hosts`, or start the same command on each."""
     hosts: list[str] = field(default_factory=list)
@@ -210,8 +211,13 @@ class SlurmConfig(LauncherConfig):
 
     @property
     def per_node(self) -> int:
-        """Ranks of each node: one a GPU, where nothing else is said."""
-        return self.processes or self.gpus_per_node or 1
+        """Ranks of each node: `processes`, else one for each GPU that the job asks for, else 1."""
+        return ranks_per_node(asdict(self))
+
+    @property
+    def gpu_request(self) -> GpuRequest | None:
+        """The GPUs that the job asks for on each node; None if it asks for none."""
+        return gpu_request(asdict(self))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -88,7 +88,7 @@ def _of_nodes(asked: PreflightRequest, heard: Heard) -> Iterable[str]:
             elif held["lacking"]:
                 yield f"{host}: {model} is not whole: {', '.join(held['lacking'][:3])} is missing; download it again"
         if seen["gpu_count"] < asked.gpus:
-            yield f"{host}: shows {seen['gpu_count']} GPUs, and {asked.gpus} are needed (launcher.gpus_per_node)"
+            yield f"{host}: shows {seen['gpu_count']} GPUs, and {asked.gpus} are needed (launcher.gpus_per_node, launcher.gres)"
 
 
 def _unlike(heard: Heard) -> Iterable[str]:
