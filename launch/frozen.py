@@ -32,6 +32,7 @@ from trainer.config.run import (
     asked_strategy,
     kept_matmul,
 )
+from trainer.data.config import ControlTokens, identifying
 from trainer.following.queue import Queue, QueuedJob, ask
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
@@ -214,6 +215,8 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
     if not changed and STRATEGY in before.substitutions:
         composed.config.strategy = before.strategy
         composed.config.substitutions[STRATEGY] = before.substitutions[STRATEGY]
+    if not changed and reached:
+        _go_on_alike(composed.config, before)
     if not changed or not reached:  # a corrected command may take its place
         return
     if another_way and all(line.startswith(ANOTHER_WAY) for line in changed):
@@ -240,6 +243,8 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     changed = differences(composed.config, before)
     if changed and _only_defaults_changed(composed, changed, before, path):
         _take_over(composed.config, before)
+    if not changed:
+        _go_on_alike(composed.config, before)
 
 
 def _only_defaults_changed(composed: Composed, changed: list[str], before: RunConfig, path: Path) -> bool:
@@ -301,11 +306,21 @@ def _take_matmul(config: RunConfig, before: RunConfig) -> None:
     config.substitutions[MATMUL] = before.substitutions.get(MATMUL, f"{AUTO} -> {library} (as this run began)")
 
 
+def _go_on_alike(config: RunConfig, before: RunConfig) -> None:
+    """Keep what decides prepared bytes, beside the words, as it was when the run began.
+
+    A run that began with `data.control_tokens=text`, typed or by an older default, goes on with it.
+    """
+    if config.data.control_tokens is ControlTokens.auto:
+        config.data.control_tokens = before.data.control_tokens
+
+
 def _identifying(tree: Any) -> dict[str, Any]:
     kept = {key: value for key, value in tree.items() if key not in NOT_IDENTIFYING}
     # It is still the run that was asked for.
     kept["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
     kept["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
+    kept["data"] = identifying(tree["data"])
     return kept | {"run": {"seed": tree["run"]["seed"]}}
 
 

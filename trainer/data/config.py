@@ -16,7 +16,7 @@ OverLength = Enum(  # no StrEnum: a member `split` would hide the method of stri
     "OverLength",
     {"drop": "drop", "truncate": "truncate", "truncate_left": "truncate_left", "split": "split", "fail": "fail"},
 )
-ControlTokens = StrEnum("ControlTokens", ["text", "refuse", "keep"])
+ControlTokens = StrEnum("ControlTokens", ["auto", "text", "refuse", "keep"])
 Verify = StrEnum("Verify", ["sampled", "all"])
 Layout = StrEnum("Layout", ["auto", "padding_free", "padded"])
 
@@ -293,9 +293,10 @@ class DataConfig:
     """Which turns of a conversation are learned."""
     max_length: int = 2048
     """Longest document in tokens."""
-    control_tokens: ControlTokens = ControlTokens.text
+    control_tokens: ControlTokens = ControlTokens.auto
     """Control tokens that prompts, turns of users and systems, and plain texts spell: encoded as ordinary characters
-    (`text`), as the tokens themselves (`keep`), or `refuse` the row. Answers and learned turns keep theirs."""
+    (`text`), as the tokens themselves (`keep`), or `refuse` the row. Answers and learned turns keep theirs. `auto` is `text`,
+    but refuses data whose texts already hold a rendered chat template."""
     over_length: OverLength = OverLength.truncate
     """What happens to longer documents."""
     packing: bool = False
@@ -316,3 +317,13 @@ class DataConfig:
     """Refuse to train when a smaller share of the tokens is supervised."""
     card: CardConfig = field(default_factory=CardConfig)
     """What only people know about the data, for its data card."""
+
+
+def identifying(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of data, by name, as identities and fingerprints have them.
+
+    `control_tokens=auto` prepares the same bytes as `text`, its only meaning before there was `auto`: both are one run.
+    """
+    if settings.get("control_tokens") == ControlTokens.auto:
+        return {**settings, "control_tokens": ControlTokens.text.value}
+    return settings

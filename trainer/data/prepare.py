@@ -23,13 +23,14 @@ from strategies.errors import DataError, Preempted
 from trainer.data.blocks import Assembly, Block
 from trainer.data.cache import DONE, Digests, Shards, build_once, compare, fingerprint, hashes_of
 from trainer.data.choose.splits import choose
-from trainer.data.config import BalanceBy, DataConfig, OverLength, PrivacyMode, Verify
+from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
 from trainer.data.formats import RowReader
 from trainer.data.inputs import inputs_of, jobs, readers_of, require_room, rows_of
 from trainer.data.maker import BlockMaker, cores, ordered_map
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand
 from trainer.data.reading import Reading
+from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import Description
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
@@ -82,7 +83,7 @@ class Preparation:
         self.inputs = inputs_of(config)
         options = {
             "version": VERSION,
-            "data": {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT},
+            "data": {key: value for key, value in identifying(asdict(config)).items() if key not in NOT_CONTENT},
             "seed": seed if config.eval_share or config.test_share or config.balance.by is not BalanceBy.none else None,
             "reading": {"class": f"{type(reading).__module__}.{type(reading).__qualname__}", **reading.identity()},
         }
@@ -104,18 +105,24 @@ class Preparation:
     def open_or_make(self) -> Prepared:
         """The prepared data set: opened, or made by this process, or waited for while another makes it."""
         began = time.perf_counter()
+        if not (self.directory / DONE).exists():
+            self._refuse_rendered_rows()
         shards = None if (self.directory / DONE).exists() else Shards.finished(self.directory)
         made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
         verify = None if made else self.config.verify
         if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:  # once a host
             verify = Verify.sampled
         seconds = time.perf_counter() - began
-        return open_prepared(self.directory, cached=not made, seconds=seconds, verify=verify)
+        prepared = open_prepared(self.directory, cached=not made, seconds=seconds, verify=verify)
+        if not made and _spells_control_tokens(prepared.report):
+            self._refuse_rendered_rows()  # it was prepared when the user had typed data.control_tokens=text
+        return prepared
 
     def make_shard(self, number: int, count: int) -> None:
         """Part `number` of `count` of the first pass, kept until a call of `open_or_make` finds all of them."""
         if (self.directory / DONE).exists():
             return
+        self._refuse_rendered_rows()
         readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
         with Shards(self.directory, count).writing(number, self.check_stop) as keep:
             if keep is None:
@@ -124,6 +131,12 @@ class Preparation:
                 self.check_stop()
                 keep(block)
             self.digest.check()
+
+    def _refuse_rendered_rows(self) -> None:
+        """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
+        if self.config.control_tokens is ControlTokens.auto:
+            readers = readers_of(self.inputs, label=self.reading.label, meant=self.reading.formats)
+            refuse_rendered(self.inputs, readers, self.reading.encoder(self.tokenizer, self.config))
 
     def check_stop(self) -> None:
         """A safe point: raise Preempted where this process was asked to stop."""
@@ -182,6 +195,12 @@ class Preparation:
         mine = every if parts == 1 else (job for job in every if job.number % parts == part)
         workers = 1 if self.small else self.config.workers or cores()
         return ordered_map(maker, mine, workers=workers) if workers > 1 else map(maker, mine)
+
+
+def _spells_control_tokens(report: dict[str, Any]) -> bool:
+    """Whether control tokens were encoded as ordinary characters in any document of prepared data."""
+    noted = [stage["noted"] for stage in report["flow"] if stage["stage"] == "tokenise"]
+    return any("control_tokens_as_text" in counts for counts in noted)
 
 
 def open_prepared(

@@ -23,6 +23,7 @@ from trainer.checkpoints.chosen import settled
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import KINDS, defaults_of, flat, kind_of, plain
 from trainer.config.run import RunConfig
+from trainer.data.config import identifying
 from trainer.data.prepare import Prepared
 from trainer.model.loading import weights_directory
 from trainer.objectives.frozen import teacher_model
@@ -51,7 +52,9 @@ Kinds = dict[str, dict[str, Any]]
 def identity_of(config: RunConfig, data: Prepared, *, files: bool = True) -> Kinds:
     """What decides the run's result, by kind. `files=False` reads none, so that base and code are empty. No collective."""
     kinds: Kinds = {kind: {} for kind in KINDS if kind != "unknown"}
-    for key, value in flat(plain(config)).items():
+    settings = plain(config)
+    settings["data"] = identifying(settings["data"])
+    for key, value in flat(settings).items():
         if kind := kind_of(key):
             kinds[kind][key] = value
     kinds["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}

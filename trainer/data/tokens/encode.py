@@ -57,7 +57,8 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         ends = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
-        self.control, self.control_tokens = Control(tokenizer, self._backend, ends), control_tokens
+        self.control = Control(tokenizer, self._backend, ends)
+        self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
 
     def _natural_affixes(self) -> tuple[list[int], list[int]]:
         """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
@@ -212,13 +213,18 @@ class Encoder:
         samples, bos = [], self.bos_id
         for document, encoding, text in zip(documents, *self.encodings(rendered), strict=True):
             (input_ids, supervised, weights), marks = learned_tokens(encoding, text), dict[str, float]()
+            # A text with control tokens of its own may begin with the BOS that would be put before it.
+            begins_itself = (
+                self.control_tokens is ControlTokens.keep and bos is not None and input_ids[:1].tolist() == [bos]
+            )
             if document.label is not None:
                 marks[LABEL] = self._label(document)
-                input_ids, supervised = _affix(input_ids, supervised, self.opening, self.closing, learn=False)
+                opening = [] if begins_itself and self.opening == [bos] else self.opening
+                input_ids, supervised = _affix(input_ids, supervised, opening, self.closing, learn=False)
             elif document.text is not None or (document.prompt is not None and self.template is None):
                 if (eos := self.eos_id) is None:
                     raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
-                opening = self.opening[:1] if self.opening[:1] == [bos] else []
+                opening = self.opening[:1] if self.opening[:1] == [bos] and not begins_itself else []
                 closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
                 input_ids, supervised = _affix(input_ids, supervised, opening, closing, learn=True)
             if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:

@@ -1,0 +1,106 @@
+"""Rows that already hold a rendered chat template: they would be learned as spelled characters, and are refused.
+
+Many published files have one column `text` with whole conversations in it, special tokens included. Special tokens in a text
+are encoded as ordinary characters, unless `data.control_tokens` says otherwise. A model that learned such rows would write
+`<`, `|`, `im_end` one after the other, and never end a turn. Nobody wants that without knowing, so the user has to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from strategies.errors import DataError
+from trainer.data.document import Document, Row
+from trainer.data.formats import RowReader
+from trainer.data.inputs import Input
+from trainer.data.tokens.encode import Encoder
+
+FIRST_ROWS = 100
+"""Documents of each input that are looked at."""
+_TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnTokens:
+    """The special tokens by which a rendered conversation can be recognised."""
+
+    inside: tuple[str, ...]
+    """Tokens that the chat template writes around turns, but for BOS and EOS: a text spells one anywhere."""
+    first: str | None
+    """The BOS token: a text begins with it."""
+    last: str | None
+    """The EOS token: a text ends with it."""
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> TurnTokens:
+        """Those of an encoder's tokenizer and its chat template."""
+        tokenizer = encoder.tokenizer
+        affixes = {tokenizer.bos_token, tokenizer.eos_token}
+        rendered = ""
+        if encoder.template is not None:
+            try:
+                rendered = encoder.template.text(_TURNS * 2, "the chat template")
+            except DataError:  # a template that refuses this conversation is known by its ends of turns alone
+                rendered = "".join(encoder.template.all_end_tokens)
+        inside = tuple(name for name in encoder.control.names if name in rendered and name not in affixes)
+        return cls(inside, tokenizer.bos_token, tokenizer.eos_token)
+
+    def spelled(self, document: Document) -> str | None:
+        """The token that makes a document's prompt or text look rendered; None if there is none."""
+        text = document.prompt or document.text or ""
+        for name in self.inside:
+            if name in text:
+                return name
+        if document.prompt is not None:
+            return None
+        stripped = text.strip()
+        if self.first is not None and stripped.startswith(self.first):
+            return self.first
+        if self.last is not None and stripped.endswith(self.last):
+            return self.last
+        return None
+
+
+def refuse_rendered(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
+    """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
+    tokens = TurnTokens.of(encoder)
+    for item in inputs:
+        num_texts, num_rendered = 0, 0
+        example: tuple[Document, str] | None = None
+        for document in _first_documents(item, readers[item.id]):
+            if document.prompt is None and (document.text is None or document.label is not None):
+                continue  # a conversation, or a text that is only read to tell its label
+            num_texts += 1
+            token = tokens.spelled(document)
+            if token is not None:
+                num_rendered += 1
+                example = example or (document, token)
+        if example is not None and num_rendered > num_texts / 2:
+            raise DataError(f"{item.key}: {num_rendered} of the first {num_texts} {_explained(*example)}")
+
+
+def _first_documents(item: Input, reader: RowReader) -> Iterator[Document]:
+    """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
+    for row in islice(item.origin.rows(item.wanted), FIRST_ROWS):
+        parsed = row.parse()
+        document = reader(parsed) if isinstance(parsed, Row) else parsed
+        if isinstance(document, Document):
+            yield document
+
+
+def _explained(document: Document, token: str) -> str:
+    """The second half of the message: what such rows would teach, and the words that decide."""
+    if document.prompt is not None:
+        return (
+            f"prompts spell the chat template's own tokens, such as {token} ({document.where}), and the template would be "
+            "written around them once more. Give such rows as messages, without the tokens. To learn these tokens as "
+            "ordinary characters, set data.control_tokens=text"
+        )
+    return (
+        f"texts spell the chat template's own tokens, such as {token} ({document.where}), and would be learned as ordinary "
+        "characters. To read them as special tokens, set data.control_tokens=keep: the questions in a text are then learned "
+        "too. Rows of messages would mask the questions. To learn the tokens as ordinary characters, set "
+        "data.control_tokens=text"
+    )
