@@ -1,0 +1,69 @@
+"""Run directories that an earlier version wrote: each verb reads them, and a stopped run goes on with `run.accept=[code]`.
+
+`tests/golden/earlier_version.tar.gz` holds a tiny model, its data, the prepared data, and three runs of version 0.1.0 as of
+revision c043f22: `finished` (LoRA, exported), `classifier` (all weights, not exported) and `stopped` (LoRA, by SIGTERM in its
+first steps of 12). The archive is never made anew by a later version: that is what it is for.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launching import command_here
+
+ARCHIVE = Path(__file__).parents[1] / "golden" / "earlier_version.tar.gz"
+SAME_WORDS = [
+    "model.path=model",
+    "budget.steps=12",
+    "batch.global=4",
+    "batch.micro=2",
+    "run.device=cpu",
+    "precision=fp32",
+    "logging.wandb=disabled",
+    "data.cache_dir=cache",
+    "data.path=chat.jsonl",
+    "data.eval_path=held.jsonl",
+    "tuning=lora",
+    "tuning.rank=2",
+    "run.dir=runs/stopped",
+    "checkpoint.keep=1",
+]
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """The working directory of those runs, as it was left."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_stopped_run_goes_on_once_the_new_code_is_accepted(site, capsys):
+    assert command_here(["train", *SAME_WORDS]) == 64
+    refusal = capsys.readouterr().err
+    differences = [line.strip() for line in refusal.splitlines() if " there, " in line]
+    # The libraries of this machine may be others than those that wrote the archive.
+    assert {line.partition(":")[0] for line in differences} <= {"code", "versions"}, refusal
+
+    assert command_here(["train", *SAME_WORDS, "run.accept=[code,versions]"]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (site / "runs/stopped/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert (site / "runs/stopped/export/adapter_model.safetensors").exists()
+
+
+def test_every_verb_reads_them(site, capsys):
+    assert command_here(["status", "runs", "--json"]) == 0
+    states = {Path(run["directory"]).name: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert states == {"finished": "done", "classifier": "done", "stopped": "preempted"}
+
+    assert command_here(["compare", "runs/finished", "runs/stopped"]) == 0
+    assert command_here(["export", "runs/classifier", "to=exports/classifier"]) == 0
+    exported = json.loads((site / "exports/classifier/config.json").read_text())
+    assert exported["id2label"] == {"0": "neg", "1": "pos"}
+
+    task = ["evaluation.tasks.held.kind=loss", "evaluation.tasks.held.path=held.jsonl"]
+    assert command_here(["evaluate", "runs/finished", *task]) == 0
+    assert "held" in json.loads((site / "runs/finished/evaluation.json").read_text())["tasks"]
