@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,11 +62,13 @@ class Run:
         """A row for each step, and one for each evaluation, as `metrics.jsonl` has them; without rows where there are none."""
         import pandas as pd
 
-        path = self.dir / "metrics.jsonl"
-        lines = (
-            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        )  # a last line may be half written
-        return pd.DataFrame([json.loads(line) for line in lines])
+        _ours()
+        from trainer.records.metric_rows import METRICS, read_rows
+
+        metrics = read_rows(self.dir / METRICS)
+        if metrics.unreadable:
+            warnings.warn(f"{self.dir / METRICS}: left out: {', '.join(map(str, metrics.unreadable))}", stacklevel=2)
+        return pd.DataFrame(metrics.rows)
 
     def export(self, to: str | Path | None = None, **settings: Any) -> Path:
         """Write a checkpoint as a model for others, as `shardtune export` does; its directory.

@@ -182,9 +182,11 @@ def _tidy(text: str) -> str:
 
 def held_out_metrics(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the last evaluation in `metrics.jsonl`."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows if "eval/loss" in row]
-    return rows[0], rows[-1]
+    from trainer.records.results import rows
+
+    evaluations = [row for row in rows(run_dir) if "eval/loss" in row]
+    first, last = ({k: v for k, v in row.items() if k.startswith("eval/")} for row in (evaluations[0], evaluations[-1]))
+    return first, last
 
 
 def show_answers(export: Path, held_out: Path) -> None:

@@ -11,6 +11,8 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
+from trainer.following.rows import newest
+from trainer.records.metric_rows import METRICS
 
 if TYPE_CHECKING:
     from launch.compare_follow import Meanwhile
@@ -19,8 +21,6 @@ LOOK_S = 1.0
 """Seconds between two looks at a run's files."""
 LINE_S = 60.0
 """Seconds between two lines where they cannot be written over."""
-TAIL = 65536
-"""Bytes at the end of a file in which its last row is looked for."""
 
 
 class RunsProgress:
@@ -122,11 +122,5 @@ def span(seconds: float) -> str:
 
 def _last_step(run_dir: Path) -> int:
     """The last step in `metrics.jsonl`; 0 before there is one."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL))
-            lines = file.read().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return 0
+    rows = newest(run_dir / METRICS)
+    return int(rows[-1]["step"]) if rows else 0

@@ -6,7 +6,6 @@ lease for it: a trial whose command is gone is gone on with, in its directory, b
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -21,6 +20,7 @@ from launch.progress import RunsProgress
 from launch.sweeper import Prune, Search, listing
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from trainer.records.lease import InUse, Lease, NotOurs
+from trainer.records.results import rows
 from trainer.stopping.signals import pending
 
 if TYPE_CHECKING:
@@ -95,20 +95,16 @@ def evaluations(run_dir: Path, metric: str) -> dict[int, float]:
 
 def lacking(run_dir: Path, metric: str) -> str | None:
     """Why no trial can be judged by the metric, after an evaluation that does not have it; None where one has, or was none."""
-    rows = _rows(run_dir)
-    if not rows or any(metric in row for row in rows):
+    evaluated = _rows(run_dir)
+    if not evaluated or any(metric in row for row in evaluated):
         return None
-    there = ", ".join(key for key in rows[0] if key.startswith("eval/"))
+    there = ", ".join(key for key in evaluated[0] if key.startswith("eval/"))
     return f"sweeper.metric={metric}: the evaluations yield {there}; name one of them, and another run.dir"
 
 
 def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Those of evaluations, a half written one left out."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if '"eval/' in line]
+    """Those of evaluations that can be read."""
+    return [row for row in rows(run_dir) if any(key.startswith("eval/") for key in row)]
 
 
 def open_study(search: Search, base: Path) -> Study:

@@ -9,11 +9,16 @@ from typing import ClassVar
 
 import pytest
 
+from launch import search
+from launch.progress import _last_step
+from shardtune import Run
 from strategies import durable
 from strategies.errors import StorageError
+from trainer.following import rows as following
+from trainer.records import results
 from trainer.records.config import LoggingConfig, WandbMode
 from trainer.records.earlier import EarlierResults
-from trainer.records.jsonl import JsonlTracker
+from trainer.records.jsonl import UNREADABLE, JsonlTracker
 from trainer.records.status import State
 from trainer.records.trackers.base import Ended, Tracked
 from trainer.records.tracking import Trackers, open_trackers
@@ -32,6 +37,60 @@ def test_rows_after_the_checkpoint_are_done_again(tmp_path):
     second.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(1, 1 / 3), (2, 2 / 3), (3, 0.5)]
+
+
+NO_ROWS = {
+    b"\xe9": "is not UTF-8",
+    b'{"step": 1, "l\xf3ss": 2.0}': "is not UTF-8",
+    b"[1]": "is no object",
+    b"5": "is no object",
+    b'{"step": "x"}': "has no step that is a whole number",
+    b'{"step": true}': "has no step that is a whole number",
+    b'{"loss": 1.0}': "has no step that is a whole number",
+    b'{"step": 1, "loss": "high"}': "has a loss that is no number",
+    b'{"step": 1, "lo': "is not JSON",
+    b"[" * 20_000: "is nested too deep",
+    b"\0" * 3000: "has NUL bytes, as a power cut leaves them",
+    b'{"step": 1, "loss": ' + b"9" * 5000 + b"}": "is not JSON",
+}
+"""Lines that no run writes, and why they are no rows."""
+
+
+def test_a_line_that_cannot_be_read_never_stops_a_start(tmp_path, capsys):
+    """It is set aside with the reason, to the byte; the rows around it stay. A torn last line is torn, and nothing to tell of."""
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / UNREADABLE
+    row = b'{"step": 1, "loss": 2.0, "name": "\xc3\xa4"}\n'
+    path.write_bytes(row + b"".join(line + b"\n" for line in NO_ROWS) + b"\n" + row + b'{"step": 1, "lo')
+    tracker = JsonlTracker(path, 1)
+    tracker.close()
+    assert path.read_bytes() == row + row
+    assert tracker.earlier.last_row["loss"] == 2.0
+    lines = [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()]
+    assert [(each["line"], each["reason"]) for each in lines] == list(enumerate(NO_ROWS.values(), 2))
+    assert [each["text"].encode(errors="surrogateescape") for each in lines] == list(NO_ROWS)
+    said = capsys.readouterr().out
+    assert f"warning: {path}: line 2 is not UTF-8, line 3 is not UTF-8, line 4 is no object and 9 more; " in said
+    assert f"moved to {UNREADABLE}" in said
+
+    JsonlTracker(path, 1).close()  # what was set aside once is not told of again
+    assert len(aside.read_text(encoding="utf-8").splitlines()) == len(NO_ROWS)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
+def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": 1.0 / step, "eval/loss": 2.0} for step in (1, 2)]
+    before, after = (json.dumps(row).encode() + b"\n" for row in rows)
+    path.write_bytes(before + line + b"\n" + after)
+    assert results.rows(tmp_path) == following.newest(path) == rows
+    assert results.at_step(tmp_path, 2) == {"eval/loss": 2.0}
+    assert following.curve(path, 4) == [1.0, 0.5]
+    assert search.evaluations(tmp_path, "eval/loss") == {1: 2.0, 2: 2.0}
+    assert search.lacking(tmp_path, "eval/accuracy").startswith("sweeper.metric=eval/accuracy: ")
+    assert _last_step(tmp_path) == 2
+    with pytest.warns(UserWarning, match="left out: line 2 "):
+        assert len(Run(tmp_path).metrics()) == 2
 
 
 def tracked(run_dir, config, **about):

@@ -169,6 +169,11 @@ def _notes(rows: list[Repeated], named: list[str]) -> list[str]:
         found.append(
             f"Same loss: at most {SAME:g} apart, relatively, over the first {FIRST_STEPS} steps that both runs have"
         )
+    found += [
+        f"{point.directory}: {point.unreadable_lines} lines of its metrics or events cannot be read and are left out"
+        for point in points
+        if point.unreadable_lines
+    ]
     for row, name in zip(rows, named, strict=True):
         distances = [distance for other in row.points[1:] if (distance := apart(row.point, other))]
         if drift := max((distance.drift for distance in distances), default=0.0):

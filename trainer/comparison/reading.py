@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from strategies.durable import reason
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.places import places_of, published
 from trainer.config.resuming import KINDS, flat
+from trainer.records.metric_rows import METRICS, MetricRows, read_rows
 from trainer.records.settings_file import read_tree
 from trainer.records.status import State, read_failure, read_status
 
@@ -39,6 +41,8 @@ class Point:
     """Held-out metrics by step; 0 is before the first."""
     events: tuple[dict[str, Any], ...] = ()
     """Lines of `events.jsonl`: steps that stood out."""
+    unreadable_lines: int = 0
+    """Lines of both files that are no rows, and are left out."""
 
     @property
     def state(self) -> str:
@@ -116,7 +120,8 @@ def read_point(directory: Path) -> Point:
     """Read one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
     if not is_run(directory):
         raise ConfigError(f"{directory}: not a run directory (there is no config.yaml in it)")
-    steps, evaluations = _rows(directory / "metrics.jsonl")
+    metrics, events = _rows(directory / METRICS), _rows(directory / "events.jsonl")
+    steps, evaluations = _by_step(metrics.rows)
     return Point(
         directory=directory,
         config=_config(directory / "config.yaml"),
@@ -126,7 +131,8 @@ def read_point(directory: Path) -> Point:
         failure=read_failure(directory),
         steps=steps,
         evaluations=evaluations,
-        events=_events(directory / "events.jsonl"),
+        events=tuple(events.rows),
+        unreadable_lines=len(metrics.unreadable) + len(events.unreadable),
     )
 
 
@@ -152,13 +158,11 @@ def _object(path: Path, objects: Iterable[str] = ()) -> dict[str, Any]:
     return value
 
 
-def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
-    """(rows of steps, metrics of evaluations), each by step; the torn last line of a running run is left out."""
+def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
+    """(rows of steps, metrics of evaluations), each by step."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
-    if not path.exists():
-        return steps, evaluations
-    for row in _lines(path, "row of metrics"):
+    for row in rows:
         if "loss" in row:
             steps[row["step"]] = row
         else:
@@ -170,24 +174,12 @@ def _rows(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, fl
     return steps, evaluations
 
 
-def _events(path: Path) -> tuple[dict[str, Any], ...]:
-    return tuple(_lines(path, "event")) if path.exists() else ()
-
-
-def _lines(path: Path, what: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file, each with its step as a whole number; a torn last line is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-            if not isinstance(row.get("loss"), int | float | None):
-                raise TypeError("a loss is a number")
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}: line {number} is no {what}; leave this run out") from error
-        yield row | {"step": step}
+def _rows(path: Path) -> MetricRows:
+    """What a file of rows has, of metrics or of events; lines that are no rows are counted. Errors: ConfigError."""
+    try:
+        return read_rows(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)}); leave this run out of the comparison") from error
 
 
 def usual_rows(point: Point, warmup: int) -> list[dict[str, Any]]:

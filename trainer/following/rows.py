@@ -5,13 +5,13 @@ The file may be growing, torn or empty; what cannot be read is left out. Nothing
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from strategies import durable
+from trainer.records.metric_rows import rows_in
 
 TAIL = 2**16
 """Bytes at the end of the file in which the newest rows are looked for."""
@@ -27,7 +27,7 @@ def newest(path: Path) -> list[dict[str, Any]]:
             lines = os.pread(descriptor, TAIL, start).split(b"\n")
     except OSError:
         return []
-    return _rows(lines[1:] if start else lines)
+    return rows_in(lines[1:] if start else lines)
 
 
 def curve(path: Path, points: int) -> list[float]:
@@ -38,7 +38,7 @@ def curve(path: Path, points: int) -> list[float]:
             for place in range(points):
                 start = size * place // points
                 lines = os.pread(descriptor, PIECE, start).split(b"\n")
-                row = next((each for each in _rows(lines[1:] if start else lines) if "loss" in each), None)
+                row = next((each for each in rows_in(lines[1:] if start else lines) if "loss" in each), None)
                 if row is not None and (loss := number(row, "loss")) is not None:
                     found[row["step"]] = loss
     except OSError:
@@ -56,15 +56,3 @@ def recent(rows: list[dict[str, Any]], key: str) -> float | None:
     """The median over the last rows of steps."""
     values = [value for row in rows[-20:] if (value := number(row, key)) is not None]
     return median(values) if values else None
-
-
-def _rows(lines: list[bytes]) -> list[dict[str, Any]]:
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn, or cut by where the reading began
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found

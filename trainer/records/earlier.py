@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
@@ -24,12 +23,11 @@ class EarlierResults:
     """As `Meter.speed`, over steps instead of logging intervals."""
 
 
-def earlier(lines: Iterable[str]) -> EarlierResults:
-    """The results in lines of `metrics.jsonl`, all of them whole rows."""
+def earlier(rows: Iterable[dict[str, Any]]) -> EarlierResults:
+    """The results in rows of `metrics.jsonl`."""
     found = EarlierResults()
     speeds: dict[str, list[float]] = {}
-    for line in lines:
-        row = json.loads(line)
+    for row in rows:
         if "loss" in row:
             found.last_row = row
             for key in SPEED:

@@ -11,6 +11,12 @@ from typing import Any
 from strategies import durable
 from strategies.errors import StorageError
 from trainer.records.earlier import EarlierResults, earlier
+from trainer.records.metric_rows import UnreadableLine, read_rows
+
+UNREADABLE = "metrics.unreadable.jsonl"
+"""Beside the file of rows: lines of it that were no rows when a start read it, each with its number and what is wrong."""
+SHOWN = 3
+"""Lines that are named in a warning."""
 
 
 class JsonlTracker:
@@ -29,13 +35,34 @@ class JsonlTracker:
             ) from error
 
     def _keep_up_to(self, step: int) -> None:
-        """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there."""
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        """Leave only the rows up to this step, durably: the checkpoint counts on them. Errors: OSError, with all rows there.
+
+        Lines that are no rows are moved to `metrics.unreadable.jsonl`, which is said.
+        """
+        found = read_rows(self.path)
+        if found.unreadable:
+            self._set_aside(found.unreadable)
+        kept = [number for number, row in enumerate(found.rows) if row["step"] <= step]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.write_bytes(b"".join(found.lines[number] + b"\n" for number in kept))
         durable.sync_file(aside)
         durable.disk.rename(aside, self.path)
-        self.earlier = earlier(kept)
+        self.earlier = earlier(found.rows[number] for number in kept)
+
+    def _set_aside(self, unreadable: list[UnreadableLine]) -> None:
+        aside = self.path.with_name(UNREADABLE)
+        with aside.open("a", encoding="utf-8") as file:
+            for each in unreadable:
+                # Bytes that are not UTF-8 stand as lone surrogates, which Python turns back into the same bytes.
+                text = each.line.decode(errors="surrogateescape")
+                file.write(json.dumps({"line": each.number, "reason": each.reason, "text": text}) + "\n")
+        durable.sync_file(aside)
+        more = f" and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
+        lines = f"{', '.join(map(str, unreadable[:SHOWN]))}{more}"
+        print(
+            f"warning: {self.path}: {lines}; what cannot be read was moved to {aside.name}, and the run goes on without it",
+            flush=True,
+        )
 
     def rewind(self, step: int) -> None:
         """Forget the rows after a step."""
@@ -83,10 +110,3 @@ def json_text(value: Any, **how: Any) -> str:
         return [plain(inner) for inner in part] if isinstance(part, list | tuple) else part
 
     return json.dumps(plain(value), allow_nan=False, **how)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a torn last line

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.records.jsonl import json_text
+from trainer.records.metric_rows import METRICS, read_rows
 from trainer.records.status import write_text_atomic
 
 REPORTS = "reports"
@@ -76,19 +76,12 @@ def at_step(run_dir: Path, step: int) -> dict[str, Any]:
     return found
 
 
-def rows(run_dir: Path) -> Iterator[dict[str, Any]]:
+def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl` that can be read."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return read_rows(run_dir / METRICS).rows
     except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a torn last line
-        if isinstance(row, dict):
-            yield row
+        return []
 
 
 def note(run_dir: Path, key: str, value: Any) -> None:
@@ -102,6 +95,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

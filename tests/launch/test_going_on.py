@@ -1,4 +1,4 @@
-"""A run computes with one library of float32 products from its first step to its last, wherever it is resumed."""
+"""An interrupted run goes on, and as before: with its library of float32 products, whatever became of its rows."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
 from trainer.comparison.asked import write_rows
-from trainer.records.jsonl import JsonlTracker
+from trainer.records.jsonl import UNREADABLE, JsonlTracker
 
 ZEN5, UNKNOWN = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
 NOTE = "auto -> onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"
@@ -73,7 +73,8 @@ def noted(run_dir):
     return load_frozen(run_dir / "config.yaml").substitutions.get("run.matmul"), in_record
 
 
-def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch, libraries):
+def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch, libraries, capfd):
+    """Its rows are those of a run that was left alone, also where a line of the file was damaged meanwhile."""
     on(monkeypatch, ZEN5)
     calm, cut = tmp_path / "calm", tmp_path / "cut"
     assert train(root, calm) == 0
@@ -89,9 +90,16 @@ def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch,
         patch.setattr(JsonlTracker, "log", fail_at_step_4)
         assert train(root, cut) == 74
 
+    with (cut / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xe9\n[1]\n" + b"[" * 100_000 + b'\n{"step"')
+    assert command_here(["status", str(cut)]) == 0
+    assert command_here(["compare", str(calm), str(cut)]) == 0
     on(monkeypatch, UNKNOWN)  # another host, where a new run would take BLAS
     libraries.clear()
+    capfd.readouterr()
     assert train(root, cut) == 0
+    assert "is not UTF-8" in capfd.readouterr().out
+    assert len((cut / UNREADABLE).read_text().splitlines()) == 3
     assert libraries[-1].library is Matmul.onednn
     assert noted(cut) == (NOTE, NOTE)
     assert losses(cut) == losses(calm)
