@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
 HIDDEN = "[secret]"
 KINDS = {
@@ -12,19 +16,40 @@ KINDS = {
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
     "a token of GitLab": r"\bglpat-[\w-]{20,}",
     "a key of a model's service": r"\bsk-[A-Za-z0-9][\w-]{19,}",
-    "a key of W&B": r"\bwandb_v1_\w{20,}",
+    "a key of W&B": r"\bwandb_v1_\w{20,}|(?i:\bwandb(?:[\w.-]*(?:key|token)[\"']?\s*[=:]\s*[\"']?|\s+login\s+)|\bpassword\s+)"
+    r"(?P<hex>[0-9a-f]{40})\b",
     "a key of AWS": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a key of Google": r"\bAIza[\w-]{35}",
     "a token of Slack": r"\bxox[abeprs]-[\w-]{10,}",
+    "a webhook": r"(?i:\b(?:hooks\.slack(?:-gov)?\.com|discord(?:app)?\.com/api/webhooks|[\w.-]*webhook\.office\.com)/)"
+    r"(?P<path>[\w/@.-]{16,})",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a bearer token": r"(?<=[Bb]earer )[\w.~+/-]{16,}=*",
-    "a password in an address": r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)",
+    "a name and password in base64": r"\b[Bb]asic (?P<base64>[A-Za-z0-9+/]{8,}={0,2})",
+    "a JSON web token": r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
+    "a password in an address": r"(?<=://)[^/\s:@]*:[^/\s'\"]+(?=@)",
     "a signature in an address": r"(?i)(?<=[?&])(?:(?:access_?|auth_?)?token|api_?key|sig|signature|x-(?:amz|goog)-"
     r"(?:signature|security-token|credential))=[^&\s'\"]+",
+    "a password": r"(?i)(?<![a-z0-9])(?:[a-z0-9]+_)*(?:password|passwd|passphrase|(?<=_)pwd|(?<=[;\s])pwd)="
+    r"(?P<password>\"[^\"]{4,}\"|'[^']{4,}'|(?![$<{\[/~(]|(?:none|null|true|false)\b)[^\s'\";,&)]{4,})",
+    "a key of a connection": r"(?i)\b(?:account|sharedaccess|shared_access|access|secret)key=(?P<key>[^\s;'\"&]{12,})",
 }
-"""What a text is searched for."""
-OF_SECRETS = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|APIKEY|KEY|CREDENTIALS)$")
-"""Names of environment variables whose values are taken for secrets."""
+"""What a text is searched for. The secret is the named group of the pattern, or all of it if there is none."""
+STRONG = "TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|AUTHTOKEN|CREDENTIALS?"
+"""Words that make a variable's value a secret wherever they stand in its name, as in HF_TOKEN_READ and API_KEY_1."""
+WEAK = "KEY|PASS|PAT|DSN|AUTH|WEBHOOK(?:_UR[LI])?|(?:DATABASE|DB)_UR[LI]|CONN(?:ECTION)?_?STR(?:ING)?"
+"""Words that do so at the end of a name alone."""
+DESCRIBES = (
+    "FILE|PATH|DIR|TYPE|NAME|LIMIT|COUNT|TTL|EXPIR[A-Z]*|LENGTH|SOCK|ID|HEADER|ENDPOINT|SERVER|UR[LI]|METHOD|MODE"
+)
+"""Last words of the names of variables that say something about a secret."""
+OF_SECRETS = re.compile(
+    rf"(?:^|_)(?:(?:{STRONG})(?!\w*_(?:{DESCRIBES})$)(?:_\w+|\d*)|(?:{WEAK})(?:_?\d+)?)$|_PWD(?:_?\d+)?$", re.IGNORECASE
+)
+"""Names of environment variables whose values are taken for secrets. PWD and OLDPWD are directories."""
+OF_KEYS_OF_SERVICES = re.compile(rf"(?:^|_)(?:{STRONG}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE)
+"""Names whose value is a secret also if it looks like a commit: W&B's keys had 40 hexadecimal digits as well."""
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SHORTEST = 8
 """Characters below which a variable's value is no secret: it would be found in words that are none."""
 
@@ -32,21 +57,74 @@ _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 
 
 def secret_in(text: str) -> str | None:
-    """What kind of secret a text holds, in words; None where none was found."""
-    named = next((f"the value of the environment variable {name}" for name, value in _own() if value in text), None)
-    return named or next((kind for kind, pattern in _PATTERNS.items() if pattern.search(text)), None)
+    """What kind of secret a text holds, in words; None if there is none."""
+    for name, value in _secrets_of_environment():
+        if value in text:
+            return f"the value of the environment variable {name}"
+    for kind, pattern in _PATTERNS.items():
+        if any(_is_secret(match) for match in pattern.finditer(text)):
+            return kind
+    return None
 
 
 def redacted(text: str) -> str:
     """The text with `[secret]` in the place of each secret."""
-    for _, value in _own():
+    for _, value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
     for pattern in _PATTERNS.values():
-        text = pattern.sub(HIDDEN, text)
+        text = pattern.sub(_hide, text)
     return text
 
 
-def _own() -> Iterator[tuple[str, str]]:
-    """(name, value) of the environment's secrets, the longest first, so that none is left of which another is a part."""
-    found = [(name, value) for name, value in os.environ.items() if OF_SECRETS.search(name) and len(value) >= SHORTEST]
-    yield from sorted(found, key=lambda one: -len(one[1]))
+def _hide(match: re.Match[str]) -> str:
+    """What stands for a match: its named group is hidden, the words before it stay."""
+    if not _is_secret(match):
+        return match[0]
+    group = match.lastgroup or 0
+    before = match.string[match.start() : match.start(group)]
+    after = match.string[match.end(group) : match.end()]
+    return f"{before}{HIDDEN}{after}"
+
+
+def _is_secret(match: re.Match[str]) -> bool:
+    """Whether a match is a secret: of `Basic <word>` only what decodes to `name:password`, and nothing that is hidden already."""
+    if HIDDEN in match[match.lastgroup or 0]:
+        return False
+    if match.lastgroup != "base64":
+        return True
+    try:
+        return b":" in base64.b64decode(match["base64"], validate=True)
+    except binascii.Error:
+        return False
+
+
+def _secrets_of_environment() -> Iterator[tuple[str, str]]:
+    """(name, value) of each secret, longest value first: a shorter one that is a part of it must leave nothing behind."""
+    secrets = [(name, value) for name, value in os.environ.items() if _holds_secret(name, value)]
+    yield from sorted(secrets, key=lambda secret: -len(secret[1]))
+
+
+@lru_cache(maxsize=512)
+def _holds_secret(name: str, value: str) -> bool:
+    """Whether an environment variable holds a secret: by its name, unless the value is a path, a commit or a plain word."""
+    if not OF_SECRETS.search(name) or len(value) < SHORTEST or value.isdigit():
+        return False
+    if COMMIT.fullmatch(value) and not OF_KEYS_OF_SERVICES.search(name):
+        return False
+    if name.upper().endswith("AUTH") and value.isalpha():
+        return False  # how to authenticate: `required`, `kerberos`
+    if re.search(r"(?:DATABASE|DB)_UR[LI]", name, re.IGNORECASE) and "@" not in value:
+        return False  # a file of SQLite
+    return not _is_path(value)
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value names a file or directory of this host, or one that could be created there."""
+    try:
+        path = Path(value).expanduser()
+        if path.exists():
+            return True
+        # A key in base64 may begin with a slash, but no directory of this host has its first part as name.
+        return path.is_absolute() and len(path.parts) > 2 and Path(*path.parts[:2]).is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long for a name, a NUL in it, a user without a home
+        return False

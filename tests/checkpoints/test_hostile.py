@@ -188,16 +188,19 @@ def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path
 def test_a_secret_is_neither_written_nor_shown(root, tmp_path, monkeypatch, capfd):
     """A token that was typed, one that an interpolation brought in, a password in an address, and one in a library's error."""
     monkeypatch.setenv("MY_SERVICE_TOKEN", "quite-a-secret-42")
+    monkeypatch.setenv("MY_PASS", "another-secret-43")
     token = "hf_" + "aB3" * 12
+    secrets = (token, "quite-a-secret-42", "another-secret-43", "pass-word")
     typed = words(root, "mine", f"run.dir={tmp_path / 'mine'}")
     for word, kind in (
         (f"logging.tags=[{token}]", "a token of Hugging Face"),
         ("logging.tags=['${oc.env:MY_SERVICE_TOKEN}']", "the environment variable MY_SERVICE_TOKEN"),
+        ("logging.tags=['${oc.env:MY_PASS}']", "the environment variable MY_PASS"),
         ("data.path=https://me:pass-word@example.org/rows.jsonl", "a password in an address"),
     ):
         assert main([*typed, word]) == 64
         shown = capfd.readouterr().err
-        assert kind in shown and not any(secret in shown for secret in (token, "quite-a-secret-42", "pass-word"))
+        assert kind in shown and not any(secret in shown for secret in secrets)
         assert not (tmp_path / "mine").exists()
     (tmp_path / "failed").mkdir()
     error = RuntimeError(f"GET https://example.org/x?token={token}&n=1 with Bearer quite-a-secret-42: 401")

@@ -1,0 +1,113 @@
+"""What counts as a secret: by the name of its variable, and by the looks of a text; and what never does."""
+
+import base64
+
+import pytest
+
+from launch.choices import CONF_DIR
+from launch.compose import compose
+from strategies.redaction import HIDDEN, redacted, secret_in
+
+VALUE = "correct-horse-42"
+COMMIT = "3f2a9c" * 6 + "b71e"
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dBjftJeZ4CVP-mB92K27"
+SECRET_NAMES = [
+    "HF_TOKEN",
+    "HF_TOKEN_READ",
+    "API_KEY_1",
+    "OPENAI_API_KEY2",
+    "AWS_SECRET_ACCESS_KEY",
+    "DB_PASS",
+    "MYSQL_PWD",
+    "SSH_PASSPHRASE",
+    "GITHUB_PAT",
+    "SENTRY_DSN",
+    "SLACK_WEBHOOK_URL",
+    "REGISTRY_AUTH",
+    "NGROK_AUTHTOKEN",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "db_password",
+]
+NO_SECRETS = {
+    "PWD": "/home/me/project",
+    "OLDPWD": "correct-horse-42",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/usr/share/keys/service.json",
+    "HF_TOKEN_PATH": "/usr/share/huggingface/token",
+    "TOKEN_FILE": "keys/service.json",
+    "SSH_AUTH_SOCK": "/tmp/ssh-XXXX/agent.1",
+    "BUILD_CACHE_KEY": COMMIT,
+    "SMTP_AUTH": "required",
+    "DATABASE_URL": "sqlite:///runs/mlflow.db",
+    "SECRET_TTL": "2592000000",
+    "TOKENIZERS_PARALLELISM": "false-as-ever",
+    "BYPASS": VALUE,
+    "SSH_ASKPASS": VALUE,
+}
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_the_value_of_a_secretly_named_variable_is_hidden(monkeypatch, name):
+    monkeypatch.setenv(name, VALUE)
+    assert redacted(f"tag={VALUE}, the end") == f"tag={HIDDEN}, the end"
+    assert name in secret_in(VALUE)
+
+
+@pytest.mark.parametrize("name", NO_SECRETS)
+def test_paths_commits_and_words_in_variables_are_no_secrets(monkeypatch, name):
+    monkeypatch.setenv(name, NO_SECRETS[name])
+    assert redacted(f"from {NO_SECRETS[name]}") == f"from {NO_SECRETS[name]}"
+
+
+def test_a_key_that_looks_like_a_commit_and_an_address_with_a_password_are_secrets(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", COMMIT)
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:word@host/runs")
+    assert redacted(COMMIT) == HIDDEN
+    assert redacted("postgres://me:word@host/runs") == HIDDEN
+
+
+BASIC = base64.b64encode(b"me:correct-horse").decode()
+TEXTS = {
+    f"cookie {JWT};": f"cookie {HIDDEN};",
+    f"Authorization: Basic {BASIC}": f"Authorization: Basic {HIDDEN}",
+    "connect(password='correct horse', port=1)": f"connect(password={HIDDEN}, port=1)",
+    "Server=host;Uid=me;Pwd=correct-horse;": f"Server=host;Uid=me;Pwd={HIDDEN};",
+    "AccountName=a;AccountKey=Zm9vYmFyYmF6cXV4==;End": f"AccountName=a;AccountKey={HIDDEN};End",
+    "https://hooks.slack.com/services/T0AAAA/B0BBBB/c3DdEe now": f"https://hooks.slack.com/{HIDDEN} now",
+    f"WANDB_API_KEY={COMMIT}": f"WANDB_API_KEY={HIDDEN}",
+    f"wandb login {COMMIT}": f"wandb login {HIDDEN}",
+    "s3://me:p@ss@host/rows and https://host:80/me@home": f"s3://{HIDDEN}@host/rows and https://host:80/me@home",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_that_looks_like_a_secret_is_hidden_and_its_surroundings_stay(text):
+    assert redacted(text) == TEXTS[text]
+    assert secret_in(text) is not None
+    assert redacted(TEXTS[text]) == TEXTS[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"revision {COMMIT}, wandb @ {COMMIT}",
+        "Basic understanding of Basic programming",
+        "PWD=/home/me OLDPWD=/home/you",
+        "password=None, password=${oc.env:WORD}, password=<yours>",
+        "https://host:8443/v1",
+    ],
+)
+def test_ordinary_texts_stay(text):
+    assert redacted(text) == text
+    assert secret_in(text) is None
+
+
+def test_no_setting_of_an_experiment_is_masked(monkeypatch):
+    for name, value in NO_SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PWD", str(CONF_DIR.parent))
+    for file in sorted(CONF_DIR.rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        assert redacted(text) == text, file
+    for experiment in sorted((CONF_DIR / "experiment").glob("*.yaml"))[:3]:
+        text = compose([f"experiment={experiment.stem}"], check=False).yaml
+        assert redacted(text) == text, experiment
