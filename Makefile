@@ -21,7 +21,8 @@ demo: $(STAMP)
 	@$(BIN)/python -m launch.main demo
 
 # One worker a core; the last lines say what is slow. Without bytecode each of hundreds of processes would compile the sources anew.
-TESTS = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest tests -n auto --durations=15
+# `make test ROOM=data` runs tests/data alone.
+TESTS = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest tests$(if $(ROOM),/$(ROOM)) -n auto --durations=15
 
 test: $(STAMP)
 	@$(TESTS)

@@ -76,7 +76,7 @@ def watch(pid: int, mask: int, patience_s: float) -> None:
         if needed:  # the pipe was closed
             return
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         except OSError:
             return
         if is_suspended(status):
