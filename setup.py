@@ -42,12 +42,13 @@ setup(
     # What people copy and submit by hand; `pip show -f shardtune` lists where.
     data_files=[("share/shardtune/slurm", [f"slurm/{name}" for name in SCRIPTS])],
     install_requires=[
-        "torch>=2.13",
-        "transformers>=5.24",
+        # The upper bounds end before the next version that nobody has tried: shardtune uses private parts of these libraries.
+        "torch>=2.13,<2.16",
+        "transformers>=5.24,<5.25",
         "accelerate>=1.15",
-        "peft>=0.21",
+        "peft>=0.21,<0.22",
         "datasets>=5.2",
-        "deepspeed>=0.19.8",
+        "deepspeed>=0.19.8,<0.20",
         "hydra-core>=1.3.8,<1.4",
         "huggingface_hub>=1",
         "jinja2>=3.1",
