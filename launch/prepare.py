@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import Preempted
 
 if TYPE_CHECKING:
-    from trainer.config.run import RunConfig
     from trainer.data.prepare import Prepared
 
 USAGE = """usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
@@ -54,18 +53,13 @@ def main(argv: list[str]) -> int:
 
 def made(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
     """(the report, the directory, whether it was there already) of the data of a run's words."""
-    from launch.recall import recall, remember
-
-    if (known := recall(words)) is not None:
-        return known["report"], Path(known["directory"]), True
-    config, data = _prepare(words, None)
+    data = _prepare(words, None)
     assert data is not None
-    remember(words, config, data.directory)
     return data.report, data.directory, data.report["cached"]
 
 
-def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig, Prepared | None]:
-    """Prepare all, or the shard alone, which leaves its part for the others; (the configuration, what there is then)."""
+def _prepare(words: list[str], shard: tuple[int, int] | None) -> Prepared | None:
+    """The prepared data; None after preparing one shard of it, which leaves its part for the others."""
     from launch.compose import compose
     from strategies.errors import ConfigError
     from trainer.config.validate import problems_of
@@ -87,8 +81,8 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> tuple[RunConfig
 
         if shard is not None:
             prepare_shard(config, tokenizer, shard, stop=stop)
-            return config, None
-        return config, prepare_data(config, tokenizer, stop=stop)
+            return None
+        return prepare_data(config, tokenizer, stop=stop)
 
 
 def _leave(signal_name: str) -> None:

@@ -414,11 +414,3 @@ def test_templates_are_shipped(tmp_path):
     subprocess.run(code, cwd=ROOT, check=True, capture_output=True)
     built, here = tmp_path / "trainer/data/report", ROOT / "trainer/data/report"
     assert {path.name for path in built.iterdir()} == {path.name for path in here.iterdir() if path.is_file()}
-
-
-def test_what_a_repeated_preparation_shows_is_made_without_torch():
-    code = (
-        "import sys, launch.recall, trainer.data.read.paths, trainer.data.report.preview, trainer.data.cache;"
-        "assert not {'torch', 'transformers'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

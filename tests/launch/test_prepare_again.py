@@ -1,4 +1,4 @@
-"""A repeated `shardtune prepare` answers from its record, and compares what was prepared as `data.verify` says."""
+"""A repeated `shardtune prepare` opens what was prepared, and compares it as `data.verify` says."""
 
 import pytest
 
@@ -9,8 +9,7 @@ from tests.helpers.tokenizers import write_chat_data
 
 
 @pytest.mark.parametrize("words", [[], ["data.verify=all"]], ids=["sampled", "all"])
-def test_a_changed_byte_is_found_by_the_same_words(tmp_path, monkeypatch, capsys, words):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "records"))
+def test_a_changed_byte_is_found_by_the_same_words(tmp_path, capsys, words):
     write_chat_data(tmp_path / "train.jsonl", 20)
     words = [
         f"model.path={model_dir(tmp_path)}",
@@ -19,7 +18,6 @@ def test_a_changed_byte_is_found_by_the_same_words(tmp_path, monkeypatch, capsys
         *words,
     ]
     assert main(words) == 0
-    monkeypatch.setattr("launch.compose.compose", lambda *_, **__: pytest.fail("composed again"))
     assert main(words) == 0
     assert "(from the cache)" in capsys.readouterr().out
     (tokens,) = (tmp_path / "cache").rglob("tokens.bin")
