@@ -27,6 +27,7 @@ def text(report: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += ["", f"{report['method']}"]
+    lines += [f"accepted: {line}" for line in model.get("accepted", ())]
     lines += [f"{name}: {note}" for name, task in report["tasks"].items() for note in task.get("notes", ())]
     for name, apart in (against or {"tasks": {}})["tasks"].items():
         if "changed" in apart:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.export_words import ACCEPT, accepted_kinds
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.evaluate import EvaluationJob
 
-OWN = ("against", "checkpoint", "to", "adapter", "run.dir")
+OWN = ("against", "checkpoint", "to", "adapter", "run.dir", ACCEPT)
 """Words that are no settings."""
 ALLOWED = frozenset({"evaluation", "strategy", "launcher", "run", "precision", "logging"})
 """Groups of settings that can be typed beside a run."""
@@ -54,6 +55,7 @@ def sort(argv: list[str]) -> EvaluationWords:
     runs, own, settings, problems = [], dict[str, str](), list[str](), []
     for word in argv:
         key, assigned, value = word.partition("=")
+        key = ACCEPT if key == f"run.{ACCEPT}" else key  # the same words as of training
         if word.startswith("-"):
             problems.append(f"{word}: there is no such flag; evaluate takes --json, --print and --help")
         elif key in OWN and assigned:
@@ -102,8 +104,8 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
 
     to = asked.own.get("to")
     if asked.run is not None:
-        config, checkpoint = _of_run(asked.run, asked)
-        job = EvaluationJob(to=to or str(asked.run), run=str(asked.run), checkpoint=checkpoint)
+        config, checkpoint, accepted = _of_run(asked.run, asked)
+        job = EvaluationJob(to=to or str(asked.run), run=str(asked.run), checkpoint=checkpoint, accepted=accepted)
     else:
         path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
         job = EvaluationJob(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
@@ -120,24 +122,26 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
         or any(word.startswith(("data.path=", "data.sources")) for word in asked.settings),
     )
     if (against := asked.own.get("against")) is not None:
-        _against(made, against)
+        _against(made, against, asked)
     return made
 
 
-def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str]:
-    """The run's configuration with the words on top, and the checkpoint."""
+def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str]]:
+    """The run's configuration with the words on top, the checkpoint, and how the base differs where that is accepted."""
     from launch.compose import load_frozen, recompose
     from launch.export import find_checkpoint
     from trainer.config.run import kept_matmul
+    from trainer.lifecycle.base_files import use_recorded_base
 
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
         raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
     frozen = load_frozen(run / "config.yaml")
     checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), frozen.checkpoint)
+    accepted = use_recorded_base(frozen, run, accepted_kinds(asked.own), teacher=True)
     frozen.run.dir, frozen.run.resume = None, "auto"
     frozen.run.matmul = kept_matmul(frozen)
-    return recompose(frozen, asked.settings, ALLOWED), str(checkpoint)
+    return recompose(frozen, asked.settings, ALLOWED), str(checkpoint), accepted
 
 
 def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
@@ -247,7 +251,7 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
         yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
-def _against(made: EvaluationPlan, value: str) -> None:
+def _against(made: EvaluationPlan, value: str, words: EvaluationWords) -> None:
     """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
     from trainer.evaluation.report.record import REPORT, read
 
@@ -270,7 +274,10 @@ def _against(made: EvaluationPlan, value: str) -> None:
         read(path, "against")
         made.job = replace(made.job, report=str(path), gate=True, against=value)
     elif (path / "config.yaml").is_file():
-        asked = EvaluationWords(path, {"to": str(Path(made.job.to) / "against")}, [])
+        own = {"to": str(Path(made.job.to) / "against")}
+        if ACCEPT in words.own:
+            own[ACCEPT] = words.own[ACCEPT]
+        asked = EvaluationWords(path, own, [])
         other = plan(asked_like(asked, made))
         made.other = replace_evaluation(other, made)
         made.job = replace(made.job, report=str(Path(other.job.to) / REPORT), against=value)

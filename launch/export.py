@@ -5,6 +5,7 @@
                      [to=hub:<owner>/<name> [--dry-run] [hub.private=false] [benchmarks={task: <owner>/<data set>}]]
                      [gguf=f32|f16|bf16|q8_0 [gguf.converter=<convert_hf_to_gguf.py>] [gguf.python=<python>]]
                      [bits=nf4|int8|torchao_int8|torchao_nvfp4|llmcompressor_{w4a16,w8a8,fp8} [bits.python=<python>]]
+                     [accept=[base]]
                      [papers=[datasheet,annex_xi,...]] [answers=<file.yaml>] [gates={eval/loss: "<2.1"}] [gates.override="<why>"]
                      [--json]
 
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import export_average, export_gguf, export_hub, serve
 from launch.answers import FLAG, give, said_to_stderr
-from launch.export_words import destination, gates_of, parse, record_of, run_named, unfinished
+from launch.export_words import ACCEPT, accepted_kinds, destination, gates_of, parse, record_of, run_named, unfinished
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ KEYS = (
     "verify",
     "papers",
     "answers",
+    ACCEPT,
     *export_hub.WORDS,
     *export_gguf.WORDS,
     export_gguf.BITS,
@@ -66,6 +68,8 @@ class ExportRequest:
     """What the gates said; None where there are none."""
     benchmarks: dict[str, str] = field(default_factory=dict)
     """The hub's data sets behind tasks."""
+    accepted: list[str] = field(default_factory=list)
+    """How the base differs from the one that the run was trained on, where the user accepts that."""
 
 
 def main(argv: list[str]) -> int:
@@ -87,6 +91,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     """Do what the words say; where everything is. Errors: ConfigError, StorageError, DriftError."""
     from launch.compose import load_frozen
     from trainer.gates.judge import record
+    from trainer.lifecycle.base_files import use_recorded_base
 
     dry = "--dry-run" in argv
     argv, typed, problems = gates_of([word for word in argv if word != "--dry-run"])
@@ -112,6 +117,9 @@ def run(argv: list[str]) -> dict[str, Any]:
         averaged,
         benchmarks=export_hub.benchmarks_of(words),
     )
+    asked.accepted = use_recorded_base(config, run_dir, accepted_kinds(words), teacher=False)
+    for line in asked.accepted:
+        print(f"accepted: {line}", flush=True)
     asked.gates = pass_gates(config, typed, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
     print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
@@ -155,6 +163,11 @@ def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -
         raise GateRefused(
             f"gates: nothing was measured of the mean of {of}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why it "
             "may pass"
+        )
+    if asked.accepted and OVERRIDE not in gates:
+        raise GateRefused(
+            f"gates: nothing was measured of {asked.checkpoint.name} on another base; leave accept out, or say with "
+            f"gates.{OVERRIDE}=<why> why it may pass"
         )
     spare = config.checkpoint.fallback_dir
     step = next(step for step, path in published(places_of(asked.run_dir, spare)) if path == asked.checkpoint)
@@ -281,10 +294,11 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
         build_loader(config, data, built, engine, runtime)  # tells it the length of the run
     progress = export_average.load_mean(engine, asked.averaged) if asked.averaged else engine.load(asked.checkpoint)
     outcome = record.get("outcome") or {}
-    same = (outcome.get("progress") or {}).get("step") == progress.step and not asked.averaged
+    as_measured = not asked.averaged and not asked.accepted  # of a mean, or on another base, nothing was measured
+    same = (outcome.get("progress") or {}).get("step") == progress.step and as_measured
     known = gather(asked.run_dir, record, read_answers(config.export.answers)[0])
     known.step, known.tokens = progress.step, progress.tokens
-    known.artefact = None if asked.averaged else fingerprint(asked.checkpoint)  # of a mean nothing was measured
+    known.artefact = fingerprint(asked.checkpoint) if as_measured else None
     write_export(
         engine,
         built,
@@ -298,6 +312,7 @@ def _export(config: RunConfig, asked: ExportRequest, runtime: Runtime) -> Prepar
             facts={
                 **record,
                 "label_names": data.label_names,
+                "accepted": [*record.get("accepted", ()), *asked.accepted],
                 "averaged_checkpoints": [p.name for p in asked.averaged] or None,
             },
             # Only those of this very checkpoint.

@@ -9,6 +9,9 @@ from typing import Any
 
 from strategies.errors import ConfigError
 
+ACCEPT = "accept"
+"""The word that goes on with another base than the run was trained on."""
+
 
 def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[dict[str, str], list[str]]:
     """The words by key, and a line about each word that cannot be used; `--verify` is `verify=true`, a bare word the run.
@@ -95,3 +98,14 @@ def record_of(run_dir: Path) -> dict[str, Any]:
             f"{run_dir / 'run.json'}: cannot be read ({error}), and the precision and the card of an export come from it; "
             "bring it back"
         ) from None
+
+
+def accepted_kinds(words: dict[str, str]) -> list[str]:
+    """What `accept=[base]` names: kinds in which the files of today may differ from those of training. Errors: ConfigError."""
+    from trainer.lifecycle.base_files import BASE
+
+    typed = words.get(ACCEPT, "")
+    kinds = [kind.strip() for kind in typed.removeprefix("[").removesuffix("]").split(",") if kind.strip()]
+    if typed and kinds != [BASE]:
+        raise ConfigError(f"{ACCEPT}={typed}: must be [{BASE}], which takes the base as it is now")
+    return kinds

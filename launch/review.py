@@ -26,6 +26,7 @@ make draws prompts, has the models answer, and writes into <run>/review (or to=<
 
   arms=[base,tuned]          what is compared with the tuned model: base, other runs, model directories
   checkpoint=last            last, best or a step
+  accept=[base]              go on although the base is not the one that the run was trained on
   n=50, seed=0               prompts drawn, and their seed: review.n and review.seed
   review.*                   rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision
 
@@ -98,7 +99,8 @@ def _answers(asked: Making, prompts: list[Any]) -> dict[str, list[str]] | None:
 
 def _told(sheet: Sheet, asked: Making) -> str:
     repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
-    lines = [
+    lines = [f"accepted: {line}" for line in asked.model["accepted"]]
+    lines += [
         f"{len(sheet.items)} items: {', '.join(asked.arms)}; {sheet.key['num_prompts']} prompts, {repeated} items again"
     ]
     if same := len(sheet.key["same"]):

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.export_words import ACCEPT, accepted_kinds
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.evaluate_words import EvaluationPlan
     from trainer.review.config import ReviewConfig
 
-MAKE = ("prompts", "n", "arms", "seed", "to", "checkpoint")
+MAKE = ("prompts", "n", "arms", "seed", "to", "checkpoint", ACCEPT)
 SCORE = ("review", "drop")
 ALLOWED = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
 
@@ -34,6 +35,8 @@ class Making:
     review: ReviewConfig
     settings: list[str]
     """Words for how it is computed."""
+    accept: str = ""
+    """The word that takes another base than the runs were trained on, empty where it was not typed."""
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ def making(argv: list[str]) -> Making:
     from launch.export import find_checkpoint
     from trainer.checkpoints.seal import fingerprint
     from trainer.config.ranges import RANGES
+    from trainer.lifecycle.base_files import use_recorded_base
     from trainer.review.sheet import BASE, TUNED
 
     bare, own, settings, problems = _sort(argv, MAKE)
@@ -72,6 +76,7 @@ def making(argv: list[str]) -> Making:
     settings += [f"review.{key}={own[key]}" for key in ("n", "seed") if key in own]
     frozen = load_frozen(run / "config.yaml")
     checkpoint = find_checkpoint(run, own.get("checkpoint", "last"), frozen.checkpoint)
+    accepted = use_recorded_base(frozen, run, accepted_kinds(own), teacher=True)
     frozen.run.dir, frozen.run.resume = None, "auto"
     review = recompose(frozen, settings, ALLOWED).review
     for name, (bounds, advice) in RANGES.items():
@@ -88,9 +93,11 @@ def making(argv: list[str]) -> Making:
         wrong.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
     if problems := [*problems, *wrong]:
         raise ConfigError(problems)
-    model = {"run": str(run), "checkpoint": checkpoint.name, "artefact": fingerprint(checkpoint)}
+    artefact = None if accepted else fingerprint(checkpoint)  # on another base these are other weights
+    model = {"run": str(run), "checkpoint": checkpoint.name, "artefact": artefact, "accepted": accepted}
     plain = [word for word in settings if not word.startswith("review.")]
-    return Making(run, own["prompts"], arms, to, checkpoint, model, review, plain)
+    accept = f"{ACCEPT}={own[ACCEPT]}" if ACCEPT in own else ""
+    return Making(run, own["prompts"], arms, to, checkpoint, model, review, plain, accept)
 
 
 def scoring(argv: list[str]) -> Scoring:
@@ -176,6 +183,7 @@ def arm_plan(asked: Making, name: str, where: str | None) -> EvaluationPlan:
     key, to = "evaluation.tasks.answers", asked.to / "answers" / name
     words = ["evaluation.tasks=[]", f"{key}.kind=exact_match", f"{key}.path={asked.to / 'answers' / 'prompts.jsonl'}"]
     words += ["evaluation.resamples=1", f"to={to}", *asked.settings]
+    words += [asked.accept] if asked.accept and (where is None or (Path(where) / "config.yaml").is_file()) else []
     if where is None:
         words += [str(asked.run), f"checkpoint={int(asked.checkpoint.name.rpartition('-')[2])}"]
         words += [f"against={BASE}"] if BASE in asked.arms else []

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class EvaluationJob:
     """Whether another evaluation is compared with this one."""
     kept: bool = True
     """Whether the report of a run is one of its records, and not only its answers are wanted."""
+    accepted: list[str] = field(default_factory=list)
+    """How the base differs from the one that the run was trained on, where the user accepts that.
+
+    The report then is of weights that the run never had, and is no record of the run."""
 
 
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
@@ -225,6 +229,7 @@ def _ask(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> EvaluatedMo
 
 
 def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
+    of_the_run = job.checkpoint is not None and not job.accepted
     return {
         "version": record.VERSION,
         "model": {
@@ -233,7 +238,8 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
             "run": job.run,
             "checkpoint": None if job.checkpoint is None else Path(job.checkpoint).name,
             "tuning": str(config.tuning.name),
-            "artefact": None if job.checkpoint is None else fingerprint(Path(job.checkpoint)),
+            "artefact": fingerprint(Path(str(job.checkpoint))) if of_the_run else None,
+            "accepted": job.accepted,
         },
         "time": time.time(),
         "strategy": str(config.strategy.name),
@@ -273,7 +279,7 @@ def _report(
     report |= {"regressions": fell} if job.gate else {}
     to = Path(job.to)
     record.write(to, report, found)
-    if job.run is not None and job.kept:
+    if job.run is not None and job.kept and not job.accepted:
         keep(Path(job.run), EVALUATION, report)
     write_text_atomic(to / record.PAGE, page.page(report, tasks, found))
     return report, shown

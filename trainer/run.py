@@ -11,6 +11,7 @@ from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
+from strategies.runtime import found_on_main
 from trainer.assembly.build import build_engine, build_loader, prepare_data
 from trainer.assembly.detecting import challenges_of, watched
 from trainer.assembly.staging import Staged, stage
@@ -39,6 +40,7 @@ from trainer.guards.stragglers import Stragglers
 from trainer.guards.told import Told
 from trainer.guards.watch import Guards
 from trainer.lifecycle.attempt import Where, rank_of_job, refuse_replaced
+from trainer.lifecycle.base_files import BASE, at_commit, changed_files, files_among
 from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.lifecycle.matmul import settle_matmul
 from trainer.loop import Trainer
@@ -129,6 +131,7 @@ def _run(
         card = card_facts(config, facts, outcome, run_dir)
         exported = export(config, engine, built, tokenizer, card, place)
         facts["gates"] = card.gates
+        facts["not_exported"] = card.facts.get("not_exported", [])
     where.still_ours(runtime)
     close_records(facts, outcome, exported, trackers, place)
     staged.remove()
@@ -311,6 +314,10 @@ def export(
         place.console.say(judged.told(place.run_dir))
         if judged.override is None:
             return None
+    config = replace(config, model=at_commit(config.model, card.facts.get("base_commit")))
+    if changed := changed_base(config, card, place):
+        card.facts["not_exported"] = changed
+        return None
     return write_export(
         engine,
         built,
@@ -321,3 +328,24 @@ def export(
         card=card,
         runtime=place.runtime,
     )
+
+
+def changed_base(config: RunConfig, card: CardFacts, place: RunPlace) -> list[str]:
+    """What has changed of the base since this start looked at it, which is said; mostly nothing. All ranks must call.
+
+    An export copies the base or folds into it: with another base it would be a model that nobody trained. The run itself
+    is done, so that this neither fails it nor starts it again.
+    """
+
+    def compare() -> list[str]:
+        recorded = files_among(card.facts["identity"][BASE])
+        return changed_files(config, recorded, teacher=False)
+
+    changed = found_on_main(compare, place.runtime)
+    if changed:
+        said = (
+            "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
+            f"run `shardtune export {place.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
+        )
+        place.console.say("\n    ".join([said, *changed]))
+    return changed

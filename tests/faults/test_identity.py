@@ -168,7 +168,7 @@ def test_what_fails_on_rank_0_alone_fails_alike_on_all(tmp_path, monkeypatch, br
 def test_source_and_base_are_read_once_a_host(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(identity, "_home_of_state", lambda *_: None)
-    monkeypatch.setattr(identity, "_files", lambda *_: read.append("base") or {"base/model.safetensors": "1"})
+    monkeypatch.setattr(identity, "base_files", lambda *_: read.append("base") or {"base/model.safetensors": "1"})
     monkeypatch.setattr(identity, "source_digest", lambda: read.append("code") or "1")
     data = SimpleNamespace(train=type("Rows", (list,), {"fingerprint": "f"})())
     records = TwoRanks(monkeypatch)(lambda runtime: establish(RunConfig(), data, tmp_path, runtime))
@@ -218,7 +218,7 @@ def test_large_files_are_sampled_and_small_ones_read_whole(tmp_path):
 
 def test_a_setting_that_an_earlier_version_did_not_know_counts_as_its_default(monkeypatch):
     """A run of that version goes on, unless the setting now has another value than the default."""
-    monkeypatch.setattr(identity, "_files", lambda config: {})
+    monkeypatch.setattr(identity, "base_files", lambda config: {})
     config = RunConfig()
     data = SimpleNamespace(train=FakeDocuments())
     today = identity.identity_of(config, data)

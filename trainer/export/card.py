@@ -241,6 +241,7 @@ def _lineage(card: CardFacts) -> str:
         f"- config sha256: {facts.get('config_sha256', 'not recorded')}",
         f"- versions: {versions or 'not recorded'}",
     ]
+    rows += [f"- accepted: {line}" for line in facts.get("accepted") or ()]
     text = "## Lineage\n\n" + "\n".join(rows)
     if card.config_yaml:
         block = f"```yaml\n{card.config_yaml.rstrip()}\n```"

@@ -111,7 +111,13 @@ def _write_card(aside: Path, config: ExportConfig, card: CardFacts, base_path: s
 
 def _agree(error: BaseException | None, aside: Path, destination: Path, runtime: Runtime) -> None:
     """Raise on every rank what any rank met; nothing half-written stays."""
-    if error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+    if error is not None and _of_reading(error):
+        unreadable = ConfigError(
+            f"writing the export {destination} failed: a weight file of the base cannot be read ({reason(error)}); bring it back"
+        )
+        unreadable.__cause__ = error
+        error = unreadable
+    elif error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         cause = error
         mend = _REMEDY
         if isinstance(cause, OSError) and cause.errno is not None and not files.remedy(cause):  # space would not help
@@ -127,6 +133,11 @@ def _agree(error: BaseException | None, aside: Path, destination: Path, runtime:
         raise error
     _, kind, text = message.split(": ", 2)
     raise {"StorageError": StorageError, "ConfigError": ConfigError}.get(kind, ShardtuneError)(text)
+
+
+def _of_reading(error: BaseException) -> bool:
+    """Whether safetensors could not read a file: only the base is read, and its errors have one type for both ways."""
+    return type(error).__name__ == "SafetensorError" and "deserializ" in str(error)
 
 
 def _publish(aside: Path, destination: Path) -> None:

@@ -25,12 +25,9 @@ from trainer.config.resuming import KINDS, defaults_of, flat, kind_of, plain
 from trainer.config.run import RunConfig
 from trainer.data.config import identifying
 from trainer.data.prepare import Prepared
-from trainer.model.loading import weights_directory
-from trainer.objectives.frozen import teacher_model
-from trainer.records.sampled import sampled_digest
+from trainer.lifecycle.base_files import IDENTITY, base_files
 from trainer.records.status import write_text_atomic
 
-IDENTITY = "identity.json"
 ACCEPTED = "accepted"
 COMPUTING = (
     "torch",
@@ -58,7 +55,7 @@ def identity_of(config: RunConfig, data: Prepared, *, files: bool = True) -> Kin
         if kind := kind_of(key):
             kinds[kind][key] = value
     kinds["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
-    kinds["base"] = {**kinds["base"], **_files(config)} if files else {}
+    kinds["base"] = {**kinds["base"], **base_files(config)} if files else {}
     kinds["code"] = {"source": source_digest()} if files else {}
     kinds["versions"] = _versions()
     settled: Kinds = json.loads(json.dumps(kinds, default=str))  # as it is read back
@@ -218,22 +215,6 @@ def _word(lines: list[str], accept: list[str] | None = None) -> str:
 
 def _shown(lines: list[str]) -> list[str]:
     return [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
-
-
-def _files(config: RunConfig) -> dict[str, str]:
-    """Sizes and sampled blocks of the files of base, teacher and adapters, by their place."""
-    places = {"base": weights_directory(config.model)}
-    if teacher := teacher_model(config.model, config.objective):
-        places["teacher"] = weights_directory(teacher)
-    if start := getattr(config.tuning, "from_", None):
-        places["tuning.from"] = Path(start).expanduser()
-    places |= {f"adapter {number}": Path(path).expanduser() for number, path in enumerate(config.model.adapters)}
-    return {
-        f"{place}/{path.name}": sampled_digest(path)
-        for place, directory in places.items()
-        for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")])
-        if path.name not in ("tokenizer_config.json", "generation_config.json")  # no weight depends on them
-    }
 
 
 def source_digest() -> str:

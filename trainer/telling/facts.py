@@ -24,6 +24,7 @@ from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.export.card import CardFacts
 from trainer.guards.stragglers import Slow
+from trainer.lifecycle.base_files import base_commit
 from trainer.lifecycle.identity import versions_of
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
@@ -106,6 +107,7 @@ def _facts(config: RunConfig, started: Started) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
         "resumed_from": resumed_from.name if resumed_from else None,
         "base_model": config.model.path,
+        "base_commit": base_commit(config),
         "quantisation": None if built.scheme is None else str(built.scheme),
         "quantised_experts": sum(len(shape) == 3 for shape in built.quantised.values()),
         "folded_adapters": {path: adapter_hash(path) for path in config.model.adapters},

@@ -121,7 +121,7 @@ def until_it_ends(
         speed = outcome.speed or meter.speed()
         trackers.summarise(summary_of({**outcome.last_row, **meter.peaks}, speed, outcome.after))
         export = place.run_dir / "export"
-        done = ended.state is State.done and config.export.at_end
+        done = ended.state is State.done and config.export.at_end and export.is_dir()
         trackers.close(replace(ended, exported=export if done else None))
         if ended.state is not State.done:
             for name, where in trackers.hints:

@@ -1,0 +1,138 @@
+"""The base lies elsewhere than the run, and may be another one by the time that it is read again."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.helpers.launching import command_here
+from tests.helpers.models import tiny_model_dir
+from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
+
+CHANGED = "base/model.safetensors: has other content than when the run trained"
+
+
+def write_base(folder, seed):
+    tiny_model_dir(folder, "llama", pad_token_id=2, seed=seed)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(folder, name, *words):
+    """`shardtune train` for two steps; the run directory."""
+    run_dir = folder / name
+    settings = [f"model.path={folder / 'base'}", f"data.path={folder / 'train.jsonl'}", f"run.dir={run_dir}"]
+    settings += [f"data.eval_path={folder / 'eval.jsonl'}", f"data.cache_dir={folder / 'cache'}", "optim.lr=1e-2"]
+    settings += ["batch.global=4", "batch.micro=4", "budget.steps=2", "logging.wandb=disabled", "run.device=cpu"]
+    assert command_here(["train", *settings, *words]) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a base, another base of the same shapes, and a run of LoRA on the first."""
+    folder = tmp_path_factory.mktemp("changed")
+    write_base(folder / "base", seed=0)
+    write_base(folder / "other", seed=5)
+    write_chat_data(folder / "train.jsonl", 8)
+    write_chat_data(folder / "eval.jsonl", 4, seed=1)
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "a b", "completion": "c"}])
+    train(folder, "run", "tuning=lora", "export.at_end=false")
+    return folder
+
+
+@pytest.fixture
+def replaced(trained):
+    """Meanwhile the other weights lie at `model.path`."""
+    weights = trained / "base" / "model.safetensors"
+    original = weights.read_bytes()
+    shutil.copy(trained / "other" / "model.safetensors", weights)
+    yield trained
+    weights.write_bytes(original)
+
+
+def test_no_verb_takes_another_base_for_that_of_the_run(replaced, tmp_path, capsys):
+    run_dir = replaced / "run"
+    verbs = [
+        ["export", f"to={tmp_path / 'adapter'}"],
+        ["export", "merge=true", f"to={tmp_path / 'merged'}", "--verify"],
+        ["evaluate", f"to={tmp_path / 'evaluated'}"],
+        ["evaluate", "against=base", f"to={tmp_path / 'against'}"],
+        ["review", "make", f"prompts={replaced / 'prompts.jsonl'}", f"to={tmp_path / 'review'}"],
+    ]
+    for words in verbs:
+        assert command_here([*words, str(run_dir)]) == 64, words
+        said = capsys.readouterr().err
+        assert CHANGED in said and "accept=[base]" in said, words
+    assert list(tmp_path.iterdir()) == [] and not (run_dir / "review").exists()
+
+
+def test_another_base_is_taken_when_that_is_accepted_and_the_card_says_so(replaced, tmp_path, capsys):
+    run_dir, merged = replaced / "run", tmp_path / "merged"
+    assert command_here(["export", str(run_dir), "merge=true", "accept=[base]", f"to={merged}"]) == 0
+    other = load_file(replaced / "other" / "model.safetensors")
+    assert load_file(merged / "model.safetensors")["model.norm.weight"].equal(other["model.norm.weight"])
+    card = (merged / "README.md").read_text()
+    assert f"- accepted: base: {CHANGED}" in card and "| eval/loss |" not in card
+    assert command_here(["evaluate", str(run_dir), "accept=[base]", f"to={tmp_path / 'evaluated'}", "--json"]) == 0
+    model = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["model"]
+    assert model["accepted"] == [f"base: {CHANGED}"] and model["artefact"] is None
+    assert not list(run_dir.glob("reports/*")), "it is no record of the run"
+    capsys.readouterr()
+    assert command_here(["export", str(run_dir), "accept=[code]", f"to={tmp_path / 'x'}"]) == 64
+    assert "accept=[code]: must be [base]" in capsys.readouterr().err
+
+
+def test_a_base_that_is_cut_off_or_gone_is_named(trained, tmp_path, capsys):
+    weights = trained / "base" / "model.safetensors"
+    original = weights.read_bytes()
+    try:
+        weights.write_bytes(original[:3000])
+        assert command_here(["export", str(trained / "run"), f"to={tmp_path / 'x'}"]) == 64
+        said = capsys.readouterr().err
+        assert f"base/model.safetensors: has 3000 bytes, and had {len(original)}" in said and "space" not in said
+        weights.unlink()
+        assert command_here(["export", str(trained / "run"), f"to={tmp_path / 'x'}"]) == 64
+        assert "base/model.safetensors: is missing" in capsys.readouterr().err
+    finally:
+        weights.write_bytes(original)
+
+
+def test_a_record_that_cannot_be_read_is_a_base_that_nobody_knows(trained, tmp_path, capsys):
+    record = trained / "run" / "identity.json"
+    original = record.read_bytes()
+    try:
+        record.write_bytes(original[:40])
+        assert command_here(["export", str(trained / "run"), f"to={tmp_path / 'x'}"]) == 64
+        assert "which base the run was trained on" in capsys.readouterr().err
+        assert command_here(["export", str(trained / "run"), "accept=[base]", f"to={tmp_path / 'x'}"]) == 0
+    finally:
+        record.write_bytes(original)
+
+
+@pytest.mark.parametrize("tuning", [["tuning=lora", "export.merge=true"], ["tuning=lora", "tuning.init=pissa"]])
+def test_a_base_that_changes_while_a_run_trains_is_not_exported(trained, tmp_path, capsys, monkeypatch, tuning):
+    """The run is done. Its checkpoint becomes the export as soon as the base is back."""
+    from trainer import run
+
+    shutil.copytree(trained / "base", tmp_path / "base")
+    for name in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(trained / name, tmp_path / name)
+    weights = tmp_path / "base" / "model.safetensors"
+    card_facts = run.card_facts
+
+    def after_the_last_step(*arguments):
+        shutil.copy(trained / "other" / "model.safetensors", weights)
+        return card_facts(*arguments)
+
+    monkeypatch.setattr(run, "card_facts", after_the_last_step)
+    run_dir = train(tmp_path, "run", "export.at_end=true", *tuning)
+    said = capsys.readouterr().out
+    assert "not exported: the base has changed" in said and CHANGED in said
+    assert f"shardtune export {run_dir}" in said
+    assert not (run_dir / "export").exists()
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+    assert json.loads((run_dir / "run.json").read_text())["not_exported"] == [CHANGED]
+    shutil.copy(trained / "base" / "model.safetensors", weights)
+    assert command_here(["export", str(run_dir), "--verify"]) == 0
