@@ -225,6 +225,10 @@ class Progress:
     """Sum of the training losses of the steps since the last evaluation."""
     interval_steps: int = 0
     """Number of these steps."""
+    first_loss: float | None = None
+    """Training loss of step 1, before any update, with which the last steps are compared; None of runs that did not note it."""
+    recent_losses: list[dict[str, float]] = field(default_factory=list)
+    """`loss` of each of the last steps, the newest last."""
     wandb_id: str | None = None
     """The W&B run that a resumed run continues."""
 

@@ -28,7 +28,12 @@ from strategies.tensor_files import INDEX, Index, Malformed, numel, parse_index,
 
 MOST_PROGRESS, MOST_INDEX = 2**20, 2**30
 """Bytes of the two JSON files; more is not read."""
-ROWS = {"recent": {"loss", "grad_norm"}, "passed": {"first", "count"}, "evaluations": {"step", "train", "held_out"}}
+ROWS = {
+    "recent": {"loss", "grad_norm"},
+    "passed": {"first", "count"},
+    "evaluations": {"step", "train", "held_out"},
+    "recent_losses": {"loss"},
+}
 """What each row has of the lists in `Progress`."""
 
 

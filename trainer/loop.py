@@ -26,6 +26,7 @@ from trainer.records.console import Course
 from trainer.records.load import by_layer
 from trainer.records.metrics import StepRecord
 from trainer.records.outcome import Outcome
+from trainer.records.short import readable
 
 
 class Trainer:
@@ -48,7 +49,12 @@ class Trainer:
         self.challenges = watch.challenges
         self.meter, self.trackers, self.console = output.meter, output.trackers, output.console
         self.checkpoints, self.at_step, self.still_ours = output.checkpoints, output.at_step, output.still_ours
-        self.outcome = Outcome(progress, challenges=self.challenges.record)
+        self.outcome = Outcome(
+            progress,
+            challenges=self.challenges.record,
+            watch=settings.evaluation.watch,
+            greater_is_better=bool(settings.evaluation.greater_is_better),
+        )
         self._first_step = progress.step
         self._saved_step = progress.step if progress.step else -1
         self._saving = self._best = replace(self.progress)
@@ -250,7 +256,7 @@ class Trainer:
             self.trackers.log({**values, "tokens": self.progress.tokens}, step=self.progress.step)
             shown_beside = {name: each for one in self.evaluators for name, each in getattr(one, "tables", {}).items()}
             self.trackers.tables(shown_beside, step=self.progress.step)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
             self.console.say(f"evaluation at step {self.progress.step}:  {shown}")
             refuse_unknown(self.settings.evaluation, values)
         return values

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.challenges import course as courses
 from benchmarks.challenges import losses, people
 from benchmarks.challenges.language import base_of
 
@@ -85,6 +86,14 @@ def canaries(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
     return found | {"none": [people.secrets(directory, base, f"code-none-{seed}", 100 + seed, 0) for seed in NULLS]}
 
 
+def divergence(directory: Path, base: Path) -> dict[str, list[dict[str, Any]]]:
+    """Runs that diverge, and runs that must not be called so."""
+    return {
+        kind: [courses.course(directory, base, kind, f"course-{number}-{seed}", seed) for seed in NULLS]
+        for number, kind in enumerate((*courses.HEALTHY, *courses.DIVERGING))
+    }
+
+
 PARTS: dict[str, Part] = {
     "overfitting": overfitting,
     "forgetting": forgetting,
@@ -92,15 +101,20 @@ PARTS: dict[str, Part] = {
     "remedies": remedies,
     "people": wronged,
     "canaries": canaries,
+    "divergence": divergence,
 }
+
+
+FOUND = {"people": ["found"], "canaries": ["found"], "divergence": ["diverged", "worse", "recovered"]}
+"""What is counted of each run of a part, unless it is overfitting and forgetting."""
 
 
 def tables(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """The figures as Markdown: means over the seeds, and in how many runs each was told."""
     lines = []
     for part in [name for name in PARTS if name in found]:
-        keys = [key for key in next(iter(found[part].values()))[0] if key != "found" and not key.endswith("_at")]
-        kinds = ["found"] if part in ("people", "canaries") else ["overfitting_at", "forgetting_at"]
+        kinds = FOUND.get(part, ["overfitting_at", "forgetting_at"])
+        keys = [key for key in next(iter(found[part].values()))[0] if key not in kinds]
         heads = [*keys, *(kind.replace("_at", " found") for kind in kinds)]
         lines += [f"| {part} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for name, runs in found[part].items():

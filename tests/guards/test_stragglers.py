@@ -84,7 +84,7 @@ def test_only_blocks_are_timed_and_only_while_it_is_on(monkeypatch):
 
 def test_while_a_rank_is_slow_the_status_says_so(tmp_path):
     said: list[str] = []
-    where = SimpleNamespace(lost=lambda: None)
+    where = SimpleNamespace(lost=lambda: None, note=None)
     tell = tell_of_slow(SimpleNamespace(run_dir=tmp_path, where=where, console=SimpleNamespace(say=said.append)))
     slow = Slow(rank=3, host="node7", factor=1.84, from_step=120)
     tell(slow, [slow], 120)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trainer.challenges import divergence
 from trainer.challenges.base_rows import BaseRows
+from trainer.challenges.before import KeptHeldOut
 from trainer.challenges.config import GENERAL, Reaction
 from trainer.challenges.first_rows import FirstRows
 from trainer.challenges.look import Challenges, WatchedTasks
 from trainer.config.run import RunConfig
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.generation import GenerationEvaluator
+from trainer.evaluation.loss import LossEvaluator
 from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.asking import Asking
 from trainer.evaluation.tasks.prepared import Ready
 from trainer.guards.told import EVENTS
+from trainer.optim.schedule import warmup_steps
 from trainer.step import Built
-from trainer.telling.live import RunPlace
+from trainer.telling.live import RunPlace, tell_of_challenges
 
 
 def challenges_of(config: RunConfig, built: Built, total_steps: int, place: RunPlace) -> Challenges:
@@ -24,7 +28,12 @@ def challenges_of(config: RunConfig, built: Built, total_steps: int, place: RunP
     every, main = config.evaluation.every_steps, place.runtime.is_main
     planned = -(-total_steps // every) if every else 1
     events = place.run_dir / EVENTS if main else None
-    return Challenges(config.challenges, planned, built.step_module.objective.compared, place.console.say, events)
+    challenges = Challenges(config.challenges, planned, built.step_module.objective.compared, place.console.say, events)
+    challenges.kept_before = KeptHeldOut(place.run_dir, place.runtime)
+    challenges.window = divergence.window_of(total_steps)
+    challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
+    challenges.tell_status = tell_of_challenges(place)
+    return challenges
 
 
 def watched(
@@ -39,6 +48,8 @@ def watched(
     for each in evaluators:
         if isinstance(each, GenerationEvaluator):
             each.tell = challenges.wrote
+        if isinstance(each, LossEvaluator):
+            each.tell = challenges.batches
     if not tasks:
         return evaluators
     inner, forgetting = TaskEvaluator(tasks, asking()), config.challenges.forgetting

@@ -20,10 +20,20 @@ class Finding:
     """Words to type, the cheapest first."""
     stops: bool = False
     """Whether the run is to end for it."""
+    verdict: str = ""
+    """What kind of it, of a detector that tells several."""
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for `run.json`."""
-        return {"found": True, "step": self.step, "says": self.says, **self.numbers, "remedies": list(self.remedies)}
+        kind = {"verdict": str(self.verdict)} if self.verdict else {}
+        return {
+            "found": True,
+            **kind,
+            "step": self.step,
+            "says": self.says,
+            **self.numbers,
+            "remedies": list(self.remedies),
+        }
 
 
 @dataclass(frozen=True, slots=True)

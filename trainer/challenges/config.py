@@ -48,6 +48,14 @@ class OutputConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DivergenceConfig:
+    """The run against its own beginning: training and held-out loss, from step 20 and the end of warm-up on."""
+
+    action: Reaction = Reaction.note
+    """`note` a run that is worse than before training, `stop` a diverged one with exit code 69 after a checkpoint, or `off`."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ChallengesConfig:
     """Detectors of what may go wrong beside single steps (docs/challenges.md)."""
 
@@ -57,6 +65,8 @@ class ChallengesConfig:
     """General abilities that are lost; nothing is measured without `data` or `tasks`."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Answers that are empty, repeat themselves, or are in another language than the right ones."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    """Losses that are worse than before training."""
 
 
 GENERAL = "general"

@@ -48,7 +48,7 @@ class ComparedTask:
 
     def bound(self, level: float) -> float | None:
         """The one-sided lower bound of `lost`."""
-        return None if self.error is None else self.lost - _student(1 - level, self.rows - 1) * self.error
+        return None if self.error is None else self.lost - student_quantile(1 - level, self.rows - 1) * self.error
 
 
 def compare(
@@ -62,11 +62,17 @@ def compare(
         over, below = metric.ratio
         same = below is None or all(a.scores[below] == b.scores[below] for a, b in zip(base, now, strict=True))
         old, new = ([float(row.scores[over]) for row in rows] for rows in (base, now))
-        if same and (whole := math.fsum(old)):
-            ratio = math.fsum(new) / whole
-            off = sum((b - ratio * a) ** 2 for a, b in zip(old, new, strict=True))
-            error = math.sqrt(off * len(old) / (len(old) - 1)) / abs(whole)
+        if same and math.fsum(old):
+            error = ratio_error(old, new)
     return ComparedTask(name, metric.name, before, after, lost, error, len(now))
+
+
+def ratio_error(old: Sequence[float], new: Sequence[float]) -> float:
+    """Standard error of sum(new) / sum(old) over paired rows (Cochran 1977, chapter 6). `old` must not sum to 0."""
+    total = math.fsum(old)
+    ratio = math.fsum(new) / total
+    squares = sum((after - ratio * before) ** 2 for before, after in zip(old, new, strict=True))
+    return math.sqrt(squares * len(old) / (len(old) - 1)) / abs(total)
 
 
 def numbers(seen: Evidence) -> dict[str, float]:
@@ -108,7 +114,7 @@ def find(config: ForgettingWatchConfig, seen: Evidence) -> Finding | None:
     )
 
 
-def _student(share: float, freedom: int) -> float:
+def student_quantile(share: float, freedom: int) -> float:
     """The quantile of Student's distribution, by the expansion 26.7.5 of Abramowitz and Stegun."""
     z = NormalDist().inv_cdf(share)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96

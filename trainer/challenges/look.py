@@ -10,9 +10,10 @@ from typing import Any
 
 from strategies.base import Engine, Progress
 from strategies.errors import LimitExceeded, StorageError
-from trainer.challenges import forgetting, instability, output, overfitting
+from trainer.challenges import divergence, forgetting, instability, output, overfitting
 from trainer.challenges.base import Evidence, Finding, ModelAnswer
 from trainer.challenges.base_rows import BaseRows
+from trainer.challenges.before import HeldOutBefore, KeptHeldOut
 from trainer.challenges.config import ChallengesConfig, Reaction
 from trainer.challenges.first_rows import FirstRows
 from trainer.evaluation.report.tables import tables
@@ -47,6 +48,16 @@ class Challenges:
         """What ends the run once its state is saved."""
         self.first = FirstRows(None)
         """What the tasks looked like at first, where that is to be shown."""
+        self.kept_before: KeptHeldOut | None = None
+        """Keeps the evaluation before the first step; None: a run that goes on does not know it."""
+        self.before = HeldOutBefore()
+        self.window, self.first_judged = divergence.LEAST_WINDOW, divergence.FIRST_JUDGED
+        """Steps that stand for the training loss now, and the first step at which divergence is judged."""
+        self.tell_status: Callable[[dict[str, Any]], None] = lambda record: None
+        """Hears the record after each look, on all ranks."""
+        self._verdicts: set[str] = set()
+        """Verdicts on divergence that were told."""
+        self._batches: dict[str, list[float]] = {}
         self._answers: list[ModelAnswer] = []
         self._compared: list[forgetting.ComparedTask] = []
 
@@ -55,16 +66,29 @@ class Challenges:
     def begin(self, engine: Engine, progress: Progress) -> None:
         """Before the first step of this start: ask the base, where forgetting is measured. All ranks must call."""
         self.first.begin(progress.step)
+        if self.kept_before is not None and progress.step:
+            self.before = self.kept_before.read()
         if self.base is not None:
             self.base.begin(engine, progress.step)
 
     def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """The training loss of steps, for its mean since the last evaluation."""
+        new_losses = list[dict[str, float]]()
         for row in rows:
             value = row.get(self.compared, row["loss"])
             if math.isfinite(value):
                 progress.interval_loss += value
                 progress.interval_steps += 1
+                new_losses.append({"loss": value})
+                if row["step"] == 1:
+                    progress.first_loss = value
+        progress.recent_losses = [*progress.recent_losses, *new_losses][-divergence.MOST_WINDOW :]
+        if not self.before.values and not progress.evaluations:
+            self._judge_divergence(progress, {})
+
+    def batches(self, batches: dict[str, list[float]]) -> None:
+        """Sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
+        self._batches = batches
 
     def task(self, done: Done) -> None:
         """A task after the model was asked."""
@@ -100,7 +124,55 @@ class Challenges:
                 self.record[name] = {"found": False, "step": progress.step, **mine}
             if (finding := detector.find(config, seen)) is not None:
                 self._tell(finding, again=bool(before.get("found")))
+        if progress.step == 0:
+            self._remember_before(values)
+        else:
+            self._judge_divergence(progress, values)
+        self.tell_status(self.record)
         return measured
+
+    def _remember_before(self, values: dict[str, float]) -> None:
+        """Keep the evaluation before the first step. Errors: StorageError."""
+        known = {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
+        self.before = HeldOutBefore(known, self._batches)
+        if self.kept_before is not None:
+            self.kept_before.write(self.before)
+
+    def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
+        """Compare the run with its own beginning; `values`: the evaluation of this step, empty if there is none."""
+        if self.config.divergence.action is Reaction.off or progress.step < self.first_judged:
+            return
+        losses = [row["loss"] for row in progress.recent_losses]
+        training = divergence.training_change(progress.first_loss, losses, self.window)
+        held_out = self._held_out_change(progress, values)
+        finding = divergence.finding_of(self.config.divergence, progress.step, training, held_out)
+        known = self.record.get(divergence.NAME, {})
+        if finding is None:
+            if known.get("found"):
+                self.record[divergence.NAME] = {**known, "found": False, "recovered_at": progress.step}
+            elif not known:
+                self.record[divergence.NAME] = {"found": False, "step": progress.step}
+            return
+        first_step = known.get("first_step", progress.step)
+        if finding.verdict in self._verdicts:
+            self.record[divergence.NAME] = finding.record()
+            self.ends = finding if finding.stops and self.ends is None else self.ends
+        else:
+            self._verdicts.add(finding.verdict)
+            self._tell(finding, again=False)
+        self.record[divergence.NAME]["first_step"] = first_step
+
+    def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
+        """The held-out metric that counts, against the one before the first step; None if either is not known."""
+        before = dict(self.before.values)
+        if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
+            before[divergence.LOSS] = progress.evaluations[0]["held_out"]  # a run that kept no micro-batches
+        for metric in (divergence.MARGIN, divergence.LOSS):
+            if metric in before and metric in values:
+                pairs = self.before.pairs_with(metric, self._batches)
+                level = divergence.LEVEL / max(1, self.planned)
+                return divergence.held_out_change(metric, (before[metric], values[metric]), pairs, level)
+        return None
 
     def _remember(self, progress: Progress, values: dict[str, float]) -> None:
         """The evaluation joins the history, unless it was made up for or is of the same step as the last one."""
@@ -115,6 +187,13 @@ class Challenges:
         """When training is over: what its steps say as a whole."""
         if (finding := instability.find(progress)) is not None:
             self._tell(finding, again=False)
+        if not progress.evaluations:
+            self._judge_divergence(progress, {})
+        recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
+        if recovered_at is not None:
+            verdict = self.record[divergence.NAME].get("verdict")
+            self.say(f"recovered by step {recovered_at}: the run is no longer {verdict}")
+        self.tell_status(self.record)
 
     def _tell(self, finding: Finding, *, again: bool) -> None:
         if finding.stops and self.ends is None:

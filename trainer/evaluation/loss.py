@@ -13,6 +13,9 @@ from strategies.base import Engine
 from strategies.runtime import dist_sum
 from trainer.objectives.ahead import look_ahead
 
+PAIRED = ("loss", "margin")
+"""Terms whose sums over each micro-batch are told, so that an evaluation can be paired with an earlier one."""
+
 
 class Interrupted(Exception):
     """The evaluation was broken off because the run was asked to stop; raised on all ranks alike."""
@@ -57,11 +60,14 @@ class LossEvaluator:
         self._ahead = ahead
         """Batches looked at before the others, for objectives that need the whole set to begin with."""
         self._parts = parts or []
+        self.tell: Callable[[dict[str, list[float]]], None] = lambda batches: None
+        """Hears the sums of each micro-batch in the order of the documents, by metric, after each evaluation."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none."""
         sums: dict[str, torch.Tensor] = {}
         means: dict[str, torch.Tensor] = {}
+        batch_sums: dict[str, list[torch.Tensor]] = {}
         places = {part.source: place for place, part in enumerate(self._parts)}
         if self._ahead is not None:
             means = look_ahead(engine, self._ahead(), self._count, averaged=True, check_stop=self._check_stop)
@@ -72,9 +78,17 @@ class LossEvaluator:
                     if term not in sums:
                         sums[term] = value.new_zeros((max(1, len(places)), *value.shape), dtype=torch.float64)
                     sums[term][place] += value.double()
+                    if term in PAIRED:
+                        batch_sums.setdefault(term, []).append(value.double())
                 self._check_stop()
         names = sorted(sums)
-        flat = dist_sum(torch.cat([sums[name].view(-1) for name in names])).cpu()
+        own_batches = [_in_turns(batch_sums[term], engine) for term in sorted(batch_sums)]
+        size = sum(sums[name].numel() for name in names)
+        # One reduction for all: the metrics, then the sums of each micro-batch.
+        reduced = dist_sum(torch.cat([*(sums[name].view(-1) for name in names), *own_batches])).cpu()
+        flat = reduced[:size]
+        by_batch = reduced[size:].view(len(own_batches), -1)
+        self.tell({f"{self._prefix}/{term}": by_batch[row].tolist() for row, term in enumerate(sorted(batch_sums))})
         pieces = flat.split([sums[name].numel() for name in names])
         totals = {name: piece.view(sums[name].shape) for name, piece in zip(names, pieces, strict=True)}
         for name, value in self._values({term: total.sum(0) for term, total in totals.items()}, self._count).items():
@@ -97,6 +111,14 @@ class LossEvaluator:
     def _check_stop(self) -> None:
         if self._stop_now():
             raise Interrupted
+
+
+def _in_turns(own: list[torch.Tensor], engine: Engine) -> torch.Tensor:
+    """float64 [micro-batches of all ranks]: this rank's sums in their places, 0 in those of others. Ranks take turns."""
+    stacked = torch.stack(own)
+    every = stacked.new_zeros((len(own), engine.dp_size))
+    every[:, engine.dp_rank] = stacked
+    return every.view(-1)
 
 
 def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:

@@ -16,6 +16,8 @@ from trainer.data.report.pages import HUB_LICENCES
 from trainer.export.results import model_index
 from trainer.papers.known import Known
 from trainer.papers.write import paper
+from trainer.records.findings import findings_in
+from trainer.records.short import readable
 
 BOTTLENECK = "bottleneck"
 VIRTUAL_TOKENS = ("prefix", "prompt", "p_tuning")
@@ -213,9 +215,13 @@ def _evaluation(card: CardFacts) -> str:
         return "## Evaluation\n\nNo held-out data was evaluated."
     rows = ["| held-out metric | before | after |", "| --- | ---: | ---: |"]
     for name, value in card.after.items():
-        before = f"{card.before[name]:.4f}" if name in card.before else "-"
-        rows.append(f"| {name} | {before} | {value:.4f} |")
-    return "## Evaluation\n\n" + "\n".join(rows)
+        before = readable(card.before[name]) if name in card.before else "-"
+        rows.append(f"| {name} | {before} | {readable(value)} |")
+    text = "## Evaluation\n\n" + "\n".join(rows)
+    if findings := findings_in(card.facts.get("challenges")):
+        lines = [f"- **{each.name}**, since step {each.step}: {each.says}" for each in findings]
+        text += "\n\nThe detectors of the run found:\n\n" + "\n".join(lines)
+    return text
 
 
 def _gates(card: CardFacts) -> list[str]:

@@ -32,6 +32,8 @@ class Where:
 
     phase: str = "data preparation"
     step: int | None = None
+    note: str | None = None
+    """What is wrong with a run that goes on or is done, for `status.json`: findings of the detectors."""
     run_dir: Path | None = None
     lease: Lease | None = None
     """Rank 0's."""
@@ -145,7 +147,7 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
             request.leave_when_stuck(partial(_leave, where))
             yield where
             if teller is not None:
-                write_status(teller, State.done, step=where.step)
+                write_status(teller, State.done, step=where.step, reason=where.note)
                 clear_failure(teller)
         except NotOurs:
             raise

@@ -27,3 +27,7 @@ class Outcome:
     challenges: dict[str, Any] = field(default_factory=dict)
     """What the detectors found, by their names (`trainer/challenges/`)."""
     stopped_early: bool = False
+    watch: str = "eval/loss"
+    """Metric that decides the best checkpoint."""
+    greater_is_better: bool = False
+    """Whether a larger value of it is better."""

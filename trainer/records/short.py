@@ -14,3 +14,8 @@ def short(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
     digits, _, exponent = f"{value:.6e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def readable(value: float) -> str:
+    """A metric with four decimals; from a million on with two digits and an exponent, as 1.0e+236."""
+    return f"{value:.4f}" if abs(value) < 1e6 or not math.isfinite(value) else f"{value:.1e}"

@@ -35,9 +35,11 @@ from trainer.planning.receipt import memory_text, predicted
 from trainer.planning.volume import expected_bytes
 from trainer.records.code import revision
 from trainer.records.energy import taken
+from trainer.records.findings import SHOWN_REMEDIES, findings_in
 from trainer.records.jsonl import json_text
 from trainer.records.metrics import flops_per_token, reference_tflops
 from trainer.records.outcome import Outcome
+from trainer.records.short import readable
 from trainer.records.status import write_text_atomic
 from trainer.step import Built
 from trainer.tuning.start import adapter_hash
@@ -257,7 +259,7 @@ def write_run_record(run_dir: Path, facts: Mapping[str, Any]) -> None:
     )
 
 
-_STATE = ("recent", "evaluations", "interval_loss", "interval_steps")
+_STATE = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses")
 """Of the progress: what only a resumed run needs."""
 
 
@@ -284,7 +286,7 @@ def card_facts(config: RunConfig, facts: Mapping[str, Any], outcome: Outcome, ru
     return CardFacts(
         known=known,
         config_yaml=(run_dir / "config.yaml").read_text(encoding="utf-8") if (run_dir / "config.yaml").exists() else "",
-        facts=dict(facts),
+        facts={**facts, "challenges": outcome.challenges},
         before=outcome.before,
         after=outcome.after,
         tokens_trained=outcome.progress.tokens,
@@ -299,10 +301,37 @@ def end_text(run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequen
     width = max([22, *map(len, outcome.after)])
     for name, value in outcome.after.items():
         before = outcome.before.get(name)
-        lines.append(f"  {name:<{width}} {value:.4f}" + (f"   (before: {before:.4f})" if before is not None else ""))
+        earlier = "" if before is None else f"   (before: {readable(before)})"
+        lines.append(f"  {name:<{width}} {readable(value)}{earlier}")
+    lines += _finding_lines(run_dir, outcome)
     lines += [f"slow:       {Slow(**each).since()}" for each in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}")
     lines += [f"run record: {run_dir / 'run.json'}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
     lines += [f"{name + ':':<11} {where}" for name, where in hints]
     return "\n".join(lines)
+
+
+def _finding_lines(run_dir: Path, outcome: Outcome) -> list[str]:
+    """What the detectors have found, with what to try, and the command for a better checkpoint."""
+    findings = findings_in(outcome.challenges)
+    lines = []
+    for finding in findings:
+        lines.append(f"warning:    {finding.text}")
+        lines.append(f"            try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}")
+    if not findings:
+        return lines
+    best_step = outcome.progress.best_step
+    best = outcome.progress.best_metric
+    now = outcome.after.get(outcome.watch)
+    before = outcome.before.get(outcome.watch)
+    if best_step is None or best is None or now is None:
+        return lines
+    sign = 1 if outcome.greater_is_better else -1
+    if before is not None and sign * (best - before) <= 0:
+        lines.append(f"best:       no checkpoint has a better {outcome.watch} than before training ({before:.4f})")
+    elif best_step != outcome.progress.step:
+        lines.append(
+            f"best:       step {best_step} had {outcome.watch} {best:.4f}: shardtune export {run_dir} checkpoint=best"
+        )
+    return lines

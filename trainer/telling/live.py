@@ -23,6 +23,7 @@ from trainer.objectives.registry import reading_of
 from trainer.planning.receipt import measured
 from trainer.records.console import Console
 from trainer.records.energy import metering, taken
+from trainer.records.findings import status_note
 from trainer.records.metrics import Meter
 from trainer.records.outcome import Outcome
 from trainer.records.status import State, write_status
@@ -93,8 +94,24 @@ def tell_of_slow(place: RunPlace) -> Tell:
         place.console.say(f"warning: step {step}: {slow}" if slow in now else f"step {step}: {again}")
         if place.where.lost() is None:
             with suppress(ShardtuneError):  # a full disk is told of by what must be written
-                why = "; ".join(each.since() for each in now) or None
+                reasons = [*([place.where.note] if place.where.note else []), *(each.since() for each in now)]
+                why = "; ".join(reasons) or None
                 write_status(place.run_dir, State.running, step=step, reason=why, slow=[asdict(each) for each in now])
+
+    return tell
+
+
+def tell_of_challenges(place: RunPlace) -> Callable[[dict[str, Any]], None]:
+    """What is done with the record of the detectors after each look: a few words in `status.json`, now and at the end."""
+
+    def tell(challenges: dict[str, Any]) -> None:
+        note = status_note(challenges)
+        if note == place.where.note:
+            return
+        place.where.note = note
+        if place.runtime.is_main and place.where.lost() is None:
+            with suppress(ShardtuneError):  # a full disk is told of by what must be written
+                write_status(place.run_dir, State.running, step=place.where.step, reason=note)
 
     return tell
 

@@ -1,0 +1,46 @@
+"""What the detectors found of a run, out of `challenges` of its record: for last lines, `status.json` and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SHOWN_REMEDIES = 3
+"""Remedies of a finding that stand in the last lines, the cheapest ones; `run.json` has all."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedFinding:
+    """One challenge that is there at the end of the record."""
+
+    name: str
+    """Of the detector, or of what it tells apart: overfitting, diverged."""
+    step: int
+    """At which it was found first."""
+    says: str
+    """What was seen, with its numbers."""
+    remedies: list[str]
+
+    @property
+    def text(self) -> str:
+        """The finding as one sentence."""
+        return f"{self.name}, since step {self.step}: {self.says}"
+
+
+def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
+    """Findings of a record; none for a run that wrote no such record, and none that the run has recovered from."""
+    findings = []
+    for detector, record in (challenges or {}).items():
+        if not isinstance(record, Mapping) or not record.get("found"):
+            continue
+        name = str(record.get("verdict") or detector)
+        step = int(record.get("first_step", record.get("step", 0)))
+        says = str(record.get("says", "")).removeprefix(f"{name}: ")
+        findings.append(RecordedFinding(name, step, says, [*record.get("remedies", [])]))
+    return findings
+
+
+def status_note(challenges: Mapping[str, Any] | None) -> str | None:
+    """The findings in a few words, for `shardtune status`; None if there are none."""
+    return "; ".join(f"{each.name}, since step {each.step}" for each in findings_in(challenges)) or None
