@@ -25,7 +25,7 @@ from strategies.errors import ConfigError
 from strategies.hardware import Gpu, best_precision
 from strategies.redaction import secret_in
 from trainer.config.resuming import flat
-from trainer.config.run import Device, LauncherName, RunConfig
+from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
 from trainer.evaluation.base import TaskConfig
@@ -81,7 +81,9 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     tree = OmegaConf.structured(config)
     for group in {"launcher", *parsed.choices} & {*variants()}:
         tree[group] = fresh[group]
-    tree.run.device, tree.substitutions = Device.auto, {}
+    tree.run.device = Device.auto
+    # The date that the chat template writes is the run's, whatever else this start chooses anew.
+    tree.substitutions = {key: note for key, note in config.substitutions.items() if key == TEMPLATE_DATE}
     problems = parsed.problems + problems + ([] if problems else _apply(tree, parsed))
     found = _to_config(tree, problems)
     if found is None or problems:

@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,14 @@ from trainer.config.run import (
     MATMUL,
     MICRO,
     STRATEGY,
+    TEMPLATE_DATE,
     RunConfig,
     asked_micro,
     asked_strategy,
     kept_matmul,
 )
 from trainer.data.config import ControlTokens, identifying
+from trainer.data.tokens.clock import TemplateDate
 from trainer.following.queue import Queue, QueuedJob, ask
 from trainer.records import settings_file
 from trainer.records.lease import InUse, refuse_in_use
@@ -209,6 +213,7 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
         changed = []
     if not changed or another_way:
         _take_matmul(composed.config, before)
+        _take_date(composed.config, before, path.parent, reached=reached)
     if not changed and MICRO in before.substitutions:
         composed.config.batch["micro"] = before.batch["micro"]  # chosen once
         composed.config.substitutions[MICRO] = before.substitutions[MICRO]
@@ -296,6 +301,22 @@ def _words_of(path: Path) -> list[str]:
         words.append(str(word))
         start = end + 1  # the blank between two words
     return words
+
+
+def _take_date(config: RunConfig, before: RunConfig, run_dir: Path, *, reached: bool) -> None:
+    """Let a run go on with the date that its chat template wrote for today at the first start, if it writes one.
+
+    A run of an earlier version has not noted it. Its prepared data has a fingerprint without a date, and the oldest file of the
+    run tells the day.
+    """
+    if TEMPLATE_DATE in before.substitutions:
+        config.substitutions[TEMPLATE_DATE] = before.substitutions[TEMPLATE_DATE]
+    elif reached:
+        oldest = time.time()
+        for file in run_dir.rglob("*"):
+            with suppress(OSError):  # removed meanwhile
+                oldest = min(oldest, file.stat().st_mtime)
+        config.substitutions[TEMPLATE_DATE] = str(TemplateDate(date.fromtimestamp(oldest), in_fingerprint=False))
 
 
 def _take_matmul(config: RunConfig, before: RunConfig) -> None:

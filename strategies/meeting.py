@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from strategies.errors import ShardtuneError
+from strategies.errors import Preempted, ShardtuneError
 
 DECISION, GO, STOP = "shardtune/decision", "go", "stop"
 LOOK_EVERY_S, LEAVE_S = 1.0, 10.0
@@ -63,6 +63,30 @@ class Meeting:
             self._looked_at = time.monotonic()
             self._stopped = self._decided() not in (None, GO)
         return self._stopped
+
+    def of_rank_0(self, name: str, choose: Callable[[], str], stop: Callable[[], bool]) -> str:
+        """What rank 0 chooses, on every rank. All ranks must call; `stop` says whether the ranks stop, and raises Preempted here.
+
+        Raises ShardtuneError if rank 0 does not come within the run's timeout.
+        """
+        if self.store is None:
+            return choose()
+        key = f"shardtune/chosen/{name}"
+        if self.rank == 0:
+            choice = choose()
+            self.store.set(key, choice)
+            return choice
+        deadline = time.monotonic() + self._timeout_s
+        while not self.store.check([key]):
+            if stop():
+                raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
+            if time.monotonic() > deadline:
+                raise ShardtuneError(
+                    f"rank 0 has not chosen {name} {self._timeout_s:.0f} s after rank {self.rank} needed it; raise "
+                    "run.timeout_s, or prepare the data before (shardtune prepare)"
+                )
+            time.sleep(0.1)
+        return self.store.get(key).decode()
 
     def go_on(self, told: Callable[[], bool]) -> bool:
         """Wait until every rank is ready to form the group; False where they stop instead. All ranks must call.

@@ -17,7 +17,7 @@ from strategies.errors import Preempted
 from trainer.assembly.as_stored import build_as_stored
 from trainer.assembly.build import build_engine, build_loader
 from trainer.checkpoints.seal import fingerprint
-from trainer.config.run import RunConfig
+from trainer.config.run import RunConfig, kept_date
 from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.report import against, page, record
 from trainer.evaluation.report.intervals import Bootstrap, interval, resampled
@@ -138,7 +138,7 @@ def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, asked
     positions = next(
         (n for each in (about, about.get("text_config") or {}) for at in names if (n := each.get(at))), None
     )
-    encoder = TaskContext.of(config.data, config.objective).encoder(tokenizer)
+    encoder = TaskContext.of(config.data, config.objective, kept_date(config)).encoder(tokenizer)
     return served_asking(config.evaluation, config.model.path or "", encoder, positions, runtime, asked)
 
 

@@ -20,7 +20,7 @@ from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.places import places_of
 from trainer.config.evaluation import asked_tasks, more_is_better
-from trainer.config.run import RunConfig, kept_matmul
+from trainer.config.run import RunConfig, kept_date, kept_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import Prepared
 from trainer.evaluation.base import Evaluator
@@ -43,6 +43,7 @@ from trainer.lifecycle.attempt import Where, rank_of_job, refuse_replaced
 from trainer.lifecycle.base_files import BASE, at_commit, changed_files, files_among
 from trainer.lifecycle.identity import agree_on_run, establish
 from trainer.lifecycle.matmul import settle_matmul
+from trainer.lifecycle.template_date import date_of_run, keep_date
 from trainer.loop import Trainer
 from trainer.model.loading import check_files, load_tokenizer, weights_directory
 from trainer.objectives.reference import Recording, record
@@ -78,6 +79,7 @@ def _run(
     data, tasks, staged, runtime = meet(config, tokenizer, request, where)
     run_dir = where.settle(agree_on_run(run_dir, sha256, runtime), runtime.rank)
     where.still_ours(runtime)  # before the choice is written down
+    config = keep_date(config, data.date, run_dir, runtime, freeze)
     config, runtime = settle_matmul(config, run_dir, runtime, freeze)
     console = introduce(config, run_dir, data, tokenizer, runtime)
     place = RunPlace(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
@@ -151,11 +153,16 @@ def meet(
 
     check_files(config.model)
     with where.meet(config.run.timeout_s) as meeting:
-        data = prepare_data(config, tokenizer, stop=lambda: meeting.stopping(told()))
-        around = TaskContext.of(config.data, config.objective)
-        tasks = prepare(asked_tasks(config), around, data, tokenizer, stop=lambda: meeting.stopping(told()))
+
+        def stop() -> bool:
+            return meeting.stopping(told())
+
+        choose_date = date_of_run(config, where.run_dir, meeting, stop)
+        data = prepare_data(config, tokenizer, stop=stop, choose_date=choose_date)
+        around = TaskContext.of(config.data, config.objective, data.date)
+        tasks = prepare(asked_tasks(config), around, data, tokenizer, stop=stop)
         where.phase = "copying to the disk of the node"
-        staged = stage(config, data, stop=lambda: meeting.stopping(told()))
+        staged = stage(config, data, stop=stop)
         where.phase = "start of the processes"
         if not meeting.go_on(told):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
@@ -238,7 +245,7 @@ def asking_of(
         config.model,
         built,
         data.label_names if built.head_prefixes else None,
-        TaskContext.of(config.data, config.objective).encoder(tokenizer),
+        TaskContext.of(config.data, config.objective, kept_date(config)).encoder(tokenizer),
         engine,
         runtime,
         stop_now,

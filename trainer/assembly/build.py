@@ -13,12 +13,12 @@ from strategies.base import Engine, Precision
 from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
-from trainer.config.run import RunConfig
+from trainer.config.run import RunConfig, kept_date
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
-from trainer.data.prepare import Preparation, Prepared
+from trainer.data.prepare import ChooseDate, Preparation, Prepared, kept_or_first
 from trainer.heads.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
@@ -58,13 +58,27 @@ from trainer.tuning.read_back import check_read_back
 from trainer.tuning.table import needs_own_rows
 
 
-def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] = lambda: False) -> Prepared:
+def prepare_data(
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    choose_date: ChooseDate | None = None,
+) -> Prepared:
     """The prepared data set of the run, from the cache where nothing has changed. `stop` is asked now and then.
 
-    Errors: DataError, also where the objective could learn nothing from it.
+    `choose_date`: as in `Preparation`; without it the date is the run's, else that of the cache. Errors: DataError, also where
+    the objective could learn nothing from it.
     """
     reading = reading_of(config.objective)
-    data = Preparation(config.data, tokenizer, reading, seed=config.run.seed, stop=stop).open_or_make()
+    data = Preparation(
+        config.data,
+        tokenizer,
+        reading,
+        seed=config.run.seed,
+        stop=stop,
+        choose_date=choose_date or kept_or_first(kept_date(config)),
+    ).open_or_make()
     reading.check(data.train)
     return data
 
@@ -72,7 +86,10 @@ def prepare_data(config: RunConfig, tokenizer: Any, *, stop: Callable[[], bool] 
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
     """Part i of n of the first pass over the data; `prepare_data` merges them once all are made."""
     reading = reading_of(config.objective)
-    Preparation(config.data, tokenizer, reading, seed=config.run.seed, stop=stop).make_shard(*shard)
+    choose_date = kept_or_first(kept_date(config))
+    Preparation(config.data, tokenizer, reading, seed=config.run.seed, stop=stop, choose_date=choose_date).make_shard(
+        *shard
+    )
 
 
 def build_loader(

@@ -11,12 +11,14 @@ from enum import StrEnum
 from typing import Any, get_args, get_origin, get_type_hints
 
 from strategies.base import Precision, StrategyConfig
+from strategies.errors import ConfigError
 from strategies.matmul import Matmul
 from trainer.challenges.config import ChallengesConfig
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.config.sbatch_options import GpuRequest, gpu_request, ranks_per_node
 from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import DataConfig
+from trainer.data.tokens.clock import TemplateDate
 from trainer.evaluation.base import EvaluationConfig
 from trainer.export.config import ExportConfig
 from trainer.guards.config import GuardsConfig
@@ -39,6 +41,8 @@ class Device(StrEnum):
 
 
 AUTO, MICRO, STRATEGY, MATMUL = "auto", "batch.micro", "strategy", "run.matmul"
+TEMPLATE_DATE = "data.date"
+"""The substitution that has the date which the chat template writes for today."""
 RETRIES = ("preempted", "node_fail", "out_of_memory")
 """Causes after which a run may be started again by itself; an error is none."""
 
@@ -265,6 +269,17 @@ def asked_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> d
     if not str(substitutions.get(STRATEGY)).startswith(f"{AUTO} -> {strategy['name']} "):
         return strategy
     return {each.name: strategy[each.name] for each in fields(StrategyConfig) if each.name in strategy} | {"name": AUTO}
+
+
+def kept_date(config: RunConfig) -> TemplateDate | None:
+    """The date that the chat template writes for today since the run's first start; None before that. Errors: ConfigError."""
+    note = config.substitutions.get(TEMPLATE_DATE)
+    if note is None:
+        return None
+    try:
+        return TemplateDate.parse(str(note))
+    except ValueError as error:
+        raise ConfigError(f"substitutions: {TEMPLATE_DATE} is {note!r} in config.yaml, which is no date") from error
 
 
 def kept_matmul(config: RunConfig) -> Matmul:

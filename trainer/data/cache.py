@@ -15,9 +15,11 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,7 +27,8 @@ from strategies.durable import publish, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.blocks import Block, load, save
 from trainer.data.config import Verify
-from trainer.records.files import remedy
+from trainer.data.tokens.clock import TemplateDate
+from trainer.records.files import claim, read, remedy
 from trainer.records.sampled import sampled_digest
 
 if TYPE_CHECKING:
@@ -116,6 +119,34 @@ def fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[s
         "options": options,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def dated(fingerprint: str, date: TemplateDate | None) -> str:
+    """The fingerprint with the date that the chat template writes; as it is if there is none, or if it never knew of one."""
+    if date is None or not date.in_fingerprint:
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint}/{date.day.isoformat()}".encode()).hexdigest()
+
+
+def first_date(cache_dir: Path, fingerprint: str) -> TemplateDate:
+    """The date on which data of this fingerprint (without a date) was first prepared into the cache; today if it never was.
+
+    Today is written down, so that everybody who prepares the same data from now on has the same date. Errors: StorageError.
+    """
+    name = fingerprint[:32]
+    for made_before in (cache_dir / name / DONE, Shards(cache_dir / name, 0).home):
+        with suppress(OSError):  # an entry of an earlier version, or shards of one
+            return TemplateDate(date.fromtimestamp(made_before.stat().st_mtime), in_fingerprint=False)
+    path = cache_dir / "dates" / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            claim(path, date.today().isoformat().encode(), uuid.uuid4().hex)
+        return TemplateDate(date.fromisoformat(read(path).decode()))
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}; {remedy(error)}set data.cache_dir") from error
+    except ValueError as error:
+        raise StorageError(f"{path}: holds no date ({error}); delete it") from error
 
 
 def build_once(

@@ -30,6 +30,7 @@ from trainer.data.stages.decontamination import Decontaminator, evaluation_texts
 from trainer.data.stages.filters import Filters
 from trainer.data.store.documents import to_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
+from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.cut import last_learned
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ class BlockMaker:
         *,
         readers: dict[tuple[str, str], RowReader],
         tokenizer: PreTrainedTokenizerFast,
+        date: TemplateDate | None = None,
     ) -> None:
         self.config, self.reading, self.readers = config, reading, readers
         self.encoder = reading.encoder(tokenizer, config)
+        self.encoder.fix_date(date)
         self.decontaminator: Decontaminator | None = None
         if config.decontamination.paths is not None:
             found = evaluation_documents(config.decontamination.paths, config)

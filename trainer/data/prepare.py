@@ -21,7 +21,7 @@ import numpy as np
 
 from strategies.errors import DataError, Preempted
 from trainer.data.blocks import Assembly, Block
-from trainer.data.cache import DONE, Digests, Shards, build_once, compare, fingerprint, hashes_of
+from trainer.data.cache import DONE, Digests, Shards, build_once, compare, dated, fingerprint, first_date, hashes_of
 from trainer.data.choose.splits import choose
 from trainer.data.config import BalanceBy, ControlTokens, DataConfig, OverLength, PrivacyMode, Verify, identifying
 from trainer.data.formats import RowReader
@@ -34,12 +34,15 @@ from trainer.data.rendered import refuse_rendered
 from trainer.data.report.describe import Description
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequences_of
+from trainer.data.tokens.clock import TemplateDate, reads_clock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 7
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
+TEMPLATE_DATE = "template_date"
+"""Where a report has the date that the chat template wrote."""
 SMALL = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
 NOT_CONTENT = (
@@ -58,6 +61,17 @@ class Prepared:
     directory: Path
     report: dict[str, Any]
     label_names: list[str] | None
+    date: TemplateDate | None = None
+    """The date that the chat template wrote; None if the template writes none."""
+
+
+ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]
+"""Decides which date the chat template writes, given a function for the date of the first preparation into the cache."""
+
+
+def kept_or_first(kept: TemplateDate | None) -> ChooseDate:
+    """What chooses `kept`; without one the date of the first preparation into the cache."""
+    return lambda first_date: kept or first_date()
 
 
 class Preparation:
@@ -65,7 +79,8 @@ class Preparation:
 
     The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
     template, the options and how the objective reads. `seed` decides held-out shares and resampling.
-    No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
+    If the template writes today's date, `choose_date` decides which one, by default the day of the first preparation into this
+    cache. No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted where
     `stop`, asked between blocks, says so.
     """
 
@@ -77,6 +92,7 @@ class Preparation:
         *,
         seed: int,
         stop: Callable[[], bool] = lambda: False,
+        choose_date: ChooseDate | None = None,
     ) -> None:
         self.config, self.tokenizer, self.reading = config, tokenizer, reading
         self.seed, self.stop = seed, stop
@@ -99,7 +115,11 @@ class Preparation:
             from trainer.data.stages.privacy.stage import key_identity  # which makes seventy expressions
 
             identities.append(("key of the pseudonyms", key_identity()))
-        self.fingerprint = fingerprint(identities, tokenizer, options)
+        undated = fingerprint(identities, tokenizer, options)
+        self.date: TemplateDate | None = None
+        if tokenizer.chat_template and reads_clock(tokenizer.get_chat_template()):
+            self.date = (choose_date or kept_or_first(None))(partial(first_date, cache, undated))
+        self.fingerprint = dated(undated, self.date)
         self.directory = cache / self.fingerprint[:32]
 
     def open_or_make(self) -> Prepared:
@@ -114,6 +134,9 @@ class Preparation:
             verify = Verify.sampled
         seconds = time.perf_counter() - began
         prepared = open_prepared(self.directory, cached=not made, seconds=seconds, verify=verify)
+        prepared.date = self.date
+        if self.date is not None:
+            prepared.report.setdefault(TEMPLATE_DATE, self.date.day.isoformat())  # an earlier version did not write it
         if not made and _spells_control_tokens(prepared.report):
             self._refuse_rendered_rows()  # it was prepared when the user had typed data.control_tokens=text
         return prepared
@@ -131,6 +154,9 @@ class Preparation:
                 self.check_stop()
                 keep(block)
             self.digest.check()
+
+    def _dated(self) -> dict[str, str]:
+        return {} if self.date is None else {TEMPLATE_DATE: self.date.day.isoformat()}
 
     def _refuse_rendered_rows(self) -> None:
         """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
@@ -179,7 +205,7 @@ class Preparation:
             "sources": columns.sources,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": names,
-            "report": about_it.write(assembly.totals, columns, selection, self.reading, names),
+            "report": about_it.write(assembly.totals, columns, selection, self.reading, names) | self._dated(),
             "hashes": hashes_of(target),
         }
         self.digest.check()
@@ -189,7 +215,7 @@ class Preparation:
 
     def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Iterator[Block]:
         """The blocks of every job of one `part` of `parts`, in input order. Raises StorageError for a disk too small."""
-        maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer)
+        maker = BlockMaker(self.config, self.reading, readers=readers, tokenizer=self.tokenizer, date=self.date)
         require_room(self.directory.parent, self.inputs, maker, self.config.max_documents, parts=parts)
         every = jobs(rows_of(self.inputs, self.config.max_documents))
         mine = every if parts == 1 else (job for job in every if job.number % parts == part)

@@ -18,6 +18,7 @@ from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.characters import MARK, Control
+from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Encoder:
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in ends if token}
         self.control = Control(tokenizer, self._backend, ends)
         self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
+
+    def fix_date(self, date: TemplateDate | None) -> None:
+        """Let the chat template write this date for today; None leaves it the clock."""
+        if date is not None and self.template is not None:
+            self.template.fix_date(date.day)
 
     def _natural_affixes(self) -> tuple[list[int], list[int]]:
         """Ids the tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK, Message, RefusedDocument, texts_in, thought_of
+from trainer.data.tokens.clock import with_date
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, Marker, Spans, leading, mark_trimmed, mark_whole, marked
 from trainer.data.tokens.turnwise import Chat, Turnwise, after_thought, refused
 
@@ -79,6 +81,10 @@ class ChatTemplate:
         self._ends_of = {role: self.end_tokens if role == "assistant" else self.all_end_tokens for role in ROLES}
         patterns = {role: leading([*ends]) for role, ends in self._ends_of.items()}
         self._marker = Marker(self._apply, self._added, patterns, str(tokenizer.eos_token))
+
+    def fix_date(self, day: date) -> None:
+        """From now on write `day` for today."""
+        self.source = with_date(self.source, day)
 
     @cached_property
     def _turnwise(self) -> Turnwise:

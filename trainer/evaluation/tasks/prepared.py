@@ -10,10 +10,11 @@ from typing import Any
 from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
 from trainer.data.inputs import inputs_of, readers_of
-from trainer.data.prepare import Preparation, Prepared
+from trainer.data.prepare import Preparation, Prepared, kept_or_first
 from trainer.data.reading import Reading
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
+from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case, Task
@@ -42,12 +43,14 @@ class TaskContext:
     """Whether its objective is one of models that write answers."""
     language: bool
     """Whether its loss is that of a language model."""
+    date: TemplateDate | None = None
+    """The date that the run's chat template writes for today; None leaves it the clock."""
 
     @classmethod
-    def of(cls, data: DataConfig, objective: ObjectiveConfig) -> TaskContext:
+    def of(cls, data: DataConfig, objective: ObjectiveConfig, date: TemplateDate | None = None) -> TaskContext:
         """That of these settings."""
         family, loss = family_of(objective), build_objective(objective)
-        return cls(data, reading_of(objective), family.writes_answers, loss.perplexity)
+        return cls(data, reading_of(objective), family.writes_answers, loss.perplexity, date)
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """What makes tokens of documents as the run does, whichever turns it learns."""
@@ -55,7 +58,9 @@ class TaskContext:
         plain = DataConfig(
             learn=LearnConfig(), control_tokens=self.data.control_tokens, max_length=self.data.max_length
         )
-        return reading.encoder(tokenizer, plain)
+        encoder = reading.encoder(tokenizer, plain)
+        encoder.fix_date(self.date)
+        return encoder
 
 
 def check(tasks: Mapping[str, TaskConfig], around: TaskContext, *, held_out: bool, trained: bool = True) -> None:
@@ -104,7 +109,9 @@ def prepare(
             if task.config.path is not None:
                 made = _own(
                     task,
-                    lambda data: Preparation(data, tokenizer, around.reading, seed=0, stop=stop).open_or_make(),
+                    lambda data: Preparation(
+                        data, tokenizer, around.reading, seed=0, stop=stop, choose_date=kept_or_first(around.date)
+                    ).open_or_make(),
                     around,
                 )
                 task.dataset, directory = made.train, made.directory

@@ -1,0 +1,207 @@
+"""The date that a chat template writes for today: that of the first preparation, in the fingerprint, kept by runs."""
+
+import json
+import shutil
+import threading
+from datetime import date, datetime
+
+import pytest
+import yaml
+
+from launch.compose import compose, recompose
+from launch.frozen import freeze, load_frozen
+from strategies.errors import ConfigError, Preempted
+from strategies.meeting import Meeting
+from tests.faults.runs import Runs
+from tests.helpers import tokenizers as make
+from tests.helpers.launching import command_here
+from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
+from trainer.config.run import TEMPLATE_DATE, kept_date
+from trainer.data.config import DataConfig
+from trainer.data.prepare import Preparation, kept_or_first
+from trainer.data.reading import Reading
+from trainer.data.report.preview import summary
+from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
+from trainer.evaluation.tasks.prepared import TaskContext
+from trainer.lifecycle.template_date import date_of_run
+from trainer.objectives.sft import SftConfig
+
+DATED = (  # as Llama 3's
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+    "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
+    "{{ '<|im_start|>system\nToday Date: ' + date_string + '<|im_end|>\n' }}" + make.CHATML
+)
+CHRISTMAS = date(2025, 12, 25)
+
+
+class Clock(datetime):
+    """The clock of transformers' templates, at another day."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 3, 12, 30)
+
+
+@pytest.fixture
+def another_day(monkeypatch):
+    """Let templates and preparation believe that it is another day."""
+    from transformers.utils import chat_template_utils
+
+    from trainer.data import cache
+
+    class Day(date):
+        @classmethod
+        def today(cls):
+            return cls(2026, 1, 3)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    monkeypatch.setattr(cache, "date", Day)
+
+
+def rendered(template, day=None):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = template if day is None else with_date(template, day)
+    texts, _ = render_jinja_template([[{"role": "user", "content": "q"}]], chat_template=source)
+    return texts[0]
+
+
+def preparation(tmp_path, template=DATED, **options):
+    if not (tmp_path / "train.jsonl").exists():
+        write_chat_data(tmp_path / "train.jsonl", 8)
+    config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"))
+    return Preparation(config, tiny_tokenizer(template, eos_token="<|im_end|>"), Reading(), seed=1, **options)
+
+
+def text_of(prepared):
+    return tiny_tokenizer().decode(prepared.train.sample(0).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "25 Dec 2025"),
+        ('{%- set today = strftime_now(format="%Y-%m-%d") %}{{ today }}', "2025-12-25"),
+        ("\n  {% if strftime_now is defined %}{{ strftime_now('%F') }}{% endif %}", "\n2025-12-25"),
+        ("{% set f = '%A, %-d %B' ~ ' %H:%M' %}{{ strftime_now(f) }}", "Thursday, 25 December 00:00"),
+        ("\n x{% set clock = strftime_now %}{{ clock('%d') }}", "\n x25"),
+    ],
+)
+def test_a_clock_that_stands_still(template, written):
+    assert reads_clock(template) and rendered(template, CHRISTMAS) == written
+    assert not reads_clock(make.CHATML) and with_date(make.CHATML, CHRISTMAS) == make.CHATML
+    assert rendered(template) != written
+
+
+def test_the_first_preparation_decides_and_the_fingerprint_covers_it(tmp_path, another_day, monkeypatch):
+    first = preparation(tmp_path, choose_date=kept_or_first(TemplateDate(CHRISTMAS)))
+    made = first.open_or_make()
+    assert "25 Dec 2025" in text_of(made) and made.date == TemplateDate(CHRISTMAS)
+    assert "the chat template writes 2025-12-25 for today" in summary(made.report)
+
+    here = preparation(tmp_path)
+    assert here.fingerprint != first.fingerprint and "03 Jan 2026" in text_of(here.open_or_make())
+    monkeypatch.undo()  # the next day, in the same cache
+    assert preparation(tmp_path).fingerprint == here.fingerprint
+    again = preparation(tmp_path).open_or_make()
+    assert again.report["cached"] and again.date == TemplateDate(date(2026, 1, 3))
+    shutil.rmtree(again.directory)  # of a cache that was cleaned: made again, the same
+    assert "03 Jan 2026" in text_of(preparation(tmp_path).open_or_make())
+
+
+def test_without_a_clock_nothing_is_dated(tmp_path):
+    plain = preparation(tmp_path, make.CHATML, choose_date=lambda first: pytest.fail("nobody asks for a date"))
+    assert plain.date is None and not (tmp_path / "cache" / "dates").exists()
+    assert "today" not in summary(plain.open_or_make().report)
+
+
+def test_what_an_earlier_version_prepared_is_gone_on_with(tmp_path, another_day):
+    undated = preparation(tmp_path, choose_date=kept_or_first(TemplateDate(CHRISTMAS, in_fingerprint=False)))
+    before = undated.open_or_make()
+    known = preparation(tmp_path)
+    assert known.fingerprint == undated.fingerprint, "its entry has the fingerprint without a date"
+    assert known.open_or_make().report["cached"] and not known.date.in_fingerprint
+    shutil.rmtree(before.directory)
+    assert preparation(tmp_path).fingerprint != undated.fingerprint, "what is prepared anew is dated"
+
+
+class Store(dict):
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def get(self, key):
+        return self[key]
+
+
+def test_all_ranks_and_all_points_take_the_date_of_the_first(tmp_path):
+    config = compose(["model.path=m", "data.path=d.jsonl", "budget.steps=1"], check=False).config
+    store, found = Store(), {}
+
+    def choose(rank, day, run_dir=None):
+        choice = date_of_run(config, run_dir, Meeting(store, rank, 2, 60.0), lambda: False)
+        found[rank] = choice(lambda: TemplateDate(day))
+
+    other = threading.Thread(target=choose, args=(1, date(2026, 1, 3)))
+    other.start()
+    choose(0, CHRISTMAS)
+    other.join()
+    assert found == {0: TemplateDate(CHRISTMAS), 1: TemplateDate(CHRISTMAS)}
+    with pytest.raises(Preempted):
+        date_of_run(config, None, Meeting(Store(), 1, 2, 60.0), lambda: True)(lambda: TemplateDate(CHRISTMAS))
+
+    (tmp_path / "comparison.json").write_text("{}")
+    alone = Meeting(None, 0, 1, 60.0)
+    for name, day in (("a", CHRISTMAS), ("b", date(2026, 1, 3))):
+        point = date_of_run(config, tmp_path / name, alone, lambda: False)(lambda day=day: TemplateDate(day))
+        assert point == TemplateDate(CHRISTMAS), name
+
+
+def test_evaluation_asks_with_the_date_of_the_run():
+    context = TaskContext.of(DataConfig(), SftConfig(), TemplateDate(CHRISTMAS))
+    encoder = context.encoder(tiny_tokenizer(DATED))
+    assert "25 Dec 2025" in encoder.template.text([{"role": "user", "content": "q"}], "here")
+
+
+def test_a_run_keeps_its_date(tmp_path, another_day, monkeypatch, capsys):
+    runs = Runs(tmp_path)
+    (runs.root / "dated.jinja").write_text(DATED)
+    words = runs.words("run", "budget.steps=2", f"model.chat_template={runs.root / 'dated.jinja'}")[4:]
+    assert command_here(["train", *words]) == 0
+    assert "the chat template writes 2026-01-03 for today" in capsys.readouterr().out
+    run_dir = tmp_path / "run"
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["substitutions"][TEMPLATE_DATE] == "2026-01-03"
+    frozen = load_frozen(run_dir / "config.yaml")
+    assert kept_date(frozen) == TemplateDate(date(2026, 1, 3))
+    assert kept_date(recompose(frozen, [], frozenset())) == kept_date(frozen), "evaluate and export have it too"
+
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "cache")
+    resumed = compose(words)
+    freeze(resumed, run_dir)
+    assert kept_date(resumed.config) == TemplateDate(date(2026, 1, 3))
+
+    path = run_dir / "config.yaml"
+    noted = yaml.safe_load(path.read_text())
+    path.write_text(path.read_text().replace("data.date: '2026-01-03'", "data.date: yesterday"))
+    assert noted["substitutions"][TEMPLATE_DATE] == "2026-01-03"
+    with pytest.raises(ConfigError, match=r"'yesterday' in config\.yaml, which is no date"):
+        kept_date(load_frozen(path))
+
+
+def test_a_run_of_an_earlier_version_has_the_day_of_its_oldest_file(tmp_path):
+    import os
+
+    runs = Runs(tmp_path)
+    words = runs.words("run")[4:]
+    checkpoint = freeze(compose(words), tmp_path / "run") / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text("{}")
+    christmas = datetime(2025, 12, 25, 12).timestamp()
+    os.utime(checkpoint / "progress.json", (christmas, christmas))
+    resumed = compose(words)
+    freeze(resumed, tmp_path / "run")
+    assert kept_date(resumed.config) == TemplateDate(CHRISTMAS, in_fingerprint=False)

@@ -1,0 +1,63 @@
+"""Chat templates that write today's date: which ones do, and the same template with a fixed date.
+
+Templates of Llama 3 and Mistral Small ask for the date by `strftime_now(format)`, a function that transformers gives them.
+Data prepared on two days would differ although nothing else does, so preparation fixes the date once (`TemplateDate`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import date, datetime
+
+CLOCK = "strftime_now"
+"""How a template asks for the time."""
+_LITERAL = re.compile(rf"""{CLOCK}\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
+_CALLED = re.compile(rf"{CLOCK}(?!\s+is\b)")
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+_UNDATED = " (not in the fingerprint)"
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateDate:
+    """The date that a chat template writes into prepared data."""
+
+    day: date
+    in_fingerprint: bool = True
+    """False for data of an earlier version, whose fingerprint did not know of the date."""
+
+    def __str__(self) -> str:
+        return self.day.isoformat() + ("" if self.in_fingerprint else _UNDATED)
+
+    @classmethod
+    def parse(cls, text: str) -> TemplateDate:
+        """The date that `str` wrote. Raises ValueError."""
+        day, undated, rest = text.partition(_UNDATED)
+        if rest:
+            raise ValueError(f"{text!r} is no date of a chat template")
+        return cls(date.fromisoformat(day), not undated)
+
+
+def reads_clock(template: str | None) -> bool:
+    """Whether a chat template may write the date."""
+    return template is not None and CLOCK in template
+
+
+def with_date(template: str, day: date) -> str:
+    """The template with a clock that stands at midnight of `day`."""
+    midnight = datetime(day.year, day.month, day.day)
+    fixed = _LITERAL.sub(lambda match: json.dumps(midnight.strftime(match[2]), ensure_ascii=False), template)
+    if not _CALLED.search(fixed):
+        return fixed
+    # A format that is computed is filled in by the template itself: its own macro takes the place of the function.
+    replaced = "".join(f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in _values(midnight))
+    # The newline is taken away with the tag before it, so that the template begins a line as it did.
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{fixed}"
+
+
+def _values(moment: datetime) -> list[tuple[str, str]]:
+    """Each directive of strftime with its value, those with a flag first."""
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DIRECTIVES]
+    values = [(code, moment.strftime(code)) for code in codes]
+    return [(code, value) for code, value in values if value != code]
