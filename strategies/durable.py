@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ PIECE = 2**23
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 WAITED = (errno.ENOENT, errno.ESTALE)  # of what, or in what, another host has made a moment ago
+PASSING = (errno.EIO, errno.ETIMEDOUT)  # of a network mount or a disk that stumbles: the next look may succeed
+PAUSES_S = (10.0, 20.0)
+"""Pauses between three looks at a file that met a passing error."""
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 Result = TypeVar("Result")
@@ -231,6 +235,41 @@ def patiently(call: Callable[[], Result], codes: tuple[int, ...] = WAITED) -> Re
         waited, pause = waited + pause, min(2 * pause, 5.0)
 
 
+class EndsTooEarly(OSError):
+    """A file ends before what should be read of it: another look would find the same."""
+
+
+class SecondLooks:
+    """Reads files of one checkpoint, three times over 30 s if the disk stumbles. For use by several threads.
+
+    A disk that failed for that long is not waited for again at the next file.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self._say, self._exhausted = say, False
+
+    def read(self, path: Path, look: Callable[[], Result], codes: tuple[int, ...] = WAITED) -> Result:
+        """What `look`, which opens and reads `path` from its beginning, returns; `codes` are waited for as by `patiently`.
+
+        Errors: OSError, that of the last look.
+        """
+        for pause in PAUSES_S:
+            try:
+                return patiently(look, codes)
+            except EndsTooEarly:
+                raise
+            except OSError as error:
+                if error.errno not in PASSING or self._exhausted:
+                    raise
+                self._say(f"{path}: {error.strerror}; looking again in {pause:.0f} s")
+            disk.sleep(pause)
+        try:
+            return patiently(look, codes)
+        except OSError as error:
+            self._exhausted = error.errno in PASSING
+            raise
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[int, int]]:
     """(descriptor, size in bytes) of a regular file, to be read.
@@ -247,19 +286,57 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
         os.close(descriptor)
 
 
+class OpenDirectory:
+    """A directory that stays open, so that it is found again after it was renamed."""
+
+    def __init__(self, path: Path) -> None:
+        """Errors: OSError."""
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        """Lets go of the directory."""
+
+    def find(self) -> Path | None:
+        """Where the directory is now; None if it was deleted, or is where this process cannot find it. Errors: OSError."""
+        try:
+            about = os.fstat(self._descriptor)
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # a network file system: deleted there
+                return None
+            raise
+        for candidate in self._candidates():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found = candidate.stat()
+                if (found.st_dev, found.st_ino) == (about.st_dev, about.st_ino):
+                    self.path = candidate
+                    return candidate
+        return None
+
+    def _candidates(self) -> Iterator[Path]:
+        """The last known path, what Linux says of the open directory, and, for other systems, what lies beside it."""
+        yield self.path
+        beside = self.path.absolute().parent
+        with suppress(OSError):
+            said = Path(f"/proc/self/fd/{self._descriptor}").readlink()
+            # As it was typed, if it was only given another name.
+            yield self.path.with_name(said.name) if said.parent == beside.resolve() else said
+        with suppress(OSError):
+            yield from (self.path.with_name(entry.name) for entry in beside.iterdir() if entry.is_dir())
+
+
 def fill(descriptor: int, into: memoryview, offset: int) -> None:
     """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also where the file ends before."""
     while len(into):
         done = disk.read(descriptor, into, offset)
         if done <= 0:
-            raise OSError(errno.EIO, "the file ends too early")
+            raise EndsTooEarly(errno.EIO, "the file ends too early")
         into, offset = into[done:], offset + done
 
 
 def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
     """All of a regular file of at most `most` bytes; `patient` where another host may have just written it. Errors: OSError."""
     if patient:
-        return patiently(lambda: read_bytes(path, most=most))
+        return SecondLooks().read(path, lambda: read_bytes(path, most=most))
     with opened(path) as (descriptor, size):
         if size > most:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {most}", str(path))
@@ -268,8 +345,11 @@ def read_bytes(path: Path, *, most: int, patient: bool = False) -> bytes:
     return bytes(data)
 
 
-def difference(directory: Path, expected: WrittenFile) -> str | None:
-    """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors."""
+def difference(directory: Path, expected: WrittenFile, looks: SecondLooks | None = None) -> str | None:
+    """How a file that was seen there differs from what was written, None where it does not. Reads all of it. No errors.
+
+    `looks` are those of the checkpoint that it belongs to.
+    """
     buffer = memoryview(bytearray(min(PIECE, max(1, expected.size))))
 
     def look() -> str | None:
@@ -285,7 +365,7 @@ def difference(directory: Path, expected: WrittenFile) -> str | None:
         return None if same else f"{expected.name} does not have the bytes that were written"
 
     try:
-        return patiently(look)
+        return (looks or SecondLooks()).read(directory / expected.name, look)
     except OSError as error:
         how = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({reason(error)})"
         return f"{expected.name} {how}"

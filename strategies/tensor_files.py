@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.durable import NewFile, WrittenFile, fill, opened, patiently
+from strategies.durable import NewFile, SecondLooks, WrittenFile, fill, opened
 
 INDEX = "index.json"
 ITEM = 4
@@ -172,8 +172,10 @@ def read_tensors(directory: Path, index: Index, wanted: Iterable[HeldElements]) 
         if filled != size:
             raise Malformed(f"does not cover {held.name[:80]}")
         buffers.append(buffer)
+    looks = SecondLooks()
     for file, pieces in by_file.items():
-        patiently(partial(_fill_all, directory / file, sorted(pieces, key=lambda each: each[0])))
+        path = directory / file
+        looks.read(path, partial(_fill_all, path, sorted(pieces, key=lambda each: each[0])))
     return buffers
 
 

@@ -36,13 +36,14 @@ class FakeEngine:
         self.error, self.only_in, self.header = error, only_in, header
 
     def state(self, progress: Progress):
-        return SimpleNamespace(save=partial(self.save, progress))
+        return SimpleNamespace(save=partial(self.save, progress), elements=512)
 
     def save(self, progress: Progress, path: Path):
         files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
         if self.error and self.only_in in str(path):
             raise self.error
-        return [*files, write_new(path / "progress.json", json.dumps({"step": progress.step, **self.header}).encode())]
+        about = {"progress": {"step": progress.step}, **self.header}
+        return [*files, write_new(path / "progress.json", json.dumps(about).encode())]
 
 
 class Made:
@@ -189,6 +190,30 @@ def test_garbage_with_a_high_number_pushes_nothing_out(made):
     later = made(keep=1)
     assert later.resume().name == "step-000002"
     assert later.save(3).exists() and later.steps == [3]
+
+
+def test_a_copy_under_the_name_of_a_later_step_is_moved_aside(made, capsys):
+    run = made()
+    for step in (2, 3):
+        run.save(step)
+    copy = run.directory / "step-000005"
+    shutil.copytree(run.directory / "step-000002", copy)
+    later = made()
+    with pytest.raises(ConfigError, match="step-000005: is a checkpoint of step 2 under another name"):
+        later.resume(copy)
+    assert later.resume().name == "step-000003"
+    assert "step-000005: is a checkpoint of step 2 under another name" in capsys.readouterr().out
+    assert [path.name for path in (run.directory / "given-up-1").glob("step-*")] == ["step-000005"]
+
+
+@pytest.mark.parametrize("name", [".nfs000000000001", ".DS_Store", "._progress.json", ".fuse_hidden0000001a"])
+def test_files_that_a_system_adds_by_itself_damage_nothing(made, name):
+    run = made()
+    run.save(1)
+    (run.directory / "step-000001" / name).write_bytes(b"x")
+    assert verify(run.directory / "step-000001") is None
+    (run.directory / "step-000001" / ".hidden").write_bytes(b"x")
+    assert "holds files that are not in its manifest: .hidden" in verify(run.directory / "step-000001")
 
 
 def test_the_state_of_another_run_begins_a_branch(made, tmp_path):
@@ -413,6 +438,9 @@ class Unlisted(durable.Disk):
         if directory.name == self.name:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
         return super().names(directory)
+
+    def sleep(self, seconds):
+        pass
 
 
 def test_what_cannot_be_listed_is_said_alike_on_every_rank(made, tmp_path, monkeypatch):

@@ -109,14 +109,15 @@ def test_no_failing_call_loses_what_was_saved(tmp_path, monkeypatch, code, lost_
     assert met >= {"open", "write", "read", "sync", "names", "rename", "exchange", "make_directory"}, met
 
 
-def test_a_stale_handle_at_any_call_makes_no_start_take_an_older_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_a_passing_error_at_any_call_makes_no_start_take_an_older_one(tmp_path, monkeypatch, code):
     places = [tmp_path / "checkpoints"]
     made = Checkpoints(places, CheckpointConfig(keep=3, background=False), ALONE)
     for step in (1, 2):
         made.save(Engine(), Progress(step=step))
     met = set()
     for number in range(1, 99):
-        disk = Network(errno.ESTALE, lost_answer=False)
+        disk = Network(code, lost_answer=False)
         disk.fails_at = number
         monkeypatch.setattr(durable, "disk", disk)
         assert choose(places, "auto", ALONE) == places[0] / "step-000002", (number, disk.failed)

@@ -23,9 +23,9 @@ def test_each_file_is_read_once_and_its_damage_is_found_whoever_reads_it(tmp_pat
         (tmp_path / files[damaged].name).write_bytes(bytes(SIZES[damaged] - 1) + b"\1")
     read, told, real = [], [], sealing.difference
 
-    def noted(directory, expected):
+    def noted(directory, expected, looks):
         read.append((rank, expected))
-        return real(directory, expected)
+        return real(directory, expected, looks)
 
     def gathered(mine, runtime):
         told.append(mine)

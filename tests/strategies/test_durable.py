@@ -8,6 +8,7 @@ import pytest
 from strategies import durable
 from strategies.durable import (
     NewFile,
+    SecondLooks,
     WrittenFile,
     difference,
     make_directories,
@@ -97,11 +98,40 @@ def test_a_disk_that_takes_nothing_ends_the_write(tmp_path, on):
         write_new(tmp_path / "a", DATA)
 
 
-def test_a_read_error_is_damage_and_said(tmp_path, on):
+def test_a_lasting_read_error_is_damage_and_said(tmp_path, on):
     written = write_new(tmp_path / "a", DATA)
-    on(call="read")
+    on(call="read", times=10**6)
     assert difference(tmp_path, written) == "a cannot be read (Input/output error)"
     assert difference(tmp_path, WrittenFile("a", 5, written.sha256)) == "a has 2304 bytes instead of 5"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ETIMEDOUT])
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_a_passing_error_is_looked_at_three_times_over_30_seconds(tmp_path, on, call, code):
+    """Of all files of a checkpoint together: a disk that failed for so long is not waited for again at the next one."""
+    said = []
+    written = write_new(tmp_path / "a", DATA)
+    disk = on(call=call, code=code, times=2)
+    assert difference(tmp_path, written, SecondLooks(said.append)) is None and disk.slept == 30
+    assert [line.split("; ")[1] for line in said] == ["looking again in 10 s", "looking again in 20 s"]
+    disk = on(call=call, code=code, times=10**6)
+    looks = SecondLooks()
+    for _ in range(3):
+        assert f"a cannot be read ({os.strerror(code)}" in (difference(tmp_path, written, looks) or "")
+    assert disk.slept == 30
+
+
+def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
+    disk = on()
+    (tmp_path / "a").write_bytes(DATA)
+
+    def look():
+        with durable.opened(tmp_path / "a") as (descriptor, size):
+            durable.fill(descriptor, memoryview(bytearray(size + 1)), 0)
+
+    with pytest.raises(durable.EndsTooEarly):
+        SecondLooks().read(tmp_path / "a", look)
+    assert disk.slept == 0
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])

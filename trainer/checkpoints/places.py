@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from strategies import durable
-from strategies.durable import patiently, reason
+from strategies.durable import reason
 from strategies.errors import StorageError
 
 STEP_DIR = "step-{:06d}"
@@ -47,8 +47,8 @@ def published(places: list[Path]) -> list[tuple[int, Path]]:
 
 
 def listed(directory: Path) -> list[str]:
-    """What is in a directory; a stale handle of it is waited for. Errors: OSError."""
-    return patiently(lambda: durable.disk.names(directory), (errno.ESTALE,))
+    """What is in a directory; a stale handle of it, or a disk that stumbles, is waited for. Errors: OSError."""
+    return durable.SecondLooks().read(directory, lambda: durable.disk.names(directory), (errno.ESTALE,))
 
 
 def names_in(directory: Path) -> list[str]:

@@ -14,16 +14,19 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from strategies.durable import WrittenFile, difference, read_bytes, reason, write_new
+from strategies.durable import SecondLooks, WrittenFile, difference, read_bytes, reason, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
+from strategies.saving import PROGRESS
 from strategies.tensor_files import Malformed, parse_json, plain_name, whole_number
-from trainer.checkpoints.places import listed, places_of, published
+from trainer.checkpoints.places import STEP_NAME, listed, places_of, published
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 MOST_MANIFEST = 2**26
 """Bytes of a manifest; more is not read."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
+OF_THE_SYSTEM = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+")
+"""Names that NFS, macOS and FUSE put into a directory by themselves. Nobody reads them."""
 NO_MANIFEST = "has no manifest (its writing was interrupted)"
 OF_OLD = ".metadata"
 OLD = (
@@ -65,7 +68,7 @@ def read_manifest(directory: Path) -> list[WrittenFile]:
         raise Malformed("has a damaged manifest") from error
     if _render(files) != data:  # to the byte: what this program writes, and its own hash with it
         raise Malformed("has a damaged manifest")
-    if beyond := sorted(present - set(files)):
+    if beyond := sorted(name for name in present - set(files) if not OF_THE_SYSTEM.fullmatch(name)):
         raise Malformed(f"holds files that are not in its manifest: {', '.join(beyond[:3])}")
     if missing := sorted(set(files) - present):
         raise Malformed(f"{missing[0]} is missing")
@@ -108,7 +111,7 @@ def verify(directory: Path, *, only: str | None = None) -> str | None:
         return str(error)
     if only is not None:
         files = [each for each in files if each.name == only]
-    return _first_difference(directory, files, usable_cores())
+    return _first_difference(directory, files, usable_cores()) or _another_step(directory)
 
 
 def verify_together(directory: Path, runtime: Runtime) -> str | None:
@@ -122,7 +125,22 @@ def verify_together(directory: Path, runtime: Runtime) -> str | None:
     problem, files = broadcast_object(found, runtime)
     if problem is None:
         problem = _first_difference(directory, _share(files, runtime), usable_cores() // runtime.local_world_size)
+    if problem is None and runtime.is_main:
+        problem = _another_step(directory)
     return next((each for each in gather_objects(problem, runtime) if each), None)
+
+
+def _another_step(directory: Path) -> str | None:
+    """That a checkpoint is named for another step than it is of, as a copy is that somebody renamed; None where it is not."""
+    name = STEP_NAME.fullmatch(directory.name)
+    if name is None:
+        return None
+    try:
+        about = parse_json(read_bytes(directory / PROGRESS, most=MOST_MANIFEST))
+        step = about["progress"]["step"]
+    except (OSError, Malformed, KeyError, TypeError):
+        return None  # which whoever reads it finds out
+    return None if step == int(name[1]) else f"is a checkpoint of step {step} under another name"
 
 
 def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
@@ -138,5 +156,6 @@ def _share(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
 
 
 def _first_difference(directory: Path, files: list[WrittenFile], threads: int) -> str | None:
+    looks = SecondLooks(lambda text: print(text, flush=True))
     with ThreadPoolExecutor(max(1, min(threads, len(files), 8))) as pool:
-        return next(filter(None, pool.map(lambda each: difference(directory, each), files)), None)
+        return next(filter(None, pool.map(lambda each: difference(directory, each, looks), files)), None)
