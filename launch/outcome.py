@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies.errors import ShardtuneError
+from strategies import durable
+from strategies.errors import ShardtuneError, StorageError
 from trainer.config.run import RunConfig
 from trainer.records.lease import other_owner
 from trainer.records.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
@@ -19,7 +21,17 @@ if TYPE_CHECKING:
     from launch.progress import RunsProgress
     from launch.torchrun import Aside, What
 
-Records = tuple[dict[str, Any], dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class RunBefore:
+    """A run directory as it was before its ranks start."""
+
+    directory: durable.OpenDirectory | None
+    """Finds it after it was renamed; None where it cannot be opened."""
+    status: dict[str, Any]
+    failure: dict[str, Any]
+
+
 FINAL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, where `launcher.retry` says so."""
 
@@ -80,20 +92,31 @@ def run_aside(name: str, composed: Composed, run_dir: Path, progress: RunsProgre
     return code
 
 
-def begin(run_dir: Path) -> Records:
-    """Forget an earlier attempt's failure; what the records say before the ranks start."""
+def begin(run_dir: Path) -> RunBefore:
+    """Forget an earlier attempt's failure; what is known of the run before the ranks start."""
     clear_failure(run_dir)
-    return read_status(run_dir), read_failure(run_dir)
+    directory = None
+    with contextlib.suppress(OSError):
+        directory = durable.OpenDirectory(run_dir)
+    return RunBefore(directory, read_status(run_dir), read_failure(run_dir))
 
 
-def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -> int:
+def outcome(run_dir: Path, code: int, before: RunBefore, *, verb: str = "train") -> int:
     """The exit code of a run that has ended, after showing why. Settles `status.json` where the ranks could not.
 
     `code` is torchrun's: 0, 130 for Ctrl-C, or a failure about which the directory says more. `before` is what `begin` returned:
     what still says the same is of an earlier attempt.
     """
-    now = (read_status(run_dir), read_failure(run_dir))
-    status, failure = ({} if new == old else new for new, old in zip(now, before, strict=True))
+    home = found(run_dir, before)
+    if home is None:
+        print(
+            f"{run_dir}: the directory was deleted while the run was under way; nothing of it is left", file=sys.stderr
+        )
+        return 130 if code == 130 else StorageError.exit_code
+    renamed, run_dir = home != run_dir, home
+    status, failure = read_status(run_dir), read_failure(run_dir)
+    status = {} if status == before.status else status
+    failure = {} if failure == before.failure else failure
     if status.get("state") == State.done:
         return 0
     step = status.get("step")
@@ -102,6 +125,8 @@ def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -
     if status.get("state") == State.preempted and not was_killed:
         reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing lost"
         said = f"{reached}; the same command continues it"
+        if renamed:
+            said = f"{reached}; the directory was renamed while the run was under way: run.dir={run_dir} continues it"
         if verb == "evaluate":
             said = "stopped; an evaluation keeps nothing, the same command begins it again"
         print(f"{run_dir}: {said}", file=sys.stderr)
@@ -120,6 +145,17 @@ def outcome(run_dir: Path, code: int, before: Records, *, verb: str = "train") -
     write_status(run_dir, State.failed, reason=reason, step=failure.get("step") or status.get("step"))
     print(shown, file=sys.stderr, flush=True)
     return code
+
+
+def found(run_dir: Path, before: RunBefore) -> Path | None:
+    """Where the run's directory is now; None if it was deleted."""
+    if before.directory is None:
+        return run_dir
+    home = None
+    with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
+        home = before.directory.find()
+    # A file system may number a directory anew: what lies under the name is the run then.
+    return run_dir if home is None and (run_dir / "config.yaml").exists() else home
 
 
 def _lower(run_dir: Path) -> str | None:

@@ -31,7 +31,12 @@ def at_end(config: RunConfig, run_dir: Path | None) -> None:
     """After a run has ended, however it did: its page, where wanted, and a word on it. Never raises what a page is not worth."""
     from trainer.comparison.page import missing
 
-    if run_dir is None or not config.logging.report or read_status(run_dir).get("state") in NO_PAGE:
+    if (
+        run_dir is None
+        or not run_dir.is_dir()
+        or not config.logging.report
+        or read_status(run_dir).get("state") in NO_PAGE
+    ):
         return
     if (lacks := missing(REPORT)) is not None:
         print(f"report:     {lacks}", flush=True)

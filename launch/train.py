@@ -203,7 +203,7 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     from launch import own_page
-    from launch.outcome import begin, outcome
+    from launch.outcome import begin, found, outcome
     from strategies.errors import Preempted
     from trainer.records.lease import NotOurs
 
@@ -216,11 +216,11 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     except NotOurs:
         raise
     except Exception:  # of which the command line says what it is
-        own_page.at_end(config, run_dir)
+        own_page.at_end(config, found(run_dir, before))
         raise
     code = outcome(run_dir, code, before)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        own_page.at_end(config, run_dir)
+        own_page.at_end(config, found(run_dir, before))
     return code
 
 

@@ -18,6 +18,7 @@ from trainer.assembly.staging import Staged, stage
 from trainer.challenges.look import Challenges
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
+from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.places import places_of
 from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig, kept_date, kept_matmul
@@ -82,7 +83,7 @@ def _run(
     config = keep_date(config, data.date, run_dir, runtime, freeze)
     config, runtime = settle_matmul(config, run_dir, runtime, freeze)
     console = introduce(config, run_dir, data, tokenizer, runtime)
-    place = RunPlace(run_dir, sha256, runtime, console, Agreement(request, runtime), where)
+    place = RunPlace(sha256, runtime, console, Agreement(request, runtime), where)
     precision = resolve_precision(config.precision, runtime)
     checked = check(config, data, place)
     config = choose_open(config, TrialInputs(tokenizer, data, precision, runtime), place, freeze)
@@ -130,7 +131,7 @@ def _run(
             outcome = trainer.fit()
         where.phase = "export"
         where.still_ours(runtime)
-        card = card_facts(config, facts, outcome, run_dir)
+        card = card_facts(config, facts, outcome, place.run_dir)
         exported = export(config, engine, built, tokenizer, card, place)
         facts["gates"] = card.gates
         facts["not_exported"] = card.facts.get("not_exported", [])
@@ -195,9 +196,11 @@ def resume(config: RunConfig, engine: Engine, place: RunPlace) -> tuple[Checkpoi
     place.where.phase = "resuming"
     places = places_of(place.run_dir, config.checkpoint.fallback_dir)
     checkpoints = Checkpoints(places, config.checkpoint, place.runtime, place.console.say)
-    resumed_from = choose(places, config.run.resume, place.runtime)
-    progress = engine.load(resumed_from) if resumed_from else Progress()
-    checkpoints.begin(resumed_from, config.run.resume)
+    place.where.on_move.append(checkpoints.move_to)
+    with waiting_for_disk("reading the checkpoints", 0, place.runtime, place.console.say):
+        resumed_from = choose(places, config.run.resume, place.runtime)
+        progress = engine.load(resumed_from) if resumed_from else Progress()
+        checkpoints.begin(resumed_from, config.run.resume)
     place.where.step = progress.step
     return checkpoints, resumed_from, progress
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from tests.faults.runs import wait
+from trainer.checkpoints import kept
+from trainer.checkpoints import patience as patience_module
 from trainer.checkpoints.beside import StateBuffer
 from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
@@ -166,3 +169,33 @@ def test_the_host_says_what_is_free():
 
     free = free_host_memory()
     assert free is None or 2**20 < free < 2**46
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path, monkeypatch):
+    """Ranks that wait for one whose fsync takes longer than `run.timeout_s` do not end the run; each minute somebody says so."""
+    more_s, said = [], []
+
+    @contextmanager
+    def patience(runtime, seconds):
+        more_s.append(seconds)
+        yield
+
+    monkeypatch.setattr(patience_module, "patience", patience)
+    monkeypatch.setattr(patience_module, "TOLD_EVERY_S", 0.01)
+    monkeypatch.setattr(kept, "TOLD_EVERY_S", 0.0)
+    disk = Slow()
+    monkeypatch.setattr(durable, "disk", disk)
+    made = Checkpoints(places_of(tmp_path, None), CheckpointConfig(), ALONE, said.append)
+    engine = Engine()
+    assert made.save(engine, engine.train(Progress()), must=False)
+    assert not made.written(2)
+    settling = threading.Thread(target=made.settle)
+    settling.start()
+    wait(lambda: any("waiting for the disk" in line for line in said), "the wait is told of")
+    assert "checkpoint step-000001: waiting for the disk for 0 s; as long as it takes" in said
+    assert any(line.startswith("checkpoint step-000001: still being written after ") for line in said)
+    disk.let.set()
+    settling.join()
+    assert made.last is not None
+    size = 4 * engine.state(Progress()).elements
+    assert more_s == [900, 900 + size / 10e6, 900 + size / 10e6]

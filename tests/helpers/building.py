@@ -222,7 +222,11 @@ def built_trainer(
     where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
     key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
     record_reference(
-        config, data, engine, built, RunPlace(where, key, runtime, Console(enabled=False), agreement, Where())
+        config,
+        data,
+        engine,
+        built,
+        RunPlace(key, runtime, Console(enabled=False), agreement, Where(run_dir=where)),
     )
     loader, total = build_loader(config, data, built, engine, runtime)
     meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)

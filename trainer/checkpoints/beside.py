@@ -99,6 +99,8 @@ class Writing:
     began: float
     places: list[Path]
     """Where it may still be tried."""
+    size: int = 0
+    """Bytes of the tensors, of all ranks."""
     stall_s: float = 0.0
     """Seconds that training waited for it so far."""
     outcome: FileOutcome | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from strategies.durable import (
     sync_directory,
 )
 from strategies.errors import StorageError
-from strategies.runtime import Runtime, first_error, found_on_main
+from strategies.runtime import Runtime, first_error, found_on_main, gather_objects
 from strategies.saving import RankState
 from trainer.checkpoints.aside import agree, fallback_problem, on_main, open_aside
 from trainer.checkpoints.beside import SavedCheckpoint, StateBuffer, Writing
 from trainer.checkpoints.chosen import choose, note_begun, put_back
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.patience import TOLD_EVERY_S, waiting_for_disk
 from trainer.checkpoints.places import REPLACED, STEP_DIR, published
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.seal import seal
@@ -50,6 +51,8 @@ class Checkpoints:
         """The last checkpoint of this process; None before the first."""
         self.copies = StateBuffer(runtime)
         self._writing: Writing | None = None
+        self._told_s = 0.0
+        """Seconds after which it was last told that a checkpoint is still being written."""
         self._good: set[Path] = set()
         """Of this branch, and known to be whole: resumed from, or written by this process."""
         self._failures = 0
@@ -131,6 +134,16 @@ class Checkpoints:
         self.schedule.tried(int(path.name.removeprefix("step-")), None)
         return path
 
+    def move_to(self, run_dir: Path) -> None:
+        """Go on in a run directory that was renamed to `run_dir`, also with what is being written. No collective."""
+        before, now = self.places[0], run_dir / self.places[0].name
+        self.places[0] = now
+        self._good = {now / path.name if path.parent == before else path for path in self._good}
+        if self._writing is not None:
+            self._writing.places = [now if place == before else place for place in self._writing.places]
+            if self._writing.place == before:
+                self._writing.place = now
+
     # -- on the way ------------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
@@ -144,7 +157,17 @@ class Checkpoints:
 
     def written(self, step: int) -> bool:
         """Whether all ranks have written what is pending, so that it can be settled. All ranks must call, at the same."""
-        return self._writing is not None and self._writing.done(step, self.runtime)
+        if self._writing is None:
+            return False
+        done = self._writing.done(step, self.runtime)
+        written_s = time.monotonic() - self._writing.began
+        if not done and written_s >= self._told_s + TOLD_EVERY_S:
+            self._told_s = written_s
+            self.say(f"checkpoint {STEP_DIR.format(self._writing.step)}: still being written after {written_s:.0f} s")
+        return done
+
+    def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
+        return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.say)
 
     def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> bool:
         """Write, seal and publish `step-<step>`; then drop what is beyond `checkpoint.keep`. All ranks must call.
@@ -155,17 +178,24 @@ class Checkpoints:
         until `checkpoint.max_failures` in a row; and with `checkpoint.background` the checkpoint is only begun, and pending.
         """
         began = time.monotonic()
-        state = engine.state(progress)
+        with self._patience(progress.step, 0):  # rank 0 may still bring its rows to the disk
+            state = engine.state(progress)
+            size = 4 * sum(gather_objects(state.elements, self.runtime))
         writing = Writing.of(progress, state, began, self.places)
+        writing.size = size
+        with self._patience(progress.step, size):
+            return self._save(writing, must=must)
+
+    def _save(self, writing: Writing, *, must: bool) -> bool:
         if must:  # the last one, as far as is known: exports need the memory
             self.copies.release()
-        if must or not self.config.background or not self._copied(state):
+        if must or not self.config.background or not self._copied(writing.state):
             return self._in_step(writing, must=must)
-        self._writing = writing
+        self._writing, self._told_s = writing, 0.0
         problems: list[str] = []
         begun = self._start(writing, problems)
-        writing.stall_s = time.monotonic() - began
-        self.schedule.tried(progress.step, None)
+        writing.stall_s = time.monotonic() - writing.began
+        self.schedule.tried(writing.step, None)
         if not begun:
             self._writing = None
             self._failed(problems, must=False)
@@ -178,6 +208,10 @@ class Checkpoints:
         """
         writing, self._writing = self._writing, None
         assert writing is not None
+        with self._patience(writing.step, writing.size):
+            return self._settle(writing)
+
+    def _settle(self, writing: Writing) -> bool:
         began = time.monotonic()
         problems: list[str] = []
         while True:

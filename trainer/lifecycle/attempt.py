@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from strategies.flight import Exchange
 from strategies.heartbeat import LOST_PEER, WAITED, Behind, Heartbeats, Silent
 from strategies.meeting import Meeting
 from strategies.redaction import redacted
-from strategies.runtime import Runtime, first_error
+from strategies.runtime import Runtime, broadcast_object
 from trainer.records.lease import Lease, LeaseLost, NotOurs
 from trainer.records.status import FROZEN, State, clear_failure, read_failure, read_status, record_failure, write_status
 from trainer.stopping.signals import StopRequest
@@ -39,6 +39,10 @@ class Where:
     """Rank 0's."""
     heartbeats: Heartbeats | None = None
     """Signs of life of the ranks, where there are several and they have met."""
+    renamed_from: Path | None = None
+    """Where the directory was before somebody renamed it while the run was under way."""
+    on_move: list[Callable[[Path], None]] = field(default_factory=list)
+    """Told the new path of the directory after it was renamed."""
     at_timeout: Callable[[Exchange], None] | None = None
     """Told of an exchange for which NCCL is about to end this process."""
 
@@ -82,10 +86,26 @@ class Where:
         return None
 
     def still_ours(self, runtime: Runtime) -> None:
-        """Before anything is published: raise LeaseLost on every rank where another attempt owns the directory. All call."""
+        """Before anything is published: follow a directory that was renamed; all ranks must call.
+
+        Raises LeaseLost on every rank where another attempt owns the directory, or it was deleted.
+        """
         lost = self.lost()
-        if failed := first_error(LeaseLost(lost) if lost else None, runtime):
-            raise LeaseLost(failed.split(": ", 2)[-1])
+        home = None if lost is not None or self.lease is None else self.lease.home
+        lost, home = broadcast_object((lost, home), runtime)
+        if lost is not None:
+            raise LeaseLost(lost)
+        if home is not None:
+            self.move(home)
+
+    def move(self, home: Path) -> None:
+        """Note that the directory of the run is `home`. No collective."""
+        if self.run_dir is None or home == self.run_dir:
+            return
+        self.renamed_from = self.renamed_from or self.run_dir
+        self.run_dir = home
+        for tell in self.on_move:
+            tell(home)
 
 
 def refuse_replaced(run_dir: Path, sha256: str) -> None:
@@ -137,7 +157,7 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
     where = Where(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
     # Each host's first rank tells its own launcher; where the disk is shared, that is one directory and rank 0's word.
-    teller = run_dir if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    tells = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
     with _owned(run_dir if rank == 0 else None, lease_s, request) as where.lease:
         try:
             if where.lease is not None and run_dir is not None:
@@ -146,19 +166,25 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
             where.at_timeout = partial(_before_nccl_aborts, where, rank)
             request.leave_when_stuck(partial(_leave, where))
             yield where
-            if teller is not None:
-                write_status(teller, State.done, step=where.step, reason=where.note)
-                clear_failure(teller)
+            if tells and where.run_dir is not None:
+                write_status(where.run_dir, State.done, step=where.step, reason=where.note)
+                clear_failure(where.run_dir)
         except NotOurs:
             raise
         except BaseException as error:
             request.must_save()  # this thread writes down how it ended
             if where.lease is not None:
                 where.lease.check()
+                where.move(where.lease.home)
             if isinstance(error, Preempted | KeyboardInterrupt):
-                if teller is not None:
+                if tells and where.run_dir is not None:
                     state = State.preempted if isinstance(error, Preempted) else State.failed
-                    write_status(teller, state, step=where.step, reason=str(error) or "interrupted")
+                    reason = str(error) or "interrupted"
+                    if where.renamed_from is not None:
+                        reason = (
+                            f"the directory was renamed from {where.renamed_from} while the run was under way; {reason}"
+                        )
+                    write_status(where.run_dir, state, step=where.step, reason=reason)
             else:
                 _record(where, rank, error)
             raise
@@ -267,5 +293,6 @@ def _owned(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator
         lease_s,
         stop=lambda: request.signal_name is not None,
         on_loss=lambda: request.ask("the directory was taken over"),
+        on_move=lambda home: request.ask(f"the directory was renamed to {home}"),
     ) as lease:
         yield lease

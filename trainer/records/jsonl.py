@@ -6,7 +6,7 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from strategies import durable
 from strategies.errors import StorageError
@@ -27,7 +27,7 @@ class JsonlTracker:
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
                 self._keep_up_to(resume_step or -1)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = self._open()
             durable.sync_directory(path.parent)
         except OSError as error:
             raise StorageError(
@@ -68,9 +68,28 @@ class JsonlTracker:
         """Forget the rows after a step."""
         self._file.close()
         self._keep_up_to(step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._open()
+
+    def _open(self) -> TextIO:
+        """For appending, and for reading back what is in a file that somebody deletes."""
+        return self.path.open("a+", encoding="utf-8")
+
+    def _write_again_if_deleted(self) -> None:
+        """Put all rows back under their name, durably, if somebody deleted the file. Errors: OSError."""
+        # A whole directory that is gone was renamed or deleted, which its owner finds out.
+        if self.path.exists() or not self.path.parent.is_dir():
+            return
+        self._file.seek(0)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(self._file.read(), encoding="utf-8")
+        durable.sync_file(aside)
+        durable.disk.rename(aside, self.path)
+        self._file.close()
+        self._file = self._open()
+        print(f"{self.path}: was deleted while the run was under way; its rows are written again", flush=True)
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
+        self._write_again_if_deleted()
         self._file.write(json_text({"step": step, **metrics, **not_finite(metrics)}) + "\n")
         self._file.flush()
 
@@ -89,6 +108,8 @@ class JsonlTracker:
 
     def close(self) -> None:
         """Each row was flushed when it was logged: one that could not be was told of then, and hides nothing now."""
+        with suppress(OSError):
+            self._write_again_if_deleted()
         with suppress(OSError):
             self._file.close()
 

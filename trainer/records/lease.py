@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from trainer.records import files
 CLAIM = re.compile(r"(\d{6})\.json")
 BEATS = 12
 """Signs of life within the time after which an owner is taken for dead."""
+REMOVAL_S = 2.0
+"""Seconds after which a directory is looked at again that seems to be in removal: claims in it would only hinder `rm`."""
 SILENT = "SHARDTUNE_SILENT"
 """Environment variable with the last sign of life of an owner that was watched in vain: ranks need not watch it again."""
 
@@ -44,7 +47,7 @@ class InUse(NotOurs, ConfigError):
 
 
 class LeaseLost(NotOurs, StorageError):
-    """Another attempt took it over."""
+    """Another attempt took it over, or it was deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +100,21 @@ def process_identity(pid: int) -> str:
 class Lease:
     """A run directory that this process owns; rank 0 holds it for its run. Use as a context, or `release` it."""
 
-    def __init__(self, run_dir: Path, number: int, owner: Owner, on_loss: Callable[[], None]) -> None:
-        self.directory, self.number, self.owner = run_dir / "lease", number, owner
-        self._on_loss, self._over = on_loss, threading.Event()
+    def __init__(
+        self,
+        run_dir: Path,
+        number: int,
+        owner: Owner,
+        on_loss: Callable[[], None],
+        on_move: Callable[[Path], None] = lambda home: None,
+    ) -> None:
+        """Errors: OSError if the directory cannot be opened."""
+        self.home = run_dir
+        """Where the run directory is now."""
+        self.number, self.owner = number, owner
+        self._on_loss, self._on_move, self._over = on_loss, on_move, threading.Event()
+        self._opened = durable.OpenDirectory(run_dir)
+        self._looking = threading.Lock()
         self._lost: str | None = None
         self._beaten_at = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -113,11 +128,13 @@ class Lease:
         *,
         stop: Callable[[], bool] = lambda: False,
         on_loss: Callable[[], None] = lambda: None,
+        on_move: Callable[[Path], None] = lambda home: None,
     ) -> Lease:
         """Claim the directory. Waits up to `patience_s` where only time tells whether the last owner lives.
 
-        `on_loss` is called, by another thread, when the directory is found to be another attempt's. Raises InUse naming the
-        owner that lives, Preempted where `stop` says so, StorageError where the directory cannot be written.
+        `on_loss` is called, by another thread, when the directory is found to be another attempt's or deleted; `on_move`, by any
+        thread, with its new path when it was renamed. Raises InUse naming the owner that lives, Preempted where `stop` says so,
+        StorageError where the directory cannot be written.
         """
         mine, directory = this_process(patience_s), run_dir / "lease"
         try:
@@ -133,28 +150,32 @@ class Lease:
             for name in durable.disk.names(directory):
                 if name[:6].isdigit() and int(name[:6]) <= number:
                     (directory / name).unlink(missing_ok=True)
+            return cls(run_dir, number + 1, mine, on_loss, on_move)
         except OSError as error:
             raise StorageError(
                 f"{directory}: cannot be written ({error.strerror or error}); {files.remedy(error)}set run.dir"
             ) from error
-        return cls(run_dir, number + 1, mine, on_loss)
+
+    @property
+    def directory(self) -> Path:
+        """Where claims lie."""
+        return self.home / "lease"
 
     def check(self) -> None:
         """Raise LeaseLost where another attempt took over; opens the claim again. To be asked before anything is published."""
         if self._lost is None:
             self._lost = self._look()
         if self._lost is not None:
-            raise LeaseLost(f"run.dir={self.directory.parent}: {self._lost}; this attempt ends and writes nothing more")
+            raise LeaseLost(f"run.dir={self.home}: {self._lost}; this attempt ends and writes nothing more")
 
     def release(self) -> None:
         """Say that this attempt is over, so that the next need not wait."""
         self._over.set()
         self._thread.join()
         if self._lost is None and self._look() is None:
-            try:
+            with suppress(OSError):  # the next attempt waits, or sees that this process is gone
                 files.replace(self.directory / f"{self.number:06d}.over", b"{}", self.owner.token)
-            except OSError:  # the next attempt waits, or sees that this process is gone
-                return
+        self._opened.close()
 
     def __enter__(self) -> Lease:
         return self
@@ -163,19 +184,61 @@ class Lease:
         self.release()
 
     def _look(self) -> str | None:
-        """What says that this attempt is superseded."""
+        """What says that the directory is not this attempt's any more; makes a claim again that nobody took."""
         try:
-            number, owner = latest(self.directory)
-            if number > self.number and owner is not None:
-                return f"{owner.describe()} took it over"
-            claim = json.loads(files.read(_claim(self.directory, self.number)))
-            return None if claim.get("token") == self.owner.token else "another process claimed it"
-        except (FileNotFoundError, ValueError):
-            return "another attempt took it over"
+            with self._looking:
+                return self._superseded()
         except OSError as error:
             silent = time.monotonic() - self._beaten_at
             limit = self.owner.beat_s * BEATS
             return f"unreadable for {silent:.0f} s ({error.strerror})" if silent > limit else None
+
+    def _superseded(self) -> str | None:
+        number, owner = latest(self.directory)
+        if self._claim_is_here():
+            return f"{owner.describe()} took it over" if number > self.number and owner is not None else None
+        home = self._find_home()
+        if home is None:
+            return "the directory was deleted"
+        if home != self.home:
+            print(f"{self.home}: the directory was renamed to {home}", flush=True)
+            self.home = home
+            self._on_move(home)
+            number, owner = latest(self.directory)
+            if number == self.number and self._claim_is_here():
+                return None
+        return self._claim_again(number, owner)
+
+    def _claim_is_here(self) -> bool:
+        try:
+            claim = json.loads(files.read(_claim(self.directory, self.number)))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False
+        return isinstance(claim, dict) and claim.get("token") == self.owner.token
+
+    def _find_home(self) -> Path | None:
+        home = self._opened.find()
+        if home is not None and not (home / "config.yaml").exists():  # `rm -r` may be at work
+            durable.disk.sleep(REMOVAL_S)
+            home = self._opened.find()
+        return home
+
+    def _claim_again(self, number: int, owner: Owner | None) -> str | None:
+        """Why the directory, which lacks this attempt's claim, is another one's; None after the claim was made again."""
+        content = _bytes(asdict(self.owner))
+        torn = owner is not None and owner.token == ""
+        if number == self.number and torn:
+            files.replace(_claim(self.directory, number), content, self.owner.token)
+            return None
+        if number > self.number and owner is None:
+            return "another attempt took it over"
+        if number and owner is not None and not torn and lives_here(owner, self.owner) is not False:
+            return f"{owner.describe()} took it over"
+        self.directory.mkdir(exist_ok=True)
+        if not files.claim(_claim(self.directory, self.number), content, self.owner.token):
+            return "another attempt took it over"
+        print(f"{self.directory}: was emptied by somebody; the run's claim is made again", flush=True)
+        return None
 
     def _beat(self) -> None:
         count = 0

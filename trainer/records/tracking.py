@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from strategies.errors import StorageError
@@ -59,6 +60,11 @@ class Trackers:
                 self._rows.rewind(step)
             except OSError as error:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
+
+    def move_to(self, run_dir: Path) -> None:
+        """Know that the directory of the run has another name now: the rows go on in the file that is open."""
+        if self._rows is not None:
+            self._rows.path = run_dir / self._rows.path.name
 
     def sync(self) -> None:
         """Make the rows so far outlive a power cut."""

@@ -38,13 +38,18 @@ from trainer.telling.facts import end_text, outcome_record, start_text, write_ru
 class RunPlace:
     """Where a run takes place and who hears of it."""
 
-    run_dir: Path
     sha256: str
     """Of the configuration."""
     runtime: processes.Runtime
     console: Console
     agreement: Agreement
     where: Where
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the run, which somebody may rename."""
+        assert self.where.run_dir is not None
+        return self.where.run_dir
 
 
 def introduce(config: RunConfig, run_dir: Path, data: Prepared, tokenizer: Any, runtime: processes.Runtime) -> Console:
@@ -75,6 +80,7 @@ def open_records(config: RunConfig, facts: dict[str, Any], progress: Progress, p
             say=place.console.say,
         )
     )
+    place.where.on_move.append(opened.trackers.move_to)
     progress.wandb_id = opened.run_id
     facts["substitutions"] |= opened.substitutions
     for key, value in opened.substitutions.items():

@@ -1,8 +1,9 @@
 """Lets a run rest after each step, in every process of it whose PYTHONPATH has this directory.
 
 Training is the same, but a test that looks at a run at work, or waits for another one, does not pay for thousands of steps.
-Where PACE_GATE names a file, nothing follows the row of step PACE_LAST (1) before that file is there; the first signal that asks
-a process of the run to stop makes it. So the signal comes neither before nor after that step, however busy the machine is.
+Where PACE_GATE names a file, nothing follows the row of step PACE_LAST (1) before that file is there; the first signal, or other
+reason, that asks a process of the run to stop makes it. So the signal comes neither before nor after that step, however busy the
+machine is.
 """
 
 import os
@@ -14,7 +15,7 @@ from trainer.stopping.signals import StopRequest
 
 PAUSE_S = 0.1
 GATE, LAST = os.environ.get("PACE_GATE"), int(os.environ.get("PACE_LAST") or 1)
-_log, _note = JsonlTracker.log, StopRequest._note
+_log, _note, _ask = JsonlTracker.log, StopRequest._note, StopRequest.ask
 
 
 def log(self, metrics, *, step):
@@ -30,4 +31,10 @@ def note(self, number, frame):
         Path(GATE).touch()
 
 
-JsonlTracker.log, StopRequest._note = log, note
+def ask(self, reason):
+    _ask(self, reason)
+    if GATE:
+        Path(GATE).touch()
+
+
+JsonlTracker.log, StopRequest._note, StopRequest.ask = log, note, ask
