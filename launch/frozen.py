@@ -109,6 +109,11 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
     path = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
+    for place in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(
+                f"{place}: is a file, where the run needs a directory; move it away, or choose another run.dir"
+            )
     there = published(places_of(run_dir, composed.config.checkpoint.fallback_dir))
     if composed.config.run.resume == "never" and (there or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
@@ -202,7 +207,11 @@ def _same_or_refuse(composed: Composed, path: Path, *, reached: bool, another_wa
     """Take over what the run there has chosen itself, and refuse another run, unless nothing was `reached` there."""
     try:
         before = load_frozen(path)
-    except ConfigError:
+    except ConfigError as error:
+        if reached and FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
+            raise ConfigError(
+                f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and goes on"
+            ) from error
         if reached:
             raise
         return

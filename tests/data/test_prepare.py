@@ -69,6 +69,17 @@ def test_prepared_data_set_and_report(tmp_path, data):
         summary({**prepared.report, "train": {**report, "doubled_bos": 2}})
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin"])
+def test_a_file_that_is_cut_off_while_it_is_read_ends_in_a_sentence(tmp_path, data, name):
+    """Reading behind the end of a mapped file kills the process, which can say nothing then."""
+    train = run(config(tmp_path)).train
+    assert len(train.sample(19).input_ids)
+    [path] = (tmp_path / "cache").rglob(name)
+    os.truncate(path, 16)
+    with pytest.raises(DataError, match=f"{name}: was cut off from [0-9]+ to 16 bytes while the run reads it; delete"):
+        train.sample(19)
+
+
 def test_second_call_opens_the_first_ones_result(tmp_path, data, monkeypatch):
     first = run(config(tmp_path))
     monkeypatch.setattr(Preparation, "run", lambda *given, **named: pytest.fail("it is made again"))

@@ -82,6 +82,23 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
         load_frozen(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"\xff\xfe"])
+def test_a_torn_configuration_says_the_way_out(tmp_path, content):
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml: is torn, as by a power cut; delete it, and the same command"):
+        freeze(composed(), tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    freeze(composed(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["logs", "checkpoints", "lease"])
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{name}: is a file, where the run needs a directory; move it away"):
+        freeze(composed(), tmp_path)
+
+
 def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
     import hashlib
     import json

@@ -22,7 +22,12 @@ from typing import Any
 
 from trainer.stopping.watchdog import Watchdog
 
-SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS: tuple[signal.Signals, ...] = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,  # a soft limit of processor time is reached
+)
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under `nohup` a terminal that closes asks for nothing
     SIGNALS += (signal.SIGHUP,)
 STUCK_S = 5.0

@@ -19,6 +19,7 @@ import math
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -130,7 +131,9 @@ class TokenDataset:
         return list(self.manifest.get("sources", ()))
 
     def sample(self, index: int) -> Sample:
-        """Sequence `index`, as views into the mapped arrays."""
+        """Sequence `index`, as views into the mapped arrays. Raises DataError if somebody cut a file off meanwhile."""
+        for mapped in (self.tokens, self.supervised):
+            _refuse_cut_off(mapped)
         begin = int(self.starts[index])
         end = begin + int(self.lengths[index])
         marks = {name: column[index].item() for name, column in self.marks.items()}
@@ -175,6 +178,15 @@ def _map(path: Path, dtype: type, count: int) -> np.ndarray:
     if path.stat().st_size != wanted:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {wanted}")
     return np.memmap(path, dtype=dtype, mode="r") if wanted else np.zeros(0, dtype=dtype)
+
+
+def _refuse_cut_off(mapped: np.ndarray) -> None:
+    """Raise DataError if the file behind a mapped array became shorter: reading there would kill the process (SIGBUS)."""
+    if isinstance(mapped, np.memmap) and isinstance(mapped.base, mmap) and mapped.base.size() < mapped.nbytes:
+        raise DataError(
+            f"{mapped.filename}: was cut off from {mapped.nbytes} to {mapped.base.size()} bytes while the run reads it; delete "
+            "its directory, and the same command prepares the data again and goes on"
+        )
 
 
 @dataclass(slots=True)
