@@ -115,15 +115,24 @@ def plan(asked: EvaluationWords) -> EvaluationPlan:
     made = EvaluationPlan(config, job)
     config.run.dir = str(made.directory)
     _settle(config, asked)
-    _check(
-        config,
-        asked.settings,
-        trained=asked.run is not None
-        or any(word.startswith(("data.path=", "data.sources")) for word in asked.settings),
-    )
+    has_training_data = any(word.startswith(("data.path=", "data.sources")) for word in asked.settings)
+    try:
+        _check(config, asked.settings, trained=asked.run is not None or has_training_data)
+    except ConfigError as error:
+        raise ConfigError([*_missing_model(config), *error.problems]) from None
     if (against := asked.own.get("against")) is not None:
         _against(made, against, asked)
     return made
+
+
+def _missing_model(config: RunConfig) -> list[str]:
+    """A line about a model that is no directory here: with other problems it may be the first one, a mistyped path."""
+    path = config.model.path or ""
+    if Path(path).expanduser().exists():
+        return []
+    return [
+        f"model.path={path}: there is no such directory here; a hub id is right only if this machine has downloaded it"
+    ]
 
 
 def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str]]:

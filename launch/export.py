@@ -110,10 +110,13 @@ def run(argv: list[str]) -> dict[str, Any]:
         averaged = export_average.chosen(run_dir, words["average"], config)
     gguf, bits = export_gguf.wanted(words, config), export_gguf.wanted_bits(words, config)
     hub = export_hub.target(words, run_dir, dry=dry)
+    last = averaged[-1] if averaged else find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint)
+    only_convert = gguf is not None and bits is None and hub is None and "to" in words
+    only_convert = only_convert and export_gguf.waits(Path(words["to"]).expanduser(), words, averaged or [last])
     asked = ExportRequest(
         run_dir,
-        averaged[-1] if averaged else find_checkpoint(run_dir, words.get("checkpoint", "last"), config.checkpoint),
-        destination(run_dir, words.get("to")) if hub is None else hub.folder,
+        last,
+        hub.folder if hub is not None else destination(run_dir, words.get("to"), holds_it=only_convert),
         averaged,
         benchmarks=export_hub.benchmarks_of(words),
     )
@@ -123,15 +126,21 @@ def run(argv: list[str]) -> dict[str, Any]:
     asked.gates = pass_gates(config, typed, asked)
     what = f"the mean of {', '.join(path.name for path in averaged)}" if averaged else str(asked.checkpoint)
     print(f"exporting {what} to {asked.to}{unfinished(run_dir, None if averaged else asked.checkpoint)}", flush=True)
-    data = export(config, asked)
+    data = None
+    if only_convert:
+        print(f"the export in {asked.to} is whole: only its GGUF file is made", flush=True)
+    else:
+        data = export(config, asked)
     if asked.gates is not None:
         record(run_dir, asked.gates, {"to": str(asked.to), "checkpoint": asked.checkpoint.name, "time": time.time()})
     print(f"model: {asked.to}")
     names = [path.name for path in averaged or [asked.checkpoint]]
     answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(asked.to)}
     if gguf is not None:
+        export_gguf.note_waiting(asked.to, words, averaged or [last])
         answer["gguf"] = str(export_gguf.write(gguf, asked.to, verify=config.export.verify))
-    if bits is not None:
+        export_gguf.note_converted(asked.to)
+    if bits is not None and data is not None:
         answer[str(bits.kind)] = str(export_gguf.write_bits(bits, asked.to, data))
     if hub is not None:
         answer["pushed"] = export_hub.push(hub)

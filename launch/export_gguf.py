@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 WORDS = ("gguf", "gguf.converter", "gguf.python")
 BITS, BITS_PYTHON = "bits", "bits.python"
+
+
+MARKER = ".waits-for-gguf.json"
+"""In an export whose GGUF file could not be made: which export it is, so that the same command only converts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,31 @@ def wanted(words: dict[str, str], config: RunConfig) -> GgufRequest | None:
         raise ConfigError(f"gguf={words['gguf']}: must be one of {', '.join(GgufType)}")
     found = find_converter(words.get("gguf.converter"), words.get("gguf.python"))
     return GgufRequest(GgufType(words["gguf"]), found, Path(words["run.dir"]).expanduser().resolve().name)
+
+
+def waits(directory: Path, words: dict[str, str], checkpoints: list[Path]) -> bool:
+    """Whether the directory holds this very export, whole, and only its GGUF file is lacking."""
+    try:
+        kept = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(kept == _export_key(words, checkpoints))
+
+
+def note_waiting(directory: Path, words: dict[str, str], checkpoints: list[Path]) -> None:
+    """Write down which export is whole before it is converted."""
+    (directory / MARKER).write_text(json.dumps(_export_key(words, checkpoints)), encoding="utf-8")
+
+
+def note_converted(directory: Path) -> None:
+    """Forget that, once the GGUF file is there."""
+    (directory / MARKER).unlink(missing_ok=True)
+
+
+def _export_key(words: dict[str, str], checkpoints: list[Path]) -> dict[str, Any]:
+    """What decides an export: the words but those of the converter, which may be mended, and the checkpoints."""
+    deciding = {key: value for key, value in words.items() if key not in WORDS}
+    return {"words": deciding, "checkpoints": [path.name for path in checkpoints]}
 
 
 def write(asked: GgufRequest, directory: Path, *, verify: bool) -> Path:

@@ -64,12 +64,12 @@ def run_named(words: dict[str, str]) -> Path:
     return run
 
 
-def destination(run_dir: Path, to: str | None) -> Path:
-    """Where the export goes. Errors: ConfigError for a directory that holds something else."""
+def destination(run_dir: Path, to: str | None, *, holds_it: bool = False) -> Path:
+    """Where the export goes. Errors: ConfigError for a directory that holds something else; `holds_it`: it holds this export."""
     if to is None:
         return run_dir / "export"
     path = Path(to).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not holds_it and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"to={path}: exists and is not empty; name a new directory")
     return path
 

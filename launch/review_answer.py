@@ -24,7 +24,8 @@ def text(found: dict[str, Any]) -> str:
     lines += [*_table(rows), "", found["method"], ""]
     alphas = [f"{name} {_number(each['value'])}" for name, each in found["metrics"].items() if name.startswith("alpha")]
     lines.append(
-        f"Krippendorff's {', '.join(alphas)}" + (" (- : nobody could have disagreed)" if "-" in str(alphas) else "")
+        f"Krippendorff's nominal {', '.join(alphas)}"
+        + (" (- : nobody could have disagreed)" if "-" in str(alphas) else "")
     )
     for pair in found["kappa"]:
         lines.append(

@@ -20,7 +20,7 @@ from trainer.checkpoints.seal import fingerprint
 from trainer.config.run import RunConfig, kept_date
 from trainer.evaluation.loss import Interrupted
 from trainer.evaluation.report import against, page, record
-from trainer.evaluation.report.intervals import Bootstrap, interval, resampled
+from trainer.evaluation.report.intervals import Bootstrap, resampled, spans
 from trainer.evaluation.report.record import BASE, TUNED, EarlierEvaluation, EvaluatedModel
 from trainer.evaluation.report.tables import tables
 from trainer.evaluation.report.unfinished import RESULTS as UNFINISHED
@@ -264,8 +264,7 @@ def _report(
     said, apart, fell, shown = {}, {}, [], dict[str, Table]()
     for task in tasks:
         drawn = resampled(task, mine.rows[task.name], how)
-        spans = {name: interval(values) for name, values in drawn.items()}
-        said[task.name] = record.task_record(task, mine, spans)
+        said[task.name] = record.task_record(task, mine, spans(task, mine.rows[task.name], drawn))
         other = _other(task, found.get(BASE), earlier)
         shown |= tables(task, mine.rows[task.name], None if other is None else other[0])
         if other is not None:

@@ -2,10 +2,12 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy
+import torch
 
 from strategies.base import Progress
 from tests.challenges.test_runs import rows, train
@@ -23,6 +25,7 @@ from trainer.challenges.divergence import (
     verdict_of,
 )
 from trainer.challenges.look import Challenges
+from trainer.evaluation.loss import _in_turns
 
 SAME = HeldOutChange("eval/loss", 2.0, 2.0, 0.0, -0.1)
 WORSE = HeldOutChange("eval/loss", 2.0, 2.4, 0.2, 0.1)
@@ -85,6 +88,14 @@ def test_the_held_out_side_is_a_paired_test():
     assert not better.is_worse
     few = held_out_change("eval/loss", (2.0, 2.4), (before[:4], now[:4]), 0.05)
     assert few.bound is None and not few.is_worse  # 20 %: too few micro-batches for a test, too little without one
+
+
+def test_ranks_take_micro_batches_in_turns():
+    parts = [
+        _in_turns([torch.tensor(value, dtype=torch.float64) for value in own], SimpleNamespace(dp_rank=rank, dp_size=2))
+        for rank, own in enumerate(([1.0, 3.0], [2.0, 0.0]))
+    ]
+    assert sum(parts).tolist() == [1.0, 2.0, 3.0, 0.0]  # as one rank has them; the last one has run out
 
 
 def test_held_out_losses_that_only_hover_are_not_called_worse():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.intervals import unpaired
+from trainer.evaluation.report.intervals import share_counts, unpaired, wilson
 from trainer.evaluation.report.jointly import joint_p
 from trainer.evaluation.tasks import counterfactual
-from trainer.evaluation.tasks.base import TaskRow
+from trainer.evaluation.tasks.base import Metric, TaskRow
 from trainer.evaluation.tasks.counterfactual import _row
 from trainer.evaluation.tasks.registry import KINDS
 from trainer.evaluation.tasks.source import read_cases
@@ -97,3 +97,26 @@ def test_against_a_number_alone_a_family_has_wider_intervals():
     mine = np.random.default_rng(0).normal(2.2, 1.0, 10000)
     alone, many = (unpaired(2.2, 0.0, mine, greater=None, among=among) for among in (1, 20))
     assert (alone.verdict, many.verdict) == ("differs", "no difference shown") and alone.low == many.low
+
+
+@pytest.mark.parametrize(("successes", "cases"), [(0, 4), (4, 4), (3, 17), (50, 100), (1, 1)])
+def test_shares_have_the_interval_of_wilson(successes, cases):
+    from scipy.stats import binomtest
+
+    for level in (0.05, 0.05 / 20):
+        theirs = binomtest(successes, cases).proportion_ci(confidence_level=1 - level, method="wilson")
+        assert wilson(successes, cases, level) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_only_rows_that_are_right_or_wrong_are_a_share():
+    def rows(tops, bottoms):
+        return [TaskRow("", "", "", "", {"x": x, "of": of}) for x, of in zip(tops, bottoms, strict=True)]
+
+    plain, some = Metric("m", "", ratio=("x", None)), Metric("m", "", ratio=("x", "of"))
+    assert share_counts(plain, rows([1.0, 0.0, 1.0], [1.0] * 3)) == (2, 3)
+    assert share_counts(some, rows([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])) == (1, 2)
+    assert share_counts(plain, rows([0.5, 0.0], [1.0] * 2)) is None  # the mean of draws
+    assert share_counts(some, rows([1.0, 0.0], [0.0, 1.0])) is None  # no share: its case does not count
+    assert share_counts(some, rows([3.0, 1.0], [10.0, 7.0])) is None  # tokens, which differ in number
+    assert share_counts(some, rows([0.0], [0.0])) is None
+    assert share_counts(Metric("m", "", ratio=None), rows([1.0], [1.0])) is None

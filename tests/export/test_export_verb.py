@@ -159,9 +159,17 @@ def test_without_room_nothing_is_written(run_dir, tmp_path, capsys, monkeypatch)
 
 def test_a_gguf_file_stands_beside_a_whole_model(run_dir, tmp_path, capsys):
     script = tmp_path / "convert_hf_to_gguf.py"
-    script.write_text("import sys\nopen(sys.argv[3], 'wb').write(b'GGUF')\n")
+    script.write_text("import sys\nsys.exit('a module is lacking')\n")
     words = ["gguf=q8_0", f"gguf.converter={script}", f"to={tmp_path / 'whole'}"]
-    assert run(run_dir, "merge=true", *words) == 0
+    assert run(run_dir, "merge=true", *words) == 70
+    assert "Mend the converter and repeat the command" in capsys.readouterr().err
+    weights = tmp_path / "whole" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    script.write_text("import sys\nopen(sys.argv[3], 'wb').write(b'GGUF')\n")
+    assert run(run_dir, "merge=true", "dtype=float32", *words) == 64  # another export is not this one
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert run(run_dir, "merge=true", *words) == 0  # the same command
+    assert weights.stat().st_mtime_ns == written and not [*(tmp_path / "whole").glob(".waits*")]
     assert (tmp_path / "whole" / "gguf" / "run-q8_0.gguf").read_bytes() == b"GGUF"
     assert "ollama create run -f Modelfile" in capsys.readouterr().out
     for more, said in (

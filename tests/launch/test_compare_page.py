@@ -130,7 +130,7 @@ def test_a_loss_is_set_beside_that_of_the_same_job(rows, tmp_path):
     assert [run.against for run in found.runs] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
     assert [run.apart and run.apart.same for run in found.runs] == [None, None, True, False, True]
     assert found.runs[4].verdict == (
-        "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x the tokens/s, 1.0 x the memory of full-ddp"
+        "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x its tokens/s, 1.0 x its memory"
     )
     assert "not the loss of full-ddp: 0.01 apart" in found.runs[3].verdict
 

@@ -1,5 +1,7 @@
 """Licences and their conflicts, compute, questions: by arithmetic and examples."""
 
+from pathlib import Path
+
 import pytest
 
 from strategies.errors import ConfigError
@@ -8,6 +10,7 @@ from trainer.papers.known import Known
 from trainer.papers.licences import told
 from trainer.papers.questions import QUESTIONS, Paper, paper_problems, read_answers
 from trainer.papers.write import paper
+from trainer.records.results import EVALUATION, KeptReport
 
 RUN = {
     "flops_per_token": 6e9,
@@ -87,3 +90,26 @@ def test_they_are_told_when_a_run_is_composed(tmp_path, monkeypatch):
 def test_a_paper_of_a_run_that_recorded_nothing_says_so(name):
     text = paper(name, Known(run={"config_sha256": "c"}))
     assert ("not recorded" in text or name == "training_summary") and "None" not in text and "*Open:*" in text
+
+
+def report(time, loss, base=None, rows="a"):
+    metrics = {"loss": {"value": loss}}
+    against = {"what": "base", "tasks": {"loss": {"metrics": {"loss": {"value": base, "verdict": "better"}}}}}
+    tasks = {"loss": {"kind": "loss", "num_rows": 8, "rows_sha256": rows, "metrics": metrics}}
+    content = {"time": time, "model": {"artefact": "weights"}, "tasks": tasks}
+    return KeptReport(EVALUATION, Path("x"), content if base is None else {**content, "against": against})
+
+
+def test_a_newer_report_without_the_base_does_not_hide_what_was_measured_of_it():
+    known = Known(run={}, artefact="weights", reports=[report(2, 10.21), report(1, 10.20, base=10.83)])
+    (row,) = known.measured
+    assert (row["value"], row["base"], row["change"]["verdict"]) == (10.21, 10.83, "better")
+    other_rows = [report(2, 10.21, rows="b"), report(1, 10.20, base=10.83)]
+    (row,) = Known(run={}, artefact="weights", reports=other_rows).measured
+    assert (row["value"], row["base"]) == (10.21, None)
+
+
+def test_the_size_of_the_data_is_that_of_its_content_and_not_of_what_was_seen():
+    run = {"data_report": {"train": {"documents": 8, "tokens": 1052}}}
+    text = paper("training_summary", Known(run=run, tokens=126_240))
+    assert "training data: 1,052 tokens in 8 documents; 126,240 tokens seen in training, each 120 times" in text

@@ -76,7 +76,8 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
         name = None if against is None else named[against]
         parts = [each.ended] if each.ended else []
         parts += [] if name is None else [_loss(name, distance, why_not)]
-        parts += [] if name is None else _ratios(found[first], each, None if against == first else named[first])
+        # The sentence has one yardstick: speed and memory are beside the run whose loss is compared.
+        parts += [] if against is None else _ratios(found[against], each)
         if (broke := not_finite(each.point)) is not None:
             parts.append(f"its loss is NaN or infinite from step {broke} on")
         verdict = f"{named[number]}: {'; '.join(parts)}"
@@ -119,17 +120,18 @@ def bound(value: float) -> str:
     return f"{value:.1g}".replace("e-0", "e-") if value else "0"
 
 
-def _ratios(first: Repeated, other: Repeated, whose: str | None) -> list[str]:
-    """Speed and memory beside the first row's; `whose` names it where the sentence has named another."""
-    found, whose_own = [], "its" if whose is None else "the"
+def _ratios(yardstick: Repeated, other: Repeated) -> list[str]:
+    """Speed and memory beside those of the run that the sentence has named."""
+    ratios = []
     for what, a, b in (
-        ("tokens/s", first.measured.tokens_per_s, other.measured.tokens_per_s),
-        ("memory", first.measured.memory_gib, other.measured.memory_gib),
+        ("tokens/s", yardstick.measured.tokens_per_s, other.measured.tokens_per_s),
+        ("memory", yardstick.measured.memory_gib, other.measured.memory_gib),
     ):
         if a and b:
-            noise = what == "tokens/s" and _overlap(first.taken.spread, other.taken.spread)
-            found.append(f"{_times(b / a)} x {whose_own} {what}{' (less than the repeats differ)' if noise else ''}")
-    return [", ".join(found) + ("" if whose is None else f" of {whose}")] if found else []
+            is_noise = what == "tokens/s" and _overlap(yardstick.taken.spread, other.taken.spread)
+            noise = " (less than the repeats differ)" if is_noise else ""
+            ratios.append(f"{_times(b / a)} x its {what}{noise}")
+    return [", ".join(ratios)] if ratios else []
 
 
 def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:

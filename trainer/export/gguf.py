@@ -77,7 +77,8 @@ def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter)
             said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
             raise ShardtuneError(
                 f"gguf={kind}: the converter failed ({done.returncode}: {' / '.join(said[-2:])[:400]}); the export in "
-                f"{directory} is whole. It was called as: {' '.join(command)}"
+                f"{directory} is whole. Mend the converter and repeat the command: it only converts then. The converter was "
+                f"called as: {' '.join(command)}"
             )
         aside.rename(file)
     except OSError as error:

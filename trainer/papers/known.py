@@ -41,29 +41,34 @@ class Known:
         return compute(self.run, self.answers, self.tokens)
 
     @property
+    def data_size(self) -> str | None:
+        """Size of the training data, and how often it was seen; None if the run did not record it."""
+        split = (self.run.get("data_report") or {}).get("train") or {}
+        tokens = split.get("tokens")
+        documents = split.get("documents")
+        if not tokens or documents is None:
+            return None
+        size = f"{tokens:,} tokens in {documents:,} documents"
+        if not self.tokens:
+            return size
+        return f"{size}; {self.tokens:,} tokens seen in training, each {self.tokens / tokens:.3g} times on average"
+
+    @property
     def conflicts(self) -> list[str]:
         """What licences stand against."""
         return told(self.base_licence, self.audit.get("sources") or [], self.answers.get("licence"))
 
     @property
     def measured(self) -> list[dict[str, Any]]:
-        """Every metric of reports on these very weights, the newest of each."""
-        found: dict[str, dict[str, Any]] = {}
+        """Every metric of reports on these very weights: the newest value of each, and the newest value of the base."""
+        newest: dict[str, dict[str, Any]] = {}
         for report in self.of_these(EVALUATION):
-            apart = ((report.report.get("against") or {}).get("tasks")) or {}
-            base = (report.report.get("against") or {}).get("what") == "base"
-            for task, said in (report.report.get("tasks") or {}).items():
-                for metric, each in (said.get("metrics") or {}).items():
-                    change = ((apart.get(task) or {}).get("metrics") or {}).get(metric) if base else None
-                    row = {
-                        **each,
-                        "name": f"{task}/{metric}",
-                        "kind": said.get("kind"),
-                        "rows": said.get("num_rows"),
-                        "path": said.get("path"),
-                    }
-                    found.setdefault(row["name"], {**row, "base": (change or {}).get("value"), "change": change})
-        return [*found.values()]
+            for row in _rows_of(report.report):
+                known = newest.setdefault(row["name"], row)
+                # A newer report without the base does not hide what an older one measured of it on the same rows.
+                if known["base"] is None and known["rows_sha256"] == row["rows_sha256"]:
+                    known |= {"base": row["base"], "change": row["change"]}
+        return [*newest.values()]
 
     @property
     def review(self) -> dict[str, Any] | None:
@@ -78,6 +83,30 @@ class Known:
     def of_these(self, kind: str) -> list[KeptReport]:
         """Reports on these very weights."""
         return [r for r in self.reports if r.kind == kind and self.artefact is not None and r.artefact == self.artefact]
+
+
+def _rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of one report, with that of the base if the report has it."""
+    against = report.get("against") or {}
+    base_tasks = (against.get("tasks") or {}) if against.get("what") == "base" else {}
+    rows = []
+    for task, record in (report.get("tasks") or {}).items():
+        base_metrics = (base_tasks.get(task) or {}).get("metrics") or {}
+        for metric, values in (record.get("metrics") or {}).items():
+            change = base_metrics.get(metric)
+            rows.append(
+                {
+                    **values,
+                    "name": f"{task}/{metric}",
+                    "kind": record.get("kind"),
+                    "rows": record.get("num_rows"),
+                    "rows_sha256": record.get("rows_sha256"),
+                    "path": record.get("path"),
+                    "base": (change or {}).get("value"),
+                    "change": change,
+                }
+            )
+    return rows
 
 
 def gather(run_dir: Path, run: dict[str, Any], answers: dict[str, Any]) -> Known:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.serving.config import LOOPBACK, ServeConfig
 from trainer.serving.requests import CHAT, TEXT, RefusedRequest, Served, checked
+from trainer.serving.stops import CutStream
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -137,7 +138,11 @@ class Guard(Door):
         return checked(path, super()._asked(path, content), self.served)
 
     def _out(self, send: Send, asked: dict[str, Any]) -> _Watched:
-        return _Cut(send, asked["stop"]) if "stop" in asked else _Watched(send)
+        if "stop" not in asked:
+            return _Watched(send)
+        if asked["stream"]:
+            return _Watched(CutStream(send, asked["stop"]))
+        return _Cut(send, asked["stop"])
 
 
 class VllmDoor(Door):

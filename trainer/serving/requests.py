@@ -223,8 +223,6 @@ def _sampling(body: dict[str, Any], asked: dict[str, Any], served: Served) -> No
         rule = "a text, or up to 4 texts that are not empty"
         good = isinstance(stop, list) and 0 < len(stop) <= 4 and all(isinstance(each, str) and each for each in stop)
         found["stop"] = _one(stop, list, "stop", rule, lambda _: good)
-        if asked["stream"]:
-            raise refuse("stop", "this server cuts at stops only where stream is false", "unsupported_value")
     if found and served.batching:
         why = "this server answers many requests at once (serve.batching=true), all sampled as the export says"
         raise refuse(min(found), f"{why}; leave it out", "unsupported_value")

@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.report.intervals import FEW, WORSE, Bootstrap, paired, resampled, together, unpaired
+from trainer.evaluation.report.intervals import (
+    FEW,
+    WORSE,
+    Bootstrap,
+    paired,
+    resampled,
+    share_counts,
+    together,
+    unpaired,
+    unpaired_share,
+)
 from trainer.evaluation.report.jointly import joint_p
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
 from trainer.evaluation.tasks.base import Task, TaskRow
@@ -44,7 +54,11 @@ def compare(
                 apart = together(apart, jointly[metric.name], greater=greater)
         else:
             among = len(family) if metric.family else 1
-            apart = unpaired(value, values[metric.name], mine[metric.name], greater=greater, among=among)
+            counts = share_counts(metric, rows)
+            if counts is None:
+                apart = unpaired(value, values[metric.name], mine[metric.name], greater=greater, among=among)
+            else:
+                apart = unpaired_share(value, values[metric.name], counts, greater=greater, among=among)
         below = metric.counted or (metric.ratio[1] if metric.ratio else None)
         cases = sum(row.scores.get(below, 0.0) > 0 for row in rows) if below else len(rows)
         metrics[metric.name] = asdict(apart) | ({} if cases >= metric.least else {"verdict": FEW})

@@ -2,17 +2,20 @@
 
 A resample is how often each row counts, drawn from (seed, number of rows) alone, so that two models are resampled alike. The
 interval is that of the 2.5th and the 97.5th percentile; the test of a difference is two-sided: twice the share of resamples
-in which it is not on its side of zero, at least one of them.
+in which it is not on its side of zero, at least one of them. The interval of a share of rows, each right or wrong, is Wilson's:
+resamples of rows that are all wrong would have no width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow
 from trainer.evaluation.tasks.chance import LEVEL
 
 CHUNK = 1 << 22
@@ -35,7 +38,7 @@ class Bootstrap:
         kind = "paired bootstrap over rows" if paired else "bootstrap over rows"
         return (
             f"{kind}, {self.resamples} resamples (at most {slow} where a metric is no mean), seed {self.seed}, 95 % "
-            "percentile interval" + (", two-sided p" if paired else "")
+            "percentile interval" + (", two-sided p" if paired else "") + "; of shares of rows Wilson's interval"
         )
 
 
@@ -70,6 +73,42 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of resamples."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def spans(task: Task, rows: Sequence[TaskRow], drawn: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of each metric by its name: Wilson's of a share, else the middle of the resamples in `drawn`."""
+    metrics = {metric.name: metric for metric in task.metrics_of(rows)}
+    found = {}
+    for name, values in drawn.items():
+        counts = share_counts(metrics[name], rows)
+        found[name] = interval(values) if counts is None else wilson(*counts)
+    return found
+
+
+def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float] | None:
+    """(rows that have it, rows that count) of a share of rows that are each 0 or 1; None for any other metric."""
+    if metric.ratio is None or metric.exponential:
+        return None
+    over, below = metric.ratio
+    successes = [row.scores.get(over, 0.0) for row in rows]
+    cases = [row.scores.get(below, 0.0) if below else 1.0 for row in rows]
+    is_share = all(
+        each in (0.0, 1.0) and success in (0.0, each) for success, each in zip(successes, cases, strict=True)
+    )
+    total = sum(cases)
+    return (sum(successes), total) if is_share and total else None
+
+
+def wilson(successes: float, cases: float, level: float = LEVEL) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927). Unlike resamples it has a width if every row is right, or none is."""
+    share = successes / cases
+    z = NormalDist().inv_cdf(1 - level / 2)
+    middle = (share + z**2 / (2 * cases)) / (1 + z**2 / cases)
+    half = z / (1 + z**2 / cases) * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2)
+    # Rounding must not keep the interval from holding 0 of all and all of all.
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == cases else middle + half
+    return low, high
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +152,16 @@ def unpaired(value: float, other: float, mine: np.ndarray, *, greater: bool | No
     side = 100 * LEVEL / 2 / among
     wide = np.nanpercentile(mine - other, [side, 100 - side])
     return MetricDifference(other, value - other, low, high, None, _verdict(other, *map(float, wide), greater=greater))
+
+
+def unpaired_share(
+    value: float, other: float, counts: tuple[float, float], *, greater: bool | None, among: int = 1
+) -> MetricDifference:
+    """`unpaired` for a share, of which `counts` are the successes and cases of this model."""
+    low, high = wilson(*counts)
+    wide_low, wide_high = wilson(*counts, LEVEL / among)
+    verdict = _verdict(other, wide_low - other, wide_high - other, greater=greater)
+    return MetricDifference(other, value - other, low - other, high - other, None, verdict)
 
 
 def _verdict(other: float, low: float, high: float, *, greater: bool | None) -> str:

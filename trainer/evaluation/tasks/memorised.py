@@ -59,7 +59,11 @@ class Memorisation(OfDocuments):
             least=20,
         ),
         Metric(
-            "leading", "mean share of the continuation that comes out from its first token on", False, ("leading", None)
+            "leading",
+            "mean share of the continuation that comes out from its first token on",
+            False,
+            ("leading", None),
+            least=20,
         ),
     )
     reads = "training rows in any format that a language model learns from; without a path those of the run, drawn by a seed"
