@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from strategies.errors import ConfigError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 INTERACTIVE = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
 
 
 def is_worker(env: Mapping[str, str]) -> bool:
     """Whether torchrun or a several-task srun started this process. Errors: ConfigError (lone host, variables of another job)."""
+    refuse_senseless_numbers(env)
     refuse_lone_host(env)
     if "RANK" in env or "WORLD_SIZE" in env:
         refuse_left_over(env)
@@ -29,6 +31,16 @@ def seems_a_worker(env: Mapping[str, str]) -> bool:
     if "RANK" in env or "WORLD_SIZE" in env:
         return True
     return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks(env) > 1
+
+
+def refuse_senseless_numbers(env: Mapping[str, str]) -> None:
+    """Refuse variables of a rank that are no whole numbers. Errors: ConfigError."""
+    wrong = [f"{name}={env[name]}" for name in NUMBERS_OF_A_RANK if name in env and not env[name].isdecimal()]
+    if wrong:
+        raise ConfigError(
+            f"{' '.join(wrong)}: no whole number, so left over from something else? `unset {' '.join(OF_A_RANK)}`; a launcher of "
+            "your own must set them all"
+        )
 
 
 def refuse_lone_host(env: Mapping[str, str]) -> None:

@@ -17,12 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from launch.hosts import HostPlace, place_of
+from launch.rendezvous import AgentLeftBehind, WaitingForHosts, port_of
 from strategies.heartbeat import LAST_WORDS, LOST_PEER, WAITED, last_words
+from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
@@ -110,6 +113,7 @@ def start(
     ranks; Ctrl-C gives them a few seconds, then kills.
     """
     place = place_of(config.launcher) if config.launcher.nodes > 1 else None
+    _refuse_network(config.launcher, place)
     command = [sys.executable, "-m", "launch.torchrun", *arguments(config.launcher, run_id, place, what.module)]
     processes = config.launcher.processes or 1
     env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / what.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
@@ -126,13 +130,38 @@ def start(
     with signals_held() as (pending, came), _printed(aside) as printed, _last_words() as env[LAST_WORDS]:
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_begin_agent, **printed)
-        looks = (
-            [aside.look] if aside is not None else [Starting(run_dir, processes, cores).look] if processes > 1 else []
-        )
+        looks: list[Callable[[], None]] = []
+        if aside is not None:
+            looks.append(aside.look)
+        elif processes > 1:
+            looks.append(Starting(run_dir, processes, cores).look)
+        if place is not None:
+            looks += _looks_at_hosts(agent.pid, config.launcher, place, run_dir)
         try:
             return _watch(agent, pending, looks), came
         finally:
             _end_all(agent)
+
+
+def _refuse_network(launcher: LauncherConfig, place: HostPlace | None) -> None:
+    """Raise ConfigError for what keeps the ranks from meeting, before torchrun ends in a traceback over it."""
+    refuse_unknown_interface()
+    if place is None:
+        refuse_without_loopback(launcher.processes or 1)
+    elif place.first:
+        refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", port_of(launcher))
+
+
+def _looks_at_hosts(
+    agent_pid: int, launcher: LauncherConfig, place: HostPlace, run_dir: Path
+) -> list[Callable[[], None]]:
+    """What to call a few times a second while several hosts run: names those that do not come, ends torchrun without ranks."""
+    import psutil
+
+    agent = psutil.Process(agent_pid)
+    waiting = WaitingForHosts(launcher, place)
+    left_behind = AgentLeftBehind(run_dir)
+    return [partial(waiting.look, agent), partial(left_behind.look, agent)]
 
 
 def _last_words() -> tempfile.TemporaryDirectory[str]:

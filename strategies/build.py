@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from strategies.base import DdpConfig, Fsdp2Config, Precision, Strategy, StrategyConfig, StrategyName, ZeroConfig
 from strategies.errors import ConfigError
 from strategies.hardware import best_precision, gpu_of
-from strategies.runtime import Runtime, gather_objects
+from strategies.runtime import NO_NETWORK, Runtime, gather_objects
 
 
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
-    """The strategy that `config` names; imports only what that one needs."""
+    """The strategy that `config` names; imports only what that one needs. Errors: ConfigError."""
+    alone = config.name in (StrategyName.single, StrategyName.auto)
+    if not alone and not runtime.simulated and dist.get_backend(runtime.control_group) == NO_NETWORK:
+        raise ConfigError(
+            f"strategy={config.name}: this host has no network, not even a loopback interface, and the process group needs one; "
+            "set strategy=single, or bring the interface up (`ip link set lo up`)"
+        )
     if isinstance(config, ZeroConfig):
         from strategies.zero import ZeroStrategy
 

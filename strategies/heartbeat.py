@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
 from strategies.flight import Exchange, last_exchange
 
@@ -42,6 +44,10 @@ WARN_BEATS = 15
 """Beats before the timeout at which a rank that waits under NCCL says why: what NCCL then does to it, nobody can catch."""
 ANSWER_BEATS = 5
 """Beats for which ranks that were asked where they are may keep the one that asks waiting; a busy host lets them wait, too."""
+ANSWER_S = 10.0
+"""Seconds, or beats if those are longer, that the ranks' store may take for an answer before its host counts as unreachable."""
+CUT_OFF_S = 30.0
+"""Seconds beyond the timeout after which a rank ends that is cut off from the others and has not ended by an error."""
 WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
@@ -89,6 +95,20 @@ class Behind(ShardtuneError):
         )
 
 
+class CutOff(ShardtuneError):
+    """The host that has the ranks' store cannot be reached: the link to it is down, or that host hangs."""
+
+    retry = "node_fail"
+
+    def __init__(self, seen: SignOfLife, *, since_s: float, told: str) -> None:
+        """`seen`: this rank. `told`: the first line of the error that it met."""
+        self.seen, self.hung = seen, True
+        super().__init__(
+            f"rank {seen.rank} on {seen.host} is cut off: {store_place()}, where the ranks meet, has not answered for "
+            f"{since_s:.0f} s; look at the link between the hosts and at that host; this rank met: {told}"
+        )
+
+
 class Heartbeats:
     """This rank's signs of life, and a look at those of the others. Nothing here is collective."""
 
@@ -101,14 +121,17 @@ class Heartbeats:
         timeout_s: float = float("inf"),
     ) -> None:
         """`timeout_s` is that of the exchanges."""
-        self._store = store.clone()  # a connection of its own: nothing may wait behind a call of the group's
         self.rank, self.world, self._state, self._timeout_s = rank, world, state, timeout_s
         self._was, self._since = state(), time.monotonic()
         self.every_s = max(1.0, world / 200)
+        self._store = BoundedStore(store, max(ANSWER_S, ANSWER_S * self.every_s))
+        self._told_unanswered = False
         self._stacks: IO[str] | None = None
         self._telling = threading.Lock()
         self.at_timeout: Callable[[Exchange], None] | None = None
         """Told once, in a thread of its own, of an exchange for which NCCL is about to end this process."""
+        self.when_cut_off: Callable[[CutOff], None] | None = None
+        """Ends this process, which is cut off from the others and did not end by the error of an exchange."""
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
@@ -130,8 +153,8 @@ class Heartbeats:
             now for now, then in zip(after, before, strict=True) if now.count == then.count and now.rank != self.rank
         ]
 
-    def cause(self, error: BaseException) -> Silent | None:
-        """The silent rank behind an error that says no more than that a peer was lost; None where it is another error.
+    def cause(self, error: BaseException) -> Silent | CutOff | None:
+        """What is behind an error that says no more than that a peer was lost: a silent rank, or the link; else None.
 
         Takes a few seconds where it looks.
         """
@@ -143,6 +166,8 @@ class Heartbeats:
         look_s = (6 if hung else 2.5) * self.every_s
         try:
             silent = self.silent(look_s)
+        except Unanswered:
+            return self._cut_off(told)
         except RuntimeError:  # the store is gone with the process that had it
             return None
         return Silent(silent[0], hung=hung, since_s=look_s, told=told) if silent else None
@@ -209,16 +234,43 @@ class Heartbeats:
         while True:
             phase, step = self._state()
             about |= {"phase": phase, "step": step, "count": about["count"] + 1}
+            self._keep(about)
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(about))
-                self._keep(about)
+                self._say_answered()
                 late = self._late((phase, step))
                 if self._stacks is not None and (late is not None or self._store.check([STACKS])):
                     self._tell()
                 self._warn(late)
+            except Unanswered:
+                self._go_on_unanswered((phase, step))
             except RuntimeError:  # the store is gone, and with it the job
                 return
             time.sleep(self.every_s)
+
+    def _cut_off(self, told: str) -> CutOff:
+        phase, step = self._state()
+        here = SignOfLife(rank=self.rank, host=socket.gethostname(), pid=os.getpid(), phase=phase, step=step)
+        return CutOff(here, since_s=self._store.unanswered_s(), told=told)
+
+    def _go_on_unanswered(self, now: tuple[str, int | None]) -> None:
+        """Say once that the store does not answer; end the process if it stood still all the while and beyond the timeout."""
+        if not self._told_unanswered:
+            self._told_unanswered = True
+            limit = f"; this rank ends after {self._timeout_s:.0f} s without progress (run.timeout_s)"
+            _say(
+                f"rank {self.rank} on {socket.gethostname()}: {store_place()}, where the ranks meet, has not answered for "
+                f"{self._store.unanswered_s():.0f} s: the link is down, or that host hangs{limit}"
+            )
+        self._note_progress(now)
+        stood_s = min(time.monotonic() - self._since, self._store.unanswered_s())
+        if stood_s > self._timeout_s + CUT_OFF_S and self.when_cut_off is not None:
+            self.when_cut_off(self._cut_off("no error"))
+
+    def _say_answered(self) -> None:
+        if self._told_unanswered:
+            self._told_unanswered = False
+            _say(f"rank {self.rank} on {socket.gethostname()}: {store_place()} answers again")
 
     def _tell(self) -> None:
         """Write where the threads of this rank are, and tell its last exchange; once. Errors: RuntimeError of the store."""
@@ -235,13 +287,17 @@ class Heartbeats:
 
     def _late(self, now: tuple[str, int | None]) -> Exchange | None:
         """The exchange in which this rank stands still, where it will soon have lasted too long."""
-        if now != self._was:
-            self._was, self._since = now, time.monotonic()
+        self._note_progress(now)
         if time.monotonic() - self._since < LATE * self._timeout_s:
             return None
         last = last_exchange()
         waits = last is not None and last.waits_s is not None and last.waits_s > LATE * self._timeout_s
         return last if waits else None
+
+    def _note_progress(self, now: tuple[str, int | None]) -> None:
+        if now != self._was:
+            self._was = now
+            self._since = time.monotonic()
 
     def _warn(self, late: Exchange | None) -> None:
         """Hand on what is late under NCCL, whose watchdog aborts the process; gloo raises an error where it is waited for."""
@@ -259,6 +315,16 @@ class Heartbeats:
                 new = Path(directory) / f".{self.rank}"
                 new.write_text(json.dumps(about), encoding="utf-8")
                 new.replace(Path(directory) / str(self.rank))
+
+
+def store_place() -> str:
+    """Where the ranks' store is, as the environment has it."""
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        print(text, file=sys.stderr, flush=True)
 
 
 def _signal_main_thread(pid: int, number: int) -> None:

@@ -18,9 +18,13 @@ from strategies.durable import reason
 from strategies.errors import ConfigError, StorageError
 from strategies.flight import keep_records
 from strategies.matmul import Matmul, MatmulChoice, agree, choose, restore
+from strategies.network import refuse_unknown_interface
 
 MANY = 64
 """Ranks from which gloo connects two of them when they first talk: at once, each would open a socket to every other."""
+
+NO_NETWORK = "fake"
+"""Backend of a group that talks to nobody: of a simulated rank, and of one rank on a host without any network."""
 
 Result = TypeVar("Result")
 
@@ -103,6 +107,7 @@ def start(
     if world >= MANY:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
+        refuse_unknown_interface()
         keep_records()
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
@@ -114,7 +119,7 @@ def start(
         else:
             for key, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
                 os.environ.setdefault(key, value)
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            _form_group_of_one(backend, timeout)
     control = dist.group.WORLD  # its CPU half: a second group of all ranks would connect each of them with each again
     runtime = Runtime(rank, world, local_rank, local_world, torch_device, control, products, shared_memory, timeout_s)
     return runtime if products is None else replace(runtime, matmul=agree(gather_objects(products, runtime), rank))
@@ -127,6 +132,19 @@ def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
     """
     choice = agree(gather_objects(choose(library), runtime), runtime.rank)
     return replace(runtime, matmul=choice)
+
+
+def _form_group_of_one(backend: str, timeout: timedelta) -> None:
+    """The process group of a job of one rank, which talks to nobody and needs no network."""
+    try:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    except RuntimeError as error:
+        # gloo binds an address, and a container without any network has none, not even 127.0.0.1.
+        if "Unable to find" not in str(error):
+            raise
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
+
+        dist.init_process_group(NO_NETWORK, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def missing_cuda() -> str | None:
@@ -215,7 +233,7 @@ def bound_groups(runtime: Runtime, more_s: float = 0) -> None:
     # Before torch had a public one; it is deprecated since (2.15).
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
-        if dist.get_rank(group) >= 0 and dist.get_backend(group) != "fake":  # a simulated one answers at once
+        if dist.get_rank(group) >= 0 and dist.get_backend(group) != NO_NETWORK:  # a simulated one answers at once
             set_timeout(timedelta(seconds=runtime.timeout_s + more_s), group)
 
 

@@ -32,10 +32,24 @@ PrintMotd no
 
 def missing() -> str | None:
     """Why there can be none here; None where there can."""
+    absent = [name for name in ("ssh", "sshd", "ssh-keygen") if _program(name) is None]
+    if absent:
+        return f"{' and '.join(absent)} not installed (openssh-server, openssh-client)"
+    return missing_networks()
+
+
+def missing_networks() -> str | None:
+    """Why there can be no hosts without ssh; None where there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    absent = [name for name in ("ip", "ssh", "sshd", "ssh-keygen") if _program(name) is None]
-    return f"{' and '.join(absent)} not installed (openssh-server, openssh-client, iproute2)" if absent else None
+    if _program("ip") is None:
+        return "ip not installed (iproute2)"
+    try:
+        _ip("netns", "list")
+        subprocess.run(["unshare", "--net", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "this kernel or container allows no network namespaces"
+    return None
 
 
 @dataclass
@@ -54,6 +68,10 @@ class Hosts:
 
     def address(self, number: int) -> str:
         return f"{self.net}.{number + 1}"
+
+    def command(self, number: int) -> list[str]:
+        """What runs the command behind it on a host, without ssh."""
+        return [str(_program("ip")), "netns", "exec", self._space(number)]
 
     def link(self, number: int, state: str) -> None:
         """Take a host's network `down`, or `up`."""
@@ -87,13 +105,37 @@ def two_hosts(directory: Path) -> Iterator[Hosts]:
         + f"Host *\n  User {user}\n  IdentityFile {keys}/user\n  IdentitiesOnly yes\n  StrictHostKeyChecking accept-new\n"
         f"  UserKnownHostsFile {keys}/known\n  LogLevel ERROR\n"
     )
+    with _networks(hosts), contextlib.ExitStack() as undo:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd parts from its privileges
+        for number in range(2):
+            space = hosts._space(number)
+            sshd = [_program("sshd"), "-D", "-e", "-f", str(keys / "sshd_config")]
+            with (directory / f"sshd-{number}.log").open("wb") as log:
+                server = subprocess.Popen(["ip", "netns", "exec", space, *sshd], stderr=log, start_new_session=True)
+            hosts.servers.append(server)
+            undo.callback(server.wait)
+            undo.callback(server.kill)
+        for name in hosts.names:
+            _until_reached(hosts, name)
+        yield hosts
+
+
+@contextlib.contextmanager
+def two_networks(directory: Path) -> Iterator[Hosts]:
+    """The same without ssh: what runs there is started by `Hosts.command`."""
+    hosts = Hosts(directory, f"10.214.{os.getpid() % 256}", ("alpha", "beta"), [])
+    with _networks(hosts):
+        yield hosts
+
+
+@contextlib.contextmanager
+def _networks(hosts: Hosts) -> Iterator[None]:
     bridge = f"st{os.getpid()}"
     with contextlib.ExitStack() as undo:
         _ip("link", "add", bridge, "type", "bridge")
         undo.callback(_ip, "link", "del", bridge)
         _ip("addr", "add", f"{hosts.net}.254/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd parts from its privileges
         for number in range(2):
             space = hosts._space(number)
             _ip("netns", "add", space)
@@ -103,23 +145,15 @@ def two_hosts(directory: Path) -> Iterator[Hosts]:
             for words in (["addr", "add", f"{hosts.address(number)}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
                 _ip("-n", space, *words)
             _ip("-n", space, "link", "set", "lo", "up")
-            sshd = [_program("sshd"), "-D", "-e", "-f", str(keys / "sshd_config")]
-            with (directory / f"sshd-{number}.log").open("wb") as log:
-                server = subprocess.Popen(["ip", "netns", "exec", space, *sshd], stderr=log, start_new_session=True)
-            hosts.servers.append(server)
-            undo.callback(_end, hosts, number, server)
-        for name in hosts.names:
-            _until_reached(hosts, name)
-        yield hosts
+            undo.callback(_end, hosts, number)
+        yield
 
 
-def _end(hosts: Hosts, number: int, server: subprocess.Popen) -> None:
+def _end(hosts: Hosts, number: int) -> None:
     done = subprocess.run(["ip", "netns", "pids", hosts._space(number)], capture_output=True, text=True)
     for word in done.stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(word), 9)
-    server.kill()
-    server.wait()
 
 
 def _until_reached(hosts: Hosts, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError
 from strategies.flight import Exchange
-from strategies.heartbeat import LOST_PEER, WAITED, Behind, Heartbeats, Silent
+from strategies.heartbeat import LOST_PEER, WAITED, Behind, CutOff, Heartbeats, Silent
 from strategies.meeting import Meeting
 from strategies.redaction import redacted
 from strategies.runtime import Runtime, broadcast_object
@@ -45,6 +45,8 @@ class Where:
     """Told the new path of the directory after it was renamed."""
     at_timeout: Callable[[Exchange], None] | None = None
     """Told of an exchange for which NCCL is about to end this process."""
+    when_cut_off: Callable[[CutOff], None] | None = None
+    """Ends this process, which is cut off from the host of the ranks' store."""
 
     @contextlib.contextmanager
     def meet(self, timeout_s: float) -> Iterator[Meeting]:
@@ -58,6 +60,7 @@ class Where:
                 meeting.store, meeting.rank, meeting.world, lambda: (self.phase, self.step), timeout_s
             )
             self.heartbeats.at_timeout = self.at_timeout
+            self.heartbeats.when_cut_off = self.when_cut_off
         try:
             yield meeting
         except Preempted as stop:
@@ -164,6 +167,7 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
                 clear_failure(run_dir)
                 write_status(run_dir, State.running, reason="starting")
             where.at_timeout = partial(_before_nccl_aborts, where, rank)
+            where.when_cut_off = partial(_end_cut_off, where, rank)
             request.leave_when_stuck(partial(_leave, where))
             yield where
             if tells and where.run_dir is not None:
@@ -196,7 +200,7 @@ def _record(where: Where, rank: int, error: BaseException) -> None:
         return
     if LOST_PEER.search(str(error)) and read_status(where.run_dir).get("state") == State.preempted:
         return  # a peer was asked to stop and has ended, which this rank met as a lost connection
-    cause: Silent | Behind | None = None if where.heartbeats is None else where.heartbeats.cause(error)
+    cause: Silent | CutOff | Behind | None = None if where.heartbeats is None else where.heartbeats.cause(error)
     waited = not isinstance(error, ShardtuneError) and WAITED.search(str(error)) is not None
     exchanges: dict[int, Exchange] | None = None
     if waited and cause is None and where.heartbeats is not None:  # all give signs of life
@@ -260,6 +264,15 @@ def _before_nccl_aborts(where: Where, rank: int, waited: Exchange) -> None:
         time.sleep(1)
     if where.run_dir is not None:
         clear_failure(where.run_dir)
+
+
+def _end_cut_off(where: Where, rank: int, error: CutOff) -> None:
+    """Record that this rank is cut off, and end its process, whose main thread may wait for a library without a limit."""
+    if where.run_dir is not None:
+        record_failure(where.run_dir, rank, error, where.phase, where.step)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{error}\n".encode())
+    os._exit(error.exit_code)
 
 
 def first_sentence(text: str) -> str:

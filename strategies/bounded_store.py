@@ -1,0 +1,75 @@
+"""A store of the ranks whose calls end within a limit, also if the link to its host is down.
+
+A TCPStore waits for an answer without a limit. A host that died resets the connection; one that cannot be reached does not, and
+the kernel gives up after a quarter of an hour or more. So a thread makes the calls, and whoever asks waits for it a limited time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], "Future[Any]"]
+
+
+class Unanswered(RuntimeError):
+    """The host of the store gave no answer in time."""
+
+
+class BoundedStore:
+    """A connection of its own to a store. Calls raise RuntimeError if the store is gone, Unanswered after `limit_s`.
+
+    After an unanswered call, others fail at once until the answer comes.
+    """
+
+    def __init__(self, store: Any, limit_s: float) -> None:
+        self._store = store.clone()  # nothing may wait behind a call of the group's
+        self._limit_s = limit_s
+        self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._late: Future[Any] | None = None
+        self._answered_at = time.monotonic()
+        threading.Thread(target=self._make_calls, name="store", daemon=True).start()
+
+    def set(self, key: str, value: str) -> None:
+        """Store a value."""
+        self._call(self._store.set, key, value)
+
+    def get(self, key: str) -> bytes:
+        """A value, which is waited for as the store does."""
+        value: bytes = self._call(self._store.get, key)
+        return value
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys have a value."""
+        return bool(self._call(self._store.check, keys))
+
+    def unanswered_s(self) -> float:
+        """Seconds since the last answer if a call is late, else 0."""
+        if self._late is None or self._late.done():
+            return 0.0
+        return time.monotonic() - self._answered_at
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self._late is not None and not self._late.done():
+            raise Unanswered(f"the ranks' store has not answered for {self.unanswered_s():.0f} s")
+        answer: Future[Any] = Future()
+        self._calls.put((function, arguments, answer))
+        try:
+            value = answer.result(timeout=self._limit_s)
+        except TimeoutError:
+            self._late = answer
+            raise Unanswered(f"the ranks' store has not answered for {self._limit_s:.0f} s") from None
+        self._answered_at = time.monotonic()
+        return value
+
+    def _make_calls(self) -> None:
+        while True:
+            function, arguments, answer = self._calls.get()
+            try:
+                answer.set_result(function(*arguments))
+            except BaseException as error:  # noqa: BLE001 - whoever asked raises it
+                answer.set_exception(error)

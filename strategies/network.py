@@ -1,0 +1,47 @@
+"""What the network of this host lacks for ranks to meet, said before a library ends in a traceback over it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from strategies.errors import ConfigError
+
+GLOO_INTERFACES = "GLOO_SOCKET_IFNAME"
+LOOPBACK = "127.0.0.1"
+
+
+def refuse_unknown_interface() -> None:
+    """Raise ConfigError if the environment names an interface for gloo that this host does not have."""
+    names = os.environ.get(GLOO_INTERFACES, "")
+    known = dict(socket.if_nameindex()).values()
+    absent = [name for name in names.split(",") if name and name not in known]
+    if absent:
+        raise ConfigError(
+            f"{GLOO_INTERFACES}={names}: this host has no interface {', '.join(absent)}, only {', '.join(known)}; "
+            f"`unset {GLOO_INTERFACES}`, or name one of these"
+        )
+
+
+def refuse_without_loopback(processes: int) -> None:
+    """Raise ConfigError if this host's ranks could not reach each other over its loopback address."""
+    try:
+        socket.create_server((LOOPBACK, 0)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"launcher.processes={processes}: ranks of one host meet at {LOOPBACK}, which this host does not have "
+            f"({error.strerror or error}); bring its loopback interface up (`ip link set lo up`), or set launcher.processes=1"
+        ) from error
+
+
+def refuse_taken_port(setting: str, port: int) -> None:
+    """Raise ConfigError if another process of this host listens on the port that `setting` names for the ranks to meet."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return  # whatever it is, the library that binds the port says it
+        raise ConfigError(
+            f"{setting}: another process of this host listens on port {port}; choose another port"
+        ) from error
