@@ -150,7 +150,7 @@ def _interrupts() -> Iterator[list[int]]:
 def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
     from importlib import import_module
 
-    from strategies.errors import ConfigError, ShardtuneError
+    from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
     from strategies.redaction import redacted
 
     try:
@@ -173,7 +173,12 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # noqa: BLE001 - the outermost frame: a defect is shown whole, with its own exit code
+    except BaseException as error:
+        if is_panic(error):
+            print(f"shardtune {verb}: {tokenizer_panic(error, 'the tokenizer')}", file=sys.stderr)
+            return ConfigError.exit_code
+        if not isinstance(error, Exception):
+            raise
         if interrupts:
             print(f"shardtune {verb}: interrupted", file=sys.stderr)
             return 130

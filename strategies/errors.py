@@ -28,6 +28,19 @@ class ConfigError(ShardtuneError):
         super().__init__("\n".join(self.problems))
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust (tokenizers, safetensors) panicked: its exception derives from BaseException alone."""
+    return type(error).__name__ == "PanicException"
+
+
+def tokenizer_panic(error: BaseException, place: str) -> ConfigError:
+    """What to raise for a panic of the tokenizers library. `place`: the directory or hub id of the tokenizer."""
+    return ConfigError(
+        f"{place}: its tokenizer.json makes the tokenizers library fail ({' '.join(str(error).split())[:160]}); download it "
+        "again, or set model.tokenizer"
+    )
+
+
 class DataError(ShardtuneError):
     """The data cannot be read or would teach nothing; messages name file and line."""
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
@@ -225,10 +225,10 @@ def test_files_that_are_no_weights_are_named_for_what_they_are(tmp_path):
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"cut off.*download it again"):
+    with pytest.raises(ConfigError, match=r"cut off.*download it again"):
         read(tmp_path)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(DataError, match=r"git-lfs left.*git lfs pull"):
+    with pytest.raises(ConfigError, match=r"git-lfs left.*git lfs pull"):
         read(tmp_path)
     file.unlink()
     (tmp_path / "adapter_config.json").write_text("{}")

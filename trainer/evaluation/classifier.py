@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
+from strategies.small_files import read_object
 
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
@@ -29,11 +29,11 @@ class Head:
     def of(cls, directory: Path, key: str) -> Head:
         """That of a directory. Raises ConfigError where it holds no sequence classifier."""
         try:
-            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            config = read_object(directory / "config.json")
             names = [str(name) for name in config.get("architectures") or []]
             known = config.get("id2label") or {}
             labels = [str(known[number]) for number in sorted(known, key=int)]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (ConfigError, ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{key}={directory}: has no config.json that can be read ({error})") from None
         if not any(name.endswith("ForSequenceClassification") for name in names):
             said = ", ".join(names) or "no architecture"

@@ -7,7 +7,6 @@ arXiv:2306.01708) and `dare` (Yu et al. 2023, arXiv:2311.03099) first drop small
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from strategies.errors import ConfigError
+from strategies.small_files import read_object
 from trainer.tuning.start import SETTINGS, WEIGHTS, read_settings
 
 
@@ -102,7 +102,7 @@ def combine(
 
     if wrong := problems(settings):
         raise ConfigError(wrong)
-    first = json.loads((Path(settings.adapters[0]).expanduser() / SETTINGS).read_text(encoding="utf-8"))
+    first = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
     base = str(settings.base or first["base_model_name_or_path"])
     try:
         auto = auto_class(ModelKind.causal, AutoConfig.from_pretrained(base, local_files_only=True))

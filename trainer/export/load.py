@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from strategies.errors import ConfigError
+from strategies.small_files import read_object
 from trainer.model.architecture import auto_class
 from trainer.model.config import ModelKind
 
@@ -64,7 +64,7 @@ def _base(directory: Path, base_path: str | None, transformers: Any, dtype: Any,
             )
         model = _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
         return model, lambda model, directory: model
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings = read_object(settings_file)
     base = base_path or settings["base_model_name_or_path"]
     if settings["task_type"] == "SEQ_CLS":
         from safetensors import safe_open

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from strategies.small_files import read_object
+
 
 def hub_name(base_path: str) -> tuple[str, str | None]:
     """(hub id, commit) of a snapshot in the hub's cache, or (the directory itself, None)."""
@@ -23,7 +25,7 @@ def stored_type(directory: Path) -> torch.dtype:
     from safetensors import safe_open
 
     settings = directory / "config.json"
-    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("quantization_config"):
+    if settings.is_file() and read_object(settings).get("quantization_config"):
         return torch.bfloat16
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     with safe_open(str(min(directory.glob("*.safetensors"))), framework="pt") as handle:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import runtime as processes
-from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError
+from strategies.errors import ConfigError, Preempted, ShardtuneError, StorageError, is_panic, tokenizer_panic
 from strategies.flight import Exchange
 from strategies.heartbeat import LOST_PEER, WAITED, Behind, CutOff, Heartbeats, Silent
 from strategies.meeting import Meeting
@@ -175,7 +175,10 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
                 clear_failure(where.run_dir)
         except NotOurs:
             raise
-        except BaseException as error:
+        except BaseException as caught:
+            error: BaseException = caught
+            if is_panic(caught):  # no Exception: nobody further out would take it for an error
+                error = tokenizer_panic(caught, "a tokenizer of this run")
             request.must_save()  # this thread writes down how it ended
             if where.lease is not None:
                 where.lease.check()
@@ -191,7 +194,9 @@ def attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterato
                     write_status(where.run_dir, state, step=where.step, reason=reason)
             else:
                 _record(where, rank, error)
-            raise
+            if error is caught:
+                raise
+            raise error from caught
 
 
 def _record(where: Where, rank: int, error: BaseException) -> None:

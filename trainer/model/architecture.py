@@ -42,12 +42,11 @@ def architecture(
     before = set_dropout(model_config, config.dropout)
     try:
         model, attention = _built(kind, model_config, config, attention)
-    except (
-        ValueError,
-        ImportError,
-        AttributeError,
-    ) as error:  # the last: of classes whose configuration has no such part
+    # A class fails in its own way over a configuration that it does not know: a rope type, an activation, a missing part.
+    except (ValueError, ImportError, AttributeError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
+        if isinstance(error, LookupError):
+            reason = f"its config.json names {reason}, which this transformers does not know"
         raise ConfigError(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"

@@ -250,7 +250,17 @@ def dequantizer(config: Any, path: str) -> Any:
         return None
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
-    settings = AutoQuantizationConfig.from_dict(dict(settings)) if isinstance(settings, dict) else settings
+    try:
+        settings = AutoQuantizationConfig.from_dict(dict(settings)) if isinstance(settings, dict) else settings
+    except Exception as error:  # an unknown method, or fields that a known one lacks
+        raise ConfigError(
+            f"model.path={path}: the quantization_config of its config.json cannot be read "
+            f"({' '.join(str(error).split())[:160]}); take the model's unquantised checkpoint"
+        ) from error
+    if not hasattr(settings, "quant_method"):
+        raise ConfigError(
+            f"model.path={path}: config.json has quantization_config={settings!r:.80}, which names no method; mend it there"
+        )
     kind = str(getattr(settings.quant_method, "value", settings.quant_method))
     if kind not in READABLE:
         raise ConfigError(

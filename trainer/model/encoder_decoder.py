@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
+from strategies.small_files import read_object
 from trainer.model.config import ModelKind
 from trainer.model.weights import Checkpoint
 
@@ -34,13 +34,13 @@ class EncoderDecoder:
 
 def read_config(path: str | None) -> dict[str, Any] | None:
     """The config.json of a model directory; None where there is none to be read (a hub id)."""
-    try:
-        found = (
-            None if path is None else json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError):
+    if path is None:
         return None
-    return found if isinstance(found, dict) else None
+    file = Path(path).expanduser() / "config.json"
+    try:
+        return read_object(file) if file.exists() else None
+    except (OSError, ConfigError):  # which says what is wrong once the model itself is read
+        return None
 
 
 def problems(
@@ -92,17 +92,19 @@ def start_token(config: Any, directory: Path) -> int:
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         try:
-            start = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get(
-                "decoder_start_token_id"
-            )
-        except (OSError, ValueError):
+            start = read_object(directory / "generation_config.json").get("decoder_start_token_id")
+        except ConfigError:  # there need not be one
             start = None
     if start is None:
         raise ConfigError(
             f"model.path={directory}: neither config.json nor generation_config.json names decoder_start_token_id, the "
             "token that the decoder begins with; add it to config.json"
         )
-    return int(start)
+    if not isinstance(start, int):
+        raise ConfigError(
+            f"model.path={directory}: decoder_start_token_id={start!r} is no token's number; mend it there"
+        )
+    return start
 
 
 def finish(model: Any, directory: Path) -> EncoderDecoder:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import ConfigError
+from strategies.small_files import read_object, refuse_irregular
 
 INDEX = "model.safetensors.index.json"
 LFS = b"version https://git-lfs"
@@ -66,15 +67,7 @@ class Files:
     def _index(self) -> dict[str, Path]:
         listing = self.directory / INDEX
         if listing.exists():
-            weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-            root = self.directory.resolve()
-            files = {name: self.directory / file for name, file in weight_map.items()}
-            for file in set(files.values()):
-                if root not in file.absolute().parents or ".." in file.parts:
-                    raise DataError(f"{listing}: names a file outside the model directory: {file}")
-                if not file.exists():
-                    raise DataError(f"{listing}: names {file.name}, which is missing; download the model again")
-            return files
+            return _files_of_index(listing)
         found: dict[str, Path] = {}
         for file in sorted(self.directory.glob("*.safetensors")):
             found.update(dict.fromkeys(self._handle(file).keys(), file))
@@ -94,12 +87,12 @@ class Files:
         try:
             return self._handle(file).get_slice(stored)
         except SafetensorError as error:
-            raise DataError(
+            raise ConfigError(
                 f"{file}: does not hold {stored}, which {INDEX} places there ({str(error)[:120]}); download the model again"
             ) from error
 
     def open_all(self) -> None:
-        """Open every file; raises DataError for one that is not whole."""
+        """Open every file; raises ConfigError for one that is not whole."""
         for file in set(self._files.values()):
             self._handle(file)
 
@@ -133,6 +126,27 @@ class Files:
         return self.rows(stored, first, last).reshape(-1)[start - first * row : stop - first * row]
 
 
+def _files_of_index(listing: Path) -> dict[str, Path]:
+    """The file of each tensor, as an index of shards has it. Raises ConfigError for what is no such index."""
+    directory = listing.parent
+    weight_map = read_object(listing).get("weight_map")
+    again = "it was cut off or changed: download it again"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{listing}: has no weight_map that names a file for each tensor; {again}")
+    root = directory.resolve()
+    files: dict[str, Path] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ConfigError(f"{listing}: names no file for {name}, but {json.dumps(file)[:80]}; {again}")
+        files[name] = directory / file
+    for path in set(files.values()):
+        if root not in path.absolute().parents or ".." in path.parts:
+            raise ConfigError(f"{listing}: names a file outside the model directory: {path}")
+        if not path.exists():
+            raise ConfigError(f"{listing}: names {path.name}, which is missing; download the model again")
+    return files
+
+
 def _read_ahead(paths: list[Path]) -> None:
     for path in paths:
         with suppress(OSError), path.open("rb") as file:
@@ -141,22 +155,28 @@ def _read_ahead(paths: list[Path]) -> None:
 
 
 def _opened(file: Path) -> Any:
-    """A file ready to be read from; raises DataError that says what is wrong with it."""
+    """A file ready to be read from; raises ConfigError that says what is wrong with it."""
     from safetensors import safe_open
 
+    refuse_irregular(file)
     try:
         return safe_open(str(file), framework="pt").__enter__()
     except Exception as error:
-        with file.open("rb") as raw:
-            begins = raw.read(len(LFS))
+        try:
+            with file.open("rb") as raw:
+                begins = raw.read(len(LFS))
+        except OSError as unreadable:
+            raise ConfigError(
+                f"{file}: cannot be read ({unreadable.strerror or unreadable}); see to its permissions"
+            ) from unreadable
         if begins == LFS:
-            raise DataError(
+            raise ConfigError(
                 f"{file}: is a pointer that git-lfs left in the place of the weights; run `git lfs pull` in the model's "
                 "directory, or download the model again"
             ) from error
         if "mmap" in str(error):  # no room for so large a file among this process's addresses
             return safe_open(str(file), framework="pt", backend="pread").__enter__()
-        raise DataError(
+        raise ConfigError(
             f"{file}: is no whole safetensors file ({str(error)[:160]}); it was cut off or changed: download it again"
         ) from error
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, is_panic, tokenizer_panic
+from strategies.small_files import check_small_files, read_object
 from trainer.model.config import ModelConfig
 from trainer.model.files import Files
 
 WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
 """What of a hub model a run reads."""
+MOST_LAYERS = 10_000
+MOST_WIDTH = 1 << 24
+DEPTHS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
+WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads")
+"""Sizes that decide what a model takes, each far above those of any model that exists."""
+SHARED_LAYERS = 200
+"""Layers that a model may have whatever the number of its tensors: ALBERT has one group of weights for all of its layers."""
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What every configuration has, by one name or another, and no model can be without."""
 
@@ -59,6 +66,8 @@ def load_model_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     path = resolve_path(config)
+    if Path(path).is_dir():
+        check_small_files(Path(path))
     try:
         found = AutoConfig.from_pretrained(
             path,
@@ -66,8 +75,8 @@ def load_model_config(config: ModelConfig) -> Any:
             local_files_only=not config.download,
             trust_remote_code=config.trust_remote_code,
         )
-    # A value of the wrong type, or that does not go with another.
-    except (StrictDataclassError, ArithmeticError, TypeError) as error:
+    # A value of the wrong type, or that does not go with another, or that names nothing.
+    except (StrictDataclassError, ArithmeticError, TypeError, AttributeError, LookupError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.path={path}: its config.json cannot be read: {said[:300]}; mend it there") from error
     except (OSError, ValueError) as error:
@@ -78,18 +87,44 @@ def load_model_config(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model.path={path}: config.json has {', '.join(senseless)}, where at least 1 is needed; mend it there"
         )
+    refuse_huge(found, path)
     return found
+
+
+def refuse_huge(settings: Any, path: str) -> None:
+    """Raise ConfigError for a configuration of a model that no memory and no patience would hold, before it is built."""
+    text = settings.get_text_config()
+    huge: list[str] = []
+    for names, most in ((DEPTHS, MOST_LAYERS), (WIDTHS, MOST_WIDTH)):
+        for name in names:
+            value = vars(text).get(text.attribute_map.get(name, name))
+            if isinstance(value, int) and value > most:
+                huge.append(f"{name}={value} (at most {most:,})")
+    if huge:
+        raise ConfigError(
+            f"model.path={path}: config.json has {', '.join(huge)}, more than any model has; download it again"
+        )
 
 
 def check_files(config: ModelConfig) -> None:
     """Raise now, before data is prepared, what is wrong with config.json or with a file of weights; reads headers alone.
 
-    The rest is asked of the kernel, so that it is read meanwhile. Errors: ConfigError, DataError.
+    The rest is asked of the kernel, so that it is read meanwhile. Errors: ConfigError.
     """
-    load_model_config(config)
-    files = Files(weights_directory(config))
+    settings = load_model_config(config)
+    directory = weights_directory(config)
+    check_small_files(directory)
+    files = Files(directory)
     try:
         files.open_all()
+        layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
+        tensors = len(files.names())
+        # Every layer has tensors of its own, but in architectures that share them, which are never deep.
+        if isinstance(layers, int) and layers > max(tensors, SHARED_LAYERS):
+            raise ConfigError(
+                f"{directory}: config.json has num_hidden_layers={layers}, and the weights are {tensors} tensors; they are "
+                "not of one model: download it again"
+            )
         files.expect()
     finally:
         files.close()
@@ -110,11 +145,7 @@ def _config_error(path: str, error: Exception) -> ConfigError:
     if "does not recognize this architecture" in str(error):
         import transformers
 
-        kind = (
-            json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if directory.is_dir()
-            else "its"
-        )
+        kind = read_object(directory / "config.json").get("model_type") if directory.is_dir() else "its"
         return ConfigError(
             f"model.path={path}: transformers {transformers.__version__} does not know the model_type {kind!r}; install a newer "
             "transformers, or set model.trust_remote_code=true where the model brings code that you trust"
@@ -134,6 +165,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     path = resolve_path(config, config.tokenizer)
+    if Path(path).is_dir():
+        check_small_files(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,
@@ -141,7 +174,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
             local_files_only=not config.download,
             trust_remote_code=config.trust_remote_code,
         )
-    except Exception as error:  # a broken file fails in the tokenizers library, which knows one type alone
+    except BaseException as error:  # a broken file fails in the tokenizers library, which knows one type, or panics
+        if is_panic(error):
+            raise tokenizer_panic(error, path) from error
+        if not isinstance(error, Exception):
+            raise
         if Path(path).is_dir():
             if config.tokenizer is None:
                 load_model_config(config)  # which says so where it is the configuration that cannot be read
@@ -173,7 +210,13 @@ def generation_config(config: ModelConfig, model_config: Any, decoder_start: int
 
     directory = weights_directory(config)
     if (directory / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(directory)
+        place = directory / "generation_config.json"
+        read_object(place)
+        try:
+            found = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # of a value that no field takes
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{place}: cannot be used ({said}); mend or delete it") from error
     else:
         found = GenerationConfig.from_model_config(model_config)
     if decoder_start is not None:

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from strategies.small_files import read_object
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -181,8 +183,10 @@ def holdings(name: str, revision: str | None) -> dict[str, Any]:
     lacking: list[str] = []
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        lacking = sorted(wanted - {file for file, _ in files})
+        present = {file for file, _ in files}
+        weight_map = read_object(index).get("weight_map")
+        if isinstance(weight_map, dict):  # else the model itself is refused when it is read
+            lacking = sorted({str(file) for file in weight_map.values()} - present)
     return {"files": len(files), "digest": hashlib.sha256(repr(files).encode()).hexdigest()[:12], "lacking": lacking}
 
 

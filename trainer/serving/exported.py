@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
+from strategies.small_files import check_small_files, read_object
+from trainer.tuning.adapter_fields import wrong_field
 
 ADAPTER, BOTTLENECK, WHOLE = "adapter_config.json", "bottleneck_config.json", "config.json"
 UNFIT = {
@@ -53,16 +54,18 @@ def find_export(named: str) -> Exported:
 
 
 def _read(path: Path, file: str, name: str) -> Exported:
-    try:
-        settings = json.loads((path / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path / file}: cannot be read ({error})") from error
+    check_small_files(path)
+    settings = read_object(path / file)
+    if file == ADAPTER and (wrong := wrong_field(settings)) is not None:
+        raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
     if file == WHOLE:
         base, kind = None, _kind(settings)
     else:
         base, kind = settings.get("base_model_name_or_path"), settings.get("task_type")
         if not base:
             raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
+        if Path(str(base)).is_dir():
+            check_small_files(Path(str(base)))
     if kind in UNFIT:
         raise ConfigError(f"{path}: is {UNFIT[kind]}; shardtune evaluate asks such models")
     return Exported(path, name, base, settings)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
+from strategies.small_files import read_object
 from trainer.tuning.added import Added
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
@@ -115,7 +116,7 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    stored = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    stored = read_object(directory / CONFIG_FILE)
     settings = BottleneckConfig(
         placement=Placement(stored["placement"]),
         size=stored["size"],

@@ -12,7 +12,7 @@ from strategies.errors import ConfigError
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import AdapterConfig, BaseReader
 from trainer.tuning.replica import ADAPTER
-from trainer.tuning.stored import StoredAdapter
+from trainer.tuning.stored import StoredAdapter, peft_settings
 
 
 class Folded:
@@ -47,10 +47,8 @@ class _Fold:
     """One adapter directory on one architecture."""
 
     def __init__(self, model: nn.Module, directory: str) -> None:
-        from peft import PeftConfig
-
         key, path = "model.adapters", Path(directory).expanduser()
-        settings: Any = PeftConfig.from_pretrained(str(path))
+        settings: Any = peft_settings(path, key)
         settings.inference_mode = False
         self.tuning = Adapter(AdapterConfig())
         self.model = self.tuning.wrap(copy.deepcopy(model), settings)

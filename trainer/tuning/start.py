@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from strategies.errors import ConfigError
+from strategies.small_files import read_object
+from trainer.tuning.adapter_fields import wrong_field
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.config import BoftConfig, Ia3Config, LohaConfig, LokrConfig, OftConfig, PeftConfig, VeraConfig
 from trainer.tuning.table import METHODS, TYPES, method_of
@@ -53,9 +55,12 @@ def read_settings(directory: str | Path) -> dict[str, Any] | str:
     if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
         return f"holds no {SETTINGS} and {WEIGHTS}; give the directory of an adapter, such as runs/x/export"
     try:
-        return dict(json.loads((path / SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        settings = read_object(path / SETTINGS)
+    except ConfigError as error:
         return f"its {SETTINGS} cannot be read ({error}); write the adapter again"
+    if (wrong := wrong_field(settings)) is not None:
+        return f"its {SETTINGS} has {wrong}; write the adapter again"
+    return settings
 
 
 def adapter_hash(directory: str | Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.tuning.read_back import keys_in_file
 from trainer.tuning.replica import ADAPTER
-from trainer.tuning.start import WEIGHTS, difference
+from trainer.tuning.start import SETTINGS, WEIGHTS, difference, read_settings
 
 _OURS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
 """Fields that say how a model is wrapped, not what an adapter computes."""
@@ -32,6 +32,21 @@ def file_names(tuned: nn.Module) -> dict[str, str]:
     names = {id(mark): name for name, mark in marks.items()}
     other = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored)  # type: ignore[index,union-attr]
     return {names[id(mark)]: other.get(key) or key for key, mark in stored.items()}
+
+
+def peft_settings(directory: str | Path, key: str) -> Any:
+    """What peft makes of the adapter_config.json of a directory that the setting `key` names. Errors: ConfigError."""
+    from peft import PeftConfig
+
+    path = Path(directory).expanduser()
+    if isinstance(wrong := read_settings(path), str):
+        raise ConfigError(f"{key}={directory}: {wrong}")
+    try:
+        return PeftConfig.from_pretrained(str(path))
+    except Exception as error:  # a field that no method has, or a value that none takes
+        raise ConfigError(
+            f"{key}={directory}: peft cannot read its {SETTINGS} ({' '.join(str(error).split())[:200]}); write the adapter again"
+        ) from error
 
 
 class StoredAdapter:
@@ -90,9 +105,7 @@ class StoredAdapter:
 
 def check_settings(settings: Any, directory: str | Path, key: str) -> None:
     """Refuse a directory whose adapter computes something else than peft's `settings` do. Errors: ConfigError."""
-    from peft import PeftConfig
-
-    theirs, ours = PeftConfig.from_pretrained(str(Path(directory).expanduser())).to_dict(), settings.to_dict()
+    theirs, ours = peft_settings(directory, key).to_dict(), settings.to_dict()
     differing = [
         f"{name}={theirs[name]} in its adapter_config.json, {ours[name]} here"
         for name in difference(ours, theirs)

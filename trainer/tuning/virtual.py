@@ -11,7 +11,6 @@ right. To generate from an export, load the base with transformers and call `loa
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.runtime import derive_seed
+from strategies.small_files import read_object
 from trainer.tuning.added import Added, is_causal
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import PrefixConfig, PromptConfig, PromptInit, VirtualConfig
@@ -188,7 +188,7 @@ def load(model: Any, directory: str | Path) -> Any:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    stored = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    stored = read_object(directory / "adapter_config.json")
     if stored["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
         raise ConfigError(f"{directory}: holds {stored['peft_type']}, not virtual tokens; load it with peft")
     state = load_file(directory / "adapter_model.safetensors")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from strategies.errors import ConfigError, DataError
+from strategies.errors import ConfigError, DataError, is_panic, tokenizer_panic
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
@@ -141,7 +141,13 @@ class Encoder:
     def encodings(self, rendered: list[Rendered]) -> tuple[list[Encoding], list[Rendered]]:
         """The tokens of texts, and the texts as their offsets mean them."""
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs below
-        encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
+        texts = [text.text for text in rendered]
+        try:
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:
+            if is_panic(error):  # a pattern without end, for example
+                raise tokenizer_panic(error, self.tokenizer.name_or_path) from error
+            raise
         meant = list(rendered)
         for number, text in enumerate(rendered):
             if text.apart:

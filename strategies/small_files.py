@@ -1,0 +1,84 @@
+"""The one door to small files of a model's or an adapter's directory, which somebody else may have written.
+
+Of such a file only that much is believed: it is a regular file (or a link to one, as in the hub's cache), no larger than makes
+sense, UTF-8, and JSON of a reasonable depth. A pipe would be waited for without end, a device has no end, and a library that
+reads a torn file ends in a traceback that names none.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+
+MOST_BYTES = 16 << 20
+MOST_BYTES_OF = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 256 << 20, "tokenizer.model": 256 << 20}
+"""Files that grow with the vocabulary or the number of tensors; the largest known are near 40 MB."""
+OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "adapter_config.json",
+    "bottleneck_config.json",
+)
+"""What libraries read as one JSON object, small enough to be looked at first."""
+OTHERS = (
+    *("model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json", "*.jinja", "*.model"),
+    "additional_chat_templates/*.jinja",
+)
+"""What libraries read beside them."""
+
+
+def refuse_irregular(path: Path, *, most_bytes: int | None = None) -> None:
+    """Raise ConfigError if a file that is there is no regular one, cannot be looked at, or is larger than `most_bytes`."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: is a pipe, a device or a directory, not a regular file; download it again")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise ConfigError(
+            f"{path}: has {status.st_size:,} bytes, and such a file has at most {most_bytes:,}; download it again"
+        )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
+    refuse_irregular(path, most_bytes=MOST_BYTES_OF.get(path.name, MOST_BYTES))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deep to be read; download it again") from error
+    except ValueError as error:  # no UTF-8, no JSON: an interrupted copy
+        raise ConfigError(
+            f"{path}: is not valid JSON ({error}); it was cut off or changed: download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a JSON {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def check_small_files(directory: Path) -> None:
+    """Look at every small file that a library would read in a model's or an adapter's directory. Raises ConfigError."""
+    for name in OBJECTS:
+        path = directory / name
+        if path.exists() or path.is_symlink():
+            read_object(path)
+    for pattern in OTHERS:
+        for path in directory.glob(pattern):
+            refuse_irregular(path, most_bytes=MOST_BYTES_OF.get(path.name, MOST_BYTES))
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path}: cannot be read ({error.strerror or error}); see to its permissions, or download it again"
+    )

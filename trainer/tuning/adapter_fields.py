@@ -1,0 +1,35 @@
+"""The fields of an adapter_config.json that are computed with, and the kind of value that each must have. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout", "oft_block_size", "boft_block_size", "num_virtual_tokens")
+TEXTS = ("peft_type", "task_type", "bias", "base_model_name_or_path")
+TABLES = ("rank_pattern", "alpha_pattern")
+NAMES = ("target_modules", "modules_to_save", "target_parameters")
+"""A list of names, or one regular expression."""
+
+
+def wrong_field(settings: dict[str, Any]) -> str | None:
+    """The first field whose value is of the wrong kind, in words; None if there is none. A missing field or null is right."""
+    for name, value in settings.items():
+        if value is None:
+            continue
+        said = f"{name}={json.dumps(value)[:80]}"
+        if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return f"{said}, which is no number"
+        if name in TEXTS and not isinstance(value, str):
+            return f"{said}, which is no text"
+        if name in TABLES and not isinstance(value, dict):
+            return f"{said}, which is no table of numbers by names"
+        if name in NAMES and not _are_names(value):
+            return f"{said}, which is no list of names"
+    return None
+
+
+def _are_names(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
