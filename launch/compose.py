@@ -24,13 +24,14 @@ from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError
 from strategies.hardware import Gpu, best_precision
 from strategies.redaction import secret_in
-from trainer.config.resuming import flat
+from trainer.config.resuming import flat, plain
 from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
 from trainer.config.validate import problems_of
 from trainer.data.config import SourceConfig
 from trainer.evaluation.base import TaskConfig
 from trainer.export.config import settle_merge
 from trainer.optim.config import GroupRule
+from trainer.records.settings_file import literal
 from trainer.tuning.start import settle as settle_start
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
 
     Raises ConfigError with every problem: also for a word of another group than `allowed`, and where the result could not run.
     """
-    from omegaconf import OmegaConf
-
     parsed = overrides.parse(argv)
     fresh, problems = _base(parsed.choices)
     typed = {key: word for key, _, word in parsed.values} | {g: f"{g}={choice}" for g, choice in parsed.choices.items()}
@@ -78,7 +77,7 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
         for key, word in typed.items()
         if key.split(".")[0] not in allowed
     ]
-    tree = OmegaConf.structured(config)
+    tree = _tree_of(config)
     for group in {"launcher", *parsed.choices} & {*variants()}:
         tree[group] = fresh[group]
     tree.run.device = Device.auto
@@ -90,6 +89,33 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
         raise ConfigError(problems)
     _resolve(found)
     return found
+
+
+def with_words(config: RunConfig, argv: list[str]) -> RunConfig:
+    """A frozen configuration with words on top of it; everything else stays. Errors: ConfigError with every problem."""
+    parsed = overrides.parse(argv)
+    tree = _tree_of(config)
+    problems = parsed.problems or _apply(tree, parsed)
+    found = _to_config(tree, problems)
+    if found is None or problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _tree_of(config: RunConfig) -> Any:
+    """A frozen configuration as OmegaConf has it. `${...}` in it stays text, as somebody else may have written it."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.structured(RunConfig)
+    for group in variants():
+        tree[group] = OmegaConf.structured(type(getattr(config, group)))
+    return OmegaConf.merge(tree, literal(plain(config)))
+
+
+def typed_keys(argv: list[str]) -> set[str]:
+    """The settings that words set, by full key, and tables of which the whole was typed."""
+    parsed = overrides.parse(argv)
+    return {key for key, _, _ in parsed.values} | parsed.replaced | {key for key, _ in parsed.defaults}
 
 
 def refusals(config: RunConfig) -> list[str]:
@@ -234,7 +260,7 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     try:
-        OmegaConf.resolve(tree)
+        # Once: what `literal` has escaped would be looked up by a second resolution.
         config: Any = OmegaConf.to_object(tree)
     except InterpolationResolutionError as error:
         said = str(error).splitlines()[0].removesuffix(".")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launch import trusted
 from strategies.errors import ConfigError
 
 INSIDE = "SHARDTUNE_INSIDE"
@@ -71,6 +72,11 @@ def _named(tree: Mapping[str, Any]) -> Iterator[Path]:
     """What the settings name on this host's disks."""
     yield Path.cwd()
     yield Path(tree["data"]["cache_dir"])
+    typed = trusted.directory()
+    if (
+        typed is not None and typed.is_dir()
+    ):  # else the run's verbs would ask in the container for what was typed outside
+        yield typed
     sources = [source.get("path") for source in (tree["data"].get("sources") or {}).values()]
     given = [tree["model"]["path"], tree["model"].get("tokenizer"), tree["data"].get("eval_path"), tree["data"]["path"]]
     for value in [*given, *sources]:

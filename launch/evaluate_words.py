@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from launch.export_words import ACCEPT, accepted_kinds
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.outside import OutsideValue
     from trainer.config.run import RunConfig
     from trainer.evaluate import EvaluationJob
 
@@ -20,8 +21,12 @@ OWN = ("against", "checkpoint", "to", "adapter", "run.dir", ACCEPT)
 """Words that are no settings."""
 ALLOWED = frozenset({"evaluation", "strategy", "launcher", "run", "precision", "logging"})
 """Groups of settings that can be typed beside a run."""
+AGAINST = "against."
+"""Before a setting: it allows what the run of `against=` reaches out to."""
 SERVER = "evaluation.server"
 """The group whose address may be typed without `.url`."""
+UNUSED = {"model.download", "export.answers", "challenges.forgetting.data"}
+"""Settings that an evaluation of a run does without: a model that is in the cache needs no download."""
 PLAIN = ("loss", "bits_per_byte", "token_accuracy")
 """Tasks of a language model's run where none are asked for."""
 
@@ -33,6 +38,14 @@ class EvaluationWords:
     run: Path | None
     own: dict[str, str]
     settings: list[str]
+    allowing: list[str] = field(default_factory=list)
+    """Settings typed with `against.` before them: they allow what the other run reaches out to."""
+    command: list[str] = field(default_factory=list)
+    """All words as they were typed, the verb first, for messages."""
+    prefix: str = ""
+    """What stands before a word of `command` that allows what this run reaches out to."""
+    compared_with: EvaluationPlan | None = None
+    """The evaluation that this one is for, if it is that of `against=`: the same tasks are asked."""
 
 
 @dataclass(slots=True)
@@ -52,6 +65,10 @@ class EvaluationPlan:
 
 def sort(argv: list[str]) -> EvaluationWords:
     """The words. Errors: ConfigError with every problem."""
+    from launch.read_run import take_words
+
+    command = ["evaluate", *argv]
+    allowing, argv = take_words(argv, AGAINST)
     runs, own, settings, problems = [], dict[str, str](), list[str](), []
     for word in argv:
         key, assigned, value = word.partition("=")
@@ -95,17 +112,25 @@ def sort(argv: list[str]) -> EvaluationWords:
         problems.append(f"checkpoint={own['checkpoint']}: is of a run; name the run, or leave it out")
     if problems:
         raise ConfigError(problems)
-    return EvaluationWords(Path(runs[0]).expanduser() if runs else None, own, settings)
+    return EvaluationWords(Path(runs[0]).expanduser() if runs else None, own, settings, allowing, command)
 
 
 def plan(asked: EvaluationWords) -> EvaluationPlan:
     """What to do, checked as far as that goes without a model. Errors: ConfigError with every problem, DataError."""
+    from launch.read_run import is_own
     from trainer.evaluate import EvaluationJob
 
     to = asked.own.get("to")
     if asked.run is not None:
         config, checkpoint, accepted = _of_run(asked.run, asked)
-        job = EvaluationJob(to=to or str(asked.run), run=str(asked.run), checkpoint=checkpoint, accepted=accepted)
+        own = is_own(asked.run)
+        job = EvaluationJob(
+            to=to or str(asked.run if own else Path("runs") / f"evaluate-{asked.run.resolve().name}"),
+            run=str(asked.run),
+            checkpoint=checkpoint,
+            accepted=accepted,
+            recorded=own,
+        )
     else:
         path = next(word.partition("=")[2] for word in asked.settings if word.startswith("model.path="))
         job = EvaluationJob(to=to or str(Path("runs") / f"evaluate-{Path(path).name}"))
@@ -137,20 +162,50 @@ def _missing_model(config: RunConfig) -> list[str]:
 
 def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str]]:
     """The run's configuration with the words on top, the checkpoint, and how the base differs where that is accepted."""
-    from launch.compose import load_frozen, recompose
+    from launch.compose import recompose
     from launch.export import find_checkpoint
+    from launch.read_run import ReadingVerb, read_run
     from trainer.config.run import kept_matmul
     from trainer.lifecycle.base_files import use_recorded_base
 
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
         raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
-    frozen = load_frozen(run / "config.yaml")
-    checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), frozen.checkpoint)
-    accepted = use_recorded_base(frozen, run, accepted_kinds(asked.own), teacher=True)
-    frozen.run.dir, frozen.run.resume = None, "auto"
-    frozen.run.matmul = kept_matmul(frozen)
-    return recompose(frozen, asked.settings, ALLOWED), str(checkpoint), accepted
+
+    def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
+        frozen.run.dir, frozen.run.resume = None, "auto"
+        frozen.run.matmul = kept_matmul(frozen)
+        if asked.compared_with is not None:
+            frozen.evaluation = copy.deepcopy(asked.compared_with.config.evaluation)
+        return recompose(frozen, words, ALLOWED)
+
+    # The tasks of an evaluation that another one is compared with are that one's.
+    settled = frozenset[str]() if asked.compared_with is None else frozenset({"evaluation"})
+    verb = ReadingVerb(asked.command, _needs, asked.prefix, ALLOWED, settled)
+    config = read_run(run, verb, asked.settings, with_own_words)
+    checkpoint = find_checkpoint(run, asked.own.get("checkpoint", "last"), config.checkpoint)
+    accepted = use_recorded_base(config, run, accepted_kinds(asked.own), teacher=True)
+    return config, str(checkpoint), accepted
+
+
+def _needs(value: OutsideValue, config: RunConfig) -> bool:
+    """Whether an evaluation of a run uses a value that reaches out of it."""
+    from trainer.config.reach import Reach
+    from trainer.evaluation.tasks.registry import asks_judge, prepares_data
+
+    tasks = config.evaluation.tasks
+    reads_data = not tasks or any(prepares_data(task) for task in tasks.values())
+    if any(key.startswith("evaluation.judge.") for key in value.settings):
+        return any(asks_judge(task) for task in tasks.values())
+    if value.reach is Reach.tracker or UNUSED & value.settings.keys():
+        return False
+    if "data.remote" in value.settings:
+        return reads_data or any(str(task.path) in str(value.identity) for task in tasks.values() if task.path)
+    if "data.cache_dir" in value.settings or "data.streaming" in value.settings:
+        return reads_data
+    if "strategy.nvme_path" in value.settings:
+        return "nvme" in (config.strategy.offload_optimizer, config.strategy.offload_parameters)  # type: ignore[attr-defined]
+    return True
 
 
 def _of_model(asked: EvaluationWords, path: str, directory: Path) -> RunConfig:
@@ -260,7 +315,7 @@ def _few_bits(config: RunConfig, typed: list[str]) -> Iterator[str]:
         yield f"model.path={path}: lies in few bits ({kit}), of which only causal language models are evaluated"
 
 
-def _against(made: EvaluationPlan, value: str, words: EvaluationWords) -> None:
+def _against(made: EvaluationPlan, value: str, asked: EvaluationWords) -> None:
     """What `against` means: base, a report, a run, a model. Errors: ConfigError."""
     from trainer.evaluation.report.record import REPORT, read
 
@@ -283,11 +338,7 @@ def _against(made: EvaluationPlan, value: str, words: EvaluationWords) -> None:
         read(path, "against")
         made.job = replace(made.job, report=str(path), gate=True, against=value)
     elif (path / "config.yaml").is_file():
-        own = {"to": str(Path(made.job.to) / "against")}
-        if ACCEPT in words.own:
-            own[ACCEPT] = words.own[ACCEPT]
-        asked = EvaluationWords(path, own, [])
-        other = plan(asked_like(asked, made))
+        other = plan(_other_run(path, made, asked))
         made.other = replace_evaluation(other, made)
         made.job = replace(made.job, report=str(Path(other.job.to) / REPORT), against=value)
     elif (path / "config.json").is_file():
@@ -315,11 +366,15 @@ def _other(made: EvaluationPlan, config: RunConfig, what: str) -> EvaluationPlan
     return other
 
 
-def asked_like(asked: EvaluationWords, made: EvaluationPlan) -> EvaluationWords:
-    """The other run's words: started as this one is."""
+def _other_run(run: Path, made: EvaluationPlan, asked: EvaluationWords) -> EvaluationWords:
+    """The words of the run that is compared with: started as this one is, and allowed what was typed for it."""
     config = made.config
     words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
-    return EvaluationWords(asked.run, asked.own, [*words, f"strategy={config.strategy.name}"])
+    words += [f"strategy={config.strategy.name}", *asked.allowing]
+    own = {"to": str(Path(made.job.to) / "against")}
+    if ACCEPT in asked.own:
+        own[ACCEPT] = asked.own[ACCEPT]
+    return EvaluationWords(run, own, words, command=asked.command, prefix=AGAINST, compared_with=made)
 
 
 def replace_evaluation(other: EvaluationPlan, made: EvaluationPlan) -> EvaluationPlan:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from launch.export_words import ACCEPT, accepted_kinds, destination, gates_of, p
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.outside import OutsideValue
     from strategies.runtime import Runtime
     from trainer.checkpoints.config import CheckpointConfig
     from trainer.config.run import RunConfig
@@ -89,17 +91,19 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> dict[str, Any]:
     """Do what the words say; where everything is. Errors: ConfigError, StorageError, DriftError."""
-    from launch.compose import load_frozen
+    from launch.read_run import ReadingVerb, read_run, take_words
     from trainer.gates.judge import record
     from trainer.lifecycle.base_files import use_recorded_base
 
     dry = "--dry-run" in argv
+    command = ["export", *argv]
     argv, typed, problems = gates_of([word for word in argv if word != "--dry-run"])
+    allowing, argv = take_words(argv)
     words, more = parse(argv, KEYS)
     if problems := [*problems, *more]:
         raise ConfigError(problems)
     run_dir = run_named(words)
-    config = load_frozen(run_dir / "config.yaml")
+    config = read_run(run_dir, ReadingVerb(command, partial(_needs, words)), allowing)
     settle(config, words)
     averaged = []
     if "average" in words:
@@ -146,6 +150,17 @@ def run(argv: list[str]) -> dict[str, Any]:
         answer["pushed"] = export_hub.push(hub)
     serve.print_lines(asked.to)
     return answer
+
+
+def _needs(words: dict[str, str], value: OutsideValue, config: RunConfig) -> bool:
+    """Whether an export with these words uses a value of the run that reaches out of it."""
+    from launch.read_run import uses_model_alone
+
+    if "export.answers" in value.settings:
+        return "answers" not in words
+    if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
+        return export_gguf.BITS in words  # which is fitted to rows
+    return uses_model_alone(value, config)
 
 
 def pass_gates(config: RunConfig, typed: dict[str, Any], asked: ExportRequest) -> JudgedGates | None:

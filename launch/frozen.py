@@ -20,6 +20,7 @@ from typing import Any
 
 from launch.choices import settings_of, variants
 from launch.own_files import own_files_may_apply
+from launch.trusted import remember_config
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
 from trainer.checkpoints.places import places_of, published
@@ -127,6 +128,7 @@ def freeze(composed: Composed, run_dir: Path, *, another_way: bool = False) -> P
     words = " ".join(json.dumps(word) for word in composed.overrides)
     header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {words}\n"
     write_text_atomic(path, header + to_yaml(config))
+    remember_config(config)
     return run_dir
 
 
@@ -351,6 +353,9 @@ def _identifying(tree: Any) -> dict[str, Any]:
     kept["batch"] = {**tree["batch"], "micro": asked_micro(tree["batch"], tree["substitutions"])}
     kept["strategy"] = asked_strategy(tree["strategy"], tree["substitutions"])
     kept["data"] = identifying(tree["data"])
+    if "teacher" in tree["objective"]:  # whether its code may run decides no result, and earlier runs do not say
+        teacher = {key: value for key, value in tree["objective"]["teacher"].items() if key != "trust_remote_code"}
+        kept["objective"] = {**tree["objective"], "teacher": teacher}
     return kept | {"run": {"seed": tree["run"]["seed"]}}
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     as_json = FLAG in argv
     words = [word for word in argv if word != FLAG]
     own = [word for word in words if word.split("=")[0].split(".")[0] in OWN]
-    froms = [word for word in words if word.startswith("from=")]
+    froms = [word for word in words if word.startswith(("from=", "from."))]
     words = [word for word in words if word not in (*own, *froms)]
     card, settings = read_own(own)
     from launch.compose import ranks_of
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     # What can be known to be wrong is said before data is prepared, which may take an hour.
     found, refused = ways(config, settings, typed, ranks_of(config))
     load_model_config(config.model)
-    measured = measured_by(froms, card, settings)
+    measured = measured_by(froms, card, settings, ["plan", *argv])
     job = job_of(config, measured.card)
     micros = micro_batches(job, config.batch["micro"] if "batch.micro" in typed else None)
     answer = sweep(found, refused, job, micros, settings, _progress())
@@ -74,11 +74,17 @@ def main(argv: list[str]) -> int:
     return 0 if answer.best is not None else 69
 
 
-def measured_by(words: list[str], card: Card, settings: PlanConfig) -> Calibrated:
+def measured_by(words: list[str], card: Card, settings: PlanConfig, command: list[str]) -> Calibrated:
     """The card as the run of `from=` found it, or as its file says. Errors: ConfigError."""
-    from launch.plan_from import Calibrated, calibrated
+    from launch.plan_from import ALLOWING, Calibrated, calibrated
+    from launch.read_run import take_words
     from strategies.errors import ConfigError
 
+    allowing, words = take_words(words, ALLOWING)
+    if wrong := [word for word in words if not word.startswith("from=")]:
+        raise ConfigError(f"{wrong[0]}: allows nothing; from.* takes what the run of from= reaches out to")
+    if allowing and not words:
+        raise ConfigError(f"{ALLOWING}{allowing[0]}: there is no run that it allows something; name one with from=")
     if len(words) > 1:
         raise ConfigError(f"{' '.join(words)}: a plan goes by one run; name one")
     named = [word.partition("=")[2] for word in words]
@@ -87,7 +93,7 @@ def measured_by(words: list[str], card: Card, settings: PlanConfig) -> Calibrate
     if not named:
         return Calibrated(card)
     print(f"simulating {named[0]} as it ran", file=sys.stderr, flush=True)
-    return calibrated(card, named[0], settings)
+    return calibrated(card, named[0], settings, allowing, command)
 
 
 def cards() -> list[str]:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from trainer.planning.hardware import Card
 
 
+ALLOWING = "from."
+"""Before a setting: it allows what the run of `from=` reaches out to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Calibrated:
     """A card, and in words what of it was measured by which run."""
@@ -27,9 +31,12 @@ class Calibrated:
     said: tuple[str, ...] = ()
 
 
-def calibrated(card: Card, run_dir: str, settings: PlanConfig) -> Calibrated:
-    """`card` with the figures of the run in `run_dir`, which is simulated. Raises ConfigError where it tells nothing of GPUs."""
-    config, facts, took = _read(Path(run_dir).expanduser())
+def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]) -> Calibrated:
+    """`card` with the figures of the run in `run_dir`, which is simulated. Raises ConfigError where it tells nothing of GPUs.
+
+    `allowing`: words that allow what the run reaches out to. `command`: all words that were typed, for messages.
+    """
+    config, facts, took = _read(Path(run_dir).expanduser(), allowing, command)
     named = took.get("device_name")
     if named != card.name:
         raise ConfigError(f"from={run_dir}: it ran on {named or 'an unnamed GPU'}, and hardware names {card.name}")
@@ -82,15 +89,16 @@ def _positive(took: dict[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
-def _read(run_dir: Path) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
+def _read(run_dir: Path, allowing: list[str], command: list[str]) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
     """(configuration, `run.json`, what was measured) of a run on GPUs."""
-    from launch.frozen import load_frozen
+    from launch.read_run import ReadingVerb, read_run, uses_model_alone
 
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(
             f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
         )
-    config, path = load_frozen(run_dir / "config.yaml"), run_dir / "run.json"
+    config = read_run(run_dir, ReadingVerb(command, uses_model_alone, ALLOWING), allowing)
+    path = run_dir / "run.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         took = facts["receipt"]["measured"]

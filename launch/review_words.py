@@ -13,10 +13,14 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.evaluate_words import EvaluationPlan
+    from launch.outside import OutsideValue
+    from trainer.config.run import RunConfig
     from trainer.review.config import ReviewConfig
 
 MAKE = ("prompts", "n", "arms", "seed", "to", "checkpoint", ACCEPT)
 SCORE = ("review", "drop")
+ARMS = "arms."
+"""Before a setting: it allows what the runs of `arms=` reach out to."""
 ALLOWED = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
 
 
@@ -34,7 +38,11 @@ class Making:
     """What is judged, as reports say it."""
     review: ReviewConfig
     settings: list[str]
-    """Words for how it is computed."""
+    """Words for how it is computed, and those that allow what the run reaches out to."""
+    allowing: list[str]
+    """Words that allow what the runs among the arms reach out to."""
+    command: list[str]
+    """All words as they were typed, the verb first, for messages."""
     accept: str = ""
     """The word that takes another base than the runs were trained on, empty where it was not typed."""
 
@@ -52,13 +60,16 @@ class Scoring:
 
 def making(argv: list[str]) -> Making:
     """The words of `review make`. Errors: ConfigError with every problem."""
-    from launch.compose import load_frozen, recompose
+    from launch.compose import recompose
     from launch.export import find_checkpoint
+    from launch.read_run import ReadingVerb, read_run, take_words
     from trainer.checkpoints.seal import fingerprint
     from trainer.config.ranges import RANGES
     from trainer.lifecycle.base_files import use_recorded_base
     from trainer.review.sheet import BASE, TUNED
 
+    command = ["review", "make", *argv]
+    allowing, argv = take_words(argv, ARMS)
     bare, own, settings, problems = _sort(argv, MAKE)
     problems += [f"{word}: there is no such flag; review make takes --help" for word in bare if word.startswith("-")]
     runs = [word for word in bare if not word.startswith("-")]
@@ -74,11 +85,15 @@ def making(argv: list[str]) -> Making:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: is no run directory (it has no config.yaml); name a run")
     settings += [f"review.{key}={own[key]}" for key in ("n", "seed") if key in own]
-    frozen = load_frozen(run / "config.yaml")
-    checkpoint = find_checkpoint(run, own.get("checkpoint", "last"), frozen.checkpoint)
-    accepted = use_recorded_base(frozen, run, accepted_kinds(own), teacher=True)
-    frozen.run.dir, frozen.run.resume = None, "auto"
-    review = recompose(frozen, settings, ALLOWED).review
+
+    def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
+        frozen.run.dir, frozen.run.resume = None, "auto"
+        return recompose(frozen, words, ALLOWED)
+
+    config = read_run(run, ReadingVerb(command, _needs, own_groups=ALLOWED), settings, with_own_words)
+    checkpoint = find_checkpoint(run, own.get("checkpoint", "last"), config.checkpoint)
+    accepted = use_recorded_base(config, run, accepted_kinds(own), teacher=True)
+    review = config.review
     for name, (bounds, advice) in RANGES.items():
         head, _, rest = name.partition(".")
         value: Any = review
@@ -97,7 +112,7 @@ def making(argv: list[str]) -> Making:
     model = {"run": str(run), "checkpoint": checkpoint.name, "artefact": artefact, "accepted": accepted}
     plain = [word for word in settings if not word.startswith("review.")]
     accept = f"{ACCEPT}={own[ACCEPT]}" if ACCEPT in own else ""
-    return Making(run, own["prompts"], arms, to, checkpoint, model, review, plain, accept)
+    return Making(run, own["prompts"], arms, to, checkpoint, model, review, plain, allowing, command, accept)
 
 
 def scoring(argv: list[str]) -> Scoring:
@@ -149,6 +164,20 @@ def _sort(argv: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, 
     return bare, own, settings, problems
 
 
+def _needs(value: OutsideValue, config: RunConfig) -> bool:
+    """Whether having a run's model answer prompts uses a value of the run that reaches out of it."""
+    from launch.read_run import uses_model_alone
+
+    return uses_model_alone(value, config)
+
+
+def _computing(settings: list[str]) -> list[str]:
+    """The words for how answers are computed, without those that allow what one run reaches out to."""
+    from launch.read_run import is_allowing_word
+
+    return [word for word in settings if not is_allowing_word(word)]
+
+
 def _list(text: str) -> list[str]:
     return [part.strip().strip("'\"") for part in text.strip("[]").split(",") if part.strip()]
 
@@ -182,14 +211,18 @@ def arm_plan(asked: Making, name: str, where: str | None) -> EvaluationPlan:
 
     key, to = "evaluation.tasks.answers", asked.to / "answers" / name
     words = ["evaluation.tasks=[]", f"{key}.kind=exact_match", f"{key}.path={asked.to / 'answers' / 'prompts.jsonl'}"]
-    words += ["evaluation.resamples=1", f"to={to}", *asked.settings]
+    words += ["evaluation.resamples=1", f"to={to}"]
+    words += asked.settings if where is None else [*_computing(asked.settings), *asked.allowing]
     words += [asked.accept] if asked.accept and (where is None or (Path(where) / "config.yaml").is_file()) else []
     if where is None:
         words += [str(asked.run), f"checkpoint={int(asked.checkpoint.name.rpartition('-')[2])}"]
         words += [f"against={BASE}"] if BASE in asked.arms else []
     else:
         words.append(where if (Path(where) / "config.yaml").is_file() else f"model.path={where}")
-    made = plan(sort(words))
+    sorted_words = sort(words)
+    sorted_words.command = asked.command
+    sorted_words.prefix = "" if where is None else ARMS
+    made = plan(sorted_words)
     made.config.evaluation.tasks["answers"].write = copy.deepcopy(asked.review.write)
     made.job = replace(made.job, kept=False)
     return made

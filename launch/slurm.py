@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from launch import container
+from launch import container, trusted
 from launch.container import INSIDE
 from strategies.errors import ConfigError
 from trainer.config.resuming import plain
@@ -105,7 +105,10 @@ def _python(config: RunConfig, slurm: SlurmConfig, places: list[Path]) -> list[s
         python = shlex.quote(one_line(slurm.python or sys.executable, "launcher.python"))
         return [f"python={python} inside='' container=() within=()"]
     step, before = container.words(plain(config), places)
+    typed = trusted.directory()
     return [
+        # In the container the home may be another one.
+        *([] if typed is None else [f"export {trusted.VARIABLE}={shlex.quote(_path(typed, trusted.VARIABLE))}"]),
         f"python={shlex.quote(one_line(sys.executable, 'the interpreter'))} # asks SLURM, on the host",
         f"inside={shlex.quote(one_line(slurm.python or 'python3', 'launcher.python'))} # of the ranks, in the container",
         f"container=({' '.join(shlex.quote(one_line(word, 'launcher.container')) for word in step)})",

@@ -227,6 +227,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
 def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train, and leave the error of the first failing rank in the run directory."""
     from launch.frozen import freeze_choices
+    from launch.trusted import remember_config
     from strategies.errors import Preempted
     from trainer.records.lease import NotOurs
     from trainer.records.status import record_failure
@@ -234,6 +235,8 @@ def _train(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> N
 
     try:
         run_worker(config, run_dir, sha256, freeze_choices)
+        if rank == 0 and config.model.trust_remote_code:
+            remember_config(config)  # once more: code that the run has downloaded was not there when it was frozen
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise

@@ -140,6 +140,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def state_of_the_tests(tmp_path_factory):
+    """What commands remember of what was typed goes below a directory of the session, and not into the developer's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp().parent / "state"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_wait_for_the_disk():
     """No test cuts the power: a run syncs thirty files, a sixth of its time. That it does has tests with disks of their own."""
     with pytest.MonkeyPatch.context() as patch:

@@ -72,6 +72,8 @@ class EvaluationJob:
     """How the base differs from the one that the run was trained on, where the user accepts that.
 
     The report then is of weights that the run never had, and is no record of the run."""
+    recorded: bool = True
+    """Whether the run's directory may take the report among its records: not that of another user."""
 
 
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
@@ -278,7 +280,7 @@ def _report(
     report |= {"regressions": fell} if job.gate else {}
     to = Path(job.to)
     record.write(to, report, found)
-    if job.run is not None and job.kept and not job.accepted:
+    if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep(Path(job.run), EVALUATION, report)
     write_text_atomic(to / record.PAGE, page.page(report, tasks, found))
     return report, shown

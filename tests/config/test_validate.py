@@ -7,7 +7,6 @@ import typing
 
 import pytest
 
-from launch import compose as composing
 from launch import overrides
 from launch.compose import compose
 from strategies.errors import ConfigError
@@ -21,7 +20,6 @@ from trainer.optim.config import OptimName
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(composing, "identity", lambda config: "")  # of no concern here, and a third of composing
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "train.jsonl").write_text("{}\n")

@@ -39,6 +39,8 @@ def test_the_image_says_what_starts_it(tmp_path):
 def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "here").mkdir()
+    (tmp_path / "state" / "shardtune").mkdir(parents=True)  # what this user typed before, which verbs look up there
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path / "here")
     own = tree(tmp_path, container="a.sif", container_mounts=["/scratch:/scratch:ro"])
     step, before = container.words(own, [tmp_path / "here" / "runs" / "a"])
@@ -48,7 +50,7 @@ def test_what_the_run_reads_and_writes_is_mounted_once(tmp_path, monkeypatch):
         and before[-3:] == ["--pwd", str(Path.cwd()), "a.sif"]
     )
     binds = [mount for flag, mount in itertools.pairwise(before) if flag == "--bind"]
-    places = [tmp_path / name for name in ("cache", "data", "here")]
+    places = [tmp_path / name for name in ("cache", "data", "here", "state/shardtune")]
     assert sorted(binds) == sorted([*(f"{place}:{place}" for place in places), "/scratch:/scratch:ro"])
     step, before = container.words(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
     assert before == [] and "--container-image=a#b:1" in step and "--container-workdir=/w" in step

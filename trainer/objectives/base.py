@@ -46,6 +46,8 @@ class TeacherConfig:
     """Directory of a Hugging Face model with the student's vocabulary, or a hub id, as in `model.path`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the teacher; `model.trust_remote_code` is for the student alone."""
 
 
 class Objective(ABC):

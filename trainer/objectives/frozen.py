@@ -41,6 +41,7 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
         tokenizer=None,
         chat_template=None,
         add_tokens=[],
+        trust_remote_code=teacher.trust_remote_code,
     )
 
 

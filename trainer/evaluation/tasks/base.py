@@ -95,6 +95,8 @@ class Task(ABC):
     """Its rows, in the user's words."""
     options: ClassVar[dict[str, Any]] = {}
     """What can be chosen, with what it is without a choice."""
+    file_options: ClassVar[tuple[str, ...]] = ()
+    """Options that name a file of the user's: somebody else's run may not choose it (`launch/read_run.py`)."""
     needs_path: ClassVar[bool] = False
     """Whether its rows cannot be those of the run's evaluation documents."""
     shipped: ClassVar[Path | None] = None

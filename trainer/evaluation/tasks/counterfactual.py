@@ -62,6 +62,7 @@ class Counterfactual(Task):
     of_classifiers = True
     needs_path = True
     options: ClassVar[dict[str, Any]] = {"terms": None, "measure": "likelihood", "most_terms": 4}
+    file_options = ("terms",)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -234,6 +234,7 @@ class Membership(OfDocuments):
     reads = "training rows (the run's, or a path) and others (the run's evaluation documents, or options.others)"
     split = "both"
     options: ClassVar[dict[str, Any]] = {**OfDocuments.options, "others": None}
+    file_options = ("others",)
 
     def run(self, cases: Sequence[Case], asking: Asking) -> list[TaskRow]:
         """Raises DataError where there are only training rows, or only others."""

@@ -65,6 +65,20 @@ def build(tasks: Mapping[str, TaskConfig]) -> list[Task]:
     return [KINDS[config.kind](name, config) for name, config in tasks.items()]
 
 
+def asks_judge(config: TaskConfig) -> bool:
+    """Whether a task asks the judge of `evaluation.judge`. Opens no file, unlike making a task of lm_eval."""
+    kind = KINDS.get(config.kind)
+    return kind is not None and kind is not harness.Harness and kind("", config).needs_judge
+
+
+def prepares_data(config: TaskConfig) -> bool:
+    """Whether a task reads rows that are prepared as training data is: the run's own, or those of a loss on a file."""
+    kind = KINDS.get(config.kind)
+    if kind is None or issubclass(kind, held_out.HeldOut) or kind.split == "both":
+        return True
+    return config.path is None and not kind.own_rows and kind.shipped is None
+
+
 def problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
     """What is wrong with the settings of tasks, one line each; reads no rows."""
     for name, config in tasks.items():

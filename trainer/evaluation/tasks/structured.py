@@ -117,6 +117,7 @@ class JsonSchema(Task):
         '"prompt" (a text) or "messages", and "schema": a JSON schema (or one for all rows in options.schema, a file)'
     )
     options: ClassVar[dict[str, Any]] = {"schema": None}
+    file_options = ("schema",)
     needs_path = True
     draws_many = True
     needs = "jsonschema"

@@ -1,0 +1,278 @@
+"""A run directory of somebody else's is data: each way out of it, tried on a reader who never typed it, and on who did.
+
+Author and reader have homes of their own: what each typed before is kept below `XDG_STATE_HOME`.
+"""
+
+import json
+import shlex
+import shutil
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch import overrides, trusted
+from launch.compose import load_frozen
+from launch.frozen import _hash, _identifying
+from launch.outside import outside_values
+from tests.helpers.building import model_dir
+from tests.helpers.endpoint import serving
+from tests.helpers.launching import ROOT, command_here
+from trainer.config.reach import REACH, Reach, reach_of
+
+HARNESS = find_spec("lm_eval") is not None
+EVERYTHING = ["model", *(["task"] if HARNESS else []), "sent", "verdicts"]
+ROWS = [{"prompt": f"question {n}?\n", "completion": f"answer {n}"} for n in range(8)]
+TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+
+class Theirs(PreTrainedTokenizerFast):
+    def __init__(self, *words, **settings):
+        super().__init__(*words, **settings)
+        Path({marker!r}).touch()
+"""
+HARNESS_TASK = """
+task: theirs
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: !function functions.text
+doc_to_target: "{{{{completion}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 2}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+FUNCTIONS = """
+from pathlib import Path
+
+def text(row):
+    Path({marker!r}).touch()
+    return row["prompt"]
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The author's run, which reaches out in every way; what it sends, runs and writes can be looked at."""
+    root = tmp_path_factory.mktemp("read_run")
+    model_dir(root)
+    (root / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    ran = {name: root / f"{name}-ran" for name in ("model", "task")}
+    (root / "llama" / "theirs.py").write_text(TOKENIZER.format(marker=str(ran["model"])))
+    about = json.loads((root / "llama" / "tokenizer_config.json").read_text())
+    about |= {"auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}, "tokenizer_class": "Theirs"}
+    (root / "llama" / "tokenizer_config.json").write_text(json.dumps(about))
+    (root / "task").mkdir()
+    (root / "task" / "theirs.yaml").write_text(HARNESS_TASK.format(rows=root / "rows.jsonl"))
+    (root / "task" / "functions.py").write_text(FUNCTIONS.format(marker=str(ran["task"])))
+    with serving(chat=lambda body: "Grade: 7") as stub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
+        patch.setenv("JUDGE_CREDENTIAL", "only-the-judge-knows")
+        made = SimpleNamespace(root=root, stub=stub, ran=ran, patch=patch, run=root / "run")
+        made.home = lambda name: patch.setenv("XDG_STATE_HOME", str(root / name))
+        made.home("author")
+        assert command_here(["train", *words_of(made)]) == 0
+        assert {*what_happened(made)} == {*EVERYTHING}, "what this run does could not be seen"
+        yield made
+
+
+def words_of(site):
+    """What the author types to train."""
+    root, tasks = site.root, "evaluation.tasks"
+    words = [f"model.path={root}/llama", f"data.path={root}/rows.jsonl", f"data.eval_path={root}/rows.jsonl"]
+    words += [
+        "tuning=lora",
+        "budget.steps=1",
+        "batch.global=4",
+        "batch.micro=4",
+        "run.threads=1",
+        f"run.dir={site.run}",
+    ]
+    words += ["model.trust_remote_code=true", f"data.cache_dir={root}/cache", "export.at_end=false"]
+    words += ["logging.wandb=offline", "logging.entity=the-author", "logging.tables=true", "evaluation.at_start=false"]
+    words += [f"{tasks}.q.kind=judge", f"{tasks}.q.path={root}/rows.jsonl", f"{tasks}.q.write.max_new_tokens=2"]
+    words += [f"evaluation.judge.url={site.stub.url}", "evaluation.judge.model=judge-1"]
+    words += ["evaluation.judge.key_env=JUDGE_CREDENTIAL", f"evaluation.judge.cache_dir={root}/verdicts"]
+    if HARNESS:
+        words += [f"{tasks}.theirs.kind=lm_eval", f"{tasks}.theirs.path={root}/task"]
+    return words
+
+
+@pytest.fixture(autouse=True)
+def nothing_happened(site):
+    """Before each test: nothing was sent, run or written, and the reader has typed nothing."""
+    site.stub.requests.clear()
+    shutil.rmtree(site.root / "verdicts", ignore_errors=True)
+    shutil.rmtree(site.root / "reader", ignore_errors=True)
+    for marker in site.ran.values():
+        marker.unlink(missing_ok=True)
+    site.home("reader")
+
+
+def what_happened(site):
+    """Everything that reached out."""
+    happened = [name for name, marker in site.ran.items() if marker.exists()]
+    happened += ["sent"] if site.stub.requests else []
+    happened += ["verdicts"] if (site.root / "verdicts").exists() else []
+    return happened
+
+
+def of_somebody(site, place, **changes):
+    """The author's run with other settings, whose hash fits, as somebody who means harm would write it."""
+    shutil.copytree(site.run, place)
+    text = (place / "config.yaml").read_text()
+    tree = OmegaConf.create(text)
+    for key, value in changes.items():
+        OmegaConf.update(tree, key, value, merge=False)
+    plain = OmegaConf.to_container(tree)
+    (place / "config.yaml").write_text(f"# sha256: {_hash(_identifying(plain))}\n{OmegaConf.to_yaml(tree)}")
+    return place
+
+
+def refused(capfd, way):
+    """What is said of a command that the reader must allow first: (all of it, the command to paste)."""
+    assert command_here([*map(str, way)]) == 64, way
+    shown = capfd.readouterr().err
+    assert "1 problem\n" in shown and "reaches out of the run" in shown and "Traceback" not in shown
+    pasted = next(line for line in shown.splitlines() if line.startswith(f"      shardtune {way[0]} "))
+    return shown, shlex.split(pasted)[1:]
+
+
+def test_a_run_of_somebody_else_gets_nothing_of_its_reader(site, tmp_path, capfd):
+    """Address with variable, code of the model and of a task, files, places, trackers: by every verb that reads a run."""
+    took = {"device_name": "NVIDIA A10G", "step_s": 1.0}
+    facts = json.loads((site.run / "run.json").read_text())
+    facts |= {"device": "cuda:0", "receipt": {"predicted": {}, "measured": took}}
+    theirs = of_somebody(site, tmp_path / "theirs")
+    (theirs / "run.json").write_text(json.dumps(facts))
+    before = sorted(path.name for path in theirs.iterdir())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "who?"}\n')
+    mine, code = model_dir(tmp_path), "model.trust_remote_code=true"
+    task = ["evaluation.tasks.q.kind=exact_match", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
+    evaluated = [code, f"evaluation.judge.url={site.stub.url}", "evaluation.judge.key_env=JUDGE_CREDENTIAL", task[1]]
+    evaluated += [f"evaluation.judge.cache_dir={site.root}/verdicts"]
+    evaluated += [f"evaluation.tasks.theirs.path={site.root}/task"] if HARNESS else []
+    ways = [
+        (["evaluate", theirs], evaluated),
+        (["export", theirs, f"to={tmp_path}/out"], [code]),
+        (["review", "make", theirs, f"prompts={prompts}"], [code]),
+        (["plan", f"model.path={mine}", "hardware=a10g", f"from={theirs}"], [f"from.{code}"]),
+        (["evaluate", f"model.path={mine}", *task, f"against={theirs}"], [f"against.{code}"]),
+    ]
+    for way, words in ways:
+        shown, pasted = refused(capfd, way)
+        assert {*pasted} == {*map(str, way), *words}
+        assert str(site.root / "reader" / "shardtune") in shown, "the directory that a container must mount"
+        assert what_happened(site) == [], way
+    assert sorted(path.name for path in theirs.iterdir()) == before and not (tmp_path / "out").exists()
+
+
+def test_what_the_reader_allows_is_used_and_never_asked_for_again(site, tmp_path, capfd):
+    theirs = of_somebody(site, tmp_path / "theirs")
+    way = ["evaluate", theirs, "evaluation.resamples=2", f"to={tmp_path}/report"]
+    _, pasted = refused(capfd, way)
+    assert command_here(pasted) == 0
+    shown = capfd.readouterr().err
+    assert (
+        f"{theirs}: not used, since you have not typed it before: data.cache_dir, logging.wandb, logging.entity"
+        in shown
+    )
+    assert {*what_happened(site)} == {*EVERYTHING}
+    used = load_frozen(tmp_path / "report" / "evaluation" / "job.yaml")
+    assert (used.logging.entity, used.logging.tables) == (None, False), "the reader's rows would go to the author's W&B"
+    assert command_here([*map(str, way)]) == 0
+    kept = [path for path in trusted.directory().rglob("*") if path.is_file()]
+    assert kept and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+    assert (trusted.directory() / "typed").stat().st_mode & 0o777 == 0o700
+
+
+def test_ones_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd, monkeypatch):
+    site.home("author")
+    copied = tmp_path / "copied"
+    shutil.copytree(site.run, copied)
+    monkeypatch.chdir(tmp_path)
+    assert command_here(["evaluate", str(copied), "evaluation.resamples=2"]) == 0
+    assert {*what_happened(site)} == {*EVERYTHING}
+    assert load_frozen(copied / "evaluation" / "job.yaml").logging.entity == "the-author"
+    assert (copied / "evaluation.json").exists() and list(copied.glob("evaluation/wandb/offline-run-*"))
+    site.ran["model"].unlink()
+    assert command_here(["export", str(copied), f"to={tmp_path}/out"]) == 0
+    assert what_happened(site).count("model") and "not used" not in capfd.readouterr().err
+
+
+def test_a_variable_and_its_address_are_one_value(site, tmp_path, capfd, monkeypatch):
+    """An address of the reader's does not bring the variable that somebody else's run names, nor the other way round."""
+    theirs = of_somebody(
+        site, tmp_path / "theirs", **{"model.trust_remote_code": False, "evaluation.judge.key_env": "OF_THE_READER"}
+    )
+    monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
+    only = ["evaluation.tasks=[]", "evaluation.tasks.q.kind=judge", f"evaluation.tasks.q.path={site.root}/rows.jsonl"]
+    for typed in (f"evaluation.judge.url={site.stub.url}", "evaluation.judge.key_env=OF_THE_READER"):
+        shown, _ = refused(capfd, ["evaluate", theirs, *only, typed, f"to={tmp_path}/report"])
+        assert "your environment variable OF_THE_READER" in shown
+    assert what_happened(site) == []
+
+
+def test_code_is_known_by_its_files_and_asked_for_again_when_they_change(site, tmp_path):
+    site.home("author")
+    config = load_frozen(site.run / "config.yaml")
+    known = {value.effect for value in outside_values(config) if trusted.is_remembered(value.identity)}
+    assert any("runs the Python code" in effect for effect in known)
+    moved = tmp_path / "moved"
+    shutil.copytree(site.root / "llama", moved)
+    config.model.path = str(moved)
+
+    def code():
+        return next(value for value in outside_values(config) if "model.trust_remote_code" in value.settings)
+
+    assert trusted.is_remembered(code().identity)
+    (moved / "rows.txt").write_text("no code")
+    assert trusted.is_remembered(code().identity)
+    (moved / "theirs.py").write_text((moved / "theirs.py").read_text() + "# more\n")
+    assert not trusted.is_remembered(code().identity)
+    about = json.loads((moved / "tokenizer_config.json").read_text())
+    about["auto_map"] = {"AutoTokenizer": [None, f"{tmp_path}/elsewhere.Theirs"]}
+    (moved / "tokenizer_config.json").write_text(json.dumps(about))
+    assert code().identity is None, "the file may lie anywhere, and be changed by anybody"
+
+
+def test_training_goes_on_where_nothing_can_be_kept(site, monkeypatch, capsys):
+    config = load_frozen(site.run / "config.yaml")
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    trusted.remember_config(config)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "cannot be written" in line and "will ask" in line
+    place = site.root / "reader" / "shardtune" / "typed"
+    monkeypatch.setenv("XDG_STATE_HOME", str(site.root / "reader"))
+    monkeypatch.setattr(trusted, "MOST_VALUES", 3)
+    trusted.remember_config(config)
+    assert len([*place.iterdir()]) == 3
+    place.chmod(0o777)
+    assert not any(trusted.is_remembered(value.identity) for value in outside_values(config)), (
+        "anybody may have typed them"
+    )
+
+
+def test_every_setting_has_a_class_by_its_own_name():
+    whole = {key.partition(".")[0] for key in REACH if "." not in key}
+    settings = {key for key in overrides.settings() if key.partition(".")[0] not in whole}
+    assert settings - {*REACH} == set(), (
+        "say in trainer/config/reach.py whether these describe a run or reach out of it"
+    )
+    assert {key for key in REACH if "." in key} - settings == set()
+    assert (
+        reach_of("evaluation.tasks.facts.path") is Reach.file
+        and reach_of("evaluation.tasks.facts.kind") is Reach.describes
+    )
+    with pytest.raises(KeyError):
+        reach_of("model.invented")
+
+
+def test_verbs_read_a_run_by_the_one_door():
+    """Who reads a frozen configuration without it starts or follows what this user has started."""
+    allowed = {"compose", "evaluate", "frozen", "lowered", "node", "read_run", "status_saw", "train"}
+    there = {file.stem for file in (ROOT / "launch").glob("*.py") if "load_frozen(" in file.read_text(encoding="utf-8")}
+    assert there <= allowed, f"read a run by launch.read_run.read_run: {there - allowed}"
