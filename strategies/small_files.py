@@ -14,6 +14,8 @@ from typing import Any
 
 from strategies.errors import ConfigError
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the small text file begins that git leaves in the place of a large one."""
 MOST_BYTES = 16 << 20
 MOST_BYTES_OF = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 256 << 20, "tokenizer.model": 256 << 20}
 """Files that grow with the vocabulary or the number of tensors; the largest known are near 40 MB."""
@@ -49,9 +51,24 @@ def refuse_irregular(path: Path, *, most_bytes: int | None = None) -> None:
         )
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise ConfigError if a file is a pointer of git-lfs. Not each would fail to load: as a template it is just a text."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if head == LFS_POINTER:
+        raise ConfigError(
+            f"{path}: is a pointer that git-lfs left in the place of the file; run `git lfs pull` in its directory, or "
+            "download the file again"
+        )
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
     refuse_irregular(path, most_bytes=MOST_BYTES_OF.get(path.name, MOST_BYTES))
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,6 +93,7 @@ def check_small_files(directory: Path) -> None:
     for pattern in OTHERS:
         for path in directory.glob(pattern):
             refuse_irregular(path, most_bytes=MOST_BYTES_OF.get(path.name, MOST_BYTES))
+            refuse_pointer(path)
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:

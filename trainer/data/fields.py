@@ -15,6 +15,9 @@ from typing import Any
 from trainer.data.config import DataFormat
 
 _VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
+_MORE_VERDICTS = {"yes": True, "desirable": True, "1.0": True, "no": False, "undesirable": False, "0.0": False}
+VERDICTS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirable"
+"""The values of a verdict, for messages."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 3, 8, 4
@@ -118,10 +121,19 @@ def label_of(value: Any) -> str:
 
 
 def verdict_of(value: Any) -> bool | None:
-    """Thumbs up (True) or down (False) of true/false, 1/0, up/down; None for anything else."""
-    if isinstance(value, bool | str | int):
-        return _VERDICTS.get(str(int(value)) if isinstance(value, bool) else str(value).strip().lower())
-    return None
+    """Thumbs up (True) or down (False) of a value in `VERDICTS`, in any case; None for anything else.
+
+    A table with an empty cell makes 1.0 and 0.0 of its 1 and 0.
+    """
+    if not isinstance(value, bool | str | int | float):
+        return None
+    text = str(value).strip().lower()
+    return _VERDICTS.get(text, _MORE_VERDICTS.get(text))
+
+
+def is_surely_verdict(value: Any) -> bool:
+    """Whether a value tells by itself that its column holds verdicts: `yes` or 1.0 may as well be a class."""
+    return isinstance(value, bool | str | int) and str(value).strip().lower() in _VERDICTS
 
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")

@@ -16,11 +16,13 @@ from trainer.data.config import DataFormat
 from trainer.data.document import Document, Message, Rejected, Row
 from trainer.data.fields import (
     CARRIERS,
+    VERDICTS,
     Fault,
     Refusal,
     Unread,
     group_of,
     is_nothing,
+    is_surely_verdict,
     is_texts,
     label_of,
     shown,
@@ -91,8 +93,9 @@ def recognise(
         fields = _renamed({k: v for k, v in row.fields.items() if k not in ignored}, columns, setting)
     except Refusal as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
-    found = _candidates({k: v for k, v in fields.items() if v is not None}, columns)
-    named = _candidates(fields, columns)
+    verdicts = DataFormat.thumbs in meant
+    found = _candidates({k: v for k, v in fields.items() if v is not None}, columns, verdicts=verdicts)
+    named = _candidates(fields, columns, verdicts=verdicts)
     if meant and not {*meant} & {*found} and {*meant} & {*named}:
         found = named
     if len(found := found or named) == 1:
@@ -112,8 +115,11 @@ def recognise(
     raise DataError(f"{names} no format; rename them with {setting}, as in {example}, to one of\n{needs}")
 
 
-def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, Spelling]:
-    """Formats that fit, with the spelling that does; those left out that another one extends."""
+def _candidates(fields: dict[str, Any], columns: dict[str, str], *, verdicts: bool) -> dict[DataFormat, Spelling]:
+    """Formats that fit, with the spelling that does; those left out that another one extends.
+
+    `verdicts`: the objective learns from verdicts, so that a column `label` holds one, whatever its value.
+    """
     found: dict[DataFormat, Spelling] = {}
     for format, spellings in SPELLINGS.items():
         for spelling in spellings:
@@ -123,7 +129,7 @@ def _candidates(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFor
     if found.get(DataFormat.thumbs, ("",))[-1] == "label" and "label" not in columns:
         value = fields["label"]
         sure = str(value) not in ("0", "1")  # which may be classes of another kind
-        if value is not None and verdict_of(value) is None:
+        if value is not None and not verdicts and not is_surely_verdict(value):
             del found[DataFormat.thumbs]
     if "conversations" in found.get(DataFormat.preference, ()):  # which are the prompt then
         found.pop(DataFormat.sharegpt, None)
@@ -240,8 +246,7 @@ class RowReader:
             value = fields[spelling[-1]]
             document.desirable = verdict_of(value)
             if document.desirable is None:
-                allowed = "true or false, up or down, 1 or 0"
-                raise Refusal("bad_label", f'"{spelling[-1]}" is {shown(value)}; it must be {allowed}')
+                raise Refusal("bad_label", f'"{spelling[-1]}" is {shown(value)}; it must be {VERDICTS}')
             spelling = spelling[:-1]
         if self.format is DataFormat.preference:
             _read_preference(document, fields, spelling, self.ignored)

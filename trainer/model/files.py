@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object, refuse_irregular
+from strategies.small_files import LFS_POINTER, read_object, refuse_irregular
 
 INDEX = "model.safetensors.index.json"
-LFS = b"version https://git-lfs"
-"""How a file begins that git left in the place of the one it stands for."""
 AHEAD = 128 << 10
 """Bytes of one request to read ahead; of a longer one the kernel takes what its read-ahead window has room for, often this."""
 TYPES = {
@@ -164,12 +162,12 @@ def _opened(file: Path) -> Any:
     except Exception as error:
         try:
             with file.open("rb") as raw:
-                begins = raw.read(len(LFS))
+                begins = raw.read(len(LFS_POINTER))
         except OSError as unreadable:
             raise ConfigError(
                 f"{file}: cannot be read ({unreadable.strerror or unreadable}); see to its permissions"
             ) from unreadable
-        if begins == LFS:
+        if begins == LFS_POINTER:
             raise ConfigError(
                 f"{file}: is a pointer that git-lfs left in the place of the weights; run `git lfs pull` in the model's "
                 "directory, or download the model again"

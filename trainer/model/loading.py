@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
-from strategies.small_files import check_small_files, read_object
+from strategies.small_files import check_small_files, read_object, refuse_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import Files
 
@@ -167,6 +167,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     path = resolve_path(config, config.tokenizer)
     if Path(path).is_dir():
         check_small_files(Path(path))
+    if config.chat_template is not None:
+        refuse_pointer(Path(config.chat_template).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,

@@ -37,7 +37,7 @@ class ClassificationConfig(ObjectiveConfig):
 
     name: str = "classification"
     labels: list[str] | None = None
-    """Label names in the order of their ids; default: the sorted labels of the training data."""
+    """Label names in the order of their ids, which rows may have in their place; default: the sorted labels of the data."""
     multi_label: bool = False
     """A document has any number of labels: a list, or one text with `|` between them, empty for none; 62 labels at most."""
     class_weights: Any = None
@@ -80,7 +80,17 @@ class LabelReading(Reading):
         return {"labels": self.names, "several": self.several}
 
     def label(self, value: Any) -> str:
-        return labels_of(value) if self.several else label_of(value)
+        """The label as one text. Where `objective.labels` gives names, a number that is none of them is the id of a name."""
+        if not self.several:
+            return self._name_of(label_of(value))
+        labels = split_labels(labels_of(value))
+        return MARK.join(sorted({self._name_of(label) for label in labels}))
+
+    def _name_of(self, label: str) -> str:
+        names = self.names or []
+        if any(name.isdecimal() for name in names) or not (label.isdecimal() and label.isascii()):
+            return label
+        return names[int(label)] if int(label) < len(names) else label
 
     def refuses(self, document: Document) -> tuple[str, str] | None:
         if document.label is None:
@@ -92,7 +102,8 @@ class LabelReading(Reading):
         unknown = next((label for label in labels if label not in self.names), None)
         if unknown is None:
             return None
-        return "unknown_label", f"label {unknown!r} is none of {sorted(self.names)} (objective.labels)"
+        ids = f", and no id of one (0 to {len(self.names) - 1})" if unknown.isdecimal() else ""
+        return "unknown_label", f"label {unknown!r} is none of {sorted(self.names)} (objective.labels){ids}"
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """A document counts once, however many labels it has."""

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import DataError
 from trainer.data.document import Rejected, Row
 from trainer.data.fields import Fault, Refusal
-from trainer.data.read.opening import MAX_ROW_BYTES, File, decode_utf8, identify, open_binary, too_long, unreadable
+from trainer.data.read.opening import (
+    MAX_ROW_BYTES,
+    File,
+    decode_utf8,
+    identify,
+    open_binary,
+    refuse_pointer,
+    too_long,
+    unreadable,
+)
 from trainer.data.read.remote import Remote
 
 if TYPE_CHECKING:
@@ -109,6 +118,7 @@ def _require_head(path: File) -> None:
         raise unreadable(path, error) from error
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
+    refuse_pointer(path, head)
     if not head.startswith(HEADS[_kind(path)]):
         found = identify(head) or ("JSON text" if head.lstrip()[:1] in (b"{", b"[") else "something else")
         raise DataError(f"{path}: not {_kind(path)} as its name says: it holds {found}; rename it")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from strategies.errors import DataError
+from strategies.small_files import LFS_POINTER
 from trainer.data.document import Rejected, excerpt
 from trainer.data.fields import Refusal
 from trainer.data.read.remote import HEAD, Remote
@@ -88,6 +89,15 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def refuse_pointer(path: File, head: bytes) -> None:
+    """Raise DataError if a file begins as a pointer of git-lfs does."""
+    if head.startswith(LFS_POINTER):
+        raise DataError(
+            f"{path}: is a pointer that git-lfs left in the place of the file; run `git lfs pull` in its directory, or "
+            "download the file again"
+        )
+
+
 def identify(head: bytes) -> str | None:
     """What the first bytes of a file say it is, as a phrase; None for UTF-8 or other 8-bit text, or nothing known."""
     for pattern, name in _SIGNATURES:
@@ -119,6 +129,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
             head = file.peek(HEAD)[:HEAD]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
+            refuse_pointer(path, head)
             compression = compression_of(path)
             found = identify(head)
             if compression and found != COMPRESSION[compression]:
