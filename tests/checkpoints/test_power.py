@@ -113,7 +113,7 @@ class Cache(durable.Disk):
 
 class Engine:
     def state(self, progress: Progress):
-        return SimpleNamespace(save=partial(self.save, progress))
+        return SimpleNamespace(save=partial(self.save, progress), elements=512)
 
     def save(self, progress: Progress, path: Path):
         return [
