@@ -73,8 +73,9 @@ class RankState:
         self.held = [each for run in runs if run.write for each in run.held()]
         self.runtime = runtime
         self._file = FILE_NAME.format(runtime.rank)
-        self._head, self._parts = layout(self.held, self._file)
-        self._header = header
+        self._head, self.parts = layout(self.held, self._file)
+        self.header = header
+        """What becomes `progress.json`."""
 
     @property
     def elements(self) -> int:
@@ -107,14 +108,14 @@ class RankState:
         Raises StorageError on every rank where any of them could not write.
         """
         told: list[tuple[dict[str, FilePart], WrittenFile | None]] = gather_objects(
-            (self._parts, mine.written), self.runtime
+            (self.parts, mine.written), self.runtime
         )
         _agree(mine.problem, self.runtime)
         files, problem = [each for _, each in told if each is not None], None
         try:
             if self.runtime.is_main:
                 files.append(write_new(path / INDEX, index_json(of_rank for of_rank, _ in told)))
-                files.append(write_new(path / PROGRESS, self._header))
+                files.append(write_new(path / PROGRESS, self.header))
             elif self.held:
                 sync_directory(path)  # where each host keeps a cache of its own
         except OSError as error:

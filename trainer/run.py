@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.places import places_of
+from trainer.checkpoints.recovery import recover
 from trainer.config.evaluation import asked_tasks, more_is_better
 from trainer.config.run import RunConfig, kept_date, kept_matmul
 from trainer.data.batches.loader import StepLoader
@@ -69,7 +71,9 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     """
     with rank_of_job(run_dir, config.run.lease_s) as (request, where):
         if where.lease is not None:
-            refuse_replaced(where.lease.directory.parent, sha256)
+            home = where.lease.home
+            refuse_replaced(home, sha256)
+            recover(places_of(home, config.checkpoint.fallback_dir), partial(print, flush=True))
         _run(config, run_dir, sha256, request, where, freeze)
 
 

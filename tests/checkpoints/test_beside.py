@@ -21,6 +21,7 @@ from trainer.checkpoints.chosen import choose
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.kept import Checkpoints
 from trainer.checkpoints.places import places_of, published
+from trainer.checkpoints.recovery import note_part, recover
 from trainer.checkpoints.seal import verify
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -199,3 +200,48 @@ def test_a_disk_that_does_not_answer_is_waited_for_by_size_and_told_of(tmp_path,
     assert made.last is not None
     size = 4 * engine.state(Progress()).elements
     assert more_s == [900, 900 + size / 10e6, 900 + size / 10e6]
+
+
+def ranks_of_one_run(values: list[torch.Tensor]) -> list[RankState]:
+    """Two ranks with half of a parameter each, of which the second one writes nothing of another parameter."""
+    header = StateHeader(progress=Progress(step=2), optimizer_steps=2, world_size=2, strategy="fsdp2").json()
+    states = []
+    for rank, half in enumerate(values):
+        held = [FlatRange("a", 8, 4 * rank, {"weight": half}), FlatRange("b", 4, 0, {"weight": half}, write=rank == 0)]
+        states.append(RankState(held, header, Runtime(rank, 2, rank, 2, torch.device("cpu"), None)))
+    return states
+
+
+@pytest.mark.parametrize("lacks", [None, "rank-00001.part.json", "rank-00000.safetensors"])
+def test_what_all_ranks_had_written_when_the_run_failed_is_published_by_the_next_start(tmp_path, lacks):
+    place, said = tmp_path / "checkpoints", []
+    aside = place / ".step-000002.writing"
+    aside.mkdir(parents=True)
+    for state in ranks_of_one_run([torch.arange(4.0), torch.arange(4.0, 8.0)]):
+        note_part(aside, state, state.write_part(aside))
+    if lacks is not None:
+        (aside / lacks).unlink()
+    recover([place], said.append)
+    if lacks == "rank-00001.part.json":  # that rank had not come to the end of its file
+        assert published([place]) == [] and said == []
+        return
+    [(step, path)] = published([place])
+    assert step == 2 and "all of it was written when the run ended" in said[0]
+    if lacks is not None:
+        assert verify(path) == "rank-00000.safetensors is missing"
+        return
+    assert verify(path) is None
+    a, b = torch.zeros(8), torch.zeros(4)
+    whole = [FlatRange("a", 8, 0, {"weight": a}), FlatRange("b", 4, 0, {"weight": b})]
+    assert load_state(path, whole, ALONE).progress.step == 2
+    assert a.tolist() == list(range(8)) and b.tolist() == list(range(4))
+
+
+@pytest.mark.parametrize("note", [b"", b"[", b"[]", b'{"parts": {"a": 3}}', b"\xff"])
+def test_a_note_that_cannot_be_read_ends_no_start(tmp_path, note):
+    aside, said = tmp_path / "checkpoints" / ".step-000002.writing", []
+    aside.mkdir(parents=True)
+    (aside / "rank-00000.part.json").write_bytes(note)
+    recover([aside.parent], said.append)
+    assert published([aside.parent]) == []
+    assert said[0].startswith("warning: ") and "could not be made a checkpoint" in said[0]

@@ -56,6 +56,7 @@ def train(root, run_dir, *words):
         "budget.steps": 5,
         "optim.lr": 1e-3,
         "checkpoint.every_steps": 2,
+        "logging.every_steps": 1,
         "logging.wandb": "disabled",
         "export.at_end": "false",
     }
@@ -74,20 +75,23 @@ def noted(run_dir):
 
 
 def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch, libraries, capfd):
-    """Its rows are those of a run that was left alone, also where a line of the file was damaged meanwhile."""
+    """Its rows are those of a run that was left alone, also where a line of the file was damaged meanwhile.
+
+    It failed one step after a checkpoint was begun beside training, which is not lost.
+    """
     on(monkeypatch, ZEN5)
     calm, cut = tmp_path / "calm", tmp_path / "cut"
     assert train(root, calm) == 0
     assert noted(calm) == (NOTE, NOTE)
     log = JsonlTracker.log
 
-    def fail_at_step_4(tracker, metrics, *, step):
-        if step == 4:
+    def fail_at_step_3(tracker, metrics, *, step):
+        if step == 3:  # the checkpoint of step 2 is being written beside training
             raise OSError(28, "No space left on device")
         log(tracker, metrics, step=step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JsonlTracker, "log", fail_at_step_4)
+        patch.setattr(JsonlTracker, "log", fail_at_step_3)
         assert train(root, cut) == 74
 
     with (cut / "metrics.jsonl").open("ab") as file:
@@ -98,7 +102,10 @@ def test_a_run_keeps_the_library_of_its_first_start(root, tmp_path, monkeypatch,
     libraries.clear()
     capfd.readouterr()
     assert train(root, cut) == 0
-    assert "is not UTF-8" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "is not UTF-8" in said
+    assert "checkpoint step-000002: all of it was written when the run ended; it is published now" in said
+    assert "resumed from step-000002" in said
     assert len((cut / UNREADABLE).read_text().splitlines()) == 3
     assert libraries[-1].library is Matmul.onednn
     assert noted(cut) == (NOTE, NOTE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from strategies.durable import reason, size_text
 from strategies.runtime import Runtime, free_host_memory, gather_objects
 from strategies.saving import FileOutcome, RankState
 from trainer.checkpoints.places import STEP_DIR
+from trainer.checkpoints.recovery import note_part
 
 SHARE = 0.9
 """Of the host's free memory that copies may take; the rest is for what training still asks for."""
@@ -124,6 +126,9 @@ class Writing:
 
         def write() -> None:
             self.outcome = self.state.write_part(aside)
+            if self.outcome.problem is None:
+                with suppress(OSError):  # the checkpoint is whole without it
+                    note_part(aside, self.state, self.outcome)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
@@ -134,6 +139,11 @@ class Writing:
         self._thread.join()
         assert self.outcome is not None
         return self.outcome
+
+    def linger(self, limit_s: float) -> None:
+        """Give the thread at most `limit_s` to end. No collective."""
+        if self._thread is not None:
+            self._thread.join(limit_s)
 
     def done(self, step: int, runtime: Runtime) -> bool:
         """Whether all ranks have written their files; asked at fewer and fewer steps. All ranks must call, at the same."""

@@ -28,6 +28,7 @@ from trainer.checkpoints.chosen import choose, note_begun, put_back
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.patience import TOLD_EVERY_S, waiting_for_disk
 from trainer.checkpoints.places import REPLACED, STEP_DIR, published
+from trainer.checkpoints.recovery import forget_notes
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.seal import seal
 
@@ -169,6 +170,11 @@ class Checkpoints:
     def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
         return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.say)
 
+    def linger(self, limit_s: float) -> None:
+        """Give what this rank is writing at most `limit_s` to come to the disk, where the next start finds it. No collective."""
+        if self._writing is not None:
+            self._writing.linger(limit_s)
+
     def save(self, engine: Engine, progress: Progress, *, must: bool = True) -> bool:
         """Write, seal and publish `step-<step>`; then drop what is beyond `checkpoint.keep`. All ranks must call.
 
@@ -303,6 +309,7 @@ class Checkpoints:
         agree(error, aside, self.runtime)
 
         def finish() -> None:
+            forget_notes(aside, self.runtime.world_size)
             seal(aside, files)
             if final in self._good and final.exists():  # this branch's own, of the same step: it owed an evaluation
                 publish_again(aside, final, final.with_name(REPLACED.format(final.name)))

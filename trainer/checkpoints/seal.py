@@ -25,8 +25,9 @@ FORMAT = 2
 MOST_MANIFEST = 2**26
 """Bytes of a manifest; more is not read."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
-OF_THE_SYSTEM = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+")
-"""Names that NFS, macOS and FUSE put into a directory by themselves. Nobody reads them."""
+OTHERS = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+|rank-\d{5}\.part\.json")
+"""Names that NFS, macOS and FUSE put into a directory by themselves, and notes of ranks (`recovery.py`), which an old listing of
+a network file system may still show. Nobody reads them."""
 NO_MANIFEST = "has no manifest (its writing was interrupted)"
 OF_OLD = ".metadata"
 OLD = (
@@ -68,7 +69,7 @@ def read_manifest(directory: Path) -> list[WrittenFile]:
         raise Malformed("has a damaged manifest") from error
     if _render(files) != data:  # to the byte: what this program writes, and its own hash with it
         raise Malformed("has a damaged manifest")
-    if beyond := sorted(name for name in present - set(files) if not OF_THE_SYSTEM.fullmatch(name)):
+    if beyond := sorted(name for name in present - set(files) if not OTHERS.fullmatch(name)):
         raise Malformed(f"holds files that are not in its manifest: {', '.join(beyond[:3])}")
     if missing := sorted(set(files) - present):
         raise Malformed(f"{missing[0]} is missing")

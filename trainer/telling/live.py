@@ -33,6 +33,9 @@ from trainer.stopping.preempt import Agreement
 from trainer.telling.columns import name_of, tracker_settings
 from trainer.telling.facts import end_text, outcome_record, start_text, write_run_record
 
+LINGER_S = 20.0
+"""Seconds that a run which failed gives a checkpoint to come to the disk that is being written beside it."""
+
 
 @dataclass(slots=True)
 class RunPlace:
@@ -138,6 +141,8 @@ def until_it_ends(
         yield
     except BaseException as error:
         ended = Ended.by(error)
+        if ended.state is State.failed and isinstance(error, Exception):  # not where somebody pressed Ctrl-C
+            checkpoints.linger(LINGER_S)
         raise
     finally:
         place.console.leave()

@@ -1,0 +1,103 @@
+"""A checkpoint that was written beside training when the run failed: every rank's bytes are there, and nobody published it.
+
+The thread that writes a rank's file notes beside it what the file is and where each tensor lies (`rank-00000.part.json`). If all
+ranks have left such a note, the next start has all it needs to publish the checkpoint. It is read like any other then: every
+file is compared with its hash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies import durable
+from strategies.durable import WrittenFile, publish, reason, write_new
+from strategies.saving import PROGRESS, FileOutcome, RankState
+from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
+from trainer.checkpoints.places import STEP_DIR, names_in, published
+from trainer.checkpoints.seal import seal
+
+NOTE = "rank-{:05d}.part.json"
+NOTE_NAME = re.compile(r"rank-\d{5}\.part\.json")
+ASIDE = re.compile(r"\.step-(\d{1,15})\.writing")
+MOST_NOTE = 2**30
+"""Bytes of a note; more is not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartNote:
+    """What one rank has written of a checkpoint."""
+
+    world_size: int
+    parts: dict[str, FilePart]
+    """Where each tensor of the rank lies."""
+    file: WrittenFile | None
+    """None if the rank holds nothing that is written."""
+    progress: str
+    """What becomes `progress.json`."""
+
+
+def note_part(aside: Path, state: RankState, outcome: FileOutcome) -> None:
+    """Note what this rank has written into `aside`, durably. No collective. Errors: OSError."""
+    file = outcome.written
+    note = {
+        "world_size": state.runtime.world_size,
+        "parts": {name: [part.file, part.start, part.length, part.offset] for name, part in state.parts.items()},
+        "file": None if file is None else [file.name, file.size, file.sha256],
+        "progress": state.header.decode(),
+    }
+    write_new(aside / NOTE.format(state.runtime.rank), json.dumps(note).encode())
+
+
+def forget_notes(aside: Path, world_size: int) -> None:
+    """Remove the notes of all ranks from a checkpoint that is about to be published. Errors: OSError."""
+    for rank in range(world_size):
+        (aside / NOTE.format(rank)).unlink(missing_ok=True)
+
+
+def recover(places: list[Path], say: Callable[[str], None]) -> None:
+    """Publish what all ranks had written when the last attempt failed. For the owner of the run alone. No collective."""
+    newest = max((step for step, _ in published(places)), default=-1)
+    for place in places:
+        for name in names_in(place):
+            aside = ASIDE.fullmatch(name)
+            if aside is None or int(aside[1]) <= newest:
+                continue
+            final = STEP_DIR.format(int(aside[1]))
+            try:
+                if _publish(place / name, place / final):
+                    say(f"checkpoint {final}: all of it was written when the run ended; it is published now")
+            except (OSError, Malformed) as error:
+                say(f"warning: {place / name}: could not be made a checkpoint ({reason(error)})")
+
+
+def _publish(aside: Path, final: Path) -> bool:
+    """Whether the directory had all that a checkpoint needs, and is one now. Errors: OSError, Malformed."""
+    notes = _read_notes(aside)
+    if not notes or len(notes) != notes[0].world_size:
+        return False
+    files = [note.file for note in notes if note.file is not None]
+    files.append(write_new(aside / INDEX, index_json(note.parts for note in notes)))
+    files.append(write_new(aside / PROGRESS, notes[0].progress.encode()))
+    seal(aside, files)
+    forget_notes(aside, len(notes))
+    publish(aside, final)
+    return True
+
+
+def _read_notes(aside: Path) -> list[PartNote]:
+    """The notes of the ranks, as far as they follow each other from rank 0 on. Errors: OSError, Malformed."""
+    notes: list[PartNote] = []
+    while (path := aside / NOTE.format(len(notes))).exists():
+        raw: Any = parse_json(durable.read_bytes(path, most=MOST_NOTE))
+        try:
+            parts = {str(name): FilePart(*part) for name, part in raw["parts"].items()}
+            file = None if raw["file"] is None else WrittenFile(*raw["file"])
+            notes.append(PartNote(raw["world_size"], parts, file, raw["progress"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Malformed(f"{path.name} is no note of a rank") from error
+    return notes
