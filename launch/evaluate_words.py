@@ -191,10 +191,11 @@ def _of_run(run: Path, asked: EvaluationWords) -> tuple[RunConfig, str, list[str
 def _needs(value: OutsideValue, config: RunConfig) -> bool:
     """Whether an evaluation of a run uses a value that reaches out of it."""
     from trainer.config.reach import Reach
-    from trainer.evaluation.tasks.registry import asks_judge, prepares_data
+    from trainer.evaluation.tasks.registry import asks_judge, reads_rows_of_run
 
     tasks = config.evaluation.tasks
-    reads_data = not tasks or any(prepares_data(task) for task in tasks.values())
+    # The rows of a task's own file are few, and are prepared in the reader's cache.
+    reads_data = not tasks or any(reads_rows_of_run(task) for task in tasks.values())
     if any(key.startswith("evaluation.judge.") for key in value.settings):
         return any(asks_judge(task) for task in tasks.values())
     if value.reach is Reach.tracker or UNUSED & value.settings.keys():

@@ -71,10 +71,10 @@ def asks_judge(config: TaskConfig) -> bool:
     return kind is not None and kind is not harness.Harness and kind("", config).needs_judge
 
 
-def prepares_data(config: TaskConfig) -> bool:
-    """Whether a task reads rows that are prepared as training data is: the run's own, or those of a loss on a file."""
+def reads_rows_of_run(config: TaskConfig) -> bool:
+    """Whether a task reads the run's own rows, so that the run's data must be prepared."""
     kind = KINDS.get(config.kind)
-    if kind is None or issubclass(kind, held_out.HeldOut) or kind.split == "both":
+    if kind is None or kind.split == "both":
         return True
     return config.path is None and not kind.own_rows and kind.shipped is None
 
