@@ -13,7 +13,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from launch.export_words import destination, parse
+from launch.export_words import destination, flag_of, parse
 from strategies.errors import ConfigError
 
 KEYS = ("adapters", "weights", "combine", "density", "seed", "base", "to", "merge", "dtype", "max_shard_gib", "verify")
@@ -33,8 +33,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     except ValueError:
         weights = []
         problems.append(f"weights={words['weights']}: must be numbers, as in weights=[0.7,0.3]")
-    if words.get("merge", "true").lower() not in ("true", "false"):
-        problems.append(f"merge={words['merge']}: must be true or false")
+    merge = flag_of(words, "merge", True, problems)
     if "to" not in words:
         problems.append("to: not set; name a new directory, as in to=models/merged")
 
@@ -67,7 +66,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     combine(
         settings,
         to,
-        merge=words.get("merge", "true").lower() == "true",
+        merge=merge,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         max_shard_gib=numbers.get("max_shard_gib", 5.0),
     )

@@ -72,11 +72,7 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     parsed = overrides.parse(argv)
     fresh, problems = _base(parsed.choices)
     typed = {key: word for key, _, word in parsed.values} | {g: f"{g}={choice}" for g, choice in parsed.choices.items()}
-    problems += [
-        f"{word}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
-        for key, word in typed.items()
-        if key.split(".")[0] not in allowed
-    ]
+    problems += [_not_beside_a_run(key, word, allowed) for key, word in typed.items() if not _is_of(key, allowed)]
     tree = _tree_of(config)
     for group in {"launcher", *parsed.choices} & {*variants()}:
         tree[group] = fresh[group]
@@ -116,6 +112,19 @@ def typed_keys(argv: list[str]) -> set[str]:
     """The settings that words set, by full key, and tables of which the whole was typed."""
     parsed = overrides.parse(argv)
     return {key for key, _, _ in parsed.values} | parsed.replaced | {key for key, _ in parsed.defaults}
+
+
+def _is_of(key: str, sections: frozenset[str]) -> bool:
+    """Whether a key belongs to one of the sections, such as `launcher` or `evaluation`."""
+    return key.split(".")[0] in sections
+
+
+def _not_beside_a_run(key: str, word: str, allowed: frozenset[str]) -> str:
+    """Why a word cannot stand beside a run: it is mistyped, or the run has its own value."""
+    known = overrides.settings()
+    if overrides.setting_of(known, key) is None and key not in variants():
+        return hints.unknown_key(key, word, known)[0]
+    return f"{word}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
 
 
 def refusals(config: RunConfig) -> list[str]:
@@ -217,7 +226,7 @@ def _apply(tree: DictConfig, parsed: overrides.Parsed) -> list[str]:
             OmegaConf.update(tree, key, OmegaConf.select(default, key), merge=False)
     for key, value, word in parsed.values:
         setting = overrides.setting_of(known, key)
-        if setting is None and key not in ("batch", "budget"):
+        if setting is None:
             problem, meant = hints.unknown_key(key, word, known)
             problems.append(problem)
             parsed.suspects |= {meant} if meant else set()

@@ -27,7 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 from launch import export_average, export_gguf, export_hub, serve
 from launch.answers import FLAG, give, said_to_stderr
-from launch.export_words import ACCEPT, accepted_kinds, destination, gates_of, parse, record_of, run_named, unfinished
+from launch.export_words import (
+    ACCEPT,
+    accepted_kinds,
+    destination,
+    flag_of,
+    gates_of,
+    parse,
+    record_of,
+    run_named,
+    unfinished,
+)
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -209,12 +219,9 @@ def settle(config: RunConfig, words: dict[str, str]) -> None:
     from trainer.config.run import Device
     from trainer.export.config import ExportType
 
-    problems = []
+    problems: list[str] = []
     for key in ("merge", "verify"):
-        if (value := words.get(key, "false").lower()) in ("true", "false"):
-            setattr(config.export, key, value == "true" or (key not in words and getattr(config.export, key)))
-        else:
-            problems.append(f"{key}={words[key]}: must be true or false")
+        setattr(config.export, key, flag_of(words, key, getattr(config.export, key), problems))
     if "dtype" in words:
         try:
             config.export.dtype = ExportType(words["dtype"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.export_words import flag_of
 from strategies.errors import ConfigError, ShardtuneError
 
 PREFIX = "hub:"
@@ -38,9 +39,11 @@ def target(words: dict[str, str], run_dir: Path, *, dry: bool) -> Target | None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    name, private = to.removeprefix(PREFIX), words.get("hub.private", "true").lower()
-    if private not in ("true", "false"):
-        raise ConfigError(f"hub.private={words['hub.private']}: must be true or false")
+    name = to.removeprefix(PREFIX)
+    problems: list[str] = []
+    private = flag_of(words, "hub.private", True, problems)
+    if problems:
+        raise ConfigError(problems)
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -49,8 +52,8 @@ def target(words: dict[str, str], run_dir: Path, *, dry: bool) -> Target | None:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
     folder = run_dir / "hub" / name.replace("/", "--")
     if dry or _offline():
-        return Target(name, private == "true", folder, True)
-    return Target(name, private == "true", folder, False, _exists(name, private == "true"))
+        return Target(name, private, folder, True)
+    return Target(name, private, folder, False, _exists(name, private))
 
 
 def benchmarks_of(words: dict[str, str]) -> dict[str, str]:

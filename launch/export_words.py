@@ -38,6 +38,18 @@ def parse(argv: list[str], keys: tuple[str, ...], *, beside: str = "") -> tuple[
     return words, problems
 
 
+def flag_of(words: dict[str, str], key: str, default: bool, problems: list[str]) -> bool:
+    """Whether a word is on, in any spelling that a setting of `train` takes; another value becomes a problem."""
+    value = words.get(key)
+    if value is None:
+        return default
+    if value.lower() in ("true", "yes", "on", "1"):
+        return True
+    if value.lower() not in ("false", "no", "off", "0"):
+        problems.append(f"{key}={value}: must be true or false")
+    return False
+
+
 def gates_of(argv: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
     """(the other words, the gates that are typed, a line about each that is none)."""
     from trainer.gates.bounds import problems, read_word

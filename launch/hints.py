@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launch import misnamed
 from launch.choices import groups
 from launch.removed import REMOVED
 from trainer.foreign.answer import ForeignSettings, TranslatedSetting, number
@@ -15,6 +16,7 @@ from trainer.foreign.rules import CHOICES
 
 Known = Mapping[str, Any]
 """Every setting by its full name."""
+FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ def wrong_value(group: str, text: str, word: str) -> str:
     if group in CHOICES and (words := CHOICES[group](text, ForeignSettings({})).words):
         return f"{word}: no such choice; here it is " + " ".join(f"{key}={value}" for key, value in words.items())
     choices = groups()[group]
+    if group == "strategy" and text in ("deepspeed", "zero"):
+        return f"{word}: no such choice; did you mean strategy=zero2 or strategy=zero3? All: {', '.join(choices)}"
     near = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
     return f"{word}: no such choice, one of {', '.join(choices)}{hint}"
@@ -121,21 +125,65 @@ def not_a_pair(word: str) -> str:
     from launch.choices import variants
 
     bare = word.lstrip("-")
+    if bare in misnamed.FLAGS_OF_OTHERS:
+        return f"{word}: leave it out: {misnamed.FLAGS_OF_OTHERS[bare]}"
+    if word.startswith("@"):
+        return f"{word}: a file of settings is YAML and a bare word, as in my.yaml"
     if bare != word and "=" in bare:
         return f"{word}: settings have no dashes; type {bare}"
     if bare in groups():
         first = next(iter(variants().get(bare, groups()[bare])), None)
         return f"{word}: give its choice, as in {bare}={first}" if first else f"{word}: no choices"
-    near = difflib.get_close_matches(
-        word, ["--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version"], n=1
-    )
+    near = difflib.get_close_matches(word, FLAGS, n=1)
     return f"{word}: not of the form key=value" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def split_by_spaces(words: list[str], known: Known) -> tuple[list[str], list[str]]:
+    """(the words that remain, a problem for each setting that was typed in several words).
+
+    A shell splits `optim.lr = 1e-4` into three words, and `--optim.lr 1e-4` into two.
+    """
+    remaining: list[str] = []
+    problems: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        following = rest[0] if rest else ""
+        if word in known and following.startswith("="):
+            value = rest.pop(0)[1:] or (rest.pop(0) if rest else "")
+            problems.append(f"{word} = {value}: no spaces around the equals sign; type {word}={value}")
+        elif word.endswith("=") and word[:-1] in known and _is_bare(following):
+            problems.append(f"{word} {rest.pop(0)}: no spaces around the equals sign; type {word}{following}")
+        elif _is_dashed_key(word, known) and _is_bare(following):
+            key = word.lstrip("-").replace("-", "_")
+            problem, _ = unknown_key(key, f"{key}={rest.pop(0)}", known)
+            hint = f"type {key}={following}" if key in known else problem.partition(": ")[2]
+            problems.append(f"{word} {following}: settings have no dashes; {hint}")
+        else:
+            remaining.append(word)
+    return remaining, problems
+
+
+def _is_bare(word: str) -> bool:
+    """Whether a word can be the value of the word before it."""
+    return bool(word) and "=" not in word and not word.startswith("-")
+
+
+def _is_dashed_key(word: str, known: Known) -> bool:
+    """Whether a word is `--key`, of a setting here or one that looks like a setting; flags and other trainers' names are not."""
+    key = word.lstrip("-").replace("-", "_")
+    if not word.startswith("--") or "=" in word or plain(word) in NAMES or key in misnamed.FLAGS_OF_OTHERS:
+        return False
+    is_setting = key in known or key in {name.rpartition(".")[2] for name in known}
+    return is_setting and not difflib.get_close_matches(word, FLAGS, n=1, cutoff=0.8)
 
 
 def unknown_key(key: str, word: str, known: Known) -> tuple[str, str | None]:
     """What to say about a key that does not exist, and the key that was probably meant."""
     if key in REMOVED:
         return f"{word}: there is no setting {key} any more: {REMOVED[key]}", None
+    if (words := misnamed.in_place_of(key, word.partition("=")[2])) is not None:
+        return f"{word}: there is no setting {key}; {words}", None
     if key.split(".")[-1] == "name" and key.split(".")[0] in groups():
         group = key.split(".")[0]
         return f"{word}: chosen as a group; type {group}=<choice>, one of {', '.join(groups()[group])}", None

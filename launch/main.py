@@ -52,8 +52,6 @@ SAVING = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
 LOOKING = ("status", "logs", "stop")
 """Verbs that write no file of text and load no model: they work whatever the environment's encoding and options are."""
-GONE = {"data": "prepare --print"}
-"""Verbs that are gone, with what does their job."""
 EXIT_CODES = (
     "exit codes: 0 done, 64 setting, 65 data, 69 nothing fits, 74 disk,\n"
     "75 preempted and resumable, 70 anything else, 130 Ctrl-C"
@@ -75,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
         return completion(words)
     if verb not in VERBS:
-        near = [GONE[verb]] if verb in GONE else difflib.get_close_matches(verb, VERBS, n=1)
+        from launch import misnamed
+
+        near = [misnamed.VERBS[verb]] if verb in misnamed.VERBS else difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
         print(f"shardtune: there is no verb {verb}{hint}", file=sys.stderr)
         return 64
@@ -159,6 +159,7 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
         if verb not in LOOKING:
             streams.refuse_stripped_docstrings()
             streams.refuse_unwritable_words(argv)
+        _refuse_addresses(argv)
         return int(import_module(f"launch.{verb}").main(take_directories(argv)) or 0)
     except ConfigError as error:
         title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
@@ -184,6 +185,18 @@ def _guarded(verb: str, argv: list[str], interrupts: list[int]) -> int:
             return 130
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return 70
+
+
+def _refuse_addresses(words: list[str]) -> None:
+    """Raise ConfigError if `to=` is an address: it would become a local directory called `s3:`."""
+    from strategies.errors import ConfigError
+
+    for word in words:
+        if word.startswith("to=") and "://" in word:
+            raise ConfigError(
+                f"{word}: is an address, and only local directories are written to; name a directory, and copy it afterwards. "
+                "`shardtune export <run> to=hub:<owner>/<name>` pushes to the hub"
+            )
 
 
 def usage() -> str:

@@ -99,6 +99,7 @@ def setting_of(known: dict[str, Setting], key: str) -> Setting | None:
 def parse(words: list[str]) -> Parsed:
     """Sort `words` into group choices and values; everything that cannot be read becomes a problem."""
     parsed, known = Parsed(), settings()
+    words, parsed.problems = hints.split_by_spaces(words, known)
     foreign = hints.Foreign(words, lambda key: setting_of(known, key) is not None)
     for word in filter(own_files.is_file_word, words):  # first: what is typed goes before what a file says
         _read_file(parsed, known, word)
@@ -127,7 +128,19 @@ def parse(words: list[str]) -> Parsed:
             _choose(parsed, key, text, word)
         else:
             _assign(parsed, known, key, text, word)
+    parsed.problems += _set_and_unset(parsed)
     return parsed
+
+
+def _set_and_unset(parsed: Parsed) -> list[str]:
+    """A problem for each `~key` beside a word that sets the same key: one of the two would be ignored."""
+    typed = parsed.values[parsed.from_files :]
+    return [
+        f"{removal}: {word} sets the same; leave one of the two out"
+        for key, removal in parsed.defaults
+        for typed_key, _, word in typed
+        if typed_key == key or typed_key.startswith(f"{key}.")
+    ]
 
 
 def wrong_choice(key: str, word: str, setting: Setting) -> str:
@@ -230,9 +243,11 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
         if override.is_sweep_override():
-            parsed.problems.append(f"{word}: several values are a sweep; add -m, or give one")
+            is_range = re.match(r"(interval|tag)\(", text) is not None
+            remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
+            parsed.problems.append(f"{word}: {remedy}, or give one")
             return
-        parsed.values.append((key, override.value(), word))
+        parsed.values += _entries(key, override.value(), word)
     except (HydraException, NotImplementedError) as error:
         if setting is not None and _is_text(setting.type) and text.startswith("["):  # a list of paths as they are typed
             parsed.values.append((key, [part.strip().strip("'\"") for part in text[1:-1].split(",")], word))
@@ -244,6 +259,13 @@ def _assign(parsed: Parsed, known: dict[str, Setting], key: str, text: str, word
             reason = str(error).splitlines()[0].split(" See https")[0]
             parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe(setting.type)}")
             parsed.suspects.add(key)
+
+
+def _entries(key: str, value: Any, word: str) -> list[tuple[str, Any, str]]:
+    """A value as (key, value, word); `budget={epochs: 3}` and `batch={...}` as a value for each of their settings."""
+    if key not in ("batch", "budget") or not isinstance(value, dict):
+        return [(key, value, word)]
+    return [(f"{key}.{name}", entry, word) for name, entry in value.items()]
 
 
 def _names(text: str) -> list[str] | None:

@@ -518,6 +518,14 @@ def test_missing_names_value_key_and_neighbour(tmp_path, value, message):
         expand(str(tmp_path / value), "data.eval_path")
 
 
+def test_several_files_are_a_list(tmp_path):
+    touch(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    both = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    with pytest.raises(DataError) as caught:
+        expand(both, "data.path")
+    assert str(caught.value).endswith(f"several files are a list: [{both}]")
+
+
 @pytest.mark.parametrize("value", [[], [3], 3, "", "a\0b", "hub:", "hub:a/b/c", "hub:../x", "s3://bucket/x.jsonl"])
 def test_values_that_are_no_paths(value):
     with pytest.raises(DataError, match=r"data\.path"):

@@ -324,6 +324,9 @@ def test_a_classifier_is_evaluated_as_it_is(site, tmp_path, capsys):
     assert "objective=classification has no task by itself" in said and "evaluation.tasks=[loss]" not in said
     assert command_here(["evaluate", f"model.path={site}/llama"]) == 64
     assert "not set, and there are no evaluation documents to ask about" in capsys.readouterr().err
+    for path in (f"{tmp_path}/gone", "gone"):
+        assert command_here(["evaluate", f"model.path={path}", "evaluation.tasks=[loss]"]) == 64
+        assert f"model.path={path}: there is no such directory" in capsys.readouterr().err
     _, rows = read(tmp_path / "out")
     for row in rows["labels"]:
         with torch.no_grad():
@@ -344,6 +347,7 @@ def test_a_classifier_is_evaluated_as_it_is(site, tmp_path, capsys):
             "multiple_choice.path: not set; multiple_choice needs a file of its own",
         ),
         (["data.path=other.jsonl"], 64, "is the run's, and stays as it was"),
+        (["evalution.tasks=[loss]"], 64, "there is no setting evalution.tasks; did you mean evaluation.tasks"),
         (["against=nowhere"], 64, "it can be base, the directory of a run or of a model, or the evaluation.json"),
         (["checkpoint=7"], 64, "must be last, best or a step; its checkpoints are"),
         (

@@ -69,6 +69,8 @@ def test_help_lists_verbs_groups_and_choices(capsys):
 def test_a_misspelt_verb_is_named(capsys):
     assert command.main(["trian"]) == 64
     assert "did you mean train?" in capsys.readouterr().err
+    assert command.main(["merge", "runs/first"]) == 64
+    assert "did you mean export <run> merge=true?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from launch.overrides import setting_of, settings
 from launch.own_files import take_directories
 from launch.removed import REMOVED
 from strategies.errors import ConfigError
+from tests.helpers.launching import command_here
+from trainer.config.validate import WRITTEN
 from trainer.foreign.answer import ForeignSettings
 from trainer.foreign.names import NAMES, answer
 
@@ -95,6 +97,24 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("optim.lrr=1", "did you mean optim.lr?"),
         ("evaluation.paticence=1", "did you mean evaluation.patience?"),
         ("lr=1", "did you mean optim.lr?"),
+        ("batch=8", "batch is not one value; set batch.global, batch.micro"),
+        ("budget=3", "budget is not one value"),
+        ("budget={epoch: 3}", "there is no setting budget.epoch"),
+        ("data.train_path=x", "type data.path=x"),
+        ("run.name=x", "type logging.name=x"),
+        ("datasets=[a]", "type data.path=[a]"),
+        ("gpus=8", "type launcher.processes=8"),
+        ("strategy.offload=cpu", "strategy.offload_optimizer=cpu with strategy=zero3"),
+        ("evaluation.strategy=epoch", "type evaluation.every_steps="),
+        ("early_stopping=true", "type evaluation.patience="),
+        ("CUDA_VISIBLE_DEVICES=0", "before the command: CUDA_VISIBLE_DEVICES=0 shardtune"),
+        ("zero_stage=3", "here it is strategy=zero3"),
+        ("push_to_hub=true", "to=hub:<owner>/<name>"),
+        ("strategy=deepspeed", "did you mean strategy=zero2 or strategy=zero3?"),
+        ("--multi_gpu", "leave it out"),
+        ("@args.txt", "a bare word, as in my.yaml"),
+        ("optim.lr=interval(1e-5,1e-3)", "add -m sweeper=optuna"),
+        ("logging.tags=['${oc.env:NO_SUCH_VARIABLE_HERE}']", "logging.tags[0]: KeyError"),
         ("data.dropout=0", "model.dropout"),
         ("batch.accumulation=4", "there is no setting batch.accumulation"),
         ("+foo=1", "there is no setting foo"),
@@ -166,6 +186,48 @@ def test_what_cannot_be_used_is_explained(word, said):
     with pytest.raises(ConfigError) as caught:
         compose([word], check=False)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr", "=", "1e-4"], "optim.lr = 1e-4: no spaces around the equals sign; type optim.lr=1e-4"),
+        (["optim.lr", "=1e-4"], "optim.lr = 1e-4: no spaces around the equals sign; type optim.lr=1e-4"),
+        (["optim.lr=", "1e-4"], "optim.lr= 1e-4: no spaces around the equals sign; type optim.lr=1e-4"),
+        (["--optim.lr", "1e-4"], "--optim.lr 1e-4: settings have no dashes; type optim.lr=1e-4"),
+        (["--lr", "1e-4"], "--lr 1e-4: settings have no dashes; there is no setting lr; did you mean optim.lr?"),
+        (["~data.path", "data.path=a"], "~data.path: data.path=a sets the same; leave one of the two out"),
+    ],
+)
+def test_words_that_only_make_sense_together_get_one_answer(words, said):
+    with pytest.raises(ConfigError) as caught:
+        compose(words, check=False)
+    assert caught.value.problems == [said]
+
+
+def test_two_budgets_are_refused_in_every_spelling(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}"]
+    for budgets in (["budget={epochs: 3}", "budget.steps=2"], ["budget={epochs: 3, steps: 2}"]):
+        with pytest.raises(ConfigError, match=r"budget\.steps=2 budget\.epochs=3.*exactly one of"):
+            compose([*words, *budgets])
+    config = compose([*words, "experiment=gpt2_full_ddp", "budget={steps: 2}"], check=False).config
+    assert (config.budget.steps, config.budget.epochs) == (2, None)
+
+
+def test_a_directory_to_write_to_is_no_address(tmp_path):
+    """It would become a local directory called `s3:`, which goes with the host."""
+    spelled = {setting: f"{setting}=s3://bucket/x" for setting in WRITTEN}
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    given = [f"data.path={tmp_path / 'train.jsonl'}", "model.path=m", "budget.steps=1", "strategy=zero3"]
+    with pytest.raises(ConfigError) as caught:
+        compose([*given, *spelled.values()])
+    for word in spelled.values():
+        assert any(problem.startswith(f"{word}: is an address") for problem in caught.value.problems), word
+    places = {key for key in settings() if re.search(r"[._]dir$|nvme_path$|^launcher.stage$", key)}
+    assert places == set(WRITTEN), "which directories are written to?"
+    for verb in ("export", "evaluate", "compare", "init"):
+        assert command_here([verb, "to=gs://bucket/x"]) == 64
 
 
 def test_words_of_other_trainers_are_read_together():

@@ -45,6 +45,15 @@ from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.start import fold_problems
 from trainer.tuning.table import needs_own_rows
 
+WRITTEN = (
+    "run.dir",
+    "data.cache_dir",
+    "checkpoint.fallback_dir",
+    "evaluation.judge.cache_dir",
+    "strategy.nvme_path",
+    "launcher.stage",
+)
+"""Settings that name a directory to write to."""
 MOST_TRIED = 4096
 """Micro-batches up to which one is looked for that would do."""
 
@@ -241,8 +250,20 @@ def _resume(config: RunConfig) -> Iterator[str]:
         yield str(error)
 
 
+def _written(config: RunConfig) -> Iterator[str]:
+    """A line for each directory to write to that is an address: it would become a local directory called `s3:`."""
+    for key in WRITTEN:
+        for _, value in _values(config, key.split(".")):
+            if isinstance(value, str) and "://" in value:
+                yield (
+                    f"{key}={value}: is an address, and only local directories are written to; name a directory, and copy it "
+                    "afterwards"
+                )
+
+
 def _run(config: RunConfig) -> Iterator[str]:
     yield from _resume(config)
+    yield from _written(config)
     for kind in set(config.run.accept) - set(KINDS):
         near = difflib.get_close_matches(kind, KINDS, n=1)
         yield f"run.accept=[{kind}]: there is no such kind of change; {near[0] if near else 'one of ' + ', '.join(KINDS)}"

@@ -40,6 +40,7 @@ RUN = {
         choice("precision", {"fp32": "float32 fp32", "bf16": "bfloat16 bf16", "fp16": "float16 fp16"}),
     ),
     **_named("deepspeed", rules.deepspeed),
+    **_named("zero_stage", choice("strategy", {"ddp": "0", "zero1": "1", "zero2": "2", "zero3": "3"})),
     **_named("fsdp", rules.fsdp),
     **_named("gradient_checkpointing", switch({"strategy.activation_checkpointing": "full"})),
     **_named("torch_compile", switch({"strategy.compile": "true"})),
@@ -173,7 +174,8 @@ TELLING = {
     **_named("early_stopping_patience", same("evaluation.patience")),
     **_named("load_best_model_at_end", none("the best checkpoint is kept: `shardtune export <run> checkpoint=best`")),
     **_named(
-        "push_to_hub hub_model_id hub_strategy", none("nothing is pushed; export/ can be uploaded with `hf upload`")
+        "push_to_hub hub_model_id hub_strategy",
+        none("a run pushes nothing; afterwards type `shardtune export <run> to=hub:<owner>/<name>`"),
     ),
     **_named("predict_with_generate", none("evaluation.generate.samples=N writes and scores answers")),
 }

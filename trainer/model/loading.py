@@ -32,11 +32,17 @@ def resolve_path(config: ModelConfig, value: str | None = None) -> str:
     return str(path.resolve()) if path.is_dir() else text
 
 
-def _hub_error(key: str, value: str, error: Exception) -> ConfigError:
+def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> ConfigError:
+    """What to say of a model or tokenizer that neither this host nor the hub has."""
+    reason = str(error).splitlines()[0][:160]
+    if config.download:
+        return ConfigError(
+            f"{key}={value}: not a model directory here, and model.download=true could not fetch it ({reason}); give an existing "
+            "directory, or type the command where the hub can be reached"
+        )
     return ConfigError(
-        f"{key}={value}: not a model directory here and not loadable from the local hub cache "
-        f"({str(error).splitlines()[0][:160]}); give an existing directory, fetch it with shardtune "
-        "download, or set model.download=true"
+        f"{key}={value}: not a model directory here and not loadable from the local hub cache ({reason}); give an existing "
+        "directory, fetch it with shardtune download, or set model.download=true"
     )
 
 
@@ -57,7 +63,7 @@ def weights_directory(config: ModelConfig) -> Path:
             )
         )
     except Exception as error:  # the hub client has a dozen error types; all mean that there are no weights
-        raise _hub_error("model.path", path, error) from error
+        raise _hub_error("model.path", path, error, config) from error
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -80,7 +86,7 @@ def load_model_config(config: ModelConfig) -> Any:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.path={path}: its config.json cannot be read: {said[:300]}; mend it there") from error
     except (OSError, ValueError) as error:
-        raise _config_error(path, error) from error
+        raise _config_error(path, error, config) from error
     text = found.get_text_config()
     sizes = {name: vars(text).get(name) for name in (text.attribute_map.get(size, size) for size in SIZES)}
     if senseless := [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]:
@@ -134,7 +140,7 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
 
 
-def _config_error(path: str, error: Exception) -> ConfigError:
+def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
     """What is wrong with a model directory whose config.json could not be read."""
     directory = Path(path)
     if _is_adapter(directory):
@@ -157,7 +163,7 @@ def _config_error(path: str, error: Exception) -> ConfigError:
         return ConfigError(
             f"model.path={path}: {lacking} ({' '.join(str(error).split())[:160]}); download the model again"
         )
-    return _hub_error("model.path", path, error)
+    return _hub_error("model.path", path, error, config)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -189,7 +195,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
                 f"({' '.join(str(error).split())[:160]}); put tokenizer.json and tokenizer_config.json there, or give "
                 "model.tokenizer=<directory or hub id>"
             ) from error
-        raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error) from error
+        raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error, config) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer={path}: has no fast tokenizer (tokenizer.json); convert it first")
     if config.chat_template is not None:

@@ -129,7 +129,7 @@ def _expand_one(value: str, key: str) -> list[Path]:
         return files
     if found:
         raise DataError(f"{key}={value} matches only directories; write {value.rstrip('/')}/**/*.jsonl or the like")
-    raise DataError(f"{key}={value} does not exist{_nearest(path)}{_perhaps_hub(value)}")
+    raise DataError(f"{key}={value} does not exist{_other_form(value) or _nearest(path) + _perhaps_hub(value)}")
 
 
 def _usable(path: Path, key: str) -> Path:
@@ -222,6 +222,14 @@ def _nearest(path: Path) -> str:
         return ""
     close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
     return f"; did you mean {missing.parent / close[0]}?" if close else f"; nothing like it in {missing.parent}"
+
+
+def _other_form(value: str) -> str:
+    """How several files are written here; empty if the value is not their names with commas."""
+    parts = value.split(",")
+    if len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts):
+        return f"; several files are a list: [{value}]"
+    return ""
 
 
 def _perhaps_hub(value: str) -> str:
