@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from trainer.challenges.divergence import (
 )
 from trainer.challenges.look import Challenges
 from trainer.evaluation.loss import _in_turns
+from trainer.records.short import readable
 
 SAME = HeldOutChange("eval/loss", 2.0, 2.0, 0.0, -0.1)
 WORSE = HeldOutChange("eval/loss", 2.0, 2.4, 0.2, 0.1)
@@ -187,6 +189,7 @@ def test_a_run_that_diverges_says_so_everywhere(site, capfd):
     assert record["found"] and record["verdict"] == "diverged" and record["first_step"] == 20
     assert "warning:    diverged, since step 20: the training loss went from" in last_lines
     assert "best:       no checkpoint has a better eval/loss than before training" in last_lines
+    assert not re.search(r"\d{12}", last_lines) and readable(1.0162e236) == "1.0e+236"  # of the perplexity
     assert "- **diverged**, since step 20" in (run_dir / "export" / "README.md").read_text()
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("done", "diverged, since step 20")

@@ -300,3 +300,8 @@ def test_rows_too_short_to_continue_are_an_error():
 
     with pytest.raises(DataError, match=r"none of 1 rows leaves 8 tokens to continue"):
         task("memorisation").run([Case("a:1", Document("a", 1, text="b"))], Asking())
+
+
+@pytest.mark.parametrize("kind", ["memorisation", "canary", "membership", "personal_data", "counterfactual"])
+def test_every_metric_has_a_least_number_of_cases(kind):
+    assert all(metric.least > 1 for metric in task(kind, path="x").metrics)

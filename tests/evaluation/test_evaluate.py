@@ -371,6 +371,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, 
     assert told in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_named_beside_the_missing_documents(capsys):
+    assert command_here(["evaluate", "model.path=missing", "evaluation.tasks=[loss]"]) == 64
+    shown = capsys.readouterr().err
+    assert (
+        "model.path=missing: there is no such directory here" in shown and "there are no evaluation documents" in shown
+    )
+
+
 def test_the_report_that_would_be_written_over_is_no_yardstick(site, evaluated):
     with pytest.raises(Exception, match="is the report that this evaluation writes"):
         plan(EvaluationWords(site / "run", {"to": f"{site}/all", "against": f"{site}/all/evaluation.json"}, []))

@@ -92,7 +92,8 @@ def test_rated_in_a_browser_reloaded_saved_and_scored(run, browser, capsys):
     )
 
     assert command_here(["review", "score", str(run), str(saved)]) == 0
-    assert "tuned against" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tuned against" in shown and "Krippendorff's nominal alpha" in shown
     metrics = result(run)["metrics"]
     assert metrics["win_rate"]["value"] == metrics["win_rate/base"]["value"] == 1.0
     half = [number % 2 for number, item in enumerate(order) if key[item]["repeats"] is None]
