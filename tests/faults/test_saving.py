@@ -5,7 +5,9 @@ import signal
 import pytest
 
 from tests.faults.runs import read
+from tests.helpers.covering import whole
 from tests.helpers.launching import ROOT
+from tests.helpers.speed import seconds
 
 STEPS = 12
 LENGTH = [f"budget.steps={STEPS}", "run.threads=1", "checkpoint.every_steps=1"]
@@ -95,3 +97,12 @@ def test_what_begins_from_another_run_goes_on_from_its_own_when_the_same_words_c
     assert "has begun from it already" in runs.said("branch")
     assert [row["step"] for row in runs.rows("branch")] == list(range(3, stopped + 1))
     assert not [*(runs.root / "branch" / "checkpoints").glob("given-up*")]
+
+
+@whole("tests/checkpoints/test_beside.py shows the mechanism; this one waits for a disk")
+def test_an_fsync_that_takes_longer_than_the_timeout_ends_no_run(runs):
+    limit_s = round(seconds(5))
+    words = ["strategy=fsdp2", "launcher.processes=2", f"run.timeout_s={limit_s}", "budget.steps=2", "tuning=full"]
+    code, said = runs.run("slow", *words, **faulty(f"slow {3 * limit_s}"))
+    assert code == 0, said
+    assert (runs.root / "slow" / "checkpoints" / "step-000002" / "manifest.json").exists()

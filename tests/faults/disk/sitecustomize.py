@@ -3,6 +3,7 @@
 FAULTY_DISK says how: `kill <name>` dies by SIGKILL before a directory gets this name; `full <n>` has no room for the first n
 files of tensors; `unlisted <name>` cannot list directories of this name on rank 0;
 `crowded <n>` has no room for anything after this many rows of metrics;
+`slow <seconds>` takes so long for each file of tensors of rank 1;
 `amid <name>` dies by SIGKILL when the tensors of this checkpoint are written and not yet synced.
 """
 
@@ -35,6 +36,8 @@ class Faulty(durable.Disk):
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if KIND == "amid" and VALUE in path.parent.name and path.suffix == ".safetensors":
             os.kill(os.getpid(), signal.SIGKILL)
+        if KIND == "slow" and os.environ.get("RANK") == "1" and path.suffix == ".safetensors":
+            super().sleep(float(VALUE))
         super().sync(descriptor)
 
     def names(self, directory):
